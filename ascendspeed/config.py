@@ -1,0 +1,240 @@
+"""What a run is: frozen dataclasses, printable, saved beside every checkpoint. No torch, no file access.
+
+The docstring under a field is its `--help` text, and its name is its flag (`num_layers` -> `--num-layers`); `flags.py` parses them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress, arg
+
+from ascendspeed.errors import UserError
+
+
+def alias(*names: str) -> Any:
+    """Other spellings of a flag, for people who have them in their shell history."""
+    return arg(aliases=[f"--{name}" for name in names])
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: what `config.json` of the Hugging Face model says, in Megatron's words. Flags override `--model`."""
+
+    family: Suppress[str] = "internlm"
+    """Entry of `ascendspeed.families`."""
+    num_layers: int = 32
+    """Transformer layers."""
+    hidden_size: int = 4096
+    """Width h of the residual stream."""
+    ffn_hidden_size: int = 11008
+    """Inner width f of the SwiGLU MLP."""
+    num_attention_heads: int = 32
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads for grouped-query attention; None: as many as query heads."""
+    kv_channels: int | None = None
+    """Width of one head; None: hidden size / heads."""
+    vocab_size: int = 103168
+    """Rows of the vocabulary, before padding for tensor parallel."""
+    max_position_embeddings: int = 2048
+    """Longest trained sequence; dynamic rope scaling starts above it."""
+    norm_epsilon: Annotated[float, alias("layernorm-epsilon", "rms-norm-eps")] = 1e-6
+    """Epsilon of RMSNorm."""
+    rotary_base: float = 10000.0
+    """Base (theta) of the rotary embedding."""
+    rope_scaling_type: Literal["none", "linear", "dynamic"] = "none"
+    """Scaling of the rotary embedding beyond the trained length."""
+    rope_scaling_factor: float = 1.0
+    """Factor of the rope scaling."""
+    add_qkv_bias: bool = True
+    """Bias on the query, key and value projections (InternLM 7B and 65B have it)."""
+    add_dense_bias: bool = True
+    """Bias on the attention's output projection (InternLM 7B and 65B have it)."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output layer too."""
+    init_method_std: float = 0.02
+    """Standard deviation of random weights; residual projections get this / sqrt(2 * layers)."""
+
+    def __post_init__(self) -> None:
+        # One spelling for one architecture, so that equal models compare equal and `replace` follows the heads.
+        if self.num_query_groups == self.num_attention_heads:
+            object.__setattr__(self, "num_query_groups", None)
+        if self.kv_channels is not None and self.kv_channels * self.num_attention_heads == self.hidden_size:
+            object.__setattr__(self, "kv_channels", None)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads."""
+        return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """How the model is laid over the devices, and by which engine."""
+
+    tensor_model_parallel_size: Annotated[int, alias("tp")] = 1
+    """Ranks that share every layer."""
+    pipeline_model_parallel_size: Annotated[int, alias("pp")] = 1
+    """Ranks that share the stack of layers."""
+    sequence_parallel: bool = False
+    """Split activations along the sequence between the tensor-parallel regions."""
+    deepspeed: bool = False
+    """Train with the DeepSpeed engine (ZeRO)."""
+    deepspeed_config: str | None = None
+    """A DeepSpeed JSON that adds to the derived one (offload, buckets, overlap) and may not contradict it."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """What ZeRO partitions: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this x the tensor-parallel size."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and its precision."""
+
+    optimizer: Literal["adam"] = "adam"
+    """AdamW; biases and one-dimensional weights do not decay (Megatron's rule)."""
+    lr: float = 1.5e-4
+    """Peak learning rate."""
+    min_lr: float = 1.0e-5
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay."""
+    lr_decay_iters: int | None = None
+    """Iterations to decay over; None: --train-iters."""
+    lr_warmup_fraction: float | None = None
+    """Fraction of --lr-decay-iters to warm up over."""
+    lr_warmup_iters: int = 0
+    """Iterations to warm up over; not together with --lr-warmup-fraction."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay."""
+    clip_grad: float = 1.0
+    """Clip gradients to this global norm; 0: do not clip."""
+    adam_beta1: float = 0.9
+    """Adam's first beta."""
+    adam_beta2: float = 0.95
+    """Adam's second beta."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    bf16: bool = False
+    """Weights and activations in bfloat16, with fp32 masters and fp32 gradient accumulation."""
+    fp16: bool = False
+    """Weights and activations in float16, with fp32 masters and loss scaling."""
+    initial_loss_scale: float = 65536.0
+    """First dynamic loss scale of fp16; a power of two."""
+
+    @property
+    def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
+        """Name of the compute type."""
+        return "bf16" if self.bf16 else "fp16" if self.fp16 else "fp32"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The token data and how it is cut into samples."""
+
+    data_path: tuple[str, ...] = ()
+    """Prefix of a .bin/.idx pair, or weights and prefixes: 0.3 a 0.7 b."""
+    split: str = "949,50,1"
+    """Shares of train, validation and test documents."""
+    seq_length: int = 2048
+    """Tokens per sample."""
+    data_cache_path: str | None = None
+    """Folder for index caches; None: beside the data."""
+    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
+    """The tokenizer is that of a Hugging Face directory."""
+    tokenizer_name_or_path: str | None = None
+    """Directory with tokenizer.model or tokenizer.json."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Batches, length, logging, checkpoints and the device."""
+
+    micro_batch_size: int = 1
+    """Samples per rank and forward pass."""
+    global_batch_size: int | None = None
+    """Samples per iteration over all ranks; None: micro batch x data-parallel size."""
+    train_iters: int = 1000
+    """Iterations in the whole run."""
+    seed: int = 1234
+    """Seed of data order, random weights and dropout."""
+    attention_dropout: float = 0.0
+    """Dropout on attention probabilities."""
+    hidden_dropout: float = 0.0
+    """Dropout on the residual branches."""
+    recompute_granularity: Literal["none", "full"] = "none"
+    """Activation recomputation: full keeps only the input of every layer."""
+    load: str | None = None
+    """What to start from: a training checkpoint, converted weights, or a Hugging Face directory."""
+    save: str | None = None
+    """Folder for training checkpoints."""
+    finetune: bool = False
+    """Take only the weights from --load: start at iteration 0 with a fresh optimizer."""
+    save_interval: int | None = None
+    """Iterations between checkpoints; the last iteration is saved too."""
+    log_interval: int = 1
+    """Iterations between log lines."""
+    eval_interval: int | None = None
+    """Iterations between evaluations; None: none."""
+    eval_iters: int = 10
+    """Global batches per evaluation."""
+    exit_interval: int | None = None
+    """Save and stop at the first multiple of this many iterations."""
+    tensorboard_dir: str | None = None
+    """Folder for TensorBoard events."""
+    log_dir: str = "logs"
+    """Folder for train.log."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where to run; auto takes an NPU, else a GPU, else the CPU."""
+    distributed_backend: Literal["auto", "nccl", "gloo", "hccl"] = "auto"
+    """Collectives; nccl in a recipe means the device's own (gloo, nccl, hccl)."""
+    use_flash_attn: bool = False
+    """Attention without s x s scores; always on here (torch SDPA), accepted for the recipes."""
+    use_fused_rmsnorm: bool = False
+    """RMSNorm by the device's fused kernel, where there is one."""
+    use_fused_rotary_pos_emb: bool = False
+    """Rotary embedding by the device's fused kernel, where there is one."""
+    mlp_layer_fusion: bool = False
+    """SwiGLU by the device's fused kernel, where there is one."""
+    max_skipped_steps: int = 10
+    """Stop after this many skipped (overflowed or NaN) iterations in a row."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything a training run is."""
+
+    model: ModelConfig
+    parallel: ParallelConfig
+    optim: OptimConfig
+    data: DataConfig
+    train: TrainConfig
+
+
+def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
+    """Vocabulary rows after padding to a multiple of `make_vocab_size_divisible_by` x tensor-parallel size."""
+    multiple = parallel.make_vocab_size_divisible_by * parallel.tensor_model_parallel_size
+    return -(-model.vocab_size // multiple) * multiple
+
+
+def to_dict(run: Any) -> dict[str, Any]:
+    """A JSON-able dictionary of a config dataclass; `from_dict` reads it back."""
+    return dataclasses.asdict(run)
+
+
+def from_dict(values: dict[str, Any]) -> Run:
+    """The `Run` that `to_dict` wrote. Raises `UserError` on a key that is not known."""
+    groups = {"model": ModelConfig, "parallel": ParallelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig}
+    try:
+        parts = {name: group(**values[name]) for name, group in groups.items()}
+    except (KeyError, TypeError) as error:
+        raise UserError(f"run.json is not one of this version: {error}") from error
+    data = parts["data"]
+    return Run(**parts | {"data": dataclasses.replace(data, data_path=tuple(data.data_path))})

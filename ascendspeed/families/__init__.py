@@ -1,0 +1,35 @@
+"""The model families, one declarative entry each. To add one, write its entry and name it here."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families.family import Family, Row
+from ascendspeed.families.internlm import INTERNLM
+from ascendspeed.families.llama import LLAMA
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (INTERNLM, LLAMA)}
+PRESETS: dict[str, ModelConfig] = {
+    f"{family.name}-{size}": config for family in FAMILIES.values() for size, config in family.presets.items()
+}
+
+
+def preset(name: str) -> ModelConfig:
+    """The architecture of `--model NAME`. Raises `UserError` with the nearest name."""
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, 0)
+        raise UserError(f"unknown model {name!r}; did you mean {near[0]}? There are: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def family_of(config_json: Mapping[str, Any]) -> Family:
+    """The family that a config.json names by its `model_type`. Raises `UserError` for one that is not known."""
+    name = config_json.get("model_type")
+    if name not in FAMILIES:
+        raise UserError(f"config.json: model_type {name!r} is not supported; there are: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+__all__ = ["FAMILIES", "PRESETS", "Family", "Row", "family_of", "preset"]

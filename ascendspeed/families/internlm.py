@@ -1,0 +1,47 @@
+"""InternLM v1: Llama with biases on q, k, v and o (7B, 65B) and dynamic NTK rope."""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key
+from ascendspeed.families.llama import KEYS, ROWS
+
+BASE = ModelConfig("internlm", rope_scaling_type="dynamic")  # the 7B; its values are the defaults of ModelConfig
+
+INTERNLM = Family(
+    name="internlm",
+    architecture="InternLMForCausalLM",
+    keys=(
+        *(key for key in KEYS if key.theirs not in ("num_key_value_heads", "head_dim")),
+        Key("bias", ("add_qkv_bias", "add_dense_bias"), True),
+    ),
+    rows=ROWS,
+    fixed={"hidden_act": "silu"},
+    rope="rotary",
+    rope_default={"base": 10000, "type": "dynamic"},
+    presets={
+        "7b": BASE,
+        "20b": replace(
+            BASE,
+            num_layers=60,
+            hidden_size=5120,
+            ffn_hidden_size=13824,
+            num_attention_heads=40,
+            max_position_embeddings=4096,
+            add_qkv_bias=False,
+            add_dense_bias=False,
+        ),
+        "65b": replace(
+            BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64, rope_scaling_type="none"
+        ),
+        "tiny": replace(
+            BASE,
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=352,
+            num_attention_heads=8,
+            vocab_size=2048,
+            max_position_embeddings=256,
+        ),
+    },
+)

@@ -1,0 +1,49 @@
+"""Llama: the entry that the InternLM families extend."""
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key, Row
+
+ATTENTION, MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
+LAYER = "model.layers.{l}."
+QKV = tuple(LAYER + f"self_attn.{x}_proj." for x in "qkv")
+
+KEYS = (
+    Key("num_hidden_layers", ("num_layers",)),
+    Key("hidden_size", ("hidden_size",)),
+    Key("intermediate_size", ("ffn_hidden_size",)),
+    Key("num_attention_heads", ("num_attention_heads",)),
+    Key("num_key_value_heads", ("num_query_groups",), None),
+    Key("head_dim", ("kv_channels",), None),
+    Key("vocab_size", ("vocab_size",)),
+    Key("max_position_embeddings", ("max_position_embeddings",), 2048),
+    Key("rms_norm_eps", ("norm_epsilon",), 1e-6),
+    Key("tie_word_embeddings", ("tie_embeddings",), False),
+    Key("initializer_range", ("init_method_std",), 0.02),
+)
+
+ROWS = (
+    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split="vocab"),
+    Row("decoder.layers.{l}.input_layernorm.weight", (LAYER + "input_layernorm.weight",)),
+    Row(ATTENTION + "linear_qkv.weight", tuple(x + "weight" for x in QKV), "qkv", "rows"),
+    Row(ATTENTION + "linear_qkv.bias", tuple(x + "bias" for x in QKV), "qkv", "rows", when="add_qkv_bias"),
+    Row(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), split="columns"),
+    Row(ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), when="add_dense_bias"),
+    Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
+    Row(MLP + "linear_fc1.weight", (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"), "glu", "rows"),
+    Row(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), split="columns"),
+    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    Row("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
+)
+
+LLAMA = Family(
+    name="llama",
+    architecture="LlamaForCausalLM",
+    keys=(*KEYS, Key("attention_bias", ("add_qkv_bias", "add_dense_bias"), False)),
+    rows=ROWS,
+    fixed={"hidden_act": "silu", "mlp_bias": False},
+    presets={
+        "7b": ModelConfig(
+            "llama", vocab_size=32000, max_position_embeddings=4096, norm_epsilon=1e-5, add_qkv_bias=False, add_dense_bias=False
+        ),
+    },
+)

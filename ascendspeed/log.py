@@ -1,0 +1,209 @@
+"""The one format of a training log line, in Megatron's look: writes it and parses it back. And who writes it where. No torch."""
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from ascendspeed.errors import UserError
+
+
+@dataclass(frozen=True)
+class TrainLine:
+    """One interval of training. What is None is not known, and is left out of the line."""
+
+    time: str
+    """Local time, `YYYY-MM-DD hh:mm:ss`."""
+    iteration: int
+    train_iters: int
+    samples: int | None = None
+    """Consumed since the start of the whole run, as are tokens."""
+    tokens: int | None = None
+    ms_per_iteration: float | None = None
+    tokens_per_s: float | None = None
+    """Per device, as are TFLOP/s."""
+    tflops: float | None = None
+    mfu: float | None = None
+    """Share of the device's peak, 0 to 1."""
+    lr: float | None = None
+    global_batch_size: int | None = None
+    loss: float | None = None
+    """Mean over the interval's counted tokens; NaN when no iteration counted."""
+    loss_scale: float | None = None
+    grad_norm: float | None = None
+    skipped: int | None = None
+    """Skipped iterations of the interval, as are NaN ones."""
+    nans: int | None = None
+    memory_gib: float | None = None
+    """Peak on the device (rank 0)."""
+    seconds_left: int | None = None
+
+
+@dataclass(frozen=True)
+class EvalLine:
+    """One evaluation."""
+
+    iteration: int
+    loss: float
+    """Mean over the counted tokens."""
+    split: str = "validation"
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.inf if self.loss > 709 else math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class _Field:
+    label: str
+    name: str
+    write: Callable[[Any], str]
+    read: Callable[[str], Any] = float
+
+
+def _hms(seconds: int) -> str:
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _seconds(text: str) -> int:
+    h, m, s = text.split(":")
+    return int(h) * 3600 + int(m) * 60 + int(s)
+
+
+def _unit(unit: str) -> Callable[[str], float]:
+    return lambda text: float(text.removesuffix(unit))
+
+
+FIELDS = (
+    _Field("consumed samples", "samples", "{:12d}".format, int),
+    _Field("consumed tokens", "tokens", "{:14d}".format, int),
+    _Field("elapsed time per iteration (ms)", "ms_per_iteration", "{:.1f}".format),
+    _Field("tokens/s/device", "tokens_per_s", "{:.1f}".format),
+    _Field("TFLOP/s/device", "tflops", "{:.3f}".format),
+    _Field("MFU", "mfu", "{:.2%}".format, lambda text: float(text.removesuffix("%")) / 100),
+    _Field("learning rate", "lr", "{:.6E}".format),
+    _Field("global batch size", "global_batch_size", "{:5d}".format, int),
+    _Field("lm loss", "loss", "{:.8E}".format),  # 9 digits: every fp32 loss comes back exactly
+    _Field("loss scale", "loss_scale", "{:.1f}".format),
+    _Field("grad norm", "grad_norm", "{:.6f}".format),
+    _Field("number of skipped iterations", "skipped", "{:3d}".format, int),
+    _Field("number of nan iterations", "nans", "{:3d}".format, int),
+    _Field("memory", "memory_gib", "{:.2f} GiB".format, _unit(" GiB")),
+    _Field("time left", "seconds_left", _hms, _seconds),
+)
+_BY_LABEL = {field.label: field for field in FIELDS}
+_TRAIN = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +(\d+)/ *(\d+) \|(.*)\|\s*$")
+_EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
+
+
+def format(line: TrainLine | EvalLine) -> str:
+    """The text of a line, without a newline."""
+    if isinstance(line, EvalLine):
+        numbers = f"lm loss value: {line.loss:.8E} | lm loss PPL: {line.perplexity:.6E}"
+        return f" {line.split} loss at iteration {line.iteration} | {numbers} |"
+    values = ((field, getattr(line, field.name)) for field in FIELDS)
+    texts = (f"{field.label}: {field.write(value)} |" for field, value in values if value is not None)
+    return " ".join([f" [{line.time}] iteration {line.iteration:8d}/{line.train_iters:8d} |", *texts])
+
+
+def parse(text: str) -> TrainLine | EvalLine | None:
+    """The line that `format` wrote, to the digits that stand there; None when `text` is no such line, or is cut off.
+
+    Labels that are not ours are passed over, so that Megatron-LM's own logs are read as well.
+    """
+    try:
+        if match := _EVAL.search(text):
+            return EvalLine(int(match[2]), float(match[3]), match[1])
+        if match := _TRAIN.search(text):
+            pairs = (part.partition(":") for part in match[4].split("|"))
+            found = {_BY_LABEL[k.strip()]: v.strip() for k, _, v in pairs if k.strip() in _BY_LABEL}
+            return TrainLine(match[1], int(match[2]), int(match[3]), **{f.name: f.read(v) for f, v in found.items()})
+    except ValueError:
+        pass
+    return None
+
+
+def read(path: str | Path) -> Iterator[TrainLine | EvalLine]:
+    """The lines of a log file, in order; everything else in it is passed over. Raises `UserError` if it cannot be read."""
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            yield from (line for line in map(parse, file) if line is not None)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this log: {error.strerror}") from error
+
+
+class Logger:
+    """Says things once: on rank 0, to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
+
+    def __init__(self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None) -> None:
+        """Makes the folders. Raises `UserError` when they cannot be written, or when TensorBoard is wanted and missing."""
+        self.speaks = rank == 0
+        self._file = _append(Path(log_dir) / "train.log") if log_dir and self.speaks else None
+        self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.speaks else None
+
+    def say(self, text: str) -> None:
+        """One line of text. A log file that can no longer be written is given up with a warning: training is worth more."""
+        if not self.speaks:
+            return
+        print(text, flush=True)
+        try:
+            if self._file:
+                self._file.write(text + "\n")
+        except OSError as error:
+            print(f"warning: {self._file.name}: {error.strerror}; no more is written there", flush=True)
+            self._file = None
+
+    def line(self, line: TrainLine | EvalLine) -> None:
+        """One formatted line, and its numbers to TensorBoard."""
+        self.say(format(line))
+        for tag, value in _scalars(line) if self._board else ():
+            self._board.add_scalar(tag, value, line.iteration)
+
+    def close(self) -> None:
+        """Flushes and closes; saying something afterwards still reaches stdout."""
+        for sink in (self._file, self._board):
+            if sink:
+                sink.close()
+        self._file = self._board = None
+
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
+    if isinstance(line, EvalLine):
+        yield f"lm loss {line.split}", line.loss
+        return
+    for label, value in ((f.label, getattr(line, f.name)) for f in FIELDS if f.name != "seconds_left"):
+        if value is not None:
+            yield label, value
+
+
+def _append(path: Path) -> TextIO:
+    """Opens for appending, line-buffered; what a killed run left half a line of is ended first."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
+        file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the Logger
+    except OSError as error:
+        raise UserError(f"{path}: cannot write the log: {error.strerror}; choose another --log-dir") from error
+    if torn:
+        file.write("\n")
+    return file
+
+
+def _tensorboard(folder: str | Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(folder))
+    except ImportError as error:
+        raise UserError("--tensorboard-dir needs TensorBoard: pip install tensorboard") from error
+    except OSError as error:
+        raise UserError(f"--tensorboard-dir {folder}: {error.strerror}") from error

@@ -1,0 +1,166 @@
+"""Real text for the quickstart, without a network: the docstrings of the installed Python standard library.
+
+    python examples/intern/make_quickstart_data.py --output-dir DIR [--rows 3000] [--vocab-size 2048]
+
+writes, the same bytes every time on the same Python:
+
+    DIR/train.parquet       Alpaca-shaped rows: instruction, input, output
+    DIR/heldout.parquet     the same from other modules, about one row in twenty
+    DIR/heldout.txt         their outputs as plain text
+    DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's), tokenizer_config.json, special_tokens_map.json
+    DIR/made.json           how it was made; written last, so what it lies beside is whole and is reused
+
+The sources are parsed, never imported. As a library: `make(output_dir, rows, vocab_size) -> Path`.
+"""
+
+import ast
+import hashlib
+import io
+import json
+import platform
+import sysconfig
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ascendspeed import errors, flags
+from ascendspeed.errors import UserError
+
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+HELD_OUT_EVERY = 20  # modules
+DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
+KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
+
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this script."""
+
+    output_dir: Path
+    """Where to write."""
+    rows: int = 3000
+    """Training rows."""
+    vocab_size: int = 2048
+    """Pieces of the tokenizer."""
+
+
+def modules() -> list[Path]:
+    """Sources of the standard library, well mixed and always in the same order."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = (p.relative_to(root) for p in root.rglob("*.py"))
+    kept = (p for p in found if not SKIPPED.intersection(p.parts))
+    return [root / p for p in sorted(kept, key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())]
+
+
+def rows_of(path: Path, module: str) -> Iterator[Row]:
+    """One row per documented function and class of a source file; none when it cannot be parsed."""
+    try:
+        source = path.read_text("utf-8")
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, OSError):
+        return
+    for node in ast.walk(tree):
+        doc = ast.get_docstring(node) if type(node) in KINDS else None
+        if doc and len(doc) in DOC_CHARS:
+            node.body = node.body[1:] or [ast.Pass()]  # the code without its docstring
+            code = ast.unparse(node)
+            yield {
+                "instruction": f"Document the {KINDS[type(node)]} {node.name} of Python's module {module}.",
+                "input": code if len(code) <= CODE_CHARS else "",
+                "output": doc,
+            }
+
+
+def collect(wanted: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows); a module is in one of them only. Raises `UserError` if the library has too few."""
+    root, train, held_out = Path(sysconfig.get_paths()["stdlib"]), [], []
+    for number, path in enumerate(modules()):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        (train if number % HELD_OUT_EVERY else held_out).extend(rows_of(path, name))
+        if len(train) >= wanted and held_out:
+            return train[:wanted], held_out
+    raise UserError(f"--rows {wanted}: the standard library in {root} has only {len(train)} documented rows; ask for fewer")
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
+    """A tokenizer.model made like InternLM's: BPE, byte fallback, digits alone, text taken as it is; unk 0, bos 1, eos 2."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            character_coverage=0.9999,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            max_sentence_length=1 << 16,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,  # so that the same text gives the same pieces
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise UserError(f"--vocab-size {vocab_size} does not fit this text: {reason}") from error
+    return model.getvalue()
+
+
+def write_tokenizer(folder: Path, model: bytes) -> None:
+    """A Hugging Face directory around `tokenizer.model`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = SPECIAL | {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": False}
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}, indent=2) + "\n")
+    (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL, indent=2) + "\n")
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """Parquet in several row groups, as a real corpus has them."""
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=1000)
+
+
+def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
+    """Makes everything in `output_dir`, or reuses what the same settings made. Returns the folder."""
+    made = {"rows": rows, "vocab_size": vocab_size, "python": platform.python_version()}
+    record = output_dir / "made.json"
+    if record.is_file() and json.loads(record.read_text()) == made:
+        print(f"reusing {output_dir}: {made}", flush=True)
+        return output_dir
+    output_dir.mkdir(parents=True, exist_ok=True)
+    record.unlink(missing_ok=True)
+    train, held_out = collect(rows)
+    print(f"read {len(train)} training and {len(held_out)} held-out rows from the standard library", flush=True)
+    write_rows(output_dir / "train.parquet", train)
+    write_rows(output_dir / "heldout.parquet", held_out)
+    (output_dir / "heldout.txt").write_text("\n\n".join(row["output"] for row in held_out) + "\n", "utf-8")
+    write_tokenizer(output_dir / "tokenizer", train_tokenizer((text for row in train for text in row.values()), vocab_size))
+    print(f"trained a tokenizer of {vocab_size} pieces", flush=True)
+    record.write_text(json.dumps(made) + "\n")
+    return output_dir
+
+
+def main() -> None:
+    """The command line."""
+    options = flags.parse(Options, description=__doc__ or "")
+    if options.rows < 1:
+        raise UserError(f"--rows {options.rows}: at least 1 is needed")
+    print(f"wrote {make(options.output_dir, options.rows, options.vocab_size)}", flush=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,183 @@
+"""CPU, CUDA or Ascend NPU: the only file that names a device, and the only place where torch is adapted to one.
+
+`prepare` is called by `main()` before Megatron-core or DeepSpeed is imported. On CUDA it changes nothing; on an NPU it hands over
+to torch_npu's own `transfer_to_npu`; on a CPU it makes the `torch.cuda` of which Megatron-core speaks mean the CPU.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ascendspeed.errors import UserError
+
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device of this process."""
+
+    kind: str
+    """cpu, cuda or npu."""
+    index: int
+    """Local number of the device; 0 on a CPU."""
+    backend: str
+    """Of torch.distributed."""
+    name: str
+    """Of the hardware, as the driver gives it."""
+
+    @property
+    def torch(self) -> torch.device:
+        """The torch device."""
+        return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
+
+    def peak_memory(self) -> int:
+        """Peak bytes in use: of the device's allocator, or of the process on a CPU."""
+        if self.kind == "cpu":
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return getattr(torch, self.kind).max_memory_allocated()
+
+    def synchronize(self) -> None:
+        """Waits for the device's queue."""
+        if self.kind != "cpu":
+            getattr(torch, self.kind).synchronize()
+
+    def empty_cache(self) -> None:
+        """Gives memory back that the allocator keeps for later."""
+        if self.kind != "cpu":
+            getattr(torch, self.kind).empty_cache()
+
+
+def prepare(choice: str = "auto", backend: str = "auto") -> Device:
+    """Chooses the device and adapts torch to it; once per process, before megatron.core is imported.
+
+    `backend` "nccl" or "hccl" in a recipe means the device's own; "gloo" is taken at its word. Raises `UserError` when the device
+    that was asked for is not there.
+    """
+    kind = _choose(choice)
+    index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "npu":
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")  # acts on import: torch.cuda and nccl become npu and hccl
+    if kind == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise look for the hardware by itself
+        _cuda_is_cpu()
+    else:
+        count = getattr(torch, kind).device_count()
+        if index >= count:
+            raise UserError(f"local rank {index} has no {kind} device: this machine shows {count}; start fewer processes per node")
+        getattr(torch, kind).set_device(index)
+    name = _cpu_name() if kind == "cpu" else getattr(torch, kind).get_device_name(index)
+    return Device(kind, index, "gloo" if backend == "gloo" else BACKENDS[kind], name)
+
+
+def _choose(choice: str) -> str:
+    there = {"npu": importlib.util.find_spec("torch_npu") is not None, "cuda": torch.cuda.is_available(), "cpu": True}
+    if there["npu"] and choice in ("auto", "npu"):
+        importlib.import_module("torch_npu")  # gives torch its `npu`
+        there["npu"] = torch.npu.is_available()
+    if choice == "auto":
+        return next(kind for kind, is_there in there.items() if is_there)
+    if not there[choice]:
+        here = ", ".join(kind for kind, is_there in there.items() if is_there)
+        raise UserError(f"--device {choice}: no such device here (torch {torch.__version__} sees: {here})")
+    return choice
+
+
+def _cpu_name() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+
+
+@functools.cache
+def _cuda_is_cpu() -> None:
+    """Answers on the CPU the `torch.cuda` calls that Megatron-core makes (rope, RNG tracker, p2p, gradient buffers, clipping)."""
+    cpu, cuda, tensor = torch.device("cpu"), torch.cuda, torch.Tensor
+    cuda.current_device = lambda: cpu
+    cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
+    # One generator plays both the CPU's and the accelerator's. `_lazy_call` would queue the RNG tracker's set_state for ever.
+    cuda.manual_seed = torch.manual_seed
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
+    cuda.default_generators = {cpu: torch.default_generator}
+    cuda._lazy_call = lambda function, **_: function()
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    tensor.cuda = lambda self, *_, **__: self
+    type_ = tensor.type  # megatron-core compares param.type() with 'torch.cuda.FloatTensor'
+    tensor.type = lambda self, *a, **k: type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
+    for name in ("tensor", "zeros", "ones", "empty_like"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(make)
+    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = "cpu"
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        return make(*args, **kwargs)
+
+    return made
+
+
+def current() -> torch.device:
+    """The device on which this process builds its tensors; after `prepare`."""
+    here = torch.cuda.current_device()  # answered for every kind after `prepare`
+    return here if isinstance(here, torch.device) else torch.device("cuda", here)
+
+
+def rng_state() -> torch.Tensor:
+    """State of the device's random number generator."""
+    return torch.cuda.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Sets what `rng_state` gave."""
+    torch.cuda.set_rng_state(state)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A fused kernel that the device offers."""
+
+    source: str
+    """Package and function, for the log."""
+    call: Callable[..., Any]
+
+
+def fused(device: Device, operation: str) -> Fused | None:
+    """The device's fused kernel for `rms_norm(x, weight, eps)`, `rotary(x, cos, sin)` or `swiglu(x)`, if one is installed.
+
+    Shapes: x [s, b, ...]; rotary takes x [s, b, heads, d] and cos, sin [s, 1, 1, d]; swiglu takes [gate; up] in the last dimension.
+    """
+    maker = {"npu": _fused_npu, "cuda": _fused_liger}.get(device.kind)
+    return maker(operation) if maker else None
+
+
+def _fused_npu(operation: str) -> Fused | None:
+    npu = importlib.import_module("torch_npu")
+    return {
+        "rms_norm": Fused("torch_npu.npu_rms_norm", lambda x, weight, eps: npu.npu_rms_norm(x, weight, epsilon=eps)[0]),
+        "rotary": Fused("torch_npu.npu_rotary_mul", lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin)),
+        "swiglu": Fused("torch_npu.npu_swiglu", lambda x: npu.npu_swiglu(x, dim=-1)),
+    }[operation]
+
+
+def _fused_liger(operation: str) -> Fused | None:
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    if operation == "rms_norm":
+        norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return Fused("liger_kernel.ops.rms_norm", lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False))
+    if operation == "swiglu":
+        glu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
+        return Fused("liger_kernel.ops.swiglu", lambda x: glu.apply(*(half.contiguous() for half in x.chunk(2, -1))))
+    return None  # Liger's rotary wants [b, heads, s, d] and rotates q and k in place

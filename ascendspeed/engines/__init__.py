@@ -1,0 +1,47 @@
+"""The engines: one protocol, same loss. `deepspeed` is here; `megatron` (pipeline schedules, distributed optimizer) moves in beside it."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from ascendspeed.checkpoint import Checkpoint, Fragment
+from ascendspeed.data.dataset import Batch
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step."""
+
+    loss: float
+    """Mean over the counted tokens of the global batch; NaN or infinite as it came."""
+    tokens: int
+    """Counted tokens of the global batch."""
+    grad_norm: float | None
+    """Global norm before clipping."""
+    skipped: bool
+    """The gradients were not finite: nothing was updated."""
+    loss_scale: float
+
+
+class Engine(Protocol):
+    """What the training loop asks of an engine."""
+
+    def step(self, batches: list[Batch], lr: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches of one global batch, and one update at learning rate `lr`."""
+
+    def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Sum of the token losses over all ranks' batches, and the tokens that count; no update."""
+
+    def fragments(self) -> Iterator[Fragment]:
+        """What this rank owns of the optimizer: live views, for saving and for restoring."""
+
+    def scalars(self) -> dict[str, Any]:
+        """The engine's numbers that a checkpoint keeps (Adam's step, loss scaler)."""
+
+    def rng(self) -> dict[str, Tensor]:
+        """This rank's random number generators."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Takes weights, moments, scalars and (in the same layout) the generators from a checkpoint of any layout and engine."""

@@ -1,0 +1,330 @@
+"""DeepSpeed: ZeRO 0-3 with tensor and sequence parallel through Megatron's groups.
+
+The rules that the wiring keeps, each found by a wrong loss:
+- weights are in the module before `deepspeed.initialize`, later ones would be lost at the first step;
+- DeepSpeed does not sum the gradients of sequence-parallel parameters over the tensor-parallel ranks: a hook does;
+- the engine divides by the accumulation steps and the data-parallel size, so a micro-batch's loss is scaled by both, over the
+  global batch's counted tokens: the result is the mean over these, however they are spread.
+"""
+
+import importlib
+import json
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # importing it inside zero.Init fails
+import torch.distributed as dist
+from torch import Tensor
+
+from ascendspeed.checkpoint import Checkpoint, Fragment
+from ascendspeed.config import Run
+from ascendspeed.data.dataset import Batch
+from ascendspeed.device import Device
+from ascendspeed.engines import StepResult, generators
+from ascendspeed.errors import UserError
+from ascendspeed.kernels import Kernels
+from ascendspeed.model import gpt
+from ascendspeed.model.spec import transformer_config
+from ascendspeed.parallel import MPU, Grid
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tensors = Iterable[tuple[str, Tensor]]
+
+
+def ds_config(run: Run, world: int) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run; a `--deepspeed_config` file may add to it. Raises `UserError` when it contradicts."""
+    optim, train, parallel = run.optim, run.train, run.parallel
+    dp = world // parallel.tensor_model_parallel_size
+    derived: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
+        "gradient_clipping": optim.clip_grad,
+        "zero_optimization": {"stage": parallel.zero_stage},
+        "bf16": {"enabled": optim.bf16, "check_grad_overflow": True} if optim.bf16 else {"enabled": False},
+        "fp16": {"enabled": optim.fp16, "initial_scale_power": int(math.log2(optim.initial_loss_scale))}
+        if optim.fp16
+        else {"enabled": False},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    defaults: dict[str, Any] = {  # what a file may change
+        "zero_optimization": {
+            "overlap_comm": True,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": 500_000_000,
+            "allgather_bucket_size": 500_000_000,
+        },
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+    }
+    if parallel.zero_stage in (0, 3):
+        for name in ("allgather_bucket_size", "reduce_scatter"):
+            defaults["zero_optimization"].pop(name)
+    given = _read_json(parallel.deepspeed_config) if parallel.deepspeed_config else {}
+    _refuse_contradictions(derived, given, parallel.deepspeed_config)
+    return _merge(_merge(defaults, given), derived)
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        return json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--deepspeed_config {path}: {error}") from error
+
+
+def _refuse_contradictions(derived: dict[str, Any], given: dict[str, Any], path: str | None, where: str = "") -> None:
+    for key, value in given.items():
+        mine = derived.get(key)
+        if isinstance(mine, dict) and isinstance(value, dict):
+            _refuse_contradictions(mine, value, path, f"{where}{key}.")
+        elif key in derived and value not in (mine, "auto"):
+            raise UserError(
+                f"--deepspeed_config {path}: {where}{key} = {value!r}, but the flags make it {mine!r}; remove it there or change the flag"
+            )
+    if not where and (extra := {"optimizer", "scheduler"} & given.keys()):
+        raise UserError(
+            f"--deepspeed_config {path}: {', '.join(sorted(extra))} come from the flags (--lr, --adam-beta2 ...); remove them there"
+        )
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` wins; nested dictionaries are merged."""
+    both = below.keys() & above.keys()
+    return (
+        below | above | {k: _merge(below[k], above[k]) for k in both if isinstance(below[k], dict) and isinstance(above[k], dict)}
+    )
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW that can be told to leave an update out; ZeRO's own optimizers skip by themselves, stage 0 does not."""
+
+    overflow = False
+
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update, unless `overflow` is set."""
+        return None if self.overflow else super().step(closure)
+
+
+class DeepSpeedEngine:
+    """The DeepSpeed side of `engines.Engine`."""
+
+    def __init__(self, run: Run, grid: Grid, device: Device, config: dict[str, Any], kernels: Kernels, tensors: Tensors) -> None:
+        """Builds the model, fills it from `tensors` (our names, full tensors) and hands it to DeepSpeed."""
+        self.run, self.grid, self.device, self.stage = run, grid, device, run.parallel.zero_stage
+        deepspeed = _import(device)
+        module = self._build(deepspeed, config, kernels)
+        gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
+        self.deepspeed = deepspeed
+        gpt.fill(module, run.model, run.parallel, tensors, gather)
+        for parameter in module.parameters():
+            if getattr(parameter, "sequence_parallel", False):
+                parameter.register_hook(self._sum_over_tensor_parallel)
+        module.register_state_dict_post_hook(_drop_extra_state)
+        self.engine = deepspeed.initialize(
+            model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
+        )[0]
+        self.module, self.zero = module, self.engine.optimizer
+        self.cuts = gpt.cuts(run.model, run.parallel)
+
+    def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
+        run = self.run
+        groups = {"data_parallel_group": self.grid.dp_group} if self.grid.tp > 1 else {}
+        with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
+            return gpt.build(
+                run.model, run.parallel, transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
+            )
+
+    def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
+        return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+
+    def _sum_over_tensor_parallel(self, gradient: Tensor) -> Tensor:
+        gradient = gradient.clone()
+        dist.all_reduce(gradient, group=self.grid.tp_group)
+        return gradient
+
+    def _adamw(self, module: torch.nn.Module) -> AdamW:
+        """Two groups: no weight decay on biases and one-dimensional weights (Megatron's rule)."""
+        optim = self.run.optim
+        decay, plain = [], []
+        for name, parameter in module.named_parameters():
+            flat = name.endswith(".bias") or len(getattr(parameter, "ds_shape", parameter.shape)) == 1
+            (plain if flat else decay).append(parameter)
+        groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        return AdamW(groups, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
+
+    # ---------------------------------------------------------------- stepping
+
+    def step(self, batches: list[Batch], lr: float) -> StepResult:
+        """See `Engine.step`."""
+        self.engine.train()
+        for group in self.zero.param_groups:
+            group["lr"] = lr
+        tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches))
+        scale = self.grid.dp * len(batches) / max(tokens, 1.0)
+        total = 0.0
+        scale_used = self._loss_scale()
+        for i, batch in enumerate(batches):
+            loss_sum = self._loss_sum(batch)
+            total += float(loss_sum.detach())
+            self.engine.backward(loss_sum * scale)
+            if self.stage == 0 and i == len(batches) - 1:
+                norm = self._grad_norm()
+                self.zero.overflow = not math.isfinite(norm)
+            self.engine.step()
+        if self.stage:
+            norm = self.engine.get_global_grad_norm()
+        return StepResult(
+            loss=self._sum(total) / max(tokens, 1.0),
+            tokens=int(tokens),
+            grad_norm=None if norm is None else float(norm),
+            skipped=bool(self.zero.overflow),
+            loss_scale=scale_used,
+        )
+
+    @torch.no_grad()
+    def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """See `Engine.loss`."""
+        self.engine.eval()
+        total = tokens = 0.0
+        for batch in batches:
+            total += float(self._loss_sum(batch))
+            tokens += float(batch.loss_mask.sum())
+        return self._sum(total), int(self._sum(tokens))
+
+    def _loss_sum(self, batch: Batch) -> Tensor:
+        to = self.device.torch
+        losses = self.engine(batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to))
+        return (losses.float() * batch.loss_mask.to(to)).sum()
+
+    def _sum(self, value: float) -> float:
+        """Over the data-parallel ranks."""
+        number = torch.tensor(value, dtype=torch.float64, device=self.device.torch)
+        dist.all_reduce(number, group=self.grid.dp_group)
+        return float(number)
+
+    def _grad_norm(self) -> float:
+        """Stage 0: the global norm, every replicated gradient counted once."""
+        squares = torch.zeros((), dtype=torch.float64, device=self.device.torch)
+        for parameter in self.module.parameters():
+            if self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+                squares += parameter.grad.double().square().sum()
+        dist.all_reduce(squares, group=self.grid.tp_group)
+        return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.nan
+
+    def _loss_scale(self) -> float:
+        return float(getattr(self.zero, "loss_scale", 1.0)) if self.run.optim.fp16 else 1.0
+
+    # ---------------------------------------------------------------- checkpoint
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See `Engine.fragments`. ZeRO has flattened the parameters; every rank's pieces are found by name and flat start."""
+        for name, parameter in gpt.named_parameters(self.module).items():
+            cut = self.cuts[name]
+            for start, views in self._pieces(parameter):
+                holder = (self.grid.tp_rank, self.grid.tp) if cut.dim is None else (0, 1)
+                if self.stage == 0:  # every data-parallel rank holds all
+                    holder = (holder[0] * self.grid.dp + self.grid.dp_rank, holder[1] * self.grid.dp)
+                part = 0 if cut.dim is None else self.grid.tp_rank
+                for kind, view in zip(("master", *MOMENTS), views, strict=True):
+                    yield Fragment(name, kind, cut, part, start, view, holder)
+
+    def _pieces(self, parameter: torch.nn.Parameter) -> Iterator[tuple[int, list[Tensor]]]:
+        """(flat start within the parameter, [master, exp_avg, exp_avg_sq]) of what this rank owns of it."""
+        zero = self.zero
+        if self.stage == 0:
+            state = self._moments(parameter, parameter)
+            yield 0, [t.data.view(-1) for t in (parameter, *state)]
+        elif self.stage == 3:
+            group, offset, numel = zero.grad_position[zero.get_param_id(parameter)]
+            start = numel * dist.get_rank(parameter.ds_process_group)
+            numel = min(numel, max(0, parameter.ds_numel - start))  # the last piece is padded
+            if numel:
+                flat = zero.fp32_partitioned_groups_flat[group]
+                yield start, [t.data.narrow(0, offset, numel) for t in (flat, *self._moments(flat, flat))]
+        elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+            flat = self._flats()[mapping.param_group_index]
+            at = mapping.hp_fragment_address
+            yield (
+                mapping.lp_fragment_address.start,
+                [t.data.narrow(0, at.start, at.numel) for t in (flat, *self._moments(flat, flat))],
+            )
+
+    def _flats(self) -> list[Tensor]:
+        """fp32 masters of this rank, one flat tensor per parameter group."""
+        if self.stage == 3:
+            return self.zero.fp32_partitioned_groups_flat
+        bf16_optimizer = getattr(self.zero, "fp32_groups_flat_partition", None)  # what bf16 with fp32 accumulation gets at stage 1
+        return self.zero.single_partition_of_fp32_groups if bf16_optimizer is None else bf16_optimizer
+
+    def _torch_adamw(self) -> AdamW:
+        return self.zero if self.stage == 0 else self.zero.optimizer
+
+    def _moments(self, key: Tensor, like: Tensor) -> list[Tensor]:
+        """Adam's moments, made if the first step has not made them yet; a `step` of its own for each tensor, never shared."""
+        state = self._torch_adamw().state[key]
+        if "exp_avg" not in state:
+            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data))
+        return [state[kind] for kind in MOMENTS]
+
+    def scalars(self) -> dict[str, Any]:
+        """See `Engine.scalars`."""
+        states = list(self._torch_adamw().state.values())
+        values: dict[str, Any] = {"adam_step": int(states[0]["step"]) if states else 0}
+        if self.run.optim.fp16:
+            scaler = self.zero.loss_scaler
+            values["loss_scaler"] = {
+                k: getattr(scaler, k) for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+            }
+        return values
+
+    def rng(self) -> dict[str, Tensor]:
+        """See `Engine.rng`."""
+        return generators.state()
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.restore`."""
+        for fragment in self.fragments():
+            view = fragment.tensor
+            view.copy_(checkpoint.read(fragment.name, fragment.kind, fragment.cut, fragment.part, fragment.start, view.numel()))
+        scalars = checkpoint.state.engine
+        for state in self._torch_adamw().state.values():
+            state["step"].fill_(scalars["adam_step"])
+        if self.run.optim.fp16 and "loss_scaler" in scalars:
+            for name, value in scalars["loss_scaler"].items():
+                setattr(self.zero.loss_scaler, name, value)
+        self._publish()
+        if checkpoint.world == self.grid.world and checkpoint.run.parallel.tensor_model_parallel_size == self.grid.tp:
+            generators.restore(checkpoint.rng(self.grid.rank))
+
+    def _publish(self) -> None:
+        """Masters -> the weights that the forward pass uses; collective."""
+        if self.stage == 3:
+            for i in range(len(self.zero.fp32_partitioned_groups_flat)):
+                self.zero._reassign_or_swap_out_partitioned_parameters(i)
+        elif self.stage:
+            self.zero.update_lp_params()
+
+
+def _import(device: Device) -> Any:
+    """DeepSpeed, quiet, without the shared-memory op that it would compile on a CPU (25 s; it dies without ninja)."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.utils.logger.setLevel(logging.WARNING)
+    if device.kind == "cpu":
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
+    return deepspeed
+
+
+def _drop_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.endswith("_extra_state")]:
+        del state[name]

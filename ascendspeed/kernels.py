@@ -1,0 +1,50 @@
+"""The three small operations that fused kernels exist for: plain torch, or the device's own where a flag asks for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ascendspeed.device import Device, fused
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); x [..., h], weight [h]."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the halves of every head (arXiv 2104.09864, in the layout of Llama): x [s, b, heads, d]; cos, sin [s, 1, 1, d]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) · up (arXiv 2002.05202); x [..., 2f] holds [gate; up] -> [..., f]."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The operations in use, and where each comes from."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
+    swiglu: Callable[[Tensor], Tensor] = swiglu
+    sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
+
+    def __str__(self) -> str:
+        return ", ".join(f"{operation}: {source}" for operation, source in self.sources)
+
+
+def choose(device: Device, **wanted: bool) -> Kernels:
+    """`choose(device, rms_norm=True, ...)`: the device's fused kernel for each that is wanted and there, torch for the others."""
+    found = {name: fused(device, name) if want else None for name, want in wanted.items()}
+    sources = tuple(
+        (name, kernel.source if kernel else "torch (no fused kernel is installed for this device)" if wanted[name] else "torch")
+        for name, kernel in found.items()
+    )
+    return Kernels(**{name: kernel.call for name, kernel in found.items() if kernel}, sources=sources)

@@ -1,0 +1,1 @@
+"""The InternLM GPTModel: a thin layer on megatron-core."""

@@ -1,0 +1,113 @@
+"""Builds the GPTModel and fills it: from a stream of full tensors, cut for this rank, whatever the stream's source."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from zlib import crc32
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+
+from ascendspeed import weights
+from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.errors import UserError
+from ascendspeed.model.spec import Config, block_spec
+
+Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
+
+
+def build(model: ModelConfig, parallel: ParallelConfig, config: Config) -> GPTModel:
+    """This rank's part of the model, its weights not yet written (`fill`).
+
+    `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
+    of every token [b, s], computed on vocabulary shards.
+    """
+    padded = padded_vocab_size(model, parallel)
+    gpt = GPTModel(
+        config,
+        block_spec(config),
+        padded,
+        model.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        position_embedding_type="none",  # RotaryAttention rotates
+        share_embeddings_and_output_weights=model.tie_embeddings,
+    )
+    if gpt.post_process and padded > model.vocab_size:
+        first = parallel_state.get_tensor_model_parallel_rank() * (padded // parallel.tensor_model_parallel_size)
+        gpt.output_layer.register_forward_hook(_MaskPadding(model.vocab_size, first))
+    return gpt
+
+
+class _MaskPadding:
+    """Takes the rows of padding out of the softmax, and out of reach of a sampler: their logits become -1e9."""
+
+    def __init__(self, vocab_size: int, first: int) -> None:
+        self.vocab_size, self.first = vocab_size, first  # first row of this rank
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
+        logits = output[0]
+        gathered = logits.size(-1) == module.output_size
+        rows = max(0, self.vocab_size - (0 if gathered else self.first))
+        if rows < logits.size(-1):
+            logits[..., rows:].fill_(-1e9)  # in place: a copy would be the largest tensor of the step
+
+
+def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters by the names they have in the whole model: layers count from 0 over all pipeline stages."""
+    named = {}
+    for name, parameter in gpt.named_parameters():
+        parts = name.split(".")
+        if parts[:2] == ["decoder", "layers"]:
+            parts[2] = str(gpt.decoder.layers[int(parts[2])].layer_number - 1)
+        named[".".join(parts)] = parameter
+    return named
+
+
+def cuts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, weights.Cut]:
+    """How every parameter of the model is cut in this layout."""
+    tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
+    return {parameter.name: parameter.cut(tp, padded) for parameter in weights.parameters(model)}
+
+
+@torch.no_grad()
+def fill(
+    gpt: GPTModel,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    tensors: Iterable[tuple[str, Tensor]],
+    gather: Gather = lambda parameter: nullcontext(),
+) -> None:
+    """Writes this rank's part of every (name, full tensor) into the model.
+
+    `gather` makes a parameter whole for the time of writing (ZeRO-3). Raises `UserError` when a parameter of this rank got no tensor.
+    """
+    mine, cut, rank = named_parameters(gpt), cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
+    for name, full in tensors:
+        parameter = mine.pop(name, None)
+        if parameter is None:
+            continue  # another pipeline stage's
+        with gather(parameter):
+            if parameter.numel():
+                parameter.copy_(cut[name].part(full, rank))
+    if mine:
+        raise UserError(f"the weights lack {', '.join(sorted(mine)[:5])}" + (f" and {len(mine) - 5} more" if len(mine) > 5 else ""))
+
+
+def random_tensors(model: ModelConfig, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """Random weights that are the same for every layout: (name, full fp32 tensor), each from a generator of its own.
+
+    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1.
+    """
+    for parameter in weights.parameters(model):
+        if parameter.name.endswith(".bias"):
+            yield parameter.name, torch.zeros(parameter.shape, device=device)
+        elif len(parameter.shape) == 1:
+            yield parameter.name, torch.ones(parameter.shape, device=device)
+        else:
+            generator = torch.Generator(device).manual_seed(seed * 2**32 + crc32(parameter.name.encode()))
+            residual = parameter.row.split == "columns"
+            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if residual else 1)
+            yield parameter.name, torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

@@ -1,0 +1,37 @@
+"""Rotary position embedding: plain, linearly scaled, or dynamic NTK, from the architecture alone."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ascendspeed.config import ModelConfig
+
+
+@dataclass(eq=False)
+class Rope:
+    """Tables of cos and sin; one object serves every layer and keeps the tables of the last few lengths."""
+
+    model: ModelConfig
+    _tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+
+    def inverse_frequencies(self, length: int) -> Tensor:
+        """1 / base^(2i/d), fp32 [d/2]. Dynamic NTK, where length L exceeds the trained P:
+        base · ((f·L/P) - (f - 1))^(d/(d-2)), as in the original InternLM code and in Hugging Face's."""
+        model, d, base = self.model, self.model.head_dim, self.model.rotary_base
+        if model.rope_scaling_type == "dynamic" and length > model.max_position_embeddings:
+            factor = model.rope_scaling_factor
+            base *= (factor * length / model.max_position_embeddings - (factor - 1)) ** (d / (d - 2))
+        frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
+        return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
+
+    def tables(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin for positions 0 ... length - 1: [length, 1, 1, d] each, computed in fp32."""
+        key = (length, dtype, device)
+        if key not in self._tables:
+            if len(self._tables) >= 8:
+                self._tables.pop(next(iter(self._tables)))
+            angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), self.inverse_frequencies(length))
+            angles = torch.cat((angles, angles), -1)[:, None, None, :].to(device)
+            self._tables[key] = angles.cos().to(dtype), angles.sin().to(dtype)
+        return self._tables[key]

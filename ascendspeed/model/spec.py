@@ -1,0 +1,142 @@
+"""ModelConfig -> megatron-core's TransformerConfig and layer spec."""
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch import Tensor
+from torch.nn import functional as F
+
+from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.device import current
+from ascendspeed.kernels import Kernels
+from ascendspeed.model.attention import RotaryAttention
+from ascendspeed.model.rope import Rope
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class Config(TransformerConfig):
+    """Megatron-core's configuration and what our own modules read besides."""
+
+    kernels: Kernels = field(default_factory=Kernels)
+    rope: Rope | None = None
+    add_dense_bias: bool = False
+
+
+class RMSNorm(torch.nn.Module):
+    """RMSNorm that sequence parallel knows: its weight's gradient is summed over the tensor-parallel ranks."""
+
+    def __init__(self, config: Config, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=current()))
+        self.weight.sequence_parallel = config.sequence_parallel
+        self.eps, self.kernel = eps, config.kernels.rms_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h]."""
+        return self.kernel(x, self.weight, self.eps)
+
+
+class DenseLinear(RowParallelLinear):
+    """The attention's output projection, whose bias is a choice of its own; megatron-core ties it to that of the MLP."""
+
+    def __init__(self, *args: object, bias: bool, config: Config, **kwargs: object) -> None:
+        super().__init__(*args, bias=config.add_dense_bias, config=config, **kwargs)
+
+
+class SwiGLU(MLP):
+    """The gated MLP without megatron-core's detours: fc1 -> silu(gate) * up -> fc2."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(
+            config,
+            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            ffn_hidden_size=config.ffn_hidden_size,
+        )
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h]; the second value is the bias still to be added: none."""
+        return self.linear_fc2(self.config.kernels.swiglu(self.linear_fc1(hidden_states)[0]))
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, dtype: str = "fp32", kernels: Kernels | None = None
+) -> Config:
+    """Megatron-core's configuration of a run."""
+    kind = DTYPES[dtype]
+    full = train.recompute_granularity == "full"
+    return Config(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.kv_heads,
+        kv_channels=model.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        add_dense_bias=model.add_dense_bias,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        attention_dropout=train.attention_dropout,
+        hidden_dropout=train.hidden_dropout,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        recompute_granularity="full" if full else None,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+        params_dtype=kind,
+        pipeline_dtype=kind,
+        bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
+        # Every weight is written afterwards, from files or from a generator that knows no layout; megatron-core must still run its
+        # initialisation, because there it marks the tensor-parallel ones.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        kernels=kernels or Kernels(),
+        rope=Rope(model),
+    )
+
+
+def block_spec(config: Config) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage."""
+    layer = ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear, core_attention=RotaryAttention, linear_proj=DenseLinear
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=SwiGLU,
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight

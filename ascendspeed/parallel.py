@@ -1,0 +1,129 @@
+"""The rank grid: which ranks share a layer and which share the data, and the view of it that DeepSpeed wants."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.device import Device
+from ascendspeed.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place."""
+
+    rank: int
+    world: int
+    tp_rank: int
+    tp: int
+    dp_rank: int
+    dp: int
+
+    @property
+    def tp_group(self) -> Any:
+        """Process group of the ranks that share this rank's layers."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    @property
+    def dp_group(self) -> Any:
+        """Process group of the ranks that hold the same part of the model."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's (small, picklable) value, in rank order, on every rank."""
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check(model: ModelConfig, parallel: ParallelConfig, world: int) -> None:
+    """Raises `UserError` for a layout that the model or the world cannot take, before any process group exists."""
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world % (tp * pp):
+        raise UserError(f"{world} processes do not split into TP {tp} x PP {pp}; start a multiple of {tp * pp}")
+    for what, number in (("attention heads", model.num_attention_heads), ("MLP columns", model.ffn_hidden_size)):
+        if number % tp:
+            legal = ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
+            raise UserError(f"{number} {what} do not split over {tp} tensor-parallel ranks; choose one of {legal}")
+    if model.kv_heads % tp and tp % model.kv_heads:
+        raise UserError(f"{model.kv_heads} key/value heads do not split over {tp} tensor-parallel ranks, nor divide them")
+
+
+def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> Grid:
+    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the grid.
+
+    Also seeds every generator: the same seed outside tensor-parallel regions, one of its own inside them on each rank.
+    """
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        os.environ.setdefault(name, value)  # a plain `python pretrain_intern.py` is a world of one
+    if not dist.is_initialized():
+        alone = os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0"
+        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return Grid(
+        rank=dist.get_rank(),
+        world=dist.get_world_size(),
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp=parallel_state.get_tensor_model_parallel_world_size(),
+        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        dp=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    )
+
+
+def destroy() -> None:
+    """Leaves the process groups."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+class MPU:
+    """What DeepSpeed asks of an `mpu`, answered by Megatron's groups; bare `parallel_state` lacks half of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(parallel_state, name)
+
+    def get_model_parallel_group(self) -> Any:
+        """The tensor-parallel group: there are no pipeline stages under DeepSpeed."""
+        return parallel_state.get_tensor_model_parallel_group()
+
+    def get_model_parallel_world_size(self) -> int:
+        """Ranks in it."""
+        return parallel_state.get_tensor_model_parallel_world_size()
+
+    def get_model_parallel_rank(self) -> int:
+        """This rank in it."""
+        return parallel_state.get_tensor_model_parallel_rank()
+
+    def get_data_parallel_group(self) -> Any:
+        """Context-parallel ranks average gradients like data-parallel ones."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def get_data_parallel_world_size(self) -> int:
+        """Ranks in it."""
+        return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+
+    def get_data_parallel_rank(self) -> int:
+        """This rank in it."""
+        return parallel_state.get_data_parallel_rank(with_context_parallel=True)

@@ -1,6 +1,7 @@
 """The one format of a training log line, in Megatron's look: writes it and parses it back. And who writes it where. No torch."""
 
 import math
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -189,8 +190,9 @@ def _append(path: Path) -> TextIO:
     """Opens for appending, line-buffered; what a killed run left half a line of is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torn = path.exists() and path.stat().st_size and path.read_bytes()[-1:] != b"\n"
         file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the Logger
+        with open(path, "rb") as written:
+            torn = written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) and written.read() != b"\n"
     except OSError as error:
         raise UserError(f"{path}: cannot write the log: {error.strerror}; choose another --log-dir") from error
     if torn:

@@ -57,7 +57,10 @@ def parameters_per_device(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
-    """FLOPs of one trained token, forward and backward: 6 per weight that multiplies, plus causal attention. Recomputation not counted."""
+    """FLOPs of one trained token, forward and backward: 6 per weight that multiplies, and causal attention.
+
+    Recomputation is not counted: it is no useful work.
+    """
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
     layer = 2 * h * q + 2 * h * kv + 3 * h * model.ffn_hidden_size
     return 6.0 * (model.num_layers * layer + h * model.vocab_size) + 6.0 * model.num_layers * q * seq_length

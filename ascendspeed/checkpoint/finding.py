@@ -1,0 +1,112 @@
+"""Finds the newest checkpoint that is whole. All ranks call this together and get the same answer."""
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ascendspeed.checkpoint import manifest
+from ascendspeed.checkpoint.loading import Checkpoint
+from ascendspeed.errors import UserError
+
+Gather = Callable[[list[str]], list[str]]
+"""Takes this rank's texts, returns those of all ranks, rank after rank, the same on every rank."""
+
+STEP = re.compile(r"step_\d{7,}")
+
+
+def _alone(mine: list[str]) -> list[str]:
+    return mine
+
+
+def looks_like_checkpoint(path: str | Path) -> bool:
+    """Whether a path holds, or is, a training checkpoint of ours, be it whole or damaged. Looks at names only."""
+    path = Path(path)
+    return (path / manifest.NAME).exists() or bool(STEP.fullmatch(path.name) and path.is_dir()) or bool(_steps(path))
+
+
+def open_checkpoint(
+    path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Callable[[str], None] = print
+) -> Checkpoint:
+    """The checkpoint in a step's folder, or the newest good one in a folder of steps, verified.
+
+    Raises `UserError` when there is none, or when the step that was asked for is damaged.
+    """
+    path = Path(path)
+    if not ((path / manifest.NAME).exists() or STEP.fullmatch(path.name)):
+        if (found := find(path, rank, world, gather, say)) is None:
+            raise UserError(f"{path}: no training checkpoint lies there (no step_* folder)")
+        return found
+    checkpoint, wrong = _examine(path, rank, world, gather)
+    if checkpoint is None:
+        raise UserError(f"{path} is damaged: {'; '.join(wrong)}")
+    return checkpoint
+
+
+def find(
+    save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Callable[[str], None] = print
+) -> Checkpoint | None:
+    """The checkpoint that `latest` names, or else the next older good one, with a warning that names what is wrong.
+
+    `say` is called on every rank with the same texts: let only one print. Returns None when nothing lies there at all.
+    Raises `UserError` when something does and nothing of it is good, or when the ranks do not see the same files.
+    """
+    folder = Path(save_dir)
+    latest, steps = _latest(folder), _steps(folder)
+    if len(seen := set(gather([f"{latest} {sorted(steps)}"]))) > 1:
+        raise UserError(
+            f"{folder}: the ranks do not see the same files there; use storage that all nodes share ({len(seen)} views)"
+        )
+    if not steps:
+        if latest is None or (latest and not STEP.fullmatch(latest)):
+            return None
+        raise UserError(f"{folder}/latest {f'names {latest}' if latest else 'is empty'}, but no step_* folder lies there")
+    order = _order(folder, latest, sorted(steps, reverse=True), say)
+    wrongs = []
+    for name in order:
+        began = time.monotonic()
+        checkpoint, wrong = _examine(steps[name], rank, world, gather)
+        if checkpoint is not None:
+            size, seconds = manifest.size(steps[name]) / 2**30, time.monotonic() - began
+            say(f"verified {steps[name]}: {size:.2f} GiB in {seconds:.1f} s")
+            return checkpoint
+        wrongs.append(f"{steps[name]} is damaged: {'; '.join(wrong)}")
+        say(f"warning: {wrongs[-1]}; trying the next one")
+    raise UserError(f"{folder}: no checkpoint there is whole: {' | '.join(wrongs)}")
+
+
+def _latest(folder: Path) -> str | None:
+    """What `latest` says; None when there is no such file."""
+    try:
+        return (folder / "latest").read_bytes().decode(errors="replace").strip()
+    except OSError:
+        return None
+
+
+def _steps(folder: Path) -> dict[str, Path]:
+    """Step -> folder. One that was being replaced when the save was killed still lies under its other name."""
+    found = {p.name[1 : -len(".old")]: p for p in folder.glob(".step_*.old")}
+    found |= {p.name: p for p in folder.glob("step_*")}
+    return {name: p for name, p in found.items() if STEP.fullmatch(name) and p.is_dir()}
+
+
+def _order(folder: Path, latest: str | None, newest_first: list[str], say: Callable[[str], None]) -> list[str]:
+    """Steps in the order in which to try them: what `latest` names, the older ones, and at last the newer ones."""
+    if latest in newest_first:
+        at = newest_first.index(latest)
+        return newest_first[at:] + newest_first[:at]
+    wrong = "is missing" if latest is None else "is empty" if not latest else f"says {latest[:80]!r}, which is not there"
+    say(f"warning: {folder}/latest {wrong}; taking the newest step that is whole")
+    return newest_first
+
+
+def _examine(path: Path, rank: int, world: int, gather: Gather) -> tuple[Checkpoint | None, list[str]]:
+    """Opens and verifies; what any rank finds wrong, all know."""
+    checkpoint, mine = None, manifest.problems(path, rank, world)
+    if not mine:
+        try:
+            checkpoint = Checkpoint(path)
+        except UserError as error:
+            mine = [str(error)]
+    wrong = list(dict.fromkeys(gather(mine)))
+    return (None, wrong) if wrong else (checkpoint, [])

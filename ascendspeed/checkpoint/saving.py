@@ -1,0 +1,216 @@
+"""Saves a training checkpoint: every rank writes what it owns at the same time; rank 0 publishes the whole, or nothing."""
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ascendspeed import config
+from ascendspeed.checkpoint import files, manifest
+from ascendspeed.checkpoint.loading import RNG, Index, shard_name
+from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
+from ascendspeed.config import Run
+from ascendspeed.errors import UserError
+
+SLACK = 64 << 20
+"""Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
+
+
+def step_name(step: int) -> str:
+    """Folder of a step."""
+    return f"step_{step:07}"
+
+
+def save(
+    folder: str | Path,
+    state: TrainState,
+    run: Run,
+    fragments: Iterable[Fragment],
+    rng: Mapping[str, Tensor],
+    rank: int,
+    world: int,
+    barrier: Callable[[], None],
+    keep: int | None = None,
+) -> Path:
+    """Writes `folder`/step_XXXXXXX and points `folder`/latest at it; every rank calls this with its own fragments.
+
+    What exists is not touched until the new checkpoint is whole and on the disk. `keep`: how many of the newest steps up to
+    this one to keep. Raises the same `UserError` on every rank when a rank could not write, or the disk is too small.
+    """
+    team = _Team(Path(folder), step_name(state.step), rank, world, barrier)
+    shard: files.Shard | None = None
+
+    def announce() -> dict[str, Any]:
+        nonlocal shard
+        team.enter()
+        shard = _shard(fragments, rng, {"step": str(state.step), "world": str(world), "rank": str(rank)})
+        return {"size": shard.size}
+
+    def write() -> dict[str, Any]:
+        return {"size": shard.size, "sha256": shard.write(team.shard)}
+
+    try:
+        team.together("size", announce, lambda reports: _check_space(team, sum(r["size"] for r in reports)))
+        team.together("written", write, lambda reports: _publish(team, state, run, reports, keep))
+    except BaseException:
+        team.shard.unlink(missing_ok=True)
+        raise
+    return team.final
+
+
+def _shard(fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]) -> files.Shard:
+    tensors, cuts = {}, {}
+    for fragment in fragments:
+        if (piece := owned(fragment)) is None:
+            continue
+        address, view = piece
+        if tensors.setdefault(str(address), view) is not view:
+            raise ValueError(f"two fragments at {address}")
+        cuts[fragment.name] = dataclasses.asdict(fragment.cut)
+    tensors |= {f"{RNG}|{name}": t for name, t in rng.items()}
+    return files.Shard(tensors, metadata | {"cuts": json.dumps(cuts)})
+
+
+@dataclass(frozen=True)
+class _Team:
+    """The ranks of one save. They speak through small files in the temporary folder: no collective but the barrier."""
+
+    folder: Path
+    name: str
+    rank: int
+    world: int
+    barrier: Callable[[], None]
+
+    @property
+    def final(self) -> Path:
+        return self.folder / self.name
+
+    @property
+    def temporary(self) -> Path:
+        return self.folder / f".{self.name}.tmp"
+
+    @property
+    def shard(self) -> Path:
+        return self.temporary / shard_name(self.rank, self.world)
+
+    def report(self, about: str, rank: int) -> Path:
+        return self.temporary / f"{rank:05}.{about}"
+
+    def enter(self) -> None:
+        """Makes the temporary folder; what a killed save left is gone, or will be overwritten."""
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        if self.rank == 0:
+            _tidy(self.folder, self.temporary)
+        for old in (self.report("size", self.rank), self.report("written", self.rank), self.shard):
+            old.unlink(missing_ok=True)
+
+    def together(self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
+        failed, mine = self.temporary / f"failed.{about}", None
+        try:
+            if self.rank == 0:
+                failed.unlink(missing_ok=True)
+            report = work()
+        except Exception as error:  # whatever it is, the others must not wait for this rank
+            mine, report = error, {"error": _reason(error)}
+        try:
+            self.report(about, self.rank).write_text(json.dumps(report))
+        except OSError as error:
+            mine = mine or error
+        self.barrier()
+        if self.rank == 0:
+            try:
+                judge(self._reports(about))
+            except (UserError, OSError) as error:
+                _mark(failed, f"{self.final} was not saved: {_reason(error)}")
+        self.barrier()
+        if failed.exists():
+            raise UserError(failed.read_text() or f"{self.final} was not saved: a rank could not write") from mine
+        if mine:
+            raise mine
+
+    def _reports(self, about: str) -> list[dict[str, Any]]:
+        reports = []
+        for rank in range(self.world):
+            try:
+                reports.append(json.loads(self.report(about, rank).read_text()))
+            except (OSError, ValueError):
+                raise UserError(f"rank {rank} could not report (is {self.folder} on storage that all nodes share?)") from None
+            if "error" in reports[-1]:
+                raise UserError(f"rank {rank}: {reports[-1]['error']}")
+        return reports
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'writing'}: {error.strerror}"
+    return str(error) or repr(error)
+
+
+def _mark(failed: Path, text: str) -> None:
+    """An empty mark says as much as the others need, on a disk that takes no more."""
+    try:
+        failed.write_text(text)
+    except OSError:
+        failed.touch()
+
+
+def _check_space(team: _Team, size: int) -> None:
+    free = shutil.disk_usage(team.temporary).free
+    if size + SLACK > free:
+        gib = f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+        raise UserError(f"{gib} in {team.folder}; free some space or choose another --save")
+
+
+def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, Any]], keep: int | None) -> None:
+    """Checks that the shards make a whole, writes what is written last, and puts it in place."""
+    temporary, final = team.temporary, team.final
+    Index(temporary, state.step, team.world)
+    listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
+    texts = {"run.json": config.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
+    for name, values in texts.items():
+        files.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
+        listed[name] = {"size": (temporary / name).stat().st_size, "sha256": files.digest(temporary / name)}
+    files.write_text(temporary / manifest.NAME, manifest.text(state.step, listed))
+    for path in temporary.iterdir():
+        if path.name not in listed and path.name != manifest.NAME:
+            path.unlink()
+    files.sync_folder(temporary)
+    point = files.stage_text(team.folder / "latest", final.name + "\n")
+    replaced = team.folder / f".{final.name}.old"
+    if final.exists():
+        os.rename(final, replaced)  # `find` knows this name, should we be killed before the next line
+    os.rename(temporary, final)
+    files.sync_folder(team.folder)
+    point()
+    shutil.rmtree(replaced, ignore_errors=True)
+    if keep:
+        _prune(team.folder, final.name, keep)
+
+
+def _prune(folder: Path, newest: str, keep: int) -> None:
+    """Removes all but the `keep` newest steps up to `newest`; later ones, of a run that was given up, are left alone."""
+    steps = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest)
+    for name in steps[:-keep]:
+        gone = folder / f".{name}.tmp"
+        os.rename(folder / name, gone)  # a removal that is cut short must not look like a damaged checkpoint
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _tidy(folder: Path, current: Path) -> None:
+    """Removes what killed saves left behind, and ends a replacement that was cut short."""
+    for path in folder.glob(".step_*.tmp"):
+        if path != current:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(".step_*.old"):
+        if (final := folder / path.name[1 : -len(".old")]).exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            os.rename(path, final)

@@ -147,8 +147,6 @@ class DataConfig:
     """Tokens per sample."""
     data_cache_path: str | None = None
     """Folder for index caches; None: beside the data."""
-    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
-    """The tokenizer is that of a Hugging Face directory."""
     tokenizer_name_or_path: str | None = None
     """Directory with tokenizer.model or tokenizer.json."""
 
@@ -195,8 +193,6 @@ class TrainConfig:
     """Where to run; auto takes an NPU, else a GPU, else the CPU."""
     distributed_backend: Literal["auto", "nccl", "gloo", "hccl"] = "auto"
     """Collectives; nccl in a recipe means the device's own (gloo, nccl, hccl)."""
-    use_flash_attn: bool = False
-    """Attention without s x s scores; always on here (torch SDPA), accepted for the recipes."""
     use_fused_rmsnorm: bool = False
     """RMSNorm by the device's fused kernel, where there is one."""
     use_fused_rotary_pos_emb: bool = False

@@ -44,18 +44,18 @@ def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None 
     return parsed
 
 
-def spellings(cls: type) -> dict[str, str]:
-    """Every flag of a (nested) dataclass -> the name of its field; `--no-x` of a boolean included."""
+def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
+    """Every flag of a (nested) dataclass -> the name of its field; with `pairs`, `--no-x` of a boolean included."""
     found: dict[str, str] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
         bare, extras = _bare(hints[field.name])
         if dataclasses.is_dataclass(bare):
-            found |= spellings(bare)
+            found |= spellings(bare, pairs and tyro.conf.FlagCreatePairsOff not in extras)
         elif tyro.conf.Suppress not in extras:
             name = field.name.replace("_", "-")
             names = [f"--{name}", *(a for e in extras for a in getattr(e, "aliases", None) or ())]
-            found |= dict.fromkeys(names + ([f"--no-{name}"] if bare is bool else []), field.name)
+            found |= dict.fromkeys(names + ([f"--no-{name}"] if pairs and bare is bool else []), field.name)
     return found
 
 

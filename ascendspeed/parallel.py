@@ -10,9 +10,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.config import ParallelConfig
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,24 +45,6 @@ class Grid:
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
-
-
-def world_size() -> int:
-    """Processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def check(model: ModelConfig, parallel: ParallelConfig, world: int) -> None:
-    """Raises `UserError` for a layout that the model or the world cannot take, before any process group exists."""
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if world % (tp * pp):
-        raise UserError(f"{world} processes do not split into TP {tp} x PP {pp}; start a multiple of {tp * pp}")
-    for what, number in (("attention heads", model.num_attention_heads), ("MLP columns", model.ffn_hidden_size)):
-        if number % tp:
-            legal = ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
-            raise UserError(f"{number} {what} do not split over {tp} tensor-parallel ranks; choose one of {legal}")
-    if model.kv_heads % tp and tp % model.kv_heads:
-        raise UserError(f"{model.kv_heads} key/value heads do not split over {tp} tensor-parallel ranks, nor divide them")
 
 
 def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> Grid:

@@ -1,4 +1,4 @@
-"""The engines: one protocol, same loss. `deepspeed` is here; `megatron` (pipeline schedules, distributed optimizer) moves in beside it."""
+"""The engines: one protocol, same loss. A second one (Megatron-core's schedules and optimizer) moves in beside `deepspeed`."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,6 +31,10 @@ class Engine(Protocol):
     def step(self, batches: list[Batch], lr: float) -> StepResult:
         """Forward and backward over this rank's micro-batches of one global batch, and one update at learning rate `lr`."""
 
+    @property
+    def updates(self) -> int:
+        """Updates done: Adam's own step, iterations less skipped ones."""
+
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Sum of the token losses over all ranks' batches, and the tokens that count; no update."""
 
@@ -38,7 +42,7 @@ class Engine(Protocol):
         """What this rank owns of the optimizer: live views, for saving and for restoring."""
 
     def scalars(self) -> dict[str, Any]:
-        """The engine's numbers that a checkpoint keeps (Adam's step, loss scaler)."""
+        """The engine's numbers that a checkpoint keeps (updates, loss scaler)."""
 
     def rng(self) -> dict[str, Tensor]:
         """This rank's random number generators."""

@@ -21,7 +21,7 @@ import torch._dynamo  # importing it inside zero.Init fails
 import torch.distributed as dist
 from torch import Tensor
 
-from ascendspeed.checkpoint import Checkpoint, Fragment
+from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
@@ -32,7 +32,6 @@ from ascendspeed.model import gpt
 from ascendspeed.model.spec import transformer_config
 from ascendspeed.parallel import MPU, Grid
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = Iterable[tuple[str, Tensor]]
 
 
@@ -116,14 +115,17 @@ class AdamW(torch.optim.AdamW):
 class DeepSpeedEngine:
     """The DeepSpeed side of `engines.Engine`."""
 
-    def __init__(self, run: Run, grid: Grid, device: Device, config: dict[str, Any], kernels: Kernels, tensors: Tensors) -> None:
-        """Builds the model, fills it from `tensors` (our names, full tensors) and hands it to DeepSpeed."""
+    def __init__(
+        self, run: Run, grid: Grid, device: Device, config: dict[str, Any], kernels: Kernels, tensors: Tensors | None
+    ) -> None:
+        """Builds the model, fills it from `tensors` (our names, full tensors; None: `restore` follows) and hands it to DeepSpeed."""
         self.run, self.grid, self.device, self.stage = run, grid, device, run.parallel.zero_stage
         deepspeed = _import(device)
         module = self._build(deepspeed, config, kernels)
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
-        gpt.fill(module, run.model, run.parallel, tensors, gather)
+        if tensors is not None:
+            gpt.fill(module, run.model, run.parallel, tensors, gather)
         for parameter in module.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
@@ -233,7 +235,7 @@ class DeepSpeedEngine:
                 if self.stage == 0:  # every data-parallel rank holds all
                     holder = (holder[0] * self.grid.dp + self.grid.dp_rank, holder[1] * self.grid.dp)
                 part = 0 if cut.dim is None else self.grid.tp_rank
-                for kind, view in zip(("master", *MOMENTS), views, strict=True):
+                for kind, view in zip(KINDS, views, strict=True):
                     yield Fragment(name, kind, cut, part, start, view, holder)
 
     def _pieces(self, parameter: torch.nn.Parameter) -> Iterator[tuple[int, list[Tensor]]]:
@@ -272,12 +274,17 @@ class DeepSpeedEngine:
         state = self._torch_adamw().state[key]
         if "exp_avg" not in state:
             state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data))
-        return [state[kind] for kind in MOMENTS]
+        return [state[kind] for kind in KINDS[1:]]
+
+    @property
+    def updates(self) -> int:
+        """See `Engine.updates`."""
+        state = next(iter(self._torch_adamw().state.values()), None)
+        return int(state["step"]) if state else 0
 
     def scalars(self) -> dict[str, Any]:
         """See `Engine.scalars`."""
-        states = list(self._torch_adamw().state.values())
-        values: dict[str, Any] = {"adam_step": int(states[0]["step"]) if states else 0}
+        values: dict[str, Any] = {"updates": self.updates}
         if self.run.optim.fp16:
             scaler = self.zero.loss_scaler
             values["loss_scaler"] = {
@@ -292,12 +299,10 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Engine.restore`."""
-        for fragment in self.fragments():
-            view = fragment.tensor
-            view.copy_(checkpoint.read(fragment.name, fragment.kind, fragment.cut, fragment.part, fragment.start, view.numel()))
+        restore(checkpoint, self.fragments())
         scalars = checkpoint.state.engine
         for state in self._torch_adamw().state.values():
-            state["step"].fill_(scalars["adam_step"])
+            state["step"].fill_(scalars["updates"])
         if self.run.optim.fp16 and "loss_scaler" in scalars:
             for name, value in scalars["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)

@@ -1,0 +1,216 @@
+"""The command line of pre-training -> a `Run` that has been checked. No torch: a wrong flag is an error at once."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import FlagCreatePairsOff
+
+from ascendspeed import config, families, flags, schedule
+from ascendspeed.config import ModelConfig, Run
+from ascendspeed.errors import UserError
+
+DEFAULT_MODEL = "internlm-7b"
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """Flags of the published recipe and of Megatron that choose among the above, or that no longer need to be said."""
+
+    model: str | None = None
+    """Architecture by name, such as internlm-7b, -20b, -65b or -tiny; default: that of --load, else internlm-7b."""
+    row_col_parallel_linear_bias: bool = False
+    """Biases on q, k, v and the attention's output: --add-qkv-bias --add-dense-bias."""
+    checkpoint_activations: bool = False
+    """Full activation recomputation: --recompute-granularity full."""
+    deepspeed_activation_checkpointing: bool = False
+    """The same."""
+    auto_recompute_device_size: int | None = None
+    """Device memory in MiB to plan recomputation for; until there is a planner: full recomputation."""
+    auto_recompute_profiling_step: int | None = None
+    """Accepted; nothing is profiled."""
+    no_pipeline_parallel: bool = False
+    """Asserts that there are no pipeline stages."""
+    use_flash_attn: bool = False
+    """Accepted; attention never makes s x s scores here."""
+    triangle_attn: bool = False
+    """Accepted; causal attention never computes the masked half here."""
+    position_embedding_type: Literal["rope"] = "rope"
+    """Accepted; the models have rope."""
+    normalization: Literal["RMSNorm"] = "RMSNorm"
+    """Accepted; the models have RMSNorm."""
+    swiglu: bool = False
+    """Accepted; the models have SwiGLU."""
+    untie_embeddings_and_output_weights: bool = False
+    """Accepted; the models are untied unless --tie-embeddings."""
+    DDP_impl: Literal["local", "torch"] = "local"
+    """Accepted; the engine owns data parallelism."""
+    no_contiguous_buffers_in_local_ddp: bool = False
+    """Accepted; the engine owns its buffers."""
+    data_impl: Literal["mmap", "infer"] = "mmap"
+    """Accepted; data are memory-mapped .bin/.idx pairs."""
+    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
+    """Accepted; the tokenizer is that of a Hugging Face directory."""
+    tokenizer_not_use_fast: bool = False
+    """Accepted; tokenizer.model is always read by sentencepiece itself."""
+    local_rank: int | None = None
+    """Accepted; LOCAL_RANK of the launcher is used."""
+
+
+SAYS = {  # one line for each accepted flag that no longer does anything
+    "use_flash_attn": "attention is torch's SDPA, which never makes s x s scores",
+    "triangle_attn": "causal attention never computes the masked half",
+    "DDP_impl": "the engine owns data parallelism",
+    "no_contiguous_buffers_in_local_ddp": "the engine owns its buffers",
+    "tokenizer_not_use_fast": "tokenizer.model is always read by sentencepiece itself",
+    "auto_recompute_profiling_step": "nothing is profiled",
+    "local_rank": "LOCAL_RANK of the launcher is used",
+}
+
+
+@dataclass(frozen=True)
+class Command:
+    """Pre-trains InternLM. Flags are those of the published recipe and Megatron's of the same meaning."""
+
+    recipe: FlagCreatePairsOff[RecipeFlags] = field(default_factory=RecipeFlags)
+    model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
+    parallel: FlagCreatePairsOff[config.ParallelConfig] = field(default_factory=config.ParallelConfig)
+    optim: FlagCreatePairsOff[config.OptimConfig] = field(default_factory=config.OptimConfig)
+    data: FlagCreatePairsOff[config.DataConfig] = field(default_factory=config.DataConfig)
+    train: FlagCreatePairsOff[config.TrainConfig] = field(default_factory=config.TrainConfig)
+
+
+def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
+    """The run that `args` describe for `world` processes, and what the user should be told about it.
+
+    Raises `UserError` for whatever is wrong, before any process group exists.
+    """
+    command = flags.parse(Command, args, description=Command.__doc__ or "")
+    typed, recipe = flags.typed(Command, args), command.recipe
+    model = _model(command, typed, args)
+    parallel, optim, train, said = command.parallel, command.optim, command.train, []
+    said += [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in SAYS.items() if name in typed]
+    why_full = [
+        n for n in ("checkpoint_activations", "deepspeed_activation_checkpointing", "auto_recompute_device_size") if n in typed
+    ]
+    if why_full and train.recompute_granularity == "none":
+        said.append(f"--{why_full[0].replace('_', '-')} means full activation recomputation")
+        train = replace(train, recompute_granularity="full")
+    if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
+        said.append("--sequence-parallel does nothing at tensor-parallel size 1")
+        parallel = replace(parallel, sequence_parallel=False)
+    if train.save_interval and train.save is None:
+        said.append("--save-interval without --save: checkpoints go to ./ckpt")
+        train = replace(train, save="./ckpt")
+    replicas = max(1, world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    if train.global_batch_size is None:
+        train = replace(train, global_batch_size=train.micro_batch_size * replicas)
+    if command.data.seq_length > model.max_position_embeddings:
+        said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
+    run = Run(model, parallel, optim, command.data, train)
+    _check(run, recipe, world)
+    return run, said
+
+
+def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfig:
+    """The architecture: typed flags over --model over that of --load, which none of them may contradict."""
+    load, name = command.train.load, command.recipe.model
+    loaded = find_model(load) if load else None
+    base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
+    model = flags.parse(Command, args, default=Command(model=base)).model
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    if command.recipe.row_col_parallel_linear_bias:
+        model = replace(model, add_qkv_bias=True, add_dense_bias=True)
+    if loaded is None:
+        return model
+    for ours in (f for f in fields if f != "init_method_std"):
+        mine, theirs = getattr(model, ours), getattr(loaded, ours)
+        if mine != theirs:
+            who = "the command line" if ours in typed or not name else f"--model {name}"
+            raise UserError(
+                f"{who} says {ours} = {mine}, but --load {load} holds {ours} = {theirs}; correct the flag or leave it out"
+            )
+    return model
+
+
+def find_model(load: str) -> ModelConfig | None:
+    """The architecture that a checkpoint, converted weights or a Hugging Face directory say they have; None if they say nothing."""
+    folder = Path(load)
+    if (folder / "config.json").is_file():
+        theirs = _json(folder / "config.json")
+        return families.family_of(theirs).read_config(theirs)
+    runs = [folder / "run.json", *sorted(folder.glob("step_*/run.json"), reverse=True)]
+    found = next((path for path in runs if path.is_file()), None)
+    return config.from_dict(_json(found)).model if found else None
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _check(run: Run, recipe: RecipeFlags, world: int) -> None:
+    """Raises `UserError` for combinations that cannot run."""
+    parallel, optim, data, train = run.parallel, run.optim, run.data, run.train
+    pp = parallel.pipeline_model_parallel_size
+    if recipe.no_pipeline_parallel and pp > 1:
+        raise UserError(f"--no-pipeline-parallel contradicts --pipeline-model-parallel-size {pp}; drop one of them")
+    if not parallel.deepspeed:
+        raise UserError("the DeepSpeed engine is the only one so far; add --deepspeed")
+    if pp > 1:
+        raise UserError(
+            f"--pipeline-model-parallel-size {pp}: the DeepSpeed engine has no pipeline stages; use 1 and a higher TP or ZeRO stage"
+        )
+    if optim.bf16 and optim.fp16:
+        raise UserError("--bf16 and --fp16 contradict each other; choose one")
+    if parallel.zero_stage == 0 and optim.dtype != "fp32":
+        raise UserError(f"--zero-stage 0 does not keep fp32 masters for --{optim.dtype}; use --zero-stage 1")
+    if optim.initial_loss_scale < 1 or optim.initial_loss_scale.hex().partition("p")[0] != "0x1.0000000000000":
+        raise UserError(f"--initial-loss-scale {optim.initial_loss_scale:g} is not a power of two")
+    if not data.data_path:
+        raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
+    for name in ("log_interval", "eval_iters", "micro_batch_size", "train_iters"):
+        if getattr(train, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be at least 1")
+    for name in ("save_interval", "eval_interval", "exit_interval"):
+        if (value := getattr(train, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1; leave it out for none")
+    schedule.check(optim, train.train_iters)
+    check_layout(run, world)
+
+
+def check_layout(run: Run, world: int) -> None:
+    """Raises `UserError` for a layout that the model, the batch or the number of processes cannot take."""
+    model, parallel, train = run.model, run.parallel, run.train
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if min(tp, pp) < 1:
+        raise UserError(f"tensor-parallel size {tp} and pipeline-parallel size {pp} must be at least 1")
+    if world % (tp * pp):
+        raise UserError(f"{world} processes do not split into TP {tp} x PP {pp}; start a multiple of {tp * pp}")
+    for number, what in ((model.num_attention_heads, "attention heads"), (model.ffn_hidden_size, "MLP columns")):
+        if number % tp:
+            legal = ", ".join(str(n) for n in range(1, 65) if number % n == 0)
+            raise UserError(f"{number} {what} do not split over {tp} tensor-parallel ranks; choose one of {legal}")
+    if model.kv_heads % tp and tp % model.kv_heads:
+        raise UserError(f"{model.kv_heads} key/value heads neither split over {tp} tensor-parallel ranks nor divide them")
+    if parallel.sequence_parallel and run.data.seq_length % tp:
+        raise UserError(
+            f"--seq-length {run.data.seq_length} does not split over {tp} tensor-parallel ranks for --sequence-parallel"
+        )
+    replicas = world // (tp * pp)
+    if train.global_batch_size % (train.micro_batch_size * replicas):
+        raise UserError(
+            f"--global-batch-size {train.global_batch_size} is not a multiple of --micro-batch-size {train.micro_batch_size}"
+            f" x {replicas} data-parallel ranks = {train.micro_batch_size * replicas}"
+        )
+
+
+def world_size() -> int:
+    """Processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,0 +1,52 @@
+"""Pre-trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model internlm-7b --data-path ...`; see `--help`."""
+
+import json
+import sys
+
+from ascendspeed import errors
+from ascendspeed.resolve import resolve, world_size
+
+
+def main() -> None:
+    """Parse -> device -> data -> model and weights -> engine -> train."""
+    run, notes = resolve(sys.argv[1:], world_size())
+
+    from ascendspeed import device as devices
+
+    device = devices.prepare(run.train.device, run.train.distributed_backend)
+
+    # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
+    from ascendspeed import kernels, parallel, train
+    from ascendspeed.config import to_dict
+    from ascendspeed.data import dataset
+    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.log import Logger
+
+    if run.optim.fp16 and device.kind == "cpu":
+        raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+    grid = parallel.initialize(device, run.parallel, run.train.seed)
+    with Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log:
+        fused = kernels.choose(
+            device,
+            rms_norm=run.train.use_fused_rmsnorm,
+            rotary=run.train.use_fused_rotary_pos_emb,
+            swiglu=run.train.mlp_layer_fusion,
+        )
+        config = ds_config(run, grid.world)
+        log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid.world} processes: TP {grid.tp} x DP {grid.dp}")
+        log.say(f"kernels: {fused}; attention: torch SDPA")
+        for note in notes:
+            log.say(f"note: {note}")
+        log.say(f"run: {json.dumps(to_dict(run))}")
+        log.say(f"DeepSpeed config: {json.dumps(config)}")
+        batches = dataset.batches(run, grid.rank, grid.dp_rank, grid.dp, grid.barrier)
+        start = train.find_start(run, grid, device, log.say)
+        engine = DeepSpeedEngine(run, grid, device, config, fused, start.tensors)
+        if start.resume:
+            engine.restore(start.resume)
+        train.train(run, grid, device, engine, batches, log, start.state)
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -96,7 +96,7 @@ FIELDS = (
     _Field("time left", "seconds_left", _hms, _seconds),
 )
 _BY_LABEL = {field.label: field for field in FIELDS}
-_TRAIN = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +(\d+)/ *(\d+) \|(.*)\|\s*$")
+_TRAIN = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +(\d+)/ *(\d+) \|(?:(.*)\|)?\s*$")
 _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
 
 
@@ -119,7 +119,7 @@ def parse(text: str) -> TrainLine | EvalLine | None:
         if match := _EVAL.search(text):
             return EvalLine(int(match[2]), float(match[3]), match[1])
         if match := _TRAIN.search(text):
-            pairs = (part.partition(":") for part in match[4].split("|"))
+            pairs = (part.partition(":") for part in (match[4] or "").split("|"))
             found = {_BY_LABEL[k.strip()]: v.strip() for k, _, v in pairs if k.strip() in _BY_LABEL}
             return TrainLine(match[1], int(match[2]), int(match[3]), **{f.name: f.read(v) for f, v in found.items()})
     except ValueError:

@@ -1,0 +1,191 @@
+"""The log line: what is written is what is read, an old Megatron line is read too, and a torn one is not."""
+
+import math
+import struct
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ascendspeed import log
+from ascendspeed.errors import UserError
+
+FULL = log.TrainLine(
+    time="2026-11-21 12:00:00",
+    iteration=10,
+    train_iters=100,
+    samples=2560,
+    tokens=5242880,
+    ms_per_iteration=1234.5,
+    tokens_per_s=4000.0,
+    tflops=171.125,
+    mfu=0.5485,
+    lr=1.5e-4,
+    global_batch_size=256,
+    loss=6.12345678,
+    loss_scale=1.0,
+    grad_norm=1.234,
+    skipped=0,
+    nans=0,
+    memory_gib=12.34,
+    seconds_left=93784,
+)
+FULL_TEXT = (
+    " [2026-11-21 12:00:00] iteration       10/     100 | consumed samples:         2560 | consumed tokens:        5242880 |"
+    " elapsed time per iteration (ms): 1234.5 | tokens/s/device: 4000.0 | TFLOP/s/device: 171.125 | MFU: 54.85% |"
+    " learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.12345678E+00 | loss scale: 1.0 | grad norm: 1.234000 |"
+    " number of skipped iterations:   0 | number of nan iterations:   0 | memory: 12.34 GiB | time left: 26:03:04 |"
+)
+MEGATRON = (
+    " [2024-03-01 08:00:00.123456] iteration      100/  500000 | consumed samples:        25600 | elapsed time per iteration (ms):"
+    " 19684.6 | throughput per GPU (TFLOP/s/GPU): 145.7 | learning rate: 1.500000E-05 | global batch size:   256 |"
+    " lm loss: 7.654321E+00 | loss scale: 1.0 | grad norm: 2.345 | num zeros: 0 | number of skipped iterations:   0 |"
+    " number of nan iterations:   1 | "
+)
+
+count, number = st.integers(0, 10**15), st.floats(0, 1e12)
+lines = st.builds(
+    log.TrainLine,
+    time=st.datetimes().map(lambda t: t.replace(year=2026).strftime("%Y-%m-%d %H:%M:%S")),
+    iteration=st.integers(0, 10**9),
+    train_iters=st.integers(0, 10**9),
+    samples=st.none() | count,
+    tokens=st.none() | count,
+    ms_per_iteration=st.none() | number,
+    tokens_per_s=st.none() | number,
+    tflops=st.none() | number,
+    mfu=st.none() | st.floats(0, 2),
+    lr=st.none() | st.floats(0, 1),
+    global_batch_size=st.none() | count,
+    loss=st.none() | st.floats(width=32),
+    loss_scale=st.none() | st.sampled_from([1.0, 65536.0, 524288.0, 2.0**-3]),
+    grad_norm=st.none() | st.floats(min_value=0),
+    skipped=st.none() | count,
+    nans=st.none() | count,
+    memory_gib=st.none() | st.floats(0, 2000),
+    seconds_left=st.none() | st.integers(0, 10**9),
+)
+
+
+def test_the_line_as_it_looks():
+    assert log.format(FULL) == FULL_TEXT
+    assert log.parse(FULL_TEXT) == FULL
+
+
+@settings(max_examples=300)
+@given(lines)
+def test_round_trip(line):
+    read = log.parse(log.format(line))
+    assert log.format(read) == log.format(line)
+    for name in ("iteration", "train_iters", "samples", "tokens", "global_batch_size", "skipped", "nans", "seconds_left", "time"):
+        assert getattr(read, name) == getattr(line, name)
+    unknown = {f.name for f in log.FIELDS if getattr(line, f.name) is None}
+    assert unknown == {f.name for f in log.FIELDS if getattr(read, f.name) is None}
+
+
+@given(st.floats(width=32, allow_nan=False))
+def test_an_fp32_loss_comes_back_bit_for_bit(loss):
+    line = log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss)))
+    assert struct.pack("f", line.loss) == struct.pack("f", loss)
+
+
+def test_control_eight_digits_would_lose_bits():
+    a, b = (struct.unpack("f", struct.pack("I", 0x40C3F35D + i))[0] for i in range(2))
+    assert f"{a:.5E}" == f"{b:.5E}"  # Megatron's own format
+    assert log.format(log.EvalLine(1, a)) != log.format(log.EvalLine(1, b))
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_not_a_number(loss):
+    assert str(log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))).loss) == str(loss)
+    assert str(log.parse(log.format(log.EvalLine(1, loss))).loss) == str(loss)
+
+
+@given(st.integers(0, 10**9), st.floats(0, 1e6), st.sampled_from(["validation", "test"]))
+def test_eval_line(iteration, loss, split):
+    text = log.format(log.EvalLine(iteration, loss, split))
+    assert text.startswith(f" {split} loss at iteration {iteration} | lm loss value: ")
+    read = log.parse(text)
+    assert (read.iteration, read.split) == (iteration, split)
+    assert read.loss == pytest.approx(loss, rel=1e-8)
+
+
+def test_megatrons_own_line():
+    line = log.parse(MEGATRON)
+    assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (100, 500000, 25600, 7.654321, 1)
+    assert line.tokens is None
+
+
+def test_a_launcher_may_prefix_it():
+    assert log.parse("worker-1: " + FULL_TEXT + "\n") == FULL
+
+
+@pytest.mark.parametrize("cut", range(1, len(FULL_TEXT)))
+def test_a_torn_line_gives_no_wrong_number(cut):
+    line = log.parse(FULL_TEXT[:-cut])
+    if line is not None:  # torn at a bar: what stands there is right
+        assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in log.FIELDS)
+        assert (line.iteration, line.train_iters) == (10, 100)
+
+
+@pytest.mark.parametrize("text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"])
+def test_other_text_is_no_line(text):
+    assert log.parse(text) is None
+
+
+def test_logger_appends_once_and_whole(tmp_path, capsys):
+    with log.Logger(0, tmp_path / "logs") as first:
+        first.say("hello")
+        first.line(FULL)
+    (tmp_path / "logs/train.log").open("a").write("half a li")  # a killed run
+    with log.Logger(0, tmp_path / "logs") as second, log.Logger(1, tmp_path / "logs") as other:
+        second.line(log.EvalLine(10, 6.2))
+        other.say("not rank 0")
+    text = (tmp_path / "logs/train.log").read_text()
+    assert text == f"hello\n{FULL_TEXT}\nhalf a li\n{log.format(log.EvalLine(10, 6.2))}\n"
+    assert capsys.readouterr().out == f"hello\n{FULL_TEXT}\n{log.format(log.EvalLine(10, 6.2))}\n"
+    assert list(log.read(tmp_path / "logs/train.log")) == [FULL, log.EvalLine(10, 6.2)]
+
+
+def test_logger_is_line_buffered(tmp_path):
+    logger = log.Logger(0, tmp_path)
+    logger.say("seen at once")
+    assert (tmp_path / "train.log").read_text() == "seen at once\n"
+    logger.close()
+
+
+def test_a_full_disk_does_not_stop_the_run(capsys):
+    logger = log.Logger(0)
+    logger._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    logger.say("one")
+    logger.say("two")
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1
+    assert "No space left" in out
+    assert "two" in out
+
+
+def test_unwritable_places_are_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --log-dir"):
+        log.Logger(0, tmp_path / "file")
+    with pytest.raises(UserError, match="cannot read"):
+        list(log.read(tmp_path / "nothing"))
+
+
+def test_tensorboard(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with log.Logger(0, None, tmp_path) as logger:
+        logger.line(FULL)
+        logger.line(log.EvalLine(10, 6.2))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert events.Scalars("lm loss")[0].value == pytest.approx(FULL.loss)
+    assert events.Scalars("lm loss validation")[0].step == 10
+
+
+def test_no_torch_on_import():
+    code = "import sys; from ascendspeed import log, plan, schedule; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,124 @@
+"""The planner against the table of parameters, figures that were measured, and FLOPs counted by torch."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ascendspeed import plan, weights
+from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.families import PRESETS
+
+GIB = 2**30
+SHAPES = {
+    **PRESETS,
+    "gqa": ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=96, vocab_size=125),
+    "wide-heads": ModelConfig(
+        num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=32, ffn_hidden_size=96, add_dense_bias=False
+    ),
+    "tied": ModelConfig(family="llama", num_layers=2, hidden_size=64, num_attention_heads=4, tie_embeddings=True),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_equal_the_table(name):
+    model = SHAPES[name]
+    assert plan.parameter_count(model) == sum(torch.Size(p.shape).numel() for p in weights.parameters(model))
+
+
+def test_known_counts():
+    assert plan.parameter_count(PRESETS["internlm-7b"]) == 7_321_948_160
+    assert plan.parameter_count(PRESETS["internlm-65b"]) == 66_454_298_624
+    assert plan.checkpoint_bytes(PRESETS["internlm-7b"]) == 12 * 7_321_948_160
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+@pytest.mark.parametrize("name", ["internlm-7b", "gqa"])
+def test_parameters_of_one_rank(name, tp):
+    model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=tp)
+    cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in weights.parameters(model))
+    assert plan.parameters_per_device(model, parallel) == sum(torch.Size(cut.part_shape).numel() for cut in cuts)
+
+
+def test_pipeline_stages_share_the_layers():
+    model = PRESETS["internlm-65b"]
+    whole = plan.parameters_per_device(model, ParallelConfig())
+    stage = plan.parameters_per_device(model, ParallelConfig(pipeline_model_parallel_size=4))
+    assert whole / 4 < stage < whole / 4 + model.vocab_size * model.hidden_size
+
+
+def test_flops_of_the_recipe():
+    assert plan.flops_per_token(PRESETS["internlm-7b"], 2048) == pytest.approx(43.0e9, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["internlm-tiny", "gqa", "wide-heads"])
+def test_flops_counted_by_torch(name):
+    """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal attention half of s x s."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, s = dataclasses.replace(SHAPES[name], num_layers=1), 64
+    d, heads = model.head_dim, model.num_attention_heads
+    with FlopCounterMode(display=False) as linear:
+        for p in weights.parameters(model):
+            if len(p.shape) == 2 and "word_embeddings" not in p.name:
+                torch.empty(s, p.shape[1], device="meta") @ torch.empty(p.shape, device="meta").T
+    with FlopCounterMode(display=False) as attention:
+        scores = torch.empty(heads, s, d, device="meta") @ torch.empty(heads, d, s, device="meta")
+        scores @ torch.empty(heads, s, d, device="meta")
+    counted = 3 * (linear.get_total_flops() + attention.get_total_flops() / 2) / s
+    assert plan.flops_per_token(model, s) == pytest.approx(counted)
+    assert plan.flops_per_token(model, 2 * s) != pytest.approx(counted)
+
+
+@pytest.mark.parametrize(
+    ("name", "tp", "stage", "dp", "gib"),
+    [
+        ("internlm-7b", 1, 1, 8, 37.5),
+        ("internlm-7b", 1, 2, 8, 25.6),
+        ("internlm-7b", 1, 3, 8, 13.6),
+        ("internlm-65b", 1, 3, 32, 30.9),
+        ("internlm-65b", 8, 1, 4, 54.2),
+        ("internlm-65b", 8, 2, 4, 42.5),
+    ],
+)
+def test_model_states_as_measured(name, tp, stage, dp, gib):
+    states = plan.model_states(PRESETS[name], ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage), dp, "bf16")
+    assert states.total / GIB == pytest.approx(gib, abs=0.07)
+
+
+def test_model_states_follow_the_layout():
+    model = PRESETS["internlm-7b"]
+    count = plan.parameter_count(model)
+
+    def bytes_per_parameter(stage, dp, dtype, **more):
+        return plan.model_states(model, ParallelConfig(zero_stage=stage), dp, dtype, **more).total / count
+
+    assert bytes_per_parameter(0, 8, "fp32") == 16
+    assert bytes_per_parameter(1, 1, "bf16") == bytes_per_parameter(3, 1, "bf16") == 16
+    assert bytes_per_parameter(1, 4, "bf16", fp32_gradients=True) == 6 + 12 / 4
+    assert bytes_per_parameter(2, 4, "bf16", fp32_gradients=True) == 2 + 16 / 4
+    assert bytes_per_parameter(1, 4, "fp16", fp32_gradients=True) == 4 + 12 / 4  # bf16's option
+    for dtype in ("bf16", "fp32"):
+        by_stage = [bytes_per_parameter(stage, 8, dtype) for stage in (1, 2, 3)]
+        assert by_stage == sorted(by_stage, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-SXM2-32GB", None),
+        ("Ascend910B3", None),
+        ("cpu", None),
+        ("", None),
+    ],
+)
+def test_known_peaks(device, peak):
+    assert plan.known_peak(device) == peak

@@ -1,0 +1,133 @@
+"""Megatron's indexed data set, P.bin and P.idx: written so that a pair that opens is whole.
+
+P.bin holds the ids of all documents one after the other. P.idx, little-endian: `MMIDIDX\\0\\0`, uint64 version 1, uint8 type code,
+uint64 number of sequences n, uint64 n + 1, int32 lengths [n], int64 byte offsets [n], int64 document bounds [n + 1].
+
+`PairWriter` writes beside the old files and takes their place at the end: the old .idx goes first, the new one comes last, and
+nothing opens a pair without its .idx. Killed at any moment it leaves the old pair, no pair, or the new one.
+A third file, P.json, says what the data is; whoever trains on it checks the vocabulary by it.
+"""
+
+import fcntl
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+
+from ascendspeed.errors import UserError
+
+MAGIC, CODES = b"MMIDIDX\x00\x00", {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+UINT16_BELOW = 65500
+"""Megatron's bound, not 65,536: the same vocabulary gives the same files."""
+
+
+def dtype_for(vocab_size: int) -> np.dtype:
+    """The type in which Megatron stores ids of a vocabulary."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_BELOW else np.int32)
+
+
+def file(prefix: str | Path, suffix: str) -> Path:
+    """P.bin, P.idx or P.json of a prefix, which may have dots in it."""
+    return Path(f"{prefix}.{suffix}")
+
+
+def read_facts(prefix: str | Path) -> dict[str, Any]:
+    """What preprocessing wrote about a pair; empty where it wrote nothing (data from other tools)."""
+    path = file(prefix, "json")
+    try:
+        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; preprocess again, or remove it") from error
+
+
+class PairWriter:
+    """Writes one pair: `add` in order, then `commit`. As a context manager; left without a commit it leaves nothing behind."""
+
+    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+        self.prefix, self.dtype = prefix, dtype
+        self.documents = self.tokens = 0
+        self._lengths: list[np.ndarray] = []
+        file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
+        self._bin = self._claim()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Documents one after the other: their ids, and the number of ids [documents] int32 of each."""
+        self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
+        self._lengths.append(lengths)
+        self.documents += len(lengths)
+        self.tokens += len(tokens)
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the new .bin so far."""
+        return self.tokens * self.dtype.itemsize
+
+    def commit(self, facts: dict[str, Any]) -> None:
+        """Puts the new pair, and `facts` as P.json, in the place of an old one."""
+        _sync(self._bin)
+        with self._temporary("idx").open("wb") as index:
+            for piece in self._index():
+                index.write(piece)
+            _sync(index)
+        with self._temporary("json").open("wb") as side:
+            side.write((json.dumps(facts, indent=2) + "\n").encode())
+            _sync(side)
+        file(self.prefix, "idx").unlink(missing_ok=True)
+        self._sync_folder()
+        for suffix in ("bin", "json"):
+            self._temporary(suffix).replace(file(self.prefix, suffix))
+        self._sync_folder()
+        self._temporary("idx").replace(file(self.prefix, "idx"))
+        self._sync_folder()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for suffix in ("bin", "idx", "json"):
+            self._temporary(suffix).unlink(missing_ok=True)
+        self._bin.close()
+
+    def _claim(self) -> BinaryIO:
+        """The new .bin, locked for as long as it is open; what a killed run left is written over."""
+        path = self._temporary("bin")
+        claimed = path.open("ab")
+        try:
+            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            claimed.close()
+            raise UserError(f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix") from error
+        claimed.truncate(0)
+        return claimed
+
+    def _temporary(self, suffix: str) -> Path:
+        return Path(f"{self.prefix}.{suffix}.tmp")
+
+    def _index(self) -> Iterator[bytes]:
+        yield MAGIC + struct.pack("<QBQQ", 1, CODES[self.dtype], self.documents, self.documents + 1)
+        for lengths in self._lengths:
+            yield lengths.astype("<i4").tobytes()
+        before = 0
+        for lengths in self._lengths:
+            ends = before + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+            yield (ends - lengths * self.dtype.itemsize).astype("<i8").tobytes()
+            before = int(ends[-1]) if len(ends) else before
+        for start in range(0, self.documents + 1, 1 << 20):
+            yield np.arange(start, min(start + (1 << 20), self.documents + 1), dtype="<i8").tobytes()
+
+    def _sync_folder(self) -> None:
+        folder = os.open(file(self.prefix, "bin").parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sync(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

@@ -1,0 +1,71 @@
+"""Lines of jsonl and txt: a shard is a range of bytes and owns the lines that begin in it."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, cut, decode
+
+BOM = b"\xef\xbb\xbf"
+
+
+def json_row(line: bytes) -> Any:
+    """The object of a line, `Bad.MALFORMED` if it is none, None for a blank line."""
+    if not line.strip():
+        return None
+    try:
+        row = json.loads(decode(line))
+    except (ValueError, RecursionError):
+        return Bad.MALFORMED
+    return row if isinstance(row, dict) else Bad.MALFORMED
+
+
+def text_row(line: bytes) -> Any:
+    """A line of plain text is a document of its own."""
+    return {"text": decode(line.rstrip(b"\r\n"))}
+
+
+def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        if start:
+            file.seek(start - 1)
+            file.readline()  # begins in the shard before, or is the last byte of it
+        elif file.read(len(BOM)) != BOM:
+            file.seek(0)
+        at = file.tell()
+        while at < stop and (line := file.readline()):
+            at += len(line)
+            yield line
+
+
+def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
+    size = path.stat().st_size
+    for start, stop in cut(size, max(1, -(-size // SHARD_BYTES))):
+        yield Shard(path, start, stop, weight=(stop - start) / size)
+
+
+def _grouped(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while group := list(islice(rows, BATCH_ROWS)):
+        yield group
+
+
+def lines(parse: Callable[[bytes], Any]) -> Format:
+    """A format of lines, each read by `parse`."""
+
+    def rows(path: Path, start: int, stop: int) -> Iterator[Any]:
+        parsed: Iterable[Any] = map(parse, _lines(path, start, stop))
+        return (row for row in parsed if row is not None)
+
+    def columns(path: Path) -> list[str]:
+        return columns_of(islice(rows(path, 0, path.stat().st_size), 1000))
+
+    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
+        for group in _grouped(rows(shard.path, shard.start, shard.stop)):
+            yield batch_of(group, wanted)
+
+    return Format(columns, _shards, read)
+
+
+JSONL, TXT = lines(json_row), lines(text_row)

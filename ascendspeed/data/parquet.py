@@ -1,0 +1,70 @@
+"""Parquet: a shard is a row group, or a slice of a large one."""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Batch, Format, Shard, cut, decode
+from ascendspeed.errors import UserError
+
+SLICES = 16
+"""Of one row group at most: every slice reads over those before it, which costs a few per cent at this number."""
+
+
+def _open(path: Path) -> pyarrow.parquet.ParquetFile:
+    return _opened(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(4)
+def _opened(path: Path, changed: int) -> pyarrow.parquet.ParquetFile:
+    """A process works on few files at a time and need not parse a footer for every shard."""
+    try:
+        return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} is not a parquet file: {error}") from error
+
+
+def _columns(path: Path) -> list[str]:
+    return list(_open(path).schema_arrow.names)
+
+
+def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
+    meta = _open(path).metadata
+    for group in range(meta.num_row_groups):
+        rows = meta.row_group(group)
+        chunks = [rows.column(i) for i in range(rows.num_columns)]
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in wanted)
+        for start, stop in cut(rows.num_rows, min(SLICES, -(-size // SHARD_BYTES)) or 1):
+            yield Shard(path, start, stop, group, weight=(stop - start) / meta.num_rows)
+
+
+def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
+    at = 0
+    present = [name for name in wanted if name in _columns(shard.path)]
+    try:
+        groups = _open(shard.path).iter_batches(BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False)
+        for batch in groups:
+            part = batch[max(shard.start - at, 0) : max(shard.stop - at, 0)]
+            at += batch.num_rows
+            if part.num_rows:
+                yield {name: _values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
+            if at >= shard.stop:
+                return
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{shard.path}: row group {shard.group} cannot be read: {error}") from error
+
+
+def _values(column: pyarrow.Array) -> list[Any]:
+    """Python values of an Arrow array; binary ones are taken as text."""
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not look into strings when it reads them
+        values = column.cast(pyarrow.large_binary()).to_pylist()
+    return [decode(v) if isinstance(v, bytes) else v for v in values]
+
+
+PARQUET = Format(_columns, _shards, _read)

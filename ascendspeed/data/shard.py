@@ -1,0 +1,75 @@
+"""What rows are read in: batches of columns, and shards of files that processes work on side by side."""
+
+import enum
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+SHARD_BYTES = 8 << 20
+"""Text of one shard: a second or two of tokenizing."""
+BATCH_ROWS = 512
+
+Batch = dict[str, list[Any]]
+"""Columns of equal length."""
+
+
+class Bad(enum.Enum):
+    """Stands in place of a value that could not be read."""
+
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A run of rows of one file: bytes [start, stop) of lines, rows [start, stop) of a row group, or the rows themselves."""
+
+    path: Path
+    start: int = 0
+    stop: int = 0
+    group: int = 0
+    """Parquet row group."""
+    held: Batch | None = None
+    weight: float = 0
+    """Share of the file that this is, for progress."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one kind of file is read. `wanted` are the columns that are needed; a batch has exactly these."""
+
+    columns: Callable[[Path], list[str]]
+    """Names of what its rows hold (of json: the keys of the first row); nothing for a file without rows."""
+    shards: Callable[[Path, Sequence[str]], Iterator[Shard]]
+    """The file in order, cut by its content alone."""
+    read: Callable[[Shard, Sequence[str]], Iterator[Batch]]
+    """The rows of a shard."""
+
+
+def cut(size: int, parts: int) -> list[tuple[int, int]]:
+    """[0, size) in at most `parts` ranges that are not empty."""
+    edges = [size * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in pairwise(edges) if a < b]
+
+
+def decode(raw: bytes) -> str:
+    """Text; bytes that are not UTF-8 become lone surrogates, which no tokenizer accepts and `screen` counts."""
+    return raw.decode("utf-8", "surrogateescape")
+
+
+def columns_of(rows: Iterable[Any]) -> list[str]:
+    """Keys of the first row that is an object."""
+    return next((list(row) for row in rows if isinstance(row, dict)), [])
+
+
+def batch_of(rows: Sequence[Any], wanted: Sequence[str]) -> Batch:
+    """Rows -> columns; a missing key is None, a row that is not an object is itself in every column."""
+    return {name: [row.get(name) if isinstance(row, dict) else row for row in rows] for name in wanted}
+
+
+def slices(rows: Batch) -> Iterator[Batch]:
+    """A large batch in batches of at most `BATCH_ROWS`."""
+    count = len(next(iter(rows.values()), []))
+    for start in range(0, count, BATCH_ROWS):
+        yield {name: values[start : start + BATCH_ROWS] for name, values in rows.items()}

@@ -1,0 +1,157 @@
+"""Text <-> token ids, from a Hugging Face directory and without anybody's code.
+
+`tokenizer.model` (sentencepiece) is taken before `tokenizer.json`: it is what the model was trained with, and its ids are the
+original's own, while a `tokenizer.json` beside it is a conversion. Text is always only text: a literal `<s>` in it is encoded as
+the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `id_of`).
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ascendspeed.errors import UserError
+
+
+class Tokenizer(ABC):
+    """Ids of text, and the ids of the control tokens, found by their names in the directory's JSON files."""
+
+    vocab_size: int
+    """Number of ids, added tokens included; the model may have more rows."""
+    bos: int | None
+    """Id that begins a text; None if the tokenizer has none."""
+    eos: int | None
+    """Id that ends a document."""
+    pad: int | None
+    """Id that fills a batch; `eos` where none is named."""
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.path = path
+        names = _read_json(path / "tokenizer_config.json") | _read_json(path / "special_tokens_map.json")
+        added = names.get("added_tokens_decoder") or {}
+        self._added = _read_json(path / "added_tokens.json") | {token["content"]: int(n) for n, token in added.items()}
+        self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
+        self.bos, self.eos, self.pad = (self._special(names.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids [n] int32 of every text, without bos or eos. One thread: processes are what preprocessing multiplies."""
+
+    @abstractmethod
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of ids; control tokens are left out. Raises `UserError` for an id that the tokenizer does not have."""
+
+    @abstractmethod
+    def _find(self, piece: str) -> int | None:
+        """Id of a piece of the vocabulary itself."""
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids [n] int32 of one text."""
+        return self.encode_batch([text])[0]
+
+    def id_of(self, piece: str) -> int:
+        """Id of a token by its string, such as `<|im_end|>`. Raises `UserError` when there is none."""
+        number = self._added.get(piece, self._find(piece))
+        if number is None:
+            raise UserError(f"{self.path}: the tokenizer has no token {piece!r}")
+        return number
+
+    def _special(self, token: str | dict[str, Any] | None) -> int | None:
+        """The JSON files write a control token as a string or as {"content": string}."""
+        return None if token is None else self.id_of(token["content"] if isinstance(token, dict) else token)
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        numbers = [int(i) for i in ids]
+        for number in numbers:
+            if not 0 <= number < self.vocab_size:
+                raise UserError(f"{self.path}: no token has the id {number}; the tokenizer has {self.vocab_size}")
+        return numbers
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model`: the ids of sentencepiece itself."""
+
+    def __init__(self, path: Path) -> None:
+        import sentencepiece
+
+        sentencepiece.set_min_log_level(2)  # InternLM's unused NUL piece would be warned about in every process
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path / 'tokenizer.model'} is not a sentencepiece model: {_first_line(error)}") from error
+        super().__init__(path, self._model.get_piece_size())
+        if self.bos is None and self._model.bos_id() >= 0:
+            self.bos = self._model.bos_id()
+        if self.eos is None and self._model.eos_id() >= 0:
+            self.eos = self._model.eos_id()
+        self.pad = self.eos if self.pad is None else self.pad
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._model.encode_as_numpy(list(texts), num_threads=1)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        size = self._model.get_piece_size()
+        return self._model.decode([i for i in self._known(ids) if i < size])
+
+    def _find(self, piece: str) -> int | None:
+        number = self._model.piece_to_id(piece)
+        return number if self._model.id_to_piece(number) == piece else None
+
+
+class JsonTokenizer(Tokenizer):
+    """`tokenizer.json`, by the `tokenizers` library."""
+
+    def __init__(self, path: Path) -> None:
+        import tokenizers
+
+        try:
+            self._model = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {_first_line(error)}") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of spaces, for
+        # example) and are found in text, as in training.
+        self._model.encode_special_tokens = True
+        super().__init__(path, self._model.get_vocab_size())
+        self.pad = self.eos if self.pad is None else self.pad
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._model.decode(self._known(ids), skip_special_tokens=True)
+
+    def _find(self, piece: str) -> int | None:
+        return self._model.token_to_id(piece)
+
+
+FILES: dict[str, type[Tokenizer]] = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": JsonTokenizer}
+
+
+def load(path: str | Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face directory. Raises `UserError` if there is none, or it is damaged."""
+    folder = Path(path)
+    for name, kind in FILES.items():
+        if (folder / name).is_file():
+            return kind(folder)
+    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
+    found = f"the folder holds {held or 'nothing'}" if folder.is_dir() else "there is no such folder"
+    raise UserError(f"{folder}: no tokenizer here; looked for {' and '.join(FILES)}, but {found}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

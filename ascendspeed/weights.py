@@ -1,10 +1,10 @@
 """Tensors of one model: Hugging Face <-> Megatron-core, and full <-> tensor-parallel part.
 
-Everything is said by the rows of a family. A parameter is fused from its Hugging Face tensors first and cut after; with
-Megatron's order (per key/value group [q..., k, v]; [gate; up] on each rank) one rule serves every row, fewer groups than ranks included.
+Everything is said by the rows of a family. A parameter is fused from its Hugging Face tensors first and cut after: with
+Megatron's order (per key/value group [q..., k, v]; [gate; up] on each rank) one rule serves every row, also where there
+are fewer groups than ranks.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -72,9 +72,11 @@ class Cut:
         return tuple(shape)
 
     def part(self, full: Tensor, rank: int) -> Tensor:
-        """The part of rank `rank`; rows of padding are zero."""
+        """The part of rank `rank`, a view where it can be; rows of padding are zero."""
         if self.padded_rows:
-            full = torch.cat([full, full.new_zeros(self.padded_rows - len(full), *full.shape[1:])])
+            rows = self.padded_rows // self.parts
+            mine = full[rank * rows : (rank + 1) * rows]
+            return mine if len(mine) == rows else torch.cat([mine, full.new_zeros(rows - len(mine), *full.shape[1:])])
         if self.dim is None or self.parts == 1:
             return full
         blocks = full.chunk(self.stride, self.dim)
@@ -137,11 +139,10 @@ def shape_of(config: ModelConfig, row: Row) -> tuple[int, ...]:
 
 def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
     """Our full tensor from the Hugging Face ones. Raises `UserError` when a shape is not the configuration's."""
-    mine = FUSIONS[parameter.row.fuse].join(config, [tensors[name] for name in parameter.theirs])
-    if tuple(mine.shape) != parameter.shape:
-        theirs = ", ".join(f"{name} {list(tensors[name].shape)}" for name in parameter.theirs)
-        raise UserError(f"{theirs}: makes {parameter.name} {list(mine.shape)}, but config.json says {list(parameter.shape)}")
-    return mine
+    for name, shape in shapes_of(config, parameter).items():
+        if tuple(tensors[name].shape) != shape:
+            raise UserError(f"{name} is {list(tensors[name].shape)}, but config.json says {list(shape)}")
+    return FUSIONS[parameter.row.fuse].join(config, [tensors[name] for name in parameter.theirs])
 
 
 def part(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, Tensor]:
@@ -149,6 +150,30 @@ def part(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, T
     return dict(zip(parameter.theirs, FUSIONS[parameter.row.fuse].part(config, full), strict=True))
 
 
-def cut_to_dict(cut: Cut) -> dict:
-    """JSON-able; `Cut(**values)` with a tuple for the shape reads it back."""
-    return dataclasses.asdict(cut)
+def shapes_of(config: ModelConfig, parameter: Parameter) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the Hugging Face tensors of one parameter."""
+    parts = part(config, parameter, torch.empty(parameter.shape, device="meta"))
+    return {name: tuple(tensor.shape) for name, tensor in parts.items()}
+
+
+def check_tensor_parallel(config: ModelConfig, size: int) -> None:
+    """Raises `UserError` naming the legal choices when the model does not split over `size` tensor-parallel ranks."""
+    heads, groups, ffn = config.num_attention_heads, config.kv_heads, config.ffn_hidden_size
+
+    def fits(size: int) -> bool:
+        return heads % size == 0 and ffn % size == 0 and (groups % size == 0 or size % groups == 0)
+
+    if size < 1 or not fits(size):
+        choices = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+        raise UserError(
+            f"{heads} attention heads, {groups} key/value heads and an FFN width of {ffn} "
+            f"do not split over {size} tensor-parallel ranks; choose {choices}"
+        )
+
+
+def check_pipeline_parallel(config: ModelConfig, size: int) -> None:
+    """Raises `UserError` naming the legal choices when the layers do not split evenly over `size` pipeline stages."""
+    layers = config.num_layers
+    if size < 1 or layers % size:
+        choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+        raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")

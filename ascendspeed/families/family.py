@@ -1,7 +1,7 @@
 """What a family entry is made of: data only. The fusions and cuts that rows name live in `weights.py`, with torch."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from ascendspeed.config import ModelConfig
@@ -10,6 +10,11 @@ from ascendspeed.errors import UserError
 Fuse = Literal["one", "qkv", "glu"]
 Split = Literal["replicated", "rows", "columns", "vocab"]
 REQUIRED = object()
+KINDS = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
+"""Type of every field of `ModelConfig`; those that may be None count something."""
+ROPE_WORDS = ("rope_type", "type", "rope_theta", "base", "factor", "scaling_factor")
+ROPE_KEYS = ("rotary", "rope_theta", "rope_scaling", "rope_parameters", "scaling_factor")
+"""Where config.json files speak of the rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +35,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of config.json and the fields of `ModelConfig` that hold its value."""
+    """One entry of config.json and the fields of `ModelConfig` that hold its value; null is the same as not there."""
 
     theirs: str
     ours: tuple[str, ...]
     default: Any = REQUIRED
+    written: str = ""
+    """Attribute of `ModelConfig` to write where the field itself may be None."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Family:
     """How config.json spells the rotary embedding when it is written; every spelling is read."""
     rope_default: Mapping[str, Any] = field(default_factory=dict)
     """The family's rope where config.json says nothing."""
+    refused: tuple[str, ...] = ("quantization_config",)
+    """Entries of config.json that change what the tensors mean; one that holds something is refused."""
     junk: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that carry nothing."""
 
@@ -64,38 +73,73 @@ class Family:
                 yield row
 
     def read_config(self, theirs: Mapping[str, Any]) -> ModelConfig:
-        """config.json -> ModelConfig. Raises `UserError` for what is missing or cannot be expressed."""
-        for name, value in self.fixed.items():
-            if theirs.get(name, value) != value:
+        """config.json -> ModelConfig. Raises `UserError` for what is missing, of the wrong kind or cannot be expressed."""
+        for name, value in (self.fixed | dict.fromkeys(self.refused)).items():
+            if theirs.get(name, value) not in (value, None):
                 raise UserError(f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {value!r}")
         values: dict[str, Any] = {}
         for key in self.keys:
-            if key.default is REQUIRED and key.theirs not in theirs:
+            values |= dict.fromkeys(key.ours, self._read_key(key, theirs))
+        config = ModelConfig(family=self.name, **values | read_rope(theirs, self.rope_default))
+        check_heads(config)
+        return config
+
+    def _read_key(self, key: Key, theirs: Mapping[str, Any]) -> Any:
+        value = theirs.get(key.theirs)
+        if value is None:
+            if key.default is REQUIRED:
                 raise UserError(f"config.json of a {self.name} model lacks {key.theirs!r}")
-            values |= dict.fromkeys(key.ours, theirs.get(key.theirs, key.default))
-        return ModelConfig(family=self.name, **values | read_rope(theirs, self.rope_default))
+            return key.default
+        kind = KINDS[key.ours[0]]
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind or (kind is not bool and value <= 0):
+            raise UserError(f"config.json: {key.theirs} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}")
+        return value
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """ModelConfig -> config.json, without what only the source knows (token ids, dtype)."""
+        """ModelConfig -> config.json, without what only the source knows (token ids, dtype); `read_config` reads it back.
+
+        Raises `UserError` for a configuration that this family's config.json has no words for.
+        """
         theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.fixed}
         for key in self.keys:
-            values = {getattr(config, ours) for ours in key.ours}
-            if len(values) > 1:
-                both = ", ".join(f"{ours} = {getattr(config, ours)}" for ours in key.ours)
-                raise UserError(f"{self.name} has one {key.theirs!r} for all of these: {both}")
-            theirs[key.theirs] = values.pop()
-        theirs["num_key_value_heads"] = config.kv_heads
-        return theirs | write_rope(config, self.rope)
+            theirs[key.theirs] = getattr(config, key.written or key.ours[0])
+        theirs |= write_rope(config, self.rope)
+        back = self.read_config(theirs)
+        lost = [f for f in KINDS if f != "family" and getattr(back, f) != getattr(config, f)]
+        if lost:
+            said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
+            raise UserError(f"the config.json of a {self.name} model cannot say {said} (it would be read as {_values(back, lost)})")
+        return theirs
+
+
+def _values(config: ModelConfig, names: Sequence[str]) -> str:
+    return ", ".join(repr(getattr(config, name)) for name in names)
+
+
+def check_heads(config: ModelConfig) -> None:
+    """Raises `UserError` for an architecture whose heads do not come out even."""
+    heads, groups = config.num_attention_heads, config.kv_heads
+    if config.kv_channels is None and config.hidden_size % heads:
+        raise UserError(f"hidden size {config.hidden_size} does not split over {heads} attention heads")
+    if heads % groups:
+        raise UserError(f"{heads} attention heads do not split over {groups} key/value heads")
+    if config.head_dim % 2:
+        raise UserError(f"heads of width {config.head_dim} cannot be rotated: rope needs an even width")
 
 
 def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
     """Rotary base and scaling from any of the spellings in use: `rotary`, `rope_theta` + `rope_scaling`, `rope_parameters`."""
-    said = {
-        **default,
-        **(theirs.get("rotary") or {}),
-        **(theirs.get("rope_scaling") or {}),
-        **(theirs.get("rope_parameters") or {}),
-    }
+    said = dict(default)
+    for name in ("rotary", "rope_scaling", "rope_parameters"):
+        entry = theirs.get(name) or {}
+        if not isinstance(entry, Mapping):
+            raise UserError(f"config.json: {name} = {entry!r} is not a table")
+        said |= entry
+    strange = {name: value for name, value in said.items() if name not in ROPE_WORDS and value not in (None, 1)}
+    if strange:
+        raise UserError(f"config.json: rope setting {strange} is not supported, only {', '.join(ROPE_WORDS)}")
     kind = said.get("rope_type", said.get("type")) or "default"
     if kind == "origin":  # InternLM's word for no scaling
         kind = "default"
@@ -103,6 +147,9 @@ def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str
         raise UserError(f"config.json: rope scaling {kind!r} is not supported, only default, linear and dynamic")
     base = said.get("rope_theta", theirs.get("rope_theta", said.get("base", 10000.0)))
     factor = said.get("factor", said.get("scaling_factor", theirs.get("scaling_factor", 1.0)))
+    for value in (base, factor):
+        if type(value) not in (int, float) or value <= 0:
+            raise UserError(f"config.json: rope setting {value!r} is not a positive number")
     return {
         "rotary_base": float(base),
         "rope_scaling_type": "none" if kind == "default" else kind,

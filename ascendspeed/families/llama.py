@@ -1,5 +1,7 @@
 """Llama: the entry that the InternLM families extend."""
 
+from dataclasses import replace
+
 from ascendspeed.config import ModelConfig
 from ascendspeed.families.family import Family, Key, Row
 
@@ -12,8 +14,8 @@ KEYS = (
     Key("hidden_size", ("hidden_size",)),
     Key("intermediate_size", ("ffn_hidden_size",)),
     Key("num_attention_heads", ("num_attention_heads",)),
-    Key("num_key_value_heads", ("num_query_groups",), None),
-    Key("head_dim", ("kv_channels",), None),
+    Key("num_key_value_heads", ("num_query_groups",), None, "kv_heads"),
+    Key("head_dim", ("kv_channels",), None, "head_dim"),
     Key("vocab_size", ("vocab_size",)),
     Key("max_position_embeddings", ("max_position_embeddings",), 2048),
     Key("rms_norm_eps", ("norm_epsilon",), 1e-6),
@@ -35,6 +37,8 @@ ROWS = (
     Row("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
 )
 
+BASE = ModelConfig("llama", vocab_size=32000, norm_epsilon=1e-6, add_qkv_bias=False, add_dense_bias=False)  # LLaMA-7B
+
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
@@ -42,8 +46,9 @@ LLAMA = Family(
     rows=ROWS,
     fixed={"hidden_act": "silu", "mlp_bias": False},
     presets={
-        "7b": ModelConfig(
-            "llama", vocab_size=32000, max_position_embeddings=4096, norm_epsilon=1e-5, add_qkv_bias=False, add_dense_bias=False
-        ),
+        "7b": BASE,
+        "13b": replace(BASE, num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40),
+        "30b": replace(BASE, num_layers=60, hidden_size=6656, ffn_hidden_size=17920, num_attention_heads=52),
+        "65b": replace(BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64),
     },
 )

@@ -1,0 +1,110 @@
+"""Any checkpoint to any format: opens what lies somewhere, writes it elsewhere, and can prove that nothing changed.
+
+The whole model is never in memory: sources are memory-mapped, targets are written in place, one tensor at a time.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ascendspeed.errors import UserError
+from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source
+from ascendspeed.formats.files import staged
+from ascendspeed.formats.progress import Report, progress
+
+__all__ = [
+    "DTYPES",
+    "HuggingFace",
+    "RankFiles",
+    "Source",
+    "compare",
+    "convert",
+    "open_source",
+    "parse_size",
+    "write_hf",
+    "write_megatron",
+]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Format(Protocol):
+    """How to write a checkpoint."""
+
+    def check(self, source: Source) -> None:
+        """Raises `UserError` when the source cannot be written so."""
+
+    def size(self, source: Source, dtype: torch.dtype | None) -> int:
+        """Bytes that will be written."""
+
+    def write(self, source: Source, folder: Path, dtype: torch.dtype | None, report: Report) -> None:
+        """Writes everything into an empty folder."""
+
+
+def convert(source: Source, target: str | Path, to: Format, dtype: torch.dtype | None = None, verify: bool = False) -> None:
+    """Writes `source` to the folder `target`, which must not hold anything yet; it appears when it is whole.
+
+    `dtype`: cast to it; None keeps the type of every tensor. `verify`: reads the result back and compares every bit.
+    Raises `UserError`.
+    """
+    to.check(source)
+    size = to.size(source, dtype)
+    with staged(Path(target), size + 64 * 2**20) as folder:  # and something for headers, indices and the tokenizer
+        with progress(f"writing {target}", size) as report:
+            to.write(source, folder, dtype, report)
+        if verify:
+            compare(source, open_source(folder), dtype)
+
+
+def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> None:
+    """Raises `UserError` naming the first tensor whose bits are not those of the source (cast to `dtype`)."""
+    if replace(result.config, family=source.config.family) != source.config:
+        raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
+    with progress("verifying", source.size(dtype)) as report:
+        for (name, a), (also, b) in zip(source.tensors(), result.tensors(), strict=True):
+            a = a if dtype is None else a.to(dtype)
+            if name != also or a.dtype != b.dtype or a.shape != b.shape or not torch.equal(bits(a), bits(b)):
+                raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
+            report(a.nbytes)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers, so that NaN equals itself and 0 is not -0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
+def write_hf(
+    source: Source,
+    target: str | Path,
+    as_llama: bool = False,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "10GB",
+    verify: bool = False,
+) -> None:
+    """Writes a Hugging Face directory: under the family's own names, or as a plain `LlamaForCausalLM`. Raises `UserError`."""
+    convert(source, target, HuggingFace(as_llama, parse_size(max_shard_size)), dtype, verify)
+
+
+def write_megatron(
+    source: Source,
+    target: str | Path,
+    tp: int,
+    pp: int = 1,
+    deepspeed: bool = False,
+    make_vocab_size_divisible_by: int = 128,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+) -> None:
+    """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe. Raises `UserError`."""
+    convert(source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify)
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes of '10GB', '500MB', '2GiB' or a number. Raises `UserError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
+    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    if size < 1:
+        raise UserError(f"{text!r} is not a size: write 10GB, 500MB or a number of bytes")
+    return int(size)

@@ -1,0 +1,26 @@
+"""Checkpoint formats, a module each: how to read one as a stream of (name, tensor), and how to write one."""
+
+from pathlib import Path
+
+from ascendspeed.errors import UserError
+from ascendspeed.formats import huggingface, megatron, training
+from ascendspeed.formats.huggingface import HuggingFace
+from ascendspeed.formats.megatron import RankFiles
+from ascendspeed.formats.source import Source
+
+__all__ = ["HuggingFace", "RankFiles", "Source", "open_source"]
+
+
+def open_source(path: str | Path) -> Source:
+    """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a directory")
+    for module in (training, megatron, huggingface):
+        if module.is_one(folder):
+            return module.open_folder(folder)
+    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "
+        f"rank files (latest_checkpointed_iteration.txt or latest) and a training checkpoint; found {found}"
+    )

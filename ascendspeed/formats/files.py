@@ -1,0 +1,207 @@
+"""Files that are written piece by piece and appear whole or not at all; memory-mapped files that are read."""
+
+import fcntl
+import json
+import math
+import os
+import pickle
+import shutil
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ascendspeed.errors import UserError
+
+SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+"""The element types of weights, by their names in a safetensors header; others are refused."""
+
+Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""What a file will hold: name -> (type, shape)."""
+
+
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return dtype.itemsize * math.prod(shape)
+
+
+def read_json(path: Path) -> Any:
+    """Raises `UserError` when the file cannot be read or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Indented, as Hugging Face writes them."""
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, memory-mapped: nothing is read before it is used."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
+
+
+def load_pt(path: Path) -> Any:
+    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled: nothing in the file is run."""
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is not, and cannot be mapped
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{path} is damaged, or holds more than tensors (then it is not loaded: it could run code): {said[0]}"
+        ) from error
+
+
+class PieceFile:
+    """A file whose size and layout are known before its tensors are: they are written in any order, one at a time."""
+
+    def __init__(self, path: Path, specs: Specs, offsets: Mapping[str, int]) -> None:
+        self.path, self.specs, self.offsets = path, specs, offsets
+        self._left = set(specs)
+        self._descriptor = os.open(path, os.O_WRONLY)
+
+    def write(self, name: str, tensor: Tensor) -> int:
+        """Puts one tensor, cast to its type, where it belongs; returns its bytes."""
+        dtype, shape = self.specs[name]
+        if tuple(tensor.shape) != shape:
+            raise AssertionError(f"{name} is {list(tensor.shape)}, its place in {self.path} is {list(shape)}")
+        self._left.remove(name)
+        flat = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
+        view, offset = memoryview(flat.numpy()), self.offsets[name]
+        while view:  # the system writes at most 2 GiB at a time
+            written = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[written:], offset + written
+        return flat.numel()
+
+    def close(self) -> None:
+        """Waits until everything is on the disk. A tensor that was not written is an error."""
+        if self._left:
+            raise AssertionError(f"{self.path}: never written: {sorted(self._left)[:5]}")
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
+
+
+def create_safetensors(path: Path, specs: Specs) -> PieceFile:
+    """A safetensors file with its header and with room for the tensors."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in specs.items():
+        start, end = end, end + nbytes(dtype, shape)
+        header[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return PieceFile(path, specs, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs})
+
+
+def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], Any]) -> PieceFile:
+    """A file for `torch.load` that holds `around(tensors)`, with room for the tensors.
+
+    Its pickle is made from tensors without storage. The zip's checksums stay 0: torch does not read them, `unzip` complains.
+    """
+    with FakeTensorMode():
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(around(tensors), path)
+    return PieceFile(path, specs, _record_offsets(path, specs))
+
+
+def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
+    """Where the bytes of each tensor start: torch.save numbers its records in the order in which it meets the tensors."""
+    offsets = {}
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        records = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
+        for number, (name, (dtype, shape)) in enumerate(specs.items()):
+            info = records[f"data/{number}"]
+            if info.file_size != nbytes(dtype, shape):
+                raise AssertionError(f"{path}: record {number} has {info.file_size} bytes, not those of {name}")
+            file.seek(info.header_offset)
+            header = file.read(30)  # of the zip format: ends with the lengths of the name and of the extra field
+            name_length, extra_length = struct.unpack("<HH", header[26:30])
+            offsets[name] = info.header_offset + 30 + name_length + extra_length
+    return offsets
+
+
+@contextmanager
+def staged(target: Path, needed: int) -> Iterator[Path]:
+    """A hidden folder beside `target` to write into; it becomes `target` when the block ends well, and goes away when not.
+
+    A killed writer leaves only the hidden folder, which the next one clears. Raises `UserError` when `target` holds something,
+    when another process is writing it, or when the disk has less than `needed` bytes left.
+    """
+    target = Path(os.path.abspath(target))
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UserError(f"{target} exists and is not an empty directory: remove it, or choose another")
+    draft = target.parent / f".{target.name}.partial"
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+        lock = _lock(draft)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error}") from error
+    try:
+        _clear(draft)
+        free = shutil.disk_usage(draft).free
+        if free < needed:
+            raise UserError(f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+        yield draft
+        _sync(draft)
+        os.rename(draft, target)
+        _sync_one(target.parent)
+    except BaseException as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise UserError(f"{target} cannot be written: {error}") from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def _lock(draft: Path) -> int:
+    lock = os.open(draft, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_ino != draft.stat().st_ino:  # the other one has just finished, and renamed it
+            raise BlockingIOError
+    except (BlockingIOError, FileNotFoundError):
+        os.close(lock)
+        raise UserError(f"another process is writing {draft}: wait for it") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def _clear(draft: Path) -> None:
+    left = list(draft.iterdir())
+    if left:
+        print(f"starting again: {draft} was left by a conversion that was stopped", flush=True)
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _sync_one(path)
+    _sync_one(folder)
+
+
+def _sync_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

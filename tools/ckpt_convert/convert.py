@@ -1,0 +1,63 @@
+"""Converts a checkpoint to another format; what lies in --from is recognised.
+
+python tools/ckpt_convert/convert.py --from internlm-7b --to weights --format megatron --tp 8
+python tools/ckpt_convert/convert.py --from ckpt --to internlm-7b-mine --format hf-llama --dtype bf16 --verify
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from ascendspeed import errors, flags
+
+
+@dataclass(frozen=True)
+class Options:
+    """Converts a checkpoint to another format; what lies in --from is recognised."""
+
+    source: Annotated[str, arg(name="from")]
+    """Hugging Face directory, rank files (Megatron or DeepSpeed layout), or a training checkpoint."""
+    target: Annotated[str, arg(name="to")]
+    """Folder to write; must not hold anything yet."""
+    format: Literal["hf", "hf-llama", "megatron", "deepspeed"]
+    """hf: the family's own names; hf-llama: plain LlamaForCausalLM; megatron, deepspeed: rank files."""
+    tp: int = 1
+    """Tensor-parallel ranks to write rank files for."""
+    pp: int = 1
+    """Pipeline stages to write rank files for."""
+    make_vocab_size_divisible_by: int = 128
+    """Rank files pad the vocabulary to a multiple of this x --tp."""
+    dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
+    """Type of the written tensors; keep: as they are."""
+    max_shard_size: str = "10GB"
+    """Size of a safetensors file."""
+    tokenizer: str | None = None
+    """Folder with the tokenizer to copy; None: the source's own."""
+    verify: bool = False
+    """Read the result back and compare every tensor bit by bit with the source."""
+
+
+def main() -> None:
+    """Parses, converts, says where the result is."""
+    options = flags.parse(Options, description=Options.__doc__)
+    from ascendspeed import convert  # after parsing, so that --help does not wait for torch
+
+    if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
+        raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
+    source = convert.open_source(options.source)
+    if options.tokenizer:
+        source = replace(source, beside=Path(options.tokenizer))
+    print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
+    to = (
+        convert.HuggingFace(options.format == "hf-llama", convert.parse_size(options.max_shard_size))
+        if options.format in ("hf", "hf-llama")
+        else convert.RankFiles(options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by)
+    )
+    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify)
+    print(f"{'verified, every bit: ' if options.verify else ''}{options.target}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -21,7 +21,10 @@ import numpy as np
 
 from ascendspeed.errors import UserError
 
-MAGIC, CODES = b"MMIDIDX\x00\x00", {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
+CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
+SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
+"""Bytes of one id for every integer type code that Megatron knows."""
 UINT16_BELOW = 65500
 """Megatron's bound, not 65,536: the same vocabulary gives the same files."""
 
@@ -43,6 +46,35 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; preprocess again, or remove it") from error
+
+
+def check_pair(prefix: str | Path) -> int:
+    """The number of tokens of a pair. Raises `UserError` unless both files are there, whole, and belong together."""
+    index, tokens = file(prefix, "idx"), file(prefix, "bin")
+    for path in (index, tokens):
+        if not path.is_file():
+            others = sorted(str(p)[: -len(".idx")] for p in path.parent.glob("*.idx"))
+            raise UserError(f"{prefix}: there is no {path}; prefixes here: {', '.join(others) or 'none'}")
+    with index.open("rb") as stream:
+        head = stream.read(HEADER.size)
+        magic, version, code, sequences, bounds = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+        if magic != MAGIC or version != 1 or code not in SIZES:
+            raise UserError(f"{index} is not an index of Megatron's")
+        size = HEADER.size + 12 * sequences + 8 * bounds
+        if index.stat().st_size not in (size, size + sequences):  # one byte more each in multimodal data
+            raise UserError(f"{index} has {index.stat().st_size} bytes and should have {size}; a copy was cut off?")
+        if not sequences:
+            raise UserError(f"{index}: there is no document in it")
+        stream.seek(HEADER.size + 4 * (sequences - 1))
+        (last,) = struct.unpack("<i", stream.read(4))
+        stream.seek(HEADER.size + 12 * sequences - 8)
+        (offset,) = struct.unpack("<q", stream.read(8))
+    end = offset + last * SIZES[code]
+    if tokens.stat().st_size != end or not end:
+        raise UserError(
+            f"{tokens} has {tokens.stat().st_size} bytes and {index} describes {end}; not a pair, or a copy was cut off?"
+        )
+    return end // SIZES[code]
 
 
 class PairWriter:
@@ -109,7 +141,7 @@ class PairWriter:
         return Path(f"{self.prefix}.{suffix}.tmp")
 
     def _index(self) -> Iterator[bytes]:
-        yield MAGIC + struct.pack("<QBQQ", 1, CODES[self.dtype], self.documents, self.documents + 1)
+        yield HEADER.pack(MAGIC, 1, CODES[self.dtype], self.documents, self.documents + 1)
         for lengths in self._lengths:
             yield lengths.astype("<i4").tobytes()
         before = 0

@@ -1,0 +1,185 @@
+"""Indexed data -> batches. The batch at a step is a pure function of (data, seed, consumed samples).
+
+It depends neither on the length of the run nor on the data-parallel size: a split is an endless row of samples, number 0, 1,
+2 and so on, epoch after epoch (`epoch.py`), and a batch is the next few. Several data sets are blended by weight with
+Megatron's greedy rule over `PERIOD` samples, repeated for ever, which makes any place of the row known at once.
+"""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets import helpers
+from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+from torch import Tensor
+
+from ascendspeed.config import DataConfig
+from ascendspeed.data.epoch import Epoch
+from ascendspeed.data.indexed import check_pair, read_facts
+from ascendspeed.errors import UserError
+
+PERIOD = 1 << 16
+"""Samples after which a blend repeats; weights count to this precision."""
+SPLITS = tuple(split.name for split in Split)  # train, valid, test
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, on the CPU; every tensor [b, s]."""
+
+    tokens: Tensor
+    """int64."""
+    labels: Tensor
+    """int64: the token after each token."""
+    loss_mask: Tensor
+    """float32: 1 where the label counts."""
+    position_ids: Tensor
+    """int64."""
+
+
+Sample = tuple[Tensor, Tensor, Tensor, Tensor]
+"""tokens, labels, loss_mask, position_ids, each [s]."""
+
+
+class Source:
+    """The samples of one data set in one split, without end."""
+
+    def __init__(self, indexed: IndexedDataset, documents: range, split: str, data: DataConfig, seed: int) -> None:
+        """`documents` are those of the split. Raises `UserError` if they do not fill one sample."""
+        self.prefix = indexed.path_prefix
+        self._indexed, self._split, self._data, self._seed = indexed, Split[split], data, seed
+        self._documents = np.arange(documents.start, documents.stop, dtype=np.int32)
+        tokens = int(indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))
+        self.samples_per_epoch = max(0, tokens - 1) // data.seq_length
+        if not self.samples_per_epoch:
+            raise UserError(
+                f"{self.prefix}: --split {data.split} gives {split} {len(documents)} of {len(indexed)} documents with "
+                f"{tokens} tokens, and one sample of --seq-length {data.seq_length} takes {data.seq_length + 1}"
+            )
+        self._epochs: dict[int, Epoch] = {}
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
+        epoch, place = divmod(number, self.samples_per_epoch)
+        found = self._epoch(epoch)[place]
+        return found["tokens"], found["labels"], found["loss_mask"], found["position_ids"]
+
+    def _epoch(self, number: int) -> Epoch:
+        if number not in self._epochs:
+            self._epochs = {n: e for n, e in self._epochs.items() if n == number - 1}  # a batch may reach over an edge
+            cache = self._data.data_cache_path or Path(self.prefix).parent / "index-cache"
+            self._epochs[number] = Epoch(
+                self._indexed, self._documents, self._split, self._data.seq_length, self._seed + number, Path(cache)
+            )
+        return self._epochs[number]
+
+
+class Samples:
+    """The samples of a split over all data sets, without end."""
+
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float], vocab_size: int) -> None:
+        self._sources, self._vocab_size = sources, vocab_size
+        self._which, self._place = np.zeros(PERIOD, np.int16), np.zeros(PERIOD, np.int64)
+        share = np.array(weights, np.float64) / sum(weights)
+        helpers.build_blending_indices(self._which, self._place, share, len(sources), PERIOD, False)
+        self._counts = np.bincount(self._which, minlength=len(sources))
+
+    def __len__(self) -> int:
+        """Samples in one epoch of every data set; `sample` goes on beyond."""
+        return sum(source.samples_per_epoch for source in self._sources)
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` >= 0. Raises `UserError` for an id that the vocabulary does not have."""
+        period, rest = divmod(number, PERIOD)
+        which = int(self._which[rest])
+        sample = self._sources[which].sample(period * int(self._counts[which]) + int(self._place[rest]))
+        for ids in sample[:2]:
+            if int(ids.max()) >= self._vocab_size or int(ids.min()) < 0:
+                bad = ids[(ids >= self._vocab_size) | (ids < 0)][0]
+                raise UserError(_foreign(self._sources[which].prefix, int(bad), self._vocab_size))
+        return sample
+
+
+def build_splits(data: DataConfig, seed: int, vocab_size: int, names: Sequence[str] = SPLITS) -> dict[str, Samples]:
+    """Name -> samples, for the splits that will be used, of `train`, `valid` and `test`.
+
+    `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated.
+    Raises `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split without a sample.
+    """
+    blend = parse_blend(data.data_path)
+    indexed = [open_indexed(prefix, vocab_size) for _, prefix in blend]
+    weights = [weight for weight, _ in blend]
+    found = {}
+    for name in names:
+        sources = [Source(one, split_documents(data.split, name, len(one)), name, data, seed) for one in indexed]
+        found[name] = Samples(sources, weights, vocab_size)
+    return found
+
+
+def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
+    """The micro-batches of one data-parallel rank, of the global batch that begins after `consumed` samples.
+
+    As in Megatron, one round of micro-batches over all ranks is a run of successive samples; so the ranks together always
+    have samples consumed ... consumed + global_batch - 1.
+    """
+    round_size = micro_batch * dp_size
+    if global_batch % round_size:
+        raise UserError(f"--global-batch-size {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} ranks")
+    starts = range(consumed + dp_rank * micro_batch, consumed + global_batch, round_size)
+    return [_stack([samples.sample(number) for number in range(start, start + micro_batch)]) for start in starts]
+
+
+def _stack(samples: Sequence[Sample]) -> Batch:
+    return Batch(*(torch.stack(column) for column in zip(*samples, strict=True)))
+
+
+def parse_blend(data_path: Sequence[str]) -> list[tuple[float, str]]:
+    """`--data-path`: one prefix, or weights and prefixes -> [(weight, prefix)]."""
+    if len(data_path) == 1:
+        return [(1.0, data_path[0])]
+    if not data_path or len(data_path) % 2:
+        raise UserError(
+            f"--data-path takes one prefix, or weights and prefixes (0.3 a 0.7 b), not {' '.join(data_path) or 'nothing'}"
+        )
+    blend = [(_weight(word), prefix) for word, prefix in zip(data_path[::2], data_path[1::2], strict=True)]
+    smallest = min(blend)
+    if smallest[0] * PERIOD < sum(weight for weight, _ in blend):
+        raise UserError(f"--data-path: the weight {smallest[0]} of {smallest[1]} is less than 1/{PERIOD} of all weights")
+    return blend
+
+
+def _weight(word: str) -> float:
+    try:
+        weight = float(word)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise UserError(f"--data-path: {word!r} is not a weight; give weights and prefixes: 0.3 a 0.7 b")
+    return weight
+
+
+def split_documents(split: str, name: str, count: int) -> range:
+    """The documents, of `count`, that `--split` gives to the split `name`; Megatron's own rounding."""
+    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(,(\d+\.?\d*|\.\d+)){0,2}", split) or not any(map(float, split.split(","))):
+        raise UserError(f"--split {split} is not up to three shares such as 949,50,1")
+    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[SPLITS.index(name)]
+    return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
+
+
+def open_indexed(prefix: str, vocab_size: int) -> IndexedDataset:
+    """The pair P.bin, P.idx, checked: whole, belonging together, with ids that the vocabulary has."""
+    tokens = check_pair(prefix)
+    facts = read_facts(prefix)
+    if facts.get("tokens") == tokens and facts["max_token"] >= vocab_size:
+        raise UserError(_foreign(prefix, facts["max_token"], vocab_size))
+    return IndexedDataset(prefix)
+
+
+def _foreign(prefix: str, number: int, vocab_size: int) -> str:
+    return f"{prefix} has the token id {number}, but the model's vocabulary has {vocab_size} ids; was another tokenizer used?"

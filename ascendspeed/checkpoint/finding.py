@@ -1,7 +1,6 @@
 """Finds the newest checkpoint that is whole. All ranks call this together and get the same answer."""
 
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,11 +63,9 @@ def find(
     order = _order(folder, latest, sorted(steps, reverse=True), say)
     wrongs = []
     for name in order:
-        began = time.monotonic()
+        say(f"verifying {steps[name]}: {manifest.size(steps[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}")
         checkpoint, wrong = _examine(steps[name], rank, world, gather)
         if checkpoint is not None:
-            size, seconds = manifest.size(steps[name]) / 2**30, time.monotonic() - began
-            say(f"verified {steps[name]}: {size:.2f} GiB in {seconds:.1f} s")
             return checkpoint
         wrongs.append(f"{steps[name]} is damaged: {'; '.join(wrong)}")
         say(f"warning: {wrongs[-1]}; trying the next one")
@@ -101,12 +98,13 @@ def _order(folder: Path, latest: str | None, newest_first: list[str], say: Calla
 
 
 def _examine(path: Path, rank: int, world: int, gather: Gather) -> tuple[Checkpoint | None, list[str]]:
-    """Opens and verifies; what any rank finds wrong, all know."""
-    checkpoint, mine = None, manifest.problems(path, rank, world)
-    if not mine:
-        try:
-            checkpoint = Checkpoint(path)
-        except UserError as error:
-            mine = [str(error)]
+    """Verifies, then opens; what any rank finds wrong, all know."""
+    if wrong := list(dict.fromkeys(gather(manifest.problems(path, rank, world)))):
+        return None, wrong
+    checkpoint, mine = None, []
+    try:
+        checkpoint = Checkpoint(path)
+    except UserError as error:
+        mine = [str(error)]
     wrong = list(dict.fromkeys(gather(mine)))
     return (None, wrong) if wrong else (checkpoint, [])

@@ -131,10 +131,10 @@ class _Team:
             except (UserError, OSError) as error:
                 _mark(failed, f"{self.final} was not saved: {_reason(error)}")
         self.barrier()
+        if mine and not isinstance(mine, UserError | OSError):
+            raise mine  # a mistake in the program keeps its traceback
         if failed.exists():
             raise UserError(failed.read_text() or f"{self.final} was not saved: a rank could not write") from mine
-        if mine:
-            raise mine
 
     def _reports(self, about: str) -> list[dict[str, Any]]:
         reports = []

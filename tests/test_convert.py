@@ -1,0 +1,687 @@
+"""Conversion: bit-exact every way round, equal to transformers, and honest about everything that is damaged."""
+
+import importlib.util
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ascendspeed import convert, weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.formats.files import PieceFile, staged
+
+ROOT = Path(__file__).parent.parent
+FIXTURE = ROOT.parent / "shared" / "fixtures" / "internlm"
+BASE = ModelConfig(
+    "internlm", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, vocab_size=131, max_position_embeddings=32
+)
+NO_BIAS = {"add_qkv_bias": False, "add_dense_bias": False}
+MODELS = {
+    "internlm": BASE,
+    "internlm without bias": replace(BASE, **NO_BIAS),
+    "llama, 2 groups": replace(BASE, family="llama", num_query_groups=2, kv_channels=16, rotary_base=5e5, **NO_BIAS),
+}
+LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
+TOKENIZER_CONFIG = {"auto_map": {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}, "bos_token": "<s>"}
+MIXED = "bf16, norms in fp32"
+
+
+def tensors_of(config: ModelConfig, kind: str) -> dict[str, torch.Tensor]:
+    """Random Hugging Face tensors: noise of all magnitudes, NaN, infinity and -0 included."""
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for parameter in weights.parameters(config):
+        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(kind)
+        dtype = dtype or (torch.float32 if "norm" in parameter.name else torch.bfloat16)
+        for name, shape in weights.shapes_of(config, parameter).items():
+            integers = torch.int32 if dtype == torch.float32 else torch.int16
+            limits = torch.iinfo(integers)
+            tensors[name] = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integers).view(dtype)
+    return tensors
+
+
+def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) -> dict[str, torch.Tensor]:
+    """Writes a directory as other programs do, and returns its tensors."""
+    folder.mkdir(parents=True)
+    tensors = tensors_of(config, kind)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
+    theirs = FAMILIES[config.family].write_config(config) | {"auto_map": {"AutoModel": "m.M"}, "bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(theirs | more))
+    (folder / "tokenizer.model").write_bytes(b"pieces")
+    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG | {"tokenizer_class": "InternLMTokenizer"}))
+    (folder / "modeling_internlm.py").write_text("raise SystemExit")
+    return tensors
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Same names, types and bits."""
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(convert.bits(a[n]), convert.bits(b[n])) for n in a)
+
+
+def written(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the safetensors in a folder, by the library itself."""
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """(model, kind) -> a directory and its tensors; made once."""
+    made = {}
+
+    def source(model: str, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+        if (model, kind) not in made:
+            folder = tmp_path_factory.mktemp("hf") / "model"
+            made[model, kind] = folder, hugging_face(folder, MODELS[model], kind)
+        return made[model, kind]
+
+    return source
+
+
+def round_trip(folder: Path, tensors: dict[str, torch.Tensor], tp: int, pp: int, tmp: Path) -> None:
+    convert.write_megatron(convert.open_source(folder), tmp / "ranks", tp, pp)
+    convert.write_hf(convert.open_source(tmp / "ranks"), tmp / "back")
+    assert same(written(tmp / "back"), tensors)
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize(("model", "kind"), zip(MODELS, ("fp32", "bf16", MIXED), strict=True))
+def test_round_trip_is_bit_exact(sources, tmp_path, model, kind, tp, pp):
+    round_trip(*sources(model, kind), tp, pp, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", MIXED])
+@pytest.mark.parametrize("model", MODELS)
+def test_round_trip_of_every_type(sources, tmp_path, model, kind, tp, pp):
+    round_trip(*sources(model, kind), tp, pp, tmp_path)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 8])
+def test_deepspeed_layout(sources, tmp_path, tp):
+    folder, tensors = sources("internlm", "fp32")
+    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", tp, deepspeed=True, verify=True)
+    assert (tmp_path / "ranks/latest").read_text() == "release"
+    files = sorted(path.name for path in (tmp_path / "ranks/release").iterdir())
+    assert files == [f"mp_rank_{t:02d}_model_states.pt" for t in range(tp)]
+    held = torch.load(tmp_path / "ranks/release" / files[-1], weights_only=True)
+    assert (held["checkpoint_version"], held["dp_world_size"]) == (3.0, 0)
+    rows = {1: 256, 2: 128, 8: 128}[tp]  # 131 pieces are padded to a multiple of 128 x TP
+    assert held["module"]["embedding.word_embeddings.weight"].shape == (rows, 64)
+    assert not held["module"]["embedding.word_embeddings.weight"][-1].any()
+    bias = "decoder.layers.3.self_attention.linear_proj.bias"
+    assert same({bias: held["module"][bias]}, {bias: tensors["model.layers.3.self_attn.o_proj.bias"]})
+
+
+def test_stages_count_their_layers_from_0(sources, tmp_path):
+    folder, tensors = sources("internlm", "fp32")
+    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 2, 2)
+    assert (tmp_path / "ranks/latest_checkpointed_iteration.txt").read_text() == "release"
+    path = tmp_path / "ranks/release/mp_rank_01_001/model_optim_rng.pt"
+    held = torch.load(path, weights_only=True)["model"]
+    name = "decoder.layers.0.input_layernorm.weight"
+    assert same({name: held[name]}, {name: tensors["model.layers.2.input_layernorm.weight"]})
+    assert "output_layer.weight" in held
+    assert not any(n.startswith(("embedding", "decoder.layers.2")) for n in held)
+
+
+# --- Hugging Face directories -----------------------------------------------------------------------------------------------
+
+
+def test_shards_index_and_sidecars(sources, tmp_path):
+    folder, tensors = sources("internlm", "bf16")
+    convert.write_hf(convert.open_source(folder), tmp_path / "hf", max_shard_size="60KB", verify=True)
+    index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    for file in files:
+        held = load_file(tmp_path / "hf" / file)
+        assert set(held) == {name for name, where in index["weight_map"].items() if where == file}
+        assert sum(t.nbytes for t in held.values()) <= 60_000
+    assert same(written(tmp_path / "hf"), tensors)
+    theirs = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (theirs["torch_dtype"], theirs["bos_token_id"], theirs["bias"]) == ("bfloat16", 1, True)
+    assert "auto_map" not in theirs
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) == {"bos_token": "<s>"}
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == b"pieces"
+    assert not list((tmp_path / "hf").glob("*.py"))
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_bin_files(tmp_path, shards, is_zip):
+    tensors = hugging_face(tmp_path / "hf", BASE, MIXED)
+    (tmp_path / "hf/model.safetensors").unlink()
+    names, where = list(tensors), {}
+    for i in range(shards):
+        file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
+        held = {name: tensors[name] for name in names[i::shards]}
+        torch.save(held, tmp_path / "hf" / file, _use_new_zipfile_serialization=is_zip)
+        where |= dict.fromkeys(held, file)
+    if shards > 1:
+        (tmp_path / "hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
+    round_trip(tmp_path / "hf", tensors, 2, 2, tmp_path)
+
+
+def test_another_type_on_request(sources, tmp_path):
+    folder, tensors = sources("internlm", "fp32")
+    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True)
+    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf")
+    assert same(written(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
+    assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+# --- against transformers ---------------------------------------------------------------------------------------------------
+
+
+def plain_llama(config: ModelConfig):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    scaling = {"rope_type": "dynamic", "factor": config.rope_scaling_factor} if config.rope_scaling_type == "dynamic" else None
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=config.hidden_size,
+            intermediate_size=config.ffn_hidden_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.kv_heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            rms_norm_eps=config.norm_epsilon,
+            rope_theta=config.rotary_base,
+            rope_scaling=scaling,
+            attention_bias=config.add_qkv_bias,
+            tie_word_embeddings=False,
+        )
+    ).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.15)  # biases and norms too
+    return model
+
+
+def logits_of(folder: Path, ids: torch.Tensor, **more) -> torch.Tensor:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+    assert type(model).__name__ == "LlamaForCausalLM"
+    with torch.no_grad():
+        return model.eval()(ids, **more).logits
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory):
+    """An InternLM directory whose tensors come from a transformers model, token ids beyond max_position, and its logits."""
+    config = replace(BASE, num_layers=2, rope_scaling_type="dynamic", rope_scaling_factor=2.0)
+    model, folder = plain_llama(config), tmp_path_factory.mktemp("oracle") / "hf"
+    hugging_face(folder, config)
+    save_file(dict(model.state_dict()), folder / "model.safetensors")
+    ids = torch.arange(48)[None] * 7 % config.vocab_size
+    with torch.no_grad():
+        return folder, ids, model(ids).logits
+
+
+def test_exported_llama_has_the_logits_of_its_source(oracle, tmp_path):
+    folder, ids, expected = oracle
+    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 4, 2)
+    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", as_llama=True)
+    assert torch.equal(logits_of(tmp_path / "hf", ids), expected)
+
+
+def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch):
+    folder, ids, expected = oracle
+    right = weights.FUSIONS["qkv"]
+    with monkeypatch.context() as patch:
+        patch.setitem(weights.FUSIONS, "qkv", replace(right, join=lambda config, tensors: torch.cat(list(tensors))))
+        convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 2)
+    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", as_llama=True)
+    assert (logits_of(tmp_path / "hf", ids) - expected).abs().max() > 0.1
+
+
+def test_grouped_queries_as_transformers_saves_them(tmp_path):
+    config = replace(BASE, family="llama", num_layers=2, num_query_groups=2, rope_scaling_type="none", **NO_BIAS)
+    model, ids = plain_llama(config), torch.arange(24)[None]
+    model.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
+    assert convert.open_source(tmp_path / "hf").config == config
+    convert.write_megatron(convert.open_source(tmp_path / "hf"), tmp_path / "ranks", 8)
+    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "back")
+    with torch.no_grad():
+        assert torch.equal(logits_of(tmp_path / "back", ids), model(ids).logits)
+
+
+@pytest.mark.skipif(not FIXTURE.is_dir(), reason="beside the equal oracle above: reference logits of the original modeling code")
+def test_reference_logits(tmp_path):
+    reference = load_file(FIXTURE / "reference.safetensors")
+    convert.write_megatron(convert.open_source(FIXTURE), tmp_path / "ranks", 2, deepspeed=True)
+    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", as_llama=True)
+    for kind in ("short", "full", "long"):  # long: 1.5 x max_position
+        difference = (logits_of(tmp_path / "hf", reference[f"ids_{kind}"]) - reference[f"logits_{kind}"]).abs().max()
+        assert difference < 1e-4, kind
+
+
+# --- what is damaged --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hf(tmp_path) -> Path:
+    """A good directory in three shards, to spoil."""
+    hugging_face(tmp_path / "one", BASE)
+    convert.write_hf(convert.open_source(tmp_path / "one"), tmp_path / "hf", max_shard_size="200KB")
+    return tmp_path / "hf"
+
+
+@pytest.fixture
+def ranks(tmp_path, hf) -> Path:
+    """Good rank files for TP 2 x PP 2, to spoil."""
+    convert.write_megatron(convert.open_source(hf), tmp_path / "ranks", 2, 2)
+    return tmp_path / "ranks"
+
+
+def first_shard(folder: Path) -> Path:
+    return sorted(folder.glob("*.safetensors"))[0]
+
+
+def edit(path: Path, change) -> None:
+    """Changes the tensors of a shard."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def edit_json(path: Path, change) -> None:
+    values = json.loads(path.read_text())
+    change(values)
+    path.write_text(json.dumps(values))
+
+
+def refused(folder: Path, *said: str) -> None:
+    """Opening it is a `UserError` of one line that says all of this, and a conversion writes nothing."""
+    with pytest.raises(UserError) as caught:
+        convert.write_megatron(convert.open_source(folder), folder.parent / "out", 1)
+    assert all(text in str(caught.value) for text in said), str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in folder.parent.iterdir() if "out" in path.name]
+
+
+def test_truncated_shard(hf):
+    path = first_shard(hf)
+    os.truncate(path, path.stat().st_size - 100)
+    refused(hf, path.name, "damaged")
+
+
+def test_missing_shard(hf):
+    path = first_shard(hf)
+    path.unlink()
+    refused(hf, path.name, "lacks")
+
+
+def test_index_names_a_missing_tensor(hf):
+    index = hf / "model.safetensors.index.json"
+    edit_json(index, lambda i: i["weight_map"].update({"model.layers.9.x.weight": first_shard(hf).name}))
+    refused(hf, "model.layers.9.x.weight", "lacks")
+
+
+def test_index_without_a_tensor_that_the_model_needs(hf):
+    edit(first_shard(hf), lambda t: t.pop("model.embed_tokens.weight"))
+    edit_json(hf / "model.safetensors.index.json", lambda i: i["weight_map"].pop("model.embed_tokens.weight"))
+    refused(hf, "lacks model.embed_tokens.weight")
+
+
+def test_left_over_tensor(hf):
+    def add(tensors):
+        tensors["model.extra"] = torch.zeros(1)
+
+    edit(first_shard(hf), add)
+    refused(hf, "left over model.extra")
+    edit_json(hf / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.extra": first_shard(hf).name}))
+    refused(hf, "left over model.extra")
+
+
+def test_tensor_in_two_shards(hf):
+    one, two = sorted(hf.glob("*.safetensors"))[:2]
+    edit(two, lambda t: t.update({"model.embed_tokens.weight": load_file(one)["model.embed_tokens.weight"]}))
+    refused(hf, two.name, "left over model.embed_tokens.weight")
+
+
+def test_wrong_shape_and_type(hf):
+    def cut(tensors):
+        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].contiguous()
+
+    def whole(tensors):
+        tensors["model.embed_tokens.weight"] = torch.zeros(131, 64, dtype=torch.int64)
+
+    edit(first_shard(hf), cut)
+    refused(hf, "model.embed_tokens.weight is [130, 64]", "[131, 64]")
+    edit(first_shard(hf), whole)
+    refused(hf, "model.embed_tokens.weight", "int64")
+
+
+def test_pieces_of_several_types_are_not_fused(hf):
+    name = "model.layers.0.self_attn.k_proj.weight"
+    edit(first_shard(hf), lambda t: t.update({name: t[name].bfloat16()}))
+    refused(hf, name, "several types")
+
+
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", ".."])
+def test_index_that_leaves_the_folder(hf, file):
+    edit_json(hf / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.norm.weight": file}))
+    refused(hf, file)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 1}}'])
+def test_index_that_is_none(hf, text):
+    (hf / "model.safetensors.index.json").write_text(text)
+    refused(hf, "model.safetensors.index.json")
+
+
+def test_config_that_contradicts_the_tensors(hf):
+    edit_json(hf / "config.json", lambda c: c.update(bias=False))
+    refused(hf, "left over", "bias")
+    edit_json(hf / "config.json", lambda c: c.update(bias=True, num_hidden_layers=5))
+    refused(hf, "lacks model.layers.4")
+
+
+def test_missing_config_and_two_sets_of_weights(hf):
+    shutil.copyfile(first_shard(hf), hf / "model.safetensors")
+    refused(hf, "model.safetensors and model.safetensors.index.json")
+    (hf / "config.json").unlink()
+    refused(hf, "no config.json")
+
+
+class Evil:
+    """Unpickling it makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+def test_hostile_pickle_does_not_run(hf, ranks, tmp_path):
+    evil, mark = Evil(tmp_path / "it-ran"), tmp_path / "it-ran"
+    for path in hf.glob("model*"):
+        path.unlink()
+    torch.save({"a": evil}, hf / "pytorch_model.bin")
+    refused(hf, "pytorch_model.bin", "not loaded")
+    (hf / "pytorch_model.bin").write_bytes(pickle.dumps({"a": evil}))
+    refused(hf, "pytorch_model.bin", "not loaded")
+    path = ranks / "release/mp_rank_00_000/model_optim_rng.pt"
+    torch.save({"model": {}, "x": evil}, path)
+    refused(ranks, "model_optim_rng.pt", "not loaded")
+    assert not mark.exists()
+    torch.load(path, weights_only=False)  # control
+    assert mark.exists()
+
+
+def test_truncated_and_missing_rank_files(ranks):
+    path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
+    os.truncate(path, path.stat().st_size - 1000)
+    refused(ranks, "mp_rank_01_001", "damaged")
+    path.unlink()
+    refused(ranks, "lacks mp_rank_01_001/model_optim_rng.pt", "TP 2 x PP 2")
+    (ranks / "release/mp_rank_01_000/model_optim_rng.pt").unlink()
+    refused(ranks, "128 rows", "131")
+    shutil.rmtree(ranks / "release")
+    refused(ranks, "no rank files")
+
+
+def test_rank_file_with_other_tensors(ranks):
+    path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
+    held = torch.load(path, weights_only=True)
+    final = held["model"].pop("decoder.final_layernorm.weight")
+    torch.save(held, path)
+    refused(ranks, "lacks decoder.final_layernorm.weight")
+    held["model"] |= {"decoder.final_layernorm.weight": final, "decoder.final_layernorm._extra_state": torch.zeros(1)}
+    torch.save(held, path)
+    assert len(convert.open_source(ranks).names()) == 35
+    held["model"]["decoder.final_layernorm.weight"] = final[:-1]
+    torch.save(held, path)
+    refused(ranks, "final_layernorm.weight is [63]")
+    torch.save([1], path)
+    refused(ranks, "no table of tensors")
+    (ranks / "latest_checkpointed_iteration.txt").write_text("../elsewhere")
+    refused(ranks, "../elsewhere")
+
+
+def test_nothing_that_is_known(tmp_path):
+    (tmp_path / "a.txt").touch()
+    with pytest.raises(UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint; found a.txt"):
+        convert.open_source(tmp_path)
+    with pytest.raises(UserError, match="is not a directory"):
+        convert.open_source(tmp_path / "b")
+
+
+# --- the target -------------------------------------------------------------------------------------------------------------
+
+
+def test_layouts_that_cannot_be_written(sources, tmp_path):
+    source = convert.open_source(sources("internlm", "fp32")[0])
+    for more, said in (
+        ({"tp": 3}, "choose 1, 2, 4, 8"),
+        ({"tp": 1, "pp": 3}, "choose 1, 2, 4"),
+        ({"tp": 1, "pp": 2, "deepspeed": True}, "no pipeline stages"),
+        ({"tp": 0}, "choose"),
+        ({"tp": 1, "make_vocab_size_divisible_by": 0}, "divisible by 0"),
+    ):
+        with pytest.raises(UserError, match=said):
+            convert.write_megatron(source, tmp_path / "out", **more)
+    tied = replace(source, config=replace(source.config, tie_embeddings=True))
+    with pytest.raises(UserError, match="tied"):
+        convert.write_megatron(tied, tmp_path / "out", 1, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_target_that_holds_something(sources, tmp_path):
+    source = convert.open_source(sources("internlm", "fp32")[0])
+    (tmp_path / "out").mkdir()
+    convert.write_hf(source, tmp_path / "out")  # empty: fine
+    before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
+    with pytest.raises(UserError, match="not an empty directory: remove it"):
+        convert.write_hf(source, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_full_disk_is_said_before_writing(sources, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match=r"needs 0.\d\d GB, and the disk has 0.00 GB"):
+        convert.write_hf(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def stop_at(write: int, how) -> None:
+    """From now on, the `write`-th tensor stops the process by `how()`."""
+    original, count = PieceFile.write, 0
+
+    def stopping(self, name, tensor):
+        nonlocal count
+        count += 1
+        if count == write:
+            how()
+        return original(self, name, tensor)
+
+    PieceFile.write = stopping
+
+
+@pytest.mark.parametrize("layout", ["hf", "ranks"])
+@pytest.mark.parametrize("write", [1, 30])
+def test_killed_writer_leaves_nothing_that_looks_whole(sources, tmp_path, capfd, layout, write):
+    folder = sources("internlm", "fp32")[0]
+
+    def work():
+        source = convert.open_source(folder)
+        convert.write_hf(source, tmp_path / "out") if layout == "hf" else convert.write_megatron(source, tmp_path / "out", 2)
+
+    child = os.fork()
+    if not child:
+        stop_at(write, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        work()
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
+    with pytest.raises(UserError):
+        convert.open_source(tmp_path / ".out.partial")
+    work()  # again: from the start, and says so
+    assert "starting again" in capfd.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    convert.compare(convert.open_source(tmp_path / "out"), convert.open_source(folder))
+
+
+def test_failing_writer_cleans_up(sources, tmp_path, monkeypatch):
+    def full(self, name, tensor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PieceFile, "write", full)
+    with pytest.raises(UserError, match="No space left"):
+        convert.write_hf(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_writers_of_one_target(tmp_path):
+    with staged(tmp_path / "out", 0) as draft:
+        (draft / "file").touch()
+        with pytest.raises(UserError, match="another process"), staged(tmp_path / "out", 0):
+            pass
+        assert (draft / "file").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]
+
+
+def test_verification_sees_one_flipped_bit(sources, tmp_path, monkeypatch):
+    original = PieceFile.write
+
+    def flipping(self, name, tensor):
+        if "linear_fc2" in name:
+            tensor = tensor.clone()
+            convert.bits(tensor).view(torch.uint8).flatten()[0].bitwise_xor_(1)
+        return original(self, name, tensor)
+
+    monkeypatch.setattr(PieceFile, "write", flipping)
+    with pytest.raises(UserError, match=r"verification failed: decoder.layers.0.mlp.linear_fc2.weight"):
+        convert.write_megatron(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out", 2, verify=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("10GB", 10**10), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("77", 77), (5, 5), ("0", 0), ("ten", 0), ("-1GB", 0)],
+)
+def test_sizes(text, size):
+    if size:
+        assert convert.parse_size(text) == size
+    else:
+        with pytest.raises(UserError, match="is not a size"):
+            convert.parse_size(text)
+
+
+def anonymous() -> int:
+    """Bytes of this process that are not a file's."""
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+
+def test_memory_is_about_one_tensor(tmp_path, monkeypatch):
+    """While 135 MB are converted, in both directions; the largest tensor has 8 MB."""
+    config = replace(BASE, num_layers=8, hidden_size=512, ffn_hidden_size=2048, vocab_size=4096)
+    hugging_face(tmp_path / "hf", config)
+    peak, write = 0, PieceFile.write
+
+    def watched(self, name, tensor):
+        nonlocal peak
+        peak = max(peak, anonymous())
+        return write(self, name, tensor)
+
+    monkeypatch.setattr(PieceFile, "write", watched)
+    for source, target, to in (("hf", "ranks", convert.RankFiles(2)), ("ranks", "back", convert.HuggingFace())):
+        opened = convert.open_source(tmp_path / source)
+        peak = before = anonymous()
+        convert.convert(opened, tmp_path / target, to)
+        assert opened.size() > 130e6
+        assert peak - before < 40e6
+    whole = load_file(tmp_path / "back/model.safetensors")
+    copy = [tensor.clone() for tensor in whole.values()]
+    assert anonymous() - before > 100e6, len(copy)  # control: the measure sees tensors that are held
+
+
+# --- the commands -----------------------------------------------------------------------------------------------------------
+
+
+def command(path: str, *args: str) -> None:
+    """Runs a script's `main` here."""
+    spec = importlib.util.spec_from_file_location("script", ROOT / "tools/ckpt_convert" / path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    before, sys.argv = sys.argv, [path, *map(str, args)]
+    try:
+        script.main()
+    finally:
+        sys.argv = before
+
+
+def split(folder: Path, out: Path, *args: str) -> None:
+    command("llama/convert_weights_from_huggingface.py", "--input-model-dir", folder, "--output-model-dir", out, *args)
+
+
+def test_split_command_of_the_recipe(sources, tmp_path, capsys):
+    folder, _ = sources("internlm", "fp32")
+    flags = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 16 --bias --deepspeed"
+    more = "--num_layers 4 --num_heads 8 --num_kv_heads 8 --hidden_size 64 --merge-mlp --added-token-num 0"
+    split(folder, tmp_path / "out", *flags.split(), *more.split())
+    assert "--merge-mlp changes nothing" in capsys.readouterr().out
+    source = convert.open_source(tmp_path / "out")
+    assert source.kind == "DeepSpeed rank files for TP 2 x PP 1"
+    convert.compare(source, convert.open_source(folder))
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ("--type 7B", "num_layers 32, config.json 4"),
+        ("--type 9B", "unknown model 'internlm-9b'"),
+        ("--num_layers 5", "--num_layers 5, config.json 4"),
+        ("--num_kv_heads 2", "--num_kv_heads 2, config.json 8"),
+        ("--added-token-num 3", "resize_token_embeddings"),
+        ("--pipeline-model-parallel-size 2 --deepspeed", "no pipeline stages"),
+    ],
+)
+def test_split_command_checks_what_it_is_told(sources, tmp_path, args, said):
+    with pytest.raises(UserError, match=said):
+        split(sources("internlm", "fp32")[0], tmp_path / "out", *args.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_bias_is_checked(sources, tmp_path):
+    with pytest.raises(UserError, match=r"--bias True, config.json False"):
+        split(sources("internlm without bias", "bf16")[0], tmp_path / "out", "--bias")
+
+
+def test_convert_command(sources, tmp_path, capsys):
+    folder, tensors = sources("llama, 2 groups", MIXED)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.model").write_bytes(b"other")
+    command("convert.py", "--from", folder, "--to", tmp_path / "w", "--format=megatron", "--tp=4", "--pp=2", "--verify")
+    command("convert.py", *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer".split())
+    assert "verified, every bit" in capsys.readouterr().out
+    assert same(written(tmp_path / "hf"), tensors)
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == b"other"
+    with pytest.raises(UserError, match="not split"):
+        command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path):
+    script = ROOT / "tools/ckpt_convert/convert.py"
+    args = ["--from", str(tmp_path), "--to", str(tmp_path / "x"), "--format", "hf"]
+    result = subprocess.run([sys.executable, script, *args], capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1

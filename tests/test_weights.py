@@ -1,0 +1,129 @@
+"""Fusions and cuts, against the other order of doing it: shard each Hugging Face tensor, then fuse with the rank's own heads."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ascendspeed import weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import PRESETS
+
+CONFIG = ModelConfig(
+    "llama", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=131
+)
+D = CONFIG.head_dim
+
+
+def numbered(rows: int) -> torch.Tensor:
+    """[rows, 3], every element its own number."""
+    return torch.arange(rows * 3).reshape(rows, 3)
+
+
+def fused_by_hand(heads: int, groups: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Head by head, as Megatron's attention takes them apart."""
+    rows, each = [], heads // groups
+    for g in range(groups):
+        rows += [q[(g * each + i) * D : (g * each + i + 1) * D] for i in range(each)]
+        rows += [k[g * D : (g + 1) * D], v[g * D : (g + 1) * D]]
+    return torch.cat(rows)
+
+
+def qkv() -> list[torch.Tensor]:
+    return [numbered(8 * D), 1000 + numbered(4 * D), 2000 + numbered(4 * D)]
+
+
+def parameter(suffix: str) -> weights.Parameter:
+    return next(p for p in weights.parameters(CONFIG) if p.name.endswith(suffix))
+
+
+def test_qkv_is_fused_group_by_group():
+    q, k, v = qkv()
+    fused = weights.FUSIONS["qkv"].join(CONFIG, [q, k, v])
+    assert torch.equal(fused, fused_by_hand(8, 4, q, k, v))
+    assert not torch.equal(fused, torch.cat([q, k, v]))  # control
+    assert all(torch.equal(a, b) for a, b in zip(weights.FUSIONS["qkv"].part(CONFIG, fused), (q, k, v), strict=True))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
+    tensors = qkv()
+    fused = weights.FUSIONS["qkv"].join(CONFIG, tensors)
+    cut = weights.Cut(tuple(fused.shape), 0, parts=tp)
+    for rank in range(tp):
+        mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in tensors))
+        assert torch.equal(cut.part(fused, rank), mine)
+
+
+def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
+    """Megatron gathers such a group from its ranks and takes it apart whole."""
+    fused = weights.FUSIONS["qkv"].join(CONFIG, qkv())
+    cut = weights.Cut(tuple(fused.shape), 0, parts=8)
+    assert torch.equal(torch.cat([cut.part(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_rank_has_its_gate_then_its_up(tp):
+    gate, up = numbered(96), 1000 + numbered(96)
+    fused = weights.FUSIONS["glu"].join(CONFIG, [gate, up])
+    cut = weights.Cut((192, 3), 0, stride=2, parts=tp)
+    parts = [cut.part(fused, rank) for rank in range(tp)]
+    for rank, part in enumerate(parts):
+        assert torch.equal(part, torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]]))
+        assert tuple(part.shape) == cut.part_shape
+    assert torch.equal(cut.merge(parts), fused)
+    if tp > 1:
+        assert not torch.equal(parts[0], fused.chunk(tp)[0])  # control: cut as one block
+
+
+@pytest.mark.parametrize(("tp", "padded"), [(1, 131), (1, 256), (4, 256), (8, 1024)])
+def test_padding_of_the_vocabulary_is_zero_and_goes_away(tp, padded):
+    full = 1 + numbered(131)
+    cut = weights.Cut((131, 3), 0, parts=tp, padded_rows=padded)
+    parts = [cut.part(full, rank) for rank in range(tp)]
+    whole = torch.cat(parts)
+    assert {tuple(part.shape) for part in parts} == {cut.part_shape} == {(padded // tp, 3)}
+    assert torch.equal(whole[:131], full)
+    assert not whole[131:].any()
+    assert torch.equal(cut.merge(parts), full)
+
+
+def test_names_and_splits_of_the_whole_model():
+    with_bias = replace(CONFIG, num_query_groups=None, add_qkv_bias=True, add_dense_bias=True)
+    names = [p.name for p in weights.parameters(with_bias)]
+    assert len(names) == len(set(names)) == 2 * 8 + 3
+    without = [p.name for p in weights.parameters(replace(with_bias, add_qkv_bias=False, add_dense_bias=False))]
+    assert set(names) - set(without) == {
+        f"decoder.layers.{layer}.self_attention.linear_{what}.bias" for layer in (0, 1) for what in ("qkv", "proj")
+    }
+    tied = [p.name for p in weights.parameters(replace(with_bias, tie_embeddings=True))]
+    assert set(names) - set(tied) == {"output_layer.weight"}
+
+
+@pytest.mark.parametrize("name", ["internlm-tiny", "internlm-20b"])
+def test_shapes_come_from_the_fusions(name):
+    config = PRESETS[name]
+    shapes = {n: s for p in weights.parameters(config) for n, s in weights.shapes_of(config, p).items()}
+    h, layer = config.hidden_size, "model.layers.1."
+    assert shapes[layer + "self_attn.k_proj.weight"] == (h, h)
+    assert shapes[layer + "mlp.up_proj.weight"] == (config.ffn_hidden_size, h)
+    assert shapes[layer + "mlp.down_proj.weight"] == (h, config.ffn_hidden_size)
+    assert shapes["lm_head.weight"] == (config.vocab_size, h)
+
+
+def test_a_wrong_shape_is_named():
+    fc1 = parameter("layers.0.mlp.linear_fc1.weight")
+    gate, up = fc1.theirs
+    with pytest.raises(UserError, match=r"up_proj.weight is \[95, 64\].*\[96, 64\]"):
+        weights.join(CONFIG, fc1, {gate: torch.zeros(96, 64), up: torch.zeros(95, 64)})
+
+
+def test_layouts_that_do_not_split_name_those_that_do():
+    with pytest.raises(UserError, match=r"choose 1, 2, 4, 8$"):
+        weights.check_tensor_parallel(CONFIG, 3)
+    weights.check_tensor_parallel(CONFIG, 8)  # two ranks to a group
+    with pytest.raises(UserError, match=r"choose 1, 3$"):  # 6 heads: 2 ranks would not go into 3 groups, nor 3 groups into 2 ranks
+        weights.check_tensor_parallel(replace(CONFIG, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=99), 2)
+    with pytest.raises(UserError, match=r"2 layers do not split over 4 pipeline stages; choose 1, 2$"):
+        weights.check_pipeline_parallel(CONFIG, 4)

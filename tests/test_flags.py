@@ -1,0 +1,150 @@
+"""The command line: every spelling that people type, and one line with the nearest name for what it does not know."""
+
+import dataclasses
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ascendspeed import flags
+from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
+from ascendspeed.errors import EXIT_USER_ERROR, UserError
+
+DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
+
+
+@dataclass(frozen=True)
+class Inner:
+    layer_count: Annotated[int, alias("layers")] = 2
+    """How many."""
+    style: Literal["plain", "fancy"] = "plain"
+    """Which."""
+
+
+@dataclass(frozen=True)
+class Options:
+    input: tuple[str, ...]
+    """Files."""
+    inner: Inner = field(default_factory=Inner)
+    fast: bool = False
+    """Hurry."""
+    rate: float | None = None
+    """How fast."""
+
+
+def parse(*args: str) -> Options:
+    return flags.parse(Options, args)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--input", "a", "b", "--layer-count", "5", "--fast"],
+        ["--input", "a", "b", "--layer_count", "5", "--fast"],
+        ["--layer-count=5", "--fast", "--input", "a", "b"],
+        ["--layer_count=5", "--fast", "--input", "a", "b"],
+        ["--layers", "5", "--fast", "--input", "a", "b"],
+        ["--no-fast", "--layers=5", "--input", "a", "b", "--fast"],
+    ],
+    ids=" ".join,
+)
+def test_spellings_mean_the_same(args):
+    assert parse(*args) == Options(("a", "b"), Inner(5), True)
+    assert flags.typed(Options, args) == {"input", "layer_count", "fast"}
+
+
+def test_defaults_and_what_was_typed():
+    assert parse("--input", "a") == Options(("a",))
+    assert flags.typed(Options, ["--input", "a"]) == {"input"}
+    assert flags.spellings(Options) == {
+        "--input": "input",
+        "--layer-count": "layer_count",
+        "--layers": "layer_count",
+        "--style": "style",
+        "--fast": "fast",
+        "--no-fast": "fast",
+        "--rate": "rate",
+    }
+    assert flags.parse(Options, ["--rate", "2"], default=Options(("x",))) == Options(("x",), rate=2.0)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--input", "a", "--layer-cuont", "3"], "unknown flag --layer-cuont; did you mean --layer-count?"),
+        (["--input", "a", "--fasst"], "unknown flag --fasst; did you mean --fast?"),
+        (["--input", "a", "--zzzzzz=1"], "unknown flag --zzzzzz; see --help"),
+        (["stray", "--input", "a"], "'stray'"),
+        (["--input", "a", "--layers", "many"], "--layer-count"),
+        (["--input", "a", "--style", "grand"], "fancy"),
+        (["--input", "a", "--rate"], "--rate"),
+        ([], "--input"),
+    ],
+    ids=str,
+)
+def test_errors_are_one_line(args, said):
+    with pytest.raises(UserError) as error:
+        parse(*args)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@given(st.text(alphabet="abcdefghijklmnop-", min_size=3, max_size=20).filter(lambda t: t.strip("-") == t))
+def test_no_unknown_flag_slips_through(name):
+    known = {spelling.lstrip("-") for spelling in flags.spellings(Options)} | {"h", "help"}
+    if name not in known:
+        with pytest.raises(UserError, match="unknown flag"):
+            parse("--input", "a", f"--{name}=1")
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    shown = capsys.readouterr().out
+    assert not stop.value.code
+    assert all(text in shown for text in ("--layer-count", "--layers", "How many.", "plain", "Hurry."))
+
+
+def test_every_field_of_a_run_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse(Run, ["--help"], default=DEFAULT)
+    shown = capsys.readouterr().out.replace("_", "-")
+    for group in (ModelConfig, ParallelConfig, OptimConfig, DataConfig, TrainConfig):
+        for f in dataclasses.fields(group):
+            if f.name != "family":
+                assert f"--{f.name.replace('_', '-')}" in shown
+    assert set(flags.spellings(Run).values()) == {
+        f.name for g in dataclasses.fields(Run) for f in dataclasses.fields(g.type) if f.name != "family"
+    }
+
+
+def test_a_run_from_the_recipes_flags():
+    architecture = ["--num-layers", "2", "--layernorm-epsilon", "1e-6", "--tp", "2"]
+    training = ["--lr=1e-3", "--bf16", "--zero-stage=1", "--data-path", "0.3", "a", "0.7", "b", "--train-iters", "5"]
+    run = flags.parse(Run, architecture + training, default=DEFAULT)
+    assert (run.model.num_layers, run.model.norm_epsilon, run.optim.lr, run.optim.dtype) == (2, 1e-6, 1e-3, "bf16")
+    assert (run.parallel.zero_stage, run.parallel.tensor_model_parallel_size) == (1, 2)
+    assert run.data.data_path == ("0.3", "a", "0.7", "b")
+    assert run == dataclasses.replace(
+        DEFAULT, model=run.model, optim=run.optim, parallel=run.parallel, data=run.data, train=TrainConfig(train_iters=5)
+    )
+
+
+@pytest.mark.parametrize("rank", ["", "1"])
+def test_a_program_ends_on_one_line(rank):
+    code = (
+        "import time; time.sleep = lambda s: None\n"
+        "from ascendspeed import errors, flags, config\n"
+        "def main():\n    flags.parse(config.TrainConfig, ['--trian-iters', '3'])\n"
+        "errors.run(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"RANK": rank} if rank else {})
+    assert done.returncode == EXIT_USER_ERROR
+    who = "[rank 1] " if rank else ""
+    assert done.stderr == f"{who}error: unknown flag --trian-iters; did you mean --train-iters?\n"
+    assert done.stdout == ""

@@ -1,0 +1,177 @@
+"""The house rules that can be read off the source: imports go down only, and some words are said in one place only."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "ascendspeed"
+
+# Every room of the library and its floor; a new room gets a line here. Scripts are floor 6.
+FLOORS = {
+    "errors": 0,
+    "config": 0,
+    "log": 0,
+    "families": 0,
+    "device": 1,
+    "weights": 1,
+    "tokenizer": 1,
+    "plan": 2,
+    "flags": 2,
+    "kernels": 2,
+    "parallel": 2,
+    "data": 2,
+    "schedule": 3,
+    "resolve": 3,
+    "model": 3,
+    "formats": 3,
+    "convert": 3,
+    "checkpoint": 3,
+    "engines": 4,
+    "generate": 4,
+    "train": 5,
+    "evaluation": 5,
+}
+GROUND_ONLY = {"plan", "flags"}
+TORCH_FREE = ["errors", "config", "log", "families", "plan", "flags", "schedule", "resolve"]
+MEGATRON = {
+    "model",
+    "generate",
+    "parallel",
+    "engines.megatron",
+    "engines.generators",  # the state of Megatron-core's random-number tracker, which every engine saves
+    "data",
+}
+DEVICE_WORDS = {
+    "device": "the only file that names a device",
+    "config": "the choices of --device",
+}
+
+SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+SCRIPTS = [
+    p
+    for p in [
+        *ROOT.glob("*.py"),
+        *(p for folder in ("tools", "tasks", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")),
+    ]
+    if "__main__" in p.read_text()
+]
+
+
+def room(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Full names of everything that a module imports, at any place in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def inner(tree: ast.AST) -> set[str]:
+    """The rooms of ours that a module imports."""
+    return {name.split(".")[1] for name in imported(tree) if name.startswith("ascendspeed.")}
+
+
+def says(tree: ast.AST, words: str) -> set[str]:
+    """Which of `words` (a regular expression of whole words) a module says outside comments and docstrings."""
+    bare = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    texts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
+            texts.append(node.value)
+        texts += [getattr(node, field) for field in ("id", "attr", "arg", "module") if isinstance(getattr(node, field, None), str)]
+        texts += [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
+    return {match for text in texts for match in re.findall(rf"\b(?:{words})\b", text)}
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_imports_go_down(name):
+    if name == "__init__":
+        assert not inner(TREES[name])
+        return
+    assert room(name) in FLOORS, f"give the room {room(name)!r} a floor in {Path(__file__).name}"
+    for other in inner(TREES[name]) - {room(name)}:
+        assert FLOORS[other] <= FLOORS[room(name)], f"{name} (floor {FLOORS[room(name)]}) imports {other} (floor {FLOORS[other]})"
+        assert room(name) not in GROUND_ONLY or FLOORS[other] == 0, f"{name} may reach floor 0 only, not {other}"
+
+
+def test_rooms_make_no_circle():
+    graph: dict[str, set[str]] = {}
+    for name, tree in TREES.items():
+        graph.setdefault(room(name), set()).update(inner(tree) - {room(name)})
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"rooms import each other: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_who_imports_whom(name):
+    outer = {module.split(".")[0] for module in imported(TREES[name])}
+    assert "megatron" not in outer or MEGATRON & {room(name), name}
+    assert "deepspeed" not in outer or name == "engines.deepspeed"
+    assert "torch_npu" not in outer or name == "device"
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_only_device_names_a_device(name):
+    if name not in DEVICE_WORDS:
+        assert not says(TREES[name], "cuda|npu|hccl|nccl")
+
+
+def test_controls():
+    """What the rules are made of sees what it should."""
+    assert inner(ast.parse("def f():\n    from ascendspeed.train import x\n    import ascendspeed.engines.deepspeed")) == {
+        "train",
+        "engines",
+    }
+    assert inner(ast.parse("from ascendspeed import weights")) == {"weights"}
+    assert says(ast.parse('x.to("cuda:0")'), "cuda|npu") == {"cuda"}
+    assert says(ast.parse("torch.npu.synchronize()"), "cuda|npu") == {"npu"}
+    assert says(ast.parse("import torch.cuda"), "cuda|npu") == {"cuda"}
+    assert says(ast.parse("f(cuda=1)"), "cuda|npu") == {"cuda"}
+    assert not says(ast.parse('"""cuda"""\ninput = get_cuda_rng_tracker()  # npu'), "cuda|npu")
+
+
+def test_nothing_happens_on_import():
+    """The torch-free rooms bring no torch, print nothing and leave the environment alone."""
+    code = f"""
+import json, os, sys
+before = dict(os.environ)
+for name in {TORCH_FREE}:
+    __import__("ascendspeed." + name)
+print(json.dumps([before == dict(os.environ), sorted({{m.split(".")[0] for m in sys.modules}})]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    same, modules = json.loads(done.stdout)
+    assert same
+    assert not {"torch", "megatron", "deepspeed", "transformers", "numpy", "rich.progress"} & set(modules)
+    assert not done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_help_is_instant(script):
+    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "--help" in done.stdout
+    modules = {
+        line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
+    }
+    assert "sys" in modules or "site" in modules
+    assert not {"torch", "megatron", "deepspeed", "transformers"} & modules

@@ -468,6 +468,7 @@ def test_nothing_at_all(tmp_path):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(UserError, match="no step_"):
             checkpoint.find(tmp_path)
+    assert checkpoint.looks_like_checkpoint(tmp_path)  # lost, but once there: not a fresh start
 
 
 def test_what_looks_like_a_checkpoint(ckpt, tmp_path):

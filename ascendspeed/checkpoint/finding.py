@@ -19,9 +19,11 @@ def _alone(mine: list[str]) -> list[str]:
 
 
 def looks_like_checkpoint(path: str | Path) -> bool:
-    """Whether a path holds, or is, a training checkpoint of ours, be it whole or damaged. Looks at names only."""
+    """Whether a path holds, or is, a training checkpoint of ours, be it whole, damaged or lost. Looks at names only."""
     path = Path(path)
-    return (path / manifest.NAME).exists() or bool(STEP.fullmatch(path.name) and path.is_dir()) or bool(_steps(path))
+    if (path / manifest.NAME).exists() or (STEP.fullmatch(path.name) and path.is_dir()):
+        return True
+    return bool(_steps(path)) or bool(STEP.fullmatch(_latest(path) or ""))
 
 
 def open_checkpoint(

@@ -18,7 +18,6 @@ def main() -> None:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed import kernels, parallel, train
     from ascendspeed.config import to_dict
-    from ascendspeed.data import dataset
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.log import Logger
 
@@ -39,7 +38,7 @@ def main() -> None:
             log.say(f"note: {note}")
         log.say(f"run: {json.dumps(to_dict(run))}")
         log.say(f"DeepSpeed config: {json.dumps(config)}")
-        batches = dataset.batches(run, grid.rank, grid.dp_rank, grid.dp, grid.barrier)
+        batches = train.open_data(run, grid)
         start = train.find_start(run, grid, device, log.say)
         engine = DeepSpeedEngine(run, grid, device, config, fused, start.tensors)
         if start.resume:

@@ -10,6 +10,7 @@ from torch import Tensor
 from ascendspeed import checkpoint, formats, plan
 from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import Run
+from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
@@ -35,6 +36,14 @@ class Start:
     def state(self) -> TrainState:
         """Position in the run."""
         return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
+
+
+def open_data(run: Run, grid: Grid) -> Batches:
+    """The data of the run; tensor-parallel ranks of one replica see the same."""
+    names = ["train", "valid"] if run.train.eval_interval else ["train"]
+    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, names)
+    sizes = run.train.global_batch_size, run.train.micro_batch_size
+    return lambda split, consumed: dataset.batch(splits[split], consumed, *sizes, grid.dp_rank, grid.dp)
 
 
 def find_start(run: Run, grid: Grid, device: Device, say: Callable[[str], None]) -> Start:
@@ -161,7 +170,7 @@ def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches
 
 
 def _time_to_save(run: Run, step: int) -> bool:
-    return step == run.train.train_iters or bool(run.train.save_interval) and step % run.train.save_interval == 0
+    return step == run.train.train_iters or (bool(run.train.save_interval) and step % run.train.save_interval == 0)
 
 
 def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str = "valid") -> EvalLine:

@@ -59,6 +59,7 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
             "reduce_bucket_size": 500_000_000,
             "allgather_bucket_size": 500_000_000,
         },
+        "communication_data_type": "fp32",  # as Megatron does; bf16 halves the traffic and rounds every gradient on the way
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,

@@ -5,7 +5,8 @@ uint64 number of sequences n, uint64 n + 1, int32 lengths [n], int64 byte offset
 
 `PairWriter` writes beside the old files and takes their place at the end: the old .idx goes first, the new one comes last, and
 nothing opens a pair without its .idx. Killed at any moment it leaves the old pair, no pair, or the new one.
-A third file, P.json, says what the data is; whoever trains on it checks the vocabulary by it.
+A third file, P.meta (JSON, but not called so: it may lie in a folder of input), says what the data is; whoever trains on it
+checks the vocabulary by it.
 """
 
 import fcntl
@@ -35,13 +36,13 @@ def dtype_for(vocab_size: int) -> np.dtype:
 
 
 def file(prefix: str | Path, suffix: str) -> Path:
-    """P.bin, P.idx or P.json of a prefix, which may have dots in it."""
+    """P.bin, P.idx or P.meta of a prefix, which may have dots in it."""
     return Path(f"{prefix}.{suffix}")
 
 
 def read_facts(prefix: str | Path) -> dict[str, Any]:
     """What preprocessing wrote about a pair; empty where it wrote nothing (data from other tools)."""
-    path = file(prefix, "json")
+    path = file(prefix, "meta")
     try:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -100,18 +101,18 @@ class PairWriter:
         return self.tokens * self.dtype.itemsize
 
     def commit(self, facts: dict[str, Any]) -> None:
-        """Puts the new pair, and `facts` as P.json, in the place of an old one."""
+        """Puts the new pair, and `facts` as P.meta, in the place of an old one."""
         _sync(self._bin)
         with self._temporary("idx").open("wb") as index:
             for piece in self._index():
                 index.write(piece)
             _sync(index)
-        with self._temporary("json").open("wb") as side:
+        with self._temporary("meta").open("wb") as side:
             side.write((json.dumps(facts, indent=2) + "\n").encode())
             _sync(side)
         file(self.prefix, "idx").unlink(missing_ok=True)
         self._sync_folder()
-        for suffix in ("bin", "json"):
+        for suffix in ("bin", "meta"):
             self._temporary(suffix).replace(file(self.prefix, suffix))
         self._sync_folder()
         self._temporary("idx").replace(file(self.prefix, "idx"))
@@ -121,7 +122,7 @@ class PairWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for suffix in ("bin", "idx", "json"):
+        for suffix in ("bin", "idx", "meta"):
             self._temporary(suffix).unlink(missing_ok=True)
         self._bin.close()
 

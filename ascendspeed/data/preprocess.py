@@ -84,7 +84,7 @@ class Output:
         return f"{made} from {self.rows:,} rows, skipped: {kinds or 'none'}"
 
     def facts(self) -> dict[str, Any]:
-        """Counts for P.json; like all in it, they do not depend on when, where or by how many processes it was made."""
+        """Counts for P.meta; like all in it, they do not depend on when, where or by how many processes it was made."""
         return {
             "documents": self.writer.documents,
             "tokens": self.writer.tokens,
@@ -124,7 +124,7 @@ class Encoder:
         return results
 
     def facts(self) -> dict[str, Any]:
-        """How the documents were made, for P.json."""
+        """How the documents were made, for P.meta."""
         eod = self.tokenizer.eos if self.job.append_eod else None
         return {"vocab_size": self.tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
 
@@ -202,7 +202,7 @@ def preprocess(
     log_interval: int = 1000,
     say: Callable[[str], None] = print,
 ) -> dict[str, dict[str, Any]]:
-    """Writes `<prefix>_<key>_document.{bin,idx,json}` for every key and returns the facts in the .json files, by key.
+    """Writes `<prefix>_<key>_document.{bin,idx,meta}` for every key and returns the facts in the .meta files, by key.
 
     Raises `UserError` for bad input, before anything is written where that can be known, and leaves old files as they are then.
     """

@@ -1,0 +1,249 @@
+import gzip
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import sentencepiece
+from corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+from ascendspeed.data import inorder, lines, parquet
+from ascendspeed.data.indexed import check_pair, file
+from ascendspeed.data.preprocess import Job, preprocess
+from ascendspeed.errors import UserError
+
+TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
+TEXTS = words(600) + TRAPS
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return sentencepiece_dir(tmp_path / "tokenizer")
+
+
+def made(prefix):
+    """The bytes of all three files."""
+    return {suffix: file(prefix, suffix).read_bytes() for suffix in ("bin", "idx", "meta")}
+
+
+def parquet_of(path, texts, **options):
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, **options)
+    return path
+
+
+def run(*args):
+    return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True)
+
+
+def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
+    parquet_of(tmp_path / "a.parquet", TEXTS, row_group_size=100)
+    facts = preprocess(
+        [tmp_path / "a.parquet"], str(tmp_path / "p"), Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True)
+    )
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+    read = IndexedDataset(str(tmp_path / "p_text_document"))
+    expected = [[*theirs.encode(text), 2] for text in TEXTS]
+    assert [d.tolist() for d in read[0 : len(read)]] == expected
+    assert read.index.dtype == np.uint16
+    assert json.loads(made(tmp_path / "p_text_document")["meta"]) == facts["text"]
+    assert facts["text"]["max_token"] == max(map(max, expected))
+    assert facts["text"]["bytes"] == sum(len(t.encode()) for t in TEXTS)
+    preprocess([tmp_path / "a.parquet"], str(tmp_path / "q"), Job(str(tokenizer), "GeneralPretrainHandler"))
+    bare = IndexedDataset(str(tmp_path / "q_text_document"))
+    assert [d.tolist() for d in bare[0 : len(bare)]] == [ids[:-1] for ids in expected]
+
+
+def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
+    folder = big_vocabulary_dir(tmp_path / "tokenizer")
+    parquet_of(tmp_path / "a.parquet", ["w2 w69999", "w65536"])
+    preprocess([tmp_path / "a.parquet"], str(tmp_path / "p"), Job(str(folder), "GeneralPretrainHandler", append_eod=True))
+    read = IndexedDataset(str(tmp_path / "p_text_document"))
+    assert read.index.dtype == np.int32
+    assert [d.tolist() for d in read[0:2]] == [[2, 69999, 1], [65536, 1]]
+
+
+def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
+    for module in (parquet, lines, inorder):
+        monkeypatch.setattr(module, "SHARD_BYTES", 6000)  # many shards; whoever reads one need not know how they are cut
+    inputs = {
+        "one group": parquet_of(tmp_path / "one.parquet", TEXTS),
+        "groups": parquet_of(tmp_path / "groups.parquet", TEXTS, row_group_size=77),
+        "jsonl": tmp_path / "a.jsonl",
+        "array": tmp_path / "a.json",
+        "gz": tmp_path / "a.jsonl.gz",
+    }
+    rows = [{"text": text} for text in TEXTS]
+    inputs["jsonl"].write_text("\n".join(map(json.dumps, rows)))
+    inputs["array"].write_text(json.dumps(rows))
+    inputs["gz"].write_bytes(gzip.compress(inputs["jsonl"].read_bytes()))
+    job, found = Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
+    for name, path in inputs.items():
+        for workers in (1, 3) if name in ("one group", "gz") else (1,):
+            preprocess([path], str(tmp_path / name), job, workers)
+            found[name, workers] = made(f"{tmp_path / name}_text_document")
+    first = found["one group", 1]
+    assert all(files == first for files in found.values())
+    parquet_of(tmp_path / "one.parquet", TEXTS[:50] + TEXTS[51:52] + TEXTS[50:51] + TEXTS[52:])
+    preprocess([tmp_path / "one.parquet"], str(tmp_path / "swapped"), job)
+    assert made(tmp_path / "swapped_text_document")["bin"] != first["bin"]  # control: the order of the rows is seen
+
+
+def test_several_files_and_keys(tmp_path, tokenizer):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "a.jsonl").write_text('{"text": "one", "title": "A"}\n{"text": "two", "title": null}\n')
+    (data / "b.csv").write_text("title,text\nB,three\n")
+    (data / "c.csv").write_text("")  # holds no rows and misses no column
+    job = Job(str(tokenizer), "GeneralPretrainHandler", ("text", "title"))
+    preprocess([data], str(data / "new" / "p"), job)
+    facts = preprocess([data], str(data / "new" / "p"), job)  # its own output among the input is not taken for rows
+    assert [facts[key]["documents"] for key in ("text", "title")] == [3, 2]
+    assert facts["title"]["skipped"] == {"null": 1}
+    one, other = (IndexedDataset(str(data / "new" / f"p_{key}_document")) for key in ("text", "title"))
+    assert (len(one), len(other)) == (3, 2)
+
+
+def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer):
+    path = tmp_path / "a.jsonl"
+    good = [json.dumps({"text": "good"}).encode()]
+    bad = [
+        b'{"text": null}',
+        b'{"text": ""}',
+        b'{"text": " \\n"}',
+        b'{"text": 5}',
+        b"{",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud800"}',
+    ]
+    path.write_bytes(b"\n".join(good + bad + [json.dumps({"text": "x" * 5000}).encode()] + good))
+    said = []
+    job = Job(str(tokenizer), "GeneralPretrainHandler", longest=4000)
+    facts = preprocess([path], str(tmp_path / "p"), job, say=said.append)
+    assert facts["text"]["rows"] == 10
+    assert facts["text"]["documents"] == 2
+    expected = {"null": 1, "empty": 1, "whitespace": 1, "not text": 1, "malformed": 1, "invalid UTF-8": 2, "huge": 1}
+    assert facts["text"]["skipped"] == expected
+    assert "from 10 rows, skipped: 1 empty, 1 huge, 2 invalid UTF-8" in said[0]
+
+
+def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, tokenizer):
+    job = Job(str(tokenizer), "GeneralPretrainHandler")
+    preprocess([parquet_of(tmp_path / "a.parquet", ["old"])], str(tmp_path / "p"), job)
+    before = made(tmp_path / "p_text_document")
+    with pytest.raises(UserError, match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; nothing was written"):
+        preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
+    assert made(tmp_path / "p_text_document") == before
+    (tmp_path / "c.json").write_text('[{"text": "good"}, {"te')
+    with pytest.raises(UserError, match="damaged"):
+        preprocess([tmp_path / "c.json"], str(tmp_path / "p"), job, workers=2)
+    assert made(tmp_path / "p_text_document") == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_errors_before_anything_is_written(tmp_path, tokenizer):
+    path = parquet_of(tmp_path / "a.parquet", ["text"])
+    with pytest.raises(UserError, match="needs the column 'instruction'; there are: text"):
+        preprocess([path], str(tmp_path / "p"), Job(str(tokenizer), "AlpacaPretrainHandler"))
+    with pytest.raises(UserError, match="unknown handler"):
+        preprocess([path], str(tmp_path / "p"), Job(str(tokenizer), "Alpaca"))
+    folder = big_vocabulary_dir(tmp_path / "no-eos", 10)
+    (folder / "special_tokens_map.json").unlink()
+    with pytest.raises(UserError, match="names no eos_token"):
+        preprocess([path], str(tmp_path / "p"), Job(str(folder), "GeneralPretrainHandler", append_eod=True))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file"):
+        preprocess([path], str(tmp_path / "file" / "p"), Job(str(tokenizer), "GeneralPretrainHandler"))
+    assert not list(tmp_path.glob("p_*"))
+
+
+def test_a_full_disk_is_known_early(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(parquet, "SHARD_BYTES", 2000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    with pytest.raises(UserError, match=r"are still to be written, but 0\.0 GB are free"):
+        preprocess([parquet_of(tmp_path / "a.parquet", TEXTS)], str(tmp_path / "p"), Job(str(tokenizer), "GeneralPretrainHandler"))
+    assert not list(tmp_path.glob("p_*"))
+
+
+def test_the_published_command(tmp_path, tokenizer):
+    rows = [{"instruction": f"Say {i}.", "input": None if i % 2 else "loud", "output": f"{i}!"} for i in range(100)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
+    prefix = tmp_path / "alpaca"
+    flags = [
+        "--input",
+        tmp_path / "train.parquet",
+        "--tokenizer-name-or-path",
+        tokenizer,
+        "--output-prefix",
+        prefix,
+        "--workers",
+        2,
+    ]
+    flags += ["--log-interval", 10, "--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"]
+    done = run(*flags, "--tokenizer-not-use-fast", "--append-eod", "--dataset-impl", "mmap", "--streaming", "--seq-length", 2048)
+    assert done.returncode == 0, done.stderr
+    assert len(IndexedDataset(f"{prefix}_text_document")) == 100
+    for said in (
+        "--streaming has no effect: rows are always",
+        "--seq-length has no effect",
+        "--tokenizer-not-use-fast has no effect",
+    ):
+        assert said in done.stdout
+    assert "100 documents" in done.stdout
+    assert "documents/s" in done.stderr
+    assert "left" in done.stderr
+    failed = run(*flags[:-1], "AlpacaHandler")
+    assert failed.returncode == 2
+    assert failed.stderr.count("\n") == 1
+    assert "did you mean AlpacaPretrainHandler" in failed.stderr
+
+
+def test_the_workers_need_no_torch():
+    code = "import sys, ascendspeed.data.preprocess; sys.exit(any(m in sys.modules for m in ('torch', 'megatron', 'transformers')))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def kill_at_random(folder, tokenizer, times, seed):
+    """SIGKILLs the tool at random moments beside an older pair; returns what was found after each."""
+    old, new = parquet_of(folder / "old.parquet", words(50)), parquet_of(folder / "new.parquet", words(20000), row_group_size=2000)
+    job, prefix = Job(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
+    preprocess([new], str(folder / "whole"), job)
+    whole, found = made(folder / "whole_text_document"), []
+    command = [sys.executable, TOOL, "--input", new, "--tokenizer-name-or-path", tokenizer, "--output-prefix", folder / "p"]
+    command = [*map(str, command), "--workers", "2"]
+    began = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    duration, chance = time.monotonic() - began, random.Random(seed)
+    assert made(prefix) == whole
+    for _ in range(times):
+        preprocess([old], str(folder / "p"), job)
+        before = made(prefix)
+        tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(chance.uniform(0.3, 1.1) * duration)
+        os.kill(tool.pid, signal.SIGKILL)
+        tool.wait()
+        if file(prefix, "idx").exists():
+            after = made(prefix)
+            assert after in (before, whole)
+            check_pair(prefix)
+            found.append("old" if after == before else "new")
+        else:
+            found.append("none")
+    return found
+
+
+def test_killed_at_any_moment_no_wrong_pair_is_left(tmp_path, tokenizer):
+    assert kill_at_random(tmp_path, tokenizer, 3, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_at_many_moments_no_wrong_pair_is_left(tmp_path, tokenizer):
+    assert set(kill_at_random(tmp_path, tokenizer, 60, seed=1)) >= {"old", "new"}

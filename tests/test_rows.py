@@ -1,0 +1,162 @@
+import csv
+import gzip
+import io
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from corpus import TRAPS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ascendspeed.data import inorder, lines, parquet, rows
+from ascendspeed.data.shard import BATCH_ROWS, Bad
+from ascendspeed.errors import UserError
+
+TEXTS = [f"{i}: {TRAPS[i % len(TRAPS)]}" for i in range(1200)]
+ROWS = [{"text": text, "other": i} for i, text in enumerate(TEXTS)]
+
+
+def write(path, kind):
+    """The same rows in every format."""
+    if kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=700)
+        return path
+    if kind == "csv":
+        out = io.StringIO(newline="")
+        writer = csv.DictWriter(out, ["text", "other"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+        text = out.getvalue()
+    elif kind == "jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=row["other"] % 2 == 0) + "\n\n" for row in ROWS)
+    else:
+        text = json.dumps(ROWS, ensure_ascii=False, indent=1)
+    raw = text.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def values(path, name="text", wanted=("text",)):
+    """Everything in a column, read shard by shard; also the number of shards."""
+    shards = list(rows.shards(path, wanted))
+    assert sum(shard.weight for shard in shards) == pytest.approx(1)
+    batches = [batch for shard in shards for batch in rows.read(shard, wanted)]
+    assert all(list(batch) == list(wanted) and len(batch[name]) <= BATCH_ROWS for batch in batches)
+    return [value for batch in batches for value in batch[name]], len(shards)
+
+
+@pytest.mark.parametrize("shard_bytes", [8 << 20, 5000])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.parquet", "parquet"),
+        ("a.jsonl", "jsonl"),
+        ("a.JSONL.gz", "jsonl"),
+        ("a.json", "array"),
+        ("b.json", "jsonl"),
+        ("a.json.gz", "array"),
+        ("b.json.gz", "jsonl"),
+        ("a.csv", "csv"),
+        ("a.csv.gz", "csv"),
+    ],
+)
+def test_every_format_gives_the_rows_in_order(tmp_path, monkeypatch, name, kind, shard_bytes):
+    for module in (parquet, lines, inorder):
+        monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
+    path = write(tmp_path / name, kind)
+    assert rows.columns(path) == ["text", "other"]
+    found, shards = values(path)
+    assert found == TEXTS
+    assert shards > 2 if shard_bytes == 5000 else shards <= 2
+    assert values(path, "absent", ("text", "absent"))[0] == [None] * len(ROWS)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.integers(1, 9), st.booleans())
+def test_lines_belong_to_one_shard_wherever_the_cut_falls(tmp_path_factory, content, shard_bytes, ends):
+    path = tmp_path_factory.mktemp("lines") / "a.txt"
+    raw = b"\n".join(content) + (b"\n" if ends else b"")
+    path.write_bytes(raw)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lines, "SHARD_BYTES", shard_bytes)
+        found = [v for s in rows.shards(path, ["text"]) for b in rows.read(s, ["text"]) for v in b["text"]]
+    pieces = raw.removeprefix(lines.BOM).split(b"\n")
+    expected = pieces if pieces[-1] else pieces[:-1]
+    assert found == [line.rstrip(b"\r").decode("utf-8", "surrogateescape") for line in expected]
+
+
+def test_an_array_is_read_in_pieces_with_elements_larger_than_a_piece(tmp_path):
+    path = tmp_path / "a.json"
+    texts = ["small", "x" * 300_000, '[],{}\\"' * 20_000, "end"]
+    path.write_text(json.dumps([{"text": t} for t in texts]))
+    assert values(path)[0] == texts
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path):
+    for name, raw in {
+        "a.txt": b"one\ntwo",
+        "a.jsonl": b'{"text": "one"}\n{"text": "two"}',
+        "a.json": b'[{"text": "one"}, {"text": "two"}]',
+        "a.csv": b"text\none\ntwo\n",
+    }.items():
+        for path, content in ((tmp_path / name, lines.BOM + raw), (tmp_path / f"{name}.gz", gzip.compress(lines.BOM + raw))):
+            path.write_bytes(content)
+            assert rows.columns(path) == ["text"]
+            assert values(path)[0] == ["one", "two"]
+
+
+def test_bad_bytes_and_bad_lines_are_handed_on(tmp_path):
+    bad, said = b"caf\xe9", "caf\udce9"
+    (tmp_path / "a.txt").write_bytes(b"good\n" + bad + b"\n")
+    (tmp_path / "a.csv").write_bytes(b"text\ngood\n" + bad + b"\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "' + bad + b'"}\n')
+    (tmp_path / "a.json").write_bytes(b'[{"text": "good"}, {"text": "' + bad + b'"}]')
+    strings = pyarrow.array([b"good", bad], pyarrow.binary())
+    for name, column in {"a": strings.view(pyarrow.string()), "b": strings}.items():
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
+    for path in tmp_path.iterdir():
+        assert values(path)[0] == ["good", said], path
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": 1}\n{broken\n[1]\n"text"\n{}\n' + "[" * 100_000)
+    assert values(path)[0] == [1, Bad.MALFORMED, Bad.MALFORMED, Bad.MALFORMED, None, Bad.MALFORMED]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b'[{"text": "a"}, {"text": "b"'),
+        ("a.json", b'[{"text": "a"},'),
+        ("a.json", b'[{"text": "a"} x]'),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-9]),
+        ("a.jsonl.gz", b"not gzip"),
+        ("a.parquet", b"PAR1 but not really"),
+    ],
+)
+def test_a_damaged_file_is_an_error(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=r"a\.(json|jsonl\.gz|parquet) is"):
+        values(tmp_path / name)
+
+
+def test_a_damaged_row_group_is_an_error(tmp_path):
+    path = write(tmp_path / "a.parquet", "parquet")
+    raw = bytearray(path.read_bytes())
+    raw[4:4000] = bytes(3996)
+    path.write_bytes(raw)
+    with pytest.raises(UserError, match=r"a\.parquet: row group 0"):
+        values(path)
+
+
+def test_find(tmp_path):
+    for name in ("b.jsonl", "a.parquet", "c.csv.gz", "notes.md", ".hidden.json", "sub/d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    at = [tmp_path / name for name in ("a.parquet", "b.jsonl", "c.csv.gz", "sub/d.txt")]
+    assert rows.find([tmp_path]) == at
+    assert rows.find([at[1], at[0]]) == [at[1], at[0]]
+    assert rows.find([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
+    for name, said in {"absent.json": "no such file", "notes.md": r"type \.md cannot be read; there are: \.parquet"}.items():
+        with pytest.raises(UserError, match=said):
+            rows.find([tmp_path / name])

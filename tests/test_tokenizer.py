@@ -1,0 +1,99 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
+
+from ascendspeed import tokenizer
+from ascendspeed.errors import UserError
+
+REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir()]
+
+
+@pytest.fixture(params=["small", *REAL_ONES])
+def folder(request, tmp_path):
+    """A directory with tokenizer.model: one made here, and the real ones of v1 and v2 where they are at hand."""
+    return sentencepiece_dir(tmp_path / "small") if request.param == "small" else REAL / request.param
+
+
+def test_ids_are_sentencepieces_own(folder):
+    ours, theirs = tokenizer.load(folder), sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    texts = TRAPS + words(50)
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert ids.dtype == np.int32
+        assert ids.tolist() == theirs.encode(text)
+        assert ours.decode(ids) == text
+    assert ours.vocab_size == theirs.get_piece_size()
+    assert ours.encode_batch([]) == []
+
+
+def test_control_tokens_in_text_stay_text(folder):
+    ours = tokenizer.load(folder)
+    ids = ours.encode("<s>a</s>").tolist()
+    assert not {ours.bos, ours.eos} & set(ids)
+    assert ours.decode(ids) == "<s>a</s>"
+    assert ours.decode([ours.bos, *ids, ours.eos]) == "<s>a</s>"
+    assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
+
+
+@pytest.mark.skipif("internlm2" not in REAL_ONES, reason="needs the real tokenizer; the lookup itself is tested below")
+def test_ids_by_name_of_the_real_v2():
+    assert tokenizer.load(REAL / "internlm2").id_of("[UNUSED_TOKEN_145]") == 92542
+
+
+def test_a_token_is_found_by_its_string_added_ones_first(tmp_path):
+    folder = sentencepiece_dir(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {"7": {"content": "<|im_end|>"}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "added_tokens.json").write_text(json.dumps({"<|beyond|>": 9999}))
+    ours = tokenizer.load(folder)
+    assert ours.id_of("<|im_end|>") == 7
+    assert ours.id_of("</s>") == 2
+    assert ours.vocab_size == 10000
+    with pytest.raises(UserError, match=r"no token '<\|nobody\|>'"):
+        ours.id_of("<|nobody|>")
+    with pytest.raises(UserError, match="id 10000"):
+        ours.decode([3, 10000])
+
+
+def test_tokenizer_json(tmp_path):
+    folder = json_dir(tmp_path)
+    ours, theirs = tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    theirs.no_truncation()  # one is saved in the file; text is never cut off here
+    for text, ids in zip(words(50), ours.encode_batch(words(50)), strict=True):
+        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == text
+    text = "<s>a</s> ordinary_added"
+    ids = ours.encode(text).tolist()
+    assert not {ours.bos, ours.eos} & set(ids)
+    assert ours.id_of("ordinary_added") in ids
+    assert ours.bos in theirs.encode(text).ids  # control: left alone, the library makes a control token of the text
+    assert ours.decode(ids) == text
+    assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
+
+
+def test_the_models_own_file_is_preferred(tmp_path):
+    sentencepiece_dir(tmp_path)
+    json_dir(tmp_path)
+    assert isinstance(tokenizer.load(tmp_path), tokenizer.SentencePieceTokenizer)
+
+
+def test_what_is_not_a_tokenizer(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        tokenizer.load(tmp_path / "absent")
+    with pytest.raises(UserError, match=r"tokenizer\.model and tokenizer\.json, but the folder holds nothing"):
+        tokenizer.load(tmp_path)
+    for name in tokenizer.FILES:
+        (tmp_path / name).write_bytes(b"not a tokenizer")
+        with pytest.raises(UserError, match=f"{name} is not"):
+            tokenizer.load(tmp_path)
+        (tmp_path / name).unlink()
+    folder = sentencepiece_dir(tmp_path / "damaged")
+    shutil.copy(folder / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        tokenizer.load(tmp_path)

@@ -17,6 +17,7 @@ import ast
 import hashlib
 import io
 import json
+import os
 import platform
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -26,6 +27,7 @@ from pathlib import Path
 from ascendspeed import errors, flags
 from ascendspeed.errors import UserError
 
+STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 HELD_OUT_EVERY = 20  # modules
 DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
@@ -48,11 +50,12 @@ class Options:
 
 
 def modules() -> list[Path]:
-    """Sources of the standard library, well mixed and always in the same order."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    found = (p.relative_to(root) for p in root.rglob("*.py"))
-    kept = (p for p in found if not SKIPPED.intersection(p.parts))
-    return [root / p for p in sorted(kept, key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())]
+    """Sources of the standard library, relative to its folder, well mixed and always in the same order."""
+    found = []
+    for folder, folders, names in os.walk(STDLIB):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        found += [Path(folder, name).relative_to(STDLIB) for name in names if name.endswith(".py")]
+    return sorted(found, key=lambda path: hashlib.sha256(path.as_posix().encode()).digest())
 
 
 def rows_of(path: Path, module: str) -> Iterator[Row]:
@@ -76,13 +79,14 @@ def rows_of(path: Path, module: str) -> Iterator[Row]:
 
 def collect(wanted: int) -> tuple[list[Row], list[Row]]:
     """(training rows, held-out rows); a module is in one of them only. Raises `UserError` if the library has too few."""
-    root, train, held_out = Path(sysconfig.get_paths()["stdlib"]), [], []
+    train: list[Row] = []
+    held_out: list[Row] = []
     for number, path in enumerate(modules()):
-        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        (train if number % HELD_OUT_EVERY else held_out).extend(rows_of(path, name))
+        name = ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+        (train if number % HELD_OUT_EVERY else held_out).extend(rows_of(STDLIB / path, name))
         if len(train) >= wanted and held_out:
             return train[:wanted], held_out
-    raise UserError(f"--rows {wanted}: the standard library in {root} has only {len(train)} documented rows; ask for fewer")
+    raise UserError(f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for fewer")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:

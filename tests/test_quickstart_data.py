@@ -1,0 +1,61 @@
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from ascendspeed import tokenizer
+from ascendspeed.errors import UserError
+
+SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "intern" / "make_quickstart_data.py"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("make_quickstart_data", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_rows_and_tokenizer(script, tmp_path, capsys):
+    one = script.make(tmp_path / "one", 300, 1024)
+    made = contents(one)
+    assert set(made) >= {"train.parquet", "heldout.parquet", "heldout.txt", "tokenizer/tokenizer.model", "made.json"}
+    train, held_out = (pyarrow.parquet.read_table(one / name).to_pylist() for name in ("train.parquet", "heldout.parquet"))
+    assert len(train) == 300
+    assert held_out
+    assert set(train[0]) == {"instruction", "input", "output"}
+    assert {bool(row["input"]) for row in train} == {True, False}
+    modules = [{row["instruction"].split()[-1] for row in rows} for rows in (train, held_out)]
+    assert not modules[0] & modules[1]
+    ours = tokenizer.load(one / "tokenizer")
+    assert (ours.vocab_size, ours.bos, ours.eos, ours.pad) == (1024, 1, 2, 2)
+    for row in held_out[:20]:
+        ids = ours.encode(row["output"])
+        assert ours.decode(ids) == row["output"]
+        assert len(ids) < len(row["output"].encode()) / 1.5  # it has learnt something; bytes alone would be as many
+
+    made_at = (one / "train.parquet").stat().st_mtime_ns
+    script.make(one, 300, 1024)
+    assert (one / "train.parquet").stat().st_mtime_ns == made_at
+    assert "reusing" in capsys.readouterr().out
+    (one / "made.json").unlink()  # as a run that was cut off leaves it
+    shutil.rmtree(one / "tokenizer")
+    script.make(one, 300, 1024)
+    assert contents(one) == made
+
+
+def test_too_much_is_asked_for(script, tmp_path, monkeypatch):
+    few = script.modules()[:100]
+    monkeypatch.setattr(script, "modules", lambda: few)
+    with pytest.raises(UserError, match="has only"):
+        script.make(tmp_path, 10**7, 1024)
+    with pytest.raises(UserError, match="--vocab-size 30000 does not fit this text"):
+        script.make(tmp_path, 100, 30000)
+    assert not (tmp_path / "made.json").exists()

@@ -10,11 +10,13 @@ import importlib.util
 import logging
 import os
 import resource
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._device
 
 from ascendspeed.errors import UserError
 
@@ -62,6 +64,8 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     `backend` "nccl" or "hccl" in a recipe means the device's own; "gloo" is taken at its word. Raises `UserError` when the device
     that was asked for is not there.
     """
+    for optional in ("Transformer Engine", "Apex", "full scope is deprecated"):  # said by Megatron-core at every import
+        warnings.filterwarnings("ignore", message=f".*{optional}", category=UserWarning)
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
@@ -112,6 +116,8 @@ def _cuda_is_cpu() -> None:
     tensor.cuda = lambda self, *_, **__: self
     type_ = tensor.type  # megatron-core compares param.type() with 'torch.cuda.FloatTensor'
     tensor.type = lambda self, *a, **k: type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
+    # `with torch.device(...)` knows constructors by identity, in a set made on first use: made now, it holds the real ones.
+    torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
@@ -158,7 +164,7 @@ def fused(device: Device, operation: str) -> Fused | None:
 
     Shapes: x [s, b, ...]; rotary takes x [s, b, heads, d] and cos, sin [s, 1, 1, d]; swiglu takes [gate; up] in the last dimension.
     """
-    maker = {"npu": _fused_npu, "cuda": _fused_liger}.get(device.kind)
+    maker = {"npu": _fused_npu, "cuda": _fused_cuda}.get(device.kind)
     return maker(operation) if maker else None
 
 
@@ -171,13 +177,15 @@ def _fused_npu(operation: str) -> Fused | None:
     }[operation]
 
 
-def _fused_liger(operation: str) -> Fused | None:
-    if importlib.util.find_spec("liger_kernel") is None:
-        return None
-    if operation == "rms_norm":
+def _fused_cuda(operation: str) -> Fused | None:
+    """Liger's kernels, else Apex's RMSNorm. No rotary: Liger's wants [b, heads, s, d] and turns q and k at once."""
+    if importlib.util.find_spec("liger_kernel") and operation == "rms_norm":
         norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         return Fused("liger_kernel.ops.rms_norm", lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False))
-    if operation == "swiglu":
+    if importlib.util.find_spec("liger_kernel") and operation == "swiglu":
         glu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
         return Fused("liger_kernel.ops.swiglu", lambda x: glu.apply(*(half.contiguous() for half in x.chunk(2, -1))))
-    return None  # Liger's rotary wants [b, heads, s, d] and rotates q and k in place
+    if importlib.util.find_spec("apex") and operation == "rms_norm":
+        affine = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
+        return Fused("apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps))
+    return None

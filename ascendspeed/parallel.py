@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from torch import Tensor
 
+from ascendspeed import device as devices
 from ascendspeed.config import ParallelConfig
 from ascendspeed.device import Device
 
@@ -70,6 +72,20 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
         dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         dp=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     )
+
+
+def generators() -> dict[str, Tensor]:
+    """State (uint8) of this rank's random number generators: torch's, the device's, and those of the tensor-parallel regions."""
+    tracked = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
+    return {"torch": torch.get_rng_state(), "device": devices.rng_state(), **tracked}
+
+
+def set_generators(states: dict[str, Tensor]) -> None:
+    """Sets what `generators` gave."""
+    torch.set_rng_state(states["torch"])
+    devices.set_rng_state(states["device"])
+    tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
+    get_cuda_rng_tracker().set_states(tracked)
 
 
 def destroy() -> None:

@@ -16,9 +16,9 @@ from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
 from ascendspeed.errors import UserError
 from ascendspeed.log import EvalLine, Logger, TrainLine
-from ascendspeed.model.gpt import random_tensors
 from ascendspeed.parallel import Grid
 from ascendspeed.schedule import lr_at
+from ascendspeed.weights import random_tensors
 
 Batches = Callable[[str, int], list[Batch]]
 """(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
@@ -106,7 +106,7 @@ class Window:
         per_iteration = seconds / len(results)
         per_device = run.train.global_batch_size * run.data.seq_length / per_iteration / grid.world
         tflops = per_device * plan.flops_per_token(run.model, run.data.seq_length) / 1e12
-        peak = plan.known_peak(device.name)
+        peak = plan.known_peak(device.name) if run.optim.dtype != "fp32" else None
         self.results, self.began = [], time.perf_counter()
         return TrainLine(
             time=time.strftime("%Y-%m-%d %H:%M:%S"),

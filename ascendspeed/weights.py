@@ -5,8 +5,10 @@ Megatron's order (per key/value group [q..., k, v]; [gate; up] on each rank) one
 are fewer groups than ranks.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -177,3 +179,20 @@ def check_pipeline_parallel(config: ModelConfig, size: int) -> None:
     if size < 1 or layers % size:
         choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")
+
+
+def random_tensors(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """Random weights that are the same for every layout: (name, full fp32 tensor), each from a generator of its own.
+
+    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1.
+    """
+    for parameter in parameters(model):
+        if parameter.name.endswith(".bias"):
+            yield parameter.name, torch.zeros(parameter.shape, device=device)
+        elif len(parameter.shape) == 1:
+            yield parameter.name, torch.ones(parameter.shape, device=device)
+        else:
+            generator = torch.Generator(device).manual_seed(seed * 2**32 + crc32(parameter.name.encode()))
+            residual = parameter.row.split == "columns"
+            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if residual else 1)
+            yield parameter.name, torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

@@ -17,14 +17,14 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare(job.get("device", "cpu"))
 
+    import oracle
     import torch
 
-    import oracle
     from ascendspeed import checkpoint, parallel, schedule
     from ascendspeed.data.dataset import Batch
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.kernels import Kernels
-    from ascendspeed.model.gpt import random_tensors
+    from ascendspeed.weights import random_tensors
 
     base = config.from_dict(job["run"])
     grid = parallel.initialize(here, base.parallel, base.train.seed)

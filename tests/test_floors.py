@@ -45,7 +45,6 @@ MEGATRON = {
     "generate",
     "parallel",
     "engines.megatron",
-    "engines.generators",  # the state of Megatron-core's random-number tracker, which every engine saves
     "data",
 }
 DEVICE_WORDS = {

@@ -25,12 +25,12 @@ from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
-from ascendspeed.engines import StepResult, generators
+from ascendspeed.engines import StepResult
 from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.spec import transformer_config
-from ascendspeed.parallel import MPU, Grid
+from ascendspeed.parallel import MPU, Grid, generators, set_generators
 
 Tensors = Iterable[tuple[str, Tensor]]
 
@@ -87,7 +87,7 @@ def _refuse_contradictions(derived: dict[str, Any], given: dict[str, Any], path:
             _refuse_contradictions(mine, value, path, f"{where}{key}.")
         elif key in derived and value not in (mine, "auto"):
             raise UserError(
-                f"--deepspeed_config {path}: {where}{key} = {value!r}, but the flags make it {mine!r}; remove it there or change the flag"
+                f"--deepspeed_config {path}: {where}{key} = {value!r}, but the flags make it {mine!r}; correct one of them"
             )
     if not where and (extra := {"optimizer", "scheduler"} & given.keys()):
         raise UserError(
@@ -119,7 +119,7 @@ class DeepSpeedEngine:
     def __init__(
         self, run: Run, grid: Grid, device: Device, config: dict[str, Any], kernels: Kernels, tensors: Tensors | None
     ) -> None:
-        """Builds the model, fills it from `tensors` (our names, full tensors; None: `restore` follows) and hands it to DeepSpeed."""
+        """Builds the model, fills it from `tensors` (our names, full; None: `restore` follows) and hands it to DeepSpeed."""
         self.run, self.grid, self.device, self.stage = run, grid, device, run.parallel.zero_stage
         deepspeed = _import(device)
         module = self._build(deepspeed, config, kernels)
@@ -295,7 +295,7 @@ class DeepSpeedEngine:
 
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
-        return generators.state()
+        return generators()
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -309,7 +309,7 @@ class DeepSpeedEngine:
                 setattr(self.zero.loss_scaler, name, value)
         self._publish()
         if checkpoint.world == self.grid.world and checkpoint.run.parallel.tensor_model_parallel_size == self.grid.tp:
-            generators.restore(checkpoint.rng(self.grid.rank))
+            set_generators(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:
         """Masters -> the weights that the forward pass uses; collective."""

@@ -1,9 +1,7 @@
 """Builds the GPTModel and fills it: from a stream of full tensors, cut for this rank, whatever the stream's source."""
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from zlib import crc32
 
 import torch
 from megatron.core import parallel_state
@@ -82,7 +80,7 @@ def fill(
 ) -> None:
     """Writes this rank's part of every (name, full tensor) into the model.
 
-    `gather` makes a parameter whole for the time of writing (ZeRO-3). Raises `UserError` when a parameter of this rank got no tensor.
+    `gather` makes a parameter whole for the time of writing (ZeRO-3). Raises `UserError` when a parameter got no tensor.
     """
     mine, cut, rank = named_parameters(gpt), cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
@@ -94,20 +92,3 @@ def fill(
                 parameter.copy_(cut[name].part(full, rank))
     if mine:
         raise UserError(f"the weights lack {', '.join(sorted(mine)[:5])}" + (f" and {len(mine) - 5} more" if len(mine) > 5 else ""))
-
-
-def random_tensors(model: ModelConfig, seed: int, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """Random weights that are the same for every layout: (name, full fp32 tensor), each from a generator of its own.
-
-    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1.
-    """
-    for parameter in weights.parameters(model):
-        if parameter.name.endswith(".bias"):
-            yield parameter.name, torch.zeros(parameter.shape, device=device)
-        elif len(parameter.shape) == 1:
-            yield parameter.name, torch.ones(parameter.shape, device=device)
-        else:
-            generator = torch.Generator(device).manual_seed(seed * 2**32 + crc32(parameter.name.encode()))
-            residual = parameter.row.split == "columns"
-            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if residual else 1)
-            yield parameter.name, torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# The whole chain on this machine, with a tiny InternLM, in minutes:
+# text -> parquet -> tokens -> random model -> weights split for TP 2 -> ZeRO-2 training -> resumed -> exported -> checked by transformers.
+#
+#   bash examples/intern/quickstart.sh          run again, it reuses what is there; delete ./.quickstart to start over
+#   NPROC=2 WORK=/tmp/try bash examples/intern/quickstart.sh
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source tools/setup.sh
+
+WORK=${WORK:-.quickstart}
+export NPROC=${NPROC:-4}                # processes: TP 2 x DP 2
+STOP=${STOP:-60}                        # iterations before the interruption
+ITERS=${ITERS:-100}                     # iterations in all
+mkdir -p "$WORK"
+step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
+
+step "1/7 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
+python examples/intern/make_quickstart_data.py --output-dir "$WORK/data"
+
+step "2/7 tokens"
+if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
+    python tools/preprocess_data.py \
+        --input "$WORK/data/train.parquet" \
+        --tokenizer-name-or-path "$WORK/data/tokenizer" \
+        --output-prefix "$WORK/alpaca" \
+        --workers 2 \
+        --log-interval 1000 \
+        --tokenizer-type PretrainedFromHF \
+        --handler-name AlpacaPretrainHandler \
+        --append-eod
+fi
+
+step "3/7 a tiny InternLM with random weights, as a Hugging Face directory"
+[ -d "$WORK/hf" ] || python tools/random_model.py --model internlm-tiny --tokenizer "$WORK/data/tokenizer" --output-dir "$WORK/hf"
+
+step "4/7 weights for 2 tensor-parallel ranks"
+[ -d "$WORK/weights" ] || python tools/ckpt_convert/llama/convert_weights_from_huggingface.py \
+    --input-model-dir "$WORK/hf" \
+    --output-model-dir "$WORK/weights" \
+    --tensor-model-parallel-size 2 \
+    --pipeline-model-parallel-size 1 \
+    --bias \
+    --deepspeed
+
+train() {  # train LOAD FLAGS...: the 7B recipe itself, with tiny values
+    MODEL=internlm-tiny DATA="$WORK/alpaca_text_document" TOKENIZER_PATH="$WORK/data/tokenizer" CHECKPOINT="$1" SAVE="$WORK/ckpt" \
+        DTYPE=fp32 ZERO_STAGE=2 TP=2 MICRO_BATCH=4 GLOBAL_BATCH=16 SEQ_LENGTH=256 TRAIN_ITERS="$ITERS" LR_DECAY_ITERS="$ITERS" \
+        LR=3e-3 MIN_LR=3e-4 SAVE_INTERVAL=50 EVAL_INTERVAL=50 EVAL_ITERS=4 \
+        bash examples/intern/pretrain_internlm_7b_zero.sh --log-dir "$WORK/logs" --tensorboard-dir "$WORK/tensorboard" "${@:2}"
+}
+reached() { [ -d "$WORK/ckpt/$(printf 'step_%07d' "$1")" ]; }
+
+step "5/7 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
+reached "$STOP" || reached "$ITERS" || train "$WORK/weights" --exit-interval "$STOP"
+reached "$ITERS" || train "$WORK/ckpt"
+
+step "6/7 export as a plain LlamaForCausalLM"
+[ -d "$WORK/export" ] || python tools/ckpt_convert/convert.py \
+    --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
+
+step "7/7 held-out loss, ours beside stock transformers"
+python examples/intern/quickstart_report.py --work "$WORK"

@@ -1,0 +1,123 @@
+"""The end of the quickstart: held-out loss of the export under stock transformers beside ours, a table, and the loss curve.
+
+python examples/intern/quickstart_report.py --work .quickstart
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ascendspeed import errors, flags, log
+
+
+@dataclass(frozen=True)
+class Options:
+    """Reports on what quickstart.sh made."""
+
+    work: Path
+    """Its folder."""
+    length: int = 256
+    """Tokens per held-out sample."""
+
+
+def held_out(work: Path, length: int) -> Any:
+    """The held-out text as samples: [n, length + 1] int64."""
+    import torch
+
+    from ascendspeed import tokenizer
+
+    ids = tokenizer.load(work / "data" / "tokenizer").encode((work / "data" / "heldout.txt").read_text())
+    count = (len(ids) - 1) // length
+    return torch.stack([torch.tensor(ids[i * length : (i + 1) * length + 1], dtype=torch.int64) for i in range(count)])
+
+
+def our_loss(work: Path, samples: Any) -> float:
+    """Mean token loss of the last training checkpoint in our own model, one process."""
+    from ascendspeed import device
+
+    here = device.prepare("cpu")  # before anything of Megatron is imported
+
+    import torch
+
+    from ascendspeed import checkpoint, parallel
+    from ascendspeed.config import ParallelConfig, TrainConfig
+    from ascendspeed.model import gpt, spec
+
+    found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()
+    parallel.initialize(here, alone, seed=1)
+    model = gpt.build(found.config, alone, spec.transformer_config(found.config, alone, TrainConfig())).eval()
+    gpt.fill(model, found.config, alone, found.tensors())
+    with torch.no_grad():
+        losses = [model(part[:, :-1], None, None, labels=part[:, 1:]) for part in samples.split(8)]
+    parallel.destroy()
+    return float(torch.cat(losses).mean())
+
+
+def their_loss(work: Path, samples: Any) -> float:
+    """The same, of the exported directory in stock transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(work / "export", dtype=torch.float32, local_files_only=True).eval()
+    with torch.no_grad():
+        logits = torch.cat([model(part[:, :-1]).logits for part in samples.split(8)])
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()))
+
+
+def draw(lines: list[Any], path: Path) -> None:
+    """The loss curve, training and validation."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    train = [line for line in lines if isinstance(line, log.TrainLine)]
+    valid = [line for line in lines if isinstance(line, log.EvalLine)]
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
+    axes.plot([line.iteration for line in train], [line.loss for line in train], lw=1.2, label="training")
+    axes.plot([line.iteration for line in valid], [line.loss for line in valid], "o", ms=5, label="validation")
+    axes.set(xlabel="iteration", ylabel="loss per token", title="InternLM-tiny on docstrings, ZeRO-2 x TP 2")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Computes, draws, prints."""
+    options = flags.parse(Options, description=Options.__doc__ or "")
+    work = options.work
+    samples = held_out(work, options.length)
+    ours, theirs = our_loss(work, samples), their_loss(work, samples)
+    lines = list(log.read(work / "logs" / "train.log"))
+    train = [line for line in lines if isinstance(line, log.TrainLine)]
+    draw(lines, work / "loss.png")
+
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="quickstart", show_header=False)
+    for row in (
+        ("text -> tokens", f"{work}/data/train.parquet -> {work}/alpaca_text_document.bin, .idx"),
+        ("random model -> split weights", f"{work}/hf -> {work}/weights"),
+        ("training checkpoints", f"{work}/ckpt"),
+        ("exported for transformers", f"{work}/export"),
+        ("loss curve, log, TensorBoard", f"{work}/loss.png, {work}/logs/train.log, {work}/tensorboard"),
+        ("training loss, first -> last", f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)"),
+        (
+            "held-out loss, ours | transformers",
+            f"{ours:.6f} | {theirs:.6f}  (difference {abs(ours - theirs):.1e}, chance {math.log(2048):.2f})",
+        ),
+        ("tokens/s per process (median)", f"{median(line.tokens_per_s for line in train):.0f}"),
+        ("peak memory per process", f"{max(line.memory_gib for line in train):.2f} GiB"),
+    ):
+        table.add_row(*row)
+    Console().print(table)
+    if abs(ours - theirs) > 1e-4:
+        raise errors.UserError(f"the export disagrees with the training checkpoint: held-out loss {theirs:.6f}, not {ours:.6f}")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -12,7 +12,7 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.formats import sidecars
+from ascendspeed.formats import sidecars, tokenizer_json
 from ascendspeed.formats.files import Specs, create_safetensors, load_pt, load_safetensors, nbytes, read_json, write_json
 from ascendspeed.formats.progress import Report
 from ascendspeed.formats.source import Source, Stream, check_names, check_tensor, one_dtype, parameters_by_name, read_config
@@ -112,6 +112,10 @@ class HuggingFace:
         if len(shards) > 1:
             write_json(folder / "model.safetensors.index.json", _index(shards))
         sidecars.write(source, folder, config, dtype)
+        if self.as_llama and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+            why_not = tokenizer_json.write(folder)
+            if why_not:
+                print(f"note: no tokenizer.json, {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
 
     def _config(self, source: Source) -> ModelConfig:
         return replace(source.config, family="llama") if self.as_llama else source.config

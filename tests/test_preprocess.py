@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -209,6 +210,35 @@ def test_the_published_command(tmp_path, tokenizer):
 def test_the_workers_need_no_torch():
     code = "import sys, ascendspeed.data.preprocess; sys.exit(any(m in sys.modules for m in ('torch', 'megatron', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def tool_with_workers(tmp_path, tokenizer):
+    """The running tool and its two worker processes."""
+    path = parquet_of(tmp_path / "long.parquet", words(100_000), row_group_size=1000)
+    command = [sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "p"]
+    tool = subprocess.Popen([*map(str, command), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    workers = []
+    while len(workers) < 2 and tool.poll() is None:
+        time.sleep(0.02)
+        workers = [p for p in psutil.Process(tool.pid).children() if "spawn_main" in " ".join(p.cmdline())]
+    return tool, workers
+
+
+def test_a_worker_that_dies_is_said_and_nothing_is_left(tmp_path, tokenizer):
+    tool, workers = tool_with_workers(tmp_path, tokenizer)
+    workers[0].kill()
+    said = tool.communicate()[1]
+    assert tool.returncode == 2
+    assert "error: a worker process died" in said.splitlines()[-1]
+    assert not list(tmp_path.glob("p_*"))
+
+
+def test_workers_end_with_a_killed_parent(tmp_path, tokenizer):
+    tool, workers = tool_with_workers(tmp_path, tokenizer)
+    tool.kill()
+    tool.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
 
 
 def kill_at_random(folder, tokenizer, times, seed):

@@ -1,0 +1,266 @@
+"""Preprocessing against its peers: bare sentencepiece, and Megatron-LM's own tool where its source is at hand.
+
+    python benchmarks/preprocess.py --output benchmarks/results/preprocess.md [--megatron DIR] [--tokenizer DIR]
+
+Every arm turns the same text into ids with the same tokenizer.model and the same number of processes, each as a program of its
+own, in turns: ours (parquet -> .bin/.idx), bare (parquet -> sentencepiece, batches of 512, ids thrown away) and Megatron's
+(jsonl -> .bin/.idx). Starting a program takes seconds where it imports torch and says nothing about a large corpus, so every
+arm is also run on next to no text in every round, and rates are given with that time and without it. The text is the source
+of the installed Python library.
+DIR of --megatron is a checkout of github.com/NVIDIA/Megatron-LM whose tools/ and megatron/ belong to one version.
+"""
+
+import datetime
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+from ascendspeed import errors, flags
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL = ROOT.parent / "shared" / "fixtures" / "tokenizers" / "internlm"
+CHARS = 3000
+"""Of one document, about."""
+
+
+Seconds = tuple[float, float, float, float]
+"""Of one run: wall and CPU of the program and its processes on the corpus, then both on next to no text."""
+Times = dict[str, dict[str, list[Seconds]]]
+"""Workers -> arm -> every round."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    output: Path | None = None
+    """Markdown file to write; the figures go beside it as .json. Default: print only."""
+    megatron: Path | None = None
+    """Checkout of Megatron-LM to compare with."""
+    tokenizer: Path | None = None
+    """Directory with tokenizer.model; default: InternLM's of the shared fixtures, else one trained on the spot."""
+    workers: tuple[int, ...] = (1, 2)
+    """Numbers of processes."""
+    rounds: int = 3
+    """Runs of every arm, in turns."""
+    megabytes: int = 32
+    """Of text."""
+
+
+def corpus(megabytes: int) -> list[str]:
+    """Pieces of the library's source, whole lines, the same every time."""
+    texts, size = [], 0
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
+        if "site-packages" in path.parts:
+            continue
+        piece = ""
+        for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
+            piece += line
+            if len(piece) >= CHARS:
+                texts.append(piece)
+                size += len(piece.encode())
+                piece = ""
+        if size >= megabytes * 1e6:
+            return texts
+    return texts
+
+
+def write(folder: Path, texts: Sequence[str]) -> int:
+    """The corpus as parquet and as jsonl; returns its bytes."""
+    import pyarrow
+    import pyarrow.parquet
+
+    folder.mkdir(exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet", row_group_size=1000)
+    with (folder / "a.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    return sum(len(text.encode()) for text in texts)
+
+
+def bare_share(path: str, model: str, share: int, of: int) -> None:
+    """What one process of the bare arm does: its row groups through sentencepiece."""
+    import pyarrow.parquet
+    import sentencepiece
+
+    sentencepiece.set_min_log_level(2)
+    processor = sentencepiece.SentencePieceProcessor(model_file=model)
+    file = pyarrow.parquet.ParquetFile(path)
+    for batch in file.iter_batches(512, row_groups=range(share, file.num_row_groups, of)):
+        processor.encode_as_numpy(batch["text"].to_pylist(), num_threads=1)
+
+
+def bare(path: str, model: str, workers: int) -> None:
+    """The bare arm."""
+    processes = [get_context("spawn").Process(target=bare_share, args=(path, model, n, workers)) for n in range(workers)]
+    for process in processes[1:]:
+        process.start()
+    bare_share(path, model, 0, workers)  # as ours, one worker needs no second process
+    for process in processes[1:]:
+        process.join()
+
+
+def commands(folder: Path, tokenizer: Path, workers: int, megatron: Path | None) -> dict[str, list[str]]:
+    """Arm -> its program."""
+    model, me = str(tokenizer / "tokenizer.model"), [sys.executable, __file__]
+    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(folder / "a.parquet")]
+    ours += ["--tokenizer-name-or-path", str(tokenizer), "--output-prefix", str(folder / "ours"), "--append-eod"]
+    found = {"bare": [*me, "bare", str(folder / "a.parquet"), model, str(workers)], "ours": [*ours, "--workers", str(workers)]}
+    if megatron:
+        theirs = [
+            sys.executable,
+            str(megatron / "tools" / "preprocess_data.py"),
+            "--input",
+            str(folder / "a.jsonl"),
+            "--append-eod",
+        ]
+        theirs += [
+            "--tokenizer-type",
+            "SentencePieceTokenizer",
+            "--tokenizer-model",
+            model,
+            "--output-prefix",
+            str(folder / "theirs"),
+        ]
+        found["megatron"] = [*theirs, "--workers", str(workers)]
+    return found
+
+
+def timed(command: Sequence[str], megatron: Path | None) -> tuple[float, float]:
+    """(wall seconds, CPU seconds of the program and its processes). Raises `UserError` when it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(megatron)} if megatron else {})
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise errors.UserError(f"{' '.join(command)}: {done.stderr.strip().splitlines()[-1]}")
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def measure(options: Options, folder: Path, tokenizer: Path) -> Times:
+    """Runs every arm in turns, on the corpus and on next to nothing."""
+    times: Times = {}
+    for number in range(options.rounds):
+        for workers in options.workers:
+            tiny = commands(folder / "tiny", tokenizer, workers, options.megatron)
+            for arm, command in commands(folder, tokenizer, workers, options.megatron).items():
+                path = options.megatron if arm == "megatron" else None
+                took = (*timed(command, path), *timed(tiny[arm], path))
+                times.setdefault(str(workers), {}).setdefault(arm, []).append(took)
+                said = f"{took[0]:.2f} s wall, {took[1]:.2f} s CPU; to start {took[2]:.2f} and {took[3]:.2f}"
+                print(f"round {number + 1}, {workers} workers, {arm}: {said}", flush=True)
+    return times
+
+
+KINDS: dict[str, Callable[[Seconds], float]] = {
+    "MB/s": lambda t: t[0],
+    "MB/s without start": lambda t: t[0] - t[2],
+    "MB per CPU second without start": lambda t: t[1] - t[3],
+}
+"""How a rate is made of the seconds of a run."""
+
+
+def table(times: Times, size: int) -> str:
+    """Medians of the rates, and medians of the ratios within each round."""
+    head = [*KINDS, *(f"ours / it, {kind}" for kind in KINDS)]
+    lines = [f"| workers | arm | {' | '.join(head)} |", "|---|---" + "|---" * len(head) + "|"]
+    for workers, arms in times.items():
+        for arm, took in arms.items():
+            rates = [f"{size / 1e6 / statistics.median(map(kind, took)):.2f}" for kind in KINDS.values()]
+            pairs = list(zip(took, arms["ours"], strict=True))
+            ratios = [f"{statistics.median(kind(it) / kind(ours) for it, ours in pairs):.2f}" for kind in KINDS.values()]
+            lines.append(f"| {workers} | {arm} | {' | '.join(rates + ratios)} |")
+    if len(times) > 1:
+        first, *_, last = times
+        lines.append(f"\nFaster with {last} workers than with {first}, without start:")
+        for arm in times[first]:
+            pairs = zip(times[first][arm], times[last][arm], strict=True)
+            lines.append(f"{arm} {statistics.median((a[0] - a[2]) / (b[0] - b[2]) for a, b in pairs):.2f} times;")
+    return "\n".join(lines).rstrip(";") + ("." if len(times) > 1 else "")
+
+
+def same_ids(folder: Path) -> str:
+    """Whether ours and Megatron's files are equal."""
+    if not (folder / "theirs_text_document.bin").exists():
+        return ""
+    equal = all(
+        (folder / f"ours_text_document.{x}").read_bytes() == (folder / f"theirs_text_document.{x}").read_bytes()
+        for x in ("bin", "idx")
+    )
+    return f"Megatron's .bin and .idx and ours are {'equal, byte for byte' if equal else 'NOT equal'}."
+
+
+def cpu() -> str:
+    """Name of the processor."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def main() -> None:
+    """The command line."""
+    options = flags.parse(Options, description=__doc__ or "")
+    with tempfile.TemporaryDirectory() as name:
+        folder, tokenizer = Path(name), options.tokenizer or REAL
+        texts = corpus(options.megabytes)
+        size = write(folder, texts) - write(folder / "tiny", texts[:16])
+        if not (tokenizer / "tokenizer.model").is_file():
+            if options.tokenizer:
+                raise errors.UserError(f"--tokenizer {tokenizer}: there is no tokenizer.model")
+            tokenizer = folder
+            train(tokenizer / "tokenizer.model", texts[::10])
+        times = measure(options, folder, tokenizer)
+        made = f"sentencepiece {version('sentencepiece')}, pyarrow {version('pyarrow')}, Python {platform.python_version()}"
+        which = "InternLM v1" if tokenizer == REAL else "a tokenizer trained on the spot" if tokenizer == folder else tokenizer.name
+        report = (
+            f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in {len(texts)} documents of Python "
+            f"source, {which}, {options.rounds} rounds in turns; medians.\n\n"
+            f"{table(times, size)}\n\n{same_ids(folder)}\n"
+        )
+    print(report)
+    if options.output:
+        options.output.write_text(report)
+        options.output.with_suffix(".json").write_text(
+            json.dumps({"bytes": size, "seconds (wall, CPU, wall to start, CPU to start)": times}, indent=1) + "\n"
+        )
+
+
+def train(path: Path, texts: Sequence[str]) -> None:
+    """A BPE tokenizer for machines that have no other."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(path.with_suffix("")),
+        model_type="bpe",
+        vocab_size=8000,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (path.parent / "tokenizer_config.json").write_text('{"eos_token": "</s>"}\n')
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bare"]:
+        bare(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    else:
+        errors.run(main)

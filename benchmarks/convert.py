@@ -155,7 +155,8 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
         "# Conversion against a plain copy",
         "",
         f"{time.strftime('%Y-%m-%d')}, {_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, torch {version('torch')}, safetensors {version('safetensors')}.",
+        f"Python {platform.python_version()}, torch {version('torch')}, safetensors {version('safetensors')}. "
+        f"Load average at the end: {os.getloadavg()[1]:.1f} (5 minutes), so other work ran beside where it is above 1.",
         "",
         f"A random InternLM of {options.layers} layers, hidden size 2048, in bf16: {size:.2f} GB in shards of 500 MB. "
         f"Medians of {options.rounds} interleaved rounds, each piece of work in a fresh process, fsync included, source cached.",

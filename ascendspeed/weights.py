@@ -192,7 +192,7 @@ def random_tensors(model: ModelConfig, seed: int, device: torch.device | str = "
         elif len(parameter.shape) == 1:
             yield parameter.name, torch.ones(parameter.shape, device=device)
         else:
-            generator = torch.Generator(device).manual_seed(seed * 2**32 + crc32(parameter.name.encode()))
+            generator = torch.Generator(device).manual_seed(crc32(f"{seed} {parameter.name}".encode()))
             residual = parameter.row.split == "columns"
             std = model.init_method_std / (math.sqrt(2 * model.num_layers) if residual else 1)
             yield parameter.name, torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

@@ -34,7 +34,7 @@ def test_an_alpaca_row_without_instruction_or_output_is_none():
 
 
 def test_general_takes_the_columns_of_json_keys():
-    general = handler("GeneralPretrainHandler", ("text", "title"))
+    general = handler("GeneralPretrainHandler", ("text", "title", "text"))
     assert general.keys == general.columns == ("text", "title")
     assert general.texts({"text": ["a"], "title": [None]}) == {"text": ["a"], "title": [None]}
 

@@ -51,7 +51,7 @@ class GeneralPretrainHandler(Handler):
     """Plain text in the columns of `--json-keys`; each key makes a data set of its own."""
 
     def __init__(self, json_keys: Sequence[str]) -> None:
-        self.keys = self.required = tuple(json_keys)
+        self.keys = self.required = tuple(dict.fromkeys(json_keys))
 
     def texts(self, rows: Batch) -> dict[str, list[Any]]:
         return rows

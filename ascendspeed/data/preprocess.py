@@ -170,18 +170,18 @@ def _in_order(encoder: Encoder, shards: Iterator[tuple[Shard, float]], workers: 
         for shard, done in shards:
             waiting.append((pool.submit(_encode, shard), done))
             if len(waiting) >= 2 * workers:
-                yield _result(waiting.popleft())
+                yield _first(waiting)
         while waiting:
-            yield _result(waiting.popleft())
+            yield _first(waiting)
+    except BrokenProcessPool as error:
+        raise UserError("a worker process died, perhaps for want of memory; try fewer --workers") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _result(pending: tuple[Future[dict[str, Result]], float]) -> tuple[dict[str, Result], float]:
-    try:
-        return pending[0].result(), pending[1]
-    except BrokenProcessPool as error:
-        raise UserError("a worker process died, perhaps for want of memory; try fewer --workers") from error
+def _first(waiting: deque[tuple[Future[dict[str, Result]], float]]) -> tuple[dict[str, Result], float]:
+    future, done = waiting.popleft()
+    return future.result(), done
 
 
 def _shards(files: Sequence[Path], made_by: Handler) -> Iterator[tuple[Shard, float]]:

@@ -54,11 +54,12 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
 
     Also seeds every generator: the same seed outside tensor-parallel regions, one of its own inside them on each rank.
     """
-    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
         os.environ.setdefault(name, value)  # a plain `python pretrain_intern.py` is a world of one
     if not dist.is_initialized():
-        alone = os.environ["WORLD_SIZE"] == "1" and os.environ["MASTER_PORT"] == "0"
-        store = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if alone else {}
+        launched = os.environ["WORLD_SIZE"] != "1" or os.environ["MASTER_PORT"] != "0"
+        store = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)

@@ -1,0 +1,196 @@
+"""The two sides of `train_step.py`: ours and Hugging Face's, each built and stepped in a process of its own."""
+
+import importlib
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ascendspeed import device
+from ascendspeed.config import Run
+from ascendspeed.families import FAMILIES
+
+Step = Callable[[], float]
+"""Does one step and returns its loss."""
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a side says when it is ready."""
+
+    device: str
+    kind: str
+    threads: int
+    kernels: str
+
+
+@dataclass(frozen=True)
+class Took:
+    """One step of one side."""
+
+    wall: float
+    """Seconds."""
+    cpu: float
+    """Seconds of all threads; other people's work on the machine stretches them less than the wall's."""
+    loss: float
+    memory: int
+    """Peak bytes while stepping: of the device, or of the process beyond its imports."""
+
+
+def worker(connection: Any, side: str, level: str, run: Run, threads: int | None) -> None:
+    """Builds its side, says `Hello`, then does one step for every true message and sends what it `Took`; or sends its error."""
+    try:
+        here = device.prepare(run.train.device)
+        torch = importlib.import_module("torch")
+        for module in ("transformers",) if side == "theirs" else ("megatron.core", "deepspeed"):
+            importlib.import_module(module)
+        if threads:
+            torch.set_num_threads(threads)
+        idle = _resident("VmRSS") if here.kind == "cpu" else 0
+        step, kernels = MAKERS[side, level](run, here)
+        _forget_peak()
+        connection.send(Hello(here.name, here.kind, torch.get_num_threads(), kernels))
+        while connection.recv():
+            here.synchronize()
+            wall, cpu = time.perf_counter(), time.process_time()
+            loss = step()
+            here.synchronize()
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            peak = _resident("VmHWM") if here.kind == "cpu" else here.peak_memory()
+            connection.send(Took(wall, cpu, loss, peak - idle))
+    except Exception as error:
+        connection.send(error)
+
+
+def _resident(what: str) -> int:
+    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):  # the peak then includes building
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def batch_of(run: Run) -> Any:
+    """Random tokens, every one of which counts."""
+    import torch
+
+    from ascendspeed.data.dataset import Batch
+
+    size, length = run.train.micro_batch_size, run.data.seq_length
+    text = torch.randint(run.model.vocab_size, (size, length + 1), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(length).expand(size, -1)
+    return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones(size, length), positions)
+
+
+def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
+    """Forward, loss and backward of the model by our layer spec."""
+    from ascendspeed import kernels, parallel, weights
+    from ascendspeed.model import gpt, spec
+
+    parallel.initialize(here, run.parallel, run.train.seed)
+    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    config = spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
+    model = gpt.build(run.model, run.parallel, config)
+    gpt.fill(model, run.model, run.parallel, weights.random_tensors(run.model, run.train.seed, here.torch))
+    batch, to = batch_of(run), here.torch
+
+    def forward() -> Any:
+        losses = model(batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to))
+        return (losses.float() * batch.loss_mask.to(to)).sum() / batch.loss_mask.numel()
+
+    return _forward_backward(model, forward), str(chosen)
+
+
+def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
+    """A whole step of the DeepSpeed engine, as the training loop calls it."""
+    from ascendspeed import kernels, parallel, weights
+    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+
+    grid = parallel.initialize(here, run.parallel, run.train.seed)
+    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    tensors = weights.random_tensors(run.model, run.train.seed, here.torch)
+    engine = DeepSpeedEngine(run, grid, here, ds_config(run, grid.world), chosen, tensors)
+    batch = batch_of(run)
+    return lambda: engine.step([batch], run.optim.lr).loss, str(chosen)
+
+
+def their_model(run: Run, here: device.Device) -> tuple[Step, str]:
+    """Forward, loss and backward of Hugging Face's model, with its own loss function."""
+    model, forward = _llama(run, here)
+    return _forward_backward(model, forward), "torch"
+
+
+def their_step(run: Run, here: device.Device) -> tuple[Step, str]:
+    """Hugging Face's model, clipping and torch's AdamW; in bf16 on fp32 masters."""
+    import torch
+
+    model, forward = _llama(run, here)
+    optim, weights = run.optim, list(model.parameters())
+    masters = [p.detach().float().requires_grad_() for p in weights] if optim.bf16 else weights
+    decay, plain = ([p for p in masters if (p.dim() > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        if optim.bf16:
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(masters, optim.clip_grad)
+        adamw.step()
+        adamw.zero_grad()
+        if optim.bf16:
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
+        return float(loss.detach())
+
+    return step, "torch"
+
+
+def _forward_backward(model: Any, forward: Callable[[], Any]) -> Step:
+    parameters = list(model.parameters())
+
+    def step() -> float:
+        loss = forward()
+        loss.backward()
+        for parameter in parameters:
+            parameter.grad = None
+        return float(loss.detach())
+
+    return step
+
+
+def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
+    """HF Llama (InternLM v1 is Llama with biases) with our weights, and its loss on the batch."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from ascendspeed import weights
+
+    llama = replace(run.model, family="llama")
+    config = LlamaConfig(**FAMILIES["llama"].write_config(llama), use_cache=False)
+    kind = torch.bfloat16 if run.optim.bf16 else torch.float32
+    with here.torch:
+        model = LlamaForCausalLM._from_config(config, dtype=kind, attn_implementation="sdpa").train()
+    tensors = weights.random_tensors(run.model, run.train.seed, here.torch)
+    with torch.no_grad():
+        for parameter, (_, tensor) in zip(weights.parameters(llama), tensors, strict=True):
+            for name, part in weights.part(llama, parameter, tensor).items():
+                model.get_parameter(name).copy_(part)
+    batch, to = batch_of(run), here.torch
+    return model, lambda: model(batch.tokens.to(to), labels=batch.labels.to(to), shift_labels=batch.labels.to(to)).loss
+
+
+MAKERS: dict[tuple[str, str], Callable[[Run, device.Device], tuple[Step, str]]] = {
+    ("ours", "model"): our_model,
+    ("ours", "step"): our_step,
+    ("theirs", "model"): their_model,
+    ("theirs", "step"): their_step,
+}

@@ -1,0 +1,233 @@
+"""Our training step against Hugging Face's Llama with torch's AdamW: the same shape, weights, batch and arithmetic, in one run.
+
+    python benchmarks/train_step.py --out benchmarks/results/train-step.md
+    python benchmarks/train_step.py --device cuda --model internlm-7b --layers 8 --dtypes bf16 --seq-length 2048
+
+Two levels. `model` is forward, loss and backward alone. `step` is all of training: ours is the DeepSpeed engine as the recipe runs
+it (bf16: ZeRO-1 with fp32 masters and fp32 accumulation; fp32: ZeRO-0 and ZeRO-1), theirs clips and steps torch's AdamW, in bf16 on
+fp32 masters kept by hand. Each side is a process of its own that steps only when told, in turns (A B, B A, ...), so that both see
+the same machine. What counts is the ratio of neighbours, theirs / ours: above 1 ours is faster.
+The losses are compared too: sides that do not compute the same cannot be compared.
+"""
+
+import datetime
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+from ascendspeed import errors, flags, plan
+from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import preset
+
+SMALL = replace(preset("internlm-7b"), num_layers=8, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8, vocab_size=24064)
+"""50M parameters; the head's share of the work is larger than in the 7B."""
+SIDES = {"ours": "ours", "theirs": "Hugging Face"}
+SAME = {"fp32": 1e-5, "bf16": 5e-3}
+"""Largest relative difference of the sides' losses."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where to run."""
+    model: str = "50m"
+    """50m, or a preset such as internlm-7b."""
+    layers: int | None = None
+    """Layers, where the whole model does not fit: both sides' states are in memory at once."""
+    dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """Compute types."""
+    levels: tuple[Literal["model", "step"], ...] = ("model", "step")
+    """model: forward, loss, backward. step: and the optimizer."""
+    micro_batch_size: int = 2
+    """Samples per step."""
+    seq_length: int = 512
+    """Tokens per sample."""
+    rounds: int = 9
+    """Measured steps of each side, after one that warms up."""
+    threads: int | None = None
+    """CPU threads; None: torch's choice. 1 where the machine is shared: threads that wait for each other measure the others."""
+    out: Path | None = None
+    """Markdown file to write; None: print only."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the two sides do."""
+
+    level: str
+    dtype: str
+    stage: int
+    """ZeRO stage of our step."""
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.level}" + (f", ZeRO-{self.stage}" if self.level == "step" else "")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """All rounds of a job: side -> what each step took, and who ran it."""
+
+    took: dict[str, list[Any]]
+    hello: Any
+
+    def ratios(self, clock: Callable[[Any], float]) -> list[float]:
+        """theirs / ours of every round."""
+        return [clock(theirs) / clock(ours) for ours, theirs in zip(self.took["ours"], self.took["theirs"], strict=True)]
+
+
+def jobs(options: Options) -> list[Job]:
+    """Every combination asked for; bf16 has no ZeRO-0, and a model alone no ZeRO."""
+    stages = {("step", "fp32"): (0, 1), ("step", "bf16"): (1,)}
+    return [
+        Job(level, dtype, stage)
+        for dtype in options.dtypes
+        for level in options.levels
+        for stage in stages.get((level, dtype), (1,))
+    ]
+
+
+def model_of(options: Options) -> ModelConfig:
+    """The shape of both sides. Raises `UserError` for one that is not known or too short."""
+    model = SMALL if options.model == "50m" else preset(options.model)
+    if options.layers is not None:
+        if options.layers < 1:
+            raise UserError(f"--layers {options.layers}: at least 1")
+        model = replace(model, num_layers=options.layers)
+    if not 1 <= options.seq_length <= model.max_position_embeddings:
+        raise UserError(f"--seq-length {options.seq_length}: {options.model} has 1 to {model.max_position_embeddings} positions")
+    return model
+
+
+def run_of(options: Options, job: Job) -> Run:
+    """The run of both sides."""
+    size = options.micro_batch_size
+    return Run(
+        model_of(options),
+        ParallelConfig(deepspeed=True, zero_stage=job.stage),
+        OptimConfig(bf16=job.dtype == "bf16"),
+        DataConfig(seq_length=options.seq_length),
+        TrainConfig(micro_batch_size=size, global_batch_size=size, device=options.device),
+    )
+
+
+@contextmanager
+def started(side: str, job: Job, options: Options) -> Iterator[Callable[[bool], Any]]:
+    """A side in a process of its own: called with False it waits until the side is built, with True for one step."""
+    import sides
+
+    fresh = get_context("spawn")
+    mine, its = fresh.Pipe()
+    process = fresh.Process(target=sides.worker, args=(its, side, job.level, run_of(options, job), options.threads))
+    process.start()
+    its.close()
+
+    def answer(step: bool) -> Any:
+        try:
+            if step:
+                mine.send(True)
+            said = mine.recv()
+        except EOFError:
+            process.join()
+            raise UserError(f"{SIDES[side]}, {job}: the process died with exit code {process.exitcode}") from None
+        if isinstance(said, Exception):
+            raise said if isinstance(said, UserError) else UserError(f"{SIDES[side]}, {job}: {said!r}")
+        return said
+
+    try:
+        yield answer
+    finally:
+        process.kill()
+        process.join()
+
+
+def measure(options: Options, job: Job) -> Measured:
+    """The rounds of a job, in turns, with a line for each."""
+    with started("ours", job, options) as ours, started("theirs", job, options) as theirs:
+        sides = {"ours": ours, "theirs": theirs}
+        hello = {name: side(False) for name, side in sides.items()}["ours"]
+        took: dict[str, list[Any]] = {name: [] for name in sides}
+        began = time.perf_counter()
+        for number in range(options.rounds + 1):
+            for name in ("ours", "theirs") if number % 2 else ("theirs", "ours"):
+                took[name].append(sides[name](True))
+            a, b = took["ours"][-1], took["theirs"][-1]
+            check_same(job, number, a.loss, b.loss)
+            left = (time.perf_counter() - began) / (number + 1) * (options.rounds - number)
+            said = f"ours {a.wall:.2f} s, Hugging Face {b.wall:.2f} s, ratio {b.wall / a.wall:.3f} (CPU time {b.cpu / a.cpu:.3f})"
+            print(f"{job}: round {number} of {options.rounds}: {said}; {left:.0f} s left", flush=True)
+    return Measured({name: steps[1:] for name, steps in took.items()}, hello)
+
+
+def check_same(job: Job, number: int, ours: float, theirs: float) -> None:
+    """Raises `UserError` when the losses of a step differ by more than rounding."""
+    if not math.isclose(ours, theirs, rel_tol=SAME[job.dtype]):
+        raise UserError(
+            f"{job}: the sides do not compute the same: in step {number} ours lost {ours:.6f}, Hugging Face {theirs:.6f}"
+        )
+
+
+def table(measured: dict[Job, Measured], options: Options) -> str:
+    """Medians of the sides, and of the ratios of every round."""
+    model, tokens = model_of(options), options.micro_batch_size * options.seq_length
+    flops = plan.flops_per_token(model, options.seq_length)
+    lines = [
+        "| | side | s | tokens/s | TFLOP/s | MFU | peak memory | theirs / ours, wall (min to max) | theirs / ours, CPU time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for job, found in measured.items():
+        peak = plan.known_peak(found.hello.device) if job.dtype == "bf16" else None
+        for side, took in found.took.items():
+            seconds = statistics.median(t.wall for t in took)
+            rate = tokens / seconds
+            used = rate * flops / 1e12
+            mfu = f"{used / peak:.1%}" if peak else "–"
+            ratios = ("", "")
+            if side == "ours":
+                wall, cpu = (sorted(found.ratios(clock)) for clock in (lambda t: t.wall, lambda t: t.cpu))
+                ratios = f"**{statistics.median(wall):.3f}** ({wall[0]:.3f} to {wall[-1]:.3f})", f"{statistics.median(cpu):.3f}"
+            memory = max(t.memory for t in took) / 2**20
+            row = (job, SIDES[side], f"{seconds:.3f}", f"{rate:.0f}", f"{used:.3f}", mfu, f"{memory:.0f} MiB", *ratios)
+            lines.append(f"| {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def report(measured: dict[Job, Measured], options: Options) -> str:
+    """The markdown file."""
+    model, hello = model_of(options), next(iter(measured.values())).hello
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed", "transformers"))
+    return (
+        f"# Training step against Hugging Face Llama\n\n{datetime.date.today()}, {hello.device}, {os.cpu_count()} cores, "
+        f"{hello.threads} threads per side; Python {platform.python_version()}, {versions}. Kernels: {hello.kernels}.\n\n"
+        f"{options.model}: {plan.parameter_count(model) / 1e6:.1f}M parameters, {model.num_layers} layers, "
+        f"hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
+        f"vocabulary {model.vocab_size}; {options.micro_batch_size} x {options.seq_length} tokens per step, {options.rounds} rounds in turns; medians.\n\n"
+        f"{table(measured, options)}\n\n"
+        "Ratios above 1: ours is faster. Every round's ratio is of neighbouring steps; memory is that of stepping"
+        f"{', without the imports' if hello.kind == 'cpu' else ''}; the losses of every step were equal within rounding.\n"
+    )
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    options = flags.parse(Options, description=__doc__ or "")
+    model_of(options)
+    text = report({job: measure(options, job) for job in jobs(options)}, options)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    errors.run(main)

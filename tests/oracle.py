@@ -11,8 +11,8 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 
 
-def hugging_face(model: ModelConfig, tensors: dict[str, Tensor]) -> LlamaForCausalLM:
-    """HF Llama with our weights: InternLM v1 is Llama with biases on q, k, v and o."""
+def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
+    """HF Llama with our weights, plain rope unless given: InternLM v1 is Llama with biases on q, k, v and o."""
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -23,7 +23,7 @@ def hugging_face(model: ModelConfig, tensors: dict[str, Tensor]) -> LlamaForCaus
         vocab_size=model.vocab_size,
         max_position_embeddings=model.max_position_embeddings,
         rms_norm_eps=model.norm_epsilon,
-        rope_theta=model.rotary_base,
+        rope_parameters=rope or {"rope_type": "default", "rope_theta": model.rotary_base},
         attention_bias=model.add_qkv_bias,
         tie_word_embeddings=False,
     )
@@ -44,7 +44,9 @@ def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Ten
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def train(model: LlamaForCausalLM, batches: list[dict[str, Tensor]], lrs: list[float], optim: dict[str, Any]) -> list[tuple[float, float]]:
+def train(
+    model: LlamaForCausalLM, batches: list[dict[str, Tensor]], lrs: list[float], optim: dict[str, Any]
+) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights."""
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]

@@ -1,0 +1,30 @@
+"""Fixtures for tests that run the model inside the pytest process: one rank, on the CPU."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
+
+
+@pytest.fixture(scope="session")
+def cpu():
+    """The CPU as the device, prepared before Megatron-core is imported, in a world of one."""
+    from ascendspeed import device
+
+    here = device.prepare("cpu")
+    from ascendspeed import parallel
+    from ascendspeed.config import ParallelConfig
+
+    parallel.initialize(here, ParallelConfig(), seed=1)
+    return here
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Tiny InternLM checkpoints with logits of the original modeling code; beside the repository on some machines."""
+    if not (SHARED / "internlm").is_dir():
+        pytest.skip("no reference fixtures beside the repository; Hugging Face is the oracle here")
+    return SHARED

@@ -1,0 +1,137 @@
+"""Choosing the device, with a stand-in for torch_npu; and what adapting torch on a CPU must leave alone."""
+
+import subprocess
+import sys
+import types
+
+import launch
+import pytest
+import torch
+
+from ascendspeed import device, kernels
+from ascendspeed.errors import UserError
+
+
+def fake_npu(monkeypatch, available: bool = True) -> list[str]:
+    """Puts a torch_npu into sys.modules that notes what is asked of it."""
+    asked: list[str] = []
+    npu = types.SimpleNamespace(
+        is_available=lambda: available,
+        device_count=lambda: 8,
+        set_device=lambda index: asked.append(f"set_device {index}"),
+        get_device_name=lambda index: f"Ascend stand-in {index}",
+        max_memory_allocated=lambda: 123,
+        synchronize=lambda: asked.append("synchronize"),
+        empty_cache=lambda: asked.append("empty_cache"),
+    )
+    package = types.ModuleType("torch_npu")
+    package.__spec__ = types.SimpleNamespace(name="torch_npu")
+    package.npu_rms_norm = lambda x, weight, epsilon: (x * weight, epsilon)
+    package.npu_rotary_mul = lambda x, cos, sin: x * cos + sin
+    package.npu_swiglu = lambda x, dim: x.chunk(2, dim)[0]
+    transfer = types.ModuleType("torch_npu.contrib.transfer_to_npu")
+    monkeypatch.setattr(torch, "npu", npu, raising=False)
+    for name, module in (("torch_npu", package), ("torch_npu.contrib", package), ("torch_npu.contrib.transfer_to_npu", transfer)):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(device.importlib, "import_module", lambda name: asked.append(name) or sys.modules[name])
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: package.__spec__ if name == "torch_npu" else None)
+    return asked
+
+
+def test_an_npu_is_chosen_and_prepared_by_its_own_package(monkeypatch):
+    asked = fake_npu(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    found = device.prepare("auto", "nccl")
+    assert (found.kind, found.index, found.backend, found.name) == ("npu", 3, "hccl", "Ascend stand-in 3")
+    assert asked == ["torch_npu", "torch_npu.contrib.transfer_to_npu", "set_device 3"]
+    assert found.peak_memory() == 123
+    found.synchronize()
+    assert asked[-1] == "synchronize"
+
+
+def test_fused_kernels_of_an_npu(monkeypatch):
+    fake_npu(monkeypatch)
+    here = device.Device("npu", 0, "hccl", "stand-in")
+    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=False)
+    assert str(chosen) == "rms_norm: torch_npu.npu_rms_norm, rotary: torch_npu.npu_rotary_mul, swiglu: torch"
+    x = torch.ones(2, 4)
+    assert torch.equal(chosen.rms_norm(x, torch.full((4,), 2.0), 1e-6), x * 2)
+    assert torch.equal(chosen.rotary(x, x * 3, x), x * 4)
+
+
+def test_auto_takes_the_cpu_when_there_is_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device._choose("auto") == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert device._choose("auto") == "cuda"
+
+
+def test_an_npu_without_its_driver_is_passed_over(monkeypatch):
+    fake_npu(monkeypatch, available=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device._choose("auto") == "cpu"
+    with pytest.raises(UserError, match="--device npu: no such device here"):
+        device._choose("npu")
+
+
+def test_a_device_that_is_not_there_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"--device cuda: no such device here \(torch .* sees: cpu\)"):
+        device._choose("cuda")
+
+
+def test_more_processes_than_devices_is_an_error(monkeypatch):
+    fake_npu(monkeypatch)
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match="local rank 8 has no npu device: this machine shows 8"):
+        device.prepare("npu")
+
+
+def test_a_wanted_kernel_that_is_not_there_is_said(cpu):
+    chosen = kernels.choose(cpu, rms_norm=True, rotary=False, swiglu=True)
+    assert str(chosen).startswith(
+        "rms_norm: torch (no fused kernel is installed for this device), rotary: torch, swiglu: torch (no"
+    )
+
+
+@pytest.mark.parametrize("operation", ["rms_norm", "rotary", "swiglu"])
+def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
+    assert device.fused(device.Device("cuda", 0, "nccl", "x"), operation) is None
+
+
+def test_adapting_torch_leaves_transformers_alone(tmp_path):
+    """A patched constructor once hid from `with torch.device("meta")`: models then loaded with uninitialised rope buffers."""
+    script = """
+import sys, torch
+if sys.argv[2] == "adapted":
+    from ascendspeed import device
+    device.prepare("cpu")
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)
+if sys.argv[2] == "plain":
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**small)).save_pretrained(sys.argv[1])
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+print(model(torch.arange(40)[None]).logits.double().sum().item())
+"""
+    said = {}
+    for how in ("plain", "adapted"):
+        command = [sys.executable, "-c", script, str(tmp_path / "model"), how]
+        done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, check=True)
+        said[how] = done.stdout.strip().splitlines()[-1]
+    assert said["plain"] == said["adapted"]
+
+
+def test_the_cpu_answers_what_megatron_core_asks_of_cuda(cpu):
+    assert torch.zeros(2, device="cuda").device.type == "cpu"
+    assert torch.ones(2, pin_memory=True).device.type == "cpu"
+    assert torch.tensor([1.0]).cuda().device.type == "cpu"
+    assert torch.zeros(1).type() == "torch.cuda.FloatTensor"
+    state = device.rng_state()
+    first = torch.rand(3)
+    device.set_rng_state(state)
+    assert torch.equal(torch.rand(3), first)
+    assert device.current() == torch.device("cpu")
+    assert cpu.peak_memory() > 1 << 20

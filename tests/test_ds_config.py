@@ -1,0 +1,80 @@
+"""The DeepSpeed configuration is derived from the run; a file may add to it and may not contradict it."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.errors import UserError
+
+RUN = Run(
+    ModelConfig(),
+    ParallelConfig(tensor_model_parallel_size=2, deepspeed=True, zero_stage=2),
+    OptimConfig(bf16=True, clip_grad=0.5),
+    DataConfig(),
+    TrainConfig(micro_batch_size=2, global_batch_size=16),
+)
+
+
+def derived(cpu, tmp_path, given=None, run=RUN, world=8):
+    from ascendspeed.engines.deepspeed import ds_config
+
+    if given is not None:
+        (tmp_path / "ds.json").write_text(given if isinstance(given, str) else json.dumps(given))
+        run = replace(run, parallel=replace(run.parallel, deepspeed_config=str(tmp_path / "ds.json")))
+    return ds_config(run, world)
+
+
+def test_it_says_what_the_run_says(cpu, tmp_path):
+    found = derived(cpu, tmp_path)
+    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (16, 2, 2)
+    assert found["gradient_clipping"] == 0.5  # what clips
+    assert found["zero_optimization"]["stage"] == 2
+    assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
+    run = replace(RUN, optim=OptimConfig(fp16=True, initial_loss_scale=524288.0))
+    assert derived(cpu, tmp_path, run=run)["fp16"] == {"enabled": True, "initial_scale_power": 19}
+
+
+def test_a_file_may_add(cpu, tmp_path):
+    given = {
+        "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5, "stage": 2},
+        "communication_data_type": "bf16",
+        "train_batch_size": "auto",
+    }
+    found = derived(cpu, tmp_path, given)
+    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert found["zero_optimization"]["reduce_bucket_size"] == 5
+    assert found["zero_optimization"]["overlap_comm"] is True
+    assert found["communication_data_type"] == "bf16"
+    assert found["train_batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3, but the flags make it 2"),
+        ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0, but the flags make it 0.5"),
+        ({"train_batch_size": 8}, "train_batch_size = 8, but the flags make it 16"),
+        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu = 1, but the flags make it 2"),
+        ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps = 1, but the flags make it 2"),
+        ({"bf16": {"enabled": False}}, "bf16.enabled = False, but the flags make it True"),
+        ({"fp16": {"enabled": True}}, "fp16.enabled = True, but the flags make it False"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype = 'bf16', but the flags make it 'fp32'"),
+        ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
+        ("{", "ds.json: Expecting property name"),
+    ],
+)
+def test_a_file_may_not_contradict(cpu, tmp_path, given, message):
+    with pytest.raises(UserError, match=message):
+        derived(cpu, tmp_path, given)
+
+
+def test_a_file_that_is_not_there_is_an_error(cpu, tmp_path):
+    run = replace(RUN, parallel=replace(RUN.parallel, deepspeed_config=str(tmp_path / "none.json")))
+    with pytest.raises(UserError, match=r"none\.json: .*No such file"):
+        derived(cpu, tmp_path, run=run)

@@ -1,0 +1,134 @@
+"""The DeepSpeed engine against a plain torch loop over Hugging Face's model, and its checkpoints, under every stage and layout."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import launch
+import oracle
+import pytest
+
+from ascendspeed import config, schedule, weights
+from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+
+MODEL = ModelConfig(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    vocab_size=125,
+    max_position_embeddings=64,
+    init_method_std=0.1,
+)
+STEPS, DATA_SEED = 20, 7
+RUN = Run(
+    MODEL,
+    ParallelConfig(deepspeed=True),
+    OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=4, weight_decay=0.1, clip_grad=1.0),
+    DataConfig(data_path=("unused",), seq_length=32),
+    TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=STEPS),
+)
+LAYOUTS = {"tp1-dp1": (1, 1), "tp1-dp2": (1, 2), "tp2-dp1": (2, 1), "tp2-dp2": (2, 2)}
+Curve = list[list[float]]
+
+
+def run_cases(layout: str, cases: dict[str, Any], folder: Path, steps: int = STEPS, **train: Any) -> dict[str, Curve]:
+    """Every case in one start of processes: case -> [[loss, gradient norm], ...]."""
+    tp, dp = LAYOUTS[layout]
+    run = replace(RUN, parallel=replace(RUN.parallel, tensor_model_parallel_size=tp), train=replace(RUN.train, **train))
+    job = {"run": config.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
+    return launch.ranks(tp * dp, "engine_worker.py", job, folder)
+
+
+def changes(stage: int, **optim: Any) -> dict[str, Any]:
+    return {"parallel": {"zero_stage": stage}, "optim": optim}
+
+
+@pytest.fixture(scope="module")
+def expected() -> Curve:
+    """Plain torch over Hugging Face's model, one process, the global batch at once."""
+    data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
+    model = oracle.hugging_face(MODEL, dict(weights.random_tensors(MODEL, RUN.train.seed)))
+    return oracle.train(model, data, lrs, vars(RUN.optim))
+
+
+def worst(curve: Curve, expected: Curve) -> tuple[float, float]:
+    """Largest relative difference of the losses, and of the gradient norms."""
+    pairs = list(zip(curve, expected, strict=True))
+    return max(abs(a[0] - b[0]) / b[0] for a, b in pairs), max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
+
+
+@pytest.mark.parametrize("layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
+def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
+    """20 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    cases = {f"zero {stage}": {"changes": changes(stage)} for stage in range(4)}
+    cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
+    cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
+    if LAYOUTS[layout][0] > 1:
+        for stage in (0, 2, 3):
+            cases[f"zero {stage}, sequence parallel"] = {"changes": {"parallel": {"zero_stage": stage, "sequence_parallel": True}}}
+        cases["control: sequence-parallel gradients not summed"] = {
+            "changes": {"parallel": {"zero_stage": 2, "sequence_parallel": True}},
+            "break": "sequence-parallel hook",
+        }
+    cases["full recomputation"] = {"changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}}
+    curves = run_cases(layout, cases, tmp_path)
+    for name, curve in curves.items():
+        loss, norm = worst(curve, expected)
+        if name.startswith("control"):
+            assert loss > 1e-5, name
+        else:
+            assert loss < 1e-5, (name, loss)
+            assert norm < 1e-5, (name, norm)
+
+
+@pytest.mark.parametrize(
+    "layout", ["tp1-dp2", pytest.param("tp2-dp1", marks=pytest.mark.slow), pytest.param("tp2-dp2", marks=pytest.mark.slow)]
+)
+def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
+    """8 steps at once = 4 steps, a checkpoint, and 4 more in new objects: every loss and norm to the last bit, dropout included."""
+    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)}
+    cases = {}
+    for name, change in modes.items():
+        at = str(tmp_path / "ckpt" / name)
+        cases[f"{name}: whole"] = {"changes": change}
+        cases[f"{name}: first"] = {"changes": change, "last": 4, "save": at}
+        cases[f"{name}: then"] = {"changes": change, "first": 4, "load": at}
+    curves = run_cases(layout, cases, tmp_path / "run", 8, attention_dropout=0.1, hidden_dropout=0.1)
+    for name in modes:
+        assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
+        assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
+
+
+def test_another_layout_continues_the_curve(expected, tmp_path):
+    """Stage, data-parallel and tensor-parallel size change at the checkpoint; the curve stays that of the oracle."""
+    at = {name: str(tmp_path / name) for name in ("tp2 zero 3", "dp2 zero 1")}
+    first = {"tp2 zero 3": {"changes": changes(3), "last": 10, "save": at["tp2 zero 3"]}}
+    run_cases("tp2-dp1", first, tmp_path / "a")
+    second = {f"zero {s} from tp2 zero 3": {"changes": changes(s), "first": 10, "load": at["tp2 zero 3"]} for s in range(4)}
+    second["dp2 zero 1"] = {"changes": changes(1), "last": 10, "save": at["dp2 zero 1"]}
+    curves = run_cases("tp1-dp2", second, tmp_path / "b")
+    third = {f"tp2 zero {s} from dp2 zero 1": {"changes": changes(s), "first": 10, "load": at["dp2 zero 1"]} for s in (0, 2, 3)}
+    third["control: moments lost"] = {"changes": changes(1), "first": 10, "load": at["dp2 zero 1"], "break": "moments"}
+    curves |= run_cases("tp2-dp1", third, tmp_path / "c")
+    curves["dp2 zero 1"] += expected[10:]
+    for name, curve in curves.items():
+        loss, norm = worst(curve, expected[-len(curve) :])
+        if name.startswith("control"):
+            assert loss > 1e-5, name
+        else:
+            assert loss < 1e-5, (name, loss)
+            assert norm < 1e-5, (name, norm)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    """NaN gradients on one rank: skipped under every stage, and what follows is bit for bit as if the step had not been."""
+    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)}
+    cases = {f"{name}: clean": {"changes": change} for name, change in modes.items()}
+    cases |= {f"{name}: poisoned": {"changes": change, "poison": 2} for name, change in modes.items()}
+    curves = run_cases("tp1-dp2", cases, tmp_path, 4)
+    for name in modes:
+        poisoned = curves[f"{name}: poisoned"]
+        assert poisoned.pop(2) == [None, None], name
+        assert poisoned == curves[f"{name}: clean"], name

@@ -1,0 +1,140 @@
+"""The command line of pre-training: the published commands, presets and contradictions, and the frozen set of flags."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ascendspeed import families, flags
+from ascendspeed.errors import UserError
+from ascendspeed.resolve import Command, resolve
+
+GOOD = ["--deepspeed", "--data-path", "data"]
+
+PUBLISHED_7B = """--DDP-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --num-layers 32
+    --hidden-size 4096 --position-embedding-type rope --normalization RMSNorm --ffn-hidden-size 11008 --num-attention-heads 32 --micro-batch-size 8
+    --global-batch-size 64 --seq-length 2048 --max-position-embeddings 2048 --train-iters 5000
+    --data-path ./dataset/alpaca_text_document --load ./model_weights/ --tokenizer-name-or-path ./dataset/internlm --tokenizer-not-use-fast --data-impl mmap --split 949,50,1
+    --distributed-backend nccl --lr 1.0e-6 --min-lr 1.0e-6 --lr-decay-style cosine --lr-warmup-fraction .01 --weight-decay 1e-2
+    --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --log-interval 1 --save-interval 1000 --eval-interval 10000 --eval-iters 10
+    --use-flash-attn --use-fused-rmsnorm --use-fused-rotary-pos-emb --auto-recompute-device-size 46080
+    --deepspeed --no-pipeline-parallel --deepspeed_config ds.json --zero-stage 2 --deepspeed-activation-checkpointing --bf16"""
+
+
+def test_the_published_command_is_understood_as_it_stands():
+    run, said = resolve(PUBLISHED_7B.split(), 8)
+    assert run.model == families.preset("internlm-7b")
+    assert (run.optim.lr, run.optim.min_lr, run.optim.adam_beta2, run.optim.clip_grad, run.optim.bf16) == (
+        1e-6,
+        1e-6,
+        0.95,
+        1.0,
+        True,
+    )
+    assert (run.train.micro_batch_size, run.train.global_batch_size, run.train.load) == (8, 64, "./model_weights/")
+    assert (run.parallel.zero_stage, run.parallel.deepspeed_config, run.data.split) == (2, "ds.json", "949,50,1")
+    assert run.train.recompute_granularity == "full"
+    text = "\n".join(said)
+    assert "--auto-recompute-device-size" in text or "full activation recomputation" in text
+    for accepted in ("--use-flash-attn", "--DDP-impl", "--tokenizer-not-use-fast"):
+        assert f"{accepted} is accepted and does nothing: " in text
+    assert "checkpoints go to ./ckpt" in text
+    assert run.train.save == "./ckpt"
+
+
+@pytest.mark.parametrize("spelling", ["--local_rank=0", "--local-rank=0", "--local_rank 0"])
+def test_launchers_may_add_their_rank(spelling):
+    assert resolve([*GOOD, *spelling.split()], 1)[0].parallel.deepspeed
+
+
+def test_flags_override_the_preset_and_no_typed_flag_is_lost():
+    run, _ = resolve([*GOOD, "--model", "internlm-65b", "--num-layers", "8", "--layernorm-epsilon", "1e-5", "--no-add-qkv-bias"], 1)
+    assert (run.model.num_layers, run.model.hidden_size, run.model.norm_epsilon, run.model.add_qkv_bias) == (8, 8192, 1e-5, False)
+    run, _ = resolve([*GOOD, "--model", "internlm-20b", "--row-col-parallel-linear-bias"], 1)
+    assert run.model.add_qkv_bias
+    assert run.model.add_dense_bias
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """A folder that says what it holds."""
+    tiny = families.preset("internlm-tiny")
+    (tmp_path / "config.json").write_text(json.dumps(families.FAMILIES["internlm"].write_config(tiny)))
+    return tmp_path
+
+
+def test_the_architecture_comes_from_what_is_loaded(weights):
+    assert resolve([*GOOD, "--load", str(weights)], 1)[0].model == families.preset("internlm-tiny")
+    assert resolve([*GOOD, "--load", str(weights), "--model", "internlm-tiny", "--num-layers", "4"], 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-layers", "5"], "the command line says num_layers = 5, but --load .* holds num_layers = 4"),
+        (["--norm-epsilon", "1e-5"], "norm_epsilon = 1e-05, but --load .* holds norm_epsilon = 1e-06"),
+        (["--no-add-dense-bias"], "add_dense_bias = False, but --load .* holds add_dense_bias = True"),
+        (["--model", "internlm-7b"], "--model internlm-7b says .* but --load .* holds "),
+    ],
+)
+def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, message):
+    with pytest.raises(UserError, match=message):
+        resolve([*GOOD, "--load", str(weights), *words], 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "world", "message"),
+    [
+        ("--data-path x", 1, "the DeepSpeed engine is the only one so far; add --deepspeed"),
+        ("--deepspeed", 1, "--data-path is missing"),
+        ("--deepspeed --data-path x --zero-stag 1", 1, r"unknown flag --zero-stag; did you mean --zero-stage\?"),
+        ("--deepspeed --data-path x --model internlm-7c", 1, "unknown model 'internlm-7c'; did you mean internlm-7b"),
+        ("--deepspeed --data-path x --lr fast", 1, "--lr: could not convert string to float: 'fast'"),
+        ("--deepspeed --data-path x --zero-stage 4", 1, "invalid choice '4' for argument '--zero-stage'"),
+        ("--deepspeed --data-path x --pipeline-model-parallel-size 2", 2, "the DeepSpeed engine has no pipeline stages"),
+        ("--deepspeed --data-path x --pp 2 --no-pipeline-parallel", 2, "--no-pipeline-parallel contradicts"),
+        ("--deepspeed --data-path x --bf16 --fp16", 1, "--bf16 and --fp16 contradict each other"),
+        ("--deepspeed --data-path x --bf16 --zero-stage 0", 1, "--zero-stage 0 .* use --zero-stage 1"),
+        (
+            "--deepspeed --data-path x --tp 3",
+            3,
+            "32 attention heads do not split over 3 tensor-parallel ranks; choose one of 1, 2, 4, 8",
+        ),
+        ("--deepspeed --data-path x --tp 2", 3, "3 processes do not split into TP 2 x PP 1; start a multiple of 2"),
+        (
+            "--deepspeed --data-path x --micro-batch-size 3 --global-batch-size 8",
+            2,
+            "is not a multiple of --micro-batch-size 3 x 2",
+        ),
+        ("--deepspeed --data-path x --tp 2 --sequence-parallel --seq-length 33", 2, "--seq-length 33 does not split over 2"),
+        ("--deepspeed --data-path x --lr-warmup-fraction .1 --lr-warmup-iters 5", 1, "give one of them, not both"),
+        ("--deepspeed --data-path x --initial-loss-scale 3", 1, "--initial-loss-scale 3 is not a power of two"),
+        ("--deepspeed --data-path x --log-interval 0", 1, "--log-interval 0: must be at least 1"),
+        ("--deepspeed --data-path x --save-interval -1", 1, "--save-interval -1: must be at least 1"),
+        ("--data-path x --deepspeed stray", 1, "'stray' does not belong to any flag"),
+    ],
+)
+def test_what_cannot_run_is_one_clear_line(words, world, message):
+    with pytest.raises(UserError, match=message) as caught:
+        resolve(words.split(), world)
+    assert "\n" not in str(caught.value)
+
+
+def test_sequence_parallel_at_size_one_is_switched_off_aloud():
+    run, said = resolve([*GOOD, "--sequence-parallel"], 1)
+    assert not run.parallel.sequence_parallel
+    assert any("does nothing at tensor-parallel size 1" in text for text in said)
+
+
+FROZEN = Path(__file__).parent / "flags.txt"
+
+
+def test_the_set_of_flags_is_frozen():
+    """People have these in their shell history. A new one is added to tests/flags.txt on purpose; none is ever taken away."""
+    assert sorted(flags.spellings(Command)) == FROZEN.read_text().split()
+
+
+def test_every_flag_of_the_recipes_exists():
+    for recipe in (Path(__file__).parent.parent / "examples" / "intern").glob("pretrain_*.sh"):
+        used = {word for word in recipe.read_text().split() if word.startswith("--") and len(word) > 2}
+        assert {word.rstrip('"}') for word in used} <= set(flags.spellings(Command)), recipe

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from ascendspeed import errors
 from ascendspeed.resolve import resolve, world_size
@@ -38,6 +39,8 @@ def main() -> None:
             log.say(f"note: {note}")
         log.say(f"run: {json.dumps(to_dict(run))}")
         log.say(f"DeepSpeed config: {json.dumps(config)}")
+        if grid.rank == 0:
+            Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
         batches = train.open_data(run, grid)
         start = train.find_start(run, grid, device, log.say)
         engine = DeepSpeedEngine(run, grid, device, config, fused, start.tensors)

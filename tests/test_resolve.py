@@ -11,14 +11,15 @@ from ascendspeed.resolve import Command, resolve
 
 GOOD = ["--deepspeed", "--data-path", "data"]
 
-PUBLISHED_7B = """--DDP-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --num-layers 32
-    --hidden-size 4096 --position-embedding-type rope --normalization RMSNorm --ffn-hidden-size 11008 --num-attention-heads 32 --micro-batch-size 8
-    --global-batch-size 64 --seq-length 2048 --max-position-embeddings 2048 --train-iters 5000
-    --data-path ./dataset/alpaca_text_document --load ./model_weights/ --tokenizer-name-or-path ./dataset/internlm --tokenizer-not-use-fast --data-impl mmap --split 949,50,1
-    --distributed-backend nccl --lr 1.0e-6 --min-lr 1.0e-6 --lr-decay-style cosine --lr-warmup-fraction .01 --weight-decay 1e-2
-    --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95 --log-interval 1 --save-interval 1000 --eval-interval 10000 --eval-iters 10
-    --use-flash-attn --use-fused-rmsnorm --use-fused-rotary-pos-emb --auto-recompute-device-size 46080
-    --deepspeed --no-pipeline-parallel --deepspeed_config ds.json --zero-stage 2 --deepspeed-activation-checkpointing --bf16"""
+PUBLISHED_7B = """--DDP-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --num-layers 32 --hidden-size
+    4096 --position-embedding-type rope --normalization RMSNorm --ffn-hidden-size 11008 --num-attention-heads 32
+    --micro-batch-size 8 --global-batch-size 64 --seq-length 2048 --max-position-embeddings 2048 --train-iters
+    5000 --data-path ./dataset/alpaca_text_document --load ./model_weights/ --tokenizer-name-or-path
+    ./dataset/internlm --tokenizer-not-use-fast --data-impl mmap --split 949,50,1 --distributed-backend nccl --lr
+    1.0e-6 --min-lr 1.0e-6 --lr-decay-style cosine --lr-warmup-fraction .01 --weight-decay 1e-2 --clip-grad 1.0
+    --adam-beta1 0.9 --adam-beta2 0.95 --log-interval 1 --save-interval 1000 --eval-interval 10000 --eval-iters 10
+    --use-flash-attn --use-fused-rmsnorm --use-fused-rotary-pos-emb --auto-recompute-device-size 46080 --deepspeed
+    --no-pipeline-parallel --deepspeed_config ds.json --zero-stage 2 --deepspeed-activation-checkpointing --bf16"""
 
 
 def test_the_published_command_is_understood_as_it_stands():

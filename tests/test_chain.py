@@ -1,0 +1,152 @@
+"""The whole chain by the commands that people type: data, weights, the recipe under the real launcher, resume, damage, export."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+
+from ascendspeed.log import EvalLine, TrainLine, read
+
+ITERS, STOP = 6, 3
+SIZES = {
+    "SEQ_LENGTH": "64",
+    "MICRO_BATCH": "2",
+    "GLOBAL_BATCH": "4",
+    "TRAIN_ITERS": str(ITERS),
+    "LR_DECAY_ITERS": str(ITERS),
+    "LR": "1e-2",
+}
+
+
+def command(*words: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command in the repository's root with this Python's programs first in the path."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        words, env=launch.environment(PATH=path, **env), cwd=launch.ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def must(*words: str, **env: str) -> str:
+    """The output of a command that has to succeed."""
+    done = command(*words, **env)
+    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    """The 7B recipe with tiny values on two processes, TP 2; checkpoints in NAME, log in NAME.log."""
+    values = SIZES | {"MODEL": "internlm-tiny", "DTYPE": "fp32", "TP": "2", "NPROC": "2", "EVAL_INTERVAL": "3", "EVAL_ITERS": "2"}
+    values |= {"DATA": str(work / "alpaca_text_document"), "TOKENIZER_PATH": str(work / "data" / "tokenizer")}
+    values |= {"CHECKPOINT": str(load), "SAVE": str(work / name), "SAVE_INTERVAL": "100", "MASTER_PORT": str(launch.free_port())}
+    script = "examples/intern/pretrain_internlm_7b_zero.sh"
+    return command("bash", script, "--log-dir", str(work / f"{name}.log"), *flags, **(values | env))
+
+
+def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:
+    return list(read(work / f"{name}.log" / "train.log"))
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Text, tokens, a tiny random model, and its weights split for two ranks."""
+    work = tmp_path_factory.mktemp("chain")
+    must(sys.executable, "examples/intern/make_quickstart_data.py", "--output-dir", str(work / "data"), "--rows", "400")
+    must(
+        *(sys.executable, "tools/preprocess_data.py", "--input", str(work / "data" / "train.parquet")),
+        *("--tokenizer-name-or-path", str(work / "data" / "tokenizer"), "--output-prefix", str(work / "alpaca"), "--workers", "2"),
+        *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler", "--append-eod"),
+    )
+    must(
+        *(sys.executable, "tools/random_model.py", "--model", "internlm-tiny"),
+        *("--tokenizer", str(work / "data" / "tokenizer"), "--output-dir", str(work / "hf")),
+    )
+    must(
+        *(sys.executable, "tools/ckpt_convert/llama/convert_weights_from_huggingface.py", "--input-model-dir", str(work / "hf")),
+        *("--output-model-dir", str(work / "weights"), "--tensor-model-parallel-size", "2", "--bias", "--deepspeed"),
+    )
+    return work
+
+
+@pytest.fixture(scope="module")
+def trained(work) -> Path:
+    """One run without a break, and one that stopped and was resumed."""
+    for done in (
+        recipe(work, "whole", work / "weights"),
+        recipe(work, "broken", work / "weights", "--exit-interval", str(STOP)),
+        recipe(work, "broken", work / "broken"),
+    ):
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return work
+
+
+def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained):
+    def said(name: str) -> list[tuple]:
+        return [
+            (line.iteration, line.loss, line.grad_norm, line.lr) if isinstance(line, TrainLine) else (line.iteration, line.loss)
+            for line in lines(trained, name)
+        ]
+
+    assert len(said("whole")) == ITERS + 2
+    assert said("broken") == said("whole")
+    losses = [line.loss for line in lines(trained, "whole") if isinstance(line, TrainLine)]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ascendspeed import config
+    from ascendspeed.data import dataset
+
+    must(
+        *(sys.executable, "tools/ckpt_convert/convert.py", "--from", str(trained / "broken"), "--to", str(trained / "export")),
+        *("--format", "hf-llama", "--tokenizer", str(trained / "data" / "tokenizer"), "--verify"),
+    )
+    model = AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32).eval()
+    data = config.DataConfig(data_path=(str(trained / "alpaca_text_document"),), seq_length=64)
+    samples = dataset.build_splits(data, 1234, 2048, ["valid"])["valid"]
+    batches = [batch for i in range(2) for batch in dataset.batch(samples, 4 * i, 4, 4)]
+    with torch.no_grad():
+        logits = torch.cat([model(batch.tokens).logits for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    theirs = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    ours = next(line.loss for line in reversed(lines(trained, "broken")) if isinstance(line, EvalLine))
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    ids = AutoTokenizer.from_pretrained(trained / "export")("a list of numbers", add_special_tokens=False).input_ids
+    assert ids
+    assert max(ids) < 2048
+
+
+def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(trained):
+    newest = trained / "broken" / f"step_{ITERS:07}" / "shard-00001-of-00002.safetensors"
+    content = bytearray(newest.read_bytes())
+    content[-100] ^= 1
+    newest.write_bytes(content)
+    done = recipe(trained, "broken", trained / "broken", "--exit-interval", str(STOP + 1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.search(rf"warning: .*step_{ITERS:07} is damaged: shard-00001-of-00002.safetensors", done.stdout)
+    assert f"resumes from {trained / 'broken' / f'step_{STOP:07}'}: iteration {STOP}" in done.stdout
+    whole = {line.iteration: line.loss for line in lines(trained, "whole") if isinstance(line, TrainLine)}
+    again = [line for line in lines(trained, "broken") if isinstance(line, TrainLine)][-1]
+    assert (again.iteration, again.loss) == (STOP + 1, whole[STOP + 1])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--modle", "x"), "error: unknown flag --modle; did you mean --model?"),
+        (("--data-path", "nowhere"), "error: nowhere: there is no nowhere.idx"),
+    ],
+)
+def test_a_wrong_flag_ends_the_launcher_with_one_line_and_code_2(work, flags, message):
+    done = recipe(work, "wrong", work / "weights", *flags)
+    said = done.stdout + done.stderr
+    assert done.returncode == 2, said[-2000:]
+    assert said.count(message) == 1
+    assert "Traceback" not in said
+    assert not (work / "wrong").exists()

@@ -224,12 +224,15 @@ def main() -> None:
                 raise errors.UserError(f"--tokenizer {tokenizer}: there is no tokenizer.model")
             tokenizer = folder
             train(tokenizer / "tokenizer.model", texts[::10])
+        load = os.getloadavg()[0]
         times = measure(options, folder, tokenizer)
         made = f"sentencepiece {version('sentencepiece')}, pyarrow {version('pyarrow')}, Python {platform.python_version()}"
         which = "InternLM v1" if tokenizer == REAL else "a tokenizer trained on the spot" if tokenizer == folder else tokenizer.name
         report = (
             f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in {len(texts)} documents of Python "
-            f"source, {which}, {options.rounds} rounds in turns; medians.\n\n"
+            f"source, {which}, {options.rounds} rounds in turns; medians. "
+            f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a core per worker; on "
+            f"a busy machine only the CPU column says something).\n\n"
             f"{table(times, size)}\n\n{same_ids(folder)}\n"
         )
     print(report)

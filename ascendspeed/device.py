@@ -41,6 +41,11 @@ class Device:
         """The torch device."""
         return torch.device("cpu") if self.kind == "cpu" else torch.device(self.kind, self.index)
 
+    @property
+    def fused_adamw(self) -> bool:
+        """Whether torch has AdamW as one pass over the memory here, instead of some ten."""
+        return self.kind != "npu"
+
     def peak_memory(self) -> int:
         """Peak bytes in use: of the device's allocator, or of the process on a CPU."""
         if self.kind == "cpu":

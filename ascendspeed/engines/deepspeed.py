@@ -161,7 +161,13 @@ class DeepSpeedEngine:
             flat = name.endswith(".bias") or len(getattr(parameter, "ds_shape", parameter.shape)) == 1
             (plain if flat else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-        return AdamW(groups, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
+        return AdamW(
+            groups,
+            lr=optim.lr,
+            betas=(optim.adam_beta1, optim.adam_beta2),
+            eps=optim.adam_eps,
+            fused=self.device.fused_adamw,
+        )
 
     # ---------------------------------------------------------------- stepping
 
@@ -218,7 +224,8 @@ class DeepSpeedEngine:
         squares = torch.zeros((), dtype=torch.float64, device=self.device.torch)
         for parameter in self.module.parameters():
             if self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
-                squares += parameter.grad.double().square().sum()
+                # fp32 sums of rows, then fp64: a copy of the gradient in fp64 costs 50 times as much
+                squares += torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
         dist.all_reduce(squares, group=self.grid.tp_group)
         return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.nan
 
@@ -274,7 +281,8 @@ class DeepSpeedEngine:
         """Adam's moments, made if the first step has not made them yet; a `step` of its own for each tensor, never shared."""
         state = self._torch_adamw().state[key]
         if "exp_avg" not in state:
-            state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data))
+            step = torch.zeros((), device=like.device if self.device.fused_adamw else "cpu")  # where torch itself puts it
+            state.update(step=step, exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data))
         return [state[kind] for kind in KINDS[1:]]
 
     @property

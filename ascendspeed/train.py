@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from ascendspeed import checkpoint, formats, plan
+from ascendspeed import checkpoint, formats, plan, tokenizer
 from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import Run
 from ascendspeed.data import dataset
@@ -39,7 +39,17 @@ class Start:
 
 
 def open_data(run: Run, grid: Grid) -> Batches:
-    """The data of the run; tensor-parallel ranks of one replica see the same."""
+    """The data of the run; tensor-parallel ranks of one replica see the same.
+
+    Raises `UserError` for data or a tokenizer that are not there, or that do not fit the model.
+    """
+    if (
+        run.data.tokenizer_name_or_path
+        and (ids := tokenizer.load(run.data.tokenizer_name_or_path).vocab_size) > run.model.vocab_size
+    ):
+        raise UserError(
+            f"--tokenizer-name-or-path {run.data.tokenizer_name_or_path} has {ids} ids, but the model's vocabulary {run.model.vocab_size}"
+        )
     names = ["train", "valid"] if run.train.eval_interval else ["train"]
     splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, names)
     sizes = run.train.global_batch_size, run.train.micro_batch_size

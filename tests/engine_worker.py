@@ -1,7 +1,7 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
 A case: {"changes": {group: {field: value}}, "load": folder, "save": folder, "first": step, "last": step,
-"break": what to do wrong on purpose, "poison": step before which one comes whose gradients are NaN on one rank}.
+"evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose, "poison": step before which one comes whose gradients are NaN on one rank}.
 """
 
 import gc
@@ -35,12 +35,14 @@ def main() -> None:
     grid = parallel.initialize(here, base.parallel, base.train.seed)
     data = oracle.batches(base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"])
 
-    def step(engine, run, batch):
+    def micro_batches(run, batch):
         size, rows = run.train.micro_batch_size, run.train.global_batch_size // grid.dp
         mine = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
         positions = torch.arange(run.data.seq_length).expand(size, -1)
-        micros = [Batch(**{k: v[i : i + size] for k, v in mine.items()}, position_ids=positions) for i in range(0, rows, size)]
-        result = engine.step(micros, schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
+        return [Batch(**{k: v[i : i + size] for k, v in mine.items()}, position_ids=positions) for i in range(0, rows, size)]
+
+    def step(engine, run, batch):
+        result = engine.step(micro_batches(run, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
     curves = {}
@@ -58,6 +60,9 @@ def main() -> None:
             for fragment in engine.fragments():
                 if fragment.kind == "exp_avg":
                     fragment.tensor.zero_()
+        if case.get("evaluate"):
+            total, tokens = engine.loss(micro_batches(run, data[0]))
+            curves[f"{name}: evaluated"] = [[total / tokens, None]]
         first, last, curves[name] = case.get("first", 0), case.get("last", job["steps"]), []
         for i in range(first, last):
             if case.get("poison") == i:

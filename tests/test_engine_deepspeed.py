@@ -62,7 +62,11 @@ def worst(curve: Curve, expected: Curve) -> tuple[float, float]:
 @pytest.mark.parametrize("layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
 def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     """20 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
-    cases = {f"zero {stage}": {"changes": changes(stage)} for stage in range(4)}
+    cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
+    (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    for stage in (2, 3):
+        offload = {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")}
+        cases[f"zero {stage}, optimizer offloaded"] = {"changes": {"parallel": offload}}
     cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
     cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
     if LAYOUTS[layout][0] > 1:
@@ -74,6 +78,9 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
         }
     cases["full recomputation"] = {"changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}}
     curves = run_cases(layout, cases, tmp_path)
+    for stage in range(4):
+        ((evaluated, _),) = curves.pop(f"zero {stage}: evaluated")
+        assert evaluated == pytest.approx(expected[0][0], rel=1e-6)
     for name, curve in curves.items():
         loss, norm = worst(curve, expected)
         if name.startswith("control"):
@@ -89,6 +96,12 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
 def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
     """8 steps at once = 4 steps, a checkpoint, and 4 more in new objects: every loss and norm to the last bit, dropout included."""
     modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)}
+    (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    for stage in (2, 3):
+        modes[f"bf16 zero {stage}, optimizer offloaded"] = {
+            "parallel": {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")},
+            "optim": {"bf16": True},
+        }
     cases = {}
     for name, change in modes.items():
         at = str(tmp_path / "ckpt" / name)

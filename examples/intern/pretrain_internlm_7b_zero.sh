@@ -27,6 +27,7 @@ SAVE_INTERVAL=${SAVE_INTERVAL:-10000}
 EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
 EVAL_ITERS=${EVAL_ITERS:-10}                            # global batches per evaluation
 
+dtype=$(dtype_flag "$DTYPE")
 # shellcheck disable=SC2086  # DATA and the dtype flag are words
 launch pretrain_intern.py \
     --deepspeed \
@@ -60,5 +61,5 @@ launch pretrain_intern.py \
     --use-fused-rotary-pos-emb \
     --mlp-layer-fusion \
     --distributed-backend nccl \
-    $(dtype_flag "$DTYPE") \
+    $dtype \
     "$@"

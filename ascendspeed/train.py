@@ -43,13 +43,9 @@ def open_data(run: Run, grid: Grid) -> Batches:
 
     Raises `UserError` for data or a tokenizer that are not there, or that do not fit the model.
     """
-    if (
-        run.data.tokenizer_name_or_path
-        and (ids := tokenizer.load(run.data.tokenizer_name_or_path).vocab_size) > run.model.vocab_size
-    ):
-        raise UserError(
-            f"--tokenizer-name-or-path {run.data.tokenizer_name_or_path} has {ids} ids, but the model's vocabulary {run.model.vocab_size}"
-        )
+    path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
+    if path and (ids := tokenizer.load(path).vocab_size) > rows:
+        raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
     names = ["train", "valid"] if run.train.eval_interval else ["train"]
     splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, names)
     sizes = run.train.global_batch_size, run.train.micro_batch_size
@@ -91,7 +87,9 @@ def _team(grid: Grid) -> tuple[int, int, Callable[[list[str]], list[str]]]:
 
 def _announce_changes(run: Run, before: Run, say: Callable[[str], None]) -> None:
     """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
-    watched = [("data", n) for n in ("data_path", "split", "seq_length")] + [("train", n) for n in ("seed", "global_batch_size")]
+    watched = [("data", n) for n in ("data_path", "split", "seq_length")] + [
+        ("train", n) for n in ("seed", "global_batch_size", "train_iters")
+    ]
     watched += [
         ("optim", n) for n in ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "weight_decay", "clip_grad", "bf16", "fp16")
     ]

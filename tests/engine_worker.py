@@ -1,7 +1,8 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
 A case: {"changes": {group: {field: value}}, "load": folder, "save": folder, "first": step, "last": step,
-"evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose, "poison": step before which one comes whose gradients are NaN on one rank}.
+"evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
+"poison": step before which one comes whose gradients are NaN on one rank}.
 """
 
 import gc
@@ -51,7 +52,7 @@ def main() -> None:
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
-        tensors = None if case.get("load") else random_tensors(run.model, run.train.seed, here.torch)
+        tensors = None if case.get("load") else random_tensors(run.model, run.train.seed)
         make = WithoutHook if case.get("break") == "sequence-parallel hook" else DeepSpeedEngine
         engine = make(run, grid, here, ds_config(run, grid.world), Kernels(), tensors)
         if case.get("load"):

@@ -12,9 +12,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of a child process: one thread (two cores are shared by several ranks), quiet, offline."""
+    """Of a child process: one thread (two cores are shared by several ranks), quiet, offline, a rank of nothing yet."""
     quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {**os.environ, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **extra}
+    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    return {**own, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **extra}
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}    # threads per process; on a CPU the processes share the cores
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # lets tensor-parallel communication overlap on a GPU
 export PYTHONUNBUFFERED=1                       # log lines come as they are made
 MASTER_PORT=${MASTER_PORT:-29500}
 

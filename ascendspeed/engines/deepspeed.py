@@ -178,11 +178,11 @@ class DeepSpeedEngine:
             group["lr"] = lr
         tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches))
         scale = self.grid.dp * len(batches) / max(tokens, 1.0)
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self.device.torch)  # read once: the device's queue runs ahead
         scale_used = self._loss_scale()
         for i, batch in enumerate(batches):
             loss_sum = self._loss_sum(batch)
-            total += float(loss_sum.detach())
+            total += loss_sum.detach()
             self.engine.backward(loss_sum * scale)
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._grad_norm()
@@ -202,9 +202,9 @@ class DeepSpeedEngine:
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """See `Engine.loss`."""
         self.engine.eval()
-        total = tokens = 0.0
+        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device.torch), 0.0
         for batch in batches:
-            total += float(self._loss_sum(batch))
+            total += self._loss_sum(batch)
             tokens += float(batch.loss_mask.sum())
         return self._sum(total), int(self._sum(tokens))
 
@@ -213,9 +213,9 @@ class DeepSpeedEngine:
         losses = self.engine(batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to))
         return (losses.float() * batch.loss_mask.to(to)).sum()
 
-    def _sum(self, value: float) -> float:
+    def _sum(self, value: float | Tensor) -> float:
         """Over the data-parallel ranks."""
-        number = torch.tensor(value, dtype=torch.float64, device=self.device.torch)
+        number = torch.as_tensor(value, dtype=torch.float64, device=self.device.torch).clone()
         dist.all_reduce(number, group=self.grid.dp_group)
         return float(number)
 

@@ -14,7 +14,7 @@ CHECKPOINT=${CHECKPOINT-./model_weights}                # weights or a training 
 SAVE=${SAVE:-./ckpt}                                    # training checkpoints
 
 DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
-ZERO_STAGE=${ZERO_STAGE:-2}                             # 25.6 GiB of model states per device on 8
+ZERO_STAGE=${ZERO_STAGE:-2}                             # 27.3 GiB of model states per device on 8
 TP=${TP:-1}                                             # tensor-parallel size
 MICRO_BATCH=${MICRO_BATCH:-2}                           # samples per device and pass
 GLOBAL_BATCH=${GLOBAL_BATCH:-256}                       # samples per step: 0.5 M tokens

@@ -11,19 +11,28 @@ from torch import Tensor
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.errors import UserError
+from ascendspeed.model.loss import cross_entropy
 from ascendspeed.model.spec import Config, block_spec
 
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, config: Config) -> GPTModel:
+class InternLM(GPTModel):
+    """Megatron-core's GPTModel with our loss."""
+
+    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
+        """labels [b, s], logits [s, b, V / TP] -> [b, s]."""
+        return cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
+
+
+def build(model: ModelConfig, parallel: ParallelConfig, config: Config) -> InternLM:
     """This rank's part of the model, its weights not yet written (`fill`).
 
     `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
     of every token [b, s], computed on vocabulary shards.
     """
     padded = padded_vocab_size(model, parallel)
-    gpt = GPTModel(
+    gpt = InternLM(
         config,
         block_spec(config),
         padded,
@@ -50,7 +59,9 @@ class _MaskPadding:
         gathered = logits.size(-1) == module.output_size
         rows = max(0, self.vocab_size - (0 if gathered else self.first))
         if rows < logits.size(-1):
-            logits[..., rows:].fill_(-1e9)  # in place: a copy would be the largest tensor of the step
+            # In place, and unseen by autograd: a copy of the logits or of their gradient would be the largest tensor of the step.
+            # What comes back to these rows is zero without it, as their probability is.
+            logits.detach()[..., rows:].fill_(-1e9)
 
 
 def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:

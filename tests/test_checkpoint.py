@@ -291,7 +291,7 @@ def gloo_worker(rank: int, folder: Path) -> None:
 
 
 def test_two_processes(tmp_path):
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # the parent may be a process group of its own already
     workers = [context.Process(target=gloo_worker, args=(rank, tmp_path)) for rank in range(2)]
     [w.start() for w in workers]
     [w.join(60) for w in workers]

@@ -177,6 +177,8 @@ class TrainConfig:
     """Take only the weights from --load: start at iteration 0 with a fresh optimizer."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is saved too."""
+    keep: int | None = None
+    """Newest checkpoints to keep; None: all."""
     log_interval: int = 1
     """Iterations between log lines."""
     eval_interval: int | None = None

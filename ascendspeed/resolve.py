@@ -178,7 +178,7 @@ def _check(run: Run, recipe: RecipeFlags, world: int) -> None:
     for name in ("log_interval", "eval_iters", "micro_batch_size", "train_iters"):
         if getattr(train, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be at least 1")
-    for name in ("save_interval", "eval_interval", "exit_interval"):
+    for name in ("save_interval", "eval_interval", "exit_interval", "keep"):
         if (value := getattr(train, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1; leave it out for none")
     schedule.check(optim, train.train_iters)

@@ -196,6 +196,7 @@ def save(run: Run, grid: Grid, engine: Engine, state: TrainState, log: Logger) -
     """Saves a checkpoint, says where and how long it took, and returns its step."""
     began = time.perf_counter()
     state = replace(state, engine=engine.scalars())
-    path = checkpoint.save(run.train.save, state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier)
+    place = grid.rank, grid.world, grid.barrier
+    path = checkpoint.save(run.train.save, state, run, engine.fragments(), engine.rng(), *place, keep=run.train.keep)
     log.say(f" saved {path} in {time.perf_counter() - began:.1f} s")
     return state.step

@@ -120,6 +120,11 @@ def test_checkpoints_at_intervals_and_at_the_end(loop, tmp_path):
     assert (tmp_path / "ckpt" / "latest").read_text().strip() == "step_0000010"
 
 
+def test_keep_leaves_the_newest(loop, tmp_path):
+    loop(changed(save=str(tmp_path / "ckpt"), save_interval=2, keep=2))
+    assert sorted(p.name for p in (tmp_path / "ckpt").glob("step_*")) == ["step_0000008", "step_0000010"]
+
+
 def test_exit_interval_saves_and_stops(loop, tmp_path):
     state, _, _ = loop(changed(save=str(tmp_path / "ckpt"), exit_interval=3))
     assert state.step == 3

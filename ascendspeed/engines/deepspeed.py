@@ -135,6 +135,9 @@ class DeepSpeedEngine:
             model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
         )[0]
         self.module, self.zero = module, self.engine.optimizer
+        if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
+            # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
+            self.engine.enable_backward_allreduce = False
         self.cuts = gpt.cuts(run.model, run.parallel)
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:

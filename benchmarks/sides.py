@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,8 @@ def their_model(run: Run, here: device.Device) -> tuple[Step, str]:
     return _forward_backward(model, forward), "torch"
 
 
-def their_step(run: Run, here: device.Device) -> tuple[Step, str]:
-    """Hugging Face's model, clipping and torch's AdamW; in bf16 on fp32 masters."""
+def their_step(run: Run, here: device.Device, fused: bool | None = None) -> tuple[Step, str]:
+    """Hugging Face's model, clipping and torch's AdamW (`fused` None: as torch chooses); in bf16 on fp32 masters."""
     import torch
 
     model, forward = _llama(run, here)
@@ -134,7 +135,8 @@ def their_step(run: Run, here: device.Device) -> tuple[Step, str]:
     masters = [p.detach().float().requires_grad_() for p in weights] if optim.bf16 else weights
     decay, plain = ([p for p in masters if (p.dim() > 1) is matrix] for matrix in (True, False))
     groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps)
+    betas = optim.adam_beta1, optim.adam_beta2
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=betas, eps=optim.adam_eps, fused=fused)
 
     def step() -> float:
         loss = forward()
@@ -193,4 +195,6 @@ MAKERS: dict[tuple[str, str], Callable[[Run, device.Device], tuple[Step, str]]] 
     ("ours", "step"): our_step,
     ("theirs", "model"): their_model,
     ("theirs", "step"): their_step,
+    ("ours", "fused-step"): our_step,
+    ("theirs", "fused-step"): partial(their_step, fused=True),
 }

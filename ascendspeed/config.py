@@ -222,6 +222,29 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
     return -(-model.vocab_size // multiple) * multiple
 
 
+def check_tensor_parallel(model: ModelConfig, size: int) -> None:
+    """Raises `UserError` naming the legal choices when the model does not split over `size` tensor-parallel ranks."""
+    heads, groups, ffn = model.num_attention_heads, model.kv_heads, model.ffn_hidden_size
+
+    def fits(size: int) -> bool:
+        return heads % size == 0 and ffn % size == 0 and (groups % size == 0 or size % groups == 0)
+
+    if size < 1 or not fits(size):
+        choices = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
+        raise UserError(
+            f"{heads} attention heads, {groups} key/value heads and an FFN width of {ffn} "
+            f"do not split over {size} tensor-parallel ranks; choose {choices}"
+        )
+
+
+def check_pipeline_parallel(model: ModelConfig, size: int) -> None:
+    """Raises `UserError` naming the legal choices when the layers do not split evenly over `size` pipeline stages."""
+    layers = model.num_layers
+    if size < 1 or layers % size:
+        choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
+        raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")
+
+
 def to_dict(run: Any) -> dict[str, Any]:
     """A JSON-able dictionary of a config dataclass; `from_dict` reads it back."""
     return dataclasses.asdict(run)

@@ -106,8 +106,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     if train.save_interval and train.save is None:
         said.append("--save-interval without --save: checkpoints go to ./ckpt")
         train = replace(train, save="./ckpt")
-    replicas = max(1, world // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
     if train.global_batch_size is None:
+        replicas = world // max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
         train = replace(train, global_batch_size=train.micro_batch_size * replicas)
     if command.data.seq_length > model.max_position_embeddings:
         said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
@@ -175,7 +175,7 @@ def _check(run: Run, recipe: RecipeFlags, world: int) -> None:
         raise UserError(f"--initial-loss-scale {optim.initial_loss_scale:g} is not a power of two")
     if not data.data_path:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
-    for name in ("log_interval", "eval_iters", "micro_batch_size", "train_iters"):
+    for name in ("log_interval", "eval_iters", "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_steps"):
         if getattr(train, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be at least 1")
     for name in ("save_interval", "eval_interval", "exit_interval", "keep"):
@@ -189,16 +189,10 @@ def check_layout(run: Run, world: int) -> None:
     """Raises `UserError` for a layout that the model, the batch or the number of processes cannot take."""
     model, parallel, train = run.model, run.parallel, run.train
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    if min(tp, pp) < 1:
-        raise UserError(f"tensor-parallel size {tp} and pipeline-parallel size {pp} must be at least 1")
+    config.check_tensor_parallel(model, tp)
+    config.check_pipeline_parallel(model, pp)
     if world % (tp * pp):
         raise UserError(f"{world} processes do not split into TP {tp} x PP {pp}; start a multiple of {tp * pp}")
-    for number, what in ((model.num_attention_heads, "attention heads"), (model.ffn_hidden_size, "MLP columns")):
-        if number % tp:
-            legal = ", ".join(str(n) for n in range(1, 65) if number % n == 0)
-            raise UserError(f"{number} {what} do not split over {tp} tensor-parallel ranks; choose one of {legal}")
-    if model.kv_heads % tp and tp % model.kv_heads:
-        raise UserError(f"{model.kv_heads} key/value heads neither split over {tp} tensor-parallel ranks nor divide them")
     if parallel.sequence_parallel and run.data.seq_length % tp:
         raise UserError(
             f"--seq-length {run.data.seq_length} does not split over {tp} tensor-parallel ranks for --sequence-parallel"

@@ -158,29 +158,6 @@ def shapes_of(config: ModelConfig, parameter: Parameter) -> dict[str, tuple[int,
     return {name: tuple(tensor.shape) for name, tensor in parts.items()}
 
 
-def check_tensor_parallel(config: ModelConfig, size: int) -> None:
-    """Raises `UserError` naming the legal choices when the model does not split over `size` tensor-parallel ranks."""
-    heads, groups, ffn = config.num_attention_heads, config.kv_heads, config.ffn_hidden_size
-
-    def fits(size: int) -> bool:
-        return heads % size == 0 and ffn % size == 0 and (groups % size == 0 or size % groups == 0)
-
-    if size < 1 or not fits(size):
-        choices = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
-        raise UserError(
-            f"{heads} attention heads, {groups} key/value heads and an FFN width of {ffn} "
-            f"do not split over {size} tensor-parallel ranks; choose {choices}"
-        )
-
-
-def check_pipeline_parallel(config: ModelConfig, size: int) -> None:
-    """Raises `UserError` naming the legal choices when the layers do not split evenly over `size` pipeline stages."""
-    layers = config.num_layers
-    if size < 1 or layers % size:
-        choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-        raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")
-
-
 def random_tensors(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
     """Random weights that are the same for every layout: (name, full fp32 tensor), each from a generator of its own.
 

@@ -99,8 +99,9 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
         (
             "--deepspeed --data-path x --tp 3",
             3,
-            "32 attention heads do not split over 3 tensor-parallel ranks; choose one of 1, 2, 4, 8",
+            "32 attention heads, .* do not split over 3 tensor-parallel ranks; choose 1, 2, 4, 8",
         ),
+        ("--deepspeed --data-path x --tp 0", 1, "do not split over 0 tensor-parallel ranks"),
         ("--deepspeed --data-path x --tp 2", 3, "3 processes do not split into TP 2 x PP 1; start a multiple of 2"),
         (
             "--deepspeed --data-path x --micro-batch-size 3 --global-batch-size 8",
@@ -110,6 +111,7 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
         ("--deepspeed --data-path x --tp 2 --sequence-parallel --seq-length 33", 2, "--seq-length 33 does not split over 2"),
         ("--deepspeed --data-path x --lr-warmup-fraction .1 --lr-warmup-iters 5", 1, "give one of them, not both"),
         ("--deepspeed --data-path x --initial-loss-scale 3", 1, "--initial-loss-scale 3 is not a power of two"),
+        ("--deepspeed --data-path x --global-batch-size 0", 1, "--global-batch-size 0: must be at least 1"),
         ("--deepspeed --data-path x --log-interval 0", 1, "--log-interval 0: must be at least 1"),
         ("--deepspeed --data-path x --save-interval -1", 1, "--save-interval -1: must be at least 1"),
         ("--data-path x --deepspeed stray", 1, "'stray' does not belong to any flag"),

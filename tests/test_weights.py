@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config import ModelConfig, check_pipeline_parallel, check_tensor_parallel
 from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
 
@@ -121,9 +121,9 @@ def test_a_wrong_shape_is_named():
 
 def test_layouts_that_do_not_split_name_those_that_do():
     with pytest.raises(UserError, match=r"choose 1, 2, 4, 8$"):
-        weights.check_tensor_parallel(CONFIG, 3)
-    weights.check_tensor_parallel(CONFIG, 8)  # two ranks to a group
+        check_tensor_parallel(CONFIG, 3)
+    check_tensor_parallel(CONFIG, 8)  # two ranks to a group
     with pytest.raises(UserError, match=r"choose 1, 3$"):  # 6 heads: 2 ranks would not go into 3 groups, nor 3 groups into 2 ranks
-        weights.check_tensor_parallel(replace(CONFIG, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=99), 2)
+        check_tensor_parallel(replace(CONFIG, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=99), 2)
     with pytest.raises(UserError, match=r"2 layers do not split over 4 pipeline stages; choose 1, 2$"):
-        weights.check_pipeline_parallel(CONFIG, 4)
+        check_pipeline_parallel(CONFIG, 4)

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.config import (
+    ModelConfig,
+    ParallelConfig,
+    check_pipeline_parallel,
+    check_tensor_parallel,
+    padded_vocab_size,
+)
 from ascendspeed.errors import UserError
 from ascendspeed.formats import sidecars
 from ascendspeed.formats.files import PieceFile, Specs, create_pt, load_pt, nbytes
@@ -93,8 +99,8 @@ def open_folder(folder: Path) -> Source:
     missing = [layout.path(t, p, pp) for t in range(tp) for p in range(pp) if (t, p) not in ranks]
     if missing:
         raise UserError(f"{iteration} lacks {some(missing)}: it was written for TP {tp} x PP {pp}")
-    weights.check_tensor_parallel(config, tp)
-    weights.check_pipeline_parallel(config, pp)
+    check_tensor_parallel(config, tp)
+    check_pipeline_parallel(config, pp)
     places = Places(config, tp, pp, _vocabulary_rows(iteration, config, ranks, tp))
     dtypes = {}
     for (t, p), held in ranks.items():
@@ -192,8 +198,8 @@ class RankFiles:
             raise UserError("a model with tied embeddings has them on the first and the last stage: set pipeline stages to 1")
         if self.make_vocab_size_divisible_by < 1:
             raise UserError(f"the vocabulary cannot be made divisible by {self.make_vocab_size_divisible_by}")
-        weights.check_tensor_parallel(source.config, self.tp)
-        weights.check_pipeline_parallel(source.config, self.pp)
+        check_tensor_parallel(source.config, self.tp)
+        check_pipeline_parallel(source.config, self.pp)
 
     def size(self, source: Source, dtype: torch.dtype | None) -> int:
         """Bytes that will be written."""

@@ -176,12 +176,47 @@ def test_bin_files(tmp_path, shards, is_zip):
     round_trip(tmp_path / "hf", tensors, 2, 2, tmp_path)
 
 
-def test_another_type_on_request(sources, tmp_path):
-    folder, tensors = sources("internlm", "fp32")
-    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True)
+def test_another_type_on_request(tmp_path):
+    tensors = hugging_face(tmp_path / "source", BASE)
+    for tensor in tensors.values():
+        tensor[tensor.isfinite() & ~tensor.bfloat16().isfinite()] = 1.0  # see the next test
+    save_file(tensors, tmp_path / "source/model.safetensors")
+    convert.write_megatron(convert.open_source(tmp_path / "source"), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True)
     convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf")
     assert same(written(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(("stored", "asked"), [("fp32", "fp16"), ("bf16", "fp16"), ("fp32", "bf16")])
+@pytest.mark.parametrize("out", ["hf", "ranks"])
+def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp_path, stored, asked, out):
+    tensors = {name: torch.zeros_like(tensor) for name, tensor in sources("internlm", stored)[1].items()}
+    name, target = "model.layers.2.mlp.down_proj.weight", convert.DTYPES[asked]
+    limit = torch.finfo(target).max
+    source = tmp_path / "hf"
+    hugging_face(source, BASE, stored)
+
+    def write(*values: float) -> dict[str, torch.Tensor]:
+        tensors[name][0, : len(values)] = torch.tensor(values, dtype=torch.float64).to(tensors[name].dtype)
+        save_file(tensors, source / "model.safetensors")
+        opened = convert.open_source(source)
+        if out == "hf":
+            convert.write_hf(opened, tmp_path / "out", dtype=target, verify=True)
+        else:
+            convert.write_megatron(opened, tmp_path / "out", 2, dtype=target, verify=True)
+        return tensors
+
+    beyond = 7e4 if asked == "fp16" else torch.finfo(torch.float32).max  # finite in the source's type
+    ours = name if out == "hf" else "decoder.layers.2.mlp.linear_fc2.weight"
+    with pytest.raises(UserError, match=rf"{ours} holds finite values up to .*, too large for {'b' * (asked == 'bf16')}float16"):
+        write(beyond, -beyond, 0.5)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+    kept = limit if stored == "fp32" else 65280.0  # the largest of both types
+    write(kept, float("inf"), float("nan"))  # control: what fits is written, and what was infinite stays so
+    back = dict(convert.open_source(tmp_path / "out").tensors())["decoder.layers.2.mlp.linear_fc2.weight"]
+    assert back[0, 0] == kept
+    assert back[0, 1].isinf()
+    assert back[0, 2].isnan()
 
 
 def training_checkpoint(folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path) -> None:

@@ -76,12 +76,12 @@ class PieceFile:
         self._descriptor = os.open(path, os.O_WRONLY)
 
     def write(self, name: str, tensor: Tensor) -> int:
-        """Puts one tensor, cast to its type, where it belongs; returns its bytes."""
+        """Puts one tensor, cast to its type, where it belongs; returns its bytes. Raises `UserError` when the type is too small."""
         dtype, shape = self.specs[name]
         if tuple(tensor.shape) != shape:
             raise AssertionError(f"{name} is {list(tensor.shape)}, its place in {self.path} is {list(shape)}")
         self._left.remove(name)
-        flat = tensor.to(dtype).contiguous().flatten().view(torch.uint8)
+        flat = _cast(name, tensor, dtype).contiguous().flatten().view(torch.uint8)
         view, offset = memoryview(flat.numpy()), self.offsets[name]
         while view:  # the system writes at most 2 GiB at a time
             written = os.pwrite(self._descriptor, view, offset)
@@ -94,6 +94,17 @@ class PieceFile:
             raise AssertionError(f"{self.path}: never written: {sorted(self._left)[:5]}")
         os.fsync(self._descriptor)
         os.close(self._descriptor)
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises `UserError` when a finite value would become infinite; NaN and infinity stay what they are."""
+    cast = tensor.to(dtype)
+    if tensor.dtype != dtype and not cast.isfinite().all():
+        lost = tensor.isfinite() & ~cast.isfinite()
+        if lost.any():
+            largest, kind = tensor[lost].abs().max().item(), str(dtype).removeprefix("torch.")
+            raise UserError(f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype")
+    return cast
 
 
 def create_safetensors(path: Path, specs: Specs) -> PieceFile:

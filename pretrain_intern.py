@@ -17,7 +17,7 @@ def main() -> None:
     device = devices.prepare(run.train.device, run.train.distributed_backend)
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
-    from ascendspeed import kernels, parallel, train
+    from ascendspeed import kernels, parallel, start, train
     from ascendspeed.config import to_dict
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.log import Logger
@@ -41,12 +41,12 @@ def main() -> None:
         log.say(f"DeepSpeed config: {json.dumps(config)}")
         if grid.rank == 0:
             Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        batches = train.open_data(run, grid)
-        start = train.find_start(run, grid, device, log.say)
-        engine = DeepSpeedEngine(run, grid, device, config, fused, start.tensors)
-        if start.resume:
-            engine.restore(start.resume)
-        train.train(run, grid, device, engine, batches, log, start.state)
+        batches = start.open_data(run, grid, log.say)
+        begin = start.find_start(run, grid, device, log.say)
+        engine = DeepSpeedEngine(run, grid, device, config, fused, begin.tensors)
+        if begin.resume:
+            engine.restore(begin.resume)
+        train.train(run, grid, device, engine, batches, log, begin.state)
     parallel.destroy()
 
 

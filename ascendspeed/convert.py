@@ -14,6 +14,7 @@ from ascendspeed.errors import UserError
 from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source
 from ascendspeed.formats.files import staged
 from ascendspeed.formats.progress import Report, progress
+from ascendspeed.formats.sidecars import with_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -24,6 +25,7 @@ __all__ = [
     "convert",
     "open_source",
     "parse_size",
+    "with_tokenizer",
     "write_hf",
     "write_megatron",
 ]

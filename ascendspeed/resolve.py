@@ -1,16 +1,18 @@
 """The command line of pre-training -> a `Run` that has been checked. No torch: a wrong flag is an error at once."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import config, families, flags, schedule
+from ascendspeed import checks, config, families, flags
 from ascendspeed.config import ModelConfig, Run
 from ascendspeed.errors import UserError
 
@@ -111,8 +113,10 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         train = replace(train, global_batch_size=train.micro_batch_size * replicas)
     if command.data.seq_length > model.max_position_embeddings:
         said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
+    if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:
+        raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
     run = Run(model, parallel, optim, command.data, train)
-    _check(run, recipe, world)
+    checks.check(run, world)
     return run, said
 
 
@@ -122,12 +126,11 @@ def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfi
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
     model = flags.parse(Command, args, default=Command(model=base)).model
-    fields = {f.name for f in dataclasses.fields(ModelConfig)}
     if command.recipe.row_col_parallel_linear_bias:
         model = replace(model, add_qkv_bias=True, add_dense_bias=True)
     if loaded is None:
         return model
-    for ours in (f for f in fields if f != "init_method_std"):
+    for ours in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "init_method_std"):
         mine, theirs = getattr(model, ours), getattr(loaded, ours)
         if mine != theirs:
             who = "the command line" if ours in typed or not name else f"--model {name}"
@@ -138,71 +141,27 @@ def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfi
 
 
 def find_model(load: str) -> ModelConfig | None:
-    """The architecture that a checkpoint, converted weights or a Hugging Face directory say they have; None if they say nothing."""
+    """The architecture that a checkpoint, converted weights or a Hugging Face directory say they have; None if they say nothing.
+
+    Of a folder of checkpoints it is that of the one which will be loaded, as far as run.json alone can tell.
+    """
     folder = Path(load)
     if (folder / "config.json").is_file():
-        theirs = _json(folder / "config.json")
-        return families.family_of(theirs).read_config(theirs)
-    runs = [folder / "run.json", *sorted(folder.glob("step_*/run.json"), reverse=True)]
-    found = next((path for path in runs if path.is_file()), None)
-    return config.from_dict(_json(found)).model if found else None
+        return families.read_config(folder / "config.json")
+    steps = [folder, *sorted(folder.glob("step_*"), reverse=True)]
+    with contextlib.suppress(OSError):
+        steps.insert(0, folder / (folder / "latest").read_text().strip())
+    return next((run.model for run in map(_intact_run, steps) if run), None)
 
 
-def _json(path: Path) -> Any:
+def _intact_run(step: Path) -> Run | None:
+    """run.json of a checkpoint, if it is as the manifest says; what is damaged is named later, when all of it is verified."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-
-
-def _check(run: Run, recipe: RecipeFlags, world: int) -> None:
-    """Raises `UserError` for combinations that cannot run."""
-    parallel, optim, data, train = run.parallel, run.optim, run.data, run.train
-    pp = parallel.pipeline_model_parallel_size
-    if recipe.no_pipeline_parallel and pp > 1:
-        raise UserError(f"--no-pipeline-parallel contradicts --pipeline-model-parallel-size {pp}; drop one of them")
-    if not parallel.deepspeed:
-        raise UserError("the DeepSpeed engine is the only one so far; add --deepspeed")
-    if pp > 1:
-        raise UserError(
-            f"--pipeline-model-parallel-size {pp}: the DeepSpeed engine has no pipeline stages; use 1 and a higher TP or ZeRO stage"
-        )
-    if optim.bf16 and optim.fp16:
-        raise UserError("--bf16 and --fp16 contradict each other; choose one")
-    if parallel.zero_stage == 0 and optim.dtype != "fp32":
-        raise UserError(f"--zero-stage 0 does not keep fp32 masters for --{optim.dtype}; use --zero-stage 1")
-    if optim.initial_loss_scale < 1 or optim.initial_loss_scale.hex().partition("p")[0] != "0x1.0000000000000":
-        raise UserError(f"--initial-loss-scale {optim.initial_loss_scale:g} is not a power of two")
-    if not data.data_path:
-        raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
-    for name in ("log_interval", "eval_iters", "micro_batch_size", "global_batch_size", "train_iters", "max_skipped_steps"):
-        if getattr(train, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(train, name)}: must be at least 1")
-    for name in ("save_interval", "eval_interval", "exit_interval", "keep"):
-        if (value := getattr(train, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1; leave it out for none")
-    schedule.check(optim, train.train_iters)
-    check_layout(run, world)
-
-
-def check_layout(run: Run, world: int) -> None:
-    """Raises `UserError` for a layout that the model, the batch or the number of processes cannot take."""
-    model, parallel, train = run.model, run.parallel, run.train
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    config.check_tensor_parallel(model, tp)
-    config.check_pipeline_parallel(model, pp)
-    if world % (tp * pp):
-        raise UserError(f"{world} processes do not split into TP {tp} x PP {pp}; start a multiple of {tp * pp}")
-    if parallel.sequence_parallel and run.data.seq_length % tp:
-        raise UserError(
-            f"--seq-length {run.data.seq_length} does not split over {tp} tensor-parallel ranks for --sequence-parallel"
-        )
-    replicas = world // (tp * pp)
-    if train.global_batch_size % (train.micro_batch_size * replicas):
-        raise UserError(
-            f"--global-batch-size {train.global_batch_size} is not a multiple of --micro-batch-size {train.micro_batch_size}"
-            f" x {replicas} data-parallel ranks = {train.micro_batch_size * replicas}"
-        )
+        text = (step / "run.json").read_bytes()
+        wanted = json.loads((step / "manifest.json").read_text())["files"]["run.json"]["sha256"]
+        return config.from_dict(json.loads(text)) if hashlib.sha256(text).hexdigest() == wanted else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def world_size() -> int:

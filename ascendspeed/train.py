@@ -1,16 +1,13 @@
-"""The training loop: where it starts, what it does every iteration, what it says and keeps."""
+"""The training loop: what it does every iteration, what it says and keeps."""
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
-from torch import Tensor
-
-from ascendspeed import checkpoint, formats, plan, tokenizer
-from ascendspeed.checkpoint import Checkpoint, TrainState
+from ascendspeed import checkpoint, plan
+from ascendspeed.checkpoint import TrainState
 from ascendspeed.config import Run
-from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
@@ -18,85 +15,9 @@ from ascendspeed.errors import UserError
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.parallel import Grid
 from ascendspeed.schedule import lr_at
-from ascendspeed.weights import random_tensors
+from ascendspeed.start import Batches
 
-Batches = Callable[[str, int], list[Batch]]
-"""(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins."""
-
-    tensors: Iterable[tuple[str, Tensor]] | None
-    """Weights to fill the model with; None: `resume` brings them."""
-    resume: Checkpoint | None = None
-
-    @property
-    def state(self) -> TrainState:
-        """Position in the run."""
-        return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
-
-
-def open_data(run: Run, grid: Grid) -> Batches:
-    """The data of the run; tensor-parallel ranks of one replica see the same.
-
-    Raises `UserError` for data or a tokenizer that are not there, or that do not fit the model.
-    """
-    path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
-    if path and (ids := tokenizer.load(path).vocab_size) > rows:
-        raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
-    names = ["train", "valid"] if run.train.eval_interval else ["train"]
-    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, names)
-    sizes = run.train.global_batch_size, run.train.micro_batch_size
-    return lambda split, consumed: dataset.batch(splits[split], consumed, *sizes, grid.dp_rank, grid.dp)
-
-
-def find_start(run: Run, grid: Grid, device: Device, say: Callable[[str], None]) -> Start:
-    """What `--load` means: a training checkpoint to continue (or, with --finetune, its weights), weights, or nothing yet.
-
-    Raises `UserError` when there is nothing where it points, or when `--save` holds another run that would be overwritten.
-    """
-    load, save = run.train.load, run.train.save
-    if save and save != load and checkpoint.looks_like_checkpoint(save):
-        raise UserError(f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder")
-    found = None
-    if load and (checkpoint.looks_like_checkpoint(load) or load == save):
-        found = checkpoint.open_checkpoint(load, *_team(grid), say) if checkpoint.looks_like_checkpoint(load) else None
-        if found is None:
-            say(f"--load {load} is empty: a fresh start from random weights, seed {run.train.seed}")
-    elif load:
-        source = formats.open_source(load)
-        say(f"weights from {load} ({source.kind})")
-        return Start(source.tensors())
-    else:
-        say(f"no --load: random weights, seed {run.train.seed}")
-    if found is None:
-        return Start(random_tensors(run.model, run.train.seed, device.torch))
-    if run.train.finetune:
-        say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
-        return Start(found.tensors())
-    _announce_changes(run, found.run, say)
-    say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")
-    return Start(None, found)
-
-
-def _team(grid: Grid) -> tuple[int, int, Callable[[list[str]], list[str]]]:
-    return grid.rank, grid.world, lambda mine: [text for texts in grid.gather(mine) for text in texts]
-
-
-def _announce_changes(run: Run, before: Run, say: Callable[[str], None]) -> None:
-    """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
-    watched = [("data", n) for n in ("data_path", "split", "seq_length")] + [
-        ("train", n) for n in ("seed", "global_batch_size", "train_iters")
-    ]
-    watched += [
-        ("optim", n) for n in ("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "weight_decay", "clip_grad", "bf16", "fp16")
-    ]
-    for group, name in watched:
-        old, new = getattr(getattr(before, group), name), getattr(getattr(run, group), name)
-        if old != new:
-            say(f"note: {name} was {old} when the checkpoint was saved and is {new} now")
+SMALL_SCALE = 128.0  # a loss scale that is still above it may fall further; overflows there are no failure
 
 
 @dataclass
@@ -144,6 +65,10 @@ def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches
     Raises `UserError` after `--max-skipped-steps` skipped iterations in a row.
     """
     state, window, in_a_row, saved = start, Window(), 0, start.step
+    if state.step >= run.train.train_iters:
+        log.say(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
+    if not run.train.save:
+        log.say("note: no --save, so no checkpoint will be kept")
     while state.step < run.train.train_iters:
         lr = lr_at(engine.updates, run.optim, run.train.train_iters)
         result = engine.step(batches("train", state.samples), lr)
@@ -154,7 +79,8 @@ def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches
             tokens=state.tokens + run.train.global_batch_size * run.data.seq_length,
         )
         window.results.append(result)
-        in_a_row = in_a_row + 1 if result.skipped else 0
+        falling = run.optim.fp16 and result.loss_scale > SMALL_SCALE  # fp16 finds its loss scale by overflowing
+        in_a_row = in_a_row + 1 if result.skipped and not falling else 0
         if result.skipped:
             log.say(f" iteration {state.step} skipped: loss {result.loss:.6E}, loss scale {result.loss_scale:g}, not finite")
         if in_a_row >= run.train.max_skipped_steps:
@@ -162,23 +88,20 @@ def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches
             raise UserError(
                 f"{in_a_row} iterations in a row were skipped (last: {state.step}); {good}; lower --lr or check the data"
             )
-        if state.step % run.train.log_interval == 0:
+        leaving = bool(run.train.exit_interval) and state.step % run.train.exit_interval == 0
+        last = leaving or state.step == run.train.train_iters
+        if last or state.step % run.train.log_interval == 0:
             log.line(window.line(run, state, lr, grid, device))
         paused = time.perf_counter()
         if run.train.eval_interval and state.step % run.train.eval_interval == 0:
             log.line(evaluate(run, engine, batches, state.step))
-        leaving = bool(run.train.exit_interval) and state.step % run.train.exit_interval == 0
-        if run.train.save and (leaving or _time_to_save(run, state.step)):
+        if run.train.save and (last or (run.train.save_interval and state.step % run.train.save_interval == 0)):
             saved = save(run, grid, engine, state, log)
         window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time
         if leaving:
             log.say(f"--exit-interval {run.train.exit_interval}: stops after iteration {state.step}")
             break
     return state
-
-
-def _time_to_save(run: Run, step: int) -> bool:
-    return step == run.train.train_iters or (bool(run.train.save_interval) and step % run.train.save_interval == 0)
 
 
 def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str = "valid") -> EvalLine:

@@ -25,7 +25,7 @@ def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str,
         rms_norm_eps=model.norm_epsilon,
         rope_parameters=rope or {"rope_type": "default", "rope_theta": model.rotary_base},
         attention_bias=model.add_qkv_bias,
-        tie_word_embeddings=False,
+        tie_word_embeddings=model.tie_embeddings,
     )
     theirs: dict[str, Tensor] = {}
     for parameter in weights.parameters(model):
@@ -34,7 +34,7 @@ def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str,
     left = reference.load_state_dict(theirs, strict=False)
     assert not left.unexpected_keys, left
     assert model.add_qkv_bias == model.add_dense_bias
-    assert not left.missing_keys, left
+    assert left.missing_keys == (["lm_head.weight"] if model.tie_embeddings else []), left
     return reference
 
 

@@ -67,6 +67,8 @@ def test_a_file_may_add(cpu, tmp_path):
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype = 'bf16', but the flags make it 'fp32'"),
         ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
         ("{", "ds.json: Expecting property name"),
+        ("[]", "ds.json is not a table"),
+        ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale is fixed there"),
     ],
 )
 def test_a_file_may_not_contradict(cpu, tmp_path, given, message):

@@ -114,6 +114,54 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
         assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
 
 
+def test_recomputed_dropout_draws_the_same_masks(tmp_path):
+    """Under sequence parallel too, where the block and the attention both draw."""
+    cases = {}
+    for sequence in (False, True):
+        for recompute in ("none", "full"):
+            cases[f"{sequence} {recompute}"] = {
+                "changes": {
+                    "parallel": {"zero_stage": 1, "sequence_parallel": sequence},
+                    "train": {"recompute_granularity": recompute},
+                }
+            }
+    curves = run_cases("tp2-dp1", cases, tmp_path, 2, attention_dropout=0.2, hidden_dropout=0.2)
+    for sequence in (False, True):
+        assert curves[f"{sequence} full"] == curves[f"{sequence} none"]
+    assert curves["True none"] != curves["False none"]
+
+
+def test_bf16_stays_in_a_band_around_fp32(expected, tmp_path):
+    """20 steps: bf16 rounding is there, and no more than it."""
+    cases = {f"zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}
+    for curve in run_cases("tp1-dp1", cases, tmp_path).values():
+        loss, norm = worst(curve, expected)
+        assert 1e-6 < loss < 2e-3
+        assert norm < 3e-2
+
+
+MODELS = {
+    "tied": {"family": "llama", "tie_embeddings": True, "add_qkv_bias": False, "add_dense_bias": False},
+    "one key/value head": {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add_dense_bias": False},
+}
+
+
+def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
+    """Tied embeddings, and fewer key/value heads than tensor-parallel ranks."""
+    steps, curves = 8, {}
+    data = oracle.batches(MODEL.vocab_size, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
+    for name, fields in MODELS.items():
+        model = replace(MODEL, **fields)
+        theirs = oracle.hugging_face(model, dict(weights.random_tensors(model, RUN.train.seed)))
+        curves[name] = oracle.train(theirs, data, lrs, vars(RUN.optim))
+    cases = {f"{n}, zero {z}": {"changes": {**changes(z), "model": fields}} for n, fields in MODELS.items() for z in (1, 3)}
+    for name, found in run_cases("tp2-dp1", cases, tmp_path, steps, train_iters=STEPS).items():
+        loss, norm = worst(found, curves[name.partition(",")[0]])
+        assert loss < 1e-5, name
+        assert norm < 1e-5, name
+
+
 def test_another_layout_continues_the_curve(expected, tmp_path):
     """Stage, data-parallel and tensor-parallel size change at the checkpoint; the curve stays that of the oracle."""
     at = {name: str(tmp_path / name) for name in ("tp2 zero 3", "dp2 zero 1")}

@@ -28,18 +28,20 @@ FLOORS = {
     "parallel": 2,
     "data": 2,
     "schedule": 3,
-    "resolve": 3,
+    "checks": 3,
+    "resolve": 4,
     "model": 3,
     "formats": 3,
     "convert": 3,
     "checkpoint": 3,
     "engines": 4,
     "generate": 4,
+    "start": 5,
     "train": 5,
     "evaluation": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
-TORCH_FREE = ["errors", "config", "log", "families", "plan", "flags", "schedule", "resolve"]
+TORCH_FREE = ["errors", "config", "log", "families", "plan", "flags", "schedule", "checks", "resolve"]
 MEGATRON = {
     "model",
     "generate",

@@ -205,6 +205,18 @@ def test_full_recomputation_changes_nothing(cpu):
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
+def test_padding_is_out_of_reach_in_every_type(kind):
+    from ascendspeed.model.gpt import _MaskPadding
+
+    layer = torch.nn.Linear(1, 1)
+    layer.output_size = 16
+    logits = torch.zeros(3, 1, 8, dtype=kind)  # the second of two ranks: rows 8 ... 15, of which 10 are real
+    _MaskPadding(10, 8)(layer, (), (logits, None))
+    assert logits[..., :2].eq(0).all()
+    assert logits.float().softmax(-1)[..., 2:].eq(0).all()
+
+
 def test_attention_never_keeps_square_scores(cpu):
     """Nothing of s x s is saved for the backward pass or made on the way, with dropout neither."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,11 +1,12 @@
 """The command line of pre-training: the published commands, presets and contradictions, and the frozen set of flags."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
-from ascendspeed import families, flags
+from ascendspeed import config, families, flags
 from ascendspeed.errors import UserError
 from ascendspeed.resolve import Command, resolve
 
@@ -102,7 +103,7 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
             "32 attention heads, .* do not split over 3 tensor-parallel ranks; choose 1, 2, 4, 8",
         ),
         ("--deepspeed --data-path x --tp 0", 1, "do not split over 0 tensor-parallel ranks"),
-        ("--deepspeed --data-path x --tp 2", 3, "3 processes do not split into TP 2 x PP 1; start a multiple of 2"),
+        ("--deepspeed --data-path x --tp 2", 3, "3 processes do not split into groups of 2 for TP 2; start"),
         (
             "--deepspeed --data-path x --micro-batch-size 3 --global-batch-size 8",
             2,
@@ -114,6 +115,15 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
         ("--deepspeed --data-path x --global-batch-size 0", 1, "--global-batch-size 0: must be at least 1"),
         ("--deepspeed --data-path x --log-interval 0", 1, "--log-interval 0: must be at least 1"),
         ("--deepspeed --data-path x --save-interval -1", 1, "--save-interval -1: must be at least 1"),
+        ("--deepspeed --data-path x --clip-grad nan", 1, "--clip-grad nan: must be 0 or more"),
+        ("--deepspeed --data-path x --weight-decay -1", 1, r"--weight-decay -1\.0: must be 0 or more"),
+        ("--deepspeed --data-path x --adam-beta2 1.5", 1, r"--adam-beta2 1\.5: must be at least 0 and below 1"),
+        ("--deepspeed --data-path x --num-layers 0", 1, "--num-layers 0: must be at least 1"),
+        ("--deepspeed --data-path x --seq-length 0", 1, "--seq-length 0: must be at least 1"),
+        ("--deepspeed --data-path x --hidden-dropout 1.5", 1, r"--hidden-dropout 1\.5: must be at least 0 and below 1"),
+        ("--deepspeed --data-path x --num-query-groups 3", 1, "32 attention heads do not split over 3 key/value heads"),
+        ("--deepspeed --data-path x --hidden-size 100", 1, "hidden size 100 does not split over 32 attention heads"),
+        ("--deepspeed --data-path x --make-vocab-size-divisible-by 0", 1, "must be at least 1"),
         ("--data-path x --deepspeed stray", 1, "'stray' does not belong to any flag"),
     ],
 )
@@ -121,6 +131,34 @@ def test_what_cannot_run_is_one_clear_line(words, world, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(words.split(), world)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"x"', "{", '{"model_type": "gpt2"}'])
+def test_a_config_json_that_is_none_is_an_error(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json"):
+        resolve([*GOOD, "--load", str(tmp_path)], 1)
+
+
+def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
+    """The architecture is that of the checkpoint that will be loaded: what `latest` names, if it is whole."""
+    import hashlib
+
+    for step, layers in ((2, 4), (4, 5), (6, 6)):
+        model = families.preset("internlm-tiny")
+        run, _ = resolve([*GOOD, "--model", "internlm-tiny"], 1)
+        text = json.dumps(config.to_dict(dataclasses.replace(run, model=dataclasses.replace(model, num_layers=layers))))
+        folder = tmp_path / f"step_{step:07}"
+        folder.mkdir()
+        (folder / "run.json").write_text(text)
+        entry = {"size": len(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps({"files": {"run.json": entry}}))
+    (tmp_path / "latest").write_text("step_0000004\n")
+    assert resolve([*GOOD, "--load", str(tmp_path)], 1)[0].model.num_layers == 5
+    newest = tmp_path / "step_0000004" / "run.json"
+    newest.write_text(newest.read_text().replace('"num_layers": 5', '"num_layers": 9'))
+    (tmp_path / "step_0000006" / "run.json").write_text("{")
+    assert resolve([*GOOD, "--load", str(tmp_path)], 1)[0].model.num_layers == 4
 
 
 def test_sequence_parallel_at_size_one_is_switched_off_aloud():

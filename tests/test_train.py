@@ -22,8 +22,9 @@ RUN = Run(
 class Recorder:
     """An engine that only counts: the loss of step i is losses[i], and a skipped step is no update."""
 
-    def __init__(self, losses=None, skipped=()):
-        self.losses, self.skipped, self.updates, self.calls, self.lrs, self.saved = losses, set(skipped), 0, [], [], []
+    def __init__(self, losses=None, skipped=(), scale=1.0):
+        self.losses, self.skipped, self.scale = losses, set(skipped), scale
+        self.updates, self.calls, self.lrs = 0, [], []
 
     def step(self, batches, lr):
         from ascendspeed.engines import StepResult
@@ -34,7 +35,7 @@ class Recorder:
         skipped = number in self.skipped
         self.updates += not skipped
         loss = float("nan") if skipped else self.losses[number] if self.losses else 1.0
-        return StepResult(loss=loss, tokens=10 * (number + 1), grad_norm=0.5, skipped=skipped, loss_scale=1.0)
+        return StepResult(loss=loss, tokens=10 * (number + 1), grad_norm=0.5, skipped=skipped, loss_scale=self.scale)
 
     def loss(self, batches):
         found = list(batches)
@@ -93,6 +94,27 @@ def test_the_interval_loss_is_the_mean_over_tokens(loop):
     assert [line.loss for line in lines] == pytest.approx([(10 * 1 + 20 * 4) / 30, (30 * 2 + 40 * 3) / 70], rel=1e-7)
 
 
+def test_the_last_iterations_are_logged_whatever_the_interval(loop):
+    _, _, lines = loop(changed(log_interval=4))
+    assert [line.iteration for line in lines] == [4, 8, 10]
+
+
+def test_fp16_may_look_for_its_loss_scale(loop):
+    run = replace(changed(max_skipped_steps=2), optim=replace(RUN.optim, fp16=True))
+    state, _, _ = loop(run, Recorder(skipped=[0, 1, 2, 3], scale=2.0**30))
+    assert state.step == 10
+    with pytest.raises(UserError, match="2 iterations in a row were skipped"):
+        loop(run, Recorder(skipped=[0, 1, 2, 3], scale=1.0))
+
+
+def test_a_finished_run_says_so(loop, capsys):
+    from ascendspeed.checkpoint import TrainState
+
+    _, engine, _ = loop(RUN, start=TrainState(10, 40, 320))
+    assert not engine.calls
+    assert "nothing to do: iteration 10 of --train-iters 10 is done" in capsys.readouterr().out
+
+
 def test_a_skipped_step_is_logged_and_does_not_move_the_schedule(loop):
     _, engine, lines = loop(changed(log_interval=5), Recorder(skipped=[2]))
     assert engine.lrs[2] == engine.lrs[3]
@@ -137,53 +159,3 @@ def test_a_resumed_run_goes_on_where_it_was(loop):
     _, engine, lines = loop(RUN, start=TrainState(7, 28, 224))
     assert engine.calls[0] == [("train", 28)]
     assert [line.iteration for line in lines if isinstance(line, TrainLine)] == [8, 9, 10]
-
-
-@pytest.fixture
-def start(cpu):
-    """What `find_start` finds, and what it says."""
-    from ascendspeed import parallel, train
-
-    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
-
-    def go(run):
-        said = []
-        return train.find_start(run, grid, cpu, said.append), "\n".join(said)
-
-    return go
-
-
-def test_without_load_the_weights_are_random(start):
-    found, said = start(RUN)
-    assert found.resume is None
-    assert "random weights, seed 1234" in said
-
-
-def test_load_equal_to_save_and_empty_is_an_announced_fresh_start(start, tmp_path):
-    found, said = start(changed(load=str(tmp_path / "ckpt"), save=str(tmp_path / "ckpt")))
-    assert found.resume is None
-    assert "is empty: a fresh start from random weights" in said
-
-
-def test_load_of_nothing_is_an_error(start, tmp_path):
-    with pytest.raises(UserError, match="is not a directory"):
-        start(changed(load=str(tmp_path / "none"), save=str(tmp_path / "ckpt")))
-    (tmp_path / "stuff").mkdir()
-    (tmp_path / "stuff" / "notes.txt").write_text("hello")
-    with pytest.raises(UserError, match=r"holds no checkpoint: .*found notes\.txt"):
-        start(changed(load=str(tmp_path / "stuff")))
-
-
-def test_a_run_is_resumed_never_overwritten(loop, start, tmp_path):
-    folder = str(tmp_path / "ckpt")
-    loop(changed(save=folder, train_iters=2))
-    with pytest.raises(UserError, match="already holds checkpoints: continue them with --load"):
-        start(changed(save=folder))
-    found, said = start(changed(save=folder, load=folder, seed=9))
-    assert found.tensors is None
-    assert found.state.step == 2
-    assert "resumes from" in said
-    assert "seed was 1234 when the checkpoint was saved and is 9 now" in said
-    found, said = start(changed(save=str(tmp_path / "other"), load=folder, finetune=True))
-    assert found.state.step == 0
-    assert "start anew (--finetune)" in said

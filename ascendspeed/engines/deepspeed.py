@@ -75,9 +75,14 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
 
 def _read_json(path: str) -> dict[str, Any]:
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
         raise UserError(f"--deepspeed_config {path}: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--deepspeed_config {path} is not a table")
+    if (found.get("fp16") or {}).get("loss_scale"):
+        raise UserError(f"--deepspeed_config {path}: fp16.loss_scale is fixed there; remove it, the loss scale is dynamic here")
+    return found
 
 
 def _refuse_contradictions(derived: dict[str, Any], given: dict[str, Any], path: str | None, where: str = "") -> None:
@@ -130,7 +135,6 @@ class DeepSpeedEngine:
         for parameter in module.parameters():
             if getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
-        module.register_state_dict_post_hook(_drop_extra_state)
         self.engine = deepspeed.initialize(
             model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
         )[0]
@@ -340,8 +344,3 @@ def _import(device: Device) -> Any:
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
     return deepspeed
-
-
-def _drop_extra_state(module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    for name in [name for name in state if name.endswith("_extra_state")]:
-        del state[name]

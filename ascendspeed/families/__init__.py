@@ -1,7 +1,9 @@
 """The model families, one declarative entry each. To add one, write its entry and name it here."""
 
 import difflib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ascendspeed.config import ModelConfig
@@ -32,4 +34,15 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
     return FAMILIES[name]
 
 
-__all__ = ["FAMILIES", "PRESETS", "Family", "Row", "family_of", "preset"]
+def read_config(path: Path) -> ModelConfig:
+    """The architecture that a config.json describes. Raises `UserError` when it is unreadable, or of a family that is not known."""
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(theirs, dict):
+        raise UserError(f"{path} is not a table")
+    return family_of(theirs).read_config(theirs)
+
+
+__all__ = ["FAMILIES", "PRESETS", "Family", "Row", "family_of", "preset", "read_config"]

@@ -1,11 +1,13 @@
 """What lies beside the weights: config.json, generation_config.json and the tokenizer. Code (`*.py`) is never copied."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ascendspeed import tokenizer
 from ascendspeed.config import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats.files import read_json, write_json
@@ -22,6 +24,23 @@ COPIED = (
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT = (*TOKEN_IDS, "use_cache")
 """Entries of a config.json that stay when the architecture is named anew."""
+
+
+def with_tokenizer(source: Source, folder: str | None) -> Source:
+    """The source with the tokenizer in `folder` (None: its own), and with that one's token ids where it says none itself.
+
+    A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or a damaged one.
+    """
+    where = Path(folder) if folder is not None else source.beside
+    if folder is None and not (where and any((where / name).is_file() for name in tokenizer.FILES)):
+        print(f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)", flush=True)
+        return source
+    said = {name: number for name, number in source.theirs.items() if number is not None}
+    if folder is None and {"bos_token_id", "eos_token_id"} <= said.keys():
+        return source  # its tokenizer is copied unread
+    found = tokenizer.load(where)
+    ids = {"bos_token_id": found.bos, "eos_token_id": found.eos, "pad_token_id": found.pad}
+    return replace(source, beside=where, theirs={name: number for name, number in ids.items() if number is not None} | said)
 
 
 def write(source: Source, folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:

@@ -26,13 +26,13 @@ class Source:
     """Format, in words."""
     where: Path
     config: ModelConfig
-    theirs: Mapping[str, Any]
+    theirs: dict[str, Any]
     """The config.json it came with, for what `config` does not hold (token ids); empty when there is none."""
     dtypes: Mapping[str, torch.dtype]
     """Our name -> type on disk, in the order of `weights.parameters`."""
     stream: Callable[[], Stream]
     beside: Path | None
-    """Folder with the tokenizer and the generation settings, where there is one."""
+    """Folder that should hold the tokenizer and the generation settings; None: nobody named one."""
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` when one is given."""

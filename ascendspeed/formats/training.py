@@ -20,7 +20,7 @@ def open_folder(folder: Path) -> Source:
     shapes = {parameter.name: parameter.shape for parameter in weights.parameters(opened.config)}
     check_names(opened.path, shapes, opened.names(), of="the model of its run.json")
     tokenizer = opened.run.data.tokenizer_name_or_path
-    beside = Path(tokenizer) if tokenizer and Path(tokenizer).is_dir() else None
+    beside = Path(tokenizer) if tokenizer else None
     theirs = read_config(beside)[0] if beside and (beside / "config.json").is_file() else {}
 
     def stream() -> Stream:

@@ -1,5 +1,6 @@
 """Core attention by torch's SDPA: grouped queries, rotary embedding, never s x s scores - with dropout neither."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -52,7 +53,9 @@ class RotaryAttention(MegatronModule):
         rotate = self.config.kernels.rotary
         q, k, v = (x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value))
         if self.dropout and self.training:
-            with get_cuda_rng_tracker().fork():  # ranks hold different heads: different masks
+            # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a
+            # second change would make a recomputed pass draw others than the first.
+            with nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork():
                 out = attend_with_dropout(q, k, v, self.dropout, self.scale)
         else:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1))

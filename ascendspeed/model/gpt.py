@@ -61,7 +61,7 @@ class _MaskPadding:
         if rows < logits.size(-1):
             # In place, and unseen by autograd: a copy of the logits or of their gradient would be the largest tensor of the step.
             # What comes back to these rows is zero without it, as their probability is.
-            logits.detach()[..., rows:].fill_(-1e9)
+            logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
 def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:

@@ -1,0 +1,125 @@
+"""Where a run begins: its data, and the weights or the checkpoint that `--load` means."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from torch import Tensor
+
+from ascendspeed import checkpoint, formats, tokenizer
+from ascendspeed.checkpoint import Checkpoint, TrainState
+from ascendspeed.config import Run
+from ascendspeed.data import dataset
+from ascendspeed.data.dataset import Batch
+from ascendspeed.data.indexed import read_facts
+from ascendspeed.device import Device
+from ascendspeed.errors import UserError
+from ascendspeed.parallel import Grid
+from ascendspeed.weights import random_tensors
+
+Say = Callable[[str], None]
+Batches = Callable[[str, int], list[Batch]]
+"""(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
+UNWATCHED = {"data_cache_path", "initial_loss_scale"}  # settings that do not change the curve of a resumed run
+WATCHED_TRAIN = ("seed", "global_batch_size", "train_iters", "attention_dropout", "hidden_dropout")
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
+
+    tensors: Iterable[tuple[str, Tensor]] | None
+    """Weights to fill the model with; None: `resume` brings them."""
+    resume: Checkpoint | None = None
+
+    @property
+    def state(self) -> TrainState:
+        """Position in the run."""
+        return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
+
+
+def open_data(run: Run, grid: Grid, say: Say) -> Batches:
+    """The data of the run; tensor-parallel ranks of one replica see the same.
+
+    Raises `UserError` for data or a tokenizer that are not there, or that do not fit each other or the model.
+    """
+    _check_tokenizer(run)
+    size, wanted = run.train.global_batch_size, {"train": run.train.train_iters}
+    if run.train.eval_interval:
+        wanted["valid"] = run.train.eval_iters
+    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted))
+    for name, iterations in wanted.items():
+        samples = len(splits[name])
+        often = f"{iterations} x {size} samples are {iterations * size / samples:.2f} passes over it"
+        say(f"{name} data: {samples} samples of {run.data.seq_length} tokens; {often}")
+    return lambda split, consumed: dataset.batch(splits[split], consumed, size, run.train.micro_batch_size, grid.dp_rank, grid.dp)
+
+
+def _check_tokenizer(run: Run) -> None:
+    path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
+    if not path:
+        return
+    ids = tokenizer.load(path).vocab_size
+    if ids > rows:
+        raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
+    for _, prefix in dataset.parse_blend(run.data.data_path):
+        made = read_facts(prefix).get("vocab_size", ids)
+        if made != ids:
+            raise UserError(f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}")
+
+
+def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
+    """What `--load` means: a training checkpoint to continue (or, with --finetune, its weights), weights, or nothing yet.
+
+    Raises `UserError` when there is nothing where it points, or when `--save` holds another run that would be overwritten.
+    """
+    load, save = run.train.load, run.train.save
+    same = bool(load and save) and Path(load).resolve() == Path(save).resolve()
+    if save and checkpoint.looks_like_checkpoint(save):
+        if run.train.finetune:
+            raise UserError(
+                f"--save {save} already holds the checkpoints of a run; --finetune begins a new one: choose another folder"
+            )
+        if not same:
+            raise UserError(f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder")
+    if load and checkpoint.looks_like_checkpoint(load):
+        found = checkpoint.open_checkpoint(load, grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))), say)
+        return _from_checkpoint(run, found, grid, say)
+    if load and not (same and _is_empty(Path(load))):
+        source = formats.open_source(load)
+        say(f"weights from {load} ({source.kind})")
+        return Start(source.tensors())
+    why = f"--load {load} is empty: a fresh start from" if load else "no --load:"
+    say(f"{why} random weights, seed {run.train.seed}")
+    return Start(random_tensors(run.model, run.train.seed, device.torch))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Nothing there but what a killed save left."""
+    return not folder.exists() or (folder.is_dir() and all(p.name.startswith(".step_") for p in folder.iterdir()))
+
+
+def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start:
+    theirs = dataclasses.replace(found.config, init_method_std=run.model.init_method_std)
+    if theirs != run.model:
+        raise UserError(f"{found.path} holds another model than this run: {theirs}, not {run.model}")
+    if run.train.finetune:
+        say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
+        return Start(found.tensors())
+    _announce_changes(run, found.run, say)
+    moved = (found.world, found.run.parallel.tensor_model_parallel_size) != (grid.world, grid.tp)
+    if moved and (run.train.attention_dropout or run.train.hidden_dropout):
+        say("note: in another layout than that of the checkpoint, the dropout masks start anew from --seed")
+    say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")
+    return Start(None, found)
+
+
+def _announce_changes(run: Run, before: Run, say: Say) -> None:
+    """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
+    watched = [(group, f.name) for group in ("data", "optim") for f in dataclasses.fields(getattr(run, group))]
+    for group, name in [*watched, *(("train", name) for name in WATCHED_TRAIN)]:
+        old, new = getattr(getattr(before, group), name), getattr(getattr(run, group), name)
+        if old != new and name not in UNWATCHED:
+            say(f"note: {name} was {old} when the checkpoint was saved and is {new} now")

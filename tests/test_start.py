@@ -1,0 +1,164 @@
+"""Where a run begins: what `--load` and `--save` mean together, and what data and tokenizer must fit."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ascendspeed import families
+from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.errors import UserError
+
+MODEL = families.preset("internlm-tiny")
+RUN = Run(
+    MODEL,
+    ParallelConfig(deepspeed=True),
+    OptimConfig(),
+    DataConfig(data_path=("x",), seq_length=8),
+    TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=10),
+)
+
+
+def changed(**train):
+    return replace(RUN, train=replace(RUN.train, **train))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with the checkpoint of step 2 of another run."""
+    from ascendspeed import checkpoint, weights
+
+    fragments = [
+        checkpoint.Fragment(name, kind, weights.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        for name, t in weights.random_tensors(MODEL, 1)
+        for kind in checkpoint.KINDS
+    ]
+    state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
+    checkpoint.save(tmp_path / "ckpt", state, RUN, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None)
+    return str(tmp_path / "ckpt")
+
+
+@pytest.fixture
+def start(cpu):
+    """What `find_start` finds, and what it says."""
+    from ascendspeed import parallel
+    from ascendspeed import start as room
+
+    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+
+    def go(run):
+        said = []
+        return room.find_start(run, grid, cpu, said.append), "\n".join(said)
+
+    return go
+
+
+def test_without_load_the_weights_are_random(start):
+    found, said = start(RUN)
+    assert found.resume is None
+    assert "random weights, seed 1234" in said
+
+
+def test_load_equal_to_save_and_empty_is_an_announced_fresh_start(start, tmp_path):
+    found, said = start(changed(load=str(tmp_path / "ckpt"), save=str(tmp_path / "ckpt")))
+    assert found.resume is None
+    assert "is empty: a fresh start from random weights" in said
+
+
+def test_load_of_nothing_is_an_error(start, tmp_path):
+    with pytest.raises(UserError, match="is not a directory"):
+        start(changed(load=str(tmp_path / "none"), save=str(tmp_path / "ckpt")))
+    (tmp_path / "stuff").mkdir()
+    (tmp_path / "stuff" / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"holds no checkpoint: .*found notes\.txt"):
+        start(changed(load=str(tmp_path / "stuff")))
+
+
+def test_a_run_is_resumed_never_overwritten(start, saved, tmp_path):
+    with pytest.raises(UserError, match="already holds checkpoints: continue them with --load"):
+        start(changed(save=saved))
+    found, said = start(changed(save=f"{saved}/../ckpt/", load=saved, seed=9))  # another spelling of the same folder
+    assert found.tensors is None
+    assert found.state.step == 2
+    assert "resumes from" in said
+    assert "seed was 1234 when the checkpoint was saved and is 9 now" in said
+
+
+def test_every_setting_that_changes_the_curve_is_announced(start, saved):
+    run = replace(changed(load=saved, hidden_dropout=0.1), optim=OptimConfig(adam_beta2=0.99, lr_warmup_iters=3))
+    _, said = start(run)
+    for name in ("hidden_dropout", "adam_beta2", "lr_warmup_iters"):
+        assert f"note: {name} was " in said
+    assert "note: lr was" not in said
+
+
+def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, saved, tmp_path):
+    found, said = start(changed(save=str(tmp_path / "other"), load=saved, finetune=True))
+    assert found.state.step == 0
+    assert "start anew (--finetune)" in said
+    with pytest.raises(UserError, match="--finetune begins a new one: choose another folder"):
+        start(changed(save=saved, load=saved, finetune=True))
+
+
+def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
+    """--load equal to --save is a fresh start only when the folder is empty."""
+    from ascendspeed import convert, formats, weights
+
+    source = formats.Source(
+        "random",
+        tmp_path,
+        MODEL,
+        {},
+        {p.name: torch.float32 for p in weights.parameters(MODEL)},
+        lambda: weights.random_tensors(MODEL, 5),
+        None,
+    )
+    convert.write_hf(source, tmp_path / "both")
+    found, said = start(changed(load=str(tmp_path / "both"), save=str(tmp_path / "both")))
+    assert "weights from" in said
+    assert "random weights" not in said
+    name, tensor = next(iter(found.tensors))
+    assert torch.equal(tensor, dict(weights.random_tensors(MODEL, 5))[name])
+    (tmp_path / "stray").mkdir()
+    (tmp_path / "stray" / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        start(changed(load=str(tmp_path / "stray"), save=str(tmp_path / "stray")))
+
+
+def test_another_model_in_the_checkpoint_is_an_error(start, saved):
+    run = replace(changed(load=saved), model=replace(MODEL, num_layers=5))
+    with pytest.raises(UserError, match="holds another model than this run"):
+        start(run)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A small pair made with a tokenizer of 600 pieces, and two tokenizers."""
+    from corpus import sentencepiece_dir
+
+    from ascendspeed.data.preprocess import Job, preprocess
+
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
+    tokenizers = {size: sentencepiece_dir(folder / str(size), size) for size in (500, 600)}
+    preprocess([folder / "text.txt"], str(folder / "p"), Job(str(tokenizers[600]), "GeneralPretrainHandler"), say=lambda text: None)
+    return str(folder / "p_text_document"), tokenizers
+
+
+def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
+    from ascendspeed import parallel
+    from ascendspeed import start as room
+
+    prefix, tokenizers = data
+    grid, said = parallel.initialize(cpu, ParallelConfig(), seed=1), []
+
+    def with_tokenizer(size, vocab=2048):
+        given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
+        return room.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid, said.append)
+
+    assert with_tokenizer(600)("train", 0)
+    assert "train data: " in said[0]
+    with pytest.raises(UserError, match=r"was made with a tokenizer of 600 ids, but --tokenizer-name-or-path .* has 500"):
+        with_tokenizer(500)
+    with pytest.raises(UserError, match="has 600 ids, but the model's vocabulary 550"):
+        with_tokenizer(600, 550)

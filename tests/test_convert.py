@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import corpus
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -738,15 +739,66 @@ def test_bias_is_checked(sources, tmp_path):
 
 def test_convert_command(sources, tmp_path, capsys):
     folder, tensors = sources("llama, 2 groups", MIXED)
-    (tmp_path / "tokenizer").mkdir()
-    (tmp_path / "tokenizer/tokenizer.model").write_bytes(b"other")
+    corpus.sentencepiece_dir(tmp_path / "tokenizer")
     command("convert.py", "--from", folder, "--to", tmp_path / "w", "--format=megatron", "--tp=4", "--pp=2", "--verify")
     command("convert.py", *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer".split())
     assert "verified, every bit" in capsys.readouterr().out
     assert same(written(tmp_path / "hf"), tensors)
-    assert (tmp_path / "hf/tokenizer.model").read_bytes() == b"other"
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tokenizer/tokenizer.model").read_bytes() != b"pieces"
     with pytest.raises(UserError, match="not split"):
         command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
+
+
+def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, capsys):
+    """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was started."""
+    corpus.sentencepiece_dir(tmp_path / "home/words")
+    (tmp_path / "elsewhere").mkdir()
+    full = dict(convert.open_source(sources("internlm", "bf16")[0]).tensors())
+    training_checkpoint(tmp_path / "ckpt", BASE, {name: tensor.float() for name, tensor in full.items()}, Path("words"))
+
+    def export(cwd: str, name: str, *more: str) -> tuple[str, dict]:
+        monkeypatch.chdir(tmp_path / cwd)
+        capsys.readouterr()
+        command("convert.py", "--from", tmp_path / "ckpt", "--to", tmp_path / name, "--format", "hf-llama", *more)
+        return capsys.readouterr().out, json.loads((tmp_path / name / "config.json").read_text())
+
+    note = "note: no tokenizer was found at words; none is exported (give --tokenizer DIR)"
+    said, theirs = export("elsewhere", "a")
+    assert said.count(note) == 1
+    assert "bos_token_id" not in theirs
+    said, theirs = export("home", "b")
+    assert "no tokenizer was found" not in said
+    assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (1, 2)
+    assert (tmp_path / "b/tokenizer.model").exists()
+    said, theirs = export("elsewhere", "c", "--tokenizer", str(corpus.big_vocabulary_dir(tmp_path / "other", 100)))
+    assert "no tokenizer was found" not in said
+    assert (theirs["eos_token_id"], theirs["pad_token_id"], "bos_token_id" in theirs) == (1, 1, False)
+    assert json.loads((tmp_path / "c/generation_config.json").read_text()) == {"eos_token_id": 1, "pad_token_id": 1}
+    with pytest.raises(UserError, match="nosuch: no tokenizer here"):
+        export("home", "d", "--tokenizer", "nosuch")
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith("d")]
+
+
+def test_token_ids_that_the_source_says_are_kept(sources, tmp_path):
+    folder, other = sources("internlm", "bf16")[0], corpus.big_vocabulary_dir(tmp_path / "other", 100)
+    command("convert.py", *f"--from {folder} --to {tmp_path}/hf --format hf --tokenizer {other}".split())
+    theirs = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (theirs["bos_token_id"], theirs["eos_token_id"], "pad_token_id" in theirs) == (1, 2, False)
+
+
+def test_random_model_takes_its_token_ids_from_its_tokenizer(tmp_path, capsys):
+    def ids(*flags: str) -> list[int | None]:
+        command("../random_model.py", "--output-dir", tmp_path / "out", *flags)
+        theirs = json.loads((tmp_path / "out/config.json").read_text())
+        shutil.rmtree(tmp_path / "out")
+        return [theirs.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+
+    assert ids() == [1, 2, 2]
+    assert "note: no tokenizer was found; none is exported (give --tokenizer DIR)" in capsys.readouterr().out
+    assert ids("--tokenizer", str(corpus.big_vocabulary_dir(tmp_path / "words", 100))) == [None, 1, 1]
+    with pytest.raises(UserError, match="nosuch: no tokenizer here"):
+        ids("--tokenizer", "nosuch")
+    assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

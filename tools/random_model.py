@@ -40,11 +40,12 @@ def main() -> None:
         kind="random weights",
         where=Path(options.model),
         config=config,
-        theirs={"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+        theirs={} if options.tokenizer else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
         dtypes={parameter.name: torch.float32 for parameter in parameters(config)},
         stream=lambda: random_tensors(config, options.seed),
-        beside=Path(options.tokenizer) if options.tokenizer else None,
+        beside=None,
     )
+    source = convert.with_tokenizer(source, options.tokenizer)
     convert.convert(source, options.output_dir, convert.HuggingFace(as_llama=False), convert.DTYPES[options.dtype])
 
 

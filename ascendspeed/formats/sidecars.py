@@ -27,7 +27,7 @@ KEPT = (*TOKEN_IDS, "use_cache")
 
 
 def with_tokenizer(source: Source, folder: str | None) -> Source:
-    """The source with the tokenizer in `folder` (None: its own), and with that one's token ids where it says none itself.
+    """The source with the tokenizer in `folder` (None: its own), and with that one's token ids when it says none itself.
 
     A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or a damaged one.
     """
@@ -35,12 +35,13 @@ def with_tokenizer(source: Source, folder: str | None) -> Source:
     if folder is None and not (where and any((where / name).is_file() for name in tokenizer.FILES)):
         print(f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)", flush=True)
         return source
-    said = {name: number for name, number in source.theirs.items() if number is not None}
-    if folder is None and {"bos_token_id", "eos_token_id"} <= said.keys():
+    says = any(source.theirs.get(name) is not None for name in TOKEN_IDS)
+    if folder is None and says:
         return source  # its tokenizer is copied unread
     found = tokenizer.load(where)
-    ids = {"bos_token_id": found.bos, "eos_token_id": found.eos, "pad_token_id": found.pad}
-    return replace(source, beside=where, theirs={name: number for name, number in ids.items() if number is not None} | said)
+    ids = zip(TOKEN_IDS, (found.bos, found.eos, found.pad), strict=True)
+    theirs = source.theirs if says else source.theirs | {name: number for name, number in ids if number is not None}
+    return replace(source, beside=where, theirs=theirs)
 
 
 def write(source: Source, folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:

@@ -4,8 +4,7 @@ python tools/ckpt_convert/convert.py --from internlm-7b --to weights --format me
 python tools/ckpt_convert/convert.py --from ckpt --to internlm-7b-mine --format hf-llama --dtype bf16 --verify
 """
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from tyro.conf import arg
@@ -46,9 +45,7 @@ def main() -> None:
 
     if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
         raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
-    source = convert.open_source(options.source)
-    if options.tokenizer:
-        source = replace(source, beside=Path(options.tokenizer))
+    source = convert.with_tokenizer(convert.open_source(options.source), options.tokenizer)
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
     to = (
         convert.HuggingFace(options.format == "hf-llama", convert.parse_size(options.max_shard_size))

@@ -18,6 +18,12 @@ step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 step "1/7 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
 python examples/intern/make_quickstart_data.py --output-dir "$WORK/data"
 
+if [ -f "$WORK/alpaca_text_document.idx" ] && [ "$WORK/data/made.json" -nt "$WORK/alpaca_text_document.idx" ]; then
+    echo "the data are new: everything that was made of the old is made again"
+    rm -rf "$WORK"/{hf,weights,ckpt,export,logs,tensorboard}
+    rm -f "$WORK"/alpaca_text_document.*  # last: as long as they are there, a run that is stopped here begins here again
+fi
+
 step "2/7 tokens"
 if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
     python tools/preprocess_data.py \
@@ -43,21 +49,31 @@ step "4/7 weights for 2 tensor-parallel ranks"
     --bias \
     --deepspeed
 
-train() {  # train LOAD FLAGS...: the 7B recipe itself, with tiny values
-    MODEL=internlm-tiny DATA="$WORK/alpaca_text_document" TOKENIZER_PATH="$WORK/data/tokenizer" CHECKPOINT="$1" SAVE="$WORK/ckpt" \
+iteration() {  # of the newest checkpoint; 0 without one
+    local steps=("$WORK"/ckpt/step_*)
+    if [ -d "${steps[-1]}" ]; then echo $((10#${steps[-1]##*_})); else echo 0; fi
+}
+train() {  # train FLAGS...: the 7B recipe itself, with tiny values, from the last checkpoint if there is one
+    local from="$WORK/weights"
+    [ "$(iteration)" = 0 ] || from="$WORK/ckpt"
+    MODEL=internlm-tiny DATA="$WORK/alpaca_text_document" TOKENIZER_PATH="$WORK/data/tokenizer" CHECKPOINT="$from" SAVE="$WORK/ckpt" \
         DTYPE=fp32 ZERO_STAGE=2 TP=2 MICRO_BATCH=4 GLOBAL_BATCH=16 SEQ_LENGTH=256 TRAIN_ITERS="$ITERS" LR_DECAY_ITERS="$ITERS" \
         LR=3e-3 MIN_LR=3e-4 SAVE_INTERVAL=50 EVAL_INTERVAL=50 EVAL_ITERS=4 \
-        bash examples/intern/pretrain_internlm_7b_zero.sh --log-dir "$WORK/logs" --tensorboard-dir "$WORK/tensorboard" "${@:2}"
+        bash examples/intern/pretrain_internlm_7b_zero.sh --log-dir "$WORK/logs" --tensorboard-dir "$WORK/tensorboard" "$@"
 }
-reached() { [ -d "$WORK/ckpt/$(printf 'step_%07d' "$1")" ]; }
+reached() { [ "$(iteration)" -ge "$1" ]; }
 
 step "5/7 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
-reached "$STOP" || reached "$ITERS" || train "$WORK/weights" --exit-interval "$STOP"
-reached "$ITERS" || train "$WORK/ckpt"
+reached "$STOP" || reached "$ITERS" || train --exit-interval "$STOP"
+reached "$ITERS" || train
 
 step "6/7 export as a plain LlamaForCausalLM"
-[ -d "$WORK/export" ] || python tools/ckpt_convert/convert.py \
-    --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
+if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/export/config.json" ]; then
+    rm -f "$WORK/export/config.json"  # first: what is left of the old export must not look like a new one
+    rm -rf "$WORK/export"
+    python tools/ckpt_convert/convert.py \
+        --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
+fi
 
 step "7/7 held-out loss, ours beside stock transformers"
 python examples/intern/quickstart_report.py --work "$WORK"

@@ -66,6 +66,24 @@ def their_loss(work: Path, samples: Any) -> float:
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()))
 
 
+def log_lines(path: Path) -> list[Any]:
+    """Every iteration and evaluation once: what a run that was killed did beyond its last checkpoint, its successor did again."""
+    lines = {(type(line), line.iteration): line for line in log.read(path)} if path.is_file() else {}
+    return list(lines.values())
+
+
+def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
+    """Rows of the table that come from the training log."""
+    if not train:
+        return [("training", f"no iteration stands in {work}/logs/train.log: it was deleted, so there is no loss curve")]
+    return [
+        ("loss curve, log, TensorBoard", f"{work}/loss.png, {work}/logs/train.log, {work}/tensorboard"),
+        ("training loss, first -> last", f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)"),
+        ("tokens/s per process (median)", f"{median(line.tokens_per_s for line in train):.0f}"),
+        ("peak memory per process", f"{max(line.memory_gib for line in train):.2f} GiB"),
+    ]
+
+
 def draw(lines: list[Any], path: Path) -> None:
     """The loss curve, training and validation."""
     import matplotlib
@@ -91,9 +109,10 @@ def main() -> None:
     work = options.work
     samples = held_out(work, options.length)
     ours, theirs = our_loss(work, samples), their_loss(work, samples)
-    lines = list(log.read(work / "logs" / "train.log"))
+    lines = log_lines(work / "logs" / "train.log")
     train = [line for line in lines if isinstance(line, log.TrainLine)]
-    draw(lines, work / "loss.png")
+    if train:
+        draw(lines, work / "loss.png")
 
     from rich.console import Console
     from rich.table import Table
@@ -104,14 +123,11 @@ def main() -> None:
         ("random model -> split weights", f"{work}/hf -> {work}/weights"),
         ("training checkpoints", f"{work}/ckpt"),
         ("exported for transformers", f"{work}/export"),
-        ("loss curve, log, TensorBoard", f"{work}/loss.png, {work}/logs/train.log, {work}/tensorboard"),
-        ("training loss, first -> last", f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)"),
+        *of_training(work, train),
         (
             "held-out loss, ours | transformers",
             f"{ours:.6f} | {theirs:.6f}  (difference {abs(ours - theirs):.1e}, chance {math.log(2048):.2f})",
         ),
-        ("tokens/s per process (median)", f"{median(line.tokens_per_s for line in train):.0f}"),
-        ("peak memory per process", f"{max(line.memory_gib for line in train):.2f} GiB"),
     ):
         table.add_row(*row)
     Console().print(table)

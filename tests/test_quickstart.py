@@ -1,0 +1,224 @@
+"""The shell of the quickstart, with stand-ins for all that it starts: it survives being stopped, and so does the environment's."""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import launch
+import pytest
+
+from ascendspeed import log
+
+QUICKSTART = "examples/intern/quickstart.sh"
+PYTHON = """#!/usr/bin/env bash
+set -eu
+cd "$WORK"
+echo "$(basename "$1")" >> said
+case "$1" in
+    *make_quickstart_data.py) mkdir -p data; [ -f data/made.json ] || touch data/made.json ;;
+    *preprocess_data.py) touch alpaca_text_document.bin alpaca_text_document.idx ;;
+    *random_model.py) mkdir hf ;;
+    *convert_weights_from_huggingface.py) mkdir weights ;;
+    *convert.py) mkdir export; cp ckpt/latest export/config.json ;;
+    *quickstart_report.py) cat export/config.json >> said ;;
+esac
+"""
+RECIPE = """#!/usr/bin/env bash
+set -eu
+echo "train from $(basename "$CHECKPOINT") $(grep -o -- '--exit-interval .*' <<< "$*" || true)" >> "$WORK/said"
+steps=("$SAVE"/step_*)
+n=0
+if [ "$CHECKPOINT" = "$SAVE" ]; then n=$((10#${steps[-1]##*_})); elif [ -d "${steps[-1]}" ]; then exit 2; fi
+[[ "$*" =~ --exit-interval\\ ([0-9]+) ]] && leave=${BASH_REMATCH[1]} || leave=1000000
+while [ "$n" -lt "$TRAIN_ITERS" ]; do
+    n=$((n + 1))
+    [ "$n" != "${KILL_AT:-}" ] || kill -9 $$
+    if ((n % SAVE_INTERVAL == 0 || n % leave == 0 || n == TRAIN_ITERS)); then
+        mkdir -p "$SAVE/step_$(printf %07d "$n")"
+        echo "step $n" > "$SAVE/latest"
+    fi
+    ((n % leave)) || break
+done
+"""
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def quickstart(tmp_path):
+    """Runs the script; returns its exit code and what it started, by name."""
+    root, work = tmp_path / "root", tmp_path / "work"
+    executable(root / "bin/python", PYTHON)
+    executable(root / "examples/intern/pretrain_internlm_7b_zero.sh", RECIPE)
+    executable(root / "tools/setup.sh", "")
+    shutil.copyfile(launch.ROOT / QUICKSTART, root / QUICKSTART)
+
+    def go(**env: str) -> tuple[int, list[str]]:
+        (work / "said").unlink(missing_ok=True)
+        env |= {"WORK": str(work), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True)
+        return done.returncode, [line.strip() for line in (work / "said").read_text().splitlines()]
+
+    go.work = work
+    return go
+
+
+FIRST, LAST = "make_quickstart_data.py", "quickstart_report.py"
+MADE = ["preprocess_data.py", "random_model.py", "convert_weights_from_huggingface.py"]
+TRAINED = ["train from weights --exit-interval 60", "train from ckpt", "convert.py"]
+
+
+def test_once_and_again(quickstart):
+    assert quickstart() == (0, [FIRST, *MADE, *TRAINED, LAST, "step 100"])
+    assert quickstart() == (0, [FIRST, LAST, "step 100"])
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "then"),
+    [
+        ("40", ["train from weights --exit-interval 60", "train from ckpt"]),
+        ("55", ["train from ckpt --exit-interval 60", "train from ckpt"]),
+        ("75", ["train from ckpt"]),
+    ],
+)
+def test_killed_while_it_trains(quickstart, killed_at, then):
+    assert quickstart(KILL_AT=killed_at)[0]
+    assert quickstart() == (0, [FIRST, *then, "convert.py", LAST, "step 100"])
+
+
+def test_more_iterations_are_exported_again(quickstart):
+    quickstart()
+    assert quickstart(ITERS="150") == (0, [FIRST, "train from ckpt", "convert.py", LAST, "step 150"])
+    assert quickstart(ITERS="150") == (0, [FIRST, LAST, "step 150"])
+
+
+def test_fewer_iterations_than_the_stop(quickstart):
+    assert quickstart(ITERS="20") == (
+        0,
+        [FIRST, *MADE, "train from weights --exit-interval 60", "convert.py", LAST, "step 20"],
+    )
+    assert quickstart(ITERS="20") == (0, [FIRST, LAST, "step 20"])
+
+
+def test_new_data_make_everything_new(quickstart):
+    quickstart(ITERS="150")
+    (quickstart.work / "data/made.json").unlink()
+    assert quickstart() == (0, [FIRST, *MADE, *TRAINED, LAST, "step 100"])
+    assert quickstart() == (0, [FIRST, LAST, "step 100"])
+
+
+def test_an_export_that_was_being_replaced_is_no_export(quickstart):
+    quickstart()
+    (quickstart.work / "export/config.json").unlink()
+    assert quickstart() == (0, [FIRST, "convert.py", LAST, "step 100"])
+
+
+# --- the report -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report():
+    spec = importlib.util.spec_from_file_location("quickstart_report", launch.ROOT / "examples/intern/quickstart_report.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(iteration: int, loss: float) -> str:
+    more = {"tokens_per_s": 10.0, "memory_gib": 1.0}
+    return log.format(log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more)) + "\n"
+
+
+def test_report_counts_an_iteration_once(report, tmp_path):
+    (tmp_path / "train.log").write_text("".join(line(i, loss) for i, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.5), (4, 2.0))))
+    train = report.log_lines(tmp_path / "train.log")
+    assert [(one.iteration, one.loss) for one in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
+    assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in report.of_training(tmp_path, train)
+
+
+def test_report_without_the_log(report, tmp_path):
+    assert report.log_lines(tmp_path / "logs/train.log") == []
+    ((_, said),) = report.of_training(tmp_path, [])
+    assert "it was deleted, so there is no loss curve" in said
+
+
+def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch, capsys):
+    for name in ("held_out", "our_loss", "their_loss"):
+        monkeypatch.setattr(report, name, lambda *args: 5.5)
+    monkeypatch.setattr("sys.argv", ["quickstart_report.py", "--work", str(tmp_path)])
+    report.main()
+    assert "it was deleted" in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "loss.png").exists()
+
+
+# --- the environment --------------------------------------------------------------------------------------------------------
+
+INSTALLER = """#!/usr/bin/env bash
+case "$*" in
+    -c*) exit "${OLD:-0}" ;;
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"; echo 'ACTIVE=yes' > "$3/bin/activate" ;;
+    "-m pip "*) echo pip >> asked; exit "${BROKEN:-0}" ;;
+esac
+"""
+
+
+@pytest.fixture
+def setup(tmp_path):
+    """Sources tools/setup.sh in a shell with these options; returns the code of `source`, and all that was printed."""
+    executable(tmp_path / "bin/python3", INSTALLER)
+    executable(tmp_path / "tools/setup.sh", (launch.ROOT / "tools/setup.sh").read_text())
+    for name in ("requirements.txt", "pyproject.toml"):
+        (tmp_path / name).touch()
+
+    def go(options: str = "", before: str = "", **env: str) -> tuple[int, str]:
+        bare = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON")}
+        env |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        script = f'{options}{before}source "{tmp_path}/tools/setup.sh"; echo "code $? ${{ACTIVE:-no}}"'
+        done = subprocess.run(["bash", "-c", script], env=bare | env, cwd=tmp_path, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    go.installed = tmp_path / ".venv/.installed"
+    go.asked = tmp_path / "asked"
+    return go
+
+
+STRICT = "set -euo pipefail; "
+
+
+@pytest.mark.parametrize("options", ["", STRICT])
+def test_setup_installs_once(setup, options):
+    assert setup(options)[0] == 0
+    code, said = setup(options)
+    assert (code, said) == (0, "code 0 yes\n")
+    assert setup.asked.read_text() == "pip\n"
+
+
+@pytest.mark.parametrize("options", ["", STRICT])
+@pytest.mark.parametrize(
+    ("env", "error"),
+    [
+        ({"BROKEN": "1"}, "error: the requirements could not be installed into .venv"),
+        ({"OLD": "1"}, "error: python3 is missing or older than 3.11"),
+        ({"PYTHON": "no-such-python"}, "error: no-such-python is missing or older than 3.11"),
+    ],
+)
+def test_setup_that_fails_says_so_every_time_and_leaves_the_shell_open(setup, options, env, error):
+    for _ in range(2):
+        code, said = setup(options, **env)
+        assert error in said
+        assert code == (2 if options else 0)  # a strict script ends with it; a shell without options goes on
+        assert ("code 2 no" in said) == (not options)
+        assert not setup.installed.exists()
+
+
+def test_setup_elsewhere(setup, tmp_path):
+    code, said = setup(before="cd /; ")
+    assert "error: tools/setup.sh is to be sourced in the root of the repository, not in /" in said
+    assert "code 2 no" in said
+    assert code == 0

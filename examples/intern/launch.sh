@@ -1,7 +1,8 @@
 # Starts a script on every device of one or more nodes. The recipes beside this file source it and call `launch`.
 #
 #   NPROC=4              processes on this node (default: every device that DeepSpeed finds)
-#   HOSTFILE=hosts       several nodes by DeepSpeed's launcher over ssh; lines of `name slots=8`
+#   HOSTFILE=hosts       several nodes by DeepSpeed's launcher over ssh; lines of `name slots=8`;
+#                        what the other nodes need in their environment stands in ./.deepspeed_env, as NAME=value
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 NPROC=8     several nodes by torchrun, started once on each (srun, a job script)
 #   MASTER_PORT=29500    change it when two runs share a machine
 #

@@ -51,8 +51,28 @@ class ModelConfig:
     """Bias on the query, key and value projections (InternLM 7B and 65B have it)."""
     add_dense_bias: bool = True
     """Bias on the attention's output projection (InternLM 7B and 65B have it)."""
+    add_mlp_bias: bool = False
+    """Bias on the projections of the MLP (InternLM3 with `bias`)."""
     tie_embeddings: bool = False
     """Use the embedding as the output layer too."""
+    activation: Literal["silu", "gelu-tanh"] = "silu"
+    """Activation of the gated MLP: SwiGLU, or GeGLU by the tanh approximation (Gemma)."""
+    zero_centered_norm: Annotated[bool, alias("apply-layernorm-1p")] = False
+    """RMSNorm keeps w and multiplies by 1 + w (Gemma)."""
+    scale_embeddings: bool = False
+    """Multiply the embeddings by the square root of the hidden size (Gemma)."""
+    normalize_head: bool = False
+    """Bring every row of the output layer to length 1 (Baichuan 2's NormHead)."""
+    num_experts: int | None = None
+    """Experts in every MLP; None: a dense model."""
+    moe_router_topk: int = 2
+    """Experts that a token is sent to."""
+    moe_ffn_hidden_size: int | None = None
+    """Inner width of one expert; None: --ffn-hidden-size."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Inner width of the expert that every token is sent to, with a gate of its own; None: there is none."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts, then the top ones as they are (Qwen2-MoE); else softmax over the top ones (Mixtral)."""
     init_method_std: float = 0.02
     """Standard deviation of random weights; residual projections get this / sqrt(2 * layers)."""
 
@@ -72,6 +92,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def expert_ffn(self) -> int:
+        """Inner width of one expert."""
+        return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row
+from ascendspeed.families.family import Row, shape_of
 
 
 def _qkv_join(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
@@ -96,7 +96,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter of a concrete model: a row with its layer filled in."""
+    """One parameter of a concrete model: a row with its layer and its expert filled in."""
 
     name: str
     """Ours, with the layer's number in the whole model."""
@@ -117,26 +117,11 @@ class Parameter:
 def parameters(config: ModelConfig) -> Iterator[Parameter]:
     """Every parameter of the model, in order, by the rows of its family."""
     for row in FAMILIES[config.family].rows_of(config):
+        shape = shape_of(config, row)
         for layer in range(config.num_layers if "{l}" in row.ours else 1):
-            name = row.ours.format(l=layer)
-            yield Parameter(name, tuple(t.format(l=layer) for t in row.theirs), row, shape_of(config, row))
-
-
-def shape_of(config: ModelConfig, row: Row) -> tuple[int, ...]:
-    """Shape of the full tensor that a row makes."""
-    h, d = config.hidden_size, config.head_dim
-    q, qkv = config.num_attention_heads * d, (config.num_attention_heads + 2 * config.kv_heads) * d
-    module, kind = row.ours.split(".")[-2:]
-    shapes = {
-        "word_embeddings": (config.vocab_size, h),
-        "output_layer": (config.vocab_size, h),
-        "linear_qkv": (qkv, h),
-        "linear_proj": (h, q),
-        "linear_fc1": (2 * config.ffn_hidden_size, h),
-        "linear_fc2": (h, config.ffn_hidden_size),
-    }
-    shape = shapes.get(module, (h,))
-    return shape[:1] if kind == "bias" else shape
+            for expert in range(config.num_experts or 0 if "{e}" in row.ours else 1):
+                ours, *theirs = (name.format(l=layer, e=expert) for name in (row.ours, *row.theirs))
+                yield Parameter(ours, tuple(theirs), row, shape)
 
 
 def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:

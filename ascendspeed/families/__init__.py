@@ -13,9 +13,7 @@ from ascendspeed.families.internlm import INTERNLM
 from ascendspeed.families.llama import LLAMA
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (INTERNLM, LLAMA)}
-PRESETS: dict[str, ModelConfig] = {
-    f"{family.name}-{size}": config for family in FAMILIES.values() for size, config in family.presets.items()
-}
+PRESETS: dict[str, ModelConfig] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 
 
 def preset(name: str) -> ModelConfig:

@@ -19,14 +19,17 @@ ROPE_KEYS = ("rotary", "rope_theta", "rope_scaling", "rope_parameters", "scaling
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter of the Megatron-core model and the Hugging Face tensors it is made of; `{l}` stands for the layer."""
+    """One parameter of the Megatron-core model and the tensors of a checkpoint it is made of.
+
+    `{l}` stands for the layer, `{e}` for the expert.
+    """
 
     ours: str
     """Name in `GPTModel.named_parameters()`."""
     theirs: tuple[str, ...]
-    """Hugging Face names, in the order in which `fuse` takes them."""
+    """Names in the checkpoint: one for each block that `fuse` knows, or one that holds the blocks one after the other."""
     fuse: Fuse = "one"
-    """How `theirs` become `ours` (`weights.FUSIONS`)."""
+    """The blocks of `ours`: itself; q, k and v; gate and up (`weights.blocks`)."""
     split: Split = "replicated"
     """How tensor parallel cuts `ours`: not at all, along dimension 0, along dimension 1, or 0 with a padded vocabulary."""
     when: str = ""
@@ -55,6 +58,7 @@ class Family:
     keys: tuple[Key, ...]
     rows: tuple[Row, ...]
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
+    """Name of `--model` -> architecture."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What the family always is; another value in a config.json is refused."""
     rope: Literal["rotary", "rope_scaling"] = "rope_scaling"
@@ -69,7 +73,7 @@ class Family:
     def rows_of(self, config: ModelConfig) -> Iterator[Row]:
         """The rows that a model of this configuration has."""
         for row in self.rows:
-            if not row.when or getattr(config, row.when.lstrip("!")) != row.when.startswith("!"):
+            if not row.when or bool(getattr(config, row.when.lstrip("!"))) != row.when.startswith("!"):
                 yield row
 
     def read_config(self, theirs: Mapping[str, Any]) -> ModelConfig:
@@ -164,3 +168,27 @@ def write_rope(config: ModelConfig, spelling: str) -> dict[str, Any]:
         rotary: dict[str, Any] = {"base": config.rotary_base, "type": "origin" if kind == "none" else kind}
         return {"rotary": rotary | ({} if factor == 1.0 else {"scaling_factor": factor})}
     return {"rope_theta": config.rotary_base, "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor}}
+
+
+def shape_of(config: ModelConfig, row: Row) -> tuple[int, ...]:
+    """Shape of the full, unpadded parameter that a row describes."""
+    h, d, ffn = config.hidden_size, config.head_dim, config.ffn_hidden_size
+    if ".experts." in row.ours:
+        ffn = config.expert_ffn
+    elif ".shared_experts." in row.ours:
+        ffn = config.moe_shared_expert_intermediate_size or 0
+    module, kind = row.ours.split(".")[-2:]
+    q, qkv = config.num_attention_heads * d, (config.num_attention_heads + 2 * config.kv_heads) * d
+    shapes = {
+        "word_embeddings.weight": (config.vocab_size, h),
+        "output_layer.weight": (config.vocab_size, h),
+        "linear_qkv.weight": (qkv, h),
+        "linear_qkv.bias": (qkv,),
+        "linear_proj.weight": (h, q),
+        "linear_fc1.weight": (2 * ffn, h),
+        "linear_fc1.bias": (2 * ffn,),
+        "linear_fc2.weight": (h, ffn),
+        "router.weight": (config.num_experts or 0, h),
+        "shared_experts.gate_weight": (1, h),
+    }
+    return shapes.get(f"{module}.{kind}", (h,))  # norms, and biases that are added to the residual stream

@@ -20,8 +20,8 @@ INTERNLM = Family(
     rope="rotary",
     rope_default={"base": 10000, "type": "dynamic"},
     presets={
-        "7b": BASE,
-        "20b": replace(
+        "internlm-7b": BASE,
+        "internlm-20b": replace(
             BASE,
             num_layers=60,
             hidden_size=5120,
@@ -31,10 +31,10 @@ INTERNLM = Family(
             add_qkv_bias=False,
             add_dense_bias=False,
         ),
-        "65b": replace(
+        "internlm-65b": replace(
             BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64, rope_scaling_type="none"
         ),
-        "tiny": replace(
+        "internlm-tiny": replace(
             BASE,
             num_layers=4,
             hidden_size=128,

@@ -46,9 +46,9 @@ LLAMA = Family(
     rows=ROWS,
     fixed={"hidden_act": "silu", "mlp_bias": False},
     presets={
-        "7b": BASE,
-        "13b": replace(BASE, num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40),
-        "30b": replace(BASE, num_layers=60, hidden_size=6656, ffn_hidden_size=17920, num_attention_heads=52),
-        "65b": replace(BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64),
+        "llama-7b": BASE,
+        "llama-13b": replace(BASE, num_layers=40, hidden_size=5120, ffn_hidden_size=13824, num_attention_heads=40),
+        "llama-30b": replace(BASE, num_layers=60, hidden_size=6656, ffn_hidden_size=17920, num_attention_heads=52),
+        "llama-65b": replace(BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64),
     },
 )

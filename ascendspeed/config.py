@@ -98,6 +98,12 @@ class ModelConfig:
         """Inner width of one expert."""
         return self.moe_ffn_hidden_size or self.ffn_hidden_size
 
+    @property
+    def ffn_widths(self) -> tuple[int, ...]:
+        """Inner widths of the MLPs that a layer has: its own, or those of an expert and of the shared one."""
+        shared = self.moe_shared_expert_intermediate_size
+        return (self.ffn_hidden_size,) if self.num_experts is None else (self.expert_ffn, *((shared,) if shared else ()))
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -249,15 +255,15 @@ def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
 
 def check_tensor_parallel(model: ModelConfig, size: int) -> None:
     """Raises `UserError` naming the legal choices when the model does not split over `size` tensor-parallel ranks."""
-    heads, groups, ffn = model.num_attention_heads, model.kv_heads, model.ffn_hidden_size
+    heads, groups, widths = model.num_attention_heads, model.kv_heads, model.ffn_widths
 
     def fits(size: int) -> bool:
-        return heads % size == 0 and ffn % size == 0 and (groups % size == 0 or size % groups == 0)
+        return heads % size == 0 and not any(width % size for width in widths) and (groups % size == 0 or size % groups == 0)
 
     if size < 1 or not fits(size):
         choices = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
         raise UserError(
-            f"{heads} attention heads, {groups} key/value heads and an FFN width of {ffn} "
+            f"{heads} attention heads, {groups} key/value heads and an FFN width of {' and '.join(map(str, widths))} "
             f"do not split over {size} tensor-parallel ranks; choose {choices}"
         )
 

@@ -1,6 +1,6 @@
 """What a family entry is made of: data only. The fusions and cuts that rows name live in `weights.py`, with torch."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Key:
 
     theirs: str
     ours: tuple[str, ...]
+    """`!name`: a boolean that is true where theirs is false."""
     default: Any = REQUIRED
     written: str = ""
     """Attribute of `ModelConfig` to write where the field itself may be None."""
@@ -61,6 +62,8 @@ class Family:
     """Name of `--model` -> architecture."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
     """What the family always is; another value in a config.json is refused."""
+    implied: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of `ModelConfig` that the family always has and no entry of config.json says."""
     rope: Literal["rotary", "rope_scaling"] = "rope_scaling"
     """How config.json spells the rotary embedding when it is written; every spelling is read."""
     rope_default: Mapping[str, Any] = field(default_factory=dict)
@@ -70,9 +73,9 @@ class Family:
     junk: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that carry nothing."""
 
-    def rows_of(self, config: ModelConfig) -> Iterator[Row]:
-        """The rows that a model of this configuration has."""
-        for row in self.rows:
+    def rows_of(self, config: ModelConfig, rows: Iterable[Row] | None = None) -> Iterator[Row]:
+        """Those of the family's rows (or of others) that a model of this configuration has."""
+        for row in self.rows if rows is None else rows:
             if not row.when or bool(getattr(config, row.when.lstrip("!"))) != row.when.startswith("!"):
                 yield row
 
@@ -83,9 +86,12 @@ class Family:
                 raise UserError(f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {value!r}")
         values: dict[str, Any] = {}
         for key in self.keys:
-            values |= dict.fromkeys(key.ours, self._read_key(key, theirs))
-        config = ModelConfig(family=self.name, **values | read_rope(theirs, self.rope_default))
+            value = self._read_key(key, theirs)
+            values |= {name.lstrip("!"): not value if name.startswith("!") else value for name in key.ours}
+        check_layers(theirs)
+        config = ModelConfig(family=self.name, **self.implied | values | read_rope(theirs, self.rope_default))
         check_heads(config)
+        check_experts(config)
         return config
 
     def _read_key(self, key: Key, theirs: Mapping[str, Any]) -> Any:
@@ -94,7 +100,7 @@ class Family:
             if key.default is REQUIRED:
                 raise UserError(f"config.json of a {self.name} model lacks {key.theirs!r}")
             return key.default
-        kind = KINDS[key.ours[0]]
+        kind = KINDS[key.ours[0].lstrip("!")]
         if kind is float and type(value) is int:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
@@ -108,7 +114,8 @@ class Family:
         """
         theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.fixed}
         for key in self.keys:
-            theirs[key.theirs] = getattr(config, key.written or key.ours[0])
+            name = key.written or key.ours[0]
+            theirs[key.theirs] = not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
         theirs |= write_rope(config, self.rope)
         back = self.read_config(theirs)
         lost = [f for f in KINDS if f != "family" and getattr(back, f) != getattr(config, f)]
@@ -131,6 +138,25 @@ def check_heads(config: ModelConfig) -> None:
         raise UserError(f"{heads} attention heads do not split over {groups} key/value heads")
     if config.head_dim % 2:
         raise UserError(f"heads of width {config.head_dim} cannot be rotated: rope needs an even width")
+
+
+def check_experts(config: ModelConfig) -> None:
+    """Raises `UserError` for experts that cannot be routed to."""
+    experts, topk = config.num_experts, config.moe_router_topk
+    if experts is None:
+        return
+    if topk > experts:
+        raise UserError(f"a token cannot be sent to {topk} of {experts} experts")
+    if topk == 1 and not config.moe_router_pre_softmax:
+        raise UserError("one expert per token, whose weight is then always 1, is not supported: its router would learn nothing")
+
+
+def check_layers(theirs: Mapping[str, Any]) -> None:
+    """Raises `UserError` where a config.json says that layers do not attend to all that came before."""
+    layers = theirs.get("layer_types") or []
+    strange = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
+    if strange:
+        raise UserError(f"config.json: layer_types {strange[0]!r} is not supported, only 'full_attention'")
 
 
 def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Key:
     default: Any = REQUIRED
     written: str = ""
     """Attribute of `ModelConfig` to write where the field itself may be None."""
+    also: tuple[str, ...] = ()
+    """Other spellings that are read."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Family:
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """What the family always is; another value in a config.json is refused."""
+    """What the family always is; another value in a config.json is refused. Of a tuple each is read, the first is written."""
+    unlike: tuple[tuple[Mapping[str, Any], str], ...] = ()
+    """Other models of the same `model_type`: what their config.json holds, and why they are refused."""
     implied: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig` that the family always has and no entry of config.json says."""
     rope: Literal["rotary", "rope_scaling"] = "rope_scaling"
@@ -82,8 +86,13 @@ class Family:
     def read_config(self, theirs: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig. Raises `UserError` for what is missing, of the wrong kind or cannot be expressed."""
         for name, value in (self.fixed | dict.fromkeys(self.refused)).items():
-            if theirs.get(name, value) not in (value, None):
-                raise UserError(f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {value!r}")
+            if theirs.get(name) not in (*_choices(value), None):
+                raise UserError(
+                    f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {_choices(value)[0]!r}"
+                )
+        for marks, why in self.unlike:
+            if all(theirs.get(name) == value for name, value in marks.items()):
+                raise UserError(f"config.json: {', '.join(f'{n} = {v!r}' for n, v in marks.items())}: {why}")
         values: dict[str, Any] = {}
         for key in self.keys:
             value = self._read_key(key, theirs)
@@ -95,7 +104,10 @@ class Family:
         return config
 
     def _read_key(self, key: Key, theirs: Mapping[str, Any]) -> Any:
-        value = theirs.get(key.theirs)
+        said = {name: theirs[name] for name in (key.theirs, *key.also) if theirs.get(name) is not None}
+        value = next(iter(said.values()), None)
+        if any(other != value for other in said.values()):
+            raise UserError(f"config.json: {' and '.join(f'{n} = {v!r}' for n, v in said.items())} contradict each other")
         if value is None:
             if key.default is REQUIRED:
                 raise UserError(f"config.json of a {self.name} model lacks {key.theirs!r}")
@@ -112,7 +124,8 @@ class Family:
 
         Raises `UserError` for a configuration that this family's config.json has no words for.
         """
-        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name, **self.fixed}
+        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
+        theirs |= {name: _choices(value)[0] for name, value in self.fixed.items()}
         for key in self.keys:
             name = key.written or key.ours[0]
             theirs[key.theirs] = not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
@@ -123,6 +136,10 @@ class Family:
             said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
             raise UserError(f"the config.json of a {self.name} model cannot say {said} (it would be read as {_values(back, lost)})")
         return theirs
+
+
+def _choices(fixed: Any) -> tuple[Any, ...]:
+    return fixed if isinstance(fixed, tuple) else (fixed,)
 
 
 def _values(config: ModelConfig, names: Sequence[str]) -> str:

@@ -62,7 +62,7 @@ def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     Recomputation is not counted: it is no useful work.
     """
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
-    layer = 2 * h * q + 2 * h * kv + 3 * h * model.ffn_hidden_size
+    layer = 2 * h * q + 2 * h * kv + h * _mlp_width(model, model.moe_router_topk) + _routing(model)
     return 6.0 * (model.num_layers * layer + h * model.vocab_size) + 6.0 * model.num_layers * q * seq_length
 
 
@@ -101,5 +101,17 @@ def _layer(model: ModelConfig) -> tuple[int, int]:
     """Parameters of one layer: those that tensor parallel cuts, and those that every rank has."""
     h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
     qkv = q + 2 * kv
-    cut = qkv * h + q * h + 3 * h * model.ffn_hidden_size + (qkv if model.add_qkv_bias else 0)
-    return cut, 2 * h + (h if model.add_dense_bias else 0)
+    cut = qkv * h + q * h + h * _mlp_width(model, model.num_experts or 0) + (qkv if model.add_qkv_bias else 0)
+    return cut, 2 * h + (h if model.add_dense_bias else 0) + _routing(model)
+
+
+def _mlp_width(model: ModelConfig, experts: int) -> int:
+    """Gate, up and down, together, of one layer's MLP, or of `experts` of its experts and the shared one."""
+    if model.num_experts is None:
+        return 3 * model.ffn_hidden_size
+    return 3 * (experts * model.expert_ffn + (model.moe_shared_expert_intermediate_size or 0))
+
+
+def _routing(model: ModelConfig) -> int:
+    """Weights of one layer's router and of the shared expert's gate."""
+    return model.hidden_size * ((model.num_experts or 0) + (model.moe_shared_expert_intermediate_size is not None))

@@ -8,11 +8,17 @@ from typing import Any
 
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
+from ascendspeed.families.baichuan import BAICHUAN
 from ascendspeed.families.family import Family, Row
+from ascendspeed.families.gemma import GEMMA
 from ascendspeed.families.internlm import INTERNLM
+from ascendspeed.families.internlm2 import INTERNLM2
+from ascendspeed.families.internlm3 import INTERNLM3
 from ascendspeed.families.llama import LLAMA
+from ascendspeed.families.mixtral import MIXTRAL
+from ascendspeed.families.qwen2_moe import QWEN2_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (INTERNLM, LLAMA)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (INTERNLM, LLAMA, MIXTRAL, QWEN2_MOE)}
 PRESETS: dict[str, ModelConfig] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 
 

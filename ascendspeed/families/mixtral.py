@@ -1,0 +1,68 @@
+"""Mixtral: Llama whose MLP is eight experts, of which every token is sent to two."""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key, Row
+from ascendspeed.families.llama import KEYS, LAYER, MLP, ROWS
+
+EXPERT = MLP + "experts.local_experts.{e}."
+
+
+def sparse(*experts: Row) -> tuple[Row, ...]:
+    """Llama's rows with `experts` where the dense MLP was."""
+    at = next(i for i, row in enumerate(ROWS) if row.ours.startswith(MLP))
+    return (*ROWS[:at], *experts, *(row for row in ROWS[at:] if not row.ours.startswith(MLP)))
+
+
+W = LAYER + "block_sparse_moe.experts.{e}.w"
+
+BASE = ModelConfig(  # the 8x7B
+    "mixtral",
+    ffn_hidden_size=14336,
+    num_query_groups=8,
+    vocab_size=32000,
+    max_position_embeddings=32768,
+    norm_epsilon=1e-5,
+    rotary_base=1e6,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+    num_experts=8,
+)
+
+MIXTRAL = Family(
+    name="mixtral",
+    architecture="MixtralForCausalLM",
+    keys=(*KEYS, Key("num_local_experts", ("num_experts",), 8), Key("num_experts_per_tok", ("moe_router_topk",), 2)),
+    rows=sparse(
+        Row(MLP + "router.weight", (LAYER + "block_sparse_moe.gate.weight",)),
+        Row(EXPERT + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
+        Row(EXPERT + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+    ),
+    fixed={"hidden_act": "silu", "router_jitter_noise": 0.0},
+    implied={"add_qkv_bias": False, "add_dense_bias": False},
+    rope_default={"base": 1e6},
+    refused=("quantization_config", "sliding_window"),
+    presets={
+        "mixtral-8x7b": BASE,
+        "mixtral-8x22b": replace(
+            BASE,
+            num_layers=56,
+            hidden_size=6144,
+            ffn_hidden_size=16384,
+            num_attention_heads=48,
+            max_position_embeddings=65536,
+        ),
+        "mixtral-tiny": replace(
+            BASE,
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=176,
+            num_attention_heads=8,
+            num_query_groups=2,
+            vocab_size=2048,
+            max_position_embeddings=256,
+            num_experts=4,
+        ),
+    },
+)

@@ -1,0 +1,85 @@
+"""Qwen2-MoE: many small experts, and a shared one with a gate of its own that every token is sent to.
+
+Only models whose layers all have experts; one with dense layers among them (`mlp_only_layers`, `decoder_sparse_step`) is refused.
+"""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key, Row
+from ascendspeed.families.llama import KEYS, LAYER, MLP
+from ascendspeed.families.mixtral import EXPERT, sparse
+
+SHARED = MLP + "shared_experts."
+THEIR_EXPERT, THEIR_SHARED = LAYER + "mlp.experts.{e}.", LAYER + "mlp.shared_expert."
+
+BASE = ModelConfig(  # Qwen1.5-MoE-A2.7B
+    "qwen2_moe",
+    num_layers=24,
+    hidden_size=2048,
+    ffn_hidden_size=5632,
+    num_attention_heads=16,
+    vocab_size=151936,
+    max_position_embeddings=8192,
+    rotary_base=1e6,
+    add_dense_bias=False,
+    num_experts=60,
+    moe_router_topk=4,
+    moe_ffn_hidden_size=1408,
+    moe_shared_expert_intermediate_size=5632,
+    moe_router_pre_softmax=True,
+)
+
+QWEN2_MOE = Family(
+    name="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    keys=(
+        *(key for key in KEYS if key.theirs != "head_dim"),
+        Key("qkv_bias", ("add_qkv_bias",), True),
+        Key("num_experts", ("num_experts",), 60),
+        Key("num_experts_per_tok", ("moe_router_topk",), 4),
+        Key("moe_intermediate_size", ("moe_ffn_hidden_size",), 1408, "expert_ffn"),
+        Key("shared_expert_intermediate_size", ("moe_shared_expert_intermediate_size",), 5632),
+        Key("norm_topk_prob", ("!moe_router_pre_softmax",), False),
+    ),
+    rows=sparse(
+        Row(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
+        Row(EXPERT + "linear_fc1.weight", (THEIR_EXPERT + "gate_proj.weight", THEIR_EXPERT + "up_proj.weight"), "glu", "rows"),
+        Row(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), split="columns"),
+        Row(SHARED + "linear_fc1.weight", (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"), "glu", "rows"),
+        Row(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), split="columns"),
+        Row(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
+    ),
+    fixed={"hidden_act": "silu", "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    implied={"add_dense_bias": False},
+    presets={
+        "qwen1.5-moe-a2.7b": BASE,
+        "qwen2-57b-a14b": replace(
+            BASE,
+            num_layers=28,
+            hidden_size=3584,
+            ffn_hidden_size=18944,
+            num_attention_heads=28,
+            num_query_groups=4,
+            max_position_embeddings=131072,
+            num_experts=64,
+            moe_router_topk=8,
+            moe_ffn_hidden_size=2560,
+            moe_shared_expert_intermediate_size=20480,
+        ),
+        "qwen2_moe-tiny": replace(
+            BASE,
+            num_layers=4,
+            hidden_size=128,
+            ffn_hidden_size=352,
+            num_attention_heads=8,
+            num_query_groups=2,
+            vocab_size=2048,
+            max_position_embeddings=256,
+            num_experts=6,
+            moe_router_topk=2,
+            moe_ffn_hidden_size=88,
+            moe_shared_expert_intermediate_size=176,
+        ),
+    },
+)

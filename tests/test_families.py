@@ -98,7 +98,7 @@ def test_rope_of_v1():
     ("more", "said"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"mlp_bias": 1}, "mlp_bias = 1 is not a bool"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "-1"),

@@ -16,9 +16,12 @@ from ascendspeed.families.internlm2 import INTERNLM2
 from ascendspeed.families.internlm3 import INTERNLM3
 from ascendspeed.families.llama import LLAMA
 from ascendspeed.families.mixtral import MIXTRAL
+from ascendspeed.families.qwen2 import QWEN2
 from ascendspeed.families.qwen2_moe import QWEN2_MOE
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (INTERNLM, LLAMA, MIXTRAL, QWEN2_MOE)}
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)
+}
 PRESETS: dict[str, ModelConfig] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
 
 

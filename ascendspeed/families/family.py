@@ -1,7 +1,7 @@
 """What a family entry is made of: data only. The fusions and cuts that rows name live in `weights.py`, with torch."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config import ModelConfig
@@ -136,6 +136,19 @@ class Family:
             said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
             raise UserError(f"the config.json of a {self.name} model cannot say {said} (it would be read as {_values(back, lost)})")
         return theirs
+
+
+def adapt(keys: Iterable[Key], without: Sequence[str] = (), **defaults: Any) -> tuple[Key, ...]:
+    """Another family's keys: without some, and with other defaults (by the words of config.json)."""
+    return tuple(
+        replace(key, default=defaults[key.theirs]) if key.theirs in defaults else key for key in keys if key.theirs not in without
+    )
+
+
+def swap(rows: Iterable[Row], *new: Row, without: Sequence[str] = ()) -> tuple[Row, ...]:
+    """Another family's rows: `new` take the place of those of the same parameter; `without` names parameters that are not there."""
+    by_name = {row.ours: row for row in new}
+    return tuple(by_name.get(row.ours, row) for row in rows if row.ours not in without)
 
 
 def _choices(fixed: Any) -> tuple[Any, ...]:

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.families.family import Family, Key
-from ascendspeed.families.llama import KEYS, ROWS
+from ascendspeed.families.family import Family, Key, adapt
+from ascendspeed.families.llama import KEYS, ROWS, TINY
 
 BASE = ModelConfig("internlm", rope_scaling_type="dynamic")  # the 7B; its values are the defaults of ModelConfig
 
@@ -12,7 +12,7 @@ INTERNLM = Family(
     name="internlm",
     architecture="InternLMForCausalLM",
     keys=(
-        *(key for key in KEYS if key.theirs not in ("num_key_value_heads", "head_dim")),
+        *adapt(KEYS, without=("num_key_value_heads", "head_dim")),
         Key("bias", ("add_qkv_bias", "add_dense_bias"), True),
     ),
     rows=ROWS,
@@ -34,14 +34,6 @@ INTERNLM = Family(
         "internlm-65b": replace(
             BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64, rope_scaling_type="none"
         ),
-        "internlm-tiny": replace(
-            BASE,
-            num_layers=4,
-            hidden_size=128,
-            ffn_hidden_size=352,
-            num_attention_heads=8,
-            vocab_size=2048,
-            max_position_embeddings=256,
-        ),
+        "internlm-tiny": replace(BASE, **TINY),
     },
 )

@@ -1,0 +1,56 @@
+"""InternLM2 and 2.5: Llama with grouped queries under names of its own; `wqkv` lies as Megatron wants it."""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key, Row, adapt
+from ascendspeed.families.llama import ATTENTION, KEYS, LAYER, MLP, TINY
+
+W = LAYER + "feed_forward.w"
+BASE = ModelConfig(  # the 7B, 2 and 2.5
+    "internlm2",
+    ffn_hidden_size=14336,
+    num_query_groups=8,
+    vocab_size=92544,
+    max_position_embeddings=32768,
+    norm_epsilon=1e-5,
+    rotary_base=1e6,
+    rope_scaling_type="dynamic",
+    rope_scaling_factor=2.0,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+)
+SMALL = replace(BASE, num_layers=24, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=16)  # 1.8B
+# Revisions of the 20B differ in the factor (none, 2, 3), which only counts beyond the trained length.
+LARGE = replace(BASE, num_layers=48, hidden_size=6144, ffn_hidden_size=16384, num_attention_heads=48)
+
+INTERNLM2 = Family(
+    name="internlm2",
+    architecture="InternLM2ForCausalLM",
+    keys=(*adapt(KEYS, without=("head_dim",)), Key("bias", ("add_qkv_bias", "add_dense_bias"), True)),
+    rows=(
+        Row("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), split="vocab"),
+        Row("decoder.layers.{l}.input_layernorm.weight", (LAYER + "attention_norm.weight",)),
+        Row(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), split="rows"),
+        Row(ATTENTION + "linear_qkv.bias", (LAYER + "attention.wqkv.bias",), split="rows", when="add_qkv_bias"),
+        Row(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), split="columns"),
+        Row(ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), when="add_dense_bias"),
+        Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "ffn_norm.weight",)),
+        Row(MLP + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
+        Row(MLP + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+        Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        Row("output_layer.weight", ("output.weight",), split="vocab", when="!tie_embeddings"),
+    ),
+    fixed={"hidden_act": "silu"},
+    presets={
+        "internlm2-1.8b": SMALL,
+        "internlm2-7b": BASE,
+        "internlm2-20b": LARGE,
+        "internlm2.5-1.8b": SMALL,
+        "internlm2.5-7b": BASE,
+        "internlm2.5-20b": LARGE,
+        # Base and factor differ in what was written about it: its own config.json is right, and `--load` reads that.
+        "internlm2.5-7b-1m": replace(BASE, max_position_embeddings=262144, rotary_base=5e7, rope_scaling_factor=2.5),
+        "internlm2-tiny": replace(BASE, **TINY, num_query_groups=2),
+    },
+)

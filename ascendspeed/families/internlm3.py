@@ -1,0 +1,35 @@
+"""InternLM3: Llama with a head width of its own and two switches for biases: for q, k, v; for the output projection and the MLP."""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, Key, adapt
+from ascendspeed.families.llama import KEYS, ROWS, TINY
+
+BASE = ModelConfig(  # the 8B
+    "internlm3",
+    num_layers=48,
+    ffn_hidden_size=10240,
+    num_query_groups=2,
+    vocab_size=128512,
+    max_position_embeddings=32768,
+    norm_epsilon=1e-5,
+    rotary_base=5e7,
+    rope_scaling_type="dynamic",
+    rope_scaling_factor=6.0,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+)
+
+INTERNLM3 = Family(
+    name="internlm3",
+    architecture="InternLM3ForCausalLM",
+    keys=(
+        *adapt(KEYS, max_position_embeddings=32768),
+        Key("qkv_bias", ("add_qkv_bias",), False, also=("attention_bias",)),  # the second names are those of transformers 5
+        Key("bias", ("add_dense_bias", "add_mlp_bias"), False, also=("mlp_bias",)),
+    ),
+    rows=ROWS,
+    fixed={"hidden_act": "silu"},
+    presets={"internlm3-8b": BASE, "internlm3-tiny": replace(BASE, **TINY, num_query_groups=2, kv_channels=32)},
+)

@@ -1,0 +1,62 @@
+"""Qwen2 and 2.5: Llama with grouped queries and biases on q, k and v alone."""
+
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Family, adapt
+from ascendspeed.families.llama import KEYS, ROWS, TINY
+
+BASE = ModelConfig(  # Qwen2-7B
+    "qwen2",
+    num_layers=28,
+    hidden_size=3584,
+    ffn_hidden_size=18944,
+    num_attention_heads=28,
+    num_query_groups=4,
+    vocab_size=152064,
+    max_position_embeddings=131072,
+    norm_epsilon=1e-6,
+    rotary_base=1e6,
+    add_dense_bias=False,
+)
+
+QWEN2 = Family(
+    name="qwen2",
+    architecture="Qwen2ForCausalLM",
+    keys=adapt(KEYS, max_position_embeddings=32768),
+    rows=ROWS,
+    implied={"add_qkv_bias": True, "add_dense_bias": False},
+    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    presets={
+        "qwen2-0.5b": replace(
+            BASE,
+            num_layers=24,
+            hidden_size=896,
+            ffn_hidden_size=4864,
+            num_attention_heads=14,
+            num_query_groups=2,
+            vocab_size=151936,
+            tie_embeddings=True,
+        ),
+        "qwen2-1.5b": replace(
+            BASE,
+            hidden_size=1536,
+            ffn_hidden_size=8960,
+            num_attention_heads=12,
+            num_query_groups=2,
+            vocab_size=151936,
+            tie_embeddings=True,
+        ),
+        "qwen2-7b": BASE,
+        "qwen2-72b": replace(
+            BASE,
+            num_layers=80,
+            hidden_size=8192,
+            ffn_hidden_size=29568,
+            num_attention_heads=64,
+            num_query_groups=8,
+            norm_epsilon=1e-5,
+        ),
+        "qwen2-tiny": replace(BASE, **TINY, num_query_groups=2),
+    },
+)

@@ -7,7 +7,8 @@ from typing import Any
 from ascendspeed import config, schedule
 from ascendspeed.config import Run
 from ascendspeed.errors import UserError
-from ascendspeed.families.family import check_heads
+from ascendspeed.families import FAMILIES
+from ascendspeed.families.family import check_experts, check_heads
 
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
@@ -18,7 +19,7 @@ SHARE: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is always allowed where a field may be None
     "model": {
         AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
-        "max_position_embeddings",
+        "max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size",
         POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
         NOT_NEGATIVE: "init_method_std",
     },
@@ -65,12 +66,23 @@ def _check_precision(run: Run) -> None:
         raise UserError(f"--initial-loss-scale {scale:g} is not a power of two")
 
 
+def _check_experts(run: Run) -> None:
+    model, parallel = run.model, run.parallel
+    check_experts(model)
+    if (model.num_experts is not None) != any("{e}" in row.ours for row in FAMILIES[model.family].rows):
+        has = "always has" if model.num_experts is None else "never has"
+        raise UserError(f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts")
+    if model.num_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
+        raise UserError("experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel")
+
+
 def _check_layout(run: Run, world: int) -> None:
     model, parallel, train = run.model, run.parallel, run.train
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     check_heads(model)
     config.check_tensor_parallel(model, tp)
     config.check_pipeline_parallel(model, pp)
+    _check_experts(run)
     if pp > 1:
         flag = f"--pipeline-model-parallel-size {pp}"
         raise UserError(f"{flag}: the DeepSpeed engine has no pipeline stages; use 1 and a higher TP or ZeRO stage")

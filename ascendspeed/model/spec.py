@@ -1,6 +1,8 @@
 """ModelConfig -> megatron-core's TransformerConfig and layer spec."""
 
+from copy import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -18,10 +20,12 @@ from torch.nn import functional as F
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import current
 from ascendspeed.kernels import Kernels
+from ascendspeed.model import moe
 from ascendspeed.model.attention import RotaryAttention
 from ascendspeed.model.rope import Rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GELU = partial(F.gelu, approximate="tanh")
 
 
 @dataclass
@@ -31,6 +35,9 @@ class Config(TransformerConfig):
     kernels: Kernels = field(default_factory=Kernels)
     rope: Rope | None = None
     add_dense_bias: bool = False
+    add_mlp_bias: bool = False
+    scale_embeddings: bool = False
+    normalize_head: bool = False
 
 
 class RMSNorm(torch.nn.Module):
@@ -47,6 +54,14 @@ class RMSNorm(torch.nn.Module):
         return self.kernel(x, self.weight, self.eps)
 
 
+class ZeroCenteredRMSNorm(RMSNorm):
+    """Keeps w and multiplies by 1 + w, all of it in fp32: in bf16 the sum would lose most of w."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., h]."""
+        return self.kernel(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
+
+
 class DenseLinear(RowParallelLinear):
     """The attention's output projection, whose bias is a choice of its own; megatron-core ties it to that of the MLP."""
 
@@ -54,19 +69,31 @@ class DenseLinear(RowParallelLinear):
         super().__init__(*args, bias=config.add_dense_bias, config=config, **kwargs)
 
 
-class SwiGLU(MLP):
-    """The gated MLP without megatron-core's detours: fc1 -> silu(gate) * up -> fc2."""
+class GatedMLP(MLP):
+    """The gated MLP without megatron-core's detours: fc1 -> activation(gate) * up -> fc2."""
 
     def __init__(self, config: Config) -> None:
+        own = copy(config)
+        own.add_bias_linear = config.add_mlp_bias  # which megatron-core ties to the attention's biases
         super().__init__(
-            config,
+            own,
             MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
             ffn_hidden_size=config.ffn_hidden_size,
         )
+        self.glu = config.kernels.geglu if config.activation_func is GELU else config.kernels.swiglu
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] -> [s, b, h]; the second value is the bias still to be added: none."""
-        return self.linear_fc2(self.config.kernels.swiglu(self.linear_fc1(hidden_states)[0]))
+        """[s, b, h] -> [s, b, h]; the second value is the bias still to be added, if there is one."""
+        hidden, bias = self.linear_fc1(hidden_states)
+        return self.linear_fc2(self.glu(hidden if bias is None else hidden + bias))
+
+
+class NormHead(ColumnParallelLinear):
+    """An output layer whose rows are brought to length 1. Tensor parallel cuts between rows, so every rank needs its own only."""
+
+    def forward(self, input_: Tensor, weight: Tensor | None = None, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+        """input_ [s, b, h], weight [V / TP, h] in place of the layer's own -> [s, b, V / TP]."""
+        return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
 
 
 def transformer_config(
@@ -87,8 +114,12 @@ def transformer_config(
         add_bias_linear=False,
         add_qkv_bias=model.add_qkv_bias,
         add_dense_bias=model.add_dense_bias,
+        add_mlp_bias=model.add_mlp_bias,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=GELU if model.activation == "gelu-tanh" else F.silu,
+        layernorm_zero_centered_gamma=model.zero_centered_norm,
+        scale_embeddings=model.scale_embeddings,
+        normalize_head=model.normalize_head,
         attention_dropout=train.attention_dropout,
         hidden_dropout=train.hidden_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
@@ -113,15 +144,17 @@ def transformer_config(
         apply_rope_fusion=False,
         kernels=kernels or Kernels(),
         rope=Rope(model),
+        **moe.settings(model),
     )
 
 
 def block_spec(config: Config) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage."""
+    norm = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     layer = ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
@@ -130,12 +163,12 @@ def block_spec(config: Config) -> TransformerBlockSubmodules:
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=SwiGLU,
+            pre_mlp_layernorm=norm,
+            mlp=moe.moe_spec() if config.num_moe_experts else SwiGLU,
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=norm)
 
 
 def _leave(weight: Tensor) -> Tensor:

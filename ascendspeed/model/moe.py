@@ -1,0 +1,97 @@
+"""The mixture of experts on megatron-core's MoE layer: what that needs TransformerEngine for, in plain torch.
+
+Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes unless they are asked for router logits.
+
+Under tensor parallel every rank holds a part of every expert, and sequence parallel gives it a part of the tokens: the dispatcher
+gathers them before the experts and scatters what comes out. Without sequence parallel each rank would bring all the tokens, and the
+gradients of the experts would be too large by the number of ranks: `checks.py` refuses to train so.
+"""
+
+from copy import copy
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+from torch.nn import functional as F
+
+from ascendspeed.config import ModelConfig
+
+LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
+class Router(TopKRouter):
+    """Megatron-core's choice of experts; its own scores need TransformerEngine."""
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Scores in fp32, whatever the model's type: [s, b, h] -> [s, b, experts]."""
+        return F.linear(input.float(), self.weight.float())
+
+
+class Expert(MLP):
+    """One SwiGLU expert."""
+
+    def __init__(self, config: Any, tp_group: Any) -> None:
+        config = copy(config)
+        config.ffn_hidden_size = config.moe_ffn_hidden_size  # the second layer's width is read from here
+        super().__init__(config, LINEARS, is_expert=True, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+
+    def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """tokens [n, h], their weights [n] in fp32 -> [n, h], still to be summed over the tensor-parallel ranks."""
+        inner = self.config.kernels.swiglu(self.linear_fc1(tokens)[0])
+        return self.linear_fc2((inner * weights[:, None]).to(inner.dtype))[0]
+
+
+class Experts(MegatronModule):
+    """The experts of a layer, one after the other; all of them, as ranks and steps must agree on the order of their collectives."""
+
+    def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
+        super().__init__(config)
+        self.local_experts = torch.nn.ModuleList(Expert(config, pg_collection.expt_tp) for _ in range(num_local_experts))
+
+    def forward(self, tokens: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
+        """tokens [n, h] and weights [n], sorted by expert; counts [experts] -> [n, h]; the second value is a bias: none."""
+        sizes = counts.tolist()
+        parts = zip(self.local_experts, tokens.split(sizes), weights.split(sizes), strict=True)
+        return torch.cat([expert(mine, weight) for expert, mine, weight in parts]), None
+
+
+class SharedExpert(SharedExpertMLP):
+    """The expert that every token is sent to, times a gate of its own."""
+
+    def __init__(self, config: Any, pg_collection: Any, gate: bool) -> None:
+        super().__init__(config, LINEARS, gate, pg_collection)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[s, b, h] -> [s, b, h]."""
+        out = self.linear_fc2(self.config.kernels.swiglu(self.linear_fc1(hidden_states)[0]))[0]
+        return out * F.linear(hidden_states, self.gate_weight).sigmoid()
+
+
+def settings(model: ModelConfig) -> dict[str, Any]:
+    """The fields of megatron-core's configuration that experts need; of a dense model none."""
+    if model.num_experts is None:
+        return {}
+    shared = model.moe_shared_expert_intermediate_size
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_ffn_hidden_size": model.expert_ffn,
+        "moe_shared_expert_intermediate_size": shared,
+        "moe_shared_expert_gate": shared is not None,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "allgather",
+    }
+
+
+def moe_spec() -> ModuleSpec:
+    """The MLP of a layer with experts."""
+    return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=Experts, shared_experts=SharedExpert, router=Router))

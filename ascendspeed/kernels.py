@@ -1,4 +1,4 @@
-"""The three small operations that fused kernels exist for: plain torch, or the device's own where a flag asks for it."""
+"""The small operations that fused kernels exist for: plain torch, or the device's own where a flag asks for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +25,12 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) · up (arXiv 2002.05202); x [..., 2f] holds [gate; up] -> [..., f]."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
+
+
+def geglu(x: Tensor) -> Tensor:
+    """gelu(gate) · up (arXiv 2002.05202), gelu by its tanh approximation; x [..., 2f] holds [gate; up] -> [..., f]."""
+    gate, up = x.chunk(2, -1)
+    return F.gelu(gate, approximate="tanh") * up
 
 
 class _Rotary(torch.autograd.Function):
@@ -58,6 +64,7 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     swiglu: Callable[[Tensor], Tensor] = swiglu
+    geglu: Callable[[Tensor], Tensor] = geglu
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:

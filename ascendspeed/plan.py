@@ -1,10 +1,16 @@
 """Memory, FLOPs and disk of a run from its configuration alone, before anything is launched. No torch."""
 
+import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.families import FAMILIES
+from ascendspeed.families.family import Row, shape_of
+
+EMBEDDING = "embedding.word_embeddings.weight"
 
 CHECKPOINT_BYTES = 12
 """Per parameter on disk: fp32 master, exp_avg, exp_avg_sq; whatever the engine, layout and compute type."""
@@ -42,28 +48,43 @@ class ModelStates:
 
 def parameter_count(model: ModelConfig) -> int:
     """Parameters of the whole model, without vocabulary padding."""
-    cut, replicated = _layer(model)
-    copies = 1 if model.tie_embeddings else 2
-    return model.num_layers * (cut + replicated) + copies * model.vocab_size * model.hidden_size + model.hidden_size
+    return sum(math.prod(shape) * copies for _, shape, copies in _table(model))
+
+
+def active_parameter_count(model: ModelConfig) -> int:
+    """Parameters that one token meets: of the experts, those that it is sent to."""
+    return sum(math.prod(shape) * copies for _, shape, copies in _table(model, active=True))
 
 
 def parameters_per_device(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters of the fullest tensor- and pipeline-parallel rank: its share, padded vocabulary and replicated ones included."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    cut, replicated = _layer(model)
-    vocabulary = padded_vocab_size(model, parallel) * model.hidden_size // tp
-    copies = 1 if pp > 1 or model.tie_embeddings else 2
-    return -(-model.num_layers // pp) * (cut // tp + replicated) + copies * vocabulary + model.hidden_size
+    layers = first = last = 0
+    for row, shape, copies in _table(model):
+        shape = (padded_vocab_size(model, parallel), *shape[1:]) if row.split == "vocab" else shape
+        size = copies * math.prod(shape) // (1 if row.split == "replicated" else tp)
+        if "{l}" in row.ours:
+            layers += size // model.num_layers * -(-model.num_layers // pp)
+        elif row.ours == EMBEDDING:
+            first += size
+            last += size if pp > 1 and model.tie_embeddings else 0  # the output layer's copy
+        else:
+            last += size
+    return layers + (first + last if pp == 1 else max(first, last))
 
 
 def flops_per_token(model: ModelConfig, seq_length: int) -> float:
     """FLOPs of one trained token, forward and backward: 6 per weight that multiplies, and causal attention.
 
-    Recomputation is not counted: it is no useful work.
+    Recomputation is not counted: it is no useful work. Of the experts those count that a token is sent to.
     """
-    h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
-    layer = 2 * h * q + 2 * h * kv + h * _mlp_width(model, model.moe_router_topk) + _routing(model)
-    return 6.0 * (model.num_layers * layer + h * model.vocab_size) + 6.0 * model.num_layers * q * seq_length
+    tied = model.tie_embeddings  # then the embedding multiplies too, as the output layer
+    weights = sum(
+        math.prod(shape) * copies
+        for row, shape, copies in _table(model, active=True)
+        if len(shape) == 2 and (tied or row.ours != EMBEDDING)
+    )
+    return 6.0 * weights + 6.0 * model.num_layers * model.num_attention_heads * model.head_dim * seq_length
 
 
 def model_states(
@@ -97,21 +118,9 @@ def known_peak(device_name: str) -> float | None:
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
 
 
-def _layer(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of one layer: those that tensor parallel cuts, and those that every rank has."""
-    h, q, kv = model.hidden_size, model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
-    qkv = q + 2 * kv
-    cut = qkv * h + q * h + h * _mlp_width(model, model.num_experts or 0) + (qkv if model.add_qkv_bias else 0)
-    return cut, 2 * h + (h if model.add_dense_bias else 0) + _routing(model)
-
-
-def _mlp_width(model: ModelConfig, experts: int) -> int:
-    """Gate, up and down, together, of one layer's MLP, or of `experts` of its experts and the shared one."""
-    if model.num_experts is None:
-        return 3 * model.ffn_hidden_size
-    return 3 * (experts * model.expert_ffn + (model.moe_shared_expert_intermediate_size or 0))
-
-
-def _routing(model: ModelConfig) -> int:
-    """Weights of one layer's router and of the shared expert's gate."""
-    return model.hidden_size * ((model.num_experts or 0) + (model.moe_shared_expert_intermediate_size is not None))
+def _table(model: ModelConfig, active: bool = False) -> Iterator[tuple[Row, tuple[int, ...], int]]:
+    """Every row of the model's family, its full shape, and how often the model has it; `active`: how often a token meets it."""
+    experts = model.moe_router_topk if active else model.num_experts or 0
+    for row in FAMILIES[model.family].rows_of(model):
+        copies = (model.num_layers if "{l}" in row.ours else 1) * (experts if "{e}" in row.ours else 1)
+        yield row, shape_of(model, row), copies

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -12,13 +13,23 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.errors import UserError
 from ascendspeed.model.loss import cross_entropy
-from ascendspeed.model.spec import Config, block_spec
+from ascendspeed.model.spec import Config, NormHead, block_spec
 
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
 
 
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+
+
 class InternLM(GPTModel):
-    """Megatron-core's GPTModel with our loss."""
+    """Megatron-core's GPTModel with our loss, and with what some families do to the embeddings and to the output layer."""
+
+    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if self.pre_process and config.scale_embeddings:
+            self.embedding.register_forward_hook(_Scale(config.hidden_size**0.5, config.params_dtype))
+        if self.post_process and config.normalize_head:
+            self.output_layer.__class__ = NormHead  # megatron-core does not ask for the class of this layer
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V / TP] -> [b, s]."""
@@ -46,6 +57,16 @@ def build(model: ModelConfig, parallel: ParallelConfig, config: Config) -> Inter
         first = parallel_state.get_tensor_model_parallel_rank() * (padded // parallel.tensor_model_parallel_size)
         gpt.output_layer.register_forward_hook(_MaskPadding(model.vocab_size, first))
     return gpt
+
+
+class _Scale:
+    """Multiplies what a module gives by a number that is first rounded to the model's type, as Hugging Face does."""
+
+    def __init__(self, factor: float, dtype: torch.dtype) -> None:
+        self.factor = float(torch.tensor(factor, dtype=dtype))
+
+    def __call__(self, module: torch.nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+        return output * self.factor
 
 
 class _MaskPadding:
@@ -95,11 +116,11 @@ def fill(
     """
     mine, cut, rank = named_parameters(gpt), cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
-        parameter = mine.pop(name, None)
-        if parameter is None:
-            continue  # another pipeline stage's
-        with gather(parameter):
-            if parameter.numel():
-                parameter.copy_(cut[name].part(full, rank))
+        # A tied output layer on another stage than the embedding has a copy of it. What is neither here is another stage's.
+        copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)
+        for parameter in (mine.pop(own) for own in copies if own in mine):
+            with gather(parameter):
+                if parameter.numel():
+                    parameter.copy_(cut[name].part(full, rank))
     if mine:
         raise UserError(f"the weights lack {', '.join(sorted(mine)[:5])}" + (f" and {len(mine) - 5} more" if len(mine) > 5 else ""))

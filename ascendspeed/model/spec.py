@@ -164,7 +164,7 @@ def block_spec(config: Config) -> TransformerBlockSubmodules:
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            mlp=moe.moe_spec() if config.num_moe_experts else SwiGLU,
+            mlp=moe.moe_spec() if config.num_moe_experts else GatedMLP,
             mlp_bda=get_bias_dropout_add,
         ),
     )

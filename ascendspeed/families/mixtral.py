@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.families.family import Family, Key, Row
-from ascendspeed.families.llama import KEYS, LAYER, MLP, ROWS
+from ascendspeed.families.family import Family, Key, Row, adapt
+from ascendspeed.families.llama import KEYS, LAYER, MLP, ROWS, TINY
 
 EXPERT = MLP + "experts.local_experts.{e}."
 
@@ -33,7 +33,11 @@ BASE = ModelConfig(  # the 8x7B
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
-    keys=(*KEYS, Key("num_local_experts", ("num_experts",), 8), Key("num_experts_per_tok", ("moe_router_topk",), 2)),
+    keys=(
+        *adapt(KEYS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5),
+        Key("num_local_experts", ("num_experts",), 8),
+        Key("num_experts_per_tok", ("moe_router_topk",), 2),
+    ),
     rows=sparse(
         Row(MLP + "router.weight", (LAYER + "block_sparse_moe.gate.weight",)),
         Row(EXPERT + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
@@ -46,23 +50,8 @@ MIXTRAL = Family(
     presets={
         "mixtral-8x7b": BASE,
         "mixtral-8x22b": replace(
-            BASE,
-            num_layers=56,
-            hidden_size=6144,
-            ffn_hidden_size=16384,
-            num_attention_heads=48,
-            max_position_embeddings=65536,
+            BASE, num_layers=56, hidden_size=6144, ffn_hidden_size=16384, num_attention_heads=48, max_position_embeddings=65536
         ),
-        "mixtral-tiny": replace(
-            BASE,
-            num_layers=4,
-            hidden_size=128,
-            ffn_hidden_size=176,
-            num_attention_heads=8,
-            num_query_groups=2,
-            vocab_size=2048,
-            max_position_embeddings=256,
-            num_experts=4,
-        ),
+        "mixtral-tiny": replace(BASE, **TINY | {"ffn_hidden_size": 176}, num_query_groups=2, num_experts=4),
     },
 )

@@ -6,8 +6,8 @@ Only models whose layers all have experts; one with dense layers among them (`ml
 from dataclasses import replace
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.families.family import Family, Key, Row
-from ascendspeed.families.llama import KEYS, LAYER, MLP
+from ascendspeed.families.family import Family, Key, Row, adapt
+from ascendspeed.families.llama import KEYS, LAYER, MLP, TINY
 from ascendspeed.families.mixtral import EXPERT, sparse
 
 SHARED = MLP + "shared_experts."
@@ -34,7 +34,7 @@ QWEN2_MOE = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     keys=(
-        *(key for key in KEYS if key.theirs != "head_dim"),
+        *adapt(KEYS, without=["head_dim"], num_key_value_heads=16, max_position_embeddings=32768),
         Key("qkv_bias", ("add_qkv_bias",), True),
         Key("num_experts", ("num_experts",), 60),
         Key("num_experts_per_tok", ("moe_router_topk",), 4),
@@ -69,13 +69,8 @@ QWEN2_MOE = Family(
         ),
         "qwen2_moe-tiny": replace(
             BASE,
-            num_layers=4,
-            hidden_size=128,
-            ffn_hidden_size=352,
-            num_attention_heads=8,
+            **TINY,
             num_query_groups=2,
-            vocab_size=2048,
-            max_position_embeddings=256,
             num_experts=6,
             moe_router_topk=2,
             moe_ffn_hidden_size=88,

@@ -3,7 +3,9 @@
 The whole model is never in memory: sources are memory-mapped, targets are written in place, one tensor at a time.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -11,10 +13,12 @@ from typing import Protocol
 import torch
 
 from ascendspeed.errors import UserError
-from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source
+from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source, writing
 from ascendspeed.formats.files import staged
-from ascendspeed.formats.progress import Report, progress
+from ascendspeed.formats.progress import progress
 from ascendspeed.formats.sidecars import with_tokenizer
+from ascendspeed.formats.writing import File
+from ascendspeed.weights import Tile, parameters
 
 __all__ = [
     "DTYPES",
@@ -38,24 +42,33 @@ class Format(Protocol):
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
 
-    def size(self, source: Source, dtype: torch.dtype | None) -> int:
-        """Bytes that will be written."""
+    def files(self, source: Source, dtype: torch.dtype | None) -> Sequence[File]:
+        """The files of tensors that will be written."""
 
-    def write(self, source: Source, folder: Path, dtype: torch.dtype | None, report: Report) -> None:
-        """Writes everything into an empty folder."""
+    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes everything else; called last."""
 
 
-def convert(source: Source, target: str | Path, to: Format, dtype: torch.dtype | None = None, verify: bool = False) -> None:
+def convert(
+    source: Source,
+    target: str | Path,
+    to: Format,
+    dtype: torch.dtype | None = None,
+    verify: bool = False,
+    allow_nan: bool = False,
+) -> None:
     """Writes `source` to the folder `target`, which must not hold anything yet; it appears when it is whole.
 
     `dtype`: cast to it; None keeps the type of every tensor. `verify`: reads the result back and compares every bit.
-    Raises `UserError`.
+    Raises `UserError`, also when a tensor holds NaN and not `allow_nan`.
     """
     to.check(source)
-    size = to.size(source, dtype)
+    files = to.files(source, dtype)
+    size = writing.size(source, files, dtype)
     with staged(Path(target), size + 64 * 2**20) as folder:  # and something for headers, indices and the tokenizer
         with progress(f"writing {target}", size) as report:
-            to.write(source, folder, dtype, report)
+            writing.write(source, folder, files, dtype, report, allow_nan)
+        to.finish(source, folder, dtype)
         if verify:
             compare(source, open_source(folder), dtype)
 
@@ -65,11 +78,14 @@ def compare(source: Source, result: Source, dtype: torch.dtype | None = None) ->
     if replace(result.config, family=source.config.family) != source.config:
         raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
     with progress("verifying", source.size(dtype)) as report:
-        for (name, a), (also, b) in zip(source.tensors(), result.tensors(), strict=True):
-            a = a if dtype is None else a.to(dtype)
-            if name != also or a.dtype != b.dtype or a.shape != b.shape or not torch.equal(bits(a), bits(b)):
-                raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
-            report(a.nbytes)
+        for parameter in parameters(source.config):
+            name, rows, columns = parameter.name, parameter.shape[0], math.prod(parameter.shape[1:])
+            for piece in writing.pieces(Tile(0, 0, 0, 0, rows, columns), source.dtypes[name]):
+                a, b = source.block(name, piece), result.block(name, piece)
+                a = a if dtype is None else a.to(dtype)
+                if a.dtype != b.dtype or not torch.equal(bits(a), bits(b)):
+                    raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
+                report(a.nbytes)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -80,13 +96,14 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def write_hf(
     source: Source,
     target: str | Path,
-    as_llama: bool = False,
+    family: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = "10GB",
     verify: bool = False,
+    allow_nan: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: under the family's own names, or as a plain `LlamaForCausalLM`. Raises `UserError`."""
-    convert(source, target, HuggingFace(as_llama, parse_size(max_shard_size)), dtype, verify)
+    """Writes a Hugging Face directory: under the source's own names, or those of another `family` ("llama"). Raises `UserError`."""
+    convert(source, target, HuggingFace(family, parse_size(max_shard_size)), dtype, verify, allow_nan)
 
 
 def write_megatron(
@@ -98,9 +115,10 @@ def write_megatron(
     make_vocab_size_divisible_by: int = 128,
     dtype: torch.dtype | None = None,
     verify: bool = False,
+    allow_nan: bool = False,
 ) -> None:
     """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe. Raises `UserError`."""
-    convert(source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify)
+    convert(source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify, allow_nan)
 
 
 def parse_size(text: int | str) -> int:

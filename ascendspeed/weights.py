@@ -1,13 +1,13 @@
-"""Tensors of one model: Hugging Face <-> Megatron-core, and full <-> tensor-parallel part.
+"""Tensors of one model: where the pieces of a checkpoint lie in ours.
 
-Everything is said by the rows of a family. A parameter is fused from its Hugging Face tensors first and cut after: with
-Megatron's order (per key/value group [q..., k, v]; [gate; up] on each rank) one rule serves every row, also where there
-are fewer groups than ranks.
+Everything is said by rows, and computed as rectangles (`Tile`) that a stored tensor shares with the full one: the same table serves
+reading, writing, every format and every layout. Our order is Megatron's: per key/value group [q..., k, v]; [gate; up] on each rank.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from zlib import crc32
 
 import torch
@@ -16,37 +16,58 @@ from torch import Tensor
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row, shape_of
+from ascendspeed.families.family import Row, Split, shape_of
+
+Span = tuple[int, int]
+"""First row of the full tensor, and how many."""
 
 
-def _qkv_join(config: ModelConfig, tensors: Sequence[Tensor]) -> Tensor:
-    """q [heads * d, ...], k and v [groups * d, ...] -> [groups * (heads / groups + 2) * d, ...], per group [q..., k, v]."""
-    groups = config.kv_heads
-    return torch.cat([t.reshape(groups, -1, *t.shape[1:]) for t in tensors], 1).flatten(0, 1)
+class Tile(NamedTuple):
+    """A rectangle that a part shares with the full tensor, both seen as matrices [first dimension, all others]."""
+
+    row: int
+    column: int
+    part_row: int
+    part_column: int
+    rows: int
+    columns: int
 
 
-def _qkv_part(config: ModelConfig, fused: Tensor) -> list[Tensor]:
-    groups, d = config.kv_heads, config.head_dim
-    per_group = config.num_attention_heads // groups
-    parts = fused.reshape(groups, -1, *fused.shape[1:]).split([per_group * d, d, d], 1)
-    return [part.flatten(0, 1) for part in parts]
+def blocks(config: ModelConfig, row: Row) -> list[list[Span]]:
+    """The blocks of a full parameter, each as the rows it has there: itself; q, k and v; gate and up."""
+    rows = shape_of(config, row)[0]
+    if row.fuse == "glu":
+        return [[(0, rows // 2)], [(rows // 2, rows // 2)]]
+    if row.fuse == "qkv":
+        groups, d = config.kv_heads, config.head_dim
+        q, group = config.num_attention_heads // groups * d, rows // groups
+        return [[(i * group + at, n) for i in range(groups)] for at, n in ((0, q), (q, d), (q + d, d))]
+    return [[(0, rows)]]
 
 
-@dataclass(frozen=True)
-class Fusion:
-    """`join` makes our tensor from theirs, `part` takes it apart again, bit for bit."""
+def cut_tiles(
+    held: Sequence[Sequence[Span]], columns: int, dim: int | None, parts: int = 1, part: int = 0, padded: int = 0
+) -> Iterator[Tile]:
+    """The tiles of one of `parts` parts: each block is cut along `dim` (None: not), and what comes off lies one after the other.
 
-    join: Callable[[ModelConfig, Sequence[Tensor]], Tensor]
-    part: Callable[[ModelConfig, Tensor], list[Tensor]]
-    stride: int = 1
-    """Blocks along dimension 0 that tensor parallel cuts one by one."""
+    `padded`: rows of a padded vocabulary; the rows of padding are in no tile.
+    """
+    left, width = (part * (columns // parts), columns // parts) if dim == 1 else (0, columns)
+    at = 0
+    for block in held:
+        length = padded or sum(n for _, n in block)
+        first, last = (part * (length // parts), (part + 1) * (length // parts)) if dim == 0 else (0, length)
+        seen = 0
+        for row, n in block:
+            top, bottom = max(first, seen), min(last, seen + n)
+            if top < bottom:
+                yield Tile(row + top - seen, left, at + top - first, 0, bottom - top, width)
+            seen += n
+        at += last - first
 
 
-FUSIONS = {
-    "one": Fusion(lambda config, tensors: tensors[0], lambda config, fused: [fused]),
-    "qkv": Fusion(_qkv_join, _qkv_part),
-    "glu": Fusion(lambda config, tensors: torch.cat(list(tensors)), lambda config, fused: list(fused.chunk(2)), stride=2),
-}
+DIMENSION: dict[Split, int | None] = {"replicated": None, "rows": 0, "columns": 1, "vocab": 0}
+"""Along which a row's `split` cuts."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +93,12 @@ class Cut:
         if self.dim is not None:
             shape[self.dim] //= self.parts
         return tuple(shape)
+
+    def tiles(self, rank: int) -> Iterator[Tile]:
+        """What the part of a rank shares with the full tensor."""
+        rows = (self.shape or (1,))[0]
+        held = [[(i * (rows // self.stride), rows // self.stride)] for i in range(self.stride)]
+        return cut_tiles(held, math.prod(self.shape[1:]), self.dim, self.parts, rank, self.padded_rows)
 
     def part(self, full: Tensor, rank: int) -> Tensor:
         """The part of rank `rank`, a view where it can be; rows of padding are zero."""
@@ -104,57 +131,122 @@ class Parameter:
     row: Row
     shape: tuple[int, ...]
     """Of the full, unpadded tensor."""
+    layer: int | None = None
+    expert: int | None = None
 
     def cut(self, tensor_parallel: int, padded_vocab: int) -> Cut:
         """How `tensor_parallel` ranks share it; `padded_vocab` is the padded vocabulary of that layout."""
-        dim = {"replicated": None, "rows": 0, "columns": 1, "vocab": 0}[self.row.split]
+        dim = DIMENSION[self.row.split]
         if dim is None:
             return Cut(self.shape)
         rows = padded_vocab if self.row.split == "vocab" else 0
-        return Cut(self.shape, dim, FUSIONS[self.row.fuse].stride, tensor_parallel, rows)
+        return Cut(self.shape, dim, 2 if self.row.fuse == "glu" else 1, tensor_parallel, rows)
 
 
-def parameters(config: ModelConfig) -> Iterator[Parameter]:
-    """Every parameter of the model, in order, by the rows of its family."""
-    for row in FAMILIES[config.family].rows_of(config):
+def parameters(config: ModelConfig, rows: Iterable[Row] | None = None) -> Iterator[Parameter]:
+    """Every parameter of the model, in order, by the rows of its family, or by others that name the same parameters."""
+    for row in FAMILIES[config.family].rows_of(config, rows):
         shape = shape_of(config, row)
-        for layer in range(config.num_layers if "{l}" in row.ours else 1):
-            for expert in range(config.num_experts or 0 if "{e}" in row.ours else 1):
+        for layer in range(config.num_layers) if "{l}" in row.ours else [None]:
+            for expert in range(config.num_experts or 0) if "{e}" in row.ours else [None]:
                 ours, *theirs = (name.format(l=layer, e=expert) for name in (row.ours, *row.theirs))
-                yield Parameter(ours, tuple(theirs), row, shape)
+                yield Parameter(ours, tuple(theirs), row, shape, layer, expert)
+
+
+class Stored(NamedTuple):
+    """One tensor of a file and what it holds of one of our parameters; rows that no tile names are padding."""
+
+    name: str
+    parameter: Parameter
+    shape: tuple[int, ...]
+    tiles: tuple[Tile, ...]
+
+
+def stored(config: ModelConfig, parameter: Parameter, tp: int = 1, rank: int = 0, padded_vocab: int = 0) -> list[Stored]:
+    """The tensors that hold a parameter in the file of one of `tp` ranks, by the names of its row."""
+    row, found = parameter.row, blocks(config, parameter.row)
+    held = [found] if len(parameter.theirs) == 1 else [[block] for block in found]
+    dim, columns = DIMENSION[row.split], math.prod(parameter.shape[1:])
+    padded = padded_vocab if row.split == "vocab" else 0
+    entries = []
+    for name, mine in zip(parameter.theirs, held, strict=True):
+        tiles = tuple(cut_tiles(mine, columns, dim, tp, rank, padded))
+        rows = sum((padded or sum(n for _, n in block)) // (tp if dim == 0 else 1) for block in mine)
+        width = (columns // tp if dim == 1 else columns,) * (len(parameter.shape) - 1)
+        entries.append(Stored(name, parameter, (rows, *width), tiles))
+    return entries
 
 
 def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
     """Our full tensor from the Hugging Face ones. Raises `UserError` when a shape is not the configuration's."""
-    for name, shape in shapes_of(config, parameter).items():
-        if tuple(tensors[name].shape) != shape:
-            raise UserError(f"{name} is {list(tensors[name].shape)}, but config.json says {list(shape)}")
-    return FUSIONS[parameter.row.fuse].join(config, [tensors[name] for name in parameter.theirs])
+    entries = stored(config, parameter)
+    for entry in entries:
+        if tuple(tensors[entry.name].shape) != entry.shape:
+            raise UserError(f"{entry.name} is {list(tensors[entry.name].shape)}, but config.json says {list(entry.shape)}")
+    pieces = [(as_matrix(tensors[entry.name]), entry.tiles) for entry in entries]
+    rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
+    return gather(pieces, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
 
 
 def part(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, Tensor]:
     """The Hugging Face tensors of our full one; the exact inverse of `join`."""
-    return dict(zip(parameter.theirs, FUSIONS[parameter.row.fuse].part(config, full), strict=True))
+    made = {}
+    for entry in stored(config, parameter):
+        pieces = [as_matrix(full)[tile.row : tile.row + tile.rows] for tile in entry.tiles]
+        made[entry.name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(entry.shape)
+    return made
 
 
 def shapes_of(config: ModelConfig, parameter: Parameter) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Hugging Face tensors of one parameter."""
-    parts = part(config, parameter, torch.empty(parameter.shape, device="meta"))
-    return {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    return {entry.name: entry.shape for entry in stored(config, parameter)}
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """[first dimension, all others]."""
+    return tensor.reshape(len(tensor), -1) if tensor.dim() != 2 else tensor
+
+
+def gather(pieces: Iterable[tuple[Tensor, Iterable[Tile]]], wanted: Tile) -> Tensor:
+    """A rectangle of the full tensor (`row`, `column`, `rows`, `columns` of `wanted`) from matrices that hold tiles of it.
+
+    A view where one of them holds it all. Raises ValueError when something of it is nowhere.
+    """
+    out, missing = None, wanted.rows * wanted.columns
+    for matrix, tiles in pieces:
+        for tile in tiles:
+            top, bottom = max(tile.row, wanted.row), min(tile.row + tile.rows, wanted.row + wanted.rows)
+            left, right = max(tile.column, wanted.column), min(tile.column + tile.columns, wanted.column + wanted.columns)
+            if top >= bottom or left >= right:
+                continue
+            y, x = top - tile.row + tile.part_row, left - tile.column + tile.part_column
+            found = matrix[y : y + bottom - top, x : x + right - left]
+            if (bottom - top, right - left) == (wanted.rows, wanted.columns):
+                return found
+            if out is None:
+                out = found.new_empty(wanted.rows, wanted.columns)
+            out[top - wanted.row : bottom - wanted.row, left - wanted.column : right - wanted.column] = found
+            missing -= found.numel()
+    if missing:
+        raise ValueError(f"{missing} elements of {wanted} are in no tile")
+    return out
 
 
 def random_tensors(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
-    """Random weights that are the same for every layout: (name, full fp32 tensor), each from a generator of its own.
+    """Random weights that are the same for every layout: (name, full fp32 tensor), see `random_tensor`."""
+    return ((parameter.name, random_tensor(model, parameter, seed, device)) for parameter in parameters(model))
 
-    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1.
+
+def random_tensor(model: ModelConfig, parameter: Parameter, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Fp32, from a generator of its own.
+
+    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1 (or 0, where that is
+    added to 1).
     """
-    for parameter in parameters(model):
-        if parameter.name.endswith(".bias"):
-            yield parameter.name, torch.zeros(parameter.shape, device=device)
-        elif len(parameter.shape) == 1:
-            yield parameter.name, torch.ones(parameter.shape, device=device)
-        else:
-            generator = torch.Generator(device).manual_seed(crc32(f"{seed} {parameter.name}".encode()))
-            residual = parameter.row.split == "columns"
-            std = model.init_method_std / (math.sqrt(2 * model.num_layers) if residual else 1)
-            yield parameter.name, torch.randn(parameter.shape, generator=generator, device=device).mul_(std)
+    if parameter.name.endswith(".bias"):
+        return torch.zeros(parameter.shape, device=device)
+    if len(parameter.shape) == 1:
+        return torch.full(parameter.shape, 0.0 if model.zero_centered_norm else 1.0, device=device)
+    generator = torch.Generator(device).manual_seed(crc32(f"{seed} {parameter.name}".encode()))
+    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if parameter.row.split == "columns" else 1)
+    return torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

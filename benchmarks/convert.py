@@ -55,6 +55,7 @@ def generate(folder: Path, layers: int) -> None:
     import torch
 
     from ascendspeed import convert, weights
+    from ascendspeed.formats.source import from_maker
 
     config = ModelConfig("internlm", layers, 2048, 5504, 16, vocab_size=32000)
     parameters = {p.name: p for p in weights.parameters(config)}
@@ -64,7 +65,7 @@ def generate(folder: Path, layers: int) -> None:
         config,
         {},
         dict.fromkeys(parameters, torch.bfloat16),
-        lambda: ((name, torch.randn(p.shape, dtype=torch.bfloat16)) for name, p in parameters.items()),
+        from_maker(lambda name: torch.randn(parameters[name].shape, dtype=torch.bfloat16)),
         None,
     )
     convert.write_hf(source, folder, max_shard_size="500MB")

@@ -103,6 +103,7 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
 def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
     """--load equal to --save is a fresh start only when the folder is empty."""
     from ascendspeed import convert, formats, weights
+    from ascendspeed.formats.source import from_maker
 
     source = formats.Source(
         "random",
@@ -110,7 +111,7 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
         MODEL,
         {},
         {p.name: torch.float32 for p in weights.parameters(MODEL)},
-        lambda: weights.random_tensors(MODEL, 5),
+        from_maker(dict(weights.random_tensors(MODEL, 5)).__getitem__),
         None,
     )
     convert.write_hf(source, tmp_path / "both")

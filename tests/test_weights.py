@@ -1,5 +1,6 @@
 """Fusions and cuts, against the other order of doing it: shard each Hugging Face tensor, then fuse with the rank's own heads."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -17,8 +18,8 @@ D = CONFIG.head_dim
 
 
 def numbered(rows: int) -> torch.Tensor:
-    """[rows, 3], every element its own number."""
-    return torch.arange(rows * 3).reshape(rows, 3)
+    """[rows, 64], every element its own number."""
+    return torch.arange(rows * 64).reshape(rows, 64)
 
 
 def fused_by_hand(heads: int, groups: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -31,43 +32,88 @@ def fused_by_hand(heads: int, groups: int, q: torch.Tensor, k: torch.Tensor, v: 
 
 
 def qkv() -> list[torch.Tensor]:
-    return [numbered(8 * D), 1000 + numbered(4 * D), 2000 + numbered(4 * D)]
+    return [numbered(8 * D), 100_000 + numbered(4 * D), 200_000 + numbered(4 * D)]
 
 
 def parameter(suffix: str) -> weights.Parameter:
     return next(p for p in weights.parameters(CONFIG) if p.name.endswith(suffix))
 
 
+def fused_qkv() -> torch.Tensor:
+    qkv_weight = parameter("layers.1.self_attention.linear_qkv.weight")
+    return weights.join(CONFIG, qkv_weight, dict(zip(qkv_weight.theirs, qkv(), strict=True)))
+
+
 def test_qkv_is_fused_group_by_group():
-    q, k, v = qkv()
-    fused = weights.FUSIONS["qkv"].join(CONFIG, [q, k, v])
-    assert torch.equal(fused, fused_by_hand(8, 4, q, k, v))
-    assert not torch.equal(fused, torch.cat([q, k, v]))  # control
-    assert all(torch.equal(a, b) for a, b in zip(weights.FUSIONS["qkv"].part(CONFIG, fused), (q, k, v), strict=True))
+    fused = fused_qkv()
+    assert torch.equal(fused, fused_by_hand(8, 4, *qkv()))
+    assert not torch.equal(fused, torch.cat(qkv()))  # control
+    back = weights.part(CONFIG, parameter("layers.1.self_attention.linear_qkv.weight"), fused)
+    assert all(torch.equal(a, b) for a, b in zip(back.values(), qkv(), strict=True))
+
+
+def test_one_name_holds_its_blocks_one_after_the_other():
+    """Baichuan's W_pack, [gate; up] in one tensor, and what a rank of InternEvo holds: [q; k; v] of its own heads."""
+    packed = replace(parameter("layers.1.self_attention.linear_qkv.weight"), theirs=("W_pack",))
+    assert torch.equal(weights.join(CONFIG, packed, {"W_pack": torch.cat(qkv())}), fused_qkv())
+    for rank in range(2):
+        (entry,) = weights.stored(CONFIG, packed, 2, rank)
+        mine = torch.cat([t.chunk(2)[rank] for t in qkv()])
+        assert entry.shape == tuple(mine.shape)
+        for tile in entry.tiles:
+            assert torch.equal(fused_qkv()[tile.row : tile.row + tile.rows], mine[tile.part_row : tile.part_row + tile.rows])
 
 
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
-    tensors = qkv()
-    fused = weights.FUSIONS["qkv"].join(CONFIG, tensors)
+    fused = fused_qkv()
     cut = weights.Cut(tuple(fused.shape), 0, parts=tp)
     for rank in range(tp):
-        mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in tensors))
+        mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
         assert torch.equal(cut.part(fused, rank), mine)
 
 
 def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
     """Megatron gathers such a group from its ranks and takes it apart whole."""
-    fused = weights.FUSIONS["qkv"].join(CONFIG, qkv())
+    fused = fused_qkv()
     cut = weights.Cut(tuple(fused.shape), 0, parts=8)
     assert torch.equal(torch.cat([cut.part(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+@pytest.mark.parametrize(
+    "suffix", ["linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight", "word_embeddings.weight", "norm.weight"]
+)
+def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
+    p = parameter(suffix)
+    config_vocab = 256 * tp
+    hits = torch.zeros(p.shape[0], math.prod(p.shape[1:]))
+    for rank in range(1 if p.row.split == "replicated" else tp):
+        for entry in weights.stored(CONFIG, p, tp, rank, config_vocab):
+            part = torch.zeros(entry.shape[0], math.prod(entry.shape[1:]))
+            for tile in entry.tiles:
+                hits[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1
+                part[tile.part_row : tile.part_row + tile.rows, tile.part_column : tile.part_column + tile.columns] += 1
+            assert p.row.split == "vocab" or part.eq(1).all()
+    assert hits.eq(1).all()
+
+
+def test_a_rectangle_is_gathered_from_tiles_or_seen_where_it_lies():
+    full = torch.arange(60.0).view(10, 6)
+    halves = [(full[:, c : c + 3].contiguous(), list(weights.cut_tiles([[(0, 10)]], 6, 1, 2, c // 3))) for c in (0, 3)]
+    assert torch.equal(weights.gather(halves, weights.Tile(2, 1, 0, 0, 5, 4)), full[2:7, 1:5])
+    inside = weights.gather(halves, weights.Tile(2, 3, 0, 0, 5, 2))
+    assert inside.untyped_storage().data_ptr() == halves[1][0].untyped_storage().data_ptr()
+    with pytest.raises(ValueError, match=r"10 elements .* in no tile"):
+        weights.gather(halves[:1], weights.Tile(2, 1, 0, 0, 5, 4))
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_every_rank_has_its_gate_then_its_up(tp):
-    gate, up = numbered(96), 1000 + numbered(96)
-    fused = weights.FUSIONS["glu"].join(CONFIG, [gate, up])
-    cut = weights.Cut((192, 3), 0, stride=2, parts=tp)
+    gate, up = numbered(96), 100_000 + numbered(96)
+    fc1 = parameter("layers.1.mlp.linear_fc1.weight")
+    fused = weights.join(CONFIG, fc1, dict(zip(fc1.theirs, (gate, up), strict=True)))
+    cut = fc1.cut(tp, 0)
     parts = [cut.part(fused, rank) for rank in range(tp)]
     for rank, part in enumerate(parts):
         assert torch.equal(part, torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]]))
@@ -80,10 +126,10 @@ def test_every_rank_has_its_gate_then_its_up(tp):
 @pytest.mark.parametrize(("tp", "padded"), [(1, 131), (1, 256), (4, 256), (8, 1024)])
 def test_padding_of_the_vocabulary_is_zero_and_goes_away(tp, padded):
     full = 1 + numbered(131)
-    cut = weights.Cut((131, 3), 0, parts=tp, padded_rows=padded)
+    cut = weights.Cut((131, 64), 0, parts=tp, padded_rows=padded)
     parts = [cut.part(full, rank) for rank in range(tp)]
     whole = torch.cat(parts)
-    assert {tuple(part.shape) for part in parts} == {cut.part_shape} == {(padded // tp, 3)}
+    assert {tuple(part.shape) for part in parts} == {cut.part_shape} == {(padded // tp, 64)}
     assert torch.equal(whole[:131], full)
     assert not whole[131:].any()
     assert torch.equal(cut.merge(parts), full)

@@ -33,20 +33,21 @@ def main() -> None:
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed import convert
-    from ascendspeed.formats import Source
-    from ascendspeed.weights import parameters, random_tensors
+    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.weights import parameters, random_tensor
 
+    known = {parameter.name: parameter for parameter in parameters(config)}
     source = Source(
         kind="random weights",
         where=Path(options.model),
         config=config,
         theirs={} if options.tokenizer else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
-        dtypes={parameter.name: torch.float32 for parameter in parameters(config)},
-        stream=lambda: random_tensors(config, options.seed),
+        dtypes=dict.fromkeys(known, torch.float32),
+        block=from_maker(lambda name: random_tensor(config, known[name], options.seed)),
         beside=None,
     )
     source = convert.with_tokenizer(source, options.tokenizer)
-    convert.convert(source, options.output_dir, convert.HuggingFace(as_llama=False), convert.DTYPES[options.dtype])
+    convert.convert(source, options.output_dir, convert.HuggingFace(), convert.DTYPES[options.dtype])
 
 
 if __name__ == "__main__":

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ascendspeed import config
 from ascendspeed.checkpoint import files
-from ascendspeed.checkpoint.pieces import Address, Fragment, Tile, TrainState, extent, part_count, tiles, width
+from ascendspeed.checkpoint.pieces import Address, Fragment, TrainState, extent, part_count, width
 from ascendspeed.config import ModelConfig, Run
 from ascendspeed.errors import UserError
-from ascendspeed.weights import Cut
+from ascendspeed.weights import Cut, Tile
 
 RNG = "rng"
 
@@ -146,9 +146,9 @@ class Checkpoint:
         columns = width(cut.part_shape)
         first, last = start // columns, -(-(start + numel) // columns)  # whole rows
         out = torch.zeros(last - first, columns)
-        for new in tiles(cut, part):
+        for new in cut.tiles(part):
             for there in range(part_count(old)):
-                for tile in tiles(old, there):
+                for tile in old.tiles(there):
                     self._copy(out, first, new, tile, name, kind, there)
         return out.view(-1)[start - first * columns :][:numel]
 

@@ -3,7 +3,6 @@
 A part's padding (rows beyond the vocabulary) comes last in it, is never stored, and reads as zero.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any, NamedTuple
@@ -91,42 +90,6 @@ def extent(cut: Cut, part: int) -> int:
     return rows * prod(rest)
 
 
-class Tile(NamedTuple):
-    """A rectangle that a part shares with the full tensor, both seen as matrices [first dimension, all others]."""
-
-    row: int
-    column: int
-    part_row: int
-    part_column: int
-    rows: int
-    columns: int
-
-
 def width(shape: tuple[int, ...]) -> int:
     """Columns of a tensor seen as a matrix."""
     return prod(shape[1:])
-
-
-def tiles(cut: Cut, part: int) -> Iterator[Tile]:
-    """The rectangles that make up a part; [gate; up] has two. Padding is in none."""
-    height, columns = (cut.shape or (1,))[0], width(cut.shape)
-    if cut.dim is None:
-        yield Tile(0, 0, 0, 0, height, columns)
-    elif cut.dim == 0:
-        for at, part_at, n in _spans(height, cut.padded_rows or height, cut, part):
-            yield Tile(at, 0, part_at, 0, n, columns)
-    elif cut.dim == 1:
-        unit = prod(cut.shape[2:])
-        for at, part_at, n in _spans(cut.shape[1], cut.shape[1], cut, part):
-            yield Tile(0, at * unit, 0, part_at * unit, height, n * unit)
-    else:
-        raise ValueError(f"tensor parallel along dimension {cut.dim} is not known here")
-
-
-def _spans(size: int, padded: int, cut: Cut, part: int) -> Iterator[tuple[int, int, int]]:
-    """Along the cut dimension: start in the full tensor, start in the part, length; without padding."""
-    block, piece = padded // cut.stride, padded // cut.stride // cut.parts
-    for i in range(cut.stride):
-        at = i * block + part * piece
-        if (length := min(piece, size - at)) > 0:
-            yield at, i * piece, length

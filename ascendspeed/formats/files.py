@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -68,43 +69,38 @@ def load_pt(path: Path) -> Any:
 
 
 class PieceFile:
-    """A file whose size and layout are known before its tensors are: they are written in any order, one at a time."""
+    """A file whose size and layout are known before its tensors are: rows are written in any order, by any thread."""
 
     def __init__(self, path: Path, specs: Specs, offsets: Mapping[str, int]) -> None:
         self.path, self.specs, self.offsets = path, specs, offsets
-        self._left = set(specs)
+        self._left, self._lock = set(specs), threading.Lock()
         self._descriptor = os.open(path, os.O_WRONLY)
 
-    def write(self, name: str, tensor: Tensor) -> int:
-        """Puts one tensor, cast to its type, where it belongs; returns its bytes. Raises `UserError` when the type is too small."""
+    def write(self, name: str, row: int, block: Tensor) -> None:
+        """Puts whole rows, of the tensor's own type, from row `row` on; rows that nobody writes are zero."""
         dtype, shape = self.specs[name]
-        if tuple(tensor.shape) != shape:
-            raise AssertionError(f"{name} is {list(tensor.shape)}, its place in {self.path} is {list(shape)}")
-        self._left.remove(name)
-        flat = _cast(name, tensor, dtype).contiguous().flatten().view(torch.uint8)
-        view, offset = memoryview(flat.numpy()), self.offsets[name]
+        width = math.prod(shape[1:]) * dtype.itemsize
+        if block.dtype != dtype or block.nbytes % width or row * width + block.nbytes > nbytes(dtype, shape):
+            raise AssertionError(f"{list(block.shape)} {block.dtype} at row {row} of {name}, which is {list(shape)} {dtype}")
+        view = memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
+        offset = self.offsets[name] + row * width
         while view:  # the system writes at most 2 GiB at a time
             written = os.pwrite(self._descriptor, view, offset)
             view, offset = view[written:], offset + written
-        return flat.numel()
+
+    def done(self, name: str) -> None:
+        """Says that a tensor is there; after the last one, waits until everything is on the disk."""
+        with self._lock:
+            self._left.remove(name)
+            last = not self._left
+        if last:
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
-        """Waits until everything is on the disk. A tensor that was not written is an error."""
+        """A tensor that was not written is an error."""
+        os.close(self._descriptor)
         if self._left:
             raise AssertionError(f"{self.path}: never written: {sorted(self._left)[:5]}")
-        os.fsync(self._descriptor)
-        os.close(self._descriptor)
-
-
-def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises `UserError` when a finite value would become infinite; NaN and infinity stay what they are."""
-    cast = tensor.to(dtype)
-    if tensor.dtype != dtype and not cast.isfinite().all():
-        lost = tensor.isfinite() & ~cast.isfinite()
-        if lost.any():
-            largest, kind = tensor[lost].abs().max().item(), str(dtype).removeprefix("torch.")
-            raise UserError(f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype")
-    return cast
 
 
 def create_safetensors(path: Path, specs: Specs) -> PieceFile:

@@ -1,6 +1,5 @@
 """Hugging Face directories: safetensors or .bin, one file or shards with an index; written as safetensors."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,10 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.formats import sidecars, tokenizer_json
-from ascendspeed.formats.files import Specs, create_safetensors, load_pt, load_safetensors, nbytes, read_json, write_json
-from ascendspeed.formats.progress import Report
-from ascendspeed.formats.source import Source, Stream, check_names, check_tensor, one_dtype, parameters_by_name, read_config
+from ascendspeed.formats import sidecars, tokenizer_json, writing
+from ascendspeed.formats.files import create_safetensors, load_pt, load_safetensors, nbytes, read_json, write_json
+from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
+from ascendspeed.formats.writing import File
 
 WEIGHTS = {"model.safetensors": load_safetensors, "pytorch_model.bin": load_pt}
 """Name of the single file -> how it is read; in shards it is `model-00001-of-00002.safetensors` and so on, with an index."""
@@ -30,18 +29,14 @@ def open_folder(folder: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config = read_config(folder)
     tensors = _map(folder)
-    shapes = {parameter.name: weights.shapes_of(config, parameter) for parameter in weights.parameters(config)}
-    expected = {name: shape for pieces in shapes.values() for name, shape in pieces.items()}
+    entries = {parameter.name: weights.stored(config, parameter) for parameter in weights.parameters(config)}
+    expected = {entry.name: entry.shape for held in entries.values() for entry in held}
     check_names(folder, expected, tensors, FAMILIES[config.family].junk)
     for name, shape in expected.items():
         check_tensor(folder, name, tensors[name], shape)
-    dtypes = {ours: one_dtype(folder, {name: tensors[name] for name in pieces}) for ours, pieces in shapes.items()}
-
-    def stream() -> Stream:
-        for parameter in weights.parameters(config):
-            yield parameter.name, weights.join(config, parameter, tensors)
-
-    return Source("Hugging Face directory", folder, config, theirs, dtypes, stream, folder)
+    dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
+    pieces = {ours: [(weights.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
+    return Source("Hugging Face directory", folder, config, theirs, dtypes, from_pieces(pieces), folder)
 
 
 def _map(folder: Path) -> dict[str, Tensor]:
@@ -84,66 +79,46 @@ def _table(path: Path, held: Any) -> dict[str, Tensor]:
 class HuggingFace:
     """How to write a Hugging Face directory."""
 
-    as_llama: bool = False
-    """As a plain `LlamaForCausalLM`, for programs that do not know the family; else under its own names."""
+    family: str | None = None
+    """Under the names of this family ("llama": for programs that know no other); None: under the source's own."""
     max_shard_size: int = 10 * 10**9
-    """Bytes per file; a larger tensor has a file to itself."""
+    """Bytes of one file; a larger tensor gets a file of its own."""
 
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
-        FAMILIES[self._config(source).family].write_config(self._config(source))
-
-    def size(self, source: Source, dtype: torch.dtype | None) -> int:
-        """Bytes that will be written."""
-        return sum(nbytes(*spec) for spec in self._specs(source, dtype).values())
-
-    def write(self, source: Source, folder: Path, dtype: torch.dtype | None, report: Report) -> None:
-        """Writes everything into an empty folder, one tensor in memory at a time."""
-        shards = self._plan(self._specs(source, dtype))
-        files = [create_safetensors(folder / path, specs) for path, specs in shards.items()]
-        file_of = {name: file for file in files for name in file.specs}
         config = self._config(source)
-        known = parameters_by_name(config)
-        for ours, full in source.tensors():
-            for name, tensor in weights.part(config, known[ours], full).items():
-                report(file_of[name].write(name, tensor))
-        for file in files:
-            file.close()
-        if len(shards) > 1:
-            write_json(folder / "model.safetensors.index.json", _index(shards))
-        sidecars.write(source, folder, config, dtype)
-        if self.as_llama and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        FAMILIES[config.family].write_config(config)
+
+    def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
+        """What will be written, filled in the model's order."""
+        config = self._config(source)
+        shards: list[list[weights.Stored]] = [[]]
+        room = self.max_shard_size
+        for parameter in weights.parameters(config):
+            for entry in weights.stored(config, parameter):
+                size = nbytes(dtype or source.dtypes[parameter.name], entry.shape)
+                if size > room and shards[-1]:
+                    shards.append([])
+                    room = self.max_shard_size
+                shards[-1].append(entry)
+                room -= size
+        if len(shards) == 1:
+            return [File("model.safetensors", tuple(shards[0]), create_safetensors)]
+        names = (f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
+        return [File(name, tuple(held), create_safetensors) for name, held in zip(names, shards, strict=True)]
+
+    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes what stands beside the weights: the index, config.json, the tokenizer."""
+        files = self.files(source, dtype)
+        if len(files) > 1:
+            where = {entry.name: file.path for file in files for entry in file.holds}
+            total = writing.size(source, files, dtype)
+            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        sidecars.write(source, folder, self._config(source), dtype)
+        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
             why_not = tokenizer_json.write(folder)
             if why_not:
                 print(f"note: no tokenizer.json, {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
 
     def _config(self, source: Source) -> ModelConfig:
-        return replace(source.config, family="llama") if self.as_llama else source.config
-
-    def _specs(self, source: Source, dtype: torch.dtype | None) -> Specs:
-        config = self._config(source)
-        return {
-            name: (dtype or source.dtypes[parameter.name], shape)
-            for parameter in weights.parameters(config)
-            for name, shape in weights.shapes_of(config, parameter).items()
-        }
-
-    def _plan(self, specs: Specs) -> dict[str, Specs]:
-        """File name -> what it holds: filled in the model's order."""
-        shards: list[dict] = [{}]
-        room = self.max_shard_size
-        for name, spec in specs.items():
-            size = nbytes(*spec)
-            if size > room and shards[-1]:
-                shards.append({})
-                room = self.max_shard_size
-            shards[-1][name] = spec
-            room -= size
-        if len(shards) == 1:
-            return {"model.safetensors": shards[0]}
-        return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": specs for i, specs in enumerate(shards, 1)}
-
-
-def _index(shards: Mapping[str, Specs]) -> dict[str, Any]:
-    size = sum(nbytes(*spec) for specs in shards.values() for spec in specs.values())
-    return {"metadata": {"total_size": size}, "weight_map": {name: path for path, specs in shards.items() for name in specs}}
+        return replace(source.config, family=self.family or source.config.family)

@@ -1,6 +1,7 @@
 """How far a conversion is: a bar on a terminal, a line now and then in a log."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 Report = Callable[[int], None]
-"""Told the bytes that were done since the last call."""
+"""Told the bytes that were done since the last call, by any thread."""
 
 
 @contextmanager
@@ -21,7 +22,7 @@ def progress(what: str, total: int, every: float = 10.0) -> Iterator[Report]:
             yield lambda done: bar.advance(task, done)
         return
     start = last = time.monotonic()
-    done = 0
+    done, lock = 0, threading.Lock()
 
     def say(now: float) -> None:
         rate = done / max(now - start, 1e-9)
@@ -30,11 +31,12 @@ def progress(what: str, total: int, every: float = 10.0) -> Iterator[Report]:
 
     def report(more: int) -> None:
         nonlocal done, last
-        done += more
-        now = time.monotonic()
-        if now - last >= every:
-            last = now
-            say(now)
+        with lock:
+            done += more
+            now = time.monotonic()
+            if now - last >= every:
+                last = now
+                say(now)
 
     yield report
     say(time.monotonic())

@@ -1,7 +1,9 @@
 """A checkpoint to read, whatever its format: an architecture and a stream of full tensors by our names."""
 
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +16,15 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import family_of
 from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes, read_json
+from ascendspeed.weights import Tile
 
-Stream = Iterator[tuple[str, Tensor]]
+Block = Callable[[str, Tile], Tensor]
+"""(our name, rectangle of the full tensor seen as a matrix) -> the matrix there; it may be a read-only view of a file."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Opening one reads names, shapes and types only, and checks them all; the tensors come one at a time."""
+    """Opening one reads names, shapes and types only, and checks them all; the tensors are read block by block, by any thread."""
 
     kind: str
     """Format, in words."""
@@ -30,7 +34,7 @@ class Source:
     """The config.json it came with, for what `config` does not hold (token ids); empty when there is none."""
     dtypes: Mapping[str, torch.dtype]
     """Our name -> type on disk, in the order of `weights.parameters`."""
-    stream: Callable[[], Stream]
+    block: Block
     beside: Path | None
     """Folder that should hold the tokenizer and the generation settings; None: nobody named one."""
 
@@ -42,9 +46,32 @@ class Source:
         """Of all parameters, in the model's order."""
         return list(self.dtypes)
 
-    def tensors(self) -> Stream:
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(our name, full unpadded tensor) of every parameter in the model's order; a tensor may be a read-only view of a file."""
-        return self.stream()
+        for parameter in weights.parameters(self.config):
+            rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
+            yield parameter.name, self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
+
+
+def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -> Block:
+    """Reads from stored tensors: our name -> the matrices that hold it, and what of it they hold."""
+    return lambda name, wanted: weights.gather(pieces[name], wanted)
+
+
+def from_maker(make: Callable[[str], Tensor]) -> Block:
+    """Reads from whole tensors that are made when they are asked for; the last one is kept."""
+    kept: tuple[str, Tensor] | None = None
+    lock = threading.Lock()
+
+    def block(name: str, wanted: Tile) -> Tensor:
+        nonlocal kept
+        with lock:
+            if kept is None or kept[0] != name:
+                kept = name, weights.as_matrix(make(name))
+            full = kept[1]
+        return full[wanted.row : wanted.row + wanted.rows, wanted.column : wanted.column + wanted.columns]
+
+    return block
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
@@ -94,8 +121,3 @@ def one_dtype(where: Path, tensors: Mapping[str, Tensor]) -> torch.dtype:
 def some(names: list[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def parameters_by_name(config: ModelConfig) -> dict[str, weights.Parameter]:
-    """Every parameter of the model, in order, by its name."""
-    return {parameter.name: parameter for parameter in weights.parameters(config)}

@@ -4,9 +4,11 @@ import math
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ascendspeed import checkpoint, weights
-from ascendspeed.formats.source import Source, Stream, check_names, read_config
+from ascendspeed.formats.source import Source, check_names, read_config
+from ascendspeed.weights import Cut, Tile
 
 
 def is_one(folder: Path) -> bool:
@@ -23,8 +25,10 @@ def open_folder(folder: Path) -> Source:
     beside = Path(tokenizer) if tokenizer else None
     theirs = read_config(beside)[0] if beside and (beside / "config.json").is_file() else {}
 
-    def stream() -> Stream:
-        for name, shape in shapes.items():
-            yield name, opened.read(name, "master", weights.Cut(shape), 0, 0, math.prod(shape)).view(shape)
+    def block(name: str, wanted: Tile) -> Tensor:
+        shape = shapes[name]
+        columns = math.prod(shape[1:])
+        rows = opened.read(name, "master", Cut(shape), 0, wanted.row * columns, wanted.rows * columns).view(wanted.rows, columns)
+        return rows[:, wanted.column : wanted.column + wanted.columns]
 
-    return Source("training checkpoint", opened.path, opened.config, theirs, dict.fromkeys(shapes, torch.float32), stream, beside)
+    return Source("training checkpoint", opened.path, opened.config, theirs, dict.fromkeys(shapes, torch.float32), block, beside)

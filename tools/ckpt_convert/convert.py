@@ -36,6 +36,8 @@ class Options:
     """Folder with the tokenizer to copy; None: the source's own."""
     verify: bool = False
     """Read the result back and compare every tensor bit by bit with the source."""
+    allow_nan: bool = False
+    """Convert tensors that hold NaN too; else they are an error that names them."""
 
 
 def main() -> None:
@@ -48,11 +50,11 @@ def main() -> None:
     source = convert.with_tokenizer(convert.open_source(options.source), options.tokenizer)
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
     to = (
-        convert.HuggingFace(options.format == "hf-llama", convert.parse_size(options.max_shard_size))
+        convert.HuggingFace("llama" if options.format == "hf-llama" else None, convert.parse_size(options.max_shard_size))
         if options.format in ("hf", "hf-llama")
         else convert.RankFiles(options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by)
     )
-    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify)
+    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
     print(f"{'verified, every bit: ' if options.verify else ''}{options.target}")
 
 

@@ -1,0 +1,184 @@
+"""Files of tensor- and pipeline-parallel ranks, whatever their names: how they are read, and what each of them holds."""
+
+import re
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendspeed import weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families.family import Row
+from ascendspeed.formats.files import load_pt
+from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, some
+from ascendspeed.weights import Parameter, Stored
+
+Ranks = Mapping[tuple[int, int], Mapping[str, Tensor]]
+"""(tensor-parallel rank, pipeline stage) -> what its file holds."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way of naming rank files and of wrapping what they hold."""
+
+    kind: str
+    tracker: str
+    """File that names the folder of the iteration."""
+    files: tuple[str, str]
+    """Of rank `t` and stage `p`, under that folder: without and with pipeline stages."""
+    pattern: str
+    """Regular expression of both: tensor-parallel rank, then (optional) stage."""
+    key: str
+    """Where the tensors are in a file; empty: at its top."""
+    around: Mapping[str, Any]
+    """What else is in a file."""
+
+    def path(self, tp_rank: int, pp_rank: int, pp: int) -> str:
+        """Of one rank's file, under the folder of the iteration."""
+        return self.files[pp > 1].format(t=tp_rank, p=pp_rank)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The names that tensors have in rank files; layers count from 0 on every stage."""
+
+    name: str
+    rows: Callable[[ModelConfig], Iterable[Row]]
+    """What they say for a model, one row for each of its parameters."""
+    junk: tuple[str, ...] = ()
+    """Regular expressions of what carries nothing."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Over how many ranks a model lies."""
+
+    tp: int
+    layers: tuple[int, ...]
+    """Of every pipeline stage."""
+    padded_vocab: int
+
+    @property
+    def pp(self) -> int:
+        """Pipeline stages."""
+        return len(self.layers)
+
+    def find(self, parameter: Parameter) -> tuple[int, int]:
+        """Pipeline stage, and number of the parameter's layer there (0 for what is in no layer)."""
+        if parameter.layer is None:
+            return (0 if parameter.name.startswith("embedding.") else self.pp - 1), 0
+        firsts = [0, *accumulate(self.layers)]
+        stage = bisect_right(firsts, parameter.layer) - 1
+        return stage, parameter.layer - firsts[stage]
+
+
+def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: int) -> Iterator[Stored]:
+    """What one rank's file holds."""
+    rows = list(dialect.rows(config))
+    for parameter in weights.parameters(config, rows):
+        where, layer = grid.find(parameter)
+        names = parameter.row.theirs
+        if config.tie_embeddings and where == 0 and stage == grid.pp - 1 > 0 and parameter.layer is None:
+            names = next(row.theirs for row in rows if row.ours == "output_layer.weight")  # the last stage has a copy
+        elif where != stage:
+            continue
+        held = weights.stored(config, parameter, grid.tp, rank, grid.padded_vocab)
+        for entry, name in zip(held, names, strict=True):
+            yield entry._replace(name=name.format(l=layer, e=parameter.expert))
+
+
+def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
+    """Every rank's tensors, memory-mapped. Raises `UserError` when a file is missing or is damaged."""
+    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    for path in sorted(folder.rglob("*.pt")):
+        match = re.fullmatch(layout.pattern, path.relative_to(folder).as_posix())
+        if match:
+            held = load_pt(path)
+            held = held.get(layout.key) if layout.key and isinstance(held, dict) else held
+            if not isinstance(held, dict):
+                raise UserError(f"{path} holds no table of tensors{f' under {layout.key!r}' if layout.key else ''}")
+            rank = (int(match[1]), int(match[2] or 0) if match.re.groups > 1 else 0)
+            if rank in found:
+                raise UserError(f"{folder} has two files for rank {rank[0]}, stage {rank[1]}")
+            found[rank] = dict(_flat(held))
+    if not found:
+        raise UserError(f"{folder} has no rank files ({layout.path(0, 0, 1)} and so on)")
+    tp, pp = _size(found)
+    missing = [layout.path(t, p, pp) for t in range(tp) for p in range(pp) if (t, p) not in found]
+    if missing:
+        raise UserError(f"{folder} lacks {some(missing)}: it was written for TP {tp} x PP {pp}")
+    return found
+
+
+def _flat(held: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Tables within tables, their keys joined by dots."""
+    for name, value in held.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _size(found: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    return 1 + max(t for t, _ in found), 1 + max(p for _, p in found)
+
+
+def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, found: Ranks) -> Dialect:
+    """The dialect that the names of the first rank's tensors are of. Raises `UserError` when it is none."""
+
+    def known(dialect: Dialect) -> int:
+        names = {name.format(l=0, e=0) for row in dialect.rows(config) for name in row.theirs}
+        return len(names & found[0, 0].keys())
+
+    best = max(dialects, key=known)
+    if not known(best):
+        raise UserError(f"{where} holds tensors of names that are not known here: {some(sorted(found[0, 0]))}")
+    return best
+
+
+def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> Grid:
+    """The grid that the files were written for: equal stages, and as many rows of vocabulary as the embedding has."""
+    tp, pp = _size(found)
+    embedding = next((t for name, t in found[0, 0].items() if "embedding" in name and isinstance(t, Tensor) and t.dim()), None)
+    rows = config.vocab_size if embedding is None else len(embedding) * tp
+    if rows < config.vocab_size:
+        said = f"the embedding has {rows} rows, but config.json says {config.vocab_size}: is a rank's file missing?"
+        raise UserError(f"{where}: {said}")
+    return Grid(tp, (config.num_layers // pp,) * pp, rows)
+
+
+def source(
+    kind: str, folder: Path, config: ModelConfig, theirs: dict[str, Any], found: Ranks, dialect: Dialect, grid: Grid
+) -> Source:
+    """The source that reads rank files. Raises `UserError` naming what is missing, left over, mis-shaped or contradicts itself."""
+    held: dict[str, list[tuple[str, Tensor]]] = {}
+    pieces: dict[str, list] = {}
+    firsts: dict[tuple, Tensor] = {}  # the first tensor that holds some part; others that hold the same are copies
+    for (t, p), tensors in found.items():
+        entries = list(stored(config, dialect, grid, t, p))
+        where = folder / f"(rank {t}, stage {p})" if len(found) > 1 else folder
+        check_names(where, (entry.name for entry in entries), tensors, dialect.junk)
+        for entry in entries:
+            tensor, ours = tensors[entry.name], entry.parameter.name
+            check_tensor(where, entry.name, tensor, entry.shape)
+            held.setdefault(ours, []).append((f"{entry.name} of rank {t}, stage {p}", tensor))
+            first = firsts.setdefault((ours, entry.tiles), tensor)
+            if first is tensor:
+                pieces.setdefault(ours, []).append((weights.as_matrix(tensor), entry.tiles))
+            else:
+                _check_same(folder, f"{entry.name} of rank {t}, stage {p}", tensor, first)
+    dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in weights.parameters(config)}
+    return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)
+
+
+def _check_same(folder: Path, name: str, tensor: Tensor, first: Tensor) -> None:
+    """Ranks that hold the same part hold the same bits."""
+    integers = {2: torch.int16, 4: torch.int32}[tensor.element_size()]
+    if tensor.dtype != first.dtype or not torch.equal(tensor.contiguous().view(integers), first.contiguous().view(integers)):
+        raise UserError(f"{folder}: {name} is not the copy of another rank's that it should be")

@@ -1,0 +1,105 @@
+"""Writes a source into files, by what each of their tensors holds of ours: block by block, several at a time."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ascendspeed.errors import UserError
+from ascendspeed.formats.files import PieceFile, Specs, nbytes
+from ascendspeed.formats.progress import Report
+from ascendspeed.formats.source import Source, some
+from ascendspeed.weights import Stored, Tile
+
+BLOCK = 1 << 22
+"""Bytes that are read, checked and written at a time: a processor's cache holds them."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One file to write."""
+
+    path: str
+    """Under the target's folder."""
+    holds: tuple[Stored, ...]
+    create: Callable[[Path, Specs], PieceFile]
+
+    def specs(self, source: Source, dtype: torch.dtype | None) -> Specs:
+        """Types and shapes of its tensors, cast to `dtype` when one is given."""
+        return {entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds}
+
+
+def size(source: Source, files: Iterable[File], dtype: torch.dtype | None) -> int:
+    """Bytes of all tensors in the files."""
+    return sum(nbytes(*spec) for file in files for spec in file.specs(source, dtype).values())
+
+
+def write(
+    source: Source, folder: Path, files: Sequence[File], dtype: torch.dtype | None, report: Report, allow_nan: bool = False
+) -> None:
+    """Writes every file; they are on the disk when this returns.
+
+    Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one that is too large for `dtype`.
+    """
+    with_nan: set[str] = set()
+    opened = []
+    for file in files:
+        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
+        opened.append(file.create(folder / file.path, file.specs(source, dtype)))
+    pool = ThreadPoolExecutor(workers())
+    try:
+        jobs = [
+            pool.submit(_write_one, source, target, entry, report, with_nan)
+            for file, target in zip(files, opened, strict=True)
+            for entry in file.holds
+        ]
+        for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for target in opened:
+        target.close()
+    if with_nan and not allow_nan:
+        raise UserError(f"{source.where} holds NaN in {some(sorted(with_nan))}; nothing was written (--allow-nan keeps them)")
+
+
+def workers() -> int:
+    """Threads that a conversion keeps busy: they wait for memory and for the disk, so a few are enough."""
+    return min(4, os.cpu_count() or 1)
+
+
+def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report, with_nan: set[str]) -> None:
+    dtype = target.specs[entry.name][0]
+    for tile in entry.tiles:
+        for piece in pieces(tile, source.dtypes[entry.parameter.name]):
+            block = source.block(entry.parameter.name, piece).contiguous()
+            if block.max().isnan():
+                with_nan.add(entry.name)
+            cast = _cast(entry.name, block, dtype)
+            target.write(entry.name, piece.part_row, cast)
+            report(cast.nbytes)
+    target.done(entry.name)
+
+
+def pieces(tile: Tile, dtype: torch.dtype) -> Iterable[Tile]:
+    """A tile in blocks of whole rows, of about BLOCK bytes each."""
+    most = max(1, BLOCK // (tile.columns * dtype.itemsize))
+    for at in range(0, tile.rows, most):
+        yield tile._replace(row=tile.row + at, part_row=tile.part_row + at, rows=min(most, tile.rows - at))
+
+
+def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+    """Raises `UserError` when a finite value would become infinite; NaN and infinity stay what they are."""
+    if block.dtype == dtype:
+        return block
+    cast = block.to(dtype)
+    if not (cast.max().isfinite() and cast.min().isfinite()):
+        lost = block.isfinite() & ~cast.isfinite()
+        if lost.any():
+            largest, kind = block[lost].abs().max().item(), str(dtype).removeprefix("torch.")
+            raise UserError(f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype")
+    return cast

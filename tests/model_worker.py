@@ -1,11 +1,12 @@
-"""One rank of a model test: logits, losses and gradients of every case of the job; rank 0 writes them.
+"""One rank of a model test: logits, losses and gradients of every case of the job; the last rank writes them.
 
-A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}. All cases have the same tensor-parallel size.
+A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}. All cases have the same tensor- and pipeline-parallel size.
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from ascendspeed import config, device
 
@@ -30,23 +31,72 @@ def main() -> None:
         tokens = torch.tensor(case["tokens"])
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         with torch.no_grad():
-            logits = model(inputs, None, None, runtime_gather_output=True)
-        losses = model(inputs, None, None, labels=labels)
-        losses.sum().backward()
+            logits = forward(model, run, inputs, runtime_gather_output=True)[1]
+        given, losses = forward(model, run, inputs, labels=labels)
+        backward(model, given, losses)
         tensors |= {f"{name}.logits": logits.contiguous(), f"{name}.losses": losses.detach().contiguous()}
-        named = gpt.named_parameters(model)
-        facts[name] = {
-            "shapes": {n: list(p.shape) for n, p in named.items()},
-            "finite": all(bool(p.grad.isfinite().all()) for p in named.values()),
-            "cuts": {
-                n: [p.partition_dim, p.partition_stride] if getattr(p, "tensor_model_parallel", False) else None
-                for n, p in named.items()
-            },
-        }
-    if grid.rank == 0:
+        facts[name] = facts_of(gpt.named_parameters(model))
+    everyone = grid.gather(facts)
+    if grid.rank == grid.world - 1:
         save_file(tensors, job["out"] + ".safetensors")
-        Path(job["out"]).write_text(json.dumps(facts))
+        Path(job["out"]).write_text(json.dumps({name: together([facts[name] for facts in everyone]) for name in job["cases"]}))
     parallel.destroy()
+
+
+def forward(model: Any, run: config.Run, inputs: Any, **more: Any) -> tuple[Any, Any]:
+    """What this pipeline stage was given (None: tokens), and its output: hidden states [s, b, h], of the last stage the model's."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    given = None
+    if not model.pre_process:
+        batch, length = inputs.shape
+        length //= run.parallel.tensor_model_parallel_size if run.parallel.sequence_parallel else 1
+        given = torch.empty(length, batch, run.model.hidden_size)
+        dist.recv(given, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(given.requires_grad_(torch.is_grad_enabled()))
+    out = model(inputs, None, None, **more)
+    if not model.post_process:
+        dist.send(out.detach().contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return given, out
+
+
+def backward(model: Any, given: Any, out: Any) -> None:
+    """The gradients of the sum of the last stage's output, stage by stage."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    gradient = torch.ones_like(out)
+    if not model.post_process:
+        dist.recv(gradient, parallel_state.get_pipeline_model_parallel_next_rank())
+    out.backward(gradient)
+    if given is not None:
+        dist.send(given.grad.contiguous(), parallel_state.get_pipeline_model_parallel_prev_rank())
+
+
+def facts_of(named: dict[str, Any]) -> dict[str, Any]:
+    """Of this rank's parameters: shapes, cuts, whether all gradients are finite, and those whose gradient is nowhere but 0."""
+    return {
+        "shapes": {n: list(p.shape) for n, p in named.items()},
+        "finite": all(p.grad is not None and bool(p.grad.isfinite().all()) for p in named.values()),
+        "idle": [n for n, p in named.items() if p.grad is None or not p.grad.any()],
+        "cuts": {
+            n: [p.partition_dim, p.partition_stride] if getattr(p, "tensor_model_parallel", False) else None
+            for n, p in named.items()
+        },
+    }
+
+
+def together(facts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of all ranks."""
+    return {
+        "shapes": {n: shape for one in facts for n, shape in one["shapes"].items()},
+        "finite": all(one["finite"] for one in facts),
+        "idle": sorted({n for one in facts for n in one["idle"]}),
+        "cuts": {n: cut for one in facts for n, cut in one["cuts"].items()},
+    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,8 @@ class Dialect:
     """What they say for a model, one row for each of its parameters."""
     junk: tuple[str, ...] = ()
     """Regular expressions of what carries nothing."""
+    holds: Callable[[ModelConfig, Parameter, "Grid", int], Iterable[Stored]] | None = None
+    """What a rank's tensors hold of a parameter, by the names in its `theirs`; None: what its row says (`weights.stored`)."""
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,11 @@ def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: 
             names = next(row.theirs for row in rows if row.ours == "output_layer.weight")  # the last stage has a copy
         elif where != stage:
             continue
-        held = weights.stored(config, parameter, grid.tp, rank, grid.padded_vocab)
-        for entry, name in zip(held, names, strict=True):
-            yield entry._replace(name=name.format(l=layer, e=parameter.expert))
+        local = replace(parameter, theirs=tuple(name.format(l=layer, e=parameter.expert) for name in names))
+        if dialect.holds:
+            yield from dialect.holds(config, local, grid, rank)
+        else:
+            yield from weights.stored(config, local, grid.tp, rank, grid.padded_vocab)
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -171,7 +175,7 @@ def source(
             first = firsts.setdefault((ours, entry.tiles), tensor)
             if first is tensor:
                 pieces.setdefault(ours, []).append((weights.as_matrix(tensor), entry.tiles))
-            else:
+            elif entry.tiles:  # a rank may hold nothing but padding, which is anybody's
                 _check_same(folder, f"{entry.name} of rank {t}, stage {p}", tensor, first)
     dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in weights.parameters(config)}
     return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)

@@ -712,7 +712,7 @@ def test_memory_is_about_one_tensor(tmp_path):
 def command(path: str, *args: str) -> None:
     """Runs a script's `main` here."""
     spec = importlib.util.spec_from_file_location("script", ROOT / "tools/ckpt_convert" / path)
-    script = importlib.util.module_from_spec(spec)
+    script = sys.modules["script"] = importlib.util.module_from_spec(spec)  # where its docstrings are looked up
     spec.loader.exec_module(script)
     before, sys.argv = sys.argv, [path, *map(str, args)]
     try:

@@ -11,14 +11,17 @@ from ascendspeed.formats.source import Source
 __all__ = ["HuggingFace", "RankFiles", "Source", "open_source"]
 
 
-def open_source(path: str | Path) -> Source:
-    """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged."""
+def open_source(path: str | Path, config: str | Path | None = None) -> Source:
+    """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
+
+    `config`: the folder that has its config.json and its tokenizer; None: the same one.
+    """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory")
     for module in (training, megatron, huggingface):
         if module.is_one(folder):
-            return module.open_folder(folder)
+            return module.open_folder(folder, folder if config is None else Path(config))
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ascendspeed.errors import UserError
+from ascendspeed.formats.inert import stand_ins
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The element types of weights, by their names in a safetensors header; others are refused."""
@@ -56,11 +57,12 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_pt(path: Path) -> Any:
-    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled: nothing in the file is run."""
+    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run."""
     try:
         with open(path, "rb") as file:
             is_zip = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is not, and cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with torch.serialization.safe_globals(stand_ins(path) if is_zip else []):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         said = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(

@@ -25,9 +25,9 @@ def is_one(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in WEIGHTS)
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
-    theirs, config = read_config(folder)
+    theirs, config, beside = *read_config(config), config
     tensors = _map(folder)
     entries = {parameter.name: weights.stored(config, parameter) for parameter in weights.parameters(config)}
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
@@ -36,7 +36,7 @@ def open_folder(folder: Path) -> Source:
         check_tensor(folder, name, tensors[name], shape)
     dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
     pieces = {ours: [(weights.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
-    return Source("Hugging Face directory", folder, config, theirs, dtypes, from_pieces(pieces), folder)
+    return Source("Hugging Face directory", folder, config, theirs, dtypes, from_pieces(pieces), beside)
 
 
 def _map(folder: Path) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ from ascendspeed.config import (
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row
-from ascendspeed.formats import ranks, sidecars
+from ascendspeed.formats import dialects, ranks, sidecars
 from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.ranks import Dialect, Grid, Layout
 from ascendspeed.formats.source import Source, read_config
@@ -39,7 +39,7 @@ MEGATRON = Layout(
     "Megatron rank files",
     "latest_checkpointed_iteration.txt",
     ("mp_rank_{t:02d}/model_optim_rng.pt", "mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt"),
-    r"mp_rank_(\d\d+)(?:_(\d\d\d+))?/model_optim_rng\.pt",
+    r"mp_rank_(\d\d+)(?:_(\d\d\d+))?/model_(?:optim_)?rng\.pt",
     "model",
     {"checkpoint_version": 3.0, "iteration": 0},
 )
@@ -51,33 +51,50 @@ def _our_names(config: ModelConfig) -> Iterator[Row]:
 
 
 MCORE = Dialect("Megatron-core", _our_names, junk=(r".*\._extra_state",))
-DIALECTS = (MCORE,)
+DIALECTS = (MCORE, *dialects.OTHERS)
 """Names that rank files may have; the first is the one that is written."""
 
 
 def is_one(folder: Path) -> bool:
-    """Whether a folder has the tracker of one of the layouts."""
+    """Whether a folder has the tracker of one of the layouts, or the files of one iteration."""
     return _layout_of(folder) is not None
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     layout = _layout_of(folder)
-    theirs, config = read_config(folder)
     iteration = _iteration(folder, layout)
+    if iteration == folder == config and not (config / "config.json").is_file():
+        config = folder.parent  # the folder of one iteration was named
+    theirs, config, beside = *read_config(config), config
+    _check_sharded(iteration)
     held = ranks.read(iteration, layout)
     grid = ranks.grid_of(iteration, layout, held, config)
     check_tensor_parallel(config, grid.tp)
     check_pipeline_parallel(config, grid.pp)
-    kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}"
-    return ranks.source(kind, folder, config, theirs, held, ranks.recognise(iteration, DIALECTS, config, held), grid)
+    dialect = ranks.recognise(iteration, DIALECTS, config, held)
+    kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
+    return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside)
 
 
 def _layout_of(folder: Path) -> Layout | None:
-    return next((layout for layout in (MEGATRON, DEEPSPEED) if (folder / layout.tracker).is_file()), None)
+    layouts = (MEGATRON, DEEPSPEED)
+    marks = {(layout.tracker, *(layout.path(0, 0, pp) for pp in (1, 2))): layout for layout in layouts}
+    return next((layout for names, layout in marks.items() if any((folder / name).is_file() for name in names)), None)
+
+
+def _check_sharded(iteration: Path) -> None:
+    """Raises `UserError` for a checkpoint of Megatron-core's own sharded format: its index is a pickle."""
+    if (iteration / ".metadata").exists() or any(iteration.glob("*.distcp")):
+        raise UserError(
+            f"{iteration} is in Megatron's torch_dist format, which is not read here: let Megatron-LM write rank files first "
+            "(--ckpt-convert-format torch --ckpt-convert-save DIR)"
+        )
 
 
 def _iteration(folder: Path, layout: Layout) -> Path:
+    if not (folder / layout.tracker).exists():
+        return folder
     try:
         name = (folder / layout.tracker).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:

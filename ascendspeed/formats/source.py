@@ -78,7 +78,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """The config.json of a folder, as it stands and as ours. Raises `UserError`."""
     path = folder / "config.json"
     if not path.is_file():
-        raise UserError(f"{folder} has no config.json: copy the one of the Hugging Face model there")
+        raise UserError(
+            f"{folder} has no config.json: copy the one of the Hugging Face model there, or name its folder (--config DIR)"
+        )
     theirs = read_json(path)
     if not isinstance(theirs, dict):
         raise UserError(f"{path} is not a table")

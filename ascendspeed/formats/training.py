@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import checkpoint, weights
+from ascendspeed.errors import UserError
 from ascendspeed.formats.source import Source, check_names, read_config
 from ascendspeed.weights import Cut, Tile
 
@@ -16,8 +17,12 @@ def is_one(folder: Path) -> bool:
     return checkpoint.looks_like_checkpoint(folder)
 
 
-def open_folder(folder: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> Source:
     """The newest good checkpoint in a folder, verified; tokenizer and token ids are those of the run's tokenizer folder."""
+    if config != folder:
+        raise UserError(
+            f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer names a tokenizer)"
+        )
     opened = checkpoint.open_checkpoint(folder)
     shapes = {parameter.name: parameter.shape for parameter in weights.parameters(opened.config)}
     check_names(opened.path, shapes, opened.names(), of="the model of its run.json")

@@ -1,0 +1,64 @@
+"""What the published converters had to be told about a model. Here config.json says it; what is said beside it is checked."""
+
+from dataclasses import dataclass
+
+from ascendspeed import families
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+
+
+@dataclass(frozen=True)
+class Claims:
+    """Flags that name the architecture: none is needed, and one that contradicts config.json is an error."""
+
+    type: str | None = None
+    """Size of the model (7B, 20B, ...): checked against config.json."""
+    bias: bool = False
+    """The attention has biases: checked against config.json."""
+    num_layers: int | None = None
+    """Checked against config.json, as are the next three."""
+    num_heads: int | None = None
+    """Attention heads."""
+    num_kv_heads: int | None = None
+    """Key/value heads."""
+    hidden_size: int | None = None
+    """Width of the model."""
+    added_token_num: int = 0
+    """Tokens added to the vocabulary: only 0, see the error."""
+    merge_mlp: bool = False
+    """Accepted; gate and up projection always lie in one tensor in Megatron-core."""
+
+    def check(self, where: str, config: ModelConfig) -> None:
+        """Raises `UserError` when a flag contradicts the `config` of the model in `where`, naming both."""
+        refuse(
+            where,
+            {
+                "--num_layers": (self.num_layers, config.num_layers),
+                "--num_heads": (self.num_heads, config.num_attention_heads),
+                "--num_kv_heads": (self.num_kv_heads, config.kv_heads),
+                "--hidden_size": (self.hidden_size, config.hidden_size),
+                "--bias": (self.bias or None, config.add_qkv_bias and config.add_dense_bias),
+                **self._size(config),
+            },
+        )
+        if self.added_token_num:
+            raise UserError(
+                f"--added-token-num {self.added_token_num} would make another model, and a conversion changes nothing: "
+                "resize the Hugging Face model (resize_token_embeddings), save it, and convert that"
+            )
+        if self.merge_mlp:
+            print("--merge-mlp changes nothing: Megatron-core always holds gate and up projection in one tensor")
+
+    def _size(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
+        if self.type is None:
+            return {}
+        preset = families.preset(f"{config.family}-{self.type.lower()}")
+        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+        return {f"--type {self.type}: {name}": (getattr(preset, name), getattr(config, name)) for name in sizes}
+
+
+def refuse(where: str, said: dict[str, tuple[object, object]], by: str = "config.json") -> None:
+    """Raises `UserError` naming every flag of `said` whose value, if it has one, is not the one that `by` says."""
+    wrong = [f"{flag} {mine}, {by} {theirs}" for flag, (mine, theirs) in said.items() if mine is not None and mine != theirs]
+    if wrong:
+        raise UserError(f"{where} is another model: {'; '.join(wrong)}")

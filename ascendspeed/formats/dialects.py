@@ -1,0 +1,77 @@
+"""The names that other programs gave to the parameters in their rank files: a table each.
+
+What a tensor holds is the same under every name: `query_key_value` lies per key/value group [q..., k, v] (Megatron's order since
+version 2 of its checkpoints), `mlp.proj` and Megatron's `dense_h_to_4h` are [gate; up] on each rank. Only AscendSpeed's
+`dense_h_to_4h` beside a `gate_proj` is up alone.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from ascendspeed.config import ModelConfig
+from ascendspeed.families import FAMILIES, Row
+from ascendspeed.formats.ranks import Dialect
+
+Names = Mapping[str, tuple[str, ...]]
+"""Our name -> theirs: one for each block, or one that holds them all."""
+JUNK = (r"(.*\.)?_extra_state", r".*rotary_(pos_)?emb\.inv_freq")
+LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "self_attention.", "mlp."))
+
+
+def rows(config: ModelConfig, names: Names) -> Iterator[Row]:
+    """The rows of a model under `names`; what is not there keeps our name."""
+    for row in FAMILIES[config.family].rows:
+        yield replace(row, theirs=names.get(row.ours, (row.ours,)), fuse=row.fuse if row.fuse == "glu" else "one")
+
+
+def dialect(program: str, names: Names) -> Dialect:
+    """The dialect that differs from ours in `names`."""
+    return Dialect(program, lambda config: rows(config, names), JUNK)
+
+
+def _names(layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down: str, ends: tuple[str, str, str]) -> Names:
+    """`layer`: what stands before a layer's modules; `norm`: what their norms are called; `ends`: embedding, final norm, head."""
+    modules = {
+        "embedding.word_embeddings": (ends[0],),
+        LAYER + "input_layernorm": (f"{layer}input_{norm}",),
+        ATTENTION + "linear_qkv": (f"{layer}{attention}.query_key_value",),
+        ATTENTION + "linear_proj": (f"{layer}{attention}.dense",),
+        LAYER + "pre_mlp_layernorm": (f"{layer}post_attention_{norm}",),
+        MLP + "linear_fc1": tuple(f"{layer}mlp.{name}" for name in gate_up),
+        MLP + "linear_fc2": (f"{layer}mlp.{down}",),
+        "decoder.final_layernorm": (ends[1],),
+        "output_layer": (ends[2],),
+    }
+    return {f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in found) for ours, found in modules.items() for kind in KINDS}
+
+
+KINDS = ("weight", "bias")
+
+
+def _nested(norm: str, *gate_up: str) -> Names:
+    """Megatron-LM before Megatron-core, and what was built on it."""
+    top, inner = "language_model.", "language_model.encoder."
+    ends = (top + "embedding.word_embeddings", f"{inner}final_{norm}", top + "output_layer")
+    return _names(inner + "layers.{l}.", "self_attention", norm, gate_up, "dense_4h_to_h", ends)
+
+
+def _flat(*gate_up: str) -> Names:
+    """AscendSpeed's first Llama."""
+    ends = ("embedding.word_embeddings", "language_model.final_layernorm", "lm_head.lm_head")
+    return _names("language_model.layers.{l}.", "attention", "layernorm", gate_up, "down_proj", ends)
+
+
+TRANSFORMER_ENGINE = {
+    LAYER + "input_layernorm.weight": (ATTENTION + "linear_qkv.layer_norm_weight",),
+    LAYER + "pre_mlp_layernorm.weight": (MLP + "linear_fc1.layer_norm_weight",),
+}
+OTHERS = (
+    dialect("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE),
+    dialect("Megatron-LM before Megatron-core, ModelLink", _nested("norm", "dense_h_to_4h")),
+    dialect("Megatron-LM until 2023", _nested("layernorm", "dense_h_to_4h")),
+    dialect("AscendSpeed and ModelLink around 2024", _nested("layernorm", "gate_proj", "dense_h_to_4h")),
+    dialect("AscendSpeed and ModelLink around 2024, --merge-mlp", _nested("layernorm", "proj")),
+    dialect("AscendSpeed of 2023", _flat("gate_proj", "up_proj")),
+    dialect("AscendSpeed of 2023, --merge-mlp", _flat("proj")),
+)
+"""All dialects but Megatron-core's own; they are read, not written."""

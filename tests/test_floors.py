@@ -24,6 +24,7 @@ FLOORS = {
     "tokenizer": 1,
     "plan": 2,
     "flags": 2,
+    "claims": 2,
     "kernels": 2,
     "parallel": 2,
     "data": 2,

@@ -1,6 +1,6 @@
 """One rank of a model test: logits, losses and gradients of every case of the job; the last rank writes them.
 
-A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}. All cases have the same tensor- and pipeline-parallel size.
+A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}; cases of one layout are best named one after the other.
 """
 
 import json
@@ -17,15 +17,19 @@ def main() -> None:
     here = device.prepare("cpu")
 
     import torch
+    from megatron.core import parallel_state
     from safetensors.torch import load_file, save_file
 
     from ascendspeed import parallel
     from ascendspeed.model import gpt, spec
 
-    tensors, facts = {}, {}
+    tensors, facts, before = {}, {}, ()
     for name, case in job["cases"].items():
         run = config.from_dict(case["run"])
-        grid = parallel.initialize(here, run.parallel, seed=1)
+        layout = (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size)
+        if layout != before:
+            parallel_state.destroy_model_parallel()
+        before, grid = layout, parallel.initialize(here, run.parallel, seed=1)
         model = gpt.build(run.model, run.parallel, spec.transformer_config(run.model, run.parallel, run.train)).eval()
         gpt.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
         tokens = torch.tensor(case["tokens"])

@@ -1,14 +1,19 @@
 """The independent reference: a plain torch loop over Hugging Face's model, one process, none of the project's model code."""
 
+import re
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig
+from ascendspeed.families import FAMILIES
 
 
 def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
@@ -36,6 +41,107 @@ def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str,
     assert model.add_qkv_bias == model.add_dense_bias
     assert left.missing_keys == (["lm_head.weight"] if model.tie_embeddings else []), left
     return reference
+
+
+def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A Hugging Face model with random weights, biases and norms random too, and these as the family's checkpoints name them.
+
+    A family that transformers knows is built from the config.json that we write, and named by its `save_pretrained`. The others,
+    and biases that it cannot part, are a Llama: what makes them one is written out here, and owes nothing to the family's rows.
+    """
+    known = model.family not in RENAMED and (not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias)
+    config = AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
+    reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    randomize(reference, model, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        reference.save_pretrained(folder)
+        named = load_file(Path(folder) / "model.safetensors")
+    return reference, RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(named, model, reference)
+
+
+def as_llama(model: ModelConfig) -> LlamaConfig:
+    """The dense families in the words of `LlamaConfig`."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
+    if model.rope_scaling_type != "none":
+        rope |= {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
+    return LlamaConfig(
+        num_hidden_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        vocab_size=model.vocab_size,
+        max_position_embeddings=model.max_position_embeddings,
+        rms_norm_eps=model.norm_epsilon,
+        rope_parameters=rope,
+        attention_bias=model.add_qkv_bias or model.add_dense_bias,
+        mlp_bias=model.add_mlp_bias,
+        tie_word_embeddings=model.tie_embeddings,
+    )
+
+
+@torch.no_grad()
+def randomize(reference: PreTrainedModel, model: ModelConfig, seed: int) -> None:
+    """Matrices normal(0, std); what is added to biases and norms is too. Biases that the model lacks are 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in reference.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() > 1:
+            parameter.copy_(noise * model.init_method_std)
+        elif "self_attn" in name and not (model.add_dense_bias if "o_proj" in name else model.add_qkv_bias):
+            parameter.zero_()
+        else:
+            parameter.add_(0.1 * noise)
+
+
+def without_zeros(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the biases that the model lacks."""
+    return {name: tensor for name, tensor in named.items() if tensor.any()}
+
+
+def internlm(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
+    """InternLM's first names are Llama's."""
+    return without_zeros(named)
+
+
+def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
+    """Names of its own; wqkv holds, for each key/value head, the query heads that it serves, then k, then v."""
+    words = {
+        "embed_tokens": "tok_embeddings",
+        "lm_head": "output",
+        "input_layernorm": "attention_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.o_proj": "attention.wo",
+        "mlp.gate_proj": "feed_forward.w1",
+        "mlp.up_proj": "feed_forward.w3",
+        "mlp.down_proj": "feed_forward.w2",
+    }
+    found = {}
+    for name, tensor in without_zeros(named).items():
+        if "q_proj" in name:
+            q, k, v = (named[name.replace("q_proj", f"{x}_proj")].split(model.head_dim) for x in "qkv")
+            heads = [head for i in range(len(k)) for head in (*q[i * len(q) // len(k) : (i + 1) * len(q) // len(k)], k[i], v[i])]
+            found[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(heads)
+        elif not re.search("[kv]_proj", name):
+            old = next((old for old in words if old in name), "")
+            found[name.replace(old, words[old]) if old else name] = tensor
+    return found
+
+
+@torch.no_grad()
+def baichuan(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
+    """W_pack is q, then k, then v; the rows of the head have some length in the checkpoint, and length 1 when they are used."""
+    found = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
+    for layer in range(model.num_layers):
+        where = f"model.layers.{layer}.self_attn."
+        found[where + "W_pack.weight"] = torch.cat([named[f"{where}{x}_proj.weight"] for x in "qkv"])
+    for row in reference.lm_head.weight:
+        row.div_(row.pow(2).sum().sqrt())
+    return found
+
+
+RENAMED = {"internlm": internlm, "internlm2": internlm2, "baichuan": baichuan}
 
 
 def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The model against Hugging Face and InternLM's original code: logits, losses, layouts, rope, dropout, padding, random weights."""
+"""The model against Hugging Face: losses, rope, types, dropout, padding, random weights. Its families: test_family_models.py."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -7,11 +7,11 @@ import launch
 import oracle
 import pytest
 import torch
-from conftest import SHARED
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import config, formats, weights
+from ascendspeed import config, weights
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.families import FAMILIES, PRESETS
 
 INTERNLM = ModelConfig(
     num_layers=2,
@@ -99,90 +99,49 @@ def test_a_plainly_concatenated_qkv_is_seen(cpu):
     assert (ours(cpu, INTERNLM, wrong)(tokens, None, None)[..., :125] - expected).abs().max() > 0.1
 
 
-def case(layout: ParallelConfig, model: ModelConfig) -> Case:
-    return Case(layout, model, tensors_of(model), tokens_of(model, 33))
+ROPES = [  # every spelling of config.json, and what Hugging Face calls it
+    ("internlm", {"rotary": {"base": 20000, "type": "dynamic"}}, ("dynamic", 20000.0, 1.0)),
+    ("internlm", {"rotary": {"base": 20000, "type": "dynamic", "scaling_factor": 3}}, ("dynamic", 20000.0, 3.0)),
+    ("internlm", {"rotary": {"base": 20000, "type": "linear", "scaling_factor": 2.0}}, ("linear", 20000.0, 2.0)),
+    ("internlm", {"rotary": {"base": 20000, "type": "origin"}}, ("default", 20000.0, 1.0)),
+    ("internlm", {"rotary": None}, ("dynamic", 10000.0, 1.0)),
+    ("internlm2", {"rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("dynamic", 1e6, 2.0)),
+    ("internlm2", {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}}, ("linear", 1e6, 2.0)),
+    ("internlm2", {"rope_theta": 1000000, "rope_scaling": None}, ("default", 1e6, 1.0)),
+    ("internlm3", {"rope_theta": 50000000, "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, ("dynamic", 5e7, 6.0)),
+    ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ("linear", 5e5, 4.0)),
+    ("llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 2.0}}, ("dynamic", 5e5, 2.0)),
+]
+SHAPE = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 125}
 
 
-def original(tp: int) -> dict[str, Case]:
-    """The fixtures' checkpoint and its tokens: short, as long as it was trained (64), and longer."""
-    if not (SHARED / "internlm").is_dir():
-        return {}
-    source = formats.open_source(SHARED / "internlm")
-    tensors, known = dict(source.tensors()), load_file(SHARED / "internlm" / "reference.safetensors")
-    ids = {name: torch.atleast_2d(known[f"ids_{name}"]) for name in ("short", "full", "long")}
-    return {n: Case(ParallelConfig(tp), source.config, tensors, torch.cat([i, i[:, :1]], 1)) for n, i in ids.items()}
+@pytest.mark.parametrize("length", [24, 32, 33, 48])
+@pytest.mark.parametrize(("family", "spelling", "meaning"), ROPES, ids=str)
+def test_rope_equals_hugging_face(cpu, family, spelling, meaning, length):
+    """Within the trained length (32) and up to one and a half of it, as config.json spells it."""
+    theirs = SHAPE | {"model_type": family, "max_position_embeddings": 32, "bias": False} | spelling
+    read = replace(FAMILIES[family].read_config(theirs), family="llama", init_method_std=0.1, norm_epsilon=1e-6)
+    tensors, tokens, (kind, base, factor) = tensors_of(read), tokens_of(read, length), meaning
+    rope = {"rope_type": kind, "rope_theta": base} | ({} if kind == "default" else {"factor": factor})
+    expected = oracle.hugging_face(read, tensors, rope=rope)(tokens).logits
+    assert (ours(cpu, read, tensors)(tokens, None, None)[..., :125] - expected).abs().max() < 2e-5
+    if kind == "linear" or (kind == "dynamic" and length > 32):  # control: without scaling it is another model
+        plain = replace(read, rope_scaling_type="none")
+        assert (ours(cpu, plain, tensors)(tokens, None, None)[..., :125] - expected).abs().max() > (1e-2 if length > 33 else 1e-4)
 
 
-LAYOUTS = {
-    "tp2": case(ParallelConfig(2), INTERNLM),
-    "tp2-sp": case(ParallelConfig(2, sequence_parallel=True), INTERNLM),
-    "tp2-gqa": case(ParallelConfig(2), GROUPED),
-    "tp4-two-groups": case(ParallelConfig(4), GROUPED),
-}
-
-
-@pytest.fixture(scope="module")
-def parallel_results(tmp_path_factory):
-    """Every tensor-parallel case, one start of processes per size."""
-    two = {name: c for name, c in LAYOUTS.items() if c.layout.tensor_model_parallel_size == 2} | original(2)
-    four = {name: c for name, c in LAYOUTS.items() if c.layout.tensor_model_parallel_size == 4}
-    return under(two, 2, tmp_path_factory.mktemp("tp2")) | under(four, 4, tmp_path_factory.mktemp("tp4"))
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_tensor_parallel_equals_hugging_face(parallel_results, name):
-    c, (logits, losses, padding, facts) = LAYOUTS[name], parallel_results[name]
-    theirs = oracle.hugging_face(c.model, c.tensors)
-    assert (logits - theirs(c.tokens[:, :-1]).logits).abs().max() < 2e-5
-    assert (losses - oracle.token_losses(theirs, c.tokens[:, :-1], c.tokens[:, 1:])).abs().max() < 2e-5
-    assert facts["finite"]
-    assert padding.numel()
-    assert (padding == -1e9).all()  # never sampled, never in the softmax
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_parameters_are_those_of_the_rows(parallel_results, name):
-    """Names, shapes and cuts of the built model are what the family's rows say."""
-    c, facts = LAYOUTS[name], parallel_results[name][3]
-    padded = config.padded_vocab_size(c.model, c.layout)
-    cuts = {p.name: p.cut(c.layout.tensor_model_parallel_size, padded) for p in weights.parameters(c.model)}
-    assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}
-    assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}
-
-
-@pytest.mark.usefixtures("reference")
-@pytest.mark.parametrize("name", ["short", "full", "long"])
-def test_the_original_code_gives_the_same_logits(cpu, parallel_results, name):
-    """The fixtures' logits came from InternLM's own modeling code; beyond the trained length its rope is rescaled."""
-    c = original(1)[name]
-    expected = load_file(SHARED / "internlm" / "reference.safetensors")[f"logits_{name}"]
-    mine = ours(cpu, c.model, c.tensors)(c.tokens[:, :-1].contiguous(), None, None)[..., : c.model.vocab_size]
-    assert (mine - expected.view_as(mine)).abs().max() < 1e-4
-    assert (parallel_results[name][0] - expected.view_as(mine)).abs().max() < 1e-4
-
-
-def test_dynamic_rope_equals_hugging_face_beyond_the_trained_length(cpu):
-    model = replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0)
-    tensors, tokens = tensors_of(model), tokens_of(model, 48)
-    scaled = oracle.hugging_face(model, tensors, rope={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
-    mine = ours(cpu, model, tensors)(tokens, None, None)[..., :125]
-    assert (mine - scaled(tokens).logits).abs().max() < 2e-5
-    plain = oracle.hugging_face(model, tensors)(tokens).logits
-    assert (mine - plain).abs().max() > 1e-2  # control: without scaling it is another model
-
-
-def test_linear_rope_equals_hugging_face(cpu):
-    model = replace(INTERNLM, rope_scaling_type="linear", rope_scaling_factor=4.0)
-    tensors, tokens = tensors_of(model), tokens_of(model)
-    scaled = oracle.hugging_face(model, tensors, rope={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
-    assert (ours(cpu, model, tensors)(tokens, None, None)[..., :125] - scaled(tokens).logits).abs().max() < 2e-5
-
-
-def test_bf16_is_no_worse_than_hugging_face(cpu):
-    tensors, tokens = tensors_of(INTERNLM), tokens_of(INTERNLM)
-    exact = oracle.hugging_face(INTERNLM, tensors)(tokens).logits
-    theirs = oracle.hugging_face(INTERNLM, tensors).bfloat16()(tokens).logits.float()
-    mine = ours(cpu, INTERNLM, tensors, "bf16")(tokens, None, None)[..., :125].float()
+@pytest.mark.parametrize("family", ["internlm", "gemma", "baichuan"])
+def test_bf16_is_no_worse_than_hugging_face(cpu, family):
+    model = replace(
+        PRESETS[{"baichuan": "baichuan2"}.get(family, family) + "-tiny"], num_layers=2, vocab_size=125, init_method_std=0.1
+    )
+    reference, published = oracle.native(model)
+    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    tokens = tokens_of(model)
+    with torch.no_grad():
+        exact = reference(tokens).logits
+        theirs = reference.bfloat16()(tokens).logits.float()
+        mine = ours(cpu, model, tensors, "bf16")(tokens, None, None)[..., :125].float()
     assert 0 < (mine - exact).abs().mean() < 2 * (theirs - exact).abs().mean()
     assert (mine - exact).abs().max() < 2 * (theirs - exact).abs().max()
 

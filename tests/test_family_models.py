@@ -1,0 +1,265 @@
+"""Every family's model against Hugging Face's, in every layout: names, logits, losses, gradients; and mistakes that must be seen.
+
+A family is found by its preset whose name ends in -tiny.
+"""
+
+from dataclasses import replace
+from functools import cache
+
+import oracle
+import pytest
+import torch
+from conftest import SHARED
+from safetensors.torch import load_file
+from test_model import Case, under
+
+from ascendspeed import config, families, weights
+from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.families import FAMILIES, PRESETS
+
+TRAINED, LONG = 32, 48  # positions of the models, and of the tokens: half as many again
+TINY = {c.family: c for name, c in PRESETS.items() if name.endswith("-tiny")}
+
+
+def shrunk(model: ModelConfig, **changes) -> ModelConfig:
+    """Two layers of weights that are large enough for logits to say something."""
+    return replace(model, num_layers=2, vocab_size=125, max_position_embeddings=TRAINED, init_method_std=0.1, **changes)
+
+
+MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
+    "internlm-no-bias": shrunk(TINY["internlm"], add_qkv_bias=False, add_dense_bias=False),
+    "internlm2-bias": shrunk(TINY["internlm2"], add_qkv_bias=True, add_dense_bias=True),
+    "internlm3-bias": shrunk(TINY["internlm3"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True),
+    "internlm3-bias-but-qkv": shrunk(TINY["internlm3"], add_dense_bias=True, add_mlp_bias=True),
+    "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True, rope_scaling_type="linear",
+        rope_scaling_factor=4.0),
+    "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
+}  # fmt: skip
+
+
+@cache
+def theirs(name: str):
+    """Hugging Face's model, our tensors made of its checkpoint, and what it says: logits and losses."""
+    model = MODELS[name]
+    reference, published = oracle.native(model)
+    assert {n for p in weights.parameters(model) for n in p.theirs} == set(published)  # names that are right, none left over
+    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    with torch.no_grad():
+        logits = reference(tokens()[:, :-1]).logits
+        losses = oracle.token_losses(reference, tokens()[:, :-1], tokens()[:, 1:])
+    assert logits.std() > 0.2
+    return published, tensors, logits, losses
+
+
+def tokens(length: int = LONG) -> torch.Tensor:
+    return torch.randint(0, 125, (2, length + 1), generator=torch.Generator().manual_seed(3))
+
+
+def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None) -> torch.Tensor:
+    from ascendspeed.model import gpt, spec
+
+    layout = ParallelConfig()
+    built = gpt.build(model, layout, spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)).eval()
+    gpt.fill(built, model, layout, tensors.items())
+    with torch.no_grad():
+        return built(tokens()[:, :-1].contiguous(), None, None)[..., :125]
+
+
+def off(name: str, tensors: dict | None = None, kernels=None, **changes) -> float:
+    """Largest difference of our logits from Hugging Face's, with other tensors or a model that is not the same."""
+    _, right, logits, _ = theirs(name)
+    return float((logits_of(replace(MODELS[name], **changes), tensors or right, kernels) - logits).abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_a_tiny_preset(family):
+    assert family in TINY
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.usefixtures("cpu")
+def test_logits_equal_hugging_face(name):
+    assert off(name) < 2e-5
+
+
+# --- layouts ----------------------------------------------------------------------------------------------------------------
+
+
+LAYOUTS = {  # by the number of ranks
+    2: {"tp2": ParallelConfig(2), "tp2-sp": ParallelConfig(2, sequence_parallel=True), "pp2": ParallelConfig(1, 2)},
+    4: {"tp4": ParallelConfig(4), "tp4-sp": ParallelConfig(4, sequence_parallel=True), "tp2-pp2": ParallelConfig(2, 2)},
+}
+EVERYWHERE = ("internlm", "internlm3-bias", "gemma")  # between them all that a layout can touch
+
+
+def runs(name: str, parallel: ParallelConfig) -> bool:
+    """Experts are trained under sequence parallel only; of the dense models some are enough to try what others share."""
+    tp, pp, sp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.sequence_parallel
+    if MODELS[name].num_experts:
+        return (tp > 1) == sp
+    return name in EVERYWHERE or not (sp or tp * pp > max(tp, pp))
+
+
+CASES = [
+    (name, layout)
+    for layouts in LAYOUTS.values()
+    for layout, parallel in layouts.items()
+    for name in MODELS
+    if runs(name, parallel)
+]
+
+
+def original(family: str) -> dict[str, tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
+    """The fixtures' checkpoint of InternLM's own code, its tokens (short, as long as it was trained, longer) and logits."""
+    if not (SHARED / family).is_dir():
+        return {}
+    model, known = families.read_config(SHARED / family / "config.json"), load_file(SHARED / family / "reference.safetensors")
+    published = {n: t for shard in (SHARED / family).glob("model-*.safetensors") for n, t in load_file(shard).items()}
+    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    ids = {name: torch.atleast_2d(known[f"ids_{name}"]) for name in ("short", "full", "long")}
+    return {n: (model, tensors, torch.cat([i, i[:, :1]], 1), known[f"logits_{n}"].view(*i.shape, -1)) for n, i in ids.items()}
+
+
+ORIGINAL = [(family, length) for family in ("internlm", "internlm2") for length in ("short", "full", "long")]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Every case of every layout: one start of processes for each number of ranks."""
+    found = {}
+    for world, layouts in LAYOUTS.items():
+        cases = {
+            f"{name}.{layout}": Case(layouts[layout], MODELS[name], theirs(name)[1], tokens())
+            for layout in layouts
+            for name, of in CASES
+            if of == layout
+        }
+        plain = f"tp{world}"
+        for family in ("internlm", "internlm2"):
+            for n, (model, tensors, ids, _) in original(family).items():
+                cases[f"{family}-original-{n}.{plain}"] = Case(layouts[plain], model, tensors, ids)
+        found |= under(cases, world, tmp_path_factory.mktemp(plain))
+    return found
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_every_layout_equals_hugging_face(results, name, layout):
+    logits, losses, padding, facts = results[f"{name}.{layout}"]
+    _, _, right, right_losses = theirs(name)
+    assert (logits - right).abs().max() < 2e-5
+    assert (losses - right_losses).abs().max() < 2e-5
+    assert facts["finite"]  # every parameter has a gradient
+    assert padding.numel()
+    assert (padding == -1e9).all()  # never sampled, never in the softmax
+
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
+def test_parameters_are_those_of_the_rows(results, name, layout):
+    """Names, shapes and cuts of the built model are what the family's rows say."""
+    facts, model = results[f"{name}.{layout}"][3], MODELS[name]
+    parallel = next(layouts[layout] for layouts in LAYOUTS.values() if layout in layouts)
+    tp, padded = parallel.tensor_model_parallel_size, config.padded_vocab_size(model, parallel)
+    cuts = {p.name: p.cut(tp, padded) for p in weights.parameters(model)}
+    if model.tie_embeddings and parallel.pipeline_model_parallel_size > 1:
+        cuts["output_layer.weight"] = cuts["embedding.word_embeddings.weight"]  # the last stage's copy
+    assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}
+    assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}
+
+
+@pytest.mark.usefixtures("reference", "cpu")
+@pytest.mark.parametrize(("family", "length"), ORIGINAL)
+def test_the_original_code_gives_the_same_logits(results, family, length):
+    """The fixtures' logits came from InternLM's own modeling code; beyond the trained length its rope is rescaled."""
+    from ascendspeed.model import gpt, spec
+
+    model, tensors, ids, expected = original(family)[length]
+    built = gpt.build(model, ParallelConfig(), spec.transformer_config(model, ParallelConfig(), TrainConfig())).eval()
+    gpt.fill(built, model, ParallelConfig(), tensors.items())
+    with torch.no_grad():
+        alone = built(ids[:, :-1].contiguous(), None, None)[..., : model.vocab_size]
+    for mine in (alone, results[f"{family}-original-{length}.tp2"][0], results[f"{family}-original-{length}.tp4"][0]):
+        assert (mine - expected).abs().max() < 1e-4
+
+
+# --- mistakes that must be seen ---------------------------------------------------------------------------------------------
+
+
+def swapped(published: dict, one: str, other: str) -> dict:
+    return {n: published[n.replace(one, "\0").replace(other, one).replace("\0", other)] for n in published}
+
+
+def plain_qkv(published: dict, name: str) -> dict:
+    """[q; k; v] one after the other, where the checkpoint has them per key/value head."""
+    model, changed = MODELS[name], dict(published)
+    groups, d = model.kv_heads, model.head_dim
+    for wqkv in (n for n in published if "wqkv" in n):
+        parts = published[wqkv].unflatten(0, (groups, -1)).split([model.num_attention_heads // groups * d, d, d], 1)
+        changed[wqkv] = torch.cat([part.flatten(0, 1) for part in parts])
+    return changed
+
+
+def interleaved_qkv(published: dict, name: str) -> dict:
+    """Per head, where the checkpoint has [q; k; v] one after the other."""
+    packs = (n for n in published if "W_pack" in n)
+    heads = MODELS[name].num_attention_heads
+    return published | {n: torch.cat([x.unflatten(0, (heads, -1)) for x in published[n].chunk(3)], 1).flatten(0, 1) for n in packs}
+
+
+def no_bias(published: dict, which: str) -> dict:
+    return {n: t * 0 if n.endswith(which + ".bias") else t for n, t in published.items()}
+
+
+MISTAKES = {
+    "internlm: no bias on o": ("internlm", lambda p: no_bias(p, "o_proj")),
+    "internlm: no bias on v": ("internlm", lambda p: no_bias(p, "v_proj")),
+    "internlm: gate and up swapped": ("internlm", lambda p: swapped(p, "gate_proj", "up_proj")),
+    "internlm2: w1 and w3 swapped": ("internlm2", lambda p: swapped(p, "w1", "w3")),
+    "internlm2: wqkv split plainly": ("internlm2", lambda p: plain_qkv(p, "internlm2")),
+    "internlm2: bias of wqkv split plainly": (
+        "internlm2-bias",
+        lambda p: p | {n: t for n, t in plain_qkv(p, "internlm2").items() if n.endswith(".bias")},
+    ),
+    "internlm3: no bias on gate": ("internlm3-bias", lambda p: no_bias(p, "gate_proj")),
+    "internlm3: no bias on down": ("internlm3-bias", lambda p: no_bias(p, "down_proj")),
+    "qwen2: no bias on q": ("qwen2", lambda p: no_bias(p, "q_proj")),
+    "baichuan: W_pack split per head": ("baichuan", lambda p: interleaved_qkv(p, "baichuan")),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.usefixtures("cpu")
+def test_a_wrong_reading_of_the_checkpoint_is_seen(mistake):
+    name, change = MISTAKES[mistake]
+    wrong = change(theirs(name)[0])
+    assert off(name, {p.name: weights.join(MODELS[name], p, wrong) for p in weights.parameters(MODELS[name])}) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("internlm", {"rope_scaling_type": "none"}),
+        ("internlm2", {"rope_scaling_type": "none"}),
+        ("internlm3", {"rope_scaling_factor": 1.0}),
+        ("llama-bias", {"rope_scaling_type": "none"}),
+        ("gemma", {"zero_centered_norm": False}),
+        ("gemma", {"scale_embeddings": False}),
+        ("gemma", {"activation": "silu"}),
+        ("baichuan", {"normalize_head": False}),
+        ("qwen2", {"norm_epsilon": 1e-2}),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("cpu")
+def test_a_model_that_is_not_the_same_is_seen(name, changes):
+    assert off(name, **changes) > 1e-3
+
+
+@pytest.mark.usefixtures("cpu")
+def test_the_other_gelu_is_seen():
+    from ascendspeed.kernels import Kernels
+
+    def erf(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, -1)
+        return torch.nn.functional.gelu(gate) * up
+
+    assert off("gemma", kernels=Kernels(geglu=erf)) > 1e-4

@@ -331,3 +331,69 @@ def test_what_could_run_code_is_refused_by_name(tmp_path):
     pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))  # control: it is armed
     assert (tmp_path / "ran").exists()
     assert path.exists()
+
+
+# --- what lies about the files -----------------------------------------------------------------------------------------------
+
+
+def test_interleaved_pipeline(tmp_path):
+    """`model0`, `model1`: two chunks on each of two stages hold the layers 0, 2 and 1, 3."""
+    tensors = old_folder(tmp_path / "old", "Megatron-core", "internlm", 2, 4)
+    release = tmp_path / "old/release"
+    for t in range(2):
+        stages = [release / f"mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt" for p in range(4)]
+        held = [torch.load(path, weights_only=True)["model"] for path in stages]
+        for p in range(2):
+            torch.save({"checkpoint_version": 3.0, "model0": held[p], "model1": held[p + 2]}, stages[p])
+            stages[p + 2].unlink()
+    assert same(tmp_path / "old", tensors, tmp_path)
+    torch.save({"checkpoint_version": 3.0, "model0": held[1]}, stages[1])
+    with pytest.raises(UserError, match="different numbers of chunks"):
+        convert.open_source(tmp_path / "old")
+
+
+def test_config_of_another_folder_and_an_iteration_by_name(tmp_path):
+    tensors = old_folder(tmp_path / "old", "AscendSpeed of 2023", "internlm", 2, 2)
+    (tmp_path / "model").mkdir()
+    assert same(tmp_path / "old/release", tensors, tmp_path)  # config.json beside the tracker
+    (tmp_path / "old/config.json").rename(tmp_path / "model/config.json")
+    (tmp_path / "model/tokenizer.model").write_bytes(b"pieces")
+    with pytest.raises(UserError, match=r"old has no config\.json: copy .* or name its folder \(--config DIR\)"):
+        convert.open_source(tmp_path / "old")
+    for i, folder in enumerate(("old", "old/release")):
+        source = convert.open_source(tmp_path / folder, tmp_path / "model")
+        convert.write_megatron(source, tmp_path / f"{i}", 1)
+        assert (tmp_path / f"{i}/tokenizer.model").read_bytes() == b"pieces"
+        convert.compare(convert.open_source(tmp_path / f"{i}"), source)
+
+
+def change(path: Path, **more) -> None:
+    torch.save(torch.load(path, weights_only=True) | more, path)
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            convert.open_source(tmp_path / "old")
+
+    old_folder(tmp_path / "old", "Megatron-LM until 2023", "internlm", 1, 1)
+    path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
+    change(path, checkpoint_version=1.0)
+    refused("version 1.0 of Megatron's format, whose query_key_value lies otherwise")
+    change(path, checkpoint_version=3.0, model={"transformer.h.0.attn.c_attn.weight": torch.zeros(2)})
+    refused("names that are not known here: transformer.h.0.attn.c_attn.weight")
+    change(path, model=[torch.zeros(2)])
+    refused("no table of tensors under 'model'")
+    (tmp_path / "old/release/.metadata").write_bytes(b"")
+    refused("torch_dist format, which is not read here: .*--ckpt-convert-format torch")
+
+
+def test_what_is_missing_or_left_over_is_named(tmp_path):
+    old_folder(tmp_path / "old", "AscendSpeed and ModelLink around 2024", "internlm", 2, 1)
+    path = tmp_path / "old/release/mp_rank_01/model_optim_rng.pt"
+    held = torch.load(path, weights_only=True)["model"]
+    encoder = held["language_model"]["encoder"]
+    encoder["layers.2.mlp.extra.weight"] = encoder.pop("layers.2.mlp.gate_proj.weight")
+    change(path, model=held)
+    with pytest.raises(UserError, match=r"rank 1.* lacks language_model\S+2\.mlp\.gate_proj\S+ it has left over \S+2\.mlp\.extra"):
+        convert.open_source(tmp_path / "old")

@@ -4,7 +4,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from ascendspeed.weights import Parameter, Stored
 
 Ranks = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """(tensor-parallel rank, pipeline stage) -> what its file holds."""
+OLDEST = 2.0
+"""Version of Megatron's checkpoints since which a fused query_key_value is [q..., k, v] head by head."""
 
 
 @dataclass(frozen=True)
@@ -98,26 +100,42 @@ def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: 
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Every rank's tensors, memory-mapped. Raises `UserError` when a file is missing or is damaged."""
-    found: dict[tuple[int, int], dict[str, Tensor]] = {}
+    """Every rank's tensors, memory-mapped. Raises `UserError` when a file is missing or is damaged.
+
+    The chunks of an interleaved pipeline are stages of their own here: `v` of stage `p` is number `v` x stages + `p`.
+    """
+    found: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
     for path in sorted(folder.rglob("*.pt")):
         match = re.fullmatch(layout.pattern, path.relative_to(folder).as_posix())
         if match:
-            held = load_pt(path)
-            held = held.get(layout.key) if layout.key and isinstance(held, dict) else held
-            if not isinstance(held, dict):
-                raise UserError(f"{path} holds no table of tensors{f' under {layout.key!r}' if layout.key else ''}")
             rank = (int(match[1]), int(match[2] or 0) if match.re.groups > 1 else 0)
             if rank in found:
                 raise UserError(f"{folder} has two files for rank {rank[0]}, stage {rank[1]}")
-            found[rank] = dict(_flat(held))
+            found[rank] = [dict(_flat(chunk)) for chunk in _chunks(path, layout)]
     if not found:
         raise UserError(f"{folder} has no rank files ({layout.path(0, 0, 1)} and so on)")
     tp, pp = _size(found)
     missing = [layout.path(t, p, pp) for t in range(tp) for p in range(pp) if (t, p) not in found]
     if missing:
         raise UserError(f"{folder} lacks {some(missing)}: it was written for TP {tp} x PP {pp}")
-    return found
+    if len({len(chunks) for chunks in found.values()}) > 1:
+        raise UserError(f"{folder}: the ranks hold different numbers of chunks of an interleaved pipeline")
+    return {(t, v * pp + p): chunk for (t, p), chunks in found.items() for v, chunk in enumerate(chunks)}
+
+
+def _chunks(path: Path, layout: Layout) -> list[dict[str, Any]]:
+    """The tables of tensors in a file: one, or as many as it has chunks of an interleaved pipeline (`model0`, `model1`, ...)."""
+    held = load_pt(path)
+    tables = [held]
+    if layout.key and isinstance(held, dict):
+        version = held.get("checkpoint_version", OLDEST)
+        if isinstance(version, (int, float)) and version < OLDEST:
+            raise UserError(f"{path} is of version {version} of Megatron's format, whose query_key_value lies otherwise")
+        chunks = takewhile(lambda key: key in held, (f"{layout.key}{v}" for v in count()))
+        tables = [held[key] for key in ([layout.key] if layout.key in held else chunks)]
+    if not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{path} holds no table of tensors{f' under {layout.key!r}' if layout.key else ''}")
+    return tables
 
 
 def _flat(held: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,8 @@ class Options:
     """Type of the written tensors; keep: as they are."""
     max_shard_size: str = "10GB"
     """Size of a safetensors file."""
+    config: str | None = None
+    """Folder with the model's config.json, and its tokenizer, where --from has none; None: --from itself."""
     tokenizer: str | None = None
     """Folder with the tokenizer to copy; None: the source's own."""
     verify: bool = False
@@ -47,7 +49,7 @@ def main() -> None:
 
     if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
         raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
-    source = convert.with_tokenizer(convert.open_source(options.source), options.tokenizer)
+    source = convert.with_tokenizer(convert.open_source(options.source, options.config), options.tokenizer)
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
     to = (
         convert.HuggingFace("llama" if options.format == "hf-llama" else None, convert.parse_size(options.max_shard_size))

@@ -3,27 +3,34 @@
 from pathlib import Path
 
 from ascendspeed.errors import UserError
-from ascendspeed.formats import huggingface, megatron, training
+from ascendspeed.families.internevo import Asked
+from ascendspeed.formats import huggingface, internevo, megatron, training
 from ascendspeed.formats.huggingface import HuggingFace
+from ascendspeed.formats.internevo import InternEvo
 from ascendspeed.formats.megatron import RankFiles
 from ascendspeed.formats.source import Source
 
-__all__ = ["HuggingFace", "RankFiles", "Source", "open_source"]
+__all__ = ["HuggingFace", "InternEvo", "RankFiles", "Source", "open_source"]
 
 
-def open_source(path: str | Path, config: str | Path | None = None) -> Source:
+def open_source(path: str | Path, config: str | Path | None = None, asked: Asked | None = None) -> Source:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
 
-    `config`: the folder that has its config.json and its tokenizer; None: the same one.
+    `config`: the folder that has its config.json and its tokenizer; None: the same one. `asked`: what an InternEvo
+    training folder may not say itself.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory")
+    home = folder if config is None else Path(config)
+    if internevo.is_one(folder):
+        return internevo.open_folder(folder, home, asked)
     for module in (training, megatron, huggingface):
         if module.is_one(folder):
-            return module.open_folder(folder, folder if config is None else Path(config))
+            return module.open_folder(folder, home)
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "
-        f"rank files (latest_checkpointed_iteration.txt or latest) and a training checkpoint; found {found}"
+        "rank files (latest_checkpointed_iteration.txt or latest), an InternEvo training folder (model_tp0_pp0.pt) "
+        f"and a training checkpoint; found {found}"
     )

@@ -1,0 +1,131 @@
+"""InternEvo's names of our parameters: a table for each kind of model that it trains, and the ways in which its folders differ."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from ascendspeed.families.family import Row, swap
+from ascendspeed.families.llama import ATTENTION, MLP
+
+ModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
+"""Of InternEvo's configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
+TRAINS: dict[str, tuple[ModelType, ...]] = {
+    "internlm": ("INTERNLM", "LLAMA2"),
+    "internlm2": ("INTERNLM2", "LLAMA2"),
+    "internlm3": ("LLAMA2",),
+    "llama": ("LLAMA2",),
+}
+"""Our families that InternEvo trains, and as what: the first kind that can hold a model is the one that is written."""
+BELONGS = {"INTERNLM2_PUBLIC": "internlm2", "INTERNLM2": "internlm2", "INTERNLM3": "internlm3"}
+"""Ours, by the `model_type` of a training configuration whose names do not tell."""
+
+B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."
+QKV = ATTENTION + "linear_qkv."
+
+LLAMA2 = (
+    Row("embedding.word_embeddings.weight", ("tok_embeddings.weight",), split="columns"),
+    Row("decoder.layers.{l}.input_layernorm.weight", ("layers.{l}.attention_norm.weight",)),
+    Row(QKV + "weight", (A + "wq.weight", A + "wk.weight", A + "wv.weight"), "qkv", "rows"),
+    Row(QKV + "bias", (A + "wq.bias", A + "wk.bias", A + "wv.bias"), "qkv", "rows", when="add_qkv_bias"),
+    Row(ATTENTION + "linear_proj.weight", (A + "wo.weight",), split="columns"),
+    Row(ATTENTION + "linear_proj.bias", (A + "wo.bias",), when="add_dense_bias"),
+    Row("decoder.layers.{l}.pre_mlp_layernorm.weight", ("layers.{l}.ffn_norm.weight",)),
+    Row(MLP + "linear_fc1.weight", (F + "w1.weight", F + "w3.weight"), "glu", "rows"),
+    Row(MLP + "linear_fc2.weight", (F + "w2.weight",), split="columns"),
+    Row("decoder.final_layernorm.weight", ("norm.weight",)),
+    Row("output_layer.weight", ("output.weight",), split="rows"),
+)
+TABLES: dict[ModelType, tuple[Row, ...]] = {
+    "INTERNLM": (
+        Row("embedding.word_embeddings.weight", ("embedding.weight",), split="columns"),
+        Row("decoder.layers.{l}.input_layernorm.weight", (B + "norm1.weight",)),
+        Row(QKV + "weight", (B + "mixer.Wqkv.weight",), "qkv", "rows"),
+        Row(QKV + "bias", (B + "mixer.Wqkv.bias",), "qkv", "rows", when="add_qkv_bias"),
+        Row(ATTENTION + "linear_proj.weight", (B + "mixer.out_proj.weight",), split="columns"),
+        Row(ATTENTION + "linear_proj.bias", (B + "mixer.out_proj.bias",), when="add_dense_bias"),
+        Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (B + "norm2.weight",)),
+        Row(MLP + "linear_fc1.weight", (B + "mlp.w1.weight", B + "mlp.w3.weight"), "glu", "rows"),
+        Row(MLP + "linear_fc2.weight", (B + "mlp.w2.weight",), split="columns"),
+        Row("decoder.final_layernorm.weight", ("norm.weight",)),
+        Row("output_layer.weight", ("head.weight",), split="rows"),
+    ),
+    "INTERNLM2": swap(  # wqkv lies per key/value group, as ours
+        LLAMA2,
+        Row(QKV + "weight", (A + "wqkv.weight",), split="rows"),
+        Row(QKV + "bias", (A + "wqkv.bias",), split="rows", when="add_qkv_bias"),
+    ),
+    "LLAMA2": LLAMA2,
+}
+"""Names of version 2 (w3 is up, w2 is down) and of an embedding that is cut along the hidden size."""
+JUNK = (r".*\.inv_freq",)
+"""Regular expressions of tensors that carry nothing."""
+
+
+@dataclass(frozen=True)
+class Style:
+    """How the tensors of one training folder are named and lie."""
+
+    model_type: ModelType
+    ranks: int = 1
+    """That share every layer: tensor parallel, or weight parallel (isp)."""
+    isp: bool = False
+    """Weight parallel cuts every matrix and bias along dimension 0, and one that is fused, whole."""
+    outer: int = 0
+    """Ranks that share embedding and head, where that is another number (early isp); 0: the same."""
+    version: Literal[1, 2] = 2
+    """1: w2 is up and w3 is down (InternLM's releases of 2023)."""
+    embed_split: bool = True
+    """The embedding is cut along the hidden size, not along the vocabulary."""
+    word_embeddings: bool = False
+    """The embedding is flash-attention's module, which has one more level of names."""
+    qk_interleaved: bool = False
+    """The rows of every head of q and k lie in rotated pairs: 0, d/2, 1, d/2 + 1, ... of ours."""
+    cut_qkv: bool = False
+    """wq, wk and wv are only consecutive pieces of a rank's wqkv (releases of 2024 saved a fused one so)."""
+    cut_glu: bool = False
+    """w1 and w3 are only the halves of a rank's fused [w1; w3] (isp with `mlp_layer_fusion`)."""
+
+    def rows(self) -> Iterator[Row]:
+        """The table in this folder's names."""
+        swapped = {"w2.": "w3.", "w3.": "w2."} if self.version == 1 else {}
+        for row in TABLES[self.model_type]:
+            if row.ours.startswith("embedding."):
+                name = row.theirs[0].replace(".weight", ".word_embeddings.weight") if self.word_embeddings else row.theirs[0]
+                yield replace(row, theirs=(name,), split="columns" if self.embed_split else "rows")
+            elif swapped and ".mlp." in row.ours:
+                yield replace(row, theirs=tuple(_exchange(name, swapped) for name in row.theirs))
+            else:
+                yield row
+
+    def named(self, ours: str) -> tuple[str, ...]:
+        """The names of one of our parameters there, in the first layer."""
+        return next(tuple(name.format(l=0) for name in row.theirs) for row in self.rows() if row.ours.endswith(ours))
+
+    @property
+    def family(self) -> str:
+        """Ours, where nothing but the names says it."""
+        return {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "internlm2" if self.cut_qkv else "llama"}[
+            self.model_type
+        ]
+
+
+def _exchange(name: str, words: dict[str, str]) -> str:
+    return next((name.replace(word, other) for word, other in words.items() if word in name), name)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the files of a training folder may not say; where it is said, it goes before what config.json or model_config.pt say."""
+
+    version: Literal[1, 2] | None = None
+    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down. None: told by their shapes, where these differ."""
+    qk_interleaved: bool | None = None
+    """The rows of q and k lie in pairs (qk_interleaved=True, once adapt_hf=False); None: as model_config.pt says."""
+    max_pos: int | None = None
+    """Longest trained sequence; None: as config.json or model_config.pt says."""
+    rotary_type: Literal["origin", "dynamic"] | None = None
+    """Plain rotary embedding, or dynamic NTK beyond --max_pos; None: as config.json or model_config.pt says."""
+    scaling_factor: float = 1.0
+    """Of dynamic NTK, so with --rotary_type dynamic only."""
+    family: str | None = None
+    """Of ours, where names do not tell; None: as config.json says, or the one that the names belong to."""

@@ -1,0 +1,85 @@
+"""What the tensors of an InternEvo training folder hold of ours, whatever its parallel mode and release."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+
+from ascendspeed import weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.families.family import Row
+from ascendspeed.families.internevo import Style
+from ascendspeed.weights import DIMENSION, Parameter, Span, Stored, Tile
+
+
+def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -> list[Stored]:
+    """The tensors that hold a parameter in the files of one of `style.ranks` ranks, by the names in `theirs`; it may hold none."""
+    row = parameter.row
+    parts = style.outer if style.outer and parameter.layer is None else style.ranks
+    dim, part = _dimension(row, style), rank % parts
+    if rank and row.ours.endswith("linear_proj.bias") and not style.isp:
+        return []  # it is added to the sum over the ranks: only the first one has it
+    held = _blocks(config, row, style)
+    if not _as_one(row, style):
+        groups = [held] if len(row.theirs) == 1 else [[block] for block in held]
+        return [_entry(name, parameter, group, dim, parts, part) for name, group in zip(parameter.theirs, groups, strict=True)]
+    together = _entry("", parameter, [[span for block in held for span in block]], dim, parts, part)
+    lengths = [_length(block) // parts for block in weights.blocks(config, row)]
+    return list(_divide(together, parameter.theirs, lengths if len(row.theirs) > 1 else [sum(lengths)]))
+
+
+def _dimension(row: Row, style: Style) -> int | None:
+    if not style.isp or row.ours.startswith("embedding."):
+        return DIMENSION[row.split]
+    return None if "norm" in row.ours else 0
+
+
+def _as_one(row: Row, style: Style) -> bool:
+    """Whether the blocks of a row were one tensor when the ranks' parts were cut off it."""
+    if ".linear_qkv." in row.ours:
+        return style.cut_qkv or (style.isp and len(row.theirs) == 1)
+    return style.cut_glu and ".linear_fc1." in row.ours
+
+
+def _blocks(config: ModelConfig, row: Row, style: Style) -> list[list[Span]]:
+    """Our rows in the order in which they lie there."""
+    if ".linear_qkv." not in row.ours:
+        return weights.blocks(config, row)
+    q, k, v = weights.blocks(config, replace(row, fuse="qkv"))
+    heads = [[_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block] for block in (q, k)]
+    heads.append([[span] for span in v])
+    if row.fuse == "qkv" and not style.cut_qkv:
+        return [[span for group in block for span in group] for block in heads]
+    return [[span for group in zip(*heads, strict=True) for block in group for span in block]]
+
+
+def _pairs(span: Span, d: int) -> list[Span]:
+    first, n = span
+    return [(head + i + half, 1) for head in range(first, first + n, d) for i in range(d // 2) for half in (0, d // 2)]
+
+
+def _length(block: Iterable[Span]) -> int:
+    return sum(n for _, n in block)
+
+
+def _entry(name: str, parameter: Parameter, held: Sequence[Sequence[Span]], dim: int | None, parts: int, part: int) -> Stored:
+    columns = math.prod(parameter.shape[1:])
+    rows = sum(_length(block) // (parts if dim == 0 else 1) for block in held)
+    width = (columns // parts if dim == 1 else columns,) * (len(parameter.shape) - 1)
+    return Stored(name, parameter, (rows, *width), tuple(weights.cut_tiles(held, columns, dim, parts, part)))
+
+
+def _divide(entry: Stored, names: Sequence[str], lengths: Sequence[int]) -> Iterator[Stored]:
+    """The pieces of a tensor that was saved under several names, one after the other."""
+    at = 0
+    for name, length in zip(names, lengths, strict=True):
+        tiles = tuple(_window(entry.tiles, at, at + length))
+        yield entry._replace(name=name, shape=(length, *entry.shape[1:]), tiles=tiles)
+        at += length
+
+
+def _window(tiles: Iterable[Tile], first: int, last: int) -> Iterator[Tile]:
+    """What lies in the rows from `first` to `last` of a tensor, counted from there."""
+    for tile in tiles:
+        top, bottom = max(first, tile.part_row), min(last, tile.part_row + tile.rows)
+        if top < bottom:
+            yield tile._replace(row=tile.row + top - tile.part_row, part_row=top - first, rows=bottom - top)

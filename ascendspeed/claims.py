@@ -26,7 +26,7 @@ class Claims:
     added_token_num: int = 0
     """Tokens added to the vocabulary: only 0, see the error."""
     merge_mlp: bool = False
-    """Accepted; gate and up projection always lie in one tensor in Megatron-core."""
+    """Accepted; how gate and up projection lie is recognised when read, and always one tensor when written."""
 
     def check(self, where: str, config: ModelConfig) -> None:
         """Raises `UserError` when a flag contradicts the `config` of the model in `where`, naming both."""
@@ -47,7 +47,7 @@ class Claims:
                 "resize the Hugging Face model (resize_token_embeddings), save it, and convert that"
             )
         if self.merge_mlp:
-            print("--merge-mlp changes nothing: Megatron-core always holds gate and up projection in one tensor")
+            print("--merge-mlp changes nothing: how gate and up lie is recognised when read, and one tensor when written")
 
     def _size(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         if self.type is None:
@@ -55,6 +55,13 @@ class Claims:
         preset = families.preset(f"{config.family}-{self.type.lower()}")
         sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         return {f"--type {self.type}: {name}": (getattr(preset, name), getattr(config, name)) for name in sizes}
+
+
+def check_grid(where: str, tp: int | None, pp: int | None, found: tuple[int, int] | None) -> None:
+    """Raises `UserError` when rank files were not written for `tp` x `pp` ranks; None: nothing was said."""
+    if found is None:
+        raise UserError(f"{where} holds no rank files: tools/ckpt_convert/convert.py converts from any format")
+    refuse(where, {"tensor-parallel size": (tp, found[0]), "pipeline-parallel size": (pp, found[1])}, "its files")
 
 
 def refuse(where: str, said: dict[str, tuple[object, object]], by: str = "config.json") -> None:

@@ -74,7 +74,7 @@ def open_folder(folder: Path, config: Path) -> Source:
     check_pipeline_parallel(config, grid.pp)
     dialect = ranks.recognise(iteration, DIALECTS, config, held)
     kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
-    return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside)
+    return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
 
 
 def _layout_of(folder: Path) -> Layout | None:

@@ -37,6 +37,8 @@ class Source:
     block: Block
     beside: Path | None
     """Folder that should hold the tokenizer and the generation settings; None: nobody named one."""
+    grid: tuple[int, int] | None = None
+    """Tensor-parallel ranks and pipeline stages that rank files were written for; None: it is not in rank files."""
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` when one is given."""

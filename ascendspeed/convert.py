@@ -3,22 +3,21 @@
 The whole model is never in memory: sources are memory-mapped, targets are written in place, one tensor at a time.
 """
 
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
+from ascendspeed import verify as verification
 from ascendspeed.errors import UserError
 from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source, writing
-from ascendspeed.formats.files import staged
+from ascendspeed.formats.files import staged, write_json
 from ascendspeed.formats.progress import progress
 from ascendspeed.formats.sidecars import with_tokenizer
 from ascendspeed.formats.writing import File
-from ascendspeed.weights import Tile, parameters
+from ascendspeed.verify import compare
 
 __all__ = [
     "DTYPES",
@@ -59,7 +58,8 @@ def convert(
 ) -> None:
     """Writes `source` to the folder `target`, which must not hold anything yet; it appears when it is whole.
 
-    `dtype`: cast to it; None keeps the type of every tensor. `verify`: reads the result back and compares every bit.
+    `dtype`: cast to it; None keeps the type of every tensor. `verify`: reads the result back, proves that
+    it is the same model (`verify.verify`) and leaves `conversion.json`.
     Raises `UserError`, also when a tensor holds NaN and not `allow_nan`.
     """
     to.check(source)
@@ -70,22 +70,7 @@ def convert(
             writing.write(source, folder, files, dtype, report, allow_nan)
         to.finish(source, folder, dtype)
         if verify:
-            compare(source, open_source(folder), dtype)
-
-
-def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> None:
-    """Raises `UserError` naming the first tensor whose bits are not those of the source (cast to `dtype`)."""
-    if replace(result.config, family=source.config.family) != source.config:
-        raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
-    with progress("verifying", source.size(dtype)) as report:
-        for parameter in parameters(source.config):
-            name, rows, columns = parameter.name, parameter.shape[0], math.prod(parameter.shape[1:])
-            for piece in writing.pieces(Tile(0, 0, 0, 0, rows, columns), source.dtypes[name]):
-                a, b = source.block(name, piece), result.block(name, piece)
-                a = a if dtype is None else a.to(dtype)
-                if a.dtype != b.dtype or not torch.equal(bits(a), bits(b)):
-                    raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
-                report(a.nbytes)
+            write_json(folder / "conversion.json", verification.verify(source, open_source(folder), dtype))
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The rank grid: which ranks share a layer and which share the data, and the view of it that DeepSpeed wants."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -87,6 +89,17 @@ def set_generators(states: dict[str, Tensor]) -> None:
     devices.set_rng_state(states["device"])
     tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
     get_cuda_rng_tracker().set_states(tracked)
+
+
+@contextmanager
+def joined(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[Grid]:
+    """`initialize` for the time of a block; groups that were there before stay."""
+    before = dist.is_initialized()
+    try:
+        yield initialize(device, parallel, seed)
+    finally:
+        if not before:
+            destroy()
 
 
 def destroy() -> None:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ascendspeed"
 # Every room of the library and its floor; a new room gets a line here. Scripts are floor 6.
 FLOORS = {
     "errors": 0,
+    "inputs": 0,
     "config": 0,
     "log": 0,
     "families": 0,
@@ -33,7 +34,8 @@ FLOORS = {
     "resolve": 4,
     "model": 3,
     "formats": 3,
-    "convert": 3,
+    "verify": 4,
+    "convert": 4,
     "checkpoint": 3,
     "engines": 4,
     "generate": 4,
@@ -42,7 +44,7 @@ FLOORS = {
     "evaluation": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
-TORCH_FREE = ["errors", "config", "log", "families", "plan", "flags", "schedule", "checks", "resolve"]
+TORCH_FREE = ["errors", "inputs", "config", "log", "families", "plan", "flags", "schedule", "checks", "resolve"]
 MEGATRON = {
     "model",
     "generate",

@@ -16,6 +16,7 @@ from ascendspeed.formats.files import create_safetensors, load_pt, load_safetens
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
 from ascendspeed.formats.writing import File
 
+KIND = "Hugging Face directory"
 WEIGHTS = {"model.safetensors": load_safetensors, "pytorch_model.bin": load_pt}
 """Name of the single file -> how it is read; in shards it is `model-00001-of-00002.safetensors` and so on, with an index."""
 
@@ -28,7 +29,7 @@ def is_one(folder: Path) -> bool:
 def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config, beside = *read_config(config), config
-    tensors = _map(folder)
+    tensors = tensors_in(folder)
     entries = {parameter.name: weights.stored(config, parameter) for parameter in weights.parameters(config)}
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
     check_names(folder, expected, tensors, FAMILIES[config.family].junk)
@@ -36,10 +37,10 @@ def open_folder(folder: Path, config: Path) -> Source:
         check_tensor(folder, name, tensors[name], shape)
     dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
     pieces = {ours: [(weights.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
-    return Source("Hugging Face directory", folder, config, theirs, dtypes, from_pieces(pieces), beside)
+    return Source(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
 
 
-def _map(folder: Path) -> dict[str, Tensor]:
+def tensors_in(folder: Path) -> dict[str, Tensor]:
     """Every tensor of the folder's weight files, memory-mapped, as the index says."""
     for single, load in WEIGHTS.items():
         alone, index = folder / single, folder / f"{single}.index.json"

@@ -1,0 +1,178 @@
+"""Proves that two checkpoints are one model: every byte through the rows, and logits of both ends at a shrunken depth.
+
+The logits of an end that transformers has a class for come from that class, fed from the files by their own names; those of any
+other from our model. So a wrong row is seen even where it is wrong both ways round.
+"""
+
+import hashlib
+import json
+import math
+import platform
+import re
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ascendspeed import plan
+from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.formats import huggingface, writing
+from ascendspeed.formats.progress import Report, progress
+from ascendspeed.formats.source import Source
+from ascendspeed.weights import Parameter, Tile, parameters
+
+LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)
+"""Of the shrunken model: at most so many layers and rows of vocabulary; sequences and their length."""
+VERSIONS = ("ascendspeed", "torch", "safetensors", "transformers")
+SAME_NAMES = {"internlm": "llama"}
+"""Families without a class in transformers whose tensors are called as those of one that has."""
+TOLERANCE = 1e-4
+"""Between two implementations in fp32, of the largest logit; a wrong row is off by about 1."""
+
+
+def verify(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """What was proven, for conversion.json. Raises `UserError` naming what is not the same (cast to `dtype`)."""
+    hashes = compare(source, result, dtype)
+    return {
+        "verdict": f"exact: every byte of {len(hashes)} parameters" + (f", cast to {dtype}" if dtype else ""),
+        "from": {"kind": source.kind, "folder": str(source.where), "family": source.config.family},
+        "to": {"kind": result.kind, "family": result.config.family, "files": _sizes(result.where)},
+        "logits": compare_logits(source, result, dtype),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
+        "sha256": hashes,
+    }
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, str]:
+    """SHA-256 of every full parameter (our name; row-major, little-endian, without padding), the same on both sides.
+
+    Raises `UserError` naming the first that is not.
+    """
+    if replace(result.config, family=source.config.family) != source.config:
+        raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
+    known = list(parameters(source.config))
+    with progress("verifying", source.size(dtype)) as report, ThreadPoolExecutor(writing.workers()) as pool:
+        return dict(pool.map(lambda parameter: _same(source, result, parameter, dtype, report), known))
+
+
+def _same(source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, report: Report) -> tuple[str, str]:
+    name, sums = parameter.name, (hashlib.sha256(), hashlib.sha256())
+    for piece in writing.pieces(_whole(parameter), source.dtypes[name]):
+        a, b = source.block(name, piece), result.block(name, piece)
+        for digest, block in zip(sums, (a.to(dtype or a.dtype), b), strict=True):
+            digest.update(memoryview(block.contiguous().flatten().view(torch.uint8).numpy()))
+        report(b.nbytes)
+    if result.dtypes[name] != (dtype or source.dtypes[name]) or sums[0].digest() != sums[1].digest():
+        raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
+    return name, sums[0].hexdigest()
+
+
+def _whole(parameter: Parameter) -> Tile:
+    return Tile(0, 0, 0, 0, parameter.shape[0], math.prod(parameter.shape[1:]))
+
+
+def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
+    """Logits of both ends on fixed tokens, each in a model of a few layers and a small vocabulary.
+
+    Raises `UserError` when they differ; says why where there was not enough memory, or nothing to compare.
+    """
+    small = _shrunken(source.config)
+    needed, free = 12 * plan.parameter_count(small), _available()
+    if needed > free:
+        return {
+            "skipped": f"{needed / 1e9:.1f} GB of memory are needed for {small.num_layers} layers, {free / 1e9:.1f} GB are free"
+        }
+    tokens = torch.randint(0, small.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
+    (one, a), (other, b) = (_logits(end, small, tokens, kind) for end, kind in ((source, dtype), (result, None)))
+    largest, difference = float(a.abs().max()), float((a - b).abs().max())
+    if not math.isfinite(largest):
+        return {"skipped": "the weights hold NaN or infinity"}
+    if not difference <= TOLERANCE * largest:
+        raise UserError(
+            f"verification failed: logits of {one} ({source.kind}) and {other} ({result.kind}) differ by {difference:.2g}, "
+            f"the largest being {largest:.2g}; nothing was written"
+        )
+    return {
+        "source": one,
+        "result": other,
+        "layers": small.num_layers,
+        "vocabulary": small.vocab_size,
+        "tokens": list(TOKENS),
+        "largest": largest,
+        "difference": difference,
+    }
+
+
+def _shrunken(config: ModelConfig) -> ModelConfig:
+    return replace(config, num_layers=min(config.num_layers, LAYERS), vocab_size=min(config.vocab_size, VOCABULARY))
+
+
+def _available() -> int:
+    """Bytes of memory that can be taken."""
+    with open("/proc/meminfo") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+
+
+def _logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
+    """Whose model it was, and its logits in fp32 [b, s, v], from the weights cast to `dtype` first."""
+    theirs = _native_config(end) if end.kind == huggingface.KIND else None
+    if theirs:
+        return f"transformers' {theirs['model_type']}", _their_logits(end, theirs, small, tokens, dtype)
+    return "our model", _our_logits(end, small, tokens, dtype)
+
+
+def _native_config(end: Source) -> dict[str, Any] | None:
+    """The config.json of a directory whose tensors have the names of a class in transformers; None: they have not."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    family = SAME_NAMES.get(end.config.family, end.config.family)
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return None
+    return end.theirs if family == end.config.family else FAMILIES[family].write_config(replace(end.config, family=family))
+
+
+def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+    from ascendspeed import device
+
+    here = device.prepare("cpu")  # before Megatron is imported
+    from ascendspeed import parallel
+    from ascendspeed.model import gpt, spec
+
+    alone, config = ParallelConfig(), replace(small, family=end.config.family)
+    with parallel.joined(here, alone, seed=1), torch.no_grad():
+        model = gpt.build(config, alone, spec.transformer_config(config, alone, TrainConfig())).eval()
+        full = ((p, end.block(p.name, _whole(p)).reshape(p.shape)) for p in parameters(config))
+        gpt.fill(model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full))
+        return model(tokens, None, None)[..., : config.vocab_size].float()
+
+
+def _their_logits(end: Source, theirs: dict[str, Any], small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """By transformers, from a directory with the first layers and rows of the one at this end, under its own names."""
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    kept = {}
+    for name, tensor in huggingface.tensors_in(end.where).items():
+        layer = re.search(r"\.layers\.(\d+)\.", name)
+        if layer is None or int(layer[1]) < small.num_layers:
+            cut = tensor[: small.vocab_size] if layer is None and len(tensor) == end.config.vocab_size else tensor
+            kept[name] = cut.to(dtype or cut.dtype).contiguous()
+    theirs = theirs | {"num_hidden_layers": small.num_layers, "vocab_size": small.vocab_size, "pad_token_id": None}
+    theirs.pop("auto_map", None)
+    with tempfile.TemporaryDirectory() as folder:
+        save_file(kept, Path(folder) / "model.safetensors", {"format": "pt"})
+        (Path(folder) / "config.json").write_text(json.dumps(theirs))
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+    with torch.no_grad():
+        return model.eval()(tokens).logits

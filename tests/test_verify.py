@@ -1,0 +1,102 @@
+"""Verification: what it says is true, and what it must see it sees."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ascendspeed import convert, verify, weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES, PRESETS
+
+TINY = {name.removesuffix("-tiny"): config for name, config in PRESETS.items() if name.endswith("-tiny")}
+NATIVE = {"internlm": "llama", "internlm3": "internlm3", "llama": "llama", "qwen2": "qwen2", "gemma": "gemma", "mixtral": "mixtral"}
+
+
+def directory(folder, config: ModelConfig, dtype: torch.dtype = torch.float32):
+    """A Hugging Face directory of random weights, written by the library itself."""
+    generator, tensors = torch.Generator().manual_seed(4), {}
+    for parameter in weights.parameters(config):
+        for name, shape in weights.shapes_of(config, parameter).items():
+            tensors[name] = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(FAMILIES[config.family].write_config(config)))
+    return folder
+
+
+def converted(source, target, to, **more) -> dict:
+    convert.convert(convert.open_source(source), target, to, verify=True, **more)
+    return json.loads((target / "conversion.json").read_text())
+
+
+def test_what_is_left_behind(cpu, tmp_path):
+    config = replace(TINY["internlm"], num_layers=4)
+    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2, 2), dtype=torch.bfloat16)
+    assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16"
+    assert said["from"] == {"kind": "Hugging Face directory", "folder": str(tmp_path / "hf"), "family": "internlm"}
+    assert said["to"]["kind"] == "Megatron rank files for TP 2 x PP 2"
+    files = said["to"]["files"]
+    assert files["release/mp_rank_01_001/model_optim_rng.pt"] == (
+        (tmp_path / "ranks/release/mp_rank_01_001/model_optim_rng.pt").stat().st_size
+    )
+    down = load_file(tmp_path / "hf/model.safetensors")["model.layers.3.mlp.down_proj.weight"].bfloat16()
+    by_hand = hashlib.sha256(down.view(torch.int16).numpy().tobytes()).hexdigest()
+    assert said["sha256"]["decoder.layers.3.mlp.linear_fc2.weight"] == by_hand
+    assert len(said["sha256"]) == 35
+    assert said["versions"]["torch"] == torch.__version__
+    logits = said["logits"]
+    assert (logits["source"], logits["result"], logits["layers"]) == ("transformers' llama", "our model", 2)
+    assert 0 < logits["difference"] < 1e-4 * logits["largest"]
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(cpu, tmp_path, name):
+    config = replace(TINY[name], num_layers=3)
+    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2))["logits"]
+    native = NATIVE.get(name) or ("qwen2_moe" if config.family == "qwen2_moe" else None)
+    assert said["source"] == (f"transformers' {native}" if native else "our model")
+    assert said["result"] == "our model"
+    assert said["layers"] == 2
+    assert said["difference"] <= 2e-5 * said["largest"]
+
+
+@pytest.mark.parametrize("name", ["internlm", "internlm2", "internlm3"])
+def test_a_plain_llama_is_compared_by_transformers(cpu, tmp_path, name):
+    config = replace(TINY[name], num_layers=2)
+    said = converted(directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFace("llama"))["logits"]
+    assert said["result"] == "transformers' llama"
+    assert said["difference"] <= 2e-5 * said["largest"]
+
+
+def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch):
+    """Gate and up swapped in the table: every byte survives the round trip, and the model is another one."""
+    source = directory(tmp_path / "hf", TINY["llama"])
+    family = FAMILIES["llama"]
+    wrong = tuple(replace(row, theirs=row.theirs[::-1]) if row.fuse == "glu" else row for row in family.rows)
+    with monkeypatch.context() as patch:
+        patch.setitem(FAMILIES, "llama", replace(family, rows=wrong))
+        convert.write_hf(convert.open_source(source), tmp_path / "back")
+        opened = convert.open_source(source)
+        assert len(verify.compare(opened, convert.open_source(tmp_path / "back"))) == 35 - 8  # no biases: bytes see nothing
+        with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama .* and our model .* differ by"):
+            convert.convert(opened, tmp_path / "ranks", convert.RankFiles(2), verify=True)
+    assert not (tmp_path / "ranks").exists()
+    assert load_file(source / "model.safetensors").keys() == load_file(tmp_path / "back/model.safetensors").keys()
+
+
+def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path):
+    source = convert.open_source(directory(tmp_path / "hf", TINY["internlm"]))
+    with pytest.raises(UserError, match="is not what"):
+        verify.compare(source, source, torch.bfloat16)
+
+
+def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "_available", lambda: 1000)
+    said = converted(directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFiles(2))
+    assert "GB of memory" in said["logits"]["skipped"]
+    assert said["verdict"].startswith("exact")

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ascendspeed import config, schedule
-from ascendspeed.config import Run
+from ascendspeed.config import ModelConfig, Run
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import check_experts, check_heads
@@ -76,6 +76,13 @@ def _check_experts(run: Run) -> None:
         raise UserError("experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel")
 
 
+def _check_biases(model: ModelConfig) -> None:
+    """A family whose checkpoints have no name for a bias cannot be trained with it: it could be neither loaded nor exported."""
+    for name in ("add_qkv_bias", "add_dense_bias", "add_mlp_bias"):
+        if getattr(model, name) and not any(row.when == name for row in FAMILIES[model.family].rows):
+            raise UserError(f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out")
+
+
 def _check_layout(run: Run, world: int) -> None:
     model, parallel, train = run.model, run.parallel, run.train
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
@@ -83,6 +90,7 @@ def _check_layout(run: Run, world: int) -> None:
     config.check_tensor_parallel(model, tp)
     config.check_pipeline_parallel(model, pp)
     _check_experts(run)
+    _check_biases(model)
     if pp > 1:
         flag = f"--pipeline-model-parallel-size {pp}"
         raise UserError(f"{flag}: the DeepSpeed engine has no pipeline stages; use 1 and a higher TP or ZeRO stage")

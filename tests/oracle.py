@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig
@@ -49,14 +49,18 @@ def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str
     A family that transformers knows is built from the config.json that we write, and named by its `save_pretrained`. The others,
     and biases that it cannot part, are a Llama: what makes them one is written out here, and owes nothing to the family's rows.
     """
-    known = model.family not in RENAMED and (not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias)
-    config = AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
-    reference = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    reference = AutoModelForCausalLM.from_config(config_of(model), attn_implementation="sdpa").eval()
     randomize(reference, model, seed)
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         named = load_file(Path(folder) / "model.safetensors")
     return reference, RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(named, model, reference)
+
+
+def config_of(model: ModelConfig) -> PreTrainedConfig:
+    """What transformers builds the model from."""
+    known = model.family not in RENAMED and (not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias)
+    return AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
 
 
 def as_llama(model: ModelConfig) -> LlamaConfig:

@@ -2,8 +2,10 @@
 
 import dataclasses
 
+import oracle
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from ascendspeed import plan, weights
 from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
@@ -26,14 +28,64 @@ def test_parameters_equal_the_table(name):
     assert plan.parameter_count(model) == sum(torch.Size(p.shape).numel() for p in weights.parameters(model))
 
 
-def test_known_counts():
-    assert plan.parameter_count(PRESETS["internlm-7b"]) == 7_321_948_160
-    assert plan.parameter_count(PRESETS["internlm-65b"]) == 66_454_298_624
-    assert plan.checkpoint_bytes(PRESETS["internlm-7b"]) == 12 * 7_321_948_160
+COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
+    "internlm-7b": 7_321_948_160,
+    "internlm-20b": 20_088_714_240,
+    "internlm-65b": 66_454_298_624,
+    "internlm2-1.8b": 1_889_110_016,
+    "internlm2-7b": 7_737_708_544,
+    "internlm2-20b": 19_861_149_696,
+    "internlm2.5-1.8b": 1_889_110_016,
+    "internlm2.5-7b": 7_737_708_544,
+    "internlm2.5-20b": 19_861_149_696,
+    "internlm2.5-7b-1m": 7_737_708_544,
+    "internlm3-8b": 8_804_241_408,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-30b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama2-7b": 6_738_415_616,
+    "llama2-13b": 13_015_864_320,
+    "llama2-70b": 68_976_648_192,
+    "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
+    "qwen2-7b": 7_615_616_512,
+    "qwen2-72b": 72_706_203_648,
+    "baichuan2-7b": 7_505_973_248,
+    "gemma-2b": 2_506_172_416,
+    "gemma-7b": 8_537_680_896,
+    "mixtral-8x7b": 46_702_792_704,
+    "mixtral-8x22b": 140_620_634_112,
+    "qwen1.5-moe-a2.7b": 14_315_784_192,
+    "qwen2-57b-a14b": 57_408_658_944,
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_known_counts(name):
+    """As written out, and as Hugging Face's class counts when it is built without memory."""
+    model = PRESETS[name]
+    with torch.device("meta"):
+        reference = AutoModelForCausalLM.from_config(oracle.config_of(model))
+    assert sum(p.numel() for p in reference.parameters()) == COUNTS[name]
+    assert plan.parameter_count(model) == COUNTS[name]
+    assert plan.checkpoint_bytes(model) == 12 * COUNTS[name]
+
+
+def test_every_size_has_its_count():
+    assert set(COUNTS) == {name for name in PRESETS if not name.endswith("-tiny")}
+
+
+def test_active_parameters():
+    """Of 8 experts in 32 layers, 6 are not met; of 60 in 24, 56."""
+    counts = {name: plan.active_parameter_count(PRESETS[name]) for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")}
+    assert counts["mixtral-8x7b"] == COUNTS["mixtral-8x7b"] - 32 * 6 * 3 * 4096 * 14336
+    assert counts["qwen1.5-moe-a2.7b"] == COUNTS["qwen1.5-moe-a2.7b"] - 24 * 56 * 3 * 2048 * 1408
+    assert counts["gemma-2b"] == COUNTS["gemma-2b"]
 
 
 @pytest.mark.parametrize("tp", [1, 2, 8])
-@pytest.mark.parametrize("name", ["internlm-7b", "gqa"])
+@pytest.mark.parametrize("name", ["internlm-7b", "gqa", "gemma-2b", "mixtral-8x7b"])
 def test_parameters_of_one_rank(name, tp):
     model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=tp)
     cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in weights.parameters(model))
@@ -47,11 +99,21 @@ def test_pipeline_stages_share_the_layers():
     assert whole / 4 < stage < whole / 4 + model.vocab_size * model.hidden_size
 
 
+@pytest.mark.parametrize("name", ["internlm-7b", "gemma-7b", "baichuan2-tiny"])
+def test_the_fullest_pipeline_stage(name):
+    """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if that is tied."""
+    model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    sizes = {p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel() for p in weights.parameters(model)}
+    layers = sum(size for n, size in sizes.items() if n.startswith("decoder.layers.")) // 2
+    last = sizes.get("output_layer.weight", sizes["embedding.word_embeddings.weight"]) + sizes["decoder.final_layernorm.weight"]
+    assert plan.parameters_per_device(model, parallel) == layers + last
+
+
 def test_flops_of_the_recipe():
     assert plan.flops_per_token(PRESETS["internlm-7b"], 2048) == pytest.approx(43.0e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["internlm-tiny", "gqa", "wide-heads"])
+@pytest.mark.parametrize("name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"])
 def test_flops_counted_by_torch(name):
     """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal attention half of s x s."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -60,7 +122,7 @@ def test_flops_counted_by_torch(name):
     d, heads = model.head_dim, model.num_attention_heads
     with FlopCounterMode(display=False) as linear:
         for p in weights.parameters(model):
-            if len(p.shape) == 2 and "word_embeddings" not in p.name:
+            if len(p.shape) == 2 and (model.tie_embeddings or "word_embeddings" not in p.name):
                 torch.empty(s, p.shape[1], device="meta") @ torch.empty(p.shape, device="meta").T
     with FlopCounterMode(display=False) as attention:
         scores = torch.empty(heads, s, d, device="meta") @ torch.empty(heads, d, s, device="meta")

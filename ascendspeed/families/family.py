@@ -197,14 +197,14 @@ def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str
         if not isinstance(entry, Mapping):
             raise UserError(f"config.json: {name} = {entry!r} is not a table")
         said |= entry
-    strange = {name: value for name, value in said.items() if name not in ROPE_WORDS and value not in (None, 1)}
-    if strange:
-        raise UserError(f"config.json: rope setting {strange} is not supported, only {', '.join(ROPE_WORDS)}")
     kind = said.get("rope_type", said.get("type")) or "default"
     if kind == "origin":  # InternLM's word for no scaling
         kind = "default"
     if kind not in ("default", "linear", "dynamic"):
         raise UserError(f"config.json: rope scaling {kind!r} is not supported, only default, linear and dynamic")
+    strange = {name: value for name, value in said.items() if name not in ROPE_WORDS and value not in (None, 1)}
+    if strange:
+        raise UserError(f"config.json: rope setting {strange} is not supported, only {', '.join(ROPE_WORDS)}")
     base = said.get("rope_theta", theirs.get("rope_theta", said.get("base", 10000.0)))
     factor = said.get("factor", said.get("scaling_factor", theirs.get("scaling_factor", 1.0)))
     for value in (base, factor):

@@ -1,0 +1,106 @@
+"""The published converters' command lines: what they wrote is read, what they are told is checked, nothing is lost."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_convert import command
+from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
+
+from ascendspeed import convert
+from ascendspeed.errors import UserError
+
+OLD = "AscendSpeed of 2023"
+
+
+def to_hugging_face(*args) -> None:
+    command("llama/convert_weights_to_huggingface.py", *args)
+
+
+def cut_anew(*args) -> None:
+    command("llama/convert_weights_when_tp_pp_change.py", *args)
+
+
+def folders(source, target) -> tuple:
+    return "--input-model-dir", source, "--output-model-dir", target
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_back_to_hugging_face(tmp_path, capsys):
+    """The flags of the way there may stand on the way back."""
+    tensors = old_folder(tmp_path / "old", OLD, "internlm", 4, 2, torch.bfloat16)
+    (tmp_path / "old/config.json").rename(tmp_path / "config.json")
+    said = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --bias --deepspeed --merge-mlp --added-token-num 0"
+    sizes = f"--num_layers {LAYERS} --num-heads {HEADS} --hidden_size {HIDDEN}"
+    more = ("--config", tmp_path, *said.split(), *sizes.split())
+    to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"), *more)
+    assert f"TP 4 x PP 2, names of {OLD}" in capsys.readouterr().out
+    assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
+    assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "internlm"
+    to_hugging_face(*folders(tmp_path / "old", tmp_path / "llama"), *more, "--format", "hf-llama", "--dtype", "fp32")
+    theirs = json.loads((tmp_path / "llama/config.json").read_text())
+    assert (theirs["model_type"], theirs["torch_dtype"]) == ("llama", "float32")
+    assert equal(load_file(tmp_path / "llama/model.safetensors"), {name: tensor.float() for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
+    """The original dropped the biases and cut the vocabulary to 32000."""
+    tensors = old_folder(tmp_path / "old", OLD, "internlm", 8, 1, deepspeed=deepspeed)
+    tp, pp = 2, 1 if deepspeed else 4
+    cut_anew(
+        *folders(tmp_path / "old", tmp_path / "new"),
+        *f"--src-tensor-model-parallel-size 8 --src-pipeline-model-parallel-size 1 --tgt-tensor-model-parallel-size {tp}".split(),
+        *f"--tgt-pipeline-model-parallel-size {pp} --orig-vocab-size {VOCAB} --make-vocab-size-divisible-by {DIVISOR}".split(),
+        *(["--deepspeed"] if deepspeed else []),
+    )
+    kind = f"{'DeepSpeed' if deepspeed else 'Megatron'} rank files for TP {tp} x PP {pp}"
+    assert convert.open_source(tmp_path / "new").kind == kind
+    assert any(name.endswith("_proj.bias") for name in tensors)
+    assert same(tmp_path / "new", tensors, tmp_path)
+    cut_anew(*folders(tmp_path / "new", tmp_path / "again"), "--tgt-tensor-model-parallel-size", 8)
+    convert.compare(convert.open_source(tmp_path / "again"), convert.open_source(tmp_path / "old"))
+
+
+@pytest.mark.parametrize(
+    ("run", "args", "said"),
+    [
+        (to_hugging_face, "--tensor-model-parallel-size 8", "tensor-parallel size 8, its files 2"),
+        (to_hugging_face, "--pipeline-model-parallel-size 4", "pipeline-parallel size 4, its files 2"),
+        (to_hugging_face, "--type 7B", "--type 7B: num_layers 32, config.json 4"),
+        (to_hugging_face, "--num-kv-heads 2", "--num_kv_heads 2, config.json 8"),
+        (cut_anew, "--src-tensor-model-parallel-size 1", "tensor-parallel size 1, its files 2"),
+        (cut_anew, "--orig-vocab-size 32000", f"--orig-vocab-size 32000, config.json {VOCAB}"),
+        (cut_anew, "--added-token-num 1", "resize_token_embeddings"),
+        (cut_anew, "--tgt-tensor-model-parallel-size 3", "do not split over 3"),
+        (cut_anew, "--tgt-pipeline-model-parallel-size 3", "3"),
+        (cut_anew, "--tgt-tensor-parallel-size 2", "unknown flag --tgt-tensor-parallel-size; did you mean --tgt-tensor-model"),
+    ],
+)
+def test_what_contradicts_is_refused(tmp_path, run, args, said):
+    old_folder(tmp_path / "old", OLD, "internlm", 2, 2)
+    with pytest.raises(UserError, match=said):
+        run(*folders(tmp_path / "old", tmp_path / "out"), *args.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("run", [to_hugging_face, cut_anew])
+def test_they_are_for_rank_files(tmp_path, run):
+    old_folder(tmp_path / "old", OLD, "internlm", 1, 1)
+    to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"))
+    with pytest.raises(UserError, match=r"hf holds no rank files: tools/ckpt_convert/convert\.py converts from any format"):
+        run(*folders(tmp_path / "hf", tmp_path / "out"))
+
+
+def test_the_converter_of_everything_takes_the_folder_of_the_model(tmp_path):
+    tensors = old_folder(tmp_path / "old", OLD, "internlm", 2, 1)
+    (tmp_path / "old/config.json").rename(tmp_path / "config.json")
+    run = ("--from", tmp_path / "old", "--to", tmp_path / "hf", "--format", "hf")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        command("convert.py", *run)
+    command("convert.py", *run, "--config", tmp_path)
+    assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)

@@ -65,8 +65,7 @@ TRANSFORMER_ENGINE = {
     LAYER + "input_layernorm.weight": (ATTENTION + "linear_qkv.layer_norm_weight",),
     LAYER + "pre_mlp_layernorm.weight": (MLP + "linear_fc1.layer_norm_weight",),
 }
-OTHERS = (
-    dialect("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE),
+OLD = (
     dialect("Megatron-LM before Megatron-core, ModelLink", _nested("norm", "dense_h_to_4h")),
     dialect("Megatron-LM until 2023", _nested("layernorm", "dense_h_to_4h")),
     dialect("AscendSpeed and ModelLink around 2024", _nested("layernorm", "gate_proj", "dense_h_to_4h")),
@@ -74,4 +73,6 @@ OTHERS = (
     dialect("AscendSpeed of 2023", _flat("gate_proj", "up_proj")),
     dialect("AscendSpeed of 2023, --merge-mlp", _flat("proj")),
 )
+"""Of programs before Megatron-core, or built on those."""
+OTHERS = (dialect("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *OLD)
 """All dialects but Megatron-core's own; they are read, not written."""

@@ -11,7 +11,7 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.formats import sidecars, tokenizer_json, writing
+from ascendspeed.formats import sidecars, table, tokenizer_json, writing
 from ascendspeed.formats.files import create_safetensors, load_pt, load_safetensors, nbytes, read_json, write_json
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
 from ascendspeed.formats.writing import File
@@ -87,6 +87,8 @@ class HuggingFace:
 
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
+        if self.family == "llama":
+            table.check("hf-llama", "writes", source.config.family)
         config = self._config(source)
         FAMILIES[config.family].write_config(config)
 

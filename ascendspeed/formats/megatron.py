@@ -20,7 +20,7 @@ from ascendspeed.config import (
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row
-from ascendspeed.formats import dialects, ranks, sidecars
+from ascendspeed.formats import dialects, ranks, sidecars, table
 from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.ranks import Dialect, Grid, Layout
 from ascendspeed.formats.source import Source, read_config
@@ -73,6 +73,8 @@ def open_folder(folder: Path, config: Path) -> Source:
     check_tensor_parallel(config, grid.tp)
     check_pipeline_parallel(config, grid.pp)
     dialect = ranks.recognise(iteration, DIALECTS, config, held)
+    if dialect in dialects.OLD:
+        table.check("ascendspeed", "reads", config.family)
     kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
     return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
 

@@ -12,7 +12,7 @@ import torch
 
 from ascendspeed import verify as verification
 from ascendspeed.errors import UserError
-from ascendspeed.formats import HuggingFace, RankFiles, Source, open_source, writing
+from ascendspeed.formats import HuggingFace, InternEvo, RankFiles, Source, open_source, writing
 from ascendspeed.formats.files import staged, write_json
 from ascendspeed.formats.progress import progress
 from ascendspeed.formats.sidecars import with_tokenizer
@@ -22,6 +22,7 @@ from ascendspeed.verify import compare
 __all__ = [
     "DTYPES",
     "HuggingFace",
+    "InternEvo",
     "RankFiles",
     "Source",
     "compare",

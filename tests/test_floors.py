@@ -36,6 +36,7 @@ FLOORS = {
     "formats": 3,
     "verify": 4,
     "convert": 4,
+    "published": 5,
     "checkpoint": 3,
     "engines": 4,
     "generate": 4,

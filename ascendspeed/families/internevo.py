@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from tyro.conf import Suppress
+
 from ascendspeed.families.family import Row, swap
 from ascendspeed.families.llama import ATTENTION, MLP
 
@@ -118,14 +120,14 @@ class Asked:
     """What the files of a training folder may not say; where it is said, it goes before what config.json or model_config.pt say."""
 
     version: Literal[1, 2] | None = None
-    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down. None: told by their shapes, where these differ."""
-    qk_interleaved: bool | None = None
-    """The rows of q and k lie in pairs (qk_interleaved=True, once adapt_hf=False); None: as model_config.pt says."""
+    """InternEvo folder to read: 1, w2 is up and w3 is down; 2, the other way round; None: their shapes tell, unless equal."""
+    qk_interleaved: Literal["yes", "no"] | None = None
+    """InternEvo folder to read: the rows of q and k lie in pairs (once adapt_hf=False); None: as its model_config.pt says."""
     max_pos: int | None = None
-    """Longest trained sequence; None: as config.json or model_config.pt says."""
+    """InternEvo folder to read: longest trained sequence; None: as its config.json or model_config.pt says."""
     rotary_type: Literal["origin", "dynamic"] | None = None
-    """Plain rotary embedding, or dynamic NTK beyond --max_pos; None: as config.json or model_config.pt says."""
+    """InternEvo folder to read: plain rope, or dynamic NTK beyond --max-pos; None: as its config.json or model_config.pt says."""
     scaling_factor: float = 1.0
-    """Of dynamic NTK, so with --rotary_type dynamic only."""
-    family: str | None = None
-    """Of ours, where names do not tell; None: as config.json says, or the one that the names belong to."""
+    """Factor of dynamic NTK: with --rotary-type dynamic only."""
+    family: Suppress[str | None] = None
+    """Ours, where the names fit several; None: as config.json says, or the one that the names belong to."""

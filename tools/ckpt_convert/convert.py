@@ -4,12 +4,16 @@ python tools/ckpt_convert/convert.py --from internlm-7b --to weights --format me
 python tools/ckpt_convert/convert.py --from ckpt --to internlm-7b-mine --format hf-llama --dtype bf16 --verify
 """
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
 from ascendspeed import errors, flags
+from ascendspeed.families.internevo import Asked
+
+if TYPE_CHECKING:
+    from ascendspeed.convert import Format
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,11 @@ class Options:
     """Converts a checkpoint to another format; what lies in --from is recognised."""
 
     source: Annotated[str, arg(name="from")]
-    """Hugging Face directory, rank files (Megatron or DeepSpeed layout), or a training checkpoint."""
+    """Hugging Face directory, rank files (Megatron or DeepSpeed layout), training folder of InternEvo, or a training checkpoint."""
     target: Annotated[str, arg(name="to")]
     """Folder to write; must not hold anything yet."""
-    format: Literal["hf", "hf-llama", "megatron", "deepspeed"]
-    """hf: the family's own names; hf-llama: plain LlamaForCausalLM; megatron, deepspeed: rank files."""
+    format: Literal["hf", "hf-llama", "megatron", "deepspeed", "internevo"]
+    """hf: the family's own names; hf-llama: plain LlamaForCausalLM; megatron, deepspeed: rank files; internevo: training folder."""
     tp: int = 1
     """Tensor-parallel ranks to write rank files for."""
     pp: int = 1
@@ -40,6 +44,26 @@ class Options:
     """Read the result back and compare every tensor bit by bit with the source."""
     allow_nan: bool = False
     """Convert tensors that hold NaN too; else they are an error that names them."""
+    wp: int = 0
+    """Weight-parallel ranks (isp) to write an InternEvo folder for, in place of --tp."""
+    internevo_version: Literal[1, 2] = 2
+    """InternEvo folder to write: 1, w2 is up and w3 is down (releases before March 2024); 2, w3 is up and w2 is down."""
+    embed_split: bool = True
+    """InternEvo folder to write: cut the embedding along the hidden size, as embed_split_hidden=True; else along the vocabulary."""
+    asked: Asked = field(default_factory=Asked)
+
+
+def _format(options: Options) -> "Format":
+    """How to write it."""
+    from ascendspeed import convert
+
+    if options.format in ("hf", "hf-llama"):
+        return convert.HuggingFace("llama" if options.format == "hf-llama" else None, convert.parse_size(options.max_shard_size))
+    if options.format == "internevo":
+        return convert.InternEvo(
+            options.tp, options.pp, options.wp, version=options.internevo_version, embed_split=options.embed_split
+        )
+    return convert.RankFiles(options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by)
 
 
 def main() -> None:
@@ -49,14 +73,11 @@ def main() -> None:
 
     if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
         raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
-    source = convert.with_tokenizer(convert.open_source(options.source, options.config), options.tokenizer)
+    if options.wp and options.format != "internevo":
+        raise errors.UserError("--wp is for --format internevo: nothing else has weight-parallel files")
+    source = convert.with_tokenizer(convert.open_source(options.source, options.config, options.asked), options.tokenizer)
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
-    to = (
-        convert.HuggingFace("llama" if options.format == "hf-llama" else None, convert.parse_size(options.max_shard_size))
-        if options.format in ("hf", "hf-llama")
-        else convert.RankFiles(options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by)
-    )
-    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
+    convert.convert(source, options.target, _format(options), convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
     print(f"{'verified, every bit: ' if options.verify else ''}{options.target}")
 
 

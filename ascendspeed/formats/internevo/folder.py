@@ -142,12 +142,12 @@ class Opened:
 
     def _interleaved(self, style: Style, asked: Asked) -> bool:
         if asked.qk_interleaved is not None:
-            return asked.qk_interleaved
+            return asked.qk_interleaved == "yes"
         found = config.interleaved(self.folder, self.said, style.model_type)
         if found is None and style.model_type != "INTERNLM":
             print(
                 f"note: {self.folder} does not say qk_interleaved or adapt_hf: q and k are taken as not interleaved, InternEvo's "
-                "default; say --qk-interleaved if training had adapt_hf=False",
+                "default; say --qk-interleaved yes if training had adapt_hf=False",
                 flush=True,
             )
         return bool(found)

@@ -73,15 +73,19 @@ class InternEvo:
         sidecars.write(source, folder, source.config, dtype)
         torch.save({"step": 0}, folder / "0.step")  # 0: nothing was trained, and nothing resumes from it by itself
 
-    def _style(self, config: ModelConfig) -> Style:
+    def kind(self, config: ModelConfig) -> ModelType:
+        """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
         fitting = [kind for kind in TRAINS.get(config.family, ()) if _holds(kind, config)]
         if not fitting or self.model_type not in (None, *fitting):
             what = f"this {config.family} model" if config.family in TRAINS else f"a {config.family} model"
             raise UserError(
                 f"InternEvo has no {self.model_type or 'kind of model'} that holds {what}: {_why(config, self.model_type)}"
             )
+        return self.model_type or fitting[0]
+
+    def _style(self, config: ModelConfig) -> Style:
         return Style(
-            self.model_type or fitting[0],
+            self.kind(config),
             ranks=self.wp or self.tp,
             isp=bool(self.wp),
             version=self.version,

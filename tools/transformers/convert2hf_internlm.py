@@ -1,0 +1,25 @@
+"""Makes a Hugging Face directory of an InternEvo training folder of InternLM (7B, 20B, 65B).
+
+python tools/transformers/convert2hf_internlm.py --src 5000 --tgt mine --tokenizer v7.model --max_pos 2048
+"""
+
+from dataclasses import dataclass
+
+from ascendspeed import errors, flags, published
+
+
+@dataclass(frozen=True)
+class Options(published.ToHuggingFace):
+    """Makes a Hugging Face directory of an InternEvo training folder of InternLM."""
+
+
+def main() -> None:
+    """Parses, converts."""
+    options = flags.parse(Options, description=Options.__doc__)
+    published.to_hugging_face(
+        options, flags.typed(Options), "internlm", "convert2hf_internlm2.py, or tools/ckpt_convert/convert.py"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

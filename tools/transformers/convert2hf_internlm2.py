@@ -1,0 +1,28 @@
+"""Makes a Hugging Face directory of an InternEvo training folder of InternLM2 or 2.5.
+
+python tools/transformers/convert2hf_internlm2.py --src 5000 --tgt mine --tokenizer internlm2.model --max_pos 32768
+"""
+
+from dataclasses import dataclass
+
+from ascendspeed import errors, flags, published
+
+
+@dataclass(frozen=True)
+class Options(published.ToHuggingFace):
+    """Makes a Hugging Face directory of an InternEvo training folder of InternLM2 or 2.5."""
+
+    scaling_factor: float = 2.0
+    """Factor of dynamic NTK: it counts with --rotary_type dynamic (and not, as the published page says, with origin)."""
+
+
+def main() -> None:
+    """Parses, converts."""
+    options = flags.parse(Options, description=Options.__doc__)
+    published.to_hugging_face(
+        options, flags.typed(Options), "internlm2", "convert2hf_internlm.py, or tools/ckpt_convert/convert.py"
+    )
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,30 @@
+"""Makes an InternEvo training folder of a Hugging Face directory of InternLM (7B, 20B, 65B), InternLM3 or Llama.
+
+python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_size 2 --embed_split --use_flash --version 1
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ascendspeed import errors, flags, published
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(published.ToInternEvo):
+    """Makes an InternEvo training folder of a Hugging Face directory of InternLM, InternLM3 or Llama."""
+
+    version: Literal[1, 2]
+    """1: w2 is up and w3 is down (InternEvo before March 2024); 2: w3 is up and w2 is down."""
+    adapt_hf: bool = False
+    """Leave the rows of q and k as they are (training has adapt_hf=True, now qk_interleaved=False); else they are paired, as this
+    command always did. Of no effect on a model with biases, which is trained as INTERNLM: there they stay as they are."""
+
+
+def main() -> None:
+    """Parses, converts."""
+    options = flags.parse(Options, description=Options.__doc__)
+    published.to_internevo(options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,22 @@
+"""Makes an InternEvo training folder of a Hugging Face directory of InternLM2 or 2.5.
+
+python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp_size 2 --embed_split --use_flash
+"""
+
+from dataclasses import dataclass
+
+from ascendspeed import errors, flags, published
+
+
+@dataclass(frozen=True)
+class Options(published.ToInternEvo):
+    """Makes an InternEvo training folder of a Hugging Face directory of InternLM2 or 2.5."""
+
+
+def main() -> None:
+    """Parses, converts."""
+    published.to_internevo(flags.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
+
+
+if __name__ == "__main__":
+    errors.run(main)

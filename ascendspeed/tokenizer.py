@@ -5,20 +5,80 @@ original's own, while a `tokenizer.json` beside it is a conversion. Text is alwa
 the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `id_of`).
 """
 
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ascendspeed.errors import UserError
+from ascendspeed.inputs import checked, read_table
+
+NAMED = ("bos", "eos", "unk", "pad")
+FLAGS = ("single_word", "lstrip", "rstrip")
+
+
+@dataclass(frozen=True)
+class Token:
+    """A string that the JSON files beside a vocabulary declare to be one token."""
+
+    number: int | None
+    """Its id; None: that of the piece of this name."""
+    special: bool
+    """Left out of decoded text."""
+    flags: Mapping[str, bool]
+    """What of its surroundings it takes with it (`FLAGS`)."""
+
+
+def declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
+    """(tokenizer_config.json with what special_tokens_map.json adds, the tokens that they and added_tokens.json declare by string).
+
+    Where files differ, the same one is believed as by transformers. Raises `UserError`.
+    """
+    try:
+        return _declared(folder)
+    except (TypeError, AttributeError, ValueError) as error:  # a list where a table should be, and the like
+        raise UserError(f"{folder}: the tokenizer's JSON files are not as transformers write them: {error}") from None
+
+
+def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
+    config, names = (table(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
+    said = names | config if config.get("added_tokens_decoder") else config | names
+    listed = (said.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens"))
+    more = [token for tokens in listed for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)]
+    named = [said[f"{name}_token"] for name in NAMED if said.get(f"{name}_token") is not None]
+    special = [text_of(token) for token in (*named, *more)]
+    tokens = {text: Token(None, True, {}) for text in special}
+    for text, number in table(folder / "added_tokens.json").items():
+        tokens[text] = Token(_number(number), text in special, {})
+    for number, token in (said.get("added_tokens_decoder") or {}).items():
+        text, flags = text_of(token), {name: bool(token.get(name)) for name in FLAGS}
+        tokens[text] = Token(_number(number), bool(token.get("special")) or text in special, flags)
+    return said, tokens
+
+
+def text_of(token: Any) -> str:
+    """The JSON files write a token as a string or as {"content": string}. Raises `ValueError`."""
+    text = token.get("content") if isinstance(token, Mapping) else token
+    if not isinstance(text, str) or not text:
+        raise ValueError(f"{token!r} is no token")
+    return text
+
+
+def _number(number: Any) -> int:
+    if not str(number).isdecimal() or int(number) >= 2**31:
+        raise ValueError(f"{number!r} is no id of a token")
+    return int(number)
 
 
 class Tokenizer(ABC):
     """Ids of text, and the ids of the control tokens, found by their names in the directory's JSON files."""
 
+    pieces: int
+    """Size of the vocabulary itself."""
     vocab_size: int
     """Number of ids, added tokens included; the model may have more rows."""
     bos: int | None
@@ -29,12 +89,12 @@ class Tokenizer(ABC):
     """Id that fills a batch; `eos` where none is named."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path = path
-        names = _read_json(path / "tokenizer_config.json") | _read_json(path / "special_tokens_map.json")
-        added = names.get("added_tokens_decoder") or {}
-        self._added = _read_json(path / "added_tokens.json") | {token["content"]: int(n) for n, token in added.items()}
+        self.path, self.pieces = path, size
+        said, tokens = declared(path)
+        self._added = {content: token.number for content, token in tokens.items() if token.number is not None}
+        self._special = {number for content, number in self._added.items() if tokens[content].special}
         self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
-        self.bos, self.eos, self.pad = (self._special(names.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+        self.bos, self.eos, self.pad = (self._named(said.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -59,9 +119,8 @@ class Tokenizer(ABC):
             raise UserError(f"{self.path}: the tokenizer has no token {piece!r}")
         return number
 
-    def _special(self, token: str | dict[str, Any] | None) -> int | None:
-        """The JSON files write a control token as a string or as {"content": string}."""
-        return None if token is None else self.id_of(token["content"] if isinstance(token, dict) else token)
+    def _named(self, token: str | dict[str, Any] | None) -> int | None:
+        return None if token is None else self.id_of(text_of(token))
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         numbers = [int(i) for i in ids]
@@ -79,7 +138,7 @@ class SentencePieceTokenizer(Tokenizer):
 
         sentencepiece.set_min_log_level(2)  # InternLM's unused NUL piece would be warned about in every process
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model"))
+            self._model = sentencepiece.SentencePieceProcessor(model_file=str(checked(path / "tokenizer.model")))
         except (OSError, RuntimeError) as error:
             raise UserError(f"{path / 'tokenizer.model'} is not a sentencepiece model: {_first_line(error)}") from error
         super().__init__(path, self._model.get_piece_size())
@@ -93,8 +152,10 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode_as_numpy(list(texts), num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        size = self._model.get_piece_size()
-        return self._model.decode([i for i in self._known(ids) if i < size])
+        beyond = {number: content for content, number in self._added.items() if number >= self.pieces}
+        kept = [i for i in self._known(ids) if i not in self._special and (i < self.pieces or i in beyond)]
+        runs = ((added, list(run)) for added, run in groupby(kept, beyond.__contains__))
+        return "".join("".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs)
 
     def _find(self, piece: str) -> int | None:
         number = self._model.piece_to_id(piece)
@@ -108,7 +169,9 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            self._model = tokenizers.Tokenizer.from_file(str(checked(path / "tokenizer.json")))
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {_first_line(error)}") from error
         self._model.no_truncation()
@@ -116,7 +179,8 @@ class JsonTokenizer(Tokenizer):
         # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of spaces, for
         # example) and are found in text, as in training.
         self._model.encode_special_tokens = True
-        super().__init__(path, self._model.get_vocab_size())
+        super().__init__(path, self._model.get_vocab_size(with_added_tokens=False))
+        self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
         self.pad = self.eos if self.pad is None else self.pad
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -144,13 +208,9 @@ def load(path: str | Path) -> Tokenizer:
     raise UserError(f"{folder}: no tokenizer here; looked for {' and '.join(FILES)}, but {found}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+def table(path: Path) -> dict[str, Any]:
+    """What a JSON file says that need not be there. Raises `UserError`."""
+    return read_table(path) if path.exists() or path.is_symlink() else {}
 
 
 def _first_line(error: Exception) -> str:

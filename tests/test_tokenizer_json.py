@@ -1,99 +1,336 @@
-"""The exported tokenizer: stock transformers give sentencepiece's own ids."""
+"""The exported tokenizer: stock transformers, without remote code, give the ids of sentencepiece and of the original tokenizer."""
 
 import inspect
+import io
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import sentencepiece
+from corpus import REAL, TRAPS, words
+from sentencepiece import sentencepiece_model_pb2
 
-from ascendspeed.formats import tokenizer_json
+from ascendspeed import tokenizer
+from ascendspeed.formats import sentencepieces, tokenizer_json
 
-FIXTURES = Path(__file__).parent.parent.parent / "shared" / "fixtures" / "tokenizers"
-NASTY = (
-    "Hello  world\n 123\n    \n\t你好|| |\n|a\n\n\n    b| leading|trailing |\t\t x|1234567890|naïve café|日本語テスト|😀 emoji 🇨🇳"
-    "|a\u200bb|\u3000全角|def f(x):\n    return x  # c\n|\r\n win|e\u0301|\x00nul|▁under ▁x|Ｆｕｌｌ|<eoh> and <eoa>"
-    "|<User>:hi\n<Bot>:|\n    \n|ﬁ|__':\n|!\")\n\nif"
-)
+FAMILIES = ("llama", "internlm", "internlm2", "internlm3", "baichuan", "gemma", "mixtral", "qwen2_moe")
+CHAT = {
+    "<|plugin|>": 141,
+    "<|interpreter|>": 142,
+    "<|action_end|>": 143,
+    "<|action_start|>": 144,
+    "<|im_end|>": 145,
+    "<|im_start|>": 146,
+}
+PLAIN = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "split_digits": True,
+    "normalization_rule_name": "identity",
+    "add_dummy_prefix": False,
+    "remove_extra_whitespaces": False,
+    "allow_whitespace_only_pieces": True,
+    "vocab_size": 900,
+}
+OURS = ["<eoh>", "<eoa>", "Ｆ", "……", *(f"[UNUSED_TOKEN_{i}]" for i in range(141, 147))]
+KINDS = {
+    "internlm": {"user_defined_symbols": OURS},
+    "gemma": {
+        "user_defined_symbols": ["▁▁", "▁▁▁▁", "\n\n", "<start_of_turn>"],
+        "pad_id": 0,
+        "eos_id": 1,
+        "bos_id": 2,
+        "unk_id": 3,
+    },
+    "llama2": {"add_dummy_prefix": True},
+    "no bytes": {"byte_fallback": False},
+    "control": {"control_symbols": ["<|im_start|>", "<|im_end|>"]},
+}
 
 
-def texts() -> list[str]:
-    """Prose and code, cut anywhere, and noise."""
-    dice, library = random.Random(0), "".join(inspect.getsource(m) for m in (inspect, json, random, shutil))
-    cuts = [library[(a := dice.randrange(len(library))) : a + dice.choice((20, 80, 400))] for _ in range(800)]
-    noise = ["".join(dice.choices("ab 1\n\t▁你 é😀.-_<>/\\\"'", k=dice.randint(1, 40))) for _ in range(400)]
-    return [*NASTY.split("|"), "x" * 300, *cuts, *noise]
+def trained(**settings) -> bytes:
+    """A small tokenizer.model, trained on code and a little of everything."""
+    model = io.BytesIO()
+    library = [line.rstrip("\n") + "\n" for line in inspect.getsource(inspect).splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([*library, *TRAPS * 3, *words(100), "    \n\n\n    \t\t x", "哈哈哈哈 --- ==== ...."]),
+        model_writer=model,
+        num_threads=1,
+        minloglevel=2,
+        **PLAIN | settings,
+    )
+    return model.getvalue()
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
-    """A small model of InternLM's kind: byte fallback, no normalisation, no dummy prefix, user-defined pieces."""
-    folder = tmp_path_factory.mktemp("tokenizer")
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=900,
-        model_type="bpe",
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        user_defined_symbols=["<eoh>", "<eoa>", "Ｆ"],
-        allow_whitespace_only_pieces=True,
-        minloglevel=2,
-    )
-    return folder / "tokenizer.model"
+def models() -> dict[str, bytes]:
+    """By kind; the published ones too, where they are at hand."""
+    made = {kind: trained(**settings) for kind, settings in KINDS.items()}
+    return made | {
+        f"published {n}": (REAL / n / "tokenizer.model").read_bytes() for n in ("internlm", "internlm2") if REAL.is_dir()
+    }
 
 
-def exported(model: Path, folder: Path):
-    """(sentencepiece, transformers) of the same tokenizer."""
+def folder_with(folder: Path, model: bytes, config: dict | None = None, **files: dict) -> Path:
+    """A directory with tokenizer.model and JSON files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    for name, values in ({} if config is None else {"tokenizer_config": config} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder
+
+
+def stock(folder: Path, **settings):
+    """What a user of transformers has."""
     from transformers import AutoTokenizer
 
-    shutil.copyfile(model, folder / "tokenizer.model")
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert tokenizer_json.write(folder) is None
-    return sentencepiece.SentencePieceProcessor(str(model)), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
 
 
-def check(model: Path, folder: Path) -> None:
-    original, theirs = exported(model, folder)
-    for text in texts():
-        ids = original.encode(text)
-        assert theirs.encode(text, add_special_tokens=False) == ids, repr(text)
-        assert theirs.encode(text) == [1, *ids]  # the model was trained with one <s> before every text
-        assert theirs.decode(ids) == original.decode(ids)
-    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id) == (1, 2, 0, 2)
-    assert len(theirs) == original.vocab_size()
-
-
-def test_ids_are_those_of_sentencepiece(trained, tmp_path):
-    check(trained, tmp_path)
-
-
-@pytest.mark.parametrize("name", ["internlm", "internlm2"])
-@pytest.mark.skipif(not FIXTURES.is_dir(), reason="beside the trained one above: the published tokenizers")
-def test_published_tokenizers(name, tmp_path):
-    check(FIXTURES / name / "tokenizer.model", tmp_path)
-
-
-def test_control_merges_in_the_order_of_ids_are_seen(trained, tmp_path, monkeypatch):
-    merges = tokenizer_json._merges
-    monkeypatch.setattr(tokenizer_json, "_merges", lambda pieces: reversed(list(merges(pieces))))
-    original, theirs = exported(trained, tmp_path)
-    assert any(theirs.encode(text, add_special_tokens=False) != original.encode(text) for text in texts())
-
-
-def test_other_kinds_are_left_alone(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(b"pieces")
-    assert "no sentencepiece model" in tokenizer_json.write(tmp_path)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(inspect.getsource(inspect).splitlines()),
-        model_prefix=str(tmp_path / "tokenizer"),
-        vocab_size=500,
-        minloglevel=2,
+def texts(count: int, pieces: list[str]) -> list[str]:
+    """Code, noise of every script and of every kind of space, runs, pieces in any order, and what looks like special tokens."""
+    dice, library = random.Random(7), "".join(inspect.getsource(m) for m in (inspect, json, random, shutil))
+    scripts = "ab1 \n\t▁你好日本語한국 éÅﬁ\u0301😀👨\u200d👩❤️\ufe0f🇨🇳العـ\u202eע\u0e44\u0e17हि<>/\\\"'{}.-_=*#\r\0\x01\x1b\x7f"
+    scripts += "\u00a0\u3000\ufeff\ud7ff\ue000\U0010ffff𠀀Ｆ…"
+    named = [
+        "<s>",
+        "</s>",
+        "<unk>",
+        "<pad>",
+        "[UNUSED_TOKEN_145]",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<eoh>",
+        "<0x41>",
+        "<|User|>:",
+        "  ",
+        "\n\n",
+    ]
+    makers = (
+        lambda: library[(a := dice.randrange(len(library))) : a + dice.choice((20, 80, 400))],
+        lambda: "".join(dice.choices(scripts, k=dice.randint(1, 60))),
+        lambda: "".join(c * dice.randint(1, 70) for c in dice.choices(scripts, k=4)),
+        lambda: "".join(dice.choices(pieces, k=dice.randint(1, 20))).replace("▁", " "),
+        lambda: "".join(chr(dice.choice((dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)))) for _ in range(20)),
+        lambda: "".join(dice.choices([*named, *scripts], k=dice.randint(1, 12))),
     )
-    assert "not plain BPE" in tokenizer_json.write(tmp_path)
-    assert not (tmp_path / "tokenizer.json").exists()
+    return ["", " ", "x" * 3000, "你" * 1000, *(maker() for _ in range(count // len(makers)) for maker in makers)]
+
+
+def original(model, tokens: dict[str, int], text: str) -> list[int]:
+    """As the published Python classes do: the declared strings first, sentencepiece for what lies between."""
+    pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    parts = re.split(f"({pattern})", text) if tokens else [text]
+    return [i for part in parts for i in ([tokens[part]] if part in tokens else model.encode(part))]
+
+
+def check(folder: Path, tokens: dict[str, int], count: int) -> None:
+    """`tokens`: what the JSON files declare."""
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
+    assert tokenizer_json.write(folder) is None
+    sample = texts(count, pieces)
+    theirs = stock(folder)
+    bos = [] if theirs.bos_token_id is None else [theirs.bos_token_id]
+    declared = [original(model, tokens, text) for text in sample]
+    for text, ids, expected in zip(sample, theirs(sample).input_ids, declared, strict=True):
+        assert ids == [*bos, *expected], repr(text)
+    plain = [model.encode(text) for text in sample]
+    renamed = {number for name, number in tokens.items() if number < len(pieces) and pieces[number] != name}
+    for text, ids in zip(sample, plain, strict=True):
+        if not {model.unk_id(), *renamed} & set(ids):  # sentencepiece writes what is unknown as a sign of its own
+            assert theirs.decode(ids) == model.decode(ids) == text.replace("▁", " "), repr(text)
+    assert declared != plain  # the sample does hold declared strings: sentencepiece alone makes no control token of them
+    if not renamed:
+        for text, ids, expected in zip(sample, stock(folder, split_special_tokens=True)(sample).input_ids, plain, strict=True):
+            assert ids == [*bos, *expected], repr(text)
+
+
+def special(model: bytes) -> dict[str, int]:
+    """What counts as declared when no file says anything: <s>, </s> and <unk>, whatever they are called."""
+    made = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return {made.id_to_piece(i): i for i in (made.bos_id(), made.eos_id(), made.unk_id())}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_sentencepiece_and_of_the_original(models, kind, tmp_path):
+    check(folder_with(tmp_path, models[kind]), special(models[kind]), 1800)
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="beside the trained ones above: the published tokenizers")
+@pytest.mark.parametrize("count", [3000, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["internlm", "internlm2"])
+def test_published_tokenizers(name, count, tmp_path):
+    folder = Path(shutil.copytree(REAL / name, tmp_path / name, copy_function=shutil.copyfile))
+    check(folder, {"<unk>": 0, "<s>": 1, "</s>": 2}, count)
+    assert stock(folder)("\n", add_special_tokens=False).input_ids == [364]
+    if name == "internlm":  # "▁▁▁▁" and "▁يجب" have one score: the one on the left goes first
+        assert stock(folder)("    يجب", add_special_tokens=False).tokens() == ["▁▁▁▁", "يجب"]
+    assert (stock(folder).pad_token, len(stock(folder))) == ("</s>", 103168 if name == "internlm" else 92544)
+
+
+def chat_files(model: bytes) -> dict[str, dict]:
+    """The JSON files of a chat model of v2: names over the unused pieces, and a template."""
+    made = sentencepiece.SentencePieceProcessor(model_proto=model)
+    numbers = {name: made.piece_to_id(f"[UNUSED_TOKEN_{unused}]") for name, unused in CHAT.items()}
+    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    decoder = {str(i): {"content": name, **flags, "special": True} for name, i in {**special(model), **numbers}.items()}
+    config = {
+        "add_bos_token": True,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": list(CHAT),
+        "bos_token": "<s>",
+        "chat_template": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "eos_token": "</s>",
+        "legacy": False,
+        "tokenizer_class": "InternLM2Tokenizer",
+        "unk_token": "<unk>",
+    }
+    return {"config": config, "added_tokens": numbers}
+
+
+@pytest.mark.parametrize("kind", ["internlm", pytest.param("published internlm2", marks=pytest.mark.slow)])
+def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
+    """`<|im_start|>` is the id of [UNUSED_TOKEN_146], by either string, as in the original; decoded it has its new name."""
+    if kind not in models:
+        pytest.skip("the published tokenizer of v2; a trained one is tested beside it")
+    files = chat_files(models[kind])
+    folder = folder_with(tmp_path, models[kind], **files)
+    check(folder, special(models[kind]) | files["added_tokens"], 1200)
+    again = stock(folder)
+    again.save_pretrained(tmp_path / "again")
+    for theirs in (again, stock(tmp_path / "again")):
+        ids = files["added_tokens"]
+        assert {name: theirs.convert_tokens_to_ids(name) for name in ids} == ids
+        assert theirs("[UNUSED_TOKEN_146]<|im_start|>", add_special_tokens=False).input_ids == [ids["<|im_start|>"]] * 2
+        assert theirs.decode([ids["<|im_start|>"]]) == "<|im_start|>"
+        assert theirs.decode([ids["<|im_end|>"]], skip_special_tokens=True) == ""
+        said = [{"role": "user", "content": "hi  you"}]
+        text = "<s><|im_start|>user\nhi  you<|im_end|>\n"
+        assert theirs.apply_chat_template(said, tokenize=False) == text
+        model = tokenizer.load(folder)
+        expected = [1, ids["<|im_start|>"], *model.encode("user\nhi  you"), ids["<|im_end|>"], *model.encode("\n")]
+        assert theirs.apply_chat_template(said, return_dict=False) == expected
+    assert kind == "internlm" or (ids["<|im_start|>"], ids["<|im_end|>"]) == (92543, 92542)
+    if kind != "internlm":
+        assert len(stock(folder)) == 92544  # a name over a piece makes no new row
+
+
+def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
+    """Also with the prefix of Llama 2: every stretch between such tokens is encoded as sentencepiece encodes it alone."""
+    size = sentencepiece.SentencePieceProcessor(model_proto=models["llama2"]).vocab_size()
+    added = {"<|im_start|>": size, "[PAD]": size + 3, "二 words": size + 1}
+    folder = folder_with(tmp_path, models["llama2"], {"pad_token": "[PAD]", "add_eos_token": True}, added_tokens=added)
+    assert tokenizer_json.write(folder) is None
+    model, theirs = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), stock(folder)
+    text = "a b<|im_start|> user  x二 words[PAD]</s>y"
+    expected = original(model, special(models["llama2"]) | added, text)
+    assert theirs(text).input_ids == [1, *expected, 2]
+    assert theirs.pad_token_id == size + 3
+    assert {size, size + 1, size + 3} < set(expected)
+    ours = tokenizer.load(folder)
+    assert ours.decode([size + 1, *ours.encode("a b"), 2, size + 3]) == "二 wordsa b"
+    assert (ours.pieces, ours.vocab_size) == (size, size + 4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whatever_the_model_is(models, family, tmp_path):
+    """transformers choose the class of a tokenizer by the model's type too."""
+    folder = folder_with(tmp_path, models["internlm"], {"tokenizer_class": "NobodysTokenizer"})
+    (folder / "config.json").write_text(json.dumps({"model_type": family}))
+    assert tokenizer_json.write(folder) is None
+    text = "  two\n\n<eoh>\tx 12▁你"
+    expected = tokenizer.load(folder).encode(text).tolist()
+    assert stock(folder)(text).input_ids == [1, *expected]
+
+
+def test_a_model_whose_type_forces_another_class(models, tmp_path):
+    folder = folder_with(tmp_path, models["internlm"])
+    (folder / "config.json").write_text('{"model_type": "qwen2"}')
+    assert "no tokenizer but Qwen2Tokenizer" in tokenizer_json.write(folder)
+    assert not (folder / "tokenizer.json").exists()
+
+
+def changed(model: bytes, change) -> bytes:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    change(proto)
+    return proto.SerializeToString()
+
+
+def unused(proto) -> None:
+    next(p for p in proto.pieces if p.piece == "self").type = sentencepieces.UNUSED
+
+
+def circle(proto) -> None:
+    """aba + b and b + aba: which goes first depends on where they stand."""
+    scores = {"xq": -1.0, "qx": -1.0, "x": -2.0, "q": -2.0}
+    for piece, (text, score) in zip([p for p in proto.pieces if p.type == sentencepieces.NORMAL], scores.items(), strict=False):
+        piece.piece, piece.score = text, score
+    kept = [p for i, p in enumerate(proto.pieces) if p.type != sentencepieces.NORMAL or (p.piece in scores and i < 270)]
+    del proto.pieces[:]
+    proto.pieces.extend(kept)
+
+
+REFUSED = {
+    "is no sentencepiece model": b"pieces",
+    "is not BPE": lambda: trained(model_type="unigram", vocab_size=500),
+    "normalises the text": lambda: trained(normalization_rule_name="nmt_nfkc"),
+    "removes spaces": lambda: trained(remove_extra_whitespaces=True),
+    "begins the text with a space and has user-defined pieces": lambda: trained(
+        add_dummy_prefix=True, user_defined_symbols=["<eoh>"]
+    ),
+    "makes the unused piece 'self' and takes it apart again": lambda: changed(trained(), unused),
+    "one score, so that their place in the text decides": lambda: changed(trained(), circle),
+    "puts spaces behind words": lambda: trained(treat_whitespace_as_suffix=True),
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_cannot_be_said_is_not_written(reason, tmp_path):
+    model = REFUSED[reason]
+    folder = folder_with(tmp_path, model if isinstance(model, bytes) else model())
+    assert reason in tokenizer_json.write(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.model"]
+
+
+@pytest.mark.parametrize(
+    ("reason", "config"),
+    [
+        ("legacy = false", {"legacy": False}),
+        ("'<x>' is 300, which is also", {"added_tokens_decoder": {"300": {"content": "<x>", "special": True}}}),
+        ("'<y>' is 950, which is also '<x>'", {"added_tokens_decoder": {"950": {"content": "<x>"}, "0950": {"content": "<y>"}}}),
+    ],
+)
+def test_neighbours_that_contradict_the_model(models, reason, config, tmp_path):
+    folder = folder_with(tmp_path, models["llama2"], config)
+    assert reason in tokenizer_json.write(folder)
+    assert not (folder / "tokenizer.json").exists()
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == config
+
+
+def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
+    """Merges in the order of ids, as transformers would make them: the comparison with sentencepiece sees it."""
+    folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepieces.merges
+    monkeypatch.setattr(tokenizer_json, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made))
+    assert "where a tokenizer.json would give" in tokenizer_json.write(folder)
+    assert not (folder / "tokenizer.json").exists()
+
+
+def test_equal_scores_are_taken_from_the_left(models, tmp_path):
+    """Two merges of one score that want the same symbol: sentencepiece takes the one on the left, whatever their ids."""
+
+    def tie(proto) -> None:
+        normal = [p for p in proto.pieces if p.type == sentencepieces.NORMAL]
+        for piece, text in zip(normal, ("yz", "xy"), strict=False):  # the one on the left has the higher id
+            piece.piece, piece.score = text, 1.0
+
+    folder = folder_with(tmp_path, changed(trained(vocab_size=600), tie))
+    assert tokenizer_json.write(folder) is None
+    model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+    assert model.encode("xyz", out_type=str)[0] == "xy"
+    for text in ("xyz", "axyzb", "xyzxyz", "yzxy"):
+        assert stock(folder)(text, add_special_tokens=False).input_ids == model.encode(text)

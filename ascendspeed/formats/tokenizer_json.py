@@ -1,102 +1,170 @@
 """tokenizer.model -> tokenizer.json: stock transformers load it without anybody's code and give sentencepiece's own ids.
 
 What transformers makes of a bare tokenizer.model by itself orders the merges by id; sentencepiece orders them by score, and in
-InternLM's vocabulary the two are not the same.
+InternLM's vocabulary the two are not the same. Whatever cannot be said exactly is not written: a reason is given instead, and what
+is written has first been compared with sentencepiece.
+
+Text is what the model's original tokenizer takes it for. The strings that tokenizer_config.json and its neighbours declare (`<s>`,
+`<|im_start|>`, added tokens) become their ids wherever they stand in a text, as in every tokenizer of Hugging Face; sentencepiece
+itself never makes a control token of text: who wants that too loads with `split_special_tokens=True`. User-defined pieces of the
+vocabulary (`[UNUSED_TOKEN_3]`, runs of spaces) are found either way.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.formats.files import read_json, write_json
+from ascendspeed.formats import nasty
+from ascendspeed.formats.files import write_json
+from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse
+from ascendspeed.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
+GENERIC = "PreTrainedTokenizerFast"
+"""The class that takes a tokenizer.json as it is, in every version of transformers."""
+OWN_CLASS = {"qwen2": "Qwen2Tokenizer"}
+"""`model_type` of config.json -> the class that transformers take whatever tokenizer_config.json says."""
+Added = dict[int, dict[str, Any]]
+"""Id -> entry of `added_tokens`."""
 
 
 def write(folder: Path) -> str | None:
-    """Writes tokenizer.json and its settings beside the tokenizer.model of a folder.
+    """Writes tokenizer.json and its settings beside the tokenizer.model of a folder; 100,000 pieces take a few seconds.
 
-    Returns why not, in words, when the tokenizer is of a kind that this cannot express.
+    Returns why not, in words, when it would not give the ids of sentencepiece; then nothing is written. Raises `UserError`.
     """
-    from sentencepiece import sentencepiece_model_pb2  # here: it needs protobuf, which reading weights does not
-
-    model = sentencepiece_model_pb2.ModelProto()
+    path = folder / "tokenizer.model"
+    kind = table(folder / "config.json").get("model_type")
+    if kind in OWN_CLASS:
+        return f"transformers use no tokenizer but {OWN_CLASS[kind]} for a model of the type {kind}"
     try:
-        model.ParseFromString((folder / "tokenizer.model").read_bytes())
-    except Exception as error:  # protobuf's own DecodeError, of whichever implementation
-        return f"tokenizer.model is no sentencepiece model ({error})"
-    rules, trainer = model.normalizer_spec, model.trainer_spec
-    if trainer.model_type != trainer.BPE or rules.precompiled_charsmap or rules.add_dummy_prefix or rules.remove_extra_whitespaces:
-        return "tokenizer.model is not plain BPE (it normalises the text, or begins it with a space)"
-    settings = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
-    bos = model.pieces[trainer.bos_id].piece if settings.get("add_bos_token", True) and trainer.bos_id >= 0 else None
-    text = json.dumps(_tokenizer(model.pieces, bos, trainer.bos_id, bool(trainer.byte_fallback)), ensure_ascii=False)
-    (folder / "tokenizer.json").write_text(text, encoding="utf-8")
-    special = {
-        f"{name}_token": model.pieces[i].piece for name in ("bos", "eos", "unk") if (i := getattr(trainer, f"{name}_id")) >= 0
-    }
-    defaults = special | {"pad_token": special.get("eos_token"), "clean_up_tokenization_spaces": False}
-    write_json(folder / "tokenizer_config.json", defaults | settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        model = parse(path)
+        said, tokens = declared(folder)
+        settings = _defaults(model, said) | said
+        added = _added(model.pieces, _named(settings) | tokens)
+        ranked = merges(model.pieces)
+        text = json.dumps(_tokenizer(model, settings, added, ranked), ensure_ascii=False)
+        foreign = [name for i, token in added.items() for name in _foreign(model.pieces, i, token)]
+        nasty.compare(path, text, list(nasty.texts(model.pieces, ranked)), foreign)
+    except Inexact as error:
+        return f"tokenizer.model {error}"
+    part = folder / "tokenizer.json.partial"
+    part.write_text(text, encoding="utf-8")
+    part.replace(folder / "tokenizer.json")
+    decoder = {str(i): {name: value for name, value in token.items() if name != "id"} for i, token in added.items()}
+    write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC})
     return None
 
 
-def _tokenizer(pieces: Any, bos: str | None, bos_id: int, byte_fallback: bool) -> dict[str, Any]:
+def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds where tokenizer_config.json says nothing: the special tokens of the model."""
+    if model.normalizer_spec.add_dummy_prefix and said.get("legacy") is False:
+        raise Inexact("begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens")
+    numbers = {f"{name}_token": getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
+    own = {name: model.pieces[i].piece for name, i in numbers.items() if 0 <= i < len(model.pieces)}
+    return own | {"pad_token": said.get("eos_token", own.get("eos_token")), "clean_up_tokenization_spaces": False}
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Token]:
+    names = (settings.get(f"{name}_token") for name in NAMED)
+    return {text_of(token): Token(None, True, {}) for token in names if token is not None}
+
+
+def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
+    """What is declared, and the user-defined pieces. Raises `Inexact` for an id of two names, or a name of two ids."""
+    numbers = {piece.piece: i for i, piece in enumerate(pieces)}
+    added = {i: _entry(i, piece.piece, Token(i, False, {}), True) for i, piece in enumerate(pieces) if piece.type == USER_DEFINED}
+    taken: dict[int, str] = {}
+    for name, token in tokens.items():
+        number = numbers.get(name) if token.number is None else token.number
+        if number is None:
+            continue  # a name for a token that is nowhere: transformers add it behind the vocabulary, as ever
+        piece = pieces[number] if number < len(pieces) else None
+        renamed = piece is not None and piece.piece != name
+        if numbers.get(name, number) != number or number in taken or (renamed and piece.type in (NORMAL, BYTE)):
+            also = taken.get(number) or (piece.piece if renamed else f"piece {numbers[name]}")
+            raise Inexact(f"does not go with its neighbours: they say that {name!r} is {number}, which is also {also!r}")
+        taken[number] = name
+        added[number] = _entry(number, name, token, piece is not None and piece.type == USER_DEFINED)
+    return dict(sorted(added.items()))
+
+
+def _entry(number: int, name: str, token: Token, normalized: bool) -> dict[str, Any]:
+    """`normalized`: looked for when spaces are ▁ already, as sentencepiece does with user-defined pieces; else before."""
+    flags = {flag: token.flags.get(flag, False) for flag in FLAGS}
+    return {"id": number, "content": name, **flags, "normalized": normalized, "special": token.special}
+
+
+def _foreign(pieces: Any, number: int, token: Mapping[str, Any]) -> list[str]:
+    """Strings in which sentencepiece sees something else than the tokenizer.json is to see."""
+    own = pieces[number].piece if number < len(pieces) else None
+    if own != token["content"]:
+        return [token["content"], *([own] if own and pieces[number].type == USER_DEFINED else [])]
+    return [] if token["special"] or pieces[number].type == USER_DEFINED else [own]
+
+
+def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: list[Merge]) -> dict[str, Any]:
     """tokenizer.json as a table."""
-    sequence = {"Sequence": {"id": "A", "type_id": 0}}
-    begin = [{"SpecialToken": {"id": bos, "type_id": 0}}] if bos else []
-    named = {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}} if bos else {}
+    prefix, fallback = model.normalizer_spec.add_dummy_prefix, bool(model.trainer_spec.byte_fallback)
+    vocabulary = {i: _key(i, piece, fallback) for i, piece in enumerate(model.pieces)} | {i: t["content"] for i, t in added.items()}
+    renamed = [_replace(piece.piece, vocabulary[i]) for i, piece in _user_defined(model.pieces) if vocabulary[i] != piece.piece]
+    unknown = next(vocabulary[i] for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [_added(i, piece) for i, piece in enumerate(pieces) if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)],
-        "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        "added_tokens": list(added.values()),
+        "normalizer": _sequence(
+            "normalizers", [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), _replace(" ", "▁"), *renamed]
+        ),
         "pre_tokenizer": None,
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [*begin, sequence],
-            "pair": [*begin, sequence, *begin, {"Sequence": {"id": "B", "type_id": 0}}],
-            "special_tokens": named,
-        },
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        "post_processor": _template(settings, {name: i for i, name in vocabulary.items()}),
+        "decoder": _sequence(
+            "decoders",
+            [
+                _replace("▁", " "),
                 {"type": "ByteFallback"},
                 {"type": "Fuse"},
+                *([{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []),
             ],
-        },
+        ),
         "model": {
             "type": "BPE",
-            "unk_token": next(piece.piece for piece in pieces if piece.type == UNKNOWN),
+            "unk_token": unknown,
             "fuse_unk": True,
-            "byte_fallback": byte_fallback,
-            "vocab": {_key(i, piece, byte_fallback): i for i, piece in enumerate(pieces)},
-            "merges": [list(pair) for pair in _merges(pieces)],
+            "byte_fallback": fallback,
+            "vocab": {name: i for i, name in vocabulary.items()},
+            "merges": [[merge.left, merge.right] for merge in ranked],
         },
     }
 
 
+def _user_defined(pieces: Any) -> list[tuple[int, Any]]:
+    return [(i, piece) for i, piece in enumerate(pieces) if piece.type == USER_DEFINED]
+
+
 def _key(number: int, piece: Any, byte_fallback: bool) -> str:
     """A piece that sentencepiece never makes gets a name that no text is split into: unused ones, and NUL beside byte pieces."""
-    unused = piece.type == UNUSED or (byte_fallback and piece.piece == "\0")
+    unused = piece.type == UNUSED or (byte_fallback and piece.type == NORMAL and piece.piece == "\0")
     return f"<unused piece {number}>" if unused else piece.piece
 
 
-def _added(number: int, piece: Any) -> dict[str, Any]:
-    """Found in the text before anything else; user-defined pieces with spaces, as they stand there."""
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    return {"id": number, "content": piece.piece.replace("▁", " "), **flags, "special": piece.type != USER_DEFINED}
+def _template(settings: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+    """Which special tokens stand around a text, and around each of two."""
+    names = {"bos": settings.get("add_bos_token", True), "eos": settings.get("add_eos_token", False)}
+    used = {name: text_of(settings[f"{name}_token"]) for name, wanted in names.items() if wanted and settings.get(f"{name}_token")}
+    special = {name: [{"SpecialToken": {"id": token, "type_id": 0}}] for name, token in used.items() if token in numbers}
+
+    def around(text: str) -> list[dict[str, Any]]:
+        return [*special.get("bos", []), {"Sequence": {"id": text, "type_id": 0}}, *special.get("eos", [])]
+
+    known = {token: {"id": token, "ids": [numbers[token]], "tokens": [token]} for token in used.values() if token in numbers}
+    return {"type": "TemplateProcessing", "single": around("A"), "pair": around("A") + around("B"), "special_tokens": known}
 
 
-def _merges(pieces: Any) -> Iterator[tuple[str, str]]:
-    """Every way to make a piece of two, the best scores first."""
-    numbers = {piece.piece: i for i, piece in enumerate(pieces) if piece.type == NORMAL}
-    found = []
-    for text, number in numbers.items():
-        for at in range(1, len(text)):
-            left, right = numbers.get(text[:at]), numbers.get(text[at:])
-            if left is not None and right is not None:
-                found.append((-pieces[number].score, left, right, text[:at], text[at:]))
-    return ((left, right) for *_, left, right in sorted(found))
+def _replace(text: str, by: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": text}, "content": by}
+
+
+def _sequence(what: str, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "Sequence", what: steps}

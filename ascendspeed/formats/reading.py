@@ -1,0 +1,81 @@
+"""Files of tensors that others wrote: memory-mapped, never believed. Whatever is wrong with one is a `UserError` that names it."""
+
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from torch import Tensor
+
+from ascendspeed.errors import UserError
+from ascendspeed.inputs import checked, parse_json, plain_name, read_json, read_table
+
+__all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
+AGAIN = "download or copy it again"
+
+
+def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
+    """Every tensor of a safetensors file, memory-mapped: nothing but the header is read before it is used.
+
+    The library itself refuses a header that is too long or no JSON, element types that it does not know, and offsets that overlap,
+    leave holes or end elsewhere than the file; a name that stands there twice it lets pass. `root`: see `inputs.checked`.
+    """
+    checked(path, root)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            _header(path)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except Exception as error:  # also element types that the library knows and torch does not, in whatever words
+        raise UserError(f"{path} is damaged or no safetensors file ({_first_line(error)}): {AGAIN}") from None
+
+
+def _header(path: Path) -> None:
+    """Raises `ValueError` when something stands twice in a header that the library has accepted."""
+    with open(path, "rb") as file:
+        parse_json(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def load_pt(path: Path, root: Path | None = None) -> Any:
+    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled: nothing in the file is run.
+
+    Files of before torch 1.6 are read too, but into memory. `root`: see `inputs.checked`.
+    """
+    checked(path, root)
+    try:
+        with open(path, "rb") as file:
+            is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip:
+            _records(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of storage classes that old files name
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except Exception as error:  # a damaged pickle ends in whatever its instructions run into
+        raise UserError(
+            f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run code): "
+            f"{_first_line(error)}"
+        ) from None
+
+
+def _records(path: Path) -> None:
+    """Raises `ValueError` when a record is compressed: torch.save never does, and a small file could fill the memory."""
+    with zipfile.ZipFile(path) as archive:
+        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(f"{packed[0]!r} in it is compressed, which torch.save does not do")
+
+
+def read_index(path: Path, root: Path | None = None) -> dict[str, str]:
+    """Tensor -> file in the same folder, as `model.safetensors.index.json` says; all are there. Raises `UserError`."""
+    where = read_table(path, root).get("weight_map")
+    if not isinstance(where, dict) or not where:
+        raise UserError(f"{path} has no weight_map of names and files: {AGAIN}")
+    for file in sorted({plain_name(file, path) for file in where.values()}):
+        if not (path.parent / file).is_file():
+            raise UserError(f"{path.parent} lacks {file}, which {path.name} names: {AGAIN}")
+    return where
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

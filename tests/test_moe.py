@@ -138,6 +138,21 @@ def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     assert largest_difference(cpu, name, MODELS[name], dict(source.tensors()), reference) < 2e-5
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_expert_gets_a_gradient(cpu, saved, name):
+    """And an expert that no token is sent to gets zeros: optimizers and ranks count on one for every parameter."""
+    model, tokens = ours(cpu, MODELS[name], tensors_of(saved[name][0])), tokens_of(MODELS[name])
+    model(tokens, None, None, labels=tokens.roll(-1, 1)).sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    model.zero_grad()
+    model(tokens[:1, :1], None, None, labels=tokens[:1, :1]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    unused = [
+        i for i, expert in enumerate(model.decoder.layers[0].mlp.experts.local_experts) if not expert.linear_fc2.weight.grad.any()
+    ]
+    assert len(unused) == MODELS[name].num_experts - MODELS[name].moe_router_topk
+
+
 def swapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Two experts of a layer in each other's place."""
     names = [(EXPERT.format(1, 0, i), EXPERT.format(1, 1, i)) for i in (1, 2)]
@@ -180,7 +195,8 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_layouts_equal_hugging_face(saved, world, tmp_path):
     """Logits and losses; names, shapes and cuts of the parameters; and every one of them, every expert's too, gets a gradient."""
     cases = {

@@ -1,10 +1,9 @@
-"""Files that are written piece by piece and appear whole or not at all; memory-mapped files that are read."""
+"""Files that are written piece by piece and appear whole or not at all."""
 
 import fcntl
 import json
 import math
 import os
-import pickle
 import shutil
 import struct
 import threading
@@ -14,13 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ascendspeed.errors import UserError
-from ascendspeed.formats.inert import stand_ins
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The element types of weights, by their names in a safetensors header; others are refused."""
@@ -34,40 +31,9 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return dtype.itemsize * math.prod(shape)
 
 
-def read_json(path: Path) -> Any:
-    """Raises `UserError` when the file cannot be read or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-
-
 def write_json(path: Path, values: Any) -> None:
     """Indented, as Hugging Face writes them."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, memory-mapped: nothing is read before it is used."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from error
-
-
-def load_pt(path: Path) -> Any:
-    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run."""
-    try:
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"  # the format before torch 1.6 is not, and cannot be mapped
-        with torch.serialization.safe_globals(stand_ins(path) if is_zip else []):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{path} is damaged, or holds more than tensors (then it is not loaded: it could run code): {said[0]}"
-        ) from error
 
 
 class PieceFile:

@@ -12,7 +12,8 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import sidecars, table, tokenizer_json, writing
-from ascendspeed.formats.files import create_safetensors, load_pt, load_safetensors, nbytes, read_json, write_json
+from ascendspeed.formats.files import create_safetensors, nbytes, write_json
+from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
 from ascendspeed.formats.writing import File
 
@@ -54,16 +55,9 @@ def tensors_in(folder: Path) -> dict[str, Tensor]:
 
 
 def _shards(folder: Path, index: Path, load: Any) -> dict[str, Tensor]:
-    said = read_json(index)
-    where = said.get("weight_map") if isinstance(said, dict) else None
-    if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"{index} has no weight_map of names and files")
+    where = read_index(index)
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
-        if Path(file).name != file:
-            raise UserError(f"{index} names {file!r}, which is not a file of this folder")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder} lacks {file}, which {index.name} names")
         held = _table(folder / file, load(folder / file))
         check_names(folder / file, (name for name in where if where[name] == file), held, of=f"what {index.name} says")
         tensors |= held

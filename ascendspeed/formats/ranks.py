@@ -15,7 +15,7 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families.family import Row
-from ascendspeed.formats.files import load_pt
+from ascendspeed.formats.reading import load_pt
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, some
 from ascendspeed.weights import Parameter, Stored
 

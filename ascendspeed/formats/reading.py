@@ -1,6 +1,5 @@
 """Files of tensors that others wrote: memory-mapped, never believed. Whatever is wrong with one is a `UserError` that names it."""
 
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.errors import UserError
+from ascendspeed.formats.inert import stand_ins
 from ascendspeed.inputs import checked, parse_json, plain_name, read_json, read_table
 
 __all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
@@ -38,9 +38,9 @@ def _header(path: Path) -> None:
 
 
 def load_pt(path: Path, root: Path | None = None) -> Any:
-    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled: nothing in the file is run.
+    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run.
 
-    Files of before torch 1.6 are read too, but into memory. `root`: see `inputs.checked`.
+    Files of before torch 1.6 are read too, but into memory, and only if they hold nothing else. `root`: see `inputs.checked`.
     """
     checked(path, root)
     try:
@@ -48,8 +48,7 @@ def load_pt(path: Path, root: Path | None = None) -> Any:
             is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
             _records(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of storage classes that old files name
+        with torch.serialization.safe_globals(stand_ins(path) if is_zip else []):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle ends in whatever its instructions run into
         raise UserError(

@@ -10,8 +10,9 @@ import torch
 from ascendspeed import tokenizer
 from ascendspeed.config import ModelConfig
 from ascendspeed.families import FAMILIES
-from ascendspeed.formats.files import read_json, write_json
+from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
+from ascendspeed.inputs import read_json
 
 COPIED = (
     "generation_config.json",

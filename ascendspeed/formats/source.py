@@ -15,7 +15,8 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import family_of
-from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes, read_json
+from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
+from ascendspeed.inputs import read_table
 from ascendspeed.weights import Tile
 
 Block = Callable[[str, Tile], Tensor]
@@ -83,9 +84,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise UserError(
             f"{folder} has no config.json: copy the one of the Hugging Face model there, or name its folder (--config DIR)"
         )
-    theirs = read_json(path)
-    if not isinstance(theirs, dict):
-        raise UserError(f"{path} is not a table")
+    theirs = read_table(path)
     try:
         return theirs, family_of(theirs).read_config(theirs)
     except UserError as error:

@@ -1,11 +1,13 @@
 """The table of families and formats: every pair in it is exact both ways, every other one is refused."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoint, written
+from test_mindformers import renamed, write_ckpt
 
 from ascendspeed import convert
 from ascendspeed.errors import UserError
@@ -61,7 +63,12 @@ def there(form: str, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
         "deepspeed": convert.RankFiles(tp, deepspeed=True),
         "internevo": InternEvo(tp, pp),
     }
-    if form == "training":
+    if form == "mindformers":
+        target.mkdir()
+        shutil.copyfile(folder / "config.json", target / "config.json")
+        held = {name: tensor for name, tensor in written(folder).items() if "inv_freq" not in name}
+        write_ckpt(target / "model.ckpt", {renamed(name): tensor for name, tensor in held.items()})
+    elif form == "training":
         training_checkpoint(target, source.config, dict(source.tensors()), folder)
     else:
         convert.convert(source, target, formats[form], allow_nan=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import Asked
-from ascendspeed.formats import huggingface, internevo, megatron, training
+from ascendspeed.formats import huggingface, internevo, megatron, mindformers, training
 from ascendspeed.formats.huggingface import HuggingFace
 from ascendspeed.formats.internevo import InternEvo
 from ascendspeed.formats.megatron import RankFiles
@@ -25,12 +25,12 @@ def open_source(path: str | Path, config: str | Path | None = None, asked: Asked
     home = folder if config is None else Path(config)
     if internevo.is_one(folder):
         return internevo.open_folder(folder, home, asked)
-    for module in (training, megatron, huggingface):
+    for module in (training, megatron, huggingface, mindformers):
         if module.is_one(folder):
             return module.open_folder(folder, home)
     found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "
-        "rank files (latest_checkpointed_iteration.txt or latest), an InternEvo training folder (model_tp0_pp0.pt) "
-        f"and a training checkpoint; found {found}"
+        "rank files (latest_checkpointed_iteration.txt or latest), an InternEvo training folder (model_tp0_pp0.pt), "
+        f"a .ckpt of MindFormers and a training checkpoint; found {found}"
     )

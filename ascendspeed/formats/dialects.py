@@ -21,7 +21,8 @@ LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "se
 def rows(config: ModelConfig, names: Names) -> Iterator[Row]:
     """The rows of a model under `names`; what is not there keeps our name."""
     for row in FAMILIES[config.family].rows:
-        yield replace(row, theirs=names.get(row.ours, (row.ours,)), fuse=row.fuse if row.fuse == "glu" else "one")
+        theirs = names.get(row.ours, (row.ours,))
+        yield replace(row, theirs=theirs, fuse="qkv" if len(theirs) == 3 else "glu" if row.fuse == "glu" else "one")
 
 
 def dialect(program: str, names: Names) -> Dialect:

@@ -25,6 +25,7 @@ FORMATS = {
     "megatron": Holds(ALL, ALL),
     "deepspeed": Holds(ALL, ALL),
     "ascendspeed": Holds(DENSE, ()),  # rank files under older module names
+    "mindformers": Holds(("internlm", "internlm2", "llama"), ()),
     "internevo": Holds(tuple(TRAINS), tuple(TRAINS)),
     "training": Holds(ALL, ()),  # training writes it
 }

@@ -1,0 +1,197 @@
+"""MindFormers: a file that MindSpore itself wrote, and folders renamed as MindFormers' `convert_weight.py` renames, read back."""
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_old_formats import COMMON, FFN, HEADS, HIDDEN, LAYERS, MODELS, VOCAB, hugging_face
+from torch import Tensor
+
+from ascendspeed import convert
+from ascendspeed.errors import UserError
+from ascendspeed.formats import mindformers
+
+BY_MINDSPORE = (  # save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)
+    "CiwKAXcSJwgCCAMSB0Zsb2F0MzIaGAAAAL8AAIC+AAAAAAAAgD4AAAA/AABAPwolCgZoYWxmLncSGwgCCAMSB0Zsb2F0MTYaDAC4ALQAAAA0ADgAOgolCgVi"
+    "cmFpbhIcCAIIAxIIQkZsb2F0MTYaDAC/gL4AAIA+AD9APwoaCgllcG9jaF9udW0SDRIFSW50MzIaBAMAAAAKFAoBeBIPEgdGbG9hdDMyGgQAAMA/"
+)
+NAMES = {torch.float32: "Float32", torch.float16: "Float16", torch.bfloat16: "BFloat16"}
+GROUPS = 2
+
+
+def varint(number: int) -> bytes:
+    return bytes([number % 128 + 128]) + varint(number // 128) if number > 127 else bytes([number])
+
+
+def field(number: int, data: bytes) -> bytes:
+    return varint(number * 8 + 2) + varint(len(data)) + data
+
+
+def value(tag: str, shape: tuple[int, ...], kind: str, content: bytes) -> bytes:
+    tensor = b"".join(b"\x08" + varint(n) for n in shape) + field(2, kind.encode()) + field(3, content)
+    return field(1, field(1, tag.encode()) + field(2, tensor))
+
+
+def write_ckpt(path: Path, tensors: dict[str, Tensor], pieces: int = 1) -> None:
+    """What `save_checkpoint` writes; large tensors in `pieces` of any length."""
+    with open(path, "wb") as file:
+        for tag, tensor in tensors.items():
+            raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
+            step = -(-len(raw) // pieces) | 1
+            for at in range(0, len(raw), step):
+                file.write(value(tag, tuple(tensor.shape), NAMES[tensor.dtype], raw[at : at + step]))
+        file.write(value("epoch_num", (), "Int32", b"\x03\0\0\0"))
+
+
+def renamed(name: str) -> str:
+    """As the converters of internlm, internlm2 and llama rename."""
+    for theirs, ours in (
+        ("embed_tokens.weight", "tok_embeddings.embedding_weight"),
+        ("tok_embeddings.weight", "tok_embeddings.embedding_weight"),
+        (".self_attn.q_proj.", ".attention.wq."),
+        (".self_attn.k_proj.", ".attention.wk."),
+        (".self_attn.v_proj.", ".attention.wv."),
+        (".self_attn.o_proj.", ".attention.wo."),
+        (".mlp.gate_proj.", ".feed_forward.w1."),
+        (".mlp.down_proj.", ".feed_forward.w2."),
+        (".mlp.up_proj.", ".feed_forward.w3."),
+        (".input_layernorm.", ".attention_norm."),
+        (".post_attention_layernorm.", ".ffn_norm."),
+        ("wqkv", "w"),
+        (".norm.", ".norm_out."),
+        ("output", "lm_head"),
+    ):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def internlm2() -> dict[str, Tensor]:
+    """InternLM2's tensors under its own names."""
+    generator, d = torch.Generator().manual_seed(5), HIDDEN // HEADS
+    shapes: dict[str, tuple[int, ...]] = {"model.tok_embeddings.weight": (VOCAB, HIDDEN)}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        shapes |= {
+            layer + "attention.wqkv.weight": (HIDDEN + 2 * GROUPS * d, HIDDEN),
+            layer + "attention.wo.weight": (HIDDEN, HIDDEN),
+            layer + "feed_forward.w1.weight": (FFN, HIDDEN),
+            layer + "feed_forward.w3.weight": (FFN, HIDDEN),
+            layer + "feed_forward.w2.weight": (HIDDEN, FFN),
+            layer + "attention_norm.weight": (HIDDEN,),
+            layer + "ffn_norm.weight": (HIDDEN,),
+        }
+    shapes |= {"model.norm.weight": (HIDDEN,), "output.weight": (VOCAB, HIDDEN)}
+    return {name: torch.randn(shape, generator=generator).to(torch.float16) for name, shape in shapes.items()}
+
+
+def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """`--qkv_concat False`: wqkv taken apart by groups of [q..., k, v]."""
+    if ".w." not in name:
+        return {name: tensor}
+    d = HIDDEN // HEADS
+    groups = tensor.split(d * (HEADS // GROUPS + 2))
+    parts = {"wq": slice(None, -2 * d), "wk": slice(-2 * d, -d), "wv": slice(-d, None)}
+    return {name.replace(".w.", f".{x}."): torch.cat([group[rows] for group in groups]) for x, rows in parts.items()}
+
+
+def config_json(folder: Path, family: str) -> None:
+    own = {"model_type": "internlm2", "bias": False, "num_key_value_heads": GROUPS} if family == "internlm2" else MODELS[family]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(COMMON | own))
+
+
+def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
+    convert.write_hf(convert.open_source(folder), tmp / "hf", allow_nan=True)
+    back = load_file(tmp / "hf/model.safetensors")
+    return back.keys() == tensors.keys() and all(
+        back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items()
+    )
+
+
+def test_a_file_of_mindspore_itself(tmp_path):
+    (tmp_path / "x.ckpt").write_bytes(base64.b64decode(BY_MINDSPORE))
+    held = mindformers.read(tmp_path / "x.ckpt")
+    expected = torch.tensor([[-0.5, -0.25, 0.0], [0.25, 0.5, 0.75]])
+    assert list(held) == ["w", "half.w", "brain", "x"]
+    for name, dtype in (("w", torch.float32), ("half.w", torch.float16), ("brain", torch.bfloat16)):
+        assert held[name].dtype == dtype
+        assert torch.equal(held[name], expected.to(dtype))
+    assert held["x"] == 1.5
+    value_of_w = value("w", (2, 3), "Float32", expected.numpy().tobytes())
+    assert base64.b64decode(BY_MINDSPORE).startswith(value_of_w)  # so what the other tests write is the same encoding
+
+
+@pytest.mark.parametrize("family", ["internlm", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_internlm_and_llama(tmp_path, family, dtype):
+    tensors = hugging_face(family, dtype)
+    config_json(tmp_path / "mf", family)
+    held = {renamed(name): tensor for name, tensor in tensors.items()}
+    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_ckpt(tmp_path / "mf/model.ckpt", held | {"adam_m.lm_head.weight": torch.ones(2)})
+    assert convert.open_source(tmp_path / "mf").kind == "MindFormers .ckpt"
+    assert same(tmp_path / "mf", tensors, tmp_path)
+
+
+@pytest.mark.parametrize("concat", [True, False])
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
+    tensors = internlm2()
+    config_json(tmp_path / "mf", "internlm2")
+    held = {renamed(name): tensor for name, tensor in tensors.items()}
+    if not concat:
+        held = {new: part for name, tensor in held.items() for new, part in apart(name, tensor).items()}
+    write_ckpt(tmp_path / "mf/model.ckpt", held, pieces)
+    assert convert.open_source(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
+    assert same(tmp_path / "mf", tensors, tmp_path)
+
+
+def test_control_another_order_is_seen(tmp_path):
+    tensors = internlm2()
+    config_json(tmp_path / "mf", "internlm2")
+    held = {}
+    for name, tensor in tensors.items():
+        parts = apart(renamed(name), tensor)
+        held[renamed(name)] = torch.cat(list(parts.values()))  # w as [q; k; v]
+    write_ckpt(tmp_path / "mf/model.ckpt", held)
+    assert not same(tmp_path / "mf", tensors, tmp_path)
+
+
+def test_what_convert_reversed_leaves_is_a_hugging_face_directory(tmp_path):
+    """MindFormers' own way back gives a file of torch under InternLM2's names: it is read as one."""
+    tensors = internlm2()
+    config_json(tmp_path / "mf", "internlm2")
+    torch.save(tensors, tmp_path / "mf/pytorch_model.bin")
+    assert same(tmp_path / "mf", tensors, tmp_path)
+
+
+def test_what_is_not_read_is_said(tmp_path):
+    tensors = {renamed(name): tensor for name, tensor in hugging_face("internlm", torch.float16).items()}
+    config_json(tmp_path / "mf", "internlm")
+    path = tmp_path / "mf/model.ckpt"
+
+    def refused(said: str) -> None:
+        with pytest.raises(UserError, match=said):
+            convert.open_source(tmp_path / "mf")
+
+    write_ckpt(path, tensors | {"model.layers.0.attention.w_qkv.weight": torch.ones(2, 2)})
+    refused(r"w_qkv\.weight: MindFormers has stored these in several orders")
+    write_ckpt(path, {name: tensor for name, tensor in tensors.items() if "3.feed_forward.w1" not in name})
+    refused(r"lacks model\.layers\.3\.feed_forward\.w1\.weight")
+    write_ckpt(path, tensors)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    refused(r"model\.ckpt is damaged, encrypted or no \.ckpt of MindSpore: it ends before byte")
+    path.write_bytes(b"\xff" * 40)
+    refused("damaged, encrypted or no .ckpt")
+    path.write_bytes(b"")
+    refused("damaged, encrypted or no .ckpt")
+    write_ckpt(path, tensors)
+    write_ckpt(tmp_path / "mf/rank_1.ckpt", tensors)
+    refused(r"holds 2 \.ckpt files: .* merge the ranks' files")
+    (tmp_path / "mf/rank_1.ckpt").unlink()
+    (tmp_path / "mf/config.json").write_text(json.dumps(COMMON | {"model_type": "qwen2", "num_key_value_heads": 8}))
+    refused("a qwen2 model cannot be read from mindformers, only internlm, internlm2, llama")

@@ -46,9 +46,9 @@ class RecipeFlags:
     normalization: Literal["RMSNorm"] = "RMSNorm"
     """Accepted; the models have RMSNorm."""
     swiglu: bool = False
-    """Accepted; the models have SwiGLU."""
+    """Accepted where it is true: a model with another activation is refused."""
     untie_embeddings_and_output_weights: bool = False
-    """Accepted; the models are untied unless --tie-embeddings."""
+    """Accepted where it is true: a model with tied embeddings is refused."""
     DDP_impl: Literal["local", "torch"] = "local"
     """Accepted; the engine owns data parallelism."""
     no_contiguous_buffers_in_local_ddp: bool = False
@@ -115,6 +115,10 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
     if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:
         raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
+    if recipe.swiglu and model.activation != "silu":
+        raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
+    if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
+        raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
     run = Run(model, parallel, optim, command.data, train)
     checks.check(run, world)
     return run, said

@@ -1,6 +1,7 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
-A case: {"changes": {group: {field: value}}, "load": folder, "save": folder, "first": step, "last": step,
+A case: {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
+"first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
 "poison": step before which one comes whose gradients are NaN on one rank}.
 """
@@ -21,6 +22,7 @@ def main() -> None:
 
     import oracle
     import torch
+    from safetensors.torch import load_file
 
     from ascendspeed import checkpoint, parallel, schedule
     from ascendspeed.data.dataset import Batch
@@ -52,7 +54,8 @@ def main() -> None:
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
-        tensors = None if case.get("load") else random_tensors(run.model, run.train.seed)
+        given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
+        tensors = None if case.get("load") else given
         make = WithoutHook if case.get("break") == "sequence-parallel hook" else DeepSpeedEngine
         engine = make(run, grid, here, ds_config(run, grid.world), Kernels(), tensors)
         if case.get("load"):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ascendspeed import weights
@@ -60,7 +61,9 @@ def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str
 def config_of(model: ModelConfig) -> PreTrainedConfig:
     """What transformers builds the model from."""
     known = model.family not in RENAMED and (not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias)
-    return AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
+    config = AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
+    config.pad_token_id = None  # its embedding would get no gradient
+    return config
 
 
 def as_llama(model: ModelConfig) -> LlamaConfig:
@@ -133,15 +136,20 @@ def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTraine
     return found
 
 
-@torch.no_grad()
+class RowsOfLength1(torch.nn.Module):
+    """A matrix -> the same with every row divided by its length."""
+
+    def forward(self, matrix: Tensor) -> Tensor:
+        return matrix / matrix.pow(2).sum(1, keepdim=True).sqrt()
+
+
 def baichuan(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
     """W_pack is q, then k, then v; the rows of the head have some length in the checkpoint, and length 1 when they are used."""
     found = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
     for layer in range(model.num_layers):
         where = f"model.layers.{layer}.self_attn."
         found[where + "W_pack.weight"] = torch.cat([named[f"{where}{x}_proj.weight"] for x in "qkv"])
-    for row in reference.lm_head.weight:
-        row.div_(row.pow(2).sum().sqrt())
+    register_parametrization(reference.lm_head, "weight", RowsOfLength1())
     return found
 
 

@@ -263,3 +263,24 @@ def test_the_other_gelu_is_seen():
         return torch.nn.functional.gelu(gate) * up
 
     assert off("gemma", kernels=Kernels(geglu=erf)) > 1e-4
+
+
+@pytest.mark.usefixtures("cpu")
+def test_one_plus_w_is_not_rounded_to_bf16():
+    """Bit for bit Hugging Face's; the sum in bf16 loses most of a small w."""
+    from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+
+    from ascendspeed.model import spec
+
+    norm = spec.ZeroCenteredRMSNorm(
+        spec.transformer_config(MODELS["gemma"], ParallelConfig(), TrainConfig(), "bf16"), 128, MODELS["gemma"].norm_epsilon
+    )
+    reference = GemmaRMSNorm(128, MODELS["gemma"].norm_epsilon).bfloat16()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (norm.weight, reference.weight):
+            weight.copy_(1e-2 * torch.randn(128, generator=generator.manual_seed(1)))
+        x = torch.randn(64, 128, generator=generator).bfloat16()
+        assert torch.equal(norm(x), reference(x))
+        rounded = torch.nn.functional.rms_norm(x, (128,), 1 + norm.weight, norm.eps)
+        assert (rounded - reference(x)).abs().max() > 1e-3

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from ascendspeed import kernels
@@ -56,6 +57,16 @@ def test_rms_norm_and_swiglu_equal_their_formulas():
     gate, up = x.split(8, -1)
     torch.testing.assert_close(kernels.swiglu(x), gate * torch.sigmoid(gate) * up, rtol=0, atol=1e-14)
     assert (kernels.swiglu(torch.cat((up, gate), -1)) - kernels.swiglu(x)).abs().max() > 0.1  # gate first
+
+
+def test_geglu_equals_hugging_face():
+    x = random(S, B, 16).requires_grad_()
+    gate, up = x.split(8, -1)
+    expected, found, gradient = ACT2FN["gelu_pytorch_tanh"](gate) * up, kernels.geglu(x), random(S, B, 8, seed=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    back = [torch.autograd.grad(y, x, gradient)[0] for y in (found, expected)]
+    torch.testing.assert_close(back[0], back[1], rtol=0, atol=1e-14)
+    assert (ACT2FN["gelu"](gate) * up - found).abs().max() > 1e-5  # erf's is another function
 
 
 @pytest.mark.parametrize("operation", ["rotary", "rms_norm"])

@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-MODEL=${MODEL:-internlm-7b}                             # architecture; the weights' own config.json must agree
+MODEL=${MODEL:-internlm-7b}                             # any by name (internlm2-7b, internlm3-8b ...); the weights' config.json must agree
 TOKENIZER_PATH=${TOKENIZER_PATH:-./dataset/internlm}    # directory with tokenizer.model
 DATA=${DATA:-./dataset/alpaca_text_document}            # prefix of the .bin/.idx pair; or weights and prefixes: "0.3 a 0.7 b"
 CHECKPOINT=${CHECKPOINT-./model_weights}                # weights or a training checkpoint; empty: random weights

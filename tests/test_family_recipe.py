@@ -1,0 +1,73 @@
+"""Every size by its name through the recipe: the real ones as far as the checks, the tiny ones through training."""
+
+import os
+import subprocess
+import sys
+
+import launch
+import pytest
+from test_chain import TrainLine, lines, must, recipe
+
+from ascendspeed import checks
+from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import PRESETS
+from ascendspeed.resolve import resolve
+
+TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and model.num_experts is None]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_size_passes_the_checks(name):
+    data, optim = DataConfig(data_path=("x",)), OptimConfig()
+    checks.check(Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8)
+
+
+@pytest.mark.parametrize("name", ["internlm2-7b", "internlm2.5-20b", "internlm3-8b", "gemma-7b"])
+def test_the_script_takes_every_name(name, tmp_path):
+    """What the script would start is parsed as the program parses it."""
+    (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    env = launch.environment(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", MODEL=name, CHECKPOINT="", NPROC="8")
+    words = subprocess.run(
+        ["bash", "examples/intern/pretrain_internlm_7b_zero.sh"],
+        env=env,
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    run, _ = resolve(words[words.index("pretrain_intern.py") + 1 :], 8)
+    assert run.model == PRESETS[name]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"), [("--swiglu", "activation gelu-tanh"), ("--untie-embeddings-and-output-weights", "ties its embeddings")]
+)
+def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, said):
+    words = ["--deepspeed", "--data-path", "x", flag]
+    with pytest.raises(UserError, match=f"{flag}.*{said}"):
+        resolve([*words, "--model", "gemma-2b"], 1)
+    resolve([*words, "--model", "internlm2-tiny"], 1)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """Tokens."""
+    work = tmp_path_factory.mktemp("recipe")
+    must(sys.executable, "examples/intern/make_quickstart_data.py", "--output-dir", str(work / "data"), "--rows", "200")
+    must(
+        *(sys.executable, "tools/preprocess_data.py", "--input", str(work / "data" / "train.parquet"), "--append-eod"),
+        *("--tokenizer-name-or-path", str(work / "data" / "tokenizer"), "--output-prefix", str(work / "alpaca")),
+        *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"),
+    )
+    return work
+
+
+@pytest.mark.parametrize("name", [n if n == "internlm2-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+def test_the_recipe_trains_it(work, name):
+    """From random weights, on two processes under tensor parallel."""
+    done = recipe(work, name, work, MODEL=name, CHECKPOINT="")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    losses = [line.loss for line in lines(work, name) if isinstance(line, TrainLine)]
+    assert losses[-1] < losses[0] - 0.2

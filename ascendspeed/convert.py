@@ -12,7 +12,7 @@ import torch
 
 from ascendspeed import verify as verification
 from ascendspeed.errors import UserError
-from ascendspeed.formats import HuggingFace, InternEvo, RankFiles, Source, open_source, writing
+from ascendspeed.formats import HuggingFace, InternEvo, RankFiles, Source, open_source, sidecars, writing
 from ascendspeed.formats.files import staged, write_json
 from ascendspeed.formats.progress import progress
 from ascendspeed.formats.sidecars import with_tokenizer
@@ -64,6 +64,7 @@ def convert(
     Raises `UserError`, also when a tensor holds NaN and not `allow_nan`.
     """
     to.check(source)
+    sidecars.check(source)
     files = to.files(source, dtype)
     size = writing.size(source, files, dtype)
     with staged(Path(target), size + 64 * 2**20) as folder:  # and something for headers, indices and the tokenizer

@@ -30,11 +30,11 @@ def words(count: int, start: int = 0) -> list[str]:
 def _model(vocab_size: int) -> bytes:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words(300) + TRAPS * 3),
+        sentence_iterator=iter(words(300) + (TRAPS * 3 if vocab_size >= 300 else [])),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
-        byte_fallback=True,
+        byte_fallback=vocab_size >= 300,  # their pieces alone are 256
         split_digits=True,
         normalization_rule_name="identity",
         add_dummy_prefix=False,

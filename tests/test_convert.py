@@ -49,7 +49,6 @@ MODELS = {
     "llama, 2 groups": replace(BASE, family="llama", num_query_groups=2, kv_channels=16, rotary_base=5e5, **NO_BIAS),
 }
 LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
-TOKENIZER_CONFIG = {"auto_map": {"AutoTokenizer": ["tokenization_internlm.InternLMTokenizer", None]}, "bos_token": "<s>"}
 MIXED = "bf16, norms in fp32"
 to_hf = partial(convert.write_hf, allow_nan=True)  # the tensors here are any bits
 to_ranks = partial(convert.write_megatron, allow_nan=True)
@@ -77,8 +76,6 @@ def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) 
     save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
     theirs = FAMILIES[config.family].write_config(config) | {"auto_map": {"AutoModel": "m.M"}, "bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(theirs | more))
-    (folder / "tokenizer.model").write_bytes(b"pieces")
-    (folder / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG | {"tokenizer_class": "InternLMTokenizer"}))
     (folder / "modeling_internlm.py").write_text("raise SystemExit")
     return tensors
 
@@ -174,8 +171,6 @@ def test_shards_index_and_sidecars(sources, tmp_path):
     assert (theirs["torch_dtype"], theirs["bos_token_id"], theirs["bias"]) == ("bfloat16", 1, True)
     assert "auto_map" not in theirs
     assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
-    assert json.loads((tmp_path / "hf/tokenizer_config.json").read_text()) == {"bos_token": "<s>"}
-    assert (tmp_path / "hf/tokenizer.model").read_bytes() == b"pieces"
     assert not list((tmp_path / "hf").glob("*.py"))
 
 
@@ -253,13 +248,14 @@ def training_checkpoint(folder: Path, config: ModelConfig, full: dict[str, torch
 
 def test_training_checkpoint_becomes_a_model_directory(sources, tmp_path):
     folder, tensors = sources("internlm", "fp32")
-    training_checkpoint(tmp_path / "ckpt", BASE, dict(convert.open_source(folder).tensors()), folder)
+    beside = shutil.copytree(folder, corpus.sentencepiece_dir(tmp_path / "beside", 100), dirs_exist_ok=True)
+    training_checkpoint(tmp_path / "ckpt", BASE, dict(convert.open_source(folder).tensors()), beside)
     source = convert.open_source(tmp_path / "ckpt")
     assert (source.kind, source.config) == ("training checkpoint", BASE)
     to_hf(source, tmp_path / "hf", verify=True)
     assert same(written(tmp_path / "hf"), tensors)
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 2
-    assert (tmp_path / "hf/tokenizer.model").read_bytes() == b"pieces"
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (beside / "tokenizer.model").read_bytes()
 
 
 # --- against transformers ---------------------------------------------------------------------------------------------------
@@ -760,7 +756,7 @@ def test_bias_is_checked(sources, tmp_path):
 
 def test_convert_command(sources, tmp_path, capsys):
     folder, tensors = sources("llama, 2 groups", MIXED)
-    corpus.sentencepiece_dir(tmp_path / "tokenizer")
+    corpus.sentencepiece_dir(tmp_path / "tokenizer", 100)
     command(
         "convert.py", "--from", folder, "--to", tmp_path / "w", "--format=megatron", "--tp=4", "--pp=2", "--verify", "--allow-nan"
     )
@@ -769,14 +765,14 @@ def test_convert_command(sources, tmp_path, capsys):
     )
     assert "verified, every bit" in capsys.readouterr().out
     assert same(written(tmp_path / "hf"), tensors)
-    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tokenizer/tokenizer.model").read_bytes() != b"pieces"
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tokenizer/tokenizer.model").read_bytes()
     with pytest.raises(UserError, match="not split"):
         command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
 
 
 def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, capsys):
     """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was started."""
-    corpus.sentencepiece_dir(tmp_path / "home/words")
+    corpus.sentencepiece_dir(tmp_path / "home/words", 100)
     (tmp_path / "elsewhere").mkdir()
     full = dict(convert.open_source(sources("internlm", "finite")[0]).tensors())
     training_checkpoint(tmp_path / "ckpt", BASE, {name: tensor.float() for name, tensor in full.items()}, Path("words"))

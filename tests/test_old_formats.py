@@ -12,6 +12,7 @@ from argparse import Namespace
 from enum import Enum
 from pathlib import Path
 
+import corpus
 import numpy as np
 import pytest
 import torch
@@ -357,13 +358,13 @@ def test_config_of_another_folder_and_an_iteration_by_name(tmp_path):
     (tmp_path / "model").mkdir()
     assert same(tmp_path / "old/release", tensors, tmp_path)  # config.json beside the tracker
     (tmp_path / "old/config.json").rename(tmp_path / "model/config.json")
-    (tmp_path / "model/tokenizer.model").write_bytes(b"pieces")
+    pieces = corpus.sentencepiece_dir(tmp_path / "model", 100) / "tokenizer.model"
     with pytest.raises(UserError, match=r"old has no config\.json: copy .* or name its folder \(--config DIR\)"):
         convert.open_source(tmp_path / "old")
     for i, folder in enumerate(("old", "old/release")):
         source = convert.open_source(tmp_path / folder, tmp_path / "model")
         convert.write_megatron(source, tmp_path / f"{i}", 1)
-        assert (tmp_path / f"{i}/tokenizer.model").read_bytes() == b"pieces"
+        assert (tmp_path / f"{i}/tokenizer.model").read_bytes() == pieces.read_bytes()
         convert.compare(convert.open_source(tmp_path / f"{i}"), source)
 
 

@@ -11,7 +11,7 @@ from ascendspeed import weights
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.formats import sidecars, table, tokenizer_json, writing
+from ascendspeed.formats import sidecars, table, writing
 from ascendspeed.formats.files import create_safetensors, nbytes, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
@@ -78,6 +78,8 @@ class HuggingFace:
     """Under the names of this family ("llama": for programs that know no other); None: under the source's own."""
     max_shard_size: int = 10 * 10**9
     """Bytes of one file; a larger tensor gets a file of its own."""
+    copy_code: bool = False
+    """With the source's `*.py`, unexecuted, and with the entries of its JSON files that lead to them."""
 
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
@@ -85,6 +87,8 @@ class HuggingFace:
             table.check("hf-llama", "writes", source.config.family)
         config = self._config(source)
         FAMILIES[config.family].write_config(config)
+        if self.copy_code:
+            sidecars.check_code(source, config)
 
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written, filled in the model's order."""
@@ -111,11 +115,7 @@ class HuggingFace:
             where = {entry.name: file.path for file in files for entry in file.holds}
             total = writing.size(source, files, dtype)
             write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        sidecars.write(source, folder, self._config(source), dtype)
-        if (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-            why_not = tokenizer_json.write(folder)
-            if why_not:
-                print(f"note: no tokenizer.json, {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
+        sidecars.write(source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code)
 
     def _config(self, source: Source) -> ModelConfig:
         return replace(source.config, family=self.family or source.config.family)

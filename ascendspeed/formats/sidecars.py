@@ -1,6 +1,7 @@
-"""What lies beside the weights: config.json, generation_config.json and the tokenizer. Code (`*.py`) is never copied."""
+"""What lies beside the weights: config.json, generation settings, the tokenizer. Code is copied when asked for, and never run."""
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,63 +10,119 @@ import torch
 
 from ascendspeed import tokenizer
 from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
+from ascendspeed.formats import tokenizer_json
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
-from ascendspeed.inputs import read_json
+from ascendspeed.inputs import checked, read_table
 
-COPIED = (
-    "generation_config.json",
-    "tokenizer.model",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
+TABLES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+"""Copied when they can be read as what they are."""
+COPIED = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT = (*TOKEN_IDS, "use_cache")
 """Entries of a config.json that stay when the architecture is named anew."""
+CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
+"""What stock transformers know of the families here; each may end in Fast."""
 
 
 def with_tokenizer(source: Source, folder: str | None) -> Source:
     """The source with the tokenizer in `folder` (None: its own), and with that one's token ids when it says none itself.
 
-    A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or a damaged one.
+    A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or the tokenizer is damaged or too
+    large for the model.
     """
     where = Path(folder) if folder is not None else source.beside
-    if folder is None and not (where and any((where / name).is_file() for name in tokenizer.FILES)):
+    if folder is None and not _has_tokenizer(where):
         print(f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)", flush=True)
         return source
+    found = _load(where, source.config)
     says = any(source.theirs.get(name) is not None for name in TOKEN_IDS)
-    if folder is None and says:
-        return source  # its tokenizer is copied unread
-    found = tokenizer.load(where)
     ids = zip(TOKEN_IDS, (found.bos, found.eos, found.pad), strict=True)
     theirs = source.theirs if says else source.theirs | {name: number for name, number in ids if number is not None}
     return replace(source, beside=where, theirs=theirs)
 
 
-def write(source: Source, folder: Path, config: ModelConfig, dtype: torch.dtype | None) -> None:
-    """config.json of `config`, with the token ids and the type of the source, and its tokenizer and generation settings."""
-    theirs = _config_json(source, config)
+def check(source: Source) -> None:
+    """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
+    if _has_tokenizer(source.beside):
+        _load(source.beside, source.config)
+    for path in _neighbours(source):
+        checked(path) if path.name not in TABLES else read_table(path)
+
+
+def check_code(source: Source, config: ModelConfig) -> None:
+    """Raises `UserError` when the source has no code to copy, or has that of another family than `config`'s."""
+    if not source.beside or not any(source.beside.glob("*.py")):
+        raise UserError(f"{source.beside or source.where} has no *.py: leave --copy-code out")
+    if source.theirs.get("model_type") != FAMILIES[config.family].name:
+        raise UserError(f"the code in {source.beside} is not that of a {config.family} model: leave --copy-code out")
+    for path in _neighbours(source, copy_code=True):
+        checked(path)
+
+
+def write(
+    source: Source,
+    folder: Path,
+    config: ModelConfig,
+    dtype: torch.dtype | None,
+    for_transformers: bool = False,
+    copy_code: bool = False,
+) -> None:
+    """config.json of `config`, with the token ids and the type of the source, and its tokenizer and generation settings.
+
+    `for_transformers`: with a tokenizer.json if that can be made. `copy_code`: with the source's `*.py`, and with the entries that
+    lead to them, which only `trust_remote_code` follows.
+    """
+    theirs = _config_json(source, config, copy_code)
     theirs["torch_dtype"] = str(dtype or _main_dtype(source)).removeprefix("torch.")
     write_json(folder / "config.json", theirs)
-    for name in COPIED:
-        if source.beside and (source.beside / name).is_file():
-            shutil.copyfile(source.beside / name, folder / name)
+    for path in _neighbours(source, copy_code):
+        shutil.copyfile(checked(path), folder / path.name)
     ids = {name: theirs[name] for name in TOKEN_IDS if theirs.get(name) is not None}
     if ids and not (folder / "generation_config.json").exists():
         write_json(folder / "generation_config.json", ids)
-    if source.beside and (source.beside / "tokenizer_config.json").is_file():
-        write_json(folder / "tokenizer_config.json", _own_code_dropped(read_json(source.beside / "tokenizer_config.json")))
+    _write_tokenizer_config(source, folder, copy_code)
+    if for_transformers and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+        why_not = tokenizer_json.write(folder)
+        if why_not:
+            print(f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
 
 
-def _config_json(source: Source, config: ModelConfig) -> dict[str, Any]:
+def _has_tokenizer(folder: Path | None) -> bool:
+    return folder is not None and any((folder / name).exists() for name in tokenizer.FILES)
+
+
+def _load(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
+    """Reads every tokenizer of the folder: none is copied unread. Raises `UserError`."""
+    for name, kind in tokenizer.FILES.items():
+        if (folder / name).exists():
+            found = kind(folder)
+            if found.pieces > config.vocab_size:
+                raise UserError(
+                    f"{folder / name} has {found.pieces} pieces, but the vocabulary of the model {config.vocab_size}: "
+                    "it is another model's (give --tokenizer DIR)"
+                )
+    return tokenizer.load(folder)
+
+
+def _neighbours(source: Source, copy_code: bool = False) -> Iterator[Path]:
+    """The files to copy as they are."""
+    if source.beside:
+        code = sorted(source.beside.glob("*.py")) if copy_code else []
+        named = (source.beside / name for name in (*TABLES, *COPIED))
+        yield from (path for path in (*named, *code) if path.exists() or path.is_symlink())
+
+
+def _config_json(source: Source, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
     """The source's own where it says the same; else ours, with what the source knows beyond it."""
     family = FAMILIES[config.family]
     if source.theirs.get("model_type") == family.name and family.read_config(source.theirs) == config:
-        return {name: value for name, value in source.theirs.items() if name not in ("auto_map", "dtype")}
-    return family.write_config(config) | {name: source.theirs[name] for name in KEPT if name in source.theirs}
+        dropped = ("dtype",) if copy_code else ("dtype", "auto_map")
+        return {name: value for name, value in source.theirs.items() if name not in dropped}
+    kept = (*KEPT, "auto_map") if copy_code else KEPT
+    return family.write_config(config) | {name: source.theirs[name] for name in kept if name in source.theirs}
 
 
 def _main_dtype(source: Source) -> torch.dtype:
@@ -73,8 +130,13 @@ def _main_dtype(source: Source) -> torch.dtype:
     return max(kinds, key=kinds.count)
 
 
-def _own_code_dropped(tokenizer_config: Any) -> Any:
-    """Without what would make `AutoTokenizer` ask for the repository's own code; tokenizer.model or tokenizer.json say it all."""
-    if isinstance(tokenizer_config, dict) and tokenizer_config.pop("auto_map", None) is not None:
-        tokenizer_config.pop("tokenizer_class", None)
-    return tokenizer_config
+def _write_tokenizer_config(source: Source, folder: Path, copy_code: bool) -> None:
+    """The source's own, with a class that stock transformers have, and without what leads to code that is not there."""
+    values = tokenizer.table(source.beside / "tokenizer_config.json") if source.beside else {}
+    own_code = values.get("auto_map") is not None
+    if not copy_code:
+        values.pop("auto_map", None)
+    if "tokenizer_class" in values and (own_code or str(values["tokenizer_class"]).removesuffix("Fast") not in CLASSES):
+        values["tokenizer_class"] = tokenizer_json.GENERIC
+    if values:
+        write_json(folder / "tokenizer_config.json", values)

@@ -40,6 +40,8 @@ class Options:
     """Folder with the model's config.json, and its tokenizer, where --from has none; None: --from itself."""
     tokenizer: str | None = None
     """Folder with the tokenizer to copy; None: the source's own."""
+    copy_code: bool = False
+    """Copy the model's *.py too (--format hf), unexecuted, and keep the auto_map that leads to them; else it is dropped."""
     verify: bool = False
     """Read the result back and compare every tensor bit by bit with the source."""
     allow_nan: bool = False
@@ -58,7 +60,8 @@ def _format(options: Options) -> "Format":
     from ascendspeed import convert
 
     if options.format in ("hf", "hf-llama"):
-        return convert.HuggingFace("llama" if options.format == "hf-llama" else None, convert.parse_size(options.max_shard_size))
+        family = "llama" if options.format == "hf-llama" else None
+        return convert.HuggingFace(family, convert.parse_size(options.max_shard_size), options.copy_code)
     if options.format == "internevo":
         return convert.InternEvo(
             options.tp, options.pp, options.wp, version=options.internevo_version, embed_split=options.embed_split
@@ -73,6 +76,8 @@ def main() -> None:
 
     if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
         raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
+    if options.copy_code and options.format != "hf":
+        raise errors.UserError("--copy-code is for --format hf: the model's own code reads no other")
     if options.wp and options.format != "internevo":
         raise errors.UserError("--wp is for --format internevo: nothing else has weight-parallel files")
     source = convert.with_tokenizer(convert.open_source(options.source, options.config, options.asked), options.tokenizer)

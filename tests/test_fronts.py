@@ -1,6 +1,12 @@
 """The published converters' command lines: what they wrote is read, what they are told is checked, nothing is lost."""
 
+import importlib.util
 import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,10 +14,21 @@ from safetensors.torch import load_file
 from test_convert import command
 from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
-from ascendspeed import convert
+from ascendspeed import convert, flags
 from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.formats.table import FORMATS
 
+ROOT = Path(__file__).parent.parent
 OLD = "AscendSpeed of 2023"
+
+
+def script(path: Path) -> ModuleType:
+    """A script as a module, not run."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where the docstrings of its flags are looked up
+    spec.loader.exec_module(module)
+    return module
 
 
 def to_hugging_face(*args) -> None:
@@ -104,3 +121,34 @@ def test_the_converter_of_everything_takes_the_folder_of_the_model(tmp_path):
         command("convert.py", *run)
     command("convert.py", *run, "--config", tmp_path)
     assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
+
+
+# --- docs/coming-from.md -----------------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs/coming-from.md").read_text()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.replace("\\\n", "").splitlines()]
+
+
+def test_the_page_has_the_table_of_the_code():
+    lines = PAGE.partition("## The table")[2].splitlines()
+    header, _, *rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    said = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    marks = {"reads": "R", "writes": "W"}
+    assert said == {
+        form: {family: " ".join(m for d, m in marks.items() if family in getattr(holds, d)) or "–" for family in FAMILIES}
+        for form, holds in FORMATS.items()
+    }
+
+
+@pytest.mark.parametrize("line", COMMANDS, ids=range(len(COMMANDS)))
+def test_the_page_names_commands_and_flags_that_exist(line):
+    words = shlex.split(line)
+    assert words[0] == "python"
+    flags.parse(script(ROOT / words[1]).Options, words[2:])
+
+
+def test_every_link_of_the_page_leads_somewhere():
+    titles = {
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+    }
+    assert set(re.findall(r"\]\(#([^)]*)\)", PAGE)) <= titles

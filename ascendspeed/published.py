@@ -58,7 +58,7 @@ class ToInternEvo:
 
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
     """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
-    from ascendspeed import convert
+    from ascendspeed import convert, tokenizer
 
     defaults = not (Path(options.src) / "config.json").is_file()
     asked = Asked(
@@ -74,10 +74,10 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
     source = convert.open_source(options.src, asked=asked)
     if source.config.family != family:
         raise UserError(f"{options.src} is a {source.config.family} model, not {family}: use {other}")
+    if options.tokenizer is None and not any((Path(options.src) / name).is_file() for name in tokenizer.FILES):
+        raise UserError(f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)")
     with _tokenizer_folder(options.tokenizer) as folder:
         source = convert.with_tokenizer(source, folder)
-        if not any((source.beside / name).is_file() for name in ("tokenizer.model", "tokenizer.json")):
-            raise UserError(f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)")
         dtype = getattr(convert.torch, options.dtype, None)
         convert.write_hf(source, options.tgt, None, dtype, options.max_shard)
     rope = f"{source.config.rope_scaling_type} rope scaling, factor {source.config.rope_scaling_factor}"

@@ -18,7 +18,7 @@ TRAINS: dict[str, tuple[ModelType, ...]] = {
     "llama": ("LLAMA2",),
 }
 """Our families that InternEvo trains, and as what: the first kind that can hold a model is the one that is written."""
-BELONGS = {"INTERNLM2_PUBLIC": "internlm2", "INTERNLM2": "internlm2", "INTERNLM3": "internlm3"}
+BELONGS = {"INTERNLM2_PUBLIC": "internlm2", "INTERNLM2": "internlm2", "INTERNLM3": "internlm3", "INTERNLM3_PUBLIC": "internlm3"}
 """Ours, by the `model_type` of a training configuration whose names do not tell."""
 
 B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."

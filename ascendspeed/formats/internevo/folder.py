@@ -26,8 +26,8 @@ OTHER_FORMS = {
 }
 
 
-def layout_of(folder: Path) -> tuple[Layout, int] | None:
-    """How the files are named, and over how many ranks embedding and head lie (0: as the layers); None: no such files.
+def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
+    """How the files are named; over how many ranks layers lie, and embedding and head (0: as many as files). None: no such files.
 
     Raises `UserError` for files of several parallel modes, and for forms that are not read.
     """
@@ -40,14 +40,14 @@ def layout_of(folder: Path) -> tuple[Layout, int] | None:
     if len(forms) + bool(early) > 1:
         raise UserError(f"{folder} has files of several parallel modes ({some(names)}): keep those of one save")
     if not early:
-        return (forms[0], 0) if forms else None
+        return (forms[0], 0, 0) if forms else None
     tp, wp = (1 + max(int(match[i]) for match in early) for i in (1, 2))
     for match in early:  # both count the same ranks, each up to its own size
         rank = max(int(match[1]), int(match[2]))
         if (rank % tp, rank % wp) != (int(match[1]), int(match[2])):
             raise UserError(f"{folder} has {match[0]}, which no rank of TP {tp} and WP {wp} writes: keep the files of one save")
     pattern, name = (r"tp\d+_wp(\d+)", "tp*_wp{t}") if wp >= tp else (r"tp(\d+)_wp\d+", "tp{t}_wp*")
-    return replace(WEIGHT, pattern=rf"model_{pattern}_pp(\d+)\.pt", files=(f"model_{name}_pp{{p}}.pt",) * 2), tp
+    return replace(WEIGHT, pattern=rf"model_{pattern}_pp(\d+)\.pt", files=(f"model_{name}_pp{{p}}.pt",) * 2), wp, tp
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -72,13 +72,10 @@ class Opened:
     said: Mapping[str, Any]
     """model_config.pt."""
     isp: bool
+    ranks: int
+    """That share every layer."""
     outer: int
-    """Ranks that share embedding and head; 0: as the layers."""
-
-    @property
-    def ranks(self) -> int:
-        """That share every layer."""
-        return 1 + max(t for t, _ in self.found)
+    """Ranks that share embedding and head."""
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -105,7 +102,7 @@ class Opened:
         """How the tensors are named and lie. Raises `UserError` when that cannot be told, or is not what was said."""
         style = Style(self._model_type(), self.ranks, self.isp, self.outer, self._version(asked))
         style = replace(style, word_embeddings=style.named("word_embeddings.weight")[0] not in self.names)
-        hidden, parts = self.shape(style.named("input_layernorm.weight")[0])[0], self.outer or self.ranks
+        hidden, parts = self.shape(style.named("input_layernorm.weight")[0])[0], self.outer
         width = self.shape(style.named("word_embeddings.weight")[0])[-1]
         if width not in (hidden, hidden / parts):
             raise UserError(f"{self.folder}: the embedding is {width} wide, neither {hidden} nor what {parts} ranks have of it")

@@ -33,12 +33,14 @@ def open_folder(folder: Path, config: Path | None = None, asked: Asked | None = 
     Raises `UserError` naming what is missing, left over, mis-shaped, damaged or not said; no tensor has been read by then.
     """
     home, asked = config or folder, asked or Asked()
-    layout, outer = folders.layout_of(folder) or (TENSOR, 0)
-    opened = Opened(folder, folders.read(folder, layout), model_config.read(folder), layout is not TENSOR, outer)
+    layout, parts, outer = folders.layout_of(folder) or (TENSOR, 0, 0)
+    found = folders.read(folder, layout)
+    files = 1 + max(t for t, _ in found)
+    opened = Opened(folder, found, model_config.read(folder), layout is not TENSOR, parts or files, outer or files)
     style, layers = opened.style(asked), opened.layers
     theirs, model = _architecture(opened, style, home, asked)
     kind = f"{KIND} for {'WP' if style.isp else 'TP'} {style.ranks} x PP {len(layers)}, names of {style.model_type}"
-    source = ranks.source(kind, folder, model, theirs, opened.found, dialect(style), Grid(style.ranks, layers, 0))
+    source = ranks.source(kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0))
     _note_unfinished(folder)
     return replace(source, beside=home)
 
@@ -90,7 +92,7 @@ def _told_by_tensors(opened: Opened, style: Style, asked: Asked) -> ModelConfig:
         num_attention_heads=heads,
         num_query_groups=groups,
         kv_channels=width,
-        vocab_size=(opened.outer or parts) * opened.shape(style.named("output_layer.weight")[0])[0],
+        vocab_size=opened.outer * opened.shape(style.named("output_layer.weight")[0])[0],
         max_position_embeddings=longest,
         norm_epsilon=float(said.get("layer_norm_epsilon") or 1e-5),  # InternEvo's own defaults, here and below
         rotary_base=float(said.get("rope_base") or 10000),

@@ -1,0 +1,483 @@
+"""Training folders of InternEvo: read and written tensor by tensor as plain torch makes them (`evo_oracle`)."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import corpus
+import pytest
+import torch
+from evo_oracle import Shape, Trained, hugging_face, model_config, pairs, parts_of, save, save_config, states
+from safetensors.torch import load_file, save_file
+from test_convert import command, same
+
+from ascendspeed import convert
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.families.internevo import Asked, Style
+from ascendspeed.formats import internevo
+from ascendspeed.formats.internevo import config as evo_config
+
+BIASED, PLAIN, GROUPED = Shape(bias=True), Shape(), Shape(heads=16, kv=8)
+EVEN = {1: (4,), 2: (2, 2), 4: (1, 1, 1, 1)}
+LAYOUTS = [(tp, pp) for tp in (1, 2, 4, 8) for pp in EVEN]
+KINDS = {  # family, sizes, what it is trained as
+    "internlm": ("internlm", BIASED, "INTERNLM"),
+    "internlm without bias": ("internlm", PLAIN, "LLAMA2"),
+    "internlm2": ("internlm2", GROUPED, "INTERNLM2"),
+    "internlm2 unfused": ("internlm2", GROUPED, "LLAMA2"),
+    "internlm3": ("internlm3", GROUPED, "LLAMA2"),
+    "llama": ("llama", GROUPED, "LLAMA2"),
+    "llama with bias": ("llama", replace(GROUPED, bias=True), "LLAMA2"),
+}
+
+
+def config_of(family: str, shape: Shape) -> ModelConfig:
+    return ModelConfig(
+        family,
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        ffn_hidden_size=shape.ffn,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.kv,
+        vocab_size=shape.vocab,
+        max_position_embeddings=32,
+        norm_epsilon=1e-5,
+        rotary_base=1e4 if family == "internlm" else 1e6,
+        add_qkv_bias=shape.bias,
+        add_dense_bias=shape.bias,
+    )
+
+
+def config_json(folder: Path, family: str, shape: Shape, **more) -> None:
+    (folder / "config.json").write_text(json.dumps(FAMILIES[family].write_config(config_of(family, shape)) | more))
+
+
+def directory(folder: Path, family: str, shape: Shape) -> dict[str, torch.Tensor]:
+    """A Hugging Face directory of the oracle's tensors."""
+    folder.mkdir()
+    tensors = hugging_face(family, shape, parts_of(shape))
+    save_file(tensors, folder / "model.safetensors")
+    config_json(folder, family, shape)
+    return tensors
+
+
+def trained(folder: Path, shape: Shape, how: Trained, **more) -> Path:
+    """A training folder of the oracle's, with its model_config.pt and without config.json."""
+    save(folder, shape, how, parts_of(shape), model_config(shape, how, **more))
+    return folder
+
+
+def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
+    """What a source says, by the Hugging Face names of a family."""
+    from ascendspeed import weights
+
+    config = replace(source.config, family=family)
+    full = dict(source.tensors())
+    return {n: t for p in weights.parameters(config) for n, t in weights.part(config, p, full[p.name]).items()}
+
+
+def right(source: convert.Source, family: str, shape: Shape) -> bool:
+    """Whether a source holds the oracle's model, bit by bit."""
+    return same(back(source, family), hugging_face(family, shape, parts_of(shape)))
+
+
+def equal(folder: Path, shape: Shape, how: Trained) -> bool:
+    """Whether the files of a folder are the oracle's: names, tensors, bits."""
+    files = {path.name: torch.load(path, weights_only=True) for path in folder.glob("model_[tw]*.pt")}
+    theirs = states(shape, how, parts_of(shape))
+    return files.keys() == theirs.keys() and all(same(files[name], theirs[name]) for name in files)
+
+
+def there_and_back(tmp_path: Path, kind: str, layouts: list[tuple[int, int]]) -> None:
+    """Hugging Face -> InternEvo is the oracle's folder, and back byte for byte."""
+    family, shape, model_type = KINDS[kind]
+    tensors = directory(tmp_path / "hf", family, shape)
+    source = convert.open_source(tmp_path / "hf")
+    for tp, pp in layouts:
+        out = tmp_path / f"{tp} {pp}"
+        convert.convert(source, out, convert.InternEvo(tp, pp, model_type=model_type))
+        assert equal(out, shape, Trained(model_type, tp, EVEN[pp]))
+        convert.write_hf(convert.open_source(out), tmp_path / f"back {tp} {pp}")
+        assert same(load_file(tmp_path / f"back {tp} {pp}/model.safetensors"), tensors)
+
+
+@pytest.mark.parametrize("kind", ["internlm", "internlm2", "llama"])
+def test_every_naming_in_every_layout(tmp_path, kind):
+    there_and_back(tmp_path, kind, LAYOUTS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family(tmp_path, kind):
+    there_and_back(tmp_path, kind, [(2, 2), (8, 1)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_in_every_layout(tmp_path, kind):
+    there_and_back(tmp_path, kind, LAYOUTS)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("embed_split", [False, True])
+@pytest.mark.parametrize(
+    ("model_type", "tp", "wp"), [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)]
+)
+def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, version, interleaved):
+    """Uneven stages, version 1, either cut of the embedding, rotated pairs, weight parallel; read without config.json."""
+    shape = BIASED if model_type == "INTERNLM" else GROUPED
+    how = Trained(
+        model_type,
+        tp,
+        (1, 1, 2),
+        wp,
+        version=version,
+        embed_split=embed_split,
+        flash_embedding=not embed_split,
+        interleaved=interleaved,
+    )
+    family = "internlm" if model_type == "INTERNLM" else "llama"
+    directory(tmp_path / "hf", family, shape)
+    to = convert.InternEvo(tp, 3, wp, version=version, embed_split=embed_split, qk_interleaved=interleaved, model_type=model_type)
+    if model_type == "INTERNLM2":
+        config_json(tmp_path / "hf", "internlm2", shape)
+        save_file(hugging_face("internlm2", shape, parts_of(shape)), tmp_path / "hf/model.safetensors")
+        family = "internlm2"
+    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", to)
+    assert equal(tmp_path / "out", shape, how)
+    source = convert.open_source(trained(tmp_path / "theirs", shape, how), asked=Asked(max_pos=32))
+    assert right(source, family, shape)
+    assert replace(source.config, family=family) == config_of(family, shape)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Trained("INTERNLM", 2, (2, 2), prefix="model."),
+        Trained("INTERNLM", 2, (1, 1, 1, 1), chunks=2, prefix="model."),
+        Trained("INTERNLM", 1, (4,), 8),
+        Trained("INTERNLM", 2, (2, 2), 4, early=True),
+        Trained("INTERNLM", 4, (4,), 2, early=True, embed_split=False, flash_embedding=True),
+        Trained("INTERNLM", 1, (4,), 4, fused_mlp=True),
+        Trained("INTERNLM", 4, (4,), fused_mlp=True),
+        Trained("INTERNLM", 4, (4,), embed_split=False),
+        Trained("INTERNLM2", 1, (1, 3), 4, early=True),
+        Trained("INTERNLM2", 2, (3, 1), prefix="model."),
+        Trained("LLAMA2", 4, (2, 2), save_hook=True),
+        Trained("LLAMA2", 1, (4,), 8, save_hook=True, fused_mlp=True, interleaved=True),
+        Trained("LLAMA2", 8, (4,), interleaved=True),
+        Trained("LLAMA2", 8, (1, 1, 1, 1), 2, early=True),
+    ],
+    ids=str,
+)
+def test_whatever_trained_it_is_read(tmp_path, how):
+    """Wrappers, interleaved pipelines, isp of both times and what some releases save differently from what they train."""
+    shape = BIASED if how.kind == "INTERNLM" else GROUPED
+    said = {"mlp_layer_fusion": how.fused_mlp} | ({"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {})
+    source = convert.open_source(trained(tmp_path / "evo", shape, how, **said), asked=Asked(max_pos=32))
+    family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
+    assert right(source, family, shape)
+
+
+@pytest.mark.parametrize("lie", [{"qk_interleaved": True}, {"enable_qkv_fusion": True}, {"mlp_layer_fusion": True}], ids=str)
+def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
+    """Control: no shape tells these, so the bits must."""
+    how = Trained("LLAMA2", wp=2)
+    assert right(convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=Asked(max_pos=32)), "llama", GROUPED)
+    assert not right(convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=Asked(max_pos=32)), "llama", GROUPED)
+
+
+def test_parallel_modes_cut_differently(tmp_path):
+    """Control: Wqkv of two ranks is q, k and v of each one's heads, or (isp) the halves of [q; k; v]: of the same shapes."""
+    whole, each = (states(BIASED, how, parts_of(BIASED)) for how in (Trained("INTERNLM", wp=2), Trained("INTERNLM", 2)))
+    name = "blocks.0.mixer.Wqkv.weight"
+    a, b = whole["model_wp0_pp0.pt"][name], each["model_tp0_pp0.pt"][name]
+    assert a.shape == b.shape
+    assert not torch.equal(a, b)
+    directory(tmp_path / "hf", "internlm", BIASED)
+    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", convert.InternEvo(2))
+    assert not equal(tmp_path / "out", BIASED, Trained("INTERNLM", wp=2))
+    assert not equal(tmp_path / "out", BIASED, Trained("INTERNLM", 2, version=1))
+
+
+def rotate(x: torch.Tensor, neighbours: bool) -> torch.Tensor:
+    """Rotary embedding [s, heads, d], of neighbours or of halves, plain."""
+    s, _, d = x.shape
+    angle = torch.outer(torch.arange(s).float(), 10000.0 ** (-torch.arange(0, d, 2).float() / d))[:, None]
+    cos, sin = angle.cos(), angle.sin()
+    a, b = (x[..., ::2], x[..., 1::2]) if neighbours else x.chunk(2, -1)
+    rotated = (a * cos - b * sin, a * sin + b * cos)
+    return torch.stack(rotated, -1).flatten(-2) if neighbours else torch.cat(rotated, -1)
+
+
+def test_interleaved_rows_compute_the_same_attention():
+    """What the permutation means: scores under a rotation of neighbours equal those of ours under one of halves."""
+    shape = Shape()
+    parts = {name: tensor.float() for name, tensor in parts_of(shape).items()}
+    x = torch.randn(7, shape.hidden, generator=torch.Generator().manual_seed(3))
+
+    def scores(q: torch.Tensor, k: torch.Tensor, neighbours: bool) -> torch.Tensor:
+        q, k = (rotate((x @ w.T).view(7, shape.heads, shape.d), neighbours) for w in (q, k))
+        return torch.einsum("shd,thd->hst", q, k)
+
+    q, k = parts["0.q"], parts["0.k"]
+    ours = scores(q, k, False)
+    assert torch.allclose(scores(pairs(shape.d, q), pairs(shape.d, k), True), ours, atol=1e-3, rtol=1e-5)
+    assert (scores(q, k, True) - ours).abs().max() > 1  # control: rows left as they are
+    assert torch.equal(pairs(4, torch.arange(8)), torch.tensor([0, 2, 1, 3, 4, 6, 5, 7]))
+
+
+def test_the_folder_that_is_written(tmp_path):
+    """Plain values only, the mark of a whole save, and InternEvo's own formula gives back the width of the MLP."""
+    for i, (hidden, ffn) in enumerate([(64, 96), (4096, 11008), (4096, 14336), (5120, 13824), (48, 101), (96, 257)]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        config = ModelConfig("llama", hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=8)
+        evo_config.write(folder, config, Style("LLAMA2"), True, "bfloat16")
+        said = torch.load(folder / "model_config.pt", weights_only=True)
+        width = said["multiple_of"] * math.ceil(int(hidden * said["mlp_ratio"]) / said["multiple_of"])
+        assert width == ffn
+    directory(tmp_path / "hf", "internlm", BIASED)
+    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", convert.InternEvo(2), verify=True)
+    said = torch.load(tmp_path / "out/model_config.pt", weights_only=True)
+    assert all(isinstance(value, (int, float, str, bool)) for value in said.values())
+    assert (said["no_bias"], said["qk_interleaved"], said["adapt_hf"], said["vocab_size"]) == (False, False, True, 128)
+    assert torch.load(tmp_path / "out/0.step", weights_only=True) == {"step": 0}
+    assert (tmp_path / "out/config.json").is_file()
+    held = [torch.load(tmp_path / f"out/model_tp{t}_pp0.pt", weights_only=True) for t in range(2)]
+    assert ["blocks.0.mixer.out_proj.bias" in tensors for tensors in held] == [True, False]
+
+
+def read(folder: Path, asked: Asked | None = None, home: Path | None = None) -> convert.Source:
+    return internevo.open_folder(folder, home, asked)
+
+
+def test_what_a_folder_does_not_say_is_asked(tmp_path, capsys):
+    how = Trained("LLAMA2", 2)
+    folder = trained(tmp_path / "evo", GROUPED, how)
+    with pytest.raises(UserError, match=r"--max_pos N"):
+        read(folder)
+    assert read(folder, Asked(max_pos=16)).config.max_position_embeddings == 16
+    source = read(folder, Asked(max_pos=16, rotary_type="dynamic", scaling_factor=3.0))
+    assert (source.config.rope_scaling_type, source.config.rope_scaling_factor) == ("dynamic", 3.0)
+    assert not capsys.readouterr().out
+    (folder / "model_config.pt").unlink()
+    with pytest.raises(UserError, match=r"number of heads \(model_config.pt\) nor .*--max_pos"):
+        read(folder)
+    config_json(folder, "llama", GROUPED)  # it says all but one thing
+    assert right(read(folder), "llama", GROUPED)
+    assert "does not say qk_interleaved or adapt_hf" in capsys.readouterr().out
+    assert not right(read(folder, Asked(qk_interleaved="yes")), "llama", GROUPED)
+    assert read(folder, Asked(max_pos=16, rotary_type="origin")).config.max_position_embeddings == 16
+    (folder / "config.json").rename(tmp_path / "config.json")
+    assert read(folder, home=tmp_path).beside == tmp_path
+
+
+def test_versions_are_told_by_shapes(tmp_path):
+    square = replace(BIASED, ffn=64)
+    for version in (1, 2):
+        folder = trained(tmp_path / str(version), square, Trained("INTERNLM", version=version))
+        with pytest.raises(UserError, match=r"--version 1 \(w2 is up, w3 is down\) or --version 2 \(w3 is up"):
+            read(folder, Asked(max_pos=32))
+        assert right(read(folder, Asked(version, max_pos=32)), "internlm", square)
+        assert not right(read(folder, Asked(3 - version, max_pos=32)), "internlm", square)
+    folder = trained(tmp_path / "3", BIASED, Trained("INTERNLM", version=1))
+    with pytest.raises(UserError, match="not of version 2, where w3 is up, w2 is down: it has w1"):
+        read(folder, Asked(2, max_pos=32))
+
+
+def test_old_and_new_words_for_the_same(tmp_path):
+    """adapt_hf is the opposite of qk_interleaved; the training configuration's text says what was trained."""
+    folder = trained(tmp_path / "evo", GROUPED, Trained("LLAMA2", 2, interleaved=True))
+    table = model_config(GROUPED, Trained("LLAMA2", 2))
+    del table["qk_interleaved"]
+    save_config(folder / "model_config.pt", table | {"adapt_hf": False})
+    assert right(read(folder, Asked(max_pos=32)), "llama", GROUPED)
+    save_config(folder / "model_config.pt", table | {"adapt_hf": False, "qk_interleaved": False})
+    with pytest.raises(UserError, match="adapt_hf = False, which is its opposite"):
+        read(folder, Asked(max_pos=32))
+    hooked = trained(tmp_path / "hooked", GROUPED, Trained("LLAMA2", 2, save_hook=True))
+    assert not right(read(hooked, Asked(max_pos=32)), "internlm2", GROUPED)  # control
+    torch.save('JOB_NAME = "7b"\nmodel_type = "INTERNLM2_PUBLIC"\n', hooked / "config_file.pt")
+    source = read(hooked, Asked(max_pos=32))
+    assert source.config.family == "internlm2"
+    assert right(source, "internlm2", GROUPED)
+
+
+def test_a_save_that_was_cut_short(tmp_path, capsys):
+    folder = trained(tmp_path / "evo", BIASED, Trained("INTERNLM", 2))
+    (folder / "100.step").unlink()
+    assert right(read(folder, Asked(max_pos=32)), "internlm", BIASED)
+    assert "no STEP.step, which InternEvo writes last" in capsys.readouterr().out
+    (folder / "model_tp1_pp0.pt").write_bytes((folder / "model_tp1_pp0.pt").read_bytes()[:2000])
+    with pytest.raises(UserError, match=r"model_tp1_pp0\.pt"):
+        read(folder, Asked(max_pos=32))
+    (folder / "model_tp1_pp0.pt").rename(folder / "model_tp2_pp0.pt")
+    with pytest.raises(UserError):
+        read(folder, Asked(max_pos=32))
+
+
+def edit(folder: Path, name: str, change) -> None:
+    held = dict(torch.load(folder / name, weights_only=True))
+    change(held)
+    torch.save(held, folder / name)
+
+
+class Hostile:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self):
+        return (open, ("owned", "w"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda f: (f / "model_tp1_pp0.pt").unlink(), "lacks model_tp1_pp0.pt"),
+        (lambda f: edit(f, "model_tp1_pp1.pt", lambda h: h.pop("norm.weight")), "lacks norm.weight"),
+        (lambda f: edit(f, "model_tp0_pp0.pt", lambda h: h.update(odd=torch.ones(1))), "has left over odd"),
+        (
+            lambda f: edit(f, "model_tp1_pp0.pt", lambda h: h.update({"blocks.0.norm1.weight": torch.ones(64).bfloat16()})),
+            "not the copy",
+        ),
+        (lambda f: edit(f, "model_tp1_pp0.pt", lambda h: h.update({"blocks.0.mlp.w1.weight": torch.ones(3, 64)})), r"\[3, 64\]"),
+        (lambda f: torch.save({}, f / "model_wp0_pp0.pt"), "several parallel modes"),
+        (lambda f: torch.save({}, f / "model_tp0_pp0_dp0.pt"), "shards of FSDP"),
+        (lambda f: torch.save({}, f / "model_moe_layer0_expert0_tp0.pt"), "mixtures of experts"),
+        (lambda f: torch.save(Hostile(), f / "model_config.pt"), "could run code"),
+        (lambda f: torch.save(Hostile(), f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt"),
+        (lambda f: save_config(f / "model_config.pt", {"norm_head": True}), "norm_head = True is not supported"),
+        (lambda f: torch.save([1], f / "model_config.pt"), "holds a list"),
+        (lambda f: config_json(f, "internlm", replace(BIASED, layers=5)), "has 4 layers, but .*config.json says 5"),
+        (
+            lambda f: config_json(f, "internlm", BIASED, rotary={"base": 500, "type": "origin"}),
+            "rope_base = 10000, config.json 500",
+        ),
+        (lambda f: config_json(f, "internlm2", BIASED), "names of INTERNLM, which is no internlm2 model"),
+    ],
+)
+def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
+    monkeypatch.chdir(tmp_path)
+    folder = trained(tmp_path / "evo", BIASED, Trained("INTERNLM", 2, (2, 2)), rope_base=10000)
+    assert right(read(folder, Asked(max_pos=32)), "internlm", BIASED)
+    change(folder)
+    with pytest.raises(UserError, match=said) as error:
+        convert.open_source(folder, asked=Asked(max_pos=32))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "to", "said"),
+    [
+        ("internlm", BIASED, convert.InternEvo(3), "do not split over 3 ranks; choose 1, 2, 4, 8"),
+        ("llama", Shape(heads=8, kv=2), convert.InternEvo(4), "do not split over 4 ranks; choose 1, 2"),
+        ("internlm", BIASED, convert.InternEvo(1, 5), "4 layers do not give 5 stages"),
+        ("internlm", BIASED, convert.InternEvo(2, wp=2), "leave --tp 2 out"),
+        ("internlm", BIASED, convert.InternEvo(version=3), "--version 3 does not exist"),
+        ("internlm", PLAIN, convert.InternEvo(model_type="INTERNLM"), "always has biases"),
+        ("llama", GROUPED, convert.InternEvo(model_type="INTERNLM2"), "choose LLAMA2"),
+        ("gemma", Shape(), convert.InternEvo(), "gemma"),
+    ],
+)
+def test_what_cannot_be_written(tmp_path, family, shape, to, said):
+    source = convert.Source("test", tmp_path, config_of(family, shape), {}, {}, lambda name, tile: torch.ones(1), None)
+    with pytest.raises(UserError, match=said):
+        to.check(source)
+
+
+def run(name: str, *args) -> None:
+    command(f"../transformers/{name}.py", *args)
+
+
+def config_at(folder: Path) -> ModelConfig:
+    theirs = json.loads((folder / "config.json").read_text())
+    return FAMILIES[theirs["model_type"]].read_config(theirs)
+
+
+def test_the_published_commands_of_internlm(tmp_path, capsys):
+    """revert_internlm.py -> convert2hf_internlm.py, with their defaults; config.json goes before those, what is typed before it."""
+    shape = replace(BIASED, vocab=512)
+    tensors = directory(tmp_path / "hf", "internlm", shape)
+    tokens = corpus.sentencepiece_dir(tmp_path / "tokens") / "tokenizer.model"
+    tokens.rename(tmp_path / "v7.model")
+    flags = "--tp_size 2 --embed_split --use_flash --version 1 --safetensors"
+    run("revert_internlm", "--src", tmp_path / "hf", "--tgt", tmp_path / "evo", *flags.split())
+    assert "to be trained as INTERNLM with embed_split_hidden=True, qk_interleaved=False" in capsys.readouterr().out
+    assert equal(tmp_path / "evo", shape, Trained("INTERNLM", 2, version=1))
+    with pytest.raises(UserError, match="--tokenizer is needed"):
+        run("convert2hf_internlm", "--src", tmp_path / "evo", "--tgt", tmp_path / "a")
+    where = ("--src", tmp_path / "evo", "--tokenizer", tmp_path / "v7.model", "--tgt")
+    run("convert2hf_internlm", *where, tmp_path / "a")
+    assert same(load_file(tmp_path / "a/model.safetensors"), tensors)
+    assert config_at(tmp_path / "a") == config_of("internlm", shape)
+    assert (tmp_path / "a/tokenizer.model").is_file()
+    (tmp_path / "evo/config.json").unlink()
+    run("convert2hf_internlm", *where, tmp_path / "b", "--max_pos", "16", "--rotary_type", "dynamic", "--dtype", "float32")
+    assert config_at(tmp_path / "b") == replace(
+        config_of("internlm", shape), max_position_embeddings=16, rope_scaling_type="dynamic", rope_scaling_factor=1.0
+    )
+    assert load_file(tmp_path / "b/model.safetensors")["lm_head.weight"].dtype == torch.float32
+    (tmp_path / "evo/model_config.pt").unlink()
+    save_config(tmp_path / "evo/model_config.pt", model_config(shape, Trained("INTERNLM")))
+    capsys.readouterr()
+    run("convert2hf_internlm", *where, tmp_path / "c", "--scaling_factor", "2")
+    assert config_at(tmp_path / "c").max_position_embeddings == 4096
+    assert "--scaling_factor 2.0 changes nothing without --rotary_type dynamic" in capsys.readouterr().out
+    with pytest.raises(UserError, match="no internlm2 model"):
+        run("convert2hf_internlm2", *where, tmp_path / "d")
+
+
+def test_the_published_commands_of_internlm2(tmp_path):
+    shape = replace(GROUPED, vocab=512)
+    tensors = directory(tmp_path / "hf", "internlm2", shape)
+    corpus.sentencepiece_dir(tmp_path / "tokens")
+    run("revert_internlm2", "--src", tmp_path / "hf", "--tgt", tmp_path / "evo", "--tp_size", 4, "--embed_split", "--use_flash")
+    assert equal(tmp_path / "evo", shape, Trained("INTERNLM2", 4))
+    (tmp_path / "evo/config.json").unlink()
+    where = ("--src", tmp_path / "evo", "--tokenizer", tmp_path / "tokens", "--tgt")
+    run("convert2hf_internlm2", *where, tmp_path / "a", "--max_pos", 64, "--rotary_type", "dynamic")
+    assert same(load_file(tmp_path / "a/model.safetensors"), tensors)
+    assert config_at(tmp_path / "a").rope_scaling_factor == 2.0
+    assert config_at(tmp_path / "a").max_position_embeddings == 64
+    with pytest.raises(UserError, match=r"use revert_internlm2\.py"):
+        run("revert_internlm", "--src", tmp_path / "hf", "--tgt", tmp_path / "b", "--version", 2)
+
+
+@pytest.mark.parametrize("adapt_hf", [False, True])
+def test_revert_pairs_the_rows_of_a_model_without_biases(tmp_path, adapt_hf):
+    """As the original did unless it was told --adapt_hf; the 20B's 40 heads at TP 4 were cut wrongly there."""
+    shape = replace(PLAIN, hidden=80, heads=40, kv=40, vocab=80)
+    tensors = directory(tmp_path / "hf", "internlm", shape)
+    more = ["--adapt_hf"] if adapt_hf else []
+    run(
+        "revert_internlm",
+        "--src",
+        tmp_path / "hf",
+        "--tgt",
+        tmp_path / "evo",
+        "--tp_size",
+        4,
+        "--version",
+        2,
+        "--embed_split",
+        *more,
+    )
+    assert equal(tmp_path / "evo", shape, Trained("LLAMA2", 4, interleaved=not adapt_hf))
+    convert.write_hf(convert.open_source(tmp_path / "evo"), tmp_path / "back")
+    assert same(load_file(tmp_path / "back/model.safetensors"), tensors)
+
+
+def test_convert_command(tmp_path, capsys):
+    tensors = directory(tmp_path / "hf", "internlm", BIASED)
+    flags = "--format internevo --wp 4 --pp 2 --internevo-version 1 --no-embed-split --verify"
+    command("convert.py", "--from", tmp_path / "hf", "--to", tmp_path / "evo", *flags.split())
+    assert equal(tmp_path / "evo", BIASED, Trained("INTERNLM", 1, (2, 2), 4, version=1, embed_split=False, flash_embedding=True))
+    command("convert.py", "--from", tmp_path / "evo", "--to", tmp_path / "back", "--format", "hf")
+    assert "InternEvo training folder for WP 4 x PP 2, names of INTERNLM" in capsys.readouterr().out
+    assert same(load_file(tmp_path / "back/model.safetensors"), tensors)
+    with pytest.raises(UserError, match="--wp is for --format internevo"):
+        command("convert.py", "--from", tmp_path / "hf", "--to", tmp_path / "no", "--format", "megatron", "--wp", 2)

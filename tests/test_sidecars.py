@@ -1,0 +1,182 @@
+"""What lies beside the weights: what is kept, what is dropped, what is refused before anything is written."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import corpus
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_tokenizer_json import chat_files, folder_with, stock, trained
+
+from ascendspeed import convert, weights
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+
+MODEL = ModelConfig(
+    "internlm2",
+    num_layers=1,
+    hidden_size=16,
+    ffn_hidden_size=16,
+    num_attention_heads=2,
+    vocab_size=1000,
+    max_position_embeddings=32,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+)
+AUTO_MAP = {"AutoModelForCausalLM": "modeling_internlm2.InternLM2ForCausalLM"}
+TOKENIZER_MAP = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
+CODE = "raise SystemExit('this must never run')\n"
+
+
+def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **files: dict) -> Path:
+    """A published directory: weights, code that must not run, and what else is given."""
+    folder.mkdir(parents=True)
+    tensors = {n: torch.zeros(s) for p in weights.parameters(config) for n, s in weights.shapes_of(config, p).items()}
+    save_file(tensors, folder / "model.safetensors")
+    theirs = FAMILIES[config.family].write_config(config) | {"auto_map": AUTO_MAP, "bos_token_id": 1, "eos_token_id": 2}
+    if model is not None:
+        folder_with(folder, model)
+    for name, values in ({"config": theirs} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    (folder / "modeling_internlm2.py").write_text(CODE)
+    return folder
+
+
+def export(
+    folder: Path, target: Path, *, family: str | None = None, copy_code: bool = False, tokenizer: Path | None = None
+) -> Path:
+    source = convert.with_tokenizer(convert.open_source(folder), None if tokenizer is None else str(tokenizer))
+    convert.convert(source, target, convert.HuggingFace(family, copy_code=copy_code))
+    return target
+
+
+def held(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory) -> Path:
+    """A chat model of v2 as it is published."""
+    model = trained(user_defined_symbols=[f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)])
+    files = chat_files(model)
+    files["config"] |= {"auto_map": TOKENIZER_MAP}
+    generation = {"bos_token_id": 1, "eos_token_id": [2, files["added_tokens"]["<|im_end|>"]], "pad_token_id": 2, "max_length": 99}
+    beside = {"tokenizer_config": files["config"], "generation_config": generation}
+    folder = directory(tmp_path_factory.mktemp("published") / "chat", model, **beside)
+    (folder / "chat_template.jinja").write_text("{{ 'jinja' }}")
+    return folder
+
+
+@pytest.mark.parametrize("family", [None, "llama"])
+def test_a_published_chat_model(chat, family, tmp_path):
+    out = export(chat, tmp_path / "out", family=family)
+    assert held(out, "generation_config") == held(chat, "generation_config")  # both ends of a turn
+    assert (out / "chat_template.jinja").read_bytes() == (chat / "chat_template.jinja").read_bytes()
+    assert (out / "tokenizer.model").read_bytes() == (chat / "tokenizer.model").read_bytes()
+    theirs = held(out, "tokenizer_config")
+    assert theirs["chat_template"] == held(chat, "tokenizer_config")["chat_template"]
+    assert theirs["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert not [name for name in out.glob("*.json") if "auto_map" in name.read_text()]
+    assert not list(out.glob("*.py"))
+    ends = held(chat, "generation_config")["eos_token_id"]
+    assert stock(out)("</s><|im_end|>", add_special_tokens=False).input_ids == ends
+
+
+def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
+    out = export(chat, tmp_path / "out", copy_code=True)
+    assert (out / "modeling_internlm2.py").read_text() == CODE
+    assert held(out, "config")["auto_map"] == AUTO_MAP
+    assert held(out, "tokenizer_config")["auto_map"] == TOKENIZER_MAP
+    assert stock(out)("a").input_ids[0] == 1  # without trust_remote_code the code stays where it is
+    assert "modeling_internlm2" not in sys.modules
+    with pytest.raises(UserError, match="not that of a llama model: leave --copy-code out"):
+        export(chat, tmp_path / "llama", family="llama", copy_code=True)
+    (tmp_path / "bare").mkdir()
+    source = replace(convert.open_source(chat), beside=tmp_path / "bare")
+    with pytest.raises(UserError, match=r"bare has no \*\.py"):
+        convert.convert(source, tmp_path / "x", convert.HuggingFace(copy_code=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out"]
+
+
+def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
+    """Its class too where stock transformers have it; a class of the repository's own becomes the general one."""
+    source = corpus.json_dir(directory(tmp_path / "source", None))
+    for given, written in {"Qwen2TokenizerFast": "Qwen2TokenizerFast", "QWenTokenizer": "PreTrainedTokenizerFast"}.items():
+        (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": given, "bos_token": "<s>"}))
+        out = export(source, tmp_path / given)
+        assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+        assert held(out, "tokenizer_config") == {"tokenizer_class": written, "bos_token": "<s>"}
+
+
+def test_rank_files_and_back(chat, tmp_path):
+    """The tokenizer goes with rank files and comes back; the tokenizer.json is made where transformers look for it."""
+    convert.convert(convert.open_source(chat), tmp_path / "ranks", convert.RankFiles(2))
+    assert (tmp_path / "ranks/tokenizer.model").exists()
+    assert "auto_map" not in held(tmp_path / "ranks", "tokenizer_config")
+    out = export(tmp_path / "ranks", tmp_path / "out")
+    assert held(out, "generation_config") == held(chat, "generation_config")
+    assert (out / "tokenizer.json").read_bytes() == (export(chat, tmp_path / "straight") / "tokenizer.json").read_bytes()
+
+
+def test_what_cannot_be_expressed_is_said(tmp_path, capsys):
+    out = export(directory(tmp_path / "source", trained(model_type="unigram", vocab_size=500)), tmp_path / "out")
+    assert "note: no tokenizer.json: tokenizer.model is not BPE; stock transformers may not load" in capsys.readouterr().out
+    assert (out / "tokenizer.model").exists()
+    assert not (out / "tokenizer.json").exists()
+
+
+def broken(folder: Path, **files: str | bytes) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"tokenizer__model": b"pieces"}, "tokenizer.model is not a sentencepiece model"),
+        ({"tokenizer__json": "{}"}, "tokenizer.json is not a tokenizer"),
+        ({"tokenizer_config__json": "{"}, "tokenizer_config.json cannot be read, it is not JSON"),
+        ({"tokenizer_config__json": '{"bos_token": 7}'}, "7 is no token"),
+        ({"tokenizer_config__json": '{"added_tokens_decoder": [1]}'}, "not as transformers write them"),
+        ({"tokenizer_config__json": '{"additional_special_tokens": 3}'}, "not as transformers write them"),
+        ({"added_tokens__json": '{"<x>": "many"}'}, "'many' is no id of a token"),
+        ({"special_tokens_map__json": '{"eos_token": "<nobody>"}'}, "no token '<nobody>'"),
+        ({"generation_config__json": "[]"}, "generation_config.json is not a table"),
+        ({"generation_config__json": b"\xff"}, "generation_config.json cannot be read, it is not JSON"),
+        ({"generation_config__json": '{"a": "\\ud800"}'}, "generation_config.json cannot be read, it is not JSON"),
+    ],
+)
+def test_damage_is_an_error_before_anything_is_written(chat, files, said, tmp_path):
+    folder = directory(tmp_path / "source", (chat / "tokenizer.model").read_bytes())
+    with pytest.raises(UserError) as error:
+        export(broken(folder, **files), tmp_path / "out")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(chat, tmp_path):
+    small = directory(tmp_path / "small", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=899))
+    with pytest.raises(UserError, match=r"tokenizer\.model has 900 pieces, but the vocabulary of the model 899"):
+        convert.convert(convert.open_source(small), tmp_path / "out", convert.RankFiles(1))
+    assert not (tmp_path / "out").exists()
+    export(small, tmp_path / "out", tokenizer=corpus.sentencepiece_dir(tmp_path / "fits", 100))  # fewer is no fault
+    export(directory(tmp_path / "same", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=900)), tmp_path / "even")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json", "modeling_internlm2.py"])
+def test_links_out_of_the_directory_are_not_followed(chat, name, tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes((chat / name).read_bytes())
+    folder = directory(tmp_path / "source", None)
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+    with pytest.raises(UserError, match="is a link that leads out of"):
+        convert.convert(convert.open_source(folder), tmp_path / "out", convert.HuggingFace(copy_code=True))
+    assert not (tmp_path / "out").exists()

@@ -1,5 +1,6 @@
 """The table of families and formats: every pair in it is exact both ways, every other one is refused."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -30,13 +31,14 @@ def model(form: str, family: str):
 def to_old_names(folder: Path) -> None:
     """Rank files under AscendSpeed's names, by the names alone."""
     inner, layer = "language_model.encoder.", "language_model.encoder.layers."
+    tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
     for path in folder.rglob("*.pt"):
         held = torch.load(path, weights_only=True)
         renamed = {}
         for name, tensor in held["model"].items():
             for ours, theirs in (
                 ("embedding.", "language_model.embedding."),
-                ("output_layer.", "language_model.output_layer."),
+                ("output_layer.", "word_embeddings_for_head." if tied else "language_model.output_layer."),
                 ("decoder.layers.", layer),
                 ("decoder.final", inner + "final"),
                 ("linear_qkv", "query_key_value"),

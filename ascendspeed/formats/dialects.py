@@ -15,6 +15,8 @@ from ascendspeed.formats.ranks import Dialect
 Names = Mapping[str, tuple[str, ...]]
 """Our name -> theirs: one for each block, or one that holds them all."""
 JUNK = (r"(.*\.)?_extra_state", r".*rotary_(pos_)?emb\.inv_freq")
+TIED = ("word_embeddings_for_head.weight",)
+"""Megatron-LM's copy of tied embeddings on the last of several stages."""
 LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "self_attention.", "mlp."))
 
 
@@ -22,6 +24,8 @@ def rows(config: ModelConfig, names: Names) -> Iterator[Row]:
     """The rows of a model under `names`; what is not there keeps our name."""
     for row in FAMILIES[config.family].rows:
         theirs = names.get(row.ours, (row.ours,))
+        if row.ours == "output_layer.weight" and row.ours in names and config.tie_embeddings:
+            theirs = TIED
         yield replace(row, theirs=theirs, fuse="qkv" if len(theirs) == 3 else "glu" if row.fuse == "glu" else "one")
 
 

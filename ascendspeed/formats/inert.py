@@ -6,6 +6,7 @@ imported, no code of the file or of the program runs. Any other name stays refus
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ class Inert:
         pass
 
 
-def stand_ins(path: Path) -> list[tuple[type, str]]:
+def stand_ins(path: Path, known: Mapping[str, type]) -> list[tuple[type, str]]:
     """What `torch.serialization.safe_globals` needs to open a file of `torch.save`; the file's names are read, nothing is run.
 
-    Raises `ValueError` that names what is in the file and is no plain data.
+    `known`: names that are answered with something of use. Raises `ValueError` that names what is in the file and is no plain data.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    hostile = sorted(name for name in names if not PLAIN.fullmatch(name))
+    hostile = sorted(name for name in names if name not in known and not PLAIN.fullmatch(name))
     if hostile:
         raise ValueError(f"{', '.join(hostile)} is no plain data")
-    return [(Inert, name) for name in names]
+    return [(known.get(name, Inert), name) for name in names]

@@ -1,7 +1,11 @@
 """Files of tensors that others wrote: memory-mapped, never believed. Whatever is wrong with one is a `UserError` that names it."""
 
+import re
+import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import safetensors
@@ -14,6 +18,7 @@ from ascendspeed.inputs import checked, parse_json, plain_name, read_json, read_
 
 __all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
 AGAIN = "download or copy it again"
+NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
 def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
@@ -37,10 +42,11 @@ def _header(path: Path) -> None:
         parse_json(file.read(int.from_bytes(file.read(8), "little")))
 
 
-def load_pt(path: Path, root: Path | None = None) -> Any:
+def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NOTHING) -> Any:
     """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run.
 
-    Files of before torch 1.6 are read too, but into memory, and only if they hold nothing else. `root`: see `inputs.checked`.
+    Files of before torch 1.6 are read too, but into memory, and only if they hold nothing else. `root`: see `inputs.checked`;
+    `known`: `inert.stand_ins`.
     """
     checked(path, root)
     try:
@@ -48,13 +54,20 @@ def load_pt(path: Path, root: Path | None = None) -> Any:
             is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
             _records(path)
-        with torch.serialization.safe_globals(stand_ins(path) if is_zip else []):
+        with torch.serialization.safe_globals(stand_ins(path, known) if is_zip else []), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a pickle protocol that other programs write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle ends in whatever its instructions run into
         raise UserError(
-            f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run code): "
-            f"{_first_line(error)}"
+            f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run code): {_reason(error)}"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Without torch's advice to load it all the same."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    return f"{refused[1]} is no plain data" if refused else inner[1] if inner else _first_line(error)
 
 
 def _records(path: Path) -> None:

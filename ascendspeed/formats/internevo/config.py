@@ -1,6 +1,5 @@
 """`model_config.pt` of an InternEvo training folder: the `model` table of its training configuration <-> our architecture."""
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,11 @@ import torch
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import Style
+from ascendspeed.formats.reading import load_pt
 
 NAME, WHOLE = "model_config.pt", "config_file.pt"
-TABLE = "internlm.core.context.parallel_context.Config"
-"""The class of InternEvo's tables: a dict with attributes. It is read as the dict that it is; no code of InternEvo runs."""
+TABLES = {"internlm.core.context.parallel_context.Config": dict}
+"""The class of InternEvo's tables, a dict with attributes, is read as the dict that it is; no code of InternEvo runs."""
 ONLY = {
     "apply_post_layer_norm": False,
     "deepnorm": False,
@@ -42,7 +42,7 @@ def read(folder: Path) -> dict[str, Any]:
     path = folder / NAME
     if not path.is_file():
         return {}
-    said = _load(path)
+    said = load_pt(path, known=TABLES)
     if not isinstance(said, dict):
         raise UserError(f"{path} holds a {type(said).__name__}, not a table")
     for name, value in ONLY.items():
@@ -54,17 +54,9 @@ def read(folder: Path) -> dict[str, Any]:
 def trained_as(folder: Path) -> str:
     """`model_type` of the training configuration, whose text InternEvo saves too; empty when it is not there or says none."""
     path = folder / WHOLE
-    text = _load(path) if path.is_file() else ""
+    text = load_pt(path, known=TABLES) if path.is_file() else ""
     found = re.search(r"^\s*model_type\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE) if isinstance(text, str) else None
     return found[1] if found else ""
-
-
-def _load(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([(dict, TABLE)]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged, or holds more than plain values (then it is not loaded: it could run code)") from error
 
 
 def check(folder: Path, said: Mapping[str, Any], config: ModelConfig, by: str) -> None:

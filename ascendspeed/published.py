@@ -36,6 +36,8 @@ class ToHuggingFace:
     """1: w2 is up and w3 is down; 2: w3 is up and w2 is down; None: their shapes tell, unless they are equal."""
     qk_interleaved: Literal["yes", "no"] | None = None
     """The rows of q and k lie in pairs (once adapt_hf=False); None: as model_config.pt says."""
+    qkv_fused: Literal["yes", "no"] | None = None
+    """wq, wk and wv are a fused wqkv cut in three (releases of 2024); None: as model_config.pt says."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
     asked = Asked(
         options.version,
         options.qk_interleaved,
+        options.qkv_fused,
         options.max_pos if defaults or "max_pos" in typed else None,
         options.rotary_type if defaults or "rotary_type" in typed else None,
         options.scaling_factor,

@@ -114,6 +114,19 @@ def test_every_family(tmp_path, kind):
     there_and_back(tmp_path, kind, [(2, 2), (8, 1)])
 
 
+@pytest.mark.parametrize("name", ["internlm", "internlm2"])
+def test_the_reference_checkpoints(reference, tmp_path, name):
+    """The original's own files, with the config.json and the shards that they came with."""
+    tensors = {n: t for path in (reference / name).glob("model-*.safetensors") for n, t in load_file(path).items()}
+    source = convert.open_source(reference / name)
+    convert.convert(source, tmp_path / "evo", convert.InternEvo(2, 2, qk_interleaved=True))
+    convert.write_hf(convert.open_source(tmp_path / "evo"), tmp_path / "back")
+    written = load_file(tmp_path / "back/model.safetensors")
+    assert same(written, {n: tensors[n] for n in written})
+    assert all("inv_freq" in n for n in tensors.keys() - written.keys())
+    assert json.loads((tmp_path / "back/config.json").read_text())["bos_token_id"] == 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_family_in_every_layout(tmp_path, kind):
@@ -289,7 +302,7 @@ def test_versions_are_told_by_shapes(tmp_path):
         read(folder, Asked(2, max_pos=32))
 
 
-def test_old_and_new_words_for_the_same(tmp_path):
+def test_old_and_new_words_for_the_same(tmp_path, capsys):
     """adapt_hf is the opposite of qk_interleaved; the training configuration's text says what was trained."""
     folder = trained(tmp_path / "evo", GROUPED, Trained("LLAMA2", 2, interleaved=True))
     table = model_config(GROUPED, Trained("LLAMA2", 2))
@@ -301,6 +314,11 @@ def test_old_and_new_words_for_the_same(tmp_path):
         read(folder, Asked(max_pos=32))
     hooked = trained(tmp_path / "hooked", GROUPED, Trained("LLAMA2", 2, save_hook=True))
     assert not right(read(hooked, Asked(max_pos=32)), "internlm2", GROUPED)  # control
+    assert right(read(hooked, Asked(qkv_fused="yes", max_pos=32)), "internlm2", GROUPED)
+    config_json(hooked, "internlm2", GROUPED)
+    assert not right(read(hooked), "internlm2", GROUPED)
+    assert "does not say enable_qkv_fusion" in capsys.readouterr().out
+    (hooked / "config.json").unlink()
     torch.save('JOB_NAME = "7b"\nmodel_type = "INTERNLM2_PUBLIC"\n', hooked / "config_file.pt")
     source = read(hooked, Asked(max_pos=32))
     assert source.config.family == "internlm2"

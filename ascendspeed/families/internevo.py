@@ -123,6 +123,8 @@ class Asked:
     """InternEvo folder to read: 1, w2 is up and w3 is down; 2, the other way round; None: their shapes tell, unless equal."""
     qk_interleaved: Literal["yes", "no"] | None = None
     """InternEvo folder to read: the rows of q and k lie in pairs (once adapt_hf=False); None: as its model_config.pt says."""
+    qkv_fused: Literal["yes", "no"] | None = None
+    """InternEvo folder to read: wq, wk, wv are a fused wqkv cut in three (releases of 2024); None: as model_config.pt says."""
     max_pos: int | None = None
     """InternEvo folder to read: longest trained sequence; None: as its config.json or model_config.pt says."""
     rotary_type: Literal["origin", "dynamic"] | None = None

@@ -110,7 +110,7 @@ class Opened:
             style,
             embed_split=width * parts == hidden,
             qk_interleaved=self._interleaved(style, asked),
-            cut_qkv=style.model_type == "LLAMA2" and self._cut_qkv(),
+            cut_qkv=style.model_type == "LLAMA2" and bool(self.fused(asked)),
             cut_glu=self.isp and self.said.get("mlp_layer_fusion") is True,
         )
 
@@ -149,10 +149,17 @@ class Opened:
             )
         return bool(found)
 
-    def _cut_qkv(self) -> bool:
-        """Releases of 2024 saved a fused wqkv as three pieces; while that could not be switched, InternLM2 was always fused."""
-        fused = self.said.get("enable_qkv_fusion")
-        return bool(fused) if fused is not None else config.trained_as(self.folder).startswith("INTERNLM2")
+    def fused(self, asked: Asked) -> bool | None:
+        """Whether wq, wk and wv were one wqkv in training, which releases of 2024 saved as three pieces; None: nothing says it.
+
+        While that could not be switched, InternLM2 was always fused, and Llama never.
+        """
+        if asked.qkv_fused is not None:
+            return asked.qkv_fused == "yes"
+        if self.said.get("enable_qkv_fusion") is not None:
+            return bool(self.said["enable_qkv_fusion"])
+        trained_as = config.trained_as(self.folder)
+        return trained_as.startswith("INTERNLM2") if trained_as else None
 
 
 _UP = {1: "w2 is up, w3 is down", 2: "w3 is up, w2 is down"}

@@ -61,6 +61,12 @@ def _architecture(opened: Opened, style: Style, home: Path, asked: Asked) -> tup
     if model.num_layers != sum(opened.layers):
         raise UserError(f"{opened.folder} has {sum(opened.layers)} layers, but {home / 'config.json'} says {model.num_layers}")
     model_config.check(opened.folder, opened.said, model, "config.json" if there else "the tensors")
+    if model.family == "internlm2" and style.model_type == "LLAMA2" and opened.fused(asked) is None:
+        print(
+            f"note: {opened.folder} does not say enable_qkv_fusion: wq, wk and wv are taken as trained apart; say --qkv-fused yes "
+            "if a release of 2024 saved a fused wqkv so",
+            flush=True,
+        )
     if asked.max_pos is not None:
         model = replace(model, max_position_embeddings=asked.max_pos)
     if asked.rotary_type is not None:

@@ -30,6 +30,7 @@ RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is a
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters max_skipped_steps save_interval "
         "eval_interval exit_interval keep",
         SHARE: "attention_dropout hidden_dropout",
+        POSITIVE: "exit_duration_in_mins distributed_timeout_minutes",
     },
 }
 

@@ -206,6 +206,10 @@ class TrainConfig:
     """Folder for training checkpoints."""
     finetune: bool = False
     """Take only the weights from --load: start at iteration 0 with a fresh optimizer."""
+    auto_resume: bool = False
+    """Continue from the newest good checkpoint in --save when there is one; else start as --load says."""
+    async_save: bool = False
+    """Copy what a checkpoint holds to host memory, and write it behind the following iterations."""
     save_interval: int | None = None
     """Iterations between checkpoints; the last iteration is saved too."""
     keep: int | None = None
@@ -218,6 +222,10 @@ class TrainConfig:
     """Global batches per evaluation."""
     exit_interval: int | None = None
     """Save and stop at the first multiple of this many iterations."""
+    exit_duration_in_mins: Annotated[float | None, alias("exit-duration")] = None
+    """Save and stop after the first iteration that ends this many minutes after the start of the program."""
+    distributed_timeout_minutes: float = 10.0
+    """All ranks leave, and say why, when one has given no sign of life for this long, or a collective has not ended."""
     tensorboard_dir: str | None = None
     """Folder for TensorBoard events."""
     log_dir: str = "logs"

@@ -286,6 +286,22 @@ def test_the_converted_model_is_the_model(tmp_path):
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("program", "model", "tp", "doubted"),
+    [
+        ("AscendSpeed of 2023", "llama", 1, True),
+        ("AscendSpeed of 2023", "llama", 4, False),  # one group on every rank
+        ("AscendSpeed of 2023", "internlm", 1, False),
+        ("Megatron-LM until 2023", "llama", 1, False),
+    ],
+)
+def test_grouped_queries_of_ascendspeed_are_doubted(tmp_path, capsys, program, model, tp, doubted):
+    """Its converter of a few weeks ordered them otherwise, which the files do not show."""
+    old_folder(tmp_path / "old", program, model, tp, 1)
+    convert.open_source(tmp_path / "old")
+    assert ("note: " in capsys.readouterr().out) == doubted
+
+
 # --- what a training run leaves ----------------------------------------------------------------------------------------------
 
 

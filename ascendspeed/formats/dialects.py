@@ -81,3 +81,13 @@ OLD = (
 """Of programs before Megatron-core, or built on those."""
 OTHERS = (dialect("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *OLD)
 """All dialects but Megatron-core's own; they are read, not written."""
+
+
+def doubt(dialect: Dialect, config: ModelConfig, tp: int) -> str:
+    """What the names of a checkpoint let one fear and its tensors do not show; empty: nothing."""
+    if "AscendSpeed" in dialect.name and config.num_attention_heads > config.kv_heads > tp:
+        return (
+            "AscendSpeed's converter of November 2023 to January 2024 gave grouped queries another order where a rank has several "
+            "groups; if these files come from it, convert the Hugging Face model again"
+        )
+    return ""

@@ -75,6 +75,8 @@ def open_folder(folder: Path, config: Path) -> Source:
     dialect = ranks.recognise(iteration, DIALECTS, config, held)
     if dialect in dialects.OLD:
         table.check("ascendspeed", "reads", config.family)
+    if doubt := dialects.doubt(dialect, config, grid.tp):
+        print(f"note: {folder}: {doubt}", flush=True)
     kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
     return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
 

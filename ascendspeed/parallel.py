@@ -91,6 +91,11 @@ def set_generators(states: dict[str, Tensor]) -> None:
     get_cuda_rng_tracker().set_states(tracked)
 
 
+def beside(timeout_minutes: float) -> Any:
+    """A process group of all ranks beside the others, on the CPU: for a thread of its own, or for what no device needs to know."""
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
 @contextmanager
 def joined(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[Grid]:
     """`initialize` for the time of a block; groups that were there before stay."""

@@ -15,6 +15,7 @@ from tyro.conf import FlagCreatePairsOff
 from ascendspeed import checks, config, families, flags
 from ascendspeed.config import ModelConfig, Run
 from ascendspeed.errors import UserError
+from ascendspeed.steps import looks_like_checkpoint
 
 DEFAULT_MODEL = "internlm-7b"
 
@@ -92,9 +93,14 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     Raises `UserError` for whatever is wrong, before any process group exists.
     """
     command = flags.parse(Command, args, description=Command.__doc__ or "")
-    typed, recipe = flags.typed(Command, args), command.recipe
+    typed, recipe, said = flags.typed(Command, args), command.recipe, []
+    if command.train.save_interval and command.train.save is None:
+        said.append("--save-interval without --save: checkpoints go to ./ckpt")
+        command = replace(command, train=replace(command.train, save="./ckpt"))
+    if command.train.auto_resume:
+        command = replace(command, train=_continued(command.train, said))
     model = _model(command, typed, args)
-    parallel, optim, train, said = command.parallel, command.optim, command.train, []
+    parallel, optim, train = command.parallel, command.optim, command.train
     said += [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in SAYS.items() if name in typed]
     why_full = [
         n for n in ("checkpoint_activations", "deepspeed_activation_checkpointing", "auto_recompute_device_size") if n in typed
@@ -105,9 +111,6 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         said.append("--sequence-parallel does nothing at tensor-parallel size 1")
         parallel = replace(parallel, sequence_parallel=False)
-    if train.save_interval and train.save is None:
-        said.append("--save-interval without --save: checkpoints go to ./ckpt")
-        train = replace(train, save="./ckpt")
     if train.global_batch_size is None:
         replicas = world // max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
         train = replace(train, global_batch_size=train.micro_batch_size * replicas)
@@ -122,6 +125,16 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     run = Run(model, parallel, optim, command.data, train)
     checks.check(run, world)
     return run, said
+
+
+def _continued(train: config.TrainConfig, said: list[str]) -> config.TrainConfig:
+    """--auto-resume: what is in --save goes before --load, which said how the run began."""
+    if train.save is None:
+        raise UserError("--auto-resume continues the run in --save; give --save, the folder of its checkpoints")
+    if not looks_like_checkpoint(train.save):
+        said.append(f"--auto-resume: {train.save} holds no checkpoint yet, so this is the start of the run")
+        return train
+    return replace(train, load=train.save, finetune=False)
 
 
 def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfig:

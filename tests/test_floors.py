@@ -19,6 +19,7 @@ FLOORS = {
     "inputs": 0,
     "config": 0,
     "log": 0,
+    "steps": 0,
     "families": 0,
     "device": 1,
     "weights": 1,
@@ -39,13 +40,14 @@ FLOORS = {
     "published": 5,
     "checkpoint": 3,
     "engines": 4,
+    "watch": 4,
     "generate": 4,
     "start": 5,
     "train": 5,
     "evaluation": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
-TORCH_FREE = ["errors", "inputs", "config", "log", "families", "plan", "flags", "schedule", "checks", "resolve"]
+TORCH_FREE = ["errors", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]
 MEGATRON = {
     "model",
     "generate",

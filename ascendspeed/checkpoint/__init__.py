@@ -8,9 +8,10 @@
 An engine is a reader and writer of `Fragment`s. Loading under another layout or engine is the ordinary load.
 """
 
-from ascendspeed.checkpoint.finding import find, looks_like_checkpoint, open_checkpoint
+from ascendspeed.checkpoint.finding import find, open_checkpoint
 from ascendspeed.checkpoint.loading import Checkpoint, restore
 from ascendspeed.checkpoint.pieces import KINDS, Fragment, TrainState
 from ascendspeed.checkpoint.saving import save
+from ascendspeed.steps import looks_like_checkpoint
 
 __all__ = ["KINDS", "Checkpoint", "Fragment", "TrainState", "find", "looks_like_checkpoint", "open_checkpoint", "restore", "save"]

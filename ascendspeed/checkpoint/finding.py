@@ -1,29 +1,19 @@
 """Finds the newest checkpoint that is whole. All ranks call this together and get the same answer."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint.loading import Checkpoint
 from ascendspeed.errors import UserError
+from ascendspeed.steps import MANIFEST, STEP, latest, steps
 
 Gather = Callable[[list[str]], list[str]]
 """Takes this rank's texts, returns those of all ranks, rank after rank, the same on every rank."""
 
-STEP = re.compile(r"step_\d{7,}")
-
 
 def _alone(mine: list[str]) -> list[str]:
     return mine
-
-
-def looks_like_checkpoint(path: str | Path) -> bool:
-    """Whether a path holds, or is, a training checkpoint of ours, be it whole, damaged or lost. Looks at names only."""
-    path = Path(path)
-    if (path / manifest.NAME).exists() or (STEP.fullmatch(path.name) and path.is_dir()):
-        return True
-    return bool(_steps(path)) or bool(STEP.fullmatch(_latest(path) or ""))
 
 
 def open_checkpoint(
@@ -34,7 +24,7 @@ def open_checkpoint(
     Raises `UserError` when there is none, or when the step that was asked for is damaged.
     """
     path = Path(path)
-    if not ((path / manifest.NAME).exists() or STEP.fullmatch(path.name)):
+    if not ((path / MANIFEST).exists() or STEP.fullmatch(path.name)):
         if (found := find(path, rank, world, gather, say)) is None:
             raise UserError(f"{path}: no training checkpoint lies there (no step_* folder)")
         return found
@@ -53,48 +43,33 @@ def find(
     Raises `UserError` when something does and nothing of it is good, or when the ranks do not see the same files.
     """
     folder = Path(save_dir)
-    latest, steps = _latest(folder), _steps(folder)
-    if len(seen := set(gather([f"{latest} {sorted(steps)}"]))) > 1:
+    newest, there = latest(folder), steps(folder)
+    if len(seen := set(gather([f"{newest} {sorted(there)}"]))) > 1:
         raise UserError(
             f"{folder}: the ranks do not see the same files there; use storage that all nodes share ({len(seen)} views)"
         )
-    if not steps:
-        if latest is None or (latest and not STEP.fullmatch(latest)):
+    if not there:
+        if newest is None or (newest and not STEP.fullmatch(newest)):
             return None
-        raise UserError(f"{folder}/latest {f'names {latest}' if latest else 'is empty'}, but no step_* folder lies there")
-    order = _order(folder, latest, sorted(steps, reverse=True), say)
+        raise UserError(f"{folder}/latest {f'names {newest}' if newest else 'is empty'}, but no step_* folder lies there")
+    order = _order(folder, newest, sorted(there, reverse=True), say)
     wrongs = []
     for name in order:
-        say(f"verifying {steps[name]}: {manifest.size(steps[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}")
-        checkpoint, wrong = _examine(steps[name], rank, world, gather)
+        say(f"verifying {there[name]}: {manifest.size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}")
+        checkpoint, wrong = _examine(there[name], rank, world, gather)
         if checkpoint is not None:
             return checkpoint
-        wrongs.append(f"{steps[name]} is damaged: {'; '.join(wrong)}")
+        wrongs.append(f"{there[name]} is damaged: {'; '.join(wrong)}")
         say(f"warning: {wrongs[-1]}; trying the next one")
     raise UserError(f"{folder}: no checkpoint there is whole: {' | '.join(wrongs)}")
 
 
-def _latest(folder: Path) -> str | None:
-    """What `latest` says; None when there is no such file."""
-    try:
-        return (folder / "latest").read_bytes().decode(errors="replace").strip()
-    except OSError:
-        return None
-
-
-def _steps(folder: Path) -> dict[str, Path]:
-    """Step -> folder. One that was being replaced when the save was killed still lies under its other name."""
-    found = {p.name[1 : -len(".old")]: p for p in folder.glob(".step_*.old")}
-    found |= {p.name: p for p in folder.glob("step_*")}
-    return {name: p for name, p in found.items() if STEP.fullmatch(name) and p.is_dir()}
-
-
-def _order(folder: Path, latest: str | None, newest_first: list[str], say: Callable[[str], None]) -> list[str]:
+def _order(folder: Path, newest: str | None, newest_first: list[str], say: Callable[[str], None]) -> list[str]:
     """Steps in the order in which to try them: what `latest` names, the older ones, and at last the newer ones."""
-    if latest in newest_first:
-        at = newest_first.index(latest)
+    if newest in newest_first:
+        at = newest_first.index(newest)
         return newest_first[at:] + newest_first[:at]
-    wrong = "is missing" if latest is None else "is empty" if not latest else f"says {latest[:80]!r}, which is not there"
+    wrong = "is missing" if newest is None else "is empty" if not newest else f"says {newest[:80]!r}, which is not there"
     say(f"warning: {folder}/latest {wrong}; taking the newest step that is whole")
     return newest_first
 

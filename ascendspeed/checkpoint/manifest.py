@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.checkpoint import files
-
-NAME = "manifest.json"
+from ascendspeed.steps import MANIFEST
 
 
 def text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -25,19 +24,19 @@ def problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     Sizes are looked at by every rank, and the hashing is shared: rank r of w takes the files r, r + w, ...
     """
     try:
-        said = (folder / NAME).read_text()
+        said = (folder / MANIFEST).read_text()
         listed = json.loads(said)["files"]
         step = json.loads(said)["step"]
         if said != text(step, listed):
-            return [f"{NAME}: it was changed after it was written"]
+            return [f"{MANIFEST}: it was changed after it was written"]
     except FileNotFoundError:
-        return [f"{NAME}: missing, so the save never ended or the file was deleted"]
+        return [f"{MANIFEST}: missing, so the save never ended or the file was deleted"]
     except OSError as error:
-        return [f"{NAME}: {error.strerror}"]
+        return [f"{MANIFEST}: {error.strerror}"]
     except (ValueError, KeyError, TypeError, AttributeError):
-        return [f"{NAME}: not a manifest (empty, cut off or overwritten)"]
+        return [f"{MANIFEST}: not a manifest (empty, cut off or overwritten)"]
     if re.fullmatch(r"step_\d+", folder.name) and int(folder.name[5:]) != step:
-        return [f"{NAME}: it is of step {step}"]
+        return [f"{MANIFEST}: it is of step {step}"]
     wrong = {name: _size_problem(folder / name, entry["size"]) for name, entry in listed.items()}
     if not any(wrong.values()):
         wrong = {name: _hash_problem(folder / name, listed[name]["sha256"]) for name in list(listed)[rank::world]}

@@ -18,14 +18,10 @@ from ascendspeed.checkpoint.loading import RNG, Index, shard_name
 from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
 from ascendspeed.config import Run
 from ascendspeed.errors import UserError
+from ascendspeed.steps import MANIFEST, step_name
 
 SLACK = 64 << 20
 """Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
-
-
-def step_name(step: int) -> str:
-    """Folder of a step."""
-    return f"step_{step:07}"
 
 
 def save(
@@ -178,9 +174,9 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     for name, values in texts.items():
         files.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
         listed[name] = {"size": (temporary / name).stat().st_size, "sha256": files.digest(temporary / name)}
-    files.write_text(temporary / manifest.NAME, manifest.text(state.step, listed))
+    files.write_text(temporary / MANIFEST, manifest.text(state.step, listed))
     for path in temporary.iterdir():
-        if path.name not in listed and path.name != manifest.NAME:
+        if path.name not in listed and path.name != MANIFEST:
             path.unlink()
     files.sync_folder(temporary)
     point = files.stage_text(team.folder / "latest", final.name + "\n")

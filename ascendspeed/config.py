@@ -113,16 +113,51 @@ class ParallelConfig:
     """Ranks that share every layer."""
     pipeline_model_parallel_size: Annotated[int, alias("pp")] = 1
     """Ranks that share the stack of layers."""
+    num_virtual_stages_per_pipeline_rank: Annotated[int, alias("vpp")] = 1
+    """Pieces of the stack that every pipeline rank holds; above 1 the schedule is interleaved: smaller bubbles, more traffic."""
+    context_parallel_size: Annotated[int, alias("cp")] = 1
+    """Ranks that share the sequence of every sample."""
+    expert_model_parallel_size: Annotated[int, alias("ep")] = 1
+    """Ranks, of those that share neither layers nor stages, that share the experts of every layer."""
     sequence_parallel: bool = False
     """Split activations along the sequence between the tensor-parallel regions."""
+    use_distributed_optimizer: bool = False
+    """Megatron engine: every data-parallel rank keeps and updates a part of the optimizer's states, as ZeRO 1 does."""
+    overlap_grad_reduce: bool = False
+    """Megatron engine: sum gradients over the data-parallel ranks while the backward pass goes on."""
+    overlap_param_gather: bool = False
+    """Megatron engine: gather updated weights while the next forward pass goes on; needs the two flags above."""
     deepspeed: bool = False
-    """Train with the DeepSpeed engine (ZeRO)."""
+    """Train with the DeepSpeed engine (ZeRO); else with Megatron-core's own."""
     deepspeed_config: str | None = None
     """A DeepSpeed JSON that adds to the derived one (offload, buckets, overlap) and may not contradict it."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """What ZeRO partitions: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    """DeepSpeed engine: what ZeRO partitions: 0 nothing, 1 optimizer states, 2 and gradients, 3 and weights."""
+    zero_hpz_partition_size: int = 1
+    """DeepSpeed engine, stage 3: ranks (those of one node) that keep a second copy of the weights among them, to gather from."""
+    zero_offload: Literal["none", "cpu", "nvme"] = "none"
+    """DeepSpeed engine: where the optimizer's states live, if not on the device."""
+    zero_offload_nvme_path: str | None = None
+    """Folder on a local NVMe disk for --zero-offload nvme."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this x the tensor-parallel size."""
+
+    @property
+    def model_size(self) -> int:
+        """Ranks that see the same samples: together they hold one model."""
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """What decides which part of the work a rank does: with equal places and as many ranks, runs draw equal random numbers."""
+        return (
+            self.tensor_model_parallel_size,
+            self.pipeline_model_parallel_size,
+            self.num_virtual_stages_per_pipeline_rank,
+            self.context_parallel_size,
+            self.expert_model_parallel_size,
+            self.sequence_parallel,
+        )
 
 
 @dataclass(frozen=True)
@@ -198,8 +233,12 @@ class TrainConfig:
     """Dropout on attention probabilities."""
     hidden_dropout: float = 0.0
     """Dropout on the residual branches."""
-    recompute_granularity: Literal["none", "full"] = "none"
-    """Activation recomputation: full keeps only the input of every layer."""
+    recompute_granularity: Literal["none", "full", "selective"] = "none"
+    """Activation recomputation: full keeps only the input of layers, selective all but the inside of the core attention."""
+    recompute_method: Literal["uniform", "block"] = "uniform"
+    """Of full recomputation: uniform recomputes all layers in groups, block single layers, as many as --recompute-num-layers."""
+    recompute_num_layers: int = 1
+    """Layers in a group (uniform), or layers of every (virtual) pipeline stage that are recomputed (block)."""
     load: str | None = None
     """What to start from: a training checkpoint, converted weights, or a Hugging Face directory."""
     save: str | None = None
@@ -276,12 +315,18 @@ def check_tensor_parallel(model: ModelConfig, size: int) -> None:
         )
 
 
-def check_pipeline_parallel(model: ModelConfig, size: int) -> None:
-    """Raises `UserError` naming the legal choices when the layers do not split evenly over `size` pipeline stages."""
+def check_pipeline_parallel(model: ModelConfig, size: int, virtual: int = 1) -> None:
+    """Raises `UserError` naming the legal choices when the layers do not split evenly over `size` pipeline stages x `virtual`."""
     layers = model.num_layers
     if size < 1 or layers % size:
         choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
         raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")
+    if virtual < 1 or layers // size % virtual:
+        choices = ", ".join(str(n) for n in range(1, layers // size + 1) if layers // size % n == 0)
+        raise UserError(
+            f"the {layers // size} layers of each of {size} pipeline stages do not split into {virtual} virtual stages; "
+            f"choose {choices}"
+        )
 
 
 def to_dict(run: Any) -> dict[str, Any]:

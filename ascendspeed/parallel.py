@@ -1,4 +1,4 @@
-"""The rank grid: which ranks share a layer and which share the data, and the view of it that DeepSpeed wants."""
+"""The rank grid: which ranks share a layer, the stack, a sequence and which share the data; and the view that DeepSpeed wants."""
 
 import os
 from collections.abc import Iterator
@@ -17,6 +17,9 @@ from ascendspeed import device as devices
 from ascendspeed.config import ParallelConfig
 from ascendspeed.device import Device
 
+SEEDS = 1_000_003
+"""Between the seeds of two replicas; further than Megatron's own seeds of one are apart."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -27,7 +30,20 @@ class Grid:
     tp_rank: int
     tp: int
     dp_rank: int
+    """Which samples of a global batch are this rank's."""
     dp: int
+    pp_rank: int = 0
+    pp: int = 1
+    cp_rank: int = 0
+    """Which part of every sequence is this rank's."""
+    cp: int = 1
+    ep_rank: int = 0
+    """Which experts are this rank's."""
+    ep: int = 1
+
+    def __str__(self) -> str:
+        more = "".join(f" x {name} {size}" for name, size in (("PP", self.pp), ("CP", self.cp)) if size > 1)
+        return f"{self.world} processes: TP {self.tp} x DP {self.dp}{more}" + (f", EP {self.ep}" if self.ep > 1 else "")
 
     @property
     def tp_group(self) -> Any:
@@ -36,8 +52,8 @@ class Grid:
 
     @property
     def dp_group(self) -> Any:
-        """Process group of the ranks that hold the same part of the model."""
-        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+        """Process group of the ranks that differ in their samples alone."""
+        return parallel_state.get_data_parallel_group()
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -54,7 +70,8 @@ class Grid:
 def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> Grid:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the grid.
 
-    Also seeds every generator: the same seed outside tensor-parallel regions, one of its own inside them on each rank.
+    Also seeds every generator: outside tensor-parallel regions one seed for the ranks of a tensor-parallel group, as they must draw
+    the same there, inside them one of its own for every rank. Groups that were built before stay as they are.
     """
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
@@ -64,16 +81,32 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
         store = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size)
-    torch.manual_seed(seed)
-    model_parallel_cuda_manual_seed(seed)
+        virtual = parallel.num_virtual_stages_per_pipeline_rank
+        parallel_state.initialize_model_parallel(
+            parallel.tensor_model_parallel_size,
+            parallel.pipeline_model_parallel_size,
+            virtual if virtual > 1 else None,
+            context_parallel_size=parallel.context_parallel_size,
+            expert_model_parallel_size=parallel.expert_model_parallel_size,
+            distributed_timeout_minutes=timeout_minutes,
+            create_gloo_process_groups=False,
+        )
+    replica = dist.get_rank() // parallel_state.get_tensor_model_parallel_world_size()  # ranks of a tensor-parallel group adjoin
+    torch.manual_seed(seed + SEEDS * replica)
+    model_parallel_cuda_manual_seed(seed + SEEDS * replica)
     return Grid(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp=parallel_state.get_tensor_model_parallel_world_size(),
-        dp_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
-        dp=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp=parallel_state.get_data_parallel_world_size(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp=parallel_state.get_pipeline_model_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp=parallel_state.get_context_parallel_world_size(),
+        ep_rank=parallel_state.get_expert_model_parallel_rank(),
+        ep=parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

@@ -1,6 +1,7 @@
-"""Core attention by torch's SDPA: grouped queries, rotary embedding, never s x s scores - with dropout neither."""
+"""Core attention by torch's SDPA: grouped queries, rotary embedding, never s x s scores or masks - with dropout neither."""
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 128  # queries whose scores exist at the same time when there is dropout
+from ascendspeed.model.context import Share, gather
+
+BLOCK = 128  # queries whose scores, or mask, exist at the same time
 
 
 class RotaryAttention(MegatronModule):
@@ -35,6 +38,8 @@ class RotaryAttention(MegatronModule):
         super().__init__(config)
         self.scale = softmax_scale  # None: 1 / sqrt(d)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.group = pg_collection.cp
+        self.share = Share(self.group.rank(), self.group.size())
 
     def forward(
         self,
@@ -46,42 +51,61 @@ class RotaryAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal."""
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal; s is this rank's share."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError("only plain causal attention; packed sequences would enter here, by segments")
-        cos, sin = self.config.rope.tables(query.size(0), query.dtype, query.device)
+        length = query.size(0) * self.share.size
+        cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (rotate(query, cos, sin), rotate(key, cos, sin), value))
-        if self.dropout and self.training:
-            # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a
-            # second change would make a recomputed pass draw others than the first.
-            with nullcontext() if self.config.sequence_parallel else get_cuda_rng_tracker().fork():
-                out = attend_with_dropout(q, k, v, self.dropout, self.scale)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale, enable_gqa=q.size(1) != k.size(1))
-        return out.permute(2, 0, 1, 3).flatten(2)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        if self.share.size > 1:
+            key, value = gather(key, self.group), gather(value, self.group)
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        firsts = self.share.firsts(length)
+        dropout = self.dropout if self.training else 0.0
+        # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
+        # change would make a recomputed pass draw others than the first.
+        with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext():
+            chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
+            out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
+        return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
 
 
-def attend_with_dropout(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None = None) -> Tensor:
-    """Causal attention with dropout on the probabilities; q [b, heads, s, d], k and v [b, groups, s, d].
+def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+    """Causal attention of the queries at positions `first` and on: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
 
-    torch's SDPA falls back to full s x s scores when it must drop (on a CPU), so queries go block by block and each block's scores
-    are computed again in the backward pass instead of kept: memory is BLOCK x s.
+    torch's SDPA has no word for queries that begin later than the keys (but for a mask of n x m), and makes scores of n x m when it
+    must drop (on a CPU). So queries go block by block, and nothing is larger than BLOCK x m.
     """
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    blocks = [
-        checkpoint(
-            _attend_block, q[:, :, i : i + BLOCK], k[:, :, : i + BLOCK], v[:, :, : i + BLOCK], dropout, scale, use_reentrant=False
-        )
-        for i in range(0, q.size(2), BLOCK)
-    ]
+    k, v = k[:, :, : first + q.size(2)], v[:, :, : first + q.size(2)]
+    grouped = q.size(1) != k.size(1)
+    if not dropout and not first:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    if dropout:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+        scale = q.size(-1) ** -0.5 if scale is None else scale
+    future, blocks = _future(k.size(2), q.dtype, q.device), []
+    for i in range(0, q.size(2), BLOCK):
+        end = first + min(i + BLOCK, q.size(2))
+        block, keys, values, mask = q[:, :, i : i + BLOCK], k[:, :, :end], v[:, :, :end], future[-(end - first - i) :, -end:]
+        if dropout:  # the scores are computed again in the backward pass instead of kept
+            blocks.append(checkpoint(_attend_block, block, keys, values, mask, dropout, scale, use_reentrant=False))
+        else:
+            blocks.append(F.scaled_dot_product_attention(block, keys, values, mask, scale=scale, enable_gqa=grouped))
     return torch.cat(blocks, 2)
 
 
-def _attend_block(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float) -> Tensor:
-    """The last queries of a prefix of keys: q [b, heads, n, d], k and v [b, heads, m, d], n <= m."""
-    n, m = q.size(2), k.size(2)
-    future = torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(future, float("-inf"))
+@lru_cache(4)
+def _future(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores of the last BLOCK queries of `keys` keys: 0, or -inf where a key is later than the query.
+
+    Its last rows and columns are that of fewer queries and of fewer keys; as all blocks and layers use views of one tensor, the
+    backward pass keeps it once.
+    """
+    return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
+
+
+def _attend_block(q: Tensor, k: Tensor, v: Tensor, future: Tensor, dropout: float, scale: float) -> Tensor:
+    """The last queries of a prefix of keys: q [b, heads, n, d], k and v [b, heads, m, d], future [n, m]."""
+    scores = q @ k.transpose(-1, -2) * scale + future
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v

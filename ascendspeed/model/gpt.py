@@ -1,6 +1,6 @@
 """Builds the GPTModel and fills it: from a stream of full tensors, cut for this rank, whatever the stream's source."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -36,22 +36,24 @@ class InternLM(GPTModel):
         return cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, config: Config) -> InternLM:
-    """This rank's part of the model, its weights not yet written (`fill`).
+def build(model: ModelConfig, parallel: ParallelConfig, config: Config, virtual_stage: int | None = None) -> InternLM:
+    """This rank's part of the model, or one of the pieces that it has of an interleaved pipeline; weights not yet written (`fill`).
 
     `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
     of every token [b, s], computed on vocabulary shards.
     """
     padded = padded_vocab_size(model, parallel)
+    place = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     gpt = InternLM(
         config,
-        block_spec(config),
+        block_spec(config, virtual_stage),
         padded,
         model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**place),
+        post_process=parallel_state.is_pipeline_last_stage(**place),
         position_embedding_type="none",  # RotaryAttention rotates
         share_embeddings_and_output_weights=model.tie_embeddings,
+        vp_stage=virtual_stage,
     )
     if gpt.post_process and padded > model.vocab_size:
         first = parallel_state.get_tensor_model_parallel_rank() * (padded // parallel.tensor_model_parallel_size)
@@ -86,12 +88,16 @@ class _MaskPadding:
 
 
 def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """The parameters by the names they have in the whole model: layers count from 0 over all pipeline stages."""
+    """The parameters by the names they have in the whole model: layers and experts count from 0 over all ranks."""
     named = {}
     for name, parameter in gpt.named_parameters():
         parts = name.split(".")
         if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(gpt.decoder.layers[int(parts[2])].layer_number - 1)
+            layer = gpt.decoder.layers[int(parts[2])]
+            parts[2] = str(layer.layer_number - 1)
+            if "local_experts" in parts:
+                at = parts.index("local_experts") + 1
+                parts[at] = str(layer.mlp.local_expert_indices[int(parts[at])])
         named[".".join(parts)] = parameter
     return named
 
@@ -104,17 +110,19 @@ def cuts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, weights.Cut]
 
 @torch.no_grad()
 def fill(
-    gpt: GPTModel,
+    chunks: GPTModel | Sequence[GPTModel],
     model: ModelConfig,
     parallel: ParallelConfig,
     tensors: Iterable[tuple[str, Tensor]],
     gather: Gather = lambda parameter: nullcontext(),
 ) -> None:
-    """Writes this rank's part of every (name, full tensor) into the model.
+    """Writes this rank's part of every (name, full tensor) into the model, or into the pieces of it that the rank has.
 
     `gather` makes a parameter whole for the time of writing (ZeRO-3). Raises `UserError` when a parameter got no tensor.
     """
-    mine, cut, rank = named_parameters(gpt), cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
+    chunks = chunks if isinstance(chunks, Sequence) else [chunks]
+    mine = {name: parameter for chunk in chunks for name, parameter in named_parameters(chunk).items()}
+    cut, rank = cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
         # A tied output layer on another stage than the embedding has a copy of it. What is neither here is another stage's.
         copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)

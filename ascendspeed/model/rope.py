@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config import ModelConfig
+from ascendspeed.model.context import ALONE, Share
 
 
 @dataclass(eq=False)
@@ -25,13 +26,14 @@ class Rope:
         frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
 
-    def tables(self, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """cos and sin for positions 0 ... length - 1: [length, 1, 1, d] each, computed in fp32."""
-        key = (length, dtype, device)
+    def tables(self, length: int, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, Tensor]:
+        """cos and sin for the positions 0 ... length - 1 that `share` has, computed in fp32: [positions, 1, 1, d] each."""
+        key = (length, dtype, device, share)
         if key not in self._tables:
             if len(self._tables) >= 8:
                 self._tables.pop(next(iter(self._tables)))
-            angles = torch.outer(torch.arange(length, dtype=torch.float32, device="cpu"), self.inverse_frequencies(length))
+            positions = share.cut(torch.arange(length, dtype=torch.float32, device="cpu"), 0)
+            angles = torch.outer(positions, self.inverse_frequencies(length))
             angles = torch.cat((angles, angles), -1)[:, None, None, :].to(device)
             self._tables[key] = angles.cos().to(dtype), angles.sin().to(dtype)
         return self._tables[key]

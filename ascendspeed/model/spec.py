@@ -101,7 +101,7 @@ def transformer_config(
 ) -> Config:
     """Megatron-core's configuration of a run."""
     kind = DTYPES[dtype]
-    full = train.recompute_granularity == "full"
+    interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     return Config(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -124,10 +124,16 @@ def transformer_config(
         hidden_dropout=train.hidden_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank if interleaved else None,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        recompute_granularity="full" if full else None,
-        recompute_method="uniform" if full else None,
-        recompute_num_layers=1 if full else None,
+        # The interleaved schedule gives wrong losses without a word when its messages go in batches (megatron-core's default).
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
+        calculate_per_token_loss=True,  # gradients are summed as they are: the loss is already a share of the global batch's
+        **_recompute(train),
         params_dtype=kind,
         pipeline_dtype=kind,
         bf16=dtype == "bf16",
@@ -148,8 +154,18 @@ def transformer_config(
     )
 
 
-def block_spec(config: Config) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage."""
+def _recompute(train: TrainConfig) -> dict[str, object]:
+    if train.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": train.recompute_method,
+            "recompute_num_layers": train.recompute_num_layers,
+        }
+    return {"recompute_granularity": None if train.recompute_granularity == "none" else train.recompute_granularity}
+
+
+def block_spec(config: Config, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage, or of one of its virtual stages."""
     norm = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -168,7 +184,7 @@ def block_spec(config: Config) -> TransformerBlockSubmodules:
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config), layer_norm=norm)
+    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm)
 
 
 def _leave(weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The one error that a user can cause, and how a program ends on it: one line on stderr, exit code 2, no traceback."""
+"""The one error that a user can cause, and how a program ends: one line on stderr, no traceback, an exit code that says why."""
 
 import os
 import sys
@@ -6,14 +6,27 @@ import time
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2
+EXIT_RANK_LOST = 69
+"""A process of the run died, was stopped or left; training can be started again (EX_UNAVAILABLE of sysexits.h)."""
+EXIT_STOPPED = 75
+"""Saved and stopped because a signal asked for it; training can be started again (EX_TEMPFAIL of sysexits.h)."""
 
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do."""
 
+    code = EXIT_USER_ERROR
+    """Exit code of a program that ends on it."""
+
+
+class RankLost(UserError):
+    """Another process of the run is gone."""
+
+    code = EXIT_RANK_LOST
+
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its return value, or with 2 and one line on a `UserError`.
+    """Runs `main` and exits with its return value, or with the error's code and one line on a `UserError`.
 
     Under a launcher every rank usually meets the same error. Rank 0 speaks at once; the others wait a moment, in which the
     launcher ends them, so that the line stands there once. An error that only one rank meets is still said, with its number.
@@ -26,4 +39,4 @@ def run(main: Callable[[], int | None]) -> None:
             time.sleep(5)
         who = f"[rank {rank}] " if rank else ""
         print(f"{who}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(error.code)

@@ -35,6 +35,7 @@ def case(expected, name: str, stage: int, **changes) -> dict:
     return {"weights": expected[name][0], "changes": {"model": model, "parallel": {"zero_stage": stage, "sequence_parallel": True}}}
 
 
+@pytest.mark.slow
 def test_losses_equal_hugging_face_under_tensor_and_sequence_parallel(expected, tmp_path):
     cases = {f"{name}, zero 2": case(expected, name, 2) for name in NAMES}
     cases |= {f"{name}, zero {stage}": case(expected, name, stage) for name in ODD for stage in (0, 3)}

@@ -128,11 +128,15 @@ def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, 
     As in Megatron, one round of micro-batches over all ranks is a run of successive samples; so the ranks together always
     have samples consumed ... consumed + global_batch - 1.
     """
-    round_size = micro_batch * dp_size
-    if global_batch % round_size:
+    if global_batch % (micro_batch * dp_size):
         raise UserError(f"--global-batch-size {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} ranks")
-    starts = range(consumed + dp_rank * micro_batch, consumed + global_batch, round_size)
+    starts = rounds(consumed, global_batch, micro_batch, dp_rank, dp_size)
     return [_stack([samples.sample(number) for number in range(start, start + micro_batch)]) for start in starts]
+
+
+def rounds(consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> range:
+    """The first sample of each of a rank's micro-batches."""
+    return range(consumed + dp_rank * micro_batch, consumed + global_batch, micro_batch * dp_size)
 
 
 def _stack(samples: Sequence[Sample]) -> Batch:

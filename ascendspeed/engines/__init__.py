@@ -21,8 +21,10 @@ class StepResult:
     grad_norm: float | None
     """Global norm before clipping."""
     skipped: bool
-    """The gradients were not finite: nothing was updated."""
+    """The loss or the gradients were not finite: nothing was updated. The same on every rank."""
     loss_scale: float
+    bad: tuple[int, ...] = ()
+    """Of this rank's micro-batches those, by their place, whose loss was not finite."""
 
 
 class Engine(Protocol):

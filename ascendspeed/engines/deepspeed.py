@@ -185,24 +185,27 @@ class DeepSpeedEngine:
             group["lr"] = lr
         tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches))
         scale = self.grid.dp * len(batches) / max(tokens, 1.0)
-        total = torch.zeros((), dtype=torch.float64, device=self.device.torch)  # read once: the device's queue runs ahead
+        sums: list[Tensor] = []  # read at the end: the device's queue runs ahead
         scale_used = self._loss_scale()
         for i, batch in enumerate(batches):
             loss_sum = self._loss_sum(batch)
-            total += loss_sum.detach()
-            self.engine.backward(loss_sum * scale)
+            sums.append(loss_sum.detach().double())
+            # Gradients do not know their loss: one that is not finite makes them so, and the update is left out on every rank.
+            self.engine.backward(loss_sum * torch.where(sums[-1].isfinite(), scale, math.nan).float())
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._grad_norm()
                 self.zero.overflow = not math.isfinite(norm)
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()
+        loss = self._sum(torch.stack(sums).sum()) / max(tokens, 1.0)
         return StepResult(
-            loss=self._sum(total) / max(tokens, 1.0),
+            loss=loss,
             tokens=int(tokens),
             grad_norm=None if norm is None else float(norm),
             skipped=bool(self.zero.overflow),
             loss_scale=scale_used,
+            bad=() if math.isfinite(loss) else tuple(i for i, one in enumerate(sums) if not one.isfinite()),
         )
 
     @torch.no_grad()

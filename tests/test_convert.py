@@ -437,14 +437,14 @@ def test_tensor_in_two_shards(hf):
 
 
 def test_wrong_shape_and_type(hf):
-    def cut(tensors):
-        tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"][:-1].contiguous()
+    def cut(tensors, name="model.layers.0.mlp.up_proj.weight"):
+        tensors[name] = tensors[name][:-1].contiguous()
 
     def whole(tensors):
         tensors["model.embed_tokens.weight"] = torch.zeros(131, 64, dtype=torch.int64)
 
     edit(first_shard(hf), cut)
-    refused(hf, "model.embed_tokens.weight is [130, 64]", "[131, 64]")
+    refused(hf, "model.layers.0.mlp.up_proj.weight is [95, 64]", "[96, 64]")
     edit(first_shard(hf), whole)
     refused(hf, "model.embed_tokens.weight", "int64")
 
@@ -469,9 +469,9 @@ def test_index_that_is_none(hf, text):
 
 def test_config_that_contradicts_the_tensors(hf):
     edit_json(hf / "config.json", lambda c: c.update(bias=False))
-    refused(hf, "left over", "bias")
+    refused(hf, "config.json says bias = false, but the tensors have a model.layers.0.self_attn.q_proj.bias")
     edit_json(hf / "config.json", lambda c: c.update(bias=True, num_hidden_layers=5))
-    refused(hf, "lacks model.layers.4")
+    refused(hf, "config.json says num_hidden_layers = 5, but the tensors have 4 layers")
 
 
 def test_missing_config_and_two_sets_of_weights(hf):

@@ -1,7 +1,6 @@
 """The model families, one declarative entry each. To add one, write its entry and name it here."""
 
 import difflib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from ascendspeed.families.llama import LLAMA
 from ascendspeed.families.mixtral import MIXTRAL
 from ascendspeed.families.qwen2 import QWEN2
 from ascendspeed.families.qwen2_moe import QWEN2_MOE
+from ascendspeed.inputs import read_table
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)
@@ -43,12 +43,7 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 
 def read_config(path: Path) -> ModelConfig:
     """The architecture that a config.json describes. Raises `UserError` when it is unreadable, or of a family that is not known."""
-    try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(theirs, dict):
-        raise UserError(f"{path} is not a table")
+    theirs = read_table(path)
     return family_of(theirs).read_config(theirs)
 
 

@@ -12,6 +12,7 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import sidecars, table, writing
+from ascendspeed.formats.contradictions import contradictions
 from ascendspeed.formats.files import create_safetensors, nbytes, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
@@ -31,6 +32,9 @@ def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config, beside = *read_config(config), config
     tensors = tensors_in(folder)
+    faults = contradictions(config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)})
+    if faults:
+        raise UserError(f"{folder}: {'; '.join(faults)}")
     entries = {parameter.name: weights.stored(config, parameter) for parameter in weights.parameters(config)}
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
     check_names(folder, expected, tensors, FAMILIES[config.family].junk)

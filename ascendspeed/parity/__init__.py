@@ -1,0 +1,1 @@
+"""Two runs, one curve? Logs of any kind -> aligned steps -> figures -> a verdict that anyone can check."""

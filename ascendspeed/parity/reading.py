@@ -1,0 +1,73 @@
+"""A path -> the curve of its run: console logs, TensorBoard events, JSON lines, or the folder that holds them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from ascendspeed import inputs
+from ascendspeed.errors import UserError
+from ascendspeed.parity import console
+from ascendspeed.parity.curve import Curve, continuous, step_of
+
+EVENTS = "*tfevents*"
+
+
+def read(path: str | Path) -> Curve:
+    """The curve that a log holds: at least one step with a loss. Raises `UserError` when it cannot be read or has none."""
+    place = _find(Path(path))
+    curve = _open(place)
+    if not any(step.loss is not None for step in curve.steps):
+        raise UserError(
+            f"{place}: no training loss in this log; known are console logs of this project, Megatron-LM, AscendSpeed, MindSpeed, "
+            "InternEvo, GPT-NeoX and DeepSpeed's pipeline engine (DeepSpeed's lines `step=N, skipped=, lr=` hold no loss), "
+            "TensorBoard events and JSON lines"
+        )
+    beside = place if place.is_dir() else place.parent
+    if curve.config is None and (beside / "run.json").is_file():
+        return Curve(**{**vars(curve), "config": inputs.read_table(beside / "run.json")})
+    return curve
+
+
+def _find(path: Path) -> Path:
+    """The log in a folder: its train.log, else its TensorBoard events."""
+    if not path.exists():
+        raise UserError(f"{path}: there is no such log")
+    if path.is_dir():
+        if (path / "train.log").is_file():
+            return path / "train.log"
+        if not any(path.glob(EVENTS)):
+            raise UserError(f"{path}: neither train.log nor TensorBoard events in this folder; name the log itself")
+    return path
+
+
+def _open(path: Path) -> Curve:
+    if path.is_dir() or path.match(EVENTS):
+        from ascendspeed.parity import events
+
+        return events.read(path)
+    try:
+        with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
+            first = lines.readline()
+            lines.seek(0)
+            return _json_lines(path, lines) if first.lstrip().startswith("{") else console.read(str(path), lines)
+    except OSError as error:
+        raise UserError(f"{path}: cannot read this log: {error.strerror}") from error
+
+
+def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
+    steps = []
+    for count, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            said = inputs.parse_json(line.encode())
+            if not isinstance(said, dict):
+                raise ValueError("not a table of names and values")
+        except ValueError as error:
+            if not line.endswith("\n"):
+                break  # cut off
+            raise UserError(f"{path}: line {count} is no JSON that can be used: {error}") from None
+        step = step_of({name: value for name, value in said.items() if not isinstance(value, bool)})
+        if step and step.loss is not None:
+            steps.append(step)
+    kept, replaced = continuous(steps)
+    return Curve(str(path), "JSON lines", kept, replaced=replaced)

@@ -38,6 +38,7 @@ FLOORS = {
     "verify": 4,
     "convert": 4,
     "published": 5,
+    "parity": 5,
     "checkpoint": 3,
     "engines": 4,
     "watch": 4,

@@ -11,6 +11,9 @@ EXIT_RANK_LOST = 69
 EXIT_STOPPED = 75
 """Saved and stopped because a signal asked for it; training can be started again (EX_TEMPFAIL of sysexits.h)."""
 
+MOMENT = 5
+"""Seconds in which a launcher ends the other processes of a run after one has left."""
+
 
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong, where, and what to do."""
@@ -26,17 +29,22 @@ class RankLost(UserError):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its return value, or with the error's code and one line on a `UserError`.
+    """Runs `main` and exits with its return value, or with the error's code and one line on a `UserError`."""
+    try:
+        sys.exit(main())
+    except UserError as error:
+        tell(error)
+        sys.exit(error.code)
+
+
+def tell(error: UserError) -> None:
+    """Says the one line.
 
     Under a launcher every rank usually meets the same error. Rank 0 speaks at once; the others wait a moment, in which the
     launcher ends them, so that the line stands there once. An error that only one rank meets is still said, with its number.
     """
-    try:
-        sys.exit(main())
-    except UserError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank:
-            time.sleep(5)
-        who = f"[rank {rank}] " if rank else ""
-        print(f"{who}error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.code)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank:
+        time.sleep(MOMENT)
+    who = f"[rank {rank}] " if rank else ""
+    print(f"{who}error: {error}", file=sys.stderr, flush=True)

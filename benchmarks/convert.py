@@ -1,11 +1,14 @@
 """Conversion against a plain copy of the same bytes: GB/s and peak anonymous memory, in interleaved rounds.
 
-Every piece of work runs in a process of its own, writes to the same disk, and ends with the data on it (fsync); the source is in
-the page cache for all alike. Time starts after the imports. Memory is sampled from /proc while the work runs.
+Every piece of work runs in a process of its own, writes to the same disk, and ends with the data on it (fsync). Time starts after
+the imports. Memory is sampled from /proc while the work runs. A model that does not fit twice into memory is read from the disk by
+all alike; a small one stays in the page cache.
 
     python benchmarks/convert.py --rounds 5 --out benchmarks/results/convert-cpu.md
+    python benchmarks/convert.py --model internlm-7b --rounds 3 --out benchmarks/results/convert-7b-cpu.md   # 60 GB of disk
 """
 
+import math
 import multiprocessing
 import os
 import platform
@@ -16,13 +19,17 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from ascendspeed import errors, flags
+from ascendspeed import errors, families, flags
 from ascendspeed.config import ModelConfig
 
 GB = 1e9
+RANKS = (1, 8)
+SHARD = ("5GB", "500MB")
+"""Of a model by name, and of the small one."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +38,8 @@ class Options:
 
     rounds: int = 5
     """Rounds; each does every piece of work once."""
-    layers: int = 6
-    """Layers of the generated bf16 model (hidden size 2048, 101 MB each, and 262 MB of embeddings)."""
+    model: str | None = None
+    """Architecture of the random bf16 model, by name; None: 6 layers of hidden size 2048, 0.87 GB."""
     work_dir: str | None = None
     """Folder on the disk to measure; None: the system's temporary one."""
     out: str | None = None
@@ -50,25 +57,33 @@ class Result:
     """Peak bytes above those before the work."""
 
 
-def generate(folder: Path, layers: int) -> None:
-    """A random InternLM in bf16 as a Hugging Face directory, 500 MB to a shard."""
+def architecture(name: str | None) -> ModelConfig:
+    """Of the model that is converted."""
+    return families.preset(name) if name else ModelConfig("internlm", 6, 2048, 5504, 16, vocab_size=32000)
+
+
+def generate(folder: Path, model: str | None) -> None:
+    """A random model in bf16 as a Hugging Face directory."""
     import torch
 
     from ascendspeed import convert, weights
     from ascendspeed.formats.source import from_maker
 
-    config = ModelConfig("internlm", layers, 2048, 5504, 16, vocab_size=32000)
+    config = architecture(model)
     parameters = {p.name: p for p in weights.parameters(config)}
+    noise = torch.randn(1 << 24, dtype=torch.bfloat16)  # the same for all: drawing 15 GB would take minutes
     source = convert.Source(
         "random",
         folder,
         config,
         {},
         dict.fromkeys(parameters, torch.bfloat16),
-        from_maker(lambda name: torch.randn(parameters[name].shape, dtype=torch.bfloat16)),
+        from_maker(
+            lambda name: noise.repeat(-(-(n := math.prod(parameters[name].shape)) // len(noise)))[:n].view(parameters[name].shape)
+        ),
         None,
     )
-    convert.write_hf(source, folder, max_shard_size="500MB")
+    convert.write_hf(source, folder, max_shard_size=SHARD[model is None])
 
 
 def copy(source: Path, target: Path) -> None:
@@ -80,18 +95,18 @@ def copy(source: Path, target: Path) -> None:
         os.close(descriptor)
 
 
-def split(source: Path, target: Path) -> None:
-    """Hugging Face to rank files for TP 2."""
+def split(source: Path, target: Path, tp: int) -> None:
+    """Hugging Face to rank files."""
     from ascendspeed import convert
 
-    convert.write_megatron(convert.open_source(source), target, 2)
+    convert.write_megatron(convert.open_source(source), target, tp)
 
 
-def merge(source: Path, target: Path) -> None:
+def merge(source: Path, target: Path, shard: str) -> None:
     """Rank files back to Hugging Face."""
     from ascendspeed import convert
 
-    convert.write_hf(convert.open_source(source), target, max_shard_size="500MB")
+    convert.write_hf(convert.open_source(source), target, max_shard_size=shard)
 
 
 def _anonymous() -> int:
@@ -133,13 +148,13 @@ def run(options: Options, folder: Path) -> dict[str, list[Result]]:
         with fresh.Pool(1) as pool:
             return pool.apply(function, args)
 
-    alone(generate, folder / "hf", options.layers)
-    alone(split, folder / "hf", folder / "ranks")
-    jobs = {
-        "copy": (copy, folder / "hf"),
-        "Hugging Face → Megatron TP 2": (split, folder / "hf"),
-        "Megatron TP 2 → Hugging Face": (merge, folder / "ranks"),
-    }
+    hf, shard = folder / "hf", SHARD[options.model is None]
+    alone(generate, hf, options.model)
+    jobs = {"copy": (copy, hf)}
+    for tp in RANKS:
+        alone(split, hf, folder / f"ranks-{tp}", tp)
+        jobs[f"Hugging Face → Megatron TP {tp}"] = (partial(split, tp=tp), hf)
+        jobs[f"Megatron TP {tp} → Hugging Face"] = (partial(merge, shard=shard), folder / f"ranks-{tp}")
     results: dict[str, list[Result]] = {name: [] for name in jobs}
     for number in range(options.rounds):
         for name, (work, source) in jobs.items():
@@ -159,8 +174,9 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
         f"Python {platform.python_version()}, torch {version('torch')}, safetensors {version('safetensors')}. "
         f"Load average at the end: {os.getloadavg()[1]:.1f} (5 minutes), so other work ran beside where it is above 1.",
         "",
-        f"A random InternLM of {options.layers} layers, hidden size 2048, in bf16: {size:.2f} GB in shards of 500 MB. "
-        f"Medians of {options.rounds} interleaved rounds, each piece of work in a fresh process, fsync included, source cached.",
+        f"{options.model or 'A model of 6 layers, hidden size 2048,'} with random weights in bf16: {size:.2f} GB in shards of "
+        f"{SHARD[options.model is None]}. Medians of {options.rounds} interleaved rounds, each piece of work in a fresh process, "
+        f"fsync included. The machine has {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GB:.0f} GB of memory.",
         "",
         "| work | s (min to max) | GB/s | time / copy | peak anonymous memory |",
         "|---|---|---|---|---|",
@@ -174,7 +190,8 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
         lines.append(
             f"| {name} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {rate:.2f} | {ratio:.2f} | {memory:.0f} MB |"
         )
-    largest = 32000 * 2048 * 2 / 1e6
+    config = architecture(options.model)
+    largest = config.vocab_size * config.hidden_size * 2 / 1e6
     lines += [
         "",
         f"The largest tensor has {largest:.0f} MB. Memory is what the work adds to an idle process with its imports done.",

@@ -771,6 +771,17 @@ def test_convert_command(sources, tmp_path, capsys):
         command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
 
 
+def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
+    folder, tensors = sources("internlm2", "finite")
+    command("convert.py", *f"--from {folder} --to {tmp_path}/llama --format hf-llama".split())
+    assert "model.layers.0.self_attn.q_proj.weight" in written(tmp_path / "llama")
+    command("convert.py", *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split())
+    assert same(written(tmp_path / "back"), tensors)
+    for more in ("hf --to-family internlm9", "megatron --to-family internlm2"):
+        with pytest.raises(UserError, match="--to-family .* is for --format hf, and one of internlm, internlm2"):
+            command("convert.py", *f"--from {folder} --to {tmp_path}/x --format {more}".split())
+
+
 def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, capsys):
     """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was started."""
     corpus.sentencepiece_dir(tmp_path / "home/words", 100)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed import errors, flags
+from ascendspeed import errors, families, flags
 from ascendspeed.families.internevo import Asked
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ class Options:
     """Type of the written tensors; keep: as they are."""
     max_shard_size: str = "10GB"
     """Size of a safetensors file."""
+    to_family: str | None = None
+    """Write under another family's names (--format hf): internlm2 for a plain Llama that was one; None: the source's own."""
     config: str | None = None
     """Folder with the model's config.json, and its tokenizer, where --from has none; None: --from itself."""
     tokenizer: str | None = None
@@ -60,7 +62,7 @@ def _format(options: Options) -> "Format":
     from ascendspeed import convert
 
     if options.format in ("hf", "hf-llama"):
-        family = "llama" if options.format == "hf-llama" else None
+        family = "llama" if options.format == "hf-llama" else options.to_family
         return convert.HuggingFace(family, convert.parse_size(options.max_shard_size), options.copy_code)
     if options.format == "internevo":
         return convert.InternEvo(
@@ -76,6 +78,8 @@ def main() -> None:
 
     if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
         raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
+    if options.to_family and (options.format != "hf" or options.to_family not in families.FAMILIES):
+        raise errors.UserError(f"--to-family {options.to_family} is for --format hf, and one of {', '.join(families.FAMILIES)}")
     if options.copy_code and options.format != "hf":
         raise errors.UserError("--copy-code is for --format hf: the model's own code reads no other")
     if options.wp and options.format != "internevo":

@@ -778,7 +778,7 @@ def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
     command("convert.py", *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split())
     assert same(written(tmp_path / "back"), tensors)
     for more in ("hf --to-family internlm9", "megatron --to-family internlm2"):
-        with pytest.raises(UserError, match="--to-family .* is for --format hf, and one of internlm, internlm2"):
+        with pytest.raises(UserError, match=r"--to-family .* is for --format hf, and one of internlm, internlm2"):
             command("convert.py", *f"--from {folder} --to {tmp_path}/x --format {more}".split())
 
 

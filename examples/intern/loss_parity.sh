@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# Proves that two runs have the same loss: a reference and a candidate of another device, layout or engine, with the same seed,
+# weights and data (their hashes are compared, not believed). Leaves parity.json, parity.png and parity.html; exit code 0 is parity.
+#
+#   bash examples/intern/loss_parity.sh        here, a tiny model on the CPU: ZeRO-2 against TP 2 x PP 2
+#   CAND="--deepspeed --zero-stage 3" CAND_NPROC=2 PROFILE=strict bash examples/intern/loss_parity.sh
+#
+# On a cluster, a GPU against an NPU, as the published page did it; the two halves need share nothing but the files that are named:
+#
+#   export DATA=./dataset/alpaca_text_document CHECKPOINT=./model_weights TOKENIZER_PATH=./dataset/internlm MODEL=internlm-7b
+#   export DTYPE=bf16 SEQ_LENGTH=2048 MICRO_BATCH=2 GLOBAL_BATCH=64 TRAIN_ITERS=5000 LR=1e-6 MIN_LR=1e-6
+#   SIDE=ref REF_NPROC=8 bash examples/intern/loss_parity.sh                                            on the GPU machine
+#   SIDE=cand CAND="--deepspeed --zero-stage 2" CAND_NPROC=8 bash examples/intern/loss_parity.sh        on the NPU machine
+#   SIDE=compare bash examples/intern/loss_parity.sh                          where $WORK/ref and $WORK/cand were brought together
+#
+# SIDE=ref2 runs the reference once more: how far two equal runs are apart is then drawn as a band.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+source examples/intern/launch.sh
+
+SIDE=${SIDE:-both}                                      # ref, cand, ref2, compare, or both: ref, cand, compare
+WORK=${WORK:-.parity}                                   # folder of the runs and of the report
+PROFILE=${PROFILE:-published}                           # published: mean below 2 %; strict: every step; bitwise
+REF=${REF:---deepspeed --zero-stage 2}                  # what makes the reference: any flags of pretrain_intern.py
+CAND=${CAND:---tensor-model-parallel-size 2 --pipeline-model-parallel-size 2}
+SEED=${SEED:-1234}
+
+MODEL=${MODEL:-internlm-tiny}
+DTYPE=${DTYPE:-fp32}                                    # fp32 shows whether it is the same function; bf16 what a real run will see
+MICRO_BATCH=${MICRO_BATCH:-2}
+GLOBAL_BATCH=${GLOBAL_BATCH:-8}
+SEQ_LENGTH=${SEQ_LENGTH:-128}
+TRAIN_ITERS=${TRAIN_ITERS:-20}
+LR=${LR:-1e-3}
+MIN_LR=${MIN_LR:-1e-4}
+
+if [ -z "${DATA:-}" ]; then  # a demonstration: real text, a tiny model with random weights
+    source tools/setup.sh
+    REF_NPROC=${REF_NPROC:-2}
+    CAND_NPROC=${CAND_NPROC:-4}
+    mkdir -p "$WORK"
+    python examples/intern/make_quickstart_data.py --output-dir "$WORK/data" --rows 400 --vocab-size 1024
+    TOKENIZER_PATH=$WORK/data/tokenizer
+    DATA=$WORK/alpaca_text_document
+    [ -f "$DATA.idx" ] || python tools/preprocess_data.py --input "$WORK/data/train.parquet" --tokenizer-name-or-path "$TOKENIZER_PATH" \
+        --output-prefix "$WORK/alpaca" --workers 2 --handler-name AlpacaPretrainHandler --append-eod
+    CHECKPOINT=$WORK/weights
+    [ -d "$CHECKPOINT" ] || python tools/random_model.py --model "$MODEL" --tokenizer "$TOKENIZER_PATH" --output-dir "$CHECKPOINT"
+fi
+: "${CHECKPOINT?CHECKPOINT=folder of the weights; empty: random ones, drawn from the seed}"
+: "${TOKENIZER_PATH?TOKENIZER_PATH=folder with tokenizer.model}"
+dtype=$(dtype_flag "$DTYPE")
+
+side() {  # side NAME NPROC FLAGS...: one run, and the hashes of what it began with
+    local name=$1 NPROC=$2
+    shift 2
+    printf '\n== %s: %s\n' "$name" "$*"
+    rm -f "$WORK/$name"/{train.log,origin.json}
+    # shellcheck disable=SC2086  # DATA and the dtype flag are words
+    (launch pretrain_intern.py \
+        --model "$MODEL" \
+        --data-path $DATA \
+        --tokenizer-name-or-path "$TOKENIZER_PATH" \
+        ${CHECKPOINT:+--load "$CHECKPOINT"} \
+        --seed "$SEED" \
+        --micro-batch-size "$MICRO_BATCH" \
+        --global-batch-size "$GLOBAL_BATCH" \
+        --seq-length "$SEQ_LENGTH" \
+        --train-iters "$TRAIN_ITERS" \
+        --split 949,50,1 \
+        --lr "$LR" \
+        --min-lr "$MIN_LR" \
+        --lr-decay-style cosine \
+        --lr-warmup-fraction .01 \
+        --weight-decay 1e-2 \
+        --clip-grad 1.0 \
+        --adam-beta1 0.9 \
+        --adam-beta2 0.95 \
+        --log-interval 1 \
+        --log-dir "$WORK/$name" \
+        $dtype \
+        "$@")
+    PYTHONWARNINGS=ignore python examples/intern/parity_origin.py "$WORK/$name/train.log"
+}
+
+compare() {
+    printf '\n== compare\n'
+    python tools/compare_loss.py "$WORK/ref" "$WORK/cand" --out "$WORK" --profile "$PROFILE" --same-origin \
+        ${REF2:+--ref2 "$REF2"}
+}
+
+REF2=$WORK/ref2
+[ -f "$REF2/train.log" ] || REF2=
+# shellcheck disable=SC2086  # REF and CAND are flags
+case $SIDE in
+    ref) side ref "${REF_NPROC:-}" $REF ;;
+    ref2) side ref2 "${REF_NPROC:-}" $REF ;;
+    cand) side cand "${CAND_NPROC:-}" $CAND ;;
+    compare) compare ;;
+    both)
+        side ref "${REF_NPROC:-}" $REF
+        side cand "${CAND_NPROC:-}" $CAND
+        compare
+        ;;
+    *) echo "error: SIDE=$SIDE is not one of ref, cand, ref2, compare, both" >&2; exit 2 ;;
+esac

@@ -1,0 +1,46 @@
+"""The published performance table from logs, beside the published figures.
+
+python tools/perf_table.py logs/train.log [ANOTHER ...] [--markdown] [--out FILE]
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from ascendspeed import errors, flags
+from ascendspeed.parity import performance, reading
+from ascendspeed.parity.writing import put
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this tool."""
+
+    logs: Annotated[Positional[tuple[str, ...]], arg(metavar="LOG...")]
+    """Logs of any kind that compare_loss.py reads."""
+    devices: int | None = None
+    """Devices of the runs, where their logs do not say (this project's do)."""
+    warmup: int = 5
+    """Steps at the beginning that do not count."""
+    markdown: bool = False
+    """Markdown instead of text."""
+    out: str | None = None
+    """File to write the table to as well."""
+
+
+def main() -> None:
+    """Reads, computes, prints."""
+    options = flags.parse(Options, description=__doc__ or "")
+    if not options.logs or options.warmup < 0 or (options.devices is not None and options.devices < 1):
+        raise errors.UserError("give at least one LOG; --warmup must be 0 or more and --devices at least 1")
+    rows = [performance.of_curve(reading.read(log), options.devices, options.warmup) for log in options.logs]
+    text = performance.table([*performance.PUBLISHED, *rows], options.markdown)
+    print(text)
+    if options.out:
+        put(Path(options.out), text + "\n")
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,5 +1,6 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
+A run with --deepspeed gets the DeepSpeed engine, another one Megatron-core's. The cases may differ in their layout.
 A case: {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
 "first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
@@ -22,42 +23,42 @@ def main() -> None:
 
     import oracle
     import torch
+    from megatron.core import parallel_state
     from safetensors.torch import load_file
 
     from ascendspeed import checkpoint, parallel, schedule
     from ascendspeed.data.dataset import Batch
-    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.kernels import Kernels
     from ascendspeed.weights import random_tensors
 
-    class WithoutHook(DeepSpeedEngine):
-        def _sum_over_tensor_parallel(self, gradient):
-            return gradient
-
     base = config.from_dict(job["run"])
-    grid = parallel.initialize(here, base.parallel, base.train.seed)
     data = oracle.batches(base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"])
 
-    def micro_batches(run, batch):
+    def micro_batches(run, grid, batch):
         size, rows = run.train.micro_batch_size, run.train.global_batch_size // grid.dp
         mine = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
         positions = torch.arange(run.data.seq_length).expand(size, -1)
         return [Batch(**{k: v[i : i + size] for k, v in mine.items()}, position_ids=positions) for i in range(0, rows, size)]
 
-    def step(engine, run, batch):
-        result = engine.step(micro_batches(run, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
+    def step(engine, run, grid, batch):
+        result = engine.step(micro_batches(run, grid, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
+    places = None
     curves = {}
     for name, case in job["cases"].items():
         run = base
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
-        parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
+        if places != run.parallel.places:
+            parallel_state.destroy_model_parallel()
+        places, grid = run.parallel.places, parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
         given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
         tensors = None if case.get("load") else given
-        make = WithoutHook if case.get("break") == "sequence-parallel hook" else DeepSpeedEngine
-        engine = make(run, grid, here, ds_config(run, grid.world), Kernels(), tensors)
+        if run.parallel.deepspeed:
+            engine = deepspeed_engine(case.get("break"))(run, grid, here, tensors)
+        else:
+            engine = megatron_engine(case.get("break"))(run, grid, here, Kernels(), tensors)
         if case.get("load"):
             engine.restore(checkpoint.open_checkpoint(case["load"], say=lambda text: None))
         if case.get("break") == "moments":
@@ -65,16 +66,16 @@ def main() -> None:
                 if fragment.kind == "exp_avg":
                     fragment.tensor.zero_()
         if case.get("evaluate"):
-            total, tokens = engine.loss(micro_batches(run, data[0]))
+            total, tokens = engine.loss(micro_batches(run, grid, data[0]))
             curves[f"{name}: evaluated"] = [[total / tokens, None]]
         first, last, curves[name] = case.get("first", 0), case.get("last", job["steps"]), []
         for i in range(first, last):
             if case.get("poison") == i:
-                weight = engine.module.decoder.final_layernorm.weight
-                hook = weight.register_hook(lambda g: g * float("nan") if grid.rank == 0 else g)
-                curves[name].append(step(engine, run, data[i]))
+                weight = next(engine.modules[0].parameters() if hasattr(engine, "modules") else engine.module.parameters())
+                hook = weight.register_hook(lambda g, rank=grid.rank: g * float("nan") if rank == 0 else g)
+                curves[name].append(step(engine, run, grid, data[i]))
                 hook.remove()
-            curves[name].append(step(engine, run, data[i]))
+            curves[name].append(step(engine, run, grid, data[i]))
         if case.get("save"):
             state = checkpoint.TrainState(last, 0, 0, engine.scalars())
             checkpoint.save(case["save"], state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier)
@@ -83,6 +84,65 @@ def main() -> None:
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     parallel.destroy()
+
+
+def deepspeed_engine(mistake):
+    """Makes the DeepSpeed engine, with a mistake made on purpose."""
+    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.kernels import Kernels
+
+    class WithoutHook(DeepSpeedEngine):
+        def _sum_over_tensor_parallel(self, gradient):
+            return gradient
+
+    kind = WithoutHook if mistake == "sequence-parallel hook" else DeepSpeedEngine
+    return lambda run, grid, here, tensors: kind(run, grid, here, ds_config(run, grid.world), Kernels(), tensors)
+
+
+def megatron_engine(mistake):
+    """The Megatron engine, with a mistake made on purpose."""
+    from ascendspeed.engines.megatron import MegatronEngine
+
+    class Mistaken(MegatronEngine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            if mistake == "batched messages":  # megatron-core's default
+                self.config.overlap_p2p_comm, self.config.batch_p2p_comm = False, True
+            if mistake == "sequence-parallel sum":
+                for module in self.modules:
+                    for parameter in module.parameters():
+                        parameter.sequence_parallel = False
+            if mistake == "chunks in a row":
+                self.share = InARow(*self.share)
+            if mistake == "shared step":
+                for part in self.optimizer.chained_optimizers:
+                    states = list(part.optimizer.state.values())
+                    for state in states:
+                        state["step"] = states[0]["step"]
+            if mistake == "weight decay on all":
+                for group in self.optimizer.param_groups:
+                    group["weight_decay"] = self.run.optim.weight_decay
+
+        def _sum(self, values, group=None):
+            if mistake == "mean of means" and group is not None:
+                return values * self.grid.dp
+            return super()._sum(values, group)
+
+        def _publish(self):
+            if mistake != "masters not published":
+                super()._publish()
+
+    return Mistaken if mistake else MegatronEngine
+
+
+class InARow:
+    """A sequence cut into as many pieces as there are ranks."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+    def cut(self, whole, dim):
+        return whole.chunk(self.size, dim)[self.rank]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The engines: one protocol, same loss. A second one (Megatron-core's schedules and optimizer) moves in beside `deepspeed`."""
+"""The engines: one protocol, same loss. `deepspeed` has ZeRO 0-3, `megatron` pipelines, context and expert parallel."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from ascendspeed.checkpoint import Checkpoint, Fragment
 from ascendspeed.data.dataset import Batch
+
+Tensors = Iterable[tuple[str, Tensor]]
+"""Weights by our names, full."""
 
 
 @dataclass(frozen=True)

@@ -25,14 +25,12 @@ from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
-from ascendspeed.engines import StepResult
+from ascendspeed.engines import StepResult, Tensors
 from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.spec import transformer_config
 from ascendspeed.parallel import MPU, Grid, generators, set_generators
-
-Tensors = Iterable[tuple[str, Tensor]]
 
 
 def ds_config(run: Run, world: int) -> dict[str, Any]:
@@ -326,7 +324,7 @@ class DeepSpeedEngine:
             for name, value in scalars["loss_scaler"].items():
                 setattr(self.zero.loss_scaler, name, value)
         self._publish()
-        if checkpoint.world == self.grid.world and checkpoint.run.parallel.tensor_model_parallel_size == self.grid.tp:
+        if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
             set_generators(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:

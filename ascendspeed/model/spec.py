@@ -131,7 +131,8 @@ def transformer_config(
         # The interleaved schedule gives wrong losses without a word when its messages go in batches (megatron-core's default).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1,
+        # Nor may it free what it sends: it goes on before the messages have left.
+        deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and not interleaved,
         calculate_per_token_loss=True,  # gradients are summed as they are: the loss is already a share of the global batch's
         **_recompute(train),
         params_dtype=kind,

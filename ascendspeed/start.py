@@ -1,6 +1,7 @@
 """Where a run begins: its data, and the weights or the checkpoint that `--load` means."""
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ascendspeed import checkpoint, formats, tokenizer
+from ascendspeed import checkpoint, formats, plan, tokenizer
 from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import Run
 from ascendspeed.data import dataset
@@ -76,6 +77,8 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     Raises `UserError` when there is nothing where it points, or when `--save` holds another run that would be overwritten.
     """
     load, save = run.train.load, run.train.save
+    if save:
+        _check_disk(run, grid, say)
     same = bool(load and save) and Path(load).resolve() == Path(save).resolve()
     if save and checkpoint.looks_like_checkpoint(save):
         if run.train.finetune:
@@ -94,6 +97,22 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     why = f"--load {load} is empty: a fresh start from" if load else "no --load:"
     say(f"{why} random weights, seed {run.train.seed}")
     return Start(random_tensors(run.model, run.train.seed, device.torch))
+
+
+def _check_disk(run: Run, grid: Grid, say: Say) -> None:
+    """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
+    size, train = plan.checkpoint_bytes(run.model), run.train
+    folder = Path(train.save).resolve()
+    disk = next(p for p in (folder, *folder.parents) if p.is_dir())
+    free = grid.gather(shutil.disk_usage(disk).free)[0]  # one answer for all ranks, though others write there too
+    numbers = f"a checkpoint takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {train.save}"
+    if size + checkpoint.SLACK > free:
+        raise UserError(f"{numbers}; free some space or choose another --save")
+    ends = train.exit_interval or train.train_iters
+    kept = ends // (train.save_interval or ends) + bool(ends % (train.save_interval or ends))
+    kept = min(kept, (train.keep or kept) + 1)  # an old one goes when the new one is whole
+    if kept * size + checkpoint.SLACK > free:
+        say(f"note: {numbers}, which is not enough for the {kept} that will lie there at a time; see --keep and --save-interval")
 
 
 def _is_empty(folder: Path) -> bool:

@@ -4,9 +4,12 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 
-from ascendspeed import checkpoint, plan
-from ascendspeed.checkpoint import TrainState
+import torch.distributed as dist
+
+from ascendspeed import parallel, plan
+from ascendspeed.checkpoint import Saver, TrainState
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
@@ -15,9 +18,11 @@ from ascendspeed.errors import UserError
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.parallel import Grid
 from ascendspeed.schedule import lr_at
-from ascendspeed.start import Batches
+from ascendspeed.start import Batches, Start
+from ascendspeed.watch import Watch
 
-SMALL_SCALE = 128.0  # a loss scale that is still above it may fall further; overflows there are no failure
+SAVE_MINUTES = 24 * 60
+"""What the ranks wait for each other while saving."""
 
 
 @dataclass
@@ -59,18 +64,21 @@ class Window:
         )
 
 
-def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches, log: Logger, start: TrainState) -> TrainState:
-    """Trains from `start` to `--train-iters` (or `--exit-interval`); evaluates and saves on the way and at the end.
+def train(
+    run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches, log: Logger, start: Start, watch: Watch
+) -> TrainState:
+    """Trains from `start` to `--train-iters`, or to where `watch` or `--exit-interval` stop it; evaluates and saves on the way.
 
-    Raises `UserError` after `--max-skipped-steps` skipped iterations in a row.
+    Raises `UserError` after `--max-skipped-steps` skipped iterations in a row, and when a checkpoint cannot be saved.
     """
-    state, window, in_a_row, saved = start, Window(), 0, start.step
+    state, window, saver = start.state, Window(), _saver(run, grid, start)
     if state.step >= run.train.train_iters:
         log.say(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
-    if not run.train.save:
+    if not saver:
         log.say("note: no --save, so no checkpoint will be kept")
-    while state.step < run.train.train_iters:
-        lr = lr_at(engine.updates, run.optim, run.train.train_iters)
+    leaving = ""
+    while state.step < run.train.train_iters and not leaving:
+        before, lr = state, lr_at(engine.updates, run.optim, run.train.train_iters)
         result = engine.step(batches("train", state.samples), lr)
         state = replace(
             state,
@@ -79,29 +87,63 @@ def train(run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches
             tokens=state.tokens + run.train.global_batch_size * run.data.seq_length,
         )
         window.results.append(result)
-        falling = run.optim.fp16 and result.loss_scale > SMALL_SCALE  # fp16 finds its loss scale by overflowing
-        in_a_row = in_a_row + 1 if result.skipped and not falling else 0
-        if result.skipped:
-            log.say(f" iteration {state.step} skipped: loss {result.loss:.6E}, loss scale {result.loss_scale:g}, not finite")
-        if in_a_row >= run.train.max_skipped_steps:
-            good = f"the last checkpoint is that of iteration {saved}" if saved else "there is no checkpoint yet"
-            raise UserError(
-                f"{in_a_row} iterations in a row were skipped (last: {state.step}); {good}; lower --lr or check the data"
-            )
-        leaving = bool(run.train.exit_interval) and state.step % run.train.exit_interval == 0
-        last = leaving or state.step == run.train.train_iters
+        watch.health.look(before, result)
+        if watch.health.skipped_in_a_row >= run.train.max_skipped_steps:
+            raise UserError(_give_up(watch.health.skipped_in_a_row, state.step, saver))
+        leaving = _leaving(run, watch, state, saver)
+        last = bool(leaving) or state.step == run.train.train_iters
         if last or state.step % run.train.log_interval == 0:
             log.line(window.line(run, state, lr, grid, device))
         paused = time.perf_counter()
-        if run.train.eval_interval and state.step % run.train.eval_interval == 0:
+        hurried = watch.reason and watch.reason.signal  # who sent it may not wait for an evaluation
+        if run.train.eval_interval and state.step % run.train.eval_interval == 0 and not hurried:
             log.line(evaluate(run, engine, batches, state.step))
-        if run.train.save and (last or (run.train.save_interval and state.step % run.train.save_interval == 0)):
-            saved = save(run, grid, engine, state, log)
+        if saver and (last or (run.train.save_interval and state.step % run.train.save_interval == 0)):
+            saver.save(replace(state, engine=engine.scalars()), engine.fragments(), engine.rng())
+        if saver and last:
+            saver.wait()
+        if saver and (saved := saver.news()):
+            behind = f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
+            log.say(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
         window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time
-        if leaving:
-            log.say(f"--exit-interval {run.train.exit_interval}: stops after iteration {state.step}")
-            break
+    if leaving:
+        log.say(f"{leaving}: stopped after iteration {state.step}")
+    watch.done = state.step >= run.train.train_iters
     return state
+
+
+def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> str:
+    """Why this iteration is the last one here, the same on every rank; empty: it is not."""
+    watch.reason = watch.stop.reason(failed=bool(saver) and saver.failed)
+    if watch.reason and watch.reason.failed:
+        saver.wait()  # raises what its thread met, where that was this rank
+        raise UserError(f"rank {watch.reason.rank} could not save a checkpoint; {_last_good(saver)}")
+    if watch.reason and watch.reason.signal:
+        return f"{watch.reason.signal.name} to rank {watch.reason.rank}"
+    if watch.reason:
+        return f"--exit-duration-in-mins {run.train.exit_duration_in_mins:g}"
+    if run.train.exit_interval and state.step % run.train.exit_interval == 0:
+        return f"--exit-interval {run.train.exit_interval}"
+    return ""
+
+
+def _saver(run: Run, grid: Grid, start: Start) -> Saver | None:
+    if not run.train.save:
+        return None
+    barrier = grid.barrier
+    if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
+        barrier = partial(dist.barrier, group=parallel.beside(SAVE_MINUTES))
+    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path)
+
+
+def _give_up(skipped: int, step: int, saver: Saver | None) -> str:
+    return f"{skipped} iterations in a row were skipped (last: {step}); {_last_good(saver)}; lower --lr or check the data"
+
+
+def _last_good(saver: Saver | None) -> str:
+    if saver:
+        saver.wait()
+    return f"the last good checkpoint is {saver.last}" if saver and saver.last else "there is no checkpoint yet"
 
 
 def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str = "valid") -> EvalLine:
@@ -113,13 +155,3 @@ def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str =
 
     total, tokens = engine.loss(micro_batches())
     return EvalLine(step, total / max(tokens, 1), {"valid": "validation"}.get(split, split))
-
-
-def save(run: Run, grid: Grid, engine: Engine, state: TrainState, log: Logger) -> int:
-    """Saves a checkpoint, says where and how long it took, and returns its step."""
-    began = time.perf_counter()
-    state = replace(state, engine=engine.scalars())
-    place = grid.rank, grid.world, grid.barrier
-    path = checkpoint.save(run.train.save, state, run, engine.fragments(), engine.rng(), *place, keep=run.train.keep)
-    log.say(f" saved {path} in {time.perf_counter() - began:.1f} s")
-    return state.step

@@ -11,7 +11,20 @@ An engine is a reader and writer of `Fragment`s. Loading under another layout or
 from ascendspeed.checkpoint.finding import find, open_checkpoint
 from ascendspeed.checkpoint.loading import Checkpoint, restore
 from ascendspeed.checkpoint.pieces import KINDS, Fragment, TrainState
-from ascendspeed.checkpoint.saving import save
+from ascendspeed.checkpoint.saver import Saver
+from ascendspeed.checkpoint.saving import SLACK, save
 from ascendspeed.steps import looks_like_checkpoint
 
-__all__ = ["KINDS", "Checkpoint", "Fragment", "TrainState", "find", "looks_like_checkpoint", "open_checkpoint", "restore", "save"]
+__all__ = [
+    "KINDS",
+    "SLACK",
+    "Checkpoint",
+    "Fragment",
+    "Saver",
+    "TrainState",
+    "find",
+    "looks_like_checkpoint",
+    "open_checkpoint",
+    "restore",
+    "save",
+]

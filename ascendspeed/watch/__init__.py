@@ -1,0 +1,65 @@
+"""What watches over training: whether to stop, whether all ranks are alive, whether the numbers are sane.
+
+A run ends with exit code 0 (done, or stopped as --exit-interval or --exit-duration-in-mins said), 2 (the user's error), 69 (a rank
+is lost), 75 (a signal asked: saved and stopped) or 1 (a mistake in the program). After 69 and 75, --auto-resume continues it.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from ascendspeed import errors, parallel
+from ascendspeed.config import Run
+from ascendspeed.parallel import Grid
+from ascendspeed.steps import looks_like_checkpoint
+from ascendspeed.watch.health import Health
+from ascendspeed.watch.heartbeat import Heartbeat
+from ascendspeed.watch.stop import Reason, Stop
+
+__all__ = ["Health", "Heartbeat", "Reason", "Stop", "Watch"]
+
+
+class Watch:
+    """Signals, heartbeats and health of one run, inside `with`."""
+
+    def __init__(self, run: Run, grid: Grid, say: Callable[[str], None]) -> None:
+        """Collective."""
+        minutes = run.train.distributed_timeout_minutes
+        self.stop = Stop(grid, parallel.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins)
+        self.health = Health(run, grid, say)
+        self.reason: Reason | None = None
+        """Why training stopped before its end, if it did."""
+        self.done = False
+        """The last iteration is over: there is nothing to continue."""
+        self._run, self._say, self._inside = run, say, ExitStack()
+        self._heartbeat = Heartbeat(grid, minutes, self._farewell)
+
+    def __enter__(self) -> "Watch":
+        self._inside.enter_context(self.stop)
+        self._inside.enter_context(self._heartbeat)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._farewell()
+        self._inside.__exit__(*error)
+
+    def _farewell(self) -> None:
+        if not self.done and self._run.train.save and looks_like_checkpoint(self._run.train.save):
+            self._say(f"to continue: {how_to_continue()}")
+
+    @property
+    def exit_code(self) -> int:
+        """Of a run that ended without an error."""
+        return errors.EXIT_STOPPED if self.reason and self.reason.signal else 0
+
+
+def how_to_continue() -> str:
+    """The command that goes on where this run stopped."""
+    typed = os.environ.get("RECIPE")  # the shell launcher's: what was typed, flags included
+    if not typed:
+        launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "<the same launcher>"
+        typed = f"{launcher} {shlex.join(sys.argv)}"
+    return typed if "--auto-resume" in typed.replace("_", "-") else f"{typed} --auto-resume"

@@ -8,7 +8,7 @@ from ascendspeed import errors
 from ascendspeed.resolve import resolve, world_size
 
 
-def main() -> None:
+def main() -> int:
     """Parse -> device -> data -> model and weights -> engine -> train."""
     run, notes = resolve(sys.argv[1:], world_size())
 
@@ -21,11 +21,12 @@ def main() -> None:
     from ascendspeed.config import to_dict
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.log import Logger
+    from ascendspeed.watch import Watch
 
     if run.optim.fp16 and device.kind == "cpu":
         raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-    grid = parallel.initialize(device, run.parallel, run.train.seed)
-    with Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log:
+    grid = parallel.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
+    with Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log, Watch(run, grid, log.say) as watch:
         fused = kernels.choose(
             device,
             rms_norm=run.train.use_fused_rmsnorm,
@@ -46,8 +47,9 @@ def main() -> None:
         engine = DeepSpeedEngine(run, grid, device, config, fused, begin.tensors)
         if begin.resume:
             engine.restore(begin.resume)
-        train.train(run, grid, device, engine, batches, log, begin.state)
+        train.train(run, grid, device, engine, batches, log, begin, watch)
     parallel.destroy()
+    return watch.exit_code
 
 
 if __name__ == "__main__":

@@ -329,13 +329,13 @@ def only_user_errors(path: Path, raw: bytes, *loads) -> None:
 
 
 @hypothesis.given(st.dictionaries(st.text(max_size=4), ENTRIES | VALUES, max_size=4), st.integers(0, 64))
-@hypothesis.settings(max_examples=300, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_header(tmp_path, header, data):
     only_user_errors(tmp_path / "x", safetensors_bytes(json.dumps(header).encode(), data), load_safetensors)
 
 
 @hypothesis.given(VALUES | st.dictionaries(st.just("weight_map"), VALUES), st.integers(0, 30))
-@hypothesis.settings(max_examples=300, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=150, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_json(tmp_path, values, cut):
     raw = json.dumps(values).encode()
     only_user_errors(tmp_path / "x", raw[: len(raw) - cut], read_json, read_index)
@@ -355,7 +355,7 @@ def whole(tmp_path_factory) -> list[bytes]:
 @hypothesis.given(
     st.integers(0, 2), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6), st.floats(0, 1)
 )
-@hypothesis.settings(max_examples=400, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=250, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_damage(tmp_path, whole, which, flips, cut):
     raw = bytearray(whole[which])
     for at, value in flips:
@@ -365,7 +365,7 @@ def test_any_damage(tmp_path, whole, which, flips, cut):
 
 
 @hypothesis.given(st.binary(max_size=200))
-@hypothesis.settings(max_examples=200, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=100, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_bytes(tmp_path, raw):
     only_user_errors(tmp_path / "x", raw, load_safetensors, load_pt, read_json, read_index)
     only_user_errors(tmp_path / "x", b"PK\x03\x04" + raw, load_pt)

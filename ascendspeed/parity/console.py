@@ -9,7 +9,7 @@ from typing import Any
 from ascendspeed.parity.curve import Curve, Step, continuous, normal, step_of
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
-_PAIR = re.compile(r"(?<![\w/])([A-Za-z][\w/]*(?: \([^)=]*\))?)=(\{[^}]*\}|[^\s,]+)(?=[\s,])")
+_PAIR = re.compile(r"(?<![\w/])([A-Za-z][\w/]*(?: \([^)=]*\))?)=(\{[^}]*\}|[^\s,{][^\s,]*)(?=[\s,])")
 _PIPELINE = re.compile(r"\bsteps: (\d+) (loss: .*samples/sec: \S+)\s*\n")
 _RUN = re.compile(r"(?:^|\s)run: (\{.*\})\s*$")
 _DEVICE = re.compile(r"(?:^|\s)device: (\w.*\d+ processes.*)$")

@@ -546,6 +546,20 @@ def test_nothing_that_is_known(tmp_path):
         convert.open_source(tmp_path / "b")
 
 
+def test_a_tied_model_may_hold_its_embedding_twice(tmp_path):
+    tied = replace(MODELS["llama, 2 groups"], tie_embeddings=True)
+    tensors = hugging_face(tmp_path / "hf", tied)
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / "hf/model.safetensors")
+    to_hf(convert.open_source(tmp_path / "hf"), tmp_path / "back")
+    assert same(written(tmp_path / "back"), tensors)
+    convert.bits(embedding)[70, 3] ^= 1  # control
+    save_file(
+        tensors | {"lm_head.weight": tensors_of(tied, "fp32")["model.embed_tokens.weight"]}, tmp_path / "hf/model.safetensors"
+    )
+    refused(tmp_path / "hf", "tie_word_embeddings = true", "lm_head.weight")
+
+
 # --- the target -------------------------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from ascendspeed.formats import sidecars, table, writing
 from ascendspeed.formats.contradictions import contradictions
 from ascendspeed.formats.files import create_safetensors, nbytes, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
-from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config
+from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
 from ascendspeed.formats.writing import File
 
 KIND = "Hugging Face directory"
@@ -31,7 +31,7 @@ def is_one(folder: Path) -> bool:
 def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config, beside = *read_config(config), config
-    tensors = tensors_in(folder)
+    tensors = _without_tied_copy(tensors_in(folder), config)
     faults = contradictions(config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)})
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
@@ -43,6 +43,15 @@ def open_folder(folder: Path, config: Path) -> Source:
     dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
     pieces = {ours: [(weights.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
     return Source(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
+
+
+def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Some programs save the output layer of a tied model too; one with other bits than the embedding stays, to be refused."""
+    names = {row.ours: row.theirs[0] for row in FAMILIES[config.family].rows}
+    head, embedding = (tensors.get(names[ours]) for ours in ("output_layer.weight", "embedding.word_embeddings.weight"))
+    if config.tie_embeddings and isinstance(head, Tensor) and isinstance(embedding, Tensor) and same_bits(head, embedding):
+        return {name: tensor for name, tensor in tensors.items() if tensor is not head}
+    return tensors
 
 
 def tensors_in(folder: Path) -> dict[str, Tensor]:

@@ -121,6 +121,15 @@ def one_dtype(where: Path, tensors: Mapping[str, Tensor]) -> torch.dtype:
     return dtypes.pop()
 
 
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same byte by byte (NaN equals itself, 0 is not -0); read in pieces."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    integers = {2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.uint8)
+    pairs = zip(a.split(1024), b.split(1024), strict=True)
+    return all(torch.equal(x.contiguous().view(integers), y.contiguous().view(integers)) for x, y in pairs)
+
+
 def some(names: list[str], most: int = 5) -> str:
     """The first names of a list, and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

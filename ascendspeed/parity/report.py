@@ -12,7 +12,7 @@ from ascendspeed.parity.aligning import WORDS
 from ascendspeed.parity.comparing import Comparison
 from ascendspeed.parity.curve import Curve
 from ascendspeed.parity.figures import definitions
-from ascendspeed.parity.writing import put
+from ascendspeed.parity.writing import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
 SHARES = {"share_below"}
@@ -23,7 +23,7 @@ def write(found: Comparison, out: str | Path) -> list[Path]:
     """Writes the three files into the folder `out`, the verdict last: it never stands beside an older picture."""
     folder = Path(out)
     paths = [folder / name for name in ("parity.png", "parity.html", "parity.json")]
-    paths[-1].unlink(missing_ok=True)
+    remove(paths[-1])
     image = picture.draw(found.pair, title(found), found.noise)
     for path, content in zip(paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True):
         put(path, content)

@@ -18,3 +18,11 @@ def put(path: Path, content: str | bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, if it is there. Raises `UserError` when it cannot."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error

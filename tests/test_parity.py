@@ -1,0 +1,570 @@
+"""Figures against numpy and by hand, verdicts and the mistakes that must fail, refusals, the files that are left, the shell."""
+
+import base64
+import hashlib
+import html.parser
+import json
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import launch
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from test_parity_logs import ours
+
+from ascendspeed import config, families
+from ascendspeed.errors import UserError
+from ascendspeed.parity import comparing, figures, origin, reading, report, writing
+from ascendspeed.parity.aligning import Pair, align
+from ascendspeed.parity.curve import Curve, Step
+
+CURVE = [4.0 * 0.98**i + 0.3 * (i % 3) for i in range(100)]  # falls, with a pattern: a shift by one step is not small
+
+
+def curve(losses, name="x", **more) -> Curve:
+    return Curve(name, "made up", tuple(Step(i, 8 * i, loss=loss, **more) for i, loss in enumerate(losses, 1)))
+
+
+def pair(ref, cand) -> Pair:
+    return align(curve(ref, "REF"), curve(cand, "CAND"))
+
+
+def judged(cand, profile, ref=CURVE) -> bool:
+    return figures.judge(figures.measure(pair(ref, cand)), profile).passed
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------------
+
+
+def test_figures_by_hand():
+    ref, cand = [2.0, 4.0, 5.0, 1.0], [2.0, 4.2, 4.9, 1.0]  # e: 0, 0.05, 0.02, 0
+    f = figures.measure(pair(ref, cand))
+    assert f.steps == 4
+    assert f.mean == pytest.approx(0.07 / 4)
+    assert f.p50 == pytest.approx(0.01)
+    assert f.maximum == pytest.approx(0.05)
+    assert f.worst_at == 16
+    assert f.of_averages == pytest.approx(0.1 / 12)
+    assert f.bias == pytest.approx((0.05 - 0.02) / 4)
+    assert f.max_absolute == pytest.approx(0.2)
+    assert (f.first_step, f.identical) == (0.0, 2)
+    assert (f.grad_norm_mean, f.grad_norm_max) == (None, None)
+
+
+def test_gradient_norms():
+    norms = [(2.0, 2.0), (4.0, 5.0), (1.0, float("inf")), (None, 3.0)]
+    ref, cand = (curve([1.0] * 4) for _ in range(2))
+    ref = replace(ref, steps=tuple(replace(s, grad_norm=a) for s, (a, _) in zip(ref.steps, norms, strict=True)))
+    cand = replace(cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True)))
+    f = figures.measure(align(ref, cand))
+    assert (f.grad_norm_mean, f.grad_norm_max) == (0.125, 0.25)
+
+
+losses = st.floats(1e-3, 20, allow_nan=False)
+
+
+@given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
+def test_figures_against_numpy(both):
+    ref, cand = (np.array(side) for side in zip(*both, strict=True))
+    f = figures.measure(pair(ref.tolist(), cand.tolist()))
+    e = np.abs(cand - ref) / ref
+    wanted = {
+        "steps": len(e),
+        "mean": e.mean(),
+        "p50": np.percentile(e, 50),
+        "p99": np.percentile(e, 99),
+        "maximum": e.max(),
+        "worst_at": 8 * (int(e.argmax()) + 1),
+        "of_averages": abs(cand.mean() - ref.mean()) / ref.mean(),
+        "bias": ((cand - ref) / ref).mean(),
+        "max_absolute": np.abs(cand - ref).max(),
+        "share_below": (e < 0.02).mean(),
+        "first_step": e[0],
+        "grad_norm_mean": None,
+        "grad_norm_max": None,
+        "identical": int((ref == cand).sum()),
+    }
+    for name, value in asdict(f).items():
+        assert value == (wanted[name] and pytest.approx(wanted[name], rel=1e-9, abs=1e-12)), name
+
+
+@given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
+def test_what_holds_for_all_curves(both):
+    ref, cand = (list(side) for side in zip(*both, strict=True))
+    f = figures.measure(pair(ref, cand))
+    assert 0 <= f.p50 <= f.maximum
+    assert 0 <= f.mean <= f.maximum * (1 + 1e-12)
+    assert f.p99 <= f.maximum * (1 + 1e-12)
+    assert abs(f.bias) <= f.mean * (1 + 1e-12)
+    assert 0 <= f.share_below <= 1
+    same = figures.measure(pair(ref, ref))
+    assert (same.mean, same.maximum, same.bias, same.max_absolute, same.identical) == (0, 0, 0, 0, len(ref))
+    if figures.judge(f, "strict").passed:
+        assert figures.judge(f, "published").passed
+    if figures.judge(f, "bitwise").passed:
+        assert figures.judge(f, "strict").passed
+
+
+def test_a_loss_of_zero_divides_nothing():
+    f = figures.measure(pair([0.0, 1.0], [0.0, 1.0]))
+    assert f.maximum == 0
+    assert figures.measure(pair([0.0], [1e-6])).maximum == 1.0  # denominator 1e-6
+
+
+def test_every_figure_has_its_definition():
+    assert list(figures.definitions()) == list(asdict(figures.measure(pair(CURVE, CURVE))))
+    assert figures.definitions()["p50"] == "Median of e."
+
+
+# --- verdicts, and what must fail -------------------------------------------------------------------------------------------
+
+
+def test_the_same_curve_passes_all():
+    for profile in ("published", "strict", "bitwise"):
+        assert judged(CURVE, profile)
+
+
+def test_one_step_off_by_more_than_two_per_cent_fails_strict_only():
+    off = [loss * (1.021 if i == 40 else 1) for i, loss in enumerate(CURVE)]
+    assert not judged(off, "strict")
+    assert judged(off, "published")
+    assert judged([loss * (1.019 if i == 40 else 1) for i, loss in enumerate(CURVE)], "strict")
+
+
+def test_two_per_cent_everywhere_fails_published():
+    assert not judged([loss * 1.0201 for loss in CURVE], "published")
+    assert judged([loss * 1.0199 for loss in CURVE], "published")
+    signs = [
+        loss * (1.03 if i % 2 else 0.97) for i, loss in enumerate(CURVE)
+    ]  # errors that cancel in the average do not count as none
+    assert figures.measure(pair(CURVE, signs)).of_averages < 0.001
+    assert not judged(signs, "published")
+
+
+def test_a_curve_that_is_one_step_late_fails():
+    assert not judged(CURVE[:1] + CURVE[:-1], "strict")
+    assert not judged(CURVE[:1] + CURVE[:-1], "published")
+
+
+def test_one_bit_fails_bitwise_only():
+    bit = [float(np.nextafter(loss, 9)) if i == 7 else loss for i, loss in enumerate(CURVE)]
+    assert not judged(bit, "bitwise")
+    assert judged(bit, "strict")
+    ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.000001)
+    assert not figures.judge(figures.measure(align(ref, cand)), "bitwise").passed
+
+
+# --- what does not belong together is refused -------------------------------------------------------------------------------
+
+
+def refused(ref: Curve, cand: Curve, **part) -> str:
+    with pytest.raises(UserError) as error:
+        align(ref, cand, **part)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_other_lengths_and_steps():
+    a, b = curve(CURVE, "REF"), curve(CURVE[:50], "CAND")
+    said = refused(a, b)
+    assert "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 stands in REF and not in CAND" in said
+    assert "--last 400 compares what both have" in said
+    assert len(align(a, b, last=400).places) == 50
+    gap = replace(a, steps=a.steps[:10] + a.steps[11:])
+    assert "88 stands in REF and not in CAND" in refused(a, replace(gap, path="CAND"))
+    assert "--last" not in refused(a, replace(gap, path="CAND")).partition("CAND")[2]
+    other = replace(b, steps=tuple(replace(step, samples=step.samples * 2) for step in b.steps))
+    assert "8 stands in REF" in refused(a, other)
+
+
+def test_other_batch_sizes():
+    slow = Curve("CAND", "", tuple(Step(i, 4 * i, loss=1.0) for i in range(2, 101, 2)))
+    fast = Curve("REF", "", tuple(Step(i, 8 * i, loss=1.0) for i in range(1, 51)))
+    assert "at 8 consumed samples REF has made 1 iterations and CAND 2" in refused(fast, slow)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"loss": float("nan")}, "at 40 consumed samples the loss is nan"),
+        ({"loss": float("inf")}, "at 40 consumed samples the loss is inf"),
+        ({"loss": None}, "at 40 consumed samples there is no loss"),
+        ({"grad_norm": float("nan")}, "at 40 consumed samples the gradient norm is nan"),
+        ({"nans": 1}, "at 40 consumed samples 1 iterations were NaN"),
+    ],
+)
+def test_nan(change, said):
+    a, b = curve(CURVE, "REF"), curve(CURVE, "CAND")
+    steps = list(b.steps)
+    steps[4] = replace(steps[4], **change)
+    bad = replace(b, steps=tuple(steps))
+    assert said in refused(a, bad)
+    assert refused(a, bad).startswith("CAND: ")
+    assert refused(bad, a).startswith("CAND: ")
+    assert align(a, bad, first=48)
+
+
+def test_the_axis_is_the_first_that_both_say():
+    def said(*axes: str) -> Curve:
+        steps = (Step(i, 8 * i, 128 * i, 1.0) for i in (1, 2))
+        return Curve(
+            "-".join(axes),
+            "",
+            tuple(replace(step, **{a: None for a in ("iteration", "samples", "tokens") if a not in axes}) for step in steps),
+        )
+
+    assert align(said("samples", "iteration", "tokens"), said("samples", "tokens")).axis == "samples"
+    assert align(said("samples", "tokens"), said("tokens", "iteration")).axis == "tokens"
+    assert align(said("samples", "iteration"), said("tokens", "iteration")).axis == "iteration"
+    assert "cannot be aligned" in refused(said("samples"), said("iteration"))
+
+
+def test_samples_that_do_not_grow_are_no_place():
+    stuck = Curve("a", "", tuple(Step(i, 8, loss=1.0) for i in (1, 2)))
+    assert align(stuck, stuck).axis == "iteration"
+
+
+def test_a_part_that_is_not_there():
+    assert "no step from 900 to the end: this log goes from 8 to 800" in refused(curve(CURVE), curve(CURVE), first=900)
+
+
+def test_bitwise_wants_all_digits(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(" iteration 1/ 2 | consumed samples: 8 | lm loss: 2.382640E+00 |\n")
+    with pytest.raises(UserError, match="needs 9 digits of every loss, this log shows 7"):
+        comparing.compare(tmp_path / "a", tmp_path / "b", profile="bitwise")
+    assert comparing.compare(tmp_path / "a", tmp_path / "b", profile="strict").verdict.passed
+
+
+# --- the tool and what it leaves --------------------------------------------------------------------------------------------
+
+
+def write_run(folder: Path, losses, zero_stage: int = 2, **begin: str) -> Path:
+    """A log of ours with its settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    run = asdict(example_run(zero_stage))
+    text = f"device: cpu (some CPU), gloo; 2 processes: TP 1 x DP 2\nrun: {json.dumps(run)}\n"
+    (folder / "train.log").write_text(text + "".join(ours(i, loss) for i, loss in enumerate(losses, 1)))
+    if begin:
+        (folder / "origin.json").write_text(json.dumps({"seed": "1", "weights": "w", "data": "d"} | begin))
+    return folder
+
+
+def example_run(zero_stage: int = 2) -> config.Run:
+    parallel = config.ParallelConfig(zero_stage=zero_stage, deepspeed=True)
+    data = config.DataConfig(data_path=("<b>corpus</b>",))
+    return config.Run(families.preset("internlm-tiny"), parallel, config.OptimConfig(), data, config.TrainConfig())
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Runs compare_loss.py; returns exit code, stdout and stderr."""
+
+    def go(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["compare_loss.py", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(launch.ROOT / "tools/compare_loss.py"), run_name="__main__")
+        said = capsys.readouterr()
+        return end.value.code or 0, said.out, said.err
+
+    return go
+
+
+class Links(html.parser.HTMLParser):
+    """What a page asks its browser to fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.found += [value for name, value in attrs if name in ("src", "href", "srcset", "data", "action")]
+
+
+def test_pass_and_what_is_left(tool, tmp_path):
+    ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", [x * 1.001 for x in CURVE], zero_stage=1)
+    ref2 = write_run(tmp_path / "ref2", [x * 0.999 for x in CURVE])
+    out = tmp_path / "out"
+    code, said, _ = tool(ref, cand, "--out", out, "--ref2", ref2, "--profile", "strict")
+    assert code == 0
+    assert said.splitlines()[-2].startswith("PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.1000%, at ")
+    assert "  zero_stage: 2 | 1\n" in said
+    assert sorted(p.name for p in out.iterdir()) == ["parity.html", "parity.json", "parity.png"]
+
+    table = json.loads((out / "parity.json").read_text(), parse_constant=pytest.fail)
+    assert (table["verdict"], table["profile"], table["aligned by"]) == ("pass", "strict", "consumed samples")
+    assert (table["first"], table["last"], table["figures"]["steps"]) == (8, 800, 100)
+    assert table["figures"]["mean"] == pytest.approx(0.001, rel=1e-6)
+    assert table["noise"]["bias"] == pytest.approx(-0.001, rel=1e-6)
+    assert table["settings that differ"] == {"zero_stage": ["2", "1"]}
+    assert table["reference"]["sha256"] == hashlib.sha256((ref / "train.log").read_bytes()).hexdigest()
+
+    page, image = (out / "parity.html").read_text(), (out / "parity.png").read_bytes()
+    links = Links()
+    links.feed(page)
+    assert links.found == ["data:image/png;base64," + base64.b64encode(image).decode()]  # all it needs is inside
+    assert not links.tags & {"script", "link", "iframe", "object", "embed"}
+    assert not re.search(r"url\(|@import|https?:", page)
+    assert '<tr class="differs"><td>zero_stage</td><td>2</td><td>1</td></tr>' in page
+    assert page.count('class="differs"') == 1
+    assert "&lt;b&gt;corpus" in page  # what a log says is text, never markup
+    assert "<b>" not in page
+    assert "Median of e." in page
+    assert image.startswith(b"\x89PNG")
+
+
+def test_fail(tool, tmp_path):
+    ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", CURVE[1:] + CURVE[:1])
+    code, said, _ = tool(ref, cand, "--out", tmp_path / "out")
+    assert code == 1
+    assert "FAIL (published): mean relative error" in said
+    assert json.loads((tmp_path / "out/parity.json").read_text())["verdict"] == "fail"
+
+
+def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_path):
+    ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", [*CURVE[:50], float("nan"), *CURVE[51:]])
+    for words, said in (
+        ((ref, cand), "at 408 consumed samples the loss is nan"),
+        ((ref, write_run(tmp_path / "short", CURVE[:9])), "80 stands in"),
+        ((ref, tmp_path / "nothing"), "there is no such log"),
+        ((ref,), "CAND"),
+        ((ref, ref, "--profil", "strict"), "did you mean --profile"),
+        ((ref, ref, "--same-origin"), "origin.json is missing"),
+    ):
+        code, out, err = tool(*words, "--out", tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert said in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_logs_of_two_kinds(tool, tmp_path):
+    """The same run seen by another program's log: seven digits, iterations only."""
+    ref = write_run(tmp_path / "ref", CURVE)
+    lines = (f" samples/sec: 7.8 | iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1))
+    (tmp_path / "neox.log").write_text("".join(lines))
+    code, said, _ = tool(ref, tmp_path / "neox.log", "--out", tmp_path / "out", "--profile", "strict")
+    assert code == 0
+    assert "aligned by iterations, 1 to 100" in said
+    assert "settings that differ" not in said  # one of the logs has none
+    assert "cannot be set side by side" in (tmp_path / "out/parity.html").read_text()
+
+
+def test_a_single_step_can_be_drawn(tmp_path):
+    ref = write_run(tmp_path / "ref", CURVE[:1])
+    assert len(report.write(comparing.compare(ref, ref), tmp_path / "out")) == 3
+
+
+def test_a_verdict_never_stands_beside_an_older_picture(tmp_path, monkeypatch):
+    found = comparing.compare(write_run(tmp_path / "ref", CURVE), tmp_path / "ref")
+    report.write(found, tmp_path / "out")
+    monkeypatch.setattr(report, "page", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.write(found, tmp_path / "out")
+    assert not (tmp_path / "out/parity.json").exists()
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    writing.put(tmp_path / "x", "old")
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match="No space left"):
+        writing.put(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "old"
+
+
+def test_an_out_that_cannot_be(tmp_path):
+    found = comparing.compare(write_run(tmp_path / "ref", CURVE[:2]), tmp_path / "ref")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write(found, tmp_path / "file")
+
+
+# --- where the runs began ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["seed", "weights", "data"])
+def test_another_origin_is_refused(tmp_path, name):
+    ref, cand = write_run(tmp_path / "ref", CURVE, seed="1"), write_run(tmp_path / "cand", CURVE, **{name: "other"})
+    with pytest.raises(UserError, match=f"the runs began with another {name}: ") as error:
+        comparing.compare(ref, cand)
+    assert "other in" in str(error.value)
+    same = comparing.compare(ref, write_run(tmp_path / "same", CURVE, seed="1"), same_origin=True)
+    assert same.origin == {"seed": "1", "weights": "w", "data": "d"}
+
+
+@pytest.fixture
+def began(tmp_path):
+    """A log whose run read weights and data that are there; change(folder) makes another one of it."""
+    import torch
+
+    from ascendspeed import convert
+    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.weights import parameters, random_tensor
+
+    model = replace(families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64)
+    known = {p.name: p for p in parameters(model)}
+
+    def weights(name: str, seed: int = 1, kind=None, dtype=torch.float32) -> str:
+        make = from_maker(lambda n: random_tensor(model, known[n], seed).to(dtype).float())
+        made = Source("random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None)
+        convert.convert(made, str(tmp_path / name), kind or convert.HuggingFace(), dtype)
+        if not (tmp_path / name / "config.json").exists():  # rank files do not bring one
+            shutil.copyfile(tmp_path / "hf/config.json", tmp_path / name / "config.json")
+        return str(tmp_path / name)
+
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"tokens{suffix}").write_bytes(suffix.encode())
+
+    def log_of(load: str | None, seed: int = 1234, **train) -> Path:
+        run = example_run()
+        settings = config.TrainConfig(load=load, seed=seed, **train)
+        run = replace(run, model=model, train=settings, data=config.DataConfig(data_path=(str(tmp_path / "tokens"),)))
+        (tmp_path / "train.log").write_text(f"run: {json.dumps(asdict(run))}\n{ours(1, 2.0)}")
+        return tmp_path / "train.log"
+
+    log_of.weights = weights
+    return log_of
+
+
+def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
+    import torch
+
+    from ascendspeed import convert
+
+    first = origin.of_log(began(began.weights("hf", dtype=torch.bfloat16)))
+    began.weights("tp2", kind=convert.RankFiles(tp=2, pp=2))
+    assert first["seed"] == "1234"
+    assert first == origin.of_log(began(str(tmp_path / "hf")))
+    fp32 = origin.of_log(began(began.weights("wide")))
+    assert fp32["weights"] != first["weights"]  # not rounded to bf16: other values
+    assert origin.of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]  # rank files of the same values
+    assert origin.of_log(began(began.weights("other", seed=2)))["weights"] != fp32["weights"]
+
+
+def test_hash_of_data(began, tmp_path):
+    first = origin.of_log(began(None))
+    assert first["weights"].startswith("random: ")
+    assert origin.of_log(began(None, seed=5))["weights"] != first["weights"]
+    (tmp_path / "tokens.bin").write_bytes(b".bim")
+    assert origin.of_log(began(None))["data"] != first["data"]
+    (tmp_path / "tokens.bin").unlink()
+    with pytest.raises(UserError, match=r"tokens\.bin: cannot read the data"):
+        origin.of_log(began(None))
+
+
+def test_origin_of_what_is_none(began, tmp_path):
+    (tmp_path / "step_0000001").mkdir()
+    with pytest.raises(UserError, match="is a training checkpoint"):
+        origin.of_log(began(str(tmp_path)))
+    (tmp_path / "other.log").write_text("hello\n")
+    with pytest.raises(UserError, match="no line `run: "):
+        origin.of_log(tmp_path / "other.log")
+
+
+# --- loss_parity.sh ---------------------------------------------------------------------------------------------------------
+
+PYTHON = """#!/usr/bin/env bash
+echo "python $*" >> "$WORK/said"
+case "$1" in *parity_origin.py) echo "$2" > "$(dirname "$2")/origin.json" ;; esac
+"""
+LAUNCHER = """#!/usr/bin/env bash
+echo "$(basename "$0") $*" >> "$WORK/said"
+while [ $# -gt 0 ]; do [ "$1" = --log-dir ] && { mkdir -p "$2"; echo run > "$2/train.log"; }; shift; done
+"""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs loss_parity.sh with stand-ins; returns its exit code, what it started, and what it said."""
+    for name, text in (("python", PYTHON), ("deepspeed", LAUNCHER)):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    work = tmp_path / "work"
+    work.mkdir()
+
+    def go(**env: str) -> tuple[int, list[str], str]:
+        (work / "said").unlink(missing_ok=True)
+        own = {"WORK": str(work), "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        own |= {"DATA": "0.3 a 0.7 b", "CHECKPOINT": "weights", "TOKENIZER_PATH": "tok"} | env
+        bare = {k: v for k, v in launch.environment().items() if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "REF", "CAND")}
+        done = subprocess.run(
+            ["bash", "examples/intern/loss_parity.sh"], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+        )
+        said = (work / "said").read_text().splitlines() if (work / "said").exists() else []
+        return done.returncode, said, done.stdout + done.stderr
+
+    go.work = work
+    return go
+
+
+def test_two_runs_and_a_comparison(shell):
+    code, said, _ = shell(REF_NPROC="2", CAND_NPROC="4")
+    assert code == 0
+    ref, origin_of_ref, cand, origin_of_cand, compared = said
+    assert ref.startswith(
+        "deepspeed --no_local_rank --master_port 29500 --num_accelerators 2 pretrain_intern.py --model internlm-tiny "
+    )
+    assert ref.endswith("--deepspeed --zero-stage 2")
+    assert "--num_accelerators 4 " in cand
+    assert cand.endswith("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")
+    common = [re.search(r"--data-path .* --log-interval 1", line)[0] for line in (ref, cand)]
+    assert common[0] == common[1]
+    for words in ("--data-path 0.3 a 0.7 b --tokenizer-name-or-path tok --load weights --seed 1234", "--lr 1e-3 --min-lr 1e-4"):
+        assert words in common[0]
+    assert [line.split()[1] for line in (origin_of_ref, origin_of_cand)] == ["examples/intern/parity_origin.py"] * 2
+    assert compared == (
+        f"python tools/compare_loss.py {shell.work}/ref {shell.work}/cand --out {shell.work} --profile published --same-origin"
+    )
+
+
+def test_halves_on_two_machines(shell):
+    assert [line.split()[0] for line in shell(SIDE="ref")[1]] == ["deepspeed", "python"]
+    assert (shell.work / "ref/origin.json").exists()
+    _, said, _ = shell(SIDE="cand", CAND="--deepspeed --device npu", DTYPE="bf16")
+    assert said[0].endswith("--bf16 --deepspeed --device npu")
+    assert shell(SIDE="compare", PROFILE="strict")[1][0].endswith("--profile strict --same-origin")
+    shell(SIDE="ref2")
+    assert shell(SIDE="compare")[1][0].endswith(f"--same-origin --ref2 {shell.work}/ref2")
+    assert len(shell(SIDE="compare")[1]) == 1
+
+
+@pytest.mark.parametrize(
+    ("env", "said"), [({"SIDE": "left"}, "SIDE=left is not one of"), ({"DTYPE": "int8"}, "DTYPE=int8 is not one of")]
+)
+def test_what_the_shell_refuses(shell, env, said):
+    code, started, text = shell(**env)
+    assert (code, started) == (2, [])
+    assert said in text
+
+
+@pytest.mark.slow
+def test_the_real_thing(tmp_path):
+    """Two real runs of a tiny model: another ZeRO stage and tensor parallel give the same losses; another seed is refused."""
+    env = {"WORK": str(tmp_path), "TRAIN_ITERS": "6", "PROFILE": "strict", "REF_NPROC": "2", "CAND_NPROC": "2"}
+    env |= {"MASTER_PORT": str(launch.free_port()), "CAND": "--deepspeed --zero-stage 1 --tensor-model-parallel-size 2"}
+    command = ["bash", "examples/intern/loss_parity.sh"]
+
+    def go(**more: str) -> subprocess.CompletedProcess:
+        return subprocess.run(command, env=launch.environment(**env, **more), cwd=launch.ROOT, capture_output=True, text=True)
+
+    done = go()
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    table = json.loads((tmp_path / "parity.json").read_text())
+    assert table["figures"]["maximum"] < 1e-5
+    assert table["origin"]["weights"].startswith("sha256: ")
+    assert len(reading.read(tmp_path / "cand").steps) == 6
+    assert go(SIDE="cand", SEED="99").returncode == 0
+    done = go(SIDE="compare")
+    assert done.returncode == 2
+    assert "the runs began with another seed: 1234 in" in done.stderr

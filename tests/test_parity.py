@@ -297,7 +297,7 @@ def test_pass_and_what_is_left(tool, tmp_path):
     out = tmp_path / "out"
     code, said, _ = tool(ref, cand, "--out", out, "--ref2", ref2, "--profile", "strict")
     assert code == 0
-    assert said.splitlines()[-2].startswith("PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.1000%, at ")
+    assert said.splitlines()[-2].startswith("PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.10%, at ")
     assert "  zero_stage: 2 | 1\n" in said
     assert sorted(p.name for p in out.iterdir()) == ["parity.html", "parity.json", "parity.png"]
 

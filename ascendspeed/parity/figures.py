@@ -64,6 +64,11 @@ class Verdict:
     says: str
 
 
+def percent(value: float) -> str:
+    """0.0123 -> 1.23%; what is too small for that as 1.23e-04%."""
+    return f"{value:.2%}" if value == 0 or abs(value) >= 1e-4 else f"{value * 100:.2e}%"
+
+
 def relative(value: float, reference: float) -> float:
     """|value - reference| / max(|reference|, EPSILON)."""
     return abs(value - reference) / max(abs(reference), EPSILON)
@@ -110,9 +115,11 @@ def judge(figures: Figures, profile: Profile) -> Verdict:
     """published: the mean of e is below 2 %; strict: every e is; bitwise: every loss and gradient norm is the same number."""
     n, limit = figures.steps, f"{LIMIT:.0%}"
     if profile == "published":
-        return Verdict(profile, figures.mean < LIMIT, f"mean relative error {figures.mean:.4%} of {limit}")
+        return Verdict(profile, figures.mean < LIMIT, f"mean relative error {percent(figures.mean)}, the limit is {limit}")
     if profile == "strict":
-        says = f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {figures.maximum:.4%}, at {figures.worst_at}"
+        says = (
+            f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {percent(figures.maximum)}, at {figures.worst_at}"
+        )
         return Verdict(profile, figures.maximum < LIMIT, says)
     says = f"{figures.identical} of {n} losses are the same number"
     if figures.grad_norm_max is not None:

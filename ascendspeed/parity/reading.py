@@ -1,6 +1,7 @@
 """A path -> the curve of its run: console logs, TensorBoard events, JSON lines, or the folder that holds them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from ascendspeed import inputs
@@ -23,7 +24,7 @@ def read(path: str | Path) -> Curve:
         )
     beside = place if place.is_dir() else place.parent
     if curve.config is None and (beside / "run.json").is_file():
-        return Curve(**{**vars(curve), "config": inputs.read_table(beside / "run.json")})
+        return replace(curve, config=inputs.read_table(beside / "run.json"))
     return curve
 
 

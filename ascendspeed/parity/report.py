@@ -11,12 +11,11 @@ from ascendspeed.parity import picture
 from ascendspeed.parity.aligning import WORDS
 from ascendspeed.parity.comparing import Comparison
 from ascendspeed.parity.curve import Curve
-from ascendspeed.parity.figures import definitions
+from ascendspeed.parity.figures import definitions, percent
 from ascendspeed.parity.writing import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
-SHARES = {"share_below"}
-RELATIVE = {"mean", "p50", "p99", "maximum", "of_averages", "bias", "first_step", "grad_norm_mean", "grad_norm_max"}
+ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical"}
 
 
 def write(found: Comparison, out: str | Path) -> list[Path]:
@@ -73,8 +72,8 @@ def shown(name: str, value: float | int | None) -> str:
     """A figure as text; relative ones in per cent."""
     if value is None or value == 0:
         return "-" if value is None else "0"
-    if name in RELATIVE | SHARES:
-        return f"{value:.2%}" if name in SHARES or abs(value) >= 1e-4 else f"{value * 100:.2e}%"
+    if name not in ABSOLUTE:
+        return percent(value)
     return str(value) if isinstance(value, int) else f"{value:.4e}"
 
 

@@ -84,13 +84,13 @@ side() {  # side NAME NPROC FLAGS...: one run, and the hashes of what it began w
 }
 
 compare() {
+    local ref2=$WORK/ref2
+    [ -f "$ref2/train.log" ] || ref2=
     printf '\n== compare\n'
     python tools/compare_loss.py "$WORK/ref" "$WORK/cand" --out "$WORK" --profile "$PROFILE" --same-origin \
-        ${REF2:+--ref2 "$REF2"}
+        ${ref2:+--ref2 "$ref2"}
 }
 
-REF2=$WORK/ref2
-[ -f "$REF2/train.log" ] || REF2=
 # shellcheck disable=SC2086  # REF and CAND are flags
 case $SIDE in
     ref) side ref "${REF_NPROC:-}" $REF ;;
@@ -98,6 +98,7 @@ case $SIDE in
     cand) side cand "${CAND_NPROC:-}" $CAND ;;
     compare) compare ;;
     both)
+        rm -f "$WORK"/ref2/{train.log,origin.json}      # of an older reference
         side ref "${REF_NPROC:-}" $REF
         side cand "${CAND_NPROC:-}" $CAND
         compare

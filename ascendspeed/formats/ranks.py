@@ -15,7 +15,7 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families.family import Row
 from ascendspeed.formats.reading import load_pt
-from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, some
+from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
 from ascendspeed.weights import Parameter, Stored
 
 Ranks = Mapping[tuple[int, int], Mapping[str, Tensor]]
@@ -192,7 +192,7 @@ def source(
             first = firsts.setdefault((ours, entry.tiles), tensor)
             if first is tensor:
                 pieces.setdefault(ours, []).append((weights.as_matrix(tensor), entry.tiles))
-            elif entry.tiles:  # a rank may hold nothing but padding, which is anybody's
+            elif entry.tiles and not same_bits(tensor, first):  # a rank may hold nothing but padding, which is anybody's
                 raise UserError(f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be")
     dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in weights.parameters(config)}
     return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)

@@ -2,7 +2,7 @@
 
 A run with --deepspeed gets the DeepSpeed engine, another one Megatron-core's. The cases may differ in their layout.
 A case: {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
-"first": step, "last": step,
+"resave": folder to save to before the first step, "first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
 "poison": step before which one comes whose gradients are NaN on one rank}.
 """
@@ -44,6 +44,10 @@ def main() -> None:
         result = engine.step(micro_batches(run, grid, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
+    def save(folder, at, engine, run, grid):
+        state = checkpoint.TrainState(at, 0, 0, engine.scalars())
+        checkpoint.save(folder, state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier)
+
     places = None
     curves = {}
     for name, case in job["cases"].items():
@@ -61,6 +65,8 @@ def main() -> None:
             engine = megatron_engine(case.get("break"))(run, grid, here, Kernels(), tensors)
         if case.get("load"):
             engine.restore(checkpoint.open_checkpoint(case["load"], say=lambda text: None))
+        if case.get("resave"):
+            save(case["resave"], case.get("first", 0), engine, run, grid)
         if case.get("break") == "moments":
             for fragment in engine.fragments():
                 if fragment.kind == "exp_avg":
@@ -77,8 +83,7 @@ def main() -> None:
                 hook.remove()
             curves[name].append(step(engine, run, grid, data[i]))
         if case.get("save"):
-            state = checkpoint.TrainState(last, 0, 0, engine.scalars())
-            checkpoint.save(case["save"], state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier)
+            save(case["save"], last, engine, run, grid)
         del engine
         gc.collect()
     if grid.rank == 0:

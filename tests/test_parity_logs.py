@@ -121,6 +121,10 @@ def test_control_a_neighbour_of_the_loss_is_not_the_loss():
     assert console.read("x", [" iteration 1/ 2 | mtp_1 loss: 3.0 |\n"]).steps == ()
 
 
+def test_lines_that_ran_into_each_other_are_none():
+    assert console.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps == ()
+
+
 @pytest.mark.parametrize("name", [name for name in SAMPLES if "DeepSpeed's" not in name])
 def test_a_torn_line_gives_no_wrong_number(name):
     line, whole = SAMPLES[name]

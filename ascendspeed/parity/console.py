@@ -21,12 +21,11 @@ Said = dict[str, str]
 def bars(line: str) -> Said | None:
     """`iteration 10/ 100 | consumed samples: 640 | ... |`; what stands behind the last bar may be cut off, and does not count."""
     parts = line.split("|")[:-1]
-    head = next((i for i, part in enumerate(parts) if "iteration" in part and _ITERATION.search(part)), None)
-    if head is None:
+    heads = [match for part in parts if "iteration" in part and (match := _ITERATION.search(part))]
+    if len(heads) != 1:  # none; or lines of two ranks in one, of which nobody knows what belongs to which
         return None
     said = {name.strip(): value for name, _, value in (part.rpartition(":") for part in parts)}
-    match = _ITERATION.search(parts[head])
-    return said | {"iteration": match[1], "train iters": match[2]}
+    return said | {"iteration": heads[0][1], "train iters": heads[0][2]}
 
 
 def pairs(line: str) -> Said | None:

@@ -1,0 +1,134 @@
+"""One rank of a run to which something happens: `fault_worker.py FLAGS...`, with the faults and what to run in the environment.
+
+FAULTS: a JSON list of {"what": one of FAULTS below, "rank": whom, "step": the iteration that begins, counted over the whole run};
+with "operation", it happens at the n-th change of a file after that. A fault happens once in the life of the folder FAULT_DIR,
+where CURVE-of-rank-0 is left too: iteration, loss and gradient norm in hexadecimal, the restarts one after the other.
+FAULT_ENGINE=toy trains a small numeric engine in place of the entry's own: it starts in no time, and everything around is real.
+"""
+
+import errno
+import itertools
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import toy
+
+from ascendspeed import device, errors
+
+RANK = int(os.environ.get("RANK", "0"))
+CHANGES = [(os, name) for name in ("rename", "replace", "unlink", "rmdir", "fsync")] + [
+    (Path, name) for name in ("mkdir", "unlink")
+]
+
+
+def send(number: int):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def no_space():
+    raise OSError(errno.ENOSPC, "No space left on device", "a shard")
+
+
+def small_files():
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+
+
+def wrong():
+    raise ZeroDivisionError("a mistake in the program")
+
+
+FAULTS = {
+    "kill": send(signal.SIGKILL),
+    "stop": send(signal.SIGSTOP),
+    "term": send(signal.SIGTERM),
+    "usr1": send(signal.SIGUSR1),
+    "no space": no_space,
+    "small files": small_files,
+    "wrong": wrong,
+}
+
+
+def happen(fault: dict) -> None:
+    """Now, or at the n-th change of a file from now on."""
+    mark = Path(os.environ["FAULT_DIR"], "happened " + json.dumps(fault).replace("/", " "))
+    if mark.exists():
+        return
+    act = FAULTS[fault["what"]]
+
+    def now() -> None:
+        mark.touch()
+        act()
+
+    if "operation" not in fault:
+        now()
+        return
+    left = itertools.count(fault["operation"], -1)
+
+    def at_last(real):
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                now()
+            return real(*args, **kwargs)
+
+        return call
+
+    for owner, name in CHANGES:
+        setattr(owner, name, at_last(getattr(owner, name)))
+
+
+def install() -> None:
+    """Puts the faults and the exact curve around every engine's `step`; after `device.prepare`, and before training."""
+    from ascendspeed import train
+
+    faults = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault["rank"] == RANK]
+    curve, real = Path(os.environ["FAULT_DIR"], "curve"), train.train
+
+    def wrapped(run, grid, here, engine, batches, log, start, *more):
+        step, number = engine.step, itertools.count(start.state.step + 1)
+
+        def exact(batch, lr):
+            iteration = next(number)
+            for fault in faults:
+                if fault["step"] == iteration:
+                    happen(fault)
+            result = step(batch, lr)
+            if RANK == 0:
+                norm = math.nan if result.grad_norm is None else result.grad_norm
+                with open(curve, "a") as file:
+                    file.write(f"{iteration} {result.loss.hex()} {norm.hex()}\n")
+            return result
+
+        engine.step = exact
+        return real(run, grid, here, engine, batches, log, start, *more)
+
+    train.train = wrapped
+
+
+def main() -> int:
+    """The entry's own `main`, or the toy's, with faults."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("signals are for the main thread")
+    prepare = device.prepare
+
+    def prepared(*args):
+        here = prepare(*args)
+        install()
+        return here
+
+    device.prepare = prepared
+    if os.environ.get("FAULT_ENGINE") == "toy":
+        return toy.main(sys.argv[1:])
+    import pretrain_intern
+
+    return pretrain_intern.main()
+
+
+if __name__ == "__main__":
+    errors.run(main)

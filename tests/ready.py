@@ -1,0 +1,9 @@
+"""Imported by a fork server: everything that a rank of the toy needs, so that each rank starts at once. No process group yet."""
+
+from ascendspeed import device
+
+device.prepare("cpu")
+
+import toy  # noqa: E402, F401
+
+from ascendspeed import checkpoint, parallel, start, train, watch  # noqa: E402, F401

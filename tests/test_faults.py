@@ -1,0 +1,254 @@
+"""What happens to a run when something happens to it: two real ranks of a toy over gloo, real files, real signals.
+
+The curve that a broken run leaves, restarts and all, must be that of one that was never touched, in hexadecimal. The same under the
+real launcher, with the real engine, and killed at random moments a hundred times and more: benchmarks/faults.py.
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import launch
+import pytest
+
+from ascendspeed import checkpoint, errors
+
+ITERS, WORLD = 12, 2
+KILLED = -signal.SIGKILL
+SERVER = multiprocessing.get_context("forkserver")
+
+
+def rank(number: int, world: int, port: int, folder: str, flags: list[str], env: dict[str, str]) -> None:
+    """The whole life of one rank; in a process of its own."""
+    log = os.open(f"{folder}/rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({k: str(v) for k, v in place.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env)
+    import fault_worker
+
+    sys.argv = ["fault_worker.py", *flags]
+    errors.MOMENT = 0.5  # no launcher to wait for
+    errors.run(fault_worker.main)
+
+
+@dataclass
+class Job:
+    """A run of the toy, started as often as a test likes; --save is folder/ckpt."""
+
+    folder: Path
+    flags: tuple[str, ...] = ()
+    faults: list[dict] = field(default_factory=list)
+    env: dict[str, str] = field(default_factory=dict)
+    world: int = WORLD
+
+    def start(self, *more: str) -> list:
+        """The processes."""
+        words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3 --auto-resume".split()
+        words += ["--save", str(self.folder / "ckpt"), "--log-dir", str(self.folder / "log"), *self.flags, *more]
+        env, port = {"FAULTS": json.dumps(self.faults)} | self.env, launch.free_port()
+        self.folder.mkdir(exist_ok=True)
+        ranks = [SERVER.Process(target=rank, args=(r, self.world, port, str(self.folder), words, env)) for r in range(self.world)]
+        [process.start() for process in ranks]
+        return ranks
+
+    def run(self, *more: str) -> list[int]:
+        """Exit codes. Ranks that do not end are killed, and the test fails."""
+        return ended(self.start(*more), self)
+
+    def said(self) -> str:
+        """What all ranks said, in all starts."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
+
+    def curve(self) -> dict[int, str]:
+        """Iteration -> loss and gradient norm in hexadecimal; an iteration that was done twice must have been the same twice."""
+        found: dict[int, str] = {}
+        for line in (self.folder / "curve").read_text().splitlines():
+            iteration, _, numbers = line.partition(" ")
+            assert found.setdefault(int(iteration), numbers) == numbers, f"iteration {iteration} differs"
+        return found
+
+    def steps(self) -> list[str]:
+        return sorted(path.name for path in (self.folder / "ckpt").glob("step_*"))
+
+    def good(self) -> int:
+        """The step that would be resumed."""
+        return checkpoint.find(self.folder / "ckpt", say=lambda text: None).state.step
+
+
+def ended(ranks: list, job: Job, seconds: float = 60) -> list[int]:
+    until = time.monotonic() + seconds
+    [process.join(max(0, until - time.monotonic())) for process in ranks]
+    codes = [process.exitcode for process in ranks]
+    [process.kill() for process in ranks]
+    assert None not in codes, f"{codes}\n{job.said()[-3000:]}"
+    return codes
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ready():
+    """The fork server, with everything imported once."""
+    environ = launch.environment()
+    os.environ.update({name: environ[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")})
+    SERVER.set_forkserver_preload(["ready"])
+
+
+@pytest.fixture(scope="session")
+def whole(ready, tmp_path_factory) -> dict[int, str]:
+    """The curve of a run that nothing happens to."""
+    job = Job(tmp_path_factory.mktemp("whole"))
+    assert job.run() == [0, 0], job.said()
+    assert len(job.curve()) == ITERS
+    return job.curve()
+
+
+def finish(job: Job, whole: dict[int, str]) -> None:
+    """Started again, the run ends with the untouched curve."""
+    assert job.run() == [0, 0], job.said()
+    assert job.curve() == whole
+    assert job.good() == ITERS
+
+
+@pytest.mark.parametrize("lost", ["master", "exp_avg", "exp_avg_sq", "rng"])
+def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
+    """What the comparison is worth: a resumed run that lost one thing has another curve."""
+    job = Job(tmp_path / "job")
+    assert job.run("--exit-interval", "6") == [0, 0]
+    job.env["TOY_LOSES"] = lost
+    assert job.run() == [0, 0]
+    assert job.curve().keys() == whole.keys()
+    assert {i: one for i, one in job.curve().items() if i <= 6} == {i: one for i, one in whole.items() if i <= 6}
+    assert job.curve()[12] != whole[12]
+
+
+# -- killed -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
+def test_killed_again_and_again(whole, tmp_path, behind):
+    """Three times in one run: in an iteration, and twice at some change of a file while a checkpoint is saved."""
+    dice = random.Random(behind)
+    moments = [{"step": 2}, {"step": 6, "operation": dice.randrange(8)}, {"step": 9, "operation": dice.randrange(8)}]
+    job = Job(tmp_path / "job", ("--async-save",) if behind else ())
+    job.faults = [{"what": "kill", "rank": dice.randrange(WORLD), **moment} for moment in moments]
+    for fault in job.faults:
+        codes = job.run("--distributed-timeout-minutes", "0.1")
+        assert codes[fault["rank"]] == KILLED
+        assert codes[1 - fault["rank"]] == errors.EXIT_RANK_LOST
+        assert f"error: rank {fault['rank']} gave no sign of life" in job.said()
+    finish(job, whole)
+
+
+def test_the_next_start_says_where_it_goes_on(whole, tmp_path):
+    job = Job(tmp_path / "job", faults=[{"what": "kill", "rank": 0, "step": 8}])
+    assert job.run("--distributed-timeout-minutes", "0.1") == [KILLED, errors.EXIT_RANK_LOST]
+    assert "holds no checkpoint yet, so this is the start of the run" in job.said()
+    finish(job, whole)
+    assert re.search(r"resumes from \S*/step_0000006: iteration 6, 24 samples consumed", job.said())
+
+
+# -- signals and the clock ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("what", "who"), [("term", 1), ("usr1", 0)])
+def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who):
+    job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}])
+    assert job.run() == [errors.EXIT_STOPPED] * 2
+    assert job.steps() == ["step_0000003", "step_0000005"]
+    said = job.said()
+    assert f"SIG{what.upper()} to rank {who}: stopped after iteration 5" in said
+    assert re.search(r"^to continue: .* --auto-resume\b", said, re.MULTILINE)
+    finish(job, whole)
+
+
+def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
+    job = Job(tmp_path / "job")
+    assert job.run("--exit-duration", "1e-9") == [0, 0]
+    assert job.steps() == ["step_0000001"]
+    assert "--exit-duration-in-mins 1e-09: stopped after iteration 1" in job.said()
+    assert job.run("--exit-interval", "5") == [0, 0]
+    finish(job, whole)
+    assert job.said().count("to continue: ") == 2  # and not when there is nothing left
+
+
+# -- a rank that is gone ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
+    job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": who, "step": 5}])
+    ranks = job.start("--distributed-timeout-minutes", "0.05")
+    ranks[1 - who].join(60)
+    assert ranks[1 - who].exitcode == errors.EXIT_RANK_LOST, job.said()
+    assert re.search(rf"error: rank {who} gave no sign of life for \d+ s \(of 2 ranks\); all leave", job.said())
+    assert ranks[who].is_alive()
+    os.kill(ranks[who].pid, signal.SIGCONT)  # whatever it dreamed of: it leaves too
+    assert ended(ranks, job)[who] != 0
+    finish(job, whole)
+
+
+def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
+    job = Job(tmp_path / "job", faults=[{"what": "wrong", "rank": 1, "step": 5}])
+    codes = job.run()
+    assert codes == [1, 1]
+    said = job.said()
+    assert "error: rank 1 left: a mistake in the program (of 2 ranks); all leave" in said
+    assert said.count("Traceback") == 1  # of the one that made it
+    finish(job, whole)
+
+
+# -- a disk that is full ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
+@pytest.mark.parametrize("what", ["no space", "small files"])
+def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
+    more = {"operation": 0} if what == "no space" else {}
+    job = Job(tmp_path / "job", ("--async-save",) if behind else (), faults=[{"what": what, "rank": 1, "step": 6, **more}])
+    assert job.run() == [errors.EXIT_USER_ERROR] * 2
+    assert re.search(r"error: \S*step_0000006 was not saved: rank 1: .*(No space left on device|File too large)", job.said())
+    assert job.good() == 3
+    finish(job, whole)
+
+
+# -- numbers that are none ----------------------------------------------------------------------------------------------------
+
+
+def test_every_skip_names_rank_and_samples(whole, tmp_path):
+    """By hand: samples 21 and 29 are those of rank 1 in iterations 6 and 8, the second and first of its micro-batches."""
+    job = Job(tmp_path / "job", env={"TOY_BAD": "[22, 23, 29]"})
+    assert job.run() == [0, 0]
+    said = job.said()
+    assert re.search(r"iteration 6 skipped, nothing was updated: loss NAN; rank 0: samples 22-22; rank 1: samples 23-23;", said)
+    assert re.search(r"iteration 8 skipped, nothing was updated: loss NAN; rank 1: samples 29-29;", said)
+    assert said.count(" skipped, nothing") == 2
+    assert {i: one for i, one in job.curve().items() if i < 6} == {i: one for i, one in whole.items() if i < 6}
+
+
+def test_too_many_skips_stop_and_name_the_last_good_checkpoint(ready, tmp_path):
+    job = Job(tmp_path / "job", ("--async-save", "--max-skipped-steps", "3"), env={"TOY_BAD": json.dumps(list(range(24, 99)))})
+    assert job.run() == [errors.EXIT_USER_ERROR] * 2
+    last = r"3 iterations in a row were skipped \(last: 9\); the last good checkpoint is \S*step_0000006;"
+    assert re.search(last, job.said())
+    assert job.good() == 6
+
+
+# -- several of them under the real launcher ----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_under_the_real_launcher(tmp_path):
+    """A few kills of the real recipe; `python benchmarks/faults.py` adds as many as one likes."""
+    words = [sys.executable, str(launch.ROOT / "benchmarks/faults.py"), "--kills", "3", "--seed", "1", "--work", str(tmp_path)]
+    done = subprocess.run([*words, "--out", str(tmp_path / "out.md")], capture_output=True, text=True, env=launch.environment())
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    shutil.rmtree(tmp_path)

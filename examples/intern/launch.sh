@@ -5,6 +5,7 @@
 #                        what the other nodes need in their environment stands in ./.deepspeed_env, as NAME=value
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 NPROC=8     several nodes by torchrun, started once on each (srun, a job script)
 #   MASTER_PORT=29500    change it when two runs share a machine
+#   RESTARTS=3           start again up to three times, with --auto-resume, when a process or a node is lost
 #
 # On an NPU machine, first: source /usr/local/Ascend/ascend-toolkit/set_env.sh
 
@@ -12,18 +13,51 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}    # threads per process; on a CPU 
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}  # lets tensor-parallel communication overlap on a GPU
 export PYTHONUNBUFFERED=1                       # log lines come as they are made
+RECIPE=$(printf '%q ' bash "$0" "$@")            # what was typed, for the line that says how to continue
+export RECIPE=${RECIPE% }
 MASTER_PORT=${MASTER_PORT:-29500}
 
 launch() {  # launch SCRIPT FLAGS...
+    local starter
     if [ "${NNODES:-1}" -gt 1 ] && [ -z "${HOSTFILE:-}" ]; then
         : "${NODE_RANK:?NNODES=$NNODES needs NODE_RANK (0, 1, ...) on every node, or a HOSTFILE}"
         : "${MASTER_ADDR:?NNODES=$NNODES needs MASTER_ADDR, the name of node 0}"
         : "${NPROC:?NNODES=$NNODES needs NPROC, the processes per node}"
-        exec torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC" \
-            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" -- "$@"
+        starter=(torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC"
+            --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --)
+    else
+        starter=(deepspeed --no_local_rank --master_port "$MASTER_PORT"
+            ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NNODES:+--num_nodes "$NNODES"} ${NPROC:+--num_accelerators "$NPROC"})
     fi
-    exec deepspeed --no_local_rank --master_port "$MASTER_PORT" \
-        ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NNODES:+--num_nodes "$NNODES"} ${NPROC:+--num_accelerators "$NPROC"} "$@"
+    again "${starter[@]}" "$@"
+}
+
+again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
+    local left=${RESTARTS:-0} code asked=
+    trap 'asked=yes; tell_ranks "$child" TERM' TERM INT
+    trap 'asked=yes; tell_ranks "$child" USR1' USR1
+    while :; do
+        "$@" &
+        child=$!
+        code=0
+        wait "$child" || code=$?
+        while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done  # a signal ends `wait`, not the child
+        case "$code$asked" in 0 | 2 | 75 | *yes) exit "$code" ;; esac
+        [ "$left" -gt 0 ] || exit "$code"
+        echo "ended with code $code; starts again ($left left)" >&2
+        left=$((left - 1))
+        case " $* " in *" --auto-resume "*) ;; *) set -- "$@" --auto-resume ;; esac
+    done
+}
+
+tell_ranks() {  # tell_ranks PID SIGNAL: to the ranks, which save and leave; a launcher would leave them alone, or kill them too early
+    local below
+    below=$(pgrep -P "$1" | tr '\n' ' ') || true
+    if [ -n "${HOSTFILE:-}" ] || [ -z "$below" ]; then
+        kill -s "$2" "$1" || true
+    else
+        for one in $below; do tell_ranks "$one" "$2"; done
+    fi
 }
 
 dtype_flag() {  # DTYPE -> the flag of pretrain_intern.py; fp32 has none

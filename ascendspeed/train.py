@@ -102,7 +102,7 @@ def train(
             saver.save(replace(state, engine=engine.scalars()), engine.fragments(), engine.rng())
         if saver and last:
             saver.wait()
-        if saver and (saved := saver.news()):
+        for saved in saver.news() if saver else ():
             behind = f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
             log.say(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
         window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time

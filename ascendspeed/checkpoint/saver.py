@@ -41,7 +41,7 @@ class Saver:
         self._host: dict[str, Tensor] = {}  # the copies' memory, kept: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._saved: Saved | None = None
+        self._saved: list[Saved] = []
 
     def save(self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]) -> None:
         """Saves, or begins to; every rank calls this with its own. Raises as `checkpoint.save`, and what the last one met."""
@@ -56,9 +56,9 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=(state, copies, rng, began, stall), daemon=True)
         self._thread.start()
 
-    def news(self) -> Saved | None:
-        """A checkpoint that was finished since the last call."""
-        saved, self._saved = self._saved, None
+    def news(self) -> list[Saved]:
+        """The checkpoints that were finished since the last call."""
+        saved, self._saved = self._saved, []
         return saved
 
     @property
@@ -88,7 +88,7 @@ class Saver:
             self._error = error
         else:
             seconds = time.perf_counter() - began
-            self._saved = Saved(self.last, seconds, seconds if stall is None else stall)
+            self._saved.append(Saved(self.last, seconds, seconds if stall is None else stall))
 
     @torch.no_grad()
     def _copy(self, fragments: Iterable[Fragment]) -> list[Fragment]:

@@ -1,8 +1,7 @@
-"""Pre-trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model internlm-7b --data-path ...`; see `--help`."""
+"""Pre-trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model ...`, or `torchrun` without --deepspeed; see `--help`."""
 
 import json
 import sys
-from pathlib import Path
 
 from ascendspeed import errors
 from ascendspeed.resolve import resolve, world_size
@@ -17,9 +16,8 @@ def main() -> int:
     device = devices.prepare(run.train.device, run.train.distributed_backend)
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
-    from ascendspeed import kernels, parallel, start, train
+    from ascendspeed import engines, kernels, parallel, start, train
     from ascendspeed.config import to_dict
-    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.log import Logger
     from ascendspeed.watch import Watch
 
@@ -33,18 +31,15 @@ def main() -> int:
             rotary=run.train.use_fused_rotary_pos_emb,
             swiglu=run.train.mlp_layer_fusion,
         )
-        config = ds_config(run, grid.world)
-        log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid.world} processes: TP {grid.tp} x DP {grid.dp}")
+        log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         log.say(f"kernels: {fused}; attention: torch SDPA")
         for note in notes:
             log.say(f"note: {note}")
         log.say(f"run: {json.dumps(to_dict(run))}")
-        log.say(f"DeepSpeed config: {json.dumps(config)}")
-        if grid.rank == 0:
-            Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        build = engines.builder(run, grid, device, fused, log.say)
         batches = start.open_data(run, grid, log.say)
         begin = start.find_start(run, grid, device, log.say)
-        engine = DeepSpeedEngine(run, grid, device, config, fused, begin.tensors)
+        engine = build(begin.tensors)
         if begin.resume:
             engine.restore(begin.resume)
         train.train(run, grid, device, engine, batches, log, begin, watch)

@@ -1,11 +1,11 @@
 """What can be known to be wrong with a run before anything is started. No torch."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ascendspeed import config, schedule
-from ascendspeed.config import ModelConfig, Run
+from ascendspeed.config import ModelConfig, ParallelConfig, Run
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import check_experts, check_heads
@@ -23,12 +23,15 @@ RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is a
         POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
         NOT_NEGATIVE: "init_method_std",
     },
-    "parallel": {AT_LEAST_1: "make_vocab_size_divisible_by"},
+    "parallel": {
+        AT_LEAST_1: "make_vocab_size_divisible_by num_virtual_stages_per_pipeline_rank context_parallel_size "
+        "expert_model_parallel_size zero_hpz_partition_size"
+    },
     "optim": {SHARE: "adam_beta1 adam_beta2", POSITIVE: "adam_eps", NOT_NEGATIVE: "weight_decay clip_grad"},
     "data": {AT_LEAST_1: "seq_length"},
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters max_skipped_steps save_interval "
-        "eval_interval exit_interval keep",
+        "eval_interval exit_interval keep recompute_num_layers",
         SHARE: "attention_dropout hidden_dropout",
         POSITIVE: "exit_duration_in_mins distributed_timeout_minutes",
     },
@@ -39,12 +42,13 @@ def check(run: Run, world: int) -> None:
     """Raises `UserError` for numbers that mean nothing and for combinations that `world` processes cannot run."""
     _check_ranges(run)
     _check_precision(run)
-    if not run.parallel.deepspeed:
-        raise UserError("the DeepSpeed engine is the only one so far; add --deepspeed")
     if not run.data.data_path:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
     schedule.check(run.optim, run.train.train_iters)
-    _check_layout(run, world)
+    _check_model(run)
+    _check_engine(run.parallel)
+    _check_world(run, world)
+    _check_recompute(run)
 
 
 def _check_ranges(run: Run) -> None:
@@ -60,19 +64,32 @@ def _check_precision(run: Run) -> None:
     optim = run.optim
     if optim.bf16 and optim.fp16:
         raise UserError("--bf16 and --fp16 contradict each other; choose one")
-    if run.parallel.zero_stage == 0 and optim.dtype != "fp32":
+    if run.parallel.deepspeed and run.parallel.zero_stage == 0 and optim.dtype != "fp32":
         raise UserError(f"--zero-stage 0 does not keep fp32 masters for --{optim.dtype}; use --zero-stage 1")
     scale = optim.initial_loss_scale
     if not (1 <= scale < math.inf) or math.frexp(scale)[0] != 0.5:
         raise UserError(f"--initial-loss-scale {scale:g} is not a power of two")
 
 
-def _check_experts(run: Run) -> None:
+def _check_model(run: Run) -> None:
+    """The architecture itself, and how it splits over ranks."""
     model, parallel = run.model, run.parallel
+    check_heads(model)
+    config.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
+    config.check_pipeline_parallel(model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank)
+    _check_experts(run)
+    _check_biases(model)
+
+
+def _check_experts(run: Run) -> None:
+    model, parallel, ranks = run.model, run.parallel, run.parallel.expert_model_parallel_size
     check_experts(model)
     if (model.num_experts is not None) != any("{e}" in row.ours for row in FAMILIES[model.family].rows):
         has = "always has" if model.num_experts is None else "never has"
         raise UserError(f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts")
+    if ranks > 1 and (model.num_experts or 1) % ranks:
+        has = f"{model.num_experts} experts do" if model.num_experts else "a model without experts does"
+        raise UserError(f"{has} not split over {ranks} expert-parallel ranks; choose {_divisors(model.num_experts or 1)}")
     if model.num_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise UserError("experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel")
 
@@ -84,24 +101,102 @@ def _check_biases(model: ModelConfig) -> None:
             raise UserError(f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out")
 
 
-def _check_layout(run: Run, world: int) -> None:
-    model, parallel, train = run.model, run.parallel, run.train
-    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    check_heads(model)
-    config.check_tensor_parallel(model, tp)
-    config.check_pipeline_parallel(model, pp)
-    _check_experts(run)
-    _check_biases(model)
-    if pp > 1:
-        flag = f"--pipeline-model-parallel-size {pp}"
-        raise UserError(f"{flag}: the DeepSpeed engine has no pipeline stages; use 1 and a higher TP or ZeRO stage")
-    if world % tp:
-        raise UserError(f"{world} processes do not split into groups of {tp} for TP {tp}; start a multiple of {tp}")
-    if parallel.sequence_parallel and run.data.seq_length % tp:
-        raise UserError(f"--seq-length {run.data.seq_length} does not split over {tp} ranks for --sequence-parallel")
-    once = train.micro_batch_size * (world // tp)
+MEGATRON_ONLY = {  # what the DeepSpeed engine lacks, and what to do
+    "pipeline_model_parallel_size": "has no pipeline stages (ZeRO-2 and 3 cannot have them); use 1 and a higher TP or ZeRO stage",
+    "context_parallel_size": "does not share sequences; use 1 and --sequence-parallel",
+    "expert_model_parallel_size": "does not share experts; use 1 and ZeRO-3",
+    "use_distributed_optimizer": "has ZeRO; use --zero-stage 1",
+    "overlap_grad_reduce": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
+    "overlap_param_gather": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
+}
+DEEPSPEED_ONLY = ("deepspeed_config", "zero_hpz_partition_size", "zero_offload", "zero_offload_nvme_path")
+
+
+def _check_engine(parallel: ParallelConfig) -> None:
+    """Flags that the engine of the run has no use for, or uses only together."""
+
+    def set_of(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+        plain = ParallelConfig()
+        for name in names:
+            if (value := getattr(parallel, name)) != getattr(plain, name):
+                yield name, f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
+
+    if not parallel.deepspeed:
+        for _, flag in set_of(DEEPSPEED_ONLY):
+            raise UserError(f"{flag}: only the DeepSpeed engine has it; add --deepspeed, or leave it out")
+        if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
+            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them")
+        return
+    for name, flag in set_of(MEGATRON_ONLY):
+        raise UserError(f"{flag}: the DeepSpeed engine {MEGATRON_ONLY[name]}, or drop --deepspeed for Megatron's engine")
+    stage, hpz, offload = parallel.zero_stage, parallel.zero_hpz_partition_size, parallel.zero_offload
+    if hpz > 1 and (stage != 3 or parallel.tensor_model_parallel_size > 1):
+        has = f"{stage} and TP {parallel.tensor_model_parallel_size}"
+        raise UserError(f"--zero-hpz-partition-size {hpz} needs --zero-stage 3 and TP 1, not {has}")
+    if offload != "none" and stage < (3 if offload == "nvme" else 1):
+        raise UserError(f"--zero-offload {offload} needs --zero-stage {'3' if offload == 'nvme' else '1, 2 or 3'}, not {stage}")
+    if (offload == "nvme") != (parallel.zero_offload_nvme_path is not None):
+        raise UserError("--zero-offload nvme and --zero-offload-nvme-path, a folder on a local disk, belong together; give both")
+
+
+def _check_world(run: Run, world: int) -> None:
+    """What `world` processes can share: the model, the sequence, the batch."""
+    parallel, train, length = run.parallel, run.train, run.data.seq_length
+    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    layout = " x ".join(f"{name} {size}" for name, size in (("TP", tp), ("PP", pp), ("CP", cp)) if size > 1)
+    if world % (one := parallel.model_size):
+        raise UserError(f"{world} processes do not split into groups of {one} for {layout}; start a multiple of {one}")
+    dp = world // one
+    if (dp * cp) % (ep := parallel.expert_model_parallel_size):
+        raise UserError(
+            f"--expert-model-parallel-size {ep}: the {dp * cp} ranks (DP {dp} x CP {cp}) that could share experts do not split "
+            f"into groups of {ep}; choose {_divisors(dp * cp)} or start more processes"
+        )
+    if dp % (hpz := parallel.zero_hpz_partition_size):
+        raise UserError(f"--zero-hpz-partition-size {hpz} does not divide {dp} data-parallel ranks; choose {_divisors(dp)}")
+    if cp > 1 and length % (2 * cp):
+        raise UserError(f"--seq-length {length} does not split into 2 x CP = {2 * cp} chunks for --context-parallel-size {cp}")
+    if parallel.sequence_parallel and length // cp % tp:
+        part = f"--seq-length {length}" + (f" / CP {cp} = {length // cp}" if cp > 1 else "")
+        raise UserError(f"{part} does not split over {tp} ranks for --sequence-parallel")
+    once = train.micro_batch_size * dp
     if train.global_batch_size % once:
         raise UserError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of --micro-batch-size {train.micro_batch_size}"
-            f" x {world // tp} data-parallel ranks = {once}"
+            f" x {dp} data-parallel ranks = {once}"
         )
+    _check_virtual_stages(parallel, train.global_batch_size // once, once)
+
+
+def _check_virtual_stages(parallel: ParallelConfig, micro_batches: int, once: int) -> None:
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if virtual > 1 and pp == 1:
+        flag = f"--num-virtual-stages-per-pipeline-rank {virtual}"
+        raise UserError(f"{flag} needs pipeline stages: set --pipeline-model-parallel-size, or leave it out")
+    if virtual > 1 and micro_batches % pp:
+        raise UserError(
+            f"{micro_batches} micro-batches per iteration are not a multiple of {pp} pipeline stages, as virtual stages need; "
+            f"choose a --global-batch-size that is a multiple of {once * pp}"
+        )
+
+
+def _check_recompute(run: Run) -> None:
+    train, parallel = run.train, run.parallel
+    method, number = train.recompute_method, train.recompute_num_layers
+    layers = run.model.num_layers // (parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank)
+    if train.recompute_granularity != "full":
+        if (method, number) != ("uniform", 1):
+            raise UserError("--recompute-method and --recompute-num-layers belong to --recompute-granularity full; add it")
+    elif method == "uniform" and layers % number:
+        raise UserError(
+            f"--recompute-num-layers {number} does not divide the {layers} layers of a (virtual) pipeline stage; "
+            f"choose {_divisors(layers)}"
+        )
+    elif method == "block" and number > layers:
+        raise UserError(
+            f"--recompute-num-layers {number} is more than the {layers} layers of a (virtual) pipeline stage; choose 1 to {layers}"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

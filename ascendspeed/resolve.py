@@ -50,6 +50,8 @@ class RecipeFlags:
     """Accepted where it is true: a model with another activation is refused."""
     untie_embeddings_and_output_weights: bool = False
     """Accepted where it is true: a model with tied embeddings is refused."""
+    num_layers_per_virtual_pipeline_stage: int | None = None
+    """Another way to say --num-virtual-stages-per-pipeline-rank: layers in each virtual stage."""
     DDP_impl: Literal["local", "torch"] = "local"
     """Accepted; the engine owns data parallelism."""
     no_contiguous_buffers_in_local_ddp: bool = False
@@ -108,12 +110,17 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     if why_full and train.recompute_granularity == "none":
         said.append(f"--{why_full[0].replace('_', '-')} means full activation recomputation")
         train = replace(train, recompute_granularity="full")
+    if recipe.num_layers_per_virtual_pipeline_stage is not None:
+        parallel = _virtual_stages(parallel, model.num_layers, recipe.num_layers_per_virtual_pipeline_stage, typed)
+    if "zero_stage" in typed and not parallel.deepspeed:
+        raise UserError(
+            f"--zero-stage {parallel.zero_stage}: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed-optimizer"
+        )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         said.append("--sequence-parallel does nothing at tensor-parallel size 1")
         parallel = replace(parallel, sequence_parallel=False)
     if train.global_batch_size is None:
-        replicas = world // max(1, parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
-        train = replace(train, global_batch_size=train.micro_batch_size * replicas)
+        train = replace(train, global_batch_size=max(1, train.micro_batch_size * (world // max(1, parallel.model_size))))
     if command.data.seq_length > model.max_position_embeddings:
         said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
     if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:
@@ -135,6 +142,18 @@ def _continued(train: config.TrainConfig, said: list[str]) -> config.TrainConfig
         said.append(f"--auto-resume: {train.save} holds no checkpoint yet, so this is the start of the run")
         return train
     return replace(train, load=train.save, finetune=False)
+
+
+def _virtual_stages(parallel: config.ParallelConfig, layers: int, each: int, typed: set[str]) -> config.ParallelConfig:
+    """Megatron's older way to ask for virtual stages: by the layers in each."""
+    pp, flag = parallel.pipeline_model_parallel_size, f"--num-layers-per-virtual-pipeline-stage {each}"
+    if "num_virtual_stages_per_pipeline_rank" in typed:
+        raise UserError(f"{flag} and --num-virtual-stages-per-pipeline-rank say the same; give one of them")
+    if pp < 1 or layers % pp or each < 1 or layers // pp % each:
+        per_rank = layers // max(1, pp)
+        choices = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
+        raise UserError(f"{flag} does not divide {layers} layers / {pp} pipeline ranks = {layers / max(1, pp):g}; choose {choices}")
+    return replace(parallel, num_virtual_stages_per_pipeline_rank=layers // pp // each)
 
 
 def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfig:

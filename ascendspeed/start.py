@@ -128,7 +128,7 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         return Start(found.tensors())
     _announce_changes(run, found.run, say)
-    moved = (found.world, found.run.parallel.tensor_model_parallel_size) != (grid.world, grid.tp)
+    moved = (found.world, found.run.parallel.places) != (grid.world, run.parallel.places)
     if moved and (run.train.attention_dropout or run.train.hidden_dropout):
         say("note: in another layout than that of the checkpoint, the dropout masks start anew from --seed")
     say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")

@@ -87,7 +87,13 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
-        ("--data-path x", 1, "the DeepSpeed engine is the only one so far; add --deepspeed"),
+        ("--data-path x --zero-stage 1", 1, "--zero-stage 1: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed"),
+        (
+            "--data-path x --pp 2 --num-layers-per-virtual-pipeline-stage 3",
+            2,
+            "does not divide 32 layers / 2 .* = 16; choose 1, 2, 4",
+        ),
+        ("--data-path x --pp 2 --vpp 2 --num-layers-per-virtual-pipeline-stage 8", 2, "say the same; give one of them"),
         ("--deepspeed", 1, "--data-path is missing"),
         ("--deepspeed --data-path x --zero-stag 1", 1, r"unknown flag --zero-stag; did you mean --zero-stage\?"),
         ("--deepspeed --data-path x --model internlm-7c", 1, "unknown model 'internlm-7c'; did you mean internlm-7b"),
@@ -159,6 +165,13 @@ def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
     newest.write_text(newest.read_text().replace('"num_layers": 5', '"num_layers": 9'))
     (tmp_path / "step_0000006" / "run.json").write_text("{")
     assert resolve([*GOOD, "--load", str(tmp_path)], 1)[0].model.num_layers == 4
+
+
+def test_virtual_stages_by_the_layers_in_each():
+    words = ["--data-path", "data", "--pp", "2", "--global-batch-size", "8", "--num-layers-per-virtual-pipeline-stage", "4"]
+    assert resolve(words, 2)[0].parallel.num_virtual_stages_per_pipeline_rank == 4  # of InternLM-7B's 32 layers
+    assert resolve(words, 2)[0].train.global_batch_size == 8
+    assert resolve(["--data-path", "data", "--tp", "2", "--cp", "2"], 8)[0].train.global_batch_size == 2
 
 
 def test_sequence_parallel_at_size_one_is_switched_off_aloud():

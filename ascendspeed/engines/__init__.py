@@ -1,13 +1,19 @@
 """The engines: one protocol, same loss. `deepspeed` has ZeRO 0-3, `megatron` pipelines, context and expert parallel."""
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from ascendspeed.checkpoint import Checkpoint, Fragment
+from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
+from ascendspeed.device import Device
+from ascendspeed.kernels import Kernels
+from ascendspeed.parallel import Grid
 
 Tensors = Iterable[tuple[str, Tensor]]
 """Weights by our names, full."""
@@ -54,3 +60,24 @@ class Engine(Protocol):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Takes weights, moments, scalars and (in the same layout) the generators from a checkpoint of any layout and engine."""
+
+
+def builder(
+    run: Run, grid: Grid, device: Device, kernels: Kernels, say: Callable[[str], None]
+) -> Callable[[Tensors | None], Engine]:
+    """The engine of a run, still to be given its weights (None: `restore` follows); says what it is.
+
+    Raises `UserError` when --deepspeed_config contradicts the flags.
+    """
+    if not run.parallel.deepspeed:
+        from ascendspeed.engines.megatron import MegatronEngine
+
+        say(f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer")
+        return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
+    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+
+    config = ds_config(run, grid.world)
+    say(f"DeepSpeed config: {json.dumps(config)}")
+    if grid.rank == 0:
+        Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return lambda tensors: DeepSpeedEngine(run, grid, device, config, kernels, tensors)

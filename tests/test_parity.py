@@ -320,6 +320,7 @@ def test_pass_and_what_is_left(tool, tmp_path):
     assert "&lt;b&gt;corpus" in page  # what a log says is text, never markup
     assert "<b>" not in page
     assert "Median of e." in page
+    assert "e = |candidate - reference| / max(|reference|, 1e-6)" in page
     assert image.startswith(b"\x89PNG")
 
 
@@ -414,8 +415,8 @@ def began(tmp_path):
     model = replace(families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64)
     known = {p.name: p for p in parameters(model)}
 
-    def weights(name: str, seed: int = 1, kind=None, dtype=torch.float32) -> str:
-        make = from_maker(lambda n: random_tensor(model, known[n], seed).to(dtype).float())
+    def weights(name: str, seed: int = 1, kind=None, values=torch.float32, dtype=torch.float32) -> str:
+        make = from_maker(lambda n: random_tensor(model, known[n], seed).to(values).float())
         made = Source("random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None)
         convert.convert(made, str(tmp_path / name), kind or convert.HuggingFace(), dtype)
         if not (tmp_path / name / "config.json").exists():  # rank files do not bring one
@@ -441,10 +442,10 @@ def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
 
     from ascendspeed import convert
 
-    first = origin.of_log(began(began.weights("hf", dtype=torch.bfloat16)))
+    first = origin.of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
     began.weights("tp2", kind=convert.RankFiles(tp=2, pp=2))
     assert first["seed"] == "1234"
-    assert first == origin.of_log(began(str(tmp_path / "hf")))
+    assert origin.of_log(began(began.weights("same", values=torch.bfloat16))) == first  # the same values as fp32
     fp32 = origin.of_log(began(began.weights("wide")))
     assert fp32["weights"] != first["weights"]  # not rounded to bf16: other values
     assert origin.of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]  # rank files of the same values

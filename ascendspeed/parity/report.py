@@ -11,7 +11,7 @@ from ascendspeed.parity import picture
 from ascendspeed.parity.aligning import WORDS
 from ascendspeed.parity.comparing import Comparison
 from ascendspeed.parity.curve import Curve
-from ascendspeed.parity.figures import definitions, percent
+from ascendspeed.parity.figures import Figures, definitions, percent
 from ascendspeed.parity.writing import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -95,6 +95,7 @@ def page(found: Comparison, image: bytes) -> str:
         logs=[(name, _says(curve)) for name, curve in _named(found)],
         axis=WORDS[found.pair.axis],
         places=found.pair.places,
+        meaning=Figures.__doc__,
         rows=rows,
         noise=bool(noise),
         origin=found.origin,

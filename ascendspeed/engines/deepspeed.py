@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
-from ascendspeed.config import Run
+from ascendspeed.config import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import StepResult, Tensors
@@ -42,7 +42,7 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
         "gradient_clipping": optim.clip_grad,
-        "zero_optimization": {"stage": parallel.zero_stage},
+        "zero_optimization": {"stage": parallel.zero_stage, **_partition(parallel)},
         "bf16": {"enabled": optim.bf16, "check_grad_overflow": True} if optim.bf16 else {"enabled": False},
         "fp16": {"enabled": optim.fp16, "initial_scale_power": int(math.log2(optim.initial_loss_scale))}
         if optim.fp16
@@ -69,6 +69,17 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
     given = _read_json(parallel.deepspeed_config) if parallel.deepspeed_config else {}
     _refuse_contradictions(derived, given, parallel.deepspeed_config)
     return _merge(_merge(defaults, given), derived)
+
+
+def _partition(parallel: ParallelConfig) -> dict[str, Any]:
+    """What ZeRO does beyond its stage: a second partition within each node, states that live off the device."""
+    more: dict[str, Any] = {}
+    if parallel.zero_hpz_partition_size > 1:
+        more["zero_hpz_partition_size"] = parallel.zero_hpz_partition_size
+    if parallel.zero_offload != "none":
+        path = {"nvme_path": parallel.zero_offload_nvme_path} if parallel.zero_offload == "nvme" else {}
+        more["offload_optimizer"] = {"device": parallel.zero_offload, **path}
+    return more
 
 
 def _read_json(path: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The training loop with a stand-in engine: what it asks for, says, keeps and refuses."""
 
+import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,20 +24,22 @@ RUN = Run(
 class Recorder:
     """An engine that only counts: the loss of step i is losses[i], and a skipped step is no update."""
 
-    def __init__(self, losses=None, skipped=(), scale=1.0):
+    def __init__(self, losses=None, skipped=(), scale=1.0, loss=float("nan"), bad=(), at=None):
         self.losses, self.skipped, self.scale = losses, set(skipped), scale
+        self.loss_skipped, self.bad, self.at = loss, bad, at or {}
         self.updates, self.calls, self.lrs = 0, [], []
 
     def step(self, batches, lr):
         from ascendspeed.engines import StepResult
 
         number = len(self.calls)
+        self.at.get(number, lambda: None)()
         self.calls.append(batches)
         self.lrs.append(lr)
         skipped = number in self.skipped
         self.updates += not skipped
-        loss = float("nan") if skipped else self.losses[number] if self.losses else 1.0
-        return StepResult(loss=loss, tokens=10 * (number + 1), grad_norm=0.5, skipped=skipped, loss_scale=self.scale)
+        loss = self.loss_skipped if skipped else self.losses[number] if self.losses else 1.0
+        return StepResult(loss=loss, tokens=10 * (number + 1), grad_norm=0.5, skipped=skipped, loss_scale=self.scale, bad=self.bad)
 
     def loss(self, batches):
         found = list(batches)
@@ -57,18 +61,18 @@ class Recorder:
 
 @pytest.fixture
 def loop(cpu, tmp_path):
-    """Runs the loop; returns the state, the engine and the log's lines."""
+    """Runs the loop; returns the state, the engine and the log's lines; `loop.watch` is what watched."""
     from ascendspeed import parallel, train
     from ascendspeed.checkpoint import TrainState
+    from ascendspeed.watch import Watch
 
     grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run, engine=None, start=None):
         engine = engine or Recorder()
-        with Logger(0, tmp_path / "logs") as log:
-            state = train.train(
-                run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, start or TrainState(0, 0, 0)
-            )
+        begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None)
+        with Logger(0, tmp_path / "logs") as log, Watch(run, grid, log.say) as go.watch:
+            state = train.train(run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch)
         return state, engine, list(read(tmp_path / "logs" / "train.log"))
 
     return go
@@ -125,7 +129,7 @@ def test_a_skipped_step_is_logged_and_does_not_move_the_schedule(loop):
 def test_too_many_skipped_steps_in_a_row_stop_the_run(loop, tmp_path):
     run = changed(max_skipped_steps=3, save=str(tmp_path / "ckpt"), save_interval=2)
     with pytest.raises(
-        UserError, match=r"3 iterations in a row were skipped \(last: 6\); the last checkpoint is that of iteration 4"
+        UserError, match=r"3 iterations in a row were skipped \(last: 6\); the last good checkpoint is .*step_0000004; lower --lr"
     ):
         loop(run, Recorder(skipped=[1, 3, 4, 5]))
 
@@ -159,3 +163,99 @@ def test_a_resumed_run_goes_on_where_it_was(loop):
     _, engine, lines = loop(RUN, start=TrainState(7, 28, 224))
     assert engine.calls[0] == [("train", 28)]
     assert [line.iteration for line in lines if isinstance(line, TrainLine)] == [8, 9, 10]
+
+
+# -- stopping -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_waits_for_the_end_of_the_iteration_then_saves(loop, tmp_path, number, capsys):
+    run = changed(save=str(tmp_path / "ckpt"), save_interval=4, eval_interval=3)
+    before = signal.getsignal(number)
+    state, _, lines = loop(run, Recorder(at={2: lambda: signal.raise_signal(number)}))
+    assert state.step == 3
+    assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000003"]
+    assert not any(isinstance(line, EvalLine) for line in lines)  # who sent it may be in a hurry
+    assert loop.watch.exit_code == 75
+    assert f"{signal.Signals(number).name} to rank 0: stopped after iteration 3" in capsys.readouterr().out
+    assert signal.getsignal(number) == before
+
+
+def test_a_second_ctrl_c_ends_at_once(loop):
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        loop(RUN, Recorder(at={2: twice}))
+
+
+def test_a_stop_on_the_iteration_of_a_checkpoint_saves_it_once(loop, tmp_path, capsys):
+    run = changed(save=str(tmp_path / "ckpt"), save_interval=3)
+    loop(run, Recorder(at={2: lambda: signal.raise_signal(signal.SIGTERM)}))
+    assert capsys.readouterr().out.count(" saved ") == 1
+
+
+def test_the_clock(loop, tmp_path):
+    run = changed(save=str(tmp_path / "ckpt"), exit_duration_in_mins=60.0)
+    assert loop(run)[0].step == 10  # control: an hour is enough
+    state, _, _ = loop(changed(exit_duration_in_mins=1e-9))
+    assert (state.step, loop.watch.exit_code) == (1, 0)
+
+
+def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RECIPE", "bash recipe.sh --lr 1")
+    loop(changed(save=str(tmp_path / "a"), exit_interval=3))
+    assert "to continue: bash recipe.sh --lr 1 --auto-resume\n" in capsys.readouterr().out
+    loop(changed(save=str(tmp_path / "b")))
+    loop(changed(exit_interval=3))  # nothing was saved
+    assert "to continue" not in capsys.readouterr().out
+    with pytest.raises(UserError):
+        loop(changed(save=str(tmp_path / "c"), save_interval=1, max_skipped_steps=1), Recorder(skipped=[4]))
+    assert "to continue" in capsys.readouterr().out
+
+
+# -- health -------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):
+    run = replace(RUN, train=replace(RUN.train, micro_batch_size=2, train_iters=3))
+    loop(run, Recorder(skipped=[1], bad=(1,)))
+    assert "iteration 2 skipped, nothing was updated: loss NAN; rank 0: samples 6-7; loss scale 1" in capsys.readouterr().out
+    loop(run, Recorder(skipped=[1], loss=2.0))
+    said = capsys.readouterr().out
+    assert "a gradient is not finite, every loss is (2.000000E+00); all ranks: samples 4-7" in said
+
+
+def test_an_engine_that_updates_on_such_a_loss_is_a_mistake(loop):
+    with pytest.raises(RuntimeError, match="iteration 3 was not skipped, though its loss is nan"):
+        loop(RUN, Recorder(losses=[1.0, 1.0, float("nan"), 1.0]))
+
+
+def warned(loop, capsys, losses) -> list[str]:
+    loop(changed(train_iters=len(losses), log_interval=1000), Recorder(losses=losses))
+    return [line for line in capsys.readouterr().out.splitlines() if "spike" in line]
+
+
+def test_a_spike_is_warned_of_once(loop, capsys):
+    """By hand: the median of ten 2.0, ten 2.1 and ten 1.9 is 2.0, their median absolute deviation 0.1, so sigma is 0.14826."""
+    calm = [2.0, 2.1, 1.9] * 10
+    said = warned(loop, capsys, [*calm, 3.3, 3.4, 2.0, 2.1])
+    assert len(said) == 1
+    assert "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last 30" in said[0]
+    assert said[0].endswith("samples 120-123")
+    assert len(warned(loop, capsys, [*calm, 3.3, 2.0, 3.3])) == 2
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [2.0, 2.1, 1.9] * 10 + [3.1],  # 7.4 deviations
+        [2.0, 2.1, 1.9] * 10 + [0.1],  # down is good
+        [9.0 - 0.1 * i for i in range(60)],  # a curve that falls
+        [2.0] * 40 + [2.1] * 40,  # flat, and a ripple of 5 %
+        [2.0, 2.1, 1.9] * 4 + [9.0],  # too early to tell
+    ],
+)
+def test_what_is_no_spike(loop, capsys, losses):
+    assert warned(loop, capsys, losses) == []

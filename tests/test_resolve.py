@@ -167,6 +167,22 @@ def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
     assert resolve([*GOOD, "--load", str(tmp_path)], 1)[0].model.num_layers == 4
 
 
+def test_auto_resume_goes_on_in_save_whatever_load_says(tmp_path, weights):
+    """With a checkpoint in --save it is loaded, as it is; without one the run begins as --load and --finetune say."""
+    words = [*GOOD, "--load", str(weights), "--finetune", "--save", str(tmp_path / "ckpt"), "--auto-resume"]
+    run, said = resolve(words, 1)
+    assert (run.train.load, run.train.finetune) == (str(weights), True)
+    assert f"--auto-resume: {tmp_path}/ckpt holds no checkpoint yet, so this is the start of the run" in said
+    (tmp_path / "ckpt" / ".step_0000001.tmp").mkdir(parents=True)  # the very first save was killed
+    assert resolve(words, 1)[0].train.load == str(weights)
+    (tmp_path / "ckpt" / "step_0000001").mkdir()
+    run, said = resolve(words, 1)
+    assert (run.train.load, run.train.finetune) == (str(tmp_path / "ckpt"), False)
+    with pytest.raises(UserError, match="--auto-resume continues the run in --save; give --save"):
+        resolve([*GOOD, "--auto-resume"], 1)
+    assert resolve([*GOOD, "--auto-resume", "--save-interval", "5"], 1)[0].train.save == "./ckpt"
+
+
 def test_virtual_stages_by_the_layers_in_each():
     words = ["--data-path", "data", "--pp", "2", "--global-batch-size", "8", "--num-layers-per-virtual-pipeline-stage", "4"]
     assert resolve(words, 2)[0].parallel.num_virtual_stages_per_pipeline_rank == 4  # of InternLM-7B's 32 layers

@@ -24,6 +24,7 @@ from ascendspeed import checkpoint, errors
 
 ITERS, WORLD = 12, 2
 KILLED = -signal.SIGKILL
+SLOW = pytest.mark.slow
 SERVER = multiprocessing.get_context("forkserver")
 
 
@@ -118,7 +119,7 @@ def finish(job: Job, whole: dict[int, str]) -> None:
     assert job.good() == ITERS
 
 
-@pytest.mark.parametrize("lost", ["master", "exp_avg", "exp_avg_sq", "rng"])
+@pytest.mark.parametrize("lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))])
 def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     """What the comparison is worth: a resumed run that lost one thing has another curve."""
     job = Job(tmp_path / "job")
@@ -209,8 +210,15 @@ def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
 # -- a disk that is full ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
-@pytest.mark.parametrize("what", ["no space", "small files"])
+@pytest.mark.parametrize(
+    ("what", "behind"),
+    [
+        ("no space", False),
+        ("small files", True),
+        pytest.param("no space", True, marks=SLOW),
+        pytest.param("small files", False, marks=SLOW),
+    ],
+)
 def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
     more = {"operation": 0} if what == "no space" else {}
     job = Job(tmp_path / "job", ("--async-save",) if behind else (), faults=[{"what": what, "rank": 1, "step": 6, **more}])

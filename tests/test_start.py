@@ -1,5 +1,6 @@
 """Where a run begins: what `--load` and `--save` mean together, and what data and tokenizer must fit."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -124,6 +125,32 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
     (tmp_path / "stray" / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="holds no checkpoint"):
         start(changed(load=str(tmp_path / "stray"), save=str(tmp_path / "stray")))
+
+
+def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkeypatch):
+    """internlm-tiny by hand: 4 layers of 201,472 parameters, 2 x 2048 x 128 and a norm; 12 bytes each, beside 64 MiB left free."""
+    room = (4 * 201_472 + 2 * 2048 * 128 + 128) * 12 + (64 << 20)
+    asked = []
+
+    def disk(free):
+        monkeypatch.setattr(
+            shutil, "disk_usage", lambda path: (asked.append(str(path)), shutil._ntuple_diskusage(2**40, 0, free))[1]
+        )
+
+    run = changed(save=str(tmp_path / "not" / "yet"))
+    disk(room - 1)
+    words = rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet; free some space or choose another --save"
+    with pytest.raises(UserError, match=words):
+        start(run)
+    assert set(asked) == {str(tmp_path)}  # the nearest folder that is there
+    disk(room)
+    assert "not enough" not in start(run)[1]  # one checkpoint, at the end
+    _, said = start(changed(save=str(tmp_path), save_interval=5))
+    assert "which is not enough for the 2 that will lie there at a time; see --keep and --save-interval" in said
+    _, said = start(changed(save=str(tmp_path), save_interval=1, keep=1))
+    assert "the 2 that will lie there" in said  # the new one, and the old one until then
+    disk(0)
+    start(RUN)  # nothing is saved
 
 
 def test_another_model_in_the_checkpoint_is_an_error(start, saved):

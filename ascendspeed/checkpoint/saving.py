@@ -117,6 +117,7 @@ class _Team:
         except Exception as error:  # whatever it is, the others must not wait for this rank
             mine, report = error, {"error": _reason(error)}
         try:
+            self.temporary.mkdir(parents=True, exist_ok=True)  # where that was what failed, the reason is still told
             self.report(about, self.rank).write_text(json.dumps(report))
         except OSError as error:
             mine = mine or error

@@ -82,6 +82,8 @@ def main() -> None:
                 curves[name].append(step(engine, run, grid, data[i]))
                 hook.remove()
             curves[name].append(step(engine, run, grid, data[i]))
+        if not run.parallel.deepspeed and case.get("break") is None:
+            check_replicas(engine, grid)
         if case.get("save"):
             save(case["save"], last, engine, run, grid)
         del engine
@@ -89,6 +91,28 @@ def main() -> None:
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     parallel.destroy()
+
+
+def check_replicas(engine, grid):
+    """Ranks that hold the same part of a parameter hold the same bits, tied copies too, dropout or not."""
+    from hashlib import sha256
+
+    import torch
+
+    from ascendspeed.model import gpt
+
+    mine = {}
+    for module in engine.modules:
+        for name, parameter in gpt.named_parameters(module).items():
+            name = gpt.EMBEDDING if name == gpt.OUTPUT and module.share_embeddings_and_output_weights else name
+            part = grid.tp_rank if engine.cuts[name].dim is not None else 0
+            digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+            assert mine.setdefault((name, part), digest) == digest, name
+    seen = {}
+    for theirs in grid.gather(mine):
+        for key, digest in theirs.items():
+            assert seen.setdefault(key, digest) == digest, f"{key} differs between ranks"
+    assert {name for name, _ in seen} == set(engine.cuts)
 
 
 def deepspeed_engine(mistake):
@@ -119,11 +143,15 @@ def megatron_engine(mistake):
                         parameter.sequence_parallel = False
             if mistake == "chunks in a row":
                 self.share = InARow(*self.share)
-            if mistake == "shared step":
+            if mistake == "shared step":  # what megatron-core's own loading leaves
                 for part in self.optimizer.chained_optimizers:
                     states = list(part.optimizer.state.values())
                     for state in states:
                         state["step"] = states[0]["step"]
+            if mistake == "other masks in the second pass":
+                from megatron.core.tensor_parallel import random
+
+                random._set_all_rng_states = lambda *states: None  # to the end of the process: the last case
             if mistake == "weight decay on all":
                 for group in self.optimizer.param_groups:
                     group["weight_decay"] = self.run.optim.weight_decay

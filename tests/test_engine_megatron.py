@@ -1,5 +1,6 @@
-"""The Megatron engine against a plain torch loop over Hugging Face's model, on every layout; its checkpoints, from one to another."""
+"""The Megatron engine against a plain torch loop over Hugging Face's model on every layout, and its checkpoints between them."""
 
+import hashlib
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import config, schedule, weights
+from ascendspeed import checkpoint, config, schedule, weights
+from ascendspeed.checkpoint import KINDS
 from ascendspeed.config import ModelConfig, ParallelConfig
 
 MODEL = replace(RUN.model, num_layers=4)
@@ -174,20 +176,131 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "layout",
-    [
-        "cp2",
-        "tp2 sp",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("tp2", "pp2", "pp2 vpp2", "dp2, shards")),
-    ],
-)
-def test_recomputation_changes_not_a_bit(layout, tmp_path):
-    """With dropout in the attention and on the residual: the second pass draws the masks of the first."""
-    methods = {name: train for name, train in RECOMPUTE.items() if not ("vpp2" in layout and "2" in name)}
-    cases = {name: case(LAYOUTS[2][layout], train=train) for name, train in methods.items()}
-    cases["control: other masks"] = case(LAYOUTS[2][layout], train={"seed": 5})
-    curves = run_cases(2, cases, tmp_path, 3, attention_dropout=0.2, hidden_dropout=0.2)
-    for name in methods:
-        assert curves[name] == curves["none"], name
-    assert curves["control: other masks"] != curves["none"]
+def recomputed(layouts: list[str], folder: Path) -> None:
+    """Every method on every layout, with dropout in the attention and on the residual, to the last bit."""
+    cases = {}
+    for layout in layouts:
+        for method, train in RECOMPUTE.items():
+            if not ("vpp2" in layout and "2" in method):  # stages of one layer
+                cases[f"{layout}: {method}"] = case(LAYOUTS[2][layout], train=train)
+    cases["control"] = case(CP, train=RECOMPUTE["full"], **{"break": "other masks in the second pass"})
+    curves = run_cases(2, cases, folder, 2, attention_dropout=0.2, hidden_dropout=0.2)
+    control = curves.pop("control")
+    for name, curve in curves.items():
+        assert curve == curves[f"{name.partition(':')[0]}: none"], name
+    assert len({str(curves[f"{layout}: none"]) for layout in layouts}) == len(layouts)
+    assert control != curves["cp2: none"]
+
+
+def test_recomputation_changes_not_a_bit(tmp_path):
+    """The second pass draws the masks of the first."""
+    recomputed(["cp2", "tp2 sp"], tmp_path)
+
+
+@pytest.mark.slow
+def test_recomputation_changes_not_a_bit_on_any_layout(tmp_path):
+    recomputed(["cp2", "tp2", "pp2", "pp2 vpp2", "dp2, shards"], tmp_path)
+
+
+def test_bf16_stays_in_a_band_around_fp32(expected, tmp_path):
+    """20 steps: bf16 rounding is there, and no more than it; masters and sums of gradients are fp32."""
+    cases = {name: case(LAYOUTS[2][name], optim={"bf16": True}) for name in ("dp2", "dp2, shards", "tp2 sp", "pp2 vpp2", "cp2")}
+    for name, curve in run_cases(2, cases, tmp_path).items():
+        loss, norm = worst(curve, expected)
+        assert 1e-6 < loss < 3e-3, (name, loss)
+        assert norm < 5e-2, (name, norm)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    """NaN gradients on one rank: skipped on all, and what follows is bit for bit as if the step had not been."""
+    modes = {f"{name} {kind}": (LAYOUTS[2][name], {kind: True} if kind != "fp32" else {})
+             for name in ("dp2", "dp2, shards", "tp2 sp", "pp2") for kind in ("fp32", "bf16")}  # fmt: skip
+    cases = {f"{name}: clean": case(parallel, optim=optim) for name, (parallel, optim) in modes.items()}
+    cases |= {f"{name}: poisoned": case(parallel, optim=optim, poison=1) for name, (parallel, optim) in modes.items()}
+    curves = run_cases(2, cases, tmp_path, 3)
+    for name in modes:
+        poisoned = curves[f"{name}: poisoned"]
+        assert poisoned.pop(1) == [None, None], name
+        assert poisoned == curves[f"{name}: clean"], name
+
+
+def resumed(world: int, layouts: dict[str, dict[str, Any]], kinds: list[str], folder: Path) -> None:
+    """4 steps at once = 2 steps, a checkpoint, and 2 more in new objects: every loss and norm to the last bit, dropout included."""
+    cases, names = {}, [(layout, kind) for layout in layouts for kind in kinds]
+    for layout, kind in names:
+        optim, at = {"bf16": kind == "bf16"}, str(folder / f"{layout} {kind}")
+        cases[f"{layout} {kind}: whole"] = case(layouts[layout], optim=optim)
+        cases[f"{layout} {kind}: first"] = case(layouts[layout], optim=optim, last=2, save=at)
+        cases[f"{layout} {kind}: then"] = case(layouts[layout], optim=optim, first=2, load=at)
+    curves = run_cases(world, cases, folder / "run", 4, attention_dropout=0.1, hidden_dropout=0.1)
+    for name in (f"{layout} {kind}" for layout, kind in names):
+        assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
+        assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
+
+
+def test_the_same_layout_resumes_bit_identically(tmp_path):
+    resumed(2, {name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, ["fp32", "bf16"], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_same_layout_resumes_bit_identically(world, tmp_path):
+    resumed(world, LAYOUTS[world], ["fp32", "bf16"], tmp_path)
+
+
+def digests(folder: str) -> dict[str, str]:
+    """SHA-256 of every full tensor in a checkpoint."""
+    opened = checkpoint.open_checkpoint(folder, say=lambda text: None)
+    found = {}
+    for kind in KINDS:
+        for name, tensor in opened.tensors(kind):
+            found[f"{kind} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert len(found) == 3 * len(list(weights.parameters(opened.config)))
+    return found
+
+
+ENGINES: dict[str, dict[str, Any]] = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in (1, 3)}
+
+
+def moved(
+    world: int, pairs: list[tuple[str, str]], layouts: dict[str, dict], expected: Curve, folder: Path, kind: str = "fp32"
+) -> None:
+    """A run is saved on one layout and goes on on another: the state is the same to the last bit, the curve that of the oracle."""
+    optim, cases = {"bf16": kind == "bf16"}, {}
+    for name in dict.fromkeys(first for first, _ in pairs):
+        cases[name] = case(layouts[name], optim=optim, last=3, save=str(folder / name))
+    for first, then in pairs:
+        again = {"load": str(folder / first), "resave": str(folder / f"{first} then {then}")}
+        cases[f"{first} then {then}"] = case(layouts[then], optim=optim, first=3, **again)
+    first, then = pairs[0]
+    for mistake in ("moments", "shared step", "masters not published"):
+        more = {"load": str(folder / first), "break": mistake}
+        cases[f"control: {mistake}"] = case(layouts[then], optim=optim, first=3, **more)
+    curves = run_cases(world, cases, folder / "run", 6)
+    for first, then in pairs:
+        assert digests(str(folder / f"{first} then {then}")) == digests(str(folder / first)), (first, then)
+    for name, curve in curves.items():
+        loss, norm = worst(curve, expected[3:6] if len(curve) == 3 and ("then" in name or "control" in name) else expected[:3])
+        print(f"{name}: {loss:.1e} {norm:.1e}")
+        limit = 1e-5 if kind == "fp32" else 3e-3
+        assert (loss > limit) if "control" in name else (loss < limit), (name, loss)
+
+
+def test_another_layout_or_engine_goes_on(expected, tmp_path):
+    pairs = [("pp2 vpp2", "dp2, shards"), ("dp2, shards", "cp2"), ("zero 3", "pp2"), ("pp2 vpp2", "zero 3"), ("zero 3", "tp2 sp")]
+    moved(2, pairs, LAYOUTS[2] | ENGINES, expected, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_layout_goes_on_as_every_other(expected, tmp_path):
+    """Each hands over to the next, in a circle, and back."""
+    layouts = LAYOUTS[4] | {f"tp2 {n}": TP | p for n, p in ENGINES.items()} | {"zero 3": ENGINES["zero 3"]}
+    names = list(layouts)
+    pairs = [pair for a, b in zip(names, names[1:] + names[:1], strict=True) for pair in ((a, b), (b, a))]
+    moved(4, pairs, layouts, expected, tmp_path)
+
+
+@pytest.mark.slow
+def test_another_layout_goes_on_in_bf16(expected, tmp_path):
+    pairs = [("dp2, shards", "pp2"), ("pp2", "zero 1"), ("zero 3", "tp2 sp"), ("cp2", "dp2, shards")]
+    moved(2, pairs, LAYOUTS[2] | ENGINES, expected, tmp_path, "bf16")

@@ -69,8 +69,9 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     `backend` "nccl" or "hccl" in a recipe means the device's own; "gloo" is taken at its word. Raises `UserError` when the device
     that was asked for is not there.
     """
-    for optional in ("Transformer Engine", "Apex", "full scope is deprecated"):  # said by Megatron-core at every import
-        warnings.filterwarnings("ignore", message=f".*{optional}", category=UserWarning)
+    said = ("Transformer Engine", "Apex", "full scope is deprecated", "not a leaf Tensor is being accessed")
+    for text in (*said, r"torch\.distributed\.\w+. is deprecated"):  # by Megatron-core, at import and in every run
+        warnings.filterwarnings("ignore", message=f".*{text}")
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":

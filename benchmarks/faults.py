@@ -1,0 +1,289 @@
+"""Kills training again and again, by a seeded schedule, and looks whether the curve is that of a run that nobody touched.
+
+    python benchmarks/faults.py --kills 10 --out benchmarks/results/faults.md
+
+Every start is the real launcher (DeepSpeed's or torchrun, as the dice say) with two ranks of the real engine. A rank gets SIGKILL
+from outside: half of the kills are aimed at the time in which a checkpoint is being saved, the others at any moment from the start
+of the program on. What counts as inside is seen afterwards: a step's folder was left under its temporary name. The run is started
+again with --auto-resume until it ends; then loss and gradient norm of every iteration, of all starts, must be those of the run that
+was left alone, in hexadecimal. The records are added to OUT with the ending .jsonl, and the table is made of all that lie there.
+"""
+
+import datetime
+import json
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ascendspeed import errors, flags
+from ascendspeed.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+ITERS, EVERY = 40, 2
+"""Iterations of a run, and between its checkpoints."""
+AHEAD = 10
+"""A kill comes at most so many iterations after the first one of its start."""
+WINDOW = 0.06
+"""Seconds: about as long as a save takes here."""
+TRAINING = f"""--deepspeed --zero-stage 2 --model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
+    --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1 --auto-resume --device cpu""".split()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    kills: int = 10
+    """Kills to add; the run that is under way when they are done is still brought to its end."""
+    seed: int = 0
+    """Of the schedule; records of another seed are added to the same file."""
+    work: str = ".faults"
+    """Folder for data and runs; data that are there are used again."""
+    out: str | None = None
+    """Markdown file for the table, and beside it the records; None: the table is printed."""
+    timeout_minutes: float = 0.2
+    """The runs' --distributed-timeout-minutes."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One kill and what came of it."""
+
+    seed: int
+    launcher: str
+    rank: int
+    aimed_at_save: bool
+    behind: bool
+    """With --async-save."""
+    inside: bool
+    """A save was under way."""
+    iteration: int
+    """Iterations that the run had done before."""
+    named: bool
+    """The other rank named the one that was lost."""
+    code: int
+    """The launcher's exit code."""
+    seconds: float
+    """From the kill to the end of the launcher."""
+    same: bool | None = None
+    """The whole curve of its run, at the end, was that of the untouched one, in hexadecimal."""
+
+
+@dataclass
+class Place:
+    """The folder of one run."""
+
+    folder: Path
+    data: Path
+    options: Options
+    behind: bool = False
+
+    def start(self, launcher: str) -> subprocess.Popen:
+        """The launcher, with what it says in folder/said."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        start = {
+            "deepspeed": ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", "2", "--master_port", port],
+            "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--"],
+        }[launcher]
+        words = [*TRAINING, "--data-path", str(self.data / "alpaca_text_document"), "--save", str(self.folder / "ckpt")]
+        words += ["--log-dir", str(self.folder / "log"), "--distributed-timeout-minutes", str(self.options.timeout_minutes)]
+        words += ["--async-save"] if self.behind else []
+        quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "FAULT_DIR": str(self.folder)}
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        env = os.environ | quiet | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": path}
+        with open(self.folder / "said", "a") as said:
+            command = [sys.executable, *start, str(ROOT / "tests/fault_worker.py"), *words]
+            return subprocess.Popen(
+                command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder
+            )
+
+    def end(self, launcher: subprocess.Popen) -> None:
+        """Waits for a start that nothing happens to."""
+        if code := launcher.wait():
+            raise RuntimeError(f"untouched, it ended with code {code}: {(self.folder / 'said').read_text()[-3000:]}")
+
+    def curve(self) -> list[str]:
+        """Lines of the iterations done, in all starts."""
+        path = self.folder / "curve"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def saving(self) -> bool:
+        """A checkpoint is being saved, or was when all were killed."""
+        return bool(list((self.folder / "ckpt").glob(".step_*.tmp")))
+
+    def ranks(self) -> dict[int, int]:
+        """Rank -> process, of those that are there."""
+        found, mine = {}, f"FAULT_DIR={self.folder}".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:  # not ours, or gone
+                continue
+            rank = next((word[5:] for word in words if word.startswith(b"RANK=")), None)
+            if rank is not None and mine in words:
+                found[int(rank)] = int(entry.name)
+        return found
+
+
+def until(happened: Callable[[], bool], launcher: subprocess.Popen, pause: float = 0.002) -> bool:
+    """Waits; False when the launcher ended first."""
+    while not happened():
+        if launcher.poll() is not None:
+            return False
+        time.sleep(pause)
+    return True
+
+
+def kill(place: Place, dice: random.Random) -> Kill | None:
+    """One start with one kill; None when the run was over before."""
+    plan = {"seed": place.options.seed, "launcher": dice.choice(["deepspeed", "torchrun"]), "rank": dice.randrange(2)}
+    at_save, early, ahead, within = dice.random() < 0.5, dice.random() < 0.2, dice.randrange(AHEAD), dice.random()
+    place.behind = dice.random() < 0.5
+    already = len(place.curve())
+    launcher = place.start(plan["launcher"])
+    alive = until(lambda: len(place.ranks()) == 2, launcher, 0.05)
+    if alive and early and not at_save:
+        time.sleep(within * 8)  # while it imports, builds, verifies and loads
+    elif alive:
+        alive = until(lambda: len(place.curve()) >= already + 1 + ahead, launcher)
+        if alive and at_save:
+            alive = until(place.saving, launcher, 0.0005)
+        time.sleep(within * WINDOW)
+    victim = place.ranks().get(plan["rank"])
+    if not alive or victim is None or launcher.poll() is not None:
+        place.end(launcher)
+        return None
+    done, began = len(place.curve()), time.monotonic()
+    os.kill(victim, signal.SIGKILL)
+    try:
+        code = launcher.wait(timeout=180)
+    except subprocess.TimeoutExpired:
+        for process in (launcher.pid, *place.ranks().values()):
+            os.kill(process, signal.SIGKILL)
+        raise RuntimeError(f"{place.folder}: the launcher did not end in 180 s after a kill") from None
+    said = (place.folder / "said").read_text()
+    return Kill(
+        **plan,
+        aimed_at_save=at_save,
+        behind=place.behind,
+        inside=place.saving(),
+        iteration=done,
+        named=f"rank {plan['rank']} gave no sign of life" in said,
+        code=code,
+        seconds=time.monotonic() - began,
+    )
+
+
+def one_run(place: Place, reference: dict[str, str], dice: random.Random, most: int) -> list[Kill]:
+    """A run to its end, with at most so many kills; the curve of all its starts is compared."""
+    shutil.rmtree(place.folder, ignore_errors=True)
+    place.folder.mkdir(parents=True)
+    kills: list[Kill] = []
+    finished = re.compile(rf"^{ITERS} ", re.MULTILINE)
+    while not finished.search("\n".join(place.curve())) or place.saving():
+        if len(kills) < most:
+            if found := kill(place, dice):
+                kills.append(found)
+                (place.folder / "said").rename(place.folder / f"said.{len(kills)}")
+                print(f"kill {len(kills)} of this run: {found}", flush=True)
+        else:
+            place.end(place.start("deepspeed"))
+    wrong = [line for line in place.curve() if reference.get(line.split()[0]) != line]
+    same = not wrong and {line.split()[0] for line in place.curve()} == set(reference)
+    if not same:
+        print(f"{place.folder}: {len(wrong)} iterations differ, first {wrong[:1]}", flush=True)
+    return [Kill(**asdict(one) | {"same": same}) for one in kills]
+
+
+def untouched(place: Place) -> dict[str, str]:
+    """Iteration -> line of a run that nothing happens to; made twice, by both launchers, and equal."""
+    curves = []
+    for launcher in ("deepspeed", "torchrun"):
+        shutil.rmtree(place.folder, ignore_errors=True)
+        place.folder.mkdir(parents=True)
+        place.end(place.start(launcher))
+        curves.append({line.split()[0]: line for line in place.curve()})
+    if curves[0] != curves[1] or len(curves[0]) != ITERS:
+        raise RuntimeError("two untouched runs have different curves; nothing can be compared with them")
+    return curves[0]
+
+
+def table(records: list[dict]) -> str:
+    """The report of all records."""
+    seeds = sorted({one["seed"] for one in records})
+    rows = []
+    for name, chosen in (
+        ("all", records),
+        ("inside a save", [one for one in records if one["inside"]]),
+        ("outside", [one for one in records if not one["inside"]]),
+        ("inside, saving behind the step", [one for one in records if one["inside"] and one["behind"]]),
+        ("DeepSpeed's launcher", [one for one in records if one["launcher"] == "deepspeed"]),
+        ("torchrun", [one for one in records if one["launcher"] == "torchrun"]),
+        ("rank 0", [one for one in records if one["rank"] == 0]),
+        ("rank 1", [one for one in records if one["rank"] == 1]),
+    ):
+        if chosen:
+            same, named = sum(bool(one["same"]) for one in chosen), sum(one["named"] for one in chosen)
+            seconds = sorted(one["seconds"] for one in chosen)
+            rows.append(f"| {name} | {len(chosen)} | {same} | {named} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |")
+    share = sum(one["inside"] for one in records) / max(1, len(records))
+    return f"""# Killed again and again
+
+`python benchmarks/faults.py`, seeds {", ".join(map(str, seeds))}; {datetime.date.today()}, {os.cpu_count()} cores of
+{device_name()}, shared with other work. Two ranks of ZeRO-2 on a tiny InternLM with dropout; {ITERS} iterations, a checkpoint every
+{EVERY}. {len(records)} kills by SIGKILL, {share:.0%} of them while a checkpoint was being saved. A rank that is killed before the
+ranks know each other, and the launcher ends the others at once, is not named.
+
+| kills | number | curve bit-identical | lost rank named | seconds to the end, median | longest |
+|---|---:|---:|---:|---:|---:|
+{chr(10).join(rows)}
+"""
+
+
+def device_name() -> str:
+    """Of the processor."""
+    with open("/proc/cpuinfo") as lines:
+        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> int:
+    """Data, the untouched run, kills, the table; exit code 1 when a curve differs."""
+    options = flags.parse(Options, description=__doc__ or "")
+    work, records = Path(options.work).resolve(), Path(options.out).with_suffix(".jsonl") if options.out else None
+    data = work / "data"
+    if not (work / "alpaca_text_document.idx").exists():
+        run = lambda *words: subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: E731
+        run("examples/intern/make_quickstart_data.py", "--output-dir", data, "--rows", 400)
+        run(
+            *("tools/preprocess_data.py", "--input", data / "train.parquet", "--tokenizer-name-or-path", data / "tokenizer"),
+            *("--output-prefix", work / "alpaca", "--handler-name", "AlpacaPretrainHandler", "--append-eod", "--workers", 1),
+        )
+    dice, kills = random.Random(options.seed), []
+    reference = untouched(Place(work / "untouched", work, options))
+    while len(kills) < options.kills:
+        found = one_run(Place(work / "run", work, options), reference, dice, options.kills - len(kills))
+        kills += found
+        if records:
+            with open(records, "a") as file:
+                file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
+    every = [json.loads(line) for line in records.read_text().splitlines()] if records else [asdict(one) for one in kills]
+    if options.out:
+        Path(options.out).write_text(table(every))
+    print(table(every))
+    return 0 if all(one["same"] for one in every) else 1
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,7 +1,9 @@
 """What the shell launcher starts, seen through stand-ins for `deepspeed` and `torchrun` that print their words."""
 
 import os
+import signal
 import subprocess
+import time
 
 import launch
 import pytest
@@ -74,3 +76,71 @@ def test_what_is_missing_is_named(started, env, message):
     assert code
     assert message in said
     assert "pretrain_intern.py" not in said
+
+
+# -- signals and restarts -----------------------------------------------------------------------------------------------------
+
+LAUNCHER = """#!/usr/bin/env bash
+# Like DeepSpeed's: it does not pass SIGTERM on; its rank takes a moment to save, and ends with a code of its own.
+echo "$@" >> "$SAID"
+RANK=0 bash -c '
+    trap "echo told >> $SAID; exit 75" TERM
+    trap "echo usr1 >> $SAID; exit 75" USR1
+    echo ready >> $SAID
+    for i in {1..600}; do sleep 0.05; done
+' &
+if [ -n "${CODES:-}" ]; then
+    kill -9 $!
+    n=$(grep -c pretrain "$SAID")
+    exit "$(cut -d' ' -f"$n" <<< "$CODES")"
+fi
+wait $!
+exit $?
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Starts the recipe over a stand-in for `deepspeed`; what that was told stands in said."""
+    (tmp_path / "deepspeed").write_text(LAUNCHER)
+    (tmp_path / "deepspeed").chmod(0o755)
+
+    def go(*flags: str, **env: str) -> subprocess.Popen:
+        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(go.said), **env}
+        return subprocess.Popen(
+            ["bash", RECIPE, *flags], env=launch.environment() | own, cwd=launch.ROOT, stderr=subprocess.PIPE, text=True
+        )
+
+    go.said = tmp_path / "said"
+    return go
+
+
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "told"), (signal.SIGUSR1, "usr1"), (signal.SIGINT, "told")])
+def test_a_signal_to_the_recipe_reaches_the_ranks(recipe, number, word):
+    """And only them: the launcher waits for them, and their code comes out; no restart after that."""
+    process = recipe(RESTARTS="3")
+    while not recipe.said.exists() or "ready" not in recipe.said.read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    assert process.wait(60) == 75
+    lines = recipe.said.read_text().splitlines()
+    assert lines[1:] == ["ready", word]
+
+
+@pytest.mark.parametrize(
+    ("codes", "restarts", "code", "starts"),
+    [
+        ("69 247 0", "3", 0, 3),  # twice lost
+        ("69 69 69", "2", 69, 3),  # once too often
+        ("69 0", "0", 69, 1),  # not asked for
+        ("2 0", "3", 2, 1),  # the user's error stays one
+        ("75 0", "3", 75, 1),  # somebody wanted it to stop
+    ],
+)
+def test_restarts(recipe, codes, restarts, code, starts):
+    process = recipe("--lr", "1", CODES=codes, RESTARTS=restarts)
+    assert process.wait(60) == code
+    lines = [line for line in recipe.said.read_text().splitlines() if "pretrain" in line]
+    assert len(lines) == starts
+    assert [line.endswith(" --auto-resume") for line in lines] == [False] + [True] * (starts - 1)
+    assert all(line.count("--auto-resume") <= 1 for line in lines)

@@ -34,8 +34,8 @@ launch() {  # launch SCRIPT FLAGS...
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
     local left=${RESTARTS:-0} code asked=
-    trap 'asked=yes; tell_ranks "$child" TERM' TERM INT
-    trap 'asked=yes; tell_ranks "$child" USR1' USR1
+    trap 'asked=yes; pass_on TERM' TERM INT
+    trap 'asked=yes; pass_on USR1' USR1
     while :; do
         "$@" &
         child=$!
@@ -50,13 +50,18 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
     done
 }
 
-tell_ranks() {  # tell_ranks PID SIGNAL: to the ranks, which save and leave; a launcher would leave them alone, or kill them too early
-    local below
-    below=$(pgrep -P "$1" | tr '\n' ' ') || true
-    if [ -n "${HOSTFILE:-}" ] || [ -z "$below" ]; then
+pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher would leave them alone, or kill them too early
+    told=
+    tell_ranks "$child" "$1"
+    [ -n "$told" ] || kill -s "$1" "$child" || true  # still starting, or the ranks are on other nodes
+}
+
+tell_ranks() {  # tell_ranks PID SIGNAL: a launcher gives each rank its RANK, and has none itself
+    if grep -qzs '^RANK=' "/proc/$1/environ"; then
+        told=yes
         kill -s "$2" "$1" || true
     else
-        for one in $below; do tell_ranks "$one" "$2"; done
+        for below in $(pgrep -P "$1"); do tell_ranks "$below" "$2"; done
     fi
 }
 

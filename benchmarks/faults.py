@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ascendspeed import errors, flags
-from ascendspeed.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERS, EVERY = 40, 2

@@ -5,6 +5,7 @@ real launcher, with the real engine, and killed at random moments a hundred time
 """
 
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -248,6 +249,52 @@ def test_too_many_skips_stop_and_name_the_last_good_checkpoint(ready, tmp_path):
     last = r"3 iterations in a row were skipped \(last: 9\); the last good checkpoint is \S*step_0000006;"
     assert re.search(last, job.said())
     assert job.good() == 6
+
+
+# -- the real engine ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("stage", "bf16"),
+    [(1, False), *(pytest.param(*one, marks=SLOW) for one in ((0, False), (2, False), (3, False), (1, True), (2, True)))],
+)
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0], ids=["NaN", "infinite", "control"])
+def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu, stage, bf16, loss):
+    """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
+    import torch
+
+    from ascendspeed import config, families, parallel
+    from ascendspeed.data.dataset import Batch
+    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.kernels import Kernels
+    from ascendspeed.weights import random_tensors
+
+    run = config.Run(
+        families.preset("internlm-tiny"),
+        config.ParallelConfig(deepspeed=True, zero_stage=stage),
+        config.OptimConfig(bf16=bf16),
+        config.DataConfig(seq_length=8),
+        config.TrainConfig(global_batch_size=2, train_iters=4),
+    )
+    grid = parallel.initialize(cpu, run.parallel, 1)
+    engine = DeepSpeedEngine(run, grid, cpu, ds_config(run, 1), Kernels(), random_tensors(run.model, 1))
+    ids = torch.arange(8)[None]
+    batches = [Batch(ids + i, ids + i + 1, torch.ones(1, 8), ids) for i in range(2)]
+
+    def state():
+        return [f.tensor.clone() for f in engine.fragments()]
+
+    assert not engine.step(batches, 1e-3).skipped
+    before, real, calls = state(), engine._loss_sum, iter([0.0, loss])
+    engine._loss_sum = lambda batch: real(batch) + next(calls)
+    result = engine.step(batches, 1e-3)
+    engine._loss_sum = real
+    good = math.isfinite(loss)
+    assert (result.skipped, result.bad) == ((False, ()) if good else (True, (1,)))
+    assert engine.updates == 1 + good
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)) != good
+    assert not engine.step(batches, 1e-3).skipped
+    assert engine.updates == 2 + good
 
 
 # -- several of them under the real launcher ----------------------------------------------------------------------------------

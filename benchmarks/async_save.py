@@ -149,18 +149,18 @@ def table(options: Options, kinds: dict[str, list[Measured]], question: float) -
     step = statistics.median(x for run in kinds["at once"] for x in run.calm)
     with open("/proc/cpuinfo") as lines:
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    command = f"--layers {options.layers} --iters {options.iters} --every {options.every} --rounds {options.rounds}"
     return f"""# How long training stands still for a checkpoint
 
-`python benchmarks/async_save.py --layers {options.layers} --iters {options.iters} --every {options.every} --rounds {options.rounds}`;
-{datetime.date.today()}, {os.cpu_count()} cores of {name}, shared with other work. Two ranks of ZeRO-2; medians, every first iteration and
-every last checkpoint left out.
+`python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of {name}, shared with other work.
+Two ranks of ZeRO-2; medians, every first iteration and every last checkpoint left out.
 
 | saved | until it is whole | training stands still | at most | an iteration while nothing is written | the one after a save began |
 |---|---:|---:|---:|---:|---:|
 {chr(10).join(rows)}
 
-Asking all ranks whether to stop (a signal, the clock, a save that failed) took {question * 1e6:.0f} µs per iteration between two ranks,
-{question / (step / 1e3):.3%} of an iteration here.
+Asking all ranks whether to stop (a signal, the clock, a save that failed) took {question * 1e6:.0f} µs per iteration between two
+ranks, {question / (step / 1e3):.3%} of an iteration here.
 """
 
 

@@ -181,6 +181,11 @@ def test_a_signal_waits_for_the_end_of_the_iteration_then_saves(loop, tmp_path, 
     assert signal.getsignal(number) == before
 
 
+def test_a_signal_in_the_last_iteration_changes_nothing(loop):
+    state, _, _ = loop(RUN, Recorder(at={9: lambda: signal.raise_signal(signal.SIGTERM)}))
+    assert (state.step, loop.watch.exit_code) == (10, 0)
+
+
 def test_a_second_ctrl_c_ends_at_once(loop):
     def twice():
         signal.raise_signal(signal.SIGINT)
@@ -206,7 +211,7 @@ def test_the_clock(loop, tmp_path):
 def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RECIPE", "bash recipe.sh --lr 1")
     loop(changed(save=str(tmp_path / "a"), exit_interval=3))
-    assert "to continue: bash recipe.sh --lr 1 --auto-resume\n" in capsys.readouterr().out
+    assert "to continue: bash recipe.sh --lr 1 --auto-resume  # with the same variables\n" in capsys.readouterr().out
     loop(changed(save=str(tmp_path / "b")))
     loop(changed(exit_interval=3))  # nothing was saved
     assert "to continue" not in capsys.readouterr().out

@@ -53,7 +53,7 @@ class Watch:
     @property
     def exit_code(self) -> int:
         """Of a run that ended without an error."""
-        return errors.EXIT_STOPPED if self.reason and self.reason.signal else 0
+        return errors.EXIT_STOPPED if self.reason and self.reason.signal and not self.done else 0
 
 
 def how_to_continue() -> str:
@@ -62,4 +62,5 @@ def how_to_continue() -> str:
     if not typed:
         launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "<the same launcher>"
         typed = f"{launcher} {shlex.join(sys.argv)}"
-    return typed if "--auto-resume" in typed.replace("_", "-") else f"{typed} --auto-resume"
+    words = typed if "--auto-resume" in typed.replace("_", "-") else f"{typed} --auto-resume"
+    return f"{words}  # with the same variables" if os.environ.get("RECIPE") else words

@@ -16,6 +16,7 @@ from torch import Tensor
 from ascendspeed import device as devices
 from ascendspeed.config import ParallelConfig
 from ascendspeed.device import Device
+from ascendspeed.errors import UserError
 
 SEEDS = 1_000_003
 """Between the seeds of two replicas; further than Megatron's own seeds of one are apart."""
@@ -77,9 +78,7 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
     for name, value in alone.items():
         os.environ.setdefault(name, value)  # a plain `python pretrain_intern.py` is a world of one
     if not dist.is_initialized():
-        launched = os.environ["WORLD_SIZE"] != "1" or os.environ["MASTER_PORT"] != "0"
-        store = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
+        _join(device, timeout_minutes)
     if not parallel_state.model_parallel_is_initialized():
         virtual = parallel.num_virtual_stages_per_pipeline_rank
         parallel_state.initialize_model_parallel(
@@ -108,6 +107,19 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
         ep_rank=parallel_state.get_expert_model_parallel_rank(),
         ep=parallel_state.get_expert_model_parallel_world_size(),
     )
+
+
+def _join(device: Device, timeout_minutes: float) -> None:
+    rank, world, host, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    launched = world != "1" or port != "0"
+    store = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {rank} of {world} did not meet the others at {host}:{port}: {str(error).splitlines()[0]}; choose another "
+            f"MASTER_PORT if it is taken, or more --distributed-timeout-minutes than {timeout_minutes:g} if the start takes long"
+        ) from error
 
 
 def generators() -> dict[str, Tensor]:

@@ -101,6 +101,8 @@ def check_replicas(engine, grid):
 
     from ascendspeed.model import gpt
 
+    if engine.run.parallel.overlap_param_gather:
+        engine._publish()  # the weights of the last step are gathered with the next one
     mine = {}
     for module in engine.modules:
         for name, parameter in gpt.named_parameters(module).items():

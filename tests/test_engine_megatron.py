@@ -1,9 +1,12 @@
 """The Megatron engine against a plain torch loop over Hugging Face's model on every layout, and its checkpoints between them."""
 
 import hashlib
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import launch
 import oracle
@@ -63,15 +66,35 @@ CONTROLS = {  # mistakes that must be seen, and where
 }
 
 
-def run_cases(world: int, cases: dict[str, Any], folder: Path, steps: int = STEPS, **changes: Any) -> dict[str, Curve]:
-    """Every case in one start of processes: case -> [[loss, gradient norm], ...]."""
-    run = replace(RUN, train=replace(RUN.train, **changes))
-    job = {"run": config.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
-    return launch.ranks(world, "engine_worker.py", job, folder, timeout=900)
+Case = dict[str, Any]
+Check = Callable[[dict[str, Curve]], None]
 
 
-def case(parallel: dict[str, Any], *, optim: dict | None = None, train: dict | None = None, **more: Any) -> dict[str, Any]:
-    return {"changes": {"parallel": parallel, "optim": optim or {}, "train": train or {}}, **more}
+class Theme(NamedTuple):
+    """What is run, and what is asked of the curves; several themes share one start of processes."""
+
+    cases: dict[str, Case]
+    check: Check
+
+
+def run(world: int, themes: dict[str, Theme], folder: Path) -> dict[str, dict[str, Curve]]:
+    """theme -> case -> [[loss, gradient norm], ...]."""
+    cases = {f"{theme}/{name}": case for theme, (cases, _) in themes.items() for name, case in cases.items()}
+    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
+    found: dict[str, dict[str, Curve]] = {theme: {} for theme in themes}
+    for name, curve in launch.ranks(world, "engine_worker.py", job, folder, timeout=1800).items():
+        theme, _, own = name.partition("/")
+        found[theme][own] = curve
+    return found
+
+
+def run_and_check(world: int, theme: Theme, folder: Path) -> None:
+    theme.check(run(world, {"one": theme}, folder)["one"])
+
+
+def case(parallel: dict[str, Any], last: int, *, optim: dict | None = None, train: dict | None = None, **more: Any) -> Case:
+    """`last`: steps of the run that are done when it ends."""
+    return {"changes": {"parallel": parallel, "optim": optim or {}, "train": train or {}}, "last": last, **more}
 
 
 def trained(model: Any, vocab: int, steps: int = STEPS) -> Curve:
@@ -85,64 +108,36 @@ def reference(model: ModelConfig = MODEL) -> Any:
     return oracle.hugging_face(model, dict(weights.random_tensors(model, RUN.train.seed)))
 
 
-@pytest.fixture(scope="module")
+@cache
 def expected() -> Curve:
     return trained(reference(), MODEL.vocab_size)
 
 
-def compare(expected: Curve, curves: dict[str, Curve]) -> None:
-    """Every curve within 1e-5 of its part of the expected one; a control is not."""
+def compare(expected: Curve, curves: dict[str, Curve], limit: float = 1e-5) -> None:
+    """Every curve is within `limit` of its part of the expected one (`then`: the end of it); a control is not."""
     for name, curve in curves.items():
         if name.endswith(": evaluated"):
             assert curve[0][0] == pytest.approx(expected[0][0], rel=1e-6), name
             continue
-        loss, norm = worst(curve, expected[-len(curve) :] if "then" in name else expected[: len(curve)])
+        part = expected[-len(curve) :] if "then" in name else expected[: len(curve)]
+        loss, norm = worst(curve, part) if [None, None] not in curve else (math.inf, math.inf)
         print(f"{name}: {loss:.1e} {norm:.1e}")
         if "control" in name:
-            assert loss > 1e-5, name
+            assert loss > limit, name
         else:
-            assert loss < 1e-5, (name, loss)
-            assert norm < 1e-5, (name, norm)
+            assert loss < limit, (name, loss)
+            assert norm < limit * (1 if limit == 1e-5 else 20), (name, norm)
 
 
-def controls() -> dict[str, Any]:
-    return {
-        f"control: {name}, {mistake}": case(LAYOUTS[2][name], **{"break": mistake}, last=8) for name, mistake in CONTROLS.items()
-    }
+# ---------------------------------------------------------------- the curve of plain torch
 
 
-def test_losses_equal_a_plain_torch_loop(expected, tmp_path):
-    """20 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
-    cases = {name: case(parallel, evaluate="vpp2" in name or "cp2" in name) for name, parallel in LAYOUTS[2].items()}
-    compare(expected, run_cases(2, cases | controls(), tmp_path))
-
-
-def test_losses_on_four_ranks(expected, tmp_path):
-    """The same for three layouts and fewer steps; the slow test has them all."""
-    compare(expected, run_cases(4, {name: case(LAYOUTS[4][name], last=6) for name in list(LAYOUTS[4])[:3]}, tmp_path))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [4, 8])
-def test_every_layout_equals_a_plain_torch_loop(world, expected, tmp_path):
-    compare(expected, run_cases(world, {name: case(parallel) for name, parallel in LAYOUTS[world].items()}, tmp_path))
-
-
-TIED = {"family": "llama", "tie_embeddings": True, "add_qkv_bias": False, "add_dense_bias": False}
-GROUPED = {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add_dense_bias": False}
-
-
-@pytest.mark.slow
-def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
-    """Embeddings tied over stages; fewer key/value heads than tensor-parallel ranks, and shared sequences."""
-    of = {"tied": replace(MODEL, **TIED), "grouped": replace(MODEL, **GROUPED)}
-    layouts = {"pp2": PP, "pp2 vpp2": PP | VPP, "cp2": CP, "tp2 sp": TP | SP, "dp2, shards": SHARDS}
-    cases = {f"{m}, {n}": case(p, last=8) for m in of for n, p in layouts.items()}
-    for name in cases:
-        cases[name]["changes"]["model"] = TIED if name.startswith("tied") else GROUPED
-    curves = run_cases(2, cases, tmp_path)
-    for name, model in of.items():
-        compare(trained(reference(model), model.vocab_size, 8), {n: c for n, c in curves.items() if n.startswith(name)})
+def losses(layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dict[str, str] | None = None) -> Theme:
+    """Masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    cases = {name: case(parallel, steps, evaluate="vpp2" in name or "cp2" in name) for name, parallel in layouts.items()}
+    for name, mistake in (mistakes or {}).items():
+        cases[f"control: {name}, {mistake}"] = case(layouts[name], 8, **{"break": mistake})
+    return Theme(cases, lambda curves: compare(expected(), curves))
 
 
 EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -151,21 +146,51 @@ EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_experts_equal_hugging_face(world, tmp_path):
+def experts(world: int, folder: Path) -> Theme:
     """Experts on different ranks, and over a checkpoint from some to others."""
-    model, at = replace(MOE["mixtral"], num_layers=2), str(tmp_path / "ckpt")
-    steps = 6
-    wanted = trained(loaded(model, dict(weights.random_tensors(model, RUN.train.seed)), tmp_path / "hf"), model.vocab_size, steps)
-    cases = {name: case(parallel) for name, parallel in EXPERTS[world].items()}
-    first, *others = cases
-    cases[f"{first}, first"] = case(EXPERTS[world][first], last=3, save=at)
-    cases |= {f"then {name}": case(EXPERTS[world][name], first=3, load=at) for name in others}
-    cases |= {"then dp": case({}, first=3, load=at)}
+    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 6
+    layouts = EXPERTS[world]
+    cases = {name: case(parallel, steps) for name, parallel in layouts.items()}
+    first, *others = layouts
+    cases[f"{first}, first"] = case(layouts[first], 3, save=at)
+    cases |= {f"then {name}": case(layouts[name], steps, first=3, load=at) for name in others}
+    cases |= {"then dp": case({}, steps, first=3, load=at)}
     for one in cases.values():
         one["changes"]["model"] = asdict(model)
-    compare(wanted, run_cases(world, cases, tmp_path / "run", steps))
+    theirs = loaded(model, dict(weights.random_tensors(model, RUN.train.seed)), folder / "hf")
+    return Theme(cases, lambda curves: compare(trained(theirs, model.vocab_size, steps), curves))
 
+
+TIED = {"family": "llama", "tie_embeddings": True, "add_qkv_bias": False, "add_dense_bias": False}
+GROUPED = {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add_dense_bias": False}
+
+
+def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
+    """Embeddings tied over stages; fewer key/value heads than tensor-parallel ranks, with shared sequences."""
+    model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], 6) for name in names}
+    for one in cases.values():
+        one["changes"]["model"] = fields
+    return Theme(cases, lambda curves: compare(trained(reference(model), model.vocab_size, 6), curves))
+
+
+def half(names: list[str]) -> Theme:
+    """The rounding of bf16 and fp16 is there, and no more than it; masters and sums of gradients are fp32."""
+    cases = {f"bf16 {name}": case(LAYOUTS[2][name], 10, optim={"bf16": True}) for name in names}
+    cases |= {f"fp16 {name}": case(LAYOUTS[2][name], 4, optim={"fp16": True}) for name in names[:2]}
+    cases["overflow"] = case({}, 2, optim={"fp16": True, "initial_loss_scale": 2.0**30})
+
+    def check(curves: dict[str, Curve]) -> None:
+        assert curves.pop("overflow") == [[None, None]] * 2
+        for name, curve in curves.items():
+            loss, norm = worst(curve, expected()[: len(curve)])
+            limit = 3e-3 if name.startswith("bf16") else 4e-4
+            assert limit / 1000 < loss < limit, (name, loss)
+            assert norm < 20 * limit, (name, norm)
+
+    return Theme(cases, check)
+
+
+# ---------------------------------------------------------------- to the last bit
 
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
@@ -176,79 +201,67 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def recomputed(layouts: list[str], folder: Path) -> None:
-    """Every method on every layout, with dropout in the attention and on the residual, to the last bit."""
-    cases = {}
-    for layout in layouts:
-        for method, train in RECOMPUTE.items():
+def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
+    """Every method, with dropout in the attention and on the residual: the second pass draws the masks of the first.
+
+    Has to come last: the mistake of its control lasts.
+    """
+    dropout, cases = {"attention_dropout": 0.2, "hidden_dropout": 0.2}, {}
+    for layout in names:
+        for method in methods:
             if not ("vpp2" in layout and "2" in method):  # stages of one layer
-                cases[f"{layout}: {method}"] = case(LAYOUTS[2][layout], train=train)
-    cases["control"] = case(CP, train=RECOMPUTE["full"], **{"break": "other masks in the second pass"})
-    curves = run_cases(2, cases, folder, 2, attention_dropout=0.2, hidden_dropout=0.2)
-    control = curves.pop("control")
-    for name, curve in curves.items():
-        assert curve == curves[f"{name.partition(':')[0]}: none"], name
-    assert len({str(curves[f"{layout}: none"]) for layout in layouts}) == len(layouts)
-    assert control != curves["cp2: none"]
+                cases[f"{layout}: {method}"] = case(LAYOUTS[2][layout], 2, train=RECOMPUTE[method] | dropout)
+    cases["control"] = case(CP, 2, train=RECOMPUTE["full"] | dropout, **{"break": "other masks in the second pass"})
+
+    def check(curves: dict[str, Curve]) -> None:
+        control = curves.pop("control")
+        for name, curve in curves.items():
+            assert curve == curves[f"{name.partition(':')[0]}: none"], name
+        assert len({str(curves[f"{layout}: none"]) for layout in names}) == len(names)  # layouts draw different masks
+        assert control != curves["cp2: none"]
+
+    return Theme(cases, check)
 
 
-def test_recomputation_changes_not_a_bit(tmp_path):
-    """The second pass draws the masks of the first."""
-    recomputed(["cp2", "tp2 sp"], tmp_path)
-
-
-@pytest.mark.slow
-def test_recomputation_changes_not_a_bit_on_any_layout(tmp_path):
-    recomputed(["cp2", "tp2", "pp2", "pp2 vpp2", "dp2, shards"], tmp_path)
-
-
-def test_bf16_stays_in_a_band_around_fp32(expected, tmp_path):
-    """20 steps: bf16 rounding is there, and no more than it; masters and sums of gradients are fp32."""
-    cases = {name: case(LAYOUTS[2][name], optim={"bf16": True}) for name in ("dp2", "dp2, shards", "tp2 sp", "pp2 vpp2", "cp2")}
-    for name, curve in run_cases(2, cases, tmp_path).items():
-        loss, norm = worst(curve, expected)
-        assert 1e-6 < loss < 3e-3, (name, loss)
-        assert norm < 5e-2, (name, norm)
-
-
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+def poisoned(names: list[str]) -> Theme:
     """NaN gradients on one rank: skipped on all, and what follows is bit for bit as if the step had not been."""
-    modes = {f"{name} {kind}": (LAYOUTS[2][name], {kind: True} if kind != "fp32" else {})
-             for name in ("dp2", "dp2, shards", "tp2 sp", "pp2") for kind in ("fp32", "bf16")}  # fmt: skip
-    cases = {f"{name}: clean": case(parallel, optim=optim) for name, (parallel, optim) in modes.items()}
-    cases |= {f"{name}: poisoned": case(parallel, optim=optim, poison=1) for name, (parallel, optim) in modes.items()}
-    curves = run_cases(2, cases, tmp_path, 3)
-    for name in modes:
-        poisoned = curves[f"{name}: poisoned"]
-        assert poisoned.pop(1) == [None, None], name
-        assert poisoned == curves[f"{name}: clean"], name
+    cases = {}
+    for name in (f"{layout}, {kind}" for layout in names for kind in ("fp32", "bf16")):
+        layout, _, kind = name.rpartition(", ")
+        cases[f"{name}: clean"] = case(LAYOUTS[2][layout], 3, optim={"bf16": kind == "bf16"})
+        cases[f"{name}: poisoned"] = case(LAYOUTS[2][layout], 3, optim={"bf16": kind == "bf16"}, poison=1)
+
+    def check(curves: dict[str, Curve]) -> None:
+        for name in (name.removesuffix(": clean") for name in cases if name.endswith("clean")):
+            skipped = curves[f"{name}: poisoned"].pop(1)
+            assert skipped == [None, None], name
+            assert curves[f"{name}: poisoned"] == curves[f"{name}: clean"], name
+
+    return Theme(cases, check)
 
 
-def resumed(world: int, layouts: dict[str, dict[str, Any]], kinds: list[str], folder: Path) -> None:
+def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
     """4 steps at once = 2 steps, a checkpoint, and 2 more in new objects: every loss and norm to the last bit, dropout included."""
-    cases, names = {}, [(layout, kind) for layout in layouts for kind in kinds]
-    for layout, kind in names:
-        optim, at = {"bf16": kind == "bf16"}, str(folder / f"{layout} {kind}")
-        cases[f"{layout} {kind}: whole"] = case(layouts[layout], optim=optim)
-        cases[f"{layout} {kind}: first"] = case(layouts[layout], optim=optim, last=2, save=at)
-        cases[f"{layout} {kind}: then"] = case(layouts[layout], optim=optim, first=2, load=at)
-    curves = run_cases(world, cases, folder / "run", 4, attention_dropout=0.1, hidden_dropout=0.1)
-    for name in (f"{layout} {kind}" for layout, kind in names):
-        assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
-        assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
+    cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in ("fp32", "bf16")]
+    for name in names:
+        layout, _, kind = name.rpartition(", ")
+        same: dict[str, Any] = {"optim": {"bf16": kind == "bf16"}, "train": {"attention_dropout": 0.1, "hidden_dropout": 0.1}}
+        cases[f"{name}: whole"] = case(layouts[layout], 4, **same)
+        cases[f"{name}: first"] = case(layouts[layout], 2, save=str(folder / name), **same)
+        cases[f"{name}: then"] = case(layouts[layout], 4, first=2, load=str(folder / name), **same)
+
+    def check(curves: dict[str, Curve]) -> None:
+        for name in names:
+            assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
+            assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
+
+    return Theme(cases, check)
 
 
-def test_the_same_layout_resumes_bit_identically(tmp_path):
-    resumed(2, {name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, ["fp32", "bf16"], tmp_path)
+# ---------------------------------------------------------------- from layout to layout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_every_same_layout_resumes_bit_identically(world, tmp_path):
-    resumed(world, LAYOUTS[world], ["fp32", "bf16"], tmp_path)
-
-
-def digests(folder: str) -> dict[str, str]:
+def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every full tensor in a checkpoint."""
     opened = checkpoint.open_checkpoint(folder, say=lambda text: None)
     found = {}
@@ -262,45 +275,132 @@ def digests(folder: str) -> dict[str, str]:
 ENGINES: dict[str, dict[str, Any]] = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in (1, 3)}
 
 
-def moved(
-    world: int, pairs: list[tuple[str, str]], layouts: dict[str, dict], expected: Curve, folder: Path, kind: str = "fp32"
-) -> None:
+def moved(pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], folder: Path, kind: str = "fp32") -> Theme:
     """A run is saved on one layout and goes on on another: the state is the same to the last bit, the curve that of the oracle."""
-    optim, cases = {"bf16": kind == "bf16"}, {}
-    for name in dict.fromkeys(first for first, _ in pairs):
-        cases[name] = case(layouts[name], optim=optim, last=3, save=str(folder / name))
+    optim: dict[str, Any] = {"bf16": kind == "bf16"}
+    cases = {first: case(layouts[first], 3, optim=optim, save=str(folder / first)) for first, _ in pairs}
     for first, then in pairs:
         again = {"load": str(folder / first), "resave": str(folder / f"{first} then {then}")}
-        cases[f"{first} then {then}"] = case(layouts[then], optim=optim, first=3, **again)
+        cases[f"{first} then {then}"] = case(layouts[then], 6, optim=optim, first=3, **again)
     first, then = pairs[0]
     for mistake in ("moments", "shared step", "masters not published"):
         more = {"load": str(folder / first), "break": mistake}
-        cases[f"control: {mistake}"] = case(layouts[then], optim=optim, first=3, **more)
-    curves = run_cases(world, cases, folder / "run", 6)
-    for first, then in pairs:
-        assert digests(str(folder / f"{first} then {then}")) == digests(str(folder / first)), (first, then)
-    for name, curve in curves.items():
-        loss, norm = worst(curve, expected[3:6] if len(curve) == 3 and ("then" in name or "control" in name) else expected[:3])
-        print(f"{name}: {loss:.1e} {norm:.1e}")
-        limit = 1e-5 if kind == "fp32" else 3e-3
-        assert (loss > limit) if "control" in name else (loss < limit), (name, loss)
+        cases[f"control, then: {mistake}"] = case(layouts[then], 6, optim=optim, first=3, **more)
+
+    def check(curves: dict[str, Curve]) -> None:
+        for first, then in pairs:
+            assert digests(folder / f"{first} then {then}") == digests(folder / first), (first, then)
+        # bf16: "shared step" is as far off as the rounding; fp32 sees it
+        seen = {n: c for n, c in curves.items() if kind == "fp32" or "shared" not in n}
+        compare(expected()[:6], seen, 1e-5 if kind == "fp32" else 3e-3)
+
+    return Theme(cases, check)
 
 
-def test_another_layout_or_engine_goes_on(expected, tmp_path):
-    pairs = [("pp2 vpp2", "dp2, shards"), ("dp2, shards", "cp2"), ("zero 3", "pp2"), ("pp2 vpp2", "zero 3"), ("zero 3", "tp2 sp")]
-    moved(2, pairs, LAYOUTS[2] | ENGINES, expected, tmp_path)
+# ---------------------------------------------------------------- what is run by default: one start of two ranks, one of four
+
+THEMES: dict[str, Callable[[Path], Theme]] = {
+    "losses": lambda folder: losses(
+        {n: p for n, p in LAYOUTS[2].items() if n not in ("dp2, overlap", "cp2, shards")}, mistakes=CONTROLS
+    ),
+    "tied": lambda folder: architecture(TIED, ["pp2 vpp2"]),
+    "grouped": lambda folder: architecture(GROUPED, ["cp2"]),
+    "experts": lambda folder: experts(2, folder),
+    "half": lambda folder: half(["dp2, shards", "pp2"]),
+    "poisoned": lambda folder: poisoned(["dp2, shards", "pp2"]),
+    "resumed": lambda folder: resumed({name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, folder),
+    "moved": lambda folder: moved(
+        [("pp2 vpp2", "dp2, shards"), ("dp2, shards", "cp2"), ("zero 3", "pp2"), ("pp2 vpp2", "zero 3"), ("zero 3", "tp2 sp")],
+        LAYOUTS[2] | ENGINES,
+        folder,
+    ),
+    "recomputed": lambda folder: recomputed(["cp2", "tp2 sp"], ("none", "full", "selective")),
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory) -> dict[str, tuple[Check, dict[str, Curve]]]:
+    """Theme -> what is asked, and the curves."""
+    folder = tmp_path_factory.mktemp("two")
+    themes = {}
+    for name, make in THEMES.items():
+        (folder / name).mkdir()
+        themes[name] = make(folder / name)
+    curves = run(2, themes, folder / "run")
+    return {name: (theme.check, curves[name]) for name, theme in themes.items()}
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_two_ranks(theme, two_ranks):
+    check, curves = two_ranks[theme]
+    check(curves)
+
+
+def test_losses_on_four_ranks(tmp_path):
+    """Three layouts, a few steps; the slow test has them all."""
+    run_and_check(4, losses({name: LAYOUTS[4][name] for name in list(LAYOUTS[4])[:3]}, 4), tmp_path)
+
+
+# ---------------------------------------------------------------- all of it
 
 
 @pytest.mark.slow
-def test_every_layout_goes_on_as_every_other(expected, tmp_path):
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_every_layout_equals_a_plain_torch_loop(world, tmp_path):
+    run_and_check(world, losses(LAYOUTS[world]), tmp_path)
+
+
+@pytest.mark.slow
+def test_experts_on_four_ranks(tmp_path):
+    run_and_check(4, experts(4, tmp_path), tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [TIED, GROUPED], ids=["tied", "grouped"])
+def test_other_architectures_on_every_layout(fields, tmp_path):
+    run_and_check(2, architecture(fields, list(LAYOUTS[2])), tmp_path)
+
+
+@pytest.mark.slow
+def test_recomputation_on_every_layout(tmp_path):
+    run_and_check(2, recomputed(["cp2", "tp2", "tp2 sp", "pp2", "pp2 vpp2", "dp2, shards"]), tmp_path)
+
+
+@pytest.mark.slow
+def test_half_precision_on_every_layout(tmp_path):
+    run_and_check(2, half(["cp2", "tp2 sp", "pp2 vpp2", "dp2"]), tmp_path)
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_on_every_layout(tmp_path):
+    run_and_check(2, poisoned([name for name in LAYOUTS[2] if name != "dp2, overlap"]), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_layout_resumes_bit_identically(world, tmp_path):
+    run_and_check(world, resumed(LAYOUTS[world], tmp_path), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_every_layout_goes_on_as_every_other(tmp_path):
     """Each hands over to the next, in a circle, and back."""
     layouts = LAYOUTS[4] | {f"tp2 {n}": TP | p for n, p in ENGINES.items()} | {"zero 3": ENGINES["zero 3"]}
     names = list(layouts)
     pairs = [pair for a, b in zip(names, names[1:] + names[:1], strict=True) for pair in ((a, b), (b, a))]
-    moved(4, pairs, layouts, expected, tmp_path)
+    run_and_check(4, moved(pairs, layouts, tmp_path), tmp_path / "run")
 
 
 @pytest.mark.slow
-def test_another_layout_goes_on_in_bf16(expected, tmp_path):
+def test_another_layout_goes_on_in_bf16(tmp_path):
     pairs = [("dp2, shards", "pp2"), ("pp2", "zero 1"), ("zero 3", "tp2 sp"), ("cp2", "dp2, shards")]
-    moved(2, pairs, LAYOUTS[2] | ENGINES, expected, tmp_path, "bf16")
+    run_and_check(2, moved(pairs, LAYOUTS[2] | ENGINES, tmp_path, "bf16"), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_second_partition_within_a_node(tmp_path):
+    """DeepSpeed's hierarchical ZeRO 3, and its optimizer off the device, by flags."""
+    zero = ENGINES["zero 3"]
+    layouts = {"hpz": zero | {"zero_hpz_partition_size": 2}, "offload": zero | {"zero_offload": "cpu"}, "zero 3": zero}
+    run_and_check(4, losses(layouts), tmp_path)
+    run_and_check(4, resumed({"hpz": layouts["hpz"]}, tmp_path), tmp_path / "run")

@@ -50,7 +50,7 @@ class Options:
     """Folder for data and runs; data that are there are used again."""
     out: str | None = None
     """Markdown file for the table, and beside it the records; None: the table is printed."""
-    timeout_minutes: float = 0.2
+    timeout_minutes: float = 0.5
     """The runs' --distributed-timeout-minutes."""
 
 

@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -52,12 +53,13 @@ class Job:
     faults: list[dict] = field(default_factory=list)
     env: dict[str, str] = field(default_factory=dict)
     world: int = WORLD
+    port: int | None = None
 
     def start(self, *more: str) -> list:
         """The processes."""
         words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3 --auto-resume".split()
         words += ["--save", str(self.folder / "ckpt"), "--log-dir", str(self.folder / "log"), *self.flags, *more]
-        env, port = {"FAULTS": json.dumps(self.faults)} | self.env, launch.free_port()
+        env, port = {"FAULTS": json.dumps(self.faults)} | self.env, self.port or launch.free_port()
         self.folder.mkdir(exist_ok=True)
         ranks = [SERVER.Process(target=rank, args=(r, self.world, port, str(self.folder), words, env)) for r in range(self.world)]
         [process.start() for process in ranks]
@@ -206,6 +208,20 @@ def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
     assert "error: rank 1 left: a mistake in the program (of 2 ranks); all leave" in said
     assert said.count("Traceback") == 1  # of the one that made it
     finish(job, whole)
+
+
+def test_a_port_that_is_taken_is_named(ready, tmp_path):
+    job = Job(tmp_path / "job")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        job.port = taken.getsockname()[1]
+        ranks = job.start()
+        ranks[0].join(60)
+        ranks[1].kill()  # a launcher would; it waits for an answer
+    assert ranks[0].exitcode == errors.EXIT_USER_ERROR
+    assert f"error: rank 0 of 2 did not meet the others at 127.0.0.1:{job.port}: " in job.said()
+    assert "Traceback" not in job.said()
 
 
 # -- a disk that is full ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,154 @@
+"""Context parallel without other ranks: which positions a rank has, and attention of chunks that begin later than the keys."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+LENGTH, HEADS, GROUPS, D = 24, 4, 2, 8
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
+    """As megatron-core's own `get_batch_on_this_cp_rank` and TransformerEngine have it."""
+    from ascendspeed.model.context import Share
+
+    whole, seen = torch.arange(LENGTH), []
+    for rank in range(size):
+        share = Share(rank, size)
+        mine, chunk = share.cut(whole, 0), LENGTH // (2 * size)
+        seen.append(mine)
+        if size == 1:
+            assert mine.equal(whole)
+            assert share.firsts(LENGTH) == [0]
+            continue
+        first, last = rank * chunk, (2 * size - 1 - rank) * chunk
+        assert mine.tolist() == [*range(first, first + chunk), *range(last, last + chunk)]
+        assert share.firsts(LENGTH) == [first, last]
+    assert torch.cat(seen).sort().values.equal(whole)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
+    from ascendspeed.model import context
+
+    whole = torch.randn(LENGTH, 2, 5)
+    shares = [context.Share(rank, size).cut(whole, 0) for rank in range(size)]
+    monkeypatch.setattr(context, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares))
+    assert context.gather(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
+
+
+def tensors(length: int = LENGTH) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((2, HEADS, length, D), (2, GROUPS, length, D), (2, GROUPS, length, D))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+
+
+def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """softmax(q k' / sqrt(d)) v with every score in sight."""
+    k, v = (x.repeat_interleave(HEADS // GROUPS, 1) for x in (k, v))
+    scores = (q @ k.transpose(-1, -2) / D**0.5).masked_fill(torch.ones(q.size(2), k.size(2)).triu(1).bool(), float("-inf"))
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("length", [24, 300, 640])  # blocks of 128 queries: less than one, and no whole number of them
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
+    """Outputs and gradients, grouped queries included."""
+    from ascendspeed.model.attention import attend
+    from ascendspeed.model.context import Share
+
+    length -= length % (2 * size)
+    inputs = tensors(length)
+    wanted = by_hand(*inputs)
+    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = torch.autograd.grad((wanted * weight).sum(), inputs)
+    q, k, v = inputs
+    total = 0
+    for rank in range(size):
+        share = Share(rank, size)
+        chunks = share.cut(q, 2).chunk(len(share.firsts(length)), 2)
+        out = torch.cat([attend(chunk, k, v, first) for chunk, first in zip(chunks, share.firsts(length), strict=True)], 2)
+        assert (out - share.cut(wanted, 2)).abs().max() < 1e-12
+        total = total + (out * share.cut(weight, 2)).sum()
+    for mine, theirs in zip(torch.autograd.grad(total, inputs), gradients, strict=True):
+        assert (mine - theirs).abs().max() < 1e-11
+    if size > 1:  # control: chunks at other places than their own
+        assert (
+            attend(chunks[1], k, v, share.firsts(length)[0]) - share.cut(wanted, 2)[:, :, length // (2 * size) :]
+        ).abs().max() > 0.1
+
+
+def test_dropped_probabilities_are_those_of_the_chunk(cpu):
+    """With v the identity, what comes out are the probabilities: each is 0 or 1 / (1 - p) of what it was, and none is later."""
+    from ascendspeed.model.attention import attend
+
+    q, k, _ = tensors(192)
+    v = torch.eye(192, dtype=torch.float64).expand(2, GROUPS, 192, 192)
+    wanted = F.softmax(
+        (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / D**0.5).masked_fill(torch.ones(192, 192).triu(1).bool(), float("-inf")),
+        -1,
+    )[:, :, 48:]
+    torch.manual_seed(0)
+    dropped = attend(q[:, :, 48:], k, v, 48, dropout=0.25)
+    kept = dropped != 0
+    assert torch.allclose(dropped[kept], (wanted / 0.75)[kept], rtol=1e-5)
+    assert not dropped[wanted == 0].any()
+    assert kept.sum() / (wanted != 0).sum() == pytest.approx(0.75, abs=0.01)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that is made."""
+
+    size = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.size = max(self.size, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_memory_grows_with_the_length_not_with_its_square(cpu, dropout):
+    """Neither on the way nor among what the backward pass keeps, which is counted once for all views of a tensor."""
+    from ascendspeed.model.attention import attend
+
+    def cost(length: int) -> tuple[int, int]:
+        q, k, v = (x.detach().float().requires_grad_() for x in tensors(length))
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with Largest() as watch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            attend(q[:, :, length // 2 :], k, v, length // 2, dropout).sum().backward()
+        return watch.size, sum(kept.values())
+
+    (largest, kept), (twice, kept_twice) = cost(2048), cost(4096)
+    assert twice < 2.2 * largest
+    assert twice < HEADS * 2048 * 4096 / 4
+    assert kept_twice < 2.2 * kept
+
+
+def test_rope_has_the_positions_of_the_share(cpu):
+    """Dynamic scaling goes by the whole length, not by this rank's part."""
+    from dataclasses import replace
+
+    from test_model import INTERNLM
+
+    from ascendspeed.model.context import Share
+    from ascendspeed.model.rope import Rope
+
+    rope = Rope(replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0, max_position_embeddings=32))
+    where = (torch.float32, torch.device("cpu"))
+    whole = rope.tables(64, *where)
+    for rank in range(2):
+        share = Share(rank, 2)
+        for mine, full in zip(rope.tables(64, *where, share), whole, strict=True):
+            assert mine.equal(share.cut(full, 0))
+    assert not rope.tables(64, *where)[0][:32].equal(rope.tables(32, *where)[0])

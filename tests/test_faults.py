@@ -200,6 +200,19 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
     finish(job, whole)
 
 
+def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, tmp_path):
+    """Ctrl-Z for longer than the timeout, and fg: nobody takes the others for dead."""
+    job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": r, "step": 5} for r in range(WORLD)])
+    ranks = job.start("--distributed-timeout-minutes", "0.05")
+    while len(list(job.folder.glob("happened*"))) < WORLD:
+        time.sleep(0.05)
+    time.sleep(5)
+    for process in ranks:
+        os.kill(process.pid, signal.SIGCONT)
+    assert ended(ranks, job) == [0, 0], job.said()
+    assert job.curve() == whole
+
+
 def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
     job = Job(tmp_path / "job", faults=[{"what": "wrong", "rank": 1, "step": 5}])
     codes = job.run()

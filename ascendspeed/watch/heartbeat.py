@@ -53,6 +53,8 @@ class Heartbeat:
         self._farewell = farewell
         self._heard: dict[int, float] = {}  # rank -> when it last was; on other ranks only those that rank 0 misses, and rank 0
         self._left: dict[int, tuple[float, int, str]] = {}  # rank -> when we heard of it, its exit code, its last words
+        self._where: dict[int, Any] = {}  # on rank 0: the others' addresses
+        self._looked = time.monotonic()
         self._last_words: tuple[int, str] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
@@ -74,8 +76,7 @@ class Heartbeat:
             if isinstance(error, RuntimeError) and (lost := self.lost(wait=True)):
                 raise lost from error
             if error is not None:
-                code = error.code if isinstance(error, UserError | SystemExit) else 1
-                self._last_words = int(code or 0), (str(error) or repr(error))[:500]
+                self._last_words = error.code if isinstance(error, UserError) else 1, (str(error) or repr(error))[:500]
         finally:
             self._ended.set()
             self._thread.join()
@@ -100,7 +101,7 @@ class Heartbeat:
 
     def _answer(self) -> None:
         """Rank 0: hears the others, answers each."""
-        looked, news = 0.0, {}
+        looked, news = 0.0, self._news()
         while not self._ended.is_set():
             if time.monotonic() > looked + self._interval / 2:  # not at every message: there may be thousands of ranks
                 self._judge()
@@ -110,10 +111,10 @@ class Heartbeat:
                 self._heard[said["rank"]] = time.monotonic()
                 if said["left"]:
                     self._left.setdefault(said["rank"], (time.monotonic(), *said["left"]))
+                self._where[said["rank"]] = who
                 self._send(news, who)
-        for _ in range(2 * self._world if self._last_words else 0):  # everyone still asks once in this time
-            if message := self._receive():
-                self._send(self._news(), message[1])
+        for who in self._where.values() if self._last_words else ():
+            self._send(self._news(), who)
 
     def _ask(self) -> None:
         """The others: say that they are there, hear who is not."""
@@ -136,7 +137,12 @@ class Heartbeat:
 
     def _judge(self) -> None:
         """Ends this process when a rank is surely gone: the main thread may hang in a collective, where no exception reaches it."""
-        gone = self._gone()
+        now = time.monotonic()
+        if (
+            now - self._looked > SILENT * self._interval
+        ):  # it was this process that stood still (Ctrl-Z): the others get their time anew
+            self._heard = dict.fromkeys(self._heard, now)
+        self._looked, gone = now, self._gone()
         # Of one that left, the others usually meet the same error, and say so themselves.
         if any(g.seconds > (errors.MOMENT if g.left else self._timeout) for g in gone.values()):
             self._leave(_name(gone, self._world))

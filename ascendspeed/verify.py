@@ -31,27 +31,41 @@ from ascendspeed.weights import Parameter, Tile, parameters
 LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)
 """Of the shrunken model: at most so many layers and rows of vocabulary; sequences and their length."""
 VERSIONS = ("ascendspeed", "torch", "safetensors", "transformers")
-SAME_NAMES = {"internlm": "llama"}
-"""Families without a class in transformers whose tensors are called as those of one that has."""
+AS_LLAMA: dict[str, tuple[tuple[str, str], ...]] = {
+    "internlm": (),
+    "internlm2": (
+        ("tok_embeddings", "embed_tokens"),
+        ("attention_norm", "input_layernorm"),
+        ("ffn_norm", "post_attention_layernorm"),
+        ("attention.wo.", "self_attn.o_proj."),
+        ("feed_forward.w1", "mlp.gate_proj"),
+        ("feed_forward.w3", "mlp.up_proj"),
+        ("feed_forward.w2", "mlp.down_proj"),
+        ("output.", "lm_head."),
+    ),
+    "baichuan": (),
+}
+"""Families without a class in transformers, and what their tensors are called in a Llama: said apart from the rows on purpose."""
 TOLERANCE = 1e-4
 """Between two implementations in fp32, of the largest logit; a wrong row is off by about 1."""
 
 
 def verify(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """What was proven, for conversion.json. Raises `UserError` naming what is not the same (cast to `dtype`)."""
-    hashes = compare(source, result, dtype)
+    hashes, logits = compare(source, result, dtype), compare_logits(source, result, dtype)
+    said = f"logits not compared: {logits['skipped']}" if "skipped" in logits else "logits equal"
     return {
-        "verdict": f"exact: every byte of {len(hashes)} parameters" + (f", cast to {dtype}" if dtype else ""),
+        "verdict": f"exact: every byte of {len(hashes)} parameters" + (f", cast to {dtype}" if dtype else "") + f"; {said}",
         "from": {"kind": source.kind, "folder": str(source.where), "family": source.config.family},
         "to": {"kind": result.kind, "family": result.config.family, "files": _sizes(result.where)},
-        "logits": compare_logits(source, result, dtype),
+        "logits": logits,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in VERSIONS},
         "sha256": hashes,
     }
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("[!.]*")) if path.is_file()}
 
 
 def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -94,7 +108,10 @@ def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = N
             "skipped": f"{needed / 1e9:.1f} GB of memory are needed for {small.num_layers} layers, {free / 1e9:.1f} GB are free"
         }
     tokens = torch.randint(0, small.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
-    (one, a), (other, b) = (_logits(end, small, tokens, kind) for end, kind in ((source, dtype), (result, None)))
+    try:
+        (one, a), (other, b) = (_logits(end, small, tokens, kind) for end, kind in ((source, dtype), (result, None)))
+    except Exception as error:  # whatever transformers says of a model that it should know: the bytes have been proven by now
+        return {"skipped": f"no logits: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
     largest, difference = float(a.abs().max()), float((a - b).abs().max())
     if not math.isfinite(largest):
         return {"skipped": "the weights hold NaN or infinity"}
@@ -136,10 +153,31 @@ def _native_config(end: Source) -> dict[str, Any] | None:
     """The config.json of a directory whose tensors have the names of a class in transformers; None: they have not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    family = SAME_NAMES.get(end.config.family, end.config.family)
+    family = "llama" if end.config.family in AS_LLAMA else end.config.family
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
-    return end.theirs if family == end.config.family else FAMILIES[family].write_config(replace(end.config, family=family))
+    if family == end.config.family:
+        return end.theirs
+    return FAMILIES[family].write_config(replace(end.config, family=family, normalize_head=False))
+
+
+def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """What a tensor of `AS_LLAMA` is in transformers' Llama; any other stays as it is."""
+    for theirs, llama in AS_LLAMA.get(config.family, ()):
+        name = name.replace(theirs, llama)
+    if "attention.wqkv." in name:  # [groups][q ..., k, v][d]
+        heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_dim))
+        parts = [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
+    elif "W_pack." in name:
+        parts = list(tensor.split([config.num_attention_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]))
+    elif config.normalize_head and name == "lm_head.weight":
+        return {name: torch.nn.functional.normalize(tensor.float()).to(tensor.dtype)}
+    else:
+        return {name: tensor}
+    stems = ("attention.wqkv.", "self_attn.W_pack.")
+    return {
+        re.sub("|".join(map(re.escape, stems)), f"self_attn.{x}_proj.", name): part for x, part in zip("qkv", parts, strict=True)
+    }
 
 
 def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -162,16 +200,20 @@ def _their_logits(end: Source, theirs: dict[str, Any], small: ModelConfig, token
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    kept = {}
+    kept: dict[str, Tensor] = {}
+    vocabulary = {name for row in FAMILIES[end.config.family].rows if row.split == "vocab" for name in row.theirs}
     for name, tensor in huggingface.tensors_in(end.where).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if layer is None or int(layer[1]) < small.num_layers:
-            cut = tensor[: small.vocab_size] if layer is None and len(tensor) == end.config.vocab_size else tensor
-            kept[name] = cut.to(dtype or cut.dtype).contiguous()
-    theirs = theirs | {"num_hidden_layers": small.num_layers, "vocab_size": small.vocab_size, "pad_token_id": None}
+            kept |= as_llama(end.config, name, tensor.to(dtype or tensor.dtype)[: small.vocab_size if name in vocabulary else None])
+    layers = end.config.num_layers
+    theirs = {k: v[: small.num_layers] if isinstance(v, list) and len(v) == layers else v for k, v in theirs.items()}
+    theirs |= {"num_hidden_layers": small.num_layers, "vocab_size": small.vocab_size, "pad_token_id": None}
     theirs.pop("auto_map", None)
     with tempfile.TemporaryDirectory() as folder:
-        save_file(kept, Path(folder) / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in kept.items()}, Path(folder) / "model.safetensors", {"format": "pt"}
+        )
         (Path(folder) / "config.json").write_text(json.dumps(theirs))
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
     with torch.no_grad():

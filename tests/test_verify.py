@@ -14,7 +14,7 @@ from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS
 
 TINY = {name.removesuffix("-tiny"): config for name, config in PRESETS.items() if name.endswith("-tiny")}
-NATIVE = {"internlm": "llama", "internlm3": "internlm3", "llama": "llama", "qwen2": "qwen2", "gemma": "gemma", "mixtral": "mixtral"}
+STAND_INS = {"internlm": "llama", "internlm2": "llama", "baichuan": "llama"}
 
 
 def directory(folder, config: ModelConfig, dtype: torch.dtype = torch.float32):
@@ -37,7 +37,7 @@ def converted(source, target, to, **more) -> dict:
 def test_what_is_left_behind(cpu, tmp_path):
     config = replace(TINY["internlm"], num_layers=4)
     said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2, 2), dtype=torch.bfloat16)
-    assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16"
+    assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16; logits equal"
     assert said["from"] == {"kind": "Hugging Face directory", "folder": str(tmp_path / "hf"), "family": "internlm"}
     assert said["to"]["kind"] == "Megatron rank files for TP 2 x PP 2"
     files = said["to"]["files"]
@@ -58,8 +58,7 @@ def test_what_is_left_behind(cpu, tmp_path):
 def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=3)
     said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2))["logits"]
-    native = NATIVE.get(name) or ("qwen2_moe" if config.family == "qwen2_moe" else None)
-    assert said["source"] == (f"transformers' {native}" if native else "our model")
+    assert said["source"] == f"transformers' {STAND_INS.get(config.family, config.family)}"
     assert said["result"] == "our model"
     assert said["layers"] == 2
     assert said["difference"] <= 2e-5 * said["largest"]
@@ -99,4 +98,39 @@ def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "_available", lambda: 1000)
     said = converted(directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFiles(2))
     assert "GB of memory" in said["logits"]["skipped"]
-    assert said["verdict"].startswith("exact")
+    assert said["verdict"].startswith("exact: every byte of 35 parameters; logits not compared: ")
+
+
+def test_what_transformers_saved_itself(cpu, tmp_path):
+    """Its config.json has lists of one entry a layer; a vocabulary as large as the hidden size is told apart by name."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 320, "vocab_size": 320, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=5, **sizes)).save_pretrained(tmp_path / "hf")
+    assert len(json.loads((tmp_path / "hf/config.json").read_text())["layer_types"]) == 5
+    said = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFiles(2))["logits"]
+    assert (said["source"], said["vocabulary"]) == ("transformers' qwen2", 256)
+    assert said["difference"] <= 2e-5 * said["largest"]
+
+
+@pytest.mark.parametrize("name", ["internlm2", "baichuan2"])
+def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch, name):
+    """Our rows may be wrong both ways round: the names that the stand-in goes by are said apart from them."""
+    source = directory(tmp_path / "hf", replace(TINY[name], num_layers=2))
+    family = FAMILIES[TINY[name].family]
+    wrong = tuple(replace(row, theirs=row.theirs[::-1]) if row.fuse == "glu" else row for row in family.rows)
+    with monkeypatch.context() as patch:
+        patch.setitem(FAMILIES, family.name, replace(family, rows=wrong))
+        with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama"):
+            convert.convert(convert.open_source(source), tmp_path / "ranks", convert.RankFiles(2), verify=True)
+
+
+def test_logits_that_nobody_can_make_are_said_not_raised(cpu, tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("no such class\nand more")
+
+    monkeypatch.setattr(verify, "_their_logits", fails)
+    said = converted(directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFiles(2))
+    assert said["logits"] == {"skipped": "no logits: ValueError: no such class"}
+    assert "logits not compared" in said["verdict"]

@@ -1,13 +1,14 @@
 """Files that others wrote: whether a path may be opened at all, and JSON that is not believed."""
 
 import json
+import math
 import os
 import re
 import stat
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NoReturn
 
 from ascendspeed.errors import UserError
 
@@ -52,7 +53,10 @@ def plain_name(name: Any, where: str | Path) -> str:
 
 
 def read_json(path: str | Path, root: str | Path | None = None) -> Any:
-    """What a JSON file holds. Raises `UserError` when it cannot be read, is too large or too deep, or names something twice."""
+    """What a JSON file holds.
+
+    Raises `UserError` when it cannot be read, is too large or too deep, names something twice or holds NaN or infinity.
+    """
     path = checked(path, root)
     try:
         size = path.stat().st_size
@@ -63,15 +67,30 @@ def read_json(path: str | Path, root: str | Path | None = None) -> Any:
         raise UserError(f"{path} cannot be read, it is not JSON: {error}") from None
 
 
-def parse_json(text: bytes) -> Any:
-    """The same for bytes that were read. Raises `ValueError`."""
+def parse_json(text: bytes, finite: bool = True) -> Any:
+    """The same for bytes that were read. Raises `ValueError`.
+
+    `finite`: NaN and infinity, which JSON itself has no words for and Python writes all the same, are refused.
+    """
+    numbers: dict[str, Any] = {"parse_constant": _no_number, "parse_float": _finite} if finite else {}
     try:
-        values = json.loads(text.decode("utf-8"), object_pairs_hook=_once)
+        values = json.loads(text.decode("utf-8"), object_pairs_hook=_once, **numbers)
         if SURROGATE.search(text):  # half a character is a string in Python, but no file can hold it
             json.dumps(values, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return values
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        _no_number(digits)
+    return number
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -198,6 +198,8 @@ def test_json_lines(tmp_path):
     curve = reading.read(path)
     assert curve.steps == (Step(1, 8, loss=2.5, grad_norm=1.25), Step(2, 16, loss=2.25, train_iters=9))
     assert curve.kind == "JSON lines"
+    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n')  # as Python writes them
+    assert [math.isnan(step.loss) for step in reading.read(path).steps] == [True, False]
 
 
 @pytest.mark.parametrize("line", ['{"step": 1, "loss": }', '{"step": 1, "step": 2}', "[1]"])

@@ -163,6 +163,9 @@ JSON = {
     "half a character": (b'{"a": "\\ud800"}', "surrogates not allowed"),
     "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "it says 'a' twice"),
     "a number without end": (b"1" * 10**5, "digits"),
+    "NaN": (b'{"rms_norm_eps": NaN}', "NaN is no number of JSON"),
+    "infinity": (b'{"rope_theta": [-Infinity]}', "-Infinity is no number of JSON"),
+    "a number beyond all floats": (b'{"rope_theta": 1e400}', "1e400 is no number of JSON"),
     "empty": (b"", "Expecting value"),
     "cut": (b'{"a": [1, 2', "Expecting"),
 }
@@ -187,6 +190,8 @@ def test_huge_json_is_not_read(tmp_path):
         read_json(tmp_path / "config.json")
     (tmp_path / "emoji.json").write_text('"\\ud83d\\ude00"')  # control: a whole character, escaped
     assert read_json(tmp_path / "emoji.json") == "😀"
+    (tmp_path / "numbers.json").write_text('{"NaN": [1e300, -0.5, 1e-400]}')  # the word alone is none of the numbers
+    assert read_json(tmp_path / "numbers.json") == {"NaN": [1e300, -0.5, 0.0]}
 
 
 @pytest.mark.parametrize("load", [load_safetensors, load_pt, read_json])

@@ -60,7 +60,7 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
         if not line.strip():
             continue
         try:
-            said = inputs.parse_json(line.encode())
+            said = inputs.parse_json(line.encode(), finite=False)  # a loss may be NaN: that is for the verdict
             if not isinstance(said, dict):
                 raise ValueError("not a table of names and values")
         except ValueError as error:

@@ -1,15 +1,20 @@
 """The one error that a user can cause, and how a program ends: one line on stderr, no traceback, an exit code that says why."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
+from types import FrameType
 
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 69
 """A process of the run died, was stopped or left; training can be started again (EX_UNAVAILABLE of sysexits.h)."""
 EXIT_STOPPED = 75
 """Saved and stopped because a signal asked for it; training can be started again (EX_TEMPFAIL of sysexits.h)."""
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+"""Ctrl-C: 130, as every program of a shell."""
+EXIT_TERMINATED = 128 + signal.SIGTERM
 
 MOMENT = 5
 """Seconds in which a launcher ends the other processes of a run after one has left."""
@@ -28,13 +33,37 @@ class RankLost(UserError):
     code = EXIT_RANK_LOST
 
 
-def run(main: Callable[[], int | None]) -> None:
-    """Runs `main` and exits with its return value, or with the error's code and one line on a `UserError`."""
+def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
+    """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError` or Ctrl-C.
+
+    `clean_up`: SIGTERM too leaves `main` by an exception, so that what it has begun to write goes away. Training, which
+    waits for the end of the iteration instead (`watch`), does without.
+    """
+    if clean_up:
+        signal.signal(signal.SIGTERM, _leave)
     try:
         sys.exit(main())
     except UserError as error:
         tell(error)
         sys.exit(error.code)
+    except KeyboardInterrupt:
+        _end("interrupted", EXIT_INTERRUPTED)
+    except _Terminated:
+        _end("terminated", EXIT_TERMINATED)
+
+
+class _Terminated(SystemExit):
+    """No `Exception`, which code that others' data runs through catches."""
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)  # a second one would break into the cleaning up
+    raise _Terminated(EXIT_TERMINATED)
+
+
+def _end(word: str, code: int) -> None:
+    print(word, file=sys.stderr, flush=True)
+    sys.exit(code)
 
 
 def tell(error: UserError) -> None:

@@ -1,0 +1,77 @@
+"""How a program ends: one line, an exit code that says why, and nothing half-written."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from ascendspeed import errors
+
+ROOT = Path(__file__).parent.parent
+
+PROGRAM = """
+import sys, time
+from ascendspeed import errors
+def main():
+    try:
+        print("begun", flush=True)
+        try:
+            time.sleep(60)
+        except Exception:
+            pass
+    finally:
+        time.sleep(float(sys.argv[2]))
+        print("cleaned up", flush=True)
+if __name__ == "__main__":
+    errors.run(main, clean_up=sys.argv[1] == "True")
+"""
+
+
+def ended(clean_up: bool, *signals: int) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a program that was sent the signals, a moment between them."""
+    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(clean_up), "0.5" if len(signals) > 1 else "0"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
+        assert program.stdout.readline() == "begun\n"
+        for number in signals:
+            program.send_signal(number)
+            time.sleep(0.1)
+        out, err = program.communicate(timeout=60)
+    return program.returncode, out, err
+
+
+@pytest.mark.parametrize("clean_up", [False, True])
+def test_ctrl_c_is_one_line(clean_up):
+    assert ended(clean_up, signal.SIGINT) == (130, "cleaned up\n", "interrupted\n")
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sigterm_lets_a_program_clean_up(times):
+    assert ended(True, *[signal.SIGTERM] * times) == (143, "cleaned up\n", "terminated\n")
+    assert ended(False, signal.SIGTERM) == (-signal.SIGTERM, "", "")  # control
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
+    words = [sys.executable, ROOT / "tools/random_model.py", "--output-dir", tmp_path / "out"]
+    words += ["--model", "internlm2-1.8b", "--dtype", "bf16"]  # large enough not to be done in a moment
+    draft = tmp_path / ".out.partial"
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
+        while not draft.exists() and program.poll() is None:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        assert list(draft.iterdir())
+        program.send_signal(number)
+        _, err = program.communicate(timeout=120)
+    assert program.returncode == 128 + number
+    assert err.splitlines()[-1] in ("interrupted", "terminated")
+    assert "Traceback" not in err
+    assert not os.listdir(tmp_path)
+
+
+def test_codes():
+    assert (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED) == (130, 143)

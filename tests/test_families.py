@@ -234,6 +234,8 @@ def test_null_is_the_same_as_not_there():
         {"rope_theta": 500000, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "dynamic", "factor": 2.0}},
         {"rotary": {"base": 500000, "type": "dynamic", "scaling_factor": 2.0}},
+        {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2}, "partial_rotary_factor": 1.0},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500000, "rope_type": "dynamic", "factor": 2}, "rope_scaling": None},
     ],
 )
 def test_every_spelling_of_rope(spelling):
@@ -242,9 +244,61 @@ def test_every_spelling_of_rope(spelling):
 
 
 def test_rope_of_v1():
-    read = FAMILIES["internlm"].read_config
-    assert read(INTERNLM_20B | {"rotary": None}).rope_scaling_type == "dynamic"  # the family's default
-    assert read(INTERNLM_20B | {"rotary": {"base": 10000, "type": "origin"}}).rope_scaling_type == "none"
+    def rope(**more) -> tuple[float, str, float]:
+        config = FAMILIES["internlm"].read_config(INTERNLM_20B | more)
+        return config.rotary_base, config.rope_scaling_type, config.rope_scaling_factor
+
+    assert rope(rotary=None) == (1e4, "dynamic", 1.0)  # the family's default
+    assert rope(rotary={"base": 10000, "type": "origin"}) == (1e4, "none", 1.0)
+    assert rope(rotary={"base": 10000, "type": "dynamic"}, scaling_factor=3) == (1e4, "dynamic", 3.0)
+    assert rope(rotary=None, rope_theta=1e6, rope_parameters={"rope_type": "default"}) == (1e6, "none", 1.0)
+    with pytest.raises(UserError, match=r"rope_theta = 500000 and rotary\.base = 10000 contradict each other"):
+        rope(rope_theta=500000)
+    with pytest.raises(UserError, match=r"rotary\.type = 'origin' and rope_scaling\.type = 'linear' contradict each other"):
+        rope(rotary={"base": 10000, "type": "origin"}, rope_scaling={"type": "linear", "factor": 2})
+    with pytest.raises(UserError, match="'linear' lacks its factor"):  # only its own dynamic scaling may
+        rope(rotary={"base": 10000, "type": "linear"})
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}}, "rope_scaling.type = 'linear' and "),
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}},
+            "rope_theta = 1000000.0 and rope_parameters.rope_theta = 500",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": 2, "scaling_factor": 4}}, "factor = 2 and rope_scaling.scaling_factor = 4"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": {"rope_type": "default"}}, "contradict"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear' lacks its factor"),
+        ({"rope_scaling": {"type": "dynamic", "factor": None}}, "'dynamic' lacks its factor"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor = 2.0, but no rope scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor = 0.5 is less than 1"),
+        ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor = True is not a positive number"),
+        ({"rope_theta": 10**400}, "is not a positive number"),
+        ({"rope_theta": "1e6"}, "rope_theta = '1e6' is not a positive number"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters.full_attention"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 2}}, "rope scaling ['linear'] is not supported"),
+        ({"rope_scaling": []}, "rope_scaling = [] is not a table"),
+        ({"rms_norm_eps": 10**400}, "is not a positive float"),
+    ],
+)
+@pytest.mark.parametrize("name", ["llama-tiny", "internlm2-tiny", "mixtral-tiny"])
+def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
+    theirs = FAMILIES[PRESETS[name].family].write_config(PRESETS[name]) | {"rope_theta": None, "rope_scaling": None}
+    family_of(theirs).read_config(theirs)  # control: without it nothing is wrong
+    with pytest.raises(UserError) as error:
+        family_of(theirs).read_config(theirs | more)
+    assert said in str(error.value)
+
+
+def test_rope_scaling_is_written_with_two_entries():
+    """More, transformers before 4.43 and InternLM2's own code refuse; of these two the newest reads the same."""
+    theirs = FAMILIES["llama"].write_config(llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4}))
+    assert (theirs["rope_theta"], theirs["rope_scaling"]) == (5e5, {"type": "linear", "factor": 4.0})
+    read = AutoConfig.for_model(**theirs).rope_parameters
+    assert (read["rope_theta"], read["rope_type"], read["factor"]) == (5e5, "linear", 4.0)
 
 
 @pytest.mark.parametrize(

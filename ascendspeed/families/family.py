@@ -1,20 +1,19 @@
 """What a family entry is made of: data only. The fusions and cuts that rows name live in `weights.py`, with torch."""
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
+from ascendspeed.families.rope import read_rope, write_rope
 
 Fuse = Literal["one", "qkv", "glu"]
 Split = Literal["replicated", "rows", "columns", "vocab"]
 REQUIRED = object()
 KINDS = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
 """Type of every field of `ModelConfig`; those that may be None count something."""
-ROPE_WORDS = ("rope_type", "type", "rope_theta", "base", "factor", "scaling_factor")
-ROPE_KEYS = ("rotary", "rope_theta", "rope_scaling", "rope_parameters", "scaling_factor")
-"""Where config.json files speak of the rotary embedding."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Family:
                 raise UserError(f"config.json of a {self.name} model lacks {key.theirs!r}")
             return key.default
         kind = KINDS[key.ours[0].lstrip("!")]
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
             raise UserError(f"config.json: {key.theirs} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}")
@@ -187,43 +186,6 @@ def check_layers(theirs: Mapping[str, Any]) -> None:
     strange = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
     if strange:
         raise UserError(f"config.json: layer_types {strange[0]!r} is not supported, only 'full_attention'")
-
-
-def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary base and scaling from any of the spellings in use: `rotary`, `rope_theta` + `rope_scaling`, `rope_parameters`."""
-    said = dict(default)
-    for name in ("rotary", "rope_scaling", "rope_parameters"):
-        entry = theirs.get(name) or {}
-        if not isinstance(entry, Mapping):
-            raise UserError(f"config.json: {name} = {entry!r} is not a table")
-        said |= entry
-    kind = said.get("rope_type", said.get("type")) or "default"
-    if kind == "origin":  # InternLM's word for no scaling
-        kind = "default"
-    if kind not in ("default", "linear", "dynamic"):
-        raise UserError(f"config.json: rope scaling {kind!r} is not supported, only default, linear and dynamic")
-    strange = {name: value for name, value in said.items() if name not in ROPE_WORDS and value not in (None, 1)}
-    if strange:
-        raise UserError(f"config.json: rope setting {strange} is not supported, only {', '.join(ROPE_WORDS)}")
-    base = said.get("rope_theta", theirs.get("rope_theta", said.get("base", 10000.0)))
-    factor = said.get("factor", said.get("scaling_factor", theirs.get("scaling_factor", 1.0)))
-    for value in (base, factor):
-        if type(value) not in (int, float) or value <= 0:
-            raise UserError(f"config.json: rope setting {value!r} is not a positive number")
-    return {
-        "rotary_base": float(base),
-        "rope_scaling_type": "none" if kind == "default" else kind,
-        "rope_scaling_factor": 1.0 if kind == "default" else float(factor),
-    }
-
-
-def write_rope(config: ModelConfig, spelling: str) -> dict[str, Any]:
-    """The rope entries of config.json in the family's own spelling."""
-    kind, factor = config.rope_scaling_type, config.rope_scaling_factor
-    if spelling == "rotary":
-        rotary: dict[str, Any] = {"base": config.rotary_base, "type": "origin" if kind == "none" else kind}
-        return {"rotary": rotary | ({} if factor == 1.0 else {"scaling_factor": factor})}
-    return {"rope_theta": config.rotary_base, "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor}}
 
 
 def shape_of(config: ModelConfig, row: Row) -> tuple[int, ...]:

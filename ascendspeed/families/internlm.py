@@ -18,7 +18,7 @@ INTERNLM = Family(
     rows=ROWS,
     fixed={"hidden_act": "silu"},
     rope="rotary",
-    rope_default={"base": 10000, "type": "dynamic"},
+    rope_default={"base": 10000, "type": "dynamic", "factor": 1.0},
     presets={
         "internlm-7b": BASE,
         "internlm-20b": replace(

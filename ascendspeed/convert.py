@@ -75,11 +75,6 @@ def convert(
             write_json(folder / "conversion.json", verification.verify(source, open_source(folder), dtype))
 
 
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as integers, so that NaN equals itself and 0 is not -0."""
-    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
-
-
 def write_hf(
     source: Source,
     target: str | Path,

@@ -112,14 +112,6 @@ class Cut:
         pieces = [block.chunk(self.parts, self.dim)[rank] for block in blocks]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
-    def merge(self, parts: Sequence[Tensor]) -> Tensor:
-        """The full tensor from the parts of all ranks, padding stripped."""
-        if self.dim is None or self.parts == 1:
-            full = parts[0]
-        else:
-            full = torch.cat([p.chunk(self.stride, self.dim)[i] for i in range(self.stride) for p in parts], self.dim)
-        return full[: self.shape[0]] if self.padded_rows else full
-
 
 @dataclass(frozen=True)
 class Parameter:

@@ -80,9 +80,14 @@ def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) 
     return tensors
 
 
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The same bytes as integers, so that NaN equals itself and 0 is not -0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Same names, types and bits."""
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(convert.bits(a[n]), convert.bits(b[n])) for n in a)
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
@@ -554,9 +559,83 @@ def test_a_tied_model_may_hold_its_embedding_twice(tmp_path):
     to_hf(convert.open_source(tmp_path / "hf"), tmp_path / "back")
     assert same(written(tmp_path / "back"), tensors)
     other = embedding.clone()
-    convert.bits(other)[70, 3] ^= 1  # control
+    bits(other)[70, 3] ^= 1  # control
     save_file(tensors | {"lm_head.weight": other}, tmp_path / "hf/model.safetensors")
     refused(tmp_path / "hf", "tie_word_embeddings = true", "lm_head.weight")
+
+
+def test_a_rank_that_holds_another_ones_weights(ranks):
+    files = ranks / "release"
+    shutil.copyfile(files / "mp_rank_00_000/model_optim_rng.pt", files / "mp_rank_01_000/model_optim_rng.pt")
+    refused(ranks, "rank 1, stage 0 holds the weights of rank 0, stage 0: was one file copied over the other?")
+
+
+def test_a_rank_whose_copy_differs(ranks):
+    path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
+    held = torch.load(path, weights_only=True)
+    held["model"]["decoder.final_layernorm.weight"][0] += 1
+    torch.save(held, path)
+    refused(ranks, "decoder.final_layernorm.weight of rank 1, stage 1 is not the copy of another's")
+
+
+def test_rows_beyond_the_vocabulary(tmp_path, capsys):
+    """Padding that holds something is said; more of it than padding can be (128 rows) is refused: config.json is a stale one."""
+    config = replace(BASE, vocab_size=250)
+    tensors = hugging_face(tmp_path / "hf", config)
+    to_ranks(convert.open_source(tmp_path / "hf"), tmp_path / "ranks", 1)
+    set_vocabulary = lambda size: edit_json(tmp_path / "ranks/config.json", lambda values: values.update(vocab_size=size))  # noqa: E731
+    for size, said in ((250, False), (200, True)):
+        set_vocabulary(size)
+        capsys.readouterr()
+        convert.open_source(tmp_path / "ranks")
+        note = f"{256 - size} rows of padding in embedding.word_embeddings.weight hold something"
+        assert (note in capsys.readouterr().out) == said
+    set_vocabulary(120)
+    refused(tmp_path / "ranks", "136 rows beyond the vocab_size = 120 of config.json", "correct vocab_size")
+    path = tmp_path / "ranks/release/mp_rank_00/model_optim_rng.pt"
+    held = torch.load(path, weights_only=True)
+    for name, theirs in (
+        ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
+        ("output_layer.weight", "lm_head.weight"),
+    ):
+        held["model"][name] = torch.cat([tensors[theirs], tensors[theirs][-6:]])  # as AscendSpeed's converter padded
+    torch.save(held, path)
+    set_vocabulary(250)
+    capsys.readouterr()
+    convert.open_source(tmp_path / "ranks")
+    assert "padding" not in capsys.readouterr().out
+
+
+def test_layers_of_another_number(ranks):
+    edit_json(ranks / "config.json", lambda values: values.update(num_hidden_layers=2_000_000))
+    refused(ranks, "holds 4 layers on 2 pipeline stages, config.json says 2000000")
+
+
+def test_two_checkpoints_in_one_folder(ranks, hf):
+    for path in hf.glob("model*"):
+        shutil.copy(path, ranks)
+    refused(ranks, "holds rank files and Hugging Face weights: move one of them to a folder of its own")
+    (ranks / "trainer_state.json").write_text("{}")
+    assert convert.open_source(ranks).kind == "Hugging Face directory"
+
+
+@pytest.mark.parametrize("name", ["..", "\u00b2", "a/b", ""])
+def test_a_tracker_that_leads_elsewhere(ranks, name):
+    (ranks / "latest_checkpointed_iteration.txt").write_text(name)
+    with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt|has no rank files"):
+        convert.open_source(ranks)
+
+
+def test_infinity_is_said(sources, tmp_path, capsys):
+    tensors = hugging_face(tmp_path / "hf", BASE, "finite")
+    tensors["model.norm.weight"][3] = float("-inf")
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    convert.write_megatron(convert.open_source(tmp_path / "hf"), tmp_path / "out", 2)
+    assert "holds infinity in decoder.final_layernorm.weight\n" in capsys.readouterr().out
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, tmp_path / "hf/model.safetensors")
+    with pytest.raises(UserError, match=r"holds NaN in decoder.final_layernorm.weight; nothing was written"):
+        convert.write_megatron(convert.open_source(tmp_path / "hf"), tmp_path / "again", 2)
 
 
 # --- the target -------------------------------------------------------------------------------------------------------------
@@ -641,6 +720,22 @@ def test_failing_writer_cleans_up(sources, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_no_conversion_left_is_not_cleared(sources, tmp_path):
+    source = convert.open_source(sources("internlm", "fp32")[0])
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").touch()
+    (tmp_path / ".a.partial").symlink_to(precious)
+    (tmp_path / ".b.partial").mkdir()
+    (tmp_path / ".b.partial/thesis.txt").touch()
+    (tmp_path / "c").symlink_to(tmp_path / "nowhere")
+    for name, said in (("a", "is in the way"), ("b", "is in the way"), ("c", "is not an empty directory")):
+        with pytest.raises(UserError, match=said):
+            to_hf(source, tmp_path / name)
+    assert (precious / "thesis.txt").exists()
+    assert (tmp_path / ".b.partial/thesis.txt").exists()
+
+
 def test_two_writers_of_one_target(tmp_path):
     with staged(tmp_path / "out", 0) as draft:
         (draft / "file").touch()
@@ -656,7 +751,7 @@ def test_verification_sees_one_flipped_bit(sources, tmp_path, monkeypatch):
     def flipping(self, name, row, block):
         if "linear_fc2" in name:
             block = block.clone()
-            convert.bits(block).view(torch.uint8).flatten()[0].bitwise_xor_(1)
+            bits(block).view(torch.uint8).flatten()[0].bitwise_xor_(1)
         return original(self, name, row, block)
 
     monkeypatch.setattr(PieceFile, "write", flipping)

@@ -12,6 +12,14 @@ from ascendspeed.formats.source import Source
 
 __all__ = ["HuggingFace", "InternEvo", "RankFiles", "Source", "open_source"]
 
+MODULES = {
+    "a training checkpoint": training,
+    "rank files": megatron,
+    "an InternEvo training folder": internevo,
+    "Hugging Face weights": huggingface,
+    "a .ckpt of MindFormers": mindformers,
+}
+
 
 def open_source(path: str | Path, config: str | Path | None = None, asked: Asked | None = None) -> Source:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
@@ -23,14 +31,19 @@ def open_source(path: str | Path, config: str | Path | None = None, asked: Asked
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory")
     home = folder if config is None else Path(config)
-    if internevo.is_one(folder):
-        return internevo.open_folder(folder, home, asked)
-    for module in (training, megatron, huggingface, mindformers):
-        if module.is_one(folder):
-            return module.open_folder(folder, home)
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+    found = [name for name, module in MODULES.items() if module.is_one(folder)]
+    if training.is_one(folder):
+        found = ["a training checkpoint"]  # its `latest` has the name of DeepSpeed's
+    elif len(found) > 1 and (folder / "trainer_state.json").exists():
+        found = ["Hugging Face weights"]  # its Trainer leaves DeepSpeed's own files beside them
+    if len(found) > 1:
+        raise UserError(f"{folder} holds {' and '.join(found)}: move one of them to a folder of its own")
+    if found:
+        more = {"asked": asked} if MODULES[found[0]] is internevo else {}
+        return MODULES[found[0]].open_folder(folder, home, **more)
+    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "
         "rank files (latest_checkpointed_iteration.txt or latest), an InternEvo training folder (model_tp0_pp0.pt), "
-        f"a .ckpt of MindFormers and a training checkpoint; found {found}"
+        f"a .ckpt of MindFormers and a training checkpoint; found {there}"
     )

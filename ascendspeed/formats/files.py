@@ -22,6 +22,9 @@ from ascendspeed.errors import UserError
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The element types of weights, by their names in a safetensors header; others are refused."""
 
+MARK = ".unfinished"
+"""In a folder that is being written: says that it may be cleared."""
+
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """What a file will hold: name -> (type, shape)."""
 
@@ -42,7 +45,7 @@ class PieceFile:
     def __init__(self, path: Path, specs: Specs, offsets: Mapping[str, int]) -> None:
         self.path, self.specs, self.offsets = path, specs, offsets
         self._left, self._lock = set(specs), threading.Lock()
-        self._descriptor = os.open(path, os.O_WRONLY)
+        self._descriptor: int | None = None
 
     def write(self, name: str, row: int, block: Tensor) -> None:
         """Puts whole rows, of the tensor's own type, from row `row` on; rows that nobody writes are zero."""
@@ -52,8 +55,9 @@ class PieceFile:
             raise AssertionError(f"{list(block.shape)} {block.dtype} at row {row} of {name}, which is {list(shape)} {dtype}")
         view = memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
         offset = self.offsets[name] + row * width
+        descriptor = self._open()
         while view:  # the system writes at most 2 GiB at a time
-            written = os.pwrite(self._descriptor, view, offset)
+            written = os.pwrite(descriptor, view, offset)
             view, offset = view[written:], offset + written
 
     def done(self, name: str) -> None:
@@ -62,13 +66,22 @@ class PieceFile:
             self._left.remove(name)
             last = not self._left
         if last:
-            os.fsync(self._descriptor)
+            os.fsync(self._open())
+            self.close()
 
     def close(self) -> None:
-        """A tensor that was not written is an error."""
-        os.close(self._descriptor)
-        if self._left:
-            raise AssertionError(f"{self.path}: never written: {sorted(self._left)[:5]}")
+        """Also one that is not whole."""
+        with self._lock:
+            if self._descriptor is not None:
+                os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self) -> int:
+        """At the first write: a model may have more files than a process may have open."""
+        with self._lock:
+            if self._descriptor is None:
+                self._descriptor = os.open(self.path, os.O_WRONLY)
+            return self._descriptor
 
 
 def create_safetensors(path: Path, specs: Specs) -> PieceFile:
@@ -122,9 +135,11 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
     when another process is writing it, or when the disk has less than `needed` bytes left.
     """
     target = Path(os.path.abspath(target))
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
         raise UserError(f"{target} exists and is not an empty directory: remove it, or choose another")
     draft = target.parent / f".{target.name}.partial"
+    if draft.is_symlink() or (draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))):
+        raise UserError(f"{draft} is in the way, and no conversion left it: move it away, or choose another target")
     try:
         draft.mkdir(parents=True, exist_ok=True)
         lock = _lock(draft)
@@ -132,10 +147,12 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         raise UserError(f"{target} cannot be written: {error}") from error
     try:
         _clear(draft)
+        (draft / MARK).touch()
         free = shutil.disk_usage(draft).free
         if free < needed:
             raise UserError(f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
         yield draft
+        (draft / MARK).unlink()
         _sync(draft)
         os.rename(draft, target)
         _sync_one(target.parent)
@@ -166,7 +183,7 @@ def _clear(draft: Path) -> None:
     left = list(draft.iterdir())
     if left:
         print(f"starting again: {draft} was left by a conversion that was stopped", flush=True)
-    for path in left:
+    for path in sorted(left, key=lambda path: path.name == MARK):  # the mark last: killed here, it is still ours
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

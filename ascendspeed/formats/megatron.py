@@ -25,6 +25,7 @@ from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.ranks import Dialect, Grid, Layout
 from ascendspeed.formats.source import Source, read_config
 from ascendspeed.formats.writing import File
+from ascendspeed.inputs import plain_name
 
 RELEASE = "release"  # the name of an iteration that was converted, not trained
 DEEPSPEED = Layout(
@@ -69,10 +70,11 @@ def open_folder(folder: Path, config: Path) -> Source:
     theirs, config, beside = *read_config(config), config
     _check_sharded(iteration)
     held = ranks.read(iteration, layout)
+    dialect = ranks.recognise(iteration, DIALECTS, config, held)
+    ranks.check_layers(iteration, dialect, config, held)
     grid = ranks.grid_of(iteration, layout, held, config)
     check_tensor_parallel(config, grid.tp)
     check_pipeline_parallel(config, grid.pp)
-    dialect = ranks.recognise(iteration, DIALECTS, config, held)
     if dialect in dialects.OLD:
         table.check("ascendspeed", "reads", config.family)
     if doubt := dialects.doubt(dialect, config, grid.tp):
@@ -103,11 +105,9 @@ def _iteration(folder: Path, layout: Layout) -> Path:
         name = (folder / layout.tracker).read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{folder / layout.tracker} cannot be read: {error}") from error
-    if layout is MEGATRON and name.isdigit():
+    if layout is MEGATRON and name.isascii() and name.isdigit():
         name = f"iter_{int(name):07d}"
-    if not name or Path(name).name != name:
-        raise UserError(f"{folder / layout.tracker} names no folder beside it: {name[:80]!r}")
-    return folder / name
+    return folder / plain_name(name, folder / layout.tracker)
 
 
 @dataclass(frozen=True)

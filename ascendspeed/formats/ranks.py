@@ -1,5 +1,6 @@
 """Files of tensor- and pipeline-parallel ranks, whatever their names: how they are read, and what each of them holds."""
 
+import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,6 +9,7 @@ from itertools import accumulate, count, takewhile
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ascendspeed import weights
@@ -18,6 +20,8 @@ from ascendspeed.formats.reading import load_pt
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
 from ascendspeed.weights import Parameter, Stored
 
+PADDING = 128
+"""Rows that a vocabulary is padded to a multiple of, times the tensor-parallel ranks, unless a user asked for another number."""
 Ranks = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """(tensor-parallel rank, pipeline stage) -> what its file holds."""
 OLDEST = 2.0
@@ -159,8 +163,19 @@ def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, fou
 
     best = max(dialects, key=known)
     if not known(best):
-        raise UserError(f"{where} holds tensors of names that are not known here: {some(sorted(found[0, 0]))}")
+        said = f"tensors of names that are not known here: {some(sorted(found[0, 0]))}" if found[0, 0] else "no tensors"
+        raise UserError(f"{where} holds {said}")
     return best
+
+
+def check_layers(where: Path, dialect: Dialect, config: ModelConfig, found: Ranks) -> None:
+    """Raises `UserError` when the names in the files speak of another number of layers than the configuration."""
+    template = next(name for row in dialect.rows(config) for name in row.theirs if "{l}" in name)
+    pattern = re.compile(re.escape(template).replace(re.escape("{l}"), r"\d+").replace(re.escape("{e}"), "0"))
+    stages = {p: sum(bool(pattern.fullmatch(name)) for name in tensors) for (t, p), tensors in found.items() if t == 0}
+    if sum(stages.values()) != config.num_layers:
+        said = f"{sum(stages.values())} layers on {len(stages)} pipeline stages" if len(stages) > 1 else f"{stages[0]} layers"
+        raise UserError(f"{where} holds {said}, config.json says {config.num_layers}: another model's, or is a file missing?")
 
 
 def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> Grid:
@@ -190,9 +205,53 @@ def source(
             check_tensor(where, entry.name, tensor, entry.shape)
             held.setdefault(ours, []).append((f"{entry.name} of rank {t}, stage {p}", tensor))
             first = firsts.setdefault((ours, entry.tiles), tensor)
-            if first is tensor:
+            if first is tensor or not entry.tiles:  # a rank may hold nothing but padding, which is no copy
                 pieces.setdefault(ours, []).append((weights.as_matrix(tensor), entry.tiles))
-            elif entry.tiles and not same_bits(tensor, first):  # a rank may hold nothing but padding, which is anybody's
+            elif not same_bits(tensor, first):
                 raise UserError(f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be")
+    _check_no_twins(folder, config, dialect, grid, found)
+    _check_padding(folder, config, grid, pieces)
     dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in weights.parameters(config)}
     return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)
+
+
+def _check_no_twins(folder: Path, config: ModelConfig, dialect: Dialect, grid: Grid, found: Ranks) -> None:
+    """Raises `UserError` when two files that should hold different weights hold the same: one was copied over the other."""
+    seen: dict[bytes, tuple[tuple, str]] = {}
+    for (t, p), tensors in found.items():
+        entries = (e for e in stored(config, dialect, grid, t, p) if e.parameter.layer is not None and len(e.shape) == 2)
+        entry = next((e for e in entries if e.parameter.row.split != "replicated"), None)
+        cut = tensors[entry.name] if entry else torch.zeros(1, 1)
+        if entry is None or bool((cut[:64] == cut[0, 0]).all()):
+            continue  # nothing to tell ranks apart by: a stage without layers, weights that were never set
+        mark = hashlib.sha256(memoryview(cut[:64].contiguous().flatten().view(torch.uint8).numpy())).digest()
+        part, other = seen.setdefault(mark, ((entry.parameter.name, entry.tiles), f"rank {t}, stage {p}"))
+        if part != (entry.parameter.name, entry.tiles):
+            raise UserError(f"{folder}: rank {t}, stage {p} holds the weights of {other}: was one file copied over the other?")
+
+
+def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mapping[str, list]) -> None:
+    """Rows beyond the vocabulary that hold something are said, and are an error when they are more than padding would be.
+
+    Zeros are ours; AscendSpeed's converter padded with copies of the last real rows.
+    """
+    for parameter in weights.parameters(config):
+        if parameter.layer is not None or parameter.row.split != "vocab" or grid.padded_vocab <= config.vocab_size:
+            continue
+        parts = [matrix[sum(tile.rows for tile in tiles) :] for matrix, tiles in pieces[parameter.name]]
+        count = sum(map(len, parts))
+        if not any(bool(part.any()) for part in parts) or _are_the_last_rows(parts, count, parameter, pieces[parameter.name]):
+            continue
+        if count >= PADDING * grid.tp:
+            raise UserError(
+                f"{folder}: {parameter.name} has {count} rows beyond the vocab_size = {config.vocab_size} of config.json, and they "
+                "hold something that would be lost: correct vocab_size"
+            )
+        print(f"note: {folder}: {count} rows of padding in {parameter.name} hold something; they are left out", flush=True)
+
+
+def _are_the_last_rows(parts: list[Tensor], count: int, parameter: Parameter, pieces: list) -> bool:
+    rows, columns = parameter.shape
+    return count <= rows and same_bits(
+        weights.gather(pieces, weights.Tile(rows - count, 0, 0, 0, count, columns)), torch.cat(parts)
+    )

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -33,6 +33,22 @@ class File:
         return {entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds}
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Names of tensors that hold what is no number."""
+
+    nan: set[str] = field(default_factory=set)
+    infinite: set[str] = field(default_factory=set)
+
+    def look(self, name: str, block: Tensor) -> None:
+        """NaN hides infinity here: only one of them is reported for a block."""
+        low, high = block.aminmax()
+        if low.isnan():
+            self.nan.add(name)
+        elif low.isinf() or high.isinf():
+            self.infinite.add(name)
+
+
 def size(source: Source, files: Iterable[File], dtype: torch.dtype | None) -> int:
     """Bytes of all tensors in the files."""
     return sum(nbytes(*spec) for file in files for spec in file.specs(source, dtype).values())
@@ -43,9 +59,10 @@ def write(
 ) -> None:
     """Writes every file; they are on the disk when this returns.
 
+    A note names tensors that hold infinity.
     Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one that is too large for `dtype`.
     """
-    with_nan: set[str] = set()
+    seen = Seen()
     opened = []
     for file in files:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +70,7 @@ def write(
     pool = ThreadPoolExecutor(workers())
     try:
         jobs = [
-            pool.submit(_write_one, source, target, entry, report, with_nan)
+            pool.submit(_write_one, source, target, entry, report, seen)
             for file, target in zip(files, opened, strict=True)
             for entry in file.holds
         ]
@@ -61,10 +78,12 @@ def write(
             job.result()
     finally:
         pool.shutdown(cancel_futures=True)
-    for target in opened:
-        target.close()
-    if with_nan and not allow_nan:
-        raise UserError(f"{source.where} holds NaN in {some(sorted(with_nan))}; nothing was written (--allow-nan keeps them)")
+        for target in opened:
+            target.close()
+    if seen.infinite:
+        print(f"note: {source.where} holds infinity in {some(sorted(seen.infinite))}", flush=True)
+    if seen.nan and not allow_nan:
+        raise UserError(f"{source.where} holds NaN in {some(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)")
 
 
 def workers() -> int:
@@ -72,17 +91,19 @@ def workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report, with_nan: set[str]) -> None:
+def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report, seen: Seen) -> None:
     dtype = target.specs[entry.name][0]
+    padding = nbytes(*target.specs[entry.name])
     for tile in entry.tiles:
         for piece in pieces(tile, source.dtypes[entry.parameter.name]):
             block = source.block(entry.parameter.name, piece).contiguous()
-            if block.max().isnan():
-                with_nan.add(entry.name)
+            seen.look(entry.name, block)
             cast = _cast(entry.name, block, dtype)
             target.write(entry.name, piece.part_row, cast)
             report(cast.nbytes)
+            padding -= cast.nbytes
     target.done(entry.name)
+    report(padding)
 
 
 def pieces(tile: Tile, dtype: torch.dtype) -> Iterable[Tile]:

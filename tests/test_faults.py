@@ -160,6 +160,61 @@ def test_the_next_start_says_where_it_goes_on(whole, tmp_path):
     assert re.search(r"resumes from \S*/step_0000006: iteration 6, 24 samples consumed", job.said())
 
 
+LONG = ("--train-iters", "60", "--save-interval", "2", "--keep", "3", "--distributed-timeout-minutes", "0.1")
+
+
+@pytest.fixture(scope="module")
+def whole_long(ready, tmp_path_factory) -> dict[int, str]:
+    """The curve of an untouched run that is long enough for many kills."""
+    job = Job(tmp_path_factory.mktemp("long"), LONG)
+    assert job.run() == [0, 0], job.said()
+    return job.curve()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_from_outside_at_random_moments(whole_long, tmp_path, seed):
+    """At least 25 kills, and at least 8 of them while a checkpoint was being saved; as many runs to their end as that takes."""
+    dice, kills, inside = random.Random(seed), 0, 0
+    for number in range(20):
+        job = Job(tmp_path / str(number), LONG + (("--async-save",) if number % 2 else ()))
+        while not (job.folder / "curve").exists() or 60 not in job.curve():
+            hit, saving = one_kill(job, dice)
+            kills, inside = kills + hit, inside + saving
+        assert job.run() == [0, 0], job.said()  # a kill may have come in the last save
+        assert job.curve() == whole_long
+        assert job.good() == 60
+        if kills >= 25 and inside >= 8:
+            break
+    print(f"seed {seed}: {kills} kills, {inside} of them inside a save, {number + 1} runs")
+    assert kills >= 25
+    assert inside >= 8
+
+
+def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
+    """One start; whether a rank was killed, and whether a checkpoint was being saved then."""
+
+    def done() -> int:
+        return len((job.folder / "curve").read_text().splitlines()) if (job.folder / "curve").exists() else 0
+
+    def saving() -> bool:
+        return any((job.folder / "ckpt").glob(".step_*.tmp"))
+
+    early, at_save, more, moment = dice.random() < 0.15, dice.random() < 0.6, dice.randrange(20), dice.random()
+    victim, before, ranks = dice.randrange(WORLD), done(), job.start()
+    while not early and all(r.is_alive() for r in ranks) and not (done() > before + more and (saving() or not at_save)):
+        time.sleep(0.0005)
+    time.sleep(moment * (2.0 if early else 0.03))
+    hit = ranks[victim].is_alive()
+    ranks[victim].kill()
+    ranks[1 - victim].join(20)
+    if ranks[1 - victim].is_alive():  # before they met; a launcher would end it
+        assert early
+        ranks[1 - victim].kill()
+    [r.join() for r in ranks]
+    return hit, hit and saving()
+
+
 # -- signals and the clock ----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """What lies beside the weights: what is kept, what is dropped, what is refused before anything is written."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +169,21 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(chat, tmp_path):
     assert not (tmp_path / "out").exists()
     export(small, tmp_path / "out", tokenizer=corpus.sentencepiece_dir(tmp_path / "fits", 100))  # fewer is no fault
     export(directory(tmp_path / "same", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=900)), tmp_path / "even")
+
+
+def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
+    """Whatever is written: the one that is not meant would be found by somebody."""
+    out = export(chat, tmp_path / "out")
+    source = Path(shutil.copytree(out, tmp_path / "source"))
+    export(source, tmp_path / "again")  # control: the pair that was written here
+    values = held(source, "tokenizer")
+    values["model"]["merges"].reverse()
+    (source / "tokenizer.json").write_text(json.dumps(values))
+    for to in (convert.HuggingFace(), convert.RankFiles(2)):
+        with pytest.raises(UserError, match=r"tokenizer\.model gives .* where tokenizer\.json gives .*: move the one away"):
+            convert.convert(convert.open_source(source), tmp_path / "no", to)
+    assert not (tmp_path / "no").exists()
+    export(source, tmp_path / "fits", tokenizer=chat)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json", "modeling_internlm2.py"])

@@ -14,6 +14,7 @@ from corpus import REAL, TRAPS, words
 from sentencepiece import sentencepiece_model_pb2
 
 from ascendspeed import tokenizer
+from ascendspeed.errors import UserError
 from ascendspeed.formats import sentencepieces, tokenizer_json
 
 FAMILIES = ("llama", "internlm", "internlm2", "internlm3", "baichuan", "gemma", "mixtral", "qwen2_moe")
@@ -315,7 +316,7 @@ def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
     """Merges in the order of ids, as transformers would make them: the comparison with sentencepiece sees it."""
     folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepieces.merges
     monkeypatch.setattr(tokenizer_json, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made))
-    assert "where a tokenizer.json would give" in tokenizer_json.write(folder)
+    assert "where tokenizer.json gives" in tokenizer_json.write(folder)
     assert not (folder / "tokenizer.json").exists()
 
 
@@ -333,3 +334,104 @@ def test_equal_scores_are_taken_from_the_left(models, tmp_path):
     assert model.encode("xyz", out_type=str)[0] == "xy"
     for text in ("xyz", "axyzb", "xyzxyz", "yzxy"):
         assert stock(folder)(text, add_special_tokens=False).input_ids == model.encode(text)
+
+
+# --- one that came with the model -------------------------------------------------------------------------------------------
+
+
+def pair(folder: Path, model: bytes, change=None) -> Path:
+    """A directory with both, the second one changed."""
+    folder_with(folder, model, **chat_files(model))
+    assert tokenizer_json.write(folder) is None
+    values = json.loads((folder / "tokenizer.json").read_text())
+    if change:
+        change(values)
+        (folder / "tokenizer.json").write_text(json.dumps(values))
+    return folder
+
+
+def cut_and_filled(values: dict) -> None:
+    """What a training program may leave in it, and transformers ignore."""
+    values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    values["padding"] = {
+        "strategy": {"Fixed": 9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 2,
+        "pad_type_id": 0,
+        "pad_token": "</s>",
+    }
+
+
+def test_a_tokenizer_json_that_is_its_model(models, tmp_path):
+    tokenizer_json.check(pair(tmp_path / "whole", models["internlm"]))
+    tokenizer_json.check(pair(tmp_path / "settings", models["internlm"], cut_and_filled))
+    folder_with(tmp_path / "llama", models["llama2"])
+    assert tokenizer_json.write(tmp_path / "llama") is None
+    tokenizer_json.check(tmp_path / "llama")
+
+
+def otherwise_merged(values: dict) -> None:
+    values["model"]["merges"].reverse()
+
+
+def two_exchanged(values: dict) -> None:
+    vocab = values["model"]["vocab"]
+    rare = sorted((name for name in vocab if name.isalpha() and len(name) > 6), key=vocab.get)[-2:]
+    vocab.update(zip(rare, reversed([vocab[name] for name in rare]), strict=True))
+
+
+def ends_exchanged(values: dict) -> None:
+    for token in values["added_tokens"]:
+        token["content"] = {"<s>": "</s>", "</s>": "<s>"}.get(token["content"], token["content"])
+    vocab = values["model"]["vocab"]
+    vocab["<s>"], vocab["</s>"] = vocab["</s>"], vocab["<s>"]
+
+
+def chat_exchanged(values: dict) -> None:
+    names = {"<|im_start|>": "<|im_end|>", "<|im_end|>": "<|im_start|>"}
+    vocab = values["model"]["vocab"]
+    for token in values["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    vocab["<|im_start|>"], vocab["<|im_end|>"] = vocab["<|im_end|>"], vocab["<|im_start|>"]
+
+
+def undeclared(values: dict) -> None:
+    """A token that no other file speaks of."""
+    more = {"id": values["model"]["vocab"]["self"], "content": "self", "special": False}
+    values["added_tokens"].append(values["added_tokens"][0] | more)
+
+
+def prefixed(values: dict) -> None:
+    values["normalizer"]["normalizers"].insert(0, {"type": "Prepend", "prepend": "▁"})
+
+
+def stripped(values: dict) -> None:
+    values["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+
+
+WRONG = {
+    otherwise_merged: "where tokenizer.json gives",
+    two_exchanged: "where tokenizer.json gives",
+    ends_exchanged: "neighbours that say that '<s>' is 1, and tokenizer.json says 2",
+    chat_exchanged: "neighbours that say that '<|im_",
+    undeclared: "where tokenizer.json gives",
+    prefixed: "where tokenizer.json gives",
+    stripped: "tokenizer.json as",
+}
+
+
+@pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
+def test_a_tokenizer_json_that_is_not_its_model(models, change, tmp_path):
+    with pytest.raises(UserError) as error:
+        tokenizer_json.check(pair(tmp_path, models["internlm"], change))
+    assert WRONG[change] in str(error.value)
+    assert str(error.value).startswith(f"{tmp_path / 'tokenizer.model'} ")
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_model_that_is_no_bpe_is_compared_too(models, tmp_path):
+    pair(tmp_path, models["internlm"])
+    (tmp_path / "tokenizer.model").write_bytes(trained(model_type="unigram", vocab_size=500))
+    with pytest.raises(UserError, match=r"tokenizer\.model (gives|does not go with)"):
+        tokenizer_json.check(tmp_path)

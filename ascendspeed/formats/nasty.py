@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.formats.sentencepieces import USER_DEFINED, Inexact, Merge
+from ascendspeed.formats.sentencepieces import NORMAL, USER_DEFINED, Inexact, Merge
 
 LINES = (
     "",
@@ -39,13 +39,14 @@ ALPHABET = "ab 1\n\t▁你 é😀.-_<>/\\\"'\r\0" + "\u200d"
 
 
 def texts(pieces: Any, ranked: Sequence[Merge]) -> Iterator[str]:
-    """The lines above, runs, noise, the user-defined pieces in company, and where merges of one score compete."""
+    """The lines above, runs, noise, every piece alone, user-defined ones in company, and where merges of one score compete."""
     yield from LINES
     yield from (first * count + last for first in RUNS for count in (*range(1, 40), 63, 64, 65, 130) for last in ("", "x"))
     dice = random.Random(0)
     yield from ("".join(dice.choices(ALPHABET, k=dice.randint(1, 40))) for _ in range(500))
     some = [piece.piece.replace("▁", " ") for piece in dice.sample(list(pieces), min(2000, len(pieces)))]
     yield from ("".join(dice.choices(some, k=5)) for _ in range(500))
+    yield from (piece.piece.replace("▁", " ") for piece in pieces if piece.type == NORMAL)
     for piece in pieces:
         if piece.type == USER_DEFINED:
             yield from (around.format(piece.piece.replace("▁", " ")) for around in ("{}", "a {0}{0} b {0}x{0}"))
@@ -61,18 +62,18 @@ def _contested(tied: Sequence[Merge]) -> Iterator[str]:
             yield from (f"{first.left}{first.right}{second.right}" for second in tied if second.left == first.right)
 
 
-def compare(path: Path, text: str, samples: Collection[str], found_raw: Collection[str]) -> None:
+def compare(path: Path, ours: Any, samples: Collection[str], found_raw: Collection[str]) -> None:
     """Raises `Inexact` for the first sample whose ids, or whose way back, differ between the model at `path` and a tokenizer.json.
 
-    `text`: the tokenizer.json. `found_raw`: strings that are declared beside the model; samples that hold one are left out, for
-    sentencepiece does not know them.
+    `ours`: the latter, as the `tokenizers.Tokenizer` that was made of it. `found_raw`: strings that are declared beside the model;
+    samples that hold one are left out, for sentencepiece does not know them.
     """
     import sentencepiece
-    import tokenizers
 
     sentencepiece.set_min_log_level(2)  # InternLM's unused NUL piece would be warned about
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ours = tokenizers.Tokenizer.from_str(text)
+    ours.no_truncation()
+    ours.no_padding()
     ours.encode_special_tokens = True
     samples = [sample for sample in samples if not any(token in sample for token in found_raw)]
     ids = theirs.encode(samples)
@@ -80,6 +81,6 @@ def compare(path: Path, text: str, samples: Collection[str], found_raw: Collecti
     back = zip(theirs.decode(ids), ours.decode_batch([e.ids for e in encoded], skip_special_tokens=False), strict=True)
     for sample, mine, expected, (a, b) in zip(samples, encoded, ids, back, strict=True):
         if mine.ids != expected:
-            raise Inexact(f"gives {expected[:8]} for {sample[:40]!r}, where a tokenizer.json would give {mine.ids[:8]}")
+            raise Inexact(f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {mine.ids[:8]}")
         if a != b and theirs.unk_id() not in expected:  # sentencepiece shows what is unknown by a sign of its own
-            raise Inexact(f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, a tokenizer.json as {b[:40]!r}")
+            raise Inexact(f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, tokenizer.json as {b[:40]!r}")

@@ -17,8 +17,8 @@ class Inexact(Exception):
     """What cannot be said in a tokenizer.json, in words."""
 
 
-def parse(path: Path) -> Any:
-    """The model. Raises `Inexact` when it makes its ids in another way than by merging characters."""
+def read(path: Path) -> Any:
+    """The model as it is stored. Raises `Inexact` when it is none."""
     from sentencepiece import sentencepiece_model_pb2  # here: it needs protobuf, which reading weights does not
 
     model = sentencepiece_model_pb2.ModelProto()
@@ -26,6 +26,12 @@ def parse(path: Path) -> Any:
         model.ParseFromString(checked(path).read_bytes())
     except Exception as error:  # protobuf's own DecodeError, of whichever implementation
         raise Inexact(f"is no sentencepiece model ({error})") from None
+    return model
+
+
+def parse(path: Path) -> Any:
+    """The model. Raises `Inexact` when it makes its ids in another way than by merging characters."""
+    model = read(path)
     text, trainer, kinds = model.normalizer_spec, model.trainer_spec, {piece.type for piece in model.pieces}
     faults = {
         "is not BPE": trainer.model_type != trainer.BPE,

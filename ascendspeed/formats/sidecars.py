@@ -48,6 +48,8 @@ def check(source: Source) -> None:
     """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
     if _has_tokenizer(source.beside):
         _load(source.beside, source.config)
+        if all((source.beside / name).exists() for name in tokenizer.FILES):
+            tokenizer_json.check(source.beside)
     for path in _neighbours(source):
         checked(path) if path.name not in TABLES else read_table(path)
 

@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ascendspeed.errors import UserError
 from ascendspeed.formats import nasty
 from ascendspeed.formats.files import write_json
-from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse
+from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse, read
 from ascendspeed.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
 
 GENERIC = "PreTrainedTokenizerFast"
@@ -33,6 +34,8 @@ def write(folder: Path) -> str | None:
 
     Returns why not, in words, when it would not give the ids of sentencepiece; then nothing is written. Raises `UserError`.
     """
+    import tokenizers
+
     path = folder / "tokenizer.model"
     kind = table(folder / "config.json").get("model_type")
     if kind in OWN_CLASS:
@@ -44,8 +47,9 @@ def write(folder: Path) -> str | None:
         added = _added(model.pieces, _named(settings) | tokens)
         ranked = merges(model.pieces)
         text = json.dumps(_tokenizer(model, settings, added, ranked), ensure_ascii=False)
-        foreign = [name for i, token in added.items() for name in _foreign(model.pieces, i, token)]
-        nasty.compare(path, text, list(nasty.texts(model.pieces, ranked)), foreign)
+        nasty.compare(
+            path, tokenizers.Tokenizer.from_str(text), list(nasty.texts(model.pieces, ranked)), _foreign(model.pieces, added)
+        )
     except Inexact as error:
         return f"tokenizer.model {error}"
     part = folder / "tokenizer.json.partial"
@@ -54,6 +58,37 @@ def write(folder: Path) -> str | None:
     decoder = {str(i): {name: value for name, value in token.items() if name != "id"} for i, token in added.items()}
     write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC})
     return None
+
+
+def check(folder: Path) -> None:
+    """Raises `UserError` when a folder's tokenizer.json is not its tokenizer.model, naming a text that they take differently.
+
+    Both are readable. One that somebody made otherwise may differ in little things, as that of transformers does for InternLM's.
+    """
+    import tokenizers
+
+    path = folder / "tokenizer.model"
+    found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    beside = declared(folder)[1]
+    try:
+        for name, number in ((name, token.number) for name, token in beside.items()):
+            other = found.token_to_id(name)
+            if number is not None and other not in (None, number):
+                raise Inexact(f"has neighbours that say that {name!r} is {number}, and tokenizer.json says {other}")
+        pieces = read(path).pieces
+        own = {token.content: Token(i, token.special, {}) for i, token in found.get_added_tokens_decoder().items()}
+        known = {i: entry for i, entry in _added(pieces, own).items() if entry["content"] in beside}
+        nasty.compare(path, found, list(nasty.texts(pieces, _ranked(pieces))), _foreign(pieces, known))
+    except Inexact as error:
+        raise UserError(f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them") from None
+
+
+def _ranked(pieces: Any) -> list[Merge]:
+    """Only to find texts where they compete."""
+    try:
+        return merges(pieces)
+    except Inexact:
+        return []
 
 
 def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,8 +130,12 @@ def _entry(number: int, name: str, token: Token, normalized: bool) -> dict[str, 
     return {"id": number, "content": name, **flags, "normalized": normalized, "special": token.special}
 
 
-def _foreign(pieces: Any, number: int, token: Mapping[str, Any]) -> list[str]:
+def _foreign(pieces: Any, added: Added) -> list[str]:
     """Strings in which sentencepiece sees something else than the tokenizer.json is to see."""
+    return [name for number, token in added.items() for name in _foreign_names(pieces, number, token)]
+
+
+def _foreign_names(pieces: Any, number: int, token: Mapping[str, Any]) -> list[str]:
     own = pieces[number].piece if number < len(pieces) else None
     if own != token["content"]:
         return [token["content"], *([own] if own and pieces[number].type == USER_DEFINED else [])]

@@ -150,3 +150,39 @@ def test_a_wrong_flag_ends_the_launcher_with_one_line_and_code_2(work, flags, me
     assert said.count(message) == 1
     assert "Traceback" not in said
     assert not (work / "wrong").exists()
+
+
+def entry(work: Path, name: str, processes: int, *flags: str) -> subprocess.CompletedProcess:
+    """pretrain_intern.py itself under torchrun."""
+    return command(
+        *("torchrun", "--nproc-per-node", str(processes), "--master-port", str(launch.free_port()), "--", "pretrain_intern.py"),
+        *("--model", "internlm-tiny", "--load", str(work / "hf"), "--data-path", str(work / "alpaca_text_document")),
+        *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(ITERS)),
+        *("--lr", "1e-2", "--eval-interval", "3", "--eval-iters", "2", "--log-dir", str(work / f"{name}.log"), *flags),
+    )
+
+
+@pytest.mark.slow
+def test_the_entry_without_deepspeed(work):
+    """Stages, chunks of sequences and shards of the optimizer give ZeRO's curve, and go on as each other."""
+    layouts: dict[str, tuple[int, tuple[str, ...]]] = {
+        "zero": (1, ("--deepspeed", "--zero-stage", "1")),
+        "pipeline": (4, ("--tp", "2", "--pp", "2", "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "1")),
+        "context": (2, ("--cp", "2", "--use-distributed-optimizer")),
+    }
+    curves = {}
+    for name, (processes, flags) in layouts.items():
+        done = entry(work, name, processes, *flags)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        curves[name] = [line.loss for line in lines(work, name)]
+        assert curves[name] == pytest.approx(curves["zero"], rel=1e-5), name
+    assert len(curves["zero"]) == ITERS + 2
+    save = ("--save", str(work / "moving"))
+    first = entry(work, "first", 2, "--pp", "2", "--exit-interval", str(STOP), *save)
+    then = entry(work, "then", 2, "--deepspeed", "--zero-stage", "3", *save, "--auto-resume")
+    assert (first.returncode, then.returncode) == (0, 0), first.stderr[-2000:] + then.stderr[-2000:]
+    moved = [line.loss for name in ("first", "then") for line in lines(work, name)]
+    assert moved == pytest.approx(curves["zero"], rel=1e-5)
+    refused = entry(work, "refused", 2, "--cp", "2", "--deepspeed")
+    assert refused.returncode != 0
+    assert "error: --context-parallel-size 2: the DeepSpeed engine does not share sequences" in refused.stderr

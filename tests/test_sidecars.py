@@ -186,6 +186,32 @@ def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
     export(source, tmp_path / "fits", tokenizer=chat)
 
 
+IDS = {
+    "no number": ("eos_token_id", "2"),
+    "a switch": ("bos_token_id", True),
+    "a fraction": ("bos_token_id", 1.0),
+    "negative": ("pad_token_id", -1),
+    "beyond the vocabulary": ("eos_token_id", 1000),
+    "one of a list": ("eos_token_id", [2, 1000]),
+    "a list of lists": ("eos_token_id", [[2]]),
+}
+
+
+@pytest.mark.parametrize("case", IDS)
+@pytest.mark.parametrize("file", ["config", "generation_config"])
+def test_token_ids_that_the_model_does_not_have(case, file, tmp_path):
+    name, value = IDS[case]
+    folder = directory(tmp_path / "source", None, generation_config={"eos_token_id": [2, 999], "pad_token_id": None})
+    export(folder, tmp_path / "fine")  # control: the last row, several ends, null
+    (folder / f"{file}.json").write_text(json.dumps(held(folder, file) | {name: value}))
+    with pytest.raises(UserError) as error:
+        export(folder, tmp_path / "out")
+    assert f": {name} = {value!r} is no token of a vocabulary of 1000" in str(error.value)
+    assert f"{file}.json" in str(error.value)
+    assert str(error.value).startswith(str(folder))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["tokenizer.model", "generation_config.json", "modeling_internlm2.py"])
 def test_links_out_of_the_directory_are_not_followed(chat, name, tmp_path):
     secret = tmp_path / "secret"

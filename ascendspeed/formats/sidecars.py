@@ -1,7 +1,7 @@
 """What lies beside the weights: config.json, generation settings, the tokenizer. Code is copied when asked for, and never run."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
 from ascendspeed.inputs import checked, read_table
 
-TABLES = ("generation_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+GENERATION = "generation_config.json"
+TABLES = (GENERATION, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 """Copied when they can be read as what they are."""
 COPIED = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -50,8 +51,21 @@ def check(source: Source) -> None:
         _load(source.beside, source.config)
         if all((source.beside / name).exists() for name in tokenizer.FILES):
             tokenizer_json.check(source.beside)
+    _check_ids(f"{source.where}, by its config.json or its tokenizer", source.theirs, source.config)
     for path in _neighbours(source):
-        checked(path) if path.name not in TABLES else read_table(path)
+        checked(path)
+        held = read_table(path) if path.name in TABLES else {}
+        if path.name == GENERATION:
+            _check_ids(str(path), held, source.config)
+
+
+def _check_ids(where: str, said: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises `UserError` for a token that the model has no row for; of several in a list each counts."""
+    for name in TOKEN_IDS:
+        value = said.get(name)
+        for number in value if isinstance(value, list) else [value]:
+            if value is not None and (type(number) is not int or not 0 <= number < config.vocab_size):
+                raise UserError(f"{where}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}")
 
 
 def check_code(source: Source, config: ModelConfig) -> None:
@@ -83,7 +97,7 @@ def write(
     for path in _neighbours(source, copy_code):
         shutil.copyfile(checked(path), folder / path.name)
     ids = {name: theirs[name] for name in TOKEN_IDS if theirs.get(name) is not None}
-    if ids and not (folder / "generation_config.json").exists():
+    if ids and not (folder / GENERATION).exists():
         write_json(folder / "generation_config.json", ids)
     _write_tokenizer_config(source, folder, copy_code)
     if for_transformers and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():

@@ -76,7 +76,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
         print(f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic", flush=True)
     source = convert.open_source(options.src, asked=asked)
     if source.config.family != family:
-        raise UserError(f"{options.src} is a {source.config.family} model, not {family}: use {other}")
+        raise UserError(f"{options.src} is a model of family {source.config.family}, not {family}: use {other}")
     if options.tokenizer is None and not any((Path(options.src) / name).is_file() for name in tokenizer.FILES):
         raise UserError(f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)")
     with _tokenizer_folder(options.tokenizer) as folder:
@@ -108,7 +108,7 @@ def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, ve
 
     source = convert.open_source(options.src)
     if source.config.family not in families:
-        raise UserError(f"{options.src} is a {source.config.family} model, not {' or '.join(families)}: use {other}")
+        raise UserError(f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}")
     target = convert.InternEvo(options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash)
     kind = target.kind(source.config)
     target = replace(target, qk_interleaved=kind == "LLAMA2" and not adapt_hf)

@@ -94,7 +94,7 @@ def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
     assert held(out, "tokenizer_config")["auto_map"] == TOKENIZER_MAP
     assert stock(out)("a").input_ids[0] == 1  # without trust_remote_code the code stays where it is
     assert "modeling_internlm2" not in sys.modules
-    with pytest.raises(UserError, match="not that of a llama model: leave --copy-code out"):
+    with pytest.raises(UserError, match="not that of a model of family llama: leave --copy-code out"):
         export(chat, tmp_path / "llama", family="llama", copy_code=True)
     (tmp_path / "bare").mkdir()
     source = replace(convert.open_source(chat), beside=tmp_path / "bare")

@@ -120,7 +120,7 @@ def test_what_is_not_in_the_table_is_not_written(tmp_path, form, family):
 def test_old_names_of_other_families_are_not_read(tmp_path, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
     there("ascendspeed", tmp_path / "hf", tmp_path, 1, 1)
-    with pytest.raises(UserError, match=f"a {family} model cannot be read from ascendspeed"):
+    with pytest.raises(UserError, match=f"a model of family {family} cannot be read from ascendspeed"):
         convert.open_source(tmp_path / "there")
 
 

@@ -109,7 +109,7 @@ class Family:
             raise UserError(f"config.json: {' and '.join(f'{n} = {v!r}' for n, v in said.items())} contradict each other")
         if value is None:
             if key.default is REQUIRED:
-                raise UserError(f"config.json of a {self.name} model lacks {key.theirs!r}")
+                raise UserError(f"config.json of a model of family {self.name} lacks {key.theirs!r}")
             return key.default
         kind = KINDS[key.ours[0].lstrip("!")]
         if kind is float and type(value) is int and value <= sys.float_info.max:
@@ -133,7 +133,9 @@ class Family:
         lost = [f for f in KINDS if f != "family" and getattr(back, f) != getattr(config, f)]
         if lost:
             said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
-            raise UserError(f"the config.json of a {self.name} model cannot say {said} (it would be read as {_values(back, lost)})")
+            raise UserError(
+                f"the config.json of a model of family {self.name} cannot say {said} (it would be read as {_values(back, lost)})"
+            )
         return theirs
 
 

@@ -138,7 +138,7 @@ def _says(family: Family, field: str, value: Any) -> str:
     entry = _entry(family, field)
     if any(entry == key.theirs for key in family.keys):
         return f"config.json says {entry} = {json.dumps(value)}"
-    return f"a {family.name} model has {entry} = {json.dumps(value)}"
+    return f"a model of family {family.name} has {entry} = {json.dumps(value)}"
 
 
 def _entry(family: Family, field: str) -> str:

@@ -73,7 +73,7 @@ def check_code(source: Source, config: ModelConfig) -> None:
     if not source.beside or not any(source.beside.glob("*.py")):
         raise UserError(f"{source.beside or source.where} has no *.py: leave --copy-code out")
     if source.theirs.get("model_type") != FAMILIES[config.family].name:
-        raise UserError(f"the code in {source.beside} is not that of a {config.family} model: leave --copy-code out")
+        raise UserError(f"the code in {source.beside} is not that of a model of family {config.family}: leave --copy-code out")
     for path in _neighbours(source, copy_code=True):
         checked(path)
 

@@ -36,4 +36,4 @@ def check(form: str, direction: Literal["reads", "writes"], family: str) -> None
     can = getattr(FORMATS[form], direction)
     if family not in can:
         what = "read from" if direction == "reads" else "written as"
-        raise UserError(f"a {family} model cannot be {what} {form}, only {', '.join(can)}")
+        raise UserError(f"a model of family {family} cannot be {what} {form}, only {', '.join(can)}")

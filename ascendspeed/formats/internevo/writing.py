@@ -77,7 +77,7 @@ class InternEvo:
         """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
         fitting = [kind for kind in TRAINS.get(config.family, ()) if _holds(kind, config)]
         if not fitting or self.model_type not in (None, *fitting):
-            what = f"this {config.family} model" if config.family in TRAINS else f"a {config.family} model"
+            what = f"this {config.family} model" if config.family in TRAINS else f"a model of family {config.family}"
             raise UserError(
                 f"InternEvo has no {self.model_type or 'kind of model'} that holds {what}: {_why(config, self.model_type)}"
             )

@@ -72,7 +72,11 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
         {"add_qkv_bias": True},
         "config.json says qkv_bias = true, but the tensors have no model.layers.0.self_attn.q_proj.bias",
     ),
-    (MODELS["qwen2"], {"add_qkv_bias": False}, "a qwen2 model has add_qkv_bias = false, but the tensors have a model.layers.0."),
+    (
+        MODELS["qwen2"],
+        {"add_qkv_bias": False},
+        "a model of family qwen2 has add_qkv_bias = false, but the tensors have a model.layers.0.",
+    ),
     (LLAMA, {"tie_embeddings": True}, "config.json says tie_word_embeddings = true, but the tensors have a lm_head.weight"),
     (
         replace(LLAMA, tie_embeddings=True),

@@ -14,6 +14,7 @@ from ascendspeed.errors import UserError
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the largest tokenizer.json in use have some 40 MB."""
+POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -37,6 +38,9 @@ def checked(path: str | Path, root: str | Path | None = None) -> Path:
         raise UserError(f"{path} is a {'directory' if stat.S_ISDIR(kind) else 'device or pipe'}, not a file")
     if not os.access(real, os.R_OK):
         raise UserError(f"{path} cannot be read: no permission")
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            raise UserError(f"{path} is not the file itself, but what git has of it without git-lfs: run git lfs pull there")
     return path
 
 

@@ -133,3 +133,18 @@ def test_a_directory_says_it_in_one_line(tmp_path):
     assert str(error.value) == f"{tmp_path}: config.json says num_hidden_layers = 32, but the tensors have 4 layers"
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     convert.open_source(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
+def test_experts_as_transformers_hold_them(family, tmp_path):
+    """`torch.save(model.state_dict())` of transformers 5 is no model that anybody reads; `save_pretrained` takes it apart."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = replace(PRESETS[f"{family}-tiny"], num_layers=1, vocab_size=32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family].write_config(config)))
+    model.save_pretrained(tmp_path)
+    assert convert.open_source(tmp_path).config == config  # control
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"gate_up_proj holds all experts of a layer, .*: write the model by save_pretrained$"):
+        convert.open_source(tmp_path)

@@ -47,10 +47,8 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F3
 SAFETENSORS = {
     "a header of 100 MB": (safetensors_bytes(b"", 0, 100_000_001), "header too large"),
     "a header of 2**63 bytes": (safetensors_bytes(b"{}", 0, 2**63), "header too large"),
-    "a header longer than the file": (safetensors_bytes({"a": entry(0, 8)}, 8, 5000), "invalid header length"),
     "overlapping offsets": (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}, 12), "invalid offset for tensor `b`"),
     "holes": (safetensors_bytes({"a": entry(0, 8), "b": entry(12, 20)}, 20), "invalid offset for tensor `b`"),
-    "offsets beyond the file": (safetensors_bytes({"a": entry(0, 800)}, 8), "file not fully covered"),
     "more than the header says": (safetensors_bytes({"a": entry(0, 8)}, 12), "file not fully covered"),
     "a shape that is not its bytes": (safetensors_bytes({"a": entry(0, 8, shape=[3])}, 8), "invalid shape, data type, or offset"),
     "a shape that overflows": (safetensors_bytes({"a": entry(0, 8, shape=[2**62, 4])}, 8), "overflow"),
@@ -60,8 +58,15 @@ SAFETENSORS = {
     "a type that torch does not know": (safetensors_bytes({"a": entry(0, 6, "F6_E2M3", [8])}, 6), "Dtype not understood"),
     "a header that is no JSON": (safetensors_bytes(b"\xff\xfe", 0), "invalid UTF-8"),
     "a header of a million brackets": (safetensors_bytes(b"[" * 10**6, 0), "invalid JSON in header"),
-    "an empty file": (b"", "header too small"),
-    "a cut header": (safetensors_bytes({"a": entry(0, 8)}, 8)[:20], "invalid header length"),
+    "offsets that are none": (safetensors_bytes({"a": entry(0, 8) | {"data_offsets": [0, 1e300]}}, 8), "invalid JSON in header"),
+}
+WHOLE = safetensors_bytes({"a": entry(0, 8)}, 8)
+CUT = {
+    "an empty file": (b"", "0 of 8 bytes"),
+    "a few bytes": (WHOLE[:5], "5 of "),
+    "a cut header": (WHOLE[:20], f"20 of {len(WHOLE) - 8} bytes"),
+    "a header longer than the file": (safetensors_bytes({"a": entry(0, 8)}, 8, 5000), f"{len(WHOLE)} of 5008 bytes"),
+    "one byte less": (WHOLE[:-1], f"{len(WHOLE) - 1} of {len(WHOLE)} bytes"),
 }
 
 
@@ -76,6 +81,33 @@ def test_safetensors(case, tmp_path):
     assert said in str(error.value)
     assert str(error.value).endswith("download or copy it again")
     assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("case", CUT)
+def test_safetensors_that_are_cut_off(case, tmp_path):
+    raw, said = CUT[case]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(raw)
+    with pytest.raises(UserError) as error:
+        load_safetensors(path)
+    assert str(error.value).startswith(f"{path} is cut off, it has {said}")
+    assert str(error.value).endswith("bytes: download or copy it again")
+    path.write_bytes(WHOLE)
+    assert load_safetensors(path)["a"].shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.model"])
+def test_what_git_keeps_in_place_of_large_files(name, tmp_path):
+    folder = model_folder(tmp_path / "source")
+    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14600000000\n")
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"{name} is not the file itself.*: run git lfs pull there"):
+        command("convert.py", *f"--from {folder} --to {tmp_path}/out --format hf".split())
+    (folder / name).write_text("version https://git-lfs")  # control: any other text is not taken for it
+    with pytest.raises(UserError) as error:
+        command("convert.py", *f"--from {folder} --to {tmp_path}/out --format hf".split())
+    assert "git lfs" not in str(error.value)
 
 
 def test_control_what_is_whole_is_read(tmp_path):
@@ -114,7 +146,11 @@ def test_a_damaged_pickle(tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.zeros(1000)}, path)
     whole = path.read_bytes()
-    for raw in (b"", b"PK\x03\x04", whole[:1000], whole[:-100], whole[100:], b"\x80\x02" + b"(" * 1000, pickle.dumps({}, 5)[:-1]):
+    for raw in (b"", b"PK\x03\x04", whole[:1000], whole[:-100]):
+        path.write_bytes(raw)
+        with pytest.raises(UserError, match=r"pytorch_model\.bin is cut off, it.*: download or copy it again"):
+            load_pt(path)
+    for raw in (whole[100:], b"\x80\x02" + b"(" * 1000, pickle.dumps({}, 5)[:-1]):
         path.write_bytes(raw)
         with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged \(download or copy it again\)") as error:
             load_pt(path)
@@ -286,8 +322,8 @@ FAULTS = {
     "hostile pickle": (hostile_pickle, "it could run code"),
     "index ../x": (index_above, "names '../x', which is not a file of its folder"),
     "100 MB header": (lambda f: (f / "model.safetensors").write_bytes(SAFETENSORS["a header of 100 MB"][0]), "header too large"),
-    "truncated": (lambda f: os.truncate(f / "model.safetensors", 3000), "download or copy it again"),
-    "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "header too small"),
+    "truncated": (lambda f: os.truncate(f / "model.safetensors", 3000), "is cut off, it has 3000 of "),
+    "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "is cut off, it has 0 of 8 bytes"),
     "link out": (link_out, "is a link that leads out of"),
     "deep config": (lambda f: (f / "config.json").write_bytes(b"[" * 10**6), "config.json cannot be read"),
     "config is a directory": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json"),

@@ -11,6 +11,8 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.families import FAMILIES, Family
 
 Shapes = Mapping[str, tuple[int, ...]]
+FUSED = (".experts.gate_up_proj", ".experts.down_proj")
+"""How transformers 5 hold the experts of a layer in memory; `save_pretrained` takes them apart."""
 
 
 class Seen(NamedTuple):
@@ -27,6 +29,9 @@ def contradictions(config: ModelConfig, shapes: Shapes) -> list[str]:
 
     Empty where shapes cannot tell (the number of heads, when each is hidden size / heads wide), and when no tensor is known at all.
     """
+    fused = next((name for name in shapes if name.endswith(FUSED)), None)
+    if fused:
+        return [f"{fused} holds all experts of a layer, as transformers 5 keep them in memory: write the model by save_pretrained"]
     family = FAMILIES[config.family]
     seen = _look(family, shapes)
     if not seen.rows:

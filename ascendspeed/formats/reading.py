@@ -18,6 +18,8 @@ from ascendspeed.inputs import checked, parse_json, plain_name, read_json, read_
 
 __all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
 AGAIN = "download or copy it again"
+LONGEST_HEADER = 100_000_000
+"""Bytes that the library reads of a header."""
 NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
@@ -33,6 +35,7 @@ def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
             _header(path)
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except Exception as error:  # also element types that the library knows and torch does not, in whatever words
+        _check_length(path)
         raise UserError(f"{path} is damaged or no safetensors file ({_first_line(error)}): {AGAIN}") from None
 
 
@@ -42,6 +45,29 @@ def _header(path: Path) -> None:
         parse_json(file.read(int.from_bytes(file.read(8), "little")))
 
 
+def _check_length(path: Path) -> None:
+    """Raises `UserError` when a safetensors file is shorter than its own first bytes say."""
+    size, whole = path.stat().st_size, _length_said(path)
+    if whole and size < whole:
+        raise UserError(f"{path} is cut off, it has {size} of {whole} bytes: {AGAIN}")
+
+
+def _length_said(path: Path) -> int:
+    """Bytes of a safetensors file by its header, or by what there is of it; 0 where that makes no sense."""
+    with open(path, "rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+        if header > LONGEST_HEADER:
+            return 0
+        text = file.read(header)
+    if len(text) < header or not header:
+        return 8 + header
+    try:
+        end = max(entry["data_offsets"][1] for name, entry in parse_json(text).items() if name != "__metadata__")
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return 0
+    return 8 + header + end if type(end) is int and end < 2**63 else 0
+
+
 def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NOTHING) -> Any:
     """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run.
 
@@ -49,9 +75,12 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
     `known`: `inert.stand_ins`.
     """
     checked(path, root)
+    with open(path, "rb") as file:
+        start = file.read(4)
+    is_zip = start == b"PK\x03\x04"
+    if not start or (is_zip and not zipfile.is_zipfile(path)):  # a zip says at its end what it holds
+        raise UserError(f"{path} is cut off, {'its end is missing' if start else 'it is empty'}: {AGAIN}")
     try:
-        with open(path, "rb") as file:
-            is_zip = file.read(4) == b"PK\x03\x04"
         if is_zip:
             _records(path)
         with torch.serialization.safe_globals(stand_ins(path, known) if is_zip else []), warnings.catch_warnings():

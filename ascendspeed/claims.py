@@ -6,6 +6,9 @@ from ascendspeed import families
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 
+SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+"""What a size of a model (7B) stands for."""
+
 
 @dataclass(frozen=True)
 class Claims:
@@ -52,9 +55,14 @@ class Claims:
     def _size(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         if self.type is None:
             return {}
-        preset = families.preset(f"{config.family}-{self.type.lower()}")
-        sizes = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-        return {f"--type {self.type}: {name}": (getattr(preset, name), getattr(config, name)) for name in sizes}
+        presets = families.FAMILIES[config.family].presets
+        named = [preset for name, preset in presets.items() if name.endswith(f"-{self.type.lower()}")]
+        if not named:
+            raise UserError(f"--type {self.type}: the family {config.family} has no such size; there are {', '.join(presets)}")
+        # Several generations may have it: whichever has the most in common.
+        said = {name: getattr(config, name) for name in SIZES}
+        best = max(named, key=lambda preset: sum(getattr(preset, name) == size for name, size in said.items()))
+        return {f"--type {self.type}: {name}": (getattr(best, name), size) for name, size in said.items()}
 
 
 def check_grid(where: str, tp: int | None, pp: int | None, found: tuple[int, int] | None) -> None:

@@ -61,7 +61,10 @@ class ToInternEvo:
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
     """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
     from ascendspeed import convert, tokenizer
+    from ascendspeed.formats.files import unused
 
+    unused(options.tgt)
+    size = convert.parse_size(options.max_shard)
     defaults = not (Path(options.src) / "config.json").is_file()
     asked = Asked(
         options.version,
@@ -82,7 +85,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
     with _tokenizer_folder(options.tokenizer) as folder:
         source = convert.with_tokenizer(source, folder)
         dtype = getattr(convert.torch, options.dtype, None)
-        convert.write_hf(source, options.tgt, None, dtype, options.max_shard)
+        convert.write_hf(source, options.tgt, None, dtype, size)
     rope = f"{source.config.rope_scaling_type} rope scaling, factor {source.config.rope_scaling_factor}"
     print(f"from {source.kind}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}")
 
@@ -96,8 +99,12 @@ def _tokenizer_folder(path: str | None) -> Iterator[str | None]:
     if not Path(path).is_file():
         raise UserError(f"--tokenizer {path} is neither a file nor a directory")
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copyfile(path, Path(folder) / "tokenizer.model")
-        yield folder
+        copy = Path(folder) / "tokenizer.model"
+        shutil.copyfile(path, copy)
+        try:
+            yield folder
+        except UserError as error:  # in the words of whoever typed the path
+            raise UserError(str(error).replace(str(copy), path).replace(folder, path)) from None
 
 
 def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, version: int = 2, adapt_hf: bool = True) -> None:
@@ -105,7 +112,9 @@ def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, ve
     from dataclasses import replace
 
     from ascendspeed import convert
+    from ascendspeed.formats.files import unused
 
+    unused(options.tgt)
     source = convert.open_source(options.src)
     if source.config.family not in families:
         raise UserError(f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}")

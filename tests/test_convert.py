@@ -845,7 +845,7 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     ("args", "said"),
     [
         ("--type 7B", "num_layers 32, config.json 4"),
-        ("--type 9B", "unknown model 'internlm-9b'"),
+        ("--type 9B", "--type 9B: the family internlm has no such size; there are internlm-7b, internlm-20b"),
         ("--num_layers 5", "--num_layers 5, config.json 4"),
         ("--num_kv_heads 2", "--num_kv_heads 2, config.json 8"),
         ("--added-token-num 3", "resize_token_embeddings"),
@@ -875,7 +875,7 @@ def test_convert_command(sources, tmp_path, capsys):
     assert "verified, every bit" in capsys.readouterr().out
     assert same(written(tmp_path / "hf"), tensors)
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tokenizer/tokenizer.model").read_bytes()
-    with pytest.raises(UserError, match="not split"):
+    with pytest.raises(UserError, match="--tp is for --format megatron or deepspeed or internevo, not for hf"):
         command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
 
 
@@ -885,8 +885,11 @@ def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
     assert "model.layers.0.self_attn.q_proj.weight" in written(tmp_path / "llama")
     command("convert.py", *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split())
     assert same(written(tmp_path / "back"), tensors)
-    for more in ("hf --to-family internlm9", "megatron --to-family internlm2"):
-        with pytest.raises(UserError, match=r"--to-family .* is for --format hf, and one of internlm, internlm2"):
+    for more, said in {
+        "hf --to-family internlm9": "--to-family internlm9 does not exist; there are internlm, internlm2",
+        "megatron --to-family internlm2": "--to-family is for --format hf, not for megatron",
+    }.items():
+        with pytest.raises(UserError, match=said):
             command("convert.py", *f"--from {folder} --to {tmp_path}/x --format {more}".split())
 
 

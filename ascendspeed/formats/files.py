@@ -127,6 +127,14 @@ def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
     return offsets
 
 
+def unused(target: str | Path) -> Path:
+    """The absolute path of a folder to write. Raises `UserError` when something is there: to be asked before any other work too."""
+    target = Path(os.path.abspath(target))
+    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        raise UserError(f"{target} exists and is not an empty directory: remove it, or choose another")
+    return target
+
+
 @contextmanager
 def staged(target: Path, needed: int) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it becomes `target` when the block ends well, and goes away when not.
@@ -134,9 +142,7 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
     A killed writer leaves only the hidden folder, which the next one clears. Raises `UserError` when `target` holds something,
     when another process is writing it, or when the disk has less than `needed` bytes left.
     """
-    target = Path(os.path.abspath(target))
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise UserError(f"{target} exists and is not an empty directory: remove it, or choose another")
+    target = unused(target)
     draft = target.parent / f".{target.name}.partial"
     if draft.is_symlink() or (draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))):
         raise UserError(f"{draft} is in the way, and no conversion left it: move it away, or choose another target")

@@ -4,7 +4,8 @@ python tools/ckpt_convert/convert.py --from internlm-7b --to weights --format me
 python tools/ckpt_convert/convert.py --from ckpt --to internlm-7b-mine --format hf-llama --dtype bf16 --verify
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
@@ -57,14 +58,58 @@ class Options:
     asked: Asked = field(default_factory=Asked)
 
 
+HF, RANKS, EVO = ("hf", "hf-llama"), ("megatron", "deepspeed"), ("internevo",)
+MEANT = {
+    "tp": (*RANKS, *EVO),
+    "pp": ("megatron", *EVO),
+    "make_vocab_size_divisible_by": RANKS,
+    "max_shard_size": HF,
+    "to_family": ("hf",),
+    "copy_code": ("hf",),
+    "wp": EVO,
+    "internevo_version": EVO,
+    "embed_split": EVO,
+}
+"""Options that mean something for these formats only; one rank (--tp 1, --pp 1) is what every other format is written for."""
+READING = tuple(option.name for option in fields(Asked) if option.name != "family")
+"""Options that mean something for a training folder of InternEvo in --from only."""
+
+
+def _judge(options: Options, typed: set[str]) -> None:
+    """Raises `UserError` for what is wrong whatever --from holds."""
+    for name in sorted(typed & MEANT.keys()):
+        if options.format not in MEANT[name] and (name, getattr(options, name)) not in (("tp", 1), ("pp", 1)):
+            raise errors.UserError(f"{_flag(name)} is for --format {' or '.join(MEANT[name])}, not for {options.format}")
+    for name, least in (("tp", 1), ("pp", 1), ("make_vocab_size_divisible_by", 1), ("wp", 0)):
+        if getattr(options, name) < least:
+            raise errors.UserError(f"{_flag(name)} {getattr(options, name)} is too small: at least {least}")
+    if options.to_family and options.to_family not in families.FAMILIES:
+        raise errors.UserError(f"--to-family {options.to_family} does not exist; there are {', '.join(families.FAMILIES)}")
+    if "scaling_factor" in typed and options.asked.rotary_type != "dynamic":
+        raise errors.UserError("--scaling-factor means nothing without --rotary-type dynamic")
+
+
+def _judge_reading(options: Options, typed: set[str]) -> None:
+    """Raises `UserError` for options that say what only an InternEvo folder may not say itself."""
+    from ascendspeed.formats import internevo
+
+    name = min(typed & set(READING), default=None)
+    if name and Path(options.source).is_dir() and not internevo.is_one(Path(options.source)):
+        raise errors.UserError(f"{_flag(name)} is for a training folder of InternEvo, which {options.source} is not")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
 def _format(options: Options) -> "Format":
     """How to write it."""
     from ascendspeed import convert
 
-    if options.format in ("hf", "hf-llama"):
+    if options.format in HF:
         family = "llama" if options.format == "hf-llama" else options.to_family
         return convert.HuggingFace(family, convert.parse_size(options.max_shard_size), options.copy_code)
-    if options.format == "internevo":
+    if options.format in EVO:
         return convert.InternEvo(
             options.tp, options.pp, options.wp, version=options.internevo_version, embed_split=options.embed_split
         )
@@ -74,19 +119,17 @@ def _format(options: Options) -> "Format":
 def main() -> None:
     """Parses, converts, says where the result is."""
     options = flags.parse(Options, description=Options.__doc__)
+    typed = flags.typed(Options)
+    _judge(options, typed)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.formats.files import unused
 
-    if options.format in ("hf", "hf-llama") and (options.tp, options.pp) != (1, 1):
-        raise errors.UserError("--tp and --pp are for rank files: a Hugging Face directory is not split")
-    if options.to_family and (options.format != "hf" or options.to_family not in families.FAMILIES):
-        raise errors.UserError(f"--to-family {options.to_family} is for --format hf, and one of {', '.join(families.FAMILIES)}")
-    if options.copy_code and options.format != "hf":
-        raise errors.UserError("--copy-code is for --format hf: the model's own code reads no other")
-    if options.wp and options.format != "internevo":
-        raise errors.UserError("--wp is for --format internevo: nothing else has weight-parallel files")
+    unused(options.target)
+    to = _format(options)
+    _judge_reading(options, typed)
     source = convert.with_tokenizer(convert.open_source(options.source, options.config, options.asked), options.tokenizer)
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
-    convert.convert(source, options.target, _format(options), convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
+    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
     print(f"{'verified, every bit: ' if options.verify else ''}{options.target}")
 
 

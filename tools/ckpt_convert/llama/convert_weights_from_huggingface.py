@@ -33,7 +33,9 @@ def main() -> None:
     """Parses, checks, splits."""
     options = flags.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.formats.files import unused
 
+    unused(options.output_model_dir)
     source = convert.open_source(options.input_model_dir)
     options.claims.check(options.input_model_dir, source.config)
     convert.write_megatron(

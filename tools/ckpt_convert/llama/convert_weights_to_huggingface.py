@@ -42,7 +42,9 @@ def main() -> None:
     """Parses, checks, merges."""
     options = flags.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.formats.files import unused
 
+    unused(options.output_model_dir)
     where = options.input_model_dir
     source = convert.with_tokenizer(convert.open_source(where, options.config), None)
     check_grid(where, options.tensor_model_parallel_size, options.pipeline_model_parallel_size, source.grid)

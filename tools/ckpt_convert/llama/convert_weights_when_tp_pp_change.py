@@ -43,7 +43,9 @@ def main() -> None:
     """Parses, checks, cuts."""
     options = flags.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.formats.files import unused
 
+    unused(options.output_model_dir)
     where, tp, pp = options.input_model_dir, options.tgt_tensor_model_parallel_size, options.tgt_pipeline_model_parallel_size
     source = convert.open_source(where, options.config)
     check_grid(where, options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size, source.grid)

@@ -1,0 +1,113 @@
+"""The converters' command lines: what is wrong with what was typed is said first, before anything is read or printed."""
+
+from dataclasses import replace
+
+import corpus
+import pytest
+from test_convert import BASE, command, hugging_face
+from test_internevo import BIASED, directory
+
+from ascendspeed.claims import Claims
+from ascendspeed.errors import UserError
+from ascendspeed.families import PRESETS
+
+TYPED = {
+    "hf --tp 2": "--tp is for --format megatron or deepspeed or internevo, not for hf",
+    "hf-llama --pp 2": "--pp is for --format megatron or internevo, not for hf-llama",
+    "deepspeed --pp 2": "--pp is for --format megatron or internevo, not for deepspeed",
+    "internevo --make-vocab-size-divisible-by 64": "--make-vocab-size-divisible-by is for --format megatron or deepspeed",
+    "megatron --max-shard-size 1GB": "--max-shard-size is for --format hf or hf-llama",
+    "hf-llama --to-family internlm2": "--to-family is for --format hf, not for hf-llama",
+    "hf --to-family internlm9": "--to-family internlm9 does not exist; there are internlm, internlm2, internlm3",
+    "megatron --copy-code": "--copy-code is for --format hf, not for megatron",
+    "megatron --wp 2": "--wp is for --format internevo, not for megatron",
+    "hf --internevo-version 1": "--internevo-version is for --format internevo, not for hf",
+    "hf --embed-split": "--embed-split is for --format internevo, not for hf",
+    "megatron --no-embed-split": "--embed-split is for --format internevo, not for megatron",
+    "megatron --tp 0": "--tp 0 is too small: at least 1",
+    "internevo --pp -1": "--pp -1 is too small: at least 1",
+    "internevo --wp -1": "--wp -1 is too small: at least 0",
+    "megatron --make-vocab-size-divisible-by 0": "--make-vocab-size-divisible-by 0 is too small",
+    "hf --max-shard-size much": "'much' is not a size",
+    "hf --scaling-factor 2": "--scaling-factor means nothing without --rotary-type dynamic",
+}
+
+
+@pytest.mark.parametrize("typed", TYPED)
+def test_what_was_typed_is_judged_before_anything_is_opened(typed, tmp_path, capsys):
+    """--from is not even there."""
+    with pytest.raises(UserError) as error:
+        command("convert.py", *f"--from {tmp_path}/nowhere --to {tmp_path}/out --format {typed}".split())
+    assert str(error.value).startswith(TYPED[typed])
+    assert capsys.readouterr().out == ""
+
+
+FULL = {
+    "convert.py": "--from {source} --to {target} --format hf",
+    "llama/convert_weights_from_huggingface.py": "--input-model-dir {source} --output-model-dir {target}",
+    "llama/convert_weights_to_huggingface.py": "--input-model-dir {source} --output-model-dir {target}",
+    "llama/convert_weights_when_tp_pp_change.py": "--input-model-dir {source} --output-model-dir {target}",
+    "../transformers/convert2hf_internlm.py": "--src {source} --tgt {target}",
+    "../transformers/convert2hf_internlm2.py": "--src {source} --tgt {target}",
+    "../transformers/revert_internlm.py": "--src {source} --tgt {target} --version 2",
+    "../transformers/revert_internlm2.py": "--src {source} --tgt {target}",
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_a_target_that_is_taken_is_said_first(name, tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    words = FULL[name].format(source=tmp_path / "nowhere", target=tmp_path).split()
+    with pytest.raises(UserError, match="exists and is not an empty directory"):
+        command(name, *words)
+    words = FULL[name].format(source=tmp_path / "nowhere", target=tmp_path / "new").split()
+    with pytest.raises(UserError, match="nowhere is not a directory"):  # control
+        command(name, *words)
+
+
+@pytest.mark.parametrize(
+    "typed", ["--version 1", "--qk-interleaved yes", "--qkv-fused no", "--max-pos 8", "--rotary-type dynamic --scaling-factor 2"]
+)
+def test_what_only_an_internevo_folder_may_not_say(typed, tmp_path):
+    hugging_face(tmp_path / "hf", replace(BASE, num_layers=1))
+    directory(tmp_path / "evo-hf", "internlm", BIASED)
+    command("convert.py", *f"--from {tmp_path}/evo-hf --to {tmp_path}/evo --format internevo --tp 1".split())
+    with pytest.raises(UserError, match=r"is for a training folder of InternEvo, which .*hf is not"):
+        command("convert.py", *f"--from {tmp_path}/hf --to {tmp_path}/out --format hf {typed}".split())
+    if "yes" in typed or "fused" in typed:
+        return
+    typed = typed.replace("--version 1", "--version 2")
+    command("convert.py", *f"--from {tmp_path}/evo --to {tmp_path}/out --format hf --pp 1 {typed}".split())  # control
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("llama2-70b", "70B"), ("llama-7b", "7b"), ("llama2-7b", "7B"), ("internlm2.5-20b", "20B"), ("gemma-7b", "7B")],
+)
+def test_a_size_is_that_of_any_generation(name, size):
+    Claims(type=size).check("there", PRESETS[name])
+    with pytest.raises(UserError, match=f"--type {size}: num_layers"):
+        Claims(type=size).check("there", replace(PRESETS[name], num_layers=5))
+
+
+def test_a_size_that_no_generation_has():
+    with pytest.raises(UserError, match=r"--type 8B: the family llama has no such size; there are llama-7b, llama-13b"):
+        Claims(type="8B").check("there", PRESETS["llama-7b"])
+    with pytest.raises(UserError, match=r"--type 65B: ffn_hidden_size 22016, config\.json 28672"):
+        Claims(type="65B").check("there", PRESETS["llama2-70b"])
+
+
+def test_a_tokenizer_that_does_not_fit_is_named_as_it_was_typed(tmp_path):
+    directory(tmp_path / "hf", "internlm", BIASED)
+    command("convert.py", *f"--from {tmp_path}/hf --to {tmp_path}/evo --format internevo".split())
+    large = corpus.sentencepiece_dir(tmp_path / "tokens", 400) / "tokenizer.model"
+    mine = large.rename(tmp_path / "v7.model")
+    junk = tmp_path / "junk.model"
+    junk.write_bytes(b"pieces")
+    for path, said in ((mine, "has 400 pieces"), (junk, "is not a sentencepiece model")):
+        with pytest.raises(UserError) as error:
+            command(
+                "../transformers/convert2hf_internlm.py", "--src", tmp_path / "evo", "--tgt", tmp_path / "x", "--tokenizer", path
+            )
+        assert str(error.value).startswith(f"{path} {said}")
+    assert not (tmp_path / "x").exists()

@@ -404,7 +404,7 @@ def refused(folder: Path, *said: str) -> None:
 def test_truncated_shard(hf):
     path = first_shard(hf)
     os.truncate(path, path.stat().st_size - 100)
-    refused(hf, path.name, "damaged")
+    refused(hf, path.name, "cut off")
 
 
 def test_missing_shard(hf):
@@ -516,7 +516,7 @@ def test_hostile_pickle_does_not_run(hf, ranks, tmp_path):
 def test_truncated_and_missing_rank_files(ranks):
     path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
     os.truncate(path, path.stat().st_size - 1000)
-    refused(ranks, "mp_rank_01_001", "damaged")
+    refused(ranks, "mp_rank_01_001", "cut off")
     path.unlink()
     refused(ranks, "lacks mp_rank_01_001/model_optim_rng.pt", "TP 2 x PP 2")
     (ranks / "release/mp_rank_01_000/model_optim_rng.pt").unlink()

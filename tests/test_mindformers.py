@@ -194,4 +194,4 @@ def test_what_is_not_read_is_said(tmp_path):
     refused(r"holds 2 \.ckpt files: .* merge the ranks' files")
     (tmp_path / "mf/rank_1.ckpt").unlink()
     (tmp_path / "mf/config.json").write_text(json.dumps(COMMON | {"model_type": "qwen2", "num_key_value_heads": 8}))
-    refused("a qwen2 model cannot be read from mindformers, only internlm, internlm2, llama")
+    refused("a model of family qwen2 cannot be read from mindformers, only internlm, internlm2, llama")

@@ -19,6 +19,8 @@ from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
 from ascendspeed.inputs import read_table
 from ascendspeed.weights import Tile
 
+THREADS = 4
+"""That read from a source at the same time, at most."""
 Block = Callable[[str, Tile], Tensor]
 """(our name, rectangle of the full tensor seen as a matrix) -> the matrix there; it may be a read-only view of a file."""
 
@@ -62,16 +64,17 @@ def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -
 
 
 def from_maker(make: Callable[[str], Tensor]) -> Block:
-    """Reads from whole tensors that are made when they are asked for; the last one is kept."""
-    kept: tuple[str, Tensor] | None = None
+    """Reads from whole tensors that are made when they are asked for; the last ones are kept, one for every thread that may ask."""
+    kept: dict[str, Tensor] = {}
     lock = threading.Lock()
 
     def block(name: str, wanted: Tile) -> Tensor:
-        nonlocal kept
         with lock:
-            if kept is None or kept[0] != name:
-                kept = name, weights.as_matrix(make(name))
-            full = kept[1]
+            if name not in kept:
+                for oldest in list(kept)[: len(kept) + 1 - THREADS]:
+                    del kept[oldest]
+                kept[name] = weights.as_matrix(make(name))
+            full = kept[name]
         return full[wanted.row : wanted.row + wanted.rows, wanted.column : wanted.column + wanted.columns]
 
     return block

@@ -12,7 +12,7 @@ from torch import Tensor
 from ascendspeed.errors import UserError
 from ascendspeed.formats.files import PieceFile, Specs, nbytes
 from ascendspeed.formats.progress import Report
-from ascendspeed.formats.source import Source, some
+from ascendspeed.formats.source import THREADS, Source, some
 from ascendspeed.weights import Stored, Tile
 
 BLOCK = 1 << 22
@@ -88,7 +88,7 @@ def write(
 
 def workers() -> int:
     """Threads that a conversion keeps busy: they wait for memory and for the disk, so a few are enough."""
-    return min(4, os.cpu_count() or 1)
+    return min(THREADS, os.cpu_count() or 1)
 
 
 def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report, seen: Seen) -> None:

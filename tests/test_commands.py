@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import corpus
 import pytest
+import torch
+from safetensors.torch import load_file
 from test_convert import BASE, command, hugging_face
 from test_internevo import BIASED, directory
 
@@ -111,3 +113,27 @@ def test_a_tokenizer_that_does_not_fit_is_named_as_it_was_typed(tmp_path):
             )
         assert str(error.value).startswith(f"{path} {said}")
     assert not (tmp_path / "x").exists()
+
+
+def test_a_random_model_with_noise(tmp_path):
+    """So that the loss of a bias or a norm can be seen: without, they are 0 and 1."""
+
+    def made(name: str, *more: str) -> dict[str, torch.Tensor]:
+        command("../random_model.py", "--output-dir", tmp_path / name, *more)
+        return load_file(tmp_path / name / "model.safetensors")
+
+    plain, noisy, again, other = (
+        made("a"),
+        made("b", "--noise", "0.02"),
+        made("c", "--noise=0.02"),
+        made("d", "--noise=0.02", "--seed=1"),
+    )
+    small = [name for name in plain if plain[name].ndim == 1]
+    assert all(torch.equal(noisy[name], again[name]) for name in noisy)
+    assert all(torch.equal(plain[name], noisy[name]) == (name not in small) for name in plain)
+    assert all(0 < (noisy[name] - plain[name]).std() < 0.04 for name in small)
+    assert not any(torch.equal(noisy[name], other[name]) for name in small)
+    assert {float(plain[name].unique()) for name in small} == {0.0, 1.0}
+    for wrong in ("-1", "nan", "inf"):
+        with pytest.raises(UserError, match=r"--noise .* is no deviation"):
+            command("../random_model.py", "--output-dir", tmp_path / "x", f"--noise={wrong}")

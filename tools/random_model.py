@@ -3,11 +3,16 @@
 python tools/random_model.py --model internlm-tiny --tokenizer dataset/internlm --output-dir model_from_hf/internlm-tiny
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+from zlib import crc32
 
 from ascendspeed import errors, families, flags
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -24,18 +29,36 @@ class Options:
     """The same seed gives the same weights."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
     """Type of the weights."""
+    noise: float = 0.0
+    """Deviation of biases from 0 and norms from 1, where training starts: with 0.02, logits tell when a program loses one."""
+
+
+def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Tensor":
+    import torch
+
+    if not deviation or tensor.ndim > 1:
+        return tensor
+    generator = torch.Generator().manual_seed(crc32(f"{seed} noise {name}".encode()))
+    return tensor + deviation * torch.randn(tensor.shape, generator=generator)
 
 
 def main() -> None:
     """Parses, draws, writes."""
     options = flags.parse(Options, description=Options.__doc__ or "")
     config = families.preset(options.model)
+    if not 0 <= options.noise < math.inf:
+        raise errors.UserError(f"--noise {options.noise} is no deviation: 0, or a little more")
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed import convert
+    from ascendspeed.formats.files import unused
     from ascendspeed.formats.source import Source, from_maker
     from ascendspeed.weights import parameters, random_tensor
 
+    def make(name: str) -> "Tensor":
+        return _with_noise(random_tensor(config, known[name], options.seed), name, options.seed, options.noise)
+
+    unused(options.output_dir)
     known = {parameter.name: parameter for parameter in parameters(config)}
     source = Source(
         kind="random weights",
@@ -43,7 +66,7 @@ def main() -> None:
         config=config,
         theirs={} if options.tokenizer else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
         dtypes=dict.fromkeys(known, torch.float32),
-        block=from_maker(lambda name: random_tensor(config, known[name], options.seed)),
+        block=from_maker(make),
         beside=None,
     )
     source = convert.with_tokenizer(source, options.tokenizer)

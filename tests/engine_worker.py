@@ -51,6 +51,7 @@ def main() -> None:
     places = None
     curves = {}
     for name, case in job["cases"].items():
+        print(name, flush=True)  # the last one in the log of a rank that failed
         run = base
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})

@@ -399,8 +399,10 @@ def test_another_layout_goes_on_in_bf16(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_partition_within_a_node(tmp_path):
-    """DeepSpeed's hierarchical ZeRO 3, and its optimizer off the device, by flags."""
+    """DeepSpeed's hierarchical ZeRO 3, and its optimizer off the device, by flags. A process can have such a partition once."""
     zero = ENGINES["zero 3"]
-    layouts = {"hpz": zero | {"zero_hpz_partition_size": 2}, "offload": zero | {"zero_offload": "cpu"}, "zero 3": zero}
-    run_and_check(4, losses(layouts), tmp_path)
-    run_and_check(4, resumed({"hpz": layouts["hpz"]}, tmp_path), tmp_path / "run")
+    hpz, at = zero | {"zero_hpz_partition_size": 2}, str(tmp_path / "ckpt")
+    run_and_check(4, losses({"zero 3": zero, "offload": zero | {"zero_offload": "cpu"}, "hpz": hpz}), tmp_path)
+    cases = {"whole": case(hpz, 4), "first": case(hpz, 2, save=at), "then": case(hpz, 4, first=2, load=at)}
+    curves = {name: run(4, {"one": Theme({name: one}, print)}, tmp_path / name)["one"][name] for name, one in cases.items()}
+    assert curves["first"] + curves["then"] == curves["whole"]

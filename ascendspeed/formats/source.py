@@ -1,6 +1,8 @@
 """A checkpoint to read, whatever its format: an architecture and a stream of full tensors by our names."""
 
+import ctypes
 import math
+import mmap
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,7 +62,24 @@ class Source:
 
 def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -> Block:
     """Reads from stored tensors: our name -> the matrices that hold it, and what of it they hold."""
-    return lambda name, wanted: weights.gather(pieces[name], wanted)
+    begun: set[str] = set()
+
+    def block(name: str, wanted: Tile) -> Tensor:
+        if name not in begun:
+            begun.add(name)
+            for matrix, _ in pieces[name]:
+                _read_ahead(matrix)
+        return weights.gather(pieces[name], wanted)
+
+    return block
+
+
+def _read_ahead(tensor: Tensor) -> None:
+    """Asks the system to bring a mapped tensor into memory; read bit by bit from several files it comes in small pieces."""
+    first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    ctypes.CDLL(None).madvise(
+        ctypes.c_void_p(first), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - first), mmap.MADV_WILLNEED
+    )
 
 
 def from_maker(make: Callable[[str], Tensor]) -> Block:

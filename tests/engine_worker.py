@@ -23,7 +23,6 @@ def main() -> None:
 
     import oracle
     import torch
-    from megatron.core import parallel_state
     from safetensors.torch import load_file
 
     from ascendspeed import checkpoint, parallel, schedule
@@ -56,7 +55,7 @@ def main() -> None:
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         if places != run.parallel.places:
-            parallel_state.destroy_model_parallel()
+            leave_groups()
         places, grid = run.parallel.places, parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
         given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
         tensors = None if case.get("load") else given
@@ -92,6 +91,17 @@ def main() -> None:
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     parallel.destroy()
+
+
+def leave_groups():
+    """Ends megatron-core's groups, whose threads and sockets it would only forget."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    for group in parallel_state._global_process_group_list or ():
+        if group is not None:
+            dist.destroy_process_group(group)
+    parallel_state.destroy_model_parallel()
 
 
 def check_replicas(engine, grid):

@@ -282,10 +282,9 @@ def moved(pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], fold
     for first, then in pairs:
         again = {"load": str(folder / first), "resave": str(folder / f"{first} then {then}")}
         cases[f"{first} then {then}"] = case(layouts[then], 6, optim=optim, first=3, **again)
-    first, then = pairs[0]
     for mistake in ("moments", "shared step", "masters not published"):
-        more = {"load": str(folder / first), "break": mistake}
-        cases[f"control, then: {mistake}"] = case(layouts[then], 6, optim=optim, first=3, **more)
+        more = {"load": str(folder / pairs[0][0]), "break": mistake}
+        cases[f"control, then: {mistake}"] = case(SHARDS, 6, optim=optim, first=3, **more)
 
     def check(curves: dict[str, Curve]) -> None:
         for first, then in pairs:

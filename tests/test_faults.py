@@ -152,6 +152,7 @@ def test_killed_again_and_again(whole, tmp_path, behind):
     finish(job, whole)
 
 
+@pytest.mark.slow
 def test_the_next_start_says_where_it_goes_on(whole, tmp_path):
     job = Job(tmp_path / "job", faults=[{"what": "kill", "rank": 0, "step": 8}])
     assert job.run("--distributed-timeout-minutes", "0.1") == [KILLED, errors.EXIT_RANK_LOST]
@@ -242,7 +243,7 @@ def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
 # -- a rank that is gone ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=SLOW)])
 def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
     job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": who, "step": 5}])
     ranks = job.start("--distributed-timeout-minutes", "0.05")

@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -339,30 +340,32 @@ def test_too_many_skips_stop_and_name_the_last_good_checkpoint(ready, tmp_path):
 # -- the real engine ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("stage", "bf16"),
-    [(1, False), *(pytest.param(*one, marks=SLOW) for one in ((0, False), (2, False), (3, False), (1, True), (2, True)))],
-)
+ENGINES = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)}
+ENGINES |= {"megatron": {}, "megatron, shards": {"use_distributed_optimizer": True}}
+PRECISE = [(name, "fp32") for name in ENGINES] + [(name, "bf16") for name in ENGINES if name != "zero 0"]
+DEFAULT = [("zero 1", "fp32"), ("megatron, shards", "fp32")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [one if one in DEFAULT else pytest.param(*one, marks=SLOW) for one in PRECISE])
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0], ids=["NaN", "infinite", "control"])
-def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu, stage, bf16, loss):
+def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu, tmp_path, name, dtype, loss):
     """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
     import torch
 
-    from ascendspeed import config, families, parallel
+    from ascendspeed import config, engines, families, parallel
     from ascendspeed.data.dataset import Batch
-    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
     from ascendspeed.kernels import Kernels
     from ascendspeed.weights import random_tensors
 
     run = config.Run(
         families.preset("internlm-tiny"),
-        config.ParallelConfig(deepspeed=True, zero_stage=stage),
-        config.OptimConfig(bf16=bf16),
+        config.ParallelConfig(**ENGINES[name]),
+        config.OptimConfig(bf16=dtype == "bf16"),
         config.DataConfig(seq_length=8),
-        config.TrainConfig(global_batch_size=2, train_iters=4),
+        config.TrainConfig(global_batch_size=2, train_iters=4, log_dir=str(tmp_path)),
     )
     grid = parallel.initialize(cpu, run.parallel, 1)
-    engine = DeepSpeedEngine(run, grid, cpu, ds_config(run, 1), Kernels(), random_tensors(run.model, 1))
+    engine = engines.builder(run, grid, cpu, Kernels(), print)(random_tensors(run.model, 1))
     ids = torch.arange(8)[None]
     batches = [Batch(ids + i, ids + i + 1, torch.ones(1, 8), ids) for i in range(2)]
 
@@ -370,16 +373,34 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu
         return [f.tensor.clone() for f in engine.fragments()]
 
     assert not engine.step(batches, 1e-3).skipped
-    before, real, calls = state(), engine._loss_sum, iter([0.0, loss])
-    engine._loss_sum = lambda batch: real(batch) + next(calls)
+    before = state()
+    put_right = add_to_losses(engine, [0.0, loss])
     result = engine.step(batches, 1e-3)
-    engine._loss_sum = real
+    put_right()
     good = math.isfinite(loss)
     assert (result.skipped, result.bad) == ((False, ()) if good else (True, (1,)))
     assert engine.updates == 1 + good
     assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)) != good
     assert not engine.step(batches, 1e-3).skipped
     assert engine.updates == 2 + good
+
+
+def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
+    """To those of the next micro-batches, as an engine sees them; returns what puts the engine right again."""
+    left = iter(constants)
+    if hasattr(engine, "_loss_sum"):  # DeepSpeed's
+        name, real = "_loss_sum", engine._loss_sum
+        engine._loss_sum = lambda batch: real(batch) + next(left)
+    else:
+        name, real = "_forward", engine._forward
+
+        def forward(*args):
+            output, loss = real(*args)
+            constant = next(left)
+            return output, lambda losses: (lambda total, tokens, said: (total, tokens, said + constant))(*loss(losses))
+
+        engine._forward = forward
+    return lambda: setattr(engine, name, real)
 
 
 # -- several of them under the real launcher ----------------------------------------------------------------------------------

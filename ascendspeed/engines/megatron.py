@@ -126,14 +126,15 @@ class MegatronEngine:
             group["lr"] = lr
         tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches), self.grid.dp_group)
         scale_used = float(self.optimizer.get_loss_scale())
-        total = self._pass(batches, 1 / max(tokens, 1.0))
+        sums = self._pass(batches, 1 / max(tokens, 1.0))
         overflow = self.optimizer.prepare_grads()
         norm = None if overflow else float(self.optimizer.get_grad_norm())
         finite = norm is not None and math.isfinite(norm)
-        total, wrong = self._sum([total, float(not (finite and math.isfinite(total)))])
+        bad = tuple(i for i, one in enumerate(sums) if not math.isfinite(one))
+        total, wrong = self._sum([sum(sums), float(not finite or bool(bad))])
         if not wrong:
             self._update(norm)
-        return StepResult(total / max(tokens, 1.0), int(tokens), norm, bool(wrong), scale_used)
+        return StepResult(total / max(tokens, 1.0), int(tokens), norm, bool(wrong), scale_used, bad)
 
     def _update(self, norm: float) -> None:
         clip = self.run.optim.clip_grad
@@ -151,12 +152,12 @@ class MegatronEngine:
         each, batches = self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.grid.dp), iter(batches)
         total = tokens = 0.0
         while some := list(islice(batches, each)):
-            total += self._pass(some, 1.0, forward_only=True)
+            total += sum(self._pass(some, 1.0, forward_only=True))
             tokens += sum(float(batch.loss_mask.sum()) for batch in some)
         return self._sum(total), int(self._sum(tokens, self.grid.dp_group))
 
-    def _pass(self, batches: list[Batch], scale: float, forward_only: bool = False) -> float:
-        """Forward (and backward) over the micro-batches by the schedule of the layout; the sum of the losses that this rank counts.
+    def _pass(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[float]:
+        """Forward (and backward) over the micro-batches by the schedule of the layout; each one's loss (sum), if this rank counts.
 
         Of the ranks that see the same samples, those of the last stage count, and of each tensor-parallel group one.
         """
@@ -171,7 +172,7 @@ class MegatronEngine:
             micro_batch_size=micro_batch,
             forward_only=forward_only,
         )
-        return float(sum(sums)) if self.grid.tp_rank == 0 else 0.0
+        return [float(one) for one in sums] if self.grid.tp_rank == 0 else []
 
     def _forward(self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
         """One micro-batch through one piece of the model -> its output, and what the last stage makes the loss of it with."""

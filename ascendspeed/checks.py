@@ -154,16 +154,18 @@ def _check_world(run: Run, world: int) -> None:
         )
     if dp % (hpz := parallel.zero_hpz_partition_size):
         raise UserError(f"--zero-hpz-partition-size {hpz} does not divide {dp} data-parallel ranks; choose {_divisors(dp)}")
+    piece = math.lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
     if cp > 1 and length % (2 * cp):
-        raise UserError(f"--seq-length {length} does not split into 2 x CP = {2 * cp} chunks for --context-parallel-size {cp}")
+        chunks = f"2 x CP = {2 * cp} chunks for --context-parallel-size {cp}"
+        raise UserError(f"--seq-length {length} does not split into {chunks}; choose {_multiples(length, piece)}")
     if parallel.sequence_parallel and length // cp % tp:
         part = f"--seq-length {length}" + (f" / CP {cp} = {length // cp}" if cp > 1 else "")
-        raise UserError(f"{part} does not split over {tp} ranks for --sequence-parallel")
+        raise UserError(f"{part} does not split over {tp} ranks for --sequence-parallel; choose {_multiples(length, piece)}")
     once = train.micro_batch_size * dp
     if train.global_batch_size % once:
         raise UserError(
             f"--global-batch-size {train.global_batch_size} is not a multiple of --micro-batch-size {train.micro_batch_size}"
-            f" x {dp} data-parallel ranks = {once}"
+            f" x {dp} data-parallel ranks = {once}; choose {_multiples(train.global_batch_size, once)}"
         )
     _check_virtual_stages(parallel, train.global_batch_size // once, once)
 
@@ -196,6 +198,12 @@ def _check_recompute(run: Run) -> None:
         raise UserError(
             f"--recompute-num-layers {number} is more than the {layers} layers of a (virtual) pipeline stage; choose 1 to {layers}"
         )
+
+
+def _multiples(number: int, of: int) -> str:
+    """Those around a number that is none."""
+    below = number // of * of
+    return f"{below} or {below + of}" if below else f"{of}"
 
 
 def _divisors(number: int) -> str:

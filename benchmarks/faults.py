@@ -2,13 +2,15 @@
 
     python benchmarks/faults.py --kills 10 --out benchmarks/results/faults.md
 
-Every start is the real launcher (DeepSpeed's or torchrun, as the dice say) with two ranks of the real engine. A rank gets SIGKILL
-from outside: half of the kills are aimed at the time in which a checkpoint is being saved, the others at any moment from the start
-of the program on. What counts as inside is seen afterwards: a step's folder was left under its temporary name. The run is started
-again with --auto-resume until it ends; then loss and gradient norm of every iteration, of all starts, must be those of the run that
-was left alone, in hexadecimal. The records are added to OUT with the ending .jsonl, and the table is made of all that lie there.
+Every start is the real launcher (DeepSpeed's or torchrun, as the dice say) with two ranks of a real engine (one of LAYOUTS). A rank
+gets SIGKILL from outside: half of the kills are aimed at the time in which a checkpoint is being saved, the others at any moment
+from the start of the program on. What counts as inside is seen afterwards: that start left a step's folder under its temporary
+name. The run is started again with --auto-resume until it ends; then loss and gradient norm of every iteration, of all starts, must
+be those of the run that was left alone, in hexadecimal. The records are added to OUT with the ending .jsonl, and the table is made
+of all that lie there.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -34,7 +36,13 @@ AHEAD = 10
 """A kill comes at most so many iterations after the first one of its start."""
 WINDOW = 0.06
 """Seconds: about as long as a save takes here."""
-TRAINING = f"""--deepspeed --zero-stage 2 --model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
+LAYOUTS = {
+    "ZeRO-2": "--deepspeed --zero-stage 2",
+    "Megatron's, PP2 x VPP2": "--pp 2 --num-layers-per-virtual-pipeline-stage 1",
+    "Megatron's, shards, overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
+}
+"""What the two ranks are."""
+TRAINING = f"""--model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
     --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1 --auto-resume --device cpu""".split()
 
 
@@ -74,6 +82,8 @@ class Kill:
     """The launcher's exit code."""
     seconds: float
     """From the kill to the end of the launcher."""
+    layout: str = "ZeRO-2"
+    """One of LAYOUTS; the oldest records do not name theirs."""
     same: bool | None = None
     """The whole curve of its run, at the end, was that of the untouched one, in hexadecimal."""
 
@@ -85,6 +95,7 @@ class Place:
     folder: Path
     data: Path
     options: Options
+    layout: str
     behind: bool = False
 
     def start(self, launcher: str) -> subprocess.Popen:
@@ -96,8 +107,9 @@ class Place:
             "deepspeed": ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", "2", "--master_port", port],
             "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--"],
         }[launcher]
-        words = [*TRAINING, "--data-path", str(self.data / "alpaca_text_document"), "--save", str(self.folder / "ckpt")]
-        words += ["--log-dir", str(self.folder / "log"), "--distributed-timeout-minutes", str(self.options.timeout_minutes)]
+        words = [*LAYOUTS[self.layout].split(), *TRAINING, "--data-path", str(self.data / "alpaca_text_document")]
+        words += ["--save", str(self.folder / "ckpt"), "--log-dir", str(self.folder / "log")]
+        words += ["--distributed-timeout-minutes", str(self.options.timeout_minutes)]
         words += ["--async-save"] if self.behind else []
         quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "FAULT_DIR": str(self.folder)}
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -118,9 +130,13 @@ class Place:
         path = self.folder / "curve"
         return path.read_text().splitlines() if path.exists() else []
 
-    def saving(self) -> bool:
-        """A checkpoint is being saved, or was when all were killed."""
-        return bool(list((self.folder / "ckpt").glob(".step_*.tmp")))
+    def unfinished(self) -> set[tuple[str, int]]:
+        """The checkpoints that are being saved, or were when all were killed, and when they were last touched."""
+        found = set()
+        for path in (self.folder / "ckpt").glob(".step_*.tmp"):
+            with contextlib.suppress(FileNotFoundError):  # it was finished at this moment
+                found.add((path.name, path.stat().st_mtime_ns))
+        return found
 
     def ranks(self) -> dict[int, int]:
         """Rank -> process, of those that are there."""
@@ -150,7 +166,7 @@ def kill(place: Place, dice: random.Random) -> Kill | None:
     plan = {"seed": place.options.seed, "launcher": dice.choice(["deepspeed", "torchrun"]), "rank": dice.randrange(2)}
     at_save, early, ahead, within = dice.random() < 0.5, dice.random() < 0.2, dice.randrange(AHEAD), dice.random()
     place.behind = dice.random() < 0.5
-    already = len(place.curve())
+    already, left = len(place.curve()), place.unfinished()
     launcher = place.start(plan["launcher"])
     alive = until(lambda: len(place.ranks()) == 2, launcher, 0.05)
     if alive and early and not at_save:
@@ -158,7 +174,7 @@ def kill(place: Place, dice: random.Random) -> Kill | None:
     elif alive:
         alive = until(lambda: len(place.curve()) >= already + 1 + ahead, launcher)
         if alive and at_save:
-            alive = until(place.saving, launcher, 0.0005)
+            alive = until(lambda: bool(place.unfinished() - left), launcher, 0.0005)
         time.sleep(within * WINDOW)
     victim = place.ranks().get(plan["rank"])
     if not alive or victim is None or launcher.poll() is not None:
@@ -175,9 +191,10 @@ def kill(place: Place, dice: random.Random) -> Kill | None:
     said = (place.folder / "said").read_text()
     return Kill(
         **plan,
+        layout=place.layout,
         aimed_at_save=at_save,
         behind=place.behind,
-        inside=place.saving(),
+        inside=bool(place.unfinished() - left),  # what the kill before left does not count
         iteration=done,
         named=f"rank {plan['rank']} gave no sign of life" in said,
         code=code,
@@ -191,7 +208,7 @@ def one_run(place: Place, reference: dict[str, str], dice: random.Random, most: 
     place.folder.mkdir(parents=True)
     kills: list[Kill] = []
     finished = re.compile(rf"^{ITERS} ", re.MULTILINE)
-    while not finished.search("\n".join(place.curve())) or place.saving():
+    while not finished.search("\n".join(place.curve())) or place.unfinished():
         if len(kills) < most:
             if found := kill(place, dice):
                 kills.append(found)
@@ -202,7 +219,8 @@ def one_run(place: Place, reference: dict[str, str], dice: random.Random, most: 
     wrong = [line for line in place.curve() if reference.get(line.split()[0]) != line]
     same = not wrong and {line.split()[0] for line in place.curve()} == set(reference)
     if not same:
-        print(f"{place.folder}: {len(wrong)} iterations differ, first {wrong[:1]}", flush=True)
+        kept = place.folder.rename(f"{place.folder}-{time.time_ns()}")
+        print(f"{kept}: {len(wrong)} iterations differ, first {wrong[:1]}", flush=True)
     return [Kill(**asdict(one) | {"same": same}) for one in kills]
 
 
@@ -230,6 +248,7 @@ def table(records: list[dict]) -> str:
         ("inside, saving behind the step", [one for one in records if one["inside"] and one["behind"]]),
         ("DeepSpeed's launcher", [one for one in records if one["launcher"] == "deepspeed"]),
         ("torchrun", [one for one in records if one["launcher"] == "torchrun"]),
+        *((layout, [one for one in records if one["layout"] == layout]) for layout in LAYOUTS),
         ("rank 0", [one for one in records if one["rank"] == 0]),
         ("rank 1", [one for one in records if one["rank"] == 1]),
     ):
@@ -241,7 +260,7 @@ def table(records: list[dict]) -> str:
     return f"""# Killed again and again
 
 `python benchmarks/faults.py`, seeds {", ".join(map(str, seeds))}; {datetime.date.today()}, {os.cpu_count()} cores of
-{device_name()}, shared with other work. Two ranks of ZeRO-2 on a tiny InternLM with dropout; {ITERS} iterations, a checkpoint every
+{device_name()}, shared with other work. Two ranks train a tiny InternLM with dropout; {ITERS} iterations, a checkpoint every
 {EVERY}. {len(records)} kills by SIGKILL, {share:.0%} of them while a checkpoint was being saved. A rank that is killed before the
 ranks know each other, and the launcher ends the others at once, is not named.
 
@@ -270,14 +289,19 @@ def main() -> int:
             *("--output-prefix", work / "alpaca", "--handler-name", "AlpacaPretrainHandler", "--append-eod", "--workers", 1),
         )
     dice, kills = random.Random(options.seed), []
-    reference = untouched(Place(work / "untouched", work, options))
+    references: dict[str, dict[str, str]] = {}
     while len(kills) < options.kills:
-        found = one_run(Place(work / "run", work, options), reference, dice, options.kills - len(kills))
+        layout = dice.choice(list(LAYOUTS))
+        if layout not in references:
+            references[layout] = untouched(Place(work / "untouched", work, options, layout))
+        found = one_run(Place(work / "run", work, options, layout), references[layout], dice, options.kills - len(kills))
         kills += found
         if records:
             with open(records, "a") as file:
                 file.writelines(json.dumps(asdict(one)) + "\n" for one in found)
-    every = [json.loads(line) for line in records.read_text().splitlines()] if records else [asdict(one) for one in kills]
+    if records:
+        kills = [Kill(**json.loads(line)) for line in records.read_text().splitlines()]
+    every = [asdict(one) for one in kills]
     if options.out:
         Path(options.out).write_text(table(every))
     print(table(every))

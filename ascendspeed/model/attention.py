@@ -40,6 +40,8 @@ class RotaryAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.group = pg_collection.cp
         self.share = Share(self.group.rank(), self.group.size())
+        self.layer_number = layer_number
+        self.cache: Any = None  # of generation: `model.cache.Cache`
 
     def forward(
         self,
@@ -54,6 +56,8 @@ class RotaryAttention(MegatronModule):
         """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal; s is this rank's share."""
         if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
             raise NotImplementedError("only plain causal attention; packed sequences would enter here, by segments")
+        if self.cache is not None:
+            return self.cache.attend(self.layer_number, query, key, value, self.scale)
         length = query.size(0) * self.share.size
         cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
@@ -77,6 +81,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0
     torch's SDPA has no word for queries that begin later than the keys (but for a mask of n x m), and makes scores of n x m when it
     must drop (on a CPU). So queries go block by block, and nothing is larger than BLOCK x m.
     """
+    future = _future(k.size(2), q.dtype, q.device) if dropout or first else None  # of all keys there are, which every call shares
     k, v = k[:, :, : first + q.size(2)], v[:, :, : first + q.size(2)]
     grouped = q.size(1) != k.size(1)
     if not dropout and not first:
@@ -84,7 +89,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0
     if dropout:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         scale = q.size(-1) ** -0.5 if scale is None else scale
-    future, blocks = _future(k.size(2), q.dtype, q.device), []
+    blocks = []
     for i in range(0, q.size(2), BLOCK):
         end = first + min(i + BLOCK, q.size(2))
         block, keys, values, mask = q[:, :, i : i + BLOCK], k[:, :, :end], v[:, :, :end], future[-(end - first - i) :, -end:]

@@ -1,0 +1,12 @@
+"""Text from a model, and what it thinks of text: `sample` and `logprobs`, over tensor-parallel ranks and pipeline stages.
+
+Every rank calls the same functions with the same arguments, and gets the same results. What is drawn or compared is decided on one
+rank and told to the others: so they cannot part.
+"""
+
+from ascendspeed.generate.model import LanguageModel, load
+from ascendspeed.generate.params import Completion, Params
+from ascendspeed.generate.sampling import sample
+from ascendspeed.generate.scoring import Score, logprobs, score
+
+__all__ = ["Completion", "LanguageModel", "Params", "Score", "load", "logprobs", "sample", "score"]

@@ -1,0 +1,43 @@
+"""From logits to tokens: the rules of Hugging Face's processors, in their order."""
+
+import torch
+from torch import Tensor
+
+from ascendspeed.generate.params import Params
+
+
+def penalized(scores: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+    """scores [n, V] of tokens that were there (`seen`, bool): divided by the penalty, or multiplied where negative. A copy."""
+    if seen is None:
+        return scores.clone()
+    return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def warped(scores: Tensor, params: Params) -> Tensor:
+    """scores [n, V] after temperature, top-k and top-p: what is not to be drawn is -inf."""
+    scores = scores / params.temperature
+    if 0 < params.top_k < scores.size(-1):
+        scores = scores.masked_fill(scores < scores.topk(params.top_k).values[:, -1:], float("-inf"))
+    if params.top_p < 1:
+        rising, order = scores.sort(-1)
+        out = rising.softmax(-1).cumsum(-1) <= 1 - params.top_p
+        out[:, -1] = False  # the most likely one stays
+        scores = scores.masked_fill(out.scatter(1, order, out), float("-inf"))
+    return scores
+
+
+def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+    """Of each row the first id at which the sum of softmax(scores [n, V]) passes `uniforms` [n] in [0, 1): [n]."""
+    sums = scores.double().softmax(-1).cumsum(-1)
+    wanted = (uniforms.clamp(max=1 - 1e-12) * sums[:, -1])[:, None]  # never past the last id that has any
+    return torch.searchsorted(sums, wanted, right=True)[:, 0]
+
+
+def draw_several(scores: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`count` different ids of each row by softmax(scores [n, V]), the first drawn first: their scores and themselves, [n, count].
+
+    By exponential races (Efraimidis and Spirakis 2006): the ids with the largest log(p) - log(-log(u)).
+    """
+    races = scores.double() - (-uniforms.clamp(1e-300, 1 - 1e-16).log()).log()
+    at = races.topk(count).indices
+    return scores.gather(1, at), at

@@ -1,0 +1,150 @@
+"""A model to ask: its weights on the ranks of this run, and forward passes through all of them with a cache of keys and values."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ascendspeed import config, families, formats
+from ascendspeed import parallel as ranks
+from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.device import Device
+from ascendspeed.errors import UserError
+from ascendspeed.kernels import Kernels
+from ascendspeed.model import gpt as gpts
+from ascendspeed.model.cache import Cache
+from ascendspeed.model.spec import transformer_config
+from ascendspeed.parallel import Grid
+
+CHUNK = 2048
+"""Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""
+
+
+class LanguageModel:
+    """This rank's part of a model in evaluation mode, and what goes from rank to rank."""
+
+    def __init__(self, gpt: gpts.InternLM, model: ModelConfig, grid: Grid, device: Device) -> None:
+        self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
+        self.first, self.last = gpt.pre_process, gpt.post_process
+        self.cache: Cache | None = None
+
+    def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> Cache:
+        """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
+        if self.cache:
+            self.cache.detach()  # first: its memory is needed
+        self.cache = Cache(self.gpt, rows, capacity)
+        self.cache.pin(lengths)
+        return self.cache
+
+    def end(self) -> None:
+        """Frees the cache."""
+        if self.cache:
+            self.cache.detach()
+        self.cache = None
+
+    def read(self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+        """Reads rows, longest first, into the cache from slot `first` on, chunk by chunk.
+
+        `wanted`: positions in each row, rising; None: the last one. Returns for each row the final hidden states there, [n, h], on
+        the last stage (elsewhere []).
+        """
+        lengths = [len(row) for row in tokens]
+        assert lengths == sorted(lengths, reverse=True)
+        wanted = [[length - 1] for length in lengths] if wanted is None else wanted
+        found: list[list[Tensor]] = [[] for _ in tokens]
+        for start in range(0, lengths[0], CHUNK):
+            end = min(start + CHUNK, lengths[0])
+            rows = sum(length > start for length in lengths)
+            piece = torch.zeros(rows, end - start, dtype=torch.long)  # short rows end in zeros, which nobody sees
+            for i, row in enumerate(tokens[:rows]):
+                part = row[start:end]
+                piece[i, : len(part)] = torch.as_tensor(part)
+            self.cache.chunk(first + start, end - start, rows)
+            hidden = self._pass(piece.to(self.device.torch))
+            if self.last:
+                for i in range(rows):
+                    here = [position - start for position in wanted[i] if start <= position < end]
+                    found[i].append(hidden[here, i])
+        return [torch.cat(parts) for parts in found] if self.last else []
+
+    def step(self, tokens: Tensor, slots: Sequence[int]) -> Tensor | None:
+        """One token of every row, [n], each at its slot -> the final hidden states [n, h] on the last stage."""
+        self.cache.step(slots)
+        hidden = self._pass(tokens[:, None])
+        return hidden[0] if self.last else None
+
+    def _pass(self, tokens: Tensor) -> Tensor | None:
+        """tokens [b, s] through all stages -> [s, b, h] on the last one."""
+        gpt, rank = self.gpt, self.grid.rank
+        hidden = None
+        if self.first:
+            hidden = gpt.embedding(tokens, None)
+        else:
+            hidden = torch.empty(
+                tokens.size(1), tokens.size(0), self.config.hidden_size, dtype=gpt.config.params_dtype, device=tokens.device
+            )
+            dist.recv(hidden, rank - self.grid.tp)
+            gpt.decoder.set_input_tensor(hidden)
+        hidden = gpt.decoder(hidden, None)
+        if not self.last:
+            dist.send(hidden.contiguous(), rank + self.grid.tp)
+            return None
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final hidden states [n, h] -> logits over the whole vocabulary [n, V], fp32; on every rank of the last stage."""
+        weight = self.gpt.shared_embedding_or_output_weight() if self.gpt.share_embeddings_and_output_weights else None
+        return self.gpt.output_layer(hidden[:, None], weight=weight, runtime_gather_output=True)[0][
+            :, 0, : self.config.vocab_size
+        ].float()
+
+    @property
+    def decides(self) -> bool:
+        """Whether this rank is the one that chooses."""
+        return self.grid.rank == self.grid.world - self.grid.tp
+
+    def tell(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """What the choosing rank has, on all of them."""
+        if self.grid.world == 1:
+            return value
+        told = value.contiguous() if self.decides else torch.empty(tuple(shape), dtype=dtype, device=self.device.torch)
+        dist.broadcast(told, self.grid.world - self.grid.tp)
+        return told
+
+
+def load(
+    path: str | Path,
+    *,
+    parallel: ParallelConfig | None = None,
+    dtype: str = "bf16",
+    device: Device,
+    kernels: Kernels | None = None,
+    model: str | None = None,
+) -> LanguageModel:
+    """The model of a checkpoint of any format, over the TP x PP processes that the launcher started.
+
+    `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be. Raises `UserError` for what does not fit, before weights
+    are read.
+    """
+    layout = parallel or ParallelConfig()
+    source = formats.open_source(path)
+    if model and replace(families.preset(model), init_method_std=0.0) != replace(source.config, init_method_std=0.0):
+        raise UserError(f"--model {model} is {families.preset(model)}, but {path} holds {source.config}")
+    _check_layout(source.config, layout, int(os.environ.get("WORLD_SIZE", "1")))
+    grid = ranks.initialize(device, layout, seed=1)
+    settings = transformer_config(source.config, layout, TrainConfig(), dtype, kernels)
+    gpt = gpts.build(source.config, layout, settings)
+    gpts.fill(gpt, source.config, layout, source.tensors())
+    return LanguageModel(gpt, source.config, grid, device)
+
+
+def _check_layout(model: ModelConfig, layout: ParallelConfig, world: int) -> None:
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    config.check_tensor_parallel(model, tp)
+    config.check_pipeline_parallel(model, pp)
+    if world != tp * pp:
+        raise UserError(f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; start as many, or change --tp or --pp")

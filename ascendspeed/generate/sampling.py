@@ -1,0 +1,149 @@
+"""Greedy and sampled text, for prompts of any lengths side by side."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ascendspeed.generate import beams
+from ascendspeed.generate.choosing import draw, penalized, warped
+from ascendspeed.generate.model import LanguageModel
+from ascendspeed.generate.params import Completion, Params
+
+Watch = Callable[[int, int], bool]
+"""(row, new token) -> whether the row ends with it; row = prompt * num_return_sequences + i. Asked on every rank, in one order."""
+
+
+def sample(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], params: Params, watch: Watch | None = None
+) -> list[list[Completion]]:
+    """`num_return_sequences` completions of every prompt (ids, not empty), as if it were alone; one batch.
+
+    Collective: the same arguments and results on every rank. `watch` is not asked under beam search. Raises `UserError`.
+    """
+    params.check()
+    assert all(prompts), "a prompt has at least one token"
+    # Longest first: so the rows that have more to read are always the first ones.
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    with torch.inference_mode():
+        try:
+            if params.num_beams > 1:
+                return beams.search(model, prompts, order, params)
+            return _sample(model, prompts, order, params, watch or (lambda row, token: False))
+        finally:
+            model.end()
+
+
+@dataclass
+class Row:
+    """A sequence under way."""
+
+    number: int
+    """prompt * num_return_sequences + i."""
+    length: int
+    """Tokens in the cache."""
+    draws: Iterator[float]
+    """Uniform in [0, 1): this row's own stream."""
+    tokens: list[int] = field(default_factory=list)
+    score: float = 0.0
+
+
+def uniforms(seed: int, row: int) -> Iterator[float]:
+    """A stream of numbers in [0, 1) for each (seed, row)."""
+    generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), row]))
+    while True:
+        yield from generator.random(64)
+
+
+def _sample(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, watch: Watch
+) -> list[list[Completion]]:
+    each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
+    rows = [Row(i * each + j, len(prompts[i]), uniforms(params.seed, i * each + j)) for i in order for j in range(each)]
+    cache = model.begin(len(rows), lengths[0] + params.max_new_tokens, lengths)
+    last = model.read([prompts[i] for i in order])
+    hidden = torch.cat(last).repeat_interleave(each, 0) if model.last else None
+    cache.select([i // each for i in range(len(rows))], lengths[0])
+    seen = Seen(model, params, [prompts[row.number // each] for row in rows])
+    done: dict[int, Completion] = {}
+    while True:
+        tokens, scores = _choose(model, hidden, params, rows, seen)
+        kept = []
+        for i, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores.tolist(), strict=True)):
+            row.score += score
+            reason = _ended(row, token, params, watch)
+            if reason:
+                done[row.number] = Completion(row.tokens, reason, row.score)
+            else:
+                kept.append(i)
+        if not kept:
+            return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
+        if len(kept) < len(rows):  # a finished row gives its place to the last one, and costs nothing more
+            kept = compact(kept, len(rows))
+            cache.select(kept, max(row.length for row in rows))
+            rows, tokens = [rows[i] for i in kept], tokens[kept]
+            seen.select(kept)
+        seen.add(tokens)
+        hidden = model.step(tokens, [row.length for row in rows])
+        for row in rows:
+            row.length += 1
+
+
+def _ended(row: Row, token: int, params: Params, watch: Watch) -> str | None:
+    if token in params.stop_ids:
+        return "stop"
+    row.tokens.append(token)
+    if watch(row.number, token):
+        return "stop"
+    return "length" if len(row.tokens) == params.max_new_tokens else None
+
+
+def compact(kept: list[int], size: int) -> list[int]:
+    """The rows to keep, those from the end moved to where others went: as few as possible move."""
+    holes = sorted(set(range(len(kept))) - set(kept))
+    movers = [row for row in kept if row >= len(kept)]
+    moved = dict(zip(holes, movers, strict=True))
+    return [moved.get(i, i) for i in range(len(kept))]
+
+
+class Seen:
+    """Which tokens each row has had, for the repetition penalty; kept on the choosing rank, and only where there is one."""
+
+    def __init__(self, model: LanguageModel, params: Params, prompts: Sequence[Sequence[int]]) -> None:
+        self.mask: Tensor | None = None
+        if model.decides and params.repetition_penalty != 1:
+            self.mask = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device.torch)
+            for row, prompt in zip(self.mask, prompts, strict=True):
+                row[torch.tensor(prompt, device=row.device)] = True
+
+    def select(self, rows: list[int]) -> None:
+        """Row i becomes what `rows[i]` was."""
+        if self.mask is not None:
+            self.mask = self.mask[rows]
+
+    def add(self, tokens: Tensor) -> None:
+        """One more token of each row."""
+        if self.mask is not None:
+            self.mask[torch.arange(len(tokens), device=tokens.device), tokens] = True
+
+
+def _choose(model: LanguageModel, hidden: Tensor | None, params: Params, rows: list[Row], seen: Seen) -> tuple[Tensor, Tensor]:
+    """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device."""
+    packed = None
+    if model.last:
+        logits = model.logits(hidden)
+        if model.decides:
+            choices = penalized(logits, seen.mask, params.repetition_penalty)
+            if params.vocab_size is not None:
+                choices[:, params.vocab_size :] = float("-inf")
+            if params.do_sample:
+                draws = torch.tensor([next(row.draws) for row in rows], dtype=torch.float64, device=logits.device)
+                tokens = draw(warped(choices, params), draws)
+            else:
+                tokens = choices.argmax(-1)
+            scores = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            packed = torch.stack((tokens.double(), scores.double()))
+    packed = model.tell(packed, (2, len(rows)), torch.float64)
+    return packed[0].long(), packed[1]

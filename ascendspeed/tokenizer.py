@@ -5,6 +5,8 @@ original's own, while a `tokenizer.json` beside it is a conversion. Text is alwa
 the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `id_of`).
 """
 
+import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,9 +114,27 @@ class Tokenizer(ABC):
         """Ids [n] int32 of one text."""
         return self.encode_batch([text])[0]
 
+    @abstractmethod
+    def raw(self, number: int) -> bytes | None:
+        """The bytes that an id adds to those of its neighbours in decoded text; None: its text does not depend on them so.
+
+        b"" for a control token, which decoded text leaves out.
+        """
+
+    whole_runs = False
+    """Whether one wrong byte spoils all the bytes beside it in decoded text (otherwise only its own character)."""
+
+    def restarts(self, number: int) -> bool:
+        """Whether text after this id is decoded as if it began there."""
+        return False
+
+    def find(self, piece: str) -> int | None:
+        """Id of a token by its string; None when there is none."""
+        return self._added.get(piece, self._find(piece))
+
     def id_of(self, piece: str) -> int:
-        """Id of a token by its string, such as `<|im_end|>`. Raises `UserError` when there is none."""
-        number = self._added.get(piece, self._find(piece))
+        """The same. Raises `UserError` when there is none."""
+        number = self.find(piece)
         if number is None:
             raise UserError(f"{self.path}: the tokenizer has no token {piece!r}")
         return number
@@ -157,6 +177,15 @@ class SentencePieceTokenizer(Tokenizer):
         runs = ((added, list(run)) for added, run in groupby(kept, beyond.__contains__))
         return "".join("".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs)
 
+    def raw(self, number: int) -> bytes | None:
+        if number in self._special:
+            return b""
+        is_byte = number < self.pieces and self._model.is_byte(number)
+        return bytes([int(self._model.id_to_piece(number)[3:5], 16)]) if is_byte else None  # <0x41>
+
+    def restarts(self, number: int) -> bool:
+        return number >= self.pieces and number not in self._special
+
     def _find(self, piece: str) -> int | None:
         number = self._model.piece_to_id(piece)
         return number if self._model.id_to_piece(number) == piece else None
@@ -182,6 +211,11 @@ class JsonTokenizer(Tokenizer):
         super().__init__(path, self._model.get_vocab_size(with_added_tokens=False))
         self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
         self.pad = self.eos if self.pad is None else self.pad
+        kinds = _decoders(self._model.decoder)
+        self.whole_runs = "ByteFallback" in kinds
+        self._alphabet = _alphabet() if "ByteLevel" in kinds else None
+        tokens = self._model.get_added_tokens_decoder()
+        self._special |= {number for number, token in tokens.items() if token.special}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
@@ -189,6 +223,15 @@ class JsonTokenizer(Tokenizer):
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(self._known(ids), skip_special_tokens=True)
+
+    def raw(self, number: int) -> bytes | None:
+        piece = self._model.id_to_token(number)
+        if piece is None or number in self._special:
+            return b""
+        if self._alphabet:
+            mapped = [self._alphabet.get(letter) for letter in piece]
+            return piece.encode() if None in mapped else bytes(mapped)
+        return bytes([int(piece[3:5], 16)]) if self.whole_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else None
 
     def _find(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
@@ -211,6 +254,19 @@ def load(path: str | Path) -> Tokenizer:
 def table(path: Path) -> dict[str, Any]:
     """What a JSON file says that need not be there. Raises `UserError`."""
     return read_table(path) if path.exists() or path.is_symlink() else {}
+
+
+def _decoders(decoder: Any) -> set[str]:
+    """Kinds of a decoder of the `tokenizers` library and of all that it consists of."""
+    said = json.loads(decoder.__getstate__()) if decoder is not None else {}
+    return {said.get("type"), *(one.get("type") for one in said.get("decoders", []))}
+
+
+def _alphabet() -> dict[str, int]:
+    """Letter -> byte, as byte-level vocabularies write bytes down: printable ones as they are, the others from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,8 @@ FLOORS = {
     "kernels": 2,
     "parallel": 2,
     "data": 2,
+    "chat": 2,
+    "text": 2,
     "schedule": 3,
     "checks": 3,
     "resolve": 4,

@@ -1,0 +1,109 @@
+"""Conversations as others write them (lists of role and content) -> `Message`s; what is wrong is named with its place."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ascendspeed.errors import UserError
+
+ROLES = ("system", "user", "assistant", "environment")
+RESULTS = ("environment", "tool", "function")
+"""Roles of what a tool answered; the last two are other programs' words."""
+ALL_ROLES = tuple(dict.fromkeys((*ROLES, *RESULTS)))
+KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "code"}
+TOOLS = ("plugin", "interpreter")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A tool that the assistant calls."""
+
+    kind: str
+    """plugin (a function, as JSON) or interpreter (code)."""
+    content: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: str
+    """One of `ROLES`."""
+    content: str = ""
+    name: str | None = None
+    """Who speaks: plugin and interpreter are control tokens, anything else is text (`user name=file`)."""
+    calls: tuple[Call, ...] = ()
+
+
+def read_messages(items: Any, where: str) -> list[Message]:
+    """Checked messages, the last of which asks for an answer. Raises `UserError` beginning with `where`."""
+    if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+        raise UserError(f"{where}: a conversation is a list of at least one role and content, not {_short(items)}")
+    found = [_message(item, f"{where}, message {number}") for number, item in enumerate(items, 1)]
+    for number, message in enumerate(found[1:], 2):
+        if message.role == "system" and message.name is None:
+            why = "there is one already" if found[0].role == "system" else "it must come first"
+            raise UserError(f"{where}, message {number}: a system message here: {why}")
+    if found[-1].role not in ("user", "environment"):
+        raise UserError(f"{where}: the last message is the {found[-1].role}'s, so nothing is asked; end with one of the user's")
+    return found
+
+
+def tools_message(tools: Any, where: str) -> Message:
+    """The system message that tells a model its functions: their JSON. Raises `UserError`."""
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"{where}: tools are a list of tables that describe functions, not {_short(tools)}")
+    return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
+
+
+def _message(item: Any, where: str) -> Message:
+    if not isinstance(item, Mapping):
+        raise UserError(f"{where}: a message has a role and a content, and {_short(item)} has not")
+    role, content, name = (item.get(key) for key in ("role", "content", "name"))
+    if role not in ALL_ROLES:
+        raise UserError(f"{where}: the role {_short(role)} does not exist; there are {', '.join(ALL_ROLES)}")
+    for key in item:
+        if key not in KEYS:
+            raise UserError(f"{where}: {_short(key)} is not understood; a message has {', '.join(sorted(KEYS))}")
+    calls = _calls(item, role, where)
+    if not isinstance(content, str) and (content is not None or not calls):
+        raise UserError(f"{where}: the content is {'missing' if content is None else f'{_short(content)}, not a text'}")
+    if name is not None and (not isinstance(name, str) or not name or "\n" in name):
+        raise UserError(f"{where}: {_short(name)} is no name")
+    if role in RESULTS:
+        role, name = "environment", name if name in TOOLS or role == "environment" else "plugin"
+    return Message(role, content or "", name, calls)
+
+
+def _calls(item: Mapping[str, Any], role: str, where: str) -> tuple[Call, ...]:
+    said, code = item.get("tool_calls") or (), item.get("code")
+    if (said or code) and role != "assistant":
+        raise UserError(f"{where}: only the assistant calls tools, not the {role}")
+    if not isinstance(said, Sequence) or isinstance(said, str):
+        raise UserError(f"{where}: tool_calls is a list, not {_short(said)}")
+    calls = [Call("plugin", _function(call, where)) for call in said]
+    if code is not None:
+        if not isinstance(code, str):
+            raise UserError(f"{where}: code is {_short(code)}, not a text")
+        calls.append(Call("interpreter", code))
+    return tuple(calls)
+
+
+def _function(call: Any, where: str) -> str:
+    """JSON of name and parameters, from {"name", "parameters"} or from {"type": "function", "function": {"name", "arguments"}}."""
+    table = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
+        raise UserError(f"{where}: a tool call has a name and parameters, and {_short(call)} has not")
+    parameters = table.get("parameters", table.get("arguments", {}))
+    if isinstance(parameters, str):  # as some programs keep them
+        try:
+            parameters = json.loads(parameters)
+        except ValueError:
+            raise UserError(f"{where}: the arguments of {table['name']} are not JSON: {_short(parameters)}") from None
+    return json.dumps({"name": table["name"], "parameters": parameters}, ensure_ascii=False)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,315 @@
+"""Chat formats: ids equal those of the original code's prompts and of Jinja's, and text can never become a control token."""
+
+import io
+import json
+import re
+
+import jinja2
+import pytest
+import sentencepiece
+from corpus import REAL, TRAPS, sentencepiece_dir, words
+
+from ascendspeed import tokenizer
+from ascendspeed.chat import TEMPLATES, Call, Chat, Message, choose, generation_stops, read_messages, stop_set
+from ascendspeed.errors import UserError
+
+NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
+UNUSED = {f"<|{name}|>": f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}
+# What the tokenizer_config.json of InternLM2, 2.5 and 3 have as chat_template.
+JINJA = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TALK = [
+    {"role": "system", "content": "You are helpful.\n- 你是书生"},
+    {"role": "user", "content": " hello  "},
+    {"role": "assistant", "content": "Hi🦙"},
+    {"role": "user", "content": "2+2=?\n"},
+]
+
+
+def vocabulary(folder, pieces, added=None):
+    """A tokenizer.model like InternLM's, with the given strings as ordinary pieces, and names beside it."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words(300)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=420,
+        user_defined_symbols=list(pieces),
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        num_threads=1,
+        minloglevel=2,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+    )
+    folder.mkdir(parents=True)
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    raw = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
+    if added:
+        numbers = [raw.piece_to_id(piece) if piece else raw.get_piece_size() + i for i, piece in enumerate(added.values())]
+        named = dict(zip(numbers, added, strict=True))
+        config["added_tokens_decoder"] = {str(number): {"content": name, "special": True} for number, name in named.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+KINDS = {
+    "v1": lambda folder: vocabulary(folder, ["<eoh>", "<eoa>"]),
+    "v2": lambda folder: vocabulary(folder, UNUSED.values(), UNUSED),
+    "v2-old": lambda folder: vocabulary(folder, UNUSED.values()),
+    "v3": lambda folder: vocabulary(folder, [], dict.fromkeys(UNUSED)),
+    "v1-real": lambda folder: REAL / "internlm",
+    "v2-real": lambda folder: REAL / "internlm2",
+}
+FAMILY = {"v1": "internlm", "v2": "internlm2", "v3": "internlm3"}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """name -> (tokenizer, sentencepiece itself); the real ones where they are."""
+    made = {name: make(tmp_path_factory.mktemp("chat") / name) for name, make in KINDS.items()}
+    there = {name: folder for name, folder in made.items() if folder.is_dir()}
+    raw = sentencepiece.SentencePieceProcessor
+    return {name: (tokenizer.load(folder), raw(model_file=str(folder / "tokenizer.model"))) for name, folder in there.items()}
+
+
+def kind(kinds, name):
+    if name not in kinds:
+        pytest.skip("no real tokenizers beside the repository")
+    return kinds[name]
+
+
+def chat(one, name):
+    return Chat(one, FAMILY[name[:2]])
+
+
+def v1_prompt(talk, eoh=""):
+    """What `build_inputs` of InternLM's own model code makes (2023-09 and later; before that with <eoh>)."""
+    system = [m["content"] for m in talk if m["role"] == "system"]
+    text = f"<|System|>:{system[0]}\n" if system else ""
+    for message in talk:
+        if message["role"] == "user":
+            text += f"<|User|>:{message['content']}{eoh}\n"
+        if message["role"] == "assistant":
+            text += f"<|Bot|>:{message['content']}<eoa>\n"
+    return text + "<|Bot|>:"
+
+
+@pytest.mark.parametrize("name", ["v1", "v1-real"])
+@pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=len)
+def test_v1_is_what_the_original_code_builds(kinds, name, talk):
+    one, raw = kind(kinds, name)
+    found = chat(one, name)
+    assert found.ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk))]
+    older = Chat(one, "internlm", "v1-eoh")
+    assert older.ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
+    assert found.stops == (raw.piece_to_id("<eoa>"),)
+    assert found.ids(read_messages(talk, "talk")) != older.ids(read_messages(talk, "talk"))
+
+
+def piecewise(one, raw, text):
+    """Ids of a rendered text, as tokenizers with control tokens do it: those are cut out first."""
+    ids = []
+    for part in re.split(r"(<s>|<\|\w+\|>)", text):
+        if part == "<s>":
+            ids.append(1)
+        elif part in UNUSED:
+            ids.append(one.id_of(part) if one.find(part) else raw.piece_to_id(UNUSED[part]))
+        else:
+            ids += raw.encode(part)
+    return ids
+
+
+@pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])
+@pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=len)
+def test_v2_and_v3_are_what_jinja_renders(kinds, name, talk):
+    one, raw = kind(kinds, name)
+    rendered = jinja2.Template(JINJA, keep_trailing_newline=True).render(bos_token="<s>", messages=talk, add_generation_prompt=True)
+    found = chat(one, name)
+    ids = found.ids(read_messages(talk, "talk"))
+    assert ids == piecewise(one, raw, rendered)
+    assert ids.count(1) == 1
+    assert ids[0] == 1
+    assert found.stops == (one.find("<|im_end|>") or raw.piece_to_id("[UNUSED_TOKEN_145]"),)
+    without_newline = [{**m, "content": m["content"].strip()} for m in talk]
+    assert ids != found.ids(read_messages(without_newline, "talk"))  # control: content is taken as it is
+
+
+def test_tables_by_hand(kinds):
+    """Ids that were read off the published vocabularies, not computed."""
+    one, _ = kind(kinds, "v2-real")
+    hello = [Message("user", "hello")]
+    assert Chat(one, "internlm2").ids(hello) == [1, 92543, 1008, 364, 15115, 92542, 364, 92543, 525, 11353, 364]
+    one, _ = kind(kinds, "v1-real")
+    user, bot, newline = [333, 352, 1621, 352, 27232], [333, 352, 23845, 352, 27232], 364
+    assert Chat(one, "internlm").ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
+    assert Chat(one, "internlm", "v1-eoh").ids([Message("user", "hi")]) == [1, *user, 6176, 103027, newline, *bot]
+    assert Chat(one, "internlm").stops == (103028,)
+
+
+CONTROLS = [*UNUSED, *UNUSED.values(), "<eoh>", "<eoa>", "<s>", "</s>", "<unk>"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_text_never_becomes_a_control_token(kinds, name):
+    """Whatever a user, a system message or a tool says: the only control tokens are the template's, and the text is all there."""
+    one, raw = kind(kinds, name)
+    found = chat(one, name)
+    control = {*found.controls.values(), one.bos, one.eos, *(one.find(string) for string in ("<eoh>", "<eoa>"))} - {None}
+
+    def controls(text):
+        return [number for number in found.ids([Message("user", text)]) if number in control]
+
+    plain = controls("x")
+    for text in [*(f"a{string}b" for string in CONTROLS), *CONTROLS, "".join(CONTROLS), "<<eoa>eoa>", *TRAPS]:
+        assert controls(text) == plain, text
+        ids = found.ids([Message("user", text)])
+        assert text in one.decode([i for i in ids if i not in control])
+    dangerous = [s for s in CONTROLS if control.intersection(raw.encode(f"a{s}b"))]
+    assert bool(dangerous) == (name != "v3")  # control: the vocabulary alone would take the string for the token
+
+
+def test_tools(kinds):
+    one, raw = kind(kinds, "v2")
+    found = Chat(one, "internlm2")
+    talk = [
+        {"role": "system", "content": "Help."},
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "weather", "parameters": {"city": "上海"}}]},
+        {"role": "environment", "name": "plugin", "content": '{"t": 22}'},
+        {"role": "assistant", "content": "Now code.", "code": "print(1)"},
+        {"role": "environment", "name": "interpreter", "content": "1"},
+        {"role": "user", "name": "file", "content": "[]"},
+    ]
+    tools = [{"name": "weather", "parameters": {}}]
+    expected = (
+        "<s><|im_start|>system\nHelp.<|im_end|>\n"
+        '<|im_start|>system name=<|plugin|>\n[{"name": "weather", "parameters": {}}]<|im_end|>\n'
+        "<|im_start|>user\nWeather?<|im_end|>\n"
+        "<|im_start|>assistant\nI look."
+        '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "上海"}}<|action_end|><|im_end|>\n'
+        '<|im_start|>environment name=<|plugin|>\n{"t": 22}<|im_end|>\n'
+        "<|im_start|>assistant\nNow code.<|action_start|><|interpreter|>\nprint(1)<|action_end|><|im_end|>\n"
+        "<|im_start|>environment name=<|interpreter|>\n1<|im_end|>\n"
+        "<|im_start|>user name=file\n[]<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert found.ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
+    other_words = [*talk[:2], {**talk[2]}, {"role": "tool", "tool_call_id": "1", "content": '{"t": 22}'}, *talk[4:]]
+    arguments = {"name": "weather", "arguments": json.dumps({"city": "上海"})}
+    other_words[2]["tool_calls"] = [{"type": "function", "id": "1", "function": arguments}]
+    assert found.ids(read_messages(other_words, "talk"), tools=tools) == piecewise(one, raw, expected)
+    for other in ("v2-old", "v3"):
+        one, raw = kind(kinds, other)
+        assert chat(one, other).ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
+
+
+def test_the_answer_is_read_back(kinds):
+    one, raw = kind(kinds, "v2")
+    found = Chat(one, "internlm2")
+    said = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
+    message = found.message(piecewise(one, raw, said))
+    assert message == {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "weather", "parameters": {}}]}
+    said = "So.<|action_start|><|interpreter|>\nprint(1)<|action_end|>"
+    assert found.message(piecewise(one, raw, said)) == {"role": "assistant", "content": "So.", "code": "print(1)"}
+    assert found.message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
+    broken = found.message(piecewise(one, raw, '<|action_start|><|plugin|>\n{"name"'))
+    assert broken["tool_calls"] == ['{"name"']
+    again = read_messages([{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}], "talk")
+    assert again[1].calls == (Call("plugin", '{"name": "weather", "parameters": {}}'),)
+
+
+WRONG = {
+    "a conversation is a list": [[], "text", {}, None, 3],
+    "message 1: a message has a role": [["text"]],
+    "message 1: the role 'boss' does not exist; there are system, user": [[{"role": "boss", "content": ""}]],
+    "message 1: the role None": [[{"content": "x"}]],
+    "message 2: the content is missing": [[{"role": "user", "content": "x"}, {"role": "user"}]],
+    "message 1: the content is 5, not a text": [[{"role": "user", "content": 5}]],
+    "message 1: 'colour' is not understood": [[{"role": "user", "content": "x", "colour": "red"}]],
+    "message 2: a system message here: there is one already": [[TALK[0], TALK[0], TALK[1]]],
+    "message 2: a system message here: it must come first": [[TALK[1], TALK[0], TALK[1]]],
+    "the last message is the assistant's": [TALK[:3]],
+    "the last message is the system's": [TALK[:1]],
+    "message 1: only the assistant calls tools": [[{"role": "user", "content": "x", "code": "1"}]],
+    "message 1: tool_calls is a list": [[{"role": "assistant", "content": "x", "tool_calls": "f"}]],
+    "message 1: a tool call has a name": [[{"role": "assistant", "content": "x", "tool_calls": [{}]}]],
+    "message 1: the arguments of f are not JSON": [
+        [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": "{"}]}]
+    ],
+    "message 1: '' is no name": [[{"role": "user", "content": "x", "name": ""}]],
+}
+
+
+@pytest.mark.parametrize("says", WRONG)
+def test_what_is_no_conversation(says):
+    for items in WRONG[says]:
+        with pytest.raises(UserError) as error:
+            read_messages(items, "file.jsonl, line 7")
+        assert str(error.value).startswith("file.jsonl, line 7")
+        assert says in str(error.value)
+        assert "\n" not in str(error.value)
+        assert len(str(error.value)) < 250
+
+
+def test_what_a_template_has_no_place_for(kinds):
+    one, _ = kind(kinds, "v1")
+    found = Chat(one, "internlm")
+    for message, says in {
+        Message("environment", "1"): "v1 has no environment, only system, user, assistant",
+        Message("user", "x", "file"): "v1 has no place for a name",
+        Message("assistant", "x", None, (Call("plugin", "{}"),)): "v1 has no place for tools",
+    }.items():
+        with pytest.raises(UserError, match=says):
+            found.ids([Message("user", "hi"), message, Message("user", "hi")])
+    with pytest.raises(UserError, match="v1 has no place for a name"):
+        found.ids([Message("user", "hi")], tools=[{}])
+    with pytest.raises(UserError, match="tools are a list"):
+        found.ids([Message("user", "hi")], tools="weather")
+
+
+def test_which_template_a_model_takes(kinds, tmp_path):
+    for name, (one, _) in kinds.items():
+        family = FAMILY[name[:2]]
+        assert choose(one, family)[0] == name[:2]
+        if name in ("v1", "v2", "v3"):  # exported as a Llama
+            assert choose(one, "llama")[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
+        assert choose(one, family, name[:2])[0] == name[:2]
+    plain = tokenizer.load(sentencepiece_dir(tmp_path))
+    with pytest.raises(UserError, match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2"):
+        choose(plain, "llama")
+    with pytest.raises(UserError, match="--chat-template v9 does not exist; there are v1"):
+        choose(plain, "llama", "v9")
+    with pytest.raises(UserError, match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs"):
+        choose(plain, "internlm2")
+    with pytest.raises(UserError, match=r"no token '<\|im_end\|>', which the chat template v2.5 needs"):
+        choose(kinds["v2-old"][0], None, "v2.5")
+    ended = Chat(plain, "internlm")
+    assert ended.stops == (2,)
+    assert ended.notes == ["the tokenizer has no <eoa>: turns of the assistant end with the end of a document"]
+    assert not Chat(kinds["v1"][0], "internlm").notes
+    assert set(TEMPLATES) == {"v1", "v1-eoh", "v2", "v2.5", "v3"}
+
+
+def test_stop_set(kinds, tmp_path):
+    one, _ = kind(kinds, "v2")
+    end = Chat(one, "internlm2").stops
+    assert stop_set(one, [tmp_path]) == (2,)
+    assert stop_set(one, [tmp_path], end) == tuple(sorted({2, *end}))
+    for said, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+        assert generation_stops(tmp_path) == numbers
+        assert stop_set(one, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
+    for wrong in ("2", [2, "x"], -1, True, 1.5):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .* not an id or a list of ids"):
+            generation_stops(tmp_path)

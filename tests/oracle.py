@@ -1,5 +1,6 @@
 """The independent reference: a plain torch loop over Hugging Face's model, one process, none of the project's model code."""
 
+import copy
 import re
 import tempfile
 from dataclasses import asdict
@@ -52,10 +53,15 @@ def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str
     """
     reference = AutoModelForCausalLM.from_config(config_of(model), attn_implementation="sdpa").eval()
     randomize(reference, model, seed)
+    return reference, published(reference, model)
+
+
+def published(reference: PreTrainedModel, model: ModelConfig) -> dict[str, Tensor]:
+    """The weights of a model of `native`, as the family's checkpoints name them. Once for baichuan, which it re-parametrizes."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         named = load_file(Path(folder) / "model.safetensors")
-    return reference, RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(named, model, reference)
+    return RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(named, model, reference)
 
 
 def config_of(model: ModelConfig) -> PreTrainedConfig:
@@ -163,9 +169,19 @@ def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Ten
 
 
 def train(
-    model: LlamaForCausalLM, batches: list[dict[str, Tensor]], lrs: list[float], optim: dict[str, Any]
+    model: LlamaForCausalLM,
+    batches: list[dict[str, Tensor]],
+    lrs: list[float],
+    optim: dict[str, Any],
+    half: LlamaForCausalLM | None = None,
+    samples: int | None = None,
 ) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights."""
+    """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights.
+
+    `half`: a copy in another type that goes forward and backward over `samples` at a time (None: all); `model` holds the masters
+    and sums the gradients.
+    """
+    worker = model if half is None else half
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
     adamw = torch.optim.AdamW(
@@ -177,14 +193,44 @@ def train(
     for batch, lr in zip(batches, lrs, strict=True):
         for group in adamw.param_groups:
             group["lr"] = lr
-        mask = batch["loss_mask"]
-        loss = (token_losses(model, batch["tokens"], batch["labels"]) * mask).sum() / mask.sum()
         adamw.zero_grad()
-        loss.backward()
+        total, size = 0.0, samples or len(batch["tokens"])
+        for i in range(0, len(batch["tokens"]), size):
+            part = {name: tensor[i : i + size] for name, tensor in batch.items()}
+            loss = (token_losses(worker, part["tokens"], part["labels"]) * part["loss_mask"]).sum() / batch["loss_mask"].sum()
+            loss.backward()
+            total += float(loss.detach())
+            if half is not None:
+                hand_over(half, model)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip_grad"] or float("inf"))
         adamw.step()
-        curve.append((float(loss), float(norm)))
+        if half is not None:
+            publish(model, half)
+        curve.append((total, float(norm)))
     return curve
+
+
+def halved(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
+    """A copy whose parameters are of another type; its buffers (the frequencies of the rotary embedding) are not."""
+    half = copy.deepcopy(model)
+    for parameter in half.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return half
+
+
+@torch.no_grad()
+def hand_over(half: LlamaForCausalLM, model: LlamaForCausalLM) -> None:
+    """Adds the gradients of `half` to those of `model`, and clears them."""
+    for theirs, ours in zip(half.parameters(), model.parameters(), strict=True):
+        gradient = theirs.grad.to(ours.dtype)
+        ours.grad, theirs.grad = gradient if ours.grad is None else ours.grad + gradient, None
+
+
+@torch.no_grad()
+def publish(model: LlamaForCausalLM, half: LlamaForCausalLM) -> None:
+    """The masters' values, rounded."""
+    for ours, theirs in zip(model.parameters(), half.parameters(), strict=True):
+        theirs.copy_(ours)
 
 
 def batches(vocab: int, steps: int, samples: int, length: int, seed: int) -> list[dict[str, Tensor]]:

@@ -1,0 +1,200 @@
+"""The rows of the parity matrix: layouts as data, and the mistakes that must be seen. No torch."""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.families import preset
+
+SMALL = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 125,  # padding is not a multiple of anything
+    "max_position_embeddings": 64,
+    "init_method_std": 0.1,
+}
+MODELS: dict[str, ModelConfig] = {
+    "internlm": replace(preset("internlm-tiny"), **SMALL),
+    "internlm2": replace(preset("internlm2-tiny"), **SMALL, num_query_groups=2),
+    "mixtral": replace(preset("mixtral-tiny"), **SMALL, num_query_groups=2, num_experts=4),
+}
+DENSE, SPARSE = ("internlm", "internlm2"), ("mixtral",)
+STEPS, DATA_SEED = 20, 7
+
+
+def run_of(model: ModelConfig, steps: int) -> Run:
+    """What all rows of a model share: accumulation, warmup, decay of the learning rate and of the weights, clipping."""
+    return Run(
+        model,
+        ParallelConfig(),
+        OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=min(4, steps // 2), weight_decay=0.1, clip_grad=1.0),
+        DataConfig(data_path=("unused",), seq_length=32),
+        TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=steps),
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One layout, of one engine, in one precision; or a control."""
+
+    engine: str
+    name: str
+    world: int
+    """Processes."""
+    parallel: dict[str, Any]
+    train: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    families: tuple[str, ...] = DENSE
+    control: str | None = None
+    """What is wrong in it on purpose; None: nothing, it must be within bounds."""
+    mistake: str | None = None
+    """What the worker is to do wrong."""
+    weights: str | None = None
+    """Which of `running.MIXED_UP` its weights are."""
+    as_bf16: bool = False
+    """Judged as bf16, whatever it is."""
+
+    @property
+    def bf16(self) -> bool:
+        """Whether the bounds of bf16 are its own."""
+        return self.as_bf16 or self.optim.get("bf16", False)
+
+    @property
+    def title(self) -> str:
+        """Names it among all rows."""
+        kind = ", bf16" if self.optim.get("bf16") else ""
+        return f"{self.engine} {self.name}{kind}" + (f"; control: {self.control}" if self.control else "")
+
+    def run(self, model: ModelConfig, steps: int) -> Run:
+        """The whole run of this row."""
+        run = run_of(model, steps)
+        for group, changes in self.changes.items():
+            run = replace(run, **{group: replace(getattr(run, group), **changes)})
+        return run
+
+    @property
+    def changes(self) -> dict[str, dict[str, Any]]:
+        """Group of the `Run` -> what differs from `run_of`."""
+        return {"parallel": self.parallel, "train": self.train, "optim": self.optim}
+
+    def wrong(self, control: str, **how: Any) -> "Row":
+        """The same with a mistake."""
+        return replace(self, control=control, **how)
+
+
+TP, PP, VPP, CP, EP = (
+    {name: 2}
+    for name in (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
+        "context_parallel_size",
+        "expert_model_parallel_size",
+    )
+)
+SP, SHARDS = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
+OVERLAP = SHARDS | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+FULL = {"recompute_granularity": "full"}
+GROUPS_OF_2, BLOCK_1 = FULL | {"recompute_num_layers": 2}, FULL | {"recompute_method": "block"}
+SELECTIVE = {"recompute_granularity": "selective"}
+BF16 = {"bf16": True}
+
+
+def megatron(name: str, world: int, parallel: dict[str, Any], **more: Any) -> Row:
+    return Row("Megatron", name, world, parallel, **more)
+
+
+def zero(name: str, world: int, stage: int, parallel: dict[str, Any] | None = None, **more: Any) -> Row:
+    return Row("DeepSpeed", name, world, {"deepspeed": True, "zero_stage": stage} | (parallel or {}), **more)
+
+
+LAYOUTS = (
+    megatron("DP2", 2, {}, families=DENSE + SPARSE),
+    megatron("ZeRO-1 (distributed optimizer)", 2, SHARDS),
+    megatron("ZeRO-1, overlapped", 2, OVERLAP),
+    megatron("TP2", 2, TP),
+    megatron("TP2+SP", 2, TP | SP, families=DENSE + SPARSE),
+    megatron("PP2", 2, PP),
+    megatron("PP2xVPP2", 2, PP | VPP),
+    megatron("CP2", 2, CP),
+    megatron("EP2", 2, EP, families=SPARSE),
+    megatron("EP2, ZeRO-1", 2, EP | SHARDS, families=SPARSE),
+    megatron("TP2+SP, recompute full", 2, TP | SP, train=FULL),
+    megatron("CP2, recompute full in groups of 2", 2, CP, train=GROUPS_OF_2),
+    megatron("PP2, recompute block 1", 2, PP, train=BLOCK_1),
+    megatron("PP2xVPP2, recompute full", 2, PP | VPP, train=FULL),
+    megatron("TP2, recompute selective", 2, TP, train=SELECTIVE),
+    megatron("PP4", 4, {"pipeline_model_parallel_size": 4}),
+    megatron("CP4", 4, {"context_parallel_size": 4}),
+    megatron("TP2xCP2+SP", 4, TP | CP | SP),
+    megatron("TP2xDP2+SP, ZeRO-1", 4, TP | SP | SHARDS),
+    megatron("PP2xVPP2xDP2, ZeRO-1, overlapped", 4, PP | VPP | OVERLAP),
+    megatron("EP2xPP2", 4, EP | PP, families=SPARSE),
+    megatron("EP2xTP2+SP", 4, EP | TP | SP, families=SPARSE),
+    megatron("TP2xPP2xDP2", 8, TP | PP),
+    megatron("TP2xPP2xDP2, ZeRO-1", 8, TP | PP | SHARDS),
+    megatron("TP2xCP2xPP2xVPP2+SP", 8, TP | CP | PP | VPP | SP),
+    *(zero(f"ZeRO-{stage}", 2, stage) for stage in range(3)),
+    zero("ZeRO-3", 2, 3, families=DENSE + SPARSE),
+    zero("ZeRO-2, optimizer off the device", 2, 2, {"zero_offload": "cpu"}),
+    zero("ZeRO-3, optimizer off the device", 2, 3, {"zero_offload": "cpu"}),
+    zero("TP2, ZeRO-2", 2, 2, TP),
+    zero("TP2+SP, ZeRO-2", 2, 2, TP | SP),
+    zero("ZeRO-3, recompute full", 2, 3, train=FULL),
+    zero("TP2xDP2, ZeRO-1", 4, 1, TP),
+    zero("TP2xDP2+SP, ZeRO-3", 4, 3, TP | SP),
+    zero("ZeRO-3 with hpz 2", 4, 3, {"zero_hpz_partition_size": 2}),  # the last of its start: a process can have it once
+)
+HALVES = (
+    megatron("ZeRO-1 (distributed optimizer)", 2, SHARDS, optim=BF16),
+    megatron("TP2+SP", 2, TP | SP, optim=BF16),
+    megatron("PP2xVPP2", 2, PP | VPP, optim=BF16),
+    megatron("CP2", 2, CP, optim=BF16),
+    *(zero(f"ZeRO-{stage}", 2, stage, optim=BF16) for stage in (1, 2, 3)),
+    zero("TP2+SP, ZeRO-2", 2, 2, TP | SP, optim=BF16),
+)
+NAMED = {row.title: row for row in (*LAYOUTS, *HALVES)}
+CONTROLS = (
+    NAMED["Megatron DP2"].wrong("mean of means", mistake="mean of means"),
+    NAMED["Megatron DP2"].wrong("beta2 0.94 for 0.95", optim={"adam_beta2": 0.94}),
+    NAMED["Megatron DP2"].wrong("one attention output transposed", weights="transposed", families=DENSE),
+    NAMED["Megatron DP2"].wrong("two key/value heads exchanged", weights="heads", families=DENSE),
+    NAMED["Megatron DP2"].wrong("gate and up exchanged in one layer", weights="gate", families=DENSE),
+    NAMED["Megatron EP2"].wrong("two experts exchanged", weights="experts"),
+    NAMED["Megatron ZeRO-1 (distributed optimizer)"].wrong("weight decay on all", mistake="weight decay on all"),
+    NAMED["Megatron TP2+SP"].wrong("sequence-parallel sum missing", mistake="sequence-parallel sum"),
+    NAMED["Megatron PP2xVPP2"].wrong("messages batched", mistake="batched messages"),
+    NAMED["Megatron CP2"].wrong("chunks in a row", mistake="chunks in a row"),
+    NAMED["DeepSpeed ZeRO-2"].wrong("no clipping", optim={"clip_grad": 0.0}),
+    NAMED["DeepSpeed TP2+SP, ZeRO-2"].wrong("sequence-parallel sum missing", mistake="sequence-parallel hook"),
+    NAMED["Megatron DP2"].wrong("fp32 where bf16 is said", as_bf16=True, families=DENSE),
+    NAMED["Megatron ZeRO-1 (distributed optimizer), bf16"].wrong("weight decay on all", mistake="weight decay on all"),
+    NAMED["Megatron TP2+SP, bf16"].wrong("sequence-parallel sum missing", mistake="sequence-parallel sum"),
+    NAMED["Megatron CP2, bf16"].wrong("chunks in a row", mistake="chunks in a row"),
+    NAMED["DeepSpeed TP2+SP, ZeRO-2, bf16"].wrong("sequence-parallel sum missing", mistake="sequence-parallel hook"),
+)
+
+
+def chosen(families: Iterable[str], parts: Iterable[str]) -> dict[tuple[str, int], list[Row]]:
+    """(family, processes) -> rows to run in one start, controls last. `parts`: of the titles that are wanted; none: all."""
+    wanted = [part.lower() for part in parts]
+    starts: dict[tuple[str, int], list[Row]] = {}
+    for family in families:
+        for row in (*LAYOUTS, *HALVES, *CONTROLS):
+            if family in row.families and (not wanted or any(part in row.title.lower() for part in wanted)):
+                starts.setdefault((family, row.world), []).append(row)
+    return dict(sorted(starts.items(), key=lambda start: (start[0][1], start[0][0])))
+
+
+def case(row: Row, steps: int, weights: str, save: str) -> dict[str, Any]:
+    """The row as the worker wants it."""
+    found = {"changes": row.changes, "last": steps, "weights": weights, "save": save}
+    return found | ({"break": row.mistake} if row.mistake else {})
+
+
+def job(model: ModelConfig, steps: int, cases: dict[str, Any]) -> dict[str, Any]:
+    """What the worker reads."""
+    return {"run": asdict(run_of(model, steps)), "steps": steps, "data_seed": DATA_SEED, "cases": cases}

@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
@@ -101,7 +101,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         command = replace(command, train=replace(command.train, save="./ckpt"))
     if command.train.auto_resume:
         command = replace(command, train=_continued(command.train, said))
-    model = _model(command, typed, args)
+    model = model_of(command, command.train.load, typed, args)
     parallel, optim, train = command.parallel, command.optim, command.train
     said += [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in SAYS.items() if name in typed]
     why_full = [
@@ -156,12 +156,15 @@ def _virtual_stages(parallel: config.ParallelConfig, layers: int, each: int, typ
     return replace(parallel, num_virtual_stages_per_pipeline_rank=layers // pp // each)
 
 
-def _model(command: Command, typed: set[str], args: Sequence[str]) -> ModelConfig:
-    """The architecture: typed flags over --model over that of --load, which none of them may contradict."""
-    load, name = command.train.load, command.recipe.model
+def model_of(command: Any, load: str | None, typed: set[str], args: Sequence[str]) -> ModelConfig:
+    """The architecture: typed flags over --model over that of --load, which none of them may contradict.
+
+    `command`: what was parsed from `args`, a dataclass with the groups `recipe` and `model`. Raises `UserError`.
+    """
+    name = command.recipe.model
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
-    model = flags.parse(Command, args, default=Command(model=base)).model
+    model = flags.parse(type(command), args, default=replace(command, model=base)).model
     if command.recipe.row_col_parallel_linear_bias:
         model = replace(model, add_qkv_bias=True, add_dense_bias=True)
     if loaded is None:

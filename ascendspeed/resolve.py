@@ -164,7 +164,7 @@ def model_of(command: Any, load: str | None, typed: set[str], args: Sequence[str
     name = command.recipe.model
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
-    model = flags.parse(type(command), args, default=replace(command, model=base)).model
+    model = flags.parse(type(command), args, default=type(command)(model=base)).model
     if command.recipe.row_col_parallel_linear_bias:
         model = replace(model, add_qkv_bias=True, add_dense_bias=True)
     if loaded is None:

@@ -17,11 +17,16 @@ Watch = Callable[[int, int], bool]
 
 
 def sample(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], params: Params, watch: Watch | None = None
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    params: Params,
+    watch: Watch | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> list[list[Completion]]:
     """`num_return_sequences` completions of every prompt (ids, not empty), as if it were alone; one batch.
 
-    Collective: the same arguments and results on every rank. `watch` is not asked under beam search. Raises `UserError`.
+    Collective: the same arguments and results on every rank. `watch` is not asked under beam search. `numbers`: of the prompts in
+    a larger set, which decide what is drawn for each, whatever batches it is cut into; None: 0, 1, ... Raises `UserError`.
     """
     params.check()
     assert all(prompts), "a prompt has at least one token"
@@ -31,7 +36,7 @@ def sample(
         try:
             if params.num_beams > 1:
                 return beams.search(model, prompts, order, params)
-            return _sample(model, prompts, order, params, watch or (lambda row, token: False))
+            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers or range(len(prompts)))
         finally:
             model.end()
 
@@ -58,10 +63,10 @@ def uniforms(seed: int, row: int) -> Iterator[float]:
 
 
 def _sample(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, watch: Watch
+    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, watch: Watch, numbers: Sequence[int]
 ) -> list[list[Completion]]:
     each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
-    rows = [Row(i * each + j, len(prompts[i]), uniforms(params.seed, i * each + j)) for i in order for j in range(each)]
+    rows = [Row(i * each + j, len(prompts[i]), uniforms(params.seed, numbers[i] * each + j)) for i in order for j in range(each)]
     cache = model.begin(len(rows), lengths[0] + params.max_new_tokens, lengths)
     last = model.read([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(each, 0) if model.last else None

@@ -2,23 +2,23 @@
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from benchmarks.parity.reference import Curve, Named, Reference, Trained
+from benchmarks.parity.reference import Curve, Named, Trained
 
 LOSS, NORM, WEIGHT = 1e-5, 1e-5, 1e-3
 """Bounds of fp32: relative differences of losses and of gradient norms; a weight's difference as a share of the longest way that
 it could have gone, the sum of the learning rates. Adam divides a gradient by its own size: a weight whose gradient is nothing but
 rounding goes some way in a direction that means nothing, and the reference differs so from itself in another order of summation. A
 mistake moves weights by a good part of the way."""
-BAND, LEAST = 3.0, 0.1
-"""Bounds of bf16: so many times the difference between the two references in bf16; and of the rounding that these have, so much
-must be there, or it was not bf16 that ran."""
+BAND, LEAST = 2.0, 0.1
+"""Bounds of bf16: so many times the distance that the farther of two references in bf16 has from the one in fp32; and so much of
+the nearer one's in the losses must be there, or it was not bf16 that ran."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Largest differences over all steps, or after the last one."""
+    """Largest differences over all steps, or after the last one, from the reference in fp32."""
 
     loss: float
     """max |Δ loss|."""
@@ -30,43 +30,31 @@ class Figures:
     """max |Δ weight| after the last step."""
     weight_relative: float
     """Of all weights together: length of the difference / length of the way that training took them."""
-    rounding: float | None = None
-    """In bf16: max |Δ loss| / loss from the reference in fp32."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What figures may be: column -> largest; and the least rounding."""
+    """What figures may be: column -> largest; and the smallest relative difference of losses."""
 
     most: dict[str, float]
-    rounding: float = 0.0
+    least: float = 0.0
 
     def broken(self, figures: Figures) -> list[str]:
         """Columns that are out of bounds; NaN is."""
         out = [column for column, limit in self.most.items() if not getattr(figures, column) <= limit]
-        return out + (["rounding"] if figures.rounding is not None and not figures.rounding >= self.rounding else [])
+        return out + ([] if figures.loss_relative >= self.least or "loss_relative" in out else ["loss_relative"])
 
 
-def of_row(found: Trained, reference: Reference, bf16: bool) -> Figures:
-    """Against the first reference of its precision."""
-    if not bf16:
-        return compare(found, reference.fp32[0], reference.start)
-    rounding = differences(found.curve, reference.fp32[0].curve, 0)[1]
-    return replace(compare(found, reference.bf16[0], reference.start), rounding=rounding)
+def exact(way: float) -> Bounds:
+    """Of fp32. `way`: the sum of the learning rates."""
+    return Bounds({"loss_relative": LOSS, "norm_relative": NORM, "weight": WEIGHT * way})
 
 
-def noise(reference: Reference, bf16: bool) -> Figures:
-    """The second reference of a precision against the first: the same mathematics, summed in another order."""
-    return of_row((reference.bf16 if bf16 else reference.fp32)[1], reference, bf16)
-
-
-def bounds(reference: Reference, bf16: bool, way: float) -> Bounds:
-    """Of one precision. `way`: the sum of the learning rates."""
-    if not bf16:
-        return Bounds({"loss_relative": LOSS, "norm_relative": NORM, "weight": WEIGHT * way})
-    measured = noise(reference, True)
-    most = {column: BAND * getattr(measured, column) for column in ("loss_relative", "norm_relative", "weight_relative")}
-    return Bounds(most, LEAST * differences(reference.bf16[0].curve, reference.fp32[0].curve, 0)[1])
+def band(first: Figures, second: Figures) -> Bounds:
+    """Of bf16, by the figures of two references."""
+    columns = ("loss_relative", "norm_relative", "weight_relative")
+    most = {column: BAND * max(getattr(first, column), getattr(second, column)) for column in columns}
+    return Bounds(most, LEAST * min(first.loss_relative, second.loss_relative))
 
 
 def compare(found: Trained, expected: Trained, start: Named) -> Figures:

@@ -9,6 +9,7 @@ import oracle
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from ascendspeed import schedule, weights
 from ascendspeed.config import ModelConfig
@@ -33,16 +34,21 @@ class Reference:
 
     model: ModelConfig
     start: Named
-    fp32: tuple[Trained, Trained]
-    """The global batch at once, and sample by sample: the same mathematics in another order of summation."""
-    bf16: tuple[Trained, Trained] | None
-    """Over fp32 masters. Again in two orders: sample by sample with SDPA, and at once with eager attention."""
+    end: Trained
+    """In fp32, the global batch at once."""
+    others: dict[str, Trained]
+    """The same mathematics again: in fp32 in another order of summation, and twice in bf16 over fp32 masters."""
     files: dict[str | None, str]
     """The weights of the start as the worker reads them; by a key of `MIXED_UP` also wrong ones."""
 
 
-def reference(family: str, steps: int, mistakes: set[str], half: bool, folder: Path) -> Reference:
-    """Trains; writes the files, those of `mistakes` too, into `folder`. `half`: in bf16 as well."""
+FP32 = "fp32, sample by sample"
+BF16 = ("bf16, sample by sample, SDPA", "bf16, at once, eager attention")
+
+
+def reference(family: str, steps: int, mistakes: set[str], folder: Path) -> Reference:
+    """Trains, in fp32 and bf16; writes the files, those of `mistakes` too, into `folder`."""
+    disable_progress_bar()
     model = rows.MODELS[family]
     _, start = oracle.native(model)
     start = {name: tensor.clone() for name, tensor in start.items()}
@@ -52,9 +58,12 @@ def reference(family: str, steps: int, mistakes: set[str], half: bool, folder: P
         made = ours if name is None else {k: v.contiguous() for k, v in MIXED_UP[name](ours, model).items()}
         files[name] = str(folder / f"{family}-{name or 'right'}.safetensors")
         save_file(made, files[name])
-    fp32 = trained(family, steps), trained(family, steps, samples=1)
-    bf16 = (trained(family, steps, 1, "sdpa"), trained(family, steps, None, "eager")) if half else None
-    return Reference(model, start, fp32, bf16, files)
+    others = {
+        FP32: trained(family, steps, samples=1),
+        BF16[0]: trained(family, steps, 1, "sdpa"),
+        BF16[1]: trained(family, steps, None, "eager"),
+    }
+    return Reference(model, start, trained(family, steps), others, files)
 
 
 def trained(family: str, steps: int, samples: int | None = None, attention: str | None = None) -> Trained:

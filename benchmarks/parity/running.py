@@ -1,8 +1,7 @@
 """Runs the rows: every family and number of processes in one start, the curves and the last weights of each."""
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +11,8 @@ import launch
 from ascendspeed import checkpoint, schedule, weights
 from ascendspeed.errors import UserError
 from benchmarks.parity import figures, reference, rows
-from benchmarks.parity.figures import Bounds, Figures
-from benchmarks.parity.reference import Named, Reference, Trained
+from benchmarks.parity.figures import Bounds, Figures, compare
+from benchmarks.parity.reference import BF16, Named, Reference, Trained
 from benchmarks.parity.rows import Row
 
 Say = Callable[[str], None]
@@ -43,10 +42,10 @@ class Measured:
     """Everything that came out."""
 
     results: list[Result]
-    bounds: dict[tuple[str, bool], Bounds]
-    """(family, bf16) -> bounds."""
-    noise: dict[tuple[str, bool], Figures]
-    """(family, bf16) -> how far the reference is from itself in another order of summation."""
+    bounds: dict[tuple[str, str], Bounds]
+    """(family, precision) -> bounds."""
+    references: dict[tuple[str, str], Figures]
+    """(family, which) -> how far the reference is from itself."""
     steps: int
     seconds: float
 
@@ -56,24 +55,24 @@ class Measured:
         return all(result.good for result in self.results)
 
 
-def measure(families: list[str], parts: list[str], steps: int, work: Path, say: Say) -> Measured:
+def measure(families: Sequence[str], parts: Sequence[str], steps: int, work: Path, say: Say) -> Measured:
     """All rows whose titles have one of `parts` (none: all). Raises `UserError` when there are none."""
     began, starts = time.monotonic(), rows.chosen(families, parts)
     if not starts:
         raise UserError(f"--rows {' '.join(parts)}: no row of {', '.join(families)} is called so")
-    references, results = references_of(starts, steps, work, say), []
-    measured = Measured(results, {}, {}, steps, 0.0)
-    for family, bf16 in sorted({(family, row.bf16) for (family, _), wanted in starts.items() for row in wanted}):
+    theirs = references_of(starts, steps, work, say)
+    apart = {(f, name): compare(other, r.end, r.start) for f, r in theirs.items() for name, other in r.others.items()}
+    bounds = {}
+    for family in theirs:
         optim = rows.run_of(rows.MODELS[family], steps).optim
-        way = sum(schedule.lr_at(i, optim, steps) for i in range(steps))
-        measured.bounds[family, bf16] = figures.bounds(references[family], bf16, way)
-        measured.noise[family, bf16] = figures.noise(references[family], bf16)
-    tell = progress(sum(map(len, starts.values())), say)
+        bounds[family, "fp32"] = figures.exact(sum(schedule.lr_at(i, optim, steps) for i in range(steps)))
+        bounds[family, "bf16"] = figures.band(*(apart[family, name] for name in BF16))
+    results, tell = [], progress(sum(map(len, starts.values())), say)
     for (family, world), wanted in starts.items():
-        for row, trained in start(family, world, wanted, references[family], steps, work, tell):
-            found = figures.of_row(trained, references[family], row.bf16) if trained else None
-            results.append(Result(family, row, found, measured.bounds[family, row.bf16].broken(found) if found else []))
-    return Measured(results, measured.bounds, measured.noise, steps, time.monotonic() - began)
+        for row, trained in start(family, world, wanted, theirs[family], steps, work, tell):
+            found = compare(trained, theirs[family].end, theirs[family].start) if trained else None
+            results.append(Result(family, row, found, bounds[family, row.precision].broken(found) if found else []))
+    return Measured(results, bounds, apart, steps, time.monotonic() - began)
 
 
 def references_of(starts: dict[tuple[str, int], list[Row]], steps: int, work: Path, say: Say) -> dict[str, Reference]:
@@ -81,9 +80,8 @@ def references_of(starts: dict[tuple[str, int], list[Row]], steps: int, work: Pa
     found = {}
     for family in dict.fromkeys(family for family, _ in starts):
         say(f"{family}: plain torch over Hugging Face's model")
-        wanted = [row for (own, _), some in starts.items() for row in some if own == family]
-        mistakes = {row.weights for row in wanted if row.weights}
-        found[family] = reference.reference(family, steps, mistakes, any(row.bf16 for row in wanted), work)
+        mistakes = {row.weights for (own, _), some in starts.items() for row in some if own == family and row.weights}
+        found[family] = reference.reference(family, steps, mistakes, work)
     return found
 
 
@@ -138,8 +136,3 @@ def last_weights(folder: Path) -> Named:
     for parameter in weights.parameters(opened.config):
         found |= weights.part(opened.config, parameter, tensors[parameter.name])
     return found
-
-
-def records(measured: Measured) -> str:
-    """For a machine: JSON."""
-    return json.dumps(measured, default=lambda value: vars(value))

@@ -48,6 +48,7 @@ FLOORS = {
     "start": 5,
     "train": 5,
     "evaluation": 5,
+    "inference": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
 TORCH_FREE = ["errors", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]

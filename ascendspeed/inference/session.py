@@ -1,0 +1,125 @@
+"""A model that is ready to be asked, with its tokenizer and chat format; what is wrong is said before its weights are read."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ascendspeed import formats, generate, kernels, parallel, tokenizer
+from ascendspeed.chat import Chat, stop_set
+from ascendspeed.config import ModelConfig
+from ascendspeed.device import Device
+from ascendspeed.errors import UserError
+from ascendspeed.inference.options import Place
+from ascendspeed.inference.prompts import adds_bos
+from ascendspeed.parallel import Grid
+from ascendspeed.tokenizer import Tokenizer
+
+WEEK = 7 * 24 * 60
+"""Minutes that ranks wait for a person to type."""
+
+
+@dataclass
+class Session:
+    """Everything but the weights, which `load` reads."""
+
+    place: Place
+    device: Device
+    grid: Grid
+    tokenizer: Tokenizer
+    config: ModelConfig
+    template: str | None = None
+    """--chat-template."""
+
+    @classmethod
+    def open(cls, place: Place, device: Device, template: str | None = None, patient: bool = False) -> "Session":
+        """Joins the ranks. `patient`: they may have to wait for a person. Raises `UserError`."""
+        if place.where.fp16 and device.kind == "cpu":
+            raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+        found = _tokenizer(place)
+        config = place.model or formats.open_source(place.where.load).config
+        if found.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {place.tokenizer} has {found.vocab_size} tokens, but the model in {place.where.load} only "
+                f"{config.vocab_size}; give the model's own with --tokenizer-name-or-path"
+            )
+        _check_typed(place, config)
+        grid = parallel.initialize(device, place.where.layout, 1, WEEK if patient else 30)
+        return cls(place, device, grid, found, config, template)
+
+    @cached_property
+    def chat(self) -> Chat:
+        """The chat format. Raises `UserError` where there is none."""
+        found = Chat(self.tokenizer, self.config.family, self.template)
+        for note in found.notes:
+            self.say(f"note: {note}")
+        return found
+
+    @cached_property
+    def add_bos(self) -> bool:
+        """Whether a text begins with BOS."""
+        return adds_bos(tokenizer.declared(self.tokenizer.path)[0])
+
+    def stops(self, talks: bool) -> tuple[int, ...]:
+        """Ids that end an answer, in a conversation or not."""
+        folders = {Path(self.place.where.load or "."), Path(self.place.tokenizer)}
+        return stop_set(self.tokenizer, folders, self.chat.stops if talks else ())
+
+    @cached_property
+    def model(self) -> generate.LanguageModel:
+        """The model; reads the weights when it is first asked for."""
+        where = self.place.where
+        fused = kernels.choose(
+            self.device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
+        )
+        model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
+        self.say(f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}")
+        return model
+
+    def say(self, line: str) -> None:
+        """To stderr, once: stdout is for answers."""
+        if self.grid.rank == 0:
+            print(line, file=sys.stderr, flush=True)
+
+    def share(self, get: Callable[[], bytes | None]) -> bytes | None:
+        """What `get` gives on rank 0, on every rank; an error there is one everywhere. Collective."""
+        value, error = None, None
+        if self.grid.rank == 0:
+            try:
+                value = get()
+            except UserError as caught:
+                error = caught
+        size = torch.tensor([-2 if error else -1 if value is None else len(value)], device=self.device.torch)
+        if self.grid.world > 1:
+            dist.broadcast(size, 0)
+        if error:
+            raise error
+        if size < 0:
+            if size == -2:
+                raise UserError("rank 0 could not read what was to be answered; it says why")
+            return None
+        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device.torch)
+        if value:
+            data.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
+        if self.grid.world > 1 and size:
+            dist.broadcast(data, 0)
+        return bytes(data.tolist())
+
+
+def _tokenizer(place: Place) -> Tokenizer:
+    try:
+        return tokenizer.load(place.tokenizer)
+    except UserError as error:
+        hint = "; give --tokenizer-name-or-path" if place.tokenizer == place.where.load else ""
+        raise UserError(f"{error}{hint}") from None
+
+
+def _check_typed(place: Place, config: ModelConfig) -> None:
+    """What flags say of the architecture, where no config.json could be asked before."""
+    said = place.typed_model
+    if said is not None and replace(said, init_method_std=0.0) != replace(config, init_method_std=0.0):
+        raise UserError(f"{place.where.load} holds another model than the flags say: {config}")

@@ -1,0 +1,146 @@
+"""A conversation, at a terminal or through a pipe: rank 0 reads and writes, all ranks answer."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+from ascendspeed.chat import Chat, Message, read_messages
+from ascendspeed.errors import UserError
+from ascendspeed.generate import Params
+from ascendspeed.inference.answers import answer
+from ascendspeed.inference.results import write
+from ascendspeed.inference.session import Session
+
+LEAVE = ("q", "quit", "exit")
+FORGET = ("clear", "new")
+QUOTES = '"""'
+HELP = f"{', '.join(LEAVE)}: leave; {' or '.join(FORGET)}: start anew; several lines stand between two lines of {QUOTES}"
+
+
+@dataclass
+class Talk:
+    """What has been said, and how much of it is remembered."""
+
+    chat: Chat
+    system: str | None = None
+    turns: int | None = None
+    """Questions with their answers, before the one that is asked; None: all."""
+    longest: int | None = None
+    """Tokens of a prompt; the oldest turns go for it."""
+    history: list[Message] = field(default_factory=list)
+
+    def ask(self, text: str) -> list[int]:
+        """Ids of the conversation with a new question. Raises `UserError` when this alone is too long."""
+        kept = len(self.history) if self.turns is None else min(2 * self.turns, len(self.history))
+        system = [Message("system", self.system)] if self.system is not None else []
+        while True:
+            ids = self.chat.ids([*system, *self.history[len(self.history) - kept :], Message("user", text)])
+            if self.longest is None or len(ids) <= self.longest:
+                break
+            if not kept:
+                raise UserError(f"the question has {len(ids)} tokens with its template; --max-input-length is {self.longest}")
+            kept -= 2
+        self.history = [*self.history[len(self.history) - kept :], Message("user", text)]
+        return ids
+
+    def answered(self, tokens: list[int]) -> None:
+        """The answer to the last question."""
+        said = self.chat.message(tokens)
+        heard = read_messages([{"role": "user", "content": ""}, _wellformed(said), {"role": "user", "content": ""}], "answer")
+        self.history.append(heard[1])
+
+    def clear(self) -> None:
+        """Forgets all of it."""
+        self.history = []
+
+
+def _wellformed(said: dict) -> dict:
+    """A call that the model wrote wrongly is remembered as text."""
+    calls = [call for call in said.get("tool_calls", []) if isinstance(call, dict) and isinstance(call.get("name"), str)]
+    lost = [str(call) for call in said.get("tool_calls", []) if call not in calls]
+    return {**said, "content": "\n".join([said["content"], *lost]) if lost else said["content"], "tool_calls": calls}
+
+
+def read_message(file: BinaryIO) -> str | None:
+    """The next line, or what stands between two lines of quotes; None at the end. Raises `UserError`."""
+    line = file.readline()
+    if not line:
+        return None
+    lines = [_text(line)]
+    if lines[0].strip() == QUOTES:
+        lines = []
+        while (line := file.readline()) and _text(line).strip() != QUOTES:
+            lines.append(_text(line))
+    return "\n".join(lines)
+
+
+def _text(line: bytes) -> str:
+    try:
+        return line.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"what was typed is not UTF-8: {error.reason} at byte {error.start} of the line") from None
+
+
+def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], str | None]) -> None:
+    """Until the end of the input or a word to leave. `read` gives the next message on rank 0. Collective."""
+    terminal = session.share(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
+    show = write if session.grid.rank == 0 else lambda text: None
+    session.model  # noqa: B018 - is read before the first question
+    if terminal:
+        session.say(HELP)
+    while True:
+        if terminal:
+            show("> ")
+        data = session.share(lambda: _encoded(read()))
+        text = None if data is None else data.decode()
+        word = (text or "").strip()
+        if text is None or word in LEAVE:
+            return
+        if word in FORGET:
+            talk.clear()
+        elif word:
+            try:
+                ids = talk.ask(text)
+            except UserError as error:
+                if not terminal:
+                    raise
+                session.say(f"error: {error}")
+                continue
+            found = answer(session, [ids], [len(talk.history)], params, stops, show)[0][0]
+            show("\n")
+            talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))
+
+
+def _plain(session: Session, text: str) -> list[int]:
+    """Of an answer that a stop string has cut: what is left of it."""
+    return session.tokenizer.encode(text).tolist()
+
+
+def _encoded(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()
+
+
+def from_stdin() -> str | None:
+    """The next message; at a terminal with a line that can be edited."""
+    if sys.stdin is None:
+        return None
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - gives the terminal's line editing to stdin.readline by input()
+
+        sys.stdout.flush()
+        return _from_terminal()
+    return read_message(sys.stdin.buffer)
+
+
+def _from_terminal() -> str | None:
+    try:
+        line = input()
+        if line.strip() != QUOTES:
+            return line
+        lines: list[str] = []
+        while (line := input()).strip() != QUOTES:
+            lines.append(line)
+        return "\n".join(lines)
+    except EOFError:
+        return None

@@ -66,6 +66,10 @@ def _check_precision(run: Run) -> None:
         raise UserError("--bf16 and --fp16 contradict each other; choose one")
     if run.parallel.deepspeed and run.parallel.zero_stage == 0 and optim.dtype != "fp32":
         raise UserError(f"--zero-stage 0 does not keep fp32 masters for --{optim.dtype}; use --zero-stage 1")
+    if optim.fp16 and (ranks := run.parallel.expert_model_parallel_size) > 1:
+        raise UserError(
+            f"--fp16 with --expert-model-parallel-size {ranks}: experts would get a loss scale of their own; use --bf16"
+        )
     scale = optim.initial_loss_scale
     if not (1 <= scale < math.inf) or math.frexp(scale)[0] != 0.5:
         raise UserError(f"--initial-loss-scale {scale:g} is not a power of two")

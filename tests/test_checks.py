@@ -128,6 +128,11 @@ def test_what_can_run(world, changes):
         (2, {"model": EXPERTS, "parallel": {TP: 2}}, "add --sequence-parallel"),
         (
             2,
+            {"model": EXPERTS, "parallel": {EP: 2}, "optim": {"fp16": True}},
+            "--fp16 with --expert-model-parallel-size 2: .*--bf16",
+        ),
+        (
+            2,
             {"parallel": ZERO | {PP: 2}},
             "--pipeline-model-parallel-size 2: the DeepSpeed engine has no pipeline stages .ZeRO-2 and 3",
         ),

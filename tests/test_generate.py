@@ -1,88 +1,329 @@
-"""Generated text and log-probabilities against Hugging Face's `generate` and forward pass, token for token."""
+"""Generated text and log-probabilities against Hugging Face: token for token, in every version of InternLM and on every layout."""
 
-from dataclasses import replace
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
 
+import launch
 import oracle
 import pytest
 import torch
-from test_model import GROUPED, INTERNLM, ours, tensors_of
+from generate_worker import answers
+from safetensors.torch import save_file
+from test_model import INTERNLM, ours, tensors_of
 
 from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.errors import UserError
 
-SMALL = replace(GROUPED, max_position_embeddings=128)
-PROMPTS = [[1, 5, 9, 33, 7, 2, 8], [1, 4], [1, 90, 91, 92, 93, 94, 95, 96, 97, 98, 99], [1, 60, 61]]
+SHAPE: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 64}
+PLAIN: dict[str, Any] = {**SHAPE, "num_query_groups": 2, "add_qkv_bias": False, "add_dense_bias": False, "norm_epsilon": 1e-5}
+MODELS: dict[str, ModelConfig] = {
+    "v1": replace(INTERNLM, **SHAPE, rope_scaling_type="dynamic"),
+    "v2": replace(INTERNLM, **PLAIN, family="internlm2", rotary_base=1e6, rope_scaling_type="dynamic", rope_scaling_factor=2.0),
+    "v2.5": replace(INTERNLM, **PLAIN, family="internlm2", rotary_base=5e7),
+    "v3": replace(
+        INTERNLM, **PLAIN, family="internlm3", kv_channels=16, rotary_base=5e7, rope_scaling_type="dynamic", rope_scaling_factor=6.0
+    ),
+}
+PROMPTS = [[1, 5, 9, 33, 7, 2, 8], [1, 4], [1, *range(80, 101)], [1, 60, 61], [1, 60, 61]]
+STOPS = (3, 50, 77)
+BEAMS = {"max_new_tokens": 16, "num_beams": 3, "stop_ids": STOPS}
+PARAMS: dict[str, dict[str, Any]] = {
+    "greedy": {"max_new_tokens": 30},
+    "greedy, stops": {"max_new_tokens": 30, "stop_ids": STOPS},
+    "greedy, penalty": {"max_new_tokens": 20, "repetition_penalty": 1.3},
+    "beams": {**BEAMS, "num_return_sequences": 3},
+    "beams, shorter": {**BEAMS, "length_penalty": 0.2},
+    "beams, longer": {**BEAMS, "length_penalty": 2.0, "repetition_penalty": 1.2},
+}
+DRAWS: dict[str, Any] = {"do_sample": True, "max_new_tokens": 20, "top_p": 0.9, "num_return_sequences": 2}
+SHARED = [1, *range(2, 40)]
+REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [(SHARED, [9, 8, 7]), ([4], [5, 6]), (SHARED[:20], [21])]
 
 
 def language_model(cpu, model: ModelConfig, tensors):
     from ascendspeed import parallel
     from ascendspeed.generate import LanguageModel
 
-    grid = parallel.initialize(cpu, ParallelConfig(), 1)
-    return LanguageModel(ours(cpu, model, tensors), model, grid, cpu)
+    return LanguageModel(ours(cpu, model, tensors), model, parallel.initialize(cpu, ParallelConfig(), 1), cpu)
 
 
-def theirs(reference, prompt: list[int], **more) -> list[list[int]]:
-    """What Hugging Face adds to one prompt."""
-    pad = {"pad_token_id": 0, "eos_token_id": more.pop("eos_token_id", None)}
+def asked_of(cpu, name: str):
+    """Our model and Hugging Face's, with the same random weights."""
+    tensors = tensors_of(MODELS[name])
+    return language_model(cpu, MODELS[name], tensors), hugging_face(MODELS[name], tensors, rope_of(MODELS[name]))
+
+
+def hugging_face(model: ModelConfig, tensors, rope: dict[str, Any] | None):
+    """Every version of InternLM is a Llama by other names."""
+    return oracle.hugging_face(replace(model, family="internlm" if model.add_qkv_bias else "llama"), tensors, rope).eval()
+
+
+def rope_of(model: ModelConfig) -> dict[str, Any] | None:
+    if model.rope_scaling_type == "none":
+        return None
+    return {"rope_type": model.rope_scaling_type, "rope_theta": model.rotary_base, "factor": model.rope_scaling_factor}
+
+
+def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
+    """What Hugging Face's `generate` adds to one prompt; pad is eos."""
+    stops = list(params.pop("stop_ids", ())) or None
+    more = {"pad_token_id": stops[0] if stops else 0, "eos_token_id": stops, "do_sample": False}
     with torch.no_grad():
-        out = reference.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **pad, **more)
-    return [row[len(prompt) :].tolist() for row in out]
-
-
-@pytest.mark.parametrize("model", [replace(INTERNLM, max_position_embeddings=128), SMALL], ids=["internlm", "gqa"])
-def test_greedy(cpu, model):
-    from ascendspeed.generate import Params, sample
-
-    tensors = tensors_of(model)
-    reference = oracle.hugging_face(model, tensors).eval()
-    asked = language_model(cpu, model, tensors)
-    found = sample(asked, PROMPTS, Params(max_new_tokens=20))
-    for prompt, (one,) in zip(PROMPTS, found, strict=True):
-        assert one.tokens == theirs(reference, prompt, max_new_tokens=20, do_sample=False)[0]
-
-
-@pytest.mark.parametrize("each", [1, 3])
-@pytest.mark.parametrize("penalty", [1.0, 0.4])
-def test_beams(cpu, each, penalty):
-    from ascendspeed.generate import Params, sample
-
-    tensors = tensors_of(SMALL)
-    reference = oracle.hugging_face(SMALL, tensors).eval()
-    asked = language_model(cpu, SMALL, tensors)
-    stops = (3, 50, 77)
-    params = Params(max_new_tokens=16, num_beams=3, num_return_sequences=each, length_penalty=penalty, stop_ids=stops)
-    found = sample(asked, PROMPTS, params)
-    for prompt, mine in zip(PROMPTS, found, strict=True):
-        out = theirs(
-            reference,
-            prompt,
-            max_new_tokens=16,
-            num_beams=3,
-            num_return_sequences=each,
-            length_penalty=penalty,
-            do_sample=False,
-            eos_token_id=list(stops),
+        out = reference.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **more, **params
         )
-        for one, expected in zip(mine, out, strict=True):
-            cut = next((i for i, t in enumerate(expected) if t in stops), len(expected))
-            assert one.tokens == expected[:cut]
+    ends = [next((i for i, token in enumerate(row) if token in (stops or ())), len(row)) for row in out[:, len(prompt) :].tolist()]
+    return [row[:end] for row, end in zip(out[:, len(prompt) :].tolist(), ends, strict=True)]
 
 
-def test_scores(cpu):
-    from ascendspeed.generate import logprobs, score
+def logs_of(reference, tokens: list[int]) -> torch.Tensor:
+    with torch.no_grad():
+        return reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
 
-    tensors = tensors_of(SMALL)
-    reference = oracle.hugging_face(SMALL, tensors).eval()
-    asked = language_model(cpu, SMALL, tensors)
-    shared = list(range(1, 40))
-    requests = [([*shared, i, 3], [x]) for i in range(6) for x in (5, 6)] + [(shared, [9, 8, 7]), ([4], [5, 6])]
-    for batch in (1, 3, 16):
-        for (context, continuation), one in zip(requests, score(asked, requests, batch), strict=True):
-            with torch.no_grad():
-                logs = reference(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
-            wanted = sum(float(logs[len(context) - 1 + i, token]) for i, token in enumerate(continuation))
-            assert one.logprob == pytest.approx(wanted, abs=1e-5)
-    for text, mine in zip(PROMPTS, logprobs(asked, PROMPTS, 2), strict=True):
-        with torch.no_grad():
-            logs = reference(torch.tensor([text])).logits[0].log_softmax(-1)
-        assert (mine - logs[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]).abs().max() < 1e-5
+
+def check(reference, found: dict[str, Any]) -> None:
+    """Every answer is Hugging Face's, and the score of every text the sum of its log-probabilities."""
+    for name, texts in found["texts"].items():
+        for prompt, each in zip(PROMPTS, texts, strict=True):
+            assert [tokens for tokens, _, _ in each] == theirs(reference, prompt, **PARAMS[name]), (name, prompt)
+            for tokens, reason, total in each:
+                if PARAMS[name].get("repetition_penalty", 1) == 1:  # the beams of a penalty are compared by penalized scores
+                    assert total == pytest.approx(score_of(reference, prompt, tokens, reason, PARAMS[name]), abs=2e-5), name
+    ends = [reason for texts in found["texts"].values() for each in texts for _, reason, _ in each]
+    assert {"stop", "length"} == set(ends)
+    for (context, continuation), (total, greedy, count) in zip(REQUESTS, found["scores"], strict=True):
+        logs = logs_of(reference, [*context, *continuation])[len(context) - 1 : -1]
+        assert total == pytest.approx(float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5)
+        assert (greedy, count) == (logs.argmax(-1).tolist() == continuation, len(continuation))
+    for text, mine in zip(PROMPTS, found["logprobs"], strict=True):
+        wanted = logs_of(reference, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+        assert (torch.tensor(mine) - wanted).abs().max() < 1e-5
+
+
+def score_of(reference, prompt: list[int], tokens: list[int], reason: str, params: dict[str, Any]) -> float:
+    """Of a text that ended by the likeliest stop token."""
+    logs = logs_of(reference, [*prompt, *tokens])[len(prompt) - 1 :]
+    total = float(logs[: len(tokens)].gather(1, torch.tensor(tokens, dtype=torch.long)[:, None]).sum())
+    size = len(tokens) + (reason == "stop")
+    total += float(logs[-1, list(params["stop_ids"])].max()) if reason == "stop" else 0.0
+    return total / size ** params.get("length_penalty", 1.0) if params.get("num_beams", 1) > 1 else total
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_hugging_face(cpu, name):
+    """A ragged batch = every prompt alone: greedy, stop tokens, penalty, beams, log-probabilities."""
+    asked, reference = asked_of(cpu, name)
+    check(reference, answers(asked, {"prompts": PROMPTS, "params": PARAMS, "requests": REQUESTS}))
+
+
+def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Path) -> None:
+    from ascendspeed.generate import Params, sample
+
+    cases = {}
+    for name in names:
+        save_file({n: t.contiguous() for n, t in tensors_of(MODELS[name]).items()}, folder / f"{name}.safetensors")
+        for tp, pp in layouts:
+            case = {"model": asdict(MODELS[name]), "weights": str(folder / f"{name}.safetensors"), "tp": tp, "pp": pp}
+            cases[f"{name} tp{tp} pp{pp}"] = {**case, "prompts": PROMPTS, "params": PARAMS | {"drawn": DRAWS}, "requests": REQUESTS}
+    found = launch.ranks(math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200)
+    for case, answer in found.items():
+        name = case.split()[0]
+        tensors = tensors_of(MODELS[name])
+        drawn = [[tokens for tokens, _, _ in each] for each in answer["texts"].pop("drawn")]
+        alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, Params(**DRAWS))
+        assert drawn == texts(alone), case  # the same seed, the same text
+        check(hugging_face(MODELS[name], tensors, rope_of(MODELS[name])), answer)
+
+
+def test_two_ranks_equal_hugging_face(cpu, tmp_path):
+    on_layouts(cpu, [(2, 1), (1, 2)], ["v1", "v2"], tmp_path)
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_hugging_face(cpu, tmp_path):
+    """Fewer key/value heads than ranks too."""
+    on_layouts(cpu, [(4, 1), (2, 2)], list(MODELS), tmp_path)
+
+
+# ---------------------------------------------------------------- beyond the trained length
+
+
+def pinned(name: str, length: int):
+    """Hugging Face's model with the rope base of one prompt length, computed by hand."""
+    model = MODELS[name]
+    d, trained, factor = model.head_dim, model.max_position_embeddings, model.rope_scaling_factor
+    base = model.rotary_base
+    if length > trained:
+        base *= (factor * length / trained - (factor - 1)) ** (d / (d - 2))
+    return hugging_face(model, tensors_of(model), {"rope_type": "default", "rope_theta": base})
+
+
+def uncached(reference, prompt: list[int], steps: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(logs_of(reference, tokens)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+LONG = [[1, *range(2, 100)], [1, *range(30, 60)], [1, *range(5, 79)], [1, 7, 7, *range(60, 120)]]
+"""Beyond the 64 trained positions, below, beyond, just before: the last one passes them while it is generated."""
+
+
+@pytest.mark.parametrize("name", ["v1", "v2", "v3"])
+def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
+    from ascendspeed.generate import Params, model, sample
+
+    monkeypatch.setattr(model, "CHUNK", 40)  # several chunks
+    asked, dynamic = asked_of(cpu, name)
+    found = [one.tokens for (one,) in sample(asked, LONG, Params(max_new_tokens=24))]
+    for prompt, mine in zip(LONG, found, strict=True):
+        assert mine == uncached(pinned(name, len(prompt)), prompt, 24)
+    # Control: the base of every length anew, as without a cache, is another function.
+    assert found[0] != uncached(dynamic, LONG[0], 24) or found[2] != uncached(dynamic, LONG[2], 24)
+    assert found[0] != uncached(pinned(name, 1), LONG[0], 24)
+
+
+@pytest.mark.parametrize("name", ["v1", "v2"])
+def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
+    """Each row with the base of its own length (Hugging Face's model keeps the longest it met); short ones share what is common."""
+    from ascendspeed.generate import score
+
+    asked, _ = asked_of(cpu, name)
+    requests = [(LONG[0][:n], [7, 8]) for n in (30, 31, 70, 80, 90)] + [(LONG[0][:90], [9]), (LONG[0], [3])]
+    for (context, continuation), one in zip(requests, score(asked, requests), strict=True):
+        text = [*context, *continuation[:-1]]
+        logs = logs_of(pinned(name, len(text)), text)[len(context) - 1 :]
+        assert one.logprob == pytest.approx(float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5)
+
+
+# ---------------------------------------------------------------- drawing
+
+
+def test_warping_is_hugging_faces():
+    from transformers.generation import logits_process as hf
+
+    from ascendspeed.generate.choosing import penalized, warped
+    from ascendspeed.generate.params import Params
+
+    scores = torch.randn(5, 200, generator=torch.Generator().manual_seed(1)) * 3
+    seen = torch.tensor([[1, 2, 3], [4, 4, 4], [0, 9, 199], [7, 8, 9], [50, 60, 70]])
+    for temperature, k, p, penalty in [(0.7, 50, 0.95, 1.0), (1.5, 0, 0.3, 1.2), (1.0, 1, 1.0, 0.8), (1.0, 500, 0.01, 1.0)]:
+        wanted = hf.RepetitionPenaltyLogitsProcessor(penalty)(seen, scores.clone()) if penalty != 1 else scores
+        wanted = hf.TemperatureLogitsWarper(temperature)(seen, wanted)
+        wanted = hf.TopKLogitsWarper(k)(seen, wanted) if k else wanted
+        wanted = hf.TopPLogitsWarper(p)(seen, wanted) if p < 1 else wanted
+        mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, seen, True) if penalty != 1 else None
+        found = warped(penalized(scores, mask, penalty), Params(do_sample=True, temperature=temperature, top_k=k, top_p=p))
+        assert torch.equal(found, wanted)
+
+
+def test_draws_follow_the_probabilities():
+    """Chi-square of 20,000 draws, of one at a time and of several; never what is -inf. A control is far off."""
+    from ascendspeed.generate.choosing import draw, draw_several
+
+    scores, n = torch.tensor([[0.0, 1.0, float("-inf"), 2.0, -1.0, float("-inf")]]), 20_000
+    generator = torch.Generator().manual_seed(2)
+    wanted = scores.softmax(-1)[0].double() * n
+
+    def far(counts: torch.Tensor, expected: torch.Tensor) -> float:
+        kept = expected > 0
+        assert counts[~kept].sum() == 0
+        return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
+
+    uniforms = torch.rand(n, generator=generator, dtype=torch.float64)
+    counts = draw(scores.expand(n, -1), uniforms).bincount(minlength=6).double()
+    assert far(counts, wanted) < 16.3  # 3 degrees of freedom: 0.1 %
+    assert far(counts, (scores * 1.1).softmax(-1)[0].double() * n) > 16.3
+    noise = torch.rand(n, 6, generator=generator, dtype=torch.float64)
+    values, at = draw_several(scores.expand(n, -1), noise, 2)
+    assert far(at[:, 0].bincount(minlength=6).double(), wanted) < 16.3
+    assert (at[:, 0] != at[:, 1]).all()
+    assert torch.equal(values, scores[0][at])
+    assert draw(scores, torch.tensor([1.0 - 2**-53], dtype=torch.float64)).item() == 4
+
+
+def texts(found) -> list[list[list[int]]]:
+    return [[one.tokens for one in each] for each in found]
+
+
+def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
+    from ascendspeed.generate import Params, sample
+
+    asked, _ = asked_of(cpu, "v2")
+    params = Params(do_sample=True, max_new_tokens=20, temperature=1.5, top_k=40, seed=7)
+    together = sample(asked, PROMPTS, params)
+    assert texts(sample(asked, PROMPTS[:1], params)) == texts(together[:1])
+    assert together[3][0].tokens != together[4][0].tokens  # equal prompts have streams of their own
+    assert texts(sample(asked, PROMPTS, replace(params, seed=8))) != texts(together)
+    four = sample(asked, PROMPTS[:1], replace(params, num_return_sequences=4))[0]
+    assert len({tuple(one.tokens) for one in four}) == 4
+    beams = replace(params, num_beams=4, num_return_sequences=2)
+    assert sample(asked, PROMPTS, beams) == sample(asked, PROMPTS, beams)
+    assert texts(sample(asked, PROMPTS, beams)) != texts(sample(asked, PROMPTS, replace(beams, seed=8)))
+
+
+# ---------------------------------------------------------------- ends and limits
+
+
+def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
+    """`watch` ends rows one after the other: every step has the rows that are left, and these are as if they were alone."""
+    from ascendspeed.generate import Params, sample
+
+    asked, _ = asked_of(cpu, "v2")
+    whole = sample(asked, PROMPTS, Params(max_new_tokens=12))
+    sizes, step, heard = [], asked.step, []
+    monkeypatch.setattr(asked, "step", lambda tokens, slots: sizes.append(len(tokens)) or step(tokens, slots))
+
+    def watch(row: int, token: int) -> bool:
+        heard.append((row, token))
+        return sum(r == row for r, _ in heard) == 2 * row + 1
+
+    found = sample(asked, PROMPTS, Params(max_new_tokens=12), watch)
+    for row, ((one,), (full,)) in enumerate(zip(found, whole, strict=True)):
+        assert one.tokens == full.tokens[: 2 * row + 1] == [token for r, token in heard if r == row]
+        assert one.reason == "stop"
+    assert sizes == [4, 4, 3, 3, 2, 2, 1, 1]
+
+
+def test_ids_beyond_the_tokenizers_are_never_chosen(cpu):
+    from ascendspeed.generate import Params, sample
+
+    asked, reference = asked_of(cpu, "v1")
+    for more in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
+        for each in sample(asked, PROMPTS, Params(max_new_tokens=20, vocab_size=30, **more)):
+            assert max(each[0].tokens) < 30
+    assert max(theirs(reference, PROMPTS[0], max_new_tokens=20)[0]) >= 30
+
+
+def test_bf16_follows_hugging_face(cpu):
+    """Log-probabilities within bf16's rounding of the fp32 ones, as theirs are."""
+    from ascendspeed.generate import LanguageModel, logprobs
+
+    tensors = tensors_of(MODELS["v2"])
+    fp32 = hugging_face(MODELS["v2"], tensors, rope_of(MODELS["v2"]))
+    grid = language_model(cpu, MODELS["v2"], tensors).grid
+    asked = LanguageModel(ours(cpu, MODELS["v2"], tensors, "bf16"), MODELS["v2"], grid, cpu)
+    for text, mine in zip(PROMPTS, logprobs(asked, PROMPTS), strict=True):
+        wanted = logs_of(fp32, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+        assert 1e-5 < (mine - wanted).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("params", "says"),
+    [
+        ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
+        ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be above 0"),
+        ({"do_sample": True, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
+        ({"top_k": 5}, "--top-k 5 is of use only where tokens are drawn"),
+        ({"num_return_sequences": 2}, "--num-return-sequences 2: there are 1"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3: there are 2"),
+        ({"length_penalty": math.inf}, "--length-penalty inf: must be a number"),
+    ],
+)
+def test_params_that_mean_nothing(params, says):
+    from ascendspeed.generate.params import Params
+
+    with pytest.raises(UserError, match=says.replace("(", r"\(")):
+        Params(**params).check()

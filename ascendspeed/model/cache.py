@@ -16,8 +16,8 @@ class Cache:
     """Rotated keys, and values, of every layer that this rank has: [rows, groups / TP, capacity, d] each, allocated once.
 
     A row is a sequence and its slot i holds token i, so rows of any lengths lie side by side. Beyond a row's length there may be
-    anything: it is written before it is read, as no token sees a later one. Before each forward pass `chunk` or `step` says which
-    slots it fills.
+    any finite numbers: they are written before they are seen, as no token sees a later one. Before each forward pass `chunk` or
+    `step` says which slots it fills.
     """
 
     def __init__(self, gpt: GPTModel, rows: int, capacity: int) -> None:
@@ -30,7 +30,8 @@ class Cache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         for attention in attentions:
             shape = (rows, attention.num_query_groups_per_partition, capacity, config.kv_channels)
-            key, value = (torch.empty(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
+            # Zeros: what a row masks is multiplied by 0 all the same, and must not be NaN.
+            key, value = (torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
             self.layers[attention.layer_number] = key, value
             attention.core_attention.cache = self
         self._attentions, self.device, self.dtype = attentions, parameter.device, parameter.dtype

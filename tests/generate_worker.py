@@ -1,0 +1,55 @@
+"""One rank of a generation test: samples, scores and log-probabilities of every case; rank 0 writes them.
+
+A case: {"model": ModelConfig, "weights": safetensors, "tp": n, "pp": n, "prompts": [[id]], "params": {name: Params},
+"requests": [[context, continuation]]}.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from ascendspeed import device
+from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+
+
+def main() -> None:
+    """Runs the cases; every rank must have the same results."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    here = device.prepare("cpu")
+
+    from engine_worker import leave_groups
+    from safetensors.torch import load_file
+
+    from ascendspeed import parallel
+    from ascendspeed.generate import LanguageModel
+    from ascendspeed.model import gpt, spec
+
+    found = {}
+    for name, case in job["cases"].items():
+        print(name, flush=True)  # the last one in the log of a rank that failed
+        layout = ParallelConfig(tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case["pp"])
+        leave_groups()
+        grid, model = parallel.initialize(here, layout, seed=1), ModelConfig(**case["model"])
+        built = gpt.build(model, layout, spec.transformer_config(model, layout, TrainConfig()))
+        gpt.fill(built, model, layout, load_file(case["weights"]).items())
+        found[name] = answers(LanguageModel(built, model, grid, here), case)
+        assert all(theirs == found[name] for theirs in grid.gather(found[name])), f"{name}: the ranks differ"
+    if grid.rank == 0:
+        Path(job["out"]).write_text(json.dumps(found))
+    parallel.destroy()
+
+
+def answers(asked, case):
+    """Everything that the case asks of a model, as JSON holds it."""
+    from ascendspeed.generate import Params, logprobs, sample, score
+
+    texts = {
+        name: [[[one.tokens, one.reason, one.score] for one in each] for each in sample(asked, case["prompts"], Params(**params))]
+        for name, params in case["params"].items()
+    }
+    scores = [[one.logprob, one.greedy, one.tokens] for one in score(asked, case["requests"], 3)]
+    return {"texts": texts, "scores": scores, "logprobs": [each.tolist() for each in logprobs(asked, case["prompts"], 2)]}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """lm-evaluation-harness as the engine: it makes requests of our prompts and grades what comes back; here is what answers them."""
 
+import contextlib
+import io
 import logging
 import math
 from collections import defaultdict
@@ -61,7 +63,8 @@ class Adapter(TemplateLM):
                 )
             found[key][i] = (logprob, greedy)
             if len(found[key]) == len(by_question[key]):
-                values, flags = zip(*(found.pop(key)[i] for i in range(len(by_question[key]))), strict=True)
+                values, flags = zip(*(found[key][i] for i in range(len(by_question[key]))), strict=True)
+                del found[key]
                 self._keep(key, by_question[key][0], {"loglikelihoods": list(values), "greedy": list(flags)})
 
         self.backend.score(pairs, got)
@@ -152,7 +155,8 @@ def ask(adapter: Adapter, prompts: Sequence[Prompt], new_tokens: int) -> list[Gr
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: datasets that are not on the hub
     tasks = {name: _task(name, asked, new_tokens) for name, asked in by_subject.items()}
-    samples = evaluate(adapter, tasks, bootstrap_iters=0, log_samples=True)["samples"]
+    with contextlib.redirect_stderr(io.StringIO()):  # where it draws a bar for every subject
+        samples = evaluate(adapter, tasks, bootstrap_iters=0, log_samples=True)["samples"]
     metrics: dict[str, dict[str, float]] = defaultdict(dict)
     for sample in (sample for name in by_subject for sample in samples[name]):
         for metric in sample["metrics"]:

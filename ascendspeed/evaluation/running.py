@@ -1,0 +1,180 @@
+"""A job from the first rank's greeting to the files that it leaves. Imported after the command line was found good."""
+
+import platform
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ascendspeed import device as devices
+from ascendspeed import tokenizer as tokenizers
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation import fingerprint
+from ascendspeed.evaluation.answers import NAME, Answers
+from ascendspeed.evaluation.options import Job
+from ascendspeed.evaluation.progress import progress
+from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.text import Stream, cut
+from ascendspeed.tokenizer import Tokenizer
+
+SPARE = 1024
+"""Rows that a vocabulary may have beyond its tokenizer's ids: padding, and room for tokens to be added."""
+
+
+class Model:
+    """`ascendspeed.generate` as a backend; every rank asks it the same."""
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, batch_size: int) -> None:
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    def score(self, pairs: Sequence[Any], got: Callable[[int, float, bool], None]) -> None:
+        """As `harness.Backend` says."""
+        from ascendspeed import generate
+
+        generate.score(self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy))
+
+    def generate(self, prompts: Sequence[Any], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]) -> None:
+        """As `harness.Backend` says."""
+        from ascendspeed import generate
+
+        params = generate.Params(max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size)
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), self.batch_size):
+            batch = order[start : start + self.batch_size]
+            streams = [Stream(self.tokenizer, until) for _ in batch]
+
+            def ends(row: int, token: int, streams: list[Stream] = streams) -> bool:
+                streams[row].push(token)
+                return streams[row].stopped
+
+            done = generate.sample(self.model, [prompts[i] for i in batch], params, ends)
+            for i, completions in zip(batch, done, strict=True):
+                got(i, cut(self.tokenizer, completions[0].tokens, until)[0])
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raises `UserError` when the ids of one are not the rows of the other."""
+    ids, rows = tokenizer.vocab_size, model.vocab_size
+    if ids > rows or rows - ids > SPARE:
+        raise UserError(
+            f"{tokenizer.path} has {ids} tokens, but the model's vocabulary has {rows} rows: this is not the model's tokenizer; "
+            "give the right one (--tokenizer-name-or-path)"
+        )
+
+
+def run(job: Job, notes: Sequence[str]) -> None:
+    """Loads, asks, grades, reports. Raises `UserError`."""
+    where = job.place.where
+    device = devices.prepare(where.device, where.distributed_backend)
+    if where.dtype == "fp16" and device.kind == "cpu":
+        raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+
+    from ascendspeed import formats, generate, kernels, parallel
+
+    tokenizer = tokenizers.load(job.place.tokenizer)
+    fused = kernels.choose(
+        device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
+    )
+    model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=device, kernels=fused)
+    speaks = model.grid.rank == 0
+    say = print if speaks else lambda *_, **__: None
+    check_vocabulary(tokenizer, model.config)
+    for note in notes:
+        say(f"note: {note}")
+    say(f"device: {device.kind} ({device.name}); {model.grid}; {where.dtype}", flush=True)
+    sha256 = model.grid.gather(fingerprint.of_model(formats.open_source(where.load)) if speaks else None)[0]
+    room = job.evaluation.max_input_length or model.config.max_position_embeddings
+    settings = _settings(job, sha256, tokenizer, room)
+    folder = Path(job.evaluation.output_dir)
+    answers = _open(folder, settings, model.grid)
+    try:
+        _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, say, device)
+    finally:
+        answers.close()
+    parallel.destroy()
+
+
+def _open(folder: Path, settings: dict[str, Any], grid: Any) -> Answers:
+    """Rank 0 keeps the file; all know what it holds, or why it cannot be used."""
+    opened, fault = None, None
+    if grid.rank == 0:
+        try:
+            opened = Answers(folder, settings)
+        except UserError as error:
+            fault = str(error)
+    fault, known = grid.gather((fault, opened.known if opened else {}))[0]
+    if fault:
+        raise UserError(fault)
+    if opened is None:
+        opened = Answers(None, settings)
+        opened.known = known
+    return opened
+
+
+def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:
+    """What answers depend on, beside the questions. The layout and the batch size are not among it."""
+    return {
+        "model_sha256": sha256,
+        "tokenizer_sha256": fingerprint.of_tokenizer(Path(tokenizer.path)),
+        "dtype": job.place.where.dtype,
+        "prompt_style": job.evaluation.prompt_style,
+        "num_fewshot": job.evaluation.num_fewshot,
+        "max_input_length": room,
+        "max_new_tokens": job.new_tokens,
+        "lm_eval": version("lm_eval"),
+    }
+
+
+def _ask(
+    job: Job, backend: Model, answers: Answers, tokenizer: Tokenizer, room: int, say: Callable[..., None], device: Any
+) -> None:
+    from ascendspeed.evaluation import figures, harness, report  # lm-eval: after the device was prepared
+
+    began, encoder = time.time(), Encoder(tokenizer)
+    prompts = [p for one, style in job.benchmarks for p in prepare(one, style, encoder, room, job.new_tokens)]
+    keys = harness.keys_of(prompts, answers.settings)
+    before = sum(key in answers.known for key in keys)
+    limited = f", the first {job.evaluation.limit} of each subject only" if job.evaluation.limit else ""
+    say(f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})", flush=True)
+    grid = backend.model.grid
+    with progress(len(prompts), before, quiet=grid.rank != 0) as advance:
+        adapter = harness.Adapter(backend, encoder, room, answers, advance)
+        grades = harness.ask(adapter, prompts, job.new_tokens)
+    if grid.rank != 0:
+        return
+    answers.close()
+    results = [figures.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name]) for one, _ in job.benchmarks]
+    for result in results:
+        shots = job.shots[result.benchmark.name]
+        say(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))
+    about = {
+        "model": {
+            "path": str(job.place.where.load),
+            "sha256": answers.settings["model_sha256"],
+            "family": backend.model.config.family,
+        },
+        "settings": answers.settings,
+        "limit": job.evaluation.limit,
+        "batch_size": job.evaluation.batch_size,
+        "layout": str(grid),
+        "device": f"{device.kind} ({device.name})",
+        "versions": _versions(),
+        "seconds": round(time.time() - began, 1),
+        "shots": job.shots,
+    }
+    folder = Path(job.evaluation.output_dir)
+    report.write(folder, results, about, grades, answers.known)
+    say(f"wrote {folder}/results.json, results.csv, chart.png and {NAME}", flush=True)
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "ascendspeed": version("ascendspeed"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: version(name) for name in ("megatron-core", "lm_eval")},
+    }

@@ -1,0 +1,26 @@
+"""Evaluates a model on benchmarks that lie on disk; `bash tasks/evaluation/eval_internlm.sh` starts it.
+
+python tasks/evaluation/evaluation.py --load model_from_hf/internlm-7b --task mmlu --task-data-path data/mmlu --bf16
+"""
+
+import importlib.util
+import sys
+
+from ascendspeed import errors
+from ascendspeed.evaluation.options import resolve
+from ascendspeed.resolve import world_size
+
+
+def main() -> None:
+    """Parse and read the questions -> load the model -> ask -> report."""
+    job, notes = resolve(sys.argv[1:], world_size())
+    if importlib.util.find_spec("lm_eval") is None:
+        raise errors.UserError("evaluation needs lm-evaluation-harness: pip install -e '.[eval]'")
+
+    from ascendspeed.evaluation import running
+
+    running.run(job, notes)
+
+
+if __name__ == "__main__":
+    errors.run(main, clean_up=True)

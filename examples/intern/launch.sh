@@ -26,10 +26,15 @@ launch() {  # launch SCRIPT FLAGS...
         starter=(torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC"
             --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --)
     else
-        starter=(deepspeed --no_local_rank --master_port "$MASTER_PORT"
+        starter=(deepspeed --no_local_rank --master_port "$MASTER_PORT" ${QUIET:+--quiet}
             ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NNODES:+--num_nodes "$NNODES"} ${NPROC:+--num_accelerators "$NPROC"})
     fi
     again "${starter[@]}" "$@"
+}
+
+launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the answer; one process needs no launcher
+    if [ "${NPROC:-}" = 1 ] && [ "${NNODES:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then again python "$@"; fi
+    QUIET=yes launch "$@"
 }
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
@@ -37,7 +42,7 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
     trap 'asked=yes; pass_on TERM' TERM INT
     trap 'asked=yes; pass_on USR1' USR1
     while :; do
-        "$@" &
+        "$@" <&0 &  # which would else have no stdin
         child=$!
         code=0
         wait "$child" || code=$?

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# MindIE's front: weights, and whether to talk. Its flags are understood: --input_texts --input_file --max_input_length
+# --max_output_length --max_batch_size.
+#
+#   bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]
+#   TP=8 bash tasks/inference/run_pa.sh ./model_from_hf/internlm2-chat-7b chat --input_file text_200K.jsonl --max_input_length 210000
+set -euo pipefail
+: "${1:?usage: bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]}"
+export CHECKPOINT=$1 TOKENIZER_PATH=${TOKENIZER_PATH:-}
+shift
+chat=
+if [ "${1:-}" = chat ]; then
+    chat="--task chat"
+    shift
+fi
+# shellcheck disable=SC2086  # $chat is words
+exec bash "$(dirname "${BASH_SOURCE[0]}")/../../examples/intern/generate_internlm_7b_deepspeed.sh" $chat "$@"

@@ -1,0 +1,57 @@
+"""Times real answers: what `performance` needs measured."""
+
+from collections.abc import Callable
+
+import torch
+
+from ascendspeed.errors import UserError
+from ascendspeed.generate import LanguageModel, Params, sample
+from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest
+
+Pairs = list[tuple[int, int]]
+Say = Callable[[str], None]
+
+
+def timings(
+    model: LanguageModel, cases: Pairs, ranges: Pairs, batch: int, limit: float, say: Callable[[str], None]
+) -> list[Timing]:
+    """One for each (input, output) of `cases`: at `batch`, or where there are `ranges` at the largest within `limit` seconds.
+
+    Collective. Raises `UserError` when nothing could be measured.
+    """
+    measure(model, 1, min(16, cases[0][0]), 2)  # warms up
+    found = []
+    for number, (inputs, outputs) in enumerate(cases):
+        say(f"input {inputs}, output {outputs}")
+        if ranges:
+            low, high = ranges[number]
+            best = largest(low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b), say)
+            if best is None:
+                say(f"not even a batch of {low} stays within {limit * 1e3:g} ms")
+            found += [best] if best else []
+            continue
+        try:
+            found.append(measure(model, batch, inputs, outputs))
+        except OutOfMemory:
+            say(f"batch {batch}: out of memory")
+    if not found:
+        raise UserError("nothing was measured: every batch is out of memory, or above the limit")
+    return found
+
+
+def measure(model: LanguageModel, batch: int, inputs: int, outputs: int) -> Timing:
+    """By rank 0's clock, on every rank. Raises `OutOfMemory` where memory does not suffice, as it usually does on no rank then."""
+    generator = torch.Generator().manual_seed(batch)
+    prompts = torch.randint(0, model.config.vocab_size, (batch, inputs), generator=generator).tolist()
+    model.grid.barrier()
+    clock = Clock()
+    try:
+        sample(model, prompts, Params(max_new_tokens=outputs), clock.watch)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        model.device.empty_cache()
+        raise OutOfMemory from error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # the CPU's allocator
+            raise
+        raise OutOfMemory from error
+    return model.grid.gather(clock.timing(batch, inputs, outputs))[0]

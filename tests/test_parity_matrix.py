@@ -1,0 +1,247 @@
+"""The parity matrix: a few of its rows by the real command, what judges them by hand, and all of it as a slow test."""
+
+import ast
+import copy
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import launch
+import oracle
+import pytest
+import torch
+from test_floors import inner
+
+from ascendspeed import checks, errors
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+
+sys.path.append(str(launch.ROOT))  # as `python -m benchmarks.parity_matrix` has it
+
+from benchmarks import parity_matrix
+from benchmarks.parity import figures, reference, rows, running, table
+from benchmarks.parity.figures import Figures, compare
+from benchmarks.parity.reference import Trained
+from benchmarks.parity.running import Measured, Result
+
+LAYOUT, CONTROL = rows.NAMED["Megatron DP2"], rows.CONTROLS[0]
+
+
+def command(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
+    """The real one."""
+    line = [sys.executable, "-m", "benchmarks.parity_matrix", *words]
+    return subprocess.run(line, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def test_a_few_rows_and_controls(tmp_path):
+    """Three rows of both engines and two controls on two ranks: exit code, progress, page and record."""
+    few = ["DeepSpeed ZeRO-3, recompute", "Megatron TP2+SP, recompute", "PP2xVPP2, recompute", "Megatron TP2+SP; c", "batched"]
+    done = command("--families", "internlm2", "--steps", "4", "--out", str(tmp_path / "matrix.md"), "--rows", *few)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "[5/5] internlm2, 2 processes: " in done.stdout
+    page, record = (tmp_path / "matrix.md").read_text(), json.loads((tmp_path / "matrix.json").read_text())
+    assert page in done.stdout
+    assert "**3 of 3 rows within bounds, 2 of 2 controls out of them.**" in page
+    assert [row["control"] for row in record["rows"]] == [None] * 3 + ["sequence-parallel sum missing", "messages batched"]
+    for row in record["rows"]:
+        found = row["figures"]
+        if row["control"]:
+            assert {"loss_relative", "weight"} <= set(row["broken"])
+        else:
+            assert (found["loss_relative"] < 1e-5, found["norm_relative"] < 1e-5, 0 < found["weight"] < 1e-4) == (True,) * 3, row
+    assert {"date", "hardware", "versions", "commit", "bounds", "references"} <= record.keys()
+
+
+@pytest.mark.slow
+def test_the_whole_matrix(tmp_path):
+    done = command("--out", str(tmp_path / "matrix.md"), timeout=7200)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+
+
+# ---------------------------------------------------------------- the reference
+
+
+def test_the_reference_owes_nothing_to_our_model_or_engines():
+    ours = {path: inner(ast.parse(Path(path).read_text())) for path in (reference.__file__, oracle.__file__)}
+    assert set.union(*ours.values()) <= {"schedule", "weights", "config", "families"}
+    assert "engines" in inner(ast.parse((launch.ROOT / "tests/engine_worker.py").read_text()))  # control: it would be seen
+
+
+@pytest.mark.parametrize("family", rows.MODELS)
+def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
+    """Every tensor has gone some way; wrong weights differ from the right ones in what they say."""
+    theirs = reference.reference(family, 2, set(mistakes_of(family)), tmp_path)
+    assert theirs.end.weights.keys() == theirs.start.keys()
+    assert all(not torch.equal(theirs.end.weights[name], tensor) for name, tensor in theirs.start.items())
+    assert len({Path(path).read_bytes() for path in theirs.files.values()}) == 1 + len(mistakes_of(family))
+    assert all(compare(other, theirs.end, theirs.start).loss > 0 for other in theirs.others.values())
+
+
+def mistakes_of(family: str) -> list[str]:
+    return [row.weights for row in rows.CONTROLS if family in row.families and row.weights and row.precision == "fp32"]
+
+
+def test_masters_and_copies_of_the_same_type_train_like_one_model():
+    """Sample by sample over masters is the plain loop; in bf16 it is not, and the rotary embedding keeps its frequencies."""
+    model = rows.MODELS["internlm2"]
+    data = oracle.batches(model.vocab_size, 3, 4, 32, 7)
+    optim = vars(rows.run_of(model, 3).optim)
+
+    def curve(make, samples=None):
+        masters, _ = oracle.native(model)
+        return oracle.train(masters, data, [1e-2] * 3, optim, make(masters), samples)
+
+    plain = curve(lambda masters: None)
+    assert torch.allclose(torch.tensor(curve(copy.deepcopy, 1)), torch.tensor(plain), rtol=1e-5)
+    rounded = torch.tensor(curve(oracle.halved, 1))
+    assert 1e-4 < (rounded - torch.tensor(plain)).abs().max() < 0.1
+    half = oracle.halved(oracle.native(model)[0])
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in half.buffers()} == {torch.float32}
+
+
+# ---------------------------------------------------------------- the judgement
+
+START = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
+END = {"a": torch.tensor([[3.0, 0.0], [1.0, 0.0]]), "b": torch.tensor([0.0, 0.0, 4.0])}
+EXPECTED = Trained([(2.0, 10.0), (1.0, 5.0)], END)
+BOUNDS = figures.Bounds({"loss_relative": 1e-5, "norm_relative": 1e-5, "weight": 1e-3})
+
+
+def judged(curve=EXPECTED.curve, weights=END) -> tuple[Figures, list[str]]:
+    found = compare(Trained(curve, weights), EXPECTED, START)
+    return found, BOUNDS.broken(found)
+
+
+def test_figures_by_hand():
+    found, broken = judged([[2.5, 10.0], [1.0, 4.0]], END | {"b": torch.tensor([0.5, 0.0, 4.0])})
+    assert vars(found) == pytest.approx(
+        {"loss": 0.5, "loss_relative": 0.25, "norm": 1.0, "norm_relative": 0.2, "weight": 0.5, "weight_relative": 0.5 / 26**0.5}
+    )
+    assert broken == ["loss_relative", "norm_relative", "weight"]
+    assert judged() == (Figures(0, 0, 0, 0, 0, 0), [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"curve": [(2.0, 10.0), (1.0001, 5.0)]}, ["loss_relative"]),
+        ({"curve": [(2.0, 10.0), (1.0, 5.001)]}, ["norm_relative"]),
+        ({"curve": [(2.0, 10.0)]}, ["loss_relative", "norm_relative"]),
+        ({"curve": [(2.0, 10.0), (None, None)]}, ["loss_relative", "norm_relative"]),
+        ({"curve": [(2.0, 10.0), (math.nan, 5.0)]}, ["loss_relative"]),
+        ({"weights": END | {"a": END["a"].t()}}, ["weight"]),
+        ({"weights": END | {"b": END["b"].flip(0)}}, ["weight"]),
+        ({"weights": END | {"b": END["b"] * math.nan}}, ["weight"]),
+        ({"weights": {"a": END["a"]}}, ["weight"]),
+        ({"weights": END | {"c": END["b"]}}, ["weight"]),
+        ({"weights": END | {"a": END["a"].flatten()}}, ["weight"]),
+    ],
+)
+def test_every_column_sees_what_it_should(changes, seen):
+    assert judged(**changes)[1] == seen
+
+
+def test_the_band_of_bf16():
+    """Between a tenth of the nearer reference's distance and twice the farther one's, column by column."""
+    near, far = Figures(1, 1e-3, 1, 4e-2, 1, 5e-2), Figures(1, 2e-3, 1, 3e-2, 1, 4e-2)
+    bounds = figures.band(near, far)
+    assert bounds.most == pytest.approx({"loss_relative": 4e-3, "norm_relative": 8e-2, "weight_relative": 0.1})
+    assert bounds.least == pytest.approx(1e-4)
+    assert bounds.broken(near) == bounds.broken(far) == []
+    assert bounds.broken(replace(near, loss_relative=5e-3)) == ["loss_relative"]
+    assert bounds.broken(replace(near, loss_relative=1e-7)) == ["loss_relative"]  # it was not bf16
+    assert bounds.broken(replace(near, weight_relative=0.2, weight=1e9)) == ["weight_relative"]
+
+
+def test_a_result_is_good_when_it_is_as_it_should_be():
+    found = Figures(0, 0, 0, 0, 0, 0)
+    assert Result("internlm", LAYOUT, found, []).good
+    assert not Result("internlm", LAYOUT, found, ["weight"]).good
+    assert Result("internlm", CONTROL, found, ["weight"]).good
+    assert not Result("internlm", CONTROL, found, []).good
+    assert not Result("internlm", LAYOUT, None, []).good
+    assert not Result("internlm", CONTROL, None, []).good
+
+
+def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
+    def ranks(*words):
+        raise AssertionError("exit codes [1, 0]")
+
+    monkeypatch.setattr(launch, "ranks", ranks)
+    theirs = reference.Reference(rows.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"})
+    said: list[str] = []
+    found = list(running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, said.append))
+    assert found == [(LAYOUT, None), (CONTROL, None)]
+    assert "exit codes [1, 0]" in said[0]
+
+
+def test_the_page_and_the_record():
+    results = [
+        Result("internlm", LAYOUT, Figures(1e-7, 2e-8, 1, math.nan, 1, 1), ["norm_relative"]),
+        Result("internlm", rows.NAMED["Megatron TP2"], None, []),
+        Result("internlm", CONTROL, Figures(0, 0, 0, 0, 0, 0), []),
+    ]
+    facts = {"date": "today", "hardware": "here", "python": "3", "versions": {"torch": "2"}, "commit": "abc"}
+    apart = {("internlm", reference.FP32): Figures(0, 0, 0, 0, 0, 0)}
+    measured = Measured(results, {("internlm", "fp32"): BOUNDS}, apart, 20, 60.0)
+    assert not measured.good
+    page = table.as_markdown(measured, facts)
+    assert "**0 of 2 rows within bounds, 0 of 1 controls out of them.**" in page
+    assert "| Megatron DP2 | 2 | 1.0e-07 | 2.0e-08 | 1.0e+00 | **nan** | 1.0e+00 | 1.0e+00 | **out of bounds** |" in page
+    assert "| Megatron TP2 | 2 |  |  |  |  |  |  | **did not end** |" in page
+    assert "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | **not seen** |" in page
+    record = json.loads(table.as_json(measured, facts))
+    assert [row["good"] for row in record["rows"]] == [False] * 3
+    assert record["rows"][0]["figures"]["norm_relative"] is None
+    assert record["rows"][1]["figures"] is None
+
+
+# ---------------------------------------------------------------- the rows
+
+
+def test_every_row_is_a_run_that_the_recipe_would_take():
+    starts = rows.chosen(list(rows.MODELS), [])
+    for (family, world), wanted in starts.items():
+        titles = [row.title for row in wanted]
+        assert len(titles) == len(set(titles))
+        assert not any("hpz" in title for title in titles[:-1])  # a process can have it once, as its last
+        for row in wanted:
+            assert (row.world, family in FAMILIES) == (world, True)
+            checks.check(row.run(rows.MODELS[family], 20), world)
+
+
+def test_every_control_has_one_mistake():
+    for row in rows.CONTROLS:
+        right = next(one for one in rows.NAMED.values() if row.title.startswith(one.title + "; control"))
+        differs = [name for name in ("optim", "mistake", "weights", "as_bf16") if getattr(row, name) != getattr(right, name)]
+        assert len(differs) == 1, row.title
+        assert (row.parallel, row.train) == (right.parallel, right.train)
+
+
+def test_rows_are_chosen_by_their_titles():
+    chosen = rows.chosen(["internlm2", "mixtral"], ["ep2X", "cp4"])
+    assert {start: [row.name for row in some] for start, some in chosen.items()} == {
+        ("internlm2", 4): ["CP4"],
+        ("mixtral", 4): ["EP2xPP2", "EP2xTP2+SP"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--steps", "1"], "--steps 1: at least 2"),
+        (["--out", "x.json"], "--out x.json: the name of a Markdown file"),
+        (["--families", "gpt"], "gpt"),
+        (["--rows", "TP3", "--families", "internlm"], "--rows TP3: no row of internlm is called so"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(words, said, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["parity_matrix", *words])
+    with pytest.raises(UserError, match=said) as error:
+        parity_matrix.main()
+    assert "\n" not in str(error.value)
+    assert error.value.code == errors.EXIT_USER_ERROR

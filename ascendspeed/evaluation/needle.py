@@ -1,0 +1,189 @@
+"""Asks a model for needles in haystacks; a table, a chart of lengths and depths, and every answer."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import FlagCreatePairsOff
+
+from ascendspeed import families, flags
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation import haystack as texts
+from ascendspeed.evaluation.haystack import Cell
+from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
+
+
+@dataclass(frozen=True)
+class Needle:
+    """What to hide, where, and what to ask."""
+
+    lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
+    """Tokens of the prompts."""
+    depths: tuple[float, ...] = (0, 25, 50, 75, 100)
+    """Percent of the text before the needle."""
+    trials: int = 1
+    """Tries for each length and depth, with other numbers."""
+    haystack: tuple[str, ...] = ()
+    """Text files to hide it in; None: five short sentences, again and again."""
+    needle: str = texts.NEEDLE
+    """The sentence; {number} in it is seven digits that are drawn."""
+    question: str = texts.QUESTION
+    """What is asked after the text."""
+    answer: str | None = None
+    """What an answer must hold; None: the number."""
+    chat: bool = False
+    """Ask in the model's chat format."""
+    max_new_tokens: int = 32
+    """Tokens of an answer at most."""
+    seed: int = 42
+    """Of the numbers."""
+    output_dir: str = "needle"
+    """Folder for results.json, chart.png and questions.jsonl; what was stopped goes on there."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """Looks for needles in haystacks."""
+
+    recipe: FlagCreatePairsOff[RecipeFlags] = field(default_factory=RecipeFlags)
+    model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
+    where: FlagCreatePairsOff[Where] = field(default_factory=Where)
+    needle: FlagCreatePairsOff[Needle] = field(default_factory=Needle)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked command."""
+
+    place: Place
+    asked: Needle
+    cells: tuple[Cell, ...]
+    hay: tuple[str, ...]
+
+
+def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
+    """What `args` ask for, and what the user should be told. Raises `UserError`."""
+    command = flags.parse(Command, args, description=Command.__doc__ or "")
+    asked, typed = command.needle, flags.typed(Command, args)
+    for name in ("trials", "max_new_tokens"):
+        if getattr(asked, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")
+    if asked.answer is None and "{number}" not in asked.needle:
+        raise UserError("--needle has no {number} in it: say with --answer what is to be found")
+    cells, hay = texts.cells(asked.lengths, asked.depths, asked.trials), texts.sentences(asked.haystack)
+    return Job(find_place(command, typed, args, world), asked, tuple(cells), tuple(hay)), notes(typed)
+
+
+def run(job: Job, device: Any, said: Sequence[str]) -> None:
+    """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
+    from ascendspeed.evaluation import fingerprint
+    from ascendspeed.evaluation.answers import Answers
+    from ascendspeed.evaluation.progress import progress
+    from ascendspeed.inference.session import Session
+
+    asked, session = job.asked, Session.open(job.place, device)
+    prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
+    settings = {
+        name: getattr(asked, name) for name in ("haystack", "needle", "question", "answer", "chat", "max_new_tokens", "seed")
+    }
+    settings = json.loads(json.dumps(settings)) | {
+        "dtype": job.place.where.dtype,
+        "tokenizer_sha256": fingerprint.of_tokenizer(Path(session.tokenizer.path)),
+        "load": str(job.place.where.load),
+    }
+    # Only rank 0 has the file; the others ask what it has not.
+    answers = Answers(Path(asked.output_dir) if session.grid.rank == 0 else None, settings)
+    answers.known = session.grid.gather(answers.known)[0]
+    for note in said:
+        session.say(f"note: {note}")
+    left = [cell for cell in job.cells if cell.key not in answers.known]
+    with progress(len(job.cells), len(job.cells) - len(left), quiet=session.grid.rank != 0) as advance:
+        for cell in left:
+            answers.put({"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell]))
+            answers.flush()
+            advance()
+    answers.close()
+    if session.grid.rank == 0:
+        _report(job, answers.known, settings)
+
+
+def _hidden(job: Job, cell: Cell) -> tuple[str, str]:
+    """The needle of a cell, and what an answer must hold."""
+    number = texts.number(job.asked.seed, cell)
+    return job.asked.needle.replace("{number}", number), job.asked.answer or number
+
+
+def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
+    """At most as many tokens as the cell says."""
+    from ascendspeed.chat import Message
+
+    sizes = [max(1, len(ids)) for ids in session.tokenizer.encode_batch([f" {sentence}" for sentence in job.hay])]
+
+    def encoded(room: int) -> list[int]:
+        text = texts.text(cell, _hidden(job, cell)[0], job.hay, sizes, room)
+        if job.asked.chat:
+            return session.chat.ids([Message("user", f"{text}\n\n{job.asked.question}")])
+        bos = [session.tokenizer.bos] if session.add_bos and session.tokenizer.bos is not None else []
+        return bos + session.tokenizer.encode(f"{text}\n\nQuestion: {job.asked.question}\nAnswer:").tolist()
+
+    room = cell.length - len(encoded(0))
+    if room < sum(sizes):
+        raise UserError(
+            f"--lengths {cell.length}: at least {cell.length - room + sum(sizes)} tokens are needed for text and question"
+        )
+    while len(ids := encoded(room)) > cell.length:  # sentences are a little longer together than apart, in some vocabularies
+        room -= len(ids) - cell.length
+    return ids
+
+
+def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
+    from ascendspeed.generate import Params, sample
+
+    stops = session.stops(job.asked.chat)
+    tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)
+    ((answer,),) = sample(
+        session.model, [prompt], Params(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens)
+    )
+    text, wanted = session.tokenizer.decode(answer.tokens), _hidden(job, cell)[1]
+    return {"answer": text, "wanted": wanted, "found": texts.found(text, wanted)}
+
+
+def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+    from ascendspeed.parity.writing import put
+
+    lengths, depths = sorted(job.asked.lengths), sorted(job.asked.depths)
+    shares = [[_share(job, known, length, depth) for length in lengths] for depth in depths]
+    print("found, in % | " + " | ".join(f"{length:,} tokens" for length in lengths))
+    for depth, row in zip(depths, shares, strict=True):
+        print(f"depth {depth:g} % | " + " | ".join(f"{100 * share:.0f}" for share in row))
+    folder = Path(job.asked.output_dir)
+    about = {"settings": settings, "lengths": lengths, "depths": depths, "trials": job.asked.trials, "found": shares}
+    put(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    put(folder / "chart.png", _chart(lengths, depths, shares))
+    print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
+
+
+def _share(job: Job, known: dict[str, dict[str, Any]], length: int, depth: float) -> float:
+    tries = [known[Cell(length, depth, trial).key]["found"] for trial in range(job.asked.trials)]
+    return sum(tries) / len(tries)
+
+
+def _chart(lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Sequence[float]]) -> bytes:
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
+    axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
+    axes.set(xlabel="tokens", ylabel="depth of the needle")
+    figure.colorbar(image, label="found")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120)
+    return out.getvalue()

@@ -1,0 +1,30 @@
+"""Needle in a haystack: what a model finds in long texts; under the launcher with --tp x --pp processes, or alone.
+
+python tasks/evaluation/needle.py --load model_from_hf/internlm2-chat-7b --bf16 --chat --lengths 32768 65536 131072 200000
+"""
+
+import sys
+
+from ascendspeed import errors
+from ascendspeed.evaluation.needle import resolve
+from ascendspeed.resolve import world_size
+
+
+def main() -> None:
+    """Parse -> device -> model -> answers -> report."""
+    job, notes = resolve(sys.argv[1:], world_size())
+
+    from ascendspeed import device as devices
+
+    device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
+
+    # From here on torch.cuda means the device, so Megatron-core may be imported.
+    from ascendspeed import parallel
+    from ascendspeed.evaluation import needle
+
+    needle.run(job, device, notes)
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    errors.run(main, clean_up=True)

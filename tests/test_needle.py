@@ -1,0 +1,124 @@
+"""Needles in haystacks: texts as long and as deep as they should be, answers judged, tables; a model that reads finds them all."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import corpus
+import launch
+import pytest
+
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation import haystack
+from ascendspeed.evaluation.haystack import Cell, cells
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A random model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("needle")
+    words = corpus.sentencepiece_dir(folder / "words")
+    flags = ("--model", "internlm2-tiny", "--tokenizer", words, "--output-dir", folder / "hf")
+    subprocess.run([sys.executable, launch.ROOT / "tools/random_model.py", *flags], check=True, env=launch.environment())
+    return folder / "hf"
+
+
+def test_cells():
+    found = cells((200, 100), (50, 0), 2)
+    assert [(c.length, c.depth, c.trial) for c in found] == [(n, d, t) for n in (100, 200) for d in (0, 50) for t in (0, 1)]
+    assert len({haystack.number(1, c) for c in found} | {haystack.number(2, c) for c in found}) == 16
+    assert all(len(haystack.number(1, c)) == 7 for c in found)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "depths", "says"),
+    [
+        ((), (0,), "--lengths : give different"),
+        ((5, 5), (0,), "--lengths 5 5"),
+        ((0,), (0,), "not 0"),
+        ((9,), (101,), "--depths 101"),
+        ((9,), (-1,), "not -1"),
+    ],
+)
+def test_cells_that_mean_nothing(lengths, depths, says):
+    with pytest.raises(UserError, match=re.escape(says)):
+        cells(lengths, depths, 1)
+
+
+@pytest.mark.parametrize(("depth", "before"), [(0, 0), (25, 5), (50, 10), (100, 20)])
+def test_the_needle_lies_where_it_should(depth, before):
+    made = haystack.text(Cell(0, depth, 0), "Needle.", ["One.", "Two two."], [1, 2], 30)
+    parts = made.split(" Needle.") if depth else ["", made.removeprefix("Needle.")]
+    assert parts[0].count(".") == before
+    assert made.count(".") == 21
+    assert made.replace("Needle.", "").split() == ["One.", "Two", "two."] * 10
+
+
+def test_files_are_cut_into_sentences(tmp_path):
+    (tmp_path / "a.txt").write_text("One. Two!  Three?\nFour\n\n五。 六")
+    assert haystack.sentences([str(tmp_path / "a.txt")]) == ["One.", "Two!", "Three?", "Four", "五。", "六"]
+    assert haystack.sentences([]) == list(haystack.FILLER)
+    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
+    for name in ("b.txt", "none.txt"):
+        with pytest.raises(UserError, match=name):
+            haystack.sentences([str(tmp_path / name)])
+
+
+@pytest.mark.parametrize(
+    ("answer", "wanted", "found"),
+    [
+        (" It is 1234567.", "1234567", True),
+        ("1 234 567", "1234567", True),
+        ("234567", "1234567", False),
+        ("Eat a\nSandwich", "eat a sandwich", True),
+    ],
+)
+def test_answers(answer, wanted, found):
+    assert haystack.found(answer, wanted) is found
+
+
+def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_path, monkeypatch, capsys):
+    """A stand-in for the model finds the number in the ids that it is given; a blind one finds none."""
+    from ascendspeed import generate
+    from ascendspeed.evaluation import needle
+
+    asked = []
+
+    def reads(model, prompts, params):
+        from ascendspeed import tokenizer
+
+        words = tokenizer.load(tiny)
+        text = words.decode(prompts[0])
+        asked.append((len(prompts[0]), text))
+        number = re.search(r"day is (\d{7})", text)[1]
+        return [[generate.Completion(words.encode(f" {number}.").tolist(), "length", 0.0)]]
+
+    monkeypatch.setattr(generate, "sample", reads)
+    flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out"), "--depths", "0", "50", "100"]
+    needle.run(needle.resolve([*flags, "--lengths", "200"], 1)[0], cpu, [])
+    assert [length <= 200 and length > 170 for length, _ in asked] == [True] * 3
+    places = [text.index("The magic number") / text.index("Question") for _, text in asked]
+    assert places[0] < 0.02 < 0.3 < places[1] < 0.45 < 0.6 < places[2]
+    asked.clear()
+    needle.run(needle.resolve([*flags, "--lengths", "200", "400"], 1)[0], cpu, [])
+    assert len(asked) == 3  # the others were asked before
+    assert json.loads((tmp_path / "out/results.json").read_text())["found"] == [[1.0, 1.0]] * 3
+    assert "depth 50 % | 100 | 100" in capsys.readouterr().out
+    assert (tmp_path / "out/chart.png").read_bytes().startswith(b"\x89PNG")
+    blind = [[generate.Completion([5], "length", 0.0)]]
+    monkeypatch.setattr(generate, "sample", lambda *_: blind)
+    flags[3] = str(tmp_path / "blind")
+    needle.run(needle.resolve([*flags, "--lengths", "200"], 1)[0], cpu, [])
+    assert json.loads((tmp_path / "blind/results.json").read_text())["found"] == [[0.0]] * 3
+
+
+def test_what_is_too_short_or_not_to_be_found(cpu, tiny, tmp_path):
+    from ascendspeed.evaluation import needle
+
+    flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"--lengths 60: at least \d+ tokens are needed"):
+        needle.run(needle.resolve([*flags, "--lengths", "60"], 1)[0], cpu, [])
+    with pytest.raises(UserError, match="say with --answer what is to be found"):
+        needle.resolve([*flags, "--needle", "The best thing is a sandwich."], 1)

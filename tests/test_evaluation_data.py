@@ -1,0 +1,301 @@
+"""Benchmarks as they lie on disk: legal text is kept verbatim, everything else is an error that names its file and line."""
+
+import csv
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from evaluating import MAKERS, SAMPLE, mmlu, put_csv, put_jsonl, rows
+
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation.loaders import OWN, TASKS, load
+from ascendspeed.evaluation.options import resolve
+from ascendspeed.evaluation.styles import SHOTS
+from ascendspeed.evaluation.subjects import CEVAL_HARD, TOPICS
+
+ONE = "subject,category\nanatomy,STEM\n"
+
+
+def small(folder, count=3):
+    """One subject, declared as a set of one's own."""
+    mmlu(folder, count, ["anatomy"])
+    (folder / OWN).write_text(ONE)
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_benchmark_is_read_whole(task, tmp_path):
+    found = load(task, MAKERS[task](tmp_path), SHOTS[task])
+    expected = {"mmlu": 57 * 3, "ceval": 52 * 2, "cmmlu": 67 * 2, "boolq": 8, "gsm8k": 6, "hellaswag": 8}
+    assert (found.size, found.own) == (expected[task], False)
+    assert {len(subject.shots) for subject in found.subjects} == {SHOTS[task]}
+    assert load(task, tmp_path, SHOTS[task], limit=1).size == len(found.subjects)
+    assert all(question.where.startswith(str(tmp_path)) for subject in found.subjects for question in subject.questions)
+
+
+def test_text_is_kept_verbatim(tmp_path):
+    """Numbers, None, NA, quotes, commas, newlines and blanks: what Python's own csv reads there is what we ask."""
+    [subject] = load("mmlu", small(tmp_path, 10), 5).subjects
+    for question, row in zip(subject.questions, rows("anatomy", "test", 10), strict=True):
+        assert [question.text, *question.choices, "ABCD"[question.answer]] == row
+    assert {"0.50", "None", "NA", "nan", "1e5", "two\nlines", " 007 ", "a, b"} <= {c for q in subject.questions for c in q.choices}
+    assert [q.text for q in subject.shots] == [row[0] for row in rows("anatomy", "dev", 5)]  # in the order of the file
+    # lines are those of the file, where a question may have several
+    lines = (tmp_path / "test/anatomy_test.csv").read_text().split("\n")
+    assert all(lines[int(q.where.rsplit(":", 1)[1]) - 1].startswith(q.text) for q in subject.questions)
+
+
+def test_a_folder_around_the_data(tmp_path):
+    mmlu(tmp_path / "data")
+    assert load("mmlu", tmp_path, 5).size == 57 * 3
+    MAKERS["ceval"](tmp_path / "formal_ceval")
+    assert load("ceval", tmp_path, 5).size == 52 * 2
+
+
+def test_categories():
+    assert {
+        c: sum(t.category == c for t in TOPICS["mmlu"].values()) for c in ("STEM", "humanities", "social sciences", "other")
+    } == {
+        "STEM": 19,
+        "humanities": 13,
+        "social sciences": 12,
+        "other": 13,
+    }
+    assert (len(TOPICS["ceval"]), len(TOPICS["cmmlu"])) == (52, 67)
+    assert sum("hard" in topic.sets for topic in TOPICS["ceval"].values()) == len(CEVAL_HARD.split()) == 8
+    assert TOPICS["ceval"]["law"].title == "法学"
+    assert {t.category for t in TOPICS["cmmlu"].values()} == {"STEM", "humanities", "social sciences", "other"}
+
+
+def hub(folder, subject="anatomy", answers=(0, 3), shards=1, **more):
+    """As cais/mmlu lies on the hub."""
+    for split in ("dev", "test"):
+        tables = [
+            {"question": f"Q{i} {split}", "subject": subject, "choices": ["0.50", "None", "NA", "x"], "answer": a, **more}
+            for i, a in enumerate(answers)
+        ]
+        (folder / subject).mkdir(parents=True, exist_ok=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tables), folder / subject / f"{split}-00000-of-{shards:05}.parquet")
+    return folder
+
+
+def test_the_hubs_parquet(tmp_path):
+    for subject in TOPICS["mmlu"]:
+        hub(tmp_path, subject)
+    hub(tmp_path, "all")  # the hub has one with everything beside them
+    found = load("mmlu", tmp_path, 2)
+    assert found.size == 57 * 2
+    question = found.subjects[0].questions[1]
+    assert (question.text, question.choices, question.answer) == ("Q1 test", ("0.50", "None", "NA", "x"), 3)
+    assert question.where.endswith("test-00000-of-00001.parquet: row 1")
+
+
+def test_ceval_on_the_hub(tmp_path):
+    for subject in TOPICS["ceval"]:
+        (tmp_path / subject).mkdir()
+        for split in ("dev", "val"):
+            tables = [{"id": 0, "question": "Q", "A": "0.50", "B": "b", "C": "c", "D": "d", "answer": "C", "explanation": ""}]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tables), tmp_path / subject / f"{split}-00000-of-00001.parquet")
+    assert load("ceval", tmp_path, 1).subjects[3].questions[0].answer == 2
+
+
+def broken_csv(line):
+    def put(folder):
+        small(folder)
+        path = folder / "test/anatomy_test.csv"
+        path.write_text("Q,a,b,c,d,A\n" + line + "\n")
+
+    return put
+
+
+def without(name):
+    def put(folder):
+        mmlu(folder)
+        (folder / name).unlink()
+
+    return put
+
+
+def one_more(name):
+    def put(folder):
+        put_csv(mmlu(folder) / name, rows("anatomy", "test", 2))
+
+    return put
+
+
+BROKEN = {
+    "too few fields": (broken_csv("Q,a,b,c,A"), r"anatomy_test\.csv:2: 5 fields, not 6"),
+    "too many fields": (broken_csv("Q,a,b,c,d,e,A"), r"anatomy_test\.csv:2: 7 fields, not 6; a field that holds commas"),
+    "answer E": (broken_csv("Q,a,b,c,d,E"), r"anatomy_test\.csv:2: the answer 'E' is not one of A, B, C, D"),
+    "answer a": (broken_csv("Q,a,b,c,d,a"), r"anatomy_test\.csv:2: the answer 'a' is not one of"),
+    "answer Apple pie": (broken_csv("Q,a,b,c,d,Apple pie"), r"anatomy_test\.csv:2: the answer 'Apple pie' is not"),
+    "no answer": (broken_csv("Q,a,b,c,d,"), r"anatomy_test\.csv:2: the answer '' is not"),
+    "an open quote": (broken_csv('"Q,a,b,c,d,A\nQ,a,b,c,d,B'), r"anatomy_test\.csv:\d: this is not CSV"),
+    "an empty file": (lambda f: (small(f) / "test/anatomy_test.csv").write_text(""), r"has no questions in anatomy"),
+    "not UTF-8": (lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"\xff\xfe"), r"anatomy_test\.csv cannot be read"),
+    "no dev": (without("dev/virology_dev.csv"), r"virology_dev\.csv' cannot be read: .*No such file"),
+    "a missing subject": (without("test/virology_test.csv"), r"test: mmlu lacks virology, of its 57 subjects"),
+    "an unknown subject": (one_more("test/anatomy (1)_test.csv"), r"test: mmlu has anatomy \(1\), which it does not know"),
+    "a double subject": (
+        lambda f: (small(f) / OWN).write_text(ONE + "anatomy,other\n"),
+        r"subjects\.csv names anatomy twice",
+    ),
+    "a strange subject": (lambda f: (small(f) / OWN).write_text(ONE + "../x,other\n"), r"'\.\./x' is no name of a subject"),
+    "no subjects": (lambda f: (small(f) / OWN).write_text("subject,category\n"), r"names no subject"),
+    "a nameless column": (lambda f: (small(f) / OWN).write_text("anatomy,STEM\n"), r"subjects\.csv:1: the first line must name"),
+    "nothing": (lambda f: (f / "test").mkdir(), r"holds no mmlu: looked for test/SUBJECT_test\.csv and"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_is_wrong_is_named(case, tmp_path):
+    put, said = BROKEN[case]
+    put(tmp_path)
+    with pytest.raises(UserError, match=said) as error:
+        load("mmlu", tmp_path, 5)
+    assert "\n" not in str(error.value)
+
+
+def test_parquet_that_is_wrong(tmp_path):
+    (tmp_path / OWN).write_text(ONE)
+    for wrong, said in (
+        ((0, 4), "the answer 4 is not one of"),
+        ((-1,), "the answer -1 is not one of"),
+        ((None,), "the answer None"),
+    ):
+        hub(tmp_path, answers=wrong)
+        with pytest.raises(UserError, match=rf"test-00000-of-00001\.parquet: row .: {said}"):
+            load("mmlu", tmp_path, 0)
+    (tmp_path / "anatomy/test-00000-of-00001.parquet").unlink()
+    hub(tmp_path, shards=2)
+    (tmp_path / "anatomy/dev-00000-of-00001.parquet").unlink()
+    with pytest.raises(UserError, match="is one of 2 files, but 1 are there"):
+        load("mmlu", tmp_path, 0)
+
+
+JSONL = {
+    "boolq": [
+        ({"label": "true"}, "'label' is 'true', where true or false"),
+        ({"passage": None}, "'passage' is None, where a string should be"),
+        ({"question": 3}, "'question' is 3"),
+    ],
+    "gsm8k": [({"answer": "about 3"}, "does not end with #### and a number"), ({"question": None}, "'question' is None")],
+    "hellaswag": [
+        ({"label": "4"}, "'label' is '4', where 0, 1, 2 or 3"),
+        ({"label": ""}, "'label' is ''"),
+        ({"endings": ["a", "b"]}, "where four strings should be"),
+        ({"ctx_b": 1}, "'ctx_b' is 1"),
+    ],
+}
+
+
+@pytest.mark.parametrize(("task", "change", "said"), [(task, *case) for task, cases in JSONL.items() for case in cases], ids=str)
+def test_json_lines_that_are_wrong(task, change, said, tmp_path):
+    MAKERS[task](tmp_path)
+    path = next(p for p in tmp_path.iterdir() if "val" in p.name or "test" in p.name)
+    tables = [json.loads(line) for line in path.read_text().splitlines()]
+    tables[4] |= change
+    put_jsonl(path, tables)
+    with pytest.raises(UserError, match=rf"{path.name}:5: .*{said}"):
+        load(task, tmp_path, 0)
+    path.write_text('{"question": "q"\n')
+    with pytest.raises(UserError, match=rf"{path.name}:1: this line is not JSON"):
+        load(task, tmp_path, 0)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{task} lacks"):
+        load(task, tmp_path, 0)
+
+
+def test_two_files_for_one_split(tmp_path):
+    MAKERS["boolq"](tmp_path)
+    (tmp_path / "dev.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"boolq holds val\.jsonl and dev\.jsonl: remove one"):
+        load("boolq", tmp_path, 0)
+
+
+def test_the_originals_names_of_boolq(tmp_path):
+    put_jsonl(tmp_path / "dev.jsonl", [{"question": "q", "title": "t", "answer": True, "passage": "p"}])
+    assert load("boolq", tmp_path, 0).subjects[0].questions[0].answer == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ("agieval", "AGIEval is not there yet"),
+        ("bbh", "BBH is not there yet"),
+        ("human_eval", "HumanEval is not there yet"),
+        ("mmlu-pro", "--task mmlu-pro does not exist; there are mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag"),
+    ],
+)
+def test_tasks_that_do_not_exist(task, said, tmp_path):
+    with pytest.raises(UserError, match=said):
+        load(task, tmp_path, 0)
+    with pytest.raises(UserError, match="is not a directory"):
+        load("mmlu", tmp_path / "nowhere", 0)
+
+
+def test_too_few_examples(tmp_path):
+    with pytest.raises(UserError, match="5 examples for anatomy, fewer than --num-fewshot 6"):
+        load("mmlu", small(tmp_path), 6)
+    assert load("mmlu", tmp_path, 0).subjects[0].shots == ()
+
+
+def test_the_sample_is_sound():
+    """Every question once, four different choices, and answers that are as often A as D."""
+    found = load("mmlu", SAMPLE, 5)
+    questions = [q for subject in found.subjects for q in (*subject.shots, *subject.questions)]
+    assert found.own
+    assert (len(found.subjects), found.size) == (4, 60)
+    assert len({q.text for q in questions}) == len(questions) == 80
+    assert all(len(set(q.choices)) == 4 and q.choices == tuple(c.strip() for c in q.choices) for q in questions)
+    counts = [sum(q.answer == i for subject in found.subjects for q in subject.questions) for i in range(4)]
+    assert max(counts) - min(counts) <= 4
+    for split in ("dev", "val", "test"):
+        for path in (SAMPLE / split).iterdir():
+            with open(path, newline="") as file:
+                assert all(len(row) == 6 for row in csv.reader(file))
+    right = {q.text: q.choices[q.answer] for q in questions}
+    for text, answer in {"What is 19 + 26?": 19 + 26, "What is 9 x 12?": 9 * 12, "What is 6! (six factorial)?": 720}.items():
+        assert right[text] == str(answer)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--task-data-path {data}", "--task is needed"),
+        ("--task mmlu", "--task names 1 \\(mmlu\\) and --task-data-path 0: give one folder for each"),
+        ("--task mmlu boolq --task-data-path {data}", "names 2 \\(mmlu boolq\\) and --task-data-path 1"),
+        ("--task mmlu mmlu --task-data-path {data} {data}", "--task names mmlu twice"),
+        ("--task bbh --task-data-path {data}", "BBH is not there yet"),
+        ("--task mmlu --task-data-path {data} --num-fewshot -1", "--num-fewshot -1 is too small: at least 0"),
+        ("--task mmlu --task-data-path {data} --limit 0", "--limit 0 is too small"),
+        ("--task gsm8k --task-data-path {data} --max-new-tokens 2", "--max-new-tokens 2: gsm8k's answers are worked out"),
+        ("--task mmlu --task-data-path {data} --prompt-style helm", "helm"),
+        ("--task mmlu --task-data-path {data} --tp 2", "1 processes were started, but TP 2"),
+        ("--task mmlu --task-data-path {data} --bf16 --fp16", "contradict each other"),
+        ("--task boolq --task-data-path {data} --prompt-style hendrycks", "boolq lacks val.jsonl or dev.jsonl"),
+    ],
+)
+def test_command_lines_that_are_wrong(words, said, tmp_path):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(UserError, match=said):
+        resolve(["--load", str(tmp_path / "hf"), *words.format(data=SAMPLE).split()], 1)
+
+
+def test_the_published_flags(tmp_path):
+    """Of the old script: several tasks in one word, and what means nothing any more is said so."""
+    MAKERS["boolq"](tmp_path / "boolq")
+    (tmp_path / "hf").mkdir()
+    words = (
+        f"--task-data-path {SAMPLE} {tmp_path}/boolq --max-new-tokens 2 --row-col-parallel-linear-bias --load {tmp_path}/hf --bf16 "
+        "--no-contiguous-buffers-in-local-ddp --tokenizer-type PretrainedFromHF --tokenizer-not-use-fast --micro-batch-size 1 "
+        "--seq-length 2048 --seed 42 --position-embedding-type rope --normalization RMSNorm --swiglu --no-load-rng --no-load-optim "
+        "--exit-on-missing-checkpoint --no-masked-softmax-fusion --make-vocab-size-divisible-by 1 --use-flash-attn --deepspeed "
+        "--no-pipeline-parallel --num-layers 32 --hidden-size 4096"
+    )
+    job, notes = resolve([*words.split(), "--task", "mmlu boolq"], 1)
+    assert [one.name for one, _ in job.benchmarks] == ["mmlu", "boolq"]
+    assert (job.evaluation.batch_size, job.shots) == (1, {"mmlu": 5, "boolq": 0})
+    said = "\n".join(notes)
+    assert all(f"--{name} is accepted and does nothing" in said for name in ("seed", "no-load-rng", "use-flash-attn", "deepspeed"))

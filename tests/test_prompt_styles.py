@@ -1,0 +1,151 @@
+"""Prompts, byte for byte: lm-eval's against its own code, the others against what the original programs made of these questions."""
+
+from dataclasses import replace
+
+import pytest
+from evaluating import MAKERS, harness_task
+
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation.loaders import load
+from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.evaluation.questions import Benchmark, Question, Subject
+from ascendspeed.evaluation.styles import SHOTS, STYLES, style
+from ascendspeed.evaluation.subjects import TOPICS
+
+ASKED = [Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer) for i, answer in ((1, 1), (2, 2), (3, 0))]
+OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave for the same questions, with the answer D
+    ("mmlu", "high_school_biology", 2): (
+        "The following are multiple choice questions (with answers) about  high school biology.\n\n"
+        "Q1\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer: B\n\nQ2\nA. a2\nB. b2\nC. c2\nD. d2\nAnswer: C\n\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\nAnswer: D"
+    ),
+    ("mmlu", "high_school_biology", 0): (
+        "The following are multiple choice questions (with answers) about  high school biology.\n\n\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\nAnswer: D"
+    ),
+    ("ceval", "law", 2): (
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ2\nA. a2\nB. b2\nC. c2\nD. d2\n答案: \nC\n\n\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+    ),
+    ("ceval", "law", 1): (
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+    ),
+    ("ceval", "law", 0): (
+        "\n\n以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+    ),
+    ("cmmlu", "college_law", 2): (
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q1\nA. a1\nB. b1\nC. c1\nD. d1\n答案是: B\n\n\n"
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q2\nA. a2\nB. b2\nC. c2\nD. d2\n答案是: C\n\n\n\n\n"
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
+    ),
+    ("cmmlu", "college_law", 0): (
+        "\n\n以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
+    ),
+}
+
+
+def whole(name: str, task: str, subject: str, shots: int) -> str:
+    """Context, delimiter and the last choice."""
+    found = STYLES[name][task]
+    return found.context(TOPICS[task][subject], ASKED[:shots], ASKED[2]) + found.delimiter + found.choices(ASKED[2])[-1]
+
+
+@pytest.mark.parametrize(("task", "subject", "shots"), OPENCOMPASS)
+def test_opencompass(task, subject, shots):
+    assert whole("opencompass", task, subject, shots) == OPENCOMPASS[task, subject, shots]
+
+
+def test_opencompass_boolq():
+    question = Question("", "", "is it so", ("no", "yes"), 1, "P -- p")
+    found = style("opencompass", "boolq", 0)
+    assert found.context(TOPICS["mmlu"]["anatomy"], (), question) == "P -- p\nQuestion: is it so?"
+    assert (found.delimiter, found.choices(question)) == ("\n", ("No", "Yes"))
+
+
+def test_hendrycks():
+    expected = (
+        "The following are multiple choice questions (with answers) about  us foreign policy.\n\n"
+        "Q1\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer: B\n\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\nAnswer: D"
+    )
+    assert whole("hendrycks", "mmlu", "us_foreign_policy", 1) == expected
+    # controls: who mixes the styles up is seen
+    assert whole("lm-eval", "mmlu", "us_foreign_policy", 1) == expected.replace("about  ", "about ")
+    assert whole("opencompass", "mmlu", "us_foreign_policy", 0) != whole("hendrycks", "mmlu", "us_foreign_policy", 0)
+
+
+@pytest.mark.parametrize(("task", "shots"), [*SHOTS.items(), ("boolq", 2), ("hellaswag", 3), ("mmlu", 0)])
+def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
+    """Against the prompts that lm-eval builds from its own files."""
+    ours = load(task, MAKERS[task](tmp_path), shots)
+    put = style("lm-eval", task, shots)
+    for subject in ours.subjects[:3]:  # the titles of all are compared below
+        theirs = harness_task(task, tmp_path, subject.topic.name if len(ours.subjects) > 1 else "", shots, len(subject.questions))
+        assert len(theirs.eval_docs) == len(subject.questions)
+        for question, doc in zip(subject.questions, theirs.eval_docs, strict=True):
+            context = put.context(subject.topic, subject.shots, question)
+            assert context == theirs.fewshot_context(doc, shots)
+            if put.choices(question):
+                assert list(put.choices(question)) == theirs.doc_to_choice(doc)
+                assert question.answer == int(theirs.doc_to_target(doc))
+            else:
+                assert question.answer == theirs.doc_to_target(doc)
+
+
+@pytest.mark.parametrize("task", ["mmlu", "ceval", "cmmlu"])
+def test_titles_of_all_subjects_are_lm_evals(task):
+    from evaluating import FILES, HARNESS, _yaml
+
+    for name, topic in TOPICS[task].items():
+        theirs = _yaml(HARNESS / FILES[task].format(name))["description"]
+        assert STYLES["lm-eval"][task].context(topic, (), ASKED[0]).startswith(theirs), name
+
+
+def test_what_a_style_does_not_say_is_refused():
+    with pytest.raises(UserError, match="--prompt-style hendrycks does not say how to put ceval; choose lm-eval or opencompass"):
+        style("hendrycks", "ceval", 5)
+    with pytest.raises(UserError, match="puts boolq with 0 examples; leave --num-fewshot 3 out"):
+        style("opencompass", "boolq", 3)
+
+
+class Letters:
+    """A tokenizer of single characters."""
+
+    bos, eos, vocab_size = 1, 2, 1 << 17
+
+    def encode_batch(self, texts):
+        import numpy as np
+
+        return [np.array([ord(c) for c in text], np.int32) for text in texts]
+
+
+@pytest.mark.parametrize("room", [99999, 250, 200, 150, 99, 40])
+def test_examples_are_dropped_one_by_one_the_last_one_first(room):
+    """The room is counted by hand: BOS, the context, and all of the longest answer but its last token."""
+    topic = TOPICS["mmlu"]["anatomy"]
+    benchmark = Benchmark("mmlu", None, (Subject(topic, tuple(ASKED[:2]), (ASKED[2],)),))
+    put = style("lm-eval", "mmlu", 2)
+    [prompt] = prepare(benchmark, put, Encoder(Letters()), room, 0)
+    lengths = [1 + len(put.context(topic, ASKED[:shots], ASKED[2])) + len(" A") - 1 for shots in range(3)]
+    fitting = [shots for shots, length in enumerate(lengths) if length <= room]
+    assert prompt.shots == max(fitting, default=0)
+    assert prompt.cut == max(0, lengths[0] - room)
+    assert prompt.context == put.context(topic, ASKED[: prompt.shots], ASKED[2])
+    exact = lengths[prompt.shots]  # the border itself
+    [again] = prepare(benchmark, put, Encoder(Letters()), exact, 0)
+    assert again.shots == prompt.shots
+    [less] = prepare(benchmark, put, Encoder(Letters()), exact - 1, 0)
+    assert (less.shots, less.cut) == ((prompt.shots - 1, 0) if prompt.shots else (0, 1))
+
+
+def test_a_written_answer_needs_room():
+    topic = replace(TOPICS["mmlu"]["anatomy"], name="gsm8k")
+    sums = [Question(f"x/{i}", "", f"Q{i}", (), "#### 3") for i in range(2)]
+    benchmark = Benchmark("gsm8k", None, (Subject(topic, (sums[0],), (sums[1],)),))
+    put = style("lm-eval", "gsm8k", 1)
+    length = 1 + len(put.context(topic, sums[:1], sums[1]))
+    for room, shots in ((length + 20, 1), (length + 19, 0)):
+        [prompt] = prepare(benchmark, put, Encoder(Letters()), room, 20)
+        assert prompt.shots == shots

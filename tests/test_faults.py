@@ -220,7 +220,9 @@ def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
 # -- signals and the clock ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("what", "who"), [("term", 1), ("usr1", 0)])
+@pytest.mark.parametrize(
+    ("what", "who"), [("term", 1), ("usr1", 0), pytest.param("term", 0, marks=SLOW), pytest.param("usr1", 1, marks=SLOW)]
+)
 def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who):
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}])
     assert job.run() == [errors.EXIT_STOPPED] * 2
@@ -255,6 +257,21 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
     os.kill(ranks[who].pid, signal.SIGCONT)  # whatever it dreamed of: it leaves too
     assert ended(ranks, job)[who] != 0
     finish(job, whole)
+
+
+@pytest.mark.parametrize(("what", "who"), [("kill", 1), *(pytest.param(w, r, marks=SLOW) for w, r in [("kill", 0), ("stop", 2)])])
+def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(ready, tmp_path, what, who):
+    """Four of them: signs of life go by way of rank 0, and so does the word that one is gone."""
+    job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}], world=4)
+    ranks = job.start("--distributed-timeout-minutes", "0.1")
+    for number in set(range(4)) - {who}:
+        ranks[number].join(60)
+        assert ranks[number].exitcode == errors.EXIT_RANK_LOST, job.said()
+        said = (job.folder / f"rank{number}.log").read_text()
+        assert re.search(rf"error: rank {who} gave no sign of life for \d+ s \(of 4 ranks\); all leave", said)
+    ranks[who].kill()
+    assert job.run() == [0] * 4, job.said()
+    assert len(job.curve()) == ITERS  # what was done twice was the same twice
 
 
 def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, tmp_path):

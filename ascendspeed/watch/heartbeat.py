@@ -113,8 +113,7 @@ class Heartbeat:
                     self._left.setdefault(said["rank"], (time.monotonic(), *said["left"]))
                 self._where[said["rank"]] = who
                 self._send(news, who)
-        for who in self._where.values() if self._last_words else ():
-            self._send(self._news(), who)
+        self._tell_all()
 
     def _ask(self) -> None:
         """The others: say that they are there, hear who is not."""
@@ -129,6 +128,12 @@ class Heartbeat:
             self._ended.wait(self._interval)
         if self._last_words:
             self._send({"rank": self._rank, "left": self._last_words}, self._hub)
+
+    def _tell_all(self) -> None:
+        """Rank 0 leaves: who does not hear of its reason now would take it, gone silent, for the reason."""
+        if self._last_words or self._gone():
+            for who in self._where.values():
+                self._send(self._news(), who)
 
     def _news(self) -> dict[str, Any]:
         gone = sorted(self._gone().items())[:NAMED]
@@ -148,6 +153,8 @@ class Heartbeat:
             self._leave(_name(gone, self._world))
 
     def _leave(self, lost: RankLost) -> None:
+        if self._rank == 0:
+            self._tell_all()
         self._farewell()
         errors.tell(lost)
         os._exit(lost.code)

@@ -40,6 +40,16 @@ def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
     assert derived(cpu, tmp_path, run=run)["fp16"] == {"enabled": True, "initial_scale_power": 19}
 
 
+def test_flags_put_states_elsewhere(cpu, tmp_path):
+    """A second partition within a node and a disk: DeepSpeed's own names for them, beside what is there anyway."""
+    zero = {"zero_stage": 3, "tensor_model_parallel_size": 1, "zero_hpz_partition_size": 4}
+    run = replace(RUN, parallel=replace(RUN.parallel, **zero, zero_offload="nvme", zero_offload_nvme_path="/nvme"))
+    found = derived(cpu, tmp_path, run=run)["zero_optimization"]
+    assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
+    assert (found["stage"], found["zero_hpz_partition_size"], found["overlap_comm"]) == (3, 4, True)
+    assert not {"offload_optimizer", "zero_hpz_partition_size"} & derived(cpu, tmp_path)["zero_optimization"].keys()
+
+
 def test_a_file_may_add(cpu, tmp_path):
     given = {
         "zero_optimization": {"offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 5, "stage": 2},

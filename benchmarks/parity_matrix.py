@@ -64,4 +64,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, clean_up=True)

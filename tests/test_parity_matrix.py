@@ -174,9 +174,16 @@ def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
     monkeypatch.setattr(launch, "ranks", ranks)
     theirs = reference.Reference(rows.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"})
     said: list[str] = []
-    found = list(running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, said.append))
+    found = list(running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, running.Progress(2, said.append)))
     assert found == [(LAYOUT, None), (CONTROL, None)]
     assert "exit codes [1, 0]" in said[0]
+
+
+def test_every_row_is_told_once_as_it_begins(tmp_path):
+    told: list[str] = []
+    with running.watching(tmp_path / "log", {"one", "two", "three"}, told.append):
+        (tmp_path / "log").write_text("a warning\none\nsomething else\ntwo\n")
+    assert told == ["one", "two"]
 
 
 def test_the_page_and_the_record():

@@ -1,8 +1,10 @@
 """Runs the rows: every family and number of processes in one start, the curves and the last weights of each."""
 
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +39,20 @@ class Result:
         return self.figures is not None and bool(self.broken) == bool(self.row.control)
 
 
+class Progress:
+    """Says what begins, and about how long the rest takes."""
+
+    def __init__(self, total: int, say: Say) -> None:
+        """`total`: rows to come."""
+        self.total, self.count, self.say, self.began = total, 0, say, time.monotonic()
+
+    def begins(self, what: str) -> None:
+        """One more row."""
+        done, self.count = self.count, self.count + 1
+        left = f"; {(time.monotonic() - self.began) / done * (self.total - done):.0f} s left" if done else ""
+        self.say(f"[{self.count}/{self.total}] {what}{left}")
+
+
 @dataclass(frozen=True)
 class Measured:
     """Everything that came out."""
@@ -67,9 +83,9 @@ def measure(families: Sequence[str], parts: Sequence[str], steps: int, work: Pat
         optim = rows.run_of(rows.MODELS[family], steps).optim
         bounds[family, "fp32"] = figures.exact(sum(schedule.lr_at(i, optim, steps) for i in range(steps)))
         bounds[family, "bf16"] = figures.band(*(apart[family, name] for name in BF16))
-    results, tell = [], progress(sum(map(len, starts.values())), say)
+    results, progress = [], Progress(sum(map(len, starts.values())), say)
     for (family, world), wanted in starts.items():
-        for row, trained in start(family, world, wanted, theirs[family], steps, work, tell):
+        for row, trained in start(family, world, wanted, theirs[family], steps, work, progress):
             found = compare(trained, theirs[family].end, theirs[family].start) if trained else None
             results.append(Result(family, row, found, bounds[family, row.precision].broken(found) if found else []))
     return Measured(results, bounds, apart, steps, time.monotonic() - began)
@@ -86,47 +102,46 @@ def references_of(starts: dict[tuple[str, int], list[Row]], steps: int, work: Pa
 
 
 def start(
-    family: str, world: int, wanted: list[Row], theirs: Reference, steps: int, work: Path, tell: Callable[[str], None]
+    family: str, world: int, wanted: list[Row], theirs: Reference, steps: int, work: Path, progress: Progress
 ) -> Iterator[tuple[Row, Trained | None]]:
     """One start of processes; every row with its curve and its last weights, or without when the start failed."""
     folder = work / f"{family}-{world}"
     at = {row.title: folder / f"row{i}" for i, row in enumerate(wanted)}
     cases = {row.title: rows.case(row, steps, theirs.files[row.weights], str(at[row.title])) for row in wanted}
     job = rows.job(theirs.model, steps, cases)
-    with ThreadPoolExecutor(1) as pool:
-        ranks = pool.submit(launch.ranks, world, "engine_worker.py", job, folder, LONGEST)
-        watch(ranks.done, folder / "rank0.log", set(cases), lambda title: tell(f"{family}, {world} processes: {title}"))
+    with watching(folder / "rank0.log", set(cases), lambda title: progress.begins(f"{family}, {world} processes: {title}")):
         try:
-            curves = ranks.result()
-        except (AssertionError, OSError) as error:
-            tell(f"{family}, {world} processes: failed\n{error}")
+            curves = launch.ranks(world, "engine_worker.py", job, folder, LONGEST)
+        except (AssertionError, OSError, subprocess.SubprocessError) as error:
+            progress.say(f"{family}, {world} processes: failed: {error}")
             curves = {}
     for row in wanted:
         yield row, Trained(curves[row.title], last_weights(at[row.title])) if row.title in curves else None
 
 
-def watch(done: Callable[[], bool], log: Path, titles: set[str], tell: Callable[[str], None]) -> None:
-    """Tells of every case as it begins."""
-    told: set[str] = set()
-    while not done():
-        time.sleep(0.2)
-        for line in log.read_text().splitlines() if log.exists() else ():
-            if line in titles - told:
-                told.add(line)
-                tell(line)
+@contextmanager
+def watching(log: Path, titles: set[str], tell: Say) -> Iterator[None]:
+    """Tells of every case as it begins, for the time of a block."""
+    over = threading.Event()
 
+    def look() -> None:
+        told: set[str] = set()
+        while True:
+            last = over.wait(0.2)
+            for line in log.read_text().splitlines() if log.exists() else ():
+                if line in titles - told:
+                    told.add(line)
+                    tell(line)
+            if last:
+                return
 
-def progress(total: int, say: Say) -> Callable[[str], None]:
-    """Says what begins, and about how long the rest takes."""
-    began, count = time.monotonic(), 0
-
-    def tell(what: str) -> None:
-        nonlocal count
-        done, count = count, count + 1
-        left = f"; {(time.monotonic() - began) / done * (total - done):.0f} s left" if done else ""
-        say(f"[{count}/{total}] {what}{left}")
-
-    return tell
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def last_weights(folder: Path) -> Named:

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,12 +26,16 @@ class Results:
         if speaks and self._path:
             self._file = self._open()
 
-    def add(self, place: tuple[int, int], record: dict[str, Any], shown: str) -> None:
-        """`place`: number of the task and of the prompt. Raises `UserError` when the file cannot be written."""
+    def add(self, place: tuple[int, int], record: dict[str, Any], shown: str | None) -> None:
+        """`place`: number of the task and of the prompt; `shown`: for stdout, None where it has been streamed.
+
+        Raises `UserError` when the file cannot be written.
+        """
         if not self._speaks:
             return
         if self._file is None:
-            self._show(place, shown)
+            if shown is not None:
+                self._show(place, shown)
             return
         self._lines[place] = line = json.dumps(record, ensure_ascii=False) + "\n"
         try:
@@ -80,12 +83,3 @@ def write(text: str) -> None:
     sys.stdout.flush()
     sys.stdout.buffer.write(text.encode("utf-8", "replace"))
     sys.stdout.buffer.flush()
-
-
-def block(title: str, prompt: str, answers: Sequence[str]) -> str:
-    """How a prompt and its answers are shown."""
-    several = len(answers) > 1
-    lines = [f"== {title}", prompt]
-    for number, text in enumerate(answers, 1):
-        lines.append(f"-> {f'({number}) ' if several else ''}{text}")
-    return "\n".join(lines)

@@ -1,7 +1,8 @@
 """A checked job -> answers: every task over all prompts, then the conversation where one is asked for."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ascendspeed import generate
@@ -12,11 +13,25 @@ from ascendspeed.inference import prompts as reading
 from ascendspeed.inference.answers import Answer, answer, batches, params_of
 from ascendspeed.inference.options import Job
 from ascendspeed.inference.prompts import Prompt
-from ascendspeed.inference.results import Results, block, write
+from ascendspeed.inference.results import Results, write
 from ascendspeed.inference.session import Session
 from ascendspeed.inference.talk import Talk, converse, from_stdin
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
+
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task with its prompts, encoded."""
+
+    task: str
+    prompts: list[Prompt]
+    ids: list[list[int]]
+    params: Params | None
+    """None for log-probabilities."""
 
 
 def run(job: Job, device: Device, notes: Sequence[str]) -> None:
@@ -61,13 +76,6 @@ def _tokens(session: Session) -> int:
     return min(session.tokenizer.vocab_size, session.config.vocab_size)
 
 
-class Plan:
-    """A task with its prompts, encoded."""
-
-    def __init__(self, task: str, prompts: list[Prompt], ids: list[list[int]], params: Params | None) -> None:
-        self.task, self.prompts, self.ids, self.params = task, prompts, ids, params
-
-
 def _plan(session: Session, job: Job, task: str, prompts: list[Prompt], demonstration: bool) -> Plan:
     asked = job.generation
     if task == "chat":
@@ -87,75 +95,71 @@ def _plan(session: Session, job: Job, task: str, prompts: list[Prompt], demonstr
 
 def _do(session: Session, job: Job, number: int, plan: Plan, results: Results) -> None:
     asked, total = job.generation, len(plan.prompts)
-    show = write if asked.stream and session.grid.rank == 0 else (lambda text: None) if asked.stream else None
-    done = tokens = 0
+    streams = asked.stream and plan.params is not None
+    size = 1 if streams else asked.batch_size
     session.model  # noqa: B018 - its loading is no part of the speed
-    begin = time.monotonic()
-    for batch in batches(plan.ids, 1 if asked.stream else asked.batch_size):
-        for i, record, shown in _batch(session, asked.stop, plan, batch, show):
-            results.add((number, i), record, "" if show and plan.params else shown)
-            tokens += record["new_tokens"]
+    done, tokens, begin = 0, 0, time.monotonic()
+    for batch in batches(plan.ids, size):
+        if plan.params is None:
+            records = _likely(session, plan, batch)
+        else:
+            show = _streaming(session, plan, batch[0]) if streams else None
+            records = _answered(
+                session, plan, batch, answer(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show)
+            )
+            tokens += sum(record["new_tokens"] for record, _ in records)
+            if show:
+                show("\n")
+        for i, (record, text) in zip(batch, records, strict=True):
+            results.add((number, i), record, None if streams else _heading(plan, i, record) + text)
         done += len(batch)
-        if total > asked.batch_size and not asked.stream:
-            speed = tokens / max(time.monotonic() - begin, 1e-9)
-            session.say(f"{plan.task}: {done}/{total} prompts, {speed:.1f} tokens/s")
+        if total > size and not streams:
+            speed = f", {tokens / max(time.monotonic() - begin, 1e-9):.1f} tokens/s" if tokens else ""
+            session.say(f"{plan.task}: {done}/{total} prompts{speed}")
     results.task_done(number)
 
 
-def _batch(
-    session: Session, stops: Sequence[str], plan: Plan, batch: list[int], show: Any
-) -> list[tuple[int, dict[str, Any], str]]:
-    """(number, record, how it is shown) of every prompt."""
-    ids = [plan.ids[i] for i in batch]
-    if plan.params is None:
-        found = generate.logprobs(session.model, ids, len(ids))
-        return [(i, *_likely(session, plan, i, values.tolist())) for i, values in zip(batch, found, strict=True)]
-    if show:
-        show(_title(plan, batch[0], "") + "\n")
-    answers = answer(session, ids, batch, plan.params, stops, show)
-    if show:
-        show("\n")
-    return [(i, *_answered(session, plan, i, several)) for i, several in zip(batch, answers, strict=True)]
+def _streaming(session: Session, plan: Plan, i: int) -> Callable[[str], None]:
+    """Shows the answer to one prompt as it comes, on rank 0."""
+    if session.grid.rank:
+        return lambda text: None
+    write(_heading(plan, i, {}) + "-> ")
+    return write
 
 
-def _title(plan: Plan, i: int, more: str) -> str:
-    return block(f"{plan.task} {i + 1}/{len(plan.prompts)}{more}", _asked(plan.prompts[i]), [])
-
-
-def _asked(prompt: Prompt) -> str:
-    return prompt.text if prompt.text is not None else "\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
-
-
-def _answered(session: Session, plan: Plan, i: int, answers: list[Answer]) -> tuple[dict[str, Any], str]:
+def _heading(plan: Plan, i: int, record: Record) -> str:
     prompt = plan.prompts[i]
-    record: dict[str, Any] = {
-        "task": plan.task,
-        "number": i + 1,
-        "prompt": reading.shown(prompt),
-        "prompt_tokens": len(plan.ids[i]),
-    }
-    record["new_tokens"] = sum(len(one.tokens) for one in answers)
-    record["answers"] = [{"text": a.text, "reason": a.reason, "score": a.score, "tokens": len(a.tokens)} for a in answers]
-    if prompt.messages:
-        for entry, one in zip(record["answers"], answers, strict=True):
-            message = session.chat.message(one.tokens)
-            if set(message) > {"role", "content"}:
-                entry["message"] = message
-    ended = ", ".join(f"{one.reason} after {len(one.tokens)} tokens" for one in answers)
-    return record, block(f"{plan.task} {i + 1}/{len(plan.prompts)}: {ended}", _asked(prompt), [one.text for one in answers])
+    ended = ", ".join(f"{one['reason']} after {one['tokens']} tokens" for one in record.get("answers", []))
+    asked = prompt.text if prompt.text is not None else "\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
+    return f"== {plan.task} {i + 1}/{len(plan.prompts)}{': ' if ended else ''}{ended}\n{asked}\n"
 
 
-def _likely(session: Session, plan: Plan, i: int, values: list[float]) -> tuple[dict[str, Any], str]:
-    ids, total = plan.ids[i], sum(values)
-    pieces = [session.tokenizer.decode([token]) for token in ids[1:]]
-    record = {
-        "task": plan.task,
-        "number": i + 1,
-        "prompt": reading.shown(plan.prompts[i]),
-        "prompt_tokens": len(ids),
-        "new_tokens": 0,
-    }
-    record |= {"tokens": ids[1:], "pieces": pieces, "logprobs": values, "logprob": total}
-    listed = [f"{value:10.4f}  {token:7}  {piece!r}" for value, token, piece in zip(values, ids[1:], pieces, strict=True)]
-    mean = f"log-probability {total:.4f}, {total / len(values):.4f} per token"
-    return record, "\n".join([f"== logprobs {i + 1}/{len(plan.prompts)}: {mean}", _asked(plan.prompts[i]), *listed])
+def _record(plan: Plan, i: int, new_tokens: int) -> Record:
+    prompt = reading.shown(plan.prompts[i])
+    return {"task": plan.task, "number": i + 1, "prompt": prompt, "prompt_tokens": len(plan.ids[i]), "new_tokens": new_tokens}
+
+
+def _answered(session: Session, plan: Plan, batch: list[int], answers: list[list[Answer]]) -> list[tuple[Record, str]]:
+    """A record and how it is shown, for each prompt of a batch."""
+    found = []
+    for i, several in zip(batch, answers, strict=True):
+        entries = [{"text": a.text, "reason": a.reason, "score": a.score, "tokens": len(a.tokens)} for a in several]
+        if plan.prompts[i].messages:
+            for entry, one in zip(entries, several, strict=True):
+                message = session.chat.message(one.tokens)
+                entry |= {"message": message} if len(message) > 2 else {}  # it calls tools
+        record = _record(plan, i, sum(len(one.tokens) for one in several)) | {"answers": entries}
+        found.append((record, "\n".join(f"-> {one.text}" for one in several)))
+    return found
+
+
+def _likely(session: Session, plan: Plan, batch: list[int]) -> list[tuple[Record, str]]:
+    """The same for log-probabilities."""
+    found = []
+    for i, values in zip(batch, generate.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True):
+        ids, each = plan.ids[i][1:], values.tolist()
+        pieces = [session.tokenizer.decode([token]) for token in ids]
+        record = _record(plan, i, 0) | {"tokens": ids, "pieces": pieces, "logprobs": each, "logprob": sum(each)}
+        lines = [f"{value:10.4f}  {token:7}  {piece!r}" for value, token, piece in zip(each, ids, pieces, strict=True)]
+        found.append((record, "\n".join([*lines, f"{sum(each):10.4f}  in all, {sum(each) / len(each):.4f} per token"])))
+    return found

@@ -1,0 +1,466 @@
+"""Generation as a command: what is typed, prompts, answers in files, streams and conversations, and how fast it goes."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import launch
+import oracle
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_chat import vocabulary
+
+from ascendspeed import families, tokenizer
+from ascendspeed.chat import Chat, Message
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.inference import options, performance, prompts
+from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
+from ascendspeed.inference.results import Results
+
+MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
+"""More rows than the tokenizer below has ids."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face directory: a tiny InternLM with random weights, and a tokenizer with <eoh> and <eoa>."""
+    path = vocabulary(tmp_path_factory.mktemp("model") / "hf", ["<eoh>", "<eoa>"])
+    _, tensors = oracle.native(MODEL)
+    save_file(tensors, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The same weights in Hugging Face's own class."""
+    return oracle.native(MODEL)[0]
+
+
+@pytest.fixture
+def run(cpu, folder, monkeypatch, capsys):
+    """Runs the command here: run(*flags, stdin=...) -> what it wrote to stdout."""
+    from ascendspeed.inference import running
+
+    def run(*flags, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
+        job, notes = options.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
+        capsys.readouterr()
+        running.run(job, cpu, notes)
+        run.stderr = ""
+        out = capsys.readouterr()
+        run.stderr = out.err
+        return out.out
+
+    return run
+
+
+def theirs(reference, ids, **params):
+    """Hugging Face's continuation, of ids that the tokenizer has."""
+    one = torch.tensor([ids])
+    with torch.no_grad():
+        out = reference.generate(one, attention_mask=torch.ones_like(one), do_sample=False, pad_token_id=2, **params)
+    return out[0, len(ids) :].tolist()
+
+
+WRONG = {
+    "": "--load is needed",
+    "--load nowhere": "--load nowhere is not a directory",
+    "--load {} --tp 3": "heads",
+    "--load {} --tp 2": "1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2",
+    "--load {} --pp 3": "layers",
+    "--load {} --tp 2 --no-pipeline-parallel --pp 2": "--no-pipeline-parallel contradicts",
+    "--load {} --bf16 --fp16": "--bf16 and --fp16 contradict each other",
+    "--load {} --num-layers 3": "the command line says num_layers = 3, but --load",
+    "--load {} --model internlm2-tiny": "--model internlm2-tiny says",
+    "--load {} --task fly": "--task fly does not exist; there are greedy (1), sample (2)",
+    "--load {} --task 7": "--task 7 does not exist",
+    "--load {} --task greedy --top-k 3": "--top-k is for --task sample or beam-sample or chat, not for greedy",
+    "--load {} --task sample --num-beams 3": "--num-beams is for --task beam or beam-sample, not for sample",
+    "--load {} --task logprobs --stop x": "--stop is for --task",
+    "--load {} --batch-size 0": "--batch-size 0 is too small: at least 1",
+    "--load {} --max_input_length 0": "--max-input-length 0 is too small",
+    "--load {} --history-turns -1": "--history-turns -1 is too small",
+    "--load {} --stop=": "--stop is empty",
+    "--load {} --output-file {}/config.json": "exists; move it away",
+    "--load {} --output-file /nowhere/x": "--output-file /nowhere/x: /nowhere is no directory",
+    "--load {} --stream --task beam": "--stream shows one answer",
+    "--load {} --promt x": "unknown flag --promt; did you mean --prompt?",
+}
+
+
+@pytest.mark.parametrize("typed", WRONG)
+def test_what_was_typed_is_judged_first(typed, folder):
+    with pytest.raises(UserError) as error:
+        options.resolve(typed.format(*[folder] * typed.count("{}")).split(), 1)
+    assert WRONG[typed] in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-ddp --tokenizer-not-use-fast --micro-batch-size 1
+    --seq-length 2048 --max-new-tokens 64 --seed 42 --deepspeed --deepspeed_config ds.json --no-pipeline-parallel --num-layers 2
+    --swiglu --tokenizer-name-or-path {0} --load {0} --position-embedding-type rope --normalization RMSNorm --use-fused-rmsnorm
+    --local_rank 0"""
+
+
+def test_the_published_flags_are_understood(folder):
+    job, notes = options.resolve(PUBLISHED.format(folder).split(), 1)
+    assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (1, 42, True)
+    told = {note.split()[0] for note in notes}
+    assert {"--deepspeed", "--deepspeed-config", "--seq-length", "--no-contiguous-buffers-in-local-ddp", "--local-rank"} <= told
+
+
+def test_which_task_is_meant(folder):
+    def tasks(typed):
+        return options.resolve(["--load", str(folder), *typed.split()], 1)[0].tasks
+
+    assert tasks("") == ()
+    assert tasks("--task 1 2 3 4 5 6") == ("greedy", "sample", "beam", "beam-sample", "logprobs", "chat")
+    assert tasks("--top-p 0.9") == ("sample",)
+    assert tasks("--num-beams 2") == ("beam",)
+    assert tasks("--num-beams 2 --temperature 2") == ("beam-sample",)
+    assert tasks("--history-turns 2") == ("chat",)
+    words = ["--input_texts", "a", "b", "--max_output_length", "7", "--max_batch_size", "3"]
+    mindie = options.resolve(["--load", str(folder), *words], 1)[0]
+    assert (mindie.generation.input_texts, mindie.generation.max_new_tokens, mindie.generation.batch_size) == (("a", "b"), 7, 3)
+
+
+LINES = {
+    b'"text"': "text",
+    b'{"prompt": "text"}': "text",
+    '"中文 \\u4e2d"'.encode(): "中文 中",
+    b'[{"role": "user", "content": "hi"}]': (Message("user", "hi"),),
+    b'{"messages": [{"role": "user", "content": "hi"}], "tools": [{"name": "f"}]}': (Message("user", "hi"),),
+}
+
+
+def test_lines_of_an_input_file(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_bytes(b"\n\n".join(LINES) + b"\n")
+    found = prompts.from_file(str(file))
+    assert [one.text if one.text is not None else one.messages for one in found] == list(LINES.values())
+    assert [one.where for one in found] == [f"{file}, line {n}" for n in (1, 3, 5, 7, 9)]
+    assert found[-1].tools == [{"name": "f"}]
+    for line, says in {
+        b"plain": "line 2 is not JSON",
+        b"3": "line 2 is neither a text",
+        b'{"text": "x"}': "line 2 is neither",
+        b'{"prompt": 3}': "line 2 is neither",
+        b"[]": "line 2: a conversation is a list",
+        b'[{"role": "user"}]': "line 2, message 1: the content is missing",
+        b'"\xff"': "line 2 is not JSON",
+        b'{"prompt": "a", "prompt": "b"}': "line 2 is not JSON: it says 'prompt' twice",
+    }.items():
+        with pytest.raises(UserError) as error:
+            prompts.from_lines(b'"fine"\n' + line, "in")
+        assert says in str(error.value)
+    with pytest.raises(UserError, match="cannot be read: No such file"):
+        prompts.from_file(str(tmp_path / "absent"))
+    with pytest.raises(UserError, match="holds no prompts"):
+        prompts.from_lines(b"\n \n", "in")
+    assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
+    with pytest.raises(UserError, match="stdin is not UTF-8"):
+        prompts.from_text(b"\xff", "stdin")
+
+
+def test_one_bos(folder):
+    one = tokenizer.load(folder)
+    text = prompts.Prompt("here", "<s>hello")
+    assert prompts.encode(text, one, None).count(1) == 1
+    assert prompts.encode(text, one, None, add_bos=False).count(1) == 0
+    assert prompts.encode(prompts.Prompt("here", ""), one, None) == [1]
+    with pytest.raises(UserError, match="here is empty"):
+        prompts.encode(prompts.Prompt("here", ""), one, None, add_bos=False)
+    assert prompts.adds_bos({})
+    assert prompts.adds_bos({"add_bos_token": True})
+    assert not prompts.adds_bos({"add_bos_token": False})
+
+
+def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "out.jsonl"
+    results = Results(str(path), True)
+    for place in ((0, 2), (0, 0), (1, 0), (0, 1)):
+        results.add(place, {"place": place, "text": "中"}, "shown")
+        assert not path.exists()
+    partial = (tmp_path / "out.jsonl.partial").read_text().splitlines()
+    assert [json.loads(line)["place"] for line in partial] == [[0, 2], [0, 0], [1, 0], [0, 1]]  # a killed run leaves this
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left"):
+            results.finish()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.partial"]
+    results = Results(str(path), True)
+    for place in ((0, 1), (0, 0)):
+        results.add(place, {"place": place}, None)
+    results.finish()
+    assert [json.loads(line)["place"] for line in path.read_text().splitlines()] == [[0, 0], [0, 1]]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
+    assert capsys.readouterr().out == ""
+
+
+def test_shown_in_the_order_of_the_prompts(capsys):
+    results = Results(None, True)
+    for place in ((0, 1), (0, 0), (0, 2)):
+        results.add(place, {}, f"{place[1]}")
+    assert capsys.readouterr().out == "0\n1\n2\n"
+    silent = Results(None, False)
+    silent.add((0, 0), {}, "x")
+    assert capsys.readouterr().out == ""
+
+
+PROMPTS = ["Document 7 says", "It ends here. Document 3 says that", "x"]
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_answers_equal_hugging_faces(run, folder, reference, tmp_path):
+    """Greedy, beams and log-probabilities, as text, in a file; the batch size changes nothing."""
+    one = tokenizer.load(folder)
+    never = list(range(one.vocab_size, MODEL.vocab_size))
+    ids = [[1, *one.encode(text).tolist()] for text in PROMPTS]
+    typed = [word for text in PROMPTS for word in ("--prompt", text)]
+    common = ("--max-new-tokens", 12, *typed)
+    outputs = {}
+    for size in (1, 16):
+        file = tmp_path / f"{size}.jsonl"
+        assert run(*common, "--task", 1, 3, 5, "--num-beams", 3, "--batch-size", size, "--output-file", file) == ""
+        outputs[size] = records(file)
+    for a, b in zip(outputs[1], outputs[16], strict=True):
+        assert [x["text"] for x in a.get("answers", [])] == [x["text"] for x in b.get("answers", [])]
+        assert a.get("logprob", 0) == pytest.approx(b.get("logprob", 0), abs=1e-4)
+    found = outputs[16]
+    assert [(r["task"], r["number"], r["prompt"]) for r in found] == [
+        (task, n + 1, PROMPTS[n]) for task in ("greedy", "beam", "logprobs") for n in range(3)
+    ]
+    differs = False
+    for n, prompt in enumerate(ids):
+        free = theirs(reference, prompt, max_new_tokens=12, eos_token_id=2)
+        for at, more in ((0, {}), (3, {"num_beams": 3})):
+            expected = theirs(reference, prompt, max_new_tokens=12, eos_token_id=2, suppress_tokens=never, **more)
+            expected = expected[: expected.index(2)] if 2 in expected else expected
+            assert found[at + n]["answers"][0]["text"] == one.decode(expected)
+            differs |= at == 0 and free != expected
+        with torch.no_grad():
+            logs = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+        expected = [float(logs[i, token]) for i, token in enumerate(prompt[1:])]
+        assert found[6 + n]["logprobs"] == pytest.approx(expected, abs=2e-4)
+    assert differs  # control: the rows that the tokenizer has no token for would have been chosen
+
+
+def test_what_is_drawn_does_not_depend_on_batches(run, tmp_path):
+    typed = [word for text in PROMPTS for word in ("--prompt", text)]
+    seen = {}
+    for name, more in {"one": (), "two": ("--batch-size", 2), "other": ("--seed", 7)}.items():
+        file = tmp_path / name
+        run("--task", "sample", "--num-return-sequences", 2, "--max-new-tokens", 6, *typed, *more, "--output-file", file)
+        seen[name] = [[a["text"] for a in r["answers"]] for r in records(file)]
+    assert seen["one"] == seen["two"]
+    assert seen["one"] != seen["other"]  # control
+    assert all(a != b for a, b in seen["one"])
+
+
+def test_stop_strings_and_streams(run):
+    whole = run("--prompt", "Document 7", "--max-new-tokens", 20)
+    text = whole.split("\n-> ", 1)[1].removesuffix("\n")
+    stop = text[7:10]
+    assert text.count(stop)
+    shown = run("--prompt", "Document 7", "--max-new-tokens", 20, "--stop", stop, "--stop", "never there")
+    assert shown.startswith("== greedy 1/1: stop after ")
+    assert shown.endswith(f"\n-> {text[: text.index(stop)]}\n")
+    for more in ((), ("--stop", stop)):
+        still = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, *more).split("== ")[1:]
+        stream = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, "--stream", *more).split("== ")[1:]
+        assert [s.split("\n", 1)[1] for s in stream] == [s.split("\n", 1)[1] for s in still]
+
+
+def test_input_from_everywhere(run, tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text('"x"\n[{"role": "user", "content": "hi"}]\n')
+    quick = ("--max-new-tokens", 1)
+    from_file = run("--input-file", file, "--prompt", "y", "--input_texts", "z", *quick)
+    assert [line for line in from_file.splitlines() if line.startswith("== ")][-1].startswith("== greedy 4/4")
+    assert run("--input-file", "-", *quick, stdin=file.read_bytes()) == run("--input-file", file, *quick)
+    assert run(*quick, stdin="x\ny\n") == run("--prompt", "x", "--prompt", "y", *quick)
+    demonstration = run(*quick)
+    assert [demonstration.count(f"== {task} ") for task in ("greedy", "sample", "beam", "beam-sample", "logprobs")] == [4] * 5
+    with pytest.raises(UserError, match=r"--prompt 2 has \d+ tokens; --max-input-length is 3"):
+        run("--prompt", "x", "--prompt", "hello there", "--max-input-length", 3)
+    with pytest.raises(UserError, match="--prompt 1 has 1 token: there is none to follow it"):
+        run("--task", "logprobs", "--prompt", "")
+
+
+def spoken(folder, reference, talk, count):
+    """What the model says next by Hugging Face, in the original chat format."""
+    one = tokenizer.load(folder)
+    ids = [1, *one._model.encode("".join(talk) + "<|Bot|>:")]  # sentencepiece itself makes <eoa> a token
+    end = one.id_of("<eoa>")
+    never = list(range(one.vocab_size, MODEL.vocab_size))
+    out = theirs(reference, ids, max_new_tokens=count, eos_token_id=[2, end], suppress_tokens=never)
+    ends = [i for i, token in enumerate(out) if token in (2, end)]
+    return one.decode(out[: ends[0]] if ends else out)
+
+
+def test_a_conversation(run, folder, reference):
+    """Through a pipe: answers on stdout and nothing else, with what was said before; clear, several lines, history, quit."""
+    count = 5
+
+    def said(*talk):
+        return spoken(folder, reference, talk, count)
+
+    def bot(text):
+        return f"<|Bot|>:{text}<eoa>\n"
+
+    hi, two, again = "<|User|>:hi\n", "<|User|>:two\nlines\n", "<|User|>:again\n"
+    first = said(hi)
+    second = said(hi, bot(first), two)
+    stdin = 'hi\n"""\ntwo\nlines\n"""\nclear\n\nagain\nq\nnever\n'
+    chat = ("--task", "chat", "--max-new-tokens", count)
+    assert run(*chat, stdin=stdin) == f"{first}\n{second}\n{said(again)}\n"
+    assert "<|Bot|>" not in run.stderr
+    forgetful = run(*chat, "--history-turns", 0, stdin="hi\nagain\n")
+    assert forgetful == f"{first}\n{said(again)}\n"
+    told = run(*chat, "--system", "Be brief", stdin="hi\nquit\n")
+    assert told == f"{said('<|System|>:Be brief' + chr(10), hi)}\n"
+    assert len({first, second, said(again), told}) == 4  # control: history, system and question all matter
+    assert run("--task", "chat", "--prompt", "hi", "--max-new-tokens", count).endswith(f"-> {first}\n")
+    with pytest.raises(UserError, match="not UTF-8"):
+        run(*chat, stdin=b"\xff\n")
+    with pytest.raises(UserError, match="the question has"):
+        run(*chat, "--max-input-length", 4, stdin="hi\n")
+
+
+def test_what_is_remembered(cpu, folder):
+    from ascendspeed.inference.talk import Talk
+
+    one = tokenizer.load(folder)
+
+    def after(turns=None, longest=None):
+        talk = Talk(Chat(one, "internlm"), "S", turns, longest)
+        for n in range(4):
+            talk.ask(f"question {n}")
+            talk.answered(one.encode(f"answer {n}").tolist())
+        return one.decode(talk.ask("last"))
+
+    whole = after()
+    assert [f"question {n}" in whole and f"answer {n}" in whole for n in range(4)] == [True] * 4
+    assert whole.startswith("<|System|>:S\n<|User|>:question 0")
+    assert [f"question {n}" in after(turns=1) for n in range(4)] == [False, False, False, True]
+    assert "question" not in after(turns=0)
+    size = len(one.encode(whole))
+    cut = after(longest=size - 3)
+    assert "question 0" not in cut
+    assert "answer 3" in cut
+    assert cut.startswith("<|System|>:S\n<|User|>:question 1")
+
+
+def test_clock_and_table(tmp_path):
+    ticks = iter([0.0, 0.5, 2.5])
+    clock = Clock(lambda: next(ticks))
+    assert not any(clock.watch(row, 1) for _ in range(3) for row in range(4))
+    timing = clock.timing(4, 100, 5)
+    assert timing.row == (4, 100, 5, 2.5, 500.0, 500.0, 8.0, 8.0)
+    assert Timing(1, 8, 1, 0.5, 0.5).row[5:] == (0.0, 0.0, 2.0)
+    text = performance.write([timing, Timing(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32")
+    assert text.splitlines()[0] == "tiny, fp32"
+    assert text.splitlines()[2].split() == ["4", "100", "5", "2.50", "500.00", "500.00", "8.00", "8.00"]
+    assert (tmp_path / "new/performance.csv").read_text().splitlines()[2] == "2,8,2,0.25,125.0,125.0,16.0,16.0"
+    assert (tmp_path / "new/performance.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "new").iterdir())) == 3
+
+
+@pytest.mark.parametrize(("low", "high"), [(1, 64), (1, 1), (5, 64), (3, 7), (1, 2048)])
+def test_the_largest_batch(low, high):
+    """Against trying all of them, for every limit; without memory from some batch on."""
+    for fits in (0, 1, 2, 5, 6, 7, 31, 64, 100):
+        for memory in (4, 50, 5000):
+            tried, said = [], []
+
+            def measure(batch, memory=memory, tried=tried):
+                tried.append(batch)
+                if batch > memory:
+                    raise OutOfMemory
+                return Timing(batch, 8, 3, 0.0 + 2 * batch, 0.0)
+
+            best = largest(low, high, fits, measure, said.append)
+            expected = min(fits, memory, high)
+            assert (best.batch if best else None) == (expected if expected >= low else None)
+            assert len(tried) == len(set(tried)) <= 2 * max(1, high.bit_length())
+            assert any("out of memory" in line for line in said) == any(batch > memory for batch in tried)
+
+
+def test_pairs():
+    assert read_pairs("[[2048,2048],[256, 1]]", "x") == [(2048, 2048), (256, 1)]
+    for wrong in ("", "[]", "[[1]]", "[[1,2,3]]", "[1,2]", "[[0,1]]", "[[1,true]]", "[[1.5,2]]", "{}", "[[1,2]", "5"):
+        with pytest.raises(UserError, match=r"--performance .* is not a list of pairs of numbers"):
+            read_pairs(wrong, "--performance")
+
+
+def started(folder, world, flags, stdin, tp=1, pp=1):
+    """The script on `world` ranks -> (exit codes, stdout of rank 0, its stderr)."""
+    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--device", "cpu", *flags]
+    port, pipe = str(launch.free_port()), subprocess.PIPE
+    processes = []
+    for rank in range(world):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+        pipes = {"stdin": subprocess.DEVNULL if rank else pipe, "stdout": pipe, "stderr": pipe}
+        processes.append(subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes))
+    outs = [process.communicate(stdin if rank == 0 else None, timeout=300) for rank, process in enumerate(processes)]
+    assert not any(out for out, _ in outs[1:]), "only rank 0 writes to stdout"
+    return [process.returncode for process in processes], outs[0][0].decode(), outs[0][1].decode()
+
+
+CHAT = (["--task", "chat", "--max-new-tokens", "5"], 'hi\n"""\n中文\nlines\n"""\nclear\nagain\nexit\n'.encode())
+
+
+def test_a_conversation_on_two_ranks(run, folder):
+    codes, out, err = started(folder, 2, *CHAT, tp=2)
+    assert codes == [0, 0], err
+    assert out == run(*CHAT[0], stdin=CHAT[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
+def test_on_stages(run, folder, tmp_path, tp, pp):
+    codes, out, err = started(folder, tp * pp, *CHAT, tp=tp, pp=pp)
+    assert not any(codes), err
+    assert out == run(*CHAT[0], stdin=CHAT[1])
+    flags = ["--task", "1", "2", "3", "5", "--max-new-tokens", "5"]
+    codes, out, err = started(folder, tp * pp, flags, b"one\ntwo words\n", tp=tp, pp=pp)
+    assert not any(codes), err
+    alone = run(*flags, stdin="one\ntwo words\n")
+    assert out.split("== logprobs")[0] == alone.split("== logprobs")[0]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_file(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    lines = "\n".join(f'"Document {i} says"' for i in range(4000))
+    (tmp_path / "in.jsonl").write_text(lines)
+    flags = ["--input-file", str(tmp_path / "in.jsonl"), "--output-file", str(out), "--batch-size", "2", "--device", "cpu"]
+    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), *flags]
+    process = subprocess.Popen(command, env=launch.environment(), cwd=launch.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    partial = tmp_path / "out.jsonl.partial"
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert partial.stat().st_size
+
+
+def test_a_mistake_is_one_line_and_code_2(folder):
+    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--tp", "2"]
+    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: 1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2, or choose other --tp and --pp\n"

@@ -12,6 +12,10 @@ from tyro.conf import Suppress, arg
 from ascendspeed.errors import UserError
 
 
+DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
+BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
+
+
 def alias(*names: str) -> Any:
     """Other spellings of a flag, for people who have them in their shell history."""
     return arg(aliases=[f"--{name}" for name in names])
@@ -269,9 +273,9 @@ class TrainConfig:
     """Folder for TensorBoard events."""
     log_dir: str = "logs"
     """Folder for train.log."""
-    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to run; auto takes an NPU, else a GPU, else the CPU."""
-    distributed_backend: Literal["auto", "nccl", "gloo", "hccl"] = "auto"
+    distributed_backend: BackendChoice = "auto"
     """Collectives; nccl in a recipe means the device's own (gloo, nccl, hccl)."""
     use_fused_rmsnorm: bool = False
     """RMSNorm by the device's fused kernel, where there is one."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from ascendspeed import config, families, flags
-from ascendspeed.config import ModelConfig, ParallelConfig, alias
+from ascendspeed.config import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
 from ascendspeed.errors import UserError
 from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
 
@@ -45,9 +45,9 @@ class Where:
     """Ranks that share every layer."""
     pipeline_model_parallel_size: Annotated[int, alias("pp")] = 1
     """Ranks that share the stack of layers."""
-    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    device: DeviceChoice = "auto"
     """Where to run; auto takes an NPU, else a GPU, else the CPU."""
-    distributed_backend: Literal["auto", "nccl", "gloo", "hccl"] = "auto"
+    distributed_backend: BackendChoice = "auto"
     """Collectives; nccl in a recipe means the device's own (gloo, nccl, hccl)."""
     use_fused_rmsnorm: bool = False
     """RMSNorm by the device's fused kernel, where there is one."""

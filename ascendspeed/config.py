@@ -11,7 +11,6 @@ from tyro.conf import Suppress, arg
 
 from ascendspeed.errors import UserError
 
-
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
 

@@ -90,8 +90,6 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
     if terminal:
         session.say(HELP)
     while True:
-        if terminal:
-            show("> ")
         data = session.share(lambda: _encoded(read()))
         text = None if data is None else data.decode()
         word = (text or "").strip()
@@ -126,16 +124,15 @@ def from_stdin() -> str | None:
     if sys.stdin is None:
         return None
     if sys.stdin.isatty():
-        import readline  # noqa: F401 - gives the terminal's line editing to stdin.readline by input()
+        import readline  # noqa: F401 - gives `input` its line editing
 
-        sys.stdout.flush()
         return _from_terminal()
     return read_message(sys.stdin.buffer)
 
 
 def _from_terminal() -> str | None:
     try:
-        line = input()
+        line = input("> ")
         if line.strip() != QUOTES:
             return line
         lines: list[str] = []

@@ -119,7 +119,7 @@ def hellaswag(folder: Path, count: int = 8) -> Path:
                 "ctx_a": f"[header] How to cut {i} [title] Take  a saw.",
                 "ctx_b": "then the man" if i % 2 else "",
                 "ctx": "not used",
-                "endings": [f"goes home {i}.", "[step] saws  on and on and on.", "eats [substeps] it.", f"falls {i} times."],
+                "endings": [f"goes {i}.", "[step] saws  on.", "eats [substeps] it.", "falls."],
                 "label": i % 4,
             }
             for i in range(many)
@@ -143,15 +143,17 @@ MODEL = ModelConfig(
     hidden_size=64,
     ffn_hidden_size=96,
     num_attention_heads=4,
-    vocab_size=512,
+    vocab_size=400,
     max_position_embeddings=POSITIONS,
-    init_method_std=0.15,
+    init_method_std=0.05,
 )
 
 
 def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
     """An InternLM with random weights, biases and norms, and a tokenizer, as a Hugging Face directory."""
     corpus.sentencepiece_dir(folder, 400)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
     named = {}
     for parameter in weights.parameters(model):
         tensor = weights.random_tensor(model, parameter, 3)

@@ -1,0 +1,420 @@
+"""Scores and every log-likelihood against lm-evaluation-harness' own model of transformers; resuming; reports; the command."""
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import launch
+import pytest
+from evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
+from lm_eval.evaluator import evaluate
+from lm_eval.models.huggingface import HFLM
+
+from ascendspeed import tokenizer
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation import figures, fingerprint, harness, report
+from ascendspeed.evaluation.answers import NAME, Answers
+from ascendspeed.evaluation.loaders import load
+from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.evaluation.running import Model, check_vocabulary
+from ascendspeed.evaluation.styles import SHOTS, STYLES, style
+
+SCRIPT = launch.ROOT / "tasks/evaluation/evaluation.py"
+SUBJECTS, QUESTIONS, NEW = 2, 2, 24
+LIMIT = 1e-5
+"""Of log-likelihoods down to -64: lm-eval adds them up in fp32, whose last digit is worth 4e-6 there and 8e-6 beyond."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """The model as InternLM and as Llama, and a benchmark of each kind."""
+    home = tmp_path_factory.mktemp("evaluation")
+    made = {"ours": model_dir(home / "hf")}
+    made["theirs"] = exported(home / "llama", made["ours"])
+    return made | {task: make(home / task) for task, make in MAKERS.items()}
+
+
+@pytest.fixture(scope="module")
+def model(folders, cpu):
+    """Ours."""
+    from ascendspeed import generate
+
+    return generate.load(folders["ours"], dtype="fp32", device=cpu)
+
+
+@pytest.fixture(scope="module")
+def hf(folders) -> HFLM:
+    """Theirs. Text comes from our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8, of random models."""
+    tokens = tokenizer.load(folders["ours"])
+
+    class Ours(HFLM):
+        def tok_decode(self, ids, skip_special_tokens=True):
+            return tokens.decode(ids) if isinstance(ids, list) else super().tok_decode(ids, skip_special_tokens)
+
+    return Ours(str(folders["theirs"]), device="cpu", dtype="float32", batch_size=3, add_bos_token=True, max_length=1024)
+
+
+def benchmark(task: str, folders, shots: int | None = None):
+    """Its first subjects."""
+    found = load(task, folders[task], SHOTS[task] if shots is None else shots, QUESTIONS)
+    return replace(found, subjects=found.subjects[:SUBJECTS])
+
+
+def asked(model, folders, task: str, batch_size: int = 3, name: str = "lm-eval", answers=None, encoder=None, shots=None):
+    """(benchmark, grades, what was answered) of our own way."""
+    tokens = tokenizer.load(folders["ours"])
+    encoder = encoder or Encoder(tokens)
+    one = benchmark(task, folders, shots)
+    put = style(name, task, SHOTS[task] if shots is None else shots)
+    room = model.config.max_position_embeddings
+    prompts = list(prepare(one, put, encoder, room, NEW))
+    answers = Answers(None, {}) if answers is None else answers
+    adapter = harness.Adapter(Model(model, tokens, batch_size), encoder, room, answers)
+    grades = harness.ask(adapter, prompts, NEW)
+    return one, grades, [answers.known[grade.key] for grade in grades]
+
+
+def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
+    """lm-eval's tasks, lm-eval's model."""
+    one = benchmark(task, folders, shots)
+    found = []
+    for subject in one.subjects:
+        made = harness_task(task, folders[task], subject.topic.name if task in ("mmlu", "ceval", "cmmlu") else "", shots, QUESTIONS)
+        if task == "gsm8k":
+            made.set_config("generation_kwargs", {"max_gen_toks": NEW}, update=True)
+        samples = evaluate(hf, {"one": made}, bootstrap_iters=0, limit=QUESTIONS)["samples"]["one"]
+        found += samples
+    return found
+
+
+def far(answers: list[dict], samples: list[dict]) -> float:
+    """Largest distance of two log-likelihoods."""
+    pairs = [
+        (mine, their[0])
+        for answer, sample in zip(answers, samples, strict=True)
+        for mine, their in zip(answer["loglikelihoods"], sample["filtered_resps"], strict=True)
+    ]
+    assert len(pairs) >= 2 * len(answers)
+    assert min(mine for mine, _ in pairs) > -64
+    return max(abs(mine - their) for mine, their in pairs)
+
+
+@pytest.mark.parametrize(("task", "shots"), [("mmlu", 5), ("ceval", 2), ("cmmlu", 2), ("boolq", 0), ("boolq", 2), ("hellaswag", 0)])
+def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, folders):
+    one, grades, answers = asked(model, folders, task, shots=shots)
+    samples = their_samples(hf, folders, task, shots)
+    assert all(grade.prompt.shots == shots and not grade.prompt.cut for grade in grades)
+    assert far(answers, samples) < LIMIT
+    assert [a["greedy"] for a in answers] == [[g for _, g in s["filtered_resps"]] for s in samples]
+    for grade, sample in zip(grades, samples, strict=True):
+        assert {name: grade.metrics[name] for name in grade.metrics} == {
+            n: sample[n] for n in sample["metrics"] if n in grade.metrics
+        }
+        assert harness.main_metric(task) in grade.metrics
+    values = [sample[harness.main_metric(task)] for sample in samples]
+    assert figures.of(one, grades, shots).groups["all"]["micro"] == pytest.approx(sum(values) / len(values))
+
+
+def test_written_answers_and_scores_are_lm_evals(model, hf, folders):
+    _, grades, answers = asked(model, folders, "gsm8k", shots=2)
+    samples = their_samples(hf, folders, "gsm8k", 2)
+    for name in ("strict-match", "flexible-extract"):
+        theirs = [sample for sample in samples if sample["filter"] == name]
+        assert [a["text"] for a in answers] == [sample["resps"][0][0] for sample in theirs]
+        assert [grade.metrics[name] for grade in grades] == [sample["exact_match"] for sample in theirs]
+    assert any(a["text"] for a in answers)
+
+
+def test_numbers_are_found_in_written_answers(folders):
+    """By a backend that knows what to say: the grading itself, by hand."""
+    says = ["so 1,600\n#### 1,600", "it is 1608.", "#### 7", "none"]
+
+    class Says:
+        def generate(self, prompts, until, new_tokens, got):
+            assert (until, new_tokens) == (("Question:", "</s>", "<|im_end|>"), 64)
+            for i in reversed(range(len(prompts))):
+                got(i, says[i])
+
+    one = load("gsm8k", folders["gsm8k"], 1, 4)
+    encoder = Encoder(tokenizer.load(folders["ours"]))
+    prompts = list(prepare(one, style("lm-eval", "gsm8k", 1), encoder, 1024, 64))
+    grades = harness.ask(harness.Adapter(Says(), encoder, 1024, Answers(None, {})), prompts, 64)
+    assert [g.metrics["strict-match"] for g in grades] == [1, 0, 0, 0]
+    assert [g.metrics["flexible-extract"] for g in grades] == [1, 1, 0, 0]
+    result = figures.of(one, grades, 1)
+    assert result.groups["all"]["micro"] == 0.5
+    assert "strict-match: 25.00" in report.text(result, "x")
+
+
+class TwoStarts(Encoder):
+    """The mistake of a BOS before a text that has one already."""
+
+    def __init__(self, tokens) -> None:
+        super().__init__(tokens)
+        self.start = self.start * 2
+
+
+class Shifted(Model):
+    """The mistake of a continuation that begins one token late."""
+
+    def score(self, pairs, got):
+        super().score([([*c, a[0]], a[1:] or a) for c, a in pairs], got)
+
+
+def test_controls(model, hf, folders, monkeypatch):
+    samples = their_samples(hf, folders, "hellaswag", 0)
+    assert far(asked(model, folders, "hellaswag")[2], samples) < LIMIT
+    tokens = tokenizer.load(folders["ours"])
+    assert far(asked(model, folders, "hellaswag", encoder=TwoStarts(tokens))[2], samples) > 1e-2
+    bare = Encoder(tokens)
+    bare.start = []
+    assert far(asked(model, folders, "hellaswag", encoder=bare)[2], samples) > 1e-2
+    monkeypatch.setattr(sys.modules[__name__], "Model", Shifted)
+    assert far(asked(model, folders, "hellaswag")[2], samples) > 1e-2
+
+
+@pytest.mark.parametrize(("name", "task"), [(n, t) for n in ("opencompass", "hendrycks") for t in STYLES[n]])
+def test_other_styles_have_transformers_log_likelihoods(name, task, model, hf, folders):
+    """The same texts, given to lm-eval's model."""
+    _, grades, answers = asked(model, folders, task, name=name, shots=0)
+    for grade, answer in zip(grades, answers, strict=True):
+        pairs = [(grade.prompt.context, text) for text in grade.prompt.answers]
+        encoded = [(pair, *hf._encode_pair(*pair)) for pair in pairs]
+        theirs = [value for value, _ in hf._loglikelihood_tokens(encoded, disable_tqdm=True)]
+        assert answer["loglikelihoods"] == pytest.approx(theirs, abs=LIMIT)
+
+
+@pytest.mark.parametrize("task", ["mmlu", "hellaswag"])
+def test_batch_sizes_change_nothing(task, model, folders):
+    one, three, many = (asked(model, folders, task, size, shots=2)[2] for size in (1, 3, 16))
+    for a, b, c in zip(one, three, many, strict=True):
+        assert a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=LIMIT)
+        assert a["loglikelihoods"] == pytest.approx(c["loglikelihoods"], abs=LIMIT)
+
+
+def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
+    one = benchmark("boolq", folders)
+    encoder = Encoder(tokenizer.load(folders["ours"]))
+    [prompt, *_] = prepare(one, style("lm-eval", "boolq", 0), encoder, 20, 0)
+    whole = max((len(a) + len(b) - 1 for a, b in encoder.pairs(prompt.context, prompt.answers)))
+    assert prompt.cut == whole - 20 > 0
+    seen = []
+
+    class Sees:
+        def score(self, pairs, got):
+            seen.extend(pairs)
+            for i in range(len(pairs)):
+                got(i, -1.0, False)
+
+    grades = harness.ask(harness.Adapter(Sees(), encoder, 20, Answers(None, {})), [prompt], 0)
+    for (context, answer), (full, _) in zip(seen, encoder.pairs(prompt.context, prompt.answers), strict=True):
+        assert len(context) + len(answer) - 1 <= 20
+        assert context == [1, *full[-(len(context) - 1) :]]
+        assert context.count(1) == 1
+    assert "lost their beginning" in report.text(
+        figures.of(replace(one, subjects=(replace(one.subjects[0], questions=(prompt.question,)),)), grades, 0), "x"
+    )
+
+
+class Stops(Exception):
+    """A kill."""
+
+
+class Counts:
+    """A backend that knows the answers, counts what it is asked, and is killed at times."""
+
+    def __init__(self, most: int = 10**9) -> None:
+        self.asked, self.most = 0, most
+
+    def score(self, pairs, got):
+        for i, (context, answer) in enumerate(pairs):
+            if self.asked == self.most:
+                raise Stops
+            self.asked += 1
+            got(i, -float(sum(context) % 97) - sum(answer) / 7, False)
+
+
+def sampled(folders, backend, answers):
+    """Asks the sample."""
+    one, encoder = load("mmlu", SAMPLE, 1), Encoder(tokenizer.load(folders["ours"]))
+    prompts = list(prepare(one, style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    return one, harness.ask(harness.Adapter(backend, encoder, 1024, answers), prompts, 0)
+
+
+def test_killed_it_goes_on_where_it_was(tmp_path, folders):
+    settings = {"model_sha256": "m", "prompt_style": "lm-eval"}
+    whole = sampled(folders, Counts(), Answers(None, settings))[1]
+    answers = Answers(tmp_path, settings)
+    with pytest.raises(Stops):
+        sampled(folders, Counts(4 * 23 + 2), answers)  # in the middle of a question
+    answers.close()
+    path = tmp_path / NAME
+    assert len(path.read_text().splitlines()) == 1 + 23
+    with open(path, "ab") as file:
+        file.write(path.read_bytes().splitlines()[-1][:50])  # what a kill leaves of a line
+    answers, backend = Answers(tmp_path, settings), Counts()
+    assert len(answers.known) == 23
+    again = sampled(folders, backend, answers)[1]
+    answers.close()
+    assert backend.asked == 4 * (60 - 23)
+    assert [(g.key, g.metrics) for g in again] == [(g.key, g.metrics) for g in whole]
+    assert len(path.read_text().splitlines()) == 1 + 60
+    assert all(json.loads(line) for line in path.read_text().splitlines())
+    idle = Counts(0)  # all of it is there
+    assert [g.metrics for g in sampled(folders, idle, Answers(tmp_path, settings))[1]] == [g.metrics for g in whole]
+
+
+def test_answers_of_another_run_are_refused(tmp_path):
+    Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"}).close()
+    with pytest.raises(
+        UserError, match="holds answers of prompt_style lm-eval, and this is hendrycks: choose another --output-dir"
+    ):
+        Answers(tmp_path, {"model_sha256": "m", "prompt_style": "hendrycks"})
+    with pytest.raises(UserError, match="holds answers of model_sha256 m, and this is n"):
+        Answers(tmp_path, {"model_sha256": "n", "prompt_style": "lm-eval"})
+    path = tmp_path / NAME
+    path.write_text(path.read_text() + "{}\n")
+    with pytest.raises(UserError, match=r"questions\.jsonl:2: this is no answer of an evaluation"):
+        Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"})
+    path.write_text("")
+    assert not Answers(tmp_path, {}).known  # killed before the first line was whole
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        Answers(tmp_path / "file", {})
+
+
+def test_means_by_hand(folders):
+    """Two subjects of different sizes in one category: macro and micro differ."""
+    one = load("mmlu", SAMPLE, 1)
+    sizes = {"arithmetic": 3, "computer_basics": 1, "english_words": 2, "world_geography": 2}
+    one = replace(one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.topic.name]]) for s in one.subjects))
+    encoder = Encoder(tokenizer.load(folders["ours"]))
+    prompts = list(prepare(one, style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    values = [1, 0, 0, 1, 1, 0, 0, 0]
+    grades = [harness.Grade(prompt, str(i), {"acc": float(v)}) for i, (prompt, v) in enumerate(zip(prompts, values, strict=True))]
+    result = figures.of(one, grades, 2)
+    stem = result.groups["STEM"]
+    assert (stem["macro"], stem["micro"]) == pytest.approx(((1 / 3 + 1) / 2, 2 / 4))
+    assert (result.groups["all"]["macro"], result.groups["all"]["micro"]) == pytest.approx(((1 / 3 + 1 + 1 / 2 + 0) / 4, 3 / 8))
+    assert (result.dropped, result.shortened, result.cut) == (8, 8, 0)
+    shown = report.text(result, "title")
+    assert "8 examples did not fit before 8 questions" in shown
+    assert any(line.split()[:4] == ["STEM", "4", "66.67", "50.00"] for line in shown.splitlines())
+    table = list(csv.DictReader(report.as_csv([result]).splitlines()))
+    assert {"task": "mmlu", "category": "all", "subject": "", "questions": "8", "metric": "acc micro", "value": "0.375"} in table
+    assert report.chart([result, result], "title").startswith(b"\x89PNG")
+    with pytest.raises(AssertionError):  # control: a subject that shrank
+        figures.of(one, grades[1:], 2)
+
+
+def test_hashes_of_a_model(folders, tmp_path):
+    from ascendspeed import convert, formats
+
+    source = formats.open_source(folders["ours"])
+    own = fingerprint.of_model(source)
+    convert.convert(source, tmp_path / "again", convert.HuggingFace(max_shard_size=100_000))
+    assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
+    assert fingerprint.of_model(formats.open_source(tmp_path / "again")) == own
+    other = model_dir(tmp_path / "other", replace(MODEL, init_method_std=0.1))
+    assert fingerprint.of_model(formats.open_source(other)) != own
+
+
+def test_a_tokenizer_of_another_model(folders):
+    tokens = tokenizer.load(folders["ours"])
+    check_vocabulary(tokens, replace(MODEL, vocab_size=tokens.vocab_size))
+    for size in (tokens.vocab_size - 1, tokens.vocab_size + 1025):
+        with pytest.raises(UserError, match=f"has {tokens.vocab_size} tokens, but the model's vocabulary has {size} rows"):
+            check_vocabulary(tokens, replace(MODEL, vocab_size=size))
+
+
+def run(folder: Path, *words: str, world: int = 1) -> tuple[int, str]:
+    """The command, on some processes."""
+    port = str(launch.free_port())
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+        env = launch.environment(**{name: str(value) for name, value in place.items()} if world > 1 else {})
+        command = [sys.executable, str(SCRIPT), *map(str, words)]
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=launch.ROOT)
+        )
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    return max(process.returncode for process in processes), "\n".join(said)
+
+
+def records(folder: Path) -> list[dict]:
+    """The answers, in the order of the file."""
+    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()[1:]]
+
+
+def same(folder: Path, other: Path) -> None:
+    """The same questions, the same grades, log-likelihoods within the limit."""
+    ours, others = records(folder), records(other)
+    assert [r["key"] for r in ours] == [r["key"] for r in others]
+    for a, b in zip(ours, others, strict=True):
+        assert a["metrics"] == b["metrics"]
+        assert a.get("text") == b.get("text")
+        assert a.get("loglikelihoods") == pytest.approx(b.get("loglikelihoods"), abs=LIMIT)
+    whole, other_whole = (json.loads((f / "results.json").read_text()) for f in (folder, other))
+    assert whole["tasks"] == other_whole["tasks"]
+    assert whole["model"]["sha256"] == other_whole["model"]["sha256"]
+
+
+def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
+    words = ["--load", folders["ours"], "--task", "mmlu gsm8k", "--task-data-path", SAMPLE, folders["gsm8k"], "--limit", "2"]
+    words += ["--num-fewshot", "2", "--max-new-tokens", NEW, "--device", "cpu", "--tp", "2", "--output-dir", tmp_path]
+    code, said = run(tmp_path, *words, world=2)
+    assert code == 0, said
+    assert said.count("10 questions, the first 2 of each subject only; 0 were answered before") == said.count("wrote ") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["chart.png", "questions.jsonl", "results.csv", "results.json"]
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert (whole["limit"], whole["settings"]["prompt_style"], whole["tasks"]["mmlu"]["questions"]) == (2, "lm-eval", 8)
+    assert {"torch", "lm_eval", "megatron-core", "ascendspeed"} <= whole["versions"].keys()
+    theirs, encoder = records(tmp_path), Encoder(tokenizer.load(folders["ours"]))
+    found = [(load("mmlu", SAMPLE, 2, 2), 2), (load("gsm8k", folders["gsm8k"], 2, 2), 2)]
+    prompts = [p for one, n in found for p in prepare(one, style("lm-eval", one.name, n), encoder, 1024, NEW)]
+    adapter = harness.Adapter(Model(model, encoder.tokenizer, 3), encoder, 1024, Answers(None, whole["settings"]))
+    grades = harness.ask(adapter, prompts, NEW)
+    assert [grade.key for grade in grades] == [record["key"] for record in theirs]
+    for grade, record in zip(grades, theirs, strict=True):
+        own = adapter.answers.known[grade.key]
+        assert grade.metrics == record["metrics"]
+        assert own.get("text") == record.get("text")
+        assert own.get("loglikelihoods") == pytest.approx(record.get("loglikelihoods"), abs=LIMIT)
+
+
+@pytest.mark.slow
+def test_the_command_at_pp_2_and_killed(folders, tmp_path):
+    words = ["--load", folders["ours"], "--task", "mmlu", "hellaswag", "--task-data-path", SAMPLE, folders["hellaswag"]]
+    words += ["--device", "cpu"]
+    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "one")
+    assert code == 0, said
+    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "two", "--pp", "2", world=2)
+    assert code == 0, said
+    same(tmp_path / "one", tmp_path / "two")
+    command = [sys.executable, SCRIPT, *words, "--batch-size", "1", "--output-dir", tmp_path / "three"]
+    with subprocess.Popen(list(map(str, command)), env=launch.environment(), stdout=subprocess.DEVNULL, cwd=launch.ROOT) as process:
+        while process.poll() is None and not (tmp_path / "three" / NAME).exists():
+            pass
+        process.kill()
+    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "three")
+    assert code == 0, said
+    same(tmp_path / "one", tmp_path / "three")
+
+
+@pytest.mark.slow
+def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
+    env = launch.environment(TASK="bbh", DATA_PATH=str(SAMPLE), CHECKPOINT=str(folders["ours"]), DTYPE="fp32", NPROC="1")
+    done = subprocess.run(
+        ["bash", "tasks/evaluation/eval_internlm.sh", "--output-dir", str(tmp_path)],
+        cwd=launch.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "error: --task bbh: BBH is not there yet; there are mmlu" in done.stderr + done.stdout

@@ -115,6 +115,19 @@ def test_control_token_by_token_decoding_is_another_text(kinds):
         assert "".join(kinds[name].decode([i]) for i in ids) != kinds[name].decode(ids)
 
 
+@pytest.mark.parametrize("name", ["prefix", "byte-fallback"])
+def test_spaces_where_a_text_begins(kinds, name):
+    """A space is dropped at the beginning, and after an added token again where the decoder begins anew there."""
+    one = kinds[name]
+    space, word, tool, end = (one.find(piece) for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>"))
+    assert None not in (space, word, tool, end)
+    expected = set()
+    for ids in ([space, word, word], [space, space, word], [word, tool, word], [tool, space, word], [word, end, tool, end, word]):
+        assert streamed(one, ids) == one.decode(ids)
+        expected.add(one.decode(ids) == "".join(one.decode([i]) for i in ids))
+    assert False in expected  # control: decoded one by one, spaces are lost
+
+
 def test_half_a_character_is_held_back(kinds):
     one = kinds["internlm-like"]
     decoder = Decoder(one)

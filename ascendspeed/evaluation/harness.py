@@ -154,7 +154,7 @@ def ask(adapter: Adapter, prompts: Sequence[Prompt], new_tokens: int) -> list[Gr
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: datasets that are not on the hub
-    tasks = {name: _task(name, asked, new_tokens) for name, asked in by_subject.items()}
+    tasks = {name: task_of(name, asked, new_tokens) for name, asked in by_subject.items()}
     with contextlib.redirect_stderr(io.StringIO()):  # where it draws a bar for every subject
         samples = evaluate(adapter, tasks, bootstrap_iters=0, log_samples=True)["samples"]
     metrics: dict[str, dict[str, float]] = defaultdict(dict)
@@ -165,7 +165,8 @@ def ask(adapter: Adapter, prompts: Sequence[Prompt], new_tokens: int) -> list[Gr
     return [Grade(prompt, key, metrics[key]) for key, prompt in zip(keys, prompts, strict=True)]
 
 
-def _task(name: str, asked: Sequence[tuple[str, Prompt]], new_tokens: int) -> ConfigurableTask:
+def task_of(name: str, asked: Sequence[tuple[str, Prompt]], new_tokens: int) -> ConfigurableTask:
+    """lm-evaluation-harness' task of some prompts of one kind, with their keys."""
     first = asked[0][1]
     docs = Dataset.from_list(
         [

@@ -1,0 +1,289 @@
+"""Evaluation against lm-evaluation-harness' own model of transformers: the same questions, weights and batch size, in turns.
+
+    python benchmarks/evaluate.py --threads 1 --out benchmarks/results/evaluate-cpu.md
+    python benchmarks/evaluate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --questions 100 --out ...
+
+Both sides are the harness with all that it does: requests, tokens, the model, grades. The questions have MMLU's shape: subjects,
+examples before each question, four letters to choose from. What counts is the ratio theirs / ours; the log-likelihoods must agree.
+"""
+
+import contextlib
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from ascendspeed import errors, families, flags
+from ascendspeed.config import ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.evaluation.questions import Benchmark, Question, Subject
+from ascendspeed.evaluation.styles import style
+from ascendspeed.evaluation.subjects import TOPICS
+
+SMALL = replace(
+    families.preset("internlm-7b"),
+    num_layers=8,
+    hidden_size=384,
+    ffn_hidden_size=1024,
+    num_attention_heads=6,
+    vocab_size=2048,
+)
+"""16M parameters."""
+WORDS = (
+    "the",
+    "a",
+    "of",
+    "in",
+    "which",
+    "one",
+    "is",
+    "not",
+    "how",
+    "many",
+    "force",
+    "cell",
+    "law",
+    "price",
+    "city",
+    "river",
+    "atom",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where to run."""
+    model: str | None = None
+    """A preset such as internlm2-7b; None: 16M parameters."""
+    layers: int | None = None
+    """Layers, where the whole model does not fit twice."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Compute type."""
+    subjects: int = 3
+    """Subjects; MMLU has 57."""
+    questions: int = 20
+    """Questions of each; MMLU has 246 on average."""
+    words: int = 40
+    """Words of a question."""
+    shots: int = 5
+    """Examples before each question."""
+    batch_size: int = 8
+    """Rows side by side, on both sides."""
+    rounds: int = 3
+    """Measured runs of each side, after one that warms up."""
+    threads: int | None = None
+    """CPU threads; None: torch's choice. 1 where the machine is shared."""
+    out: Path | None = None
+    """Markdown file to write; None: print only."""
+
+
+def benchmark(options: Options) -> Benchmark:
+    """Questions of random words, in MMLU's shape."""
+    draw = random.Random(5)
+
+    def question(name: str, length: int) -> Question:
+        text = " ".join(draw.choice(WORDS) for _ in range(length)) + f" {draw.randrange(10**6)}?"
+        choices = tuple(" ".join(draw.choice(WORDS) for _ in range(4)) for _ in range(4))
+        return Question(name, name, text, choices, draw.randrange(4))
+
+    subjects = []
+    for topic in list(TOPICS["mmlu"].values())[: options.subjects]:
+        shots = tuple(question(f"{topic.name}/dev/{i}", options.words) for i in range(options.shots))
+        lengths = (draw.randint(options.words // 2, options.words * 3 // 2) for _ in range(options.questions))
+        subjects.append(Subject(topic, shots, tuple(question(f"{topic.name}/test/{i}", n) for i, n in enumerate(lengths))))
+    return Benchmark("mmlu", Path("made up"), tuple(subjects))
+
+
+def write_model(folder: Path, model: ModelConfig) -> None:
+    """A Llama with random weights as a Hugging Face directory, and a tokenizer of the words."""
+    import sentencepiece
+    import torch
+
+    from ascendspeed import convert
+    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.weights import parameters, random_tensor
+
+    home, pieces = folder / "tokenizer", io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(
+            [" ".join(WORDS), "The following are multiple choice questions (with answers) about\nA. B. C. D. Answer:"] * 9
+        ),
+        model_writer=pieces,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    home.mkdir()
+    (home / "tokenizer.model").write_bytes(pieces.getvalue())
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": True}
+    (home / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    known = {parameter.name: parameter for parameter in parameters(model)}
+    make = from_maker(lambda name: random_tensor(model, known[name], 1))
+    source = Source("random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None)
+    with contextlib.redirect_stdout(io.StringIO()):
+        convert.convert(convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFace("llama"))
+
+
+@dataclass(frozen=True)
+class Took:
+    """One run of one side."""
+
+    wall: float
+    cpu: float
+
+
+def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Took]:
+    """What it gave, and what it took."""
+    wait()
+    wall, cpu = time.perf_counter(), time.process_time()
+    value = run()
+    wait()
+    return value, Took(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:
+    """The prompts, and for each side what gives the log-likelihoods of all choices."""
+    import torch
+    from lm_eval.evaluator import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    from ascendspeed import generate, tokenizer
+    from ascendspeed.evaluation import harness
+    from ascendspeed.evaluation.answers import Answers
+    from ascendspeed.evaluation.prompts import Encoder, prepare
+    from ascendspeed.evaluation.running import Model
+
+    tokens = tokenizer.load(folder)
+    model = generate.load(folder, dtype=options.dtype, device=here)
+    room, one = model.config.max_position_embeddings, benchmark(options)
+    put = style("lm-eval", "mmlu", options.shots)
+    prompts = list(prepare(one, put, Encoder(tokens), room, 0))
+    theirs = HFLM(
+        str(folder),
+        device=str(here.torch),
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[options.dtype],
+        batch_size=options.batch_size,
+        add_bos_token=True,
+        max_length=room,
+    )
+
+    def ask(adapter: Any) -> list[float]:
+        grades = harness.ask(adapter, prompts, 0)
+        return [value for grade in grades for value in adapter.answers.known[grade.key]["loglikelihoods"]]
+
+    def ask_ours() -> list[float]:
+        encoder = Encoder(tokens)  # with nothing remembered
+        return ask(harness.Adapter(Model(model, tokens, options.batch_size), encoder, room, Answers(None, {})))
+
+    def ask_theirs() -> list[float]:
+        by_subject: dict[str, list[Any]] = {}
+        for key, prompt in zip(harness.keys_of(prompts, {}), prompts, strict=True):
+            by_subject.setdefault(prompt.subject, []).append((key, prompt))
+        tasks = {name: harness.task_of(name, some, 0) for name, some in by_subject.items()}
+        with contextlib.redirect_stderr(io.StringIO()), torch.inference_mode():
+            samples = evaluate(theirs, tasks, bootstrap_iters=0, log_samples=True)["samples"]
+        return [value for name in by_subject for sample in samples[name] for value, _ in sample["filtered_resps"]]
+
+    return prompts, {"ours": ask_ours, "theirs": ask_theirs}
+
+
+def measure(options: Options) -> str:
+    """Markdown."""
+    from ascendspeed import device as devices
+
+    here = devices.prepare(options.device)
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    from ascendspeed import tokenizer
+    from ascendspeed.evaluation.prompts import Encoder
+
+    base = families.preset(options.model) if options.model else SMALL
+    model = replace(base, num_layers=options.layers or base.num_layers)
+    with tempfile.TemporaryDirectory() as home:
+        write_model(Path(home), model)
+        folder = Path(home) / "llama"
+        prompts, run = sides(folder, options, here)
+        encoder = Encoder(tokenizer.load(folder))
+        lengths = [len(encoder.encode(prompt.context)) for prompt in prompts]
+        took: dict[str, list[Took]] = {"ours": [], "theirs": []}
+        for number in range(options.rounds + 1):
+            values = {}
+            for side in took:
+                values[side], once = timed(run[side], here.synchronize)
+                if number:
+                    took[side].append(once)
+                    print(f"round {number}: {side} {once.wall:.1f} s, {once.cpu:.1f} s of CPU", flush=True)
+        apart = max(abs(a - b) for a, b in zip(values["ours"], values["theirs"], strict=True))
+    if apart > (1e-4 if options.dtype == "fp32" else 0.5):
+        raise UserError(f"the sides differ by {apart:.2g}: they cannot be compared")
+    return _markdown(options, model, here, lengths, took, apart)
+
+
+def _markdown(
+    options: Options, model: ModelConfig, here: Any, lengths: list[int], took: dict[str, list[Took]], apart: float
+) -> str:
+    import torch
+
+    def ratio(name: str) -> float:
+        pairs = zip(took["theirs"], took["ours"], strict=True)
+        return statistics.median(getattr(theirs, name) / getattr(ours, name) for theirs, ours in pairs)
+
+    load = os.getloadavg()[0]
+    lines = [
+        "# Evaluation against lm-evaluation-harness' HFLM",
+        "",
+        f"{date.today()}, {here.name} ({here.kind}), {torch.get_num_threads()} thread(s), load {load:.0f} with that of others; "
+        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        + ", ".join(f"{name} {version(name)}" for name in ("lm_eval", "transformers")),
+        "",
+        f"{model.num_layers} layers of {model.hidden_size}, {options.dtype}; {options.subjects} subjects x {options.questions} "
+        f"questions, {options.shots} examples, prompts of {min(lengths)} to {max(lengths)} tokens (mean "
+        f"{statistics.mean(lengths):.0f}), 4 choices of one token, batch size {options.batch_size}, {options.rounds} rounds. "
+        f"Largest difference of two log-likelihoods: {apart:.1e}.",
+        "",
+        "| | questions/s (median) | CPU s per question |",
+        "|---|---|---|",
+    ]
+    for side, runs in took.items():
+        wall, cpu = (statistics.median(getattr(one, name) for one in runs) for name in ("wall", "cpu"))
+        lines.append(f"| {side} | {len(lengths) / wall:.2f} | {cpu / len(lengths):.4f} |")
+    lines += ["", f"theirs / ours (median of the rounds): {ratio('wall'):.2f} in time, **{ratio('cpu'):.2f} in CPU time**", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    options = flags.parse(Options, description=__doc__ or "")
+    if min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1 or options.shots < 0:
+        raise UserError("--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or more")
+    text = measure(options)
+    print(text)
+    if options.out:
+        from ascendspeed.parity.writing import put
+
+        put(options.out, text)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -459,6 +459,62 @@ def test_a_killed_run_leaves_no_file(folder, tmp_path):
     assert partial.stat().st_size
 
 
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a shell script with stand-ins for `python` and `deepspeed` that print their words -> (exit code, output)."""
+    for name in ("deepspeed", "python"):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    settings = ("NPROC", "HOSTFILE", "NNODES", "MODEL", "CHECKPOINT", "TOKENIZER_PATH", "TP", "PP", "DTYPE", "OUT", "QUIET")
+    bare = {k: v for k, v in launch.environment().items() if k not in settings}
+
+    def shell(script, *words, **env):
+        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
+        done = subprocess.run(["bash", script, *words], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True)
+        return done.returncode, done.stdout + done.stderr
+
+    return shell
+
+
+def test_fronts(shell):
+    recipe = "examples/intern/generate_internlm_7b_deepspeed.sh"
+    code, said = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
+    assert code == 0
+    assert said.startswith(
+        "python tasks/inference/generate.py --load ./model_weights --tokenizer-name-or-path ./dataset/internlm --model"
+    )
+    assert said.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
+    _, said = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
+    assert said.startswith("deepspeed --no_local_rank --master_port 29500 --quiet --num_accelerators 8 tasks/inference/generate.py")
+    assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in said
+    assert "--bf16" not in said
+    assert "--tokenizer-name-or-path" not in said
+    assert "--hostfile hosts tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE="hosts")[1]
+    assert shell(recipe, DTYPE="fp8")[0] == 2
+    for script in ("run_pa.sh", "run_fa.sh"):
+        _, said = shell(f"tasks/inference/{script}", "W", "chat", "--input_texts", "a b", "--max_output_length", "3")
+        assert "generate.py --load W --tensor" in said
+        assert said.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
+    assert "--task" not in shell("tasks/inference/run_pa.sh", "W")[1]
+    assert shell("tasks/inference/run_pa.sh")[0] != 0
+
+
+def test_front_of_the_table(shell):
+    script = "tasks/inference/benchmark.sh"
+    code, said = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")
+    assert code == 0
+    assert said.startswith("python tasks/inference/benchmark.py --load W")
+    assert said.endswith("--performance [[256,256]] --batch-size 4 --bf16\n")
+    _, said = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", "W", "4")
+    assert said.startswith("deepspeed")
+    assert "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in said
+    assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in said
+    for words in ((), ("performance",), ("performance", "[[1,1]]"), ("fly", "x", "y"), ("performance", "[[1,1]]", "1", "internlm")):
+        code, said = shell(script, *words, CHECKPOINT="W")
+        assert (code, said.count("\n")) == (2, 1)
+        assert said.startswith("error: usage")
+
+
 def test_a_mistake_is_one_line_and_code_2(folder):
     command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--tp", "2"]
     done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)

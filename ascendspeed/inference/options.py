@@ -81,6 +81,8 @@ class Where:
 UNNEEDED = {
     **SAYS,
     **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "there is nothing to partition when nothing is trained"),
+    **dict.fromkeys(("checkpoint_activations", "deepspeed_activation_checkpointing"), "nothing is kept for a way back"),
+    **dict.fromkeys(("auto_recompute_device_size", "auto_recompute_profiling_step"), "nothing is kept for a way back"),
     "seq_length": "the cache is as long as a prompt and its answer; --max-input-length limits prompts",
 }
 
@@ -196,16 +198,17 @@ def find_place(command: Any, typed: set[str], args: Sequence[str], world: int) -
         raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
     model = model_of(command, where.load, typed, args)
     found = find_model(where.load)
-    config.check_tensor_parallel(found or model, where.tensor_model_parallel_size)
-    config.check_pipeline_parallel(found or model, where.pipeline_model_parallel_size)
+    says = {f.name for f in fields(ModelConfig)} | {"row_col_parallel_linear_bias"}
+    typed_model = model if recipe.model or says & typed else None
+    if known := found or typed_model:
+        config.check_tensor_parallel(known, where.tensor_model_parallel_size)
+        config.check_pipeline_parallel(known, where.pipeline_model_parallel_size)
     needed = where.layout.model_size
     if world != needed:
         raise UserError(
             f"{world} processes were started, but TP {where.tensor_model_parallel_size} x PP {where.pipeline_model_parallel_size} "
             f"are {needed}; start NPROC={needed}, or choose other --tp and --pp"
         )
-    says = {f.name for f in fields(ModelConfig)} | {"row_col_parallel_linear_bias"}
-    typed_model = model if recipe.model or says & typed else None
     return Place(where, found, typed_model, where.tokenizer_name_or_path or where.load)
 
 

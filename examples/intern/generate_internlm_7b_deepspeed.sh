@@ -15,9 +15,10 @@ MODEL=${MODEL:-}                                        # by name, if it is to b
 DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
 TP=${TP:-1}                                             # tensor-parallel size
 PP=${PP:-1}                                             # pipeline stages
-export NPROC=${NPROC:-$((TP * PP))}                     # processes on this node
+[ -n "${HOSTFILE:-}${NNODES:-}" ] || export NPROC=${NPROC:-$((TP * PP))}    # processes on this node
 
 dtype=$(dtype_flag "$DTYPE")
+# shellcheck disable=SC2086  # the dtype flag is a word, or none
 launch_quietly tasks/inference/generate.py \
     --load "$CHECKPOINT" \
     ${TOKENIZER_PATH:+--tokenizer-name-or-path "$TOKENIZER_PATH"} \

@@ -34,7 +34,7 @@ DTYPE=${DTYPE:-bf16}                    # bf16, fp16 or fp32
 TP=${TP:-1}                             # tensor-parallel size
 PP=${PP:-1}                             # pipeline stages
 OUT=${OUT:-performance}                 # folder for the table, as text, CSV and a plot
-export NPROC=${NPROC:-$((TP * PP))}
+[ -n "${HOSTFILE:-}${NNODES:-}" ] || export NPROC=${NPROC:-$((TP * PP))}
 
 dtype=$(dtype_flag "$DTYPE")
 # shellcheck disable=SC2086  # the dtype flag is a word, or none

@@ -75,18 +75,20 @@ def run(job: Job, notes: Sequence[str]) -> None:
 
     from ascendspeed import formats, generate, kernels, parallel
 
-    tokenizer = tokenizers.load(job.place.tokenizer)
     fused = kernels.choose(
         device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
     )
     model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=device, kernels=fused)
     speaks = model.grid.rank == 0
     say = print if speaks else lambda *_, **__: None
+    source = formats.open_source(where.load) if speaks else None
+    beside = model.grid.gather(str(source.beside or where.load) if speaks else None)[0]
+    tokenizer = tokenizers.load(where.tokenizer_name_or_path or beside)
     check_vocabulary(tokenizer, model.config)
     for note in notes:
         say(f"note: {note}")
     say(f"device: {device.kind} ({device.name}); {model.grid}; {where.dtype}", flush=True)
-    sha256 = model.grid.gather(fingerprint.of_model(formats.open_source(where.load)) if speaks else None)[0]
+    sha256 = model.grid.gather(fingerprint.of_model(source) if speaks else None)[0]
     room = job.evaluation.max_input_length or model.config.max_position_embeddings
     settings = _settings(job, sha256, tokenizer, room)
     folder = Path(job.evaluation.output_dir)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from ascendspeed import device as devices
-from ascendspeed import tokenizer as tokenizers
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.evaluation import fingerprint
@@ -68,31 +67,23 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
 
 def run(job: Job, notes: Sequence[str]) -> None:
     """Loads, asks, grades, reports. Raises `UserError`."""
-    where = job.place.where
-    device = devices.prepare(where.device, where.distributed_backend)
-    if where.dtype == "fp16" and device.kind == "cpu":
-        raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+    device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
 
-    from ascendspeed import formats, generate, kernels, parallel
+    from ascendspeed import formats, parallel
+    from ascendspeed.inference.session import Session
 
-    fused = kernels.choose(
-        device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
-    )
-    model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=device, kernels=fused)
-    speaks = model.grid.rank == 0
-    say = print if speaks else lambda *_, **__: None
-    source = formats.open_source(where.load) if speaks else None
-    beside = model.grid.gather(str(source.beside or where.load) if speaks else None)[0]
-    tokenizer = tokenizers.load(where.tokenizer_name_or_path or beside)
-    check_vocabulary(tokenizer, model.config)
+    session = Session.open(job.place, device)
+    tokenizer, grid = session.tokenizer, session.grid
+    check_vocabulary(tokenizer, session.config)
+    say = print if grid.rank == 0 else lambda *_, **__: None
     for note in notes:
         say(f"note: {note}")
-    say(f"device: {device.kind} ({device.name}); {model.grid}; {where.dtype}", flush=True)
-    sha256 = model.grid.gather(fingerprint.of_model(source) if speaks else None)[0]
+    model = session.model
+    sha256 = grid.gather(fingerprint.of_model(formats.open_source(job.place.where.load)) if grid.rank == 0 else None)[0]
     room = job.evaluation.max_input_length or model.config.max_position_embeddings
     settings = _settings(job, sha256, tokenizer, room)
     folder = Path(job.evaluation.output_dir)
-    answers = _open(folder, settings, model.grid)
+    answers = _open(folder, settings, grid)
     try:
         _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, say, device)
     finally:

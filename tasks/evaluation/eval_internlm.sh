@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Evaluates a model on benchmarks that lie on disk. Every value can be given in the environment, more flags at the end:
 #
-#   TASK="mmlu ceval boolq" DATA_PATH="data/mmlu data/ceval data/boolq" CHECKPOINT=model_from_hf/internlm-7b \
+#   TASK="mmlu ceval boolq" DATA_PATH="data/mmlu data/ceval data/boolq" CHECKPOINT=model_from_hf/internlm-7b TOKENIZER_PATH= \
 #       bash tasks/evaluation/eval_internlm.sh --prompt-style opencompass
 #
 # As it stands it asks the few questions in sample_mmlu. docs/evaluation.md: which files each benchmark consists of, and what
@@ -11,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../examples/intern/launch.sh"
 
 MODEL=${MODEL-}                                         # any by name (internlm-7b, internlm2-7b ...), to check the weights by; empty: what they say
 CHECKPOINT=${CHECKPOINT:-./model_weights}               # Hugging Face directory, converted weights, or a training checkpoint
-TOKENIZER_PATH=${TOKENIZER_PATH-}                       # directory with tokenizer.model; empty: that of the weights
+TOKENIZER_PATH=${TOKENIZER_PATH-./dataset/internlm}     # directory with tokenizer.model; empty: the one beside the weights
 TASK=${TASK:-mmlu}                                      # of mmlu ceval cmmlu boolq gsm8k hellaswag
 DATA_PATH=${DATA_PATH:-$(dirname "${BASH_SOURCE[0]}")/sample_mmlu}  # a folder for each, in the same order
 OUTPUT=${OUTPUT:-./evaluation}                          # results; an evaluation that was stopped goes on there

@@ -116,18 +116,20 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
 
 def test_recomputed_dropout_draws_the_same_masks(tmp_path):
     """Under sequence parallel too, where the block and the attention both draw."""
+    methods = {
+        "none": {},
+        "full": {"recompute_granularity": "full"},
+        "block 1": {"recompute_granularity": "full", "recompute_method": "block"},
+        "selective": {"recompute_granularity": "selective"},
+    }
     cases = {}
     for sequence in (False, True):
-        for recompute in ("none", "full"):
-            cases[f"{sequence} {recompute}"] = {
-                "changes": {
-                    "parallel": {"zero_stage": 1, "sequence_parallel": sequence},
-                    "train": {"recompute_granularity": recompute},
-                }
-            }
+        for name, train in methods.items():
+            parallel = {"zero_stage": 1, "sequence_parallel": sequence}
+            cases[f"{sequence} {name}"] = {"changes": {"parallel": parallel, "train": train}}
     curves = run_cases("tp2-dp1", cases, tmp_path, 2, attention_dropout=0.2, hidden_dropout=0.2)
-    for sequence in (False, True):
-        assert curves[f"{sequence} full"] == curves[f"{sequence} none"]
+    for name, curve in curves.items():
+        assert curve == curves[f"{name.partition(' ')[0]} none"], name
     assert curves["True none"] != curves["False none"]
 
 

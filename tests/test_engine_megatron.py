@@ -2,9 +2,10 @@
 
 import hashlib
 import math
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import checkpoint, config, schedule, weights
+from ascendspeed import checkpoint, checks, config, schedule, weights
 from ascendspeed.checkpoint import KINDS
 from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.errors import UserError
 
 MODEL = replace(RUN.model, num_layers=4)
 RUN = replace(RUN, model=MODEL, parallel=ParallelConfig())
@@ -272,7 +274,7 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-ENGINES: dict[str, dict[str, Any]] = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in (1, 3)}
+ENGINES: dict[str, dict[str, Any]] = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)}
 
 
 def moved(pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], folder: Path, kind: str = "fp32") -> Theme:
@@ -349,6 +351,43 @@ def test_every_layout_equals_a_plain_torch_loop(world, tmp_path):
     run_and_check(world, losses(LAYOUTS[world]), tmp_path)
 
 
+def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[str, dict[str, Case]]:
+    """model -> layout -> case, on four ranks: whatever the checks let through."""
+    dice, found = random.Random(seed), {name: {} for name in models}
+    sizes = {next(iter(one)): (1, 1, 2, 4) for one in (TP, PP, VPP, CP, EP)} | {"zero_stage": (0, 1, 2, 3)}
+    flags = [*OVERLAP, *SP, "deepspeed"]
+    while sum(map(len, found.values())) < number:
+        name = dice.choice(list(models))
+        parallel = {field: dice.choice(values) for field, values in sizes.items()} | {f: dice.random() < 0.5 for f in flags}
+        parallel["sequence_parallel"] &= parallel["tensor_model_parallel_size"] > 1  # else it is switched off before
+        train = dict(dice.choice(list(RECOMPUTE.values()))) | {"micro_batch_size": dice.choice((1, 2))}
+        layout = ParallelConfig(**parallel)
+        try:
+            checks.check(replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4)
+        except UserError:
+            continue
+        one = case(parallel, 3, train=train, evaluate=True)
+        one["changes"]["model"] = asdict(models[name])
+        said = {k: v for k, v in (parallel | train).items() if v != vars(ParallelConfig()).get(k)}
+        found[name][" ".join(f"{k}={v}" for k, v in said.items())] = one
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_whatever_the_checks_let_through_has_the_same_curve(seed, tmp_path):
+    models = {name: replace(MODEL, **fields) for name, fields in {"plain": {}, "tied": TIED, "grouped": GROUPED}.items()}
+    models["mixtral"] = replace(MOE["mixtral"], num_layers=4)
+    themes = {}
+    for name, cases in by_chance(models, 16, seed).items():
+        model = models[name]
+        tensors = dict(weights.random_tensors(model, RUN.train.seed))
+        theirs = loaded(model, tensors, tmp_path / name) if model.num_experts else reference(model)
+        themes[name] = Theme(cases, partial(compare, trained(theirs, model.vocab_size, 3)))
+    for name, curves in run(4, themes, tmp_path / "run").items():
+        themes[name].check(curves)
+
+
 @pytest.mark.slow
 def test_experts_on_four_ranks(tmp_path):
     run_and_check(4, experts(4, tmp_path), tmp_path / "run")
@@ -382,9 +421,27 @@ def test_every_layout_resumes_bit_identically(world, tmp_path):
 
 
 @pytest.mark.slow
+def test_fp16_goes_on_with_its_loss_scale(tmp_path):
+    """2^19 is too much, three times; the checkpoint comes in the midst of the search, and nobody begins it anew."""
+    at, fp16 = str(tmp_path / "ckpt"), {"fp16": True, "initial_loss_scale": 2.0**19}
+    shards, stages = LAYOUTS[2]["dp2, shards"], LAYOUTS[2]["pp2"]
+    cases = {"whole": case(shards, 6, optim=fp16), "first": case(shards, 2, optim=fp16, save=at)}
+    cases |= {f"then {n}": case(p, 6, optim=fp16, first=2, load=at) for n, p in (("shards", shards), ("stages", stages))}
+
+    def check(curves: dict[str, Curve]) -> None:
+        assert [step == [None, None] for step in curves["whole"]] == [True, True, True, False, False, False]
+        assert curves["first"] + curves["then shards"] == curves["whole"]
+        assert curves["then stages"][0] == [None, None]
+        assert worst(curves["then stages"][1:], curves["whole"][3:])[0] < 4e-4
+
+    run_and_check(2, Theme(cases, check), tmp_path / "run")
+
+
+@pytest.mark.slow
 def test_every_layout_goes_on_as_every_other(tmp_path):
     """Each hands over to the next, in a circle, and back."""
-    layouts = LAYOUTS[4] | {f"tp2 {n}": TP | p for n, p in ENGINES.items()} | {"zero 3": ENGINES["zero 3"]}
+    zero = {"zero 2": ENGINES["zero 2"], "zero 3": ENGINES["zero 3"]}
+    layouts = LAYOUTS[4] | {f"tp2 {name}": TP | ENGINES[name] for name in ("zero 1", "zero 0", "zero 3")} | zero
     names = list(layouts)
     pairs = [pair for a, b in zip(names, names[1:] + names[:1], strict=True) for pair in ((a, b), (b, a))]
     run_and_check(4, moved(pairs, layouts, tmp_path), tmp_path / "run")

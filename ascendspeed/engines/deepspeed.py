@@ -315,9 +315,8 @@ class DeepSpeedEngine:
         values: dict[str, Any] = {"updates": self.updates}
         if self.run.optim.fp16:
             scaler = self.zero.loss_scaler
-            values["loss_scaler"] = {
-                k: getattr(scaler, k) for k in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-            }
+            values["loss_scale"] = float(scaler.cur_scale)
+            values["loss_scaler"] = {k: getattr(scaler, k) for k in ("cur_iter", "last_overflow_iter", "cur_hysteresis")}
         return values
 
     def rng(self) -> dict[str, Tensor]:
@@ -331,8 +330,9 @@ class DeepSpeedEngine:
         scalars = checkpoint.state.engine
         for state in self._torch_adamw().state.values():
             state["step"].fill_(scalars["updates"])
-        if self.run.optim.fp16 and "loss_scaler" in scalars:
-            for name, value in scalars["loss_scaler"].items():
+        if self.run.optim.fp16 and "loss_scale" in scalars:
+            self.zero.loss_scaler.cur_scale = scalars["loss_scale"]
+            for name, value in scalars.get("loss_scaler", {}).items():  # the other engine keeps other things
                 setattr(self.zero.loss_scaler, name, value)
         self._publish()
         if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
@@ -341,6 +341,7 @@ class DeepSpeedEngine:
     def _publish(self) -> None:
         """Masters -> the weights that the forward pass uses; collective."""
         if self.stage == 3:
+            self.zero.invalidate_secondary_tensor()  # a node's second copy (hpz) is of the weights before
             for i in range(len(self.zero.fp32_partitioned_groups_flat)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(i)
         elif self.stage:

@@ -230,12 +230,10 @@ class MegatronEngine:
         """See `Engine.scalars`."""
         values: dict[str, Any] = {"updates": self.updates}
         if self.run.optim.fp16:
-            values["grad_scaler"] = {"scale": float(self._scaler.scale), **{name: getattr(self._scaler, name) for name in TRACKERS}}
+            scaler = self.optimizer.chained_optimizers[0].grad_scaler
+            values["loss_scale"] = float(scaler.scale)
+            values["grad_scaler"] = {name: getattr(scaler, name) for name in ("_growth_tracker", "_hysteresis_tracker")}
         return values
-
-    @property
-    def _scaler(self) -> Any:
-        return self.optimizer.chained_optimizers[0].grad_scaler
 
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
@@ -250,10 +248,10 @@ class MegatronEngine:
         for part in self.optimizer.chained_optimizers:
             for state in part.optimizer.state.values():
                 state["step"].fill_(self.updates)
-            if self.run.optim.fp16 and "grad_scaler" in scalars:
-                part.grad_scaler._scale.fill_(scalars["grad_scaler"]["scale"])
-                for name in TRACKERS:
-                    setattr(part.grad_scaler, name, scalars["grad_scaler"][name])
+            if self.run.optim.fp16 and "loss_scale" in scalars:
+                part.grad_scaler._scale.fill_(scalars["loss_scale"])
+                for name, value in scalars.get("grad_scaler", {}).items():  # the other engine keeps other things
+                    setattr(part.grad_scaler, name, value)
         self._publish()
         if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
             set_generators(checkpoint.rng(self.grid.rank))
@@ -266,9 +264,6 @@ class MegatronEngine:
         if self.run.parallel.use_distributed_optimizer:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
-
-
-TRACKERS = ("_growth_tracker", "_hysteresis_tracker")
 
 
 def _sum_gradients(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:

@@ -107,7 +107,7 @@ class Session:
             data.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
         if self.grid.world > 1 and size:
             dist.broadcast(data, 0)
-        return bytes(data.tolist())
+        return data.cpu().numpy().tobytes()
 
 
 def _tokenizer(place: Place) -> Tokenizer:

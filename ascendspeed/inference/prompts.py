@@ -1,6 +1,5 @@
 """What is to be answered: texts and conversations from flags, files and stdin -> token ids. Every fault is named with its line."""
 
-import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -130,8 +129,3 @@ def shown(prompt: Prompt) -> Any:
     if prompt.text is not None:
         return prompt.text
     return prompt.said if prompt.said is not None else [{"role": m.role, "content": m.content} for m in prompt.messages]
-
-
-def dumps(value: Any) -> str:
-    """One line of JSON."""
-    return json.dumps(value, ensure_ascii=False)

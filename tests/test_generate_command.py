@@ -91,6 +91,7 @@ WRONG = {
     "--load {} --stop=": "--stop is empty",
     "--load {} --output-file {}/config.json": "exists; move it away",
     "--load {} --output-file /nowhere/x": "--output-file /nowhere/x: /nowhere is no directory",
+    "--load {} --task chat --output-file talk": "--output-file is for prompts",
     "--load {} --stream --task beam": "--stream shows one answer",
     "--load {} --promt x": "unknown flag --promt; did you mean --prompt?",
 }
@@ -166,6 +167,8 @@ def test_lines_of_an_input_file(tmp_path):
     with pytest.raises(UserError, match="holds no prompts"):
         prompts.from_lines(b"\n \n", "in")
     assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
+    with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
+        prompts.typed(options.Generation(prompt=("fine", "\udcff")))
     with pytest.raises(UserError, match="stdin is not UTF-8"):
         prompts.from_text(b"\xff", "stdin")
 
@@ -331,6 +334,11 @@ def test_a_conversation(run, folder, reference):
     told = run(*chat, "--system", "Be brief", stdin="hi\nquit\n")
     assert told == f"{said('<|System|>:Be brief' + chr(10), hi)}\n"
     assert len({first, second, said(again), told}) == 4  # control: history, system and question all matter
+    shown = run(*chat, "--task", "chat", "--stop", first[1:3], stdin="hi\n")
+    assert shown == f"{first[: first.index(first[1:3])]}\n"
+    both = run("--task", 1, 6, "--max-new-tokens", count, stdin="hi\n")
+    assert both.count("== greedy ") == 4  # the demonstration: stdin is the conversation's
+    assert both.endswith(f"\n{first}\n")
     assert run("--task", "chat", "--prompt", "hi", "--max-new-tokens", count).endswith(f"-> {first}\n")
     with pytest.raises(UserError, match="not UTF-8"):
         run(*chat, stdin=b"\xff\n")

@@ -179,6 +179,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     _check_numbers(asked)
     _check_uses(tasks, typed)
     if asked.output_file is not None:
+        if tasks == ("chat",) and not (asked.prompt or asked.input_texts or asked.input_file):
+            raise UserError("--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect stdout")
         _check_output(Path(asked.output_file))
     if asked.stream and (asked.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)):
         raise UserError("--stream shows one answer as it comes: not several (--num-return-sequences), beams or log-probabilities")

@@ -34,9 +34,13 @@ class Prompt:
 
 
 def typed(asked: Generation) -> list[Prompt]:
-    """Of --prompt and --input-texts."""
+    """Of --prompt and --input-texts. Raises `UserError`."""
     named = (("--prompt", asked.prompt), ("--input-texts", asked.input_texts))
-    return [Prompt(f"{flag} {number}", text) for flag, texts in named for number, text in enumerate(texts, 1)]
+    found = [Prompt(f"{flag} {number}", text) for flag, texts in named for number, text in enumerate(texts, 1)]
+    for prompt in found:
+        if any("\ud800" <= letter <= "\udfff" for letter in prompt.text or ""):  # how Python keeps bytes that are no text
+            raise UserError(f"{prompt.where} is not UTF-8")
+    return found
 
 
 def from_file(path: str) -> list[Prompt]:

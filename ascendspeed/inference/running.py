@@ -18,8 +18,6 @@ from ascendspeed.inference.session import Session
 from ascendspeed.inference.talk import Talk, converse, from_stdin
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
-
-
 Record = dict[str, Any]
 
 
@@ -41,7 +39,7 @@ def run(job: Job, device: Device, notes: Sequence[str]) -> None:
     session = Session.open(job.place, device, asked.chat_template, patient=talks)
     for note in notes:
         session.say(f"note: {note}")
-    if asked.input_file == "-" or (not given and job.tasks != ("chat",)):
+    if asked.input_file == "-" or (not given and not talks):
         given = _from_stdin(session, asked.input_file == "-")
     demonstration = not given
     work = [task for task in job.tasks if not (task == "chat" and talks)]

@@ -116,7 +116,7 @@ def _plain(session: Session, text: str) -> list[int]:
 
 
 def _encoded(text: str | None) -> bytes | None:
-    return None if text is None else text.encode()
+    return None if text is None else text.encode("utf-8", "replace")
 
 
 def from_stdin() -> str | None:

@@ -121,6 +121,26 @@ class Letters:
         return [np.array([ord(c) for c in text], np.int32) for text in texts]
 
 
+def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
+    """White space goes to the answer, and the context keeps its own ids where the whole text would have others."""
+    import corpus
+    from lm_eval.api.model import TemplateLM
+
+    from ascendspeed import tokenizer
+
+    tokens = tokenizer.load(corpus.sentencepiece_dir(tmp_path))
+    encoder = Encoder(tokens)
+    theirs = type("Theirs", (TemplateLM,), dict.fromkeys(TemplateLM.__abstractmethods__))()
+    theirs.tok_encode = lambda text: [tokens.bos, *tokens.encode(text).tolist()]
+    merged = 0
+    for context in ("Document 3 says", "Document 3 says  ", "答案: ", "答案:", "It ends", "Docu"):
+        for answer in (" that", "\nB", "ment 4", " A", "中"):
+            [pair] = encoder.pairs(context, [answer])
+            assert pair == theirs._encode_pair(context, answer)
+            merged += pair[0] + pair[1] != theirs.tok_encode(context + answer)
+    assert merged  # control: somewhere the two ways differ
+
+
 @pytest.mark.parametrize("room", [99999, 250, 200, 150, 99, 40])
 def test_examples_are_dropped_one_by_one_the_last_one_first(room):
     """The room is counted by hand: BOS, the context, and all of the longest answer but its last token."""

@@ -58,7 +58,8 @@ class Encoder:
         kept = context.rstrip()
         head = self.encode(kept)
         wholes = self.batch([context + continuation for continuation in continuations])
-        return [(whole[: len(head)], whole[len(head) :]) for whole in wholes]
+        # An answer that melts into the end of the context, so that the whole text has no more ids, is the last one of these.
+        return [(head, whole[len(head) :]) if len(whole) > len(head) else (whole[:-1], whole[-1:]) for whole in wholes]
 
 
 def prepare(benchmark: Benchmark, style: Style, encoder: Encoder, room: int, new_tokens: int) -> Iterator[Prompt]:

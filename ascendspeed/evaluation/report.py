@@ -105,6 +105,7 @@ def _bars(axes: Any, result: Result) -> None:
     axes.set_title(f"{result.benchmark.name}: macro {macro:.2f}, micro {micro:.2f}", fontsize=9)
     names = [_fitting(subject.topic.name) for subject in subjects]
     axes.set_xticks(range(len(subjects)), names, rotation=90 if len(names) > 1 else 0, fontsize=6)
+    axes.margins(x=0.01)
     axes.set(ylim=(0, 100), ylabel=f"{result.metric} (%)")
     if len(categories) > 1:
         axes.legend(fontsize=7, ncols=len(categories), loc="upper right")

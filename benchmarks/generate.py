@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendspeed import device as devices
 from ascendspeed import errors, flags, plan
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.errors import UserError
@@ -207,6 +206,8 @@ def main() -> None:
     """Measures, prints, writes."""
     options = flags.parse(Options, description=__doc__ or "")
     model_of(options)
+    from ascendspeed import device as devices
+
     here = devices.prepare(options.device)
     import torch
 

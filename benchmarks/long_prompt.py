@@ -16,7 +16,6 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from ascendspeed import device as devices
 from ascendspeed import errors, flags
 from ascendspeed.config import ParallelConfig, TrainConfig
 from ascendspeed.families import preset
@@ -51,6 +50,8 @@ def peak() -> int:
 
 def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     """Seconds, bytes beyond the model, bytes of the cache."""
+    from ascendspeed import device as devices
+
     here, alone = devices.prepare("cpu"), ParallelConfig()
     import torch
 
@@ -95,6 +96,8 @@ def main() -> None:
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], flush=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
+    from ascendspeed import device as devices
+
     text = (
         f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python {platform.python_version()}, "
         f"{versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden {MODEL.hidden_size}, {MODEL.num_attention_heads} heads, "

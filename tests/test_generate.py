@@ -261,6 +261,7 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
     assert len({tuple(one.tokens) for one in four}) == 4
     beams = replace(params, num_beams=4, num_return_sequences=2)
     assert sample(asked, PROMPTS, beams) == sample(asked, PROMPTS, beams)
+    assert texts(sample(asked, PROMPTS[2:3], beams, numbers=[2])) == texts(sample(asked, PROMPTS, beams)[2:3])
     assert texts(sample(asked, PROMPTS, beams)) != texts(sample(asked, PROMPTS, replace(beams, seed=8)))
 
 

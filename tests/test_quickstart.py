@@ -44,6 +44,11 @@ done
 """
 
 
+USED = """#!/usr/bin/env bash
+echo "$(basename "$0")" >> "$WORK/said"
+"""
+
+
 def executable(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -56,6 +61,8 @@ def quickstart(tmp_path):
     root, work = tmp_path / "root", tmp_path / "work"
     executable(root / "bin/python", PYTHON)
     executable(root / "examples/intern/pretrain_internlm_7b_zero.sh", RECIPE)
+    for recipe in ("examples/intern/generate_internlm_7b_deepspeed.sh", "tasks/evaluation/eval_internlm.sh"):
+        executable(root / recipe, USED)
     executable(root / "tools/setup.sh", "")
     shutil.copyfile(launch.ROOT / QUICKSTART, root / QUICKSTART)
 
@@ -63,12 +70,18 @@ def quickstart(tmp_path):
         (work / "said").unlink(missing_ok=True)
         env |= {"WORK": str(work), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True)
-        return done.returncode, [line.strip() for line in (work / "said").read_text().splitlines()]
+        said = [line.strip() for line in (work / "said").read_text().splitlines()]
+        if not done.returncode:
+            assert said[-3:] == USES
+            del said[-3:]
+        return done.returncode, said
 
     go.work = work
     return go
 
 
+USES = ["generate_internlm_7b_deepspeed.sh", "generate_internlm_7b_deepspeed.sh", "eval_internlm.sh"]
+"""With what every whole run ends."""
 FIRST, LAST = "make_quickstart_data.py", "quickstart_report.py"
 MADE = ["preprocess_data.py", "random_model.py", "convert_weights_from_huggingface.py"]
 TRAINED = ["train from weights --exit-interval 60", "train from ckpt", "convert.py"]

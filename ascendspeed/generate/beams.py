@@ -8,11 +8,11 @@ finished one.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
-from ascendspeed.generate.choosing import draw_several, penalized, warped
+from ascendspeed.generate.choosing import draw_several, penalized, stream, warped
 from ascendspeed.generate.model import LanguageModel
 from ascendspeed.generate.params import Completion, Params
 
@@ -37,6 +37,8 @@ class Search:
     number: int
     length: int
     """Of the prompt."""
+    draws: Generator
+    """Its own stream."""
     beams: list[Beam]
     finished: list[Completion] = field(default_factory=list)
 
@@ -62,22 +64,26 @@ class Search:
         return full and going[0].score / size**params.length_penalty <= self.finished[-1].score
 
 
-def search(model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params) -> list[list[Completion]]:
-    """The best `num_return_sequences` continuations of every prompt; `order`: the prompts, longest first."""
+def search(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, numbers: Sequence[int]
+) -> list[list[Completion]]:
+    """The best `num_return_sequences` continuations of every prompt; `order`: the longest first; `numbers`: see `sample`."""
     beams, lengths = params.num_beams, [len(prompts[i]) for i in order]
     cache = model.begin(len(prompts) * beams, lengths[0] + params.max_new_tokens, lengths)
     last = model.read([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(beams, 0) if model.last else None
     cache.select([i // beams for i in range(len(prompts) * beams)], lengths[0])
     # The beams of a prompt begin equal: only the first counts.
-    live = [Search(i, len(prompts[i]), [Beam(NEVER if j else 0.0) for j in range(beams)]) for i in order]
+    live = [
+        Search(i, len(prompts[i]), stream(params.seed, numbers[i]), [Beam(0.0 if not j else NEVER) for j in range(beams)])
+        for i in order
+    ]
     for at, one in enumerate(live):
         for j, beam in enumerate(one.beams):
             beam.row = at * beams + j
     done: dict[int, list[Completion]] = {}
-    generator = np.random.Generator(np.random.Philox(key=[params.seed & (2**64 - 1), 0]))
     for size in range(1, params.max_new_tokens + 1):
-        offers = _offers(model, hidden, prompts, live, params, generator)
+        offers = _offers(model, hidden, prompts, live, params)
         for one, offered in zip(live, offers, strict=True):
             if one.advance(offered, params):
                 done[one.number] = one.finished[: params.num_return_sequences]
@@ -99,7 +105,6 @@ def _offers(
     prompts: Sequence[Sequence[int]],
     live: list[Search],
     params: Params,
-    generator: np.random.Generator,
 ) -> list[list[tuple[float, int, int]]]:
     """For each prompt the (score, beam, token) that its beams may go on with, best first."""
     beams = params.num_beams
@@ -108,7 +113,7 @@ def _offers(
     if model.last:
         scores = model.logits(hidden).log_softmax(-1)
         if model.decides:
-            packed = _best(scores, prompts, live, params, generator, count)
+            packed = _best(scores, prompts, live, params, count)
     packed = model.tell(packed, (2, len(live), count), torch.float64)
     vocabulary = model.config.vocab_size
     return [
@@ -117,9 +122,7 @@ def _offers(
     ]
 
 
-def _best(
-    scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], params: Params, generator: np.random.Generator, count: int
-) -> Tensor:
+def _best(scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], params: Params, count: int) -> Tensor:
     """scores [rows, V] -> [2, prompts, count]: sums of log-probabilities and beam * V + token."""
     seen = None
     if params.repetition_penalty != 1:
@@ -135,7 +138,7 @@ def _best(
     sums = torch.tensor([[beam.score for beam in one.beams] for one in live], device=scores.device, dtype=scores.dtype)
     offered = (scores.view(len(live), params.num_beams, -1) + sums[:, :, None]).flatten(1)
     if params.do_sample:
-        noise = torch.from_numpy(generator.random((len(live), offered.size(1)))).to(offered.device)
+        noise = torch.stack([torch.from_numpy(one.draws.random(offered.size(1))) for one in live]).to(offered.device)
         best, at = draw_several(offered, noise, count)
     else:
         best, at = offered.topk(count)

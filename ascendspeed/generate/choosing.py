@@ -1,9 +1,15 @@
 """From logits to tokens: the rules of Hugging Face's processors, in their order."""
 
 import torch
+from numpy.random import Generator, Philox
 from torch import Tensor
 
 from ascendspeed.generate.params import Params
+
+
+def stream(seed: int, number: int) -> Generator:
+    """Random numbers of each (seed, number) alone."""
+    return Generator(Philox(key=[seed & (2**64 - 1), number]))
 
 
 def penalized(scores: Tensor, seen: Tensor | None, penalty: float) -> Tensor:

@@ -1,14 +1,14 @@
 """Greedy and sampled text, for prompts of any lengths side by side."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
+from numpy.random import Generator
 from torch import Tensor
 
 from ascendspeed.generate import beams
-from ascendspeed.generate.choosing import draw, penalized, warped
+from ascendspeed.generate.choosing import draw, penalized, stream, warped
 from ascendspeed.generate.model import LanguageModel
 from ascendspeed.generate.params import Completion, Params
 
@@ -32,11 +32,12 @@ def sample(
     assert all(prompts), "a prompt has at least one token"
     # Longest first: so the rows that have more to read are always the first ones.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    numbers = numbers or range(len(prompts))
     with torch.inference_mode():
         try:
             if params.num_beams > 1:
-                return beams.search(model, prompts, order, params)
-            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers or range(len(prompts)))
+                return beams.search(model, prompts, order, params, numbers)
+            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers)
         finally:
             model.end()
 
@@ -49,24 +50,17 @@ class Row:
     """prompt * num_return_sequences + i."""
     length: int
     """Tokens in the cache."""
-    draws: Iterator[float]
-    """Uniform in [0, 1): this row's own stream."""
+    draws: Generator
+    """This row's own stream."""
     tokens: list[int] = field(default_factory=list)
     score: float = 0.0
-
-
-def uniforms(seed: int, row: int) -> Iterator[float]:
-    """A stream of numbers in [0, 1) for each (seed, row)."""
-    generator = np.random.Generator(np.random.Philox(key=[seed & (2**64 - 1), row]))
-    while True:
-        yield from generator.random(64)
 
 
 def _sample(
     model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, watch: Watch, numbers: Sequence[int]
 ) -> list[list[Completion]]:
     each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
-    rows = [Row(i * each + j, len(prompts[i]), uniforms(params.seed, numbers[i] * each + j)) for i in order for j in range(each)]
+    rows = [Row(i * each + j, len(prompts[i]), stream(params.seed, numbers[i] * each + j)) for i in order for j in range(each)]
     cache = model.begin(len(rows), lengths[0] + params.max_new_tokens, lengths)
     last = model.read([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(each, 0) if model.last else None
@@ -144,7 +138,7 @@ def _choose(model: LanguageModel, hidden: Tensor | None, params: Params, rows: l
             if params.vocab_size is not None:
                 choices[:, params.vocab_size :] = float("-inf")
             if params.do_sample:
-                draws = torch.tensor([next(row.draws) for row in rows], dtype=torch.float64, device=logits.device)
+                draws = torch.tensor([row.draws.random() for row in rows], dtype=torch.float64, device=logits.device)
                 tokens = draw(warped(choices, params), draws)
             else:
                 tokens = choices.argmax(-1)

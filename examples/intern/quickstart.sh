@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on this machine, with a tiny InternLM, in minutes:
-# text -> parquet -> tokens -> random model -> weights split for TP 2 -> ZeRO-2 training -> resumed -> exported -> checked by transformers.
+# text -> parquet -> tokens -> random model -> weights split for TP 2 -> ZeRO-2 training -> resumed -> exported -> checked by transformers
+# -> a completion, a turn of a chat, a score.
 #
 #   bash examples/intern/quickstart.sh          run again, it reuses what is there; delete ./.quickstart to start over
 #   NPROC=2 WORK=/tmp/try bash examples/intern/quickstart.sh
@@ -15,7 +16,7 @@ ITERS=${ITERS:-100}                     # iterations in all
 mkdir -p "$WORK"
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
-step "1/7 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
+step "1/10 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
 python examples/intern/make_quickstart_data.py --output-dir "$WORK/data"
 
 if [ -f "$WORK/alpaca_text_document.idx" ] && [ "$WORK/data/made.json" -nt "$WORK/alpaca_text_document.idx" ]; then
@@ -24,7 +25,7 @@ if [ -f "$WORK/alpaca_text_document.idx" ] && [ "$WORK/data/made.json" -nt "$WOR
     rm -f "$WORK"/alpaca_text_document.*  # last: as long as they are there, a run that is stopped here begins here again
 fi
 
-step "2/7 tokens"
+step "2/10 tokens"
 if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
     python tools/preprocess_data.py \
         --input "$WORK/data/train.parquet" \
@@ -37,10 +38,10 @@ if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
         --append-eod
 fi
 
-step "3/7 a tiny InternLM with random weights, as a Hugging Face directory"
+step "3/10 a tiny InternLM with random weights, as a Hugging Face directory"
 [ -d "$WORK/hf" ] || python tools/random_model.py --model internlm-tiny --tokenizer "$WORK/data/tokenizer" --output-dir "$WORK/hf"
 
-step "4/7 weights for 2 tensor-parallel ranks"
+step "4/10 weights for 2 tensor-parallel ranks"
 [ -d "$WORK/weights" ] || python tools/ckpt_convert/llama/convert_weights_from_huggingface.py \
     --input-model-dir "$WORK/hf" \
     --output-model-dir "$WORK/weights" \
@@ -63,11 +64,11 @@ train() {  # train FLAGS...: the 7B recipe itself, with tiny values, from the la
 }
 reached() { [ "$(iteration)" -ge "$1" ]; }
 
-step "5/7 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
+step "5/10 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
 reached "$STOP" || reached "$ITERS" || train --exit-interval "$STOP"
 reached "$ITERS" || train
 
-step "6/7 export as a plain LlamaForCausalLM"
+step "6/10 export as a plain LlamaForCausalLM"
 if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/export/config.json" ]; then
     rm -f "$WORK/export/config.json"  # first: what is left of the old export must not look like a new one
     rm -rf "$WORK/export"
@@ -75,5 +76,19 @@ if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/expor
         --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
 fi
 
-step "7/7 held-out loss, ours beside stock transformers"
+step "7/10 held-out loss, ours beside stock transformers"
 python examples/intern/quickstart_report.py --work "$WORK"
+
+trained() {  # trained RECIPE FLAGS...: one that takes a model, with the one that was trained
+    MODEL=internlm-tiny CHECKPOINT="$WORK/ckpt" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 bash "$@"
+}
+
+step "8/10 a completion, greedy, from the training checkpoint on 2 tensor-parallel ranks"
+TP=2 NPROC=2 trained examples/intern/generate_internlm_7b_deepspeed.sh --prompt "Return the " --prompt "Raise ValueError if " --max-new-tokens 32
+
+step "9/10 a turn of a chat (this model has read docstrings, and never a conversation)"
+echo "What does os.path.join do?" | NPROC=1 trained examples/intern/generate_internlm_7b_deepspeed.sh --task chat --max-new-tokens 32
+
+step "10/10 its score on a few questions in MMLU's form (four answers each: a model that knows nothing gets 25 %)"
+rm -rf "$WORK/evaluation"  # of an older checkpoint
+NPROC=1 OUTPUT="$WORK/evaluation" trained tasks/evaluation/eval_internlm.sh

@@ -47,7 +47,7 @@ def model(folders, cpu):
 
 @pytest.fixture(scope="module")
 def hf(folders) -> HFLM:
-    """Theirs. Text comes from our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8, of random models."""
+    """Theirs. Text comes from our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8."""
     tokens = tokenizer.load(folders["ours"])
 
     class Ours(HFLM):
@@ -267,6 +267,16 @@ def test_killed_it_goes_on_where_it_was(tmp_path, folders):
     assert [g.metrics for g in sampled(folders, idle, Answers(tmp_path, settings))[1]] == [g.metrics for g in whole]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_model_that_gives_no_number(value, folders):
+    class Broken:
+        def score(self, pairs, got):
+            got(0, value, False)
+
+    with pytest.raises(UserError, match=r"arithmetic_test\.csv:1: the model's log-likelihood is -?(nan|inf)"):
+        sampled(folders, Broken(), Answers(None, {}))
+
+
 def test_answers_of_another_run_are_refused(tmp_path):
     Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"}).close()
     with pytest.raises(
@@ -318,6 +328,8 @@ def test_hashes_of_a_model(folders, tmp_path):
     convert.convert(source, tmp_path / "again", convert.HuggingFace(max_shard_size=100_000))
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert fingerprint.of_model(formats.open_source(tmp_path / "again")) == own
+    convert.write_megatron(source, tmp_path / "ranks", 2, 1)
+    assert fingerprint.of_model(formats.open_source(tmp_path / "ranks")) == own
     other = model_dir(tmp_path / "other", replace(MODEL, init_method_std=0.1))
     assert fingerprint.of_model(formats.open_source(other)) != own
 

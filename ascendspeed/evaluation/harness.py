@@ -57,9 +57,10 @@ class Adapter(TemplateLM):
 
         def got(number: int, logprob: float, greedy: bool) -> None:
             key, i = owner[number]
-            if math.isnan(logprob):
+            if not math.isfinite(logprob):
+                where = by_question[key][0].doc["where"]
                 raise UserError(
-                    f"the model gives NaN for {by_question[key][0].doc['where']}: its weights or its precision are broken"
+                    f"{where}: the model's log-likelihood is {logprob}: its weights are broken, or fp16 overflowed (try --bf16)"
                 )
             found[key][i] = (logprob, greedy)
             if len(found[key]) == len(by_question[key]):

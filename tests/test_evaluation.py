@@ -430,3 +430,11 @@ def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
     )
     assert done.returncode == 2, done.stderr
     assert "error: --task bbh: BBH is not there yet; there are mmlu" in done.stderr + done.stdout
+
+
+@pytest.mark.slow
+def test_an_answer_longer_than_the_model(folders, tmp_path):
+    words = ["--load", folders["ours"], "--task", "gsm8k", "--task-data-path", folders["gsm8k"], "--output-dir", tmp_path]
+    code, said = run(tmp_path, *words, "--max-input-length", "200", "--device", "cpu")
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "--max-new-tokens 256 of gsm8k leaves nothing of 200 tokens for the question" in said

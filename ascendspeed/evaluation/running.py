@@ -78,9 +78,12 @@ def run(job: Job, notes: Sequence[str]) -> None:
     say = print if grid.rank == 0 else lambda *_, **__: None
     for note in notes:
         say(f"note: {note}")
+    room = job.evaluation.max_input_length or session.config.max_position_embeddings
+    written = [one.name for one, style in job.benchmarks if style.until]
+    if written and room <= job.new_tokens:
+        raise UserError(f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question")
     model = session.model
     sha256 = grid.gather(fingerprint.of_model(formats.open_source(job.place.where.load)) if grid.rank == 0 else None)[0]
-    room = job.evaluation.max_input_length or model.config.max_position_embeddings
     settings = _settings(job, sha256, tokenizer, room)
     folder = Path(job.evaluation.output_dir)
     answers = _open(folder, settings, grid)

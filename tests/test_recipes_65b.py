@@ -36,7 +36,7 @@ def clean(**own: str) -> dict[str, str]:
 
 
 def program(folder: Path, name: str, text: str) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     (folder / name).chmod(0o755)
 

@@ -66,6 +66,10 @@ def rope_of(model: ModelConfig) -> dict[str, Any] | None:
     return {"rope_type": model.rope_scaling_type, "rope_theta": model.rotary_base, "factor": model.rope_scaling_factor}
 
 
+def texts(found) -> list[list[list[int]]]:
+    return [[one.tokens for one in each] for each in found]
+
+
 def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
     """What Hugging Face's `generate` adds to one prompt; pad is eos."""
     stops = list(params.pop("stop_ids", ())) or None
@@ -171,6 +175,23 @@ LONG = [[1, *range(2, 100)], [1, *range(30, 60)], [1, *range(5, 79)], [1, 7, 7, 
 """Beyond the 64 trained positions, below, beyond, just before: the last one passes them while it is generated."""
 
 
+def test_rows_that_finish_leave_the_others_their_rope(cpu):
+    """Stop tokens, several draws, beams and a penalty, beyond the trained length: as each prompt alone."""
+    from ascendspeed.generate import Params, sample
+
+    asked, _ = asked_of(cpu, "v3")
+    for more in (
+        {"stop_ids": tuple(range(0, 125, 3))},
+        {"stop_ids": tuple(range(0, 125, 9)), "repetition_penalty": 1.5},
+        {"do_sample": True, "num_return_sequences": 3, "stop_ids": tuple(range(0, 125, 9)), "repetition_penalty": 1.3},
+        {"num_beams": 3, "stop_ids": STOPS},
+    ):
+        params = Params(max_new_tokens=16, **more)
+        together = texts(sample(asked, LONG, params))
+        assert together == [texts(sample(asked, [prompt], params, numbers=[i]))[0] for i, prompt in enumerate(LONG)], more
+        assert len({len(tokens) for each in together for tokens in each}) > 1 or "num_beams" in more
+
+
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
     from ascendspeed.generate import Params, model, sample
@@ -244,10 +265,6 @@ def test_draws_follow_the_probabilities():
     assert draw(scores, torch.tensor([1.0 - 2**-53], dtype=torch.float64)).item() == 4
 
 
-def texts(found) -> list[list[list[int]]]:
-    return [[one.tokens for one in each] for each in found]
-
-
 def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
     from ascendspeed.generate import Params, sample
 
@@ -265,7 +282,104 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
     assert texts(sample(asked, PROMPTS, beams)) != texts(sample(asked, PROMPTS, replace(beams, seed=8)))
 
 
+@pytest.mark.parametrize("seed", [-1, -2, 2**63, 2**63 + 1, 2**64 - 3])
+def test_seeds_have_streams_of_their_own(seed):
+    from ascendspeed.generate.choosing import stream
+
+    others = [stream(other, 0).random() for other in (-1, -2, -1000, 0, 1, 2**63, 2**63 + 1, 2**64 - 3) if other != seed]
+    assert stream(seed, 0).random() not in others
+    assert stream(seed, 0).random() == stream(seed, 0).random() != stream(seed, 1).random()
+
+
+# ---------------------------------------------------------------- what is shared
+
+
+def rows_of(*tokens: list[int]):
+    from ascendspeed.generate.scoring import Input
+
+    return [Input(tuple(row), len(row) - 1, [i]) for i, row in enumerate(sorted(tokens))]
+
+
+def test_groups_share_what_saves_more_than_it_costs():
+    from ascendspeed.generate.scoring import groups
+
+    few = [*range(50)]
+    questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
+    model = replace(MODELS["v2.5"], max_position_embeddings=64)
+    found = {group.shared: [row.tokens for row in group.inputs] for group in groups(questions, model)}
+    assert set(found) == {0, 50}
+    assert len(found[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
+    assert len(found[0]) == 2
+    # One more token of the same: nothing of what is asked about is shared.
+    assert {group.shared for group in groups(rows_of([*few, 60], [*few, 60, 62]), model)} == {50}
+    # Rows beyond the trained length of a model with dynamic scaling are alone.
+    dynamic = replace(MODELS["v2"], max_position_embeddings=51)
+    assert [(group.shared, len(group.inputs)) for group in groups(questions, dynamic)] == [(0, 2), (0, 3)]
+
+
+def test_shared_rows_are_read_once(cpu, monkeypatch):
+    from ascendspeed.generate import score
+
+    asked, _ = asked_of(cpu, "v2.5")
+    sizes, run = [], asked._pass
+    monkeypatch.setattr(asked, "_pass", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
+    score(asked, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
+    assert sizes == [(1, 39), (4, 2), (2, 2)]
+
+
 # ---------------------------------------------------------------- ends and limits
+
+
+def test_the_cache_is_gone_afterwards(cpu):
+    """Whatever happened; then the model trains as before."""
+    from ascendspeed.generate import Params, logprobs, sample, score
+
+    asked, _ = asked_of(cpu, "v2")
+    plain = asked.gpt(torch.tensor([PROMPTS[0]]), None, None)
+
+    def fails(*_):
+        raise KeyError
+
+    for ask in (
+        lambda: sample(asked, PROMPTS, Params(max_new_tokens=2), fails),
+        lambda: score(asked, REQUESTS, got=fails),
+    ):
+        with pytest.raises(KeyError):
+            ask()
+        assert asked.cache is None
+        assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
+    cache = asked.begin(2, 30, [3])
+    sample(asked, PROMPTS, Params(max_new_tokens=2))
+    logprobs(asked, PROMPTS)
+    assert not cache.layers
+    assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
+
+
+@pytest.mark.parametrize("more", [{}, {"do_sample": True}, {"num_beams": 2}, None])
+def test_nan_is_an_error(cpu, more):
+    from ascendspeed.generate import Params, sample, score
+
+    asked, _ = asked_of(cpu, "v2")
+    with torch.no_grad():
+        asked.gpt.decoder.final_layernorm.weight[0] = float("nan")
+    with pytest.raises(UserError, match="the model gives NaN"):
+        score(asked, REQUESTS) if more is None else sample(asked, PROMPTS, Params(max_new_tokens=3, **more))
+
+
+def test_no_memory_is_an_error(cpu):
+    from ascendspeed.generate import Params, sample
+
+    asked, reference = asked_of(cpu, "v2")
+    with pytest.raises(UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"):
+        sample(asked, PROMPTS, Params(max_new_tokens=2 * 10**12 - 1))
+    assert texts(sample(asked, PROMPTS[:1], Params(max_new_tokens=5)))[0] == theirs(reference, PROMPTS[0], max_new_tokens=5)
+
+
+def test_more_stops_than_there_are_tokens(cpu):
+    from ascendspeed.generate import Params, sample
+
+    asked, _ = asked_of(cpu, "v2")
+    assert sample(asked, PROMPTS, Params(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
 
 
 def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
@@ -315,12 +429,13 @@ def test_bf16_follows_hugging_face(cpu):
     ("params", "says"),
     [
         ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
-        ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be above 0"),
+        ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be at least 0.0001"),
+        ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0: must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
         ({"top_k": 5}, "--top-k 5 is of use only where tokens are drawn"),
         ({"num_return_sequences": 2}, "--num-return-sequences 2: there are 1"),
         ({"num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3: there are 2"),
-        ({"length_penalty": math.inf}, "--length-penalty inf: must be a number"),
+        ({"length_penalty": math.inf}, "--length-penalty inf: must be between"),
     ],
 )
 def test_params_that_mean_nothing(params, says):

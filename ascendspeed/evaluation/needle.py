@@ -1,5 +1,6 @@
 """Asks a model for needles in haystacks; a table, a chart of lengths and depths, and every answer."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
 
 def run(job: Job, device: Any, said: Sequence[str]) -> None:
     """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
+    from ascendspeed import formats
     from ascendspeed.evaluation import fingerprint
     from ascendspeed.evaluation.answers import Answers
     from ascendspeed.evaluation.progress import progress
@@ -90,24 +92,26 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     settings = {
         name: getattr(asked, name) for name in ("haystack", "needle", "question", "answer", "chat", "max_new_tokens", "seed")
     }
+    speaks, where = session.grid.rank == 0, job.place.where
     settings = json.loads(json.dumps(settings)) | {
-        "dtype": job.place.where.dtype,
+        "dtype": where.dtype,
+        "haystack_sha256": hashlib.sha256("\n".join(job.hay).encode()).hexdigest(),
         "tokenizer_sha256": fingerprint.of_tokenizer(Path(session.tokenizer.path)),
-        "load": str(job.place.where.load),
+        "model_sha256": session.grid.gather(fingerprint.of_model(formats.open_source(where.load)) if speaks else None)[0],
     }
     # Only rank 0 has the file; the others ask what it has not.
-    answers = Answers(Path(asked.output_dir) if session.grid.rank == 0 else None, settings)
+    answers = Answers(Path(asked.output_dir) if speaks else None, settings)
     answers.known = session.grid.gather(answers.known)[0]
     for note in said:
         session.say(f"note: {note}")
     left = [cell for cell in job.cells if cell.key not in answers.known]
-    with progress(len(job.cells), len(job.cells) - len(left), quiet=session.grid.rank != 0) as advance:
+    with progress(len(job.cells), len(job.cells) - len(left), quiet=not speaks) as advance:
         for cell in left:
             answers.put({"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell]))
             answers.flush()
             advance()
     answers.close()
-    if session.grid.rank == 0:
+    if speaks:
         _report(job, answers.known, settings)
 
 

@@ -107,14 +107,13 @@ def _offers(
     params: Params,
 ) -> list[list[tuple[float, int, int]]]:
     """For each prompt the (score, beam, token) that its beams may go on with, best first."""
-    beams = params.num_beams
-    count = max(2, 1 + len(params.stop_ids)) * beams
+    count = min(max(2, 1 + len(params.stop_ids)), model.config.vocab_size) * params.num_beams
     packed = None
     if model.last:
         scores = model.logits(hidden).log_softmax(-1)
         if model.decides:
             packed = _best(scores, prompts, live, params, count)
-    packed = model.tell(packed, (2, len(live), count), torch.float64)
+    packed = model.tell(packed, (2, len(live), count))
     vocabulary = model.config.vocab_size
     return [
         [(score, int(index) // vocabulary, int(index) % vocabulary) for score, index in zip(*pair, strict=True)]

@@ -1,5 +1,6 @@
 """From logits to tokens: the rules of Hugging Face's processors, in their order."""
 
+import numpy as np
 import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
@@ -9,7 +10,7 @@ from ascendspeed.generate.params import Params
 
 def stream(seed: int, number: int) -> Generator:
     """Random numbers of each (seed, number) alone."""
-    return Generator(Philox(key=[seed & (2**64 - 1), number]))
+    return Generator(Philox(key=np.array([seed & (2**64 - 1), number], dtype=np.uint64)))
 
 
 def penalized(scores: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
@@ -36,7 +37,7 @@ def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     """Of each row the first id at which the sum of softmax(scores [n, V]) passes `uniforms` [n] in [0, 1): [n]."""
     sums = scores.double().softmax(-1).cumsum(-1)
     wanted = (uniforms.clamp(max=1 - 1e-12) * sums[:, -1])[:, None]  # never past the last id that has any
-    return torch.searchsorted(sums, wanted, right=True)[:, 0]
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=scores.size(-1) - 1)  # where scores are NaN
 
 
 def draw_several(scores: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:

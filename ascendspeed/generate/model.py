@@ -24,6 +24,10 @@ CHUNK = 2048
 """Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""
 
 
+class NoMemory(UserError):
+    """The cache does not fit."""
+
+
 class LanguageModel:
     """This rank's part of a model in evaluation mode, and what goes from rank to rank."""
 
@@ -34,9 +38,15 @@ class LanguageModel:
 
     def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> Cache:
         """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
-        if self.cache:
-            self.cache.detach()  # first: its memory is needed
-        self.cache = Cache(self.gpt, rows, capacity)
+        self.end()  # first: its memory is needed
+        try:
+            self.cache = Cache(self.gpt, rows, capacity)
+        except (RuntimeError, MemoryError) as error:
+            size = rows * capacity * self._token_bytes / 2**30
+            raise NoMemory(
+                f"no memory for the keys and values of {rows} sequences of {capacity} tokens, {size:.1f} GiB on this rank: take a "
+                f"smaller --batch-size or --max-new-tokens, or more ranks ({str(error).splitlines()[0]})"
+            ) from error
         self.cache.pin(lengths)
         return self.cache
 
@@ -103,16 +113,25 @@ class LanguageModel:
         ].float()
 
     @property
+    def _token_bytes(self) -> int:
+        """That a token takes in this rank's cache."""
+        attentions = [layer.self_attention for layer in self.gpt.decoder.layers]
+        size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
+        return sum(2 * size * attention.num_query_groups_per_partition for attention in attentions)
+
+    @property
     def decides(self) -> bool:
         """Whether this rank is the one that chooses."""
         return self.grid.rank == self.grid.world - self.grid.tp
 
-    def tell(self, value: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """What the choosing rank has, on all of them."""
-        if self.grid.world == 1:
-            return value
-        told = value.contiguous() if self.decides else torch.empty(tuple(shape), dtype=dtype, device=self.device.torch)
-        dist.broadcast(told, self.grid.world - self.grid.tp)
+    def tell(self, value: Tensor | None, shape: Sequence[int]) -> Tensor:
+        """What the choosing rank has (fp64), on all of them. Raises `UserError` on all of them when there is a NaN in it."""
+        told = value
+        if self.grid.world > 1:
+            told = value.contiguous() if self.decides else torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
+            dist.broadcast(told, self.grid.world - self.grid.tp)
+        if told.isnan().any():
+            raise UserError("the model gives NaN: its weights are broken, or its precision (--fp16, --bf16) is too low for them")
         return told
 
 

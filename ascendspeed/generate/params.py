@@ -40,10 +40,13 @@ class Params:
         at_least_1 = ("max_new_tokens", "num_beams", "num_return_sequences")
         rules = {
             "must be at least 1": [n for n in at_least_1 if getattr(self, n) < 1],
-            "must be above 0": [n for n in ("temperature", "repetition_penalty") if not 0 < getattr(self, n) < math.inf],
+            "must be above 0": [] if 0 < self.repetition_penalty < math.inf else ["repetition_penalty"],
+            "must be at least 0.0001 (the most likely token alone: draw nothing)": []
+            if 1e-4 <= self.temperature < math.inf
+            else ["temperature"],
             "must be above 0 and at most 1": [] if 0 < self.top_p <= 1 else ["top_p"],
             "must be 0 or more": [] if self.top_k >= 0 else ["top_k"],
-            "must be a number": [] if math.isfinite(self.length_penalty) else ["length_penalty"],
+            "must be between -32 and 32": [] if -32 <= self.length_penalty <= 32 else ["length_penalty"],
         }
         for rule, names in rules.items():
             for name in names:

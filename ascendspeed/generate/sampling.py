@@ -26,7 +26,9 @@ def sample(
     """`num_return_sequences` completions of every prompt (ids, not empty), as if it were alone; one batch.
 
     Collective: the same arguments and results on every rank. `watch` is not asked under beam search. `numbers`: of the prompts in
-    a larger set, which decide what is drawn for each, whatever batches it is cut into; None: 0, 1, ... Raises `UserError`.
+    a larger set, which decide what is drawn for each, whatever batches it is cut into; None: 0, 1, ... Drawn beams may be fewer
+    than asked for, where there is less to draw from. As if alone is exact in fp32; in bf16 a batch rounds otherwise than a row.
+    Raises `UserError`, also when the model gives NaN or memory does not suffice.
     """
     params.check()
     assert all(prompts), "a prompt has at least one token"
@@ -144,5 +146,5 @@ def _choose(model: LanguageModel, hidden: Tensor | None, params: Params, rows: l
                 tokens = choices.argmax(-1)
             scores = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             packed = torch.stack((tokens.double(), scores.double()))
-    packed = model.tell(packed, (2, len(rows)), torch.float64)
+    packed = model.tell(packed, (2, len(rows)))
     return packed[0].long(), packed[1]

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +51,7 @@ def logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 1
     """Of each sequence every token's log-probability after those before it: [n - 1], fp32, on the CPU. Collective."""
     found = [torch.empty(0)] * len(tokens)
     order = sorted((i for i in range(len(tokens)) if len(tokens[i]) > 1), key=lambda i: -len(tokens[i]))
-    with torch.inference_mode():
+    with torch.inference_mode(), _freeing(model):
         for batch in batches(order, batch_size):
             rows = [tokens[i][:-1] for i in batch]
             lengths = [len(row) for row in rows]
@@ -59,8 +60,16 @@ def logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 1
             told = _ask(model, hidden, range(sum(lengths)), [token for i in batch for token in tokens[i][1:]])[0]
             for i, part in zip(batch, told.split(lengths), strict=True):
                 found[i] = part.float()
-        model.end()
     return found
+
+
+@contextmanager
+def _freeing(model: LanguageModel) -> Iterator[None]:
+    """The cache goes at the end, whatever happened."""
+    try:
+        yield
+    finally:
+        model.end()
 
 
 def score(
@@ -76,14 +85,13 @@ def score(
     """
     assert all(context and continuation for context, continuation in requests), "neither context nor continuation may be empty"
     found: dict[int, Score] = {}
-    with torch.inference_mode():
+    with torch.inference_mode(), _freeing(model):
         for group in groups(inputs(requests), model.config):
             for batch in _batches(model, group, batch_size):
                 for i, one in _scores(model, requests, group, batch):
                     found[i] = one
                     if got:
                         got(i, one)
-        model.end()
     return [found[i] for i in range(len(requests))]
 
 
@@ -174,4 +182,4 @@ def _ask(model: LanguageModel, hidden: list[Tensor], places: Sequence[int], toke
             values = logits[rows, wanted[mine]]
             told[0, mine] = (values - logits.logsumexp(-1)[rows]).double()
             told[1, mine] = (values == logits.amax(-1)[rows]).double()
-    return model.tell(told, (2, len(tokens)), torch.float64).cpu()
+    return model.tell(told, (2, len(tokens))).cpu()

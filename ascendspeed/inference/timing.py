@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from ascendspeed.errors import UserError
-from ascendspeed.generate import LanguageModel, Params, sample
+from ascendspeed.generate import LanguageModel, NoMemory, Params, sample
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest
 
 Pairs = list[tuple[int, int]]
@@ -47,7 +47,7 @@ def measure(model: LanguageModel, batch: int, inputs: int, outputs: int) -> Timi
     clock = Clock()
     try:
         sample(model, prompts, Params(max_new_tokens=outputs), clock.watch)
-    except (MemoryError, torch.OutOfMemoryError) as error:
+    except (MemoryError, torch.OutOfMemoryError, NoMemory) as error:
         model.device.empty_cache()
         raise OutOfMemory from error
     except RuntimeError as error:

@@ -33,6 +33,7 @@ class Cache:
             # Zeros: what a row masks is multiplied by 0 all the same, and must not be NaN.
             key, value = (torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
             self.layers[attention.layer_number] = key, value
+        for attention in attentions:  # now that there was memory for all
             attention.core_attention.cache = self
         self._attentions, self.device, self.dtype = attentions, parameter.device, parameter.dtype
         self.pin([0])

@@ -14,7 +14,7 @@ import oracle
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_chat import vocabulary
+from test_chat import UNUSED, piecewise, vocabulary
 
 from ascendspeed import families, tokenizer
 from ascendspeed.chat import Chat, Message
@@ -368,6 +368,29 @@ def test_what_is_remembered(cpu, folder):
     assert "question 0" not in cut
     assert "answer 3" in cut
     assert cut.startswith("<|System|>:S\n<|User|>:question 1")
+
+
+CALLS = [
+    '{"name": "f", "parameters": "Paris"}',
+    '{"name":"f","function":3}',
+    '{"name": "f", "parameters": {"a": 1}}',
+    "[1]",
+    '{"na',
+    "",
+]
+
+
+def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
+    """Right or wrong, a conversation goes on from it."""
+    from ascendspeed.inference.talk import Talk
+
+    one = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
+    for call in CALLS:
+        talk, said = Talk(Chat(one, "internlm2")), f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>"
+        talk.ask("x")
+        talk.answered(piecewise(one, one._model, said))
+        turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
+        assert talk.ask("y") == piecewise(one, one._model, f"{turns}<|im_start|>assistant\n")
 
 
 def test_clock_and_table(tmp_path):

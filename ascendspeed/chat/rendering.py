@@ -66,6 +66,10 @@ class Chat:
 
     def message(self, tokens: Iterable[int]) -> dict[str, Any]:
         """The assistant's new tokens -> {"role", "content"} and, where it calls tools, "tool_calls" and "code"."""
+        return _spoken(self.heard(tokens))
+
+    def heard(self, tokens: Iterable[int]) -> Message:
+        """The same as a turn to go on from: its calls are kept as the model wrote them, wrong ones too."""
         names = {number: name for name, number in self.controls.items()}
         content: list[int] = []
         calls: list[tuple[str, list[int]]] = []
@@ -82,7 +86,7 @@ class Chat:
             else:
                 (calls[-1][1] if inside else content).append(token)
         decode = self.tokenizer.decode
-        return _spoken(decode(content), [Call(kind, decode(held).strip("\n")) for kind, held in calls])
+        return Message("assistant", decode(content), None, tuple(Call(kind, decode(held).strip("\n")) for kind, held in calls))
 
     def _turn(self, message: Message, where: str) -> list[Part]:
         template = self.template
@@ -134,10 +138,10 @@ class Chat:
         return ids
 
 
-def _spoken(content: str, calls: Sequence[Call]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": content}
-    functions = [_parsed(call.content) for call in calls if call.kind == "plugin"]
-    codes = [call.content for call in calls if call.kind == "interpreter"]
+def _spoken(heard: Message) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": heard.role, "content": heard.content}
+    functions = [_parsed(call.content) for call in heard.calls if call.kind == "plugin"]
+    codes = [call.content for call in heard.calls if call.kind == "interpreter"]
     if functions:
         message["tool_calls"] = functions
     if codes:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from ascendspeed.chat import Chat, Message, read_messages
+from ascendspeed.chat import Chat, Message
 from ascendspeed.errors import UserError
 from ascendspeed.generate import Params
 from ascendspeed.inference.answers import answer
@@ -46,20 +46,11 @@ class Talk:
 
     def answered(self, tokens: list[int]) -> None:
         """The answer to the last question."""
-        said = self.chat.message(tokens)
-        heard = read_messages([{"role": "user", "content": ""}, _wellformed(said), {"role": "user", "content": ""}], "answer")
-        self.history.append(heard[1])
+        self.history.append(self.chat.heard(tokens))
 
     def clear(self) -> None:
         """Forgets all of it."""
         self.history = []
-
-
-def _wellformed(said: dict) -> dict:
-    """A call that the model wrote wrongly is remembered as text."""
-    calls = [call for call in said.get("tool_calls", []) if isinstance(call, dict) and isinstance(call.get("name"), str)]
-    lost = [str(call) for call in said.get("tool_calls", []) if call not in calls]
-    return {**said, "content": "\n".join([said["content"], *lost]) if lost else said["content"], "tool_calls": calls}
 
 
 def read_message(file: BinaryIO) -> str | None:

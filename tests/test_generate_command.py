@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     path = vocabulary(tmp_path_factory.mktemp("model") / "hf", ["<eoh>", "<eoa>"])
     _, tensors = oracle.native(MODEL)
     save_file(tensors, path / "model.safetensors")
+    (path / "left.partial").write_text("{}\n")
     (path / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2}))
     return path
 
@@ -90,6 +91,7 @@ WRONG = {
     "--load {} --history-turns -1": "--history-turns -1 is too small",
     "--load {} --stop=": "--stop is empty",
     "--load {} --output-file {}/config.json": "exists; move it away",
+    "--load {} --output-file {}/left": "/left.partial holds answers of a run that did not end; move it away",
     "--load {} --output-file /nowhere/x": "--output-file /nowhere/x: /nowhere is no directory",
     "--load {} --task chat --output-file talk": "--output-file is for prompts",
     "--load {} --stream --task beam": "--stream shows one answer",
@@ -114,6 +116,8 @@ PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-d
 def test_the_published_flags_are_understood(folder):
     job, notes = options.resolve(PUBLISHED.format(folder).split(), 1)
     assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (1, 42, True)
+    assert job.tasks == ()  # its --seed does not ask for drawing
+    assert options.resolve([*PUBLISHED.format(folder).split(), "--task", "1"], 1)[0].tasks == ("greedy",)
     told = {note.split()[0] for note in notes}
     assert {"--deepspeed", "--deepspeed-config", "--seq-length", "--no-contiguous-buffers-in-local-ddp", "--local-rank"} <= told
 
@@ -199,7 +203,9 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
         with pytest.raises(UserError, match="No space left"):
             results.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.partial"]
-    results = Results(str(path), True)
+    kept = (tmp_path / "out.jsonl.partial").read_text()
+    results = Results(str(path), True)  # the command line refuses this; even so nothing is lost
+    assert (tmp_path / "out.jsonl.partial").read_text() == kept
     for place in ((0, 1), (0, 0)):
         results.add(place, {"place": place}, None)
     results.finish()
@@ -544,6 +550,20 @@ def test_front_of_the_table(shell):
         code, said = shell(script, *words, CHECKPOINT="W")
         assert (code, said.count("\n")) == (2, 1)
         assert said.startswith("error: usage")
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
+def test_nobody_reads_the_answers_any_more(folder, flags):
+    """`| head -1`: no traceback, and the code of a closed pipe."""
+    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--device", "cpu", *flags]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen([*command, "--max-new-tokens", "1"], env=launch.environment(), stdin=pipe, stdout=pipe, stderr=pipe)
+    process.stdout.close()
+    process.stdout = None
+    _, said = process.communicate(b"one\ntwo\n", timeout=300)
+    assert process.returncode == 128 + signal.SIGPIPE, said
+    assert b"Traceback" not in said
+    assert b"BrokenPipe" not in said
 
 
 def test_a_mistake_is_one_line_and_code_2(folder):

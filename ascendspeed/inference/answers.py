@@ -1,4 +1,4 @@
-"""Batches of prompts -> answers as text: by length, with stop strings, each as if it were alone."""
+"""Batches of prompts -> answers as text: by length, with stop strings, each (in fp32) as if it were alone."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

@@ -16,7 +16,7 @@ from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, mo
 TASKS = {"greedy": "1", "sample": "2", "beam": "3", "beam-sample": "4", "logprobs": "5", "chat": "6"}
 """Name -> its number in the published script."""
 COMMON = {"max_new_tokens", "repetition_penalty", "stop"}
-DRAWN = {"temperature", "top_k", "top_p", "seed"}
+DRAWN = {"temperature", "top_k", "top_p"}
 BEAMS = {"num_beams", "length_penalty"}
 USES = {
     "greedy": COMMON,
@@ -26,7 +26,7 @@ USES = {
     "logprobs": set(),
     "chat": COMMON | DRAWN | {"chat_template", "system", "history_turns"},
 }
-"""Task -> the flags that mean something for it, of those that do not for every one."""
+"""Task -> the flags that mean something for it. Any may have a seed: the published script gives one, drawing or not."""
 
 
 @dataclass(frozen=True)
@@ -238,9 +238,17 @@ def _meant(typed: set[str]) -> tuple[str, ...]:
     return ()
 
 
+def partial_of(path: Path) -> Path:
+    """What an output file is called until all answers are there."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def _check_output(path: Path) -> None:
     if path.exists():
         raise UserError(f"--output-file {path} exists; move it away, or give another name")
+    partial = partial_of(path)
+    if partial.exists() and partial.stat().st_size:
+        raise UserError(f"{partial} holds answers of a run that did not end; move it away, or give --output-file another name")
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"--output-file {path}: {path.absolute().parent} is no directory that can be written to")
 

@@ -2,11 +2,16 @@
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any, TextIO
 
 from ascendspeed.errors import UserError
+from ascendspeed.inference.options import partial_of
+
+UNREAD = 128 + signal.SIGPIPE
+"""Exit code of a program whose answers nobody reads: 141, as every program of a shell."""
 
 
 class Results:
@@ -18,7 +23,7 @@ class Results:
     def __init__(self, path: str | None, speaks: bool) -> None:
         """`speaks`: whether this rank writes at all."""
         self._path = Path(path) if path else None
-        self._partial = Path(f"{path}.partial")
+        self._partial = partial_of(self._path) if self._path else None
         self._speaks, self._file = speaks, None
         self._lines: dict[tuple[int, int], str] = {}
         self._waiting: dict[tuple[int, int], str] = {}
@@ -67,7 +72,7 @@ class Results:
 
     def _open(self) -> TextIO:
         try:
-            return open(self._partial, "w", encoding="utf-8")
+            return open(self._partial, "a", encoding="utf-8")  # what another run has left there is never lost
         except OSError as error:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from None
 
@@ -79,7 +84,11 @@ class Results:
 
 
 def write(text: str) -> None:
-    """To stdout, at once, in UTF-8 whatever the locale."""
-    sys.stdout.flush()
-    sys.stdout.buffer.write(text.encode("utf-8", "replace"))
-    sys.stdout.buffer.flush()
+    """To stdout, at once, in UTF-8 whatever the locale. Where nobody reads it any more (`| head -1`) this ends the program."""
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more as it ends
+        sys.exit(UNREAD)

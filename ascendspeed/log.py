@@ -32,6 +32,8 @@ class TrainLine:
     global_batch_size: int | None = None
     loss: float | None = None
     """Mean over the interval's counted tokens; NaN when no iteration counted."""
+    interval: int | None = None
+    """Iterations since the last line, or since the run was resumed."""
     loss_scale: float | None = None
     grad_norm: float | None = None
     skipped: int | None = None
@@ -87,9 +89,10 @@ FIELDS = (
     _Field("MFU", "mfu", "{:.2%}".format, lambda text: float(text.removesuffix("%")) / 100),
     _Field("learning rate", "lr", "{:.6E}".format),
     _Field("global batch size", "global_batch_size", "{:5d}".format, int),
-    _Field("lm loss", "loss", "{:.8E}".format),  # 9 digits: every fp32 loss comes back exactly
+    _Field("lm loss", "loss", "{:.8E}".format),  # 9 digits: every fp32 number comes back exactly
+    _Field("iterations in interval", "interval", "{:3d}".format, int),
     _Field("loss scale", "loss_scale", "{:.1f}".format),
-    _Field("grad norm", "grad_norm", "{:.6f}".format),
+    _Field("grad norm", "grad_norm", "{:.8E}".format),
     _Field("number of skipped iterations", "skipped", "{:3d}".format, int),
     _Field("number of nan iterations", "nans", "{:3d}".format, int),
     _Field("memory", "memory_gib", "{:.2f} GiB".format, _unit(" GiB")),

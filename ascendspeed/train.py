@@ -55,6 +55,7 @@ class Window:
             lr=lr,
             global_batch_size=run.train.global_batch_size,
             loss=sum(r.loss * r.tokens for r in counted) / tokens if tokens else math.nan,
+            interval=len(results),
             loss_scale=results[-1].loss_scale,
             grad_norm=results[-1].grad_norm,
             skipped=sum(r.skipped for r in results),

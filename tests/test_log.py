@@ -4,6 +4,7 @@ import math
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ FULL = log.TrainLine(
     lr=1.5e-4,
     global_batch_size=256,
     loss=6.12345678,
+    interval=10,
     loss_scale=1.0,
     grad_norm=1.234,
     skipped=0,
@@ -35,7 +37,8 @@ FULL = log.TrainLine(
 FULL_TEXT = (
     " [2026-11-21 12:00:00] iteration       10/     100 | consumed samples:         2560 | consumed tokens:        5242880 |"
     " elapsed time per iteration (ms): 1234.5 | tokens/s/device: 4000.0 | TFLOP/s/device: 171.125 | MFU: 54.85% |"
-    " learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.12345678E+00 | loss scale: 1.0 | grad norm: 1.234000 |"
+    " learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.12345678E+00 | iterations in interval:  10 |"
+    " loss scale: 1.0 | grad norm: 1.23400000E+00 |"
     " number of skipped iterations:   0 | number of nan iterations:   0 | memory: 12.34 GiB | time left: 26:03:04 |"
 )
 MEGATRON = (
@@ -60,6 +63,7 @@ lines = st.builds(
     lr=st.none() | st.floats(0, 1),
     global_batch_size=st.none() | count,
     loss=st.none() | st.floats(width=32),
+    interval=st.none() | count,
     loss_scale=st.none() | st.sampled_from([1.0, 65536.0, 524288.0, 2.0**-3]),
     grad_norm=st.none() | st.floats(min_value=0),
     skipped=st.none() | count,
@@ -79,16 +83,23 @@ def test_the_line_as_it_looks():
 def test_round_trip(line):
     read = log.parse(log.format(line))
     assert log.format(read) == log.format(line)
-    for name in ("iteration", "train_iters", "samples", "tokens", "global_batch_size", "skipped", "nans", "seconds_left", "time"):
+    whole = ("iteration", "train_iters", "samples", "tokens", "global_batch_size", "interval", "skipped", "nans", "seconds_left")
+    for name in (*whole, "time"):
         assert getattr(read, name) == getattr(line, name)
     unknown = {f.name for f in log.FIELDS if getattr(line, f.name) is None}
     assert unknown == {f.name for f in log.FIELDS if getattr(read, f.name) is None}
 
 
 @given(st.floats(width=32, allow_nan=False))
-def test_an_fp32_loss_comes_back_bit_for_bit(loss):
-    line = log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss)))
-    assert struct.pack("f", line.loss) == struct.pack("f", loss)
+def test_an_fp32_number_comes_back_bit_for_bit(number):
+    line = log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)))
+    assert struct.pack("f", line.loss) == struct.pack("f", line.grad_norm) == struct.pack("f", number)
+
+
+def test_lines_of_older_logs_are_read():
+    """The gradient norm with six decimals, and nothing about the interval."""
+    old = FULL_TEXT.replace("1.23400000E+00", "1.234000").replace(" iterations in interval:  10 |", "")
+    assert log.parse(old) == replace(FULL, interval=None)
 
 
 def test_control_eight_digits_would_lose_bits():

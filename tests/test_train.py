@@ -100,7 +100,7 @@ def test_the_interval_loss_is_the_mean_over_tokens(loop):
 
 def test_the_last_iterations_are_logged_whatever_the_interval(loop):
     _, _, lines = loop(changed(log_interval=4))
-    assert [line.iteration for line in lines] == [4, 8, 10]
+    assert [(line.iteration, line.interval) for line in lines] == [(4, 4), (8, 4), (10, 2)]
 
 
 def test_fp16_may_look_for_its_loss_scale(loop):

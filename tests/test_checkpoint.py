@@ -660,6 +660,75 @@ def test_keep(tmp_path):
     assert checkpoint.find(tmp_path, **QUIET).state.step == 4
 
 
+def test_an_old_one_that_stays_is_a_warning_on_rank_0(tmp_path, monkeypatch):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step)
+    real, said = os.rename, []
+
+    def rename(old, new):
+        if Path(old).name == "step_0000001":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(old))
+        if Path(old).name == "step_0000002":
+            shutil.rmtree(old)  # the user is faster
+        real(old, new)
+
+    monkeypatch.setattr(os, "rename", rename)
+    assert save(tmp_path, 5, TWO, keep=2, say=said.append) == tmp_path / "step_0000005"
+    assert said == [f"warning: {tmp_path}/step_0000001: Operation not permitted; this older checkpoint stays"]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000004", "step_0000005"]
+    check(checkpoint.find(tmp_path, **QUIET), 5)
+
+
+def fails_on_both(folder, step) -> str:
+    """The words of the `UserError` that both ranks raise."""
+    barrier, errors = threading.Barrier(2), []
+
+    def one(rank):
+        fragments = Model().fragments(TWO, rank, Model().full(step))
+        with pytest.raises(UserError) as error:
+            checkpoint.save(folder, TrainState(step, 1, 1), RUN, fragments, {}, rank, 2, barrier.wait)
+        errors.append(str(error.value))
+
+    every_rank(2, one)
+    assert len(set(errors)) == 1
+    return errors[0]
+
+
+def test_an_error_after_the_renaming_is_one_on_every_rank(tmp_path, monkeypatch):
+    save(tmp_path, 1, TWO)
+    real = os.replace
+
+    def replace(old, new):
+        if Path(new).name == "latest":
+            raise OSError(errno.EIO, "Input/output error", str(new))
+        real(old, new)
+
+    monkeypatch.setattr(os, "replace", replace)
+    assert fails_on_both(tmp_path, 2).endswith("step_0000002 was not saved: " + f"{tmp_path}/latest: Input/output error")
+    monkeypatch.undo()
+    save(tmp_path, 3, TWO, keep=1)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003"]  # nothing of the failure is left
+
+
+def test_latest_that_is_a_folder_is_known_before_the_renaming(tmp_path):
+    (tmp_path / "latest").mkdir()
+    assert fails_on_both(tmp_path, 2).endswith("latest is a folder; remove it")
+    assert not (tmp_path / "step_0000002").exists()
+
+
+def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
+    (tmp_path / "ckpt").touch()
+    barrier, errors = threading.Barrier(2), []
+
+    def one(rank):
+        with pytest.raises(UserError, match="step_0000002 was not saved: .*(directory|File exists|report)") as error:
+            checkpoint.save(tmp_path / "ckpt", TrainState(2, 1, 1), RUN, [], {}, rank, 2, barrier.wait)
+        errors.append(error)
+
+    every_rank(2, one)
+    assert len(errors) == 2
+
+
 def test_saving_copies_nothing_whole(tmp_path):
     """Peak memory while saving 128 MiB grows by a chunk or two."""
     fragment = Fragment("w", "master", Cut((1 << 25,)), 0, 0, torch.randn(1 << 25))
@@ -697,24 +766,24 @@ def begin(saver: checkpoint.Saver, step: int, rank=0, layout=Layout(), model=Mod
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, padding=3), Layout(dp=3, zero=False)], ids=str)
 def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, monkeypatch):
     """Training goes on at once and changes everything; the control is a saver that does not copy."""
-    real, allowed = files.Shard.write, threading.Event()
-    monkeypatch.setattr(files.Shard, "write", lambda shard, path: (allowed.wait(20), real(shard, path))[1])
+    real = files.Shard.write
 
-    def work(saver, rank, folder, copies):
+    def work(saver, rank, folder, copies, allowed):
         if not copies:
             monkeypatch.setattr(saver, "_copy", list)
         for fragment in begin(saver, 4, rank, layout):
             fragment.tensor.fill_(-1.0)
         assert not saver.news()
-        allowed.set()
+        allowed.wait(20)
         saver.wait()
         (saved,) = saver.news()
         assert saved.path == saver.last == folder / "step_0000004"
         assert 0 < saved.stall < saved.seconds
 
     for folder, copies in ((tmp_path / "right", True), (tmp_path / "wrong", False)):
-        all_savers = savers(folder, layout)
-        every_rank(layout.world, lambda rank, ours=all_savers, at=folder, c=copies: work(ours[rank], rank, at, c))
+        all_savers, allowed = savers(folder, layout), threading.Barrier(2 * layout.world)  # who writes, and who has changed all
+        monkeypatch.setattr(files.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1])
+        every_rank(layout.world, lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go))
     check(checkpoint.find(tmp_path / "right", **QUIET), 4)
     assert all((t == -1).all() for _, t in checkpoint.find(tmp_path / "wrong", **QUIET).tensors())
 

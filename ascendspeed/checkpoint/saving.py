@@ -1,5 +1,6 @@
 """Saves a training checkpoint: every rank writes what it owns at the same time; rank 0 publishes the whole, or nothing."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -34,11 +35,13 @@ def save(
     world: int,
     barrier: Callable[[], None],
     keep: int | None = None,
+    say: Callable[[str], None] = print,
 ) -> Path:
     """Writes `folder`/step_XXXXXXX and points `folder`/latest at it; every rank calls this with its own fragments.
 
     What exists is not touched until the new checkpoint is whole and on the disk. `keep`: how many of the newest steps up to
-    this one to keep. Raises the same `UserError` on every rank when a rank could not write, or the disk is too small.
+    this one to keep; one that cannot be removed is a warning to `say`, on rank 0. Raises the same `UserError` on every rank
+    when a rank could not write, or the disk is too small.
     """
     team = _Team(Path(folder), step_name(state.step), rank, world, barrier)
     shard: files.Shard | None = None
@@ -54,10 +57,13 @@ def save(
 
     try:
         team.together("size", announce, lambda reports: _check_space(team, sum(r["size"] for r in reports)))
-        team.together("written", write, lambda reports: _publish(team, state, run, reports, keep))
+        team.together("written", write, lambda reports: _publish(team, state, run, reports))
     except BaseException:
-        team.shard.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before is what must be told
+            team.shard.unlink(missing_ok=True)
         raise
+    if keep and rank == 0:  # not before all know that it is saved: an old one that stays is no reason to stop
+        _prune(team.folder, team.final.name, keep, say)
     return team.final
 
 
@@ -96,6 +102,11 @@ class _Team:
     def shard(self) -> Path:
         return self.temporary / shard_name(self.rank, self.world)
 
+    @property
+    def verdict(self) -> Path:
+        """Where rank 0 says that nothing was saved: beside the temporary folder, which gets another name."""
+        return self.folder / f".{self.name}.failed"
+
     def report(self, about: str, rank: int) -> Path:
         return self.temporary / f"{rank:05}.{about}"
 
@@ -109,10 +120,8 @@ class _Team:
 
     def together(self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]) -> None:
         """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
-        failed, mine = self.temporary / f"failed.{about}", None
+        mine = verdict = None
         try:
-            if self.rank == 0:
-                failed.unlink(missing_ok=True)
             report = work()
         except Exception as error:  # whatever it is, the others must not wait for this rank
             mine, report = error, {"error": _reason(error)}
@@ -126,12 +135,18 @@ class _Team:
             try:
                 judge(self._reports(about))
             except (UserError, OSError) as error:
-                _mark(failed, f"{self.final} was not saved: {_reason(error)}")
+                verdict = f"{self.final} was not saved: {_reason(error)}"
+                _mark(self.verdict, verdict)
         self.barrier()
         if mine and not isinstance(mine, UserError | OSError):
             raise mine  # a mistake in the program keeps its traceback
-        if failed.exists():
-            raise UserError(failed.read_text() or f"{self.final} was not saved: a rank could not write") from mine
+        if mine or verdict or self.verdict.exists():
+            raise UserError(verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}") from mine
+
+    def _read_verdict(self) -> str:
+        with contextlib.suppress(OSError):
+            return self.verdict.read_text()
+        return ""
 
     def _reports(self, about: str) -> list[dict[str, Any]]:
         reports = []
@@ -151,12 +166,11 @@ def _reason(error: BaseException) -> str:
     return str(error) or repr(error)
 
 
-def _mark(failed: Path, text: str) -> None:
-    """An empty mark says as much as the others need, on a disk that takes no more."""
-    try:
-        failed.write_text(text)
-    except OSError:
-        failed.touch()
+def _mark(verdict: Path, text: str) -> None:
+    """An empty mark says as much as the others need, on a disk that takes no more. Where not even that can be made, rank 0 leaves."""
+    with contextlib.suppress(OSError):
+        verdict.touch()
+        verdict.write_text(text)
 
 
 def _check_space(team: _Team, size: int) -> None:
@@ -166,9 +180,11 @@ def _check_space(team: _Team, size: int) -> None:
         raise UserError(f"{gib} in {team.folder}; free some space or choose another --save")
 
 
-def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, Any]], keep: int | None) -> None:
+def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, Any]]) -> None:
     """Checks that the shards make a whole, writes what is written last, and puts it in place."""
     temporary, final = team.temporary, team.final
+    if (team.folder / "latest").is_dir():  # before the new one has its name: nothing would point at it
+        raise UserError(f"{team.folder}/latest is a folder; remove it")
     Index(temporary, state.step, team.world)
     listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
     texts = {"run.json": config.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
@@ -188,21 +204,30 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     files.sync_folder(team.folder)
     point()
     shutil.rmtree(replaced, ignore_errors=True)
-    if keep:
-        _prune(team.folder, final.name, keep)
 
 
-def _prune(folder: Path, newest: str, keep: int) -> None:
+def _prune(folder: Path, newest: str, keep: int, say: Callable[[str], None]) -> None:
     """Removes all but the `keep` newest steps up to `newest`; later ones, of a run that was given up, are left alone."""
-    steps = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest)
+    try:
+        steps = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest)
+    except OSError as error:
+        say(f"warning: {_reason(error)}; older checkpoints stay")
+        return
     for name in steps[:-keep]:
         gone = folder / f".{name}.tmp"
-        os.rename(folder / name, gone)  # a removal that is cut short must not look like a damaged checkpoint
+        try:
+            os.rename(folder / name, gone)  # a removal that is cut short must not look like a damaged checkpoint
+        except FileNotFoundError:
+            continue  # somebody else removed it
+        except OSError as error:
+            say(f"warning: {_reason(error)}; this older checkpoint stays")
         shutil.rmtree(gone, ignore_errors=True)
 
 
 def _tidy(folder: Path, current: Path) -> None:
-    """Removes what killed saves left behind, and ends a replacement that was cut short."""
+    """Removes what killed and failed saves left behind, and ends a replacement that was cut short."""
+    for path in (*folder.glob(".step_*.failed"), folder / ".latest.tmp"):
+        path.unlink(missing_ok=True)
     for path in folder.glob(".step_*.tmp"):
         if path != current:
             shutil.rmtree(path, ignore_errors=True)

@@ -721,7 +721,7 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
     barrier, errors = threading.Barrier(2), []
 
     def one(rank):
-        with pytest.raises(UserError, match="step_0000002 was not saved: .*(directory|File exists|report)") as error:
+        with pytest.raises(UserError, match=r"step_0000002 was not saved: .*(directory|File exists|report)") as error:
             checkpoint.save(tmp_path / "ckpt", TrainState(2, 1, 1), RUN, [], {}, rank, 2, barrier.wait)
         errors.append(error)
 

@@ -167,7 +167,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _mark(verdict: Path, text: str) -> None:
-    """An empty mark says as much as the others need, on a disk that takes no more. Where not even that can be made, rank 0 leaves."""
+    """An empty mark says as much as the others need, on a disk that takes no more; without any, rank 0 leaves."""
     with contextlib.suppress(OSError):
         verdict.touch()
         verdict.write_text(text)

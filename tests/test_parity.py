@@ -63,7 +63,7 @@ def test_gradient_norms():
     ref = replace(ref, steps=tuple(replace(s, grad_norm=a) for s, (a, _) in zip(ref.steps, norms, strict=True)))
     cand = replace(cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True)))
     f = figures.measure(align(ref, cand))
-    assert (f.grad_norm_mean, f.grad_norm_max) == (0.125, 0.25)
+    assert (f.grad_norm_mean, f.grad_norm_max, f.grad_norm_identical) == (0.125, 0.25, 1)
 
 
 losses = st.floats(1e-3, 20, allow_nan=False)
@@ -89,6 +89,7 @@ def test_figures_against_numpy(both):
         "grad_norm_mean": None,
         "grad_norm_max": None,
         "identical": int((ref == cand).sum()),
+        "grad_norm_identical": None,
     }
     for name, value in asdict(f).items():
         assert value == (wanted[name] and pytest.approx(wanted[name], rel=1e-9, abs=1e-12)), name
@@ -160,6 +161,22 @@ def test_one_bit_fails_bitwise_only():
     assert not figures.judge(figures.measure(align(ref, cand)), "bitwise").passed
 
 
+@pytest.mark.parametrize("other", [None, float("inf"), 1.5])
+def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
+    ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.0)
+    assert figures.judge(figures.measure(align(ref, cand)), "bitwise").passed
+    cand = replace(cand, steps=(*cand.steps[:-1], replace(cand.steps[-1], grad_norm=other)))
+    for pair_of in (align(ref, cand), align(cand, ref)):
+        verdict = figures.judge(figures.measure(pair_of), "bitwise")
+        assert not verdict.passed
+        assert verdict.says == "100 of 100 losses are the same number; 99 of 100 gradient norms are"
+    both = figures.judge(figures.measure(align(cand, cand)), "bitwise")
+    assert both.passed
+    without = curve(CURVE)
+    assert not figures.judge(figures.measure(align(ref, without)), "bitwise").passed
+    assert figures.judge(figures.measure(align(without, without)), "bitwise").says.endswith("the logs have no gradient norms")
+
+
 # --- what does not belong together is refused -------------------------------------------------------------------------------
 
 
@@ -187,6 +204,21 @@ def test_other_batch_sizes():
     slow = Curve("CAND", "", tuple(Step(i, 4 * i, loss=1.0) for i in range(2, 101, 2)))
     fast = Curve("REF", "", tuple(Step(i, 8 * i, loss=1.0) for i in range(1, 51)))
     assert "at 8 consumed samples REF has made 1 iterations and CAND 2" in refused(fast, slow)
+    small, large = (
+        Curve(name, "", tuple(Step(i, loss=1.0, global_batch_size=size) for i in (1, 2))) for name, size in (("S", 64), ("L", 128))
+    )
+    assert "at 1 iterations S has a global batch size of 64 and L 128: runs of different batch sizes" in refused(small, large)
+    assert align(small, replace(large, steps=tuple(replace(step, global_batch_size=None) for step in large.steps)))
+
+
+def test_means_of_other_iterations():
+    """Logged every ten iterations, and resumed from the fifteenth: the line of the twentieth is a mean of five."""
+    ref, cand = (
+        Curve(name, "", tuple(Step(i, 8 * i, loss=1.0, interval=n) for i, n in zip((10, 20, 30), means, strict=True)))
+        for name, means in (("REF", (10, 10, 10)), ("CAND", (10, 5, 10)))
+    )
+    assert "at 160 consumed samples REF gives the mean loss of 10 iterations and CAND 5: " in refused(ref, cand)
+    assert len(align(ref, cand, last=80).places) == 1
 
 
 @pytest.mark.parametrize(
@@ -240,6 +272,37 @@ def test_bitwise_wants_all_digits(tmp_path):
     with pytest.raises(UserError, match="needs 9 digits of every loss, this log shows 7"):
         comparing.compare(tmp_path / "a", tmp_path / "b", profile="bitwise")
     assert comparing.compare(tmp_path / "a", tmp_path / "b", profile="strict").verdict.passed
+    old = ours(1, 2.5).replace("1.00000000E+00", "1.000000")  # six decimals of a norm, as our older logs have them
+    (tmp_path / "a").write_text(old)
+    with pytest.raises(UserError, match="needs 9 digits of every gradient norm, this log shows 7"):
+        comparing.compare(tmp_path / "a", tmp_path / "a", profile="bitwise")
+    (tmp_path / "a").write_text(ours(1, 2.5))
+    assert comparing.compare(tmp_path / "a", tmp_path / "a", profile="bitwise").verdict.passed
+
+
+@pytest.mark.parametrize(("loss", "passes"), [(4.4512, False), (4.451234817504883, True)])
+def test_bitwise_wants_all_digits_of_json_too(tmp_path, loss, passes):
+    (tmp_path / "a").write_text(f'{{"step": 1, "loss": {loss}}}\n{{"step": 2, "loss": 2.5}}\n')
+    if passes:
+        assert comparing.compare(tmp_path / "a", tmp_path / "a", profile="bitwise").verdict.passed
+    else:
+        with pytest.raises(UserError, match="needs 9 digits of every loss, this log shows 5"):
+            comparing.compare(tmp_path / "a", tmp_path / "a", profile="bitwise")
+
+
+def test_a_second_run_of_another_origin_is_refused(tmp_path):
+    ref, cand = (write_run(tmp_path / name, CURVE, seed="1") for name in ("ref", "cand"))
+    same, other = write_run(tmp_path / "same", CURVE, seed="1"), write_run(tmp_path / "other", CURVE, seed="2")
+    assert comparing.compare(ref, cand, same).noise
+    with pytest.raises(UserError, match="the runs began with another seed"):
+        comparing.compare(ref, cand, other)
+
+
+def test_a_second_run_on_another_axis_is_refused(tmp_path):
+    ref = write_run(tmp_path / "ref", CURVE)
+    (tmp_path / "neox.log").write_text("".join(f" iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1)))
+    with pytest.raises(UserError, match=r"neox\.log is aligned by iteration, the other two logs by samples"):
+        comparing.compare(ref, ref, tmp_path / "neox.log")
 
 
 # --- the tool and what it leaves --------------------------------------------------------------------------------------------
@@ -345,6 +408,13 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_pat
         assert err.startswith("error: ")
         assert said in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_that_is_refused_leaves_no_older_verdict(tool, tmp_path):
+    ref, out = write_run(tmp_path / "ref", CURVE), tmp_path / "out"
+    assert tool(ref, ref, "--out", out)[0] == 0
+    assert tool(ref, tmp_path / "nothing", "--out", out)[0] == 2
+    assert list(out.iterdir()) == []
 
 
 def test_logs_of_two_kinds(tool, tmp_path):

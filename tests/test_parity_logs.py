@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from ascendspeed import log
 from ascendspeed.errors import UserError
 from ascendspeed.parity import console, reading
-from ascendspeed.parity.curve import Step, continuous, number, step_of
+from ascendspeed.parity.aligning import align
+from ascendspeed.parity.curve import Digits, Step, continuous, number, step_of
 
 SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what they say
     "Megatron-LM without a time": (
@@ -139,10 +140,10 @@ def test_settings_and_device(tmp_path):
     said = "device: cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2"
     (tmp_path / "train.log").write_text(f"{said}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
     curve = reading.read(tmp_path)
-    assert (curve.config, curve.device, curve.digits) == (run, said.removeprefix("device: "), 9)
+    assert (curve.config, curve.device, curve.digits["loss"]) == (run, said.removeprefix("device: "), 9)
     arguments = "0: ------------------------ arguments ------------------------\n0:   seq_length ...................................... 1024\n"
     curve = console.read("x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"])
-    assert (curve.config, curve.digits) == ({"seq_length": "1024"}, 7)
+    assert (curve.config, curve.digits) == ({"seq_length": "1024"}, {"loss": 7, "grad_norm": 4})
 
 
 def test_run_json_beside_a_log_that_says_nothing(tmp_path):
@@ -182,6 +183,29 @@ def test_numbers(text, value):
     assert number(text) == value
 
 
+@pytest.mark.parametrize(
+    ("texts", "digits"),
+    [
+        (["2.382640E+00", "1.5E-03"], 7),
+        (["1.00000000E+00", "0.00000000E+00"], 9),
+        (["0.000012"], 2),
+        (["123.456789", "0.000012"], 2),  # all rounded to six decimals
+        (["11.634403228759766", "9.5"], 17),  # all as short as they can be
+        (["4.4512", "10.12"], 5),
+        (["nan", "inf", "0.25/9.123456789"], 2),
+    ],
+)
+def test_digits(texts, digits):
+    seen = Digits()
+    for text in texts:
+        seen.count({"Grad-Norm": text})
+    assert seen.found == {"grad_norm": digits}
+
+
+def test_the_interval_of_a_line():
+    assert console.read("x", [ours(20, 2.0, interval=5)]).steps[0].interval == 5
+
+
 def test_nan_is_read_as_nan():
     assert math.isnan(step_of({"step": 1, "loss": "nan"}).loss)
 
@@ -200,6 +224,47 @@ def test_json_lines(tmp_path):
     assert curve.kind == "JSON lines"
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n')  # as Python writes them
     assert [math.isnan(step.loss) for step in reading.read(path).steps] == [True, False]
+
+
+def test_json_that_is_of_no_step(tmp_path):
+    """Hugging Face's last line, a mean over the whole run, says the last step once more; so do evaluations."""
+    path = tmp_path / "log.jsonl"
+    steps = '{"loss": 2.5, "step": 1}\n{"loss": 2.25, "step": 2}\n'
+    wanted = (Step(1, loss=2.5), Step(2, loss=2.25))
+    for more in (
+        '{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}',
+        '{"step": 2, "train_loss": 4.45}',
+        '{"step": 2, "split": "valid", "loss": 9.0}',
+        '{"step": 2, "split": "Test", "loss": 9.0}',
+    ):
+        path.write_text(steps + more + "\n")
+        assert reading.read(path).steps == wanted
+    path.write_text(
+        '{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25, "split": "train"}\n'
+    )  # without others: of steps
+    assert reading.read(path).steps == wanted
+    path.write_text('{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}\n')
+    with pytest.raises(UserError, match="no training loss"):
+        reading.read(path)
+
+
+def test_json_that_says_a_step_twice(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.5, "ms_per_iteration": 3}\n')
+    assert len(reading.read(path).steps) == 1
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')
+    with pytest.raises(UserError, match="line 2 says step 1 once more"):
+        reading.read(path)
+    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')  # resumed
+    assert reading.read(path).steps == (Step(1, loss=2.25),)
+
+
+def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n')
+    curve = reading.read(tmp_path / "log.jsonl")
+    assert [step.loss for step in curve.steps] == [2.5, None, 2.0]
+    with pytest.raises(UserError, match="at 2 iterations there is no loss"):
+        align(curve, curve)
 
 
 @pytest.mark.parametrize("line", ['{"step": 1, "loss": }', '{"step": 1, "step": 2}', "[1]"])
@@ -281,6 +346,7 @@ def test_events_that_are_cut_off(board, tmp_path):
 def test_what_is_no_log_is_named(tmp_path):
     (tmp_path / "deepspeed.log").write_text(NOISE)
     (tmp_path / "empty.log").write_text("")
+    (tmp_path / "utf16.log").write_text(ours(1, 2.0), encoding="utf-16")
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     (tmp_path / "folder").mkdir()
     for name, said in (
@@ -289,6 +355,7 @@ def test_what_is_no_log_is_named(tmp_path):
         ("noise", "no training loss"),
         ("folder", "neither train.log nor TensorBoard events"),
         ("nothing", "there is no such log"),
+        ("utf16.log", "is UTF-16"),
     ):
         with pytest.raises(UserError, match=said) as error:
             reading.read(tmp_path / name)

@@ -69,6 +69,16 @@ def test_what_a_log_does_not_say_is_not_guessed():
     assert row.cells[3:5] == ("-", "-")
 
 
+def test_what_is_missing_is_what_the_footnote_names(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.0, "elapsed_time_ms": 500.0}\n')
+    curve = reading.read(tmp_path / "x.jsonl")
+    path = tmp_path / "x.jsonl"
+    assert performance.of_curve(curve, 7).notes == (f"{path} does not say its global batch size.",)
+    assert performance.of_curve(curve).notes == (
+        f"{path} does not say its global batch size and how many devices there were: --devices N.",
+    )
+
+
 def test_megatrons_arguments_name_model_and_devices():
     names = {"world_size": 32, "num_layers": 80, "hidden_size": 8192, "seq_length": 2048}
     lines = [f"  {name} ...................... {value}\n" for name, value in names.items()]

@@ -29,7 +29,8 @@ class Options:
     ref2: str | None = None
     """Log of a second run of the reference: how far two equal runs are apart is drawn as a band."""
     profile: Profile = "published"
-    """published: the mean relative error is below 2 %; strict: that of every step is; bitwise: all losses are the same numbers."""
+    """published: the mean relative error is below 2 %; strict: that of every step is; bitwise: all losses and
+    gradient norms are the same numbers."""
     first: int | None = None
     """Compare from this many consumed samples on (iterations, where the logs say no samples)."""
     last: int | None = None
@@ -41,6 +42,7 @@ class Options:
 def main() -> int:
     """Compares, reports, judges."""
     options = flags.parse(Options, description=__doc__ or "")
+    report.forget(options.out)
     found = comparing.compare(
         options.ref, options.cand, options.ref2, options.profile, options.first, options.last, options.same_origin
     )

@@ -9,6 +9,17 @@ from ascendspeed.parity.curve import AXES, Axis, Curve, Step
 
 WORDS = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}
 
+_BATCHES = "runs of different batch sizes cannot be compared step by step"
+SAME = {
+    "iteration": ("has made {} iterations", _BATCHES),
+    "global_batch_size": ("has a global batch size of {}", _BATCHES),
+    "interval": (
+        "gives the mean loss of {} iterations",
+        "these are means of other steps (a run that was resumed between two lines?); log every iteration, or compare a part of it",
+    ),
+}
+"""What two steps at one place must agree in, where both say it."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -25,7 +36,7 @@ def align(ref: Curve, cand: Curve, first: int | None = None, last: int | None = 
     """Puts both beside each other by consumed samples; by tokens or iterations where one of the logs does not say samples.
 
     `first`, `last`: the part of the run to compare, both included, on that axis. Raises `UserError` when the places are not
-    the same ones, when the runs made another number of iterations to get there, or when a loss is missing or not a number.
+    the same ones, when the batches or what a line is a mean of are not, or when a loss is missing or not a number.
     """
     axis = next((axis for axis in AXES if _grows(ref, axis) and _grows(cand, axis)), None)
     if axis is None:
@@ -33,10 +44,10 @@ def align(ref: Curve, cand: Curve, first: int | None = None, last: int | None = 
     a, b = _cut(ref, axis, first, last), _cut(cand, axis, first, last)
     _check_places(ref, a, cand, b, axis)
     for place, step in a.items():
-        one, other = step.iteration, b[place].iteration
-        if None not in (one, other) and one != other:
-            said = f"at {place} {WORDS[axis]} {ref.path} has made {one} iterations and {cand.path} {other}"
-            raise UserError(f"{said}: runs of different batch sizes cannot be compared step by step")
+        for field, (has, hint) in SAME.items():
+            one, other = getattr(step, field), getattr(b[place], field)
+            if None not in (one, other) and one != other:
+                raise UserError(f"at {place} {WORDS[axis]} {ref.path} {has.format(one)} and {cand.path} {other}: {hint}")
     for curve, steps in ((ref, a), (cand, b)):
         _check_losses(curve, steps, axis)
     return Pair(axis, tuple(a), tuple(a.values()), tuple(b.values()))

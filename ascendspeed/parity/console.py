@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ascendspeed.parity.curve import Curve, Step, continuous, normal, step_of
+from ascendspeed.parity.curve import Curve, Digits, Step, continuous, step_of
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
 _PAIR = re.compile(r"(?<![\w/])([A-Za-z][\w/]*(?: \([^)=]*\))?)=(\{[^}]*\}|[^\s,{][^\s,]*)(?=[\s,])")
@@ -57,7 +57,7 @@ DIALECTS: tuple[tuple[str, Callable[[str], Said | None]], ...] = (
 def read(path: str, lines: Iterable[str]) -> Curve:
     """The curve in the lines of a console log, in the first dialect that says a loss; without steps when none does."""
     steps: dict[str, list[Step]] = {kind: [] for kind, _ in DIALECTS}
-    digits = dict.fromkeys(steps, 0)
+    digits = {kind: Digits() for kind in steps}
     config, arguments, device = None, {}, None
     for line in lines:
         for kind, dialect in DIALECTS:
@@ -65,7 +65,7 @@ def read(path: str, lines: Iterable[str]) -> Curve:
             step = step_of(said) if said else None
             if step:
                 steps[kind].append(step)
-                digits[kind] = max(digits[kind], _digits(said))
+                digits[kind].count(said)
                 break
         else:
             if match := _RUN.search(line):
@@ -76,13 +76,7 @@ def read(path: str, lines: Iterable[str]) -> Curve:
                 arguments[match[1]] = match[2]
     kind = next((kind for kind in steps if any(step.loss is not None for step in steps[kind])), "console log")
     kept, replaced = continuous(steps.get(kind, ()))
-    return Curve(path, kind, kept, config or arguments or None, device, digits.get(kind, 0), replaced)
-
-
-def _digits(said: Said) -> int:
-    """Digits that a line's loss is written with."""
-    loss = next((value for name, value in said.items() if normal(name) == "lm loss"), said.get("loss", ""))
-    return sum(map(str.isdigit, re.split("[eE]", loss)[0]))
+    return Curve(path, kind, kept, config or arguments or None, device, digits[kind].found if kept else {}, replaced)
 
 
 def _json(text: str) -> dict[str, Any] | None:

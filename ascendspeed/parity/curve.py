@@ -39,6 +39,8 @@ class Step:
     tokens_per_s: float | None = None
     """Per device, as are TFLOP/s."""
     tflops: float | None = None
+    interval: int | None = None
+    """Iterations that the loss is the mean of."""
 
     @property
     def place(self) -> int:
@@ -59,8 +61,8 @@ class Curve:
     """The run's settings, flat or in groups, where the log or a run.json beside it holds them."""
     device: str | None = None
     """What the log says of the machine."""
-    digits: int = EXACT
-    """Decimal digits of the losses."""
+    digits: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Significant decimal digits of `loss` and of `grad_norm`, where the log is a text that shows some."""
     replaced: int = 0
     """Steps that a resumed run did once more."""
 
@@ -75,6 +77,7 @@ NAMES: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("number of skipped iterations", "inf nan skip batches", "skipped"), ("skipped", 1)),
     **dict.fromkeys(("number of nan iterations", "nans"), ("nans", 1)),
     **dict.fromkeys(("train iters", "total steps"), ("train_iters", 1)),
+    "iterations in interval": ("interval", 1),
     **dict.fromkeys(("global batch size", "gloabl batch size"), ("global_batch_size", 1)),  # so AscendSpeed's pages
     **dict.fromkeys(("actual seqlen", "seq length"), ("seq_length", 1)),
     **dict.fromkeys(("elapsed time per iteration(ms)", "elapsed time ms", "ms per iteration"), ("ms", 1)),
@@ -116,6 +119,35 @@ def step_of(said: Mapping[str, Any]) -> Step | None:
         if value is not None and (field not in WHOLE or math.isfinite(value)):
             found[field] = int(value) if field in WHOLE else value * factor
     return Step(**found) if found.keys() & set(AXES) else None
+
+
+class Digits:
+    """Counts the significant digits that a log's losses and gradient norms are written with."""
+
+    def __init__(self) -> None:
+        """Of a log without lines."""
+        self._seen: dict[str, set[tuple[int, int]]] = {"loss": set(), "grad_norm": set()}  # (significant digits, decimals)
+
+    def count(self, said: Mapping[str, Any]) -> None:
+        """Looks at one line, by the names of `step_of`."""
+        known = {normal(name): value for name, value in said.items()}
+        for field, seen in self._seen.items():
+            text = next((str(known[name]) for name, (of, _) in NAMES.items() if of == field and name in known), "")
+            match = _NUMBER.fullmatch(text.strip())
+            if match and match[1][-1] in "0123456789.":  # neither nan nor inf
+                mantissa, *exponent = re.split("[eE]", match[1])
+                digits = re.sub(r"\D", "", mantissa)
+                seen.add((len(digits if exponent else digits.lstrip("0")), len(mantissa.partition(".")[2])))
+
+    @property
+    def found(self) -> dict[str, int]:
+        """Field -> digits; a field without finite numbers has no entry.
+
+        With as many decimals everywhere, the numbers are rounded to them, and the shortest one counts. Else they are written as
+        short as they can be, and the longest does.
+        """
+        least = {field: len({decimals for _, decimals in seen}) == 1 for field, seen in self._seen.items()}
+        return {field: (min if least[field] else max)(n for n, _ in seen) for field, seen in self._seen.items() if seen}
 
 
 def continuous(steps: Iterable[Step]) -> tuple[tuple[Step, ...], int]:

@@ -53,6 +53,8 @@ class Figures:
     """Largest relative error of the gradient norm."""
     identical: int
     """Steps whose losses are the same number, as the logs show them."""
+    grad_norm_identical: int | None
+    """Steps whose gradient norms are, finite or not; none when neither log has any."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def measure(pair: Pair) -> Figures:
         grad_norm_mean=math.fsum(off) / len(off) if off else None,
         grad_norm_max=max(off) if off else None,
         identical=sum(a == b for a, b in zip(ref, cand, strict=True)),
+        grad_norm_identical=sum(a == b for a, b in norms) if any(norm is not None for both in norms for norm in both) else None,
     )
 
 
@@ -121,20 +124,23 @@ def judge(figures: Figures, profile: Profile) -> Verdict:
             f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {percent(figures.maximum)}, at {figures.worst_at}"
         )
         return Verdict(profile, figures.maximum < LIMIT, says)
-    says = f"{figures.identical} of {n} losses are the same number"
-    if figures.grad_norm_max is not None:
-        says += f"; gradient norms {'are equal' if figures.grad_norm_max == 0 else f'differ by up to {figures.grad_norm_max:.2e}'}"
-    return Verdict(profile, figures.identical == n and not figures.grad_norm_max, says)
+    norms = figures.grad_norm_identical
+    said = "the logs have no gradient norms" if norms is None else f"{norms} of {n} gradient norms are"
+    return Verdict(
+        profile, figures.identical == n and norms in (None, n), f"{figures.identical} of {n} losses are the same number; {said}"
+    )
 
 
 def check_digits(*curves: Curve) -> None:
-    """Raises `UserError` when a log rounds its losses, so that equal text would prove nothing about bits."""
+    """Raises `UserError` when a log rounds its losses or gradient norms: equal text would prove nothing about bits."""
     for curve in curves:
-        if curve.digits < EXACT:
-            raise UserError(
-                f"{curve.path}: --profile bitwise needs {EXACT} digits of every loss, this log shows {curve.digits}; "
-                "compare TensorBoard events, or use --profile strict"
-            )
+        for field, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
+            digits = curve.digits.get(field, EXACT)
+            if digits < EXACT:
+                raise UserError(
+                    f"{curve.path}: --profile bitwise needs {EXACT} digits of every {name}, this log shows {digits}; "
+                    "compare TensorBoard events, or use --profile strict"
+                )
 
 
 def definitions() -> dict[str, str]:

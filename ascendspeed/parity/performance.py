@@ -99,7 +99,12 @@ def of_curve(curve: Curve, devices: int | None = None, warmup: int = 5) -> Row:
         tokens = samples * length
     if samples is None and tokens and length:
         samples = tokens / length
-    notes = () if samples else (f"{curve.path} does not say how many devices there were: --devices N.",)
+    missing = (
+        ("its global batch size", not of_all and not batch),
+        ("how long an iteration took", not of_all and not seconds),
+        ("how many devices there were: --devices N", not devices),
+    )
+    notes = () if samples else (f"{curve.path} does not say {' and '.join(what for what, is_so in missing if is_so)}.",)
     iterations = steps[-1].train_iters
     name, model = (curve.device or Path(curve.path).name).split(",")[0], _model(curve)
     return Row(

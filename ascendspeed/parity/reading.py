@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ascendspeed import inputs
 from ascendspeed.errors import UserError
 from ascendspeed.parity import console
-from ascendspeed.parity.curve import Curve, continuous, step_of
+from ascendspeed.parity.curve import NAMES, Curve, Digits, Step, continuous, normal, step_of
 
 EVENTS = "*tfevents*"
+LOSSES = {name for name, (field, _) in NAMES.items() if field == "loss"}
+RUN_LOSSES = {"train loss", "training loss"}
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def read(path: str | Path) -> Curve:
@@ -46,6 +50,9 @@ def _open(path: Path) -> Curve:
 
         return events.read(path)
     try:
+        with open(path, "rb") as file:
+            if file.read(2) in UTF16:
+                raise UserError(f"{path} is UTF-16, as PowerShell's `>` writes it: iconv -f UTF-16 -t UTF-8 makes it readable")
         with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             first = lines.readline()
             lines.seek(0)
@@ -55,7 +62,25 @@ def _open(path: Path) -> Curve:
 
 
 def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
-    steps = []
+    tables = [(count, said) for count, said in _tables(path, lines) if said.keys() & LOSSES and not _of_no_step(said)]
+    if any(said.keys() & LOSSES - RUN_LOSSES for _, said in tables):  # beside losses of steps, `train_loss` is that of the run
+        tables = [(count, said) for count, said in tables if said.keys() & LOSSES - RUN_LOSSES]
+    steps: list[Step] = []
+    digits = Digits()
+    for count, said in tables:
+        if (step := step_of(said)) is None:
+            continue
+        last = steps[-1] if steps else None
+        if last and last.place == step.place and (last.loss, last.grad_norm) != (step.loss, step.grad_norm):
+            raise UserError(f"{path}: line {count} says step {step.place} once more, with another loss or norm: which one counts?")
+        digits.count(said)
+        steps.append(step)
+    kept, replaced = continuous(steps)
+    return Curve(str(path), "JSON lines", kept, digits=digits.found, replaced=replaced)
+
+
+def _tables(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and values of every line, by normal names; a last line that is cut off is none."""
     for count, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -65,10 +90,11 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
                 raise ValueError("not a table of names and values")
         except ValueError as error:
             if not line.endswith("\n"):
-                break  # cut off
+                return
             raise UserError(f"{path}: line {count} is no JSON that can be used: {error}") from None
-        step = step_of({name: value for name, value in said.items() if not isinstance(value, bool)})
-        if step and step.loss is not None:
-            steps.append(step)
-    kept, replaced = continuous(steps)
-    return Curve(str(path), "JSON lines", kept, replaced=replaced)
+        yield count, {normal(name): value for name, value in said.items() if not isinstance(value, bool)}
+
+
+def _of_no_step(said: dict[str, Any]) -> bool:
+    """Hugging Face's last line, about the whole run; or an evaluation."""
+    return "train runtime" in said or "train" not in str(said.get("split", "train")).lower()

@@ -15,18 +15,24 @@ from ascendspeed.parity.figures import Figures, definitions, percent
 from ascendspeed.parity.writing import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
-ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical"}
+ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical", "grad_norm_identical"}
+NAMES = ("parity.png", "parity.html", "parity.json")
 
 
 def write(found: Comparison, out: str | Path) -> list[Path]:
     """Writes the three files into the folder `out`, the verdict last: it never stands beside an older picture."""
-    folder = Path(out)
-    paths = [folder / name for name in ("parity.png", "parity.html", "parity.json")]
-    remove(paths[-1])
+    forget(out)
+    paths = [Path(out) / name for name in NAMES]
     image = picture.draw(found.pair, title(found), found.noise)
     for path, content in zip(paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True):
         put(path, content)
     return paths
+
+
+def forget(out: str | Path) -> None:
+    """Removes an older comparison's files: a new one that is refused, or ends in the middle, leaves no verdict."""
+    for name in reversed(NAMES):
+        remove(Path(out) / name)
 
 
 def title(found: Comparison) -> str:

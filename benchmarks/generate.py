@@ -26,13 +26,13 @@ from ascendspeed.families import preset
 SMALL = replace(
     preset("internlm2-1.8b"),
     num_layers=8,
-    hidden_size=1024,
-    ffn_hidden_size=3584,
-    num_attention_heads=16,
-    num_query_groups=4,
-    vocab_size=32000,
+    hidden_size=512,
+    ffn_hidden_size=1792,
+    num_attention_heads=8,
+    num_query_groups=2,
+    vocab_size=16000,
 )
-"""170M parameters; grouped heads as InternLM2 has them."""
+"""44M parameters; grouped heads as InternLM2 has them."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ class Options:
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Where to run."""
-    model: str = "170m"
-    """170m, or a preset such as internlm2-7b."""
+    model: str = "44m"
+    """44m, or a preset such as internlm2-7b."""
     layers: int | None = None
     """Layers, where the whole model does not fit twice."""
     dtype: Literal["fp32", "bf16"] = "fp32"
@@ -80,7 +80,7 @@ def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Took]:
 
 def model_of(options: Options) -> ModelConfig:
     """The shape of both sides."""
-    model = SMALL if options.model == "170m" else preset(options.model)
+    model = SMALL if options.model == "44m" else preset(options.model)
     return replace(model, num_layers=options.layers) if options.layers else model
 
 

@@ -375,6 +375,15 @@ def test_no_memory_is_an_error(cpu):
     assert texts(sample(asked, PROMPTS[:1], Params(max_new_tokens=5)))[0] == theirs(reference, PROMPTS[0], max_new_tokens=5)
 
 
+def test_beams_that_never_were_are_no_answers(cpu):
+    from ascendspeed.generate import Params, sample
+
+    asked, _ = asked_of(cpu, "v2")
+    for each in sample(asked, PROMPTS, Params(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)):
+        assert [one.tokens for one in each] in ([[0], [1]], [[1], [0]])
+        assert all(one.score > -100 for one in each)
+
+
 def test_more_stops_than_there_are_tokens(cpu):
     from ascendspeed.generate import Params, sample
 

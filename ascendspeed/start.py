@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
@@ -74,11 +75,14 @@ def _check_tokenizer(run: Run) -> None:
 def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     """What `--load` means: a training checkpoint to continue (or, with --finetune, its weights), weights, or nothing yet.
 
-    Raises `UserError` when there is nothing where it points, or when `--save` holds another run that would be overwritten.
+    Raises `UserError` when there is nothing where it points, when `--save` holds another run that would be overwritten or cannot be
+    written, and, on every rank, when the ranks do not see the same files.
     """
     load, save = run.train.load, run.train.save
+    _check_views(run, grid)
     if save:
         _check_disk(run, grid, say)
+        _try_disk(Path(save), grid)
     same = bool(load and save) and Path(load).resolve() == Path(save).resolve()
     if save and checkpoint.looks_like_checkpoint(save):
         if run.train.finetune:
@@ -99,6 +103,41 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     return Start(random_tensors(run.model, run.train.seed, device.torch))
 
 
+def _check_views(run: Run, grid: Grid) -> None:
+    """Whether all ranks would begin at the same place; where --auto-resume found a checkpoint on some only, --load differs."""
+    load, save = run.train.load, run.train.save
+    holds = {flag: bool(path) and checkpoint.looks_like_checkpoint(path) for flag, path in (("load", load), ("save", save))}
+    views = grid.gather((load, run.train.finetune, holds))
+    other = next((rank for rank, view in enumerate(views) if view != views[0]), None)
+    if other is not None:
+        told = "; ".join(f"rank {r}: --load {views[r][0]}, checkpoints in {_names(views[r][2])}" for r in (0, other))
+        raise UserError(f"the ranks do not see the same files there: {told}; --save and --load must lie on storage that all share")
+
+
+def _names(holds: dict[str, bool]) -> str:
+    return " and ".join(f"--{flag}" for flag, held in holds.items() if held) or "neither"
+
+
+def _try_disk(folder: Path, grid: Grid) -> None:
+    """Every rank makes a file in --save, sees that of rank 0, and removes its own: what would fail at the first save, fails now."""
+    made, wrong = None, ""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        made = NamedTemporaryFile(dir=folder, prefix=".try_", buffering=0)  # noqa: SIM115 - it lives until all have looked
+        made.write(b"x")
+    except OSError as error:
+        wrong = f"{error.strerror}; choose another --save"
+    first = grid.gather(made and Path(made.name).name)[0]
+    if not wrong and first and not (folder / first).exists():
+        wrong = "a file that rank 0 made is not seen; use storage that all nodes share"
+    found = grid.gather(wrong)
+    if made:
+        made.close()
+    if any(found):
+        rank = next(rank for rank, one in enumerate(found) if one)
+        raise UserError(f"--save {folder}: rank {rank} cannot save there: {found[rank]}")
+
+
 def _check_disk(run: Run, grid: Grid, say: Say) -> None:
     """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
     size, train = plan.checkpoint_bytes(run.model), run.train
@@ -116,8 +155,10 @@ def _check_disk(run: Run, grid: Grid, say: Say) -> None:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Nothing there but what a killed save left."""
-    return not folder.exists() or (folder.is_dir() and all(p.name.startswith(".step_") for p in folder.iterdir()))
+    """Nothing there but what a killed save left, or a file system itself."""
+    return not folder.exists() or (
+        folder.is_dir() and all(p.name.startswith(".") or p.name == "lost+found" for p in folder.iterdir())
+    )
 
 
 def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start:

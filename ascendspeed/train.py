@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -72,9 +72,10 @@ def train(
 
     Raises `UserError` after `--max-skipped-steps` skipped iterations in a row, and when a checkpoint cannot be saved.
     """
-    state, window, saver = start.state, Window(), _saver(run, grid, start)
+    state, window, saver = start.state, Window(), _saver(run, grid, start, log.say)
     if state.step >= run.train.train_iters:
         log.say(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
+    watch.begun = True
     if not saver:
         log.say("note: no --save, so no checkpoint will be kept")
     leaving = ""
@@ -128,13 +129,13 @@ def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> 
     return ""
 
 
-def _saver(run: Run, grid: Grid, start: Start) -> Saver | None:
+def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Saver | None:
     if not run.train.save:
         return None
     barrier = grid.barrier
     if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=parallel.beside(SAVE_MINUTES))
-    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path)
+    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path, say)
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:

@@ -153,6 +153,82 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     start(RUN)  # nothing is saved
 
 
+def test_a_save_that_cannot_be_is_known_before_step_0(start, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--save .*file: rank 0 cannot save there: File exists; choose another --save"):
+        start(changed(save=str(tmp_path / "file")))
+    start(changed(save=str(tmp_path / "new")))
+    assert list((tmp_path / "new").iterdir()) == []  # the trial is gone
+
+
+class Two:
+    """A grid of two ranks, of which this one is rank 1; rank 0 says the `others`, one after the other."""
+
+    rank, world = 1, 2
+
+    def __init__(self, *others):
+        self.others = list(others)
+
+    def gather(self, mine):
+        return [self.others.pop(0), mine]
+
+
+def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
+    from ascendspeed import start as room
+
+    (tmp_path / ".try_shared").touch()
+    room._try_disk(tmp_path, Two(".try_shared", ""))  # the control
+    with pytest.raises(UserError, match=r"rank 1 cannot save there: a file that rank 0 made is not seen; use storage that all"):
+        room._try_disk(tmp_path, Two(".try_elsewhere", ""))
+    with pytest.raises(UserError, match="rank 0 cannot save there: No space left"):
+        room._try_disk(tmp_path, Two(None, "No space left"))
+
+
+def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_path):
+    from ascendspeed import start as room
+
+    run = changed(load=saved, save=saved)
+    room._check_views(run, Two((saved, False, {"load": True, "save": True})))  # the control
+    for theirs in ((None, False, {"load": False, "save": False}), (saved, True, {"load": True, "save": True})):
+        with pytest.raises(UserError, match=r"the ranks do not see the same files there: rank 0: --load .*; rank 1: --load"):
+            room._check_views(run, Two(theirs))
+
+
+def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_path, monkeypatch):
+    """At every operation that changes files; and what a new file system holds by itself."""
+    from test_checkpoint import die_at, in_child
+
+    from ascendspeed import checkpoint
+    from ascendspeed.weights import Cut
+
+    small = replace(MODEL, num_layers=1)
+    fragments = [checkpoint.Fragment("w", kind, Cut((4,)), 0, 0, torch.ones(4)) for kind in checkpoint.KINDS]
+    ends, status = set(), 1
+    for count in range(100):
+        folder = tmp_path / str(count)
+        run = replace(changed(load=str(folder), save=str(folder)), model=small)
+
+        def killed(folder=folder, count=count, run=run):
+            die_at(count, monkeypatch)
+            checkpoint.save(folder, checkpoint.TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None)
+
+        status = in_child(killed)
+        found, said = start(run)
+        ends.add(found.state.step)
+        assert ("a fresh start" in said) == (found.resume is None)
+        if status == 0:
+            break
+    assert status == 0
+    assert ends == {0, 2}
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    for left in (".latest.tmp", ".owner"):
+        (tmp_path / "disk" / left).touch()
+    assert "a fresh start" in start(changed(load=str(tmp_path / "disk"), save=str(tmp_path / "disk")))[1]
+    (tmp_path / "disk" / "notes.txt").touch()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        start(changed(load=str(tmp_path / "disk"), save=str(tmp_path / "disk")))
+
+
 def test_another_model_in_the_checkpoint_is_an_error(start, saved):
     run = replace(changed(load=saved), model=replace(MODEL, num_layers=5))
     with pytest.raises(UserError, match="holds another model than this run"):

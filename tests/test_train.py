@@ -1,6 +1,7 @@
 """The training loop with a stand-in engine: what it asks for, says, keeps and refuses."""
 
 import signal
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -96,6 +97,28 @@ def test_the_interval_loss_is_the_mean_over_tokens(loop):
     losses = [1.0, 4.0, 2.0, 3.0]
     _, _, lines = loop(changed(log_interval=2, train_iters=4), Recorder(losses))
     assert [line.loss for line in lines] == pytest.approx([(10 * 1 + 20 * 4) / 30, (30 * 2 + 40 * 3) / 70], rel=1e-7)
+
+
+def test_a_pause_is_no_part_of_an_iterations_time(loop, monkeypatch):
+    """On a clock that an iteration moves by 100 s and an evaluation by 10,000 s."""
+    from ascendspeed import train
+
+    real, ahead = time.perf_counter, [0.0]
+
+    def passes(seconds):
+        ahead[0] += seconds
+
+    class Slow(Recorder):
+        def loss(self, batches):
+            passes(10_000)
+            return super().loss(batches)
+
+    clock = SimpleNamespace(perf_counter=lambda: real() + ahead[0], strftime=time.strftime)
+    monkeypatch.setattr(train, "time", clock)
+    run = changed(log_interval=2, eval_interval=1, eval_iters=1, train_iters=6)
+    _, _, lines = loop(run, Slow(at=dict.fromkeys(range(6), lambda: passes(100))))
+    found = [line.ms_per_iteration for line in lines if isinstance(line, TrainLine)]
+    assert found == pytest.approx([100_000] * 3, rel=0.5)
 
 
 def test_the_last_iterations_are_logged_whatever_the_interval(loop):
@@ -218,6 +241,20 @@ def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_pat
     with pytest.raises(UserError):
         loop(changed(save=str(tmp_path / "c"), save_interval=1, max_skipped_steps=1), Recorder(skipped=[4]))
     assert "to continue" in capsys.readouterr().out
+
+
+def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
+    from ascendspeed import parallel
+    from ascendspeed.watch import Watch
+
+    (tmp_path / "step_0000001").mkdir()
+    grid, said = parallel.initialize(cpu, ParallelConfig(), seed=1), []
+    for begun in (False, True):  # the second is the control
+        watch = Watch(changed(save=str(tmp_path)), grid, said.append)
+        watch.begun = begun
+        with pytest.raises(UserError), watch:
+            raise UserError("--save already holds checkpoints")
+        assert bool(said) == begun
 
 
 # -- health -------------------------------------------------------------------------------------------------------------------

@@ -33,11 +33,19 @@ class Saver:
     raised by the next `wait` (or `save`, which waits first).
     """
 
-    def __init__(self, run: Run, rank: int, world: int, barrier: Callable[[], None], last: Path | None = None) -> None:
-        """`barrier`: used by nothing else while a save goes on; `last`: the checkpoint that the run continues."""
+    def __init__(
+        self,
+        run: Run,
+        rank: int,
+        world: int,
+        barrier: Callable[[], None],
+        last: Path | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
+        """`barrier`: used by nothing else while a save goes on; `last`: the checkpoint that the run continues; `say`: warnings."""
         self.last = last
         """The newest checkpoint of this run that is whole."""
-        self._run, self._place = run, (rank, world, barrier)
+        self._run, self._place, self._say = run, (rank, world, barrier), say
         self._host: dict[str, Tensor] = {}  # the copies' memory, kept: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -83,7 +91,7 @@ class Saver:
     ) -> None:
         try:
             train = self._run.train
-            self.last = save(train.save, state, self._run, fragments, rng, *self._place, keep=train.keep)
+            self.last = save(train.save, state, self._run, fragments, rng, *self._place, keep=train.keep, say=self._say)
         except BaseException as error:
             self._error = error
         else:

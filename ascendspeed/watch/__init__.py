@@ -32,6 +32,8 @@ class Watch:
         self.health = Health(run, grid, say)
         self.reason: Reason | None = None
         """Why training stopped before its end, if it did."""
+        self.begun = False
+        """Training has: what ended before is not mended by going on."""
         self.done = False
         """The last iteration is over: there is nothing to continue."""
         self._run, self._say, self._inside = run, say, ExitStack()
@@ -47,7 +49,7 @@ class Watch:
         self._inside.__exit__(*error)
 
     def _farewell(self) -> None:
-        if not self.done and self._run.train.save and looks_like_checkpoint(self._run.train.save):
+        if self.begun and not self.done and self._run.train.save and looks_like_checkpoint(self._run.train.save):
             self._say(f"to continue: {how_to_continue()}")
 
     @property

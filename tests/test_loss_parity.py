@@ -53,11 +53,12 @@ def began(tmp_path):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"tokens{suffix}").write_bytes(suffix.encode())
 
-    def log_of(load: str | None, seed: int = 1234, **train) -> Path:
+    def log_of(load: str | None, seed: int = 1234, device: str = "cpu (AMD EPYC), gloo", **train) -> Path:
         run = example_run()
         settings = config.TrainConfig(load=load, seed=seed, **train)
         run = replace(run, model=model, train=settings, data=config.DataConfig(data_path=(str(tmp_path / "tokens"),)))
-        (tmp_path / "train.log").write_text(f"run: {json.dumps(asdict(run))}\n{ours(1, 2.0)}")
+        head = f"device: {device}; 2 processes: TP 1 x DP 2"
+        (tmp_path / "train.log").write_text(f"{head}\nrun: {json.dumps(asdict(run))}\n{ours(1, 2.0)}")
         return tmp_path / "train.log"
 
     log_of.weights = weights
@@ -81,13 +82,32 @@ def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
 
 def test_hash_of_data(began, tmp_path):
     first = origin.of_log(began(None))
-    assert first["weights"].startswith("random: ")
+    assert first["weights"].startswith("random on cpu: ")
     assert origin.of_log(began(None, seed=5))["weights"] != first["weights"]
     (tmp_path / "tokens.bin").write_bytes(b".bim")
     assert origin.of_log(began(None))["data"] != first["data"]
     (tmp_path / "tokens.bin").unlink()
     with pytest.raises(UserError, match=r"tokens\.bin: cannot read the data"):
         origin.of_log(began(None))
+
+
+def test_random_weights_are_those_of_a_device(began, tmp_path):
+    """Each kind of device has a generator of its own, and what a GPU draws depends on how many units it has."""
+    on = {
+        device: origin.of_log(began(None, device=device))["weights"]
+        for device in (
+            "cpu (AMD EPYC), gloo",
+            "cpu (Xeon), gloo",
+            "npu (Ascend910B), hccl",
+            "cuda (A100), nccl",
+            "cuda (H100), nccl",
+        )
+    }
+    assert len(set(on.values())) == 4
+    assert on["cpu (AMD EPYC), gloo"] == on["cpu (Xeon), gloo"]
+    assert on["cuda (H100), nccl"].startswith("random on cuda H100: ")
+    weights = began.weights("hf")  # that were read are the same everywhere
+    assert len({origin.of_log(began(weights, device=device))["weights"] for device in on}) == 1
 
 
 def test_origin_of_what_is_none(began, tmp_path):
@@ -154,6 +174,13 @@ def test_two_runs_and_a_comparison(shell):
     assert compared == (
         f"python tools/compare_loss.py {shell.work}/ref {shell.work}/cand --out {shell.work} --profile published --same-origin"
     )
+
+
+def test_a_run_leaves_no_older_verdict(shell):
+    for name in ("parity.json", "parity.html"):
+        (shell.work / name).write_text('{"verdict": "pass"}')
+    assert shell(SIDE="ref")[0] == 0
+    assert not list(shell.work.glob("parity.*"))
 
 
 def test_halves_on_two_machines(shell):

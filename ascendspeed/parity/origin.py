@@ -24,13 +24,13 @@ def of_log(log: str | Path) -> dict[str, str]:
     """Seed and hashes of what the run of a log of ours says that it began with. Raises `UserError`."""
     try:
         with open(log, encoding="utf-8", errors="replace") as lines:
-            config = console.read(str(log), lines).config
+            curve = console.read(str(log), lines)
     except OSError as error:
         raise UserError(f"{log}: cannot read this log: {error.strerror}") from error
-    if not config or "train" not in config:
+    if not curve.config or "train" not in curve.config:
         raise UserError(f"{log} has no line `run: ...`: it is no log of this project")
-    run = from_dict(dict(config))
-    return {"seed": str(run.train.seed), "weights": _weights(run), "data": _data(run)}
+    run = from_dict(dict(curve.config))
+    return {"seed": str(run.train.seed), "weights": _weights(run, _generator(curve.device or "")), "data": _data(run)}
 
 
 def write(log: str | Path) -> Path:
@@ -61,13 +61,19 @@ def check_same(*logs: str, needed: bool = False) -> dict[str, str] | None:
 
 
 def _short(begin: dict[str, Any], name: str) -> str:
-    return str(begin.get(name))[:23]
+    return str(begin.get(name))[:40]
 
 
-def _weights(run: Run) -> str:
+def _generator(device: str) -> str:
+    """`cuda (Some GPU), nccl; ...` -> `cuda Some GPU`: from one seed every such device draws numbers of its own, CPUs the same."""
+    kind, _, name = device.partition("), ")[0].partition(" (")
+    return kind if kind == "cpu" else f"{kind} {name}"
+
+
+def _weights(run: Run, generator: str) -> str:
     if not run.train.load:
-        drawn = json.dumps([asdict(run.model), run.train.seed])
-        return f"random: {hashlib.sha256(drawn.encode()).hexdigest()}"
+        drawn = json.dumps([asdict(run.model), run.train.seed, generator])
+        return f"random on {generator}: {hashlib.sha256(drawn.encode()).hexdigest()}"
     import torch
 
     from ascendspeed import checkpoint, formats

@@ -24,6 +24,7 @@ PROFILE=${PROFILE:-published}                           # published: mean below 
 REF=${REF:---deepspeed --zero-stage 2}                  # what makes the reference: any flags of pretrain_intern.py
 CAND=${CAND:---tensor-model-parallel-size 2 --pipeline-model-parallel-size 2}
 SEED=${SEED:-1234}
+rm -f "$WORK"/parity.{json,png,html}                    # an older verdict is none about these runs
 
 MODEL=${MODEL:-internlm-tiny}
 DTYPE=${DTYPE:-fp32}                                    # fp32 shows whether it is the same function; bf16 what a real run will see
@@ -47,7 +48,7 @@ if [ -z "${DATA:-}" ]; then  # a demonstration: real text, a tiny model with ran
     CHECKPOINT=$WORK/weights
     [ -d "$CHECKPOINT" ] || python tools/random_model.py --model "$MODEL" --tokenizer "$TOKENIZER_PATH" --output-dir "$CHECKPOINT"
 fi
-: "${CHECKPOINT?CHECKPOINT=folder of the weights; empty: random ones, drawn from the seed}"
+: "${CHECKPOINT?CHECKPOINT=folder of the weights; empty: random ones, which only devices of one kind draw alike from a seed}"
 : "${TOKENIZER_PATH?TOKENIZER_PATH=folder with tokenizer.model}"
 dtype=$(dtype_flag "$DTYPE")
 

@@ -1,8 +1,10 @@
 """The one format of a training log line, in Megatron's look: writes it and parses it back. And who writes it where. No torch."""
 
+import contextlib
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +146,7 @@ class Logger:
 
     def __init__(self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None) -> None:
         """Makes the folders. Raises `UserError` when they cannot be written, or when TensorBoard is wanted and missing."""
-        self.speaks = rank == 0
+        self.speaks = self._prints = rank == 0
         self._file = _append(Path(log_dir) / "train.log") if log_dir and self.speaks else None
         self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.speaks else None
 
@@ -152,25 +154,42 @@ class Logger:
         """One line of text. A log file that can no longer be written is given up with a warning: training is worth more."""
         if not self.speaks:
             return
-        print(text, flush=True)
+        self._print(text)
         try:
             if self._file:
                 self._file.write(text + "\n")
         except OSError as error:
-            print(f"warning: {self._file.name}: {error.strerror}; no more is written there", flush=True)
-            self._file = None
+            name, self._file = self._file.name, None
+            self._print(f"warning: {name}: {error.strerror}; no more is written there")
+
+    def _print(self, text: str) -> None:
+        if not self._prints:
+            return
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            self._prints = False
+            _silence(sys.stdout)
+            with contextlib.suppress(OSError):
+                print(f"warning: stdout: {error.strerror}; no more is written there", file=sys.stderr, flush=True)
+            self.say(f"warning: stdout: {error.strerror}; no more is written there")
 
     def line(self, line: TrainLine | EvalLine) -> None:
         """One formatted line, and its numbers to TensorBoard."""
         self.say(format(line))
-        for tag, value in _scalars(line) if self._board else ():
-            self._board.add_scalar(tag, value, line.iteration)
+        try:
+            for tag, value in _scalars(line) if self._board else ():
+                self._board.add_scalar(tag, value, line.iteration)
+        except OSError as error:
+            self._board = None
+            self.say(f"warning: --tensorboard-dir: {error.strerror or error}; no more is written there")
 
     def close(self) -> None:
         """Flushes and closes; saying something afterwards still reaches stdout."""
         for sink in (self._file, self._board):
             if sink:
-                sink.close()
+                with contextlib.suppress(OSError):  # of a full disk; the run itself has ended
+                    sink.close()
         self._file = self._board = None
 
     def __enter__(self) -> "Logger":
@@ -187,6 +206,14 @@ def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
     for label, value in ((f.label, getattr(line, f.name)) for f in FIELDS if f.name != "seconds_left"):
         if value is not None:
             yield label, value
+
+
+def _silence(stream: TextIO) -> None:
+    """What is still to be written there goes nowhere; else the interpreter, at its end, would fail on it with a code of its own."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _append(path: Path) -> TextIO:

@@ -178,6 +178,35 @@ def test_a_full_disk_does_not_stop_the_run(capsys):
     assert "two" in out
 
 
+def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
+    """In a process of its own, whose exit code would tell of it too."""
+    code = f"from ascendspeed import log\nwith log.Logger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    warning = "warning: stdout: No space left on device; no more is written there\n"
+    assert (done.returncode, done.stderr) == (0, warning)
+    assert (tmp_path / "train.log").read_text() == f"{warning}one\ntwo\n"
+
+
+LIMITED = """
+import resource, signal, sys, time
+from ascendspeed import log
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+with log.Logger(0, None, sys.argv[1]) as all:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+    while all._board:
+        all.line(log.EvalLine(1, 6.2))
+    all.say("goes on")
+"""
+
+
+def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("warning: --tensorboard-dir: File too large; no more is written there\n") == 1
+    assert done.stdout.endswith("goes on\n")
+
+
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --log-dir"):

@@ -1,5 +1,6 @@
 """The one error that a user can cause, and how a program ends: one line on stderr, no traceback, an exit code that says why."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -42,14 +43,16 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
     if clean_up:
         signal.signal(signal.SIGTERM, _leave)
     try:
-        sys.exit(main())
+        code = main() or 0
     except UserError as error:
         tell(error)
-        sys.exit(error.code)
+        code = error.code
     except KeyboardInterrupt:
-        _end("interrupted", EXIT_INTERRUPTED)
+        code = _end("interrupted", EXIT_INTERRUPTED)
     except _Terminated:
-        _end("terminated", EXIT_TERMINATED)
+        code = _end("terminated", EXIT_TERMINATED)
+    _note(code)
+    sys.exit(code)
 
 
 class _Terminated(SystemExit):
@@ -61,9 +64,17 @@ def _leave(number: int, frame: FrameType | None) -> None:
     raise _Terminated(EXIT_TERMINATED)
 
 
-def _end(word: str, code: int) -> None:
+def _end(word: str, code: int) -> int:
     print(word, file=sys.stderr, flush=True)
-    sys.exit(code)
+    return code
+
+
+def _note(code: int) -> None:
+    """Leaves the code of a node's first rank where EXIT_CODE_FILE says: torchrun makes every one of them 1."""
+    path = os.environ.get("EXIT_CODE_FILE")
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError), open(path, "w") as file:
+            file.write(str(code))
 
 
 def tell(error: UserError) -> None:

@@ -8,6 +8,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import launch
 import pytest
 
 from ascendspeed import errors
@@ -75,3 +76,12 @@ def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
 
 def test_codes():
     assert (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED) == (130, 143)
+
+
+@pytest.mark.parametrize(("rank", "left"), [("0", "75"), ("1", None)])
+def test_the_first_rank_of_a_node_leaves_its_code(tmp_path, rank, left):
+    path = tmp_path / "code"
+    code = "from ascendspeed import errors; errors.run(lambda: 75)"
+    env = launch.environment(LOCAL_RANK=rank, EXIT_CODE_FILE=str(path))
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 75
+    assert (path.read_text() if path.exists() else None) == left

@@ -92,7 +92,9 @@ RANK=0 bash -c '
 if [ -n "${CODES:-}" ]; then
     kill -9 $!
     n=$(grep -c pretrain "$SAID")
-    exit "$(cut -d' ' -f"$n" <<< "$CODES")"
+    code=$(cut -d' ' -f"$n" <<< "$CODES")
+    [ -z "${HIDES:-}" ] || { echo "$code" > "$EXIT_CODE_FILE"; code=1; }
+    exit "$code"
 fi
 wait $!
 exit $?
@@ -137,8 +139,12 @@ def test_a_signal_to_the_recipe_reaches_the_ranks(recipe, number, word):
         ("75 0", "3", 75, 1),  # somebody wanted it to stop
     ],
 )
-def test_restarts(recipe, codes, restarts, code, starts):
-    process = recipe("--lr", "1", CODES=codes, RESTARTS=restarts)
+@pytest.mark.parametrize("hides", ["", "yes"])  # as torchrun, which ends with 1 whatever its ranks ended with
+def test_restarts(recipe, codes, restarts, code, starts, hides):
+    if hides:
+        codes = codes.replace("247", "69").replace(" 0", " 75")
+        code = 75 if code == 0 else code
+    process = recipe("--lr", "1", CODES=codes, RESTARTS=restarts, HIDES=hides)
     assert process.wait(60) == code
     lines = [line for line in recipe.said.read_text().splitlines() if "pretrain" in line]
     assert len(lines) == starts

@@ -214,8 +214,12 @@ def test_a_second_ctrl_c_ends_at_once(loop):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        loop(RUN, Recorder(at={2: twice}))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop(RUN, Recorder(at={2: twice}))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stop_on_the_iteration_of_a_checkpoint_saves_it_once(loop, tmp_path, capsys):
@@ -255,6 +259,22 @@ def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
         with pytest.raises(UserError), watch:
             raise UserError("--save already holds checkpoints")
         assert bool(said) == begun
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_path, capsys, behind):
+    from ascendspeed import checkpoint
+
+    run = changed(save=str(tmp_path / "ckpt"), save_interval=2, async_save=behind)
+    with pytest.raises(
+        UserError, match=r"step_0000004 was not saved: another run saves in .*ckpt \(process \d+ on .*; give every run"
+    ):
+        loop(run, Recorder(at={3: lambda: checkpoint.claim(tmp_path / "ckpt")}))
+    assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000002"]
+    assert (tmp_path / "ckpt" / "latest").read_text() == "step_0000002\n"
+    assert "to continue" not in capsys.readouterr().out
+    start = checkpoint.find(tmp_path / "ckpt", say=str).state  # the restart of a killed run: the newest takes over
+    assert loop(run, start=start)[0].step == 10
 
 
 # -- health -------------------------------------------------------------------------------------------------------------------

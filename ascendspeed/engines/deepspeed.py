@@ -148,6 +148,8 @@ class DeepSpeedEngine:
             model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
         )[0]
         self.module, self.zero = module, self.engine.optimizer
+        if scaler := getattr(self.zero, "loss_scaler", None):
+            scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run, and says what to do
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
             self.engine.enable_backward_allreduce = False

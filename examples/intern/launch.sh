@@ -39,16 +39,20 @@ launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the ans
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
     local left=${RESTARTS:-0} code asked=
+    EXIT_CODE_FILE=$(mktemp)                    # where a rank leaves its code: torchrun makes every one of them 1
+    export EXIT_CODE_FILE
     trap 'asked=yes; pass_on TERM' TERM INT
     trap 'asked=yes; pass_on USR1' USR1
     while :; do
+        : > "$EXIT_CODE_FILE"
         "$@" <&0 &  # which would else have no stdin
         child=$!
         code=0
         wait "$child" || code=$?
         while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done  # a signal ends `wait`, not the child
-        case "$code$asked" in 0 | 2 | 75 | *yes) exit "$code" ;; esac
-        [ "$left" -gt 0 ] || exit "$code"
+        if [ "$code" = 1 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
+        case "$code$asked" in 0 | 2 | 75 | *yes) left=0 ;; esac
+        [ "$left" -gt 0 ] || { rm -f "$EXIT_CODE_FILE"; exit "$code"; }
         echo "ended with code $code; starts again ($left left)" >&2
         left=$((left - 1))
         case " $* " in *" --auto-resume "*) ;; *) set -- "$@" --auto-resume ;; esac
@@ -57,6 +61,10 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
 
 pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher would leave them alone, or kill them too early
     told=
+    if [ -n "${HOSTFILE:-}" ] && [ "$1" = USR1 ]; then
+        echo "the ranks of a HOSTFILE are out of reach of signals: send it to one of them, on its node" >&2
+        return
+    fi
     tell_ranks "$child" "$1"
     [ -n "$told" ] || kill -s "$1" "$child" || true  # still starting, or the ranks are on other nodes
 }

@@ -52,7 +52,7 @@ FLOORS = {
 }
 GROUND_ONLY = {"plan", "flags"}
 TORCH_FREE = ["errors", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]
-TORCH_FREE += ["inference.options", "inference.performance"]
+TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
 MEGATRON = {
     "model",
     "generate",

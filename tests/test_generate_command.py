@@ -3,9 +3,11 @@
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,7 @@ from ascendspeed import families, tokenizer
 from ascendspeed.chat import Chat, Message
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
-from ascendspeed.inference import options, performance, prompts
+from ascendspeed.inference import options, performance, prompts, questions
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
 from ascendspeed.inference.results import Results
 
@@ -170,6 +172,9 @@ def test_lines_of_an_input_file(tmp_path):
         prompts.from_file(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="holds no prompts"):
         prompts.from_lines(b"\n \n", "in")
+    assert [one.text for one in prompts.from_lines(b'\xef\xbb\xbf"x"', "in") + prompts.from_text(b"\xef\xbb\xbfx", "in")] == [
+        "x"
+    ] * 2
     assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
     with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
         prompts.typed(options.Generation(prompt=("fine", "\udcff")))
@@ -337,6 +342,10 @@ def test_a_conversation(run, folder, reference):
     assert "<|Bot|>" not in run.stderr
     forgetful = run(*chat, "--history-turns", 0, stdin="hi\nagain\n")
     assert forgetful == f"{first}\n{said(again)}\n"
+    assert run(*chat, "--history-turns", 0, stdin='\ufeffhi\n"""\nagain') == forgetful  # a BOM, and a message without its end
+    quoted = run(*chat, stdin='"""\nclear\n"""\n"""\nq\n"""\n')  # no commands between quotes
+    clear = said("<|User|>:clear\n")
+    assert quoted == f"{clear}\n{said('<|User|>:clear' + chr(10), bot(clear), '<|User|>:q' + chr(10))}\n"
     told = run(*chat, "--system", "Be brief", stdin="hi\nquit\n")
     assert told == f"{said('<|System|>:Be brief' + chr(10), hi)}\n"
     assert len({first, second, said(again), told}) == 4  # control: history, system and question all matter
@@ -350,6 +359,48 @@ def test_a_conversation(run, folder, reference):
         run(*chat, stdin=b"\xff\n")
     with pytest.raises(UserError, match="the question has"):
         run(*chat, "--max-input-length", 4, stdin="hi\n")
+
+
+def test_every_question_is_drawn_for_anew(run):
+    """The same one too, when nothing is remembered."""
+    drawn = run("--task", "chat", "--temperature", 1.5, "--history-turns", 0, "--max-new-tokens", 8, stdin="hi\nclear\nhi\nhi\n")
+    answers = drawn.removesuffix("\n").split("\n")
+    assert len(set(answers)) == len(answers) == 3
+    assert run("--task", "chat", "--temperature", 1.5, "--max-new-tokens", 8, stdin="hi\n") == f"{answers[0]}\n"
+
+
+def test_a_terminal_gets_its_echo_back():
+    """After SIGTERM, which is what the launcher makes of Ctrl-C."""
+    master, slave = pty.openpty()
+    asks = "from ascendspeed.inference.questions import from_stdin; from_stdin()"
+    command, env = [sys.executable, "-c", asks], launch.environment(TERM="xterm")
+    process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, cwd=launch.ROOT)
+    try:
+        shown = b""
+        while b"> " not in shown:
+            shown += os.read(master, 1000)
+        assert not termios.tcgetattr(slave)[3] & termios.ECHO  # control: the line's editor has taken it away
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == -signal.SIGTERM
+        assert termios.tcgetattr(slave)[3] & termios.ECHO
+    finally:
+        process.kill()
+        os.close(master)
+        os.close(slave)
+
+
+def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
+    typed = iter(['"""', "new", "more", EOFError])
+
+    def line(prompt):
+        if (found := next(typed)) is EOFError:
+            raise EOFError
+        return found
+
+    monkeypatch.setattr("builtins.input", line)
+    assert questions._from_terminal() == questions.Said("new\nmore", quoted=True)
+    monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
+    assert questions._from_terminal() is None
 
 
 def test_what_is_remembered(cpu, folder):

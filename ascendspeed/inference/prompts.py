@@ -1,6 +1,7 @@
 """What is to be answered: texts and conversations from flags, files and stdin -> token ids. Every fault is named with its line."""
 
 import sys
+from codecs import BOM_UTF8
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,8 @@ def from_file(path: str) -> list[Prompt]:
 
 def from_lines(data: bytes, where: str) -> list[Prompt]:
     """Of JSON lines; empty lines count, but ask for nothing. Raises `UserError`."""
-    found = [_line(line, f"{where}, line {number}") for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
+    lines = enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), 1)
+    found = [_line(line, f"{where}, line {number}") for number, line in lines if line.strip()]
     if not found:
         raise UserError(f"{where} holds no prompts")
     return found
@@ -63,7 +65,7 @@ def from_lines(data: bytes, where: str) -> list[Prompt]:
 def from_text(data: bytes, where: str) -> list[Prompt]:
     """Of plain text, a line each. Raises `UserError`."""
     try:
-        lines = data.decode("utf-8").split("\n")
+        lines = data.removeprefix(BOM_UTF8).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from None
     return [Prompt(f"{where}, line {number}", line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]

@@ -13,9 +13,10 @@ from ascendspeed.inference import prompts as reading
 from ascendspeed.inference.answers import Answer, answer, batches, params_of
 from ascendspeed.inference.options import Job
 from ascendspeed.inference.prompts import Prompt
+from ascendspeed.inference.questions import from_stdin
 from ascendspeed.inference.results import Results, write
 from ascendspeed.inference.session import Session
-from ascendspeed.inference.talk import Talk, converse, from_stdin
+from ascendspeed.inference.talk import Talk, converse
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
 Record = dict[str, Any]

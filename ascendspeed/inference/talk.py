@@ -3,18 +3,17 @@
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import BinaryIO
 
 from ascendspeed.chat import Chat, Message
 from ascendspeed.errors import UserError
 from ascendspeed.generate import Params
 from ascendspeed.inference.answers import answer
+from ascendspeed.inference.questions import QUOTES, Said
 from ascendspeed.inference.results import write
 from ascendspeed.inference.session import Session
 
 LEAVE = ("q", "quit", "exit")
 FORGET = ("clear", "new")
-QUOTES = '"""'
 HELP = f"{', '.join(LEAVE)}: leave; {' or '.join(FORGET)}: start anew; several lines stand between two lines of {QUOTES}"
 
 
@@ -29,6 +28,8 @@ class Talk:
     longest: int | None = None
     """Tokens of a prompt; the oldest turns go for it."""
     history: list[Message] = field(default_factory=list)
+    asked: int = 0
+    """Questions so far, forgotten ones too: what is drawn for each goes by its number."""
 
     def ask(self, text: str) -> list[int]:
         """Ids of the conversation with a new question. Raises `UserError` when this alone is too long."""
@@ -42,6 +43,7 @@ class Talk:
                 raise UserError(f"the question has {len(ids)} tokens with its template; --max-input-length is {self.longest}")
             kept -= 2
         self.history = [*self.history[len(self.history) - kept :], Message("user", text)]
+        self.asked += 1
         return ids
 
     def answered(self, tokens: list[int]) -> None:
@@ -53,27 +55,7 @@ class Talk:
         self.history = []
 
 
-def read_message(file: BinaryIO) -> str | None:
-    """The next line, or what stands between two lines of quotes; None at the end. Raises `UserError`."""
-    line = file.readline()
-    if not line:
-        return None
-    lines = [_text(line)]
-    if lines[0].strip() == QUOTES:
-        lines = []
-        while (line := file.readline()) and _text(line).strip() != QUOTES:
-            lines.append(_text(line))
-    return "\n".join(lines)
-
-
-def _text(line: bytes) -> str:
-    try:
-        return line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"what was typed is not UTF-8: {error.reason} at byte {error.start} of the line") from None
-
-
-def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], str | None]) -> None:
+def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], Said | None]) -> None:
     """Until the end of the input or a word to leave. `read` gives the next message on rank 0. Collective."""
     terminal = session.share(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
     show = write if session.grid.rank == 0 else lambda text: None
@@ -81,14 +63,16 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
     if terminal:
         session.say(HELP)
     while True:
-        data = session.share(lambda: _encoded(read()))
-        text = None if data is None else data.decode()
-        word = (text or "").strip()
-        if text is None or word in LEAVE:
+        data = session.share(lambda: _packed(read()))
+        if data is None:
+            return
+        text = data[1:].decode()
+        word = "" if data.startswith(b'"') else text.strip()
+        if word in LEAVE:
             return
         if word in FORGET:
             talk.clear()
-        elif word:
+        elif text.strip():
             try:
                 ids = talk.ask(text)
             except UserError as error:
@@ -96,7 +80,7 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
                     raise
                 session.say(f"error: {error}")
                 continue
-            found = answer(session, [ids], [len(talk.history)], params, stops, show)[0][0]
+            found = answer(session, [ids], [talk.asked], params, stops, show)[0][0]
             show("\n")
             talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))
 
@@ -106,29 +90,5 @@ def _plain(session: Session, text: str) -> list[int]:
     return session.tokenizer.encode(text).tolist()
 
 
-def _encoded(text: str | None) -> bytes | None:
-    return None if text is None else text.encode("utf-8", "replace")
-
-
-def from_stdin() -> str | None:
-    """The next message; at a terminal with a line that can be edited."""
-    if sys.stdin is None:
-        return None
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 - gives `input` its line editing
-
-        return _from_terminal()
-    return read_message(sys.stdin.buffer)
-
-
-def _from_terminal() -> str | None:
-    try:
-        line = input("> ")
-        if line.strip() != QUOTES:
-            return line
-        lines: list[str] = []
-        while (line := input()).strip() != QUOTES:
-            lines.append(line)
-        return "\n".join(lines)
-    except EOFError:
-        return None
+def _packed(said: Said | None) -> bytes | None:
+    return None if said is None else (b'"' if said.quoted else b" ") + said.text.encode("utf-8", "replace")

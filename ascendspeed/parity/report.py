@@ -67,7 +67,7 @@ def lines(found: Comparison) -> list[str]:
     head.append(f"aligned by {WORDS[pair.axis]}, {pair.places[0]} to {pair.places[-1]}")
     head.append(f"origin     {'same seed, weights and data' if begin else 'not known: no origin.json beside the logs'}")
     noise = asdict(found.noise_figures) if found.noise_figures else {}
-    body = [f"  {name.replace('_', ' '):15} {shown(name, value):>12}" for name, value in asdict(found.figures).items()]
+    body = [f"  {name.replace('_', ' '):19} {shown(name, value):>12}" for name, value in asdict(found.figures).items()]
     if noise:
         body = [f"{line}   noise {shown(name, noise[name]):>12}" for line, name in zip(body, noise, strict=True)]
     differ = [f"  {name}: {a} | {b}" for name, a, b in found.differences]

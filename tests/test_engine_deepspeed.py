@@ -1,5 +1,7 @@
 """The DeepSpeed engine against a plain torch loop over Hugging Face's model, and its checkpoints, under every stage and layout."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,3 +197,32 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
         poisoned = curves[f"{name}: poisoned"]
         assert poisoned.pop(2) == [None, None], name
         assert poisoned == curves[f"{name}: clean"], name
+
+
+FP16 = """
+from ascendspeed import device
+here = device.prepare("cpu")
+import torch, oracle
+from dataclasses import replace
+from deepspeed.accelerator import get_accelerator
+from test_engine_deepspeed import RUN
+from ascendspeed import parallel
+from ascendspeed.data.dataset import Batch
+from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+from ascendspeed.kernels import Kernels
+from ascendspeed.weights import random_tensors
+get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible
+train, optim = replace(RUN.train, micro_batch_size=4), replace(RUN.optim, fp16=True, initial_loss_scale=4.0)
+run = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1), optim=optim, train=train)
+engine = DeepSpeedEngine(run, parallel.initialize(here, run.parallel, 1), here, ds_config(run, 1), Kernels(), random_tensors(run.model, 1))
+next(engine.module.parameters()).register_hook(lambda g: g * float("nan"))
+batch = Batch(**oracle.batches(run.model.vocab_size, 1, 4, 32, 1)[0], position_ids=torch.arange(32).expand(4, -1))
+print([(result.skipped, result.loss_scale) for result in (engine.step([batch], 1e-3) for _ in range(6))])
+"""
+
+
+def test_fp16_that_never_becomes_finite_skips_on(tmp_path):
+    """At the lowest loss scale too, where DeepSpeed would end the run with a traceback: --max-skipped-steps does that better."""
+    done = subprocess.run([sys.executable, "-c", FP16], env=launch.environment(), cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.splitlines()[-1] == str([(True, scale) for scale in (4.0, 4.0, 2.0, 1.0, 1.0, 1.0)])

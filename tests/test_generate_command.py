@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -310,6 +311,56 @@ def test_input_from_everywhere(run, tmp_path):
         run("--prompt", "x", "--prompt", "hello there", "--max-input-length", 3)
     with pytest.raises(UserError, match="--prompt 1 has 1 token: there is none to follow it"):
         run("--task", "logprobs", "--prompt", "")
+
+
+NOTES = {"none": "it has no rope scaling: expect nonsense beyond", "dynamic": "dynamic rope scaling is in use"}
+
+
+@pytest.mark.parametrize("kind", NOTES)
+def test_longer_than_what_it_was_trained_on(run, folder, tmp_path, kind):
+    """Said once; not for what fits."""
+    short = tmp_path / "short"
+    shutil.copytree(folder, short)
+    model = replace(MODEL, max_position_embeddings=8, rope_scaling_type=kind, rope_scaling_factor=2.0 if kind == "dynamic" else 1.0)
+    (short / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(model)))
+    flags = ("--load", short, "--prompt", "x", "--prompt", "1234567", "--max-new-tokens")
+    assert len(tokenizer.load(folder).encode("1234567")) == 7
+    run(*flags, 1, "--task", 1, 5)
+    said = "note: --prompt 2 and its answer may have 9 tokens; the model was trained on 8, and"
+    assert run.stderr.count(f"{said} {NOTES[kind]}\n") == 1
+    run(*flags[:4], "--max-new-tokens", 6)
+    assert "trained on" not in run.stderr
+    run(*flags[:2], "--task", "chat", "--max-new-tokens", 1, stdin="1\n2\n")
+    assert run.stderr.count("note: the conversation and its answer may have") == 1
+
+
+def test_the_tokenizer_of_another_model(run, folder, tmp_path):
+    """Beside the weights lies another one; there are too few tokens, or too many for the model."""
+    other = vocabulary(tmp_path / "other", ["<eoh>", "<eoa>", "another"])
+    flags = ("--max-new-tokens", 1, "--prompt", "x")
+    run(*flags)
+    assert "note: " not in run.stderr
+    shutil.copytree(folder, tmp_path / "same")
+    run(*flags, "--tokenizer-name-or-path", tmp_path / "same")
+    assert "note: " not in run.stderr
+    run(*flags, "--tokenizer-name-or-path", other)
+    said = f"note: {other}/tokenizer.model is not the tokenizer.model beside the weights, {folder}/tokenizer.model; theirs: "
+    assert said in run.stderr
+    ids = tokenizer.load(folder).vocab_size
+
+    def sized(rows):
+        path, model = tmp_path / str(rows), replace(MODEL, vocab_size=rows)
+        shutil.copytree(folder, path)
+        (path / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(model)))
+        save_file(oracle.native(model)[1], path / "model.safetensors")
+        return path
+
+    run("--load", sized(ids + 1024), *flags)
+    assert "note: " not in run.stderr
+    run("--load", sized(ids + 1025), *flags)
+    assert f"has {ids} tokens, the model {ids + 1025}: is it its own?" in run.stderr
+    with pytest.raises(UserError, match=rf"has {ids} tokens, but the model in .* only {ids - 1}; give the model's own with --tok"):
+        run("--load", sized(ids - 1), *flags)
 
 
 def spoken(folder, reference, talk, count):

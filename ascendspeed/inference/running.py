@@ -83,6 +83,8 @@ def _plan(session: Session, job: Job, task: str, prompts: list[Prompt], demonstr
     chat = session.chat if talks else None
     ids = [reading.encode(prompt, session.tokenizer, chat, session.add_bos) for prompt in prompts]
     reading.check_lengths(prompts, ids, asked.max_input_length)
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    session.measure(prompts[longest].where, len(ids[longest]) + (asked.max_new_tokens if task != "logprobs" else 0))
     if task == "logprobs":
         for prompt, tokens in zip(prompts, ids, strict=True):
             if len(tokens) < 2:

@@ -1,5 +1,6 @@
 """A model that is ready to be asked, with its tokenizer and chat format; what is wrong is said before its weights are read."""
 
+import filecmp
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,6 +22,8 @@ from ascendspeed.tokenizer import Tokenizer
 
 WEEK = 7 * 24 * 60
 """Minutes that ranks wait for a person to type."""
+SPARE = 1024
+"""Rows that a vocabulary may have beyond its tokenizer's ids: padding, and room for tokens to be added."""
 
 
 @dataclass
@@ -34,6 +37,8 @@ class Session:
     config: ModelConfig
     template: str | None = None
     """--chat-template."""
+    told: bool = False
+    """Whether `measure` has said something."""
 
     @classmethod
     def open(cls, place: Place, device: Device, template: str | None = None, patient: bool = False) -> "Session":
@@ -49,7 +54,10 @@ class Session:
             )
         _check_typed(place, config)
         grid = parallel.initialize(device, place.where.layout, 1, WEEK if patient else 30)
-        return cls(place, device, grid, found, config, template)
+        session = cls(place, device, grid, found, config, template)
+        for note in _doubts(place, found, config):
+            session.say(f"note: {note}")
+        return session
 
     @cached_property
     def chat(self) -> Chat:
@@ -79,6 +87,15 @@ class Session:
         model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
         self.say(f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}")
         return model
+
+    def measure(self, where: str, tokens: int) -> None:
+        """Says once that a prompt with its answer is longer than what the model has been trained on, and what becomes of it."""
+        trained, kind = self.config.max_position_embeddings, self.config.rope_scaling_type
+        if tokens <= trained or self.told or kind == "linear":
+            return
+        self.told = True
+        what = "dynamic rope scaling is in use" if kind == "dynamic" else "it has no rope scaling: expect nonsense beyond"
+        self.say(f"note: {where} and its answer may have {tokens} tokens; the model was trained on {trained}, and {what}")
 
     def say(self, line: str) -> None:
         """To stderr, once: stdout is for answers."""
@@ -116,6 +133,24 @@ def _tokenizer(place: Place) -> Tokenizer:
     except UserError as error:
         hint = "; give --tokenizer-name-or-path" if place.tokenizer == place.where.load else ""
         raise UserError(f"{error}{hint}") from None
+
+
+def _doubts(place: Place, found: Tokenizer, config: ModelConfig) -> list[str]:
+    """Whether the tokenizer may be another model's."""
+    doubts = []
+    for name in ("tokenizer.model", "tokenizer.json"):
+        own, chosen = Path(place.where.load or ".", name), Path(place.tokenizer, name)
+        if own.is_file() and chosen.is_file():
+            if not filecmp.cmp(own, chosen, shallow=False):
+                doubts.append(
+                    f"{chosen} is not the {name} beside the weights, {own}; theirs: --tokenizer-name-or-path {own.parent}"
+                )
+            break
+    if config.vocab_size - found.vocab_size > SPARE:
+        doubts.append(
+            f"the tokenizer in {place.tokenizer} has {found.vocab_size} tokens, the model {config.vocab_size}: is it its own?"
+        )
+    return doubts
 
 
 def _check_typed(place: Place, config: ModelConfig) -> None:

@@ -80,6 +80,7 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
                     raise
                 session.say(f"error: {error}")
                 continue
+            session.measure("the conversation", len(ids) + params.max_new_tokens)
             found = answer(session, [ids], [talk.asked], params, stops, show)[0][0]
             show("\n")
             talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))

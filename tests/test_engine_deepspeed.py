@@ -214,7 +214,8 @@ from ascendspeed.weights import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible
 train, optim = replace(RUN.train, micro_batch_size=4), replace(RUN.optim, fp16=True, initial_loss_scale=4.0)
 run = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1), optim=optim, train=train)
-engine = DeepSpeedEngine(run, parallel.initialize(here, run.parallel, 1), here, ds_config(run, 1), Kernels(), random_tensors(run.model, 1))
+grid, weights = parallel.initialize(here, run.parallel, 1), random_tensors(run.model, 1)
+engine = DeepSpeedEngine(run, grid, here, ds_config(run, 1), Kernels(), weights)
 next(engine.module.parameters()).register_hook(lambda g: g * float("nan"))
 batch = Batch(**oracle.batches(run.model.vocab_size, 1, 4, 32, 1)[0], position_ids=torch.arange(32).expand(4, -1))
 print([(result.skipped, result.loss_scale) for result in (engine.step([batch], 1e-3) for _ in range(6))])

@@ -9,7 +9,7 @@ from functools import partial
 import torch.distributed as dist
 
 from ascendspeed import parallel, plan
-from ascendspeed.checkpoint import Saver, TrainState
+from ascendspeed.checkpoint import Saver, TrainState, claim
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
@@ -135,7 +135,8 @@ def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Sa
     barrier = grid.barrier
     if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=parallel.beside(SAVE_MINUTES))
-    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path, say)
+    token = grid.gather(claim(run.train.save) if grid.rank == 0 else "")[0]
+    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token)
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:

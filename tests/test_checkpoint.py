@@ -729,6 +729,34 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
     assert len(errors) == 2
 
 
+@pytest.mark.parametrize("moment", ["before", "while it writes"])
+def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, moment):
+    mine, real = checkpoint.claim(tmp_path), files.Shard.write
+    save(tmp_path, 1, TWO, token=mine)
+    claims = [1]
+
+    def write(shard, path):
+        if claims:
+            claims.pop()
+            checkpoint.claim(tmp_path)
+        return real(shard, path)
+
+    if moment == "before":
+        checkpoint.claim(tmp_path)
+    monkeypatch.setattr(files.Shard, "write", write)
+    with pytest.raises(UserError, match=f"step_0000002 was not saved: .*another run saves in {tmp_path}"):
+        save(tmp_path, 2, TWO, token=mine)
+    assert len(claims) == (moment == "before")  # then not a byte is written
+    check(checkpoint.find(tmp_path, **QUIET), 1)
+    assert not (tmp_path / "step_0000002").exists()
+    monkeypatch.undo()
+    newest = checkpoint.claim(tmp_path)
+    save(tmp_path, 2, TWO, token=newest)
+    assert sorted(os.listdir(tmp_path)) == [".owner", "latest", "step_0000001", "step_0000002"]
+    (tmp_path / ".owner").write_text("{")  # says nothing
+    save(tmp_path, 3, TWO, token=newest)
+
+
 def test_saving_copies_nothing_whole(tmp_path):
     """Peak memory while saving 128 MiB grows by a chunk or two."""
     fragment = Fragment("w", "master", Cut((1 << 25,)), 0, 0, torch.randn(1 << 25))

@@ -266,10 +266,14 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     from ascendspeed import checkpoint
 
     run = changed(save=str(tmp_path / "ckpt"), save_interval=2, async_save=behind)
-    with pytest.raises(
-        UserError, match=r"step_0000004 was not saved: another run saves in .*ckpt \(process \d+ on .*; give every run"
-    ):
-        loop(run, Recorder(at={3: lambda: checkpoint.claim(tmp_path / "ckpt")}))
+
+    def taken():
+        while not (tmp_path / "ckpt" / "latest").exists():  # behind the step, the second iteration's is still being saved
+            time.sleep(0.001)
+        checkpoint.claim(tmp_path / "ckpt")
+
+    with pytest.raises(UserError, match=r"step_0000004 was not saved: .*another run saves in .*ckpt \(process \d+ on .*give every"):
+        loop(run, Recorder(at={3: taken}))
     assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000002"]
     assert (tmp_path / "ckpt" / "latest").read_text() == "step_0000002\n"
     assert "to continue" not in capsys.readouterr().out

@@ -4,12 +4,14 @@
     save_dir/step_0001200/{run,train_state}.json             what the run is, and how far
     save_dir/step_0001200/manifest.json                      size and SHA-256 of every file; written last
     save_dir/latest                                          `step_0001200`; replaced after that
+    save_dir/.owner                                          the run that saves there; an older one stops when it finds another
 
 An engine is a reader and writer of `Fragment`s. Loading under another layout or engine is the ordinary load.
 """
 
 from ascendspeed.checkpoint.finding import find, open_checkpoint
 from ascendspeed.checkpoint.loading import Checkpoint, restore
+from ascendspeed.checkpoint.owner import Superseded, claim
 from ascendspeed.checkpoint.pieces import KINDS, Fragment, TrainState
 from ascendspeed.checkpoint.saver import Saver
 from ascendspeed.checkpoint.saving import SLACK, save
@@ -21,7 +23,9 @@ __all__ = [
     "Checkpoint",
     "Fragment",
     "Saver",
+    "Superseded",
     "TrainState",
+    "claim",
     "find",
     "looks_like_checkpoint",
     "open_checkpoint",

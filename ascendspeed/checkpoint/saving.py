@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ascendspeed import config
-from ascendspeed.checkpoint import files, manifest
+from ascendspeed.checkpoint import files, manifest, owner
 from ascendspeed.checkpoint.loading import RNG, Index, shard_name
 from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
 from ascendspeed.config import Run
@@ -36,14 +36,15 @@ def save(
     barrier: Callable[[], None],
     keep: int | None = None,
     say: Callable[[str], None] = print,
+    token: str = "",
 ) -> Path:
     """Writes `folder`/step_XXXXXXX and points `folder`/latest at it; every rank calls this with its own fragments.
 
     What exists is not touched until the new checkpoint is whole and on the disk. `keep`: how many of the newest steps up to
     this one to keep; one that cannot be removed is a warning to `say`, on rank 0. Raises the same `UserError` on every rank
-    when a rank could not write, or the disk is too small.
+    when a rank could not write, the disk is too small, or (with the `token` of `owner.claim`) another run saves there by now.
     """
-    team = _Team(Path(folder), step_name(state.step), rank, world, barrier)
+    team = _Team(Path(folder), step_name(state.step), rank, world, barrier, token)
     shard: files.Shard | None = None
 
     def announce() -> dict[str, Any]:
@@ -89,14 +90,19 @@ class _Team:
     rank: int
     world: int
     barrier: Callable[[], None]
+    token: str
 
     @property
     def final(self) -> Path:
         return self.folder / self.name
 
+    def beside(self, kind: str) -> Path:
+        """A name of this run's own beside `final`."""
+        return self.folder / ".".join(["", self.name, *filter(None, [self.token]), kind])
+
     @property
     def temporary(self) -> Path:
-        return self.folder / f".{self.name}.tmp"
+        return self.beside("tmp")
 
     @property
     def shard(self) -> Path:
@@ -105,22 +111,28 @@ class _Team:
     @property
     def verdict(self) -> Path:
         """Where rank 0 says that nothing was saved: beside the temporary folder, which gets another name."""
-        return self.folder / f".{self.name}.failed"
+        return self.beside("failed")
 
     def report(self, about: str, rank: int) -> Path:
         return self.temporary / f"{rank:05}.{about}"
 
     def enter(self) -> None:
         """Makes the temporary folder; what a killed save left is gone, or will be overwritten."""
+        if self.rank == 0:
+            self.check_owner()
         self.temporary.mkdir(parents=True, exist_ok=True)
         if self.rank == 0:
             _tidy(self.folder, self.temporary)
         for old in (self.report("size", self.rank), self.report("written", self.rank), self.shard):
             old.unlink(missing_ok=True)
 
+    def check_owner(self) -> None:
+        if self.token:
+            owner.check(self.folder, self.token)
+
     def together(self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]) -> None:
         """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
-        mine = verdict = None
+        mine = cause = verdict = None
         try:
             report = work()
         except Exception as error:  # whatever it is, the others must not wait for this rank
@@ -135,13 +147,13 @@ class _Team:
             try:
                 judge(self._reports(about))
             except (UserError, OSError) as error:
-                verdict = f"{self.final} was not saved: {_reason(error)}"
+                cause, verdict = error, f"{self.final} was not saved: {_reason(error)}"
                 _mark(self.verdict, verdict)
         self.barrier()
         if mine and not isinstance(mine, UserError | OSError):
             raise mine  # a mistake in the program keeps its traceback
         if mine or verdict or self.verdict.exists():
-            raise UserError(verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}") from mine
+            raise UserError(verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}") from mine or cause
 
     def _read_verdict(self) -> str:
         with contextlib.suppress(OSError):
@@ -198,6 +210,7 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     files.sync_folder(temporary)
     point = files.stage_text(team.folder / "latest", final.name + "\n")
     replaced = team.folder / f".{final.name}.old"
+    team.check_owner()
     if final.exists():
         os.rename(final, replaced)  # `find` knows this name, should we be killed before the next line
     os.rename(temporary, final)

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from ascendspeed import errors, parallel
+from ascendspeed.checkpoint import Superseded
 from ascendspeed.config import Run
 from ascendspeed.parallel import Grid
 from ascendspeed.steps import looks_like_checkpoint
@@ -45,7 +46,8 @@ class Watch:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._farewell()
+        if not isinstance(getattr(error[1], "__cause__", None), Superseded):  # going on here would stop the other run
+            self._farewell()
         self._inside.__exit__(*error)
 
     def _farewell(self) -> None:

@@ -38,6 +38,9 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
     os.dup2(log, 2)
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({k: str(v) for k, v in place.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env)
+    if "RANK_FOLDERS" in env:
+        (own := Path(folder, str(number))).mkdir(exist_ok=True)
+        os.chdir(own)
     import fault_worker
 
     sys.argv = ["fault_worker.py", *flags]
@@ -215,6 +218,19 @@ def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
         ranks[1 - victim].kill()
     [r.join() for r in ranks]
     return hit, hit and saving()
+
+
+def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(ready, tmp_path):
+    """Every rank in a folder of its own, as --save ./ckpt on the nodes' own disks: empty ones, then one that holds a checkpoint."""
+    job = Job(tmp_path / "job", ("--save", "ckpt"), env={"RANK_FOLDERS": "1"})
+    assert job.run() == [errors.EXIT_USER_ERROR] * 2
+    assert "error: --save ckpt: rank 1 cannot save there: a file that rank 0 made is not seen" in job.said()
+    (job.folder / "0" / "ckpt" / "step_0000003").mkdir()
+    assert job.run() == [errors.EXIT_USER_ERROR] * 2
+    told = "rank 0: --load ckpt, checkpoints in --load and --save; rank 1: --load None, checkpoints in neither"
+    assert f"error: the ranks do not see the same files there: {told}; --save and --load must lie on storage" in job.said()
+    assert not (job.folder / "curve").exists()
+    assert "Traceback" not in job.said()
 
 
 # -- signals and the clock ----------------------------------------------------------------------------------------------------

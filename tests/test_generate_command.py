@@ -412,6 +412,70 @@ def test_a_conversation(run, folder, reference):
         run(*chat, "--max-input-length", 4, stdin="hi\n")
 
 
+def test_a_stop_string_belongs_to_no_history(run, folder, reference):
+    """Neither does what stood behind it in the answer's tokens: the next question goes on from what was shown."""
+    hi, again = "<|User|>:hi\n", "<|User|>:again\n"
+    first = spoken(folder, reference, [hi], 9)
+    stop = first[2:4]
+    shown = first[: first.index(stop)]
+    assert shown
+    count = ("--task", "chat", "--max-new-tokens", 9)
+    answers = run(*count, "--stop", stop, stdin="hi\nagain\n").removeprefix(f"{shown}\n")
+    expected, whole = (spoken(folder, reference, [hi, f"<|Bot|>:{text}<eoa>\n", again], 9) for text in (shown, first))
+    assert answers == f"{expected.split(stop)[0]}\n"
+    assert expected.split(stop)[0] != whole.split(stop)[0]  # control
+
+
+def test_a_model_ends_where_its_files_say(run, folder, tmp_path):
+    """By generation_config.json beside the weights, at any task; and BOS where tokenizer_config.json wants one."""
+    one, other = tokenizer.load(folder), tmp_path / "other"
+    shutil.copytree(folder, other)
+    flags = ("--prompt", "Document 7", "--max-new-tokens", 12, "--output-file")
+    run(*flags, tmp_path / "free")
+    free = records(tmp_path / "free")[0]
+    ids = [1, *one.encode("Document 7").tolist()]
+    assert free["prompt_tokens"] == len(ids)
+    with_end = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
+    (other / "tokenizer_config.json").write_text(json.dumps(with_end))
+    run("--load", other, *flags, tmp_path / "bare")
+    assert records(tmp_path / "bare")[0]["prompt_tokens"] == len(ids) - 1
+    shutil.copy(folder / "tokenizer_config.json", other)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(3, one.vocab_size))}))
+    run("--load", other, *flags, tmp_path / "ended")
+    found = records(tmp_path / "ended")[0]["answers"][0]
+    assert (found["reason"], found["tokens"] <= 1) == ("stop", True)
+    assert free["answers"][0]["tokens"] > 1  # control
+
+
+def test_tools_in_files(cpu, tmp_path, monkeypatch):
+    """The tools of a conversation reach the model, and the calls of its answer the file."""
+    from ascendspeed.inference import answers, running
+
+    folder = vocabulary(tmp_path / "hf", UNUSED.values(), UNUSED)
+    model = replace(families.preset("internlm2-tiny"), num_layers=1, vocab_size=512)
+    (folder / "config.json").write_text(json.dumps(FAMILIES["internlm2"].write_config(model)))
+    one = tokenizer.load(folder)
+    said = piecewise(one, one._model, 'I look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>')
+    asked = []
+
+    def answer(session, prompts, numbers, *_):
+        asked.extend(prompts)
+        return [[answers.Answer("", tokens, "stop", 0.0)] for tokens in (said, one.encode("No.").tolist())]
+
+    monkeypatch.setattr(running, "answer", answer)
+    monkeypatch.setattr(running.Session, "model", None)
+    talk = [{"role": "user", "content": "hi"}]
+    (tmp_path / "in").write_text("\n".join(json.dumps({"messages": talk, "tools": tools}) for tools in ([{"name": "f"}], [])))
+    flags = ["--load", str(folder), "--device", "cpu", "--input-file", str(tmp_path / "in"), "--output-file", str(tmp_path / "out")]
+    running.run(options.resolve([*flags, "--task", "chat"], 1)[0], cpu, [])
+    with_tools, without = records(tmp_path / "out")
+    assert with_tools["answers"][0]["message"] == {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "f"}]}
+    assert "message" not in without["answers"][0]
+    turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    told = '<|im_start|>system name=<|plugin|>\n[{"name": "f"}]<|im_end|>\n'
+    assert asked == [piecewise(one, one._model, f"<s>{told}{turn}"), piecewise(one, one._model, f"<s>{turn}")]
+
+
 def test_every_question_is_drawn_for_anew(run):
     """The same one too, when nothing is remembered."""
     drawn = run("--task", "chat", "--temperature", 1.5, "--history-turns", 0, "--max-new-tokens", 8, stdin="hi\nclear\nhi\nhi\n")

@@ -89,6 +89,7 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
 
     asked, session = job.asked, Session.open(job.place, device)
     prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
+    session.measure("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
     settings = {
         name: getattr(asked, name) for name in ("haystack", "needle", "question", "answer", "chat", "max_new_tokens", "seed")
     }

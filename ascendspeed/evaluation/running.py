@@ -17,11 +17,9 @@ from ascendspeed.evaluation.answers import NAME, Answers
 from ascendspeed.evaluation.options import Job
 from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.inference.options import SPARE
 from ascendspeed.text import Stream, cut
 from ascendspeed.tokenizer import Tokenizer
-
-SPARE = 1024
-"""Rows that a vocabulary may have beyond its tokenizer's ids: padding, and room for tokens to be added."""
 
 
 class Model:

@@ -27,6 +27,8 @@ USES = {
     "chat": COMMON | DRAWN | {"chat_template", "system", "history_turns"},
 }
 """Task -> the flags that mean something for it. Any may have a seed: the published script gives one, drawing or not."""
+SPARE = 1024
+"""Rows that a vocabulary may have beyond its tokenizer's ids: padding, and room for tokens to be added."""
 
 
 @dataclass(frozen=True)

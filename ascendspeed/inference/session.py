@@ -15,15 +15,13 @@ from ascendspeed.chat import Chat, stop_set
 from ascendspeed.config import ModelConfig
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
-from ascendspeed.inference.options import Place
+from ascendspeed.inference.options import SPARE, Place
 from ascendspeed.inference.prompts import adds_bos
 from ascendspeed.parallel import Grid
 from ascendspeed.tokenizer import Tokenizer
 
 WEEK = 7 * 24 * 60
 """Minutes that ranks wait for a person to type."""
-SPARE = 1024
-"""Rows that a vocabulary may have beyond its tokenizer's ids: padding, and room for tokens to be added."""
 
 
 @dataclass

@@ -15,13 +15,14 @@ import platform
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from clock import Took, timed
 
 from ascendspeed import errors, families, flags
 from ascendspeed.config import ModelConfig
@@ -141,23 +142,6 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     source = Source("random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None)
     with contextlib.redirect_stdout(io.StringIO()):
         convert.convert(convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFace("llama"))
-
-
-@dataclass(frozen=True)
-class Took:
-    """One run of one side."""
-
-    wall: float
-    cpu: float
-
-
-def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Took]:
-    """What it gave, and what it took."""
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = run()
-    wait()
-    return value, Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:

@@ -11,12 +11,12 @@ import datetime
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from clock import Took, timed
 
 from ascendspeed import errors, flags, plan
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
@@ -59,23 +59,6 @@ class Options:
     """CPU threads; None: torch's choice. 1 where the machine is shared."""
     out: Path | None = None
     """Markdown file to write; None: print only."""
-
-
-@dataclass(frozen=True)
-class Took:
-    """One run of one side."""
-
-    wall: float
-    cpu: float
-
-
-def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Took]:
-    """What it gave, and what it took."""
-    wait()
-    wall, cpu = time.perf_counter(), time.process_time()
-    value = run()
-    wait()
-    return value, Took(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def model_of(options: Options) -> ModelConfig:

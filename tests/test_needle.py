@@ -114,10 +114,36 @@ def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_pa
     assert json.loads((tmp_path / "blind/results.json").read_text())["found"] == [[0.0]] * 3
 
 
+def test_a_needle_in_a_conversation(cpu, tiny, tmp_path):
+    """By a template that is named, where the tokenizer lacks the tokens of the model's own."""
+    from ascendspeed.evaluation import needle
+
+    flags = [
+        "--load",
+        str(tiny),
+        "--output-dir",
+        str(tmp_path / "out"),
+        "--lengths",
+        "300",
+        "--depths",
+        "50",
+        "--max-new-tokens",
+        "4",
+    ]
+    with pytest.raises(UserError, match="--chat-template"):
+        needle.run(needle.resolve([*flags, "--chat"], 1)[0], cpu, [])
+    needle.run(needle.resolve([*flags, "--chat", "--chat-template", "v1"], 1)[0], cpu, [])
+    settings, answer = map(json.loads, (tmp_path / "out/questions.jsonl").read_text().splitlines())
+    assert settings["settings"]["chat_template"] == "v1"
+    assert 250 < answer["tokens"] <= 300
+
+
 def test_what_is_too_short_or_not_to_be_found(cpu, tiny, tmp_path):
     from ascendspeed.evaluation import needle
 
     flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="of use only with --chat"):
+        needle.resolve([*flags, "--chat-template", "v1"], 1)
     with pytest.raises(UserError, match=r"--lengths 60: at least \d+ tokens are needed"):
         needle.run(needle.resolve([*flags, "--lengths", "60"], 1)[0], cpu, [])
     with pytest.raises(UserError, match="say with --answer what is to be found"):

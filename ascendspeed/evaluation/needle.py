@@ -38,6 +38,8 @@ class Needle:
     """What an answer must hold; None: the number."""
     chat: bool = False
     """Ask in the model's chat format."""
+    chat_template: str | None = None
+    """v1, v1-eoh, v2, v2.5 or v3, with --chat; None: by the model's family and its tokenizer."""
     max_new_tokens: int = 32
     """Tokens of an answer at most."""
     seed: int = 42
@@ -75,6 +77,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")
     if asked.answer is None and "{number}" not in asked.needle:
         raise UserError("--needle has no {number} in it: say with --answer what is to be found")
+    if asked.chat_template and not asked.chat:
+        raise UserError(f"--chat-template {asked.chat_template} is of use only with --chat; add it")
     cells, hay = texts.cells(asked.lengths, asked.depths, asked.trials), texts.sentences(asked.haystack)
     return Job(find_place(command, typed, args, world), asked, tuple(cells), tuple(hay)), notes(typed)
 
@@ -87,11 +91,13 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     from ascendspeed.evaluation.progress import progress
     from ascendspeed.inference.session import Session
 
-    asked, session = job.asked, Session.open(job.place, device)
+    asked = job.asked
+    session = Session.open(job.place, device, asked.chat_template)
     prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
     session.measure("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
     settings = {
-        name: getattr(asked, name) for name in ("haystack", "needle", "question", "answer", "chat", "max_new_tokens", "seed")
+        name: getattr(asked, name)
+        for name in ("haystack", "needle", "question", "answer", "chat", "chat_template", "max_new_tokens", "seed")
     }
     speaks, where = session.grid.rank == 0, job.place.where
     settings = json.loads(json.dumps(settings)) | {

@@ -70,9 +70,12 @@ def _end(word: str, code: int) -> int:
 
 
 def _note(code: int) -> None:
-    """Leaves the code of a node's first rank where EXIT_CODE_FILE says: torchrun makes every one of them 1."""
+    """Leaves the code of a node's first rank where EXIT_CODE_FILE says: torchrun makes every one of them 1.
+
+    A good end is not left: another rank may have failed after it, and torchrun's 1 must then stand.
+    """
     path = os.environ.get("EXIT_CODE_FILE")
-    if path and os.environ.get("LOCAL_RANK", "0") == "0":
+    if code and path and os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError), open(path, "w") as file:
             file.write(str(code))
 

@@ -63,6 +63,7 @@ pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher wo
     told=
     if [ -n "${HOSTFILE:-}" ] && [ "$1" = USR1 ]; then
         echo "the ranks of a HOSTFILE are out of reach of signals: send it to one of them, on its node" >&2
+        asked=                                  # nothing was stopped: RESTARTS goes on
         return
     fi
     tell_ranks "$child" "$1"

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -26,12 +27,17 @@ def contents(folder):
 def test_rows_and_tokenizer(script, tmp_path, capsys):
     one = script.make(tmp_path / "one", 300, 1024)
     made = contents(one)
-    assert set(made) >= {"train.parquet", "heldout.parquet", "heldout.txt", "tokenizer/tokenizer.model", "made.json"}
+    assert set(made) >= {"train.parquet", "heldout.parquet", "heldout.txt", "chat.jsonl", "tokenizer/tokenizer.model", "made.json"}
     train, held_out = (pyarrow.parquet.read_table(one / name).to_pylist() for name in ("train.parquet", "heldout.parquet"))
     assert len(train) == 300
     assert held_out
     assert set(train[0]) == {"instruction", "input", "output"}
     assert {bool(row["input"]) for row in train} == {True, False}
+    chat = [json.loads(line) for line in (one / "chat.jsonl").read_text("utf-8").splitlines()]
+    assert len(chat) > 20
+    assert len({row["instruction"] for row in chat}) == len(chat)
+    outputs = {row["output"].splitlines()[0].strip() for row in train}
+    assert all(row["instruction"].endswith("?") and row["output"] in outputs for row in chat)
     modules = [{row["instruction"].split()[-1] for row in rows} for rows in (train, held_out)]
     assert not modules[0] & modules[1]
     ours = tokenizer.load(one / "tokenizer")

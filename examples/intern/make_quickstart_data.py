@@ -7,6 +7,7 @@ writes, the same bytes every time on the same Python:
     DIR/train.parquet       Alpaca-shaped rows: instruction, input, output
     DIR/heldout.parquet     the same from other modules, about one row in twenty
     DIR/heldout.txt         their outputs as plain text
+    DIR/chat.jsonl          questions and short answers, for fine-tuning: Alpaca rows too
     DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's), tokenizer_config.json, special_tokens_map.json
     DIR/made.json           how it was made; written last, so what it lies beside is whole and is reused
 
@@ -30,6 +31,7 @@ from ascendspeed.errors import UserError
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
 HELD_OUT_EVERY = 20  # modules
+CHAT_ROWS, ANSWER_CHARS = 400, range(20, 100)
 DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
 KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
@@ -89,6 +91,17 @@ def collect(wanted: int) -> tuple[list[Row], list[Row]]:
     raise UserError(f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for fewer")
 
 
+def chat_rows(rows: list[Row]) -> list[Row]:
+    """Questions about documented functions and classes, answered by the first line of what documents them."""
+    asked = {}
+    for row in rows:
+        first = row["output"].splitlines()[0].strip()
+        if len(first) in ANSWER_CHARS and first.endswith("."):
+            question = row["instruction"].replace("Document the", "What is the", 1).removesuffix(".") + "?"
+            asked.setdefault(question, {"instruction": question, "input": "", "output": first})
+    return list(asked.values())[:CHAT_ROWS]
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
     """A tokenizer.model made like InternLM's: BPE, byte fallback, digits alone, text taken as it is; unk 0, bos 1, eos 2."""
     import sentencepiece
@@ -140,7 +153,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     """Makes everything in `output_dir`, or reuses what the same settings made. Returns the folder."""
-    made = {"rows": rows, "vocab_size": vocab_size, "python": platform.python_version()}
+    made = {"rows": rows, "chat_rows": CHAT_ROWS, "vocab_size": vocab_size, "python": platform.python_version()}
     record = output_dir / "made.json"
     if record.is_file() and json.loads(record.read_text()) == made:
         print(f"reusing {output_dir}: {made}", flush=True)
@@ -151,6 +164,8 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     print(f"read {len(train)} training and {len(held_out)} held-out rows from the standard library", flush=True)
     write_rows(output_dir / "train.parquet", train)
     write_rows(output_dir / "heldout.parquet", held_out)
+    chat = "".join(json.dumps(row) + "\n" for row in chat_rows(train))
+    (output_dir / "chat.jsonl").write_text(chat, "utf-8")
     (output_dir / "heldout.txt").write_text("\n\n".join(row["output"] for row in held_out) + "\n", "utf-8")
     write_tokenizer(output_dir / "tokenizer", train_tokenizer((text for row in train for text in row.values()), vocab_size))
     print(f"trained a tokenizer of {vocab_size} pieces", flush=True)

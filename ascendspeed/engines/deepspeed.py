@@ -29,6 +29,7 @@ from ascendspeed.engines import StepResult, Tensors
 from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
+from ascendspeed.model.segments import segments
 from ascendspeed.model.spec import transformer_config
 from ascendspeed.parallel import MPU, Grid, generators, set_generators
 
@@ -231,7 +232,10 @@ class DeepSpeedEngine:
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         to = self.device.torch
-        losses = self.engine(batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to))
+        documents = segments(batch.position_ids)
+        losses = self.engine(
+            batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to), packed_seq_params=documents
+        )
         return (losses.float() * batch.loss_mask.to(to)).sum()
 
     def _sum(self, value: float | Tensor) -> float:

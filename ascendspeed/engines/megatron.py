@@ -32,6 +32,7 @@ from ascendspeed.engines import StepResult, Tensors
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.context import Share
+from ascendspeed.model.segments import segments
 from ascendspeed.model.spec import transformer_config
 from ascendspeed.parallel import Grid, generators, set_generators
 
@@ -186,7 +187,7 @@ class MegatronEngine:
             total = (losses.float() * mask).sum()
             return total * scale, torch.zeros((), dtype=torch.int, device=total.device), total.detach().double()
 
-        return chunk(tokens, positions, None, labels=labels), loss
+        return chunk(tokens, positions, None, labels=labels, packed_seq_params=segments(batch.position_ids)), loss
 
     def _sum(self, values: Any, group: Any = None) -> Any:
         """Over all ranks, or those of a group."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ascendspeed.model.context import Share, gather
+from ascendspeed.model.segments import Segments
 
 BLOCK = 128  # queries whose scores, or mask, exist at the same time
 
@@ -53,35 +54,49 @@ class RotaryAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal; s is this rank's share."""
-        if attention_mask is not None or attention_bias is not None or packed_seq_params is not None:
-            raise NotImplementedError("only plain causal attention; packed sequences would enter here, by segments")
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal; s is this rank's share.
+
+        `packed_seq_params`: the batch's `Segments`, None where every row is one document.
+        """
+        if attention_mask is not None or attention_bias is not None or not isinstance(packed_seq_params, Segments | None):
+            raise NotImplementedError("only causal attention, of whole rows or within `Segments`")
         if self.cache is not None:
             return self.cache.attend(self.layer_number, query, key, value, self.scale)
-        length = query.size(0) * self.share.size
-        cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
+        length, segments = query.size(0) * self.share.size, packed_seq_params
+        if segments is None:
+            cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
+        else:
+            cos, sin = segments.turns(self.config.rope, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         if self.share.size > 1:
             key, value = gather(key, self.group), gather(value, self.group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        firsts = self.share.firsts(length)
         dropout = self.dropout if self.training else 0.0
         # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
         # change would make a recomputed pass draw others than the first.
         with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext():
-            chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
-            out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
+            if segments is None:
+                firsts = self.share.firsts(length)
+                chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
+                out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
+            else:
+                out = [segments.attend(attend, q, k, v, self.share, dropout=dropout, scale=self.scale)]
         return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0, scale: float | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0, scale: float | None = None, longest: int = 0
+) -> Tensor:
     """Causal attention of the queries at positions `first` and on: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
 
     torch's SDPA has no word for queries that begin later than the keys (but for a mask of n x m), and makes scores of n x m when it
-    must drop (on a CPU). So queries go block by block, and nothing is larger than BLOCK x m.
+    must drop (on a CPU). So queries go block by block, and nothing is larger than BLOCK x m. `longest`: the largest m of
+    several calls, which then share one mask.
     """
-    future = _future(k.size(2), q.dtype, q.device) if dropout or first else None  # of all keys there are, which every call shares
+    future = (
+        _future(longest or k.size(2), q.dtype, q.device) if dropout or first else None
+    )  # of all keys there are, which every call shares
     k, v = k[:, :, : first + q.size(2)], v[:, :, : first + q.size(2)]
     grouped = q.size(1) != k.size(1)
     if not dropout and not first:

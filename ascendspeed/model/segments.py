@@ -1,0 +1,126 @@
+"""Documents that lie side by side in a row: where each begins, its rotary embedding, its own attention.
+
+Position ids [b, s] that begin again at 0 at every document say all of it. A row's documents see nothing of each other, and each is
+turned by its own positions - under dynamic NTK with the base of its own length - as if it were alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+from torch import Tensor
+
+from ascendspeed.errors import UserError
+from ascendspeed.model.context import ALONE, Share
+from ascendspeed.model.rope import Rope
+
+Attend = Callable[..., Tensor]
+"""As `attention.attend`."""
+
+
+class Piece(NamedTuple):
+    """Queries of one segment that a rank has, one after the other."""
+
+    segment: int
+    """Which of the row's segments."""
+    first: int
+    """The first one's position in its segment."""
+    count: int
+
+
+@dataclass(eq=False)
+class Segments(PackedSeqParams):
+    """The segments of a batch [b, s]; megatron-core hands it, as it is, to every layer's attention.
+
+    Megatron-core would unpack what calls itself "thd"; this calls itself "sbhd", and is left alone.
+    """
+
+    qkv_format: str = "sbhd"
+    lengths: tuple[tuple[int, ...], ...] = ()
+    """Of the segments of every row; each row's sum is s."""
+    positions: Tensor | None = None
+    """The position ids [b, s] of whole rows, on the CPU."""
+    _made: dict[tuple, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest segment."""
+        return max(map(max, self.lengths))
+
+    @property
+    def ends(self) -> list[int]:
+        """Where each segment ends in the rows laid one after the other."""
+        return list(accumulate(n for row in self.lengths for n in row))
+
+    def turns(self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, ...]:
+        """cos and sin [s, b, 1, d] of the positions that `share` has; made once, for all layers."""
+        key = (dtype, device, share)
+        if key not in self._made:
+            positions = share.cut(self.positions, 1).t().float().to(device)
+            self._made[key] = rope.turns(positions, self._frequencies(rope, share).to(device), dtype)
+        return self._made[key]
+
+    def _frequencies(self, rope: Rope, share: Share) -> Tensor:
+        """[1, d/2] where all segments have the same, else of every position that `share` has: [s, b, d/2]."""
+        of = {n: rope.inverse_frequencies(n) for n in {n for row in self.lengths for n in row}}
+        first = next(iter(of.values()))
+        if all(torch.equal(first, other) for other in of.values()):
+            return first[None]
+        rows = [torch.cat([of[n].expand(n, -1) for n in row]) for row in self.lengths]
+        return share.cut(torch.stack(rows, 1), 0)
+
+    def pieces(self, row: int, share: Share = ALONE) -> list[Piece]:
+        """The queries of a row that `share` has, in the order in which it has them."""
+        whole, found = sum(self.lengths[row]), []
+        chunk = whole // len(share.firsts(whole)) // share.size
+        for first in share.firsts(whole):
+            begin = 0
+            for i, n in enumerate(self.lengths[row]):
+                start, stop = max(begin, first), min(begin + n, first + chunk)
+                if start < stop:
+                    found.append(Piece(i, start - begin, stop - start))
+                begin += n
+        return found
+
+    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, share: Share = ALONE, **more: object) -> Tensor:
+        """Causal attention within segments: q [b, heads, n, d] of what `share` has, k and v [b, groups, s, d] of whole rows."""
+        rows = zip(self.lengths, q.unbind(), k.unbind(), v.unbind(), strict=True)
+        return torch.stack([self._attend_row(attend, i, row, share, **more) for i, row in enumerate(rows)])
+
+    def _attend_row(self, attend: Attend, i: int, row: tuple, share: Share, **more: object) -> Tensor:
+        lengths, *qkv = row
+        pieces = self.pieces(i, share)
+        # Split, never sliced: what comes back through a slice is as large as the row, for every segment.
+        queries, keys, values = (
+            x[None].split(sizes, 2) for x, sizes in zip(qkv, ([p.count for p in pieces], lengths, lengths), strict=True)
+        )
+        out = [
+            attend(query, keys[piece.segment], values[piece.segment], piece.first, longest=self.longest, **more)
+            for query, piece in zip(queries, pieces, strict=True)
+        ]
+        return torch.cat(out, 2)[0]
+
+
+def segments(position_ids: Tensor) -> Segments | None:
+    """The segments of a batch, from its position ids [b, s]; None where every row is one document.
+
+    Raises `UserError` for position ids that do not count up from 0.
+    """
+    length = position_ids.size(1)
+    begins = position_ids == 0
+    place = torch.arange(length, device=position_ids.device).expand_as(position_ids)
+    expected = place - (place * begins).cummax(1).values
+    if not (position_ids == expected).all():
+        row, column = (position_ids != expected).nonzero()[0].tolist()
+        raise UserError(
+            f"position ids must count up, from 0 where a document begins: row {row} of the batch has "
+            f"{int(position_ids[row, column])} at {column}, not {int(expected[row, column])}"
+        )
+    if int(begins.sum()) == len(begins):
+        return None
+    end = torch.tensor([length])
+    lengths = tuple(tuple(row.nonzero().flatten().diff(append=end).tolist()) for row in begins)
+    return Segments(lengths=lengths, positions=position_ids)

@@ -4,7 +4,7 @@ The docstring under a field is its `--help` text, and its name is its flag (`num
 """
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
@@ -287,6 +287,26 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters beside weights that stay as they are (LoRA, arXiv 2106.09685)."""
+
+    lora_rank: Annotated[int, alias("lora-r")] = 0
+    """Inner width of an adapter; 0: no adapters, all weights are trained."""
+    lora_alpha: float = 16.0
+    """What an adapter adds is multiplied by this / --lora-rank."""
+    lora_dropout: float = 0.0
+    """Dropout on what goes into an adapter."""
+    lora_target_modules: tuple[str, ...] = ("all-linear",)
+    """Matrices with an adapter, by the family's Hugging Face names (q_proj v_proj ...; wqkv w1 ...), Megatron's, or all-linear."""
+    lora_load: str | None = None
+    """Adapters to start from, in place of fresh ones: a directory of peft, or a training checkpoint of adapters."""
+    lora_base: str | None = None
+    """Where the weights lie now that the adapters in --load belong to; None: where they lay when these were saved."""
+    lora_base_fingerprint: Suppress[str | None] = None
+    """Of the weights that the adapters belong to (`Source.fingerprint`)."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything a training run is."""
 
@@ -295,6 +315,7 @@ class Run:
     optim: OptimConfig
     data: DataConfig
     train: TrainConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -342,7 +363,9 @@ def from_dict(values: dict[str, Any]) -> Run:
     groups = {"model": ModelConfig, "parallel": ParallelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig}
     try:
         parts = {name: group(**values[name]) for name, group in groups.items()}
+        lora = LoraConfig(**values.get("lora", {}))  # older checkpoints have none
     except (KeyError, TypeError) as error:
         raise UserError(f"run.json is not one of this version: {error}") from error
     data = parts["data"]
-    return Run(**parts | {"data": dataclasses.replace(data, data_path=tuple(data.data_path))})
+    parts["data"] = dataclasses.replace(data, data_path=tuple(data.data_path))
+    return Run(**parts, lora=dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules)))

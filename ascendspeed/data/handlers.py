@@ -9,23 +9,13 @@ import difflib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
+from ascendspeed.data.document import Document
 from ascendspeed.data.shard import Bad, Batch
 from ascendspeed.errors import UserError
 
-
-@dataclass(frozen=True)
-class Document:
-    """One document as the model sees it."""
-
-    tokens: np.ndarray
-    """Ids [n] int32."""
-    loss_mask: np.ndarray | None = None
-    """[n] bool, False where a token is not to be learnt; None: all are."""
+__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler", "screen"]
 
 
 class Handler(ABC):

@@ -1,0 +1,119 @@
+"""Instruction data on disk: two pairs under the published names, of the same documents.
+
+`P_packed_input_ids_document` holds the ids; `P_packed_labels_document` the same ids where they are to be learnt and -100 where
+not, unshifted. Both metas carry the same digest, and the ids come last: a run that was killed leaves no two that open together.
+What the published tool wrote has no metas and a third pair, the attention mask, which says nothing and is not read.
+"""
+
+import hashlib
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from ascendspeed.data.document import Document
+from ascendspeed.data.indexed import PairWriter, check_pair, file, read_facts
+from ascendspeed.errors import UserError
+
+KEYS = ("packed_input_ids", "packed_labels")
+IGNORED = -100
+DTYPE = np.dtype(np.int32)
+
+
+def pair(prefix: str | Path, key: str) -> str:
+    """Prefix of the pair that is kept under a key."""
+    return f"{prefix}_{key}_document"
+
+
+def find(prefix: str) -> tuple[str, str] | None:
+    """(ids, labels) of the couple that `--data-path` means; None when it means something else.
+
+    It may be named by `P`, as given to preprocessing, by `P_packed`, or by its ids.
+    """
+    for name in (prefix, prefix.removesuffix("_packed"), prefix.removesuffix(f"_{KEYS[0]}_document")):
+        ids, labels = (pair(name, key) for key in KEYS)
+        if file(ids, "idx").is_file() and (name != prefix or not file(prefix, "idx").is_file()):
+            return ids, labels
+    return None
+
+
+class Couple:
+    """A couple that was opened: `Documents`."""
+
+    def __init__(self, prefix: str, ids: str, labels: str) -> None:
+        """Raises `UserError` unless both pairs are there, whole, and belong together."""
+        from megatron.core.datasets.indexed_dataset import IndexedDataset  # writing needs no torch
+
+        self.prefix = prefix
+        self.tokens = check_pair(ids)
+        check_pair(labels)
+        facts, theirs = read_facts(ids), read_facts(labels)
+        self._ids, self._labels = IndexedDataset(ids), IndexedDataset(labels)
+        self.lengths = self._ids.sequence_lengths
+        if facts.get("digest") != theirs.get("digest") or not np.array_equal(self.lengths, self._labels.sequence_lengths):
+            raise UserError(f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again")
+        self.facts: dict[str, Any] = facts if facts.get("tokens") == self.tokens else {}
+        """What preprocessing wrote about it; empty for data of other tools."""
+
+    def document(self, number: int) -> Document:
+        """Raises `UserError` for a label that is neither its token nor -100."""
+        tokens, labels = self._ids[number], self._labels[number]
+        learnt = labels != IGNORED
+        if (labels[learnt] != tokens[learnt]).any():
+            raise UserError(
+                f"{self.prefix}: document {number} has labels that are neither its tokens nor {IGNORED}; preprocess again"
+            )
+        return Document(tokens, learnt)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+class CoupleWriter:
+    """Writes a couple, as `PairWriter` writes a pair."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        self.prefix = f"{prefix}_packed"
+        self.learnt = 0
+        self._stack = ExitStack()
+        self._ids, self._labels = (self._stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS)
+        self._sha = hashlib.sha256()
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, learnt: np.ndarray) -> None:
+        """Documents one after the other: ids and whether each is to be learnt, both [tokens], and [documents] lengths int32."""
+        tokens = tokens.astype(DTYPE)
+        self._ids.add(tokens, lengths)
+        self._labels.add(np.where(learnt, tokens, DTYPE.type(IGNORED)), lengths)
+        self.learnt += int(learnt.sum())
+        for array in (tokens, lengths.astype(DTYPE), learnt.astype(bool)):
+            self._sha.update(np.ascontiguousarray(array).data)
+
+    @property
+    def documents(self) -> int:
+        """Written so far."""
+        return self._ids.documents
+
+    @property
+    def tokens(self) -> int:
+        """Written so far."""
+        return self._ids.tokens
+
+    @property
+    def bytes_written(self) -> int:
+        """Size of the new .bin files so far."""
+        return self._ids.bytes_written + self._labels.bytes_written
+
+    def commit(self, facts: dict[str, Any]) -> None:
+        """Puts the new couple in the place of an old one."""
+        facts = facts | {"learnt": self.learnt, "digest": self._sha.hexdigest()}
+        self._labels.commit(facts)
+        self._ids.commit(facts)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)

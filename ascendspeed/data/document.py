@@ -1,0 +1,38 @@
+"""What rows become, and what keeps documents: the two types at this door, and why a row became none."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document as the model sees it."""
+
+    tokens: np.ndarray
+    """Ids [n] int32."""
+    loss_mask: np.ndarray | None = None
+    """[n] bool, False where a token is not to be learnt; None: all are."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a row makes no document."""
+
+    kind: str
+    """What it is counted under."""
+    detail: str = ""
+    """What is wrong with this one."""
+
+
+class Documents(Protocol):
+    """Documents of one origin, by number."""
+
+    prefix: str
+    """What the user calls it, for messages."""
+    lengths: np.ndarray
+    """Ids of every document, [documents] of an integer type."""
+
+    def document(self, number: int) -> Document:
+        """Document `number`, whole. Raises `UserError` when it is damaged."""

@@ -7,13 +7,14 @@ to torch_npu's own `transfer_to_npu`; on a CPU it makes the `torch.cuda` of whic
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import os
 import resource
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.utils._device
@@ -165,10 +166,25 @@ class Fused:
     call: Callable[..., Any]
 
 
-def fused(device: Device, operation: str) -> Fused | None:
-    """The device's fused kernel for `rms_norm(x, weight, eps)`, `rotary(x, cos, sin)` or `swiglu(x)`, if one is installed.
+class Bounds(NamedTuple):
+    """Where sequences that lie one after the other begin and end."""
 
-    Shapes: x [s, b, ...]; rotary takes x [s, b, heads, d] and cos, sin [s, 1, 1, d]; swiglu takes [gate; up] in the last dimension.
+    ends: list[int]
+    """Of every sequence; the last one is the number of tokens."""
+    cumulative: torch.Tensor
+    """int32 [sequences + 1] on the device: 0, then the ends."""
+    longest: int
+    """Tokens of the longest sequence."""
+
+
+def fused(device: Device, operation: str) -> Fused | None:
+    """The device's fused kernel for one of these, if one is installed; x is [s, b, ...]:
+
+    - `rms_norm(x, weight, eps)`;
+    - `rotary(x, cos, sin)`: x [s, b, heads, d], cos and sin [s, 1 or b, 1, d];
+    - `swiglu(x)`: x is [gate; up] in the last dimension;
+    - `varlen(q, k, v, bounds)`: causal attention within each of many sequences, in bf16 or fp16, d a multiple of 8 up to 256;
+      q [tokens, heads, d], k and v [tokens, groups, d].
     """
     maker = {"npu": _fused_npu, "cuda": _fused_cuda}.get(device.kind)
     return maker(operation) if maker else None
@@ -176,6 +192,8 @@ def fused(device: Device, operation: str) -> Fused | None:
 
 def _fused_npu(operation: str) -> Fused | None:
     npu = importlib.import_module("torch_npu")
+    if operation == "varlen":
+        return Fused("torch_npu.npu_fusion_attention", functools.partial(_varlen_npu, npu.npu_fusion_attention))
     return {
         "rms_norm": Fused("torch_npu.npu_rms_norm", lambda x, weight, eps: npu.npu_rms_norm(x, weight, epsilon=eps)[0]),
         "rotary": Fused("torch_npu.npu_rotary_mul", lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin)),
@@ -184,7 +202,12 @@ def _fused_npu(operation: str) -> Fused | None:
 
 
 def _fused_cuda(operation: str) -> Fused | None:
-    """Liger's kernels, else Apex's RMSNorm. No rotary: Liger's wants [b, heads, s, d] and turns q and k at once."""
+    """Liger's kernels, else Apex's RMSNorm; flash-attention's, else torch's own copy of it.
+
+    No rotary: Liger's wants [b, heads, s, d] and turns q and k at once.
+    """
+    if operation == "varlen":
+        return _varlen_cuda()
     if importlib.util.find_spec("liger_kernel") and operation == "rms_norm":
         norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         return Fused("liger_kernel.ops.rms_norm", lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False))
@@ -195,3 +218,43 @@ def _fused_cuda(operation: str) -> Fused | None:
         affine = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
         return Fused("apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps))
     return None
+
+
+def _varlen_cuda() -> Fused | None:
+    if importlib.util.find_spec("flash_attn"):
+        flash = importlib.import_module("flash_attn").flash_attn_varlen_func
+        return Fused("flash_attn.flash_attn_varlen_func", functools.partial(_varlen_flash, flash, {"causal": True}, True))
+    if importlib.util.find_spec("torch.nn.attention.varlen"):
+        varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        takes = inspect.signature(varlen).parameters  # they changed from version to version
+        words: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
+        if "enable_gqa" in takes:
+            words["enable_gqa"] = True
+        return Fused("torch.nn.attention.varlen", functools.partial(_varlen_flash, varlen, words, "enable_gqa" in takes))
+    return None
+
+
+def _varlen_flash(
+    kernel: Callable, words: dict[str, Any], groups: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds
+) -> torch.Tensor:
+    """`groups`: whether the kernel takes fewer heads of keys than of queries."""
+    if not groups:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+    return kernel(q, k, v, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest, **words)
+
+
+def _varlen_npu(kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+    return kernel(
+        *(q, k, v, q.size(1), "TND"),
+        atten_mask=_upper(2048, q.device),  # this size, whatever the lengths: mode 3 is causal, each sequence by its own end
+        sparse_mode=3,
+        scale=q.size(-1) ** -0.5,
+        actual_seq_qlen=bounds.ends,
+        actual_seq_kvlen=bounds.ends,
+    )[0]
+
+
+@functools.lru_cache(1)
+def _upper(size: int, device: torch.device) -> torch.Tensor:
+    """What is not seen: bool [size, size]."""
+    return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)

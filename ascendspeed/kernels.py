@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.device import Device, fused
+from ascendspeed.device import Bounds, Device, fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -17,7 +17,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of every head (arXiv 2104.09864, in the layout of Llama): x [s, b, heads, d]; cos, sin [s, 1, 1, d]."""
+    """Rotates the halves of every head (arXiv 2104.09864, in the layout of Llama): x [s, b, heads, d]; cos, sin [s, 1 | b, 1, d]."""
     return _Rotary.apply(x, cos, sin)
 
 
@@ -65,6 +65,8 @@ class Kernels:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     swiglu: Callable[[Tensor], Tensor] = swiglu
     geglu: Callable[[Tensor], Tensor] = geglu
+    varlen: Callable[[Tensor, Tensor, Tensor, Bounds], Tensor] | None = None
+    """Causal attention within each of many sequences; None: torch's SDPA, one after the other."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:

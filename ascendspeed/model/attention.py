@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.model.context import Share, gather
+from ascendspeed.model.context import ALONE, Share, gather
 from ascendspeed.model.segments import Segments
 
 BLOCK = 128  # queries whose scores, or mask, exist at the same time
@@ -69,10 +69,14 @@ class RotaryAttention(MegatronModule):
             cos, sin = segments.turns(self.config.rope, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        dropout = self.dropout if self.training else 0.0
+        if segments is not None and self._fused(query, dropout):
+            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+            out = self.config.kernels.varlen(q, k, v, segments.bounds(q.device))
+            return out.unflatten(0, (-1, length)).transpose(0, 1).flatten(2)
         if self.share.size > 1:
             key, value = gather(key, self.group), gather(value, self.group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        dropout = self.dropout if self.training else 0.0
         # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
         # change would make a recomputed pass draw others than the first.
         with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext():
@@ -81,8 +85,13 @@ class RotaryAttention(MegatronModule):
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
                 out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
             else:
-                out = [segments.attend(attend, q, k, v, self.share, dropout=dropout, scale=self.scale)]
+                out = [attend_within(segments, q, k, v, self.share, dropout, self.scale)]
         return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
+
+    def _fused(self, query: Tensor, dropout: float) -> bool:
+        """Whether the device's kernel for sequences of various lengths can do it."""
+        fits = query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
+        return self.config.kernels.varlen is not None and fits and not dropout and self.scale is None and self.share.size == 1
 
 
 def attend(
@@ -113,6 +122,25 @@ def attend(
         else:
             blocks.append(F.scaled_dot_product_attention(block, keys, values, mask, scale=scale, enable_gqa=grouped))
     return torch.cat(blocks, 2)
+
+
+def attend_within(
+    segments: Segments, q: Tensor, k: Tensor, v: Tensor, share: Share = ALONE, dropout: float = 0.0, scale: float | None = None
+) -> Tensor:
+    """Causal attention within each segment, one after the other: q [b, heads, n, d] of the positions that `share` has, k and v
+    [b, groups, s, d] of all."""
+    rows = []
+    # Split, never sliced: what comes back through a slice is as large as all rows, for every segment.
+    for row, (lengths, *qkv) in enumerate(zip(segments.lengths, q.split(1), k.split(1), v.split(1), strict=True)):
+        pieces = segments.pieces(row, share)
+        sizes = [piece.count for piece in pieces], lengths, lengths
+        queries, keys, values = (x.split(size, 2) for x, size in zip(qkv, sizes, strict=True))
+        out = [
+            attend(query, keys[piece.segment], values[piece.segment], piece.first, dropout, scale, segments.longest)
+            for query, piece in zip(queries, pieces, strict=True)
+        ]
+        rows.append(torch.cat(out, 2))
+    return torch.cat(rows)
 
 
 @lru_cache(4)

@@ -1,10 +1,9 @@
-"""Documents that lie side by side in a row: where each begins, its rotary embedding, its own attention.
+"""Documents that lie side by side in a row: where each begins and ends, and how its positions are turned.
 
-Position ids [b, s] that begin again at 0 at every document say all of it. A row's documents see nothing of each other, and each is
-turned by its own positions - under dynamic NTK with the base of its own length - as if it were alone.
+Position ids [b, s] that begin again at 0 at every document say all of it. `attention.py` lets a document see nothing but itself;
+here it is turned by its own positions - under dynamic NTK with the base of its own length - as if it were alone.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
@@ -13,12 +12,10 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
+from ascendspeed.device import Bounds
 from ascendspeed.errors import UserError
 from ascendspeed.model.context import ALONE, Share
 from ascendspeed.model.rope import Rope
-
-Attend = Callable[..., Tensor]
-"""As `attention.attend`."""
 
 
 class Piece(NamedTuple):
@@ -43,25 +40,28 @@ class Segments(PackedSeqParams):
     """Of the segments of every row; each row's sum is s."""
     positions: Tensor | None = None
     """The position ids [b, s] of whole rows, on the CPU."""
-    _made: dict[tuple, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
+    _turns: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _bounds: dict[torch.device, Bounds] = field(default_factory=dict, repr=False)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest segment."""
         return max(map(max, self.lengths))
 
-    @property
-    def ends(self) -> list[int]:
-        """Where each segment ends in the rows laid one after the other."""
-        return list(accumulate(n for row in self.lengths for n in row))
+    def bounds(self, device: torch.device) -> Bounds:
+        """Of all segments, the rows laid one after the other."""
+        if device not in self._bounds:
+            ends = list(accumulate(n for row in self.lengths for n in row))
+            self._bounds[device] = Bounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device=device), self.longest)
+        return self._bounds[device]
 
-    def turns(self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, ...]:
+    def turns(self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] of the positions that `share` has; made once, for all layers."""
         key = (dtype, device, share)
-        if key not in self._made:
+        if key not in self._turns:
             positions = share.cut(self.positions, 1).t().float().to(device)
-            self._made[key] = rope.turns(positions, self._frequencies(rope, share).to(device), dtype)
-        return self._made[key]
+            self._turns[key] = rope.turns(positions, self._frequencies(rope, share).to(device), dtype)
+        return self._turns[key]
 
     def _frequencies(self, rope: Rope, share: Share) -> Tensor:
         """[1, d/2] where all segments have the same, else of every position that `share` has: [s, b, d/2]."""
@@ -84,24 +84,6 @@ class Segments(PackedSeqParams):
                     found.append(Piece(i, start - begin, stop - start))
                 begin += n
         return found
-
-    def attend(self, attend: Attend, q: Tensor, k: Tensor, v: Tensor, share: Share = ALONE, **more: object) -> Tensor:
-        """Causal attention within segments: q [b, heads, n, d] of what `share` has, k and v [b, groups, s, d] of whole rows."""
-        rows = zip(self.lengths, q.unbind(), k.unbind(), v.unbind(), strict=True)
-        return torch.stack([self._attend_row(attend, i, row, share, **more) for i, row in enumerate(rows)])
-
-    def _attend_row(self, attend: Attend, i: int, row: tuple, share: Share, **more: object) -> Tensor:
-        lengths, *qkv = row
-        pieces = self.pieces(i, share)
-        # Split, never sliced: what comes back through a slice is as large as the row, for every segment.
-        queries, keys, values = (
-            x[None].split(sizes, 2) for x, sizes in zip(qkv, ([p.count for p in pieces], lengths, lengths), strict=True)
-        )
-        out = [
-            attend(query, keys[piece.segment], values[piece.segment], piece.first, longest=self.longest, **more)
-            for query, piece in zip(queries, pieces, strict=True)
-        ]
-        return torch.cat(out, 2)[0]
 
 
 def segments(position_ids: Tensor) -> Segments | None:

@@ -30,6 +30,7 @@ def main() -> int:
             rms_norm=run.train.use_fused_rmsnorm,
             rotary=run.train.use_fused_rotary_pos_emb,
             swiglu=run.train.mlp_layer_fusion,
+            varlen=run.optim.dtype != "fp32" and not run.train.attention_dropout and run.parallel.context_parallel_size == 1,
         )
         log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         log.say(f"kernels: {fused}; attention: torch SDPA")

@@ -214,6 +214,10 @@ class DataConfig:
     """Shares of train, validation and test documents."""
     seq_length: int = 2048
     """Tokens per sample."""
+    packing: Literal["first-fit", "none"] = "first-fit"
+    """Of instruction data: how documents share a sample: each in the first that has room for it, or one in each (none)."""
+    is_instruction_dataset: bool = False
+    """Asserts that all data are instruction data; they are recognised."""
     data_cache_path: str | None = None
     """Folder for index caches; None: beside the data."""
     tokenizer_name_or_path: str | None = None

@@ -62,6 +62,8 @@ class RecipeFlags:
     """Accepted; the tokenizer is that of a Hugging Face directory."""
     tokenizer_not_use_fast: bool = False
     """Accepted; tokenizer.model is always read by sentencepiece itself."""
+    no_pack: bool = False
+    """Instruction data: one document in each sample: --packing none."""
     local_rank: int | None = None
     """Accepted; LOCAL_RANK of the launcher is used."""
 
@@ -123,13 +125,18 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         train = replace(train, global_batch_size=max(1, train.micro_batch_size * (world // max(1, parallel.model_size))))
     if command.data.seq_length > model.max_position_embeddings:
         said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
+    data = command.data
+    if recipe.no_pack:
+        if "packing" in typed and data.packing != "none":
+            raise UserError(f"--no-pack and --packing {data.packing} contradict each other; drop one of them")
+        data = replace(data, packing="none")
     if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:
         raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
     if recipe.swiglu and model.activation != "silu":
         raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
         raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
-    run = Run(model, parallel, optim, command.data, train)
+    run = Run(model, parallel, optim, data, train)
     checks.check(run, world)
     return run, said
 

@@ -15,7 +15,6 @@ from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
-from ascendspeed.data.indexed import read_facts
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
 from ascendspeed.parallel import Grid
@@ -24,7 +23,11 @@ from ascendspeed.weights import random_tensors
 Say = Callable[[str], None]
 Batches = Callable[[str, int], list[Batch]]
 """(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
-UNWATCHED = {"data_cache_path", "initial_loss_scale"}  # settings that do not change the curve of a resumed run
+UNWATCHED = {
+    "data_cache_path",
+    "initial_loss_scale",
+    "is_instruction_dataset",
+}  # settings that do not change the curve of a resumed run
 WATCHED_TRAIN = ("seed", "global_batch_size", "train_iters", "attention_dropout", "hidden_dropout")
 
 
@@ -56,6 +59,8 @@ def open_data(run: Run, grid: Grid, say: Say) -> Batches:
         samples = len(splits[name])
         often = f"{iterations} x {size} samples are {iterations * size / samples:.2f} passes over it"
         say(f"{name} data: {samples} samples of {run.data.seq_length} tokens; {often}")
+        for note in splits[name].notes:
+            say(f"{name} data: {note}")
     return lambda split, consumed: dataset.batch(splits[split], consumed, size, run.train.micro_batch_size, grid.dp_rank, grid.dp)
 
 
@@ -67,7 +72,7 @@ def _check_tokenizer(run: Run) -> None:
     if ids > rows:
         raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
     for _, prefix in dataset.parse_blend(run.data.data_path):
-        made = read_facts(prefix).get("vocab_size", ids)
+        made = dataset.facts_of(prefix).get("vocab_size", ids)
         if made != ids:
             raise UserError(f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}")
 

@@ -6,7 +6,6 @@ What the published tool wrote has no metas and a third pair, the attention mask,
 """
 
 import hashlib
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -50,13 +49,11 @@ class Couple:
         self.prefix = prefix
         self.tokens = check_pair(ids)
         check_pair(labels)
-        facts, theirs = read_facts(ids), read_facts(labels)
         self._ids, self._labels = IndexedDataset(ids), IndexedDataset(labels)
         self.lengths = self._ids.sequence_lengths
-        if facts.get("digest") != theirs.get("digest") or not np.array_equal(self.lengths, self._labels.sequence_lengths):
+        digests = {read_facts(one).get("digest") for one in (ids, labels)}
+        if len(digests) > 1 or not np.array_equal(self.lengths, self._labels.sequence_lengths):
             raise UserError(f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again")
-        self.facts: dict[str, Any] = facts if facts.get("tokens") == self.tokens else {}
-        """What preprocessing wrote about it; empty for data of other tools."""
 
     def document(self, number: int) -> Document:
         """Raises `UserError` for a label that is neither its token nor -100."""

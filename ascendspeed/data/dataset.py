@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +21,12 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from ascendspeed.config import DataConfig
+from ascendspeed.data import couple
+from ascendspeed.data.couple import Couple
 from ascendspeed.data.epoch import Epoch
 from ascendspeed.data.indexed import check_pair, read_facts
+from ascendspeed.data.packed import PackedSource, Sample
+from ascendspeed.data.packing import PACKERS
 from ascendspeed.errors import UserError
 
 PERIOD = 1 << 16
@@ -36,19 +41,33 @@ class Batch:
     tokens: Tensor
     """int64."""
     labels: Tensor
-    """int64: the token after each token."""
+    """int64: the token after each token; any, where it does not count."""
     loss_mask: Tensor
     """float32: 1 where the label counts."""
     position_ids: Tensor
-    """int64."""
+    """int64; 0 at position 0, and wherever else a document begins that is not to see those before it."""
 
 
-Sample = tuple[Tensor, Tensor, Tensor, Tensor]
-"""tokens, labels, loss_mask, position_ids, each [s]."""
-
-
-class Source:
+class Source(Protocol):
     """The samples of one data set in one split, without end."""
+
+    prefix: str
+    """What the user calls it, for messages."""
+    samples_per_epoch: int
+    """Above 0."""
+
+    @property
+    def note(self) -> str:
+        """What there is to say about it at the start, one line; empty: nothing."""
+
+    def sample(self, number: int) -> Sample:
+        """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
+
+
+class CutSource:
+    """Plain documents one after the other, cut into samples wherever these end: pre-training."""
+
+    note = ""
 
     def __init__(self, indexed: IndexedDataset, documents: range, split: str, data: DataConfig, seed: int) -> None:
         """`documents` are those of the split. Raises `UserError` if they do not fill one sample."""
@@ -90,6 +109,11 @@ class Samples:
         helpers.build_blending_indices(self._which, self._place, share, len(sources), PERIOD, False)
         self._counts = np.bincount(self._which, minlength=len(sources))
 
+    @property
+    def notes(self) -> list[str]:
+        """What there is to say about the data at the start."""
+        return [source.note for source in self._sources if source.note]
+
     def __len__(self) -> int:
         """Samples in one epoch of every data set; `sample` goes on beyond."""
         return sum(source.samples_per_epoch for source in self._sources)
@@ -113,13 +137,19 @@ def build_splits(data: DataConfig, seed: int, vocab_size: int, names: Sequence[s
     Raises `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split without a sample.
     """
     blend = parse_blend(data.data_path)
-    indexed = [open_indexed(prefix, vocab_size) for _, prefix in blend]
+    opened = [open_prefix(prefix, vocab_size) for _, prefix in blend]
     weights = [weight for weight, _ in blend]
-    found = {}
-    for name in names:
-        sources = [Source(one, split_documents(data.split, name, len(one)), name, data, seed) for one in indexed]
-        found[name] = Samples(sources, weights, vocab_size)
-    return found
+    for one, (_, prefix) in zip(opened, blend, strict=True):
+        if data.is_instruction_dataset and not isinstance(one, Couple):
+            raise UserError(f"--is-instruction-dataset: {prefix} is plain text without labels; leave the flag out")
+    return {name: Samples([_source(one, name, data, seed) for one in opened], weights, vocab_size) for name in names}
+
+
+def _source(opened: IndexedDataset | Couple, name: str, data: DataConfig, seed: int) -> Source:
+    documents = split_documents(data.split, name, len(opened))
+    if isinstance(opened, Couple):
+        return PackedSource(opened, documents, data.seq_length, PACKERS[data.packing], seed)
+    return CutSource(opened, documents, name, data, seed)
 
 
 def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
@@ -176,13 +206,25 @@ def split_documents(split: str, name: str, count: int) -> range:
     return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
 
 
-def open_indexed(prefix: str, vocab_size: int) -> IndexedDataset:
-    """The pair P.bin, P.idx, checked: whole, belonging together, with ids that the vocabulary has."""
-    tokens = check_pair(prefix)
-    facts = read_facts(prefix)
+def open_prefix(prefix: str, vocab_size: int) -> IndexedDataset | Couple:
+    """The data of `--data-path`, checked: whole, belonging together, with ids that the vocabulary has."""
+    named = couple.find(prefix)
+    found = Couple(prefix, *named) if named else None
+    tokens = found.tokens if found else check_pair(prefix)
+    facts = facts_of(prefix)
     if facts.get("tokens") == tokens and facts["max_token"] >= vocab_size:
         raise UserError(_foreign(prefix, facts["max_token"], vocab_size))
-    return IndexedDataset(prefix)
+    return found or IndexedDataset(prefix)
+
+
+def pairs_of(prefix: str) -> tuple[str, ...]:
+    """Prefixes of the .bin/.idx pairs that one prefix of `--data-path` means."""
+    return couple.find(prefix) or (prefix,)
+
+
+def facts_of(prefix: str) -> dict[str, Any]:
+    """What preprocessing wrote about the data of `--data-path`; empty where it wrote nothing."""
+    return read_facts(pairs_of(prefix)[0])
 
 
 def _foreign(prefix: str, number: int, vocab_size: int) -> str:

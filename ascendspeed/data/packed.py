@@ -35,7 +35,10 @@ class PackedSource:
         self.truncated = 0 if self._goes_on else int((lengths > seq_length).sum())
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
-            raise UserError(f"{self.prefix}: of {len(numbers)} documents none can be learnt from at --seq-length {seq_length}")
+            raise UserError(
+                f"{self.prefix}: of the {len(numbers)} documents that --split gives to a split here, "
+                f"none can be learnt from at --seq-length {seq_length}"
+            )
         self._orders: dict[int, np.ndarray] = {}
 
     @property

@@ -89,15 +89,15 @@ def _weights(run: Run, generator: str) -> str:
 
 
 def _data(run: Run) -> str:
-    from ascendspeed.data.dataset import parse_blend
+    from ascendspeed.data.dataset import pairs_of, parse_blend
 
     sha = hashlib.sha256()
     for weight, prefix in parse_blend(run.data.data_path):
         sha.update(f"{weight}\n".encode())
-        for suffix in (".bin", ".idx"):
+        for path in (pair + suffix for pair in pairs_of(prefix) for suffix in (".bin", ".idx")):
             try:
-                with open(prefix + suffix, "rb") as file:
+                with open(path, "rb") as file:
                     sha.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise UserError(f"{prefix}{suffix}: cannot read the data that the run used: {error.strerror}") from error
+                raise UserError(f"{path}: cannot read the data that the run used: {error.strerror}") from error
     return f"sha256: {sha.hexdigest()}"

@@ -2,6 +2,7 @@
 
 A run with --deepspeed gets the DeepSpeed engine, another one Megatron-core's. The cases may differ in their layout.
 A case: {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
+"data": safetensors with what a `Batch` has, each [steps, samples, s] (else the oracle's random batches),
 "resave": folder to save to before the first step, "first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
 "poison": step before which one comes whose gradients are NaN on one rank}.
@@ -31,13 +32,19 @@ def main() -> None:
     from ascendspeed.weights import random_tensors
 
     base = config.from_dict(job["run"])
-    data = oracle.batches(base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"])
+    plain = oracle.batches(
+        base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"]
+    )
+
+    def batches_of(path):
+        columns = load_file(path)
+        return [{name: column[i] for name, column in columns.items()} for i in range(job["steps"])]
 
     def micro_batches(run, grid, batch):
         size, rows = run.train.micro_batch_size, run.train.global_batch_size // grid.dp
         mine = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
-        positions = torch.arange(run.data.seq_length).expand(size, -1)
-        return [Batch(**{k: v[i : i + size] for k, v in mine.items()}, position_ids=positions) for i in range(0, rows, size)]
+        mine.setdefault("position_ids", torch.arange(run.data.seq_length).expand(rows, -1))
+        return [Batch(**{k: v[i : i + size] for k, v in mine.items()}) for i in range(0, rows, size)]
 
     def step(engine, run, grid, batch):
         result = engine.step(micro_batches(run, grid, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
@@ -52,6 +59,7 @@ def main() -> None:
     for name, case in job["cases"].items():
         print(name, flush=True)  # the last one in the log of a rank that failed
         run = base
+        data = batches_of(case["data"]) if case.get("data") else plain
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         if places != run.parallel.places:
@@ -59,6 +67,8 @@ def main() -> None:
         places, grid = run.parallel.places, parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
         given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
         tensors = None if case.get("load") else given
+        if case.get("break") == "documents see each other":
+            without_documents()
         if run.parallel.deepspeed:
             engine = deepspeed_engine(case.get("break"))(run, grid, here, tensors)
         else:
@@ -179,6 +189,13 @@ def megatron_engine(mistake):
                 super()._publish()
 
     return Mistaken if mistake else MegatronEngine
+
+
+def without_documents():
+    """To the end of the process: positions begin again at every document, but queries see the whole row before them."""
+    from ascendspeed.model import attention
+
+    attention.attend_within = lambda segments, q, k, v, *_: attention.attend(q, k, v)
 
 
 class InARow:

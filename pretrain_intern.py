@@ -38,7 +38,7 @@ def main() -> int:
             log.say(f"note: {note}")
         log.say(f"run: {json.dumps(to_dict(run))}")
         build = engines.builder(run, grid, device, fused, log.say)
-        batches = start.open_data(run, grid, log.say)
+        run, batches = start.open_data(run, grid, log.say)
         begin = start.find_start(run, grid, device, log.say)
         engine = build(begin.tensors)
         if begin.resume:

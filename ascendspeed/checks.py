@@ -33,7 +33,7 @@ RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is a
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters max_skipped_steps save_interval "
         "eval_interval exit_interval keep recompute_num_layers",
         SHARE: "attention_dropout hidden_dropout",
-        POSITIVE: "exit_duration_in_mins distributed_timeout_minutes",
+        POSITIVE: "train_epochs exit_duration_in_mins distributed_timeout_minutes",
     },
 }
 
@@ -44,7 +44,8 @@ def check(run: Run, world: int) -> None:
     _check_precision(run)
     if not run.data.data_path:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
-    schedule.check(run.optim, run.train.train_iters)
+    if run.train.train_epochs is None:
+        schedule.check(run.optim, run.train.train_iters)
     _check_model(run)
     _check_engine(run.parallel)
     _check_world(run, world)

@@ -234,6 +234,8 @@ class TrainConfig:
     """Samples per iteration over all ranks; None: micro batch x data-parallel size."""
     train_iters: int = 1000
     """Iterations in the whole run."""
+    train_epochs: float | None = None
+    """Passes over the training data in the whole run, instead of --train-iters."""
     seed: int = 1234
     """Seed of data order, random weights and dropout."""
     attention_dropout: float = 0.0

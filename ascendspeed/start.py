@@ -1,6 +1,7 @@
 """Where a run begins: its data, and the weights or the checkpoint that `--load` means."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import checkpoint, formats, plan, tokenizer
+from ascendspeed import checkpoint, formats, plan, schedule, tokenizer
 from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import Run
 from ascendspeed.data import dataset
@@ -45,8 +46,9 @@ class Start:
         return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
 
 
-def open_data(run: Run, grid: Grid, say: Say) -> Batches:
-    """The data of the run; tensor-parallel ranks of one replica see the same.
+def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
+    """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of one replica see the
+    same.
 
     Raises `UserError` for data or a tokenizer that are not there, or that do not fit each other or the model.
     """
@@ -55,13 +57,19 @@ def open_data(run: Run, grid: Grid, say: Say) -> Batches:
     if run.train.eval_interval:
         wanted["valid"] = run.train.eval_iters
     splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted))
+    if run.train.train_epochs:
+        wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
+        run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
+        schedule.check(run.optim, run.train.train_iters)
+        say(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
     for name, iterations in wanted.items():
         samples = len(splits[name])
         often = f"{iterations} x {size} samples are {iterations * size / samples:.2f} passes over it"
         say(f"{name} data: {samples} samples of {run.data.seq_length} tokens; {often}")
         for note in splits[name].notes:
             say(f"{name} data: {note}")
-    return lambda split, consumed: dataset.batch(splits[split], consumed, size, run.train.micro_batch_size, grid.dp_rank, grid.dp)
+    micro = run.train.micro_batch_size
+    return run, lambda split, consumed: dataset.batch(splits[split], consumed, size, micro, grid.dp_rank, grid.dp)
 
 
 def _check_tokenizer(run: Run) -> None:

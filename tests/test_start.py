@@ -260,9 +260,28 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
         return room.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid, said.append)
 
-    assert with_tokenizer(600)("train", 0)
+    run, batches = with_tokenizer(600)
+    assert batches("train", 0)
     assert "train data: " in said[0]
+    assert run.train == RUN.train
     with pytest.raises(UserError, match=r"was made with a tokenizer of 600 ids, but --tokenizer-name-or-path .* has 500"):
         with_tokenizer(500)
     with pytest.raises(UserError, match="has 600 ids, but the model's vocabulary 550"):
         with_tokenizer(600, 550)
+
+
+def test_epochs_are_iterations(cpu, data):
+    from ascendspeed import parallel
+    from ascendspeed import start as room
+    from ascendspeed.data import dataset
+
+    grid, given = parallel.initialize(cpu, ParallelConfig(), seed=1), replace(RUN.data, data_path=(data[0],))
+    run = replace(RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5))
+    samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
+    said = []
+    resolved, _ = room.open_data(run, grid, said.append)
+    assert resolved.train.train_iters == -(-samples * 5 // (2 * 4))  # 4 samples an iteration; the last one is whole
+    assert resolved.train.train_iters * 4 >= 2.5 * samples > (resolved.train.train_iters - 1) * 4
+    assert said[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
+    with pytest.raises(UserError, match="must be below --train-iters"):
+        room.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid, said.append)

@@ -17,8 +17,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of every head (arXiv 2104.09864, in the layout of Llama): x [s, b, heads, d]; cos, sin [s, 1 | b, 1, d]."""
-    return _Rotary.apply(x, cos, sin)
+    """Rotates the halves of every head (arXiv 2104.09864, Llama's layout): x [s, b, heads, d]; cos, sin [s, 1 or b, 1, d]."""
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
 
 
 def swiglu(x: Tensor) -> Tensor:

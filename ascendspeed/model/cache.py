@@ -21,28 +21,19 @@ class Cache:
     """
 
     def __init__(self, gpt: GPTModel, rows: int, capacity: int) -> None:
-        """For at most `rows` sequences of `capacity` tokens; the model's attention uses it until `detach`."""
+        """For at most `rows` sequences of `capacity` tokens."""
         config, self.capacity, self.rows = gpt.config, capacity, rows
         self.rope: Rope = config.rope
         self.rotary = config.kernels.rotary
-        attentions = [layer.self_attention for layer in gpt.decoder.layers]
         parameter = next(gpt.parameters())
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        for attention in attentions:
-            shape = (rows, attention.num_query_groups_per_partition, capacity, config.kv_channels)
+        for layer in gpt.decoder.layers:
+            shape = (rows, layer.self_attention.num_query_groups_per_partition, capacity, config.kv_channels)
             # Zeros: what a row masks is multiplied by 0 all the same, and must not be NaN.
             key, value = (torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
-            self.layers[attention.layer_number] = key, value
-        for attention in attentions:  # now that there was memory for all
-            attention.core_attention.cache = self
-        self._attentions, self.device, self.dtype = attentions, parameter.device, parameter.dtype
+            self.layers[layer.layer_number] = key, value
+        self.device, self.dtype = parameter.device, parameter.dtype
         self.pin([0])
-
-    def detach(self) -> None:
-        """Gives the model its own attention back, and the memory free."""
-        for attention in self._attentions:
-            attention.core_attention.cache = None
-        self.layers.clear()
 
     def pin(self, lengths: Sequence[int]) -> None:
         """Fixes each row's rope by the length of its prompt; one length: that of every row.

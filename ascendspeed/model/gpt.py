@@ -10,8 +10,10 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.errors import UserError
+from ascendspeed.model import lora as adapters
+from ascendspeed.model.linear import ColumnLinear
 from ascendspeed.model.loss import cross_entropy
 from ascendspeed.model.spec import Config, NormHead, block_spec
 
@@ -28,16 +30,24 @@ class InternLM(GPTModel):
         super().__init__(config, *args, **kwargs)
         if self.pre_process and config.scale_embeddings:
             self.embedding.register_forward_hook(_Scale(config.hidden_size**0.5, config.params_dtype))
-        if self.post_process and config.normalize_head:
-            self.output_layer.__class__ = NormHead  # megatron-core does not ask for the class of this layer
+        if self.post_process:  # megatron-core does not ask for the class of this layer
+            self.output_layer.__class__ = NormHead if config.normalize_head else ColumnLinear
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V / TP] -> [b, s]."""
         return cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
 
 
-def build(model: ModelConfig, parallel: ParallelConfig, config: Config, virtual_stage: int | None = None) -> InternLM:
+def build(
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    config: Config,
+    virtual_stage: int | None = None,
+    lora: LoraConfig | None = None,
+) -> InternLM:
     """This rank's part of the model, or one of the pieces that it has of an interleaved pipeline; weights not yet written (`fill`).
+
+    With `lora` only its adapters are to be trained.
 
     `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
     of every token [b, s], computed on vocabulary shards.
@@ -58,6 +68,8 @@ def build(model: ModelConfig, parallel: ParallelConfig, config: Config, virtual_
     if gpt.post_process and padded > model.vocab_size:
         first = parallel_state.get_tensor_model_parallel_rank() * (padded // parallel.tensor_model_parallel_size)
         gpt.output_layer.register_forward_hook(_MaskPadding(model.vocab_size, first))
+    if lora and lora.lora_rank:
+        adapters.attach(gpt, model, lora)
     return gpt
 
 
@@ -102,10 +114,11 @@ def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
-def cuts(model: ModelConfig, parallel: ParallelConfig) -> dict[str, weights.Cut]:
-    """How every parameter of the model is cut in this layout."""
+def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None) -> dict[str, weights.Cut]:
+    """How every parameter of the model, and of its adapters, is cut in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
-    return {parameter.name: parameter.cut(tp, padded) for parameter in weights.parameters(model)}
+    own = {parameter.name: parameter.cut(tp, padded) for parameter in weights.parameters(model)}
+    return own | adapters.cuts(model, parallel, lora or LoraConfig())
 
 
 @torch.no_grad()
@@ -115,6 +128,7 @@ def fill(
     parallel: ParallelConfig,
     tensors: Iterable[tuple[str, Tensor]],
     gather: Gather = lambda parameter: nullcontext(),
+    lora: LoraConfig | None = None,
 ) -> None:
     """Writes this rank's part of every (name, full tensor) into the model, or into the pieces of it that the rank has.
 
@@ -122,7 +136,7 @@ def fill(
     """
     chunks = chunks if isinstance(chunks, Sequence) else [chunks]
     mine = {name: parameter for chunk in chunks for name, parameter in named_parameters(chunk).items()}
-    cut, rank = cuts(model, parallel), parallel_state.get_tensor_model_parallel_rank()
+    cut, rank = cuts(model, parallel, lora), parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
         # A tied output layer on another stage than the embedding has a copy of it. What is neither here is another stage's.
         copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)

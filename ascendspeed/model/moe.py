@@ -11,7 +11,6 @@ from copy import copy
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -22,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.config import ModelConfig
+from ascendspeed.model.linear import ColumnLinear, RowLinear
 
-LINEARS = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class Router(TopKRouter):

@@ -6,7 +6,6 @@ from functools import partial
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -22,6 +21,7 @@ from ascendspeed.device import current
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import moe
 from ascendspeed.model.attention import RotaryAttention
+from ascendspeed.model.linear import ColumnLinear, RowLinear
 from ascendspeed.model.rope import Rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -62,7 +62,7 @@ class ZeroCenteredRMSNorm(RMSNorm):
         return self.kernel(x.float(), 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
-class DenseLinear(RowParallelLinear):
+class DenseLinear(RowLinear):
     """The attention's output projection, whose bias is a choice of its own; megatron-core ties it to that of the MLP."""
 
     def __init__(self, *args: object, bias: bool, config: Config, **kwargs: object) -> None:
@@ -77,7 +77,7 @@ class GatedMLP(MLP):
         own.add_bias_linear = config.add_mlp_bias  # which megatron-core ties to the attention's biases
         super().__init__(
             own,
-            MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+            MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ffn_hidden_size=config.ffn_hidden_size,
         )
         self.glu = config.kernels.geglu if config.activation_func is GELU else config.kernels.swiglu
@@ -88,12 +88,18 @@ class GatedMLP(MLP):
         return self.linear_fc2(self.glu(hidden if bias is None else hidden + bias))
 
 
-class NormHead(ColumnParallelLinear):
+class NormHead(ColumnLinear):
     """An output layer whose rows are brought to length 1. Tensor parallel cuts between rows, so every rank needs its own only."""
 
     def forward(self, input_: Tensor, weight: Tensor | None = None, **kwargs: object) -> tuple[Tensor, Tensor | None]:
         """input_ [s, b, h], weight [V / TP, h] in place of the layer's own -> [s, b, V / TP]."""
         return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """The weight will not change any more: its rows are brought to length 1 once, instead of at every pass."""
+        self.weight.copy_(F.normalize(self.weight))
+        self.__class__ = ColumnLinear
 
 
 def transformer_config(
@@ -176,7 +182,7 @@ def block_spec(config: Config, virtual_stage: int | None = None) -> TransformerB
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=ColumnParallelLinear, core_attention=RotaryAttention, linear_proj=DenseLinear
+                    linear_qkv=ColumnLinear, core_attention=RotaryAttention, linear_proj=DenseLinear
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,

@@ -1,0 +1,58 @@
+"""One rank of a test of the tensor-parallel linears: whether they give, without gradients, the bits of megatron-core's own."""
+
+import json
+import sys
+from pathlib import Path
+
+from ascendspeed import device
+from ascendspeed.config import ParallelConfig, TrainConfig
+
+
+def main() -> None:
+    """Rank 0 writes {case: the same on every rank}."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    here = device.prepare("cpu")
+
+    import torch
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from test_model import INTERNLM
+    from torch.nn import functional as F
+
+    from ascendspeed import parallel
+    from ascendspeed.model.linear import ColumnLinear, RowLinear
+    from ascendspeed.model.spec import transformer_config
+
+    layout = ParallelConfig(tensor_model_parallel_size=2)
+    grid = parallel.initialize(here, layout, seed=1)
+    config = transformer_config(INTERNLM, layout, TrainConfig())
+    common = {"config": config, "init_method": torch.nn.init.normal_, "bias": True}
+    generator = torch.Generator().manual_seed(grid.rank)
+    x = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(9))
+    column = ColumnLinear(64, 48, gather_output=False, skip_bias_add=False, **common)
+    rows = [RowLinear(128, 40, input_is_parallel=True, skip_bias_add=skip, **common) for skip in (False, True)]
+    for linear in (column, *rows):
+        for parameter in linear.parameters():
+            parameter.data.normal_(generator=generator)
+    other = torch.randn(24, 64, generator=generator)
+
+    def same(linear, own, **more) -> bool:
+        with torch.no_grad():
+            short, long = linear(x, **more), own.forward(linear, x, **more)
+        return torch.equal(short[0], long[0]) and short[1] is long[1]
+
+    found = {
+        "column": same(column, ColumnParallelLinear),
+        "own weight": same(column, ColumnParallelLinear, weight=other),
+        "gathered": same(column, ColumnParallelLinear, runtime_gather_output=True),
+        "row": same(rows[0], RowParallelLinear),
+        "row, bias apart": same(rows[1], RowParallelLinear),
+        "not summed": torch.equal(F.linear(x, rows[1].weight), rows[1](x)[0]),
+    }
+    everyone = grid.gather(found)
+    if grid.rank == 0:
+        Path(job["out"]).write_text(json.dumps({name: all(one[name] for one in everyone) for name in found}))
+    parallel.destroy()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,7 +19,7 @@ class ColumnLinear(ColumnParallelLinear):
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """input_ [..., h], weight [out / TP, h] for the layer's own -> [..., out / TP] or, gathered, [..., out]; a bias to be added."""
+        """input_ [..., h], weight [out / TP, h] for the layer's own -> [..., out / TP] or, gathered, [..., out]; bias to add."""
         if torch.is_grad_enabled() or _special(self):
             return super().forward(input_, weight, runtime_gather_output)
         out = F.linear(input_, self.weight if weight is None else weight)
@@ -34,7 +34,7 @@ class RowLinear(RowParallelLinear):
     """Every rank has some of the columns of the weight, and some of the inputs; the outputs are summed."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """input_ [..., in / TP] -> [..., h]; a bias to be added."""
+        """input_ [..., in / TP] -> [..., h]; bias to add."""
         if torch.is_grad_enabled() or _special(self) or not self.input_is_parallel:
             return super().forward(input_)
         out = F.linear(input_, self.weight)

@@ -15,6 +15,15 @@ KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "code"}
 TOOLS = ("plugin", "interpreter")
 
 
+class WrongMessage(UserError):
+    """A conversation that is none."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        """`kind`: what such conversations are counted under."""
+        super().__init__(message)
+        self.kind = kind
+
+
 @dataclass(frozen=True)
 class Call:
     """A tool that the assistant calls."""
@@ -37,40 +46,70 @@ class Message:
 
 
 def read_messages(items: Any, where: str) -> list[Message]:
-    """Checked messages, the last of which asks for an answer. Raises `UserError` beginning with `where`."""
+    """Checked messages, the last of which asks for an answer. Raises `WrongMessage` beginning with `where`."""
+    found = _messages(items, where)
+    if found[-1].role not in ("user", "environment"):
+        last = f"the last message is the {found[-1].role}'s"
+        raise WrongMessage("wrong order", f"{where}: {last}, so nothing is asked; end with one of the user's")
+    return found
+
+
+def read_answered(items: Any, where: str) -> list[Message]:
+    """Checked messages to learn from: the assistant answers, and last of all. Raises `WrongMessage` beginning with `where`."""
+    found = _messages(items, where)
+    before: Message | None = None
+    for number, message in enumerate(found, 1):
+        place = f"{where}, message {number}"
+        if message.role == "assistant" and (before is None or before.role in ("system", "assistant")):
+            why = f"after the {before.role}'s" if before else "at the beginning"
+            raise WrongMessage("wrong order", f"{place}: the assistant speaks {why}; it answers a user or a tool")
+        if before and message.role == before.role == "user" and message.name == before.name:
+            raise WrongMessage("wrong order", f"{place}: the user speaks again before an answer")
+        if not message.content.strip() and not message.calls and message.role in ("user", "assistant"):
+            kind = "empty answer" if message.role == "assistant" else "empty question"
+            raise WrongMessage(kind, f"{place}: the {message.role} says nothing")
+        before = message
+    if found[-1].role != "assistant":
+        raise WrongMessage("wrong order", f"{where}: the last message is the {found[-1].role}'s, and has no answer")
+    return found
+
+
+def _messages(items: Any, where: str) -> list[Message]:
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        raise UserError(f"{where}: a conversation is a list of at least one role and content, not {_short(items)}")
+        what = f"a conversation is a list of at least one role and content, not {_short(items)}"
+        raise WrongMessage("no conversation", f"{where}: {what}")
     found = [_message(item, f"{where}, message {number}") for number, item in enumerate(items, 1)]
     for number, message in enumerate(found[1:], 2):
         if message.role == "system" and message.name is None:
             why = "there is one already" if found[0].role == "system" else "it must come first"
-            raise UserError(f"{where}, message {number}: a system message here: {why}")
-    if found[-1].role not in ("user", "environment"):
-        raise UserError(f"{where}: the last message is the {found[-1].role}'s, so nothing is asked; end with one of the user's")
+            raise WrongMessage("wrong order", f"{where}, message {number}: a system message here: {why}")
     return found
 
 
 def tools_message(tools: Any, where: str) -> Message:
-    """The system message that tells a model its functions: their JSON. Raises `UserError`."""
+    """The system message that tells a model its functions: their JSON. Raises `WrongMessage`."""
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise UserError(f"{where}: tools are a list of tables that describe functions, not {_short(tools)}")
+        raise WrongMessage("wrong tools", f"{where}: tools are a list of tables that describe functions, not {_short(tools)}")
     return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise UserError(f"{where}: a message has a role and a content, and {_short(item)} has not")
+        raise WrongMessage("no conversation", f"{where}: a message has a role and a content, and {_short(item)} has not")
     role, content, name = (item.get(key) for key in ("role", "content", "name"))
     if role not in ALL_ROLES:
-        raise UserError(f"{where}: the role {_short(role)} does not exist; there are {', '.join(ALL_ROLES)}")
+        there = f"there are {', '.join(ALL_ROLES)}"
+        raise WrongMessage("wrong role", f"{where}: the role {_short(role)} does not exist; {there}")
     for key in item:
         if key not in KEYS:
-            raise UserError(f"{where}: {_short(key)} is not understood; a message has {', '.join(sorted(KEYS))}")
+            known = f"a message has {', '.join(sorted(KEYS))}"
+            raise WrongMessage("unknown field", f"{where}: {_short(key)} is not understood; {known}")
     calls = _calls(item, role, where)
     if not isinstance(content, str) and (content is not None or not calls):
-        raise UserError(f"{where}: the content is {'missing' if content is None else f'{_short(content)}, not a text'}")
+        what = "missing" if content is None else f"{_short(content)}, not a text"
+        raise WrongMessage("wrong content", f"{where}: the content is {what}")
     if name is not None and (not isinstance(name, str) or not name or "\n" in name):
-        raise UserError(f"{where}: {_short(name)} is no name")
+        raise WrongMessage("wrong content", f"{where}: {_short(name)} is no name")
     if role in RESULTS:
         role, name = "environment", name if name in TOOLS or role == "environment" else "plugin"
     return Message(role, content or "", name, calls)
@@ -79,13 +118,13 @@ def _message(item: Any, where: str) -> Message:
 def _calls(item: Mapping[str, Any], role: str, where: str) -> tuple[Call, ...]:
     said, code = item.get("tool_calls") or (), item.get("code")
     if (said or code) and role != "assistant":
-        raise UserError(f"{where}: only the assistant calls tools, not the {role}")
+        raise WrongMessage("wrong tool call", f"{where}: only the assistant calls tools, not the {role}")
     if not isinstance(said, Sequence) or isinstance(said, str):
-        raise UserError(f"{where}: tool_calls is a list, not {_short(said)}")
+        raise WrongMessage("wrong tool call", f"{where}: tool_calls is a list, not {_short(said)}")
     calls = [Call("plugin", _function(call, where)) for call in said]
     if code is not None:
         if not isinstance(code, str):
-            raise UserError(f"{where}: code is {_short(code)}, not a text")
+            raise WrongMessage("wrong tool call", f"{where}: code is {_short(code)}, not a text")
         calls.append(Call("interpreter", code))
     return tuple(calls)
 
@@ -94,13 +133,14 @@ def _function(call: Any, where: str) -> str:
     """JSON of name and parameters, from {"name", "parameters"} or from {"type": "function", "function": {"name", "arguments"}}."""
     table = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise UserError(f"{where}: a tool call has a name and parameters, and {_short(call)} has not")
+        raise WrongMessage("wrong tool call", f"{where}: a tool call has a name and parameters, and {_short(call)} has not")
     parameters = table.get("parameters", table.get("arguments", {}))
     if isinstance(parameters, str):  # as some programs keep them
         try:
             parameters = json.loads(parameters)
         except ValueError:
-            raise UserError(f"{where}: the arguments of {table['name']} are not JSON: {_short(parameters)}") from None
+            what = f"the arguments of {table['name']} are not JSON: {_short(parameters)}"
+            raise WrongMessage("wrong tool call", f"{where}: {what}") from None
     return json.dumps({"name": table["name"], "parameters": parameters}, ensure_ascii=False)
 
 

@@ -4,13 +4,18 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from ascendspeed.chat.messages import TOOLS, Call, Message, tools_message
+import numpy as np
+
+from ascendspeed.chat.messages import TOOLS, Call, Message, WrongMessage, tools_message
+from ascendspeed.chat.pieces import Piece, PieceEncoder
 from ascendspeed.chat.templates import EOS, choose, find
 from ascendspeed.errors import UserError
 from ascendspeed.tokenizer import Tokenizer
 
+NO_PLACE = "no place in the template"
 BRACES = re.compile(r"\{(\w+)\}")
 
 
@@ -22,6 +27,8 @@ class Control:
 
 
 Part = str | Control
+Said = tuple[Part, bool]
+"""A part, and whether it is what a turn says: its content and the token that ends it, not who speaks."""
 
 
 class Chat:
@@ -56,13 +63,30 @@ class Chat:
         `tools`: descriptions of functions, told to the model after its system message. Raises `UserError`, beginning with
         `where`, for what the template has no place for.
         """
-        if tools:
-            first = 1 if messages and messages[0].role == "system" else 0
-            messages = [*messages[:first], tools_message(tools, where), *messages[first:]]
-        parts = [part for number, message in enumerate(messages, 1) for part in self._turn(message, f"{where}, message {number}")]
-        parts += self._filled(self.template.answer, {})
+        parts = [part for _, turn in self._turns(messages, where, tools) for part, _ in turn]
+        parts += [part for part, _ in self._filled(self.template.answer, {})]
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return bos + list(self._encoded(parts))
+
+    def pieces(
+        self, messages: Sequence[Message], where: str = "conversation", tools: Any = None, last_only: bool = False
+    ) -> list[Piece]:
+        """A conversation to learn from, to be encoded by `encode_pieces`: to be learnt is what the assistant says (with
+        `last_only`, in its last turn) and the token that ends its turn. It ends there. Raises `UserError`: see `ids`."""
+        turns = self._turns(messages, where, tools)
+        answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
+        learnt = set(answers[-1:] if last_only else answers)
+        found = [] if self.tokenizer.bos is None else [Piece(self.tokenizer.bos)]
+        for place, (_, turn) in enumerate(turns):
+            found += [Piece(self._what(part), said and place in learnt) for part, said in turn]
+        while found and not found[-1].learnt:
+            found.pop()
+        return found
+
+    @cached_property
+    def encode_pieces(self) -> PieceEncoder:
+        """Pieces -> ids and what of them is to be learnt; text becomes no control token."""
+        return PieceEncoder(self._texts)
 
     def message(self, tokens: Iterable[int]) -> dict[str, Any]:
         """The assistant's new tokens -> {"role", "content"} and, where it calls tools, "tool_calls" and "code"."""
@@ -88,27 +112,46 @@ class Chat:
         decode = self.tokenizer.decode
         return Message("assistant", decode(content), None, tuple(Call(kind, decode(held).strip("\n")) for kind, held in calls))
 
-    def _turn(self, message: Message, where: str) -> list[Part]:
+    def _turns(self, messages: Sequence[Message], where: str, tools: Any) -> list[tuple[str, list[Said]]]:
+        """(role, its turn) of every message and of the tools."""
+        if tools:
+            first = 1 if messages and messages[0].role == "system" else 0
+            messages = [*messages[:first], tools_message(tools, where), *messages[first:]]
+        return [(message.role, self._turn(message, f"{where}, message {n}")) for n, message in enumerate(messages, 1)]
+
+    def _turn(self, message: Message, where: str) -> list[Said]:
         template = self.template
         if message.role not in template.turns:
-            raise UserError(f"{where}: the chat template {self.name} has no {message.role}, only {', '.join(template.turns)}")
+            there = f"no {message.role}, only {', '.join(template.turns)}"
+            raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has {there}")
         if message.name is not None and not template.name:
-            raise UserError(f"{where}: the chat template {self.name} has no place for a name ({message.name!r})")
+            raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has no place for a name ({message.name!r})")
         content: list[Part] = [message.content]
         for call in message.calls:
             if call.kind not in template.calls:
-                raise UserError(f"{where}: the chat template {self.name} has no place for tools")
-            content += self._filled(template.calls[call.kind], {"content": [call.content]})
+                raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has no place for tools")
+            content += [part for part, _ in self._filled(template.calls[call.kind], {"content": [call.content]})]
         name: list[Part] = []
         if message.name is not None:
-            name = self._filled(template.name, {"name": [Control(message.name) if message.name in TOOLS else message.name]})
+            speaker = Control(message.name) if message.name in TOOLS else message.name
+            name = [part for part, _ in self._filled(template.name, {"name": [speaker]})]
         return self._filled(template.turns[message.role], {"content": content, "name": name})
 
-    def _filled(self, pattern: str, values: dict[str, list[Part]]) -> list[Part]:
-        parts: list[Part] = []
+    def _filled(self, pattern: str, values: dict[str, list[Part]]) -> list[Said]:
+        found: list[Said] = []
         for index, piece in enumerate(BRACES.split(pattern)):
-            parts += [piece] if index % 2 == 0 else values.get(piece, [Control(piece)])
-        return parts
+            parts = [piece] if index % 2 == 0 else values.get(piece, [Control(piece)])
+            said = index % 2 == 1 and (piece == "content" or piece in self.template.stops)
+            found += [(part, said) for part in parts]
+        return found
+
+    def _what(self, part: Part) -> str | int:
+        """Text, or the id of a control token."""
+        if isinstance(part, str):
+            return part
+        if part.name not in self.controls:
+            self.tokenizer.id_of(self.template.controls[part.name][0])  # says that it is missing
+        return self.controls[part.name]
 
     def _encoded(self, parts: Iterable[Part]) -> Iterator[int]:
         """Text between two control tokens is encoded as one, as the original tokenizers do."""
@@ -120,20 +163,22 @@ class Chat:
             yield from self._text(text)
             text = ""
             if part is not None:
-                if part.name not in self.controls:
-                    self.tokenizer.id_of(self.template.controls[part.name][0])  # says that it is missing
-                yield self.controls[part.name]
+                yield self._what(part)
 
     def _text(self, text: str) -> list[int]:
-        """Ids of text that are no control tokens: some vocabularies hold the strings of these as ordinary pieces."""
-        if not text:
-            return []
-        ids = self.tokenizer.encode(text).tolist()
-        if not self._forbidden.intersection(ids):
+        return self._texts([text])[0].tolist() if text else []
+
+    def _texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of texts that are no control tokens: some vocabularies hold the strings of these as ordinary pieces."""
+        found = self.tokenizer.encode_batch(texts)
+        return [self._harmless(text, ids) for text, ids in zip(texts, found, strict=True)]
+
+    def _harmless(self, text: str, ids: np.ndarray) -> np.ndarray:
+        if self._forbidden.isdisjoint(ids.tolist()):
             return ids
         cut = re.compile("|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._strings)))
-        ids = [number for piece in cut.split(text) if piece for number in self.tokenizer.encode(piece).tolist()]
-        if self._forbidden.intersection(ids):
+        ids = np.concatenate(self.tokenizer.encode_batch([piece for piece in cut.split(text) if piece]))
+        if not self._forbidden.isdisjoint(ids.tolist()):
             raise UserError(f"{self.tokenizer.path}: text becomes a control token in this vocabulary: {text[:60]!r}")
         return ids
 

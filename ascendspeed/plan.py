@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed import adapters
+from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, shape_of
 
@@ -73,18 +74,22 @@ def parameters_per_device(model: ModelConfig, parallel: ParallelConfig) -> int:
     return layers + (first + last if pp == 1 else max(first, last))
 
 
-def flops_per_token(model: ModelConfig, seq_length: int) -> float:
+def flops_per_token(model: ModelConfig, seq_length: int, lora: LoraConfig | None = None) -> float:
     """FLOPs of one trained token, forward and backward: 6 per weight that multiplies, and causal attention.
 
-    Recomputation is not counted: it is no useful work. Of the experts those count that a token is sent to.
+    Recomputation is not counted: it is no useful work. Of the experts those count that a token is sent to. Weights beneath
+    adapters have no gradient of their own: 4 each, and 6 for each of the adapters'.
     """
+    adapted = lora is not None and lora.lora_rank > 0
+    more = 6.0 * adapters.parameter_count(model, lora) if adapted else 0.0
     tied = model.tie_embeddings  # then the embedding multiplies too, as the output layer
     weights = sum(
         math.prod(shape) * copies
         for row, shape, copies in _table(model, active=True)
         if len(shape) == 2 and (tied or row.ours != EMBEDDING)
     )
-    return 6.0 * weights + 6.0 * model.num_layers * model.num_attention_heads * model.head_dim * seq_length
+    attention = 6.0 * model.num_layers * model.num_attention_heads * model.head_dim * seq_length
+    return (4.0 if adapted else 6.0) * weights + more + attention
 
 
 def model_states(
@@ -108,9 +113,9 @@ def model_states(
     return ModelStates(*(count * size * share for size, share in zip((width, gradient, adam + master), shares, strict=True)))
 
 
-def checkpoint_bytes(model: ModelConfig) -> int:
-    """Size of one training checkpoint on disk."""
-    return CHECKPOINT_BYTES * parameter_count(model)
+def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
+    """Size of one training checkpoint on disk: of all weights, or of the adapters alone."""
+    return CHECKPOINT_BYTES * (adapters.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model))
 
 
 def known_peak(device_name: str) -> float | None:

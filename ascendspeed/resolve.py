@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import checks, config, families, flags
+from ascendspeed import adapters, checks, config, families, flags
 from ascendspeed.config import ModelConfig, Run
 from ascendspeed.errors import UserError
 from ascendspeed.steps import looks_like_checkpoint
@@ -66,6 +66,8 @@ class RecipeFlags:
     """Instruction data: one document in each sample: --packing none."""
     local_rank: int | None = None
     """Accepted; LOCAL_RANK of the launcher is used."""
+    lora_register_forward_hook: tuple[str, ...] = ()
+    """Accepted; what goes into the first layer wants a gradient by itself here."""
 
 
 SAYS = {  # one line for each accepted flag that no longer does anything
@@ -76,6 +78,7 @@ SAYS = {  # one line for each accepted flag that no longer does anything
     "tokenizer_not_use_fast": "tokenizer.model is always read by sentencepiece itself",
     "auto_recompute_profiling_step": "nothing is profiled",
     "local_rank": "LOCAL_RANK of the launcher is used",
+    "lora_register_forward_hook": "what goes into the first layer wants a gradient by itself",
 }
 
 
@@ -89,6 +92,7 @@ class Command:
     optim: FlagCreatePairsOff[config.OptimConfig] = field(default_factory=config.OptimConfig)
     data: FlagCreatePairsOff[config.DataConfig] = field(default_factory=config.DataConfig)
     train: FlagCreatePairsOff[config.TrainConfig] = field(default_factory=config.TrainConfig)
+    lora: FlagCreatePairsOff[config.LoraConfig] = field(default_factory=config.LoraConfig)
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
@@ -138,7 +142,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
         raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
-    run = Run(model, parallel, optim, data, train)
+    run = Run(model, parallel, optim, data, train, adapters.check(model, command.lora))
     checks.check(run, world)
     return run, said
 

@@ -11,13 +11,15 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import checkpoint, formats, plan, schedule, tokenizer
+from ascendspeed import adapting, checkpoint, formats, plan, schedule, tokenizer
 from ascendspeed.checkpoint import Checkpoint, TrainState
-from ascendspeed.config import Run
+from ascendspeed.config import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
+from ascendspeed.formats import Source, training
+from ascendspeed.formats.adapter import initial
 from ascendspeed.parallel import Grid
 from ascendspeed.weights import random_tensors
 
@@ -39,6 +41,12 @@ class Start:
     tensors: Iterable[tuple[str, Tensor]] | None
     """Weights to fill the model with; None: `resume` brings them."""
     resume: Checkpoint | None = None
+    lora: LoraConfig | None = None
+    """Of a run of adapters: with the weights that they belong to."""
+
+    def named(self, run: Run) -> Run:
+        """The run as its checkpoints remember it."""
+        return dataclasses.replace(run, lora=self.lora) if self.lora else run
 
     @property
     def state(self) -> TrainState:
@@ -110,7 +118,9 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     if load and not (same and _is_empty(Path(load))):
         source = formats.open_source(load)
         say(f"weights from {load} ({source.kind})")
-        return Start(source.tensors())
+        return _from_weights(run, source, say)
+    if run.lora.lora_rank:
+        raise UserError(f"--lora-rank {run.lora.lora_rank}: adapters belong to weights; name these by --load")
     why = f"--load {load} is empty: a fresh start from" if load else "no --load:"
     say(f"{why} random weights, seed {run.train.seed}")
     return Start(random_tensors(run.model, run.train.seed, device.torch))
@@ -153,7 +163,7 @@ def _try_disk(folder: Path, grid: Grid) -> None:
 
 def _check_disk(run: Run, grid: Grid, say: Say) -> None:
     """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
-    size, train = plan.checkpoint_bytes(run.model), run.train
+    size, train = plan.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
     disk = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = grid.gather(shutil.disk_usage(disk).free)[0]  # one answer for all ranks, though others write there too
@@ -174,25 +184,40 @@ def _is_empty(folder: Path) -> bool:
     )
 
 
+def _from_weights(run: Run, source: Source, say: Say) -> Start:
+    if not run.lora.lora_rank:
+        return Start(source.tensors())
+    tensors, lora = adapting.begin(run, source, say)
+    return Start(tensors, lora=lora)
+
+
 def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start:
     theirs = dataclasses.replace(found.config, init_method_std=run.model.init_method_std)
     if theirs != run.model:
         raise UserError(f"{found.path} holds another model than this run: {theirs}, not {run.model}")
-    if run.train.finetune:
+    adapted = bool(run.lora.lora_rank)
+    adapting.check_kind(run, found)
+    if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
-        return Start(found.tensors())
+        return _from_weights(run, training.source_of(found), say)
+    tensors, lora = adapting.go_on(run, found, say) if adapted else (None, None)
+    if run.train.finetune:
+        say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
+        return Start(chain(tensors, found.tensors()), lora=lora)
     _announce_changes(run, found.run, say)
     moved = (found.world, found.run.parallel.places) != (grid.world, run.parallel.places)
-    if moved and (run.train.attention_dropout or run.train.hidden_dropout):
+    if moved and (run.train.attention_dropout or run.train.hidden_dropout or (adapted and run.lora.lora_dropout)):
         say("note: in another layout than that of the checkpoint, the dropout masks start anew from --seed")
     say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")
-    return Start(None, found)
+    if adapted:  # the engine asks for all its weights; the checkpoint then brings the adapters
+        tensors = chain(tensors, initial(run.model, run.lora, run.train.seed))
+    return Start(tensors, found, lora)
 
 
 def _announce_changes(run: Run, before: Run, say: Say) -> None:
     """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
     watched = [(group, f.name) for group in ("data", "optim") for f in dataclasses.fields(getattr(run, group))]
-    for group, name in [*watched, *(("train", name) for name in WATCHED_TRAIN)]:
+    for group, name in [*watched, *(("train", name) for name in WATCHED_TRAIN), ("lora", "lora_dropout")]:
         old, new = getattr(getattr(before, group), name), getattr(getattr(run, group), name)
         if old != new and name not in UNWATCHED:
             say(f"note: {name} was {old} when the checkpoint was saved and is {new} now")

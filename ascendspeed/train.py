@@ -5,16 +5,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 
 from ascendspeed import parallel, plan
-from ascendspeed.checkpoint import Saver, TrainState, claim
+from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
 from ascendspeed.errors import UserError
+from ascendspeed.formats import peft
+from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.parallel import Grid
 from ascendspeed.schedule import lr_at
@@ -39,7 +42,7 @@ class Window:
         tokens = sum(r.tokens for r in counted)
         per_iteration = seconds / len(results)
         per_device = run.train.global_batch_size * run.data.seq_length / per_iteration / grid.world
-        tflops = per_device * plan.flops_per_token(run.model, run.data.seq_length) / 1e12
+        tflops = per_device * plan.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
         peak = plan.known_peak(device.name) if run.optim.dtype != "fp32" else None
         self.results, self.began = [], time.perf_counter()
         return TrainLine(
@@ -111,6 +114,10 @@ def train(
     if leaving:
         log.say(f"{leaving}: stopped after iteration {state.step}")
     watch.done = state.step >= run.train.train_iters
+    if watch.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
+        adapter = Path(run.train.save, "adapter")
+        peft.replace_with(of_checkpoint(Checkpoint(saver.last)), adapter)
+        log.say(f" adapters for peft in {adapter}")
     return state
 
 
@@ -136,7 +143,7 @@ def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Sa
     if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=parallel.beside(SAVE_MINUTES))
     token = grid.gather(claim(run.train.save) if grid.rank == 0 else "")[0]
-    return Saver(run, grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token)
+    return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token)
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:

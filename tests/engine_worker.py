@@ -11,8 +11,10 @@ A case: {"changes": {group: {field: value}}, "weights": safetensors (else random
 import gc
 import json
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 from ascendspeed import config, device
 
@@ -26,12 +28,11 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ascendspeed import checkpoint, parallel, schedule
+    from ascendspeed import checkpoint, kernels, parallel, schedule
     from ascendspeed.data.dataset import Batch
-    from ascendspeed.kernels import Kernels
     from ascendspeed.weights import random_tensors
 
-    base = config.from_dict(job["run"])
+    base, fused = config.from_dict(job["run"]), kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
         base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"]
     )
@@ -70,9 +71,9 @@ def main() -> None:
         if case.get("break") == "documents see each other":
             without_documents()
         if run.parallel.deepspeed:
-            engine = deepspeed_engine(case.get("break"))(run, grid, here, tensors)
+            engine = deepspeed_engine(case.get("break"))(run, grid, here, fused, tensors)
         else:
-            engine = megatron_engine(case.get("break"))(run, grid, here, Kernels(), tensors)
+            engine = megatron_engine(case.get("break"))(run, grid, here, fused, tensors)
         if case.get("load"):
             engine.restore(checkpoint.open_checkpoint(case["load"], say=lambda text: None))
         if case.get("resave"):
@@ -141,14 +142,13 @@ def check_replicas(engine, grid):
 def deepspeed_engine(mistake):
     """Makes the DeepSpeed engine, with a mistake made on purpose."""
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
-    from ascendspeed.kernels import Kernels
 
     class WithoutHook(DeepSpeedEngine):
         def _sum_over_tensor_parallel(self, gradient):
             return gradient
 
     kind = WithoutHook if mistake == "sequence-parallel hook" else DeepSpeedEngine
-    return lambda run, grid, here, tensors: kind(run, grid, here, ds_config(run, grid.world), Kernels(), tensors)
+    return lambda run, grid, here, kernels, tensors: kind(run, grid, here, ds_config(run, grid.world), kernels, tensors)
 
 
 def megatron_engine(mistake):
@@ -157,7 +157,8 @@ def megatron_engine(mistake):
 
     class Mistaken(MegatronEngine):
         def __init__(self, *args):
-            super().__init__(*args)
+            with without_adapters(mistake):
+                super().__init__(*args)
             if mistake == "batched messages":  # megatron-core's default
                 self.config.overlap_p2p_comm, self.config.batch_p2p_comm = False, True
             if mistake == "sequence-parallel sum":
@@ -184,6 +185,10 @@ def megatron_engine(mistake):
                 return values * self.grid.dp
             return super()._sum(values, group)
 
+        def step(self, *args):
+            with without_adapters(mistake):
+                return super().step(*args)
+
         def _publish(self):
             if mistake != "masters not published":
                 super()._publish()
@@ -196,6 +201,14 @@ def without_documents():
     from ascendspeed.model import attention
 
     attention.attend_within = lambda segments, q, k, v, *_: attention.attend(q, k, v)
+
+
+def without_adapters(mistake):
+    """For `adapters: name`: that function of the adapters does nothing meanwhile."""
+    from ascendspeed.model import lora
+
+    name = (mistake or "").partition("adapters: ")[2]
+    return patch.object(lora, name, lambda x, *_, **__: x if name != "_begin" else None) if name else nullcontext()
 
 
 class InARow:

@@ -16,6 +16,7 @@ PACKAGE = ROOT / "ascendspeed"
 # Every room of the library and its floor; a new room gets a line here. Scripts are floor 6.
 FLOORS = {
     "errors": 0,
+    "adapters": 0,
     "inputs": 0,
     "config": 0,
     "log": 0,
@@ -45,13 +46,14 @@ FLOORS = {
     "engines": 4,
     "watch": 4,
     "generate": 4,
+    "adapting": 4,
     "start": 5,
     "train": 5,
     "evaluation": 5,
     "inference": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
-TORCH_FREE = ["errors", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]
+TORCH_FREE = ["errors", "adapters", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]
 TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
 MEGATRON = {
     "model",

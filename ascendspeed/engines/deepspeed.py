@@ -141,9 +141,9 @@ class DeepSpeedEngine:
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
         if tensors is not None:
-            gpt.fill(module, run.model, run.parallel, tensors, gather)
+            gpt.fill(module, run.model, run.parallel, tensors, gather, run.lora)
         for parameter in module.parameters():
-            if getattr(parameter, "sequence_parallel", False):
+            if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
         self.engine = deepspeed.initialize(
             model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
@@ -154,15 +154,14 @@ class DeepSpeedEngine:
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
             self.engine.enable_backward_allreduce = False
-        self.cuts = gpt.cuts(run.model, run.parallel)
+        self.cuts = gpt.cuts(run.model, run.parallel, run.lora)
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
         run = self.run
         groups = {"data_parallel_group": self.grid.dp_group} if self.grid.tp > 1 else {}
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
-            return gpt.build(
-                run.model, run.parallel, transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
-            )
+            settings = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
+            return gpt.build(run.model, run.parallel, settings, lora=run.lora)
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -178,10 +177,11 @@ class DeepSpeedEngine:
         decay, plain = [], []
         for name, parameter in module.named_parameters():
             flat = name.endswith(".bias") or len(getattr(parameter, "ds_shape", parameter.shape)) == 1
-            (plain if flat else decay).append(parameter)
+            if parameter.requires_grad:
+                (plain if flat else decay).append(parameter)
         groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
         return AdamW(
-            groups,
+            [group for group in groups if group["params"]],  # adapters are all matrices, and ZeRO cannot flatten nothing
             lr=optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_eps,
@@ -248,7 +248,7 @@ class DeepSpeedEngine:
         """Stage 0: the global norm, every replicated gradient counted once."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device.torch)
         for parameter in self.module.parameters():
-            if self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False):
+            if parameter.requires_grad and (self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)):
                 # fp32 sums of rows, then fp64: a copy of the gradient in fp64 costs 50 times as much
                 squares += torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
         dist.all_reduce(squares, group=self.grid.tp_group)
@@ -262,6 +262,8 @@ class DeepSpeedEngine:
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine.fragments`. ZeRO has flattened the parameters; every rank's pieces are found by name and flat start."""
         for name, parameter in gpt.named_parameters(self.module).items():
+            if not parameter.requires_grad:
+                continue
             cut = self.cuts[name]
             for start, views in self._pieces(parameter):
                 holder = (self.grid.tp_rank, self.grid.tp) if cut.dim is None else (0, 1)

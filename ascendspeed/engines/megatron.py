@@ -52,14 +52,14 @@ class MegatronEngine:
             part.optimizer = self._adamw(part.optimizer.param_groups)
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
-        self.cuts = gpt.cuts(run.model, run.parallel)
+        self.cuts = gpt.cuts(run.model, run.parallel, run.lora)
 
     def _build(self, tensors: Tensors | None) -> list[gpt.InternLM]:
         run, virtual = self.run, self.run.parallel.num_virtual_stages_per_pipeline_rank
         stages = range(virtual) if virtual > 1 else [None]
-        modules = [gpt.build(run.model, run.parallel, self.config, stage).to(self.device.torch) for stage in stages]
+        modules = [gpt.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch) for stage in stages]
         if tensors is not None:
-            gpt.fill(modules, run.model, run.parallel, tensors)
+            gpt.fill(modules, run.model, run.parallel, tensors, lora=run.lora)
         return modules
 
     def _wrap(self) -> list[DistributedDataParallel]:

@@ -1,12 +1,14 @@
 """A checkpoint to read, whatever its format: an architecture and a stream of full tensors by our names."""
 
 import ctypes
+import hashlib
+import json
 import math
 import mmap
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,19 @@ class Source:
     def names(self) -> list[str]:
         """Of all parameters, in the model's order."""
         return list(self.dtypes)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the architecture and some numbers of every parameter: the same for the same weights in any format.
+
+        A row of each matrix is read, as fp32: enough to know another model of the same architecture, and done at once.
+        """
+        architecture = {k: v for k, v in asdict(self.config).items() if k not in ("family", "init_method_std")}
+        sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+        for p in weights.parameters(self.config):
+            tile = Tile(p.shape[0] // 2, 0, 0, 0, 1, p.shape[1]) if len(p.shape) == 2 else Tile(0, 0, 0, 0, p.shape[0], 1)
+            sha.update(f"{p.name} {list(p.shape)}\n".encode())
+            sha.update(self.block(p.name, tile).float().contiguous().numpy().tobytes())
+        return sha.hexdigest()
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """(our name, full unpadded tensor) of every parameter in the model's order; a tensor may be a read-only view of a file."""

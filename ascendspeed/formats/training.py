@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ascendspeed import checkpoint, weights
+from ascendspeed.checkpoint import Checkpoint
 from ascendspeed.errors import UserError
+from ascendspeed.formats.adapter import merged, of_checkpoint
 from ascendspeed.formats.source import Source, check_names, read_config
 from ascendspeed.weights import Cut, Tile
 
@@ -18,12 +20,39 @@ def is_one(folder: Path) -> bool:
 
 
 def open_folder(folder: Path, config: Path) -> Source:
-    """The newest good checkpoint in a folder, verified; tokenizer and token ids are those of the run's tokenizer folder."""
+    """The newest good checkpoint in a folder, verified; tokenizer and token ids are those of the run's tokenizer folder.
+
+    Of a checkpoint of adapters these are in the weights that they belong to.
+    """
     if config != folder:
         raise UserError(
             f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer names a tokenizer)"
         )
-    opened = checkpoint.open_checkpoint(folder)
+    return source_of(checkpoint.open_checkpoint(folder))
+
+
+def source_of(opened: Checkpoint) -> Source:
+    """An opened checkpoint as a source."""
+    return merged(base_of(opened), of_checkpoint(opened)) if opened.run.lora.lora_rank else _whole(opened)
+
+
+def base_of(opened: Checkpoint, moved_to: str | None = None) -> Source:
+    """The weights that a checkpoint's adapters belong to, which lie where they lay or were `moved_to`. Raises `UserError`."""
+    from ascendspeed.formats import open_source
+
+    lora = opened.run.lora
+    where = moved_to or lora.lora_base
+    if where is None or not Path(where).is_dir():
+        raise UserError(
+            f"{opened.path} holds adapters of the weights in {where}: they are not there; name their folder (--lora-base)"
+        )
+    source = open_source(where)
+    if source.fingerprint() != lora.lora_base_fingerprint:
+        raise UserError(f"{opened.path} holds adapters of other weights than those in {where} (trained on {lora.lora_base})")
+    return source
+
+
+def _whole(opened: Checkpoint) -> Source:
     shapes = {parameter.name: parameter.shape for parameter in weights.parameters(opened.config)}
     check_names(opened.path, shapes, opened.names(), of="the model of its run.json")
     tokenizer = opened.run.data.tokenizer_name_or_path

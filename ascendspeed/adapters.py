@@ -1,0 +1,135 @@
+"""LoRA adapters as data: which matrices of a model may have one, by which names, and of which shapes. No torch.
+
+An adapter belongs to one matrix of the Hugging Face model, so that a directory of peft maps one to one; several of them (q, k, v)
+lie in one linear of Megatron-core's. A family with names of its own (InternLM2's wqkv) may be adapted under Llama's names too.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from ascendspeed.config import LoraConfig, ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families import FAMILIES
+from ascendspeed.families.family import Row, shape_of
+from ascendspeed.families.llama import ROWS as LLAMA
+
+LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""Megatron-core's linears of a layer, which may have adapters."""
+GROUPS = {  # Megatron's names, new and old, for all matrices in one of its linears
+    **{name: name for name in LINEARS},
+    "query_key_value": "linear_qkv",
+    "dense": "linear_proj",
+    "dense_h_to_4h": "linear_fc1",
+    "proj": "linear_fc1",
+    "dense_4h_to_h": "linear_fc2",
+}
+ALL = "all-linear"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A matrix of every layer that has an adapter: A [rank, inputs] and B [outputs, rank]."""
+
+    row: Row
+    """Whose parameter it is, or is a block of."""
+    theirs: str
+    """Its module in the Hugging Face model, such as model.layers.{l}.self_attn.q_proj."""
+    inputs: int
+    outputs: int
+
+    @property
+    def linear(self) -> str:
+        """One of LINEARS."""
+        return self.row.ours.split(".")[-2]
+
+    @property
+    def leaf(self) -> str:
+        """The last word of its name, which is that of --lora-target-modules."""
+        return self.theirs.rpartition(".")[2]
+
+    def ours(self, which: str, layer: int) -> str:
+        """Our name of its A or B in a layer."""
+        return f"{self.row.ours.removesuffix('weight').format(l=layer)}lora.{self.leaf}_{which}"
+
+    def shape(self, which: str, rank: int) -> tuple[int, int]:
+        """Of its A or B."""
+        return (rank, self.inputs) if which == "A" else (self.outputs, rank)
+
+
+def targets_of(model: ModelConfig, rows: Iterable[Row] | None = None) -> list[Target]:
+    """Every matrix that may have an adapter, in the model's order, by its family's rows or by others for the same parameters."""
+    found = []
+    for row in FAMILIES[model.family].rows_of(model, rows):
+        *_, linear, kind = row.ours.split(".")
+        if kind != "weight" or linear not in LINEARS or "{e}" in row.ours:
+            continue
+        outputs, inputs = shape_of(model, row)
+        sizes = blocks(model, row) if len(row.theirs) > 1 else [outputs]
+        found += [Target(row, name.removesuffix(".weight"), inputs, n) for name, n in zip(row.theirs, sizes, strict=True)]
+    return found
+
+
+def blocks(model: ModelConfig, row: Row) -> list[int]:
+    """Rows of each block of a parameter: all of them; q, k and v; gate and up."""
+    rows, kv = shape_of(model, row)[0], model.kv_heads * model.head_dim
+    return {"one": [rows], "glu": [rows // 2] * 2, "qkv": [rows - 2 * kv, kv, kv]}[row.fuse]
+
+
+def dialects(model: ModelConfig) -> Iterator[list[Target]]:
+    """The ways to name the matrices of a model: its family's own, and Llama's."""
+    own = targets_of(model)
+    yield own
+    llama = targets_of(model, LLAMA)
+    if {t.theirs for t in llama} != {t.theirs for t in own}:
+        yield llama
+
+
+def chosen(model: ModelConfig, lora: LoraConfig) -> list[Target]:
+    """The matrices that have an adapter in a run, in the model's order; none when LoRA is off."""
+    if not lora.lora_rank:
+        return []
+    names = named(model, lora.lora_target_modules)
+    ways = ([target for target in targets if target.leaf in names] for targets in dialects(model))
+    return next(way for way in ways if len(way) == len(names))
+
+
+def named(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
+    """--lora-target-modules as the names of single matrices, in the model's order.
+
+    Raises `UserError` for a name that does not exist, or for a mixture of a family's own names and Llama's.
+    """
+    words = [word for text in words for word in text.split(",") if word]
+    own, *others = ({target.leaf: target.linear for target in targets} for targets in dialects(model))
+    if not words:
+        raise UserError(f"--lora-target-modules names nothing; there are {_known(own, others)}")
+    for names in (own, *others):
+        if all(word == ALL or word in GROUPS or word in names for word in words):
+            linears = {GROUPS.get(word) for word in words}
+            return tuple(name for name, linear in names.items() if ALL in words or name in words or linear in linears)
+    unknown = [word for word in words if word not in (ALL, *GROUPS) and not any(word in names for names in (own, *others))]
+    if unknown:
+        raise UserError(f"--lora-target-modules {' '.join(unknown)}: no such matrix; there are {_known(own, others)}")
+    raise UserError(
+        f"--lora-target-modules {' '.join(words)} mixes two ways to name the matrices; use one of {_known(own, others)}"
+    )
+
+
+def _known(own: Iterable[str], others: Sequence[Iterable[str]]) -> str:
+    ways = " or ".join(" ".join(names) for names in (own, *others))
+    return f"{ways} (or {ALL}, {' '.join(GROUPS)})"
+
+
+def parameter_count(model: ModelConfig, lora: LoraConfig) -> int:
+    """Parameters of all adapters."""
+    return model.num_layers * sum(lora.lora_rank * (target.inputs + target.outputs) for target in chosen(model, lora))
+
+
+def check(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
+    """The same with its target modules as single names. Raises `UserError` for what means nothing or is not supported."""
+    if not lora.lora_rank:
+        if lora != LoraConfig():
+            raise UserError("--lora-alpha, --lora-target-modules and so on mean nothing without --lora-rank; add it")
+        return lora
+    if model.num_experts:
+        raise UserError(f"--lora-rank {lora.lora_rank}: models with experts ({model.family}) cannot have adapters here")
+    return replace(lora, lora_target_modules=named(model, lora.lora_target_modules))

@@ -1,0 +1,179 @@
+"""LoRA adapters by the names of Hugging Face's modules: to start from, to merge into weights, to write in other names."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import torch
+from torch import Tensor
+
+from ascendspeed import adapters, weights
+from ascendspeed.adapters import Target
+from ascendspeed.checkpoint import Checkpoint
+from ascendspeed.config import LoraConfig, ModelConfig
+from ascendspeed.errors import UserError
+from ascendspeed.families.family import Row
+from ascendspeed.families.internlm2 import INTERNLM2
+from ascendspeed.families.llama import ROWS as LLAMA
+from ascendspeed.formats.source import Source, check_names, from_maker, some
+from ascendspeed.weights import Parameter, Tile
+
+
+class Pair(NamedTuple):
+    """What is added to one matrix: scale x B A."""
+
+    a: Tensor
+    """[rank, inputs]."""
+    b: Tensor
+    """[outputs, rank]."""
+    scale: float
+
+    def delta(self) -> Tensor:
+        """[outputs, inputs], fp32: the same operations as peft's, bit for bit."""
+        return self.b.float() @ self.a.float() * self.scale
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The adapters of a model."""
+
+    where: Path
+    pairs: Mapping[str, Pair]
+    """Module of the Hugging Face model, such as model.layers.0.self_attn.q_proj -> its adapter."""
+    settings: Mapping[str, Any]
+    """What an adapter_config.json says of them."""
+    base: str | None = None
+    """Where the weights lie that they belong to."""
+    fingerprint: str | None = None
+    """Of these weights, where it is known."""
+
+
+def initial(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Fresh adapters, the same for every layout, by our names: A as peft draws it (uniform to 1 / sqrt(inputs)), B zero."""
+    for layer in range(model.num_layers):
+        for target in adapters.chosen(model, lora):
+            name, shape = target.ours("A", layer), target.shape("A", lora.lora_rank)
+            generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
+            bound = 1 / math.sqrt(target.inputs)
+            yield name, torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            yield target.ours("B", layer), torch.zeros(target.shape("B", lora.lora_rank))
+
+
+def of_checkpoint(opened: Checkpoint) -> Adapter:
+    """The adapters in a training checkpoint, fp32. Raises `UserError` when it has none."""
+    model, lora = opened.config, opened.run.lora
+    if not lora.lora_rank:
+        raise UserError(f"{opened.path} holds all weights of a model, no adapters (it was trained without --lora-rank)")
+    tensors, pairs = dict(opened.tensors()), {}
+    for layer, target in _places(model, adapters.chosen(model, lora)):
+        a, b = (tensors[target.ours(which, layer)] for which in "AB")
+        pairs[target.theirs.format(l=layer)] = Pair(a, b, lora.lora_alpha / lora.lora_rank)
+    settings = {
+        "r": lora.lora_rank,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(lora.lora_target_modules),
+    }
+    return Adapter(opened.path, pairs, settings, lora.lora_base, lora.lora_base_fingerprint)
+
+
+def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Tensor]]:
+    """Its matrices by our names, to train on. Raises `UserError` unless they are those that the run's flags ask for."""
+    places = {target.theirs.format(l=layer): (layer, target) for layer, target in _places(model, adapters.chosen(model, lora))}
+    check_names(adapter.where, places, adapter.pairs, of=f"the adapters of {' '.join(lora.lora_target_modules)} in every layer")
+    for name, (layer, target) in places.items():
+        pair, scale = adapter.pairs[name], lora.lora_alpha / lora.lora_rank
+        if len(pair.a) != lora.lora_rank:
+            raise UserError(f"{adapter.where}: {name} has rank {len(pair.a)}, but --lora-rank is {lora.lora_rank}; give that one")
+        if not math.isclose(pair.scale, scale):
+            alpha = f"{pair.scale * lora.lora_rank:g}"
+            raise UserError(
+                f"{adapter.where}: {name} has an alpha of {alpha}, but --lora-alpha is {lora.lora_alpha:g}; give that one"
+            )
+        _check_shapes(adapter, name, target)
+        yield target.ours("A", layer), pair.a.float()
+        yield target.ours("B", layer), pair.b.float()
+
+
+def merged(source: Source, adapter: Adapter) -> Source:
+    """The weights with the adapters in them, as a source; every tensor is made when it is asked for.
+
+    Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.
+    """
+    if adapter.fingerprint not in (None, source.fingerprint()):
+        raise UserError(f"{source.where} does not hold the weights that {adapter.where} was trained on ({adapter.base})")
+    parameters = _parameters_of(adapter, source.config)
+
+    def make(name: str) -> Tensor:
+        parameter = parameters[name]
+        full = source.block(name, Tile(0, 0, 0, 0, *parameter.shape))
+        parts = weights.part(source.config, parameter, full)
+        for theirs, part in parts.items():
+            if pair := adapter.pairs.get(theirs.removesuffix(".weight")):
+                parts[theirs] = (part + pair.delta()).to(part.dtype)
+        return weights.join(source.config, parameter, parts)
+
+    made = from_maker(make)
+
+    def block(name: str, wanted: Tile) -> Tensor:
+        return (made if name in parameters else source.block)(name, wanted)
+
+    return replace(source, kind=f"{source.kind} with adapters", block=block)
+
+
+def check_targets(adapter: Adapter, model: ModelConfig) -> None:
+    """Raises `UserError` for adapters of another model than this."""
+    _parameters_of(adapter, model)
+
+
+def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
+    """The same function by Llama's names: where one matrix becomes several (wqkv), each gets all of A and its rows of B."""
+    own = {p.name: p for p in weights.parameters(model)}
+    pairs = {}
+    for llama in weights.parameters(model, LLAMA):
+        mine, theirs = own[llama.name].theirs, llama.theirs
+        found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
+        if not any(found):
+            continue
+        if len(mine) == 1 < len(theirs):
+            a, b, scale = found[0]
+            shape = (llama.shape[0], b.shape[1])
+            full = weights.join(model, replace(own[llama.name], shape=shape), {mine[0]: b})
+            rows = weights.part(model, replace(llama, shape=shape), full)
+            found = [Pair(a.clone(), rows[name].contiguous(), scale) for name in theirs]
+        pairs |= {name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair}
+    leaves = {name.rpartition(".")[2]: None for name in pairs}
+    return replace(adapter, pairs=pairs, settings={**adapter.settings, "target_modules": list(leaves)})
+
+
+def _places(model: ModelConfig, targets: Sequence[Target]) -> Iterator[tuple[int, Target]]:
+    for layer in range(model.num_layers):
+        for target in targets:
+            yield layer, target
+
+
+def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]:
+    """Our name -> the parameter, named as the adapters are, of everything that they change."""
+    ways: list[Sequence[Row] | None] = [None, LLAMA, INTERNLM2.rows]
+    found = [{t.theirs.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))} for rows in ways]
+    best = max(range(len(ways)), key=lambda i: len(adapter.pairs.keys() & found[i].keys()))
+    if left := sorted(adapter.pairs.keys() - found[best].keys()):
+        raise UserError(f"{adapter.where} has left over {some(left)}, which the model ({model.family}) has no matrix for")
+    if not adapter.pairs:
+        raise UserError(f"{adapter.where} holds no adapters")
+    for name in adapter.pairs:
+        _check_shapes(adapter, name, found[best][name])
+    touched = {name + ".weight" for name in adapter.pairs}
+    return {p.name: p for p in weights.parameters(model, ways[best]) if touched & set(p.theirs)}
+
+
+def _check_shapes(adapter: Adapter, name: str, target: Target) -> None:
+    a, b, _ = adapter.pairs[name]
+    if (a.shape[1], b.shape[0]) != (target.inputs, target.outputs) or a.shape[0] != b.shape[1]:
+        raise UserError(
+            f"{adapter.where}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit a matrix of "
+            f"{[target.outputs, target.inputs]}: it is another model's"
+        )

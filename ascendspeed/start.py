@@ -199,7 +199,8 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start
     adapting.check_kind(run, found)
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
-        return _from_weights(run, training.source_of(found), say)
+        either = adapted or found.run.lora.lora_rank
+        return _from_weights(run, training.source_of(found), say) if either else Start(found.tensors())
     tensors, lora = adapting.go_on(run, found, say) if adapted else (None, None)
     if run.train.finetune:
         say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import launch
 import oracle
 import pytest
+import test_segments as segments
 import torch
 from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
@@ -62,3 +63,51 @@ def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
         results.append([out.detach(), x.grad, *([weight.grad] if operation == "rms_norm" else [])])
     for mine, theirs in zip(*results, strict=True):
         assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
+    """fp32 by SDPA, document by document; bf16 by the device's own kernel."""
+    batches, rows = segments.packed()
+    expected, _ = segments.trained(segments.INTERNLM, batches, rows, STEPS, tmp_path)
+    data = segments.written(batches, tmp_path / "data")
+    layouts = {"zero 2": segments.ZERO[2], "megatron": {}}
+    cases = {f"fp32 {name}": segments.case(layout, data, STEPS) for name, layout in layouts.items()}
+    cases |= {f"bf16 {name}": segments.case(layout, data, STEPS, optim={"bf16": True}) for name, layout in layouts.items()}
+    cases["control"] = segments.case({}, data, STEPS, **{"break": "documents see each other"})
+    job = {"run": config.to_dict(segments.RUN), "steps": STEPS, "data_seed": 0, "cases": cases, "device": "cuda"}
+    for name, curve in launch.ranks(1, "engine_worker.py", job, tmp_path / "ranks").items():
+        loss, _ = worst(curve, expected)
+        if name == "control":
+            assert loss > 5e-3
+        else:
+            assert loss < (5e-5 if name.startswith("fp32") else 5e-3), (name, loss)
+
+
+@pytest.mark.parametrize("groups", [8, 2])
+def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_masked(groups):
+    """Against fp64: no coarser than SDPA on each document."""
+    found = device.fused(device.Device("cuda", 0, "nccl", ""), "varlen")
+    if found is None:
+        pytest.skip("no kernel for sequences of various lengths is installed")
+    ends = [1, 300, 301, 428, 1024]
+    bounds = device.Bounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
+    q, k, v = (torch.randn(1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups))
+    gradient = torch.randn_like(q)
+
+    def by_sdpa(q, k, v):
+        parts = zip(*(x.split([1, 299, 1, 127, 596]) for x in (q, k, v)), strict=True)
+        one = (tuple(x.transpose(0, 1)[None] for x in part) for part in parts)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return torch.cat([attend(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for qkv in one])
+
+    def values(call, dtype):
+        given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        out = call(*given)
+        return [out.detach(), *torch.autograd.grad(out, given, gradient.to(dtype))]
+
+    exact = values(lambda *qkv: segments.flat_attention(*(x.cpu() for x in qkv), ends).cuda(), torch.float64)
+    mine, sdpa = values(lambda *qkv: found.call(*qkv, bounds), torch.bfloat16), values(by_sdpa, torch.bfloat16)
+    for one, other, right in zip(mine, sdpa, exact, strict=True):
+        errors = [(x.double() - right).square().mean().sqrt() for x in (one, other)]
+        assert errors[0] < 1.2 * errors[1]
+        assert errors[0] < 1e-2 * right.square().mean().sqrt()

@@ -1,25 +1,23 @@
 """Packed rows against the same documents one by one through Hugging Face's model, under both engines; and what they are made of."""
 
 import inspect
-import sys
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import launch
 import oracle
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_engine_deepspeed import RUN as BASE
 from test_engine_deepspeed import Curve, worst
 from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
-from test_model import ours, tensors_of
 from test_moe import MIXTRAL, loaded
-from torch.nn import functional as F
 
 from ascendspeed import checkpoint, config, device, schedule, weights
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
@@ -50,7 +48,7 @@ Rows = list[list[list[int]]]
 
 
 def packed(steps: int = STEPS, samples: int = 4, seed: int = 11) -> tuple[Batches, Rows]:
-    """Rows of documents of random lengths - one token to the whole row - whose prompts are not to be learnt; the last is padding."""
+    """Rows of documents of 1 to 48 tokens whose prompts are not to be learnt; the end of a row is padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -145,8 +143,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
 }
 FAMILIES = {"internlm2": GROUPED, "mixtral": EXPERTS}
-ELSEWHERE = {"internlm2": ("zero 2 dp2", "tp2", "cp2"), "mixtral": ("zero 2 dp2", "pp2")}
-FULL, SELECTIVE = ({"recompute_granularity": kind} for kind in ("full", "selective"))
+ELSEWHERE = {"internlm2": ("zero 1 tp2", "cp2"), "mixtral": ("zero 2 dp2", "ep2")}
+RECOMPUTED = (("cp2", "full"), ("tp2 sp", "selective"))
 
 
 def written(batches: Batches, path: Path) -> Path:
@@ -154,38 +152,44 @@ def written(batches: Batches, path: Path) -> Path:
     return path
 
 
-def cases_of(world: int, folder: Path) -> dict[str, dict[str, Any]]:
-    batches, _ = packed()
-    data, layouts = written(batches, folder / "data"), LAYOUTS[world]
-    long = ("zero 2 dp2", "pp2 vpp2")
-    cases = {name: case(layout, data, STEPS if name in long else 5, evaluate=True) for name, layout in layouts.items()}
-    for name, layout in layouts.items():
-        if name not in long:
+def layouts_of(world: int, data: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Two layouts for the whole curve, the others for the gradients of one step."""
+    cases = {}
+    for name, layout in LAYOUTS[world].items():
+        if name in ("zero 2 dp2", "pp2 vpp2"):
+            cases[name] = case(layout, data, STEPS, evaluate=True)
+        else:
             cases[f"{name}, first step"] = case(layout, data, 1, save=str(folder / "ckpt" / name))
-    if world > 2:
-        return cases
+    return cases
+
+
+def others(data: Path) -> dict[str, dict[str, Any]]:
+    """Other families; bf16; recomputation, whose second pass drops what the first one did."""
+    layouts, cases = LAYOUTS[2] | {"ep2": EP}, {}
     for family, model in FAMILIES.items():
-        cases |= {f"{family}: {name}": case(layouts[name], data, 5, model) for name in ELSEWHERE[family]}
-    cases["mixtral: ep2"] = case(EP, data, 5, EXPERTS)
-    for name, recompute in (("zero 3 dp2", FULL), ("cp2", FULL), ("tp2 sp", SELECTIVE)):
-        kind, dropout = recompute["recompute_granularity"], {"attention_dropout": 0.2}
-        cases[f"{name}, {kind} recomputation"] = case(layouts[name], data, 5, train=recompute)
+        cases |= {f"{family}: {name}": case(layouts[name], data, 3, model) for name in ELSEWHERE[family]}
+    for name, kind in RECOMPUTED:
+        recompute, dropout = {"recompute_granularity": kind}, {"attention_dropout": 0.2}
+        cases[f"{name}, {kind} recomputation"] = case(layouts[name], data, 1, train=recompute)
         cases[f"dropout, {name}"] = case(layouts[name], data, 2, train=dropout)
         cases[f"dropout, {name}, recomputed"] = case(layouts[name], data, 2, train=dropout | recompute)
-    for name in ("zero 2 dp2", "cp2", "pp2"):
-        cases[f"bf16, {name}"] = case(layouts[name], data, 5, optim={"bf16": True})
-    shifted = written(batches | {"loss_mask": batches["loss_mask"].roll(1, -1)}, folder / "shifted")
+    return cases | {f"bf16, {name}": case(layouts[name], data, 3, optim={"bf16": True}) for name in ("zero 2 dp2", "pp2")}
+
+
+def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
+    """Mistakes that must be seen."""
+    shifted = written(batches | {"loss_mask": batches["loss_mask"].roll(1, -1)}, data.with_name("shifted"))
     plain = torch.arange(LENGTH).expand_as(batches["position_ids"])
-    unmarked = written(batches | {"position_ids": plain}, folder / "unmarked")
-    for name in ("zero 2 dp2", "cp2"):
-        cases[f"control: {name}, mask shifted"] = case(layouts[name], shifted, 2)
-        cases[f"control: {name}, documents not marked"] = case(layouts[name], unmarked, 2)
-        cases[f"control: {name}, base of the trained length"] = case(
-            layouts[name], data, 2, replace(INTERNLM, rope_scaling_type="none")
-        )
-    for name in ("zero 2 dp2", "dp2, shards"):  # last: the mistake stays
-        cases[f"control: {name}, documents see each other"] = case(layouts[name], data, 2, **{"break": "documents see each other"})
-    return cases
+    unmarked = written(batches | {"position_ids": plain}, data.with_name("unmarked"))
+    one_base, layouts, blind = replace(INTERNLM, rope_scaling_type="none"), LAYOUTS[2], {"break": "documents see each other"}
+    return {
+        "control: zero 2 dp2, mask shifted": case(layouts["zero 2 dp2"], shifted, 1),
+        "control: zero 2 dp2, documents not marked": case(layouts["zero 2 dp2"], unmarked, 1),
+        "control: cp2, documents not marked": case(layouts["cp2"], unmarked, 1),
+        "control: cp2, base of the trained length": case(layouts["cp2"], data, 1, one_base),
+        "control: zero 2 dp2, documents see each other": case(layouts["zero 2 dp2"], data, 1, **blind),  # last: it stays
+        "control: dp2, shards, documents see each other": case(layouts["dp2, shards"], data, 1, **blind),
+    }
 
 
 def check(curves: dict[str, Curve], folder: Path) -> None:
@@ -202,7 +206,7 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
             loss, norm = worst(curve, part)
             print(f"{name}: {loss:.1e} {norm:.1e}")
             if name.startswith("control"):
-                assert loss > 1e-3, (name, loss)
+                assert loss > 5e-4, (name, loss)
             elif name.startswith("bf16"):
                 assert 1e-6 < loss < 5e-3, (name, loss)
             else:
@@ -219,16 +223,236 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
             assert off < 1e-5, (saved.name, name, float(off))
 
 
-def run(world: int, folder: Path) -> None:
-    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": 0, "cases": cases_of(world, folder)}
+def run(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> None:
+    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": 0, "cases": cases}
     check(launch.ranks(world, "engine_worker.py", job, folder / "ranks", timeout=900), folder)
 
 
 def test_packed_rows_train_as_documents_one_by_one(tmp_path):
     """Two ranks: losses, norms and gradients under ZeRO, TP, SP, PP, VPP, CP, EP, recomputation; InternLM, InternLM2, Mixtral."""
-    run(2, tmp_path)
+    batches, _ = packed()
+    data = written(batches, tmp_path / "data")
+    run(2, layouts_of(2, data, tmp_path) | others(data) | controls(batches, data), tmp_path)
 
 
 @pytest.mark.slow
 def test_packed_rows_train_as_documents_one_by_one_on_four_ranks(tmp_path):
-    run(4, tmp_path)
+    data = written(packed()[0], tmp_path / "data")
+    cases = layouts_of(4, data, tmp_path) | {name: case(layout, data, STEPS) for name, layout in LAYOUTS[4].items()}
+    run(4, cases, tmp_path)
+
+
+@pytest.mark.slow
+def test_packed_curves_of_every_layout(tmp_path):
+    data = written(packed()[0], tmp_path / "data")
+    (tmp_path / "ckpt").mkdir()
+    run(2, {name: case(layout, data, STEPS) for name, layout in LAYOUTS[2].items()}, tmp_path)
+
+
+# ---------------------------------------------------------------- what they are made of
+
+
+def positions(*rows: list[int]) -> torch.Tensor:
+    return torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+
+
+def test_position_ids_say_where_documents_begin(cpu):
+    from ascendspeed.model.segments import segments
+
+    assert segments(positions([8], [8])) is None
+    found = segments(positions([8], [3, 1, 4]))
+    assert found.lengths == ((8,), (3, 1, 4))
+    assert found.qkv_format == "sbhd"  # "thd" is megatron-core's own business
+    bounds = found.bounds(torch.device("cpu"))
+    assert (bounds.ends, bounds.cumulative.tolist(), bounds.longest) == ([8, 11, 12, 16], [0, 8, 11, 12, 16], 8)
+    assert bounds.cumulative.dtype == torch.int32
+
+
+@pytest.mark.parametrize("wrong", [[0, 1, 3, 0], [1, 2, 3, 4], [0, 1, 0, 0, 2], [0, 1, 2, 2]], ids=str)
+def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
+    from ascendspeed.model.segments import segments
+
+    with pytest.raises(UserError, match="position ids must count up, from 0 where a document begins: row 1 of the batch has"):
+        segments(torch.stack([torch.arange(len(wrong)), torch.tensor(wrong)]))
+
+
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Softmax of all scores but those of other documents and of the future: q, k, v [b, heads, s, d], ids [b, s]."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
+    seen = (ids[:, :, None] == ids[:, None]) & torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()
+    scores = (q @ k.mT * q.size(-1) ** -0.5).masked_fill(~seen[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+def inputs(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """q, k, v in fp64 with 4 heads and 2 groups, and to which document each position belongs."""
+    generator = torch.Generator().manual_seed(sum(n * n for row in rows for n in row))
+    made = [torch.randn(len(rows), heads, sum(rows[0]), 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
+    ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
+    return [x.requires_grad_() for x in made], ids
+
+
+ROWS = st.lists(st.sets(st.integers(1, 23), max_size=8).map(lambda cuts: [0, *sorted(cuts), 24]), min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # so small that nothing is dropped: the way of blocks, whose mask is shared
+@settings(max_examples=25)
+@given(edges=ROWS)
+def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
+    """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents begin."""
+    from ascendspeed.model.attention import attend_within
+    from ascendspeed.model.context import Share
+    from ascendspeed.model.segments import Segments
+
+    rows = [[b - a for a, b in pairwise(row)] for row in edges]
+    (q, k, v), ids = inputs(rows)
+    segments = Segments(lengths=tuple(map(tuple, rows)), positions=positions(*rows))
+    expected = dense(q, k, v, ids)
+    gradient = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    back = torch.autograd.grad(expected, (q, k, v), gradient)
+    found = [torch.zeros_like(x) for x in back]
+    for share in (Share(rank, ranks) for rank in range(ranks)):
+        out = attend_within(segments, share.cut(q, 2), k, v, share, dropout)
+        # In these blocks the softmax is fp32, as everywhere with dropout.
+        torch.testing.assert_close(out, share.cut(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
+        for sum_, part in zip(found, torch.autograd.grad(out, (q, k, v), share.cut(gradient, 2)), strict=True):
+            sum_ += part
+    for mine, right in zip(found, back, strict=True):
+        torch.testing.assert_close(mine, right, rtol=0, atol=1e-5 if dropout else 1e-12)
+
+
+@pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
+def test_documents_are_turned_as_if_alone(cpu, scaling):
+    """And the tables are made once for all layers."""
+    from ascendspeed.model.context import ALONE, Share
+    from ascendspeed.model.rope import Rope
+    from ascendspeed.model.segments import segments
+
+    rope, rows = Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)), ([40, 8], [3, 20, 24, 1])
+    found, here = segments(positions(*rows)), torch.device("cpu")
+    alone = [[torch.cat(parts) for parts in zip(*(rope.tables(n, torch.float32, here) for n in row), strict=True)] for row in rows]
+    whole = [torch.cat(column, 1) for column in zip(*alone, strict=True)]
+    for share in (ALONE, Share(0, 2), Share(1, 2)):
+        mine = found.turns(rope, torch.float32, here, share)
+        assert mine is found.turns(rope, torch.float32, here, share)
+        for table, right in zip(mine, whole, strict=True):
+            assert torch.equal(table.expand(-1, 2, -1, -1), share.cut(right, 0))
+    assert (rope.tables(40, torch.float32, here)[0][:20] != rope.tables(20, torch.float32, here)[0]).any() == (scaling == "dynamic")
+
+
+# ---------------------------------------------------------------- kernels
+
+
+def flat_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """What the devices' kernels compute: q [tokens, heads, d], k and v [tokens, groups, d]."""
+    ids = torch.arange(len(ends)).repeat_interleave(torch.tensor(ends).diff(prepend=torch.tensor([0])))
+    return dense(*(x.transpose(0, 1)[None] for x in (q, k, v)), ids[None])[0].transpose(0, 1)
+
+
+def test_a_kernel_is_used_where_it_can_be(cpu):
+    """In bf16, without dropout, when documents lie side by side; it gives what SDPA gives."""
+    from ascendspeed.model import gpt, spec
+    from ascendspeed.model.segments import segments
+
+    calls, layout = [], ParallelConfig()
+
+    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: device.Bounds) -> torch.Tensor:
+        calls.append(bounds)
+        return flat_attention(q.float(), k.float(), v.float(), bounds.ends).to(q.dtype)
+
+    tensors = dict(weights.random_tensors(GROUPED, 3))
+    tokens, ids = torch.randint(0, 125, (2, 24)), positions([5, 19], [24])
+
+    def logits(dtype: str, kernels: Kernels, train: TrainConfig | None = None, ids: torch.Tensor = ids) -> torch.Tensor:
+        built = gpt.build(GROUPED, layout, spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels))
+        gpt.fill(built, GROUPED, layout, tensors.items())
+        with torch.no_grad():
+            return built(tokens, ids, None, packed_seq_params=segments(ids))[..., :125].float()
+
+    own, sdpa = logits("bf16", Kernels(varlen=varlen)), logits("bf16", Kernels())
+    assert len(calls) == GROUPED.num_layers
+    assert all(bounds is calls[0] for bounds in calls)  # made once
+    exact = logits("fp32", Kernels(varlen=varlen))
+    assert (own - exact).abs().mean() < 1.2 * (sdpa - exact).abs().mean()
+    assert (own - exact).abs().mean() < 0.2 * exact.std()
+    logits("bf16", Kernels(varlen=varlen), TrainConfig(attention_dropout=0.1))
+    logits("bf16", Kernels(varlen=varlen), ids=positions([24], [24]))
+    assert len(calls) == GROUPED.num_layers  # by these not
+
+
+def cuda_kernels() -> dict[str, tuple[str, Any]]:
+    """package -> (name, a stand-in with its signature): flash-attention, and torch's as it changed from 2.10 on."""
+
+    def causal(q, k, v, bounds_q, bounds_k, longest_q, longest_k, right: bool) -> torch.Tensor:
+        assert right
+        assert bounds_q is bounds_k
+        assert bounds_q.dtype == torch.int32
+        assert longest_q == longest_k == int(bounds_q.diff().max())
+        return flat_attention(q, k, v, bounds_q[1:].tolist())
+
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False):
+        return kernel(q, k, v, cu_q, cu_k, max_q, max_k, causal)
+
+    def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        assert query.size(1) == key.size(1)
+        return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
+
+    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        assert query.size(1) == key.size(1)
+        return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
+
+    def of_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        assert enable_gqa
+        return kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
+
+    kernel, torchs = causal, "torch.nn.attention.varlen"
+    return {
+        "flash-attn": ("flash_attn", flash_attn_varlen_func),
+        "torch 2.10": (torchs, of_2_10),
+        "torch 2.11": (torchs, of_2_11),
+        "torch 2.12": (torchs, of_2_12),
+    }
+
+
+def by_bounds(call: Any) -> None:
+    """Asks a kernel for three sequences, and compares."""
+    q, k, v = (torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    bounds = device.Bounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
+    torch.testing.assert_close(call(q, k, v, bounds), flat_attention(q, k, v, bounds.ends), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["flash-attn", "torch 2.10", "torch 2.11", "torch 2.12"])
+def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
+    package, kernel = cuda_kernels()[name]
+    module = SimpleNamespace(flash_attn_varlen_func=kernel, varlen_attn=kernel)
+    monkeypatch.setattr(device.importlib.util, "find_spec", lambda asked: module if asked == package else None)
+    monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
+    found = device.fused(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
+    assert found.source.startswith(package)
+    by_bounds(found.call)
+
+
+def test_torchs_own_kernel_has_the_words_we_use():
+    """Of the torch that is installed here; that it computes what it should, a GPU must say."""
+    found = device._varlen_cuda()
+    kernel, words, _ = found.call.args
+    inspect.signature(kernel).bind(*range(7), **words)
+    assert set(words) <= {"window_size", "is_causal", "enable_gqa", "causal"}
+
+
+def test_the_npu_kernel_is_asked_as_its_pages_say(monkeypatch):
+    """Layout TND, ends that add up, mode 3 with the upper triangle of 2048, a scale of its own."""
+
+    def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mask, scale, sparse_mode, **ends):
+        assert (head_num, input_layout, sparse_mode) == (4, "TND", 3)
+        assert torch.equal(atten_mask, torch.ones(2048, 2048).triu(1).bool())
+        assert scale == pytest.approx(8**-0.5)
+        assert ends == {"actual_seq_qlen": [5, 6, 12], "actual_seq_kvlen": [5, 6, 12]}
+        return flat_attention(query, key, value, ends["actual_seq_qlen"]), None, None
+
+    module = SimpleNamespace(npu_fusion_attention=npu_fusion_attention)
+    monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
+    found = device.fused(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
+    assert found.source == "torch_npu.npu_fusion_attention"
+    by_bounds(found.call)

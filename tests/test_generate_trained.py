@@ -1,0 +1,130 @@
+"""A model that was trained here: its checkpoint and its export generate what stock transformers generate from the export.
+
+Two likeliest tokens that are equal to the last bit are decided alike, the first one wins on both sides. What could part them is a
+near tie, closer than the rounding of fp32: so the smallest gap along the compared texts is asserted to be far above that.
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import numpy as np
+import pytest
+import torch
+from corpus import words
+from test_chat import vocabulary
+from test_generate import logs_of, texts, theirs
+
+from ascendspeed import tokenizer
+from ascendspeed.data.indexed import PairWriter
+
+FLAGS = """--model internlm-tiny --num-layers 2 --vocab-size 512 --seq-length 64 --micro-batch-size 4 --global-batch-size 4
+    --lr 5e-3 --min-lr 5e-4 --split 100,0,0 --device cpu"""
+ITERS = "110"
+ROUNDING = 1e-5
+"""Of log-probabilities in fp32, on either side."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """tokenizer/, ckpt/ of the real entry, and export/."""
+    work = tmp_path_factory.mktemp("trained")
+    vocabulary(work / "tokenizer", ["<eoh>", "<eoa>"])
+    encode = tokenizer.load(work / "tokenizer").encode
+    documents = [[1, *encode(text).tolist(), 2] for text in words(400)]
+    with PairWriter(work / "data", np.dtype(np.uint16)) as pair:
+        pair.add(np.concatenate(documents), np.array([len(one) for one in documents], np.int32))
+        pair.commit({"tokens": pair.tokens, "max_token": max(map(max, documents))})
+    files = ["--data-path", work / "data", "--save", work / "ckpt", "--log-dir", work / "logs"]
+    run("pretrain_intern.py", *FLAGS.split(), *files, "--train-iters", ITERS, "--lr-decay-iters", ITERS, "--save-interval", ITERS)
+    folders = ["--from", work / "ckpt", "--to", work / "export", "--tokenizer", work / "tokenizer"]
+    run("tools/ckpt_convert/convert.py", *folders, "--format", "hf-llama")
+    return work
+
+
+def run(*command: object) -> None:
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def reference(trained):
+    """The export in stock transformers."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32, local_files_only=True).eval()
+
+
+@pytest.fixture(params=["ckpt", "export"])
+def asked(cpu, trained, request):
+    """What `--load` gives of each."""
+    from ascendspeed import generate
+
+    return generate.load(trained / request.param, dtype="fp32", device=cpu)
+
+
+@pytest.fixture
+def prompts(trained) -> list[list[int]]:
+    encode = tokenizer.load(trained / "tokenizer").encode
+    return [[1, *encode(text).tolist()] for text in ("Document 7 says", "It ends", "Document 12 says that 5 is not 3", "D")]
+
+
+PARAMS = {
+    "greedy": {"max_new_tokens": 40},
+    "greedy, stops": {"max_new_tokens": 40, "stop_ids": (2,)},
+    "beams": {"max_new_tokens": 30, "num_beams": 3, "num_return_sequences": 3, "stop_ids": (2,)},
+    "longer beams": {"max_new_tokens": 30, "num_beams": 4, "length_penalty": 1.5, "stop_ids": (2,)},
+}
+
+
+def test_token_for_token(asked, reference, prompts):
+    from ascendspeed.generate import Params, sample
+
+    for name, params in PARAMS.items():
+        found = texts(sample(asked, prompts, Params(**params)))
+        assert found == [theirs(reference, prompt, **params) for prompt in prompts], name
+        if name == "greedy, stops":
+            assert any(len(one) < 40 for (one,) in found)  # it has learnt where a document ends
+    gaps = [gap for prompt in prompts for gap in gaps_of(reference, prompt, 40)]
+    assert min(gaps) > 10 * ROUNDING
+
+
+def gaps_of(reference, prompt: list[int], steps: int) -> list[float]:
+    """How far the second best token is behind, along the greedy text."""
+    whole = [*prompt, *theirs(reference, prompt, max_new_tokens=steps)[0]]
+    best = logs_of(reference, whole)[len(prompt) - 1 : -1].topk(2).values
+    return (best[:, 0] - best[:, 1]).tolist()
+
+
+def test_log_probabilities(asked, reference, prompts, trained):
+    """Control: rope by a base that is 1 % off."""
+    from ascendspeed.generate import logprobs
+
+    held_out = tokenizer.load(trained / "tokenizer").encode(words(1, start=900)[0]).tolist()
+    rows = [*prompts, [1, *held_out]]
+    off = max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True))
+    assert off < ROUNDING
+    mean = float(logprobs(asked, rows[-1:])[0].mean())
+    assert -mean < math.log(420) / 2  # it was trained: half of what knowing nothing costs
+    reference.model.rotary_emb.inv_freq *= 0.99
+    reference.model.rotary_emb.original_inv_freq = reference.model.rotary_emb.inv_freq
+    assert max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True)) > 10 * ROUNDING
+
+
+def largest(reference, row: list[int], mine: torch.Tensor) -> float:
+    wanted = logs_of(reference, row)[:-1].gather(1, torch.tensor(row[1:])[:, None])[:, 0]
+    return float((mine - wanted).abs().max())
+
+
+def test_gate_and_up_changed_over_show(asked, reference, prompts):
+    """The control of the texts."""
+    from ascendspeed.generate import Params, sample
+
+    for layer in reference.model.layers:
+        layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
+    found = texts(sample(asked, prompts, Params(max_new_tokens=40)))
+    assert found != [theirs(reference, prompt, max_new_tokens=40) for prompt in prompts]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ascendspeed import adapters
@@ -16,7 +15,7 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.formats import training
 from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
-from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes, staged, write_json
+from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, nbytes, staged, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors
 from ascendspeed.formats.source import check_names, some
 from ascendspeed.inputs import read_table
@@ -91,8 +90,14 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
         **adapter.settings,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     }
-    with staged(target, sum(nbytes(x.dtype, tuple(x.shape)) for x in tensors.values()) + (1 << 20)) as folder:
-        save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    specs = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    with staged(target, sum(nbytes(*spec) for spec in specs.values()) + (1 << 20)) as folder:
+        file = create_safetensors(
+            folder / "adapter_model.safetensors", {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+        )
+        for name, x in tensors.items():
+            file.write(name, 0, x)
+            file.done(name)
         write_json(folder / CONFIG, settings)
 
 

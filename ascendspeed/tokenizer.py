@@ -62,6 +62,11 @@ def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
     return said, tokens
 
 
+def adds_bos(table: Mapping[str, Any]) -> bool:
+    """What tokenizer_config.json says about text; InternLM's says yes, and so does one that says nothing."""
+    return table.get("add_bos_token") is not False
+
+
 def text_of(token: Any) -> str:
     """The JSON files write a token as a string or as {"content": string}. Raises `ValueError`."""
     text = token.get("content") if isinstance(token, Mapping) else token

@@ -191,9 +191,9 @@ def test_one_bos(folder):
     assert prompts.encode(prompts.Prompt("here", ""), one, None) == [1]
     with pytest.raises(UserError, match="here is empty"):
         prompts.encode(prompts.Prompt("here", ""), one, None, add_bos=False)
-    assert prompts.adds_bos({})
-    assert prompts.adds_bos({"add_bos_token": True})
-    assert not prompts.adds_bos({"add_bos_token": False})
+    assert tokenizer.adds_bos({})
+    assert tokenizer.adds_bos({"add_bos_token": True})
+    assert not tokenizer.adds_bos({"add_bos_token": False})
 
 
 def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):

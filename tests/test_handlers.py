@@ -1,10 +1,23 @@
-from collections import Counter
-
+import numpy as np
 import pytest
 
-from ascendspeed.data.handlers import HANDLERS, check_columns, handler, screen
+from ascendspeed.data.document import Document, Fault
+from ascendspeed.data.handler import Job
+from ascendspeed.data.handlers import HANDLERS, check_columns, handler
 from ascendspeed.data.shard import Bad
 from ascendspeed.errors import UserError
+
+
+class Words:
+    """A tokenizer: the number of words and of bytes."""
+
+    def encode_batch(self, texts):
+        return [np.array([len(text.split()), len(text.encode())]) for text in texts]
+
+
+def named(name, keys=("text",), **options):
+    return handler(Job("", name, keys, **options), Words())
+
 
 HEAD = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
@@ -14,7 +27,7 @@ HEAD = (
 
 
 def test_alpaca_prompt_is_the_published_one_without_its_none():
-    made = handler("AlpacaPretrainHandler", ()).texts(
+    made = named("AlpacaPretrainHandler").texts(
         {
             "instruction": ["Add."] * 5,
             "input": ["1, {2}", "", None, "  ", 3],
@@ -28,31 +41,38 @@ def test_alpaca_prompt_is_the_published_one_without_its_none():
 
 
 def test_an_alpaca_row_without_instruction_or_output_is_none():
-    alpaca = handler("AlpacaPretrainHandler", ())
+    alpaca = named("AlpacaPretrainHandler")
     made = alpaca.texts({"instruction": [None, "a", "a", Bad.MALFORMED], "input": ["b"] * 4, "output": ["c", None, " ", "c"]})
     assert made["text"] == [None, None, " ", Bad.MALFORMED]
 
 
 def test_general_takes_the_columns_of_json_keys():
-    general = handler("GeneralPretrainHandler", ("text", "title", "text"))
+    general = named("GeneralPretrainHandler", ("text", "title", "text"))
     assert general.keys == general.columns == ("text", "title")
     assert general.texts({"text": ["a"], "title": [None]}) == {"text": ["a"], "title": [None]}
 
 
 def test_errors_list_what_there_is():
     with pytest.raises(UserError, match="did you mean AlpacaPretrainHandler") as error:
-        handler("AlpacaHandler", ())
+        named("AlpacaHandler")
     assert all(name in str(error.value) for name in HANDLERS)
     with pytest.raises(UserError, match=r"f\.csv: AlpacaPretrainHandler needs the column 'output'; there are: instruction, text"):
-        check_columns(handler("AlpacaPretrainHandler", ()), "f.csv", ["instruction", "text"])
-    check_columns(handler("AlpacaPretrainHandler", ()), "f.csv", ["output", "instruction"])  # input may be absent
+        check_columns(named("AlpacaPretrainHandler"), "f.csv", ["instruction", "text"])
+    check_columns(named("AlpacaPretrainHandler"), "f.csv", ["output", "instruction"])  # input may be absent
 
 
-def test_screen_counts_what_cannot_be_tokenized():
-    skipped: Counter[str] = Counter()
+def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
     values = ["good", None, "", " \n\t\u3000", 7, Bad.MALFORMED, "caf\udce9", "\ud800", "x" * 11, "é" * 6, "10 bytes!!", ["a"]]
-    kept, size = screen(values, 10, skipped)
-    assert kept == ["good", "10 bytes!!"]
-    assert size == 14
-    expected = {"null": 1, "empty": 1, "whitespace": 1, "not text": 2, "malformed": 1, "invalid UTF-8": 2, "huge": 2}
-    assert dict(skipped) == expected
+    made = named("GeneralPretrainHandler", longest=10).make({"text": values})["text"]
+    kinds = ["null", "empty", "whitespace", "not text", "malformed", "invalid UTF-8", "invalid UTF-8", "huge", "huge"]
+    assert made.documents[1:10] == list(map(Fault, kinds))
+    assert made.documents[11] == Fault("not text")
+    good = [one.tokens.tolist() for one in made.documents if isinstance(one, Document)]
+    assert good == [[1, 4], [2, 10]]
+    assert made.bytes == 14
+
+
+def test_a_setting_that_means_nothing_to_a_handler_is_an_error():
+    for option, value in {"chat_template": "v2", "system": "x", "loss_on": "all"}.items():
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} means nothing to GeneralInstructionHandler, only to "):
+            named("GeneralInstructionHandler", **{option: value})

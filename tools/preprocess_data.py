@@ -1,4 +1,4 @@
-"""Text -> `P_<key>_document.{bin,idx}` for training.
+"""Text -> `P_<key>_document.{bin,idx}` for training; instruction data -> `P_packed_{input_ids,labels}_document`.
 
     python tools/preprocess_data.py --input train.parquet --tokenizer-name-or-path DIR --output-prefix P \\
         --workers 4 --log-interval 1000 --handler-name AlpacaPretrainHandler --append-eod
@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ascendspeed import errors, flags
+from ascendspeed.data.handlers import HANDLERS
 from ascendspeed.data.preprocess import LONGEST, Job, preprocess
 
 
@@ -26,7 +27,17 @@ class Options:
     output_prefix: str
     """Writes <prefix>_<key>_document.bin and .idx."""
     handler_name: str = "GeneralPretrainHandler"
-    """How a row becomes text: GeneralPretrainHandler, AlpacaPretrainHandler."""
+    """How a row becomes a document. All of it is learnt: GeneralPretrainHandler, AlpacaPretrainHandler. The answers are learnt,
+    in the published prompt: GeneralInstructionHandler, BelleMultiTurnInstructionHandler; in the model's chat format:
+    AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler."""
+    chat_template: str | None = None
+    """Chat format by name (v1, v1-eoh, v2, v2.5, v3); default: that of the config.json beside the tokenizer, or the tokenizer's."""
+    system: str | None = None
+    """System message of conversations that have none."""
+    loss_on: Literal["all", "last"] | None = None
+    """Answers that are learnt: all of a conversation or the last; default: all, of Belle's the last."""
+    strict: bool = False
+    """The first row that makes no document is an error, and nothing is written."""
     json_keys: tuple[str, ...] = ("text",)
     """Columns that GeneralPretrainHandler reads, each into a data set of its own."""
     append_eod: bool = False
@@ -45,7 +56,7 @@ class Options:
     streaming: bool = False
     """Accepted for the published recipe."""
     seq_length: int | None = None
-    """Accepted for the published recipe."""
+    """Instruction data: longer documents are cut to this many tokens; those whose answers are cut away are skipped and counted."""
     make_vocab_size_divisible_by: int = 128
     """Accepted for the published recipe."""
     pad_vocab_size_to: int | None = None
@@ -65,19 +76,26 @@ IDLE = {
 def main() -> None:
     """The command line."""
     options = flags.parse(Options, description=__doc__ or "")
-    for name in sorted(flags.typed(Options) & IDLE.keys()):
+    learns_answers = options.handler_name in HANDLERS and HANDLERS[options.handler_name].learns_answers
+    for name in sorted(flags.typed(Options) & IDLE.keys() - ({"seq_length"} if learns_answers else set())):
         print(f"--{name.replace('_', '-')} has no effect: {IDLE[name]}")
     if options.workers < 0 or options.log_interval < 1 or options.max_document_mib < 1 or not options.json_keys:
         raise errors.UserError("--workers, --log-interval, --max-document-mib and --json-keys must be positive and not empty")
+    if options.seq_length is not None and options.seq_length < 2:
+        raise errors.UserError(f"--seq-length {options.seq_length}: there is nothing to learn in a document of one token")
     job = Job(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,
         json_keys=options.json_keys,
         append_eod=options.append_eod,
         longest=options.max_document_mib << 20,
+        seq_length=options.seq_length,
+        chat_template=options.chat_template,
+        system=options.system,
+        loss_on=options.loss_on,
     )
     workers = options.workers or len(os.sched_getaffinity(0))
-    preprocess(options.input, options.output_prefix, job, workers, options.log_interval)
+    preprocess(options.input, options.output_prefix, job, workers, options.log_interval, strict=options.strict)
 
 
 if __name__ == "__main__":

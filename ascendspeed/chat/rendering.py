@@ -150,7 +150,8 @@ class Chat:
         if isinstance(part, str):
             return part
         if part.name not in self.controls:
-            self.tokenizer.id_of(self.template.controls[part.name][0])  # says that it is missing
+            wanted = self.template.controls[part.name][0]
+            raise WrongMessage(NO_PLACE, f"{self.tokenizer.path}: the tokenizer has no token {wanted!r}")
         return self.controls[part.name]
 
     def _encoded(self, parts: Iterable[Part]) -> Iterator[int]:

@@ -36,3 +36,19 @@ class Documents(Protocol):
 
     def document(self, number: int) -> Document:
         """Document `number`, whole. Raises `UserError` when it is damaged."""
+
+
+@dataclass
+class Made:
+    """What rows became, one for each row and in their order."""
+
+    documents: list[Document | Fault]
+    bytes: int = 0
+    """Of their text, in UTF-8."""
+    truncated: int = 0
+    """Documents that were cut to the wanted length."""
+
+
+def learns_within(loss_mask: np.ndarray | None, length: int) -> bool:
+    """Whether the first `length` tokens of a document hold one to be learnt; the first of all is predicted by none."""
+    return loss_mask is None or bool(loss_mask[1:length].any())

@@ -13,24 +13,26 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ascendspeed.data.lines import BOM, JSONL, json_row, text_row
-from ascendspeed.data.shard import SHARD_BYTES, Bad, Format, Shard, batch_of, columns_of, slices
+from ascendspeed.data.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, slices
 from ascendspeed.errors import UserError
 
-Reader = Callable[[BinaryIO], Iterator[Any]]
+Numbered = Iterator[tuple[int, Any]]
+"""Rows and their numbers, from 1 on."""
+Reader = Callable[[BinaryIO], Numbered]
 
 
-def csv_rows(file: BinaryIO) -> Iterator[Any]:
-    """Rows of a csv file with a header."""
+def csv_rows(file: BinaryIO) -> Numbered:
+    """Rows of a csv file with a header, which is none."""
     csv.field_size_limit(sys.maxsize)
-    return iter(csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")))
+    return enumerate(csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")), 1)
 
 
 def line_rows(parse: Callable[[bytes], Any]) -> Reader:
     """Lines, each read by `parse`."""
 
-    def rows(file: BinaryIO) -> Iterator[Any]:
-        parsed = (parse(line.removeprefix(BOM) if number == 0 else line) for number, line in enumerate(file))
-        return (row for row in parsed if row is not None)
+    def rows(file: BinaryIO) -> Numbered:
+        parsed = ((number, parse(line.removeprefix(BOM) if number == 1 else line)) for number, line in enumerate(file, 1))
+        return ((number, row) for number, row in parsed if row is not None)
 
     return rows
 
@@ -55,49 +57,66 @@ def array_rows(file: BinaryIO) -> Iterator[Any]:
         raise ValueError(f"the array does not end, or no JSON value begins at {rest[at : at + 40]!r}")
 
 
-def json_rows(file: BinaryIO) -> Iterator[Any]:
+def numbered_array(file: BinaryIO) -> Numbered:
+    """The same with numbers."""
+    return enumerate(array_rows(file), 1)
+
+
+def json_rows(file: BinaryIO) -> Numbered:
     """A JSON array or lines of objects: both are called .json."""
-    return array_rows(file) if _is_array(file.peek(1 << 12)) else line_rows(json_row)(file)  # type: ignore[attr-defined]
+    return numbered_array(file) if _is_array(file.peek(1 << 12)) else line_rows(json_row)(file)  # type: ignore[attr-defined]
 
 
 def _is_array(head: bytes) -> bool:
     return head.removeprefix(BOM).lstrip()[:1] == b"["
 
 
+def _size(value: Any) -> int:
+    """Characters of all text in it."""
+    if isinstance(value, str):
+        return len(value)
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return sum(map(_size, parts))
+
+
+def _where(path: Path, number: int) -> str:
+    return f"row {number}"
+
+
 def in_order(reader: Reader) -> Format:
     """A format that is read by one process."""
 
-    def rows(path: Path) -> Iterator[tuple[Any, float]]:
-        """Every row, with how far into the file it lies."""
+    def rows(path: Path) -> Iterator[tuple[int, Any, float]]:
+        """Every row and its number, with how far into the file it lies."""
         size = max(1, path.stat().st_size)
         try:
             packed = path.suffix.lower() == ".gz"
             with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw) as file:
-                for row in reader(file):  # type: ignore[arg-type]
-                    yield row, raw.tell() / size
+                for number, row in reader(file):  # type: ignore[arg-type]
+                    yield number, row, raw.tell() / size
         except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
             raise UserError(f"{path} is damaged: {error}") from error
 
     def columns(path: Path) -> list[str]:
-        return columns_of(row for row, _ in islice(rows(path), 1000))
+        return columns_of(row for _, row, _ in islice(rows(path), 1000))
 
     def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
-        held: list[Any] = []
+        held: list[tuple[int, Any]] = []
         size, before = 0, 0.0
-        for row, at in rows(path):
+        for number, row, at in rows(path):
             kept = {name: row.get(name) for name in wanted} if isinstance(row, dict) else row
-            held.append(kept)
-            size += 64 + sum(len(v) for v in kept.values() if isinstance(v, str)) if isinstance(kept, dict) else 64
+            held.append((number, kept))
+            size += 64 + _size(kept)
             if size >= SHARD_BYTES:
                 yield Shard(path, held=batch_of(held, wanted), weight=at - before)
                 held, size, before = [], 0, at
         if held:
             yield Shard(path, held=batch_of(held, wanted), weight=1 - before)
 
-    return Format(columns, shards, lambda shard, wanted: slices(shard.held or {}))
+    return Format(columns, shards, lambda shard, wanted: slices(shard.held or Batch()), _where)
 
 
-CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = in_order(csv_rows), in_order(json_rows), in_order(line_rows(text_row)), in_order(array_rows)
+CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = in_order(csv_rows), in_order(json_rows), in_order(line_rows(text_row)), in_order(numbered_array)
 
 
 def _json(path: Path) -> Format:
@@ -109,5 +128,6 @@ JSON = Format(
     lambda path: _json(path).columns(path),
     lambda path, wanted: _json(path).shards(path, wanted),
     lambda shard, wanted: (JSONL if shard.held is None else JSON_ARRAY).read(shard, wanted),
+    lambda path, place: _json(path).where(path, place),
 )
 """An array, or lines, which then are read side by side."""

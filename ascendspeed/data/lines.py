@@ -1,13 +1,14 @@
 """Lines of jsonl and txt: a shard is a range of bytes and owns the lines that begin in it."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, cut, decode
 
+CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"
 
 
@@ -27,7 +28,8 @@ def text_row(line: bytes) -> Any:
     return {"text": decode(line.rstrip(b"\r\n"))}
 
 
-def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
+def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """(offset, line)."""
     with path.open("rb") as file:
         if start:
             file.seek(start - 1)
@@ -36,14 +38,21 @@ def _lines(path: Path, start: int, stop: int) -> Iterator[bytes]:
             file.seek(0)
         at = file.tell()
         while at < stop and (line := file.readline()):
+            yield at, line
             at += len(line)
-            yield line
 
 
 def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
     size = path.stat().st_size
     for start, stop in cut(size, max(1, -(-size // SHARD_BYTES))):
         yield Shard(path, start, stop, weight=(stop - start) / size)
+
+
+def _where(path: Path, offset: int) -> str:
+    """Lines are counted when there is something to say about one."""
+    with path.open("rb") as file:
+        before = sum(file.read(min(CHUNK, offset - at)).count(b"\n") for at in range(0, offset, CHUNK))
+    return f"line {before + 1}"
 
 
 def _grouped(rows: Iterator[Any]) -> Iterator[list[Any]]:
@@ -54,18 +63,18 @@ def _grouped(rows: Iterator[Any]) -> Iterator[list[Any]]:
 def lines(parse: Callable[[bytes], Any]) -> Format:
     """A format of lines, each read by `parse`."""
 
-    def rows(path: Path, start: int, stop: int) -> Iterator[Any]:
-        parsed: Iterable[Any] = map(parse, _lines(path, start, stop))
-        return (row for row in parsed if row is not None)
+    def rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, Any]]:
+        parsed = ((at, parse(line)) for at, line in _lines(path, start, stop))
+        return ((at, row) for at, row in parsed if row is not None)
 
     def columns(path: Path) -> list[str]:
-        return columns_of(islice(rows(path, 0, path.stat().st_size), 1000))
+        return columns_of(row for _, row in islice(rows(path, 0, path.stat().st_size), 1000))
 
     def read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
         for group in _grouped(rows(shard.path, shard.start, shard.stop)):
             yield batch_of(group, wanted)
 
-    return Format(columns, _shards, read)
+    return Format(columns, _shards, read, _where)
 
 
 JSONL, TXT = lines(json_row), lines(text_row)

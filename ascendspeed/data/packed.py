@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ascendspeed.data.document import Documents
+from ascendspeed.data.document import Documents, learns_within
 from ascendspeed.data.packing import Packer
 from ascendspeed.errors import UserError
 
@@ -92,5 +92,5 @@ class PackedSource:
         found = np.zeros(len(numbers), bool)
         for place in [] if self._goes_on else np.flatnonzero(lengths > self._seq_length):
             mask = self._documents.document(int(numbers[place])).loss_mask
-            found[place] = mask is not None and not mask[1 : self._seq_length].any()
+            found[place] = not learns_within(mask, self._seq_length)
         return found

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Batch, Format, Shard, cut, decode
+from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, cut, decode
 from ascendspeed.errors import UserError
 
 SLICES = 16
@@ -37,25 +37,33 @@ def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
     for group in range(meta.num_row_groups):
         rows = meta.row_group(group)
         chunks = [rows.column(i) for i in range(rows.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema in wanted)
+        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
         for start, stop in cut(rows.num_rows, min(SLICES, -(-size // SHARD_BYTES)) or 1):
             yield Shard(path, start, stop, group, weight=(stop - start) / meta.num_rows)
 
 
 def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
-    at = 0
+    at, before = 0, _before(shard)
     present = [name for name in wanted if name in _columns(shard.path)]
     try:
         groups = _open(shard.path).iter_batches(BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False)
         for batch in groups:
-            part = batch[max(shard.start - at, 0) : max(shard.stop - at, 0)]
-            at += batch.num_rows
+            first = max(shard.start - at, 0)
+            part = batch[first : max(shard.stop - at, 0)]
             if part.num_rows:
-                yield {name: _values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
+                columns = {name: _values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
+                yield Batch.at(range(before + at + first, before + at + first + part.num_rows), columns)
+            at += batch.num_rows
             if at >= shard.stop:
                 return
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{shard.path}: row group {shard.group} cannot be read: {error}") from error
+
+
+def _before(shard: Shard) -> int:
+    """Rows of the groups before that of a shard."""
+    meta = _open(shard.path).metadata
+    return sum(meta.row_group(group).num_rows for group in range(shard.group))
 
 
 def _values(column: pyarrow.Array) -> list[Any]:
@@ -63,8 +71,16 @@ def _values(column: pyarrow.Array) -> list[Any]:
     try:
         values = column.to_pylist()
     except UnicodeDecodeError:  # Arrow does not look into strings when it reads them
-        values = column.cast(pyarrow.large_binary()).to_pylist()
+        nested = pyarrow.types.is_nested(column.type)
+        values = list(map(_value, column)) if nested else column.cast(pyarrow.large_binary()).to_pylist()
     return [decode(v) if isinstance(v, bytes) else v for v in values]
 
 
-PARQUET = Format(_columns, _shards, _read)
+def _value(scalar: pyarrow.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        return Bad.NOT_UTF8
+
+
+PARQUET = Format(_columns, _shards, _read, lambda path, place: f"row {place + 1}")

@@ -8,135 +8,58 @@ import os
 import shutil
 import signal
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ascendspeed import tokenizer
 from ascendspeed.data import rows
-from ascendspeed.data.handlers import Document, Handler, check_columns, handler, screen
+from ascendspeed.data.couple import DTYPE, CoupleWriter
+from ascendspeed.data.handler import LONGEST, Handler, Job
+from ascendspeed.data.handlers import check_columns
 from ascendspeed.data.indexed import PairWriter, dtype_for
+from ascendspeed.data.making import Maker
+from ascendspeed.data.output import Gathered, Output, Result
 from ascendspeed.data.progress import Meter
 from ascendspeed.data.shard import Shard
 from ascendspeed.errors import UserError
 
-LONGEST = 16 << 20
-"""Bytes; a longer document is skipped as huge. One of this size takes a quarter of a minute and 600 MiB."""
+__all__ = ["LONGEST", "Job", "preprocess"]
 
-
-@dataclass(frozen=True)
-class Job:
-    """What every process has to know; small and picklable."""
-
-    tokenizer_path: str
-    handler_name: str
-    json_keys: tuple[str, ...] = ("text",)
-    append_eod: bool = False
-    longest: int = LONGEST
-
-
-@dataclass
-class Result:
-    """What one shard makes under one key."""
-
-    tokens: np.ndarray
-    """Ids of all documents, one after the other, in the type of the .bin."""
-    lengths: np.ndarray
-    """Ids of each document, int32."""
-    bytes: int = 0
-    """Of the tokenized text, in UTF-8."""
-    rows: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    """Rows that made no document, by what was wrong with them."""
-
-
-@dataclass
-class Output:
-    """What all shards make under one key."""
-
-    writer: PairWriter
-    bytes: int = 0
-    rows: int = 0
-    highest: int = 0
-    """Id."""
-    skipped: Counter[str] = field(default_factory=Counter)
-
-    def add(self, result: Result) -> None:
-        """The next shard's."""
-        self.writer.add(result.tokens, result.lengths)
-        self.bytes += result.bytes
-        self.rows += result.rows
-        self.highest = max(self.highest, int(result.tokens.max(initial=0)))
-        self.skipped.update(result.skipped)
-
-    def said(self) -> str:
-        """One line for a person."""
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.skipped.items()))
-        made = f"{self.writer.prefix}.bin, .idx: {self.writer.documents:,} documents, {self.writer.tokens:,} tokens"
-        return f"{made} from {self.rows:,} rows, skipped: {kinds or 'none'}"
-
-    def facts(self) -> dict[str, Any]:
-        """Counts for P.meta; like all in it, they do not depend on when, where or by how many processes it was made."""
-        return {
-            "documents": self.writer.documents,
-            "tokens": self.writer.tokens,
-            "bytes": self.bytes,
-            "rows": self.rows,
-            "skipped": dict(sorted(self.skipped.items())),
-            "max_token": self.highest,
-        }
+FLAT = (".csv", ".txt", ".csv.gz", ".txt.gz")
+"""Files whose rows hold nothing but text."""
 
 
 class Encoder:
     """Turns shards into results; one per process."""
 
     def __init__(self, job: Job) -> None:
-        self.job = job
-        self.tokenizer = tokenizer.load(job.tokenizer_path)
-        self.handler = handler(job.handler_name, job.json_keys)
-        self.dtype = dtype_for(self.tokenizer.vocab_size)
-        if job.append_eod and self.tokenizer.eos is None:
-            raise UserError(f"--append-eod: the tokenizer in {job.tokenizer_path} names no eos_token")
+        self.job, self.maker = job, Maker(job)
+        self.handler = self.maker.handler
+        self.masked = self.handler.learns_answers
+        self.dtype = DTYPE if self.masked else dtype_for(self.maker.tokenizer.vocab_size)
 
     def encode(self, shard: Shard) -> dict[str, Result]:
         """Key -> what the rows of the shard make."""
-        documents: dict[str, list[Document]] = {key: [] for key in self.handler.keys}
-        results = {key: Result(np.zeros(0, self.dtype), np.zeros(0, np.int32)) for key in self.handler.keys}
+        gathered = {key: Gathered(shard.path, self.dtype, self.masked) for key in self.handler.keys}
         for batch in rows.read(shard, self.handler.columns):
-            for key, values in self.handler.texts(batch).items():
-                texts, size = screen(values, self.job.longest, results[key].skipped)
-                made = [document for document in self._documents(texts) if len(document.tokens)]
-                results[key].rows += len(values)
-                results[key].bytes += size
-                if len(made) < len(texts):
-                    results[key].skipped["without tokens"] += len(texts) - len(made)
-                documents[key].extend(made)
-        for key, made in documents.items():
-            self._pack(made, results[key])
-        return results
+            for key, made in self.maker.make(batch).items():
+                gathered[key].add(made, batch.places)
+        return {key: one.result() for key, one in gathered.items()}
+
+    def writer(self, prefix: str, key: str) -> PairWriter | CoupleWriter:
+        """Of the files under a key."""
+        return CoupleWriter(prefix) if self.masked else PairWriter(f"{prefix}_{key}_document", self.dtype)
 
     def facts(self) -> dict[str, Any]:
         """How the documents were made, for P.meta."""
-        eod = self.tokenizer.eos if self.job.append_eod else None
-        return {"vocab_size": self.tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
-
-    def _documents(self, texts: list[str]) -> Iterator[Document]:
-        return map(Document, self.tokenizer.encode_batch(texts))
-
-    def _pack(self, documents: Sequence[Document], into: Result) -> None:
-        eod = np.array([self.tokenizer.eos] if self.job.append_eod else [], self.dtype)
-        pieces = [piece for document in documents for piece in (document.tokens, eod)]
-        if pieces:
-            into.tokens = np.concatenate(pieces, dtype=self.dtype, casting="unsafe")
-        into.lengths = np.array([len(document.tokens) + len(eod) for document in documents], np.int32)
+        tokenizer = self.maker.tokenizer
+        eod = tokenizer.eos if self.job.append_eod else None
+        return {"vocab_size": tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
 
 
 _encoder: Encoder | None = None  # of this process, when it is one of the pool
@@ -201,20 +124,20 @@ def preprocess(
     workers: int = 1,
     log_interval: int = 1000,
     say: Callable[[str], None] = print,
+    strict: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Writes `<prefix>_<key>_document.{bin,idx,meta}` for every key and returns the facts in the .meta files, by key.
 
-    Raises `UserError` for bad input, before anything is written where that can be known, and leaves old files as they are then.
+    `strict`: the first row that makes no document is an error. Raises `UserError` for bad input, before anything is written where
+    that can be known, and leaves old files as they are then.
     """
     encoder = Encoder(job)
     files = rows.find(inputs)
-    for path in files:
-        if present := rows.columns(path):  # a file without rows has none
-            check_columns(encoder.handler, path, present)
+    _check_files(encoder.handler, files, strict)
     try:
         with ExitStack() as stack:
-            keys = encoder.handler.keys
-            outputs = {key: Output(stack.enter_context(PairWriter(f"{prefix}_{key}_document", encoder.dtype))) for key in keys}
+            writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}
+            outputs = {key: Output(writer, strict) for key, writer in writers.items()}
             meter = stack.enter_context(Meter(log_interval))
             for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
                 for key, result in results.items():
@@ -223,16 +146,36 @@ def preprocess(
                 _check_disk(prefix, sum(output.writer.bytes_written for output in outputs.values()), done)
             for key, output in outputs.items():
                 if not output.writer.documents:
-                    raise UserError(f"no document under {key!r} in {len(files)} files: {output.said()}; nothing was written")
+                    why = "; ".join([output.said(), *output.faults.lines()[: int(encoder.masked)]])
+                    raise UserError(f"no document under {key!r} in {len(files)} files: {why}; nothing was written")
             facts = {key: output.facts() | encoder.facts() for key, output in outputs.items()}
             for key, output in outputs.items():
                 output.writer.commit(facts[key])
     except OSError as error:  # a full disk, a folder that may not be written
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
     for output in outputs.values():
-        say(output.said())
+        for line in (output.said(), *output.faults.lines()):
+            say(line)
     say(f"{meter.rates()} in {meter.seconds:.1f} s, {workers} processes")
     return facts
+
+
+def _check_files(made_by: Handler, files: Sequence[Path], strict: bool) -> None:
+    """Raises `UserError` for files that the handler cannot read. Of instruction data one that can be is enough: the rows of the
+    others are counted as what they are."""
+    wrong = []
+    for path in files:
+        present = rows.columns(path)
+        flat = next((name for name in made_by.nested if name in present), None)
+        if flat and path.name.lower().endswith(FLAT):
+            raise UserError(f"{path}: the column {flat!r} holds lists, which such a file cannot: use jsonl or parquet")
+        try:
+            if present:  # a file without rows has none
+                check_columns(made_by, path, present)
+        except UserError as error:
+            wrong.append(error)
+    if wrong and (strict or not made_by.learns_answers or len(wrong) == len(files)):
+        raise wrong[0]
 
 
 def _check_disk(prefix: str, written: int, done: float) -> None:

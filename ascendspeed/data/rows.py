@@ -60,6 +60,11 @@ def read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
     return _format(shard.path).read(shard, wanted)
 
 
+def where(path: Path, place: int) -> str:
+    """The place of a row of a file in words."""
+    return _format(path).where(path, place)
+
+
 def _suffix(path: Path) -> str:
     """Lower-case suffix; `.jsonl.gz` as one."""
     name = Path(path.name.lower())

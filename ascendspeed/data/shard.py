@@ -5,20 +5,32 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 SHARD_BYTES = 8 << 20
 """Text of one shard: a second or two of tokenizing."""
 BATCH_ROWS = 512
 
-Batch = dict[str, list[Any]]
-"""Columns of equal length."""
+
+class Batch(dict[str, list[Any]]):
+    """Columns of equal length."""
+
+    places: Sequence[int] = ()
+    """Where in its file each row lies, for messages; what the number means, the format knows."""
+
+    @classmethod
+    def at(cls, places: Sequence[int], columns: dict[str, list[Any]]) -> Self:
+        """The same with places."""
+        batch = cls(columns)
+        batch.places = places
+        return batch
 
 
 class Bad(enum.Enum):
     """Stands in place of a value that could not be read."""
 
     MALFORMED = "malformed"
+    NOT_UTF8 = "invalid UTF-8"
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Format:
     """The file in order, cut by its content alone."""
     read: Callable[[Shard, Sequence[str]], Iterator[Batch]]
     """The rows of a shard."""
+    where: Callable[[Path, int], str]
+    """The place of a row in words: line 7."""
 
 
 def cut(size: int, parts: int) -> list[tuple[int, int]]:
@@ -63,13 +77,15 @@ def columns_of(rows: Iterable[Any]) -> list[str]:
     return next((list(row) for row in rows if isinstance(row, dict)), [])
 
 
-def batch_of(rows: Sequence[Any], wanted: Sequence[str]) -> Batch:
-    """Rows -> columns; a missing key is None, a row that is not an object is itself in every column."""
-    return {name: [row.get(name) if isinstance(row, dict) else row for row in rows] for name in wanted}
+def batch_of(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> Batch:
+    """Places and rows -> columns; a missing key is None, a row that is not an object is itself in every column."""
+    columns = {name: [row.get(name) if isinstance(row, dict) else row for _, row in rows] for name in wanted}
+    return Batch.at([place for place, _ in rows], columns)
 
 
 def slices(rows: Batch) -> Iterator[Batch]:
     """A large batch in batches of at most `BATCH_ROWS`."""
     count = len(next(iter(rows.values()), []))
     for start in range(0, count, BATCH_ROWS):
-        yield {name: values[start : start + BATCH_ROWS] for name, values in rows.items()}
+        part = slice(start, start + BATCH_ROWS)
+        yield Batch.at(rows.places[part], {name: values[part] for name, values in rows.items()})

@@ -125,11 +125,6 @@ def check_lengths(prompts: Sequence[Prompt], ids: Iterable[Sequence[int]], longe
             raise UserError(f"{prompt.where} has {len(tokens)} tokens; --max-input-length is {longest}")
 
 
-def adds_bos(table: Mapping[str, Any]) -> bool:
-    """What tokenizer_config.json says about text; InternLM's says yes, and so does one that says nothing."""
-    return table.get("add_bos_token") is not False
-
-
 def shown(prompt: Prompt) -> Any:
     """As it stands in the output file."""
     if prompt.text is not None:

@@ -16,7 +16,6 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
 from ascendspeed.inference.options import SPARE, Place
-from ascendspeed.inference.prompts import adds_bos
 from ascendspeed.parallel import Grid
 from ascendspeed.tokenizer import Tokenizer
 
@@ -68,7 +67,7 @@ class Session:
     @cached_property
     def add_bos(self) -> bool:
         """Whether a text begins with BOS."""
-        return adds_bos(tokenizer.declared(self.tokenizer.path)[0])
+        return tokenizer.adds_bos(tokenizer.declared(self.tokenizer.path)[0])
 
     def stops(self, talks: bool) -> tuple[int, ...]:
         """Ids that end an answer, in a conversation or not."""

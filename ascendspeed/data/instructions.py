@@ -1,0 +1,235 @@
+"""Handlers for instruction data: rows -> conversations, of which the assistant's answers are learnt and nothing else.
+
+Two of them write the published prompt (`### Instruction:`), two the model's own chat format. What cannot be read is a `Fault` of
+its row, by kind.
+"""
+
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ascendspeed.chat import Chat, Piece, PieceEncoder, WrongMessage, read_answered
+from ascendspeed.data.document import Document, Fault, Made
+from ascendspeed.data.handler import Handler, Job
+from ascendspeed.data.shard import Bad, Batch
+from ascendspeed.inputs import read_table
+from ascendspeed.tokenizer import Tokenizer, adds_bos, declared
+
+Row = Mapping[str, Any]
+WHERE = "conversation"
+
+
+class InstructionHandler(Handler):
+    """Rows -> pieces -> documents with masks."""
+
+    keys = ("packed",)
+    learns_answers = True
+    encode: PieceEncoder
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        self._longest = job.longest
+
+    @abstractmethod
+    def pieces(self, row: Row) -> list[Piece]:
+        """What to learn from a row. Raises `WrongMessage` with what it is counted under."""
+
+    def make(self, rows: Batch) -> dict[str, Made]:
+        names = self.columns
+        found = [self._read(dict(zip(names, values, strict=True))) for values in zip(*(rows[n] for n in names), strict=True)]
+        good = [one for one in found if not isinstance(one, Fault)]
+        encoded = iter(self.encode([pieces for pieces, _ in good]))
+        documents = [one if isinstance(one, Fault) else Document(*next(encoded)) for one in found]
+        return {"packed": Made(documents, sum(size for _, size in good))}
+
+    def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
+        """Pieces and the bytes of their text."""
+        bad = next((value for value in row.values() if isinstance(value, Bad)), None)
+        if bad:
+            return Fault(bad.value, "not a JSON object")
+        try:
+            pieces = self.pieces(row)
+            size = sum(len(piece.what.encode()) for piece in pieces if isinstance(piece.what, str))
+        except WrongMessage as error:
+            return Fault(error.kind, str(error))
+        except UnicodeEncodeError:
+            return Fault("invalid UTF-8")
+        return Fault("huge", f"{size} bytes") if size > self._longest else (pieces, size)
+
+
+class GeneralInstructionHandler(InstructionHandler):
+    """Alpaca rows in the published prompt, byte for byte; a missing input is an empty one."""
+
+    required: tuple[str, ...] = ("instruction", "output")
+    optional: tuple[str, ...] = ("input",)
+
+    HEAD: ClassVar[str] = (
+        "\nBelow is an instruction that describes a task, paired with an input that provides further context. "
+        "Write a response that appropriately completes the request. "
+        "Please note that you need to think through your response logically and step by step.\n"
+    )
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        super().__init__(job, tokenizer)
+        begins = tokenizer.bos is not None and adds_bos(declared(tokenizer.path)[0])
+        self._begin = [Piece(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
+        self._every = job.loss_on == "all"
+        self.encode = PieceEncoder(tokenizer.encode_batch)
+
+    def pieces(self, row: Row) -> list[Piece]:
+        found = [*self._begin, Piece(self.HEAD)]
+        turns = self.turns(row)
+        for place, (question, answer) in enumerate(turns, 1):
+            found += [Piece(f"### Instruction:\n{question}\n### Response:\n")]
+            found += [Piece(f"{answer}\n", self._every or place == len(turns))]
+        return found
+
+    def turns(self, row: Row) -> list[tuple[str, str]]:
+        """Questions and answers."""
+        question, answer, given = _text(row, "instruction"), _text(row, "output"), _optional(row, "input")
+        return [(f"{question}\n{given or ''}", answer)]
+
+
+class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
+    """Belle's conversations in the same prompt: `instruction` is a text of turns, `output` answers the last of them.
+
+    As published, the last answer is learnt; with `--loss-on all` every one.
+    """
+
+    optional = ()
+    takes = ("loss_on",)
+    SPEAKERS: ClassVar[re.Pattern[str]] = re.compile("(Human|Assistant):")
+
+    def turns(self, row: Row) -> list[tuple[str, str]]:
+        before, *said = self.SPEAKERS.split(_text(row, "instruction"))
+        if said[-2:-1] == ["Assistant"] and not said[-1].strip():
+            said = said[:-2]  # whose turn it is
+        said += ["Assistant", _text(row, "output")]
+        speakers, texts = said[::2], [text.strip() for text in said[1::2]]
+        if before.strip() or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
+            what = "a text before the first Human:" if before.strip() else ", ".join(speakers[:8])
+            raise WrongMessage("wrong order", f"instruction: Human: and Assistant: do not take turns: {what}")
+        for speaker, text in zip(speakers, texts, strict=True):
+            if not text:
+                kind = "empty answer" if speaker == "Assistant" else "empty question"
+                raise WrongMessage(kind, f"instruction: the {speaker} says nothing")
+        return list(zip(texts[::2], texts[1::2], strict=True))
+
+
+class ChatHandler(InstructionHandler):
+    """Conversations in the model's own chat format."""
+
+    takes = ("chat_template", "system", "loss_on")
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        super().__init__(job, tokenizer)
+        self.chat = Chat(tokenizer, _family(tokenizer.path), job.chat_template)
+        self.encode = self.chat.encode_pieces
+        self._system, self._last_only = job.system, job.loss_on == "last"
+
+    def pieces(self, row: Row) -> list[Piece]:
+        items = self.messages(row)
+        system = _optional(row, "system") or self._system
+        if system and (not isinstance(items[0], Mapping) or items[0].get("role") != "system"):
+            items = [{"role": "system", "content": system}, *items]
+        return self.chat.pieces(read_answered(items, WHERE), WHERE, _tools(row.get("tools")), self._last_only)
+
+    @abstractmethod
+    def messages(self, row: Row) -> Sequence[Any]:
+        """Roles and contents, at least one."""
+
+
+class AlpacaStyleInstructionHandler(ChatHandler):
+    """Alpaca rows: `history` is a list of questions and answers that came before."""
+
+    required = ("instruction", "output")
+    optional = ("input", "system", "history")
+    nested = ("history",)
+
+    def messages(self, row: Row) -> Sequence[Any]:
+        question, answer, given = _text(row, "instruction"), _text(row, "output"), _optional(row, "input")
+        turns = [*_history(row["history"]), (f"{question}\n{given}" if given and given.strip() else question, answer)]
+        return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+
+
+class SharegptStyleInstructionHandler(ChatHandler):
+    """Conversations as lists of from and value, or of role and content, under `conversations` or `messages`."""
+
+    LISTS: ClassVar[tuple[str, ...]] = ("conversations", "messages")
+    required = ()
+    optional = (*LISTS, "system", "tools")
+    nested = LISTS
+    ROLES: ClassVar[dict[str, str]] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+
+    def missing(self, present: Sequence[str]) -> str | None:
+        return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
+
+    def messages(self, row: Row) -> Sequence[Any]:
+        items = next((row[name] for name in self.LISTS if row[name] is not None), None)
+        if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+            raise WrongMessage("no conversation", f"{' or '.join(self.LISTS)} is {_short(items)}, not a list of messages")
+        return [self._message(item) for item in items]
+
+    def _message(self, item: Any) -> Any:
+        """In the words of role and content; columnar files have every key in every message, most of them null."""
+        if not isinstance(item, Mapping):
+            return item
+        known = {key: value for key, value in item.items() if value is not None}
+        if "from" not in known:
+            return known
+        role, said = known.pop("from"), known.pop("value", None)
+        if role == "function_call":
+            calls = _json(said, "wrong tool call")
+            return known | {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        return known | {"role": self.ROLES.get(role, role) if isinstance(role, str) else role, "content": said}
+
+
+def _text(row: Row, name: str) -> str:
+    """What a row must have."""
+    value = row[name]
+    if value is None:
+        raise WrongMessage(f"no {name!r}", f"{name!r} is missing or null")
+    if not isinstance(value, str):
+        raise WrongMessage("not text", f"{name!r} is {_short(value)}, not a text")
+    if not value.strip():
+        raise WrongMessage("empty answer" if name == "output" else "empty question", f"{name!r} says nothing")
+    return value
+
+
+def _optional(row: Row, name: str) -> str | None:
+    value = row.get(name)
+    if value is not None and not isinstance(value, str):
+        raise WrongMessage("not text", f"{name!r} is {_short(value)}, not a text")
+    return value
+
+
+def _history(value: Any) -> list[Sequence[str]]:
+    turns = [] if value is None else value
+    if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
+        raise WrongMessage("wrong history", f"'history' is {_short(value)}, not a list of questions and answers")
+    return turns
+
+
+def _tools(value: Any) -> Any:
+    """Descriptions of functions, as a list or as its JSON."""
+    return _json(value, "wrong tools") if isinstance(value, str) and value.strip() else value or None
+
+
+def _json(text: Any, kind: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise WrongMessage(kind, f"{_short(text)} is not JSON") from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _family(folder: Path) -> str | None:
+    """`model_type` of the config.json beside a tokenizer."""
+    path = folder / "config.json"
+    return read_table(path).get("model_type") if path.is_file() else None

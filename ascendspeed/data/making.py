@@ -1,0 +1,56 @@
+"""Rows -> documents as they are trained on, without any file: what preprocessing writes, and what can be trained on at once."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ascendspeed import tokenizer
+from ascendspeed.data.document import Document, Fault, Made, learns_within
+from ascendspeed.data.handler import Job
+from ascendspeed.data.handlers import handler
+from ascendspeed.data.shard import Batch
+from ascendspeed.errors import UserError
+
+
+class Maker:
+    """A handler and a tokenizer; one per process."""
+
+    def __init__(self, job: Job) -> None:
+        """Raises `UserError` for a tokenizer or a handler that is not there, and settings that do not go together."""
+        self.job = job
+        self.tokenizer = tokenizer.load(job.tokenizer_path)
+        self.handler = handler(job, self.tokenizer)
+        self._eod = np.array([self.tokenizer.eos] if job.append_eod else [], np.int32) if self._ends() else None
+        self._length = job.seq_length if self.handler.learns_answers else None
+
+    def make(self, rows: Batch) -> dict[str, Made]:
+        """Key of the handler -> a document or a fault for each row. `rows`: at least the columns of the handler."""
+        return {key: self._finished(made) for key, made in self.handler.make(rows).items()}
+
+    def _ends(self) -> bool:
+        if self.job.append_eod and self.tokenizer.eos is None:
+            raise UserError(f"--append-eod: the tokenizer in {self.job.tokenizer_path} names no eos_token")
+        return self.job.append_eod
+
+    def _finished(self, made: Made) -> Made:
+        documents = [one if isinstance(one, Fault) else self._ended(one) for one in made.documents]
+        if self._length is None:
+            return replace(made, documents=documents)
+        cut = [one if isinstance(one, Fault) else self._cut(one, self._length) for one in documents]
+        truncated = sum(isinstance(one, Document) and one is not whole for one, whole in zip(cut, documents, strict=True))
+        return replace(made, documents=cut, truncated=truncated)
+
+    def _ended(self, document: Document) -> Document:
+        tokens, mask = document.tokens, document.loss_mask
+        if self._eod is None or (mask is not None and mask[-1] and tokens[-1] == self._eod[0]):  # a turn that ends with eos
+            return document
+        return Document(np.concatenate([tokens, self._eod]), None if mask is None else np.append(mask, True))
+
+    def _cut(self, document: Document, length: int) -> Document | Fault:
+        if len(document.tokens) <= length:
+            return document
+        if not learns_within(document.loss_mask, length):
+            return Fault(
+                "answers beyond --seq-length", f"{len(document.tokens)} tokens, and those to be learnt come after {length}"
+            )
+        return Document(document.tokens[:length], None if document.loss_mask is None else document.loss_mask[:length])

@@ -136,8 +136,8 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
     for llama in weights.parameters(model, LLAMA):
         mine, theirs = own[llama.name].theirs, llama.theirs
         found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
-        if not any(found):
-            continue
+        if not any(found):  # no adapters here, or adapters that have these names already
+            mine, found = theirs, [adapter.pairs.get(name.removesuffix(".weight")) for name in theirs]
         if len(mine) == 1 < len(theirs):
             a, b, scale = found[0]
             shape = (llama.shape[0], b.shape[1])

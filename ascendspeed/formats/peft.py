@@ -81,13 +81,13 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or adapter.base,
         "inference_mode": True,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
         **adapter.settings,
+        "base_model_name_or_path": base or adapter.base,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     }
     specs = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}

@@ -43,8 +43,9 @@ def base_of(opened: Checkpoint, moved_to: str | None = None) -> Source:
     lora = opened.run.lora
     where = moved_to or lora.lora_base
     if where is None or not Path(where).is_dir():
+        lost = f"{opened.path} holds adapters of the weights in {where}, which are not there"
         raise UserError(
-            f"{opened.path} holds adapters of the weights in {where}: they are not there; name their folder (--lora-base)"
+            f"{lost}; name their folder now: --lora-base to go on training, tools/lora/merge_lora.py --base for all else"
         )
     source = open_source(where)
     if source.fingerprint() != lora.lora_base_fingerprint:

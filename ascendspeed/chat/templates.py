@@ -76,7 +76,7 @@ def choose(tokenizer: Tokenizer, family: str | None = None, name: str | None = N
     found = name or OF_FAMILY.get(family or "") or _told_by(tokenizer)
     if found is None:
         raise UserError(
-            f"no chat template is known for a model of family {family} with the tokenizer in {tokenizer.path}; "
+            f"no chat template is known for a model of family {family or 'unknown'} with the tokenizer in {tokenizer.path}; "
             f"say which it takes: --chat-template {'|'.join(TEMPLATES)}"
         )
     if found not in TEMPLATES:
@@ -95,8 +95,10 @@ def choose(tokenizer: Tokenizer, family: str | None = None, name: str | None = N
 
 
 def _told_by(tokenizer: Tokenizer) -> str | None:
-    if all(find(tokenizer, V25.controls[control]) is not None for control in ("im_start", "im_end", "action_start")):
-        return "v2.5"
+    for name in ("v2.5", "v2"):
+        controls = TEMPLATES[name].controls
+        if all(find(tokenizer, controls[control]) is not None for control in ("im_start", "im_end", "action_start")):
+            return name
     if all(find(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
         return "v1"
     return None

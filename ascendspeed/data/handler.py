@@ -56,6 +56,16 @@ class Handler(ABC):
         """What it needs and is not among the columns; None: nothing."""
         return next((name for name in self.required if name not in present), None)
 
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        return []
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What else there is to say of the documents, for P.meta."""
+        return {}
+
     @abstractmethod
     def make(self, rows: Batch) -> dict[str, Made]:
         """Key -> the documents of the rows, as long as they are and without an eos at the end."""

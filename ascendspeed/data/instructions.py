@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ascendspeed.chat import Chat, Piece, PieceEncoder, WrongMessage, read_answered
+from ascendspeed.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handler import Handler, Job
 from ascendspeed.data.shard import Bad, Batch
@@ -75,7 +75,7 @@ class GeneralInstructionHandler(InstructionHandler):
         super().__init__(job, tokenizer)
         begins = tokenizer.bos is not None and adds_bos(declared(tokenizer.path)[0])
         self._begin = [Piece(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
-        self._every = job.loss_on == "all"
+        self._every, self._ends = job.loss_on == "all", job.append_eod
         self.encode = PieceEncoder(tokenizer.encode_batch)
 
     def pieces(self, row: Row) -> list[Piece]:
@@ -85,6 +85,10 @@ class GeneralInstructionHandler(InstructionHandler):
             found += [Piece(f"### Instruction:\n{question}\n### Response:\n")]
             found += [Piece(f"{answer}\n", self._every or place == len(turns))]
         return found
+
+    @property
+    def notes(self) -> list[str]:
+        return [] if self._ends else ["answers have no end in the published prompt, so models learn none: add --append-eod"]
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
         """Questions and answers."""
@@ -130,11 +134,19 @@ class ChatHandler(InstructionHandler):
         self._system, self._last_only = job.system, job.loss_on == "last"
 
     def pieces(self, row: Row) -> list[Piece]:
-        items = self.messages(row)
+        messages = read_answered(self.messages(row), WHERE)
         system = _optional(row, "system") or self._system
-        if system and (not isinstance(items[0], Mapping) or items[0].get("role") != "system"):
-            items = [{"role": "system", "content": system}, *items]
-        return self.chat.pieces(read_answered(items, WHERE), WHERE, _tools(row.get("tools")), self._last_only)
+        if system and messages[0].role != "system":
+            messages.insert(0, Message("system", system))
+        return self.chat.pieces(messages, WHERE, _tools(row.get("tools")), self._last_only)
+
+    @property
+    def notes(self) -> list[str]:
+        return [f"chat template {self.chat.name}", *self.chat.notes]
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"chat_template": self.chat.name}
 
     @abstractmethod
     def messages(self, row: Row) -> Sequence[Any]:
@@ -161,7 +173,13 @@ class SharegptStyleInstructionHandler(ChatHandler):
     required = ()
     optional = (*LISTS, "system", "tools")
     nested = LISTS
-    ROLES: ClassVar[dict[str, str]] = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+    ROLES: ClassVar[dict[str, str]] = {
+        "human": "user",
+        "gpt": "assistant",
+        "chatgpt": "assistant",
+        "observation": "tool",
+        "function_response": "tool",
+    }
 
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)

@@ -59,7 +59,8 @@ class Encoder:
         """How the documents were made, for P.meta."""
         tokenizer = self.maker.tokenizer
         eod = tokenizer.eos if self.job.append_eod else None
-        return {"vocab_size": tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
+        facts = {"vocab_size": tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
+        return facts | self.handler.facts | ({"seq_length": self.job.seq_length} if self.masked else {})
 
 
 _encoder: Encoder | None = None  # of this process, when it is one of the pool
@@ -134,6 +135,8 @@ def preprocess(
     encoder = Encoder(job)
     files = rows.find(inputs)
     _check_files(encoder.handler, files, strict)
+    for note in encoder.handler.notes:
+        say(f"note: {note}")
     try:
         with ExitStack() as stack:
             writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}

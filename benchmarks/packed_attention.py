@@ -1,0 +1,231 @@
+"""Attention within the documents of packed rows, in the ways there are: values and gradients, in one process, in turns.
+
+    python benchmarks/packed_attention.py --threads 1 --out benchmarks/results/packed-attention-cpu.md
+    python benchmarks/packed_attention.py --device cuda --dtypes bf16 --heads 32 --groups 8 --head-dim 128 --rows 4
+
+- `documents`: ours, torch's SDPA on one document after the other; `kernel`: the device's own for sequences of various lengths.
+- `grouped`: SDPA on the documents of similar lengths at once, padded to multiples of 64.
+- `block mask`: SDPA once, with a mask of s x s that hides the other documents.
+- `whole row`: SDPA once, causal over the row. Another function: documents see those before them. What packing costs without masks.
+
+What counts is the ratio of neighbours, another way / `documents`: above 1 ours is faster. All but `whole row` must give the same.
+"""
+
+import datetime
+import math
+import os
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from clock import Took, timed
+
+from ascendspeed import errors, flags
+from ascendspeed.errors import UserError
+
+SAME = {"fp32": 1e-5, "bf16": 2e-2}
+"""Largest difference between the ways."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Where to run."""
+    dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """Compute types."""
+    seq_length: int = 2048
+    """Tokens of a row."""
+    rows: int = 2
+    """Rows of the batch."""
+    medians: tuple[int, ...] = (100, 250)
+    """Median lengths of documents; they are spread as those of Alpaca are, some several times as long."""
+    heads: int = 16
+    """Heads of queries."""
+    groups: int = 8
+    """Heads of keys and values."""
+    head_dim: int = 64
+    """Size of a head."""
+    rounds: int = 7
+    """Measured turns of each way, after one that warms up."""
+    threads: int | None = None
+    """CPU threads; None: torch's choice. 1 where the machine is shared."""
+    out: Path | None = None
+    """Markdown file to write; None: print only."""
+
+
+def draw(options: Options, median: int) -> tuple[tuple[int, ...], ...]:
+    """Lengths in every row: log-normal with a spread of 0.6; what is left at the end of a row is padding."""
+    import torch
+
+    generator, rows = torch.Generator().manual_seed(median), []
+    for _ in range(options.rows):
+        row: list[int] = []
+        while (left := options.seq_length - sum(row)) > 0:
+            length = round(math.exp(math.log(median) + 0.6 * float(torch.randn((), generator=generator))))
+            row.append(max(1, length) if length <= left else left)
+        rows.append(tuple(row))
+    return tuple(rows)
+
+
+def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
+    """Name -> (q [b, heads, s, d], k, v [b, groups, s, d]) -> [b, heads, s, d]."""
+    import torch
+    from torch.nn import functional as F
+
+    from ascendspeed.device import fused
+    from ascendspeed.model.attention import attend_within
+
+    begins = (segments.positions == 0).to(here.torch)
+    ids, whole = begins.cumsum(1), segments.positions.size(1)
+    seen = (ids[:, None, :, None] == ids[:, None, None]) & torch.ones(whole, whole, dtype=torch.bool, device=here.torch).tril()
+    takes, gives = groups_of([n for row in segments.lengths for n in row], here.torch)
+    kernel = fused(here, "varlen") if dtype == "bf16" else None
+
+    def flat(x: Any) -> Any:
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def rows(x: Any) -> Any:
+        return x.unflatten(0, (len(segments.lengths), -1)).transpose(1, 2)
+
+    def grouped(q: Any, k: Any, v: Any) -> Any:
+        qkv, out = [flat(x) for x in (q, k, v)], []
+        for take in takes:
+            part = (x[take.flatten()].unflatten(0, take.shape).transpose(1, 2) for x in qkv)
+            out.append(F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1))
+        return rows(torch.cat(out)[gives])
+
+    found = {
+        "documents": lambda q, k, v: attend_within(segments, q, k, v),
+        "grouped": grouped,
+        "block mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True),
+        "whole row": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    }
+    if kernel:
+        found["kernel"] = lambda q, k, v: rows(kernel.call(flat(q), flat(k), flat(v), segments.bounds(q.device)))
+    return found
+
+
+def groups_of(lengths: list[int], device: Any) -> tuple[list[Any], Any]:
+    """For each padded length the places [documents, length] to take; and of every token, which of those taken is it."""
+    import torch
+
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    begin = 0
+    for n in lengths:
+        sizes.setdefault(-(-n // 64) * 64, []).append((begin, n))
+        begin += n
+    takes, gives, taken = [], torch.empty(begin, dtype=torch.long), 0
+    for size, documents in sizes.items():
+        takes.append(torch.stack([torch.arange(size).clamp(max=n - 1) + first for first, n in documents]).to(device))
+        for first, n in documents:
+            gives[first : first + n] = torch.arange(taken, taken + n)
+            taken += size
+    return takes, gives.to(device)
+
+
+def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dict[str, list[Took]]]]:
+    """(dtype, median length) -> (documents, way -> what every turn took)."""
+    import torch
+
+    from ascendspeed.model.segments import Segments
+
+    found = {}
+    for dtype in options.dtypes:
+        for median in options.medians:
+            lengths = draw(options, median)
+            positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+            took = turns(ways(Segments(lengths=lengths, positions=positions), here, dtype), options, here, dtype)
+            found[dtype, median] = sum(map(len, lengths)), took
+            print(f"{dtype}, median {median}: {cells(took)}", flush=True)
+    return found
+
+
+def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -> dict[str, list[Took]]:
+    """What each way took in every turn. Raises `UserError` when two do not agree."""
+    import torch
+
+    from ascendspeed.model.spec import DTYPES
+
+    generator = torch.Generator().manual_seed(1)
+    qkv = [  # as the model gives them: [s, b, heads, d], permuted
+        torch.randn(options.seq_length, options.rows, heads, options.head_dim, generator=generator)
+        .to(here.torch, DTYPES[dtype])
+        .permute(1, 2, 0, 3)
+        .requires_grad_()
+        for heads in (options.heads, options.groups, options.groups)
+    ]
+
+    def both(call: Callable) -> Any:
+        out = call(*qkv)
+        torch.autograd.grad(out, qkv, torch.ones_like(out))
+        return out.detach()
+
+    took: dict[str, list[Took]] = {name: [] for name in calls}
+    values: dict[str, Any] = {}
+    for number in range(options.rounds + 1):
+        for name, call in list(calls.items())[:: 1 if number % 2 else -1]:
+            values[name], one = timed(partial(both, call), here.synchronize)
+            if number:
+                took[name].append(one)
+    for name in calls.keys() - {"documents", "whole row"}:
+        off = float((values[name] - values["documents"]).abs().max())
+        if not off < SAME[dtype]:
+            raise UserError(f"{dtype}: {name} and documents differ by {off:.1e}; they cannot be compared")
+    return took
+
+
+def cells(took: dict[str, list[Took]]) -> str:
+    """Milliseconds of `documents`, and of each other way its ratio to it."""
+    parts = [f"{1000 * statistics.median(one.wall for one in took['documents']):.1f}"]
+    for name, turns in took.items():
+        if name != "documents":
+            ratios = sorted(other.wall / ours.wall for ours, other in zip(took["documents"], turns, strict=True))
+            cpu = statistics.median(other.cpu / ours.cpu for ours, other in zip(took["documents"], turns, strict=True))
+            parts.append(f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}; {cpu:.2f})")
+    return " | ".join(parts)
+
+
+def report(found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], options: Options, here: Any) -> str:
+    """The markdown file."""
+    import torch
+
+    (_, first), *_ = found.values()
+    names = " | ".join(f"{name} / documents" for name in first if name != "documents")
+    lines = [f"| {dtype} | {median} | {documents} | {cells(took)} |" for (dtype, median), (documents, took) in found.items()]
+    load = os.getloadavg()[0]
+    return (
+        f"# Attention within packed documents\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} cores, "
+        f"{torch.get_num_threads()} threads, load {load:.0f} with that of others; Python {platform.python_version()}, "
+        f"torch {version('torch')}.\n\n{options.rows} rows of {options.seq_length} tokens, {options.heads} heads, "
+        f"{options.groups} of keys and values, of {options.head_dim}; values and gradients; {options.rounds} rounds in turns, "
+        "medians. Milliseconds of `documents`; of the other ways the ratio to it, with least and largest, then that of CPU time. "
+        "Above 1 ours is faster. All but `whole row`, where documents see those before them, gave the same values.\n\n"
+        f"| type | median length | documents | documents, ms | {names} |\n|{'---|' * (3 + len(first))}\n" + "\n".join(lines) + "\n"
+    )
+
+
+def main() -> None:
+    """Measures, prints, writes."""
+    options = flags.parse(Options, description=__doc__ or "")
+    from ascendspeed import device as devices
+
+    here = devices.prepare(options.device)
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    text = report(measure(options, here), options, here)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -67,7 +67,7 @@ def main() -> None:
             leave_groups()
         places, grid = run.parallel.places, parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
         given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
-        tensors = None if case.get("load") else given
+        tensors = None if case.get("load") and not run.lora.lora_rank else given  # a checkpoint of adapters has no weights
         if case.get("break") == "documents see each other":
             without_documents()
         if run.parallel.deepspeed:

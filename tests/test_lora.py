@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 
-from ascendspeed import config, schedule, weights
+from ascendspeed import checkpoint, config, schedule, weights
+from ascendspeed.adapters import parameter_count
 from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import peft as directory
@@ -25,6 +26,7 @@ BIASES, GROUPED = RUN.model, replace(RUN.model, **GQA)
 RUN = replace(RUN, parallel=ParallelConfig(), optim=replace(RUN.optim, clip_grad=0.5))
 TP, SP, PP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
 SHARDS = {"use_distributed_optimizer": True}
+COPY = "copy_to_tensor_model_parallel_region"
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
 
 
@@ -112,32 +114,197 @@ def compare(curves: dict[str, Curve], expected: Curve) -> None:
             assert norm < 1e-5, (name, norm)
 
 
-def test_two_ranks_equal_peft(biases, grouped, tmp_path):
-    layouts = {
-        "tp2": TP,
-        "tp2 sp": TP | SP,
-        "pp2": PP,
-        "dp2, shards": SHARDS,
-        "zero 2 tp2 sp": TP | SP | zero(2),
-        "zero 2": zero(2),
-        "zero 3": zero(3),
-    }
-    cases = {}
-    for which, setting in (("biases", biases), ("grouped", grouped)):
-        cases |= {f"{which}/{name}": setting.case(parallel) for name, parallel in layouts.items()}
-    cases["biases/recomputed"] = biases.case(TP, RECOMPUTE)
-    cases["biases/zero 3, recomputed"] = biases.case(zero(3), {"recompute_granularity": "full"})
+FEW = {
+    "biases": ["tp2 sp", "pp2", "zero 2", "zero 3, recomputed"],
+    "grouped": ["tp2", "dp2, shards", "zero 2, tp2 sp"],
+}
+CASES = {  # name -> layout and training
+    "tp2": (TP, {}),
+    "tp2 sp": (TP | SP, {}),
+    "pp2": (PP, {}),
+    "dp2, shards": (SHARDS, {}),
+    "cp2": ({"context_parallel_size": 2}, {}),
+    "zero 2, tp2 sp": (TP | SP | zero(2), {}),
+    "zero 0": (zero(0), {}),
+    "zero 1": (zero(1), {}),
+    "zero 2": (zero(2), {}),
+    "zero 3": (zero(3), {}),
+    "zero 3, tp2": (TP | zero(3), {}),
+    "tp2, one layer recomputed": (TP, RECOMPUTE),
+    "pp2, recomputed": (PP, {"recompute_granularity": "full"}),
+    "zero 3, recomputed": (zero(3), {"recompute_granularity": "full"}),
+}
+SLOW = {which: [name for name in CASES if name not in FEW[which]] for which in FEW}
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(SLOW, marks=pytest.mark.slow)], ids=["few", "all others"])
+def test_two_ranks_equal_peft(names, biases, grouped, tmp_path):
+    """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    settings = {"biases": biases, "grouped": grouped}
+    cases = {f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]}
     cases["biases/control: alpha"] = biases.case(PP, lora={"lora_alpha": 6.1})
-    cases["biases/control: q and k exchanged"] = biases.case(TP) | {"weights": exchanged(biases)}
+    cases["biases/control: q and k exchanged"] = biases.case(PP) | {"weights": exchanged(biases)}
     cases["biases/control: parts of A's gradient"] = biases.case(TP | SP) | {"break": "sequence-parallel sum"}
+    cases["biases/control: z's gradient not summed"] = biases.case(TP) | {"break": f"adapters: {COPY}"}
     cases["biases/control: nothing below the first layer"] = biases.case(TP, RECOMPUTE) | {"break": "adapters: _begin"}
-    cases["biases/control: z's gradient not summed"] = biases.case(TP) | {
-        "break": "adapters: copy_to_tensor_model_parallel_region"
-    }
-    found: dict[str, dict[str, Curve]] = {"biases": {}, "grouped": {}}
+    found: dict[str, dict[str, Curve]] = {which: {} for which in settings}
     for name, curve in run(2, cases, tmp_path).items():
         which, _, own = name.partition("/")
         found[which][own] = curve
-    compare(found["biases"], biases.expected())
-    compare(found["grouped"], grouped.expected())
-    compare({f"control: not frozen, {name}": found["grouped"][name] for name in ("tp2", "zero 2")}, grouped.expected(frozen=False))
+    for which, setting in settings.items():
+        compare(found[which], setting.expected())
+    other = {f"control: not frozen, {name}": curve for name, curve in found["grouped"].items()}
+    compare(other, grouped.expected(frozen=False))
+
+
+class Shared(torch.nn.Module):
+    """A projection of Hugging Face's and its rows of an adapter that several share."""
+
+    def __init__(
+        self, linear: torch.nn.Linear, a: torch.nn.Parameter, b: torch.nn.Parameter, rows: list[int], scale: float
+    ) -> None:
+        super().__init__()
+        self.linear, self.a, self.b, self.rows, self.scale = linear, a, b, rows, scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) + (x @ self.a.T) @ self.b[self.rows].T * self.scale
+
+
+def rows_of(model: ModelConfig) -> dict[str, list[int]]:
+    """Which rows of the one matrix are q's, k's and v's: per key/value head [q..., k, v] (InternLM2), or one after the other."""
+    d, group = model.head_dim, model.num_attention_heads // model.kv_heads
+    heads = {"q": [], "k": [], "v": []}
+    if model.family == "internlm2":
+        for g in range(model.kv_heads):
+            first = g * (group + 2)
+            heads["q"] += range(first, first + group)
+            heads["k"] += [first + group]
+            heads["v"] += [first + group + 1]
+    else:
+        n = model.num_attention_heads
+        heads = {"q": [*range(n)], "k": [*range(n, 2 * n)], "v": [*range(2 * n, 3 * n)]}
+    return {name: [head * d + i for head in held for i in range(d)] for name, held in heads.items()}
+
+
+ONE_MATRIX = {
+    "wqkv": (GROUPED, "wqkv", "attention"),
+    "wqkv, one key/value head": (replace(GROUPED, num_query_groups=1), "wqkv", "attention"),
+    "W_pack": (replace(RUN.model, family="baichuan", add_qkv_bias=False, add_dense_bias=False), "W_pack", "self_attn"),
+}
+
+
+def test_one_matrix_for_q_k_and_v(tmp_path):
+    """InternLM2's own names, and Baichuan's; and peft's with fewer key/value heads than ranks."""
+    cases, expected = {}, {}
+    for name, (model, leaf, _) in ONE_MATRIX.items():
+        base = dict(weights.random_tensors(model, RUN.train.seed))
+        lora = replace(LORA, lora_target_modules=(leaf,))
+        generator = torch.Generator().manual_seed(4)
+        own = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapters.initial(model, lora, 1)}
+        file = str(tmp_path / f"{name}.safetensors".replace("/", " "))
+        save_file(base | own, file)
+        changes = {"model": vars(model), "lora": vars(lora) | {"lora_target_modules": [leaf]}}
+        for layout, parallel in {"tp2": TP, "tp2 sp": TP | SP, "zero 3": zero(3)}.items():
+            cases[f"{name}: {layout}"] = {"changes": changes | {"parallel": parallel}, "weights": file, "last": 5}
+        reference = oracle.hugging_face(replace(model, family="llama"), base).requires_grad_(False)
+        for number, layer in enumerate(reference.model.layers):
+            ours = f"decoder.layers.{number}.self_attention.linear_qkv.lora.{leaf}_"
+            a, b = (torch.nn.Parameter(own[ours + which].clone()) for which in "AB")
+            for part, rows in rows_of(model).items():
+                linear = getattr(layer.self_attn, f"{part}_proj")
+                setattr(layer.self_attn, f"{part}_proj", Shared(linear, a, b, rows, 1.5))
+        expected[name] = train(reference, model.vocab_size, 5)
+    single = Setting(replace(GROUPED, num_query_groups=1), ALL, tmp_path / "single")
+    expected["single"] = single.expected()
+    cases |= {f"single: {name}": single.case(*CASES[name]) for name in ("tp2", "tp2 sp", "zero 3, tp2")}
+    cases["control: B's gradient not summed"] = single.case(TP | SP) | {"break": f"adapters: {COPY}"}
+    for name, curve in run(2, cases, tmp_path / "run").items():
+        if name.startswith("control"):
+            compare({name: curve}, expected["single"])
+        else:
+            compare({name: curve}, expected[name.partition(":")[0]])
+
+
+MODES = {
+    "tp2 sp": TP | SP,
+    "dp2, shards": SHARDS,
+    "zero 2": zero(2),
+    "zero 3": zero(3),
+}
+
+
+def test_checkpoints_of_adapters(biases, tmp_path):
+    """The same layout goes on bit by bit, dropout included; another one, under the other engine too, continues peft's curve."""
+    cases, kept, expected = {}, {}, biases.expected()
+    for dtype in ({}, {"bf16": True}):
+        for mode, parallel in MODES.items():
+            if dtype and mode == "dp2, shards":
+                continue
+            name = f"{'bf16' if dtype else 'fp32'} {mode}"
+            case = biases.case(parallel, lora={"lora_dropout": 0.2})
+            case["changes"]["optim"] = dtype
+            kept[name] = str(tmp_path / name)
+            cases[f"{name}: whole"] = case | {"last": 6}
+            cases[f"{name}: first"] = case | {"last": 3, "save": kept[name]}
+            cases[f"{name}: then"] = case | {"first": 3, "last": 6, "load": kept[name]}
+    at = {name: str(tmp_path / "plain" / name) for name in ("a", "b", "c")}
+    cases["across: tp2 sp"] = biases.case(TP | SP) | {"last": 3, "save": at["a"]}
+    cases["across: zero 3"] = biases.case(zero(3)) | {"first": 3, "last": 5, "load": at["a"], "save": at["b"]}
+    cases["across: pp2"] = biases.case(PP) | {"first": 5, "last": 8, "load": at["b"], "save": at["c"]}
+    cases["across: zero 1, tp2"] = biases.case(TP | zero(1)) | {"first": 8, "load": at["c"]}
+    cases["control: moments lost"] = biases.case(TP | zero(1)) | {"first": 8, "load": at["c"], "break": "moments"}
+    curves = run(2, cases, tmp_path / "run")
+    for name in kept:
+        assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
+    assert curves["fp32 zero 2: whole"] != [list(pair) for pair in expected[:6]]  # dropout
+    lost = curves.pop("control: moments lost")
+    compare({"across": [pair for name, curve in curves.items() if name.startswith("across") for pair in curve]}, expected)
+    compare({"control: moments lost": lost}, expected[8:])
+    names = checkpoint.open_checkpoint(at["c"], say=lambda text: None).names()
+    assert len(names) == 2 * len(ALL) * biases.model.num_layers
+    assert all(".lora." in name for name in names)
+
+
+@pytest.mark.slow
+def test_recomputed_dropout_draws_the_same_masks(biases, tmp_path):
+    """Whether the block forks the generators (sequence parallel) or the adapter does; the masks of two ranks' halves differ."""
+    cases = {}
+    for layout, parallel in (("tp2", TP), ("tp2 sp", TP | SP), ("zero 3", zero(3))):
+        for name, recompute in (("none", {}), ("full", {"recompute_granularity": "full"}), ("block", RECOMPUTE)):
+            cases[f"{layout}: {name}"] = biases.case(parallel, recompute, {"lora_dropout": 0.2}) | {"last": 3}
+    curves = run(2, cases, tmp_path)
+    for name, curve in curves.items():
+        assert curve == curves[f"{name.partition(':')[0]}: none"], name
+
+
+@pytest.mark.slow
+def test_bf16_stays_in_a_band_around_fp32(biases, tmp_path):
+    cases = {name: biases.case(parallel) for name, parallel in (("tp2", TP), ("zero 1", zero(1)), ("zero 3", zero(3)))}
+    for case in cases.values():
+        case["changes"]["optim"] = {"bf16": True}
+    for name, curve in run(2, cases, tmp_path).items():
+        loss, norm = worst(curve, biases.expected())
+        assert 1e-6 < loss < 2e-3, name
+        assert norm < 5e-2, name
+
+
+def test_nothing_is_kept_for_frozen_weights(cpu):
+    """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its base at first."""
+    from ascendspeed import parallel
+    from ascendspeed.engines.megatron import MegatronEngine
+    from ascendspeed.kernels import Kernels
+
+    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+    lora = replace(LORA, lora_target_modules=ALL)
+    base = dict(weights.random_tensors(BIASES, 1))
+    fresh = dict(adapters.initial(BIASES, lora, 1))
+    engine = MegatronEngine(replace(RUN, lora=lora), grid, cpu, Kernels(), [*base.items(), *fresh.items()])
+    count = sum(tensor.numel() for tensor in fresh.values())
+    assert count == parameter_count(BIASES, lora) == 2 * 4 * (4 * (64 + 64) + 3 * (64 + 96))
+    assert sum(buffer.numel for chunk in engine.chunks for buffer in chunk.buffers) == count
+    assert sum(view.tensor.numel() for view in engine.fragments()) == 3 * count
+    trained = {name for name, parameter in engine.modules[0].named_parameters() if parameter.requires_grad}
+    assert len(trained) == len(fresh)
+    a = fresh["decoder.layers.1.mlp.linear_fc2.lora.down_proj_A"]
+    assert a.abs().max() <= 96**-0.5 < a.abs().max() * 1.05  # kaiming_uniform(a = sqrt(5))
+    assert not any(tensor.any() for name, tensor in fresh.items() if name.endswith("_B"))

@@ -1,0 +1,405 @@
+"""What is learnt of instruction data: token by token against tables written by hand, for every template and handler."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import sentencepiece
+from corpus import sentencepiece_dir, words
+from test_chat import KINDS, UNUSED
+
+from ascendspeed.chat import Message, Piece, PieceEncoder
+from ascendspeed.data.document import Document, Fault
+from ascendspeed.data.handler import Job
+from ascendspeed.data.making import Maker
+from ascendspeed.errors import UserError
+
+IM = ["<|im_start|>", "<|im_end|>"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Tokenizers of every kind, made on the spot, and the real ones where they are."""
+    made = {name: make(tmp_path_factory.mktemp("instructions") / name) for name, make in KINDS.items()}
+    return {name: folder for name, folder in made.items() if folder.is_dir()}
+
+
+def maker(folders, name, handler, **options):
+    if name not in folders:
+        pytest.skip("no real tokenizers beside the repository")
+    return Maker(Job(str(folders[name]), handler, **options))
+
+
+def make(one, *rows):
+    """The documents of rows."""
+    columns = {name: [row.get(name) for row in rows] for name in one.handler.columns}
+    return one.make(columns)["packed"].documents
+
+
+def table(one, *runs):
+    """(ids, learnt) of a table: text and control tokens in their order; what is to be learnt is in a tuple."""
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
+    ids, learnt = [], []
+    for run in runs:
+        text = run if isinstance(run, str) else run[0]
+        parts = [part for part in re.split(r"(<s>|</s>|<eo[ah]>|<\|(?:im_\w+|action_\w+|plugin|interpreter)\|>)", text) if part]
+        for part in parts:
+            control = re.fullmatch(r"<.*>", part)
+            found = [number(one, raw, part)] if control else raw.encode(part)
+            ids += found
+            learnt += [run is not text] * len(found)
+    return ids, learnt
+
+
+def number(one, raw, name):
+    """Id of a control token by what the vocabulary calls it."""
+    fixed = {"<s>": 1, "</s>": 2}.get(name)
+    return fixed or one.tokenizer.find(name) or raw.piece_to_id(UNUSED[name])
+
+
+def same(document, expected):
+    return (document.tokens.tolist(), document.loss_mask.tolist()) == expected
+
+
+def check(document, expected):
+    assert isinstance(document, Document), document
+    assert same(document, expected)
+    ids, learnt = expected
+    # Controls: what people get wrong is seen by the same comparison.
+    assert not same(Document(document.tokens, np.roll(document.loss_mask, -1)), expected)
+    assert not same(Document(document.tokens, np.roll(document.loss_mask, 1)), expected)
+    assert not same(Document(document.tokens, np.ones(len(ids), bool)), expected)
+    assert document.tokens.dtype == np.int32
+    assert learnt[-1]
+    assert ids.count(1) == 1
+
+
+V1 = ("<s><|System|>:Be kind.\n<|User|>:hello\n<|Bot|>:", ("Hi there<eoa>",), "\n<|User|>:2+2?\n<|Bot|>:", ("4<eoa>",))
+V1_EOH = (
+    "<s><|System|>:Be kind.\n<|User|>:hello<eoh>\n<|Bot|>:",
+    ("Hi there<eoa>",),
+    "\n<|User|>:2+2?<eoh>\n<|Bot|>:",
+    ("4<eoa>",),
+)
+V2 = (
+    "<s><|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n",
+    ("Hi there<|im_end|>",),
+    "\n<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n",
+    ("4<|im_end|>",),
+)
+TABLES = {  # tokenizer, --chat-template -> table
+    ("v1", None): V1,
+    ("v1", "v1-eoh"): V1_EOH,
+    ("v2", "v2"): V2,
+    ("v2", None): V2,
+    ("v2-old", None): V2,
+    ("v3", "v3"): V2,
+    ("v3", "v2.5"): V2,
+    ("v1-real", None): V1,
+    ("v1-real", "v1-eoh"): V1_EOH,
+    ("v2-real", None): V2,
+    ("v2-real", "v2"): V2,
+}
+TURNS = [("hello", "Hi there"), ("2+2?", "4")]
+SHAREGPT, OPENAI = (
+    [{role: who, said: text} for turn in TURNS for who, text in zip(names, turn, strict=True)]
+    for role, said, names in (("from", "value", ("human", "gpt")), ("role", "content", ("user", "assistant")))
+)
+ALPACA = {"instruction": "2+2?", "output": "4", "history": [["hello", "Hi there"]], "system": "Be kind."}
+ROWS = [
+    ("SharegptStyleInstructionHandler", {"conversations": SHAREGPT, "system": "Be kind."}),
+    ("SharegptStyleInstructionHandler", {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]}),
+    ("SharegptStyleInstructionHandler", {"messages": [{"role": "system", "content": "Be kind."}, *OPENAI], "system": "Other"}),
+    ("AlpacaStyleInstructionHandler", ALPACA),
+    ("AlpacaStyleInstructionHandler", ALPACA | {"input": ""}),
+]
+
+
+@pytest.mark.parametrize(("name", "template"), TABLES, ids=str)
+@pytest.mark.parametrize(("handler", "row"), ROWS, ids=str)
+def test_every_template_and_chat_handler(folders, name, template, handler, row):
+    one = maker(folders, name, handler, chat_template=template)
+    expected = TABLES[name, template]
+    check(make(one, row)[0], table(one, *expected))
+    last = maker(folders, name, handler, chat_template=template, loss_on="last")
+    check(make(last, row)[0], table(one, "".join([expected[0], expected[1][0], expected[2]]), expected[3]))
+
+
+def test_tables_by_hand(folders):
+    """Pieces of the published vocabularies, read with the eye; what is learnt begins with *."""
+    for name, template, said in (
+        ("v1-real", None, "<s> < | User | >: hello \n < | Bot | >: *Hi *! *<eoa>"),
+        ("v1-real", "v1-eoh", "<s> < | User | >: hello <eoh> \n < | Bot | >: *Hi *! *<eoa>"),
+        (
+            "v2-real",
+            "v2",
+            "<s> [UNUSED_TOKEN_146] user \n hello [UNUSED_TOKEN_145] \n "
+            "[UNUSED_TOKEN_146] ass istant \n *Hi *! *[UNUSED_TOKEN_145]",
+        ),
+    ):
+        one = maker(folders, name, "AlpacaStyleInstructionHandler", chat_template=template)
+        raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
+        (document,) = make(one, {"instruction": "hello", "output": "Hi!"})
+        pieces = [raw.id_to_piece(int(i)) for i in document.tokens]
+        found = [f"*{piece}" if learnt else piece for piece, learnt in zip(pieces, document.loss_mask, strict=True)]
+        assert found == said.split(" ")
+
+
+def test_the_input_of_alpaca_stands_on_a_line_of_its_own(folders):
+    one = maker(folders, "v2", "AlpacaStyleInstructionHandler", system="Be brief.")
+    (document,) = make(one, {"instruction": "Add.", "input": "1, 2", "output": " 3\n"})
+    prompt = "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\n"
+    check(document, table(one, prompt, (" 3\n<|im_end|>",)))
+
+
+@pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])
+def test_calls_are_learnt_and_what_tools_answer_is_not(folders, name):
+    calls = [{"from": "human", "value": "Weather?"}, {"from": "function_call", "value": '{"name": "w", "arguments": {"c": 1}}'}]
+    rest = [{"from": "observation", "value": "22"}, {"from": "gpt", "value": "Warm."}]
+    openai = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"name": "w", "parameters": {"c": 1}}]},
+        {"role": "tool", "content": "22", "name": None},
+        {"role": "assistant", "content": "Warm."},
+    ]
+    one = maker(folders, name, "SharegptStyleInstructionHandler")
+    expected = table(
+        one,
+        '<s><|im_start|>system name=<|plugin|>\n[{"name": "w"}]<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n'
+        "<|im_start|>assistant\n",
+        ('<|action_start|><|plugin|>\n{"name": "w", "parameters": {"c": 1}}<|action_end|><|im_end|>',),
+        "\n<|im_start|>environment name=<|plugin|>\n22<|im_end|>\n<|im_start|>assistant\n",
+        ("Warm.<|im_end|>",),
+    )
+    for row in (
+        {"conversations": calls + rest, "tools": '[{"name": "w"}]'},
+        {"messages": openai, "tools": [{"name": "w"}]},
+    ):
+        check(make(one, row)[0], expected)
+
+
+def published(one, question, answer, eod=False):
+    """The published tool's prompt and labels: the whole text encoded at once, as many labels ignored as its prompt has tokens."""
+    head = (
+        "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "that appropriately completes the request. Please note that you need to think through your response logically and step by "
+        "step.\n"
+    )
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
+    prompt = f"{head}### Instruction:\n{question}\n### Response:\n"
+    ids = [1, *raw.encode(f"{prompt}{answer}\n"), *([2] if eod else [])]
+    ignored = 1 + len(raw.encode(prompt))
+    return ids, [False] * ignored + [True] * (len(ids) - ignored)
+
+
+@pytest.mark.parametrize("name", ["v1", "v1-real", "v2-real"])
+@pytest.mark.parametrize("eod", [False, True])
+def test_the_published_prompt_and_its_labels(folders, name, eod):
+    one = maker(folders, name, "GeneralInstructionHandler", append_eod=eod)
+    rows = [
+        {"instruction": "Add.", "input": "1, 2", "output": "3"},
+        {"instruction": "Say hi. ### Response:", "input": "", "output": "Hi\n\nthere 中文🦙"},
+        {"instruction": "x", "output": "None"},  # the published tool died of this one
+    ]
+    first, second, third = make(one, *rows)
+    check(first, published(one, "Add.\n1, 2", "3", eod))
+    check(second, published(one, "Say hi. ### Response:\n", "Hi\n\nthere 中文🦙", eod))
+    check(third, published(one, "x\n", "None", eod))
+    assert "###None" not in one.tokenizer.decode(third.tokens)
+
+
+def test_a_token_that_would_reach_from_the_prompt_into_the_answer(folders):
+    one = maker(folders, "v1-real", "GeneralInstructionHandler")
+    (document,) = make(one, {"instruction": "x", "output": "\n\ny"})
+    ids, _ = published(one, "x\n", "\n\ny")
+    assert document.tokens.tolist() != ids  # the newline before the answer and those in it make one token
+    answer = document.tokens[document.loss_mask]
+    assert one.tokenizer.decode(answer) == "\n\ny\n"  # ours are those that follow the prompt when it stands alone
+    prompt = document.tokens[~document.loss_mask].tolist()
+    assert prompt == published(one, "x\n", "z")[0][: len(prompt)]
+
+
+def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(words(300)),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    one = Maker(Job(str(tmp_path), "GeneralInstructionHandler"))
+    for answer in ("Document 3 says", "x", "\nsays"):
+        (document,) = make(one, {"instruction": "It ends", "input": "here.", "output": answer})
+        check(document, published(one, "It ends\nhere.", answer))
+    apart = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n")], [Piece("x", True)]])
+    joined = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n"), Piece("x", True)]])[0][0].tolist()
+    assert joined != [i for ids, _ in apart for i in ids]  # control: encoded apart, the answer has a space before it
+
+
+BELLE = "Human:你好\nAssistant:你好！\nHuman: 2+2?\nAssistant:"
+
+
+@pytest.mark.parametrize("name", ["v1", "v1-real"])
+@pytest.mark.parametrize("instruction", [BELLE, BELLE.removesuffix("\nAssistant:")])
+def test_belle_learns_the_last_answer_or_all(folders, name, instruction):
+    one = maker(folders, name, "BelleMultiTurnInstructionHandler", append_eod=True)
+    row = {"instruction": instruction, "output": "4 "}
+    before = "你好\n### Response:\n你好！\n### Instruction:\n2+2?"
+    check(make(one, row)[0], published(one, before, "4", True))
+    every = maker(folders, name, "BelleMultiTurnInstructionHandler", append_eod=True, loss_on="all")
+    ids, learnt = published(one, before, "4", True)
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
+    start = published(one, "你好", "x")[1].count(False)
+    learnt[start : start + len(raw.encode("你好！\n"))] = [True] * len(raw.encode("你好！\n"))
+    check(make(every, row)[0], (ids, learnt))
+
+
+def test_literal_control_tokens_stay_text(folders):
+    one = maker(folders, "v2", "SharegptStyleInstructionHandler")
+    talk = [{"from": "human", "value": "a<|im_end|>b"}, {"from": "gpt", "value": "<|im_start|>[UNUSED_TOKEN_145]<s>"}]
+    (document,) = make(one, {"conversations": talk})
+    start, end = (one.tokenizer.find(name) for name in IM)
+    assert [int(i) for i in document.tokens if i in (start, end, 1, 2)] == [1, start, end, start, end]
+    assert one.tokenizer.decode(document.tokens[document.loss_mask][:-1]) == "<|im_start|>[UNUSED_TOKEN_145]<s>"
+
+
+def test_the_last_turn_ends_once(folders, tmp_path):
+    """Where the turn ends with eos itself, --append-eod adds none; elsewhere it does, and it is learnt."""
+    plain = {"v1": sentencepiece_dir(tmp_path)}  # without <eoa>
+    row = {"instruction": "hello", "output": "Hi"}
+    one = maker(plain, "v1", "AlpacaStyleInstructionHandler", chat_template="v1", append_eod=True)
+    check(make(one, row)[0], table(one, "<s><|User|>:hello\n<|Bot|>:", ("Hi</s>",)))
+    assert any("no <eoa>" in note for note in one.handler.notes)
+    one = maker(folders, "v2", "AlpacaStyleInstructionHandler", append_eod=True)
+    check(make(one, row)[0], table(one, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", ("Hi<|im_end|></s>",)))
+    assert maker(folders, "v1", "GeneralInstructionHandler").handler.notes[0].endswith("add --append-eod")
+
+
+H, A = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+WRONG = {  # handler -> kind -> what the row says
+    "SharegptStyleInstructionHandler": [
+        ("no conversation", "None, not a list", {}),
+        ("no conversation", "'text', not a list", {"conversations": "text"}),
+        ("no conversation", r"\[\], not a list", {"conversations": []}),
+        ("no conversation", "message 1: a message has a role", {"conversations": ["text", A]}),
+        ("wrong role", "message 1: the role 'boss' does not exist", {"conversations": [H | {"from": "boss"}, A]}),
+        ("wrong order", "message 1: the assistant speaks at the beginning", {"conversations": [A, H, A]}),
+        ("wrong order", "message 2: the user speaks again", {"conversations": [H, H, A]}),
+        ("wrong order", "message 3: the assistant speaks after the assistant's", {"conversations": [H, A, A]}),
+        ("wrong order", "the last message is the user's, and has no answer", {"conversations": [H, A, H]}),
+        ("wrong order", "message 3: a system message here", {"conversations": [H, A, H | {"from": "system"}]}),
+        ("empty answer", "message 2: the assistant says nothing", {"conversations": [H, A | {"value": " \n"}]}),
+        ("empty question", "message 1: the user says nothing", {"conversations": [H | {"value": ""}, A]}),
+        ("wrong content", "message 2: the content is missing", {"conversations": [H, {"from": "gpt"}]}),
+        ("wrong content", "message 2: the content is 4, not a text", {"conversations": [H, A | {"value": 4}]}),
+        ("unknown field", "message 1: 'weight' is not understood", {"conversations": [H | {"weight": 1}, A]}),
+        ("wrong tool call", "'f\\(' is not JSON", {"conversations": [H, {"from": "function_call", "value": "f("}, A]}),
+        ("wrong tools", "'f\\(' is not JSON", {"conversations": [H, A], "tools": "f("}),
+        ("wrong tools", "tools are a list", {"conversations": [H, A], "tools": {"name": "f"}}),
+        ("not text", "'system' is 3", {"conversations": [H, A], "system": 3}),
+        ("invalid UTF-8", "", {"conversations": [H, A | {"value": "caf\udce9"}]}),
+        ("huge", "bytes", {"conversations": [H, A | {"value": "x" * 600}]}),
+    ],
+    "AlpacaStyleInstructionHandler": [
+        ("no 'output'", "'output' is missing or null", {"instruction": "q"}),
+        ("empty answer", "'output' says nothing", {"instruction": "q", "output": ""}),
+        ("empty question", "'instruction' says nothing", {"instruction": " ", "output": "a"}),
+        ("not text", "'output' is 3, not a text", {"instruction": "q", "output": 3}),
+        ("not text", r"'input' is \['x'\], not a text", {"instruction": "q", "input": ["x"], "output": "a"}),
+        ("wrong history", "'history' is 'x', not a list", {"instruction": "q", "output": "a", "history": "x"}),
+        ("wrong history", "not a list", {"instruction": "q", "output": "a", "history": [["x"]]}),
+        ("empty answer", "message 2: the assistant says nothing", {"instruction": "q", "output": "a", "history": [["x", ""]]}),
+    ],
+    "GeneralInstructionHandler": [
+        ("no 'instruction'", "missing", {"output": "q"}),
+        ("not text", "'input' is 3", {"instruction": "q", "input": 3, "output": "a"}),
+    ],
+    "BelleMultiTurnInstructionHandler": [
+        ("wrong order", "Human, Human, Assistant", {"instruction": "Human:a\nHuman:b\nAssistant:", "output": "c"}),
+        ("wrong order", "Assistant", {"instruction": "Assistant:a\nHuman:b\nAssistant:", "output": "c"}),
+        ("wrong order", "a text before the first Human:", {"instruction": "So.\nHuman:b\nAssistant:", "output": "c"}),
+        ("wrong order", "a text before", {"instruction": "What is it?", "output": "c"}),
+        ("empty answer", "the Assistant says nothing", {"instruction": "Human:a\nAssistant: \nHuman:b\nAssistant:", "output": "c"}),
+        ("empty question", "the Human says nothing", {"instruction": "Human:\nAssistant:", "output": "c"}),
+    ],
+}
+
+
+@pytest.mark.parametrize(("handler", "wrong"), [(name, one) for name, many in WRONG.items() for one in many], ids=str)
+def test_what_is_wrong_with_a_row(folders, handler, wrong):
+    kind, says, row = wrong
+    one = maker(folders, "v2", handler, longest=500)
+    good = {"conversations": [H, A], "instruction": "Human:q\nAssistant:", "output": "a"}
+    before, found, after = make(one, good, row, good)
+    assert isinstance(found, Fault), found
+    assert found.kind == kind
+    assert re.search(says, found.detail)
+    assert "\n" not in found.detail
+    assert len(found.detail) < 250
+    assert before.tokens.tolist() == after.tokens.tolist()  # and no other row is touched
+
+
+def test_a_template_without_tools_says_so(folders):
+    one = maker(folders, "v1", "SharegptStyleInstructionHandler")
+    (found,) = make(one, {"conversations": [H, A, H | {"from": "observation"}, A]})
+    assert found == Fault(
+        "no place in the template", "conversation, message 3: the chat template v1 has no environment, only system, user, assistant"
+    )
+
+
+def test_columnar_rows_have_null_for_what_is_not_there(folders):
+    one = maker(folders, "v2", "SharegptStyleInstructionHandler")
+    plain, columnar = make(
+        one,
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        {"messages": [{"role": "user", "content": "q", "from": None, "tool_calls": None}, {"role": "assistant", "content": "a"}]},
+    )
+    assert plain.tokens.tolist() == columnar.tokens.tolist()
+
+
+def test_cut_to_a_length(folders):
+    """What fits is kept and counted; a document whose answers would all be cut away is none; the first token is never learnt."""
+    row = {"conversations": SHAREGPT}
+    whole = make(maker(folders, "v2", "SharegptStyleInstructionHandler"), row)[0]
+    first = int(np.flatnonzero(whole.loss_mask)[0])
+    for length in (first, first + 1, len(whole.tokens) - 1, len(whole.tokens), 1000):
+        one = maker(folders, "v2", "SharegptStyleInstructionHandler", seq_length=length)
+        made = one.make({name: [row.get(name)] for name in one.handler.columns})["packed"]
+        (found,) = made.documents
+        assert made.truncated == (first < length < len(whole.tokens))
+        if length == first:
+            assert found.kind == "answers beyond --seq-length"
+            assert str(len(whole.tokens)) in found.detail
+        else:
+            assert found.tokens.tolist() == whole.tokens[:length].tolist()
+            assert found.loss_mask.tolist() == whole.loss_mask[:length].tolist()
+
+
+def test_which_template_a_folder_takes(folders, tmp_path):
+    for said, template in (("internlm2", "v2"), ("internlm3", "v3"), (None, "v2.5")):
+        folder = tmp_path / str(said)
+        KINDS["v2"](folder)
+        if said:
+            (folder / "config.json").write_text(json.dumps({"model_type": said}))
+        assert Maker(Job(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {"chat_template": template}
+    with pytest.raises(UserError, match="no chat template is known for a model of family unknown"):
+        Maker(Job(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler"))
+    with pytest.raises(UserError, match="--chat-template v9 does not exist"):
+        maker(folders, "v2", "AlpacaStyleInstructionHandler", chat_template="v9")
+
+
+def test_pieces_say_who_speaks(folders):
+    """Nothing of the prompt is learnt, whatever it looks like; the sum of all pieces is the conversation that is asked about."""
+    chat = maker(folders, "v2", "AlpacaStyleInstructionHandler").handler.chat
+    talk = [Message("user", "a"), Message("assistant", "b")]
+    pieces = chat.pieces(talk)
+    assert [p.what for p in pieces if p.learnt] == ["b", chat.stops[0]]
+    ((ids, _),) = chat.encode_pieces([[p for p in pieces if not p.learnt]])
+    assert ids.tolist() == chat.ids(talk[:1])

@@ -69,6 +69,6 @@ class Completion:
     tokens: list[int]
     """The new ones; not the one that ended them."""
     reason: str
-    """"stop" or "length"."""
+    """"stop", "length", or "end" where the caller has ended it."""
     score: float
     """Sum of the log-probabilities of the tokens and of what ended them, by the model itself; of a beam: / length ** penalty."""

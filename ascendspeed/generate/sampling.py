@@ -22,12 +22,14 @@ def sample(
     params: Params,
     watch: Watch | None = None,
     numbers: Sequence[int] | None = None,
+    end: Callable[[], bool] | None = None,
 ) -> list[list[Completion]]:
     """`num_return_sequences` completions of every prompt (ids, not empty), as if it were alone; one batch.
 
-    Collective: the same arguments and results on every rank. `watch` is not asked under beam search. `numbers`: of the prompts in
-    a larger set, which decide what is drawn for each, whatever batches it is cut into; None: 0, 1, ... Drawn beams may be fewer
-    than asked for, where there is less to draw from. As if alone is exact in fp32; in bf16 a batch rounds otherwise than a row.
+    Collective: the same arguments and results on every rank. `numbers`: of the prompts in a larger set, which decide what is drawn
+    for each, whatever batches it is cut into; None: 0, 1, ... `end` is asked before every token, on the rank that chooses, whether
+    all are to end where they are. Under beam search neither it nor `watch` is asked. Drawn beams may be fewer than asked for, where
+    there is less to draw from. As if alone is exact in fp32; in bf16 a batch rounds otherwise than a row.
     Raises `UserError`, also when the model gives NaN or memory does not suffice.
     """
     params.check()
@@ -39,7 +41,7 @@ def sample(
         try:
             if params.num_beams > 1:
                 return beams.search(model, prompts, order, params, numbers)
-            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers)
+            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers, end or (lambda: False))
         finally:
             model.end()
 
@@ -59,7 +61,13 @@ class Row:
 
 
 def _sample(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, watch: Watch, numbers: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    order: list[int],
+    params: Params,
+    watch: Watch,
+    numbers: Sequence[int],
+    end: Callable[[], bool],
 ) -> list[list[Completion]]:
     each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
     rows = [Row(i * each + j, len(prompts[i]), stream(params.seed, numbers[i] * each + j)) for i in order for j in range(each)]
@@ -70,7 +78,11 @@ def _sample(
     seen = Seen(model, params, [prompts[row.number // each] for row in rows])
     done: dict[int, Completion] = {}
     while True:
-        tokens, scores = _choose(model, hidden, params, rows, seen)
+        chosen = _choose(model, hidden, params, rows, seen, end)
+        if chosen is None:
+            done |= {row.number: Completion(row.tokens, "end", row.score) for row in rows}
+            return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
+        tokens, scores = chosen
         kept = []
         for i, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores.tolist(), strict=True)):
             row.score += score
@@ -130,8 +142,10 @@ class Seen:
             self.mask[torch.arange(len(tokens), device=tokens.device), tokens] = True
 
 
-def _choose(model: LanguageModel, hidden: Tensor | None, params: Params, rows: list[Row], seen: Seen) -> tuple[Tensor, Tensor]:
-    """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device."""
+def _choose(
+    model: LanguageModel, hidden: Tensor | None, params: Params, rows: list[Row], seen: Seen, end: Callable[[], bool]
+) -> tuple[Tensor, Tensor] | None:
+    """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device. None: it is to end."""
     packed = None
     if model.last:
         logits = model.logits(hidden)
@@ -146,5 +160,7 @@ def _choose(model: LanguageModel, hidden: Tensor | None, params: Params, rows: l
                 tokens = choices.argmax(-1)
             scores = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             packed = torch.stack((tokens.double(), scores.double()))
+            if end():
+                packed[0] = -1
     packed = model.tell(packed, (2, len(rows)))
-    return packed[0].long(), packed[1]
+    return None if packed[0, 0] < 0 else (packed[0].long(), packed[1])

@@ -23,7 +23,7 @@ class Answer:
     tokens: list[int]
     """All that were generated, those of a stop string too."""
     reason: str
-    """"stop" or "length"."""
+    """"stop", "length" or "end"."""
     score: float
     """Sum of log-probabilities; of a beam: / length ** penalty."""
 
@@ -66,10 +66,11 @@ def answer(
     params: Params,
     stops: Sequence[str] = (),
     show: Callable[[str], None] | None = None,
+    end: Callable[[], bool] | None = None,
 ) -> list[list[Answer]]:
     """`num_return_sequences` answers to each prompt of a batch; `numbers`: theirs among all. Collective.
 
-    `show` gets the text of the only prompt's answer as it comes, on every rank.
+    `show` gets the text of the only prompt's answer as it comes, on every rank. `end`: see `generate.sample`.
     """
     streams: dict[int, Stream] = {}
 
@@ -81,7 +82,7 @@ def answer(
         return stream.stopped
 
     watching = params.num_beams == 1 and bool(stops or show)
-    found = generate.sample(session.model, prompts, params, watch if watching else None, numbers)
+    found = generate.sample(session.model, prompts, params, watch if watching else None, numbers, end)
     if show and streams and (rest := streams[0].finish()):
         show(rest)
     return [[_answer(session, one, stops) for one in several] for several in found]

@@ -2,19 +2,24 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 from ascendspeed.chat import Chat, Message
 from ascendspeed.errors import UserError
 from ascendspeed.generate import Params
 from ascendspeed.inference.answers import answer
+from ascendspeed.inference.interrupt import Interruption
 from ascendspeed.inference.questions import QUOTES, Said
 from ascendspeed.inference.results import write
 from ascendspeed.inference.session import Session
 
 LEAVE = ("q", "quit", "exit")
 FORGET = ("clear", "new")
-HELP = f"{', '.join(LEAVE)}: leave; {' or '.join(FORGET)}: start anew; several lines stand between two lines of {QUOTES}"
+HELP = (
+    f"{', '.join(LEAVE)}: leave; {' or '.join(FORGET)}: start anew; several lines stand between two lines of {QUOTES}; "
+    "Ctrl-C: end the answer, or leave"
+)
 
 
 @dataclass
@@ -62,28 +67,46 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
     session.model  # noqa: B018 - is read before the first question
     if terminal:
         session.say(HELP)
-    while True:
-        data = session.share(lambda: _packed(read()))
-        if data is None:
-            return
-        text = data[1:].decode()
-        word = "" if data.startswith(b'"') else text.strip()
-        if word in LEAVE:
-            return
-        if word in FORGET:
-            talk.clear()
-        elif text.strip():
-            try:
-                ids = talk.ask(text)
-            except UserError as error:
-                if not terminal:
-                    raise
-                session.say(f"error: {error}")
-                continue
-            session.measure("the conversation", len(ids) + params.max_new_tokens)
-            found = answer(session, [ids], [talk.asked], params, stops, show)[0][0]
-            show("\n")
-            talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))
+    interruption = Interruption()
+    with interruption if terminal else nullcontext():
+        while (data := _next(session, read, interruption)) is not None:
+            text = data[1:].decode()
+            word = "" if data.startswith(b'"') else text.strip()
+            if word in LEAVE:
+                return
+            if word in FORGET:
+                talk.clear()
+            elif text.strip():
+                try:
+                    ids = talk.ask(text)
+                except UserError as error:
+                    if not terminal:
+                        raise
+                    session.say(f"error: {error}")
+                    continue
+                session.measure("the conversation", len(ids) + params.max_new_tokens)
+                found = answer(session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked)[0][0]
+                show("\n")
+                talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))
+
+
+def _next(session: Session, read: Callable[[], Said | None], interruption: Interruption) -> bytes | None:
+    """The next message, on every rank; None at the end. Who leaves by Ctrl-C lets the other ranks leave first."""
+    left: list[KeyboardInterrupt] = []
+
+    def get() -> bytes | None:
+        try:
+            with interruption.leaving():
+                return _packed(read())
+        except KeyboardInterrupt as leave:
+            left.append(leave)
+            return None
+
+    data = session.share(get)
+    if left:
+        raise left[0]
+    interruption.asked = False
+    return data
 
 
 def _plain(session: Session, text: str) -> list[int]:

@@ -33,19 +33,24 @@ launch() {  # launch SCRIPT FLAGS...
 }
 
 launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the answer; one process needs no launcher
-    if [ "${NPROC:-}" = 1 ] && [ "${NNODES:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then again python "$@"; fi
+    if [ "${NPROC:-}" = 1 ] && [ "${NNODES:-1}" = 1 ] && [ -z "${HOSTFILE:-}" ]; then exec python "$@"; fi
     QUIET=yes launch "$@"
 }
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
-    local left=${RESTARTS:-0} code asked=
+    local left=${RESTARTS:-0} code asked= apart=
     EXIT_CODE_FILE=$(mktemp)                    # where a rank leaves its code: torchrun makes every one of them 1
     export EXIT_CODE_FILE
     trap 'asked=yes; pass_on TERM' TERM INT
     trap 'asked=yes; pass_on USR1' USR1
+    if [ -n "${QUIET:-}" ]; then                # Ctrl-C may end an answer only: it is for the ranks, and would end a launcher
+        apart=setsid left=0
+        trap 'pass_on INT' INT
+        trap 'pass_on TERM' HUP
+    fi
     while :; do
         : > "$EXIT_CODE_FILE"
-        "$@" <&0 &  # which would else have no stdin
+        $apart "$@" <&0 &  # which would else have no stdin
         child=$!
         code=0
         wait "$child" || code=$?
@@ -60,23 +65,31 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
 }
 
 pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher would leave them alone, or kill them too early
-    told=
+    local orders=() order                       # all of them first: what a rank catches changes as the others leave
     if [ -n "${HOSTFILE:-}" ] && [ "$1" = USR1 ]; then
         echo "the ranks of a HOSTFILE are out of reach of signals: send it to one of them, on its node" >&2
         asked=                                  # nothing was stopped: RESTARTS goes on
         return
     fi
-    tell_ranks "$child" "$1"
-    [ -n "$told" ] || kill -s "$1" "$child" || true  # still starting, or the ranks are on other nodes
+    orders_for "$child" "$1"
+    # shellcheck disable=SC2086  # an order is two words
+    for order in "${orders[@]}"; do kill -s $order || true; done
+    [ "${#orders[@]}" -gt 0 ] || kill -s "${1/INT/TERM}" "$child" || true  # still starting, or the ranks are on other nodes
 }
 
-tell_ranks() {  # tell_ranks PID SIGNAL: a launcher gives each rank its RANK, and has none itself
+orders_for() {  # orders_for PID SIGNAL: a launcher gives each rank its RANK, and has none itself
     if grep -qzs '^RANK=' "/proc/$1/environ"; then
-        told=yes
-        kill -s "$2" "$1" || true
+        if [ "$2" = INT ] && ! catches_int "$1"; then set -- "$1" TERM; fi
+        orders+=("$2 $1")
     else
-        for below in $(pgrep -P "$1"); do tell_ranks "$below" "$2"; done
+        for below in $(pgrep -P "$1"); do orders_for "$below" "$2"; done
     fi
+}
+
+catches_int() {  # catches_int PID: what a shell starts in the background ignores Ctrl-C, unless it asks for it
+    local mask
+    mask=$(sed -n 's/^SigCgt:[[:space:]]*//p' "/proc/$1/status" 2>/dev/null)
+    (( 0x${mask:-0} & 2 ))
 }
 
 dtype_flag() {  # DTYPE -> the flag of pretrain_intern.py; fp32 has none

@@ -1,0 +1,337 @@
+"""Documents with masks: packed first-fit into rows, as a naive loop packs them, and read as a row assembled by hand."""
+
+import json
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ascendspeed.config import DataConfig
+from ascendspeed.data import couple, dataset
+from ascendspeed.data.couple import Couple, CoupleWriter
+from ascendspeed.data.dataset import batch, build_splits, facts_of, pairs_of
+from ascendspeed.data.indexed import PairWriter, file
+from ascendspeed.data.packing import first_fit, one_each
+from ascendspeed.errors import UserError
+
+SEQ, SEED, VOCAB = 16, 7, 50_000
+
+
+def naive_first_fit(lengths, row):
+    """Documents of each row."""
+    rows, room = [], []
+    for document, length in enumerate(min(length, row) for length in lengths):
+        number = next((n for n, left in enumerate(room) if left >= length), len(rows))
+        if number == len(rows):
+            rows.append([])
+            room.append(row)
+        rows[number].append(document)
+        room[number] -= length
+    return rows
+
+
+def rows_of(packing):
+    return [packing.documents[a:b].tolist() for a, b in pairwise(packing.bounds)]
+
+
+LENGTHS = st.lists(st.integers(1, 40), max_size=60)
+
+
+@given(LENGTHS, st.integers(1, 50))
+def test_first_fit_is_what_a_naive_loop_finds(lengths, row):
+    found = first_fit(np.array(lengths, np.int64), row)
+    assert rows_of(found) == naive_first_fit(lengths, row)
+    assert (found.stops - found.starts).tolist() == [min(lengths[d], row) for d in found.documents]
+    assert not found.starts.any()
+    assert len(found) == len(found.bounds) - 1
+    assert found.tokens == sum(min(length, row) for length in lengths)
+
+
+def test_next_fit_and_best_fit_would_be_seen():
+    """By hand; next fit and best fit put the third document beside the second."""
+    assert rows_of(first_fit(np.array([6, 7, 3, 4]), 10)) == [[0, 2], [1], [3]]
+
+
+@given(LENGTHS, st.integers(1, 50))
+def test_one_each(lengths, row):
+    found = one_each(np.array(lengths, np.int64), row)
+    assert rows_of(found) == [[number] for number in range(len(lengths))]
+    assert found.stops.tolist() == [min(length, row) for length in lengths]
+
+
+def write(prefix, count, longest=30, seed=0, start=0):
+    """Documents of 2 to `longest` ids, all different; the second half of each is learnt. Returns (ids, learnt) of each."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(2, longest + 1, count).astype(np.int32)
+    tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
+    learnt = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
+    with CoupleWriter(prefix) as writer:
+        writer.add(tokens, lengths, learnt)
+        writer.commit({"tokens": writer.tokens, "max_token": int(tokens.max()), "vocab_size": VOCAB})
+    cuts = np.cumsum(lengths)[:-1]
+    return list(zip([t.tolist() for t in np.split(tokens, cuts)], [m.tolist() for m in np.split(learnt, cuts)], strict=True))
+
+
+def by_hand(documents, passes, pack=naive_first_fit):
+    """Rows as lists of (token, label or None, position)."""
+    order = np.random.RandomState(SEED).permutation(len(documents))
+    shuffled = [documents[d] for d in order]
+    shuffled = [(ids, learnt) for ids, learnt in shuffled if any(learnt[1:SEQ])]
+    rows = []
+    for row in pack([len(ids) for ids, _ in shuffled], SEQ):
+        found = []
+        for document in row:
+            ids, learnt = (one[:SEQ] for one in shuffled[document])
+            for i in range(len(ids)):
+                counts = i + 1 < len(ids) and learnt[i + 1]
+                found.append((ids[i], ids[i + 1] if counts else None, i))
+        rows.append(found)
+    return [rows[r] for epoch in range(passes) for r in np.random.RandomState(SEED + epoch).permutation(len(rows))]
+
+
+def build(prefix, names=("train",), **options):
+    return build_splits(
+        DataConfig(**({"data_path": (str(prefix),), "seq_length": SEQ, "split": "1,0,0"} | options)), SEED, VOCAB, names
+    )
+
+
+def check(sample, row):
+    tokens, labels, mask, positions = (one.tolist() for one in sample)
+    filling = SEQ - len(row)
+    assert tokens[: len(row)] == [token for token, _, _ in row]
+    assert [label if counts else None for label, counts in zip(labels, mask, strict=True)] == [
+        *(label for _, label, _ in row),
+        *[None] * filling,
+    ]
+    assert positions == [position for _, _, position in row] + list(range(filling))
+    assert all(0 <= i < VOCAB for i in tokens + labels)
+    assert [one.dtype for one in sample] == [torch.int64, torch.int64, torch.float32, torch.int64]
+
+
+@pytest.mark.parametrize("packing", ["first-fit", "none"])
+def test_rows_are_those_assembled_by_hand(tmp_path, packing):
+    documents = write(tmp_path / "p", 60)
+    pack = naive_first_fit if packing == "first-fit" else lambda lengths, row: [[d] for d in range(len(lengths))]
+    expected = by_hand(documents, 3, pack)
+    samples = build(tmp_path / "p", packing=packing)["train"]
+    assert len(expected) == 3 * len(samples)
+    for number, row in enumerate(expected):
+        check(samples.sample(number), row)
+    # Controls: the mask one further, positions that do not restart, another order.
+    first = next(row for row in expected if len({p for _, _, p in row}) < len(row)) if packing == "first-fit" else expected[0]
+    sample = samples.sample(expected.index(first))
+    for wrong in (
+        (sample[0], sample[1], sample[2].roll(1), sample[3]),
+        (sample[0], sample[1], torch.ones(SEQ), sample[3]),
+        samples.sample(expected.index(first) + 1),
+    ):
+        with pytest.raises(AssertionError):
+            check(wrong, first)
+    if packing == "first-fit":
+        with pytest.raises(AssertionError):
+            check((*sample[:3], torch.arange(SEQ)), first)
+
+
+def test_every_learnt_token_is_learnt_once_in_an_epoch(tmp_path):
+    documents = write(tmp_path / "p", 200, longest=SEQ)
+    wanted = sorted(token for ids, learnt in documents for token, counts in zip(ids[1:], learnt[1:], strict=True) if counts)
+    for packing in ("first-fit", "none"):
+        samples = build(tmp_path / "p", packing=packing)["train"]
+        for epoch in (0, 1):
+            numbers = range(epoch * len(samples), (epoch + 1) * len(samples))
+            found = [label for n in numbers for label in samples.sample(n)[1][samples.sample(n)[2] > 0].tolist()]
+            assert sorted(found) == wanted
+
+
+def test_what_is_said_at_the_start(tmp_path):
+    documents = write(tmp_path / "p", 100, longest=60)
+    samples = build(tmp_path / "p")["train"]
+    cut = sum(len(ids) > SEQ and any(learnt[1:SEQ]) for ids, learnt in documents)
+    lost = sum(not any(learnt[1:SEQ]) for _, learnt in documents)
+    taken = sum(min(len(ids), SEQ) for ids, learnt in documents if any(learnt[1:SEQ]))
+    assert cut
+    assert lost
+    share = taken / (SEQ * len(samples))
+    assert samples.notes == [
+        f"{tmp_path}/p: {100 - lost} documents in {len(samples)} rows of {SEQ} tokens, {share:.1%} filled, "
+        f"{cut} cut to --seq-length {SEQ}, {lost} left out, as nothing of their answers fits"
+    ]
+    assert (
+        build(tmp_path / "p", packing="none")["train"]
+        .notes[0]
+        .startswith(f"{tmp_path}/p: {100 - lost} documents in {100 - lost} rows")
+    )
+
+
+def test_batches_depend_on_consumed_samples_alone(tmp_path):
+    write(tmp_path / "p", 80)
+    walked = build(tmp_path / "p")["train"]
+
+    def tokens(batches):
+        return torch.cat([torch.cat([b.tokens, b.labels, b.position_ids], 1) for b in batches]).tolist()
+
+    steps = [tokens(batch(walked, consumed, 8, 2)) for consumed in range(0, 400, 8)]
+    assert 3 * len(walked) < 400
+    for step in (49, 3, 22, 0):  # a resumed run
+        again = build(tmp_path / "p")["train"]
+        assert tokens(batch(again, step * 8, 8, 2)) == steps[step]
+        for size in (2, 4):
+            ranks = [batch(again, step * 8, 8, 2, rank, size) for rank in range(size)]
+            assert [row for n in range(len(ranks[0])) for rank in ranks for row in tokens([rank[n]])] == steps[step]
+
+
+def test_splits_and_blends_with_plain_text(tmp_path):
+    documents = write(tmp_path / "p", 100, longest=SEQ)
+    plain = np.arange(30_000, 31_000, dtype=np.int32)
+    with PairWriter(tmp_path / "t", np.dtype(np.int32)) as writer:
+        writer.add(plain, np.full(100, 10, np.int32))
+        writer.commit({})
+    found = build(tmp_path / "p", ("train", "valid"), split="80,20,0")
+    seen = {
+        name: {t for n in range(len(one)) for t, p in zip(*(x.tolist() for x in one.sample(n)[::3]), strict=True) if t or p == 0}
+        for name, one in found.items()
+    }
+    first_of_valid = documents[80][0][0]
+    assert max(seen["train"]) == first_of_valid - 1
+    assert min(seen["valid"] - {0}) == first_of_valid
+    blend = build_splits(
+        DataConfig(data_path=("1", str(tmp_path / "p"), "3", str(tmp_path / "t")), seq_length=SEQ, split="1,0,0"),
+        SEED,
+        VOCAB,
+        ("train",),
+    )["train"]
+    kinds = ["plain" if int(blend.sample(n)[0][0]) >= 30_000 else "packed" for n in range(200)]
+    assert kinds.count("packed") == 50
+    assert len(blend.notes) == 1
+    text = next(blend.sample(n) for n in range(200) if kinds[n] == "plain")
+    assert text[2].tolist() == [1.0] * SEQ
+    assert text[3].tolist() == list(range(SEQ))
+
+
+def test_the_names_that_a_couple_goes_by(tmp_path):
+    write(tmp_path / "p", 20)
+    ids, labels = (f"{tmp_path}/p_{key}_document" for key in couple.KEYS)
+    assert ids.endswith("p_packed_input_ids_document")
+    assert labels.endswith("p_packed_labels_document")
+    for name in ("p", "p_packed", "p_packed_input_ids_document"):
+        samples = build(tmp_path / name)["train"]
+        assert samples.sample(0)[0].tolist() == build(tmp_path / "p")["train"].sample(0)[0].tolist()
+        assert pairs_of(f"{tmp_path}/{name}") == (ids, labels)
+        assert facts_of(f"{tmp_path}/{name}")["vocab_size"] == VOCAB
+    with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a plain pair of the very name goes first
+        writer.add(np.arange(100), np.array([100], np.int32))
+        writer.commit({})
+    assert pairs_of(f"{tmp_path}/p") == (f"{tmp_path}/p",)
+    with pytest.raises(UserError, match="there is no"):
+        build(tmp_path / "absent")
+
+
+def test_data_of_the_published_tool(tmp_path):
+    """No metas, and a third pair that is not read."""
+    write(tmp_path / "p", 40)
+    expected = [build(tmp_path / "p")["train"].sample(n)[1].tolist() for n in range(10)]
+    for key in couple.KEYS:
+        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    for suffix in ("bin", "idx"):
+        source = file(couple.pair(tmp_path / "p", couple.KEYS[0]), suffix).read_bytes()
+        (tmp_path / f"p_packed_attention_mask_document.{suffix}").write_bytes(source)
+    samples = build(tmp_path / "p", is_instruction_dataset=True)["train"]
+    assert [samples.sample(n)[1].tolist() for n in range(10)] == expected
+
+
+def test_two_pairs_that_do_not_belong_together(tmp_path):
+    write(tmp_path / "a", 20, SEQ)
+    write(tmp_path / "b", 20, SEQ, start=1)  # the same lengths, other ids
+    ids, labels = (couple.pair(tmp_path / "a", key) for key in couple.KEYS)
+
+    def swap(suffixes):
+        for suffix in suffixes:
+            file(labels, suffix).write_bytes(file(couple.pair(tmp_path / "b", couple.KEYS[1]), suffix).read_bytes())
+
+    swap(("bin", "idx", "meta"))
+    with pytest.raises(UserError, match=r"are not of the same documents; was a run killed\?"):
+        build(tmp_path / "a")
+    for one in (ids, labels):
+        file(one, "meta").unlink()
+    samples = build(tmp_path / "a")["train"]  # nothing says it, until a document is read
+    with pytest.raises(UserError, match=r"document \d+ has labels that are neither its tokens nor -100"):
+        samples.sample(0)
+    write(tmp_path / "b", 21, seed=1)
+    swap(("bin", "idx"))
+    with pytest.raises(UserError, match="are not of the same documents"):
+        build(tmp_path / "a")
+    file(labels, "bin").write_bytes(b"")
+    with pytest.raises(UserError, match="not a pair, or a copy was cut off"):
+        build(tmp_path / "a")
+    file(labels, "idx").unlink()
+    with pytest.raises(UserError, match=r"there is no .*labels_document\.idx"):
+        build(tmp_path / "a")
+
+
+def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_path, monkeypatch):
+    write(tmp_path / "p", 20)
+    committed = []
+
+    def commit(self, facts):
+        if committed:
+            raise KeyboardInterrupt
+        committed.append(self.prefix)
+        original(self, facts)
+
+    original = PairWriter.commit
+    monkeypatch.setattr(PairWriter, "commit", commit)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "p", 20, start=5)
+    monkeypatch.undo()
+    assert committed[0].endswith("labels_document")
+    with pytest.raises(UserError, match="are not of the same documents"):
+        build(tmp_path / "p")
+    assert not list(tmp_path.glob("*.tmp"))
+    write(tmp_path / "p", 20, start=5)
+    build(tmp_path / "p")
+
+
+def test_both_metas_say_the_same(tmp_path):
+    write(tmp_path / "p", 20)
+    metas = [json.loads(file(couple.pair(tmp_path / "p", key), "meta").read_text()) for key in couple.KEYS]
+    assert metas[0] == metas[1]
+    assert re.fullmatch("[0-9a-f]{64}", metas[0]["digest"])
+    before = metas[0]["digest"]
+    write(tmp_path / "p", 20, start=1)
+    assert json.loads(file(couple.pair(tmp_path / "p", couple.KEYS[0]), "meta").read_text())["digest"] != before
+
+
+def test_what_is_wrong_is_said_at_the_start(tmp_path):
+    write(tmp_path / "p", 20, SEQ)
+    with pytest.raises(UserError, match="of the 0 documents that --split gives to a split here, none can be learnt"):
+        build(tmp_path / "p", ("valid",))
+    with pytest.raises(UserError, match=r"of the 20 documents .* none can be learnt from at --seq-length 1"):
+        build(tmp_path / "p", seq_length=1)
+    highest = facts_of(f"{tmp_path}/p")["max_token"]
+    data = DataConfig(data_path=(f"{tmp_path}/p",), seq_length=SEQ, split="1,0,0")
+    with pytest.raises(UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"):
+        build_splits(data, SEED, highest, ("train",))
+    for key in couple.KEYS:
+        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    samples = build_splits(data, SEED, highest, ("train",))["train"]
+    with pytest.raises(UserError, match=f"p has the token id {highest}"):
+        [samples.sample(n) for n in range(len(samples))]
+    with PairWriter(tmp_path / "t", np.dtype(np.int32)) as writer:
+        writer.add(np.arange(100), np.array([100], np.int32))
+        writer.commit({})
+    with pytest.raises(UserError, match=r"--is-instruction-dataset: .*t is plain text"):
+        build(tmp_path / "t", is_instruction_dataset=True)
+
+
+def test_a_couple_is_documents(tmp_path):
+    documents = write(tmp_path / "p", 30)
+    one = Couple("p", *pairs_of(f"{tmp_path}/p"))
+    assert one.lengths.tolist() == [len(ids) for ids, _ in documents]
+    for number, (ids, learnt) in enumerate(documents):
+        found = one.document(number)
+        assert (found.tokens.tolist(), found.loss_mask.tolist()) == (ids, learnt)
+    assert isinstance(dataset.open_prefix(f"{tmp_path}/p", VOCAB), Couple)

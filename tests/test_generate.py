@@ -331,10 +331,12 @@ def test_shared_rows_are_read_once(cpu, monkeypatch):
 # ---------------------------------------------------------------- ends and limits
 
 
-def test_the_cache_is_gone_afterwards(cpu):
-    """Whatever happened; then the model trains as before."""
-    from ascendspeed.generate import Params, logprobs, sample, score
+def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
+    """Whatever happened, and the masks of chunks too; then the model trains as before."""
+    from ascendspeed.generate import Params, logprobs, model, sample, score
+    from ascendspeed.model.attention import _future
 
+    monkeypatch.setattr(model, "CHUNK", 4)
     asked, _ = asked_of(cpu, "v2")
     plain = asked.gpt(torch.tensor([PROMPTS[0]]), None, None)
 
@@ -353,6 +355,11 @@ def test_the_cache_is_gone_afterwards(cpu):
     sample(asked, PROMPTS, Params(max_new_tokens=2))
     logprobs(asked, PROMPTS)
     assert cache() is None
+    asked.begin(1, 30, [9])
+    asked.read([list(range(9))])
+    assert _future.cache_info().currsize
+    asked.end()
+    assert not _future.cache_info().currsize
     assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
 
 

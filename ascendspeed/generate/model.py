@@ -16,6 +16,7 @@ from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
+from ascendspeed.model import attention
 from ascendspeed.model import gpt as gpts
 from ascendspeed.model.cache import Cache
 from ascendspeed.model.spec import NormHead, transformer_config
@@ -54,8 +55,9 @@ class LanguageModel:
         return self.cache
 
     def end(self) -> None:
-        """Frees the cache."""
+        """Frees the cache, and what else was kept for a text of its length."""
         self.cache = None
+        attention.forget()
 
     def read(self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
         """Reads rows, longest first, into the cache from slot `first` on, chunk by chunk.
@@ -111,10 +113,10 @@ class LanguageModel:
 
         Megatron-core's own way through the same modules asks at every token what could be otherwise: a tenth of the time.
         """
-        attention = layer.self_attention
-        query, key, value = attention.get_query_key_value_tensors(layer.input_layernorm(hidden))
-        seen = self.cache.attend(layer.layer_number, query, key, value, attention.core_attention.scale)
-        hidden = _add(hidden, attention.linear_proj(seen))
+        own = layer.self_attention
+        query, key, value = own.get_query_key_value_tensors(layer.input_layernorm(hidden))
+        seen = self.cache.attend(layer.layer_number, query, key, value, own.core_attention.scale)
+        hidden = _add(hidden, own.linear_proj(seen))
         return _add(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -127,9 +129,8 @@ class LanguageModel:
     @property
     def _token_bytes(self) -> int:
         """That a token takes in this rank's cache."""
-        attentions = [layer.self_attention for layer in self.gpt.decoder.layers]
         size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
-        return sum(2 * size * attention.num_query_groups_per_partition for attention in attentions)
+        return sum(2 * size * layer.self_attention.num_query_groups_per_partition for layer in self.gpt.decoder.layers)
 
     @property
     def decides(self) -> bool:

@@ -41,8 +41,6 @@ class RotaryAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.group = pg_collection.cp
         self.share = Share(self.group.rank(), self.group.size())
-        self.layer_number = layer_number
-        self.cache: Any = None  # of generation: `model.cache.Cache`
 
     def forward(
         self,
@@ -60,8 +58,6 @@ class RotaryAttention(MegatronModule):
         """
         if attention_mask is not None or attention_bias is not None or not isinstance(packed_seq_params, Segments | None):
             raise NotImplementedError("only causal attention, of whole rows or within `Segments`")
-        if self.cache is not None:
-            return self.cache.attend(self.layer_number, query, key, value, self.scale)
         length, segments = query.size(0) * self.share.size, packed_seq_params
         if segments is None:
             cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
@@ -151,6 +147,11 @@ def _future(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     backward pass keeps it once.
     """
     return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
+
+
+def forget() -> None:
+    """Frees the masks of queries that begin later than the keys, which are kept from call to call: of long texts they are large."""
+    _future.cache_clear()
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, future: Tensor, dropout: float, scale: float) -> Tensor:

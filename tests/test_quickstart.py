@@ -17,8 +17,10 @@ set -eu
 cd "$WORK"
 echo "$(basename "$1")" >> said
 case "$1" in
-    *make_quickstart_data.py) mkdir -p data; [ -f data/made.json ] || touch data/made.json ;;
-    *preprocess_data.py) touch alpaca_text_document.bin alpaca_text_document.idx ;;
+    *make_quickstart_data.py) mkdir -p data; [ -f data/made.json ] || touch data/made.json
+        echo '{"instruction": "What?", "output": "That."}' > data/chat.jsonl ;;
+    *preprocess_data.py) if [[ "$*" == *chat.jsonl* ]]; then touch chat_packed_input_ids_document.idx; exit; fi
+        touch alpaca_text_document.bin alpaca_text_document.idx ;;
     *random_model.py) mkdir hf ;;
     *convert_weights_from_huggingface.py) mkdir weights ;;
     *convert.py) mkdir export; cp ckpt/latest export/config.json ;;
@@ -42,8 +44,12 @@ while [ "$n" -lt "$TRAIN_ITERS" ]; do
     ((n % leave)) || break
 done
 """
-
-
+FINETUNE = """#!/usr/bin/env bash
+set -eu
+mkdir -p "$SAVE"
+echo "fine-tune from $(cat "$CHECKPOINT/latest")" >> "$WORK/said"
+[ "${KILL_AT:-}" != chat ] || { touch "$SAVE/latest"; kill -9 $$; }
+"""
 USED = """#!/usr/bin/env bash
 echo "$(basename "$0")" >> "$WORK/said"
 """
@@ -61,6 +67,7 @@ def quickstart(tmp_path):
     root, work = tmp_path / "root", tmp_path / "work"
     executable(root / "bin/python", PYTHON)
     executable(root / "examples/intern/pretrain_internlm_7b_zero.sh", RECIPE)
+    executable(root / "examples/intern/finetune_internlm_7b_alpaca.sh", FINETUNE)
     for recipe in ("examples/intern/generate_internlm_7b_deepspeed.sh", "tasks/evaluation/eval_internlm.sh"):
         executable(root / recipe, USED)
     executable(root / "tools/setup.sh", "")
@@ -72,16 +79,18 @@ def quickstart(tmp_path):
         done = subprocess.run(["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True)
         said = [line.strip() for line in (work / "said").read_text().splitlines()]
         if not done.returncode:
-            assert said[-3:] == USES
-            del said[-3:]
+            used = said.index(COMPLETED)
+            assert said[used : used + 2] == [COMPLETED, SCORED]
+            assert said[-2:] == [COMPLETED] * 2  # the same question, before and after
+            go.tuned = said[used + 2 : -2]
+            del said[used:]
         return done.returncode, said
 
     go.work = work
     return go
 
 
-USES = ["generate_internlm_7b_deepspeed.sh", "generate_internlm_7b_deepspeed.sh", "eval_internlm.sh"]
-"""With what every whole run ends."""
+COMPLETED, SCORED = "generate_internlm_7b_deepspeed.sh", "eval_internlm.sh"
 FIRST, LAST = "make_quickstart_data.py", "quickstart_report.py"
 MADE = ["preprocess_data.py", "random_model.py", "convert_weights_from_huggingface.py"]
 TRAINED = ["train from weights --exit-interval 60", "train from ckpt", "convert.py"]
@@ -89,7 +98,15 @@ TRAINED = ["train from weights --exit-interval 60", "train from ckpt", "convert.
 
 def test_once_and_again(quickstart):
     assert quickstart() == (0, [FIRST, *MADE, *TRAINED, LAST, "step 100"])
+    assert quickstart.tuned == ["preprocess_data.py", "fine-tune from step 100"]
     assert quickstart() == (0, [FIRST, LAST, "step 100"])
+    assert not quickstart.tuned
+
+
+def test_killed_while_it_fine_tunes(quickstart):
+    assert quickstart(KILL_AT="chat")[0]
+    assert quickstart() == (0, [FIRST, LAST, "step 100"])
+    assert quickstart.tuned == ["fine-tune from step 100"]
 
 
 @pytest.mark.parametrize(
@@ -108,6 +125,7 @@ def test_killed_while_it_trains(quickstart, killed_at, then):
 def test_more_iterations_are_exported_again(quickstart):
     quickstart()
     assert quickstart(ITERS="150") == (0, [FIRST, "train from ckpt", "convert.py", LAST, "step 150"])
+    assert quickstart.tuned == ["fine-tune from step 150"]
     assert quickstart(ITERS="150") == (0, [FIRST, LAST, "step 150"])
 
 
@@ -123,6 +141,7 @@ def test_new_data_make_everything_new(quickstart):
     quickstart(ITERS="150")
     (quickstart.work / "data/made.json").unlink()
     assert quickstart() == (0, [FIRST, *MADE, *TRAINED, LAST, "step 100"])
+    assert quickstart.tuned == ["preprocess_data.py", "fine-tune from step 100"]
     assert quickstart() == (0, [FIRST, LAST, "step 100"])
 
 

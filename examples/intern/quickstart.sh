@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole chain on this machine, with a tiny InternLM, in minutes:
 # text -> parquet -> tokens -> random model -> weights split for TP 2 -> ZeRO-2 training -> resumed -> exported -> checked by transformers
-# -> a completion, a turn of a chat, a score.
+# -> a completion, a score -> fine-tuning on questions and answers -> a turn of a chat, before and after.
 #
 #   bash examples/intern/quickstart.sh          run again, it reuses what is there; delete ./.quickstart to start over
 #   NPROC=2 WORK=/tmp/try bash examples/intern/quickstart.sh
@@ -16,16 +16,16 @@ ITERS=${ITERS:-100}                     # iterations in all
 mkdir -p "$WORK"
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
-step "1/10 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
+step "1/11 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
 python examples/intern/make_quickstart_data.py --output-dir "$WORK/data"
 
 if [ -f "$WORK/alpaca_text_document.idx" ] && [ "$WORK/data/made.json" -nt "$WORK/alpaca_text_document.idx" ]; then
     echo "the data are new: everything that was made of the old is made again"
-    rm -rf "$WORK"/{hf,weights,ckpt,export,logs,tensorboard}
+    rm -rf "$WORK"/{hf,weights,ckpt,export,logs,tensorboard,ckpt_chat,logs_chat,chat_*}
     rm -f "$WORK"/alpaca_text_document.*  # last: as long as they are there, a run that is stopped here begins here again
 fi
 
-step "2/10 tokens"
+step "2/11 tokens"
 if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
     python tools/preprocess_data.py \
         --input "$WORK/data/train.parquet" \
@@ -38,10 +38,10 @@ if [ ! -f "$WORK/alpaca_text_document.idx" ]; then
         --append-eod
 fi
 
-step "3/10 a tiny InternLM with random weights, as a Hugging Face directory"
+step "3/11 a tiny InternLM with random weights, as a Hugging Face directory"
 [ -d "$WORK/hf" ] || python tools/random_model.py --model internlm-tiny --tokenizer "$WORK/data/tokenizer" --output-dir "$WORK/hf"
 
-step "4/10 weights for 2 tensor-parallel ranks"
+step "4/11 weights for 2 tensor-parallel ranks"
 [ -d "$WORK/weights" ] || python tools/ckpt_convert/llama/convert_weights_from_huggingface.py \
     --input-model-dir "$WORK/hf" \
     --output-model-dir "$WORK/weights" \
@@ -64,11 +64,11 @@ train() {  # train FLAGS...: the 7B recipe itself, with tiny values, from the la
 }
 reached() { [ "$(iteration)" -ge "$1" ]; }
 
-step "5/10 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
+step "5/11 training with ZeRO-2 on $NPROC processes: the recipe pretrain_internlm_7b_zero.sh, stopped at $STOP of $ITERS, then resumed"
 reached "$STOP" || reached "$ITERS" || train --exit-interval "$STOP"
 reached "$ITERS" || train
 
-step "6/10 export as a plain LlamaForCausalLM"
+step "6/11 export as a plain LlamaForCausalLM"
 if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/export/config.json" ]; then
     rm -f "$WORK/export/config.json"  # first: what is left of the old export must not look like a new one
     rm -rf "$WORK/export"
@@ -76,19 +76,42 @@ if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/expor
         --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
 fi
 
-step "7/10 held-out loss, ours beside stock transformers"
+step "7/11 held-out loss, ours beside stock transformers"
 python examples/intern/quickstart_report.py --work "$WORK"
 
 trained() {  # trained RECIPE FLAGS...: one that takes a model, with the one that was trained
     MODEL=internlm-tiny CHECKPOINT="$WORK/ckpt" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 bash "$@"
 }
 
-step "8/10 a completion, greedy, from the training checkpoint on 2 tensor-parallel ranks"
+step "8/11 a completion, greedy, from the training checkpoint on 2 tensor-parallel ranks"
 TP=2 NPROC=2 trained examples/intern/generate_internlm_7b_deepspeed.sh --prompt "Return the " --prompt "Raise ValueError if " --max-new-tokens 32
 
-step "9/10 a turn of a chat (this model has read docstrings, and never a conversation)"
-echo "What does os.path.join do?" | NPROC=1 trained examples/intern/generate_internlm_7b_deepspeed.sh --task chat --max-new-tokens 32
-
-step "10/10 its score on a few questions in MMLU's form (four answers each: a model that knows nothing gets 25 %)"
+step "9/11 its score on a few questions in MMLU's form (four answers each: a model that knows nothing gets 25 %)"
 rm -rf "$WORK/evaluation"  # of an older checkpoint
 NPROC=1 OUTPUT="$WORK/evaluation" trained tasks/evaluation/eval_internlm.sh
+
+step "10/11 fine-tuning on questions and answers, packed: the recipe finetune_internlm_7b_alpaca.sh"
+if [ ! -f "$WORK/chat_packed_input_ids_document.idx" ]; then
+    python tools/preprocess_data.py \
+        --input "$WORK/data/chat.jsonl" \
+        --tokenizer-name-or-path "$WORK/data/tokenizer" \
+        --output-prefix "$WORK/chat" \
+        --workers 1 \
+        --handler-name AlpacaStyleInstructionHandler \
+        --chat-template v1 \
+        --seq-length 256
+fi
+if [ ! -f "$WORK/ckpt_chat/whole" ] || [ "$WORK/ckpt/latest" -nt "$WORK/ckpt_chat/whole" ]; then
+    rm -rf "$WORK/ckpt_chat"
+    DATA="$WORK/chat" SAVE="$WORK/ckpt_chat" TP=2 MICRO_BATCH=2 GLOBAL_BATCH=8 SEQ_LENGTH=256 EPOCHS=20 LR=2e-3 MIN_LR=2e-4 \
+        trained examples/intern/finetune_internlm_7b_alpaca.sh --log-dir "$WORK/logs_chat" --log-interval 10
+    touch "$WORK/ckpt_chat/whole"
+fi
+
+step "11/11 a turn of a chat, before and after (before, the model has read docstrings and never a conversation)"
+QUESTION=$(sed -n '1s/.*"instruction": "\([^"]*\)".*/\1/p' "$WORK/data/chat.jsonl")
+echo "$QUESTION"
+for model in ckpt ckpt_chat; do
+    echo "$QUESTION" | MODEL=internlm-tiny CHECKPOINT="$WORK/$model" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 NPROC=1 \
+        bash examples/intern/generate_internlm_7b_deepspeed.sh --task chat --chat-template v1 --max-new-tokens 32
+done

@@ -201,7 +201,7 @@ def rows_of(model: ModelConfig) -> dict[str, list[int]]:
 
 ONE_MATRIX = {
     "wqkv": (GROUPED, "wqkv"),
-    "wqkv, one key/value head": (replace(GROUPED, num_query_groups=1), "wqkv"),
+    "wqkv, one group": (replace(GROUPED, num_query_groups=1), "wqkv"),
     "W_pack": (replace(RUN.model, family="baichuan", add_qkv_bias=False, add_dense_bias=False), "W_pack"),
 }
 

@@ -1,0 +1,342 @@
+"""Where a run of adapters begins and goes on: its flags, the weights beneath, and the commands from the first step to peft's logits."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import launch
+import numpy as np
+import oracle
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ascendspeed import adapters, config, families
+from ascendspeed.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.errors import UserError
+from ascendspeed.log import read
+from ascendspeed.resolve import resolve
+
+MODEL = families.preset("internlm2-tiny")
+NAMES = ("q_proj", "v_proj", "down_proj")
+LORA = LoraConfig(4, 8.0, lora_target_modules=NAMES)
+RUN = Run(
+    MODEL,
+    ParallelConfig(),
+    OptimConfig(),
+    DataConfig(data_path=("x",), seq_length=8),
+    TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=10),
+    LORA,
+)
+LLAMA = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
+OWN = "wqkv wo w1 w3 w2"
+
+
+def lora_of(*words: str, model: str = "internlm-tiny") -> LoraConfig:
+    return resolve(["--data-path", "x", "--model", model, *words], 1)[0].lora
+
+
+@pytest.mark.parametrize(
+    ("model", "typed", "meant"),
+    [
+        ("internlm-tiny", "all-linear", LLAMA),
+        ("internlm2-tiny", "all-linear", OWN),
+        ("internlm-tiny", "query_key_value dense proj dense_4h_to_h", LLAMA),
+        ("internlm-tiny", "linear_qkv", "q_proj k_proj v_proj"),
+        ("internlm-tiny", "v_proj,q_proj", "q_proj v_proj"),
+        ("internlm2-tiny", "linear_fc1 dense_4h_to_h", "w1 w3 w2"),
+        ("internlm2-tiny", "v_proj q_proj", "q_proj v_proj"),
+        ("internlm2-tiny", "q_proj dense_h_to_4h", "q_proj gate_proj up_proj"),
+        ("internlm2-tiny", "w2 wqkv", "wqkv w2"),
+        ("internlm3-tiny", "linear_proj", "o_proj"),
+        ("baichuan2-tiny", "all-linear", "W_pack o_proj gate_proj up_proj down_proj"),
+    ],
+)
+def test_names_of_matrices(model, typed, meant):
+    assert lora_of("--lora-r", "16", "--lora-target-modules", *typed.split(), model=model).lora_target_modules == tuple(
+        meant.split()
+    )
+
+
+def test_the_published_flags():
+    words = "--lora-r 16 --lora-alpha 32 --lora-load ./a --lora-register-forward-hook word_embeddings input_layernorm".split()
+    found = lora_of(*words)
+    assert (found.lora_rank, found.lora_alpha, found.lora_load, found.lora_target_modules) == (
+        16,
+        32.0,
+        "./a",
+        tuple(LLAMA.split()),
+    )
+    assert lora_of() == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    ("typed", "match"),
+    [
+        ("--lora-rank 4 --lora-target-modules q_proj lm_head", f"lm_head: no such matrix; there are {LLAMA} \\(or all-linear"),
+        ("--lora-rank 4 --lora-target-modules wqkv", f"there are {LLAMA} \\(or"),
+        (
+            "--model internlm2-tiny --lora-rank 4 --lora-target-modules wqkv k_proj",
+            f"mixes two ways .*; use one of {OWN} or {LLAMA}",
+        ),
+        ("--lora-rank 4 --lora-target-modules ,", "names nothing"),
+        ("--lora-alpha 4", "mean nothing without --lora-rank"),
+        ("--lora-rank -1", "--lora-rank -1: must be 0 or more"),
+        ("--lora-rank 4 --lora-alpha 0", "--lora-alpha 0.0: must be above 0"),
+        ("--lora-rank 4 --lora-dropout 1", "--lora-dropout 1.0: must be at least 0 and below 1"),
+        ("--model mixtral-tiny --lora-rank 4", "models with experts \\(mixtral\\) cannot have adapters here"),
+    ],
+)
+def test_what_means_nothing(typed, match):
+    with pytest.raises(UserError, match=match):
+        lora_of(*typed.split())
+
+
+def test_checkpoints_of_before_know_no_adapters():
+    values = config.to_dict(RUN)
+    assert config.from_dict(json.loads(json.dumps(values))) == RUN
+    del values["lora"]
+    assert config.from_dict(values) == replace(RUN, lora=LoraConfig())
+
+
+def test_how_many_parameters():
+    """By hand: InternLM2-7B, rank 16 on all: h 4096, kv 1024, ffn 14336."""
+    lora = LoraConfig(16, lora_target_modules=tuple(LLAMA.split()))
+    each = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
+    assert adapters.parameter_count(families.preset("internlm2-7b"), lora) == 32 * 16 * each
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    """The weights of one seed in several formats, and those of another."""
+    from ascendspeed import convert, weights
+    from ascendspeed.formats.source import Source, from_maker
+
+    folder = tmp_path_factory.mktemp("bases")
+
+    def source(seed: int) -> Source:
+        tensors = {name: tensor.bfloat16().float() for name, tensor in weights.random_tensors(MODEL, seed)}
+        return Source("random", folder, MODEL, {}, dict.fromkeys(tensors, torch.float32), from_maker(tensors.__getitem__), None)
+
+    convert.write_hf(source(5), folder / "hf")
+    convert.write_hf(source(5), folder / "bf16", dtype=torch.bfloat16)
+    convert.write_hf(source(5), folder / "llama", family="llama")
+    convert.write_megatron(source(5), folder / "ranks", 2, 2)
+    convert.write_hf(source(6), folder / "other")
+    return {path.name: path for path in folder.iterdir()}
+
+
+def test_weights_are_known_in_every_format(bases):
+    from ascendspeed.formats import open_source
+
+    found = {name: open_source(path).fingerprint() for name, path in bases.items() if name != "ranks"}
+    found["ranks"] = open_source(bases["ranks"], bases["hf"]).fingerprint()
+    assert found.pop("other") not in found.values()
+    assert len(set(found.values())) == 1
+
+
+@pytest.fixture
+def start(cpu):
+    """What `find_start` finds, and what it says."""
+    from ascendspeed import parallel
+    from ascendspeed import start as room
+
+    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+
+    def go(lora: dict | None = None, **train):
+        run = replace(RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA)
+        said = []
+        return room.find_start(run, grid, cpu, said.append), "\n".join(said)
+
+    return go
+
+
+def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
+    from ascendspeed import checkpoint, weights
+
+    fragments = [
+        checkpoint.Fragment(name, kind, weights.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        for name, t in tensors.items()
+        for kind in checkpoint.KINDS
+    ]
+    state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
+    checkpoint.save(folder, state, run, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None)
+    return str(folder)
+
+
+@pytest.fixture
+def saved(start, bases, tmp_path) -> str:
+    """A training checkpoint of adapters on a copy of the weights."""
+    from ascendspeed.formats.adapter import initial
+
+    shutil.copytree(bases["hf"], tmp_path / "base")
+    found, _ = start(load=str(tmp_path / "base"))
+    return save(tmp_path / "ckpt", found.named(RUN), {name: t + 1 for name, t in initial(MODEL, LORA, 7)})
+
+
+@pytest.fixture
+def full(tmp_path) -> str:
+    """A training checkpoint of all weights."""
+    from ascendspeed import weights
+
+    return save(tmp_path / "full", replace(RUN, lora=LoraConfig()), dict(weights.random_tensors(MODEL, 1)))
+
+
+def test_fresh_adapters_beside_weights(start, bases):
+    found, said = start(load=str(bases["hf"]))
+    tensors = dict(found.tensors)
+    assert sum(".lora." in name for name in tensors) == 2 * 3 * 4
+    assert sum(".lora." not in name for name in tensors) == 27
+    count = adapters.parameter_count(MODEL, LORA)
+    assert f"adapters of rank 4 on q_proj v_proj down_proj: {count} parameters are trained" in said
+    named = found.named(RUN).lora
+    assert (named.lora_base, len(named.lora_base_fingerprint)) == (str(bases["hf"].resolve()), 64)
+
+
+def test_adapters_belong_to_weights(start, bases, tmp_path):
+    with pytest.raises(UserError, match="adapters belong to weights; name these by --load"):
+        start()
+    with pytest.raises(UserError, match="adapters belong to weights; name these by --load"):
+        start(load=str(tmp_path / "new"), save=str(tmp_path / "new"))
+    with pytest.raises(UserError, match="--lora-base /x belongs to a --load that holds adapters; this one holds weights"):
+        start({"lora_base": "/x"}, load=str(bases["hf"]))
+
+
+def test_adapters_of_peft_to_start_from(start, bases, tmp_path):
+    reference = oracle.native(MODEL)[0]
+    made = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(NAMES), init_lora_weights=False)
+    peft.get_peft_model(reference, made).save_pretrained(tmp_path / "peft")
+    theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    load = {"lora_load": str(tmp_path / "peft")}
+    tensors = dict(start(load, load=str(bases["hf"]))[0].tensors)
+    for which in "AB":
+        name = f"base_model.model.model.layers.2.self_attn.v_proj.lora_{which}.weight"
+        assert torch.equal(tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], theirs[name])
+    with pytest.raises(UserError, match=r"q_proj has rank 4, but --lora-rank is 8; give that one"):
+        start(load | {"lora_rank": 8}, load=str(bases["hf"]))
+    with pytest.raises(UserError, match=r"q_proj has alpha 8, but --lora-alpha is 9; give that one"):
+        start(load | {"lora_alpha": 9.0}, load=str(bases["hf"]))
+    with pytest.raises(UserError, match=r"it lacks model\.layers\.0\.mlp\.gate_proj"):
+        start(load | {"lora_target_modules": (*NAMES, "gate_proj")}, load=str(bases["hf"]))
+    with pytest.raises(UserError, match=r"has left over model\.layers\.0\.self_attn\.v_proj"):
+        start(load | {"lora_target_modules": ("q_proj", "down_proj")}, load=str(bases["hf"]))
+
+
+def test_adapters_go_on(start, saved, bases, tmp_path):
+    """With the weights beneath where they lay, or where they are now; never with others."""
+    base = tmp_path / "base"
+    found, said = start(load=saved, save=saved)
+    assert found.state.step == 2
+    assert f"weights beneath the adapters from {base}" in said
+    assert sum(".lora." not in name for name, _ in found.tensors) == 27
+    moved = tmp_path / "moved"
+    base.rename(moved)
+    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; say where: --lora-base"):
+        start(load=saved)
+    found, _ = start({"lora_base": str(moved)}, load=saved)
+    assert found.named(RUN).lora.lora_base == str(moved)
+    with pytest.raises(UserError, match="holds adapters of other weights than those in .*/other"):
+        start({"lora_base": str(bases["other"])}, load=saved)
+    shutil.copytree(bases["other"], base)  # the likely mistake: another model of the same architecture, under the same name
+    with pytest.raises(UserError, match="holds adapters of other weights than those in .*/base"):
+        start(load=saved)
+
+
+def test_what_may_change_and_what_not(start, saved, full):
+    flags = "--lora-rank 4 --lora-alpha 8 --lora-target-modules q_proj v_proj down_proj"
+    for changes, names in (
+        ({"lora_rank": 8}, "lora_rank"),
+        ({"lora_alpha": 9.0, "lora_target_modules": ("q_proj",)}, "lora_alpha, l"),
+    ):
+        with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* cannot change"):
+            start(changes, load=saved)
+    _, said = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
+    assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in said
+    assert "note: --lora-load /x is where the run began" in said
+    off = dataclasses.asdict(LoraConfig())
+    with pytest.raises(UserError, match=f"go on training them by {flags}, or all weights with the adapters in them by --finetune"):
+        start(off, load=saved)
+    with pytest.raises(UserError, match="holds all weights of a model: to train adapters beside them add --finetune"):
+        start(load=full)
+
+
+def test_finetune(start, saved, full, bases):
+    """Adapters on a checkpoint's weights; a checkpoint's adapters anew; all weights with the adapters in them."""
+    from ascendspeed import weights
+
+    found, _ = start(load=full, finetune=True)
+    tensors = dict(found.tensors)
+    assert torch.equal(tensors["output_layer.weight"], dict(weights.random_tensors(MODEL, 1))["output_layer.weight"])
+    assert found.named(RUN).lora.lora_base.endswith("full/step_0000002")
+    found, said = start(load=saved, finetune=True)
+    tensors = dict(found.tensors)
+    assert (found.state.step, found.resume) == (0, None)
+    assert torch.equal(tensors["decoder.layers.0.mlp.linear_fc2.lora.down_proj_B"], torch.ones(128, 4))
+    found, _ = start(dataclasses.asdict(LoraConfig()), load=saved, finetune=True)
+    tensors = dict(found.tensors)
+    assert not any(".lora." in name for name in tensors)
+    before = load_file(bases["hf"] / "model.safetensors")["model.layers.0.feed_forward.w2.weight"]
+    assert not torch.allclose(tensors["decoder.layers.0.mlp.linear_fc2.weight"], before)
+
+
+def command(*words: str | Path) -> str:
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("engine", [(), pytest.param(("--deepspeed", "--zero-stage", "2", "--bf16"), marks=pytest.mark.slow)])
+def test_from_the_first_step_to_pefts_logits(engine, bases, tmp_path):
+    """Training that stops and goes on, the adapters for peft, the same adapters merged: the same logits, and not those before."""
+    from ascendspeed.data.indexed import PairWriter
+
+    generator = np.random.default_rng(0)
+    with PairWriter(str(tmp_path / "text_document"), np.dtype(np.int32)) as writer:
+        writer.add(generator.integers(0, 2048, 8000).astype(np.int32), np.full(100, 80))
+        writer.commit({})
+    flags = (
+        "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --split 100,0,0 --lora-dropout 0.1"
+    )
+    flags += f" --lora-rank 4 --lora-alpha 8 --lora-target-modules {' '.join(NAMES)}"
+    words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
+    kept = tmp_path / "ckpt"
+    command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
+    command(*words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2")
+    assert not (kept / "adapter").exists()
+    said = command(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
+    assert f"adapters for peft in {kept / 'adapter'}" in said
+    curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]
+    assert curves[0] == curves[1]
+    assert (
+        sum(path.stat().st_size for path in (kept / "step_0000004").iterdir()) < 12 * adapters.parameter_count(MODEL, LORA) + 50_000
+    )
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (kept / "adapter" / name).read_bytes().replace(b"ckpt", b"whole") == (
+            tmp_path / "whole" / "adapter" / name
+        ).read_bytes()
+    command("tools/lora/merge_lora.py", "--base", bases["llama"], "--adapter", kept / "adapter", "--save", tmp_path / "merged")
+    command("tools/lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
+    command("tools/ckpt_convert/convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")
+    tokens = torch.arange(60).view(2, 30)
+
+    def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
+        from transformers import LlamaForCausalLM
+
+        model = LlamaForCausalLM.from_pretrained(folder)
+        model = peft.PeftModel.from_pretrained(model, adapter) if adapter else model
+        return model.eval()(tokens).logits.detach()
+
+    expected = logits(tmp_path / "merged")
+    assert (logits(bases["llama"], kept / "adapter") - expected).abs().max() < 1e-5
+    assert (logits(bases["llama"], tmp_path / "exported") - expected).abs().max() < 1e-5
+    assert torch.equal(logits(tmp_path / "converted"), expected)
+    assert (logits(bases["llama"]) - expected).abs().max() > 1e-2  # control
+    settings = peft.LoraConfig.from_pretrained(kept / "adapter")
+    assert (settings.base_model_name_or_path, settings.r, settings.task_type) == (str(bases["hf"]), 4, "CAUSAL_LM")

@@ -1,4 +1,4 @@
-"""Where a run of adapters begins and goes on: its flags, the weights beneath, and the commands from the first step to peft's logits."""
+"""Where a run of adapters begins and goes on: its flags, the weights beneath, the commands from the first step to peft's logits."""
 
 import dataclasses
 import json
@@ -64,14 +64,8 @@ def test_names_of_matrices(model, typed, meant):
 
 
 def test_the_published_flags():
-    words = "--lora-r 16 --lora-alpha 32 --lora-load ./a --lora-register-forward-hook word_embeddings input_layernorm".split()
-    found = lora_of(*words)
-    assert (found.lora_rank, found.lora_alpha, found.lora_load, found.lora_target_modules) == (
-        16,
-        32.0,
-        "./a",
-        tuple(LLAMA.split()),
-    )
+    typed = "--lora-r 16 --lora-alpha 32 --lora-load ./a --lora-register-forward-hook word_embeddings input_layernorm"
+    assert lora_of(*typed.split()) == LoraConfig(16, 32.0, 0.0, tuple(LLAMA.split()), "./a")
     assert lora_of() == LoraConfig()
 
 
@@ -219,7 +213,7 @@ def test_adapters_of_peft_to_start_from(start, bases, tmp_path):
         assert torch.equal(tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], theirs[name])
     with pytest.raises(UserError, match=r"q_proj has rank 4, but --lora-rank is 8; give that one"):
         start(load | {"lora_rank": 8}, load=str(bases["hf"]))
-    with pytest.raises(UserError, match=r"q_proj has alpha 8, but --lora-alpha is 9; give that one"):
+    with pytest.raises(UserError, match=r"q_proj has an alpha of 8, but --lora-alpha is 9; give that one"):
         start(load | {"lora_alpha": 9.0}, load=str(bases["hf"]))
     with pytest.raises(UserError, match=r"it lacks model\.layers\.0\.mlp\.gate_proj"):
         start(load | {"lora_target_modules": (*NAMES, "gate_proj")}, load=str(bases["hf"]))
@@ -236,23 +230,20 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
     assert sum(".lora." not in name for name, _ in found.tensors) == 27
     moved = tmp_path / "moved"
     base.rename(moved)
-    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; say where: --lora-base"):
+    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now: --lora-base"):
         start(load=saved)
     found, _ = start({"lora_base": str(moved)}, load=saved)
     assert found.named(RUN).lora.lora_base == str(moved)
-    with pytest.raises(UserError, match="holds adapters of other weights than those in .*/other"):
+    with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/other"):
         start({"lora_base": str(bases["other"])}, load=saved)
     shutil.copytree(bases["other"], base)  # the likely mistake: another model of the same architecture, under the same name
-    with pytest.raises(UserError, match="holds adapters of other weights than those in .*/base"):
+    with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/base"):
         start(load=saved)
 
 
 def test_what_may_change_and_what_not(start, saved, full):
     flags = "--lora-rank 4 --lora-alpha 8 --lora-target-modules q_proj v_proj down_proj"
-    for changes, names in (
-        ({"lora_rank": 8}, "lora_rank"),
-        ({"lora_alpha": 9.0, "lora_target_modules": ("q_proj",)}, "lora_alpha, l"),
-    ):
+    for changes, names in (({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha")):
         with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* cannot change"):
             start(changes, load=saved)
     _, said = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
@@ -273,7 +264,7 @@ def test_finetune(start, saved, full, bases):
     tensors = dict(found.tensors)
     assert torch.equal(tensors["output_layer.weight"], dict(weights.random_tensors(MODEL, 1))["output_layer.weight"])
     assert found.named(RUN).lora.lora_base.endswith("full/step_0000002")
-    found, said = start(load=saved, finetune=True)
+    found, _ = start(load=saved, finetune=True)
     tensors = dict(found.tensors)
     assert (found.state.step, found.resume) == (0, None)
     assert torch.equal(tensors["decoder.layers.0.mlp.linear_fc2.lora.down_proj_B"], torch.ones(128, 4))
@@ -301,10 +292,8 @@ def test_from_the_first_step_to_pefts_logits(engine, bases, tmp_path):
     with PairWriter(str(tmp_path / "text_document"), np.dtype(np.int32)) as writer:
         writer.add(generator.integers(0, 2048, 8000).astype(np.int32), np.full(100, 80))
         writer.commit({})
-    flags = (
-        "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --split 100,0,0 --lora-dropout 0.1"
-    )
-    flags += f" --lora-rank 4 --lora-alpha 8 --lora-target-modules {' '.join(NAMES)}"
+    flags = "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --split 100,0,0"
+    flags += f" --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-target-modules {' '.join(NAMES)}"
     words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
     kept = tmp_path / "ckpt"
     command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
@@ -314,13 +303,10 @@ def test_from_the_first_step_to_pefts_logits(engine, bases, tmp_path):
     assert f"adapters for peft in {kept / 'adapter'}" in said
     curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]
     assert curves[0] == curves[1]
-    assert (
-        sum(path.stat().st_size for path in (kept / "step_0000004").iterdir()) < 12 * adapters.parameter_count(MODEL, LORA) + 50_000
-    )
+    size = sum(path.stat().st_size for path in (kept / "step_0000004").iterdir())
+    assert size < 12 * adapters.parameter_count(MODEL, LORA) + 50_000
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (kept / "adapter" / name).read_bytes().replace(b"ckpt", b"whole") == (
-            tmp_path / "whole" / "adapter" / name
-        ).read_bytes()
+        assert (kept / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
     command("tools/lora/merge_lora.py", "--base", bases["llama"], "--adapter", kept / "adapter", "--save", tmp_path / "merged")
     command("tools/lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
     command("tools/ckpt_convert/convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")

@@ -51,6 +51,7 @@ class Couple:
         check_pair(labels)
         self._ids, self._labels = IndexedDataset(ids), IndexedDataset(labels)
         self.lengths = self._ids.sequence_lengths
+        self.files = np.array([0, len(self.lengths)], np.int64)
         digests = {read_facts(one).get("digest") for one in (ids, labels)}
         if len(digests) > 1 or not np.array_equal(self.lengths, self._labels.sequence_lengths):
             raise UserError(f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again")
@@ -77,7 +78,7 @@ class CoupleWriter:
         self.learnt = 0
         self._stack = ExitStack()
         self._ids, self._labels = (self._stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS)
-        self._sha = hashlib.sha256()
+        self._digests = [hashlib.sha256() for _ in range(3)]  # one each, so that they do not depend on how documents come
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, learnt: np.ndarray) -> None:
         """Documents one after the other: ids and whether each is to be learnt, both [tokens], and [documents] lengths int32."""
@@ -85,8 +86,8 @@ class CoupleWriter:
         self._ids.add(tokens, lengths)
         self._labels.add(np.where(learnt, tokens, DTYPE.type(IGNORED)), lengths)
         self.learnt += int(learnt.sum())
-        for array in (tokens, lengths.astype(DTYPE), learnt.astype(bool)):
-            self._sha.update(np.ascontiguousarray(array).data)
+        for digest, array in zip(self._digests, (tokens, lengths.astype(DTYPE), learnt.astype(bool)), strict=True):
+            digest.update(np.ascontiguousarray(array).data)
 
     @property
     def documents(self) -> int:
@@ -105,7 +106,8 @@ class CoupleWriter:
 
     def commit(self, facts: dict[str, Any]) -> None:
         """Puts the new couple in the place of an old one."""
-        facts = facts | {"learnt": self.learnt, "digest": self._sha.hexdigest()}
+        digest = hashlib.sha256(b"".join(one.digest() for one in self._digests)).hexdigest()
+        facts = facts | {"learnt": self.learnt, "digest": digest}
         self._labels.commit(facts)
         self._ids.commit(facts)
 

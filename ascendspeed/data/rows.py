@@ -46,7 +46,7 @@ def find(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def columns(path: Path) -> list[str]:
-    """Column names of a file (of jsonl and json: the keys of the first row); nothing for a file without rows."""
+    """Column names of a file (of jsonl and json: the keys of the first thousand rows); nothing for a file without rows."""
     return _format(path).columns(path)
 
 

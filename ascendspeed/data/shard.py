@@ -52,7 +52,7 @@ class Format:
     """How one kind of file is read. `wanted` are the columns that are needed; a batch has exactly these."""
 
     columns: Callable[[Path], list[str]]
-    """Names of what its rows hold (of json: the keys of the first row); nothing for a file without rows."""
+    """Names of what its rows hold (of json: the keys of the first thousand); nothing for a file without rows."""
     shards: Callable[[Path, Sequence[str]], Iterator[Shard]]
     """The file in order, cut by its content alone."""
     read: Callable[[Shard, Sequence[str]], Iterator[Batch]]
@@ -73,8 +73,8 @@ def decode(raw: bytes) -> str:
 
 
 def columns_of(rows: Iterable[Any]) -> list[str]:
-    """Keys of the first row that is an object."""
-    return next((list(row) for row in rows if isinstance(row, dict)), [])
+    """Keys of rows, of those that are objects, in the order in which they come up."""
+    return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
 def batch_of(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> Batch:

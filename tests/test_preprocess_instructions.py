@@ -1,0 +1,284 @@
+"""Instruction data through the tool: the couple on disk, and rows that are wrong, by file and line."""
+
+import gzip
+import json
+import random
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from corpus import sentencepiece_dir, words
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from test_chat import KINDS
+from test_preprocess import TOOL, made
+
+from ascendspeed.data import inorder, lines, parquet
+from ascendspeed.data.couple import KEYS, Couple, find, pair
+from ascendspeed.data.handler import Job
+from ascendspeed.data.making import Maker
+from ascendspeed.data.preprocess import preprocess
+from ascendspeed.errors import UserError
+
+GENERAL, ALPACA, SHAREGPT, BELLE = (
+    f"{name}InstructionHandler" for name in ("General", "AlpacaStyle", "SharegptStyle", "BelleMultiTurn")
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return KINDS["v2"](tmp_path_factory.mktemp("tokenizer") / "v2")
+
+
+def talks(count):
+    """Conversations of one to three turns, all different."""
+    texts = iter(words(6 * count))
+    chance = random.Random(count)
+    turns = [[(next(texts), next(texts)) for _ in range(chance.randint(1, 3))] for _ in range(count)]
+    return [
+        [{"from": who, "value": text} for turn in one for who, text in zip(("human", "gpt"), turn, strict=True)] for one in turns
+    ]
+
+
+ROWS = [{"id": i, "conversations": talk} for i, talk in enumerate(talks(120))]
+
+
+def write(path, rows, **options):
+    """Rows in the format of the suffix; a row that is a string is a line as it stands."""
+    path.parent.mkdir(exist_ok=True)
+    text = "".join(f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)
+    return path
+
+
+def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", strict=False, **options):
+    """(facts, what was said)."""
+    said = []
+    job = Job(str(tokenizer), handler, **options)
+    facts = preprocess(inputs, str(tmp_path / prefix), job, workers, say=said.append, strict=strict)
+    return facts["packed"], said
+
+
+def couple(prefix):
+    return {key: made(pair(prefix, key)) for key in KEYS}
+
+
+def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
+    facts, said = run(tmp_path, [write(tmp_path / "a.jsonl", ROWS)], tokenizer)
+    ids, labels = (IndexedDataset(pair(tmp_path / "p", key)) for key in KEYS)
+    assert (tmp_path / "p_packed_input_ids_document.bin").is_file()
+    assert (tmp_path / "p_packed_labels_document.idx").is_file()
+    maker = Maker(Job(str(tokenizer), SHAREGPT))
+    columns = {name: [row.get(name) for row in ROWS] for name in maker.handler.columns}
+    documents = maker.make(columns)["packed"].documents
+    assert len(ids) == len(labels) == len(documents) == 120
+    for i, document in enumerate(documents):
+        assert ids[i].tolist() == document.tokens.tolist()
+        assert labels[i].tolist() == np.where(document.loss_mask, document.tokens, -100).tolist()
+    assert ids.index.dtype == labels.index.dtype == np.int32
+    assert facts["tokens"] == sum(len(d.tokens) for d in documents)
+    assert facts["chat_template"] == "v2.5"
+    assert said[0] == "note: chat template v2.5"
+    assert (
+        f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them to be learnt"
+        in said[1]
+    )
+    opened = Couple("p", *find(str(tmp_path / "p")))
+    assert opened.document(7).tokens.tolist() == documents[7].tokens.tolist()
+
+
+def test_the_same_bytes_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
+    for module in (parquet, lines, inorder):
+        monkeypatch.setattr(module, "SHARD_BYTES", 3000)
+    inputs = {name: write(tmp_path / name, ROWS) for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet")}
+    inputs["e.parquet"] = write(tmp_path / "e.parquet", ROWS, row_group_size=17)
+    found = {}
+    for name, path in inputs.items():
+        for workers in (1, 3) if name in ("a.jsonl", "d.parquet") else (1,):
+            run(tmp_path, [path], tokenizer, workers=workers, prefix=name)
+            found[name, workers] = couple(tmp_path / name)
+    first = found["a.jsonl", 1]
+    assert all(files == first for files in found.values())
+    run(tmp_path, [write(tmp_path / "f.jsonl", ROWS[::-1])], tokenizer, prefix="f")
+    assert couple(tmp_path / "f") != first  # control
+
+
+BAD = [
+    '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "va',
+    {"conversations": [{"from": "boss", "value": "q"}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": " "}]},
+    {"conversations": [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "human", "value": "q"}]},
+    {"text": "another schema"},
+]
+KINDS_OF_BAD = ["malformed", "wrong role", "empty answer", "unknown field", "wrong order", "no conversation"]
+
+
+def mixed(seed=3):
+    """Good lines, blank ones, and bad ones in places that are known: (lines, kind -> line numbers)."""
+    chance = random.Random(seed)
+    found, places = [], {kind: [] for kind in KINDS_OF_BAD}
+    for row in ROWS:
+        while chance.random() < 0.4:
+            which = chance.randrange(-2, len(BAD))
+            found.append(BAD[which] if which >= 0 else "")
+            if which >= 0:
+                places[KINDS_OF_BAD[which]].append(len(found))
+        found.append(row)
+    return found, places
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_rows_are_said_by_line_whatever_the_shards(tmp_path, tokenizer, monkeypatch, name, workers):
+    if workers == 1:
+        for module in (lines, inorder):
+            monkeypatch.setattr(module, "SHARD_BYTES", 1500)
+    rows, places = mixed()
+    path = write(tmp_path / name, rows)
+    facts, said = run(tmp_path, [path], tokenizer, workers=workers)
+    assert facts["documents"] == len(ROWS)
+    assert facts["skipped"] == {kind: len(numbers) for kind, numbers in places.items()}
+    word = "line" if name == "a.jsonl" else "row"
+    for kind, numbers in places.items():
+        shown = [line for line in said if line.startswith(f"skipped, {kind}: ")]
+        assert len(numbers) > 4
+        assert [re.match(rf".*{re.escape(name)}, {word} (\d+): ", line).group(1) for line in shown[:3]] == [
+            str(n) for n in numbers[:3]
+        ]
+        assert shown[3] == f"skipped, {kind}: ... and {len(numbers) - 3} more"
+        assert len(shown) == 4
+
+
+def test_bad_rows_of_columnar_files_are_said_by_row(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(parquet, "SHARD_BYTES", 1500)
+    rows = [{"conversations": one["conversations"]} for one in ROWS]
+    for number in (5, 50, 51, 119):
+        rows[number] = {"conversations": [{"from": "human", "value": "q"}]}
+    for name, options in (("a.parquet", {}), ("b.parquet", {"row_group_size": 13}), ("c.json", {})):
+        _, said = run(tmp_path, [write(tmp_path / name, rows, **options)], tokenizer)
+        assert [re.search(rf"{name}, row (\d+)", line).group(1) for line in said if "wrong order: /" in line] == ["6", "51", "52"]
+        assert "skipped, wrong order: ... and 1 more" in said
+    header, *more = ["instruction,output\n", *(f'q{i},"a\n{i}"\n' for i in range(9))]
+    (tmp_path / "d.csv").write_text("".join([header, *more[:4], "x,\n", *more[4:]]))
+    facts, said = run(tmp_path, [tmp_path / "d.csv"], tokenizer, ALPACA)
+    assert facts["documents"] == 9
+    assert any(line.endswith("d.csv, row 5: 'output' says nothing") for line in said)
+
+
+def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path, tokenizer):
+    rows, places = mixed()
+    path, first = write(tmp_path / "a.jsonl", rows), min(min(numbers) for numbers in places.values())
+    for workers in (1, 2):
+        with pytest.raises(UserError, match=rf"--strict: .*a\.jsonl, line {first}: .*nothing was written"):
+            run(tmp_path, [path], tokenizer, strict=True, workers=workers)
+    assert not list(tmp_path.glob("p_*"))
+    done = subprocess.run(
+        [
+            *(sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "p"),
+            *("--handler-name", SHAREGPT, "--workers", "1", "--strict"),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert f"a.jsonl, line {first}:" in done.stderr
+    facts, _ = run(tmp_path, [write(tmp_path / "good.jsonl", ROWS)], tokenizer, strict=True)
+    assert facts["documents"] == len(ROWS)
+
+
+def test_mixed_schemas(tmp_path, tokenizer):
+    """A second file with other columns, and rows of another type: counted, by file and line."""
+    good = write(tmp_path / "1.jsonl", [{"instruction": "q", "output": "a"}, ["q", "a"], {"instruction": "q", "output": ["a"]}])
+    other = write(tmp_path / "2.jsonl", [{"question": "q", "answer": "a"}] * 5)
+    facts, said = run(tmp_path, [good, other], tokenizer, ALPACA)
+    assert facts["documents"] == 1
+    assert facts["skipped"] == {"malformed": 1, "no 'instruction'": 5, "not text": 1}
+    assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in said)
+    assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in said)
+    with pytest.raises(UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"):
+        run(tmp_path, [good, other], tokenizer, ALPACA, strict=True)
+    with pytest.raises(
+        UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'; there are: question"
+    ):
+        run(tmp_path, [other], tokenizer, ALPACA)
+    with pytest.raises(UserError, match="needs the column 'conversations or messages'"):
+        run(tmp_path, [other], tokenizer)
+    with pytest.raises(
+        UserError, match=r"no document under 'packed' in 1 files: .* skipped, wrong order: .*line 1: .*nothing was written"
+    ):
+        run(tmp_path, [write(tmp_path / "3.jsonl", [BAD[4]])], tokenizer)
+
+
+def test_a_csv_holds_no_lists(tmp_path, tokenizer):
+    (tmp_path / "a.csv").write_text("conversations\nx\n")
+    (tmp_path / "b.csv").write_text("instruction,output,history\nq,a,\n")
+    with pytest.raises(UserError, match=r"a\.csv: the column 'conversations' holds lists, which such a file cannot: use jsonl"):
+        run(tmp_path, [tmp_path / "a.csv"], tokenizer)
+    with pytest.raises(UserError, match=r"b\.csv: the column 'history' holds lists"):
+        run(tmp_path, [tmp_path / "b.csv"], tokenizer, ALPACA)
+
+
+def test_text_that_is_not_utf8_deep_in_a_columnar_file(tmp_path, tokenizer):
+    def broken(texts):
+        data = pyarrow.array(texts, pyarrow.binary())
+        return pyarrow.Array.from_buffers(pyarrow.string(), len(data), data.buffers())
+
+    values = broken([b"q", b"a", b"q", b"caf\xe9", b"q", b"a"])
+    pairs = pyarrow.StructArray.from_arrays([pyarrow.array(["human", "gpt"] * 3), values], ["from", "value"])
+    table = pyarrow.table({"conversations": pyarrow.ListArray.from_arrays([0, 2, 4, 6], pairs)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    facts, said = run(tmp_path, [tmp_path / "a.parquet"], tokenizer)
+    assert facts["documents"] == 2
+    assert facts["skipped"] == {"invalid UTF-8": 1}
+    assert any("a.parquet, row 2" in line for line in said)
+
+
+def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", ROWS)
+    run(tmp_path, [path], tokenizer)
+    whole = Couple("p", *find(str(tmp_path / "p")))
+    length = int(np.median(whole.lengths))
+    documents = [whole.document(i) for i in range(120)]
+    kept = [d for d in documents if len(d.tokens) <= length or d.loss_mask[1:length].any()]
+    facts, said = run(tmp_path, [path], tokenizer, seq_length=length)
+    assert facts["truncated"] == sum(len(d.tokens) > length for d in kept)
+    assert 0 < facts["truncated"] < 120
+    assert facts["seq_length"] == length
+    assert f"{facts['truncated']} documents cut to --seq-length" in said[1]
+    cut = Couple("p", *find(str(tmp_path / "p")))
+    assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [d.tokens[:length].tolist() for d in kept]
+    first = [int(np.flatnonzero(d.loss_mask)[0]) for d in documents]
+    short = int(np.median(first))
+    facts, said = run(tmp_path, [path], tokenizer, seq_length=short)
+    assert facts["skipped"] == {"answers beyond --seq-length": sum(at >= short for at in first)}
+    assert any("skipped, answers beyond --seq-length: " in line and "a.jsonl, line" in line for line in said)
+
+
+def test_the_command_and_what_it_says(tmp_path):
+    plain = sentencepiece_dir(tmp_path / "plain")
+    rows = [{"instruction": f"Say {i}.", "input": None, "output": f"{i}!"} for i in range(30)]
+    path = write(tmp_path / "train.parquet", rows)
+    command = [sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", plain, "--output-prefix", tmp_path / "alpaca"]
+    command += ["--workers", "1", "--tokenizer-type", "PretrainedFromHF", "--handler-name", GENERAL, "--seq-length", "4096"]
+    done = subprocess.run([*command, "--append-eod"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "has no effect" not in done.stdout
+    assert "note:" not in done.stdout
+    assert "30 documents" in done.stdout
+    bare = subprocess.run(command, capture_output=True, text=True)
+    assert "note: answers have no end in the published prompt, so models learn none: add --append-eod" in bare.stdout
+    short = subprocess.run([*command, "--seq-length", "1"], capture_output=True, text=True)
+    assert short.returncode == 2
+    assert "nothing to learn in a document of one token" in short.stderr

@@ -7,7 +7,7 @@ lie in one linear of Megatron-core's. A family with names of its own (InternLM2'
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ascendspeed.config import LoraConfig, ModelConfig
+from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, shape_of
@@ -119,9 +119,12 @@ def _known(own: Iterable[str], others: Sequence[Iterable[str]]) -> str:
     return f"{ways} (or {ALL}, {' '.join(GROUPS)})"
 
 
-def parameter_count(model: ModelConfig, lora: LoraConfig) -> int:
-    """Parameters of all adapters."""
-    return model.num_layers * sum(lora.lora_rank * (target.inputs + target.outputs) for target in chosen(model, lora))
+def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig | None = None) -> int:
+    """Parameters of all adapters; with `parallel` those of one tensor- and pipeline-parallel rank."""
+    tp, pp = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) if parallel else (1, 1)
+    sizes = ((t.row.split == "columns", t.inputs, t.outputs) for t in chosen(model, lora))
+    widths = sum(inputs // tp + outputs if columns else inputs + outputs // tp for columns, inputs, outputs in sizes)
+    return -(-model.num_layers // pp) * lora.lora_rank * widths
 
 
 def check(model: ModelConfig, lora: LoraConfig) -> LoraConfig:

@@ -99,18 +99,23 @@ def model_states(
     dtype: Literal["bf16", "fp16", "fp32"],
     *,
     fp32_gradients: bool = False,
+    lora: LoraConfig | None = None,
 ) -> ModelStates:
     """What ZeRO `parallel.zero_stage` keeps on each device, for `data_parallel` replicas.
 
     `fp32_gradients`: accumulated in fp32 under bf16, which adds 2 bytes per gradient kept.
-    The master is a copy of the weights, in fp32 as well; only stage 0 in fp32 has none.
+    The master is a copy of the weights, in fp32 as well; only stage 0 in fp32 has none. `lora`: gradients and optimizer are those
+    of the adapters.
     """
     count, stage = parameters_per_device(model, parallel), parallel.zero_stage
+    more = adapters.parameter_count(model, lora, parallel) if lora else 0
+    trained = more or count
     width = 4 if dtype == "fp32" else 2
     gradient = width + (2 if fp32_gradients and dtype == "bf16" else 0)
     adam, master = 8, 0 if dtype == "fp32" and stage == 0 else 4
     shares = [1 / data_parallel if stage >= least else 1 for least in (3, 2, 1)]
-    return ModelStates(*(count * size * share for size, share in zip((width, gradient, adam + master), shares, strict=True)))
+    sizes = ((count + more) * width, trained * gradient, trained * (adam + master))
+    return ModelStates(*(size * share for size, share in zip(sizes, shares, strict=True)))
 
 
 def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:

@@ -105,6 +105,30 @@ def test_how_many_parameters():
     assert adapters.parameter_count(families.preset("internlm2-7b"), lora) == 32 * 16 * each
 
 
+def test_memory_and_work():
+    """InternLM2-7B in bf16: 2 bytes for a weight that stays, 18 for an adapter's; 4 FLOPs for the first, 6 for the second."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from ascendspeed import plan
+
+    model, lora = families.preset("internlm2-7b"), LoraConfig(16, lora_target_modules=tuple(LLAMA.split()))
+    whole, more = plan.parameter_count(model), adapters.parameter_count(model, lora)
+    states = plan.model_states(model, ParallelConfig(zero_stage=0), 8, "bf16", fp32_gradients=True, lora=lora)
+    assert (states.weights, states.gradients, states.optimizer) == (2 * (whole + more), 4 * more, 12 * more)
+    per_rank = adapters.parameter_count(model, lora, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
+    # q, k and v, gate and up: A whole, B cut; o and down: A cut, B whole
+    cut = (4096 + 2048) + 2 * (4096 + 512) + (2048 + 4096) + 2 * (4096 + 7168) + (7168 + 4096)
+    assert per_rank == 8 * 16 * cut
+    settings = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    linear = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(64, 96, bias=False)), settings)
+    with FlopCounterMode(display=False) as counter:
+        linear(torch.randn(1, 64, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 4 * 64 * 96 + 6 * 4 * (64 + 96)
+    full, adapted = plan.flops_per_token(model, 2048), plan.flops_per_token(model, 2048, lora)
+    multiply = whole - model.vocab_size * model.hidden_size - (2 * model.num_layers + 1) * model.hidden_size
+    assert full - adapted == 2 * multiply - 6 * more
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """The weights of one seed in several formats, and those of another."""
@@ -230,7 +254,7 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
     assert sum(".lora." not in name for name, _ in found.tensors) == 27
     moved = tmp_path / "moved"
     base.rename(moved)
-    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now: --lora-base"):
+    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now"):
         start(load=saved)
     found, _ = start({"lora_base": str(moved)}, load=saved)
     assert found.named(RUN).lora.lora_base == str(moved)

@@ -141,6 +141,8 @@ CASES = {  # name -> layout and training
     "zero 2": (zero(2), {}),
     "zero 3": (zero(3), {}),
     "zero 3, tp2": (TP | zero(3), {}),
+    "zero 2, offloaded": (zero(2) | {"zero_offload": "cpu"}, {}),
+    "zero 3, offloaded": (zero(3) | {"zero_offload": "cpu"}, {}),
     "tp2, one layer recomputed": (TP, RECOMPUTE),
     "pp2, recomputed": (PP, {"recompute_granularity": "full"}),
     "zero 3, recomputed": (zero(3), {"recompute_granularity": "full"}),
@@ -300,6 +302,27 @@ def test_two_ranks_in_every_way(biases, grouped, tmp_path):
         "checkpoints": checkpoints(list(MODES), biases, tmp_path),
     }
     run_and_check(themes, tmp_path / "run")
+
+
+FOUR = {
+    "tp4": {"tensor_model_parallel_size": 4},
+    "tp4 sp": {"tensor_model_parallel_size": 4} | SP,
+    "tp2 pp2": TP | PP,
+    "tp2 sp dp2, shards": TP | SP | SHARDS,
+    "zero 2, tp2 sp": TP | SP | zero(2),
+    "zero 3, tp2": TP | zero(3),
+}
+
+
+@pytest.mark.slow
+def test_four_ranks_equal_peft(biases, grouped, tmp_path):
+    """Fewer key/value heads than ranks too; and an interleaved pipeline."""
+    deep = Setting(replace(BIASES, num_layers=4), ("k_proj", "down_proj"), tmp_path / "deep")
+    cases = {f"{which}/{name}": s.case(p) for which, s in (("b", biases), ("g", grouped)) for name, p in FOUR.items()}
+    cases["d/pp2 vpp2"] = deep.case(PP | {"num_virtual_stages_per_pipeline_rank": 2})
+    curves = run(4, cases, tmp_path / "run")
+    for which, setting in (("b", biases), ("g", grouped), ("d", deep)):
+        compare({name: curve for name, curve in curves.items() if name.startswith(which)}, setting.expected())
 
 
 @pytest.mark.slow

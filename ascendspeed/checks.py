@@ -28,7 +28,7 @@ RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is a
         "expert_model_parallel_size zero_hpz_partition_size"
     },
     "optim": {SHARE: "adam_beta1 adam_beta2", POSITIVE: "adam_eps", NOT_NEGATIVE: "weight_decay clip_grad"},
-    "data": {AT_LEAST_1: "seq_length"},
+    "data": {AT_LEAST_1: "seq_length max_segment_length", NOT_NEGATIVE: "min_length"},
     "lora": {NOT_NEGATIVE: "lora_rank", POSITIVE: "lora_alpha", SHARE: "lora_dropout"},
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters max_skipped_steps save_interval "

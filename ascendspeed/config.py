@@ -209,13 +209,29 @@ class DataConfig:
     """The token data and how it is cut into samples."""
 
     data_path: tuple[str, ...] = ()
-    """Prefix of a .bin/.idx pair, or weights and prefixes: 0.3 a 0.7 b."""
+    """Prefix of a .bin/.idx pair, or weights and prefixes: 0.3 a 0.7 b. In place of a prefix: a folder of InternEvo's .bin and
+    .bin.meta, or a Hugging Face data set (a folder of save_to_disk, parquet or jsonl files), which is tokenized while it is
+    trained on."""
+    valid_data_path: tuple[str, ...] = ()
+    """Validation data, named in the same way; all of --data-path is then trained on."""
     split: str = "949,50,1"
     """Shares of train, validation and test documents."""
     seq_length: int = 2048
     """Tokens per sample."""
-    packing: Literal["first-fit", "none"] = "first-fit"
-    """Of instruction data: how documents share a sample: each in the first that has room for it, or one in each (none)."""
+    packing: Literal["first-fit", "none", "internevo-cut", "internevo-whole"] | None = None
+    """Of data with masks: how documents share a sample: each in the first that has room for it (first-fit), one in each (none), or
+    one after the other and cut where a sample ends, attention within documents (internevo-cut) or across them (internevo-whole).
+    Default: first-fit; of InternEvo's data internevo-cut."""
+    max_segment_length: int | None = None
+    """InternEvo's packings: attention spans at most this many tokens (max_length_per_sample); None: --seq-length."""
+    min_length: int = 0
+    """InternEvo's data: documents with fewer tokens are left out."""
+    handler_name: str | None = None
+    """Hugging Face data sets: how a row becomes a document, as in tools/preprocess_data.py; None: GeneralPretrainHandler."""
+    json_keys: tuple[str, ...] = ("text",)
+    """Hugging Face data sets: the column that GeneralPretrainHandler reads."""
+    strict: bool = False
+    """Hugging Face data sets: a row that makes no document is an error."""
     is_instruction_dataset: bool = False
     """Asserts that all data are instruction data; they are recognised."""
     data_cache_path: str | None = None
@@ -373,5 +389,6 @@ def from_dict(values: dict[str, Any]) -> Run:
     except (KeyError, TypeError) as error:
         raise UserError(f"run.json is not one of this version: {error}") from error
     data = parts["data"]
-    parts["data"] = dataclasses.replace(data, data_path=tuple(data.data_path))
+    listed = {name: tuple(getattr(data, name)) for name in ("data_path", "valid_data_path", "json_keys")}
+    parts["data"] = dataclasses.replace(data, **listed)
     return Run(**parts, lora=dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules)))

@@ -134,6 +134,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         if "packing" in typed and data.packing != "none":
             raise UserError(f"--no-pack and --packing {data.packing} contradict each other; drop one of them")
         data = replace(data, packing="none")
+    if data.valid_data_path and "split" in typed:
+        raise UserError(f"--split {data.split}: with --valid-data-path all of --data-path is trained on; drop one of them")
     if train.train_epochs is not None and "train_iters" in typed:
         raise UserError(f"--train-epochs {train.train_epochs:g} and --train-iters {train.train_iters}: give one of them")
     if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:

@@ -16,6 +16,7 @@ from ascendspeed.checkpoint import Checkpoint, TrainState
 from ascendspeed.config import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
+from ascendspeed.data.prefetch import Prefetch
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
 from ascendspeed.formats import Source, training
@@ -30,6 +31,7 @@ UNWATCHED = {
     "data_cache_path",
     "initial_loss_scale",
     "is_instruction_dataset",
+    "strict",
 }  # settings that do not change the curve of a resumed run
 WATCHED_TRAIN = ("seed", "global_batch_size", "train_iters", "attention_dropout", "hidden_dropout")
 
@@ -55,7 +57,7 @@ class Start:
 
 
 def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
-    """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of one replica see the
+    """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of a replica see the
     same.
 
     Raises `UserError` for data or a tokenizer that are not there, or that do not fit each other or the model.
@@ -64,8 +66,10 @@ def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
     size, wanted = run.train.global_batch_size, {"train": run.train.train_iters}
     if run.train.eval_interval:
         wanted["valid"] = run.train.eval_iters
-    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted))
+    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted), say)
     if run.train.train_epochs:
+        if splits["train"].estimated:
+            raise UserError("--train-epochs: how many samples text makes is known after it is tokenized; give --train-iters")
         wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
         schedule.check(run.optim, run.train.train_iters)
@@ -73,11 +77,16 @@ def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
     for name, iterations in wanted.items():
         samples = len(splits[name])
         often = f"{iterations} x {size} samples are {iterations * size / samples:.2f} passes over it"
-        say(f"{name} data: {samples} samples of {run.data.seq_length} tokens; {often}")
+        about = "about " if splits[name].estimated else ""
+        say(f"{name} data: {about}{samples} samples of {run.data.seq_length} tokens; {often}")
         for note in splits[name].notes:
             say(f"{name} data: {note}")
     micro = run.train.micro_batch_size
-    return run, lambda split, consumed: dataset.batch(splits[split], consumed, size, micro, grid.dp_rank, grid.dp)
+
+    def batches(split: str, consumed: int) -> list[Batch]:
+        return dataset.batch(splits[split], consumed, size, micro, grid.dp_rank, grid.dp)
+
+    return run, Prefetch(batches, size) if any(one.estimated for one in splits.values()) else batches
 
 
 def _check_tokenizer(run: Run) -> None:
@@ -87,7 +96,7 @@ def _check_tokenizer(run: Run) -> None:
     ids = tokenizer.load(path).vocab_size
     if ids > rows:
         raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
-    for _, prefix in dataset.parse_blend(run.data.data_path):
+    for _, prefix in chain(*(dataset.parse_blend(paths) for paths in (run.data.data_path, run.data.valid_data_path) if paths)):
         made = dataset.facts_of(prefix).get("vocab_size", ids)
         if made != ids:
             raise UserError(f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}")

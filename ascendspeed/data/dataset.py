@@ -5,10 +5,12 @@ It depends neither on the length of the run nor on the data-parallel size: a spl
 Megatron's greedy rule over `PERIOD` samples, repeated for ever, which makes any place of the row known at once.
 """
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +23,14 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from ascendspeed.config import DataConfig
-from ascendspeed.data import couple
+from ascendspeed.data import couple, internevo, streaming
 from ascendspeed.data.couple import Couple
+from ascendspeed.data.cutting import CUT, packer
 from ascendspeed.data.epoch import Epoch
-from ascendspeed.data.indexed import check_pair, read_facts
+from ascendspeed.data.indexed import check_pair, file, read_facts
+from ascendspeed.data.internevo import Tokenized
 from ascendspeed.data.packed import PackedSource, Sample
-from ascendspeed.data.packing import PACKERS
+from ascendspeed.data.streaming import Streamed
 from ascendspeed.errors import UserError
 
 PERIOD = 1 << 16
@@ -56,6 +60,9 @@ class Source(Protocol):
     samples_per_epoch: int
     """Above 0."""
 
+    estimated: bool
+    """Whether `samples_per_epoch` is not exact, because the data are tokenized while they are trained on."""
+
     @property
     def note(self) -> str:
         """What there is to say about it at the start, one line; empty: nothing."""
@@ -68,6 +75,7 @@ class CutSource:
     """Plain documents one after the other, cut into samples wherever these end: pre-training."""
 
     note = ""
+    estimated = False
 
     def __init__(self, indexed: IndexedDataset, documents: range, split: str, data: DataConfig, seed: int) -> None:
         """`documents` are those of the split. Raises `UserError` if they do not fill one sample."""
@@ -114,6 +122,11 @@ class Samples:
         """What there is to say about the data at the start."""
         return [source.note for source in self._sources if source.note]
 
+    @property
+    def estimated(self) -> bool:
+        """Whether `len` is not exact."""
+        return any(source.estimated for source in self._sources)
+
     def __len__(self) -> int:
         """Samples in one epoch of every data set; `sample` goes on beyond."""
         return sum(source.samples_per_epoch for source in self._sources)
@@ -130,26 +143,56 @@ class Samples:
         return sample
 
 
-def build_splits(data: DataConfig, seed: int, vocab_size: int, names: Sequence[str] = SPLITS) -> dict[str, Samples]:
+def build_splits(
+    data: DataConfig, seed: int, vocab_size: int, names: Sequence[str] = SPLITS, say: Callable[[str], None] = print
+) -> dict[str, Samples]:
     """Name -> samples, for the splits that will be used, of `train`, `valid` and `test`.
 
-    `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated.
+    `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated. `say` gets what there is to say
+    while the data are read.
     Raises `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split without a sample.
     """
-    blend = parse_blend(data.data_path)
-    opened = [open_prefix(prefix, vocab_size) for _, prefix in blend]
-    weights = [weight for weight, _ in blend]
-    for one, (_, prefix) in zip(opened, blend, strict=True):
-        if data.is_instruction_dataset and not isinstance(one, Couple):
-            raise UserError(f"--is-instruction-dataset: {prefix} is plain text without labels; leave the flag out")
-    return {name: Samples([_source(one, name, data, seed) for one in opened], weights, vocab_size) for name in names}
+    if not data.valid_data_path:
+        opened = _opened(data.data_path, data, vocab_size, say)
+        return {name: _samples(opened, name, data, seed, vocab_size) for name in names}
+    own = {"train": (data.data_path, "1,0,0"), "valid": (data.valid_data_path, "0,1,0")}
+    found = {}
+    for name in names:
+        if name not in own:
+            raise UserError(f"--valid-data-path: there is no {name} split then; leave it out and give --split")
+        path, split = own[name]
+        named = dataclasses.replace(data, data_path=path, split=split)
+        found[name] = _samples(_opened(path, data, vocab_size, say), name, named, seed, vocab_size)
+    return found
 
 
-def _source(opened: IndexedDataset | Couple, name: str, data: DataConfig, seed: int) -> Source:
-    documents = split_documents(data.split, name, len(opened))
-    if isinstance(opened, Couple):
-        return PackedSource(opened, documents, data.seq_length, PACKERS[data.packing], seed)
-    return CutSource(opened, documents, name, data, seed)
+Opened = IndexedDataset | Couple | Tokenized | Streamed
+
+
+def _opened(paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]) -> list[tuple[float, Opened]]:
+    found = [(weight, open_path(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
+    for _, one in found:
+        masked = one.learns_answers if isinstance(one, Streamed) else not isinstance(one, IndexedDataset)
+        if data.is_instruction_dataset and not masked:
+            name = one.path_prefix if isinstance(one, IndexedDataset) else one.prefix
+            raise UserError(f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out")
+    if data.min_length and not any(isinstance(one, Tokenized) for _, one in found):
+        raise UserError(f"--min-length {data.min_length} is for InternEvo's data, and {' '.join(paths)} is none; leave it out")
+    return found
+
+
+def _samples(opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int) -> Samples:
+    return Samples([_source(one, name, data, seed) for _, one in opened], [weight for weight, _ in opened], vocab_size)
+
+
+def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> Source:
+    if isinstance(opened, Streamed):
+        return opened.source(split_documents(data.split, name, len(opened)), name, data, seed)
+    if isinstance(opened, IndexedDataset):
+        return CutSource(opened, split_documents(data.split, name, len(opened)), name, data, seed)
+    chosen = [start + np.array(split_documents(data.split, name, stop - start), int) for start, stop in pairwise(opened.files)]
+    pack = packer(data, CUT if isinstance(opened, Tokenized) else "first-fit")
+    return PackedSource(opened, np.concatenate(chosen), data.seq_length, pack, seed)
 
 
 def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
@@ -206,25 +249,40 @@ def split_documents(split: str, name: str, count: int) -> range:
     return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
 
 
-def open_prefix(prefix: str, vocab_size: int) -> IndexedDataset | Couple:
-    """The data of `--data-path`, checked: whole, belonging together, with ids that the vocabulary has."""
-    named = couple.find(prefix)
-    found = Couple(prefix, *named) if named else None
-    tokens = found.tokens if found else check_pair(prefix)
-    facts = facts_of(prefix)
+def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:
+    """What --data-path names, checked: whole, belonging together, with ids that the vocabulary has. `say`: as of `build_splits`."""
+    pairs = _pairs(path)
+    if not pairs and internevo.find(path):
+        found = Tokenized(path, data.min_length, vocab_size)
+        say(found.note)
+        return found
+    if not pairs and (files := streaming.find(path)):
+        return Streamed(path, files, data, say)
+    pair = Couple(path, *pairs) if len(pairs) > 1 else None
+    tokens = pair.tokens if pair else check_pair(path)
+    facts = facts_of(path)
     if facts.get("tokens") == tokens and facts["max_token"] >= vocab_size:
-        raise UserError(_foreign(prefix, facts["max_token"], vocab_size))
-    return found or IndexedDataset(prefix)
+        raise UserError(_foreign(path, facts["max_token"], vocab_size))
+    return pair or IndexedDataset(path)
 
 
-def pairs_of(prefix: str) -> tuple[str, ...]:
-    """Prefixes of the .bin/.idx pairs that one prefix of `--data-path` means."""
-    return couple.find(prefix) or (prefix,)
+def files_of(path: str) -> list[Path]:
+    """All files of what --data-path names."""
+    if pairs := _pairs(path):
+        return [file(prefix, suffix) for prefix in pairs for suffix in ("bin", "idx")]
+    found = [part for one in internevo.find(path) for part in (one, Path(f"{one}{internevo.META}"))]
+    return found or streaming.find(path) or [file(path, "bin"), file(path, "idx")]
 
 
-def facts_of(prefix: str) -> dict[str, Any]:
+def facts_of(path: str) -> dict[str, Any]:
     """What preprocessing wrote about the data of `--data-path`; empty where it wrote nothing."""
-    return read_facts(pairs_of(prefix)[0])
+    pairs = _pairs(path)
+    return read_facts(pairs[0]) if pairs else {}
+
+
+def _pairs(path: str) -> tuple[str, ...]:
+    """Prefixes of the .bin/.idx pairs that a path means; none when it means none, or nothing."""
+    return couple.find(path) or ((path,) if file(path, "idx").is_file() else ())
 
 
 def _foreign(prefix: str, number: int, vocab_size: int) -> str:

@@ -33,6 +33,8 @@ class Documents(Protocol):
     """What the user calls it, for messages."""
     lengths: np.ndarray
     """Ids of every document, [documents] of an integer type."""
+    files: np.ndarray
+    """The first document of every file, and the end: [files + 1] int64."""
 
     def document(self, number: int) -> Document:
         """Document `number`, whole. Raises `UserError` when it is damaged."""

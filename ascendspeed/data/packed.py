@@ -5,14 +5,14 @@ and its last position never counts. Position ids begin at 0 with every document,
 reads it off there. What is not filled at the end of a row is one more segment in which nothing counts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ascendspeed.data.document import Documents, learns_within
-from ascendspeed.data.packing import Packer
+from ascendspeed.data.document import Document, Documents, learns_within
+from ascendspeed.data.packing import Packer, Packing, joined
 from ascendspeed.errors import UserError
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -22,24 +22,39 @@ Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 class PackedSource:
     """The rows of one origin's documents in one split. They are packed once, by the run's seed; an epoch shuffles the rows."""
 
+    estimated = False
+
     def __init__(self, documents: Documents, chosen: Sequence[int] | np.ndarray, seq_length: int, pack: Packer, seed: int) -> None:
         """`chosen`: the documents of the split. Raises `UserError` if none of them fills a row."""
         self.prefix = documents.prefix
-        self._documents, self._seq_length, self._goes_on, self._seed = documents, seq_length, pack.goes_on, seed
-        numbers = np.random.RandomState(seed).permutation(np.asarray(chosen, np.int64))
-        lengths = np.asarray(documents.lengths)[numbers].astype(np.int64)
-        keep = (lengths > 0) & ~self._unanswered(numbers, lengths)
-        self._numbers, lengths = numbers[keep], lengths[keep]
-        self._packing = pack.pack(lengths, seq_length)
-        self.dropped = int(len(numbers) - len(lengths))
-        self.truncated = 0 if self._goes_on else int((lengths > seq_length).sum())
+        self._documents, self._seq_length, self._pack, self._seed = documents, seq_length, pack, seed
+        chosen, self.dropped, self.truncated, self.unfilled = np.asarray(chosen, np.int64), 0, 0, 0
+        edges = np.searchsorted(chosen, documents.files[1:-1]) if pack.apart else []
+        found = [self._packed(part) for part in np.split(chosen, edges)]
+        self._numbers = np.concatenate([numbers for numbers, _ in found])
+        self._packing = joined([packing for _, packing in found], [len(numbers) for numbers, _ in found])
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
             raise UserError(
-                f"{self.prefix}: of the {len(numbers)} documents that --split gives to a split here, "
+                f"{self.prefix}: of the {len(chosen)} documents that --split gives to a split here, "
                 f"none can be learnt from at --seq-length {seq_length}"
             )
         self._orders: dict[int, np.ndarray] = {}
+
+    def _packed(self, chosen: np.ndarray) -> tuple[np.ndarray, Packing]:
+        """Documents in the order of their rows, and these."""
+        pack, length = self._pack, self._seq_length
+        numbers = np.random.RandomState(self._seed if pack.seed is None else pack.seed).permutation(chosen)
+        lengths = np.asarray(self._documents.lengths)[numbers].astype(np.int64)
+        keep = lengths > 0
+        if not pack.keeps:
+            keep &= ~self._unanswered(numbers, lengths)
+            self.truncated += int((lengths[keep] > length).sum())
+        self.dropped += int((~keep).sum())
+        numbers, lengths = numbers[keep], lengths[keep]
+        packing = pack.pack(lengths, length)
+        self.unfilled += int(lengths.sum()) - packing.tokens if pack.keeps else 0
+        return numbers, packing
 
     @property
     def filled(self) -> float:
@@ -52,6 +67,7 @@ class PackedSource:
         lost = [
             (self.truncated, f"cut to --seq-length {self._seq_length}"),
             (self.dropped, "left out, as nothing of their answers fits"),
+            (self.unfilled, "tokens left out, as they fill no row"),
         ]
         said = "".join(f", {count:,} {why}" for count, why in lost if count)
         rows = f"{len(self._numbers):,} documents in {len(self._packing):,} rows of {self._seq_length} tokens"
@@ -69,28 +85,36 @@ class PackedSource:
         return self._orders[epoch]
 
     def _row(self, number: int) -> Sample:
-        packing, length = self._packing, self._seq_length
-        tokens, labels, counts = (np.zeros(length, np.int64) for _ in range(3))
-        positions = np.empty(length, np.int64)
-        at = 0
-        for piece in range(*packing.bounds[number : number + 2]):
-            start, stop = int(packing.starts[piece]), int(packing.stops[piece])
-            document = self._documents.document(int(self._numbers[packing.documents[piece]]))
-            end = at + stop - start
-            last = stop + 1 if self._goes_on else stop  # the label of the last position, if it has one
-            following = document.tokens[start + 1 : last]
-            learnt = slice(at, at + len(following))
-            tokens[at:end], labels[learnt] = document.tokens[start:stop], following
-            counts[learnt] = 1 if document.loss_mask is None else document.loss_mask[start + 1 : last]
-            positions[at:end] = np.arange(stop - start)
-            at = end
-        positions[at:] = np.arange(length - at)
-        return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(counts).float(), torch.from_numpy(positions)
+        packing = self._packing
+        found = slice(*packing.bounds[number : number + 2])
+        documents = (self._documents.document(int(self._numbers[one])) for one in packing.documents[found])
+        pieces = zip(documents, packing.starts[found].tolist(), packing.stops[found].tolist(), strict=True)
+        return row_of(pieces, self._seq_length, self._pack.goes_on, self._pack.segment)
 
     def _unanswered(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[documents] bool: those of which a row would hold nothing that is to be learnt. Only long ones can be, and are read."""
         found = np.zeros(len(numbers), bool)
-        for place in [] if self._goes_on else np.flatnonzero(lengths > self._seq_length):
+        for place in np.flatnonzero(lengths > self._seq_length):
             mask = self._documents.document(int(numbers[place])).loss_mask
             found[place] = not learns_within(mask, self._seq_length)
         return found
+
+
+def row_of(pieces: Iterable[tuple[Document, int, int]], length: int, goes_on: bool = False, segment: int | None = None) -> Sample:
+    """(document, start, stop) one after the other as a sample of `length` positions; `goes_on` and `segment` as of a `Packer`."""
+    tokens, labels, counts = (np.zeros(length, np.int64) for _ in range(3))
+    positions = np.empty(length, np.int64)
+    at = 0
+    for document, start, stop in pieces:
+        end = at + stop - start
+        last = stop + 1 if goes_on else stop  # the label of the last position, if it has one
+        following = document.tokens[start + 1 : last]
+        learnt = slice(at, at + len(following))
+        tokens[at:end], labels[learnt] = document.tokens[start:stop], following
+        counts[learnt] = 1 if document.loss_mask is None else document.loss_mask[start + 1 : last]
+        positions[at:end] = np.arange(stop - start)
+        at = end
+    positions[at:] = np.arange(length - at)
+    if segment:
+        positions = np.arange(length) % segment
+    return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(counts).float(), torch.from_numpy(positions)

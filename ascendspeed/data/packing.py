@@ -1,6 +1,6 @@
 """How documents share the rows of a batch: pure functions (lengths of documents, length of a row) -> `Packing`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,17 @@ class Packing:
         return int((self.stops - self.starts).sum())
 
 
+def joined(packings: Sequence[Packing], counts: Sequence[int]) -> Packing:
+    """The rows of several sets of documents; `counts`: how many documents each set has."""
+    first = np.cumsum([0, *counts])
+    pieces = np.cumsum([0, *(len(one.documents) for one in packings)])
+    bounds = [one.bounds[1:] + before for one, before in zip(packings, pieces[:-1], strict=True)]
+    documents = [one.documents + before for one, before in zip(packings, first[:-1], strict=True)]
+    starts = [one.starts for one in packings]
+    stops = [one.stops for one in packings]
+    return Packing(np.concatenate([[0], *bounds]), np.concatenate(documents), np.concatenate(starts), np.concatenate(stops))
+
+
 @dataclass(frozen=True)
 class Packer:
     """A way to pack."""
@@ -36,8 +47,16 @@ class Packer:
     pack: Callable[[np.ndarray, int], Packing]
     """(lengths [documents], all above 0; tokens of a row) -> rows."""
     goes_on: bool = False
-    """Whether a document that is cut goes on in another piece: the label of a piece's last position is then the next token.
-    Otherwise what is cut off is lost, and a piece ends as a document does."""
+    """Whether the label of a piece's last position is the document's next token, where it has one; else a piece ends as a document
+    does."""
+    keeps: bool = False
+    """Whether what does not fit in a row goes on in another one; else it is lost."""
+    segment: int | None = None
+    """Positions after which position ids begin anew, wherever documents end; None: with every piece."""
+    seed: int | None = None
+    """Of the order of the documents; None: the run's."""
+    apart: bool = False
+    """Whether rows hold documents of one file only."""
 
 
 def first_fit(lengths: np.ndarray, row: int) -> Packing:

@@ -51,7 +51,7 @@ def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
             first = max(shard.start - at, 0)
             part = batch[first : max(shard.stop - at, 0)]
             if part.num_rows:
-                columns = {name: _values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
+                columns = {name: values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
                 yield Batch.at(range(before + at + first, before + at + first + part.num_rows), columns)
             at += batch.num_rows
             if at >= shard.stop:
@@ -66,7 +66,7 @@ def _before(shard: Shard) -> int:
     return sum(meta.row_group(group).num_rows for group in range(shard.group))
 
 
-def _values(column: pyarrow.Array) -> list[Any]:
+def values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
     """Python values of an Arrow array; binary ones are taken as text."""
     try:
         values = column.to_pylist()

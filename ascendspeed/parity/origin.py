@@ -89,12 +89,12 @@ def _weights(run: Run, generator: str) -> str:
 
 
 def _data(run: Run) -> str:
-    from ascendspeed.data.dataset import pairs_of, parse_blend
+    from ascendspeed.data.dataset import files_of, parse_blend
 
     sha = hashlib.sha256()
     for weight, prefix in parse_blend(run.data.data_path):
         sha.update(f"{weight}\n".encode())
-        for path in (pair + suffix for pair in pairs_of(prefix) for suffix in (".bin", ".idx")):
+        for path in files_of(prefix):
             try:
                 with open(path, "rb") as file:
                     sha.update(hashlib.file_digest(file, "sha256").digest())

@@ -1,0 +1,50 @@
+"""Where the places of streams are kept, and what is said when there are none and a run has to go a long way again."""
+
+import hashlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ascendspeed.data.stream import EVERY
+
+SECONDS = 10
+"""Between two lines of progress."""
+
+
+class Restoring:
+    """The folder of one split's places."""
+
+    def __init__(self, cache: Path, name: str, split: str, said: str, say: Callable[[str], None]) -> None:
+        """`said`: all that decides where samples begin."""
+        self._say, self._done, self._told = say, 0, 0.0
+        digest = hashlib.sha256(said.encode()).hexdigest()[:16]
+        self.folder: Path | None = cache / f"{name}-{split}-{digest}"
+        others = [p for p in cache.glob(f"{name}-{split}-*") if p.is_dir() and p != self.folder] if cache.is_dir() else []
+        if others and not self.folder.is_dir():
+            say(f"{others[0]} is of other data or settings than these; it is left alone, and places are kept in {self.folder.name}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            say(f"note: {cache}: places cannot be kept there ({error.strerror}); give --data-cache-path, or a resumed run is slow")
+            self.folder = None
+
+    def file(self, stream: int) -> Path | None:
+        """That of a stream's places."""
+        return self.folder and self.folder / f"stream-{stream:02}.npy"
+
+    def passing(self, missing: int, streams: int) -> Callable[[], None]:
+        """What to call for each of the `missing` samples that a stream must make again."""
+        if missing <= EVERY:
+            return lambda: None
+        if not self._told:
+            where = f"there are none in {self.folder}" if self.folder else "none are kept"
+            self._say(f"the places where samples begin are not known ({where}): about {missing * streams:,} are tokenized again")
+            self._told = time.monotonic()
+
+        def passed() -> None:
+            self._done += 1
+            if time.monotonic() - self._told > SECONDS:
+                self._told = time.monotonic()
+                self._say(f"{self._done:,} samples tokenized again")
+
+        return passed

@@ -699,7 +699,10 @@ def test_fronts(shell):
         assert "generate.py --load W --tensor" in said
         assert said.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
     assert "--task" not in shell("tasks/inference/run_pa.sh", "W")[1]
-    assert shell("tasks/inference/run_pa.sh")[0] != 0
+    code, said = shell("tasks/inference/run_pa.sh")
+    assert code == 2
+    assert said.startswith("error: usage: ")
+    assert shell("tasks/evaluation/eval_internlm.sh")[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
 
 
 def test_front_of_the_table(shell):

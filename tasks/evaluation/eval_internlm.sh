@@ -24,7 +24,7 @@ BATCH=${BATCH:-16}                                      # rows side by side; cha
 
 dtype=$(dtype_flag "$DTYPE")
 # shellcheck disable=SC2086  # TASK, DATA_PATH and the dtype flag are words
-launch tasks/evaluation/evaluation.py \
+launch_quietly tasks/evaluation/evaluation.py \
     --task $TASK \
     --task-data-path $DATA_PATH \
     --output-dir "$OUTPUT" \

@@ -5,7 +5,7 @@
 #   bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]
 #   TP=8 bash tasks/inference/run_pa.sh ./model_from_hf/internlm2-chat-7b chat --input_file text_200K.jsonl --max_input_length 210000
 set -euo pipefail
-: "${1:?usage: bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]}"
+[ -n "${1:-}" ] || { echo "error: usage: bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]" >&2; exit 2; }
 export CHECKPOINT=$1 TOKENIZER_PATH=${TOKENIZER_PATH:-}
 shift
 chat=

@@ -1,0 +1,67 @@
+"""Instruction data, from rows to training: packed or padded, the loss of the same documents is the same."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+from test_chat import KINDS
+from test_preprocess_instructions import ROWS
+
+from ascendspeed.config import DataConfig
+from ascendspeed.data.handler import Job
+from ascendspeed.data.preprocess import preprocess
+from ascendspeed.log import TrainLine, read
+
+DOCUMENTS, SEQ, MODEL = 16, 384, "--model internlm2-tiny --num-layers 2 --vocab-size 512 --max-position-embeddings 512"
+TRAIN = "--device cpu --train-iters 2 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --split 1,0,0"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Conversations as the published names hold them."""
+    work = tmp_path_factory.mktemp("finetune")
+    KINDS["v2"](work / "tokenizer")
+    (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:DOCUMENTS]))
+    job = Job(str(work / "tokenizer"), "SharegptStyleInstructionHandler", seq_length=SEQ, chat_template="v2")
+    preprocess([work / "rows.jsonl"], str(work / "chat"), job)
+    return work
+
+
+def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float], str]:
+    """Losses of two iterations, each over `samples` samples, and what was said."""
+    words = (
+        *("pretrain_intern.py", *MODEL.split(), *TRAIN.split(), "--seq-length", SEQ, "--global-batch-size", samples),
+        *("--data-path", work / "chat", "--tokenizer-name-or-path", work / "tokenizer", "--log-dir", work / name, *flags),
+    )
+    command = [sys.executable, *map(str, words)]
+    done = subprocess.run(command, env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = [line.loss for line in read(work / name / "train.log") if isinstance(line, TrainLine)]
+    assert len(found) == 2
+    return found, done.stdout
+
+
+@pytest.fixture(scope="module")
+def padded(work) -> list[float]:
+    """Losses of all documents, each in a sample of its own."""
+    flags = ("--no-pack", "--is-instruction-dataset", "--micro-batch-size", "4")
+    found, said = losses(work, "padded", DOCUMENTS, *flags)
+    assert f"{DOCUMENTS} documents in {DOCUMENTS} rows of {SEQ} tokens" in said
+    return found
+
+
+@pytest.mark.parametrize("engine", ["megatron", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_packed_and_padded_train_alike(work, padded, engine):
+    from ascendspeed.data.dataset import build_splits
+
+    data = DataConfig(data_path=(str(work / "chat"),), seq_length=SEQ, split="1,0,0")
+    rows = len(build_splits(data, 1234, 512, ("train",))["train"])
+    assert rows < DOCUMENTS / 1.5  # several documents share a row
+    flags = ("--deepspeed", "--zero-stage", "1") if engine == "deepspeed" else ()
+    packed, said = losses(work, f"packed-{engine}", rows, *flags)
+    assert f"{DOCUMENTS} documents in {rows} rows of {SEQ} tokens, " in said
+    assert packed == pytest.approx(padded, abs=1e-5)
+    assert abs(packed[0] - packed[1]) > 1e-2  # it learns, so that the second would show another first step

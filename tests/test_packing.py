@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from ascendspeed.config import DataConfig
 from ascendspeed.data import couple, dataset
 from ascendspeed.data.couple import Couple, CoupleWriter
-from ascendspeed.data.dataset import batch, build_splits, facts_of, pairs_of
+from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of
 from ascendspeed.data.indexed import PairWriter, file
 from ascendspeed.data.packing import first_fit, one_each
 from ascendspeed.errors import UserError
+from ascendspeed.resolve import resolve
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
 
@@ -220,12 +221,15 @@ def test_the_names_that_a_couple_goes_by(tmp_path):
     for name in ("p", "p_packed", "p_packed_input_ids_document"):
         samples = build(tmp_path / name)["train"]
         assert samples.sample(0)[0].tolist() == build(tmp_path / "p")["train"].sample(0)[0].tolist()
-        assert pairs_of(f"{tmp_path}/{name}") == (ids, labels)
+        assert couple.find(f"{tmp_path}/{name}") == (ids, labels)
+        assert {str(path) for path in files_of(f"{tmp_path}/{name}")} == {
+            f"{one}.{x}" for one in (ids, labels) for x in ("bin", "idx")
+        }
         assert facts_of(f"{tmp_path}/{name}")["vocab_size"] == VOCAB
     with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a plain pair of the very name goes first
         writer.add(np.arange(100), np.array([100], np.int32))
         writer.commit({})
-    assert pairs_of(f"{tmp_path}/p") == (f"{tmp_path}/p",)
+    assert couple.find(f"{tmp_path}/p") is None
     with pytest.raises(UserError, match="there is no"):
         build(tmp_path / "absent")
 
@@ -329,9 +333,18 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
 
 def test_a_couple_is_documents(tmp_path):
     documents = write(tmp_path / "p", 30)
-    one = Couple("p", *pairs_of(f"{tmp_path}/p"))
+    one = Couple("p", *couple.find(f"{tmp_path}/p"))
     assert one.lengths.tolist() == [len(ids) for ids, _ in documents]
     for number, (ids, learnt) in enumerate(documents):
         found = one.document(number)
         assert (found.tokens.tolist(), found.loss_mask.tolist()) == (ids, learnt)
-    assert isinstance(dataset.open_prefix(f"{tmp_path}/p", VOCAB), Couple)
+    assert isinstance(dataset.open_path(f"{tmp_path}/p", DataConfig(), VOCAB), Couple)
+
+
+def test_no_pack_on_the_command_line():
+    words = ["--data-path", "x", "--num-layers", "2", "--deepspeed"]
+    assert resolve([*words, "--no-pack"], 1)[0].data.packing == "none"
+    assert resolve([*words, "--no-pack", "--packing", "none"], 1)[0].data.packing == "none"
+    assert resolve([*words, "--packing", "first-fit"], 1)[0].data.packing == "first-fit"
+    with pytest.raises(UserError, match="--no-pack and --packing first-fit contradict each other"):
+        resolve([*words, "--no-pack", "--packing", "first-fit"], 1)

@@ -251,7 +251,7 @@ def split_documents(split: str, name: str, count: int) -> range:
 
 def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:
     """What --data-path names, checked: whole, belonging together, with ids that the vocabulary has. `say`: as of `build_splits`."""
-    pairs = _pairs(path)
+    pairs = pairs_of(path)
     if not pairs and internevo.find(path):
         found = Tokenized(path, data.min_length, vocab_size)
         say(found.note)
@@ -268,7 +268,7 @@ def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str],
 
 def files_of(path: str) -> list[Path]:
     """All files of what --data-path names."""
-    if pairs := _pairs(path):
+    if pairs := pairs_of(path):
         return [file(prefix, suffix) for prefix in pairs for suffix in ("bin", "idx")]
     found = [part for one in internevo.find(path) for part in (one, Path(f"{one}{internevo.META}"))]
     return found or streaming.find(path) or [file(path, "bin"), file(path, "idx")]
@@ -276,11 +276,11 @@ def files_of(path: str) -> list[Path]:
 
 def facts_of(path: str) -> dict[str, Any]:
     """What preprocessing wrote about the data of `--data-path`; empty where it wrote nothing."""
-    pairs = _pairs(path)
+    pairs = pairs_of(path)
     return read_facts(pairs[0]) if pairs else {}
 
 
-def _pairs(path: str) -> tuple[str, ...]:
+def pairs_of(path: str) -> tuple[str, ...]:
     """Prefixes of the .bin/.idx pairs that a path means; none when it means none, or nothing."""
     return couple.find(path) or ((path,) if file(path, "idx").is_file() else ())
 

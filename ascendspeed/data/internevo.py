@@ -8,18 +8,21 @@ tokens), and from some tools a third column. Nothing of it is believed before th
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
+from ascendspeed.data.couple import CoupleWriter
 from ascendspeed.data.document import Document
 from ascendspeed.errors import UserError
 
 META = ".meta"
 LOOKED_AT = 8
 """Lines of every file that are read when it is opened."""
+AT_ONCE = 1024
+"""Documents that a conversion writes at once."""
 KEPT = 8
 """Documents that were read last; a long one goes on in the next row."""
 
@@ -167,3 +170,25 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+def convert(path: str, prefix: str, min_length: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """The documents of a path as a couple of .bin/.idx pairs (`couple`), in their order; returns what P.meta says.
+
+    Every line is read. Raises `UserError` for damaged data, and leaves old files as they are then.
+    """
+    if not find(path):
+        raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
+    found = Tokenized(path, min_length)
+    say(found.note)
+    with CoupleWriter(prefix) as writer:
+        highest = 0
+        for start in range(0, len(found), AT_ONCE):
+            held = [found.document(number) for number in range(start, min(start + AT_ONCE, len(found)))]
+            tokens, learnt = (np.concatenate(column) for column in zip(*((one.tokens, one.loss_mask) for one in held), strict=True))
+            writer.add(tokens, found.lengths[start : start + AT_ONCE].astype(np.int32), learnt)
+            highest = max(highest, int(tokens.max()))
+        facts = {"documents": writer.documents, "tokens": writer.tokens, "max_token": highest, "left_out": found.left_out}
+        writer.commit(facts)
+    say(f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.learnt:,} of them to be learnt")
+    return facts

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import sentencepiece
 from corpus import sentencepiece_dir, words
+from hypothesis import given
+from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED
 
 from ascendspeed.chat import Message, Piece, PieceEncoder
 from ascendspeed.data.document import Document, Fault
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
+from ascendspeed.data.shard import Bad
 from ascendspeed.errors import UserError
 
 IM = ["<|im_start|>", "<|im_end|>"]
@@ -403,3 +406,22 @@ def test_pieces_say_who_speaks(folders):
     assert [p.what for p in pieces if p.learnt] == ["b", chat.stops[0]]
     ((ids, _),) = chat.encode_pieces([[p for p in pieces if not p.learnt]])
     assert ids.tolist() == chat.ids(talk[:1])
+
+
+WORDS = st.sampled_from(
+    ["", " ", "q", "human", "gpt", "user", "assistant", "system", "tool", "function_call", "Human:", '{"name": "f"}', "\ud800"]
+)
+KEYS = st.sampled_from(["from", "value", "role", "content", "name", "tool_calls", "code", "weight", "arguments"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | WORDS | st.sampled_from(Bad),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
+    max_leaves=12,
+)
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("handler", list(WRONG))
+def test_whatever_a_row_holds_it_is_a_document_or_a_fault(folders, handler, data):
+    one = maker(folders, "v2", handler, append_eod=True, seq_length=60)
+    (found,) = make(one, {name: data.draw(JSON) for name in one.handler.columns})
+    assert isinstance(found, Fault) or found.loss_mask[1:].any()

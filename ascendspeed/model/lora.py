@@ -74,7 +74,7 @@ def _add(linear: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tens
 
 
 def _begin(embedding: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-    """No weight below the first adapter wants a gradient; recomputed layers give none at all unless their input wants one."""
+    """Recomputed layers give their adapters no gradient, without a word, unless what goes into them wants one too."""
     if torch.is_grad_enabled():
         output.requires_grad_()
 
@@ -103,9 +103,10 @@ class Adapter(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, inputs] -> [s, b, outputs], both this rank's share."""
-        z = self._exchange(self._down(x))
+        # As matrices: one product each, whatever the strides of x are.
+        z = self._exchange(self._down(x.flatten(0, 1))) * self.scale
         deltas = [F.linear(part, b) for part, b in zip(z.chunk(len(self.targets), -1), self._weights("B"), strict=True)]
-        return self._fuse(deltas) * self.scale
+        return self._fuse(deltas).unflatten(0, (-1, x.size(1)))
 
     def _weights(self, which: str) -> Iterator[Tensor]:
         for target in self.targets:
@@ -134,8 +135,7 @@ class Adapter(torch.nn.Module):
         """In the order of the linear's outputs: per key/value group [q..., k, v]; [gate; up]. Matrices without an adapter add 0."""
         if len(self.widths) == 1:
             return deltas[0]
-        blocks = self._spread(deltas)
-        fused = torch.cat([block.unflatten(-1, (self.heads, -1)) for block in blocks], -1).flatten(-2)
+        fused = torch.cat([block.unflatten(-1, (self.heads, -1)) for block in self._spread(deltas)], -1).flatten(-2)
         return fused.chunk(self.group.size(), -1)[self.group.rank()] if self.crosses else fused
 
     def _spread(self, deltas: list[Tensor]) -> Sequence[Tensor]:

@@ -14,6 +14,8 @@ import corpus
 import launch
 import numpy as np
 import pytest
+import recipes
+from recipes import INTERN, clean, program
 
 from ascendspeed import plan
 from ascendspeed.config import ParallelConfig, Run
@@ -23,22 +25,9 @@ from ascendspeed.families import PRESETS
 from ascendspeed.log import TrainLine, read
 from ascendspeed.resolve import resolve
 
-INTERN = launch.ROOT / "examples" / "intern"
 RECIPES = {"zero": INTERN / "pretrain_internlm_65b_zero.sh", "ptd": INTERN / "pretrain_internlm_65b_ptd_32p.sh"}
 SBATCH = INTERN / "pretrain_internlm_65b.sbatch"
 GIB = 2**30
-
-
-def clean(**own: str) -> dict[str, str]:
-    """An environment in which nobody has given a recipe its values."""
-    taken = {"HOSTFILE", "RESTARTS", "RECIPE", "MODEL", "DATA", "SAVE", "CHECKPOINT", "TP", "PP", "DTYPE", "NPROC", "NNODES"}
-    return {name: value for name, value in launch.environment().items() if name not in taken} | own
-
-
-def program(folder: Path, name: str, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_text(text)
-    (folder / name).chmod(0o755)
 
 
 # --- the values -----------------------------------------------------------------------------------------------------------------
@@ -47,17 +36,8 @@ def program(folder: Path, name: str, text: str) -> None:
 @pytest.fixture
 def typed(tmp_path, monkeypatch):
     """The flags that a recipe gives to pretrain_intern.py."""
-    program(tmp_path / "bin", "deepspeed", f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\n')
     monkeypatch.chdir(tmp_path)  # where there is no ./ckpt
-
-    def go(name: str, *flags: str, **env: str) -> list[str]:
-        path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        done = subprocess.run(["bash", str(RECIPES[name]), *flags], env=clean(PATH=path, **env), capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        words = (tmp_path / "words").read_text().splitlines()
-        return words[words.index("pretrain_intern.py") + 1 :]
-
-    return go
+    return lambda name, *flags, **env: recipes.typed(RECIPES[name], tmp_path, *flags, **env)
 
 
 def resolved(words: list[str], world: int = 32) -> Run:

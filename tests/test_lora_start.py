@@ -15,6 +15,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_convert import command as tool
 
 from ascendspeed import adapters, config, families
 from ascendspeed.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
@@ -307,8 +308,15 @@ def command(*words: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("engine", [(), pytest.param(("--deepspeed", "--zero-stage", "2", "--bf16"), marks=pytest.mark.slow)])
-def test_from_the_first_step_to_pefts_logits(engine, bases, tmp_path):
+ENGINES = [
+    pytest.param((), False, id="megatron"),
+    pytest.param((), True, id="megatron, and the same at once", marks=pytest.mark.slow),
+    pytest.param(("--deepspeed", "--zero-stage", "2", "--bf16"), True, id="deepspeed", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("engine", "at_once"), ENGINES)
+def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     """Training that stops and goes on, the adapters for peft, the same adapters merged: the same logits, and not those before."""
     from ascendspeed.data.indexed import PairWriter
 
@@ -320,20 +328,21 @@ def test_from_the_first_step_to_pefts_logits(engine, bases, tmp_path):
     flags += f" --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-target-modules {' '.join(NAMES)}"
     words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
     kept = tmp_path / "ckpt"
-    command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
     command(*words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2")
     assert not (kept / "adapter").exists()
     said = command(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
     assert f"adapters for peft in {kept / 'adapter'}" in said
-    curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]
-    assert curves[0] == curves[1]
     size = sum(path.stat().st_size for path in (kept / "step_0000004").iterdir())
     assert size < 12 * adapters.parameter_count(MODEL, LORA) + 50_000
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (kept / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
-    command("tools/lora/merge_lora.py", "--base", bases["llama"], "--adapter", kept / "adapter", "--save", tmp_path / "merged")
-    command("tools/lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
-    command("tools/ckpt_convert/convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")
+    if at_once:
+        command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
+        curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]
+        assert curves[0] == curves[1]
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (kept / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
+    tool("../lora/merge_lora.py", "--base", bases["llama"], "--adapter", kept / "adapter", "--save", tmp_path / "merged")
+    tool("../lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
+    tool("convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")
     tokens = torch.arange(60).view(2, 30)
 
     def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:

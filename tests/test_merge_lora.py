@@ -1,19 +1,17 @@
 """Adapters in and out: merged as peft merges, bit for bit; read and written as peft does; what is more than LoRA is refused."""
 
 import json
-import runpy
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import launch
 import oracle
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_convert import command
 
 from ascendspeed.config import LoraConfig, ModelConfig
 from ascendspeed.errors import UserError
@@ -69,17 +67,8 @@ def made(reference: Any, folder: Path, **settings: Any) -> Path:
     return folder
 
 
-def command(name: str, *words: str | Path) -> None:
-    """Runs a script of tools/lora in this process."""
-    before, sys.argv = sys.argv, [name, *map(str, words)]
-    try:
-        runpy.run_path(str(launch.ROOT / "tools" / "lora" / name))["main"]()
-    finally:
-        sys.argv = before
-
-
 def merge(work: Path) -> dict[str, torch.Tensor]:
-    command("merge_lora.py", "--base", work / "base", "--adapter", work / "adapter", "--save", work / "merged")
+    command("../lora/merge_lora.py", "--base", work / "base", "--adapter", work / "adapter", "--save", work / "merged")
     return load_file(work / "merged" / "model.safetensors")
 
 

@@ -316,12 +316,14 @@ FOUR = {
 
 @pytest.mark.slow
 def test_four_ranks_equal_peft(biases, grouped, tmp_path):
-    """Fewer key/value heads than ranks too; and an interleaved pipeline."""
+    """Fewer key/value heads than ranks too; an interleaved pipeline; tied embeddings on two stages."""
     deep = Setting(replace(BIASES, num_layers=4), ("k_proj", "down_proj"), tmp_path / "deep")
     cases = {f"{which}/{name}": s.case(p) for which, s in (("b", biases), ("g", grouped)) for name, p in FOUR.items()}
+    tied = Setting(replace(GROUPED, family="llama", tie_embeddings=True), ("q_proj", "up_proj"), tmp_path / "tied")
+    cases |= {"t/pp2": tied.case(PP), "t/zero 3": tied.case(zero(3))}
     cases["d/pp2 vpp2"] = deep.case(PP | {"num_virtual_stages_per_pipeline_rank": 2})
     curves = run(4, cases, tmp_path / "run")
-    for which, setting in (("b", biases), ("g", grouped), ("d", deep)):
+    for which, setting in (("b", biases), ("g", grouped), ("d", deep), ("t", tied)):
         compare({name: curve for name, curve in curves.items() if name.startswith(which)}, setting.expected())
 
 

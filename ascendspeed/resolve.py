@@ -127,8 +127,10 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         parallel = replace(parallel, sequence_parallel=False)
     if train.global_batch_size is None:
         train = replace(train, global_batch_size=max(1, train.micro_batch_size * (world // max(1, parallel.model_size))))
-    if command.data.seq_length > model.max_position_embeddings:
-        said.append(f"--seq-length {command.data.seq_length} is beyond the {model.max_position_embeddings} positions of the model")
+    longest = command.data.max_segment_length or command.data.seq_length
+    if longest > model.max_position_embeddings:
+        flag = "max-segment-length" if command.data.max_segment_length else "seq-length"
+        said.append(f"--{flag} {longest} is beyond the {model.max_position_embeddings} positions of the model")
     data = command.data
     if recipe.no_pack:
         if "packing" in typed and data.packing != "none":

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -367,6 +368,22 @@ def test_the_next_batch_is_made_ahead():
     with pytest.raises(UserError, match="no more"):
         ahead("train", 16)
     assert calls[:2] == [("train", 8), ("train", 12)]
+
+
+def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
+    from test_start import RUN
+
+    from ascendspeed import parallel, start
+
+    given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
+    grid, said = parallel.initialize(cpu, RUN.parallel, seed=1), []
+    _, batches = start.open_data(given, grid, said.append)
+    assert any(line.startswith("train data: about ") for line in said)
+    assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
+        told(opened(text, tokenizer, seed=1234).sample(0))
+    ]
+    with pytest.raises(UserError, match="give --train-iters"):
+        start.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid, said.append)
 
 
 def run(folder, text, tokenizer, world, *flags):

@@ -34,6 +34,8 @@ ROWS_OF_A_STREAM = 64
 """A small set has fewer streams, so that each of them has this many rows."""
 LOOKED_AT = 128
 """Rows from which the number of samples is estimated."""
+AHEAD = 4
+"""Samples for which a stream tokenizes rows at once: tokenizers are faster with more, and begin sooner with fewer."""
 AT_ONCE = 64
 """Rows that are tokenized together, at most."""
 KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
@@ -165,7 +167,7 @@ class StreamSource:
 
     @property
     def _at_once(self) -> int:
-        return int(min(AT_ONCE, max(1, self._length // max(self._tokens, 1))))
+        return int(min(AT_ONCE, max(1, AHEAD * self._length // max(self._tokens, 1))))
 
     def _epoch_of(self, stream: int) -> int:
         """Rows of a stream in one epoch."""

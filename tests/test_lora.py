@@ -121,8 +121,9 @@ def exchanged(setting: Setting) -> str:
 
 def compare(curves: dict[str, Curve], expected: Curve) -> None:
     for name, curve in curves.items():
-        loss, norm = worst(curve, expected)
-        if name.startswith("control"):
+        mistaken = name.startswith("control")
+        loss, norm = worst(curve, expected[: len(curve)] if mistaken else expected)  # some mistakes are seen in fewer steps
+        if mistaken:
             assert max(loss, norm) > 1e-5, name
         else:
             assert loss < 1e-5, (name, loss)
@@ -155,11 +156,14 @@ def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting) -> Th
     """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     settings = {"biases": biases, "grouped": grouped}
     cases = {f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]}
-    cases["biases/control: alpha"] = biases.case(SHARDS, lora={"lora_alpha": 6.1})
-    cases["biases/control: q and k exchanged"] = biases.case(SHARDS) | {"weights": exchanged(biases)}
-    cases["biases/control: parts of A's gradient"] = biases.case(TP | SP) | {"break": "sequence-parallel sum"}
-    cases["biases/control: z's gradient not summed"] = biases.case(TP) | {"break": f"adapters: {COPY}"}
-    cases["biases/control: nothing below the first layer"] = biases.case(TP, RECOMPUTE) | {"break": "adapters: _begin"}
+    mistakes = {
+        "alpha": biases.case(SHARDS, lora={"lora_alpha": 6.1}),
+        "q and k exchanged": biases.case(SHARDS) | {"weights": exchanged(biases)},
+        "parts of A's gradient": biases.case(TP | SP) | {"break": "sequence-parallel sum"},
+        "z's gradient not summed": biases.case(TP) | {"break": f"adapters: {COPY}"},
+        "nothing below the first layer": biases.case(TP, RECOMPUTE) | {"break": "adapters: _begin"},
+    }
+    cases |= {f"biases/control: {name}": case | {"last": 4} for name, case in mistakes.items()}
 
     def check(curves: dict[str, Curve]) -> None:
         for which, setting in settings.items():

@@ -230,6 +230,12 @@ class DataConfig:
     """Hugging Face data sets: how a row becomes a document, as in tools/preprocess_data.py; None: GeneralPretrainHandler."""
     json_keys: tuple[str, ...] = ("text",)
     """Hugging Face data sets: the column that GeneralPretrainHandler reads."""
+    chat_template: str | None = None
+    """Hugging Face data sets, as the next two: chat format by name; None: that of the model or of the tokenizer."""
+    system: str | None = None
+    """System message of conversations that have none."""
+    loss_on: Literal["all", "last"] | None = None
+    """Answers that are learnt; None: all of them."""
     strict: bool = False
     """Hugging Face data sets: a row that makes no document is an error."""
     is_instruction_dataset: bool = False

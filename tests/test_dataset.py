@@ -201,6 +201,20 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
             split_documents(split, "train", 100)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"handler_name": "AlpacaPretrainHandler"}, "--handler-name is for data that are tokenized in training"),
+        ({"system": "Be brief."}, "--system is for data that are tokenized in training"),
+        ({"strict": True}, "--strict is for data that are tokenized in training"),
+        ({"min_length": 3}, "--min-length is for InternEvo's data"),
+    ],
+)
+def test_flags_that_mean_nothing_to_the_data(prefix, given, said):
+    with pytest.raises(UserError, match=said):
+        train(prefix, **given)
+
+
 def test_one_sample_needs_one_token_more_than_its_length(tmp_path):
     for count, enough in ((SEQ + 1, True), (SEQ, False)):
         with PairWriter(tmp_path / "a", np.dtype(np.int32)) as writer:

@@ -53,7 +53,20 @@ FLOORS = {
     "inference": 5,
 }
 GROUND_ONLY = {"plan", "flags"}
-TORCH_FREE = ["errors", "adapters", "inputs", "config", "log", "steps", "families", "plan", "flags", "schedule", "checks", "resolve"]
+TORCH_FREE = [
+    "errors",
+    "adapters",
+    "inputs",
+    "config",
+    "log",
+    "steps",
+    "families",
+    "plan",
+    "flags",
+    "schedule",
+    "checks",
+    "resolve",
+]
 TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
 MEGATRON = {
     "model",

@@ -57,3 +57,5 @@ def test_values_from_outside_and_two_nodes(resolved, name):
     assert (run.model, run.data.packing) == (PRESETS["internlm2-1.8b"], "internevo-cut")
     assert (run.train.train_epochs, run.optim.lr, run.train.load) == (0.5, 1e-6, "there")
     assert run.parallel.tensor_model_parallel_size == 2
+    run = resolved(name, EPOCHS="", TRAIN_ITERS="70")
+    assert (run.train.train_epochs, run.train.train_iters) == (None, 70)

@@ -116,6 +116,21 @@ def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokeniz
     assert samples.estimated
 
 
+def test_the_flags_of_conversations(chats, chat_tokenizer):
+    def row(**given):
+        name = {"handler_name": "AlpacaStyleInstructionHandler", "packing": "none", "seq_length": LONG}
+        return told(opened(chats, chat_tokenizer, **name | given).sample(0))
+
+    plain = row()
+    assert row(chat_template="v2", loss_on="all") == plain
+    assert len(row(system="Be brief.")[0]) == len(plain[0])
+    assert row(system="Be brief.") != plain
+    with pytest.raises(UserError, match="--chat-template v9 does not exist"):
+        row(chat_template="v9")
+    with pytest.raises(UserError, match="--system means nothing to GeneralPretrainHandler"):
+        row(handler_name=None, system="Be brief.")
+
+
 @pytest.mark.parametrize("packing", [None, "none"])
 def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_path, packing):
     rows = datasets.load_from_disk(chats)
@@ -323,7 +338,7 @@ def test_what_cannot_be_streamed(tokenizer, tmp_path, monkeypatch, text):
     with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a data set: [^\n]*$"):
         opened(str(tmp_path / "bad.parquet"), tokenizer, data_cache_path=str(tmp_path / "c"))
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"takes the package datasets: pip install 'ascendspeed\[streaming\]'"):
+    with pytest.raises(UserError, match=r"takes the package datasets: pip install -e '\.\[streaming\]'"):
         opened(str(tmp_path / "bad.parquet"), tokenizer)
     assert opened(text, tokenizer).sample(0)  # lines need no package
 

@@ -154,16 +154,15 @@ def build_splits(
     """
     if not data.valid_data_path:
         opened = _opened(data.data_path, data, vocab_size, say)
+        _check_flags(data, opened)
         return {name: _samples(opened, name, data, seed, vocab_size) for name in names}
     own = {"train": (data.data_path, "1,0,0"), "valid": (data.valid_data_path, "0,1,0")}
-    found = {}
-    for name in names:
-        if name not in own:
-            raise UserError(f"--valid-data-path: there is no {name} split then; leave it out and give --split")
-        path, split = own[name]
-        named = dataclasses.replace(data, data_path=path, split=split)
-        found[name] = _samples(_opened(path, data, vocab_size, say), name, named, seed, vocab_size)
-    return found
+    if absent := [name for name in names if name not in own]:
+        raise UserError(f"--valid-data-path: there is no {absent[0]} split then; leave it out and give --split")
+    found = {name: _opened(own[name][0], data, vocab_size, say) for name in names}
+    _check_flags(data, [one for opened in found.values() for one in opened])
+    named = {name: dataclasses.replace(data, data_path=own[name][0], split=own[name][1]) for name in names}
+    return {name: _samples(opened, name, named[name], seed, vocab_size) for name, opened in found.items()}
 
 
 Opened = IndexedDataset | Couple | Tokenized | Streamed
@@ -176,9 +175,16 @@ def _opened(paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callab
         if data.is_instruction_dataset and not masked:
             name = one.path_prefix if isinstance(one, IndexedDataset) else one.prefix
             raise UserError(f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out")
-    if data.min_length and not any(isinstance(one, Tokenized) for _, one in found):
-        raise UserError(f"--min-length {data.min_length} is for InternEvo's data, and {' '.join(paths)} is none; leave it out")
     return found
+
+
+def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> None:
+    """Raises `UserError` for a flag that means nothing to any of the data."""
+    kinds = {Streamed: ("data that are tokenized in training", streaming.FLAGS), Tokenized: ("InternEvo's data", ("min_length",))}
+    for kind, (whose, names) in kinds.items():
+        for name in () if any(isinstance(one, kind) for _, one in opened) else names:
+            if getattr(data, name) != getattr(DataConfig, name):
+                raise UserError(f"--{name.replace('_', '-')} is for {whose}, and there are none here; leave it out")
 
 
 def _samples(opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int) -> Samples:

@@ -21,7 +21,7 @@ from ascendspeed.data import tables
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.faults import Faults
 from ascendspeed.data.handler import Job
-from ascendspeed.data.handlers import HANDLERS, check_columns
+from ascendspeed.data.handlers import HANDLERS, SETTINGS, check_columns
 from ascendspeed.data.making import Maker
 from ascendspeed.data.packed import Sample
 from ascendspeed.data.permutation import Permutation
@@ -32,6 +32,8 @@ from ascendspeed.errors import UserError
 STREAMS = 64
 ROWS_OF_A_STREAM = 64
 """A small set has fewer streams, so that each of them has this many rows."""
+FLAGS = ("handler_name", "json_keys", *SETTINGS, "strict")
+"""Of `DataConfig`, that mean something here only."""
 LOOKED_AT = 128
 """Rows from which the number of samples is estimated."""
 AHEAD = 4
@@ -90,7 +92,8 @@ class Streamed:
             raise UserError(f"{path} is text: give --tokenizer-name-or-path, or make .bin/.idx of it by tools/preprocess_data.py")
         name = data.handler_name or "GeneralPretrainHandler"
         ends = name not in HANDLERS or "chat_template" not in HANDLERS[name].takes  # in a chat format answers end by themselves
-        job = Job(data.tokenizer_name_or_path, name, data.json_keys, append_eod=ends, seq_length=data.seq_length)
+        given = {setting: getattr(data, setting) for setting in SETTINGS}
+        job = Job(data.tokenizer_name_or_path, name, data.json_keys, append_eod=ends, seq_length=data.seq_length, **given)
         self.maker = Maker(job)
         self.learns_answers = self.maker.handler.learns_answers
         if len(self.maker.handler.keys) > 1:

@@ -136,7 +136,7 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{path}: reading it takes the package datasets: pip install 'ascendspeed[streaming]'") from error
+        raise UserError(f"{path}: reading it takes the package datasets: pip install -e '.[streaming]'") from error
     datasets.disable_progress_bars()
     names, kept = [str(file) for file in files], {"cache_dir": str(cache)} if cache else {}
     try:

@@ -19,7 +19,7 @@ SAVE=${SAVE:-./ckpt_internlm2_lora}                     # training checkpoints, 
 LORA_RANK=${LORA_RANK:-16}                              # inner width of an adapter
 LORA_ALPHA=${LORA_ALPHA:-16}                            # what an adapter adds is multiplied by LORA_ALPHA / LORA_RANK
 LORA_DROPOUT=${LORA_DROPOUT:-0.05}
-LORA_TARGETS=${LORA_TARGETS:-all-linear}                # or names: "q_proj k_proj v_proj o_proj"
+LORA_TARGETS=${LORA_TARGETS:-all-linear}                # or names: "wqkv wo"; "q_proj v_proj" of the model as a Llama
 
 DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
 ZERO_STAGE=${ZERO_STAGE:-2}                             # README: "Will it fit my cards?"
@@ -28,7 +28,7 @@ PACKING=${PACKING:-first-fit}                           # rows full of conversat
 MICRO_BATCH=${MICRO_BATCH:-1}                           # rows per device and pass
 GLOBAL_BATCH=${GLOBAL_BATCH:-8}                         # rows per step
 SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per row
-EPOCHS=${EPOCHS:-3}                                     # passes over the data
+EPOCHS=${EPOCHS-3}                                       # passes over the data; or EPOCHS= TRAIN_ITERS=1000
 LR=${LR:-2e-4}                                          # ten times that of full fine-tuning; cosine, down to MIN_LR
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.03}                                  # of all iterations
@@ -45,7 +45,8 @@ launch pretrain_intern.py \
     --micro-batch-size "$MICRO_BATCH" \
     --global-batch-size "$GLOBAL_BATCH" \
     --seq-length "$SEQ_LENGTH" \
-    --train-epochs "$EPOCHS" \
+    ${EPOCHS:+--train-epochs "$EPOCHS"} \
+    ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"} \
     --data-path $DATA \
     --packing "$PACKING" \
     --lora-rank "$LORA_RANK" \

@@ -23,7 +23,7 @@ PACKING=${PACKING:-first-fit}                           # rows full of conversat
 MICRO_BATCH=${MICRO_BATCH:-1}                           # rows per device and pass
 GLOBAL_BATCH=${GLOBAL_BATCH:-8}                         # rows per step
 SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per row
-EPOCHS=${EPOCHS:-3}                                     # these, LR, WARMUP and no weight decay are those of Stanford's Alpaca,
+EPOCHS=${EPOCHS-3}                                       # these, LR, WARMUP and no weight decay are those of Stanford's Alpaca,
 LR=${LR:-2e-5}                                          # whose step had 128 conversations; cosine, down to MIN_LR
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.03}                                  # of all iterations
@@ -40,7 +40,8 @@ launch pretrain_intern.py \
     --micro-batch-size "$MICRO_BATCH" \
     --global-batch-size "$GLOBAL_BATCH" \
     --seq-length "$SEQ_LENGTH" \
-    --train-epochs "$EPOCHS" \
+    ${EPOCHS:+--train-epochs "$EPOCHS"} \
+    ${TRAIN_ITERS:+--train-iters "$TRAIN_ITERS"} \
     --data-path $DATA \
     --packing "$PACKING" \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \

@@ -24,7 +24,7 @@ PACKING=${PACKING:-none}                                # none: a conversation p
 MICRO_BATCH=${MICRO_BATCH:-2}                           # rows per device and pass (batch_size)
 GLOBAL_BATCH=${GLOBAL_BATCH:-16}                        # rows per step: batch_size 2 x data_parallel 8
 SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per row
-EPOCHS=${EPOCHS-2}                                       # passes over the data; or EPOCHS= TRAIN_ITERS=1000
+EPOCHS=${EPOCHS-2}                                      # passes over the data; or EPOCHS= TRAIN_ITERS=1000
 LR=${LR:-2e-5}                                          # cosine, down to MIN_LR
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.025}                                 # of all iterations

@@ -28,7 +28,7 @@ PACKING=${PACKING:-first-fit}                           # rows full of conversat
 MICRO_BATCH=${MICRO_BATCH:-1}                           # rows per device and pass
 GLOBAL_BATCH=${GLOBAL_BATCH:-8}                         # rows per step
 SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per row
-EPOCHS=${EPOCHS-3}                                       # passes over the data; or EPOCHS= TRAIN_ITERS=1000
+EPOCHS=${EPOCHS-3}                                      # passes over the data; or EPOCHS= TRAIN_ITERS=1000
 LR=${LR:-2e-4}                                          # ten times that of full fine-tuning; cosine, down to MIN_LR
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.03}                                  # of all iterations

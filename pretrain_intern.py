@@ -36,9 +36,9 @@ def main() -> int:
         log.say(f"kernels: {fused}; attention: torch SDPA")
         for note in notes:
             log.say(f"note: {note}")
+        run, batches = start.open_data(run, grid, log.say)
         log.say(f"run: {json.dumps(to_dict(run))}")
         build = engines.builder(run, grid, device, fused, log.say)
-        run, batches = start.open_data(run, grid, log.say)
         begin = start.find_start(run, grid, device, log.say)
         engine = build(begin.tensors)
         if begin.resume:

@@ -136,7 +136,9 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         if "packing" in typed and data.packing != "none":
             raise UserError(f"--no-pack and --packing {data.packing} contradict each other; drop one of them")
         data = replace(data, packing="none")
-    if data.valid_data_path and "split" in typed:
+    if data.valid_data_path and "eval_interval" not in typed:
+        raise UserError(f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by --eval-interval")
+    if data.valid_data_path and "split" in typed and set(data.split.split(",")[1:]) - {"0"}:
         raise UserError(f"--split {data.split}: with --valid-data-path all of --data-path is trained on; drop one of them")
     if train.train_epochs is not None and "train_iters" in typed:
         raise UserError(f"--train-epochs {train.train_epochs:g} and --train-iters {train.train_iters}: give one of them")

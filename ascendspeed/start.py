@@ -70,13 +70,16 @@ def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
     if run.train.train_epochs:
         if splits["train"].estimated:
             raise UserError("--train-epochs: how many samples text makes is known after it is tokenized; give --train-iters")
+        if len(splits["train"].passes(1)) > 1:
+            raise UserError("--train-epochs: data sets that are blended by weights end at different times; give --train-iters")
         wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
         schedule.check(run.optim, run.train.train_iters)
         say(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
     for name, iterations in wanted.items():
         samples = len(splits[name])
-        often = f"{iterations} x {size} samples are {iterations * size / samples:.2f} passes over it"
+        passes = [f"{often:.2f} passes over {prefix}" for prefix, often in splits[name].passes(iterations * size)]
+        often = f"{iterations} x {size} samples are {', '.join(passes)}"
         about = "about " if splits[name].estimated else ""
         say(f"{name} data: {about}{samples} samples of {run.data.seq_length} tokens; {often}")
         for note in splits[name].notes:

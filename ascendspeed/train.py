@@ -164,4 +164,4 @@ def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str =
             yield from batches(split, i * run.train.global_batch_size)
 
     total, tokens = engine.loss(micro_batches())
-    return EvalLine(step, total / max(tokens, 1), {"valid": "validation"}.get(split, split))
+    return EvalLine(step, total / tokens if tokens else math.nan, {"valid": "validation"}.get(split, split))

@@ -5,7 +5,7 @@ A case: {"changes": {group: {field: value}}, "weights": safetensors (else random
 "data": safetensors with what a `Batch` has, each [steps, samples, s] (else the oracle's random batches),
 "resave": folder to save to before the first step, "first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
-"poison": step before which one comes whose gradients are NaN on one rank}.
+"poison": step before which two come, one whose gradients are NaN on one rank, and one in which no token counts}.
 """
 
 import gc
@@ -92,6 +92,8 @@ def main() -> None:
                 hook = weight.register_hook(lambda g, rank=grid.rank: g * float("nan") if rank == 0 else g)
                 curves[name].append(step(engine, run, grid, data[i]))
                 hook.remove()
+                nothing = dict(data[i], loss_mask=torch.zeros_like(data[i]["loss_mask"]))
+                curves[name].append(step(engine, run, grid, nothing))
             curves[name].append(step(engine, run, grid, data[i]))
         if not run.parallel.deepspeed and case.get("break") is None:
             check_replicas(engine, grid)

@@ -127,6 +127,11 @@ class Samples:
         """Whether `len` is not exact."""
         return any(source.estimated for source in self._sources)
 
+    def passes(self, samples: int) -> list[tuple[str, float]]:
+        """(data set, how often it is gone through) of that many samples."""
+        taken = self._counts * (samples / PERIOD)
+        return [(one.prefix, float(n) / one.samples_per_epoch) for one, n in zip(self._sources, taken, strict=True)]
+
     def __len__(self) -> int:
         """Samples in one epoch of every data set; `sample` goes on beyond."""
         return sum(source.samples_per_epoch for source in self._sources)

@@ -1,6 +1,7 @@
 """The engines: one protocol, same loss. `deepspeed` has ZeRO 0-3, `megatron` pipelines, context and expert parallel."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,10 @@ class StepResult:
     loss_scale: float
     bad: tuple[int, ...] = ()
     """Of this rank's micro-batches those, by their place, whose loss was not finite."""
+
+
+NOTHING = StepResult(loss=math.nan, tokens=0, grad_norm=None, skipped=True, loss_scale=1.0)
+"""Of a global batch in which no token counts. An update would still move weights: by momentum, and by their decay."""
 
 
 class Engine(Protocol):

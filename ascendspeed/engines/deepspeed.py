@@ -25,7 +25,7 @@ from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
-from ascendspeed.engines import StepResult, Tensors
+from ascendspeed.engines import NOTHING, StepResult, Tensors
 from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
@@ -196,7 +196,9 @@ class DeepSpeedEngine:
         for group in self.zero.param_groups:
             group["lr"] = lr
         tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches))
-        scale = self.grid.dp * len(batches) / max(tokens, 1.0)
+        if not tokens:
+            return NOTHING
+        scale = self.grid.dp * len(batches) / tokens
         sums: list[Tensor] = []  # read at the end: the device's queue runs ahead
         scale_used = self._loss_scale()
         for i, batch in enumerate(batches):
@@ -210,7 +212,7 @@ class DeepSpeedEngine:
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()
-        loss = self._sum(torch.stack(sums).sum()) / max(tokens, 1.0)
+        loss = self._sum(torch.stack(sums).sum()) / tokens
         return StepResult(
             loss=loss,
             tokens=int(tokens),

@@ -28,7 +28,7 @@ from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
-from ascendspeed.engines import StepResult, Tensors
+from ascendspeed.engines import NOTHING, StepResult, Tensors
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.context import Share
@@ -126,8 +126,10 @@ class MegatronEngine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches), self.grid.dp_group)
+        if not tokens:
+            return NOTHING
         scale_used = float(self.optimizer.get_loss_scale())
-        sums = self._pass(batches, 1 / max(tokens, 1.0))
+        sums = self._pass(batches, 1 / tokens)
         overflow = self.optimizer.prepare_grads()
         norm = None if overflow else float(self.optimizer.get_grad_norm())
         finite = norm is not None and math.isfinite(norm)
@@ -135,7 +137,7 @@ class MegatronEngine:
         total, wrong = self._sum([sum(sums), float(not finite or bool(bad))])
         if not wrong:
             self._update(norm)
-        return StepResult(total / max(tokens, 1.0), int(tokens), norm, bool(wrong), scale_used, bad)
+        return StepResult(total / tokens, int(tokens), norm, bool(wrong), scale_used, bad)
 
     def _update(self, norm: float) -> None:
         clip = self.run.optim.clip_grad

@@ -51,6 +51,9 @@ class Health:
         mine = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
         guilty = [f"rank {rank}: samples {', '.join(bad)}" for rank, bad in enumerate(self._grid.gather(mine)) if bad]
         scale = f"loss scale {result.loss_scale:g}"
+        if not result.tokens:
+            last = before.samples + self._run.train.global_batch_size - 1
+            return f"no token of samples {before.samples}-{last} is to be learnt"
         if not guilty:
             samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
             return f"a gradient is not finite, every loss is ({result.loss:.6E}); all ranks: {samples}; {scale}"

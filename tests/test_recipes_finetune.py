@@ -57,5 +57,6 @@ def test_values_from_outside_and_two_nodes(resolved, name):
     assert (run.model, run.data.packing) == (PRESETS["internlm2-1.8b"], "internevo-cut")
     assert (run.train.train_epochs, run.optim.lr, run.train.load) == (0.5, 1e-6, "there")
     assert run.parallel.tensor_model_parallel_size == 2
-    run = resolved(name, EPOCHS="", TRAIN_ITERS="70")
+    run = resolved(name, EPOCHS="", TRAIN_ITERS="70", VALID="0.5 a 0.5 b", EVAL_INTERVAL="7")
+    assert (run.data.valid_data_path, run.train.eval_interval) == (("0.5", "a", "0.5", "b"), 7)
     assert (run.train.train_epochs, run.train.train_iters) == (None, 70)

@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MODEL=${MODEL:-internlm2-7b}                            # any by name (internlm2.5-7b, internlm2-20b, internlm3-8b ...)
 TOKENIZER_PATH=${TOKENIZER_PATH:-./dataset/internlm2}   # directory with tokenizer.model
 DATA=${DATA:-./dataset/alpaca}                          # prefix given to preprocess_data.py; or weights and prefixes: "0.3 a 0.7 b"
+VALID=${VALID:-}                                        # validation data, named in the same way; empty: none
 CHECKPOINT=${CHECKPOINT:-./model_from_hf/internlm2-7b}  # a Hugging Face directory, converted weights, or a training checkpoint's weights
 SAVE=${SAVE:-./ckpt_internlm2_7b_alpaca}                # training checkpoints
 
@@ -29,9 +30,10 @@ LR=${LR:-2e-5}                                          # cosine, down to MIN_LR
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.025}                                 # of all iterations
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+EVAL_INTERVAL=${EVAL_INTERVAL:-100}                     # iterations between evaluations on VALID
 
 dtype=$(dtype_flag "$DTYPE")
-# shellcheck disable=SC2086  # DATA and the dtype flag are words
+# shellcheck disable=SC2086  # DATA, VALID and the dtype flag are words
 launch pretrain_intern.py \
     --deepspeed \
     --zero-stage "$ZERO_STAGE" \
@@ -47,6 +49,7 @@ launch pretrain_intern.py \
     --packing "$PACKING" \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \
     --split 100,0,0 \
+    ${VALID:+--valid-data-path $VALID --eval-interval "$EVAL_INTERVAL"} \
     --load "$CHECKPOINT" \
     --finetune \
     --save "$SAVE" \

@@ -13,6 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 MODEL=${MODEL:-internlm-7b}                             # any by name (internlm-20b, internlm2-1.8b ...)
 TOKENIZER_PATH=${TOKENIZER_PATH:-./dataset/internlm}    # directory with tokenizer.model
 DATA=${DATA:-./dataset/alpaca}                          # prefix given to preprocess_data.py; or weights and prefixes: "0.3 a 0.7 b"
+VALID=${VALID:-}                                        # validation data, named in the same way; empty: none
 CHECKPOINT=${CHECKPOINT:-./model_from_hf/internlm-7b}   # a Hugging Face directory, converted weights, or a training checkpoint's weights
 SAVE=${SAVE:-./ckpt_internlm_7b_alpaca}                 # training checkpoints
 
@@ -28,9 +29,10 @@ LR=${LR:-2e-5}                                          # whose step had 128 con
 MIN_LR=${MIN_LR:-0}
 WARMUP=${WARMUP:-0.03}                                  # of all iterations
 SAVE_INTERVAL=${SAVE_INTERVAL:-500}
+EVAL_INTERVAL=${EVAL_INTERVAL:-100}                     # iterations between evaluations on VALID
 
 dtype=$(dtype_flag "$DTYPE")
-# shellcheck disable=SC2086  # DATA and the dtype flag are words
+# shellcheck disable=SC2086  # DATA, VALID and the dtype flag are words
 launch pretrain_intern.py \
     --deepspeed \
     --zero-stage "$ZERO_STAGE" \
@@ -46,6 +48,7 @@ launch pretrain_intern.py \
     --packing "$PACKING" \
     --tokenizer-name-or-path "$TOKENIZER_PATH" \
     --split 100,0,0 \
+    ${VALID:+--valid-data-path $VALID --eval-interval "$EVAL_INTERVAL"} \
     --load "$CHECKPOINT" \
     --finetune \
     --save "$SAVE" \

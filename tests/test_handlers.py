@@ -65,7 +65,9 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
     values = ["good", None, "", " \n\t\u3000", 7, Bad.MALFORMED, "caf\udce9", "\ud800", "x" * 11, "é" * 6, "10 bytes!!", ["a"]]
     made = named("GeneralPretrainHandler", longest=10).make({"text": values})["text"]
     kinds = ["null", "empty", "whitespace", "not text", "malformed", "invalid UTF-8", "invalid UTF-8", "huge", "huge"]
-    assert made.documents[1:10] == list(map(Fault, kinds))
+    details = {4: "not a JSON object", 7: "11 bytes", 8: "12 bytes"}
+    assert made.documents[1:10] == [Fault(kind, details.get(i, "")) for i, kind in enumerate(kinds)]
+    assert [str(made.documents[i]) for i in (2, 5)] == ["empty", "not a JSON object (malformed)"]
     assert made.documents[11] == Fault("not text")
     good = [one.tokens.tolist() for one in made.documents if isinstance(one, Document)]
     assert good == [[1, 4], [2, 10]]

@@ -413,7 +413,7 @@ WORDS = st.sampled_from(
 )
 KEYS = st.sampled_from(["from", "value", "role", "content", "name", "tool_calls", "code", "weight", "arguments"])
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | WORDS | st.sampled_from(Bad),
+    st.none() | st.booleans() | st.integers() | WORDS | st.sampled_from([Bad.MALFORMED, Bad.NOT_UTF8]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=12,
 )

@@ -88,10 +88,10 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
     assert ids.index.dtype == labels.index.dtype == np.int32
     assert facts["tokens"] == sum(len(d.tokens) for d in documents)
     assert facts["chat_template"] == "v2.5"
-    assert said[0] == "note: chat template v2.5"
+    assert said[:2] == ["note: chat template v2.5", f"note: {tmp_path}/a.jsonl: columns not read: id"]
     assert (
         f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them to be learnt"
-        in said[1]
+        in said[2]
     )
     opened = Couple("p", *find(str(tmp_path / "p")))
     assert opened.document(7).tokens.tolist() == documents[7].tokens.tolist()
@@ -256,7 +256,7 @@ def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     assert facts["truncated"] == sum(len(d.tokens) > length for d in kept)
     assert 0 < facts["truncated"] < 120
     assert facts["seq_length"] == length
-    assert f"{facts['truncated']} documents cut to --seq-length" in said[1]
+    assert f"{facts['truncated']} documents cut to --seq-length" in said[2]
     cut = Couple("p", *find(str(tmp_path / "p")))
     assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [d.tokens[:length].tolist() for d in kept]
     first = [int(np.flatnonzero(d.loss_mask)[0]) for d in documents]
@@ -282,3 +282,38 @@ def test_the_command_and_what_it_says(tmp_path):
     short = subprocess.run([*command, "--seq-length", "1"], capture_output=True, text=True)
     assert short.returncode == 2
     assert "nothing to learn in a document of one token" in short.stderr
+
+
+def test_columns_that_are_not_read(tmp_path, tokenizer):
+    rows = [{"instruction": "q", "input": f"{i}", "output": "a", "text": "all of it"} for i in range(4)]
+    for name in ("a.parquet", "b.parquet"):
+        write(tmp_path / name, rows)
+    wrong = [{"instruction": "q", "inputs": f"{i}", "output": "a"} for i in range(4)]
+    inputs = [tmp_path / "a.parquet", tmp_path / "b.parquet", write(tmp_path / "c.jsonl", rows[:2] + wrong)]
+    facts, said = run(tmp_path, inputs, tokenizer, ALPACA)
+    assert facts["documents"] == 10
+    assert facts["skipped"] == {"misspelt column": 4}
+    assert f"note: {inputs[0]} and 1 more: columns not read: text" in said
+    assert f"note: {inputs[2]}: columns not read: text, inputs" in said
+    assert f"skipped, misspelt column: {inputs[2]}, line 3: 'inputs' is not read; did you mean 'input'?" in said
+    for handler in (ALPACA, GENERAL, "AlpacaPretrainHandler"):
+        with pytest.raises(UserError, match=r"c\.jsonl, line 3: 'inputs' is not read; did you mean 'input'\? \(misspelt column\)"):
+            run(tmp_path, inputs, tokenizer, handler, strict=True)
+    with pytest.raises(UserError, match=r"no document .*'inputs' is not read; did you mean 'input'\?; nothing was written"):
+        run(tmp_path, [write(tmp_path / "d.parquet", wrong)], tokenizer, ALPACA)
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]  # one of two names is enough
+    facts, said = run(tmp_path, [write(tmp_path / "e.jsonl", [{"conversations": talk, "message": "x"}] * 3)], tokenizer)
+    assert facts["documents"] == 3
+    assert any(line.endswith("columns not read: message") for line in said)
+
+
+@pytest.mark.parametrize("handler", [ALPACA, "AlpacaPretrainHandler"])
+def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer, handler):
+    (tmp_path / "a.csv").write_text("instruction,input,output\nq,x,a\nq,1, 2,3,a\nq,x,a\nq,a\n")
+    said, job = [], Job(str(tokenizer), handler)
+    (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, say=said.append).values()
+    assert facts["documents"] == 2
+    assert facts["skipped"] == {"wrong number of cells": 2}
+    assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in said
+    with pytest.raises(UserError, match=r"--strict: .*a\.csv, row 2: 5 cells, the header has 3 \(wrong number of cells\)"):
+        preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, strict=True)

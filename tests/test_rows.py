@@ -160,3 +160,35 @@ def test_find(tmp_path):
     for name, said in {"absent.json": "no such file", "notes.md": r"type \.md cannot be read; there are: \.parquet"}.items():
         with pytest.raises(UserError, match=said):
             rows.find([tmp_path / name])
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_a_row_of_csv_with_other_cells_than_the_header(tmp_path, name):
+    raw = b'text,other,third\na,1,x\n"b, c",2\n\nd,3,x,surplus,5\ne,4,\n'
+    (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    few, many = (Bad("wrong number of cells", f"{count} cells, the header has 3") for count in (2, 5))
+    assert values(tmp_path / name)[0] == ["a", few, many, "e"]
+    assert values(tmp_path / name, "third", ("text", "third"))[0] == ["x", few, many, ""]
+
+
+def test_a_column_that_is_much_like_one_that_is_missing(tmp_path):
+    def said(wrong, right):
+        return Bad("misspelt column", f"{wrong!r} is not read; did you mean {right!r}?")
+
+    content = [{"instruction": "q", "inputs": "x", "text": "t"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps(content[0]) + '\n{"instruction": "q", "input": "x", "inputs": "y"}\n')
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    (tmp_path / "a.csv").write_text("instruction,inputs,text\nq,x,t\n")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / "a.parquet")
+    wanted = ("instruction", "input", "system")
+    for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
+        found = values(tmp_path / name, "input", wanted)[0]
+        assert found == [said("inputs", "input")] + ["x"] * (name == "a.jsonl"), name
+        assert values(tmp_path / name, "instruction", wanted)[0][0] == "q"
+        assert values(tmp_path / name, "system", wanted)[0][0] is None
+    for right, wrong in {"output": "Output ", "history": "histroy", "conversations": "conversation"}.items():
+        (tmp_path / "b.jsonl").write_text(json.dumps({wrong: "x"}))
+        assert values(tmp_path / "b.jsonl", right, (right,))[0] == [said(wrong, right)]
+    for right, other in {"input": "output", "system": "system_prompt", "history": "id"}.items():
+        (tmp_path / "b.jsonl").write_text(json.dumps({other: "x"}))
+        assert values(tmp_path / "b.jsonl", right, (right,))[0] == [None]

@@ -242,7 +242,7 @@ def test_bad_rows_are_counted_once_and_said(text, tokenizer):
             f"skipped, null: {text}, line 42: null",
             f"skipped, not text: {text}, line 41: not text",
             f"skipped, whitespace: {text}, line 91: whitespace",
-            f"skipped, malformed: {text}, line 300: malformed",
+            f"skipped, malformed: {text}, line 300: not a JSON object",
         ]
     )
     counts = [line for line in said if "rows skipped so far" in line]

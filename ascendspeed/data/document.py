@@ -25,6 +25,9 @@ class Fault:
     detail: str = ""
     """What is wrong with this one."""
 
+    def __str__(self) -> str:
+        return f"{self.detail} ({self.kind})" if self.detail else self.kind
+
 
 class Documents(Protocol):
     """Documents of one origin, by number."""

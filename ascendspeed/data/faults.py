@@ -19,9 +19,13 @@ class Seen:
     place: int
     fault: Fault
 
+    @property
+    def where(self) -> str:
+        """File and line or row."""
+        return f"{self.path}, {rows.where(self.path, self.place)}"
+
     def __str__(self) -> str:
-        detail = self.fault.detail or self.fault.kind
-        return f"{self.path}, {rows.where(self.path, self.place)}: {detail}"
+        return f"{self.where}: {self.fault.detail or self.fault.kind}"
 
 
 @dataclass

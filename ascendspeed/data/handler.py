@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ascendspeed.data.document import Made
+from ascendspeed.data.document import Fault, Made
 from ascendspeed.data.shard import Bad, Batch
 
 LONGEST = 16 << 20
@@ -71,14 +71,16 @@ class Handler(ABC):
         """Key -> the documents of the rows, as long as they are and without an eos at the end."""
 
 
-def weigh(value: Any, longest: int) -> tuple[str, int]:
-    """(what is wrong with a text or "", its size in bytes)."""
+def weigh(value: Any, longest: int) -> int | Fault:
+    """The size of a text in bytes, or what is wrong with it."""
+    if isinstance(value, Bad):
+        return Fault(value.kind, value.detail)
     if not isinstance(value, str):
-        return value.value if isinstance(value, Bad) else "null" if value is None else "not text", 0
+        return Fault("null" if value is None else "not text")
     if not value or value.isspace():
-        return "whitespace" if value else "empty", 0
+        return Fault("whitespace" if value else "empty")
     try:
-        length = len(value.encode())
+        size = len(value.encode())
     except UnicodeEncodeError:
-        return "invalid UTF-8", 0
-    return "huge" if length > longest else "", length
+        return Fault("invalid UTF-8")
+    return Fault("huge", f"{size} bytes") if size > longest else size

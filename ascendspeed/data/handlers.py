@@ -16,7 +16,7 @@ from ascendspeed.data.pretrain import AlpacaPretrainHandler, GeneralPretrainHand
 from ascendspeed.errors import UserError
 from ascendspeed.tokenizer import Tokenizer
 
-__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler"]
+__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler", "unread"]
 
 KINDS: tuple[type[Handler], ...] = (
     GeneralPretrainHandler,
@@ -29,6 +29,8 @@ KINDS: tuple[type[Handler], ...] = (
 HANDLERS: dict[str, type[Handler]] = {kind.__name__: kind for kind in KINDS}
 SETTINGS = ("chat_template", "system", "loss_on")
 """Of a `Job`, that only some handlers take."""
+LISTED = 12
+"""Names of columns that are said."""
 
 
 def handler(job: Job, tokenizer: Tokenizer) -> Handler:
@@ -44,6 +46,13 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
             others = ", ".join(other for other, one in HANDLERS.items() if setting in one.takes)
             raise UserError(f"--{setting.replace('_', '-')} means nothing to {name}, only to {others}; leave it out")
     return kind(job, tokenizer)  # type: ignore[call-arg]
+
+
+def unread(made_by: Handler, present: Sequence[str]) -> str:
+    """What is said of columns that the handler does not read; empty when it reads all."""
+    names = [str(name) for name in present if name not in made_by.columns]
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"columns not read: {', '.join(names[:LISTED])}{more}" if names else ""
 
 
 def check_columns(made_by: Handler, where: Any, present: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ascendspeed.data.lines import BOM, JSONL, json_row, text_row
-from ascendspeed.data.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, slices
+from ascendspeed.data.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, picked_of, slices
 from ascendspeed.errors import UserError
 
 Numbered = Iterator[tuple[int, Any]]
@@ -22,9 +22,17 @@ Reader = Callable[[BinaryIO], Numbered]
 
 
 def csv_rows(file: BinaryIO) -> Numbered:
-    """Rows of a csv file with a header, which is none."""
+    """Rows of a csv file with a header, which is none; one with more or fewer cells is `Bad`: which is which cannot be known."""
     csv.field_size_limit(sys.maxsize)
-    return enumerate(csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")), 1)
+    found = (cells for cells in csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")) if cells)
+    header = next(found, [])
+    return enumerate((_csv_row(header, cells) for cells in found), 1)
+
+
+def _csv_row(header: list[str], cells: list[str]) -> Any:
+    if len(cells) != len(header):
+        return Bad("wrong number of cells", f"{len(cells)} cells, the header has {len(header)}")
+    return dict(zip(header, cells, strict=True))
 
 
 def line_rows(parse: Callable[[bytes], Any]) -> Reader:
@@ -104,7 +112,7 @@ def in_order(reader: Reader) -> Format:
         held: list[tuple[int, Any]] = []
         size, before = 0, 0.0
         for number, row, at in rows(path):
-            kept = {name: row.get(name) for name in wanted} if isinstance(row, dict) else row
+            kept = picked_of(row, wanted) if isinstance(row, dict) else row
             held.append((number, kept))
             size += 64 + _size(kept)
             if size >= SHARD_BYTES:

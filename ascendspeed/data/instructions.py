@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from ascendspeed.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handler import Handler, Job
-from ascendspeed.data.shard import Bad, Batch
+from ascendspeed.data.shard import MISSPELT, Bad, Batch
 from ascendspeed.inputs import read_table
 from ascendspeed.tokenizer import Tokenizer, adds_bos, declared
 
@@ -48,7 +48,7 @@ class InstructionHandler(Handler):
         """Pieces and the bytes of their text."""
         bad = next((value for value in row.values() if isinstance(value, Bad)), None)
         if bad:
-            return Fault(bad.value, "not a JSON object")
+            return Fault(bad.kind, bad.detail)
         try:
             pieces = self.pieces(row)
             size = sum(len(piece.what.encode()) for piece in pieces if isinstance(piece.what, str))
@@ -184,8 +184,15 @@ class SharegptStyleInstructionHandler(ChatHandler):
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
 
+    def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
+        """One of the two names is enough: what is much like the other one may stand beside it."""
+        said = any(row[name] and not isinstance(row[name], Bad) for name in self.LISTS)
+        near = [name for name in self.LISTS if said and isinstance(row[name], Bad) and row[name].kind == MISSPELT]
+        return super()._read({**row, **dict.fromkeys(near)})
+
     def messages(self, row: Row) -> Sequence[Any]:
-        items = next((row[name] for name in self.LISTS if row[name] is not None), None)
+        held = [row[name] for name in self.LISTS if row[name] is not None]
+        items = next((one for one in held if one), held[0] if held else None)
         if not isinstance(items, Sequence) or isinstance(items, str) or not items:
             raise WrongMessage("no conversation", f"{' or '.join(self.LISTS)} is {_short(items)}, not a list of messages")
         return [self._message(item) for item in items]

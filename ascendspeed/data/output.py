@@ -79,7 +79,7 @@ class Output:
         """The next shard's. Raises `UserError`."""
         if self.strict and result.faults.first:
             first = result.faults.first
-            raise UserError(f"--strict: {first} ({first.fault.kind}); nothing was written")
+            raise UserError(f"--strict: {first.where}: {first.fault}; nothing was written")
         if isinstance(self.writer, CoupleWriter):
             self.writer.add(result.tokens, result.lengths, result.learnt)  # type: ignore[arg-type]
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, cut, decode
+from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, absent, cut, decode
 from ascendspeed.errors import UserError
 
 SLICES = 16
@@ -44,14 +44,16 @@ def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
 
 def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
     at, before = 0, _before(shard)
-    present = [name for name in wanted if name in _columns(shard.path)]
+    there = tuple(_columns(shard.path))
+    present = [name for name in wanted if name in there]
+    missing = {name: absent(name, there, tuple(wanted)) for name in wanted if name not in there}
     try:
         groups = _open(shard.path).iter_batches(BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False)
         for batch in groups:
             first = max(shard.start - at, 0)
             part = batch[first : max(shard.stop - at, 0)]
             if part.num_rows:
-                columns = {name: values(part[name]) if name in present else [None] * part.num_rows for name in wanted}
+                columns = {name: values(part[name]) if name in present else [missing[name]] * part.num_rows for name in wanted}
                 yield Batch.at(range(before + at + first, before + at + first + part.num_rows), columns)
             at += batch.num_rows
             if at >= shard.stop:

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -20,7 +20,7 @@ from typing import Any
 from ascendspeed.data import rows
 from ascendspeed.data.couple import DTYPE, CoupleWriter
 from ascendspeed.data.handler import LONGEST, Handler, Job
-from ascendspeed.data.handlers import check_columns
+from ascendspeed.data.handlers import check_columns, unread
 from ascendspeed.data.indexed import PairWriter, dtype_for
 from ascendspeed.data.making import Maker
 from ascendspeed.data.output import Gathered, Output, Result
@@ -134,8 +134,9 @@ def preprocess(
     """
     encoder = Encoder(job)
     files = rows.find(inputs)
-    _check_files(encoder.handler, files, strict)
-    for note in encoder.handler.notes:
+    present = {path: rows.columns(path) for path in files}
+    _check_files(encoder.handler, present, strict)
+    for note in (*encoder.handler.notes, *_unread(encoder.handler, present)):
         say(f"note: {note}")
     try:
         with ExitStack() as stack:
@@ -163,12 +164,21 @@ def preprocess(
     return facts
 
 
-def _check_files(made_by: Handler, files: Sequence[Path], strict: bool) -> None:
-    """Raises `UserError` for files that the handler cannot read. Of instruction data one that can be is enough: the rows of the
-    others are counted as what they are."""
+def _unread(made_by: Handler, files: Mapping[Path, Sequence[str]]) -> Iterator[str]:
+    """Columns that are not read, once for all files that have the same."""
+    said: dict[str, list[Path]] = {}
+    for path, present in files.items():
+        said.setdefault(unread(made_by, present), []).append(path)
+    for what, paths in said.items():
+        if what:
+            yield f"{paths[0]}{f' and {len(paths) - 1:,} more' if len(paths) > 1 else ''}: {what}"
+
+
+def _check_files(made_by: Handler, files: Mapping[Path, Sequence[str]], strict: bool) -> None:
+    """Raises `UserError` for files (path -> columns) that the handler cannot read. Of instruction data one that can be is enough:
+    the rows of the others are counted as what they are."""
     wrong = []
-    for path in files:
-        present = rows.columns(path)
+    for path, present in files.items():
         flat = next((name for name in made_by.nested if name in present), None)
         if flat and path.name.lower().endswith(FLAT):
             raise UserError(f"{path}: the column {flat!r} holds lists, which such a file cannot: use jsonl or parquet")

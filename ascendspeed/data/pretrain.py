@@ -24,10 +24,10 @@ class TextHandler(Handler):
 
     def _made(self, values: list[Any]) -> Made:
         weighed = [weigh(value, self._longest) for value in values]
-        good = [value for value, (fault, _) in zip(values, weighed, strict=True) if not fault]
+        good = [value for value, one in zip(values, weighed, strict=True) if not isinstance(one, Fault)]
         encoded = iter(self._tokenizer.encode_batch(good))
-        documents = [Fault(fault) if fault else self._document(next(encoded)) for fault, _ in weighed]
-        return Made(documents, sum(size for fault, size in weighed if not fault))
+        documents = [one if isinstance(one, Fault) else self._document(next(encoded)) for one in weighed]
+        return Made(documents, sum(one for one in weighed if not isinstance(one, Fault)))
 
     def _document(self, ids: Any) -> Document | Fault:
         return Document(ids) if len(ids) else Fault("without tokens")

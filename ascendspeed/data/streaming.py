@@ -21,7 +21,7 @@ from ascendspeed.data import tables
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.faults import Faults
 from ascendspeed.data.handler import Job
-from ascendspeed.data.handlers import HANDLERS, SETTINGS, check_columns
+from ascendspeed.data.handlers import HANDLERS, SETTINGS, check_columns, unread
 from ascendspeed.data.making import Maker
 from ascendspeed.data.packed import Sample
 from ascendspeed.data.permutation import Permutation
@@ -103,7 +103,7 @@ class Streamed:
         if not len(self.table):
             raise UserError(f"{path}: there is no row in it")
         check_columns(self.maker.handler, path, self.table.columns)
-        for note in self.maker.handler.notes:
+        for note in filter(None, (*self.maker.handler.notes, unread(self.maker.handler, self.table.columns))):
             say(f"{path}: {note}")
         self.cache = cache or Path(path).absolute().parent / "index-cache"
         vocabulary = [p for p in sorted(self.maker.tokenizer.path.glob("*")) if p.suffix in (".json", ".model")]
@@ -233,10 +233,10 @@ class _Row:
     """A row that made no document."""
 
     def __init__(self, fault: Fault, where: str) -> None:
-        self.fault, self._where = fault, where
+        self.fault, self.where = fault, where
 
     def __str__(self) -> str:
-        return f"{self._where}: {self.fault.detail or self.fault.kind}"
+        return f"{self.where}: {self.fault.detail or self.fault.kind}"
 
 
 class _Report:
@@ -254,7 +254,7 @@ class _Report:
         for number, fault in bad.items():
             row = _Row(fault, self._data.table.where(number))
             if self._strict:
-                raise UserError(f"--strict: {row} ({fault.kind})")
+                raise UserError(f"--strict: {row.where}: {fault}")
             before = len(self._faults.seen.get(fault.kind, []))
             self._faults.add([row])  # type: ignore[list-item]
             if len(self._faults.seen[fault.kind]) > before:

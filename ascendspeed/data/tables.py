@@ -14,7 +14,7 @@ import numpy as np
 
 from ascendspeed.data.lines import BOM, json_row, text_row
 from ascendspeed.data.parquet import values
-from ascendspeed.data.shard import Batch, batch_of, columns_of
+from ascendspeed.data.shard import Batch, absent, batch_of, columns_of
 from ascendspeed.errors import UserError
 
 CHUNK = 1 << 24
@@ -104,9 +104,12 @@ class ArrowTable(Table):
         if present not in self._selected:
             self._selected[present] = self._data.select_columns(list(present))
         table = self._selected[present][numbers.tolist()] if present else None
-        return Batch.at(
-            numbers.tolist(), {name: values(table[name]) if name in present else [None] * len(numbers) for name in wanted}
-        )
+        there, asked = tuple(self.columns), tuple(wanted)
+
+        def column(name: str) -> list[Any]:
+            return values(table[name]) if name in present else [absent(name, there, asked)] * len(numbers)
+
+        return Batch.at(numbers.tolist(), {name: column(name) for name in wanted})
 
     def where(self, number: int) -> str:
         return f"{self._path}, row {number + 1}"

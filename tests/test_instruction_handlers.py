@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED
 
 from ascendspeed.chat import Message, Piece, PieceEncoder
-from ascendspeed.data.document import Document, Fault
+from ascendspeed.data.document import Document, Fault, Truncation
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
 from ascendspeed.data.shard import Bad
@@ -367,6 +367,23 @@ def test_columnar_rows_have_null_for_what_is_not_there(folders):
     assert plain.tokens.tolist() == columnar.tokens.tolist()
 
 
+def lost_by_hand(documents, length):
+    """What is lost of documents that are cut and kept."""
+    found = Truncation()
+    for one in documents:
+        answers, before = [], False
+        for place, learnt in enumerate(one.loss_mask.tolist()):
+            if learnt and not before:
+                answers.append([place, place])
+            if learnt:
+                answers[-1][1] = place
+            before = learnt
+        if len(one.tokens) > length and any(one.loss_mask[1:length]):
+            lost = sum(first >= length for first, _ in answers)
+            found += Truncation(1, lost, sum(first < length <= last for first, last in answers))
+    return found
+
+
 def test_cut_to_a_length(folders):
     """What fits is kept and counted; a document whose answers would all be cut away is none; the first token is never learnt."""
     row = {"conversations": SHAREGPT}
@@ -376,7 +393,7 @@ def test_cut_to_a_length(folders):
         one = maker(folders, "v2", "SharegptStyleInstructionHandler", seq_length=length)
         made = one.make({name: [row.get(name)] for name in one.handler.columns})["packed"]
         (found,) = made.documents
-        assert made.truncated == (first < length < len(whole.tokens))
+        assert made.truncated == lost_by_hand([whole], length)
         if length == first:
             assert found.kind == "answers beyond --seq-length"
             assert str(len(whole.tokens)) in found.detail

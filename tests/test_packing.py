@@ -153,13 +153,16 @@ def test_what_is_said_at_the_start(tmp_path):
     samples = build(tmp_path / "p")["train"]
     cut = sum(len(ids) > SEQ and any(learnt[1:SEQ]) for ids, learnt in documents)
     lost = sum(not any(learnt[1:SEQ]) for _, learnt in documents)
+    ends = sum(len(ids) // 2 < SEQ < len(ids) and any(learnt[1:SEQ]) for ids, learnt in documents)  # half of each is learnt
+    learnt = sum(sum(learnt[1:SEQ]) for _, learnt in documents)
     taken = sum(min(len(ids), SEQ) for ids, learnt in documents if any(learnt[1:SEQ]))
     assert cut
     assert lost
     share = taken / (SEQ * len(samples))
     assert samples.notes == [
         f"{tmp_path}/p: {100 - lost} documents in {len(samples)} rows of {SEQ} tokens, {share:.1%} filled, "
-        f"{cut} cut to --seq-length {SEQ}, {lost} left out, as nothing of their answers fits"
+        f"{learnt:,} of {taken:,} tokens learnt; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
+        f"{lost} left out, as nothing of their answers fits"
     ]
     assert (
         build(tmp_path / "p", packing="none")["train"]
@@ -348,3 +351,58 @@ def test_no_pack_on_the_command_line():
     assert resolve([*words, "--packing", "first-fit"], 1)[0].data.packing == "first-fit"
     with pytest.raises(UserError, match="--no-pack and --packing first-fit contradict each other"):
         resolve([*words, "--no-pack", "--packing", "first-fit"], 1)
+
+
+MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=30)
+
+
+@given(MASKS, st.integers(1, 12), st.integers(1, 40))
+def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, length, chunk):
+    prefix = tmp_path_factory.mktemp("masks") / "p"
+    lengths = np.array([len(mask) for mask in masks], np.int32)
+    with CoupleWriter(prefix) as writer:
+        writer.add(np.arange(lengths.sum()), lengths, np.concatenate(masks))
+        writer.commit({})
+    for key in couple.KEYS:
+        file(couple.pair(prefix, key), "meta").unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(couple, "CHUNK", chunk)
+        chosen = np.arange(len(masks))[::-2]
+        found = Couple(str(prefix), *couple.find(str(prefix))).learnt(chosen, length)
+    for place, number in enumerate(chosen):
+        mask = masks[number]
+        answers = "".join("x" if one else " " for one in mask)
+        begins = [m.span() for m in re.finditer("x+", answers)]
+        assert found.tokens[place] == sum(mask[1:length])
+        assert found.lost[place] == sum(begin >= length for begin, _ in begins)
+        assert found.cut[place] == sum(begin < length < end for begin, end in begins)
+
+
+def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp_path):
+    """Short ones too: of one token, or a prompt alone."""
+    masks = [[False, True, True], [True], [False] * 5, [False] * SEQ + [True], [True, False, False], [False, True]]
+    lengths = np.array([len(mask) for mask in masks], np.int32)
+
+    def made(learnt):
+        with CoupleWriter(tmp_path / "p") as writer:
+            writer.add(np.arange(lengths.sum()), lengths, learnt)
+            writer.commit({})
+
+    made(np.concatenate(masks))
+    for packing in ("none", "first-fit"):
+        samples = build(tmp_path / "p", packing=packing)["train"]
+        assert len(samples) == (2 if packing == "none" else 1)
+        assert all(samples.sample(n)[2].any() for n in range(len(samples)))
+        (note,) = samples.notes
+        assert "2 documents in" in note
+        assert (
+            "3 of 5 tokens learnt; 1 left out, as nothing of their answers fits; 3 left out, as they hold nothing to learn" in note
+        )
+    assert sum(samples.sample(0)[2].tolist()) == 3
+    made(np.zeros(lengths.sum(), bool))
+    with pytest.raises(UserError, match="p: no token of its 6 documents is to be learnt"):
+        build(tmp_path / "p")
+    for key in couple.KEYS:  # of another tool
+        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    with pytest.raises(UserError, match="none can be learnt from"):
+        build(tmp_path / "p")

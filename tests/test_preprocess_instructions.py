@@ -14,10 +14,12 @@ import pytest
 from corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from test_chat import KINDS
+from test_instruction_handlers import lost_by_hand
 from test_preprocess import TOOL, made
 
 from ascendspeed.data import inorder, lines, parquet
 from ascendspeed.data.couple import KEYS, Couple, find, pair
+from ascendspeed.data.document import Truncation
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
 from ascendspeed.data.preprocess import preprocess
@@ -247,16 +249,18 @@ def test_text_that_is_not_utf8_deep_in_a_columnar_file(tmp_path, tokenizer):
 
 def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ROWS)
-    run(tmp_path, [path], tokenizer)
+    assert not any("cut to" in line for line in run(tmp_path, [path], tokenizer)[1])
     whole = Couple("p", *find(str(tmp_path / "p")))
     length = int(np.median(whole.lengths))
     documents = [whole.document(i) for i in range(120)]
     kept = [d for d in documents if len(d.tokens) <= length or d.loss_mask[1:length].any()]
     facts, said = run(tmp_path, [path], tokenizer, seq_length=length)
-    assert facts["truncated"] == sum(len(d.tokens) > length for d in kept)
-    assert 0 < facts["truncated"] < 120
+    lost = lost_by_hand(documents, length)
+    assert Truncation(*(facts[name] for name in ("truncated", "answers_lost", "answers_cut"))) == lost
+    assert 0 < lost.documents < 120
+    assert lost.lost > lost.cut > 0
     assert facts["seq_length"] == length
-    assert f"{facts['truncated']} documents cut to --seq-length" in said[2]
+    assert f"{lost.documents} documents cut to --seq-length {length}: {lost.lost} answers lost, {lost.cut} cut" in said[2]
     cut = Couple("p", *find(str(tmp_path / "p")))
     assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [d.tokens[:length].tolist() for d in kept]
     first = [int(np.flatnonzero(d.loss_mask)[0]) for d in documents]

@@ -5,21 +5,25 @@ not, unshifted. Both metas carry the same digest, and the ids come last: a run t
 What the published tool wrote has no metas and a third pair, the attention mask, which says nothing and is not read.
 """
 
+import functools
 import hashlib
 from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 
-from ascendspeed.data.document import Document
+from ascendspeed.data.document import Document, Learnt, learnt_of
 from ascendspeed.data.indexed import PairWriter, check_pair, file, read_facts
 from ascendspeed.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")
 IGNORED = -100
 DTYPE = np.dtype(np.int32)
+CHUNK = 1 << 20
+"""Labels that are looked at together."""
 
 
 def pair(prefix: str | Path, key: str) -> str:
@@ -55,6 +59,9 @@ class Couple:
         digests = {read_facts(one).get("digest") for one in (ids, labels)}
         if len(digests) > 1 or not np.array_equal(self.lengths, self._labels.sequence_lengths):
             raise UserError(f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again")
+        if read_facts(ids).get("learnt") == 0:
+            raise UserError(f"{prefix}: no token of its {len(self.lengths):,} documents is to be learnt; preprocess again")
+        self._learnt = functools.lru_cache(1)(self._looked_through)
 
     def document(self, number: int) -> Document:
         """Raises `UserError` for a label that is neither its token nor -100."""
@@ -65,6 +72,22 @@ class Couple:
                 f"{self.prefix}: document {number} has labels that are neither its tokens nor {IGNORED}; preprocess again"
             )
         return Document(tokens, learnt)
+
+    def learnt(self, numbers: np.ndarray, length: int) -> Learnt:
+        """As `Documents` says. All labels are looked at, once, in parts that memory does not notice."""
+        found = self._learnt(length)
+        return Learnt(found.tokens[numbers], found.lost[numbers], found.cut[numbers])
+
+    def _looked_through(self, length: int) -> Learnt:
+        labels = np.memmap(file(self._labels.path_prefix, "bin"), self._labels.index.dtype, "r")
+        ends = np.cumsum(self.lengths, dtype=np.int64)
+        firsts = np.searchsorted(ends, np.arange(0, len(labels), CHUNK), side="right")  # of each part: whole documents
+        parts = []
+        for first, last in pairwise(np.unique([0, *firsts, len(ends)]).tolist()):
+            lengths = self.lengths[first:last]
+            begin = int(ends[first]) - int(lengths[0])
+            parts.append(learnt_of(labels[begin : int(ends[last - 1])] != IGNORED, lengths, length))
+        return Learnt(*(np.concatenate(column) for column in zip(*((p.tokens, p.lost, p.cut) for p in parts), strict=True)))
 
     def __len__(self) -> int:
         return len(self.lengths)

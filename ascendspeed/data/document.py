@@ -1,6 +1,6 @@
 """What rows become, and what keeps documents: the two types at this door, and why a row became none."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -42,6 +42,27 @@ class Documents(Protocol):
     def document(self, number: int) -> Document:
         """Document `number`, whole. Raises `UserError` when it is damaged."""
 
+    def learnt(self, numbers: np.ndarray, length: int) -> "Learnt":
+        """Of the first `length` tokens of each of the documents `numbers`."""
+
+
+@dataclass(frozen=True)
+class Truncation:
+    """What was lost of documents that were cut to a length and kept."""
+
+    documents: int = 0
+    lost: int = 0
+    """Answers of which nothing is left."""
+    cut: int = 0
+    """Answers whose end is gone."""
+
+    def __add__(self, other: "Truncation") -> "Truncation":
+        return Truncation(self.documents + other.documents, self.lost + other.lost, self.cut + other.cut)
+
+    def said(self, length: int) -> str:
+        """For a person."""
+        return f"{self.documents:,} documents cut to --seq-length {length}: {self.lost:,} answers lost, {self.cut:,} cut"
+
 
 @dataclass
 class Made:
@@ -50,10 +71,43 @@ class Made:
     documents: list[Document | Fault]
     bytes: int = 0
     """Of their text, in UTF-8."""
-    truncated: int = 0
-    """Documents that were cut to the wanted length."""
+    truncated: Truncation = field(default_factory=Truncation)
 
 
-def learns_within(loss_mask: np.ndarray | None, length: int) -> bool:
-    """Whether the first `length` tokens of a document hold one to be learnt; the first of all is predicted by none."""
-    return loss_mask is None or bool(loss_mask[1:length].any())
+@dataclass(frozen=True)
+class Learnt:
+    """What is to be learnt of documents of which the first tokens are taken, up to a length. An answer is a run of tokens to be
+    learnt."""
+
+    tokens: np.ndarray
+    """[documents] int64: to be learnt of those taken; the first of all is predicted by none."""
+    lost: np.ndarray
+    """[documents] int64: answers of which nothing is taken."""
+    cut: np.ndarray
+    """[documents] int64: answers whose end is not taken, 0 or 1."""
+    exact: bool = True
+    """False: documents that are taken whole were not read, and `tokens` says how many there could be."""
+
+
+def learnt_of(mask: np.ndarray, lengths: np.ndarray, length: int) -> Learnt:
+    """`mask` [tokens] bool, of documents one after the other; their `lengths` [documents]; `length`: tokens taken of each."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    begins = ends - lengths
+    stops = begins + np.minimum(lengths, length)
+    before = _running(mask)
+    tokens = before[stops] - before[np.minimum(begins + 1, stops)]
+    lost, cut = np.zeros((2, len(ends)), np.int64)
+    long = lengths > length
+    if long.any():
+        opens = mask.copy()
+        opens[1:] &= ~mask[:-1]
+        opens[begins[long]] = mask[begins[long]]
+        answers = _running(opens)
+        lost[long] = (answers[ends] - answers[stops])[long]
+        cut[long] = (mask[stops[long] - 1] & mask[stops[long]]).astype(np.int64)
+    return Learnt(tokens, lost, cut)
+
+
+def _running(mask: np.ndarray) -> np.ndarray:
+    """[tokens + 1] int64: how many are set before each place."""
+    return np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ascendspeed.data.couple import CoupleWriter
-from ascendspeed.data.document import Document
+from ascendspeed.data.document import Document, Learnt, learnt_of
 from ascendspeed.errors import UserError
 
 META = ".meta"
@@ -162,6 +162,16 @@ class Tokenized:
     def document(self, number: int) -> Document:
         """Raises `UserError` with file and byte when its line is damaged."""
         return self._read(number)
+
+    def learnt(self, numbers: np.ndarray, length: int) -> Learnt:
+        """As `Documents` says, but the lines of documents that are taken whole are not read."""
+        lengths = self.lengths[numbers]
+        tokens, (lost, cut) = np.maximum(lengths - 1, 0), np.zeros((2, len(numbers)), np.int64)
+        for place in np.flatnonzero(lengths > length):
+            mask = self._document(int(numbers[place])).loss_mask
+            found = learnt_of(mask, lengths[place : place + 1], length)  # type: ignore[arg-type]
+            tokens[place], lost[place], cut[place] = found.tokens[0], found.lost[0], found.cut[0]
+        return Learnt(tokens, lost, cut, exact=False)
 
     def _document(self, number: int) -> Document:
         which = int(np.searchsorted(self.files, number, side="right")) - 1

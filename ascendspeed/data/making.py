@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from ascendspeed import tokenizer
-from ascendspeed.data.document import Document, Fault, Made, learns_within
+from ascendspeed.data.document import Document, Fault, Made, Truncation, learnt_of
 from ascendspeed.data.handler import Job
 from ascendspeed.data.handlers import handler
 from ascendspeed.data.shard import Batch
@@ -34,11 +34,12 @@ class Maker:
 
     def _finished(self, made: Made) -> Made:
         documents = [one if isinstance(one, Fault) else self._ended(one) for one in made.documents]
-        if self._length is None:
-            return replace(made, documents=documents)
-        cut = [one if isinstance(one, Fault) else self._cut(one, self._length) for one in documents]
-        truncated = sum(isinstance(one, Document) and one is not whole for one, whole in zip(cut, documents, strict=True))
-        return replace(made, documents=cut, truncated=truncated)
+        truncated = Truncation()
+        for place, one in enumerate(documents):
+            if self._length is not None and isinstance(one, Document) and len(one.tokens) > self._length:
+                documents[place], lost = _cut(one, self._length)
+                truncated += lost
+        return replace(made, documents=documents, truncated=truncated)
 
     def _ended(self, document: Document) -> Document:
         tokens, mask = document.tokens, document.loss_mask
@@ -46,11 +47,12 @@ class Maker:
             return document
         return Document(np.concatenate([tokens, self._eod]), None if mask is None else np.append(mask, True))
 
-    def _cut(self, document: Document, length: int) -> Document | Fault:
-        if len(document.tokens) <= length:
-            return document
-        if not learns_within(document.loss_mask, length):
-            return Fault(
-                "answers beyond --seq-length", f"{len(document.tokens)} tokens, and those to be learnt come after {length}"
-            )
-        return Document(document.tokens[:length], None if document.loss_mask is None else document.loss_mask[:length])
+
+def _cut(document: Document, length: int) -> tuple[Document | Fault, Truncation]:
+    tokens, mask = document.tokens, document.loss_mask
+    assert mask is not None  # plain text stays whole
+    found = learnt_of(mask, np.array([len(tokens)]), length)
+    if not found.tokens[0]:
+        what = f"{len(tokens)} tokens, and those to be learnt come after {length}"
+        return Fault("answers beyond --seq-length", what), Truncation()
+    return Document(tokens[:length], mask[:length]), Truncation(1, int(found.lost[0]), int(found.cut[0]))

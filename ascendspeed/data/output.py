@@ -9,7 +9,7 @@ import numpy as np
 
 from ascendspeed.data import couple
 from ascendspeed.data.couple import CoupleWriter
-from ascendspeed.data.document import Document, Fault, Made
+from ascendspeed.data.document import Document, Fault, Made, Truncation
 from ascendspeed.data.faults import Faults, Seen
 from ascendspeed.data.indexed import PairWriter
 from ascendspeed.errors import UserError
@@ -28,8 +28,7 @@ class Result:
     bytes: int = 0
     """Of the tokenized text, in UTF-8."""
     rows: int = 0
-    truncated: int = 0
-    """Documents."""
+    truncated: Truncation = field(default_factory=Truncation)
     faults: Faults = field(default_factory=Faults)
 
 
@@ -68,9 +67,11 @@ class Output:
     writer: PairWriter | CoupleWriter
     strict: bool = False
     """The first row that makes no document is an error."""
+    length: int | None = None
+    """To which documents are cut."""
     bytes: int = 0
     rows: int = 0
-    truncated: int = 0
+    truncated: Truncation = field(default_factory=Truncation)
     highest: int = 0
     """Id."""
     faults: Faults = field(default_factory=Faults)
@@ -97,11 +98,14 @@ class Output:
         if isinstance(writer, CoupleWriter):
             names = " and ".join(f"{couple.pair('', key)}" for key in couple.KEYS)
             made = f"{writer.prefix} ({names}): {writer.documents:,} documents, {writer.tokens:,} tokens"
-            made += f", {writer.learnt:,} of them to be learnt, {self.truncated:,} documents cut to --seq-length"
+            made += f", {writer.learnt:,} of them to be learnt"
+            made += f", {self.truncated.said(self.length)}" if self.length else ""
         return f"{made}; from {self.rows:,} rows, skipped: {self.faults.said() or 'none'}"
 
     def facts(self) -> dict[str, Any]:
         """Counts for P.meta; like all in it, they do not depend on when, where or by how many processes it was made."""
+        truncated = self.truncated
+        cut = {"truncated": truncated.documents, "answers_lost": truncated.lost, "answers_cut": truncated.cut}
         return {
             "documents": self.writer.documents,
             "tokens": self.writer.tokens,
@@ -109,4 +113,4 @@ class Output:
             "rows": self.rows,
             "skipped": dict(sorted(self.faults.counts.items())),
             "max_token": self.highest,
-        } | ({"truncated": self.truncated} if isinstance(self.writer, CoupleWriter) else {})
+        } | (cut if isinstance(self.writer, CoupleWriter) else {})

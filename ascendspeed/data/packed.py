@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ascendspeed.data.document import Document, Documents, learns_within
+from ascendspeed.data.document import Document, Documents, Truncation
 from ascendspeed.data.packing import Packer, Packing, joined
 from ascendspeed.errors import UserError
 
@@ -28,7 +28,9 @@ class PackedSource:
         """`chosen`: the documents of the split. Raises `UserError` if none of them fills a row."""
         self.prefix = documents.prefix
         self._documents, self._seq_length, self._pack, self._seed = documents, seq_length, pack, seed
-        chosen, self.dropped, self.truncated, self.unfilled = np.asarray(chosen, np.int64), 0, 0, 0
+        chosen, self.truncated = np.asarray(chosen, np.int64), Truncation()
+        self.beyond = self.unlearnt = self.unfilled = 0
+        self.learnt: int | None = 0
         edges = np.searchsorted(chosen, documents.files[1:-1]) if pack.apart else []
         found = [self._packed(part) for part in np.split(chosen, edges)]
         self._numbers = np.concatenate([numbers for numbers, _ in found])
@@ -46,11 +48,7 @@ class PackedSource:
         pack, length = self._pack, self._seq_length
         numbers = np.random.RandomState(self._seed if pack.seed is None else pack.seed).permutation(chosen)
         lengths = np.asarray(self._documents.lengths)[numbers].astype(np.int64)
-        keep = lengths > 0
-        if not pack.keeps:
-            keep &= ~self._unanswered(numbers, lengths)
-            self.truncated += int((lengths[keep] > length).sum())
-        self.dropped += int((~keep).sum())
+        keep = lengths > 0 if pack.keeps else self._answered(numbers, lengths)
         numbers, lengths = numbers[keep], lengths[keep]
         packing = pack.pack(lengths, length)
         self.unfilled += int(lengths.sum()) - packing.tokens if pack.keeps else 0
@@ -65,13 +63,14 @@ class PackedSource:
     def note(self) -> str:
         """One line for a person."""
         lost = [
-            (self.truncated, f"cut to --seq-length {self._seq_length}"),
-            (self.dropped, "left out, as nothing of their answers fits"),
-            (self.unfilled, "tokens left out, as they fill no row"),
+            (self.truncated.documents, self.truncated.said(self._seq_length)),
+            (self.beyond, f"{self.beyond:,} left out, as nothing of their answers fits"),
+            (self.unlearnt, f"{self.unlearnt:,} left out, as they hold nothing to learn"),
+            (self.unfilled, f"{self.unfilled:,} tokens left out, as they fill no row"),
         ]
-        said = "".join(f", {count:,} {why}" for count, why in lost if count)
         rows = f"{len(self._numbers):,} documents in {len(self._packing):,} rows of {self._seq_length} tokens"
-        return f"{self.prefix}: {rows}, {self.filled:.1%} filled{said}"
+        learnt = f", {self.learnt:,} of {self._packing.tokens:,} tokens learnt" if self.learnt else ""
+        return "; ".join([f"{self.prefix}: {rows}, {self.filled:.1%} filled{learnt}", *(said for count, said in lost if count)])
 
     def sample(self, number: int) -> Sample:
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
@@ -91,13 +90,15 @@ class PackedSource:
         pieces = zip(documents, packing.starts[found].tolist(), packing.stops[found].tolist(), strict=True)
         return row_of(pieces, self._seq_length, self._pack.goes_on, self._pack.segment)
 
-    def _unanswered(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """[documents] bool: those of which a row would hold nothing that is to be learnt. Only long ones can be, and are read."""
-        found = np.zeros(len(numbers), bool)
-        for place in np.flatnonzero(lengths > self._seq_length):
-            mask = self._documents.document(int(numbers[place])).loss_mask
-            found[place] = not learns_within(mask, self._seq_length)
-        return found
+    def _answered(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """[documents] bool: those of which a row would hold something to be learnt. What is lost of the others is counted."""
+        found, long = self._documents.learnt(numbers, self._seq_length), lengths > self._seq_length
+        keep = found.tokens > 0
+        self.beyond += int((long & ~keep).sum())
+        self.unlearnt += int((~long & ~keep).sum())
+        self.truncated += Truncation(int((long & keep).sum()), int(found.lost[keep].sum()), int(found.cut[keep].sum()))
+        self.learnt = self.learnt + int(found.tokens.sum()) if found.exact and self.learnt is not None else None
+        return keep
 
 
 def row_of(pieces: Iterable[tuple[Document, int, int]], length: int, goes_on: bool = False, segment: int | None = None) -> Sample:

@@ -141,7 +141,7 @@ def preprocess(
     try:
         with ExitStack() as stack:
             writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}
-            outputs = {key: Output(writer, strict) for key, writer in writers.items()}
+            outputs = {key: Output(writer, strict, job.seq_length) for key, writer in writers.items()}
             meter = stack.enter_context(Meter(log_interval))
             for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
                 for key, result in results.items():

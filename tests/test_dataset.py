@@ -194,6 +194,9 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
     build_splits(data, SEED, VOCAB, ("train", "valid"))  # nobody asked for the test split
     with pytest.raises(UserError, match=r"--split 1,0,0 gives valid 0 of 200 documents with 0 tokens, .* takes 17"):
         build_splits(DataConfig(data_path=(prefix,), seq_length=SEQ, split="1,0,0"), SEED, VOCAB, ("valid",))
+    with pytest.raises(UserError, match="a: valid has all of the 200 documents with 4359 tokens") as caught:
+        build_splits(DataConfig(data_path=(prefix,), valid_data_path=(prefix,), seq_length=9000), SEED, VOCAB, ("valid",))
+    assert "--split" not in str(caught.value)
     with pytest.raises(UserError, match="takes 9001"):
         build_splits(DataConfig(data_path=(prefix,), seq_length=9000), SEED, VOCAB, ("train",))
     for split in ("", "a,b", "0,0,0", "1,1,1,1", "-1,2", "1;2"):
@@ -208,6 +211,9 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
         ({"system": "Be brief."}, "--system is for data that are tokenized in training"),
         ({"strict": True}, "--strict is for data that are tokenized in training"),
         ({"min_length": 3}, "--min-length is for InternEvo's data"),
+        ({"packing": "first-fit"}, "--packing first-fit is for data with masks, and these are plain text; leave it out"),
+        ({"packing": "none"}, r"--packing none \(--no-pack\) is for data with masks"),
+        ({"max_segment_length": 8}, "--max-segment-length 8 is for InternEvo's packings"),
     ],
 )
 def test_flags_that_mean_nothing_to_the_data(prefix, given, said):

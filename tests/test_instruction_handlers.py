@@ -114,7 +114,7 @@ ALPACA = {"instruction": "2+2?", "output": "4", "history": [["hello", "Hi there"
 ROWS = [
     ("SharegptStyleInstructionHandler", {"conversations": SHAREGPT, "system": "Be kind."}),
     ("SharegptStyleInstructionHandler", {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]}),
-    ("SharegptStyleInstructionHandler", {"messages": [{"role": "system", "content": "Be kind."}, *OPENAI], "system": "Other"}),
+    ("SharegptStyleInstructionHandler", {"messages": [{"role": "system", "content": "Be kind."}, *OPENAI], "system": "Be kind.\n"}),
     ("AlpacaStyleInstructionHandler", ALPACA),
     ("AlpacaStyleInstructionHandler", ALPACA | {"input": ""}),
 ]
@@ -307,6 +307,11 @@ WRONG = {  # handler -> kind -> what the row says
         ("wrong tools", "'f\\(' is not JSON", {"conversations": [H, A], "tools": "f("}),
         ("wrong tools", "tools are a list", {"conversations": [H, A], "tools": {"name": "f"}}),
         ("not text", "'system' is 3", {"conversations": [H, A], "system": 3}),
+        (
+            "two system messages",
+            "'system': the column is 'x', the conversation begins with 'y'",
+            {"conversations": [{"from": "system", "value": "y"}, H, A], "system": "x"},
+        ),
         ("invalid UTF-8", "", {"conversations": [H, A | {"value": "caf\udce9"}]}),
         ("huge", "bytes", {"conversations": [H, A | {"value": "x" * 600}]}),
     ],

@@ -1,5 +1,6 @@
 """Documents with masks: packed first-fit into rows, as a naive loop packs them, and read as a row assembled by hand."""
 
+import dataclasses
 import json
 import re
 from itertools import pairwise
@@ -314,10 +315,13 @@ def test_both_metas_say_the_same(tmp_path):
 
 def test_what_is_wrong_is_said_at_the_start(tmp_path):
     write(tmp_path / "p", 20, SEQ)
-    with pytest.raises(UserError, match="of the 0 documents that --split gives to a split here, none can be learnt"):
+    with pytest.raises(UserError, match=r"/p: --split 1,0,0 gives valid 0 of 20 documents$"):
         build(tmp_path / "p", ("valid",))
-    with pytest.raises(UserError, match=r"of the 20 documents .* none can be learnt from at --seq-length 1"):
-        build(tmp_path / "p", seq_length=1)
+    with pytest.raises(UserError, match=r"--split 8,2 gives valid 4 of 20 documents, of which none .* at --seq-length 1$"):
+        build(tmp_path / "p", ("valid",), seq_length=1, split="8,2")
+    valid = (str(tmp_path / "p"),)
+    with pytest.raises(UserError, match=r"/p: valid has all of the 20 documents, of which none can be learnt from"):
+        build(tmp_path / "p", ("valid",), seq_length=1, valid_data_path=valid)
     highest = facts_of(f"{tmp_path}/p")["max_token"]
     data = DataConfig(data_path=(f"{tmp_path}/p",), seq_length=SEQ, split="1,0,0")
     with pytest.raises(UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"):
@@ -406,3 +410,16 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
         file(couple.pair(tmp_path / "p", key), "meta").unlink()
     with pytest.raises(UserError, match="none can be learnt from"):
         build(tmp_path / "p")
+
+
+def test_packing_means_nothing_to_the_plain_part_of_a_blend(tmp_path):
+    write(tmp_path / "p", 40)
+    with PairWriter(tmp_path / "t", np.dtype(np.int32)) as writer:
+        writer.add(np.arange(100), np.array([100], np.int32))
+        writer.commit({})
+    said = []
+    data = DataConfig(data_path=("1", f"{tmp_path}/p", "1", f"{tmp_path}/t"), seq_length=SEQ, split="1,0,0")
+    build_splits(data, SEED, VOCAB, ("train",), said.append)
+    assert not said
+    build_splits(dataclasses.replace(data, packing="none"), SEED, VOCAB, ("train",), said.append)
+    assert said == [f"{tmp_path}/t: plain text, cut where a sample ends; --packing none means nothing to it"]

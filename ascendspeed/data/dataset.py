@@ -7,7 +7,6 @@ Megatron's greedy rule over `PERIOD` samples, repeated for ever, which makes any
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,7 +16,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from megatron.core.datasets import helpers
-from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
@@ -30,12 +28,12 @@ from ascendspeed.data.epoch import Epoch
 from ascendspeed.data.indexed import check_pair, file, read_facts
 from ascendspeed.data.internevo import Tokenized
 from ascendspeed.data.packed import PackedSource, Sample
+from ascendspeed.data.splits import SPLITS, said_of, split_documents
 from ascendspeed.data.streaming import Streamed
 from ascendspeed.errors import UserError
 
 PERIOD = 1 << 16
 """Samples after which a blend repeats; weights count to this precision."""
-SPLITS = tuple(split.name for split in Split)  # train, valid, test
 
 
 @dataclass(frozen=True)
@@ -86,8 +84,8 @@ class CutSource:
         self.samples_per_epoch = max(0, tokens - 1) // data.seq_length
         if not self.samples_per_epoch:
             raise UserError(
-                f"{self.prefix}: --split {data.split} gives {split} {len(documents)} of {len(indexed)} documents with "
-                f"{tokens} tokens, and one sample of --seq-length {data.seq_length} takes {data.seq_length + 1}"
+                f"{self.prefix}: {said_of(data, split, len(documents), len(indexed))} with {tokens} tokens, and one sample of "
+                f"--seq-length {data.seq_length} takes {data.seq_length + 1}"
             )
         self._epochs: dict[int, Epoch] = {}
 
@@ -176,11 +174,19 @@ Opened = IndexedDataset | Couple | Tokenized | Streamed
 def _opened(paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]) -> list[tuple[float, Opened]]:
     found = [(weight, open_path(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
     for _, one in found:
-        masked = one.learns_answers if isinstance(one, Streamed) else not isinstance(one, IndexedDataset)
-        if data.is_instruction_dataset and not masked:
-            name = one.path_prefix if isinstance(one, IndexedDataset) else one.prefix
+        if _masked(one):
+            continue
+        name = one.path_prefix if isinstance(one, IndexedDataset) else one.prefix
+        if data.is_instruction_dataset:
             raise UserError(f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out")
+        if data.packing:
+            say(f"{name}: plain text, cut where a sample ends; --packing {data.packing} means nothing to it")
     return found
+
+
+def _masked(opened: Opened) -> bool:
+    """Whether its documents have masks, so that they are packed."""
+    return opened.learns_answers if isinstance(opened, Streamed) else not isinstance(opened, IndexedDataset)
 
 
 def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> None:
@@ -190,6 +196,11 @@ def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> No
         for name in () if any(isinstance(one, kind) for _, one in opened) else names:
             if getattr(data, name) != getattr(DataConfig, name):
                 raise UserError(f"--{name.replace('_', '-')} is for {whose}, and there are none here; leave it out")
+    if data.packing and not any(_masked(one) for _, one in opened):
+        unpacked = " (--no-pack)" if data.packing == "none" else ""
+        raise UserError(f"--packing {data.packing}{unpacked} is for data with masks, and these are plain text; leave it out")
+    if data.max_segment_length and not any(isinstance(one, Couple | Tokenized) for _, one in opened):
+        raise UserError(f"--max-segment-length {data.max_segment_length} is for InternEvo's packings of .bin files; leave it out")
 
 
 def _samples(opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int) -> Samples:
@@ -201,9 +212,10 @@ def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> Source:
         return opened.source(split_documents(data.split, name, len(opened)), name, data, seed)
     if isinstance(opened, IndexedDataset):
         return CutSource(opened, split_documents(data.split, name, len(opened)), name, data, seed)
-    chosen = [start + np.array(split_documents(data.split, name, stop - start), int) for start, stop in pairwise(opened.files)]
+    parts = [start + np.array(split_documents(data.split, name, stop - start), int) for start, stop in pairwise(opened.files)]
+    chosen = np.concatenate(parts)
     pack = packer(data, CUT if isinstance(opened, Tokenized) else "first-fit")
-    return PackedSource(opened, np.concatenate(chosen), data.seq_length, pack, seed)
+    return PackedSource(opened, chosen, data.seq_length, pack, seed, said_of(data, name, len(chosen), len(opened)))
 
 
 def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
@@ -250,14 +262,6 @@ def _weight(word: str) -> float:
     if not 0 < weight < math.inf:
         raise UserError(f"--data-path: {word!r} is not a weight; give weights and prefixes: 0.3 a 0.7 b")
     return weight
-
-
-def split_documents(split: str, name: str, count: int) -> range:
-    """The documents, of `count`, that `--split` gives to the split `name`; Megatron's own rounding."""
-    if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(,(\d+\.?\d*|\.\d+)){0,2}", split) or not any(map(float, split.split(","))):
-        raise UserError(f"--split {split} is not up to three shares such as 949,50,1")
-    share = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))[SPLITS.index(name)]
-    return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
 
 
 def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:

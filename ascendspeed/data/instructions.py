@@ -135,9 +135,12 @@ class ChatHandler(InstructionHandler):
 
     def pieces(self, row: Row) -> list[Piece]:
         messages = read_answered(self.messages(row), WHERE)
-        system = _optional(row, "system") or self._system
-        if system and messages[0].role != "system":
-            messages.insert(0, Message("system", system))
+        column, first = _optional(row, "system"), messages[0]
+        if first.role != "system" or first.name is not None:  # one with a name describes tools
+            messages[:0] = [Message("system", system)] if (system := column or self._system) else []
+        elif column and column.strip() != first.content.strip():
+            what = f"the column is {_short(column)}, the conversation begins with {_short(first.content)}"
+            raise WrongMessage("two system messages", f"'system': {what}")
         return self.chat.pieces(messages, WHERE, _tools(row.get("tools")), self._last_only)
 
     @property

@@ -24,8 +24,10 @@ class PackedSource:
 
     estimated = False
 
-    def __init__(self, documents: Documents, chosen: Sequence[int] | np.ndarray, seq_length: int, pack: Packer, seed: int) -> None:
-        """`chosen`: the documents of the split. Raises `UserError` if none of them fills a row."""
+    def __init__(
+        self, documents: Documents, chosen: Sequence[int] | np.ndarray, seq_length: int, pack: Packer, seed: int, said: str = ""
+    ) -> None:
+        """`chosen`: the documents of the split, `said` in messages. Raises `UserError` if none of them fills a row."""
         self.prefix = documents.prefix
         self._documents, self._seq_length, self._pack, self._seed = documents, seq_length, pack, seed
         chosen, self.truncated = np.asarray(chosen, np.int64), Truncation()
@@ -37,10 +39,8 @@ class PackedSource:
         self._packing = joined([packing for _, packing in found], [len(numbers) for numbers, _ in found])
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
-            raise UserError(
-                f"{self.prefix}: of the {len(chosen)} documents that --split gives to a split here, "
-                f"none can be learnt from at --seq-length {seq_length}"
-            )
+            why = f", of which none can be learnt from at --seq-length {seq_length}" if len(chosen) else ""
+            raise UserError(f"{self.prefix}: {said or f'{len(chosen)} documents'}{why}")
         self._orders: dict[int, np.ndarray] = {}
 
     def _packed(self, chosen: np.ndarray) -> tuple[np.ndarray, Packing]:

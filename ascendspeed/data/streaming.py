@@ -26,6 +26,7 @@ from ascendspeed.data.making import Maker
 from ascendspeed.data.packed import Sample
 from ascendspeed.data.permutation import Permutation
 from ascendspeed.data.restoring import Restoring
+from ascendspeed.data.splits import said_of
 from ascendspeed.data.stream import Filler, Places, Stream, cut_text, next_fit, one_each
 from ascendspeed.errors import UserError
 
@@ -132,7 +133,7 @@ class StreamSource:
 
     def __init__(self, data: Streamed, chosen: range, name: str, config: DataConfig, seed: int) -> None:
         if not len(chosen):
-            raise UserError(f"{data.prefix}: --split {config.split} gives {name} none of {len(data)} rows")
+            raise UserError(f"{data.prefix}: {said_of(config, name, 0, len(data), 'rows')}")
         self.prefix, self._data, self._chosen, self._seed, self._strict = data.prefix, data, chosen, seed, config.strict
         self._length, self._count = config.seq_length, max(1, min(STREAMS, len(chosen) // ROWS_OF_A_STREAM))
         self._fill, self._how = self._filler(config.packing)

@@ -56,6 +56,14 @@ def test_errors_list_what_there_is():
     with pytest.raises(UserError, match="did you mean AlpacaPretrainHandler") as error:
         named("AlpacaHandler")
     assert all(name in str(error.value) for name in HANDLERS)
+    for typed, meant in {
+        "AlpacaStyle": "AlpacaStyleInstructionHandler",
+        "sharegpt": "SharegptStyleInstructionHandler",
+        "Alpaca": "AlpacaPretrainHandler or AlpacaStyleInstructionHandler",
+        "GeneralInstructHandler": "GeneralInstructionHandler",
+    }.items():
+        with pytest.raises(UserError, match=rf"did you mean {meant}\? There are"):
+            named(typed)
     with pytest.raises(UserError, match=r"f\.csv: AlpacaPretrainHandler needs the column 'output'; there are: instruction, text"):
         check_columns(named("AlpacaPretrainHandler"), "f.csv", ["instruction", "text"])
     check_columns(named("AlpacaPretrainHandler"), "f.csv", ["output", "instruction"])  # input may be absent

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 
@@ -54,6 +55,39 @@ def test_one_writer_at_a_time(tmp_path):
     with PairWriter(tmp_path / "p", np.dtype(np.int32)), pytest.raises(UserError, match="another process is writing"):
         PairWriter(tmp_path / "p", np.dtype(np.int32))
     write(tmp_path / "p", DOCUMENTS)
+
+
+def test_a_file_that_is_put_in_place_while_it_is_claimed_stays_whole(tmp_path, monkeypatch):
+    """The other writer commits between our opening of its temporary file and our lock on it."""
+    other = PairWriter(tmp_path / "p", np.dtype(np.int32))
+    lock, done = fcntl.flock, []
+
+    def flock(*args):
+        if not done:
+            done.append(1)
+            other.add(np.arange(9), np.array([9], np.int32))
+            other.commit({})
+            other._bin.close()
+        return lock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with PairWriter(tmp_path / "p", np.dtype(np.int32)) as late:
+        other.__exit__(None, None, None)  # takes nothing of the late one's away
+        assert check_pair(tmp_path / "p") == 9
+        late.add(np.arange(5), np.array([5], np.int32))
+        late.commit({})
+    assert check_pair(tmp_path / "p") == 5
+
+
+def test_prefixes_that_are_said(tmp_path):
+    for name in (*(f"p_packed_{key}_document" for key in ("input_ids", "labels", "attention_mask")), "text_document"):
+        (tmp_path / f"{name}.idx").touch()
+    with pytest.raises(UserError, match=rf"prefixes here: {tmp_path}/p, {tmp_path}/text_document$"):
+        check_pair(tmp_path / "gone")
+    for number in range(30):
+        (tmp_path / f"q{number:02}.idx").touch()
+    with pytest.raises(UserError, match=rf"{tmp_path}/q08 and 22 more$"):
+        check_pair(tmp_path / "gone")
 
 
 def killed_at(step, prefix):

@@ -370,6 +370,9 @@ def test_columnar_rows_have_null_for_what_is_not_there(folders):
         {"messages": [{"role": "user", "content": "q", "from": None, "tool_calls": None}, {"role": "assistant", "content": "a"}]},
     )
     assert plain.tokens.tolist() == columnar.tokens.tolist()
+    for other in ([], None):
+        (found,) = make(one, {"conversations": other, "messages": [H, A]})
+        assert found.tokens.tolist() == plain.tokens.tolist()
 
 
 def lost_by_hand(documents, length):

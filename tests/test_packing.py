@@ -423,3 +423,19 @@ def test_packing_means_nothing_to_the_plain_part_of_a_blend(tmp_path):
     assert not said
     build_splits(dataclasses.replace(data, packing="none"), SEED, VOCAB, ("train",), said.append)
     assert said == [f"{tmp_path}/t: plain text, cut where a sample ends; --packing none means nothing to it"]
+
+
+def test_the_other_pairs_of_a_couple_are_none_to_train_on(tmp_path):
+    write(tmp_path / "p", 20)
+    for key, what in {"packed_labels": "labels", "packed_attention_mask": "attention masks"}.items():
+        with pytest.raises(UserError, match=f"p_{key}_document: these are {what}; give {tmp_path}/p$"):
+            build(f"{tmp_path}/p_{key}_document")
+
+
+def test_a_couple_that_is_being_written_is_left_alone(tmp_path):
+    with (
+        PairWriter(couple.pair(tmp_path / "p", couple.KEYS[1]), np.dtype(np.int32)),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        CoupleWriter(tmp_path / "p")
+    assert not list(tmp_path.iterdir())

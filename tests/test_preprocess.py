@@ -140,9 +140,19 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
     job = Job(str(tokenizer), "GeneralPretrainHandler")
     preprocess([parquet_of(tmp_path / "a.parquet", ["old"])], str(tmp_path / "p"), job)
     before = made(tmp_path / "p_text_document")
-    with pytest.raises(UserError, match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; nothing was written"):
+    with pytest.raises(
+        UserError, match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; nothing was written"
+    ):
         preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
     assert made(tmp_path / "p_text_document") == before
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"^no rows in .*empty\.jsonl$"):
+        preprocess([tmp_path / "empty.jsonl"], str(tmp_path / "p"), job)
+    (tmp_path / "header.csv").write_text("text\n")
+    with pytest.raises(UserError, match=r"^no rows in .*empty\.jsonl and 1 more$"):
+        preprocess([tmp_path / "empty.jsonl", tmp_path / "header.csv"], str(tmp_path / "p"), job)
+    with pytest.raises(UserError, match=r"--strict: .*b\.parquet, row 1: empty; nothing was written"):
+        preprocess([tmp_path / "b.parquet"], str(tmp_path / "p"), job, strict=True)
     (tmp_path / "c.json").write_text('[{"text": "good"}, {"te')
     with pytest.raises(UserError, match="damaged"):
         preprocess([tmp_path / "c.json"], str(tmp_path / "p"), job, workers=2)

@@ -283,6 +283,9 @@ def test_the_command_and_what_it_says(tmp_path):
     assert "30 documents" in done.stdout
     bare = subprocess.run(command, capture_output=True, text=True)
     assert "note: answers have no end in the published prompt, so models learn none: add --append-eod" in bare.stdout
+    keys = subprocess.run([*command, "--json-keys", "foo"], capture_output=True, text=True)
+    assert keys.returncode == 2
+    assert "error: --json-keys means nothing to GeneralInstructionHandler, only to GeneralPretrainHandler" in keys.stderr
     short = subprocess.run([*command, "--seq-length", "1"], capture_output=True, text=True)
     assert short.returncode == 2
     assert "nothing to learn in a document of one token" in short.stderr

@@ -129,6 +129,8 @@ def test_the_flags_of_conversations(chats, chat_tokenizer):
         row(chat_template="v9")
     with pytest.raises(UserError, match="--system means nothing to GeneralPretrainHandler"):
         row(handler_name=None, system="Be brief.")
+    with pytest.raises(UserError, match="--json-keys means nothing to AlpacaStyleInstructionHandler; leave it out"):
+        row(json_keys=("output",))
 
 
 @pytest.mark.parametrize("packing", [None, "none"])
@@ -318,7 +320,7 @@ def test_splits_must_be_named(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"holds several splits, train, validation: name the files of one, such as"):
         opened(str(tmp_path / "hub"), tokenizer)
     assert opened(str(tmp_path / "hub" / "data" / "train-*"), tokenizer, data_cache_path=str(tmp_path / "c")).sample(0)
-    with pytest.raises(UserError, match="gives test none of 100 rows"):
+    with pytest.raises(UserError, match="gives test 0 of 100 rows"):
         opened(str(tmp_path / "saved"), tokenizer, name="test", split="1,0,0")
 
 

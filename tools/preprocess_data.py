@@ -76,8 +76,10 @@ IDLE = {
 def main() -> None:
     """The command line."""
     options = flags.parse(Options, description=__doc__ or "")
-    learns_answers = options.handler_name in HANDLERS and HANDLERS[options.handler_name].learns_answers
-    for name in sorted(flags.typed(Options) & IDLE.keys() - ({"seq_length"} if learns_answers else set())):
+    typed, kind = flags.typed(Options), HANDLERS.get(options.handler_name)
+    if kind and "json_keys" in typed and "json_keys" not in kind.takes and options.json_keys != kind.keys:
+        raise errors.UserError(f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out")
+    for name in sorted(typed & IDLE.keys() - ({"seq_length"} if kind and kind.learns_answers else set())):
         print(f"--{name.replace('_', '-')} has no effect: {IDLE[name]}")
     if options.workers < 0 or options.log_interval < 1 or options.max_document_mib < 1 or not options.json_keys:
         raise errors.UserError("--workers, --log-interval, --max-document-mib and --json-keys must be positive and not empty")

@@ -1,6 +1,6 @@
 """Conversations -> token ids, by templates that are data; control tokens are put by id, text is only ever text."""
 
-from ascendspeed.chat.messages import Call, Message, WrongMessage, read_answered, read_messages
+from ascendspeed.chat.messages import Call, Message, WrongMessage, read_answered, read_messages, short
 from ascendspeed.chat.pieces import Piece, PieceEncoder
 from ascendspeed.chat.rendering import Chat
 from ascendspeed.chat.stops import generation_stops, stop_set
@@ -19,5 +19,6 @@ __all__ = [
     "generation_stops",
     "read_answered",
     "read_messages",
+    "short",
     "stop_set",
 ]

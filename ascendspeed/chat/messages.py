@@ -76,7 +76,7 @@ def read_answered(items: Any, where: str) -> list[Message]:
 
 def _messages(items: Any, where: str) -> list[Message]:
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        what = f"a conversation is a list of at least one role and content, not {_short(items)}"
+        what = f"a conversation is a list of at least one role and content, not {short(items)}"
         raise WrongMessage("no conversation", f"{where}: {what}")
     found = [_message(item, f"{where}, message {number}") for number, item in enumerate(items, 1)]
     for number, message in enumerate(found[1:], 2):
@@ -89,27 +89,27 @@ def _messages(items: Any, where: str) -> list[Message]:
 def tools_message(tools: Any, where: str) -> Message:
     """The system message that tells a model its functions: their JSON. Raises `WrongMessage`."""
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise WrongMessage("wrong tools", f"{where}: tools are a list of tables that describe functions, not {_short(tools)}")
+        raise WrongMessage("wrong tools", f"{where}: tools are a list of tables that describe functions, not {short(tools)}")
     return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise WrongMessage("no conversation", f"{where}: a message has a role and a content, and {_short(item)} has not")
+        raise WrongMessage("no conversation", f"{where}: a message has a role and a content, and {short(item)} has not")
     role, content, name = (item.get(key) for key in ("role", "content", "name"))
     if role not in ALL_ROLES:
         there = f"there are {', '.join(ALL_ROLES)}"
-        raise WrongMessage("wrong role", f"{where}: the role {_short(role)} does not exist; {there}")
+        raise WrongMessage("wrong role", f"{where}: the role {short(role)} does not exist; {there}")
     for key in item:
         if key not in KEYS:
             known = f"a message has {', '.join(sorted(KEYS))}"
-            raise WrongMessage("unknown field", f"{where}: {_short(key)} is not understood; {known}")
+            raise WrongMessage("unknown field", f"{where}: {short(key)} is not understood; {known}")
     calls = _calls(item, role, where)
     if not isinstance(content, str) and (content is not None or not calls):
-        what = "missing" if content is None else f"{_short(content)}, not a text"
+        what = "missing" if content is None else f"{short(content)}, not a text"
         raise WrongMessage("wrong content", f"{where}: the content is {what}")
     if name is not None and (not isinstance(name, str) or not name or "\n" in name):
-        raise WrongMessage("wrong content", f"{where}: {_short(name)} is no name")
+        raise WrongMessage("wrong content", f"{where}: {short(name)} is no name")
     if role in RESULTS:
         role, name = "environment", name if name in TOOLS or role == "environment" else "plugin"
     return Message(role, content or "", name, calls)
@@ -120,11 +120,11 @@ def _calls(item: Mapping[str, Any], role: str, where: str) -> tuple[Call, ...]:
     if (said or code) and role != "assistant":
         raise WrongMessage("wrong tool call", f"{where}: only the assistant calls tools, not the {role}")
     if not isinstance(said, Sequence) or isinstance(said, str):
-        raise WrongMessage("wrong tool call", f"{where}: tool_calls is a list, not {_short(said)}")
+        raise WrongMessage("wrong tool call", f"{where}: tool_calls is a list, not {short(said)}")
     calls = [Call("plugin", _function(call, where)) for call in said]
     if code is not None:
         if not isinstance(code, str):
-            raise WrongMessage("wrong tool call", f"{where}: code is {_short(code)}, not a text")
+            raise WrongMessage("wrong tool call", f"{where}: code is {short(code)}, not a text")
         calls.append(Call("interpreter", code))
     return tuple(calls)
 
@@ -133,17 +133,18 @@ def _function(call: Any, where: str) -> str:
     """JSON of name and parameters, from {"name", "parameters"} or from {"type": "function", "function": {"name", "arguments"}}."""
     table = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise WrongMessage("wrong tool call", f"{where}: a tool call has a name and parameters, and {_short(call)} has not")
+        raise WrongMessage("wrong tool call", f"{where}: a tool call has a name and parameters, and {short(call)} has not")
     parameters = table.get("parameters", table.get("arguments", {}))
     if isinstance(parameters, str):  # as some programs keep them
         try:
             parameters = json.loads(parameters)
         except ValueError:
-            what = f"the arguments of {table['name']} are not JSON: {_short(parameters)}"
+            what = f"the arguments of {table['name']} are not JSON: {short(parameters)}"
             raise WrongMessage("wrong tool call", f"{where}: {what}") from None
     return json.dumps({"name": table["name"], "parameters": parameters}, ensure_ascii=False)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as it is said in messages: its beginning, if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -20,6 +20,7 @@ from ascendspeed.data.indexed import PairWriter, check_pair, file, read_facts
 from ascendspeed.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")
+OTHERS = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}
 IGNORED = -100
 DTYPE = np.dtype(np.int32)
 CHUNK = 1 << 20
@@ -34,8 +35,12 @@ def pair(prefix: str | Path, key: str) -> str:
 def find(prefix: str) -> tuple[str, str] | None:
     """(ids, labels) of the couple that `--data-path` means; None when it means something else.
 
-    It may be named by `P`, as given to preprocessing, by `P_packed`, or by its ids.
+    It may be named by `P`, as given to preprocessing, by `P_packed`, or by its ids. Raises `UserError` for the name of another pair
+    of the couple, which is none to train on.
     """
+    for key, what in OTHERS.items():
+        if prefix.endswith(f"_{key}_document"):
+            raise UserError(f"{prefix}: these are {what}; give {prefix.removesuffix(f'_{key}_document')}")
     for name in (prefix, prefix.removesuffix("_packed"), prefix.removesuffix(f"_{KEYS[0]}_document")):
         ids, labels = (pair(name, key) for key in KEYS)
         if file(ids, "idx").is_file() and (name != prefix or not file(prefix, "idx").is_file()):
@@ -99,8 +104,9 @@ class CoupleWriter:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = f"{prefix}_packed"
         self.learnt = 0
-        self._stack = ExitStack()
-        self._ids, self._labels = (self._stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS)
+        with ExitStack() as stack:
+            self._ids, self._labels = (stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS)
+            self._stack = stack.pop_all()  # both, or none
         self._digests = [hashlib.sha256() for _ in range(3)]  # one each, so that they do not depend on how documents come
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, learnt: np.ndarray) -> None:

@@ -37,8 +37,9 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
     """The handler of `--handler-name`. Raises `UserError`: listing what there is, or for a setting that means nothing to it."""
     name = job.handler_name
     if name not in HANDLERS:
-        near = difflib.get_close_matches(name, HANDLERS, 1, 0.3)
-        hint = f"did you mean {near[0]}? " if near else ""
+        within = [other for other in HANDLERS if name and name.casefold() in other.casefold()]
+        near = within or difflib.get_close_matches(name, HANDLERS, 1, 0.3)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown handler {name!r}; {hint}There are: {', '.join(HANDLERS)}")
     kind = HANDLERS[name]
     for setting in SETTINGS:

@@ -9,9 +9,11 @@ A third file, P.meta (JSON, but not called so: it may lie in a folder of input),
 checks the vocabulary by it.
 """
 
+import contextlib
 import fcntl
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes of one id for every integer type code that Megatron knows."""
+LISTED = 10
+"""Prefixes that are said."""
 UINT16_BELOW = 65500
 """Megatron's bound, not 65,536: the same vocabulary gives the same files."""
 
@@ -54,8 +58,7 @@ def check_pair(prefix: str | Path) -> int:
     index, tokens = file(prefix, "idx"), file(prefix, "bin")
     for path in (index, tokens):
         if not path.is_file():
-            others = sorted(str(p)[: -len(".idx")] for p in path.parent.glob("*.idx"))
-            raise UserError(f"{prefix}: there is no {path}; prefixes here: {', '.join(others) or 'none'}")
+            raise UserError(f"{prefix}: there is no {path}; prefixes here: {_prefixes(path.parent)}")
     with index.open("rb") as stream:
         head = stream.read(HEADER.size)
         magic, version, code, sequences, bounds = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
@@ -78,6 +81,14 @@ def check_pair(prefix: str | Path) -> int:
     return end // SIZES[code]
 
 
+def _prefixes(folder: Path) -> str:
+    """What could be named in a folder; a couple of pairs by its short name."""
+    names = [str(p).removesuffix(".idx") for p in folder.glob("*.idx")]
+    found = sorted({re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names})
+    more = f" and {len(found) - LISTED:,} more" if len(found) > LISTED else ""
+    return f"{', '.join(found[:LISTED]) or 'none'}{more}"
+
+
 class PairWriter:
     """Writes one pair: `add` in order, then `commit`. As a context manager; left without a commit it leaves nothing behind."""
 
@@ -86,6 +97,7 @@ class PairWriter:
         self.documents = self.tokens = 0
         self._lengths: list[np.ndarray] = []
         file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
+        self._committed = False
         self._bin = self._claim()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
@@ -116,27 +128,32 @@ class PairWriter:
             self._temporary(suffix).replace(file(self.prefix, suffix))
         self._sync_folder()
         self._temporary("idx").replace(file(self.prefix, "idx"))
+        self._committed = True
         self._sync_folder()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for suffix in ("bin", "idx", "meta"):
+        for suffix in () if self._committed else ("bin", "idx", "meta"):  # after that these names may be another writer's
             self._temporary(suffix).unlink(missing_ok=True)
         self._bin.close()
 
     def _claim(self) -> BinaryIO:
         """The new .bin, locked for as long as it is open; what a killed run left is written over."""
         path = self._temporary("bin")
-        claimed = path.open("ab")
-        try:
-            fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            claimed.close()
-            raise UserError(f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix") from error
-        claimed.truncate(0)
-        return claimed
+        while True:
+            claimed = path.open("ab")
+            try:
+                fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                claimed.close()
+                raise UserError(f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix") from error
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(claimed.fileno()), path.stat()):
+                    claimed.truncate(0)
+                    return claimed
+            claimed.close()  # whoever had it has put it in place in between: it is no temporary file any more
 
     def _temporary(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}.tmp")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ascendspeed.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered
+from ascendspeed.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered, short
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handler import Handler, Job
 from ascendspeed.data.shard import MISSPELT, Bad, Batch
@@ -139,7 +139,7 @@ class ChatHandler(InstructionHandler):
         if first.role != "system" or first.name is not None:  # one with a name describes tools
             messages[:0] = [Message("system", system)] if (system := column or self._system) else []
         elif column and column.strip() != first.content.strip():
-            what = f"the column is {_short(column)}, the conversation begins with {_short(first.content)}"
+            what = f"the column is {short(column)}, the conversation begins with {short(first.content)}"
             raise WrongMessage("two system messages", f"'system': {what}")
         return self.chat.pieces(messages, WHERE, _tools(row.get("tools")), self._last_only)
 
@@ -197,7 +197,7 @@ class SharegptStyleInstructionHandler(ChatHandler):
         held = [row[name] for name in self.LISTS if row[name] is not None]
         items = next((one for one in held if one), held[0] if held else None)
         if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-            raise WrongMessage("no conversation", f"{' or '.join(self.LISTS)} is {_short(items)}, not a list of messages")
+            raise WrongMessage("no conversation", f"{' or '.join(self.LISTS)} is {short(items)}, not a list of messages")
         return [self._message(item) for item in items]
 
     def _message(self, item: Any) -> Any:
@@ -220,7 +220,7 @@ def _text(row: Row, name: str) -> str:
     if value is None:
         raise WrongMessage(f"no {name!r}", f"{name!r} is missing or null")
     if not isinstance(value, str):
-        raise WrongMessage("not text", f"{name!r} is {_short(value)}, not a text")
+        raise WrongMessage("not text", f"{name!r} is {short(value)}, not a text")
     if not value.strip():
         raise WrongMessage("empty answer" if name == "output" else "empty question", f"{name!r} says nothing")
     return value
@@ -229,14 +229,14 @@ def _text(row: Row, name: str) -> str:
 def _optional(row: Row, name: str) -> str | None:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise WrongMessage("not text", f"{name!r} is {_short(value)}, not a text")
+        raise WrongMessage("not text", f"{name!r} is {short(value)}, not a text")
     return value
 
 
 def _history(value: Any) -> list[Sequence[str]]:
     turns = [] if value is None else value
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise WrongMessage("wrong history", f"'history' is {_short(value)}, not a list of questions and answers")
+        raise WrongMessage("wrong history", f"'history' is {short(value)}, not a list of questions and answers")
     return turns
 
 
@@ -249,12 +249,7 @@ def _json(text: Any, kind: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):
-        raise WrongMessage(kind, f"{_short(text)} is not JSON") from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        raise WrongMessage(kind, f"{short(text)} is not JSON") from None
 
 
 def _family(folder: Path) -> str | None:

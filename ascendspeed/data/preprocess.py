@@ -139,22 +139,7 @@ def preprocess(
     for note in (*encoder.handler.notes, *_unread(encoder.handler, present)):
         say(f"note: {note}")
     try:
-        with ExitStack() as stack:
-            writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}
-            outputs = {key: Output(writer, strict, job.seq_length) for key, writer in writers.items()}
-            meter = stack.enter_context(Meter(log_interval))
-            for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
-                for key, result in results.items():
-                    outputs[key].add(result)
-                meter.update(sum(len(r.lengths) for r in results.values()), sum(r.bytes for r in results.values()), done)
-                _check_disk(prefix, sum(output.writer.bytes_written for output in outputs.values()), done)
-            for key, output in outputs.items():
-                if not output.writer.documents:
-                    why = "; ".join([output.said(), *output.faults.lines()[: int(encoder.masked)]])
-                    raise UserError(f"no document under {key!r} in {len(files)} files: {why}; nothing was written")
-            facts = {key: output.facts() | encoder.facts() for key, output in outputs.items()}
-            for key, output in outputs.items():
-                output.writer.commit(facts[key])
+        outputs, facts, meter = _written(encoder, files, prefix, workers, log_interval, strict)
     except OSError as error:  # a full disk, a folder that may not be written
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
     for output in outputs.values():
@@ -162,6 +147,36 @@ def preprocess(
             say(line)
     say(f"{meter.rates()} in {meter.seconds:.1f} s, {workers} processes")
     return facts
+
+
+def _written(
+    encoder: Encoder, files: Sequence[Path], prefix: str, workers: int, log_interval: int, strict: bool
+) -> tuple[dict[str, Output], dict[str, dict[str, Any]], Meter]:
+    """(what was made, what the .meta files say of it, how long it took), all committed."""
+    with ExitStack() as stack:
+        writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}
+        outputs = {key: Output(writer, strict, encoder.job.seq_length) for key, writer in writers.items()}
+        meter = stack.enter_context(Meter(log_interval))
+        for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
+            for key, result in results.items():
+                outputs[key].add(result)
+            meter.update(sum(len(r.lengths) for r in results.values()), sum(r.bytes for r in results.values()), done)
+            _check_disk(prefix, sum(output.writer.bytes_written for output in outputs.values()), done)
+        for key, output in outputs.items():
+            _check_output(key, output, files)
+        facts = {key: output.facts() | encoder.facts() for key, output in outputs.items()}
+        for key, output in outputs.items():
+            output.writer.commit(facts[key])
+    return outputs, facts, meter
+
+
+def _check_output(key: str, output: Output, files: Sequence[Path]) -> None:
+    """Raises `UserError` when there is nothing to write."""
+    if not output.rows:
+        raise UserError(f"no rows in {files[0]}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''}")
+    if not output.writer.documents:
+        why = "; ".join([output.said(), *output.faults.lines()[:1]])
+        raise UserError(f"no document under {key!r} in {len(files)} files: {why}; nothing was written")
 
 
 def _unread(made_by: Handler, files: Mapping[Path, Sequence[str]]) -> Iterator[str]:

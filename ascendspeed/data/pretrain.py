@@ -36,6 +36,8 @@ class TextHandler(Handler):
 class GeneralPretrainHandler(TextHandler):
     """Plain text in the columns of `--json-keys`; each key makes a data set of its own."""
 
+    takes = ("json_keys",)
+
     def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
         self.keys = self.required = tuple(dict.fromkeys(job.json_keys))

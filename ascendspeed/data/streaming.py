@@ -93,6 +93,8 @@ class Streamed:
             raise UserError(f"{path} is text: give --tokenizer-name-or-path, or make .bin/.idx of it by tools/preprocess_data.py")
         name = data.handler_name or "GeneralPretrainHandler"
         ends = name not in HANDLERS or "chat_template" not in HANDLERS[name].takes  # in a chat format answers end by themselves
+        if data.json_keys != DataConfig.json_keys and name in HANDLERS and "json_keys" not in HANDLERS[name].takes:
+            raise UserError(f"--json-keys means nothing to {name}; leave it out")
         given = {setting: getattr(data, setting) for setting in SETTINGS}
         job = Job(data.tokenizer_name_or_path, name, data.json_keys, append_eod=ends, seq_length=data.seq_length, **given)
         self.maker = Maker(job)

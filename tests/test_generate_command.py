@@ -688,7 +688,8 @@ def test_fronts(shell):
     )
     assert said.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
     _, said = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
-    assert said.startswith("deepspeed --no_local_rank --master_port 29500 --quiet --num_accelerators 8 tasks/inference/generate.py")
+    assert said.startswith("deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 ")
+    assert "8 tasks/inference/generate.py" in said
     assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in said
     assert "--bf16" not in said
     assert "--tokenizer-name-or-path" not in said

@@ -1,9 +1,11 @@
 """What the shell launcher starts, seen through stand-ins for `deepspeed` and `torchrun` that print their words."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import launch
 import pytest
@@ -150,3 +152,92 @@ def test_restarts(recipe, codes, restarts, code, starts, hides):
     assert len(lines) == starts
     assert [line.endswith(" --auto-resume") for line in lines] == [False] + [True] * (starts - 1)
     assert all(line.count("--auto-resume") <= 1 for line in lines)
+
+
+# -- before there are ranks ---------------------------------------------------------------------------------------------------
+
+SLOW = """#!/usr/bin/env bash
+# Like DeepSpeed's: a runner that imports, then a launcher that imports, then the ranks; none of them passes a signal on.
+echo runner >> "$SAID"
+sleep "$FIRST"
+bash -c '
+    echo launcher >> "$SAID"
+    sleep "$SECOND"
+    RANK=0 bash -c "trap \\"\\" HUP; echo rank >> \\"\\$SAID\\"; exec sleep 600" &
+    wait
+' &
+wait
+"""
+GENERATION = "examples/intern/generate_internlm_7b_deepspeed.sh"
+
+
+def alive(said) -> list[str]:
+    """Processes that have this file in their environment."""
+    mark, found = f"SAID={said}".encode(), []
+    for place in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if mark in place.read_bytes().split(b"\0"):
+                found.append(place.parent.name)
+    return found
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """Starts a script over a `deepspeed` that takes its time; waits until a word stands in `said`."""
+    (tmp_path / "deepspeed").write_text(SLOW)
+    (tmp_path / "deepspeed").chmod(0o755)
+    said = tmp_path / "said"
+
+    def go(script: str, until: str, **env: str) -> subprocess.Popen:
+        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(said), "NPROC": "2", "FIRST": "0", "SECOND": "0"}
+        process = subprocess.Popen(
+            ["bash", script],
+            env=launch.environment() | own | env,
+            cwd=launch.ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        while not said.exists() or until not in said.read_text():
+            time.sleep(0.02)
+        return process
+
+    go.said = said
+    yield go
+    for pid in alive(said):
+        os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("script", [RECIPE, GENERATION])
+@pytest.mark.parametrize(("until", "env"), [("runner", {"FIRST": "1"}), ("launcher", {"SECOND": "1"})])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_there_are_ranks_ends_all(slow, script, until, env, number):
+    process = slow(script, until, **env)
+    assert alive(slow.said)  # control: it is seen
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    interrupted = script == GENERATION and number == signal.SIGINT
+    assert (process.returncode, said.count("interrupted")) == ((130, 1) if interrupted else (143, 0))
+    time.sleep(1.2)  # in which ranks would have come
+    assert alive(slow.said) == []
+    assert "rank" not in slow.said.read_text()
+
+
+def test_ctrl_c_of_answers_that_nobody_can_cut_short(slow):
+    """A rank that does not listen to it ends; so does all, as interrupted."""
+    process = slow(GENERATION, "rank")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "interrupted\n")
+    assert alive(slow.said) == []
+
+
+def test_a_killed_shell_leaves_no_answers_behind(slow):
+    """The job has a session of its own, which a SIGKILL of the shell's group does not reach."""
+    process = slow(GENERATION, "rank")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    end = time.monotonic() + 30
+    while alive(slow.said):
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -26,7 +26,7 @@ launch() {  # launch SCRIPT FLAGS...
         starter=(torchrun --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$NPROC"
             --master-addr "$MASTER_ADDR" --master-port "$MASTER_PORT" --)
     else
-        starter=(deepspeed --no_local_rank --master_port "$MASTER_PORT" ${QUIET:+--quiet}
+        starter=(deepspeed --no_local_rank --master_port "$MASTER_PORT" ${QUIET:+--log_level critical}
             ${HOSTFILE:+--hostfile "$HOSTFILE"} ${NNODES:+--num_nodes "$NNODES"} ${NPROC:+--num_accelerators "$NPROC"})
     fi
     again "${starter[@]}" "$@"
@@ -38,26 +38,30 @@ launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the ans
 }
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
-    local left=${RESTARTS:-0} code asked= apart=
+    local left=${RESTARTS:-0} code asked= early= interrupted= apart= guard=
     EXIT_CODE_FILE=$(mktemp)                    # where a rank leaves its code: torchrun makes every one of them 1
     export EXIT_CODE_FILE
     trap 'asked=yes; pass_on TERM' TERM INT
     trap 'asked=yes; pass_on USR1' USR1
     if [ -n "${QUIET:-}" ]; then                # Ctrl-C may end an answer only: it is for the ranks, and would end a launcher
-        apart=setsid left=0
+        apart=setsid left=0                     # Ctrl-Z, though, stops this shell alone
         trap 'pass_on INT' INT
-        trap 'pass_on TERM' HUP
+        trap 'asked=yes; pass_on TERM' TERM HUP
+        guard=$(guard)
     fi
     while :; do
         : > "$EXIT_CODE_FILE"
         $apart "$@" <&0 &  # which would else have no stdin
         child=$!
+        [ -z "$early" ] || kill -s TERM "$child" || true  # asked for between two commands of this shell
         code=0
         wait "$child" || code=$?
         while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done  # a signal ends `wait`, not the child
         if [ "$code" = 1 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
+        [ -z "$early" ] || end_all "$EXIT_CODE_FILE"
+        if [ -n "$interrupted" ]; then echo interrupted >&2; code=130; fi
         case "$code$asked" in 0 | 2 | 75 | *yes) left=0 ;; esac
-        [ "$left" -gt 0 ] || { rm -f "$EXIT_CODE_FILE"; exit "$code"; }
+        [ "$left" -gt 0 ] || { rm -f "$EXIT_CODE_FILE"; kill -- ${guard:+"-$guard"} 2>/dev/null || true; exit "$code"; }
         echo "ended with code $code; starts again ($left left)" >&2
         left=$((left - 1))
         case " $* " in *" --auto-resume "*) ;; *) set -- "$@" --auto-resume ;; esac
@@ -71,13 +75,36 @@ pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher wo
         asked=                                  # nothing was stopped: RESTARTS goes on
         return
     fi
-    orders_for "$child" "$1"
+    orders_for "${!:-}" "$1"                    # not $child, which is set a moment after the start
     # shellcheck disable=SC2086  # an order is two words
     for order in "${orders[@]}"; do kill -s $order || true; done
-    [ "${#orders[@]}" -gt 0 ] || kill -s "${1/INT/TERM}" "$child" || true  # still starting, or the ranks are on other nodes
+    if [ "$1" = INT ]; then case " ${orders[*]} " in *" INT "*) ;; *) interrupted=yes ;; esac; fi
+    if [ "${#orders[@]}" = 0 ]; then            # still starting, or the ranks are on other nodes
+        early=yes
+        kill -s TERM "${!:-}" 2>/dev/null || true
+    fi
+}
+
+end_all() {  # end_all FILE: ends what has this EXIT_CODE_FILE in its environment, also what has lost its parent or is just starting
+    local signal=TERM left turn
+    for turn in {1..200}; do
+        mapfile -t left < <(cd /proc && EXIT_CODE_FILE='' grep -lszxF "EXIT_CODE_FILE=$1" [0-9]*/environ)
+        [ "${#left[@]}" -gt 0 ] || return 0
+        [ "$turn" -lt 100 ] || signal=KILL
+        kill -s "$signal" "${left[@]%/environ}" 2>/dev/null || true
+        sleep 0.1
+    done
+}
+
+guard() {  # what runs in a session of its own would outlive a SIGKILL of this shell; this stays beside it, and ends it then
+    # shellcheck disable=SC2016  # for the other shell to expand
+    EXIT_CODE_FILE='' setsid bash -c "$(declare -f end_all)"'; while [ -e "/proc/$0/exe" ]; do sleep 1; done; end_all "$1"' \
+        $$ "$EXIT_CODE_FILE" </dev/null >/dev/null 2>&1 &
+    echo $!
 }
 
 orders_for() {  # orders_for PID SIGNAL: a launcher gives each rank its RANK, and has none itself
+    [ -n "$1" ] || return 0
     if grep -qzs '^RANK=' "/proc/$1/environ"; then
         if [ "$2" = INT ] && ! catches_int "$1"; then set -- "$1" TERM; fi
         orders+=("$2 $1")

@@ -163,6 +163,19 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
     assert (place > 3 * 200 / streams * 0.8) == (packing == "none")
 
 
+def test_what_is_cut_away_is_said(chats, chat_tokenizer):
+    def note(length):
+        options = {"handler_name": "AlpacaStyleInstructionHandler", "seq_length": length, "split": "1,0,0"}
+        return opened(chats, chat_tokenizer, **options).notes[0]
+
+    found = re.search(
+        r"each by 128 of them; of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;", note(70)
+    )
+    assert found
+    assert 10 < int(found[1]) == int(found[2]) < 128  # one answer in each
+    assert "cut to" not in note(400)
+
+
 def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "EVERY", 4)
     walked = opened(text, tokenizer)

@@ -18,7 +18,7 @@ import numpy as np
 
 from ascendspeed.config import DataConfig
 from ascendspeed.data import tables
-from ascendspeed.data.document import Document, Fault, Made
+from ascendspeed.data.document import Document, Fault, Made, Truncation
 from ascendspeed.data.faults import Faults
 from ascendspeed.data.handler import Job
 from ascendspeed.data.handlers import HANDLERS, SETTINGS, check_columns, unread
@@ -117,11 +117,11 @@ class Streamed:
     def __len__(self) -> int:
         return len(self.table)
 
-    def documents(self, numbers: np.ndarray) -> dict[int, Document | Fault]:
-        """Row -> what it makes; nothing for a blank line."""
+    def documents(self, numbers: np.ndarray) -> tuple[dict[int, Document | Fault], Truncation]:
+        """Row -> what it makes, nothing for a blank line; and what was cut away."""
         batch = self.table.read(numbers, self.maker.handler.columns)
         made: Made = next(iter(self.maker.make(batch).values()))
-        return dict(zip(batch.places, made.documents, strict=True))
+        return dict(zip(batch.places, made.documents, strict=True)), made.truncated
 
     def source(self, chosen: range, name: str, data: DataConfig, seed: int) -> "StreamSource":
         """The samples of the rows `chosen`, those of the split `name`."""
@@ -140,7 +140,9 @@ class StreamSource:
         self._length, self._count = config.seq_length, max(1, min(STREAMS, len(chosen) // ROWS_OF_A_STREAM))
         self._fill, self._how = self._filler(config.packing)
         self._faults, self._reported = _Report(data, config.strict), 0
+        self._truncated = Truncation()
         self._tokens = self._looked_at()
+        self._cut = self._truncated
         samples = len(chosen) if self._fill is one_each else len(chosen) * self._tokens / self._length
         self.samples_per_epoch = max(1, round(samples))
         said = [1, data.said, chosen.start, chosen.stop, seed, self._length, self._count, self._how]
@@ -150,8 +152,9 @@ class StreamSource:
     @property
     def note(self) -> str:
         """One line for a person."""
-        rows = f"{len(self._chosen):,} rows in {self._count} streams, {self._tokens:.0f} tokens each by a sample of them"
-        return f"{self.prefix}: tokenized while it is trained on: {rows}; {self._how}"
+        rows = f"{len(self._chosen):,} rows in {self._count} streams, {self._tokens:.0f} tokens each by {self._looked:,} of them"
+        cut = f"; of these, {self._cut.said(self._length)}" if self._cut.documents else ""
+        return f"{self.prefix}: tokenized while it is trained on: {rows}{cut}; {self._how}"
 
     def sample(self, number: int) -> Sample:
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
@@ -190,13 +193,15 @@ class StreamSource:
         return self._chosen.start + found
 
     def _read(self, numbers: list[int]) -> dict[int, Document]:
-        found = self._data.documents(np.array(numbers))
+        found, truncated = self._data.documents(np.array(numbers))
+        self._truncated += truncated
         self._faults.add(found)
         return {number: one for number, one in found.items() if isinstance(one, Document)}
 
     def _looked_at(self) -> float:
         """Tokens of a row on average. Raises `UserError` when no row that was looked at makes a document."""
         numbers = np.unique(np.linspace(self._chosen.start, self._chosen.stop - 1, LOOKED_AT).astype(np.int64))
+        self._looked = len(numbers)
         documents = self._read(numbers.tolist())
         if not documents:
             raise UserError(f"{self.prefix}: none of {len(numbers)} rows makes a document: {self._faults.said()}")

@@ -2,11 +2,12 @@
 
     python benchmarks/preprocess.py --output benchmarks/results/preprocess.md [--megatron DIR] [--tokenizer DIR]
 
-Every arm turns the same text into ids with the same tokenizer.model and the same number of processes, each as a program of its
-own, in turns: ours (parquet -> .bin/.idx), bare (parquet -> sentencepiece, batches of 512, ids thrown away) and Megatron's
-(jsonl -> .bin/.idx). Starting a program takes seconds where it imports torch and says nothing about a large corpus, so every
-arm is also run on next to no text in every round, and rates are given with that time and without it. The text is the source
-of the installed Python library.
+Every arm turns the same text into ids with the same tokenizer.model and the same number of processes, each as a program of
+its own, in turns: ours (parquet -> .bin/.idx), ours with masks (the same text as questions and answers of half a document
+each -> ids and labels), bare (parquet -> sentencepiece, batches of 512, ids thrown away) and Megatron's (jsonl ->
+.bin/.idx). Starting a program takes seconds where it imports torch and says nothing about a large corpus, so every arm is
+also run on next to no text in every round, and rates are given with that time and without it. The text is the source of the
+installed Python library.
 DIR of --megatron is a checkout of github.com/NVIDIA/Megatron-LM whose tools/ and megatron/ belong to one version.
 """
 
@@ -84,6 +85,8 @@ def write(folder: Path, texts: Sequence[str]) -> int:
 
     folder.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet", row_group_size=1000)
+    halves = {"instruction": [text[: len(text) // 2] for text in texts], "output": [text[len(text) // 2 :] for text in texts]}
+    pyarrow.parquet.write_table(pyarrow.table(halves), folder / "answers.parquet", row_group_size=1000)
     with (folder / "a.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     return sum(len(text.encode()) for text in texts)
@@ -114,9 +117,13 @@ def bare(path: str, model: str, workers: int) -> None:
 def commands(folder: Path, tokenizer: Path, workers: int, megatron: Path | None) -> dict[str, list[str]]:
     """Arm -> its program."""
     model, me = str(tokenizer / "tokenizer.model"), [sys.executable, __file__]
-    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--input", str(folder / "a.parquet")]
-    ours += ["--tokenizer-name-or-path", str(tokenizer), "--output-prefix", str(folder / "ours"), "--append-eod"]
-    found = {"bare": [*me, "bare", str(folder / "a.parquet"), model, str(workers)], "ours": [*ours, "--workers", str(workers)]}
+    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer-name-or-path", str(tokenizer)]
+    ours += ["--output-prefix", str(folder / "ours"), "--append-eod", "--workers", str(workers)]
+    found = {
+        "bare": [*me, "bare", str(folder / "a.parquet"), model, str(workers)],
+        "ours": [*ours, "--input", str(folder / "a.parquet")],
+        "ours, with masks": [*ours, "--input", str(folder / "answers.parquet"), "--handler-name", "GeneralInstructionHandler"],
+    }
     if megatron:
         theirs = [
             sys.executable,

@@ -38,7 +38,7 @@ launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the ans
 }
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
-    local left=${RESTARTS:-0} code asked= early= interrupted= apart= guard=
+    local left=${RESTARTS:-0} code own asked= early= interrupted= apart= guard=
     EXIT_CODE_FILE=$(mktemp)                    # where a rank leaves its code: torchrun makes every one of them 1
     export EXIT_CODE_FILE
     trap 'asked=yes; pass_on TERM' TERM INT
@@ -57,6 +57,8 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
         code=0
         wait "$child" || code=$?
         while kill -0 "$child" 2>/dev/null; do code=0; wait "$child" || code=$?; done  # a signal ends `wait`, not the child
+        own=0; wait "$child" 2>/dev/null || own=$?  # of a child that a signal ended in the meantime; 127: it is known already
+        [ "$own" = 127 ] || code=$own
         if [ "$code" = 1 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
         [ -z "$early" ] || end_all "$EXIT_CODE_FILE"
         if [ -n "$interrupted" ]; then echo interrupted >&2; code=130; fi

@@ -703,7 +703,12 @@ def test_fronts(shell):
     code, said = shell("tasks/inference/run_pa.sh")
     assert code == 2
     assert said.startswith("error: usage: ")
-    assert shell("tasks/evaluation/eval_internlm.sh")[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
+    evaluation = "tasks/evaluation/eval_internlm.sh"
+    assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
+    assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
+    assert "--hostfile hosts tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE="hosts")[1]
+    assert "--num_nodes 2 --num_accelerators 8 tasks" in shell(evaluation, TP="16", HOSTFILE="hosts", NNODES="2", NPROC="8")[1]
+    assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
 
 
 def test_front_of_the_table(shell):

@@ -19,7 +19,7 @@ OUTPUT=${OUTPUT:-./evaluation}                          # results; an evaluation
 DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
 TP=${TP:-1}                                             # tensor-parallel size
 PP=${PP:-1}                                             # pipeline stages
-NPROC=${NPROC:-$((TP * PP))}                            # processes: TP x PP
+[ -n "${HOSTFILE:-}${NNODES:-}" ] || export NPROC=${NPROC:-$((TP * PP))}    # processes on this node
 BATCH=${BATCH:-16}                                      # rows side by side; changes no result
 
 dtype=$(dtype_flag "$DTYPE")

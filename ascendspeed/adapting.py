@@ -1,6 +1,6 @@
 """Where a run of adapters begins: the weights that they belong to, and the adapters."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -8,20 +8,19 @@ from pathlib import Path
 from torch import Tensor
 
 from ascendspeed import adapters
-from ascendspeed.checkpoint import Checkpoint
+from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.config import LoraConfig, Run
 from ascendspeed.errors import UserError
 from ascendspeed.formats import Source, peft, training
 from ascendspeed.formats.adapter import initial, tensors_of
 
 Tensors = Iterable[tuple[str, Tensor]]
-Say = Callable[[str], None]
 SAME = ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
-def begin(run: Run, base: Source, say: Say) -> tuple[Tensors, LoraConfig]:
+def begin(run: Run, base: Source, readers: Readers) -> tuple[Tensors, LoraConfig]:
     """Weights and fresh adapters, or those of --lora-load; what the run's checkpoints say of them."""
-    lora = run.lora
+    lora, say = run.lora, readers.say
     if lora.lora_base:
         raise UserError(f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights")
     lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
@@ -29,7 +28,7 @@ def begin(run: Run, base: Source, say: Say) -> tuple[Tensors, LoraConfig]:
     say(f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained")
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
-    found = peft.open_adapter(lora.lora_load)
+    found = peft.open_adapter(lora.lora_load, readers)
     if found.fingerprint not in (None, lora.lora_base_fingerprint):
         raise UserError(f"--lora-load {lora.lora_load} holds adapters of other weights than --load: of {found.base}")
     say(f"adapters from {lora.lora_load}")
@@ -55,11 +54,12 @@ def check_kind(run: Run, found: Checkpoint) -> None:
         raise UserError(f"{found.path} holds adapters of {flags}; {', '.join(differ)} cannot change")
 
 
-def go_on(run: Run, found: Checkpoint, say: Say) -> tuple[Tensors, LoraConfig]:
+def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:
     """The weights that a checkpoint's adapters belong to, and what the run's checkpoints say of them."""
+    say = readers.say
     if run.lora.lora_load:
         say(f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}")
-    base = training.base_of(found, run.lora.lora_base)
+    base = training.base_of(found, run.lora.lora_base, readers)
     say(f"weights beneath the adapters from {base.where} ({base.kind})")
     where = str(Path(base.where).resolve())
     return base.tensors(), replace(run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint)

@@ -12,7 +12,7 @@ from tempfile import NamedTemporaryFile
 from torch import Tensor
 
 from ascendspeed import adapting, checkpoint, formats, plan, schedule, tokenizer
-from ascendspeed.checkpoint import Checkpoint, TrainState
+from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
 from ascendspeed.config import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
@@ -124,13 +124,13 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
             )
         if not same:
             raise UserError(f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder")
+    readers = Readers.of(grid, say)
     if load and checkpoint.looks_like_checkpoint(load):
-        found = checkpoint.open_checkpoint(load, grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))), say)
-        return _from_checkpoint(run, found, grid, say)
+        return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (same and _is_empty(Path(load))):
         source = formats.open_source(load)
         say(f"weights from {load} ({source.kind})")
-        return _from_weights(run, source, say)
+        return _from_weights(run, source, readers)
     if run.lora.lora_rank:
         raise UserError(f"--lora-rank {run.lora.lora_rank}: adapters belong to weights; name these by --load")
     why = f"--load {load} is empty: a fresh start from" if load else "no --load:"
@@ -196,14 +196,15 @@ def _is_empty(folder: Path) -> bool:
     )
 
 
-def _from_weights(run: Run, source: Source, say: Say) -> Start:
+def _from_weights(run: Run, source: Source, readers: Readers) -> Start:
     if not run.lora.lora_rank:
         return Start(source.tensors())
-    tensors, lora = adapting.begin(run, source, say)
+    tensors, lora = adapting.begin(run, source, readers)
     return Start(tensors, lora=lora)
 
 
-def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start:
+def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) -> Start:
+    say = readers.say
     theirs = dataclasses.replace(found.config, init_method_std=run.model.init_method_std)
     if theirs != run.model:
         raise UserError(f"{found.path} holds another model than this run: {theirs}, not {run.model}")
@@ -212,8 +213,8 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, say: Say) -> Start
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         either = adapted or found.run.lora.lora_rank
-        return _from_weights(run, training.source_of(found), say) if either else Start(found.tensors())
-    tensors, lora = adapting.go_on(run, found, say) if adapted else (None, None)
+        return _from_weights(run, training.source_of(found, readers), readers) if either else Start(found.tensors())
+    tensors, lora = adapting.go_on(run, found, readers) if adapted else (None, None)
     if run.train.finetune:
         say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
         return Start(chain(tensors, found.tensors()), lora=lora)

@@ -9,7 +9,7 @@
 An engine is a reader and writer of `Fragment`s. Loading under another layout or engine is the ordinary load.
 """
 
-from ascendspeed.checkpoint.finding import find, open_checkpoint
+from ascendspeed.checkpoint.finding import Readers, find, open_checkpoint
 from ascendspeed.checkpoint.loading import Checkpoint, restore
 from ascendspeed.checkpoint.owner import Superseded, claim
 from ascendspeed.checkpoint.pieces import KINDS, Fragment, TrainState
@@ -22,6 +22,7 @@ __all__ = [
     "SLACK",
     "Checkpoint",
     "Fragment",
+    "Readers",
     "Saver",
     "Superseded",
     "TrainState",

@@ -1,13 +1,21 @@
 """Finds the newest checkpoint that is whole. All ranks call this together and get the same answer."""
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint.loading import Checkpoint
 from ascendspeed.errors import UserError
 from ascendspeed.steps import MANIFEST, STEP, latest, steps
 
+if TYPE_CHECKING:
+    from ascendspeed.parallel import Grid
+
+Say = Callable[[str], None]
 Gather = Callable[[list[str]], list[str]]
 """Takes this rank's texts, returns those of all ranks, rank after rank, the same on every rank."""
 
@@ -16,9 +24,33 @@ def _alone(mine: list[str]) -> list[str]:
     return mine
 
 
-def open_checkpoint(
-    path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Callable[[str], None] = print
-) -> Checkpoint:
+def _aloud(text: str) -> None:
+    """To stderr: stdout may be a program's answer."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True)
+class Readers:
+    """The ranks that open a checkpoint together: each file is verified by one of them. As it stands: this process, alone."""
+
+    rank: int = 0
+    world: int = 1
+    gather: Gather = _alone
+    say: Say = _aloud
+    """Called on every rank with the same texts."""
+
+    @classmethod
+    def of(cls, grid: "Grid", say: Say | None = None) -> "Readers":
+        """All ranks of a grid; None: rank 0 says it, to stderr."""
+        say = say or (_aloud if grid.rank == 0 else lambda text: None)
+        return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))), say)
+
+    def open(self, path: str | Path) -> Checkpoint:
+        """`open_checkpoint` by these ranks."""
+        return open_checkpoint(path, self.rank, self.world, self.gather, self.say)
+
+
+def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud) -> Checkpoint:
     """The checkpoint in a step's folder, or the newest good one in a folder of steps, verified.
 
     Raises `UserError` when there is none, or when the step that was asked for is damaged.
@@ -34,9 +66,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def find(
-    save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Callable[[str], None] = print
-) -> Checkpoint | None:
+def find(save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud) -> Checkpoint | None:
     """The checkpoint that `latest` names, or else the next older good one, with a warning that names what is wrong.
 
     `say` is called on every rank with the same texts: let only one print. Returns None when nothing lies there at all.
@@ -64,7 +94,7 @@ def find(
     raise UserError(f"{folder}: no checkpoint there is whole: {' | '.join(wrongs)}")
 
 
-def _order(folder: Path, newest: str | None, newest_first: list[str], say: Callable[[str], None]) -> list[str]:
+def _order(folder: Path, newest: str | None, newest_first: list[str], say: Say) -> list[str]:
     """Steps in the order in which to try them: what `latest` names, the older ones, and at last the newer ones."""
     if newest in newest_first:
         at = newest_first.index(newest)

@@ -21,6 +21,23 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
+def open_together(folder: Path, settings: Record, grid: Any) -> "Answers":
+    """Rank 0 keeps the file; all know what it holds, or why it cannot be used. Raises `UserError` on every rank alike."""
+    opened, fault = None, None
+    if grid.rank == 0:
+        try:
+            opened = Answers(folder, settings)
+        except UserError as error:
+            fault = str(error)
+    fault, known = grid.gather((fault, opened.known if opened else {}))[0]
+    if fault:
+        raise UserError(fault)
+    if opened is None:
+        opened = Answers(None, settings)
+        opened.known = known
+    return opened
+
+
 class Answers:
     """Key of a question -> what was answered. The first line of the file holds the settings of the run, every other an answer."""
 

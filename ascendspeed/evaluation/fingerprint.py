@@ -10,19 +10,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ascendspeed import weights
+from ascendspeed.checkpoint import Readers
 from ascendspeed.formats import Source
 from ascendspeed.tokenizer import FILES
 
 THREADS = 4
 
 
-def of_model(source: Source) -> str:
-    """SHA-256 of the architecture and of every tensor: equal for a Hugging Face directory and the rank files made of it."""
+def of_model(source: Source, readers: Readers | None = None) -> str:
+    """SHA-256 of the architecture and of every tensor: equal for a Hugging Face directory and the rank files made of it.
+
+    `readers`: the ranks that call this together, each reading its share of the tensors; None: this process reads all.
+    """
+    readers = readers or Readers()
     digests = []
-    tensors = source.tensors()
+    tensors = source.tensors(readers.rank, readers.world)
     with ThreadPoolExecutor(THREADS) as pool:
         while some := list(islice(tensors, THREADS)):  # a few at a time: they need not fit into memory together
             digests += pool.map(_digest, some)
+    every = {name: [name, *more] for name, *more in map(json.loads, readers.gather([json.dumps(one) for one in digests]))}
+    digests = [every[parameter.name] for parameter in weights.parameters(source.config)]
     architecture = {name: value for name, value in asdict(source.config).items() if name != "init_method_std"}
     return hashlib.sha256(json.dumps([architecture, digests], sort_keys=True).encode()).hexdigest()
 

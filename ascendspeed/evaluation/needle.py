@@ -85,9 +85,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
 
 def run(job: Job, device: Any, said: Sequence[str]) -> None:
     """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
-    from ascendspeed import formats
     from ascendspeed.evaluation import fingerprint
-    from ascendspeed.evaluation.answers import Answers
+    from ascendspeed.evaluation.answers import open_together
     from ascendspeed.evaluation.progress import progress
     from ascendspeed.inference.session import Session
 
@@ -104,11 +103,9 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
         "dtype": where.dtype,
         "haystack_sha256": hashlib.sha256("\n".join(job.hay).encode()).hexdigest(),
         "tokenizer_sha256": fingerprint.of_tokenizer(Path(session.tokenizer.path)),
-        "model_sha256": session.grid.gather(fingerprint.of_model(formats.open_source(where.load)) if speaks else None)[0],
+        "model_sha256": fingerprint.of_model(session.source, session.readers),
     }
-    # Only rank 0 has the file; the others ask what it has not.
-    answers = Answers(Path(asked.output_dir) if speaks else None, settings)
-    answers.known = session.grid.gather(answers.known)[0]
+    answers = open_together(Path(asked.output_dir), settings, session.grid)
     for note in said:
         session.say(f"note: {note}")
     left = [cell for cell in job.cells if cell.key not in answers.known]

@@ -13,7 +13,7 @@ from ascendspeed import device as devices
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.evaluation import fingerprint
-from ascendspeed.evaluation.answers import NAME, Answers
+from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.options import Job
 from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
@@ -67,7 +67,7 @@ def run(job: Job, notes: Sequence[str]) -> None:
     """Loads, asks, grades, reports. Raises `UserError`."""
     device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
 
-    from ascendspeed import formats, parallel
+    from ascendspeed import parallel
     from ascendspeed.inference.session import Session
 
     session = Session.open(job.place, device)
@@ -81,32 +81,15 @@ def run(job: Job, notes: Sequence[str]) -> None:
     if written and room <= job.new_tokens:
         raise UserError(f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question")
     model = session.model
-    sha256 = grid.gather(fingerprint.of_model(formats.open_source(job.place.where.load)) if grid.rank == 0 else None)[0]
+    sha256 = fingerprint.of_model(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, room)
     folder = Path(job.evaluation.output_dir)
-    answers = _open(folder, settings, grid)
+    answers = open_together(folder, settings, grid)
     try:
         _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, say, device)
     finally:
         answers.close()
     parallel.destroy()
-
-
-def _open(folder: Path, settings: dict[str, Any], grid: Any) -> Answers:
-    """Rank 0 keeps the file; all know what it holds, or why it cannot be used."""
-    opened, fault = None, None
-    if grid.rank == 0:
-        try:
-            opened = Answers(folder, settings)
-        except UserError as error:
-            fault = str(error)
-    fault, known = grid.gather((fault, opened.known if opened else {}))[0]
-    if fault:
-        raise UserError(fault)
-    if opened is None:
-        opened = Answers(None, settings)
-        opened.known = known
-    return opened
 
 
 def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ascendspeed.checkpoint import Readers
 from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import Asked
 from ascendspeed.formats import huggingface, internevo, megatron, mindformers, training
@@ -21,11 +22,14 @@ MODULES = {
 }
 
 
-def open_source(path: str | Path, config: str | Path | None = None, asked: Asked | None = None) -> Source:
+def open_source(
+    path: str | Path, config: str | Path | None = None, asked: Asked | None = None, readers: Readers | None = None
+) -> Source:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
 
     `config`: the folder that has its config.json and its tokenizer; None: the same one. `asked`: what an InternEvo
-    training folder may not say itself.
+    training folder may not say itself. `readers`: the ranks that call this together and share the verification of a training
+    checkpoint; None: this process does all of it.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -39,8 +43,9 @@ def open_source(path: str | Path, config: str | Path | None = None, asked: Asked
     if len(found) > 1:
         raise UserError(f"{folder} holds {' and '.join(found)}: move one of them to a folder of its own")
     if found:
-        more = {"asked": asked} if MODULES[found[0]] is internevo else {}
-        return MODULES[found[0]].open_folder(folder, home, **more)
+        more = {internevo: {"asked": asked}, training: {"readers": readers}}
+        module = MODULES[found[0]]
+        return module.open_folder(folder, home, **more.get(module, {}))
     there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
     raise UserError(
         f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ascendspeed import adapters
-from ascendspeed.checkpoint import open_checkpoint
+from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.formats import training
@@ -34,11 +34,11 @@ INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
 """Ways to begin that leave the weights beneath as they are."""
 
 
-def open_adapter(path: str | Path) -> Adapter:
-    """The adapters in a directory of peft, or in a training checkpoint. Raises `UserError`."""
+def open_adapter(path: str | Path, readers: Readers | None = None) -> Adapter:
+    """The adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
     folder = Path(path)
     if training.is_one(folder):
-        return of_checkpoint(open_checkpoint(folder))
+        return of_checkpoint((readers or Readers()).open(folder))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no adapters: neither {CONFIG} of peft nor a training checkpoint")
     return read(folder)

@@ -68,9 +68,12 @@ class Source:
             sha.update(self.block(p.name, tile).float().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(our name, full unpadded tensor) of every parameter in the model's order; a tensor may be a read-only view of a file."""
-        for parameter in weights.parameters(self.config):
+    def tensors(self, first: int = 0, step: int = 1) -> Iterator[tuple[str, Tensor]]:
+        """(our name, full unpadded tensor) of every parameter in the model's order; a tensor may be a read-only view of a file.
+
+        Of every `step`-th one, from `first` on.
+        """
+        for parameter in list(weights.parameters(self.config))[first::step]:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             yield parameter.name, self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import checkpoint, weights
-from ascendspeed.checkpoint import Checkpoint
+from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.errors import UserError
 from ascendspeed.formats.adapter import merged, of_checkpoint
 from ascendspeed.formats.source import Source, check_names, read_config
@@ -19,7 +19,7 @@ def is_one(folder: Path) -> bool:
     return checkpoint.looks_like_checkpoint(folder)
 
 
-def open_folder(folder: Path, config: Path) -> Source:
+def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> Source:
     """The newest good checkpoint in a folder, verified; tokenizer and token ids are those of the run's tokenizer folder.
 
     Of a checkpoint of adapters these are in the weights that they belong to.
@@ -28,16 +28,20 @@ def open_folder(folder: Path, config: Path) -> Source:
         raise UserError(
             f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer names a tokenizer)"
         )
-    return source_of(checkpoint.open_checkpoint(folder))
+    readers = readers or Readers()
+    return source_of(readers.open(folder), readers)
 
 
-def source_of(opened: Checkpoint) -> Source:
+def source_of(opened: Checkpoint, readers: Readers | None = None) -> Source:
     """An opened checkpoint as a source."""
-    return merged(base_of(opened), of_checkpoint(opened)) if opened.run.lora.lora_rank else _whole(opened)
+    return merged(base_of(opened, readers=readers), of_checkpoint(opened)) if opened.run.lora.lora_rank else _whole(opened)
 
 
-def base_of(opened: Checkpoint, moved_to: str | None = None) -> Source:
-    """The weights that a checkpoint's adapters belong to, which lie where they lay or were `moved_to`. Raises `UserError`."""
+def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | None = None) -> Source:
+    """The weights that a checkpoint's adapters belong to, which lie where they lay or were `moved_to`. Raises `UserError`.
+
+    `readers`: as in `formats.open_source`.
+    """
     from ascendspeed.formats import open_source
 
     lora = opened.run.lora
@@ -47,7 +51,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None) -> Source:
         raise UserError(
             f"{lost}; name their folder now: --lora-base to go on training, tools/lora/merge_lora.py --base for all else"
         )
-    source = open_source(where)
+    source = open_source(where, readers=readers)
     if source.fingerprint() != lora.lora_base_fingerprint:
         raise UserError(f"{opened.path} holds adapters of other weights than those in {where} (trained on {lora.lora_base})")
     return source

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from ascendspeed import config, families, formats
 from ascendspeed import parallel as ranks
+from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
+from ascendspeed.formats import Source
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import attention
 from ascendspeed.model import gpt as gpts
@@ -155,7 +157,7 @@ def _add(hidden: Tensor, more: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Source,
     *,
     parallel: ParallelConfig | None = None,
     dtype: str = "bf16",
@@ -165,24 +167,39 @@ def load(
 ) -> LanguageModel:
     """The model of a checkpoint of any format, over the TP x PP processes that the launcher started.
 
-    `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be. Raises `UserError` for what does not fit, before weights
-    are read.
+    `path`: its folder, or what `formats.open_source` gave. `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be.
+    Raises `UserError` for what does not fit, before weights are read.
     """
-    layout = parallel or ParallelConfig()
-    source = formats.open_source(path)
-    if model and replace(families.preset(model), init_method_std=0.0) != replace(source.config, init_method_std=0.0):
-        raise UserError(f"--model {model} is {families.preset(model)}, but {path} holds {source.config}")
-    _check_layout(source.config, layout, int(os.environ.get("WORLD_SIZE", "1")))
+    layout, joined = parallel or ParallelConfig(), dist.is_initialized()
+    _check_layout(layout, int(os.environ.get("WORLD_SIZE", "1")))
     grid = ranks.initialize(device, layout, seed=1)
+    try:
+        source = path if isinstance(path, Source) else formats.open_source(path, readers=Readers.of(grid))
+        _check_model(source, layout, model)
+    except UserError:
+        if not joined:
+            ranks.destroy()
+        raise
     settings = transformer_config(source.config, layout, TrainConfig(), dtype, kernels)
     gpt = gpts.build(source.config, layout, settings)
     gpts.fill(gpt, source.config, layout, source.tensors())
     return LanguageModel(gpt, source.config, grid, device)
 
 
-def _check_layout(model: ModelConfig, layout: ParallelConfig, world: int) -> None:
+def _check_model(source: Source, layout: ParallelConfig, model: str | None) -> None:
+    if model and replace(families.preset(model), init_method_std=0.0) != replace(source.config, init_method_std=0.0):
+        raise UserError(f"--model {model} is {families.preset(model)}, but {source.where} holds {source.config}")
+    config.check_tensor_parallel(source.config, layout.tensor_model_parallel_size)
+    config.check_pipeline_parallel(source.config, layout.pipeline_model_parallel_size)
+
+
+def _check_layout(layout: ParallelConfig, world: int) -> None:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    config.check_tensor_parallel(model, tp)
-    config.check_pipeline_parallel(model, pp)
+    generates = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    if layout.places != generates.places:
+        raise UserError(
+            "generation shares layers (TP) and the stack of them (PP) only: leave sequence_parallel, virtual stages, context and "
+            "expert parallel out"
+        )
     if world != tp * pp:
         raise UserError(f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; start as many, or change --tp or --pp")

@@ -12,9 +12,11 @@ import torch.distributed as dist
 
 from ascendspeed import formats, generate, kernels, parallel, tokenizer
 from ascendspeed.chat import Chat, stop_set
+from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig
 from ascendspeed.device import Device
 from ascendspeed.errors import UserError
+from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place
 from ascendspeed.parallel import Grid
 from ascendspeed.tokenizer import Tokenizer
@@ -31,7 +33,6 @@ class Session:
     device: Device
     grid: Grid
     tokenizer: Tokenizer
-    config: ModelConfig
     template: str | None = None
     """--chat-template."""
     told: bool = False
@@ -43,18 +44,33 @@ class Session:
         if place.where.fp16 and device.kind == "cpu":
             raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
         found = _tokenizer(place)
-        config = place.model or formats.open_source(place.where.load).config
+        grid = parallel.initialize(device, place.where.layout, 1, WEEK if patient else 30)
+        session = cls(place, device, grid, found, template)
+        config = session.config
         if found.vocab_size > config.vocab_size:
             raise UserError(
                 f"the tokenizer in {place.tokenizer} has {found.vocab_size} tokens, but the model in {place.where.load} only "
                 f"{config.vocab_size}; give the model's own with --tokenizer-name-or-path"
             )
         _check_typed(place, config)
-        grid = parallel.initialize(device, place.where.layout, 1, WEEK if patient else 30)
-        session = cls(place, device, grid, found, config, template)
         for note in _doubts(place, found, config):
             session.say(f"note: {note}")
         return session
+
+    @property
+    def readers(self) -> Readers:
+        """All ranks, to open a checkpoint together."""
+        return Readers.of(self.grid, self.say)
+
+    @cached_property
+    def source(self) -> Source:
+        """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
+        return formats.open_source(self.place.where.load, readers=self.readers)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        """The architecture; collective where the folder itself must be asked."""
+        return self.place.model or self.source.config
 
     @cached_property
     def chat(self) -> Chat:
@@ -81,7 +97,7 @@ class Session:
         fused = kernels.choose(
             self.device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
         )
-        model = generate.load(where.load, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
+        model = generate.load(self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
         self.say(f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}")
         return model
 

@@ -4,6 +4,8 @@ import csv
 import json
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from lm_eval.models.huggingface import HFLM
 from ascendspeed import tokenizer
 from ascendspeed.errors import UserError
 from ascendspeed.evaluation import figures, fingerprint, harness, report
-from ascendspeed.evaluation.answers import NAME, Answers
+from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.evaluation.running import Model, check_vocabulary
@@ -294,6 +296,42 @@ def test_answers_of_another_run_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         Answers(tmp_path / "file", {})
+
+
+class Ranks:
+    """A grid of two threads."""
+
+    def __init__(self, rank: int, meet: threading.Barrier, given: list) -> None:
+        self.rank, self.meet, self.given = rank, meet, given
+
+    def gather(self, value):
+        self.given[self.rank] = value
+        self.meet.wait()
+        every = list(self.given)
+        self.meet.wait()
+        return every
+
+
+def test_a_refused_folder_is_refused_on_every_rank(tmp_path):
+    """With one line that is the same, and none of them waits for the other; a good one is known to all."""
+    Answers(tmp_path, {"seed": 1}).close()
+
+    def opened(rank: int, settings: dict) -> Answers | str:
+        try:
+            return open_together(tmp_path, settings, Ranks(rank, meet, given))
+        except UserError as error:
+            return str(error)
+
+    for settings in ({"seed": 2}, {"seed": 1}):
+        meet, given = threading.Barrier(2, timeout=20), [None, None]
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(opened, (0, 1), (settings, settings)))
+        if settings["seed"] == 2:
+            assert found[0] == found[1]
+            assert "holds answers of seed 1, and this is 2: choose another --output-dir" in found[0]
+        else:
+            assert [one.known for one in found] == [{}, {}]
+            found[0].close()
 
 
 def test_means_by_hand(folders):

@@ -4,9 +4,13 @@ Two likeliest tokens that are equal to the last bit are decided alike, the first
 near tie, closer than the rounding of fp32: so the smallest gap along the compared texts is asserted to be far above that.
 """
 
+import functools
+import json
 import math
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import launch
@@ -128,3 +132,98 @@ def test_gate_and_up_changed_over_show(asked, reference, prompts):
         layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
     found = texts(sample(asked, prompts, Params(max_new_tokens=40)))
     assert found != [theirs(reference, prompt, max_new_tokens=40) for prompt in prompts]
+
+
+# ---------------------------------------------------------------- the checkpoint, verified
+
+
+@pytest.fixture
+def hashed(monkeypatch) -> list[str]:
+    """Names of the files of a training checkpoint, as they are hashed."""
+    from ascendspeed.checkpoint import files
+
+    names, digest = [], files.digest
+    monkeypatch.setattr(files, "digest", lambda path: names.append(path.name) or digest(path))
+    return names
+
+
+def listed(trained) -> list[str]:
+    (folder,) = (trained / "ckpt").glob("step_*")
+    return sorted(json.loads((folder / "manifest.json").read_text())["files"])
+
+
+def test_a_command_verifies_every_file_once(cpu, trained, tmp_path, monkeypatch, hashed, capsys):
+    """Needles need the architecture, the model and the hash of its weights."""
+    from ascendspeed import generate
+    from ascendspeed.evaluation import needle
+
+    flags = ["--load", str(trained / "ckpt"), "--tokenizer-name-or-path", str(trained / "tokenizer"), "--device", "cpu"]
+    flags += ["--lengths", "400", "--depths", "50", "--output-dir", str(tmp_path / "out")]
+    asked = []
+
+    def blind(model, prompts, params):
+        asked.append(model)
+        return [[generate.Completion([5], "length", 0.0)]]
+
+    monkeypatch.setattr(generate, "sample", blind)
+    needle.run(needle.resolve(flags, 1)[0], cpu, [])
+    assert isinstance(asked[0], generate.LanguageModel)
+    assert sorted(hashed) == listed(trained)
+    said = capsys.readouterr()
+    assert said.err.count("verifying ") == 1
+    assert "verifying" not in said.out
+
+
+def together(world: int, work) -> list:
+    """What `work(readers)` gives, or raises, on each of some threads that gather as ranks do."""
+    from ascendspeed.checkpoint import Readers
+
+    barrier, given = threading.Barrier(world, timeout=60), [[] for _ in range(world)]
+
+    def gather(rank: int, mine: list[str]) -> list[str]:
+        given[rank] = mine
+        barrier.wait()
+        every = [text for texts in given for text in texts]
+        barrier.wait()
+        return every
+
+    with ThreadPoolExecutor(world) as pool:
+        readers = [Readers(rank, world, functools.partial(gather, rank), lambda text: None) for rank in range(world)]
+        return [future.result() for future in [pool.submit(work, one) for one in readers]]
+
+
+def test_ranks_share_the_reading(trained, hashed, monkeypatch):
+    """Every file is hashed by one of them, every tensor's hash is made by one; the results are those of one process."""
+    from ascendspeed import formats
+    from ascendspeed.evaluation import fingerprint
+
+    alone = fingerprint.of_model(formats.open_source(trained / "ckpt"))
+    hashed.clear()
+    sources = together(2, lambda readers: formats.open_source(trained / "ckpt", readers=readers))
+    assert sorted(hashed) == listed(trained)
+    made, digest = [], fingerprint._digest
+    monkeypatch.setattr(fingerprint, "_digest", lambda named: made.append(named[0]) or digest(named))
+    assert together(2, lambda readers: fingerprint.of_model(sources[readers.rank], readers)) == [alone, alone]
+    assert sorted(made) == sorted(sources[0].names())
+
+
+def test_stdout_is_the_answers_alone(trained):
+    """From a training checkpoint and from its export: the same bytes."""
+    flags = ["--tokenizer-name-or-path", trained / "tokenizer", "--device", "cpu", "--max-new-tokens", "8", "--prompt", "It ends"]
+    done = []
+    for name in ("ckpt", "export"):
+        command = [sys.executable, "tasks/inference/generate.py", "--load", trained / name, *flags]
+        done.append(subprocess.run(list(map(str, command)), env=launch.environment(), cwd=launch.ROOT, capture_output=True))
+    assert done[0].stdout.startswith(b"== greedy 1/1: ")
+    assert done[0].stdout == done[1].stdout
+    assert [one.stderr.count(b"verifying ") for one in done] == [1, 0]
+
+
+def test_layouts_of_training_are_refused(cpu, trained):
+    from ascendspeed import generate
+    from ascendspeed.config import ParallelConfig
+    from ascendspeed.errors import UserError
+
+    for more in ({"sequence_parallel": True}, {"context_parallel_size": 2}, {"num_virtual_stages_per_pipeline_rank": 2}):
+        with pytest.raises(UserError, match="leave sequence_parallel, virtual stages, context and expert parallel out"):
+            generate.load(trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu)

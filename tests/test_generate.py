@@ -152,6 +152,40 @@ def test_four_ranks_equal_hugging_face(cpu, tmp_path):
     on_layouts(cpu, [(4, 1), (2, 2)], list(MODELS), tmp_path)
 
 
+@pytest.mark.slow
+def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
+    """Experts, tied embeddings, whose stages both hold them, and a NormHead. Control: the same weights but for one matrix."""
+    from test_family_models import MODELS as FAMILIES
+
+    cases, wanted = {}, {}
+    for name in ("mixtral", "qwen2_moe", "qwen2-tied", "baichuan"):
+        model, tensors = FAMILIES[name], tensors_of(FAMILIES[name])
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / f"{name}.safetensors")
+        asks = {"prompts": PROMPTS, "params": {k: PARAMS[k] for k in ("greedy", "beams")}, "requests": REQUESTS}
+        wanted[name] = answers(language_model(cpu, model, tensors), asks)
+        for tp, pp in ((2, 1), (1, 2)):
+            cases[f"{name} tp{tp} pp{pp}"] = {
+                "model": asdict(model),
+                "weights": str(tmp_path / f"{name}.safetensors"),
+                "tp": tp,
+                "pp": pp,
+                **asks,
+            }
+    last = "decoder.layers.0.self_attention.linear_proj.weight"
+    other = answers(language_model(cpu, model, {**tensors, last: -tensors[last]}), asks)
+    assert tokens_in(other) != tokens_in(wanted[name])
+    found = launch.ranks(2, "generate_worker.py", {"cases": cases}, tmp_path / "run", timeout=600)
+    for case, answer in found.items():
+        alone = wanted[case.split()[0]]
+        assert tokens_in(answer) == tokens_in(alone), case
+        for mine, theirs in zip(answer["logprobs"], alone["logprobs"], strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-5), case
+
+
+def tokens_in(answer: dict[str, Any]) -> list:
+    return [[[one[:2] for one in each] for each in found] for found in answer["texts"].values()]
+
+
 # ---------------------------------------------------------------- beyond the trained length
 
 

@@ -148,3 +148,27 @@ def test_what_is_too_short_or_not_to_be_found(cpu, tiny, tmp_path):
         needle.run(needle.resolve([*flags, "--lengths", "60"], 1)[0], cpu, [])
     with pytest.raises(UserError, match="say with --answer what is to be found"):
         needle.resolve([*flags, "--needle", "The best thing is a sandwich."], 1)
+
+
+@pytest.mark.slow
+def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
+    from ascendspeed.evaluation.answers import Answers
+
+    Answers(tmp_path, {"haystack": ["another"]}).close()
+    flags = ["--load", str(tiny), "--output-dir", str(tmp_path), "--lengths", "200", "--device", "cpu", "--tp", "2"]
+    here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "tasks/evaluation/needle.py", *flags],
+            env=launch.environment(**here, RANK=rank, LOCAL_RANK=rank),
+            cwd=launch.ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
+    assert [process.returncode for process in both] == [2, 2]
+    assert said[0].startswith("error: ")
+    assert "holds answers of haystack ['another'], and this is []" in said[0]
+    assert said[1] == f"[rank 1] {said[0]}"

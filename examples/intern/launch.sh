@@ -38,7 +38,7 @@ launch_quietly() {  # launch_quietly SCRIPT FLAGS...: of which stdout is the ans
 }
 
 again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless it ends well, by the user's mistake or by a signal
-    local left=${RESTARTS:-0} code own asked= early= interrupted= apart= guard=
+    local left=${RESTARTS:-0} code own asked= early= interrupted= heard= apart= guard=
     EXIT_CODE_FILE=$(mktemp)                    # where a rank leaves its code: torchrun makes every one of them 1
     export EXIT_CODE_FILE
     trap 'asked=yes; pass_on TERM' TERM INT
@@ -61,6 +61,8 @@ again() {  # again COMMAND...: starts it, and up to RESTARTS times again, unless
         [ "$own" = 127 ] || code=$own
         if [ "$code" = 1 ] && [ -s "$EXIT_CODE_FILE" ]; then code=$(cat "$EXIT_CODE_FILE"); fi
         [ -z "$early" ] || end_all "$EXIT_CODE_FILE"
+        # the first rank that leaves on Ctrl-C may take another down with it: 241 and 250 are DeepSpeed's for SIGTERM and SIGABRT
+        case "$code${heard:+ $((SECONDS - heard < 10))}" in "241 1" | "250 1") code=130 ;; esac
         if [ -n "$interrupted" ]; then echo interrupted >&2; code=130; fi
         case "$code$asked" in 0 | 2 | 75 | *yes) left=0 ;; esac
         [ "$left" -gt 0 ] || { rm -f "$EXIT_CODE_FILE"; kill -- ${guard:+"-$guard"} 2>/dev/null || true; exit "$code"; }
@@ -80,7 +82,7 @@ pass_on() {  # pass_on SIGNAL: to the ranks, which save and leave; a launcher wo
     orders_for "${!:-}" "$1"                    # not $child, which is set a moment after the start
     # shellcheck disable=SC2086  # an order is two words
     for order in "${orders[@]}"; do kill -s $order || true; done
-    if [ "$1" = INT ]; then case " ${orders[*]} " in *" INT "*) ;; *) interrupted=yes ;; esac; fi
+    if [ "$1" = INT ]; then case " ${orders[*]} " in *"INT "*) heard=$SECONDS ;; *) interrupted=yes ;; esac; fi
     if [ "${#orders[@]}" = 0 ]; then            # still starting, or the ranks are on other nodes
         early=yes
         kill -s TERM "${!:-}" 2>/dev/null || true

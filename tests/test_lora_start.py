@@ -159,6 +159,41 @@ def test_weights_are_known_in_every_format(bases):
     assert len(set(found.values())) == 1
 
 
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        (EMBEDDING, slice(0, 100)),
+        (EMBEDDING, slice(-16, -15)),
+        (HEAD, slice(15, 16)),
+        (HEAD, slice(-1, None)),
+        *((f"decoder.layers.3.{linear}.weight", rows) for linear in LINEARS for rows in (slice(0, 1), slice(-1, None), slice(1, -1))),
+        ("decoder.layers.1.input_layernorm.weight", slice(5, 6)),
+    ],
+)
+def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
+    from ascendspeed.formats import open_source
+
+    source = open_source(bases["hf"])
+
+    def changed(name: str, rows: slice) -> str:
+        def block(which, tile):
+            read = source.block(which, tile).clone()
+            touched = torch.zeros(dict(source.tensors())[name].shape[0], dtype=torch.bool)
+            touched[rows] = True
+            if which == name:
+                read[touched[tile.row : tile.row + tile.rows]] += 1
+            return read
+
+        return replace(source, block=block).fingerprint()
+
+    assert changed(name, rows) != source.fingerprint()
+    assert changed(name, slice(0, 0)) == source.fingerprint()  # control
+
+
 @pytest.fixture
 def start(cpu):
     """What `find_start` finds, and what it says."""

@@ -21,10 +21,12 @@ from ascendspeed.errors import UserError
 from ascendspeed.families import family_of
 from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
 from ascendspeed.inputs import read_table
-from ascendspeed.weights import Tile
+from ascendspeed.weights import Parameter, Tile
 
 THREADS = 4
 """That read from a source at the same time, at most."""
+EDGE, SPREAD = 16, 8
+"""Of a fingerprint: rows at each end of a vocabulary; parts of a matrix, where each begins a row is read."""
 Block = Callable[[str, Tile], Tensor]
 """(our name, rectangle of the full tensor seen as a matrix) -> the matrix there; it may be a read-only view of a file."""
 
@@ -58,14 +60,15 @@ class Source:
     def fingerprint(self) -> str:
         """SHA-256 over the architecture and some numbers of every parameter: the same for the same weights in any format.
 
-        A row of each matrix is read, as fp32: enough to know another model of the same architecture, and done at once.
+        A few rows of each matrix are read, as fp32: enough to know another model of the same architecture, weights that were
+        trained further or that adapters were merged into, and done at once.
         """
         architecture = {k: v for k, v in asdict(self.config).items() if k not in ("family", "init_method_std")}
         sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         for p in weights.parameters(self.config):
-            tile = Tile(p.shape[0] // 2, 0, 0, 0, 1, p.shape[1]) if len(p.shape) == 2 else Tile(0, 0, 0, 0, p.shape[0], 1)
             sha.update(f"{p.name} {list(p.shape)}\n".encode())
-            sha.update(self.block(p.name, tile).float().contiguous().numpy().tobytes())
+            for tile in _fingers(p):
+                sha.update(self.block(p.name, tile).float().contiguous().numpy().tobytes())
         return sha.hexdigest()
 
     def tensors(self, first: int = 0, step: int = 1) -> Iterator[tuple[str, Tensor]]:
@@ -76,6 +79,22 @@ class Source:
         for parameter in list(weights.parameters(self.config))[first::step]:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             yield parameter.name, self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
+
+
+def _fingers(parameter: Parameter) -> Iterator[Tile]:
+    """What a fingerprint reads: a whole vector; of a matrix the first and the last row, and some between at equal distances.
+
+    Of a vocabulary (embedding, head) more rows at both ends, where the tokens lie that a model is given later.
+    """
+    if len(parameter.shape) == 1:
+        yield Tile(0, 0, 0, 0, parameter.shape[0], 1)
+        return
+    rows, columns = parameter.shape
+    edge = min(rows, EDGE if parameter.row.split == "vocab" else 1)
+    yield Tile(0, 0, 0, 0, edge, columns)
+    for part in range(1, SPREAD):
+        yield Tile(rows * part // SPREAD, 0, 0, 0, 1, columns)
+    yield Tile(rows - edge, 0, 0, 0, edge, columns)
 
 
 def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -> Block:

@@ -170,7 +170,11 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
         (EMBEDDING, slice(-16, -15)),
         (HEAD, slice(15, 16)),
         (HEAD, slice(-1, None)),
-        *((f"decoder.layers.3.{linear}.weight", rows) for linear in LINEARS for rows in (slice(0, 1), slice(-1, None), slice(1, -1))),
+        *(
+            (f"decoder.layers.3.{linear}.weight", rows)
+            for linear in LINEARS
+            for rows in (slice(0, 1), slice(-1, None), slice(1, -1))
+        ),
         ("decoder.layers.1.input_layernorm.weight", slice(5, 6)),
     ],
 )

@@ -12,7 +12,7 @@ from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.config import LoraConfig, Run
 from ascendspeed.errors import UserError
 from ascendspeed.formats import Source, peft, training
-from ascendspeed.formats.adapter import initial, tensors_of
+from ascendspeed.formats.adapter import check_base, initial, tensors_of
 
 Tensors = Iterable[tuple[str, Tensor]]
 SAME = ("lora_rank", "lora_alpha", "lora_target_modules")
@@ -29,9 +29,8 @@ def begin(run: Run, base: Source, readers: Readers) -> tuple[Tensors, LoraConfig
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
     found = peft.open_adapter(lora.lora_load, readers)
-    if found.fingerprint not in (None, lora.lora_base_fingerprint):
-        raise UserError(f"--lora-load {lora.lora_load} holds adapters of other weights than --load: of {found.base}")
-    say(f"adapters from {lora.lora_load}")
+    check_base(found, f"--load {run.train.load}", lora.lora_base_fingerprint)
+    say(f"adapters from {lora.lora_load}{'' if found.fingerprint else ', which do not say whether they belong to these weights'}")
     return chain(base.tensors(), list(tensors_of(found, run.model, lora))), lora
 
 

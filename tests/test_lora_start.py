@@ -305,6 +305,21 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
         start(load=saved)
 
 
+def test_adapters_that_were_written_for_peft_know_their_weights(start, saved, bases, tmp_path):
+    from ascendspeed.formats.peft import BASE, open_adapter, write
+
+    written = tmp_path / "adapter"
+    write(open_adapter(saved), written)
+    load = {"lora_load": str(written)}
+    _, said = start(load, load=str(bases["bf16"]))
+    assert said.endswith(f"adapters from {written}")
+    with pytest.raises(UserError, match=rf"--load .*/other does not hold the weights that {written} was trained on \(.*/base\)"):
+        start(load, load=str(bases["other"]))
+    (written / BASE).unlink()  # control
+    _, said = start(load, load=str(bases["other"]))
+    assert "which do not say whether they belong to these weights" in said
+
+
 def test_what_may_change_and_what_not(start, saved, full):
     flags = "--lora-rank 4 --lora-alpha 8 --lora-target-modules q_proj v_proj down_proj"
     for changes, names in (({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha")):

@@ -109,7 +109,8 @@ def test_what_is_written_peft_reads(tmp_path):
     tokens = torch.arange(30).view(2, 15)
     logits = [peft.PeftModel.from_pretrained(reference, tmp_path / "adapter")(tokens).logits]
     reference = model_of("llama")[0]
-    directory.write(adapter, tmp_path / "again", base="somewhere")
+    directory.write(replace(adapter, fingerprint="0" * 64), tmp_path / "again", base="somewhere")
+    assert (tmp_path / "again" / directory.BASE).exists()
     again = peft.PeftModel.from_pretrained(reference, tmp_path / "again")
     assert torch.equal(again(tokens).logits, logits[0])
     config = peft.LoraConfig.from_pretrained(tmp_path / "again")
@@ -238,3 +239,34 @@ def test_damaged_and_missing_files(work):
     refused(work, "has no weights: none of adapter_model.safetensors")
     (work / "adapter" / "adapter_config.json").unlink()
     refused(work, "holds no adapters: neither adapter_config.json of peft nor a training checkpoint")
+
+
+def test_the_weights_beneath_are_known(work, capsys):
+    """Neither another model of the same architecture nor weights that have the adapters in them already."""
+    adapter, beneath = directory.open_adapter(work / "adapter"), open_source(work / "base")
+    shutil.rmtree(work / "adapter")
+    directory.write(replace(adapter, fingerprint=beneath.fingerprint()), work / "adapter")
+    assert directory.open_adapter(work / "adapter").fingerprint == beneath.fingerprint()
+    merge(work)
+    assert "could not be checked" not in capsys.readouterr().out
+    once = (work / "merged").rename(work / "once")
+    for other in (once, spoiled_base(work)):
+        shutil.rmtree(work / "base")
+        other.rename(work / "base")
+        refused(work, "base does not hold the weights that .*adapter was trained on: it is another model, or was changed since")
+    (work / "adapter" / directory.BASE).unlink()  # control
+    merge(work)
+    assert f"note: {work / 'adapter'} does not say which weights it was trained on" in capsys.readouterr().out
+
+
+def spoiled_base(work: Path) -> Path:
+    shutil.copytree(work / "base", work.parent / "other")
+    path = work.parent / "other" / "model.safetensors"
+    save_file({name: tensor * 2 for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    return path.parent
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"fingerprint": "0"}', "{"])
+def test_a_damaged_fingerprint_is_refused(text, work):
+    (work / "adapter" / directory.BASE).write_text(text)
+    refused(work, f"{directory.BASE} (cannot be read|is not a table|holds no fingerprint)")

@@ -103,8 +103,7 @@ def merged(source: Source, adapter: Adapter) -> Source:
 
     Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.
     """
-    if adapter.fingerprint not in (None, source.fingerprint()):
-        raise UserError(f"{source.where} does not hold the weights that {adapter.where} was trained on ({adapter.base})")
+    check_base(adapter, source.where, adapter.fingerprint and source.fingerprint())
     parameters = _parameters_of(adapter, source.config)
 
     def make(name: str) -> Tensor:
@@ -122,6 +121,15 @@ def merged(source: Source, adapter: Adapter) -> Source:
         return (made if name in parameters else source.block)(name, wanted)
 
     return replace(source, kind=f"{source.kind} with adapters", block=block)
+
+
+def check_base(adapter: Adapter, where: str | Path, fingerprint: str | None) -> None:
+    """Raises `UserError` for weights, whose `fingerprint` is given, that are not those which the adapters say they belong to."""
+    if adapter.fingerprint not in (None, fingerprint):
+        raise UserError(
+            f"{where} does not hold the weights that {adapter.where} was trained on"
+            f"{f' ({adapter.base})' if adapter.base else ''}: it is another model, or was changed since, as by merging; name those"
+        )
 
 
 def check_targets(adapter: Adapter, model: ModelConfig) -> None:

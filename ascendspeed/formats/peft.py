@@ -21,6 +21,8 @@ from ascendspeed.formats.source import check_names, some
 from ascendspeed.inputs import read_table
 
 CONFIG, WEIGHTS = "adapter_config.json", {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
+BASE, FINGERPRINT = "base_fingerprint.json", "fingerprint"
+"""Ours, which peft does not look at: the weights that the adapters were trained on, as `Source.fingerprint` knows them."""
 PREFIX = "base_model.model."
 UNDERSTOOD = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
@@ -60,7 +62,7 @@ def read(folder: Path) -> Adapter:
         raise UserError(f"{folder} holds what is no matrix of a LoRA adapter: {some(sorted(odd))}")
     check_names(folder, halves["A"], halves["B"], of="an A and a B of every adapter")
     pairs = {name: Pair(a, halves["B"][name], _scale(folder, settings, name, len(a))) for name, a in halves["A"].items()}
-    return Adapter(folder, pairs, settings, settings.get("base_model_name_or_path"))
+    return Adapter(folder, pairs, settings, settings.get("base_model_name_or_path"), _fingerprint(folder))
 
 
 def check_complete(adapter: Adapter, model: ModelConfig) -> None:
@@ -92,13 +94,13 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
     }
     specs = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     with staged(target, sum(nbytes(*spec) for spec in specs.values()) + (1 << 20)) as folder:
-        file = create_safetensors(
-            folder / "adapter_model.safetensors", {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-        )
+        file = create_safetensors(folder / "adapter_model.safetensors", specs)
         for name, x in tensors.items():
             file.write(name, 0, x)
             file.done(name)
         write_json(folder / CONFIG, settings)
+        if adapter.fingerprint:
+            write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint})
 
 
 def replace_with(adapter: Adapter, target: Path) -> None:
@@ -111,6 +113,17 @@ def replace_with(adapter: Adapter, target: Path) -> None:
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _fingerprint(folder: Path) -> str | None:
+    """Of the weights beneath, where somebody has written it."""
+    path = folder / BASE
+    if not path.exists():
+        return None
+    found = read_table(path).get(FINGERPRINT)
+    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
+        raise UserError(f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)")
+    return found
 
 
 def _tensors(folder: Path) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Adapters in and out: merged as peft merges, bit for bit; read and written as peft does; what is more than LoRA is refused."""
 
+import itertools
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -270,3 +273,45 @@ def spoiled_base(work: Path) -> Path:
 def test_a_damaged_fingerprint_is_refused(text, work):
     (work / "adapter" / directory.BASE).write_text(text)
     refused(work, f"{directory.BASE} (cannot be read|is not a table|holds no fingerprint)")
+
+
+def killed(before: int, *, among: dict[Any, tuple[str, ...]], work: Callable[[], None]) -> bool:
+    """Does some work in a process that ends at once before the call of this number to one of these functions: whether it did."""
+    process = os.fork()
+    if process:
+        return bool(os.waitpid(process, 0)[1])
+    calls = itertools.count(1)
+
+    def counted(function: Any) -> Any:
+        return lambda *words, **more: os._exit(9) if next(calls) == before else function(*words, **more)
+
+    try:
+        for module, names in among.items():
+            for name in names:
+                setattr(module, name, counted(getattr(module, name)))
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["over an older one", "the first one"])
+def test_a_kill_never_loses_the_adapters(older, work):
+    """Killed before every rename and clearing, and again while the next call writes: what was whole is there."""
+    target = work / "save" / "adapter"
+    first = directory.open_adapter(work / "adapter")
+    one, two = (replace(first, settings={**first.settings, "revision": note}) for note in ("", "two"))
+    steps = {os: ("rename", "unlink"), shutil: ("rmtree",)}
+    for number in itertools.count(1):
+        shutil.rmtree(target.parent, ignore_errors=True)
+        if older:
+            directory.replace_with(one, target)
+        if not killed(number, among=steps, work=lambda: directory.replace_with(two, target)):
+            break
+        there = target.exists() or target.with_name(".adapter.new").exists()
+        assert killed(1, among={directory: ("create_safetensors",)}, work=lambda: directory.replace_with(two, target))
+        assert not (older or there) or directory.open_adapter(target).pairs.keys() == one.pairs.keys(), number
+        directory.replace_with(two, target)
+        assert json.loads((target / "adapter_config.json").read_text())["revision"] == "two"
+        assert [path.name for path in target.parent.iterdir()] == ["adapter"]
+    assert number > 6  # it was killed, not spared

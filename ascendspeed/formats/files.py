@@ -135,6 +135,11 @@ def unused(target: str | Path) -> Path:
     return target
 
 
+def draft_of(target: Path) -> Path:
+    """Where `staged` writes."""
+    return target.parent / f".{target.name}.partial"
+
+
 @contextmanager
 def staged(target: Path, needed: int) -> Iterator[Path]:
     """A hidden folder beside `target` to write into; it becomes `target` when the block ends well, and goes away when not.
@@ -143,7 +148,7 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
     when another process is writing it, or when the disk has less than `needed` bytes left.
     """
     target = unused(target)
-    draft = target.parent / f".{target.name}.partial"
+    draft = draft_of(target)
     if draft.is_symlink() or (draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))):
         raise UserError(f"{draft} is in the way, and no conversion left it: move it away, or choose another target")
     try:

@@ -15,7 +15,7 @@ from ascendspeed.config import ModelConfig
 from ascendspeed.errors import UserError
 from ascendspeed.formats import training
 from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
-from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, nbytes, staged, write_json
+from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors
 from ascendspeed.formats.source import check_names, some
 from ascendspeed.inputs import read_table
@@ -104,9 +104,15 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
 
 
 def replace_with(adapter: Adapter, target: Path) -> None:
-    """Writes it where an older one of the same run may lie, which stays until the new one is whole."""
+    """Writes it where an older one of the same run may lie, which stays until the new one is whole.
+
+    A whole one is in `target`, or beside it after a kill between two renames; the next call then puts it there first.
+    """
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for left in (new, old):
+    for kept in (new, old):  # beside a target that is gone each is whole, and the first is the newer one
+        if kept.exists() and not target.exists():
+            kept.rename(target)
+    for left in (new, old, draft_of(new)):  # nobody but this run writes here
         shutil.rmtree(left, ignore_errors=True)
     write(adapter, new)
     if target.exists():

@@ -50,7 +50,10 @@ def check_kind(run: Run, found: Checkpoint) -> None:
             f"{found.path} holds adapters: go on training them by {flags}, or all weights with the adapters in them by --finetune"
         )
     if mine.lora_rank and (differ := [name for name in SAME if getattr(mine, name) != getattr(theirs, name)]):
-        raise UserError(f"{found.path} holds adapters of {flags}; {', '.join(differ)} cannot change")
+        raise UserError(
+            f"{found.path} holds adapters of {flags}; {', '.join(differ)} cannot change: give these flags, "
+            "or merge the adapters (tools/lora/merge_lora.py) and --load the result to train new ones"
+        )
 
 
 def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:

@@ -320,11 +320,27 @@ def test_adapters_that_were_written_for_peft_know_their_weights(start, saved, ba
     assert "which do not say whether they belong to these weights" in said
 
 
+def test_exported_adapters_name_weights_whose_modules_have_their_names(saved, tmp_path, capsys):
+    """Named llama, the adapters are for the model exported as a Llama, wherever that lies."""
+
+    def exported(name: str, *words: str) -> str | None:
+        tool("../lora/export_lora.py", "--from", saved, "--to", tmp_path / name, *words)
+        return peft.LoraConfig.from_pretrained(tmp_path / name).base_model_name_or_path
+
+    assert exported("kept") == str(tmp_path / "base")
+    assert exported("based", "--names", "llama", "--base", "x/llama") == "x/llama"
+    assert "note" not in capsys.readouterr().out
+    assert exported("llama", "--names", "llama") is None
+    assert "note: adapter_config.json names no weights: --base names those" in capsys.readouterr().out
+
+
 def test_what_may_change_and_what_not(start, saved, full):
     flags = "--lora-rank 4 --lora-alpha 8 --lora-target-modules q_proj v_proj down_proj"
     for changes, names in (({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha")):
-        with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* cannot change"):
-            start(changes, load=saved)
+        remedy = r"cannot change: give these flags, or merge the adapters \(tools/lora/merge_lora.py\) and --load the result"
+        for train in ({}, {"finetune": True}):
+            with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* {remedy}"):
+                start(changes, load=saved, **train)
     _, said = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
     assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in said
     assert "note: --lora-load /x is where the run began" in said

@@ -134,8 +134,10 @@ def test_wqkv_by_llamas_names(tmp_path):
         pairs.setdefault((layer, leaf[:-2]), {})[leaf[-1]] = torch.randn(tensor.shape, generator=generator) * 0.1
     where = {"wqkv": "attention.wqkv", "wo": "attention.wo", "w1": "feed_forward.w1", "w2": "feed_forward.w2"}
     named = {f"model.layers.{n}.{where[leaf]}": adapters.Pair(ab["A"], ab["B"], 2.0) for (n, leaf), ab in pairs.items()}
-    own = adapters.Adapter(tmp_path, named, {"r": 4, "lora_alpha": 8, "target_modules": list(where)})
+    own = adapters.Adapter(tmp_path, named, {"r": 4, "lora_alpha": 8, "target_modules": list(where)}, "trained/on")
     llama = adapters.as_llama(own, model)
+    assert llama.base is None
+    assert adapters.as_llama(replace(llama, base="a/llama"), MODELS["llama"]).base == "a/llama"
     assert llama.settings["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
     by_own, by_llama = (dict(adapters.merged(source, one).tensors()) for one in (own, llama))
     for name, tensor in by_own.items():

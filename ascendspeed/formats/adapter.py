@@ -138,9 +138,12 @@ def check_targets(adapter: Adapter, model: ModelConfig) -> None:
 
 
 def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
-    """The same function by Llama's names: where one matrix becomes several (wqkv), each gets all of A and its rows of B."""
+    """The same function by Llama's names: where one matrix becomes several (wqkv), each gets all of A and its rows of B.
+
+    `base` is None where the modules of these weights have other names than Llama's.
+    """
     own = {p.name: p for p in weights.parameters(model)}
-    pairs = {}
+    pairs, same = {}, True
     for llama in weights.parameters(model, LLAMA):
         mine, theirs = own[llama.name].theirs, llama.theirs
         found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
@@ -153,8 +156,10 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
             rows = weights.part(model, replace(llama, shape=shape), full)
             found = [Pair(a.clone(), rows[name].contiguous(), scale) for name in theirs]
         pairs |= {name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair}
+        same &= not any(found) or own[llama.name].theirs == theirs
     leaves = {name.rpartition(".")[2]: None for name in pairs}
-    return replace(adapter, pairs=pairs, settings={**adapter.settings, "target_modules": list(leaves)})
+    settings = {**adapter.settings, "target_modules": list(leaves)}
+    return replace(adapter, pairs=pairs, settings=settings, base=adapter.base if same else None)
 
 
 def _places(model: ModelConfig, targets: Sequence[Target]) -> Iterator[tuple[int, Target]]:

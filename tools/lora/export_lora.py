@@ -23,7 +23,7 @@ class Options:
     names: Literal["keep", "llama"] = "keep"
     """keep: the names under which they were trained; llama: those of LlamaForCausalLM, for weights exported as hf-llama."""
     base: str | None = None
-    """Weights that adapter_config.json names; None: those that were trained on."""
+    """Weights that adapter_config.json names; None: those that were trained on, where their modules have these names."""
 
 
 def main() -> None:
@@ -40,6 +40,8 @@ def main() -> None:
     if options.names == "llama":
         adapter = as_llama(adapter, opened.config)
     peft.write(adapter, target, options.base)
+    if not (options.base or adapter.base):
+        print(f"note: {peft.CONFIG} names no weights: --base names those of LlamaForCausalLM, once exported as hf-llama")
     print(f"{len(adapter.pairs)} adapters of rank {adapter.settings['r']} from {opened.path}: {options.target}")
 
 

@@ -1,7 +1,7 @@
 """Generation as a command: what is typed, prompts, answers in files, streams and conversations, and how fast it goes."""
 
-import io
 import contextlib
+import io
 import json
 import os
 import pty

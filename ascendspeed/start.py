@@ -120,7 +120,7 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     if save and checkpoint.looks_like_checkpoint(save):
         if run.train.finetune:
             raise UserError(
-                f"--save {save} already holds the checkpoints of a run; go on with it by --auto-resume; a new one needs another folder"
+                f"--save {save} already holds the checkpoints of a run; go on by --auto-resume; a new one needs another folder"
             )
         if not same:
             raise UserError(f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder")

@@ -226,7 +226,7 @@ def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
 
 
 def poisoned(names: list[str]) -> Theme:
-    """NaN gradients on one rank, or no token that counts: skipped on all, and what follows is bit for bit as if the step had not been."""
+    """NaN gradients on one rank, or no token that counts: skipped on all; what follows is bit for bit as if it had not been."""
     cases = {}
     for name in (f"{layout}, {kind}" for layout in names for kind in ("fp32", "bf16")):
         layout, _, kind = name.rpartition(", ")

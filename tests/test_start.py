@@ -97,7 +97,7 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
     found, said = start(changed(save=str(tmp_path / "other"), load=saved, finetune=True))
     assert found.state.step == 0
     assert "start anew (--finetune)" in said
-    with pytest.raises(UserError, match="go on with it by --auto-resume; a new one needs another folder"):
+    with pytest.raises(UserError, match="go on by --auto-resume; a new one needs another folder"):
         start(changed(save=saved, load=saved, finetune=True))
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes all parameters of InternLM2-7B on Alpaca, on 8 devices: the values of MindFormers' finetune_internlm2_7b.yaml. The data, once:
 #
-#   python tools/preprocess_data.py --input alpaca_data.json --output-prefix ./dataset/alpaca --tokenizer-name-or-path ./dataset/internlm2 \
+#   python tools/preprocess_data.py --input dataset/alpaca_data.json --output-prefix ./dataset/alpaca --tokenizer-name-or-path ./dataset/internlm2 \
 #       --handler-name AlpacaStyleInstructionHandler --chat-template v2 --seq-length 2048
 #   bash examples/intern/finetune_internlm2_7b_alpaca.sh
 #

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Fine-tunes all parameters of InternLM-7B on Alpaca, on 8 devices, with packed rows. The data, once:
 #
-#   python tools/preprocess_data.py --input alpaca_data.json --output-prefix ./dataset/alpaca --tokenizer-name-or-path ./dataset/internlm \
+#   python tools/preprocess_data.py --input dataset/alpaca_data.json --output-prefix ./dataset/alpaca --tokenizer-name-or-path ./dataset/internlm \
 #       --handler-name AlpacaStyleInstructionHandler --chat-template v1 --seq-length 2048
 #   bash examples/intern/finetune_internlm_7b_alpaca.sh
 #

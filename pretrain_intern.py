@@ -3,8 +3,8 @@
 import json
 import sys
 
-from ascendspeed import errors
 from ascendspeed.resolve import resolve, world_size
+from ascendspeed.utils import errors
 
 
 def main() -> int:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, shape_of
 from ascendspeed.families.llama import ROWS as LLAMA
+from ascendspeed.utils.errors import UserError
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """Megatron-core's linears of a layer, which may have adapters."""

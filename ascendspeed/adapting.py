@@ -10,9 +10,9 @@ from torch import Tensor
 from ascendspeed import adapters
 from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.config import LoraConfig, Run
-from ascendspeed.errors import UserError
 from ascendspeed.formats import Source, peft, training
 from ascendspeed.formats.adapter import check_base, initial, tensors_of
+from ascendspeed.utils.errors import UserError
 
 Tensors = Iterable[tuple[str, Tensor]]
 SAME = ("lora_rank", "lora_alpha", "lora_target_modules")

@@ -6,9 +6,9 @@ from typing import Any
 
 from ascendspeed import config, schedule
 from ascendspeed.config import ModelConfig, ParallelConfig, Run
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import check_experts, check_heads
+from ascendspeed.utils.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ascendspeed import families
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 """What a size of a model (7B) stands for."""

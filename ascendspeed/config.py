@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]

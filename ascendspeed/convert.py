@@ -11,12 +11,12 @@ from typing import Protocol
 import torch
 
 from ascendspeed import verify as verification
-from ascendspeed.errors import UserError
 from ascendspeed.formats import HuggingFace, InternEvo, RankFiles, Source, open_source, sidecars, writing
 from ascendspeed.formats.files import staged, write_json
-from ascendspeed.formats.progress import progress
 from ascendspeed.formats.sidecars import with_tokenizer
 from ascendspeed.formats.writing import File
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import progress
 from ascendspeed.verify import compare
 
 __all__ = [

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._device
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
 

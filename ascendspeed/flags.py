@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ascendspeed import device as devices
 from ascendspeed.config import ParallelConfig
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SEEDS = 1_000_003
 """Between the seeds of two replicas; further than Megatron's own seeds of one are apart."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import Asked
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

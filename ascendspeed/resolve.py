@@ -14,8 +14,8 @@ from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import adapters, checks, config, families, flags
 from ascendspeed.config import ModelConfig, Run
-from ascendspeed.errors import UserError
 from ascendspeed.steps import looks_like_checkpoint
+from ascendspeed.utils.errors import UserError
 
 DEFAULT_MODEL = "internlm-7b"
 

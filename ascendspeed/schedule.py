@@ -3,7 +3,7 @@
 import math
 
 from ascendspeed.config import OptimConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 def lr_at(iteration: int, optim: OptimConfig, train_iters: int) -> float:

@@ -18,10 +18,10 @@ from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.prefetch import Prefetch
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
 from ascendspeed.formats import Source, training
 from ascendspeed.formats.adapter import initial
 from ascendspeed.parallel import Grid
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import random_tensors
 
 Say = Callable[[str], None]

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.errors import UserError
-from ascendspeed.inputs import checked, read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import checked, read_table
 
 NAMED = ("bos", "eos", "unk", "pad")
 FLAGS = ("single_word", "lstrip", "rstrip")

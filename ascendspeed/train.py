@@ -15,13 +15,13 @@ from ascendspeed.config import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
-from ascendspeed.errors import UserError
 from ascendspeed.formats import peft
 from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.parallel import Grid
 from ascendspeed.schedule import lr_at
 from ascendspeed.start import Batches, Start
+from ascendspeed.utils.errors import UserError
 from ascendspeed.watch import Watch
 
 SAVE_MINUTES = 24 * 60

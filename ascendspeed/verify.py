@@ -21,11 +21,11 @@ from torch import Tensor
 
 from ascendspeed import plan
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import huggingface, writing
-from ascendspeed.formats.progress import Report, progress
 from ascendspeed.formats.source import Source
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import Report, progress
 from ascendspeed.weights import Parameter, Tile, parameters
 
 LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, Split, shape_of
+from ascendspeed.utils.errors import UserError
 
 Span = tuple[int, int]
 """First row of the full tensor, and how many."""

@@ -21,7 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import errors, flags, log
+from ascendspeed import flags, log
+from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 SAVED = re.compile(r"^ saved \S+ in ([\d.]+) s(?:, of which training stood still for ([\d.]+) s)?$", re.MULTILINE)

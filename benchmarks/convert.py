@@ -23,8 +23,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from ascendspeed import errors, families, flags
+from ascendspeed import families, flags
 from ascendspeed.config import ModelConfig
+from ascendspeed.utils import errors
 
 GB = 1e9
 RANKS = (1, 8)

@@ -24,12 +24,13 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import errors, families, flags
+from ascendspeed import families, flags
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import style
 from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 SMALL = replace(
     families.preset("internlm-7b"),
@@ -264,7 +265,7 @@ def main() -> None:
     text = measure(options)
     print(text)
     if options.out:
-        from ascendspeed.parity.writing import put
+        from ascendspeed.utils.atomic import put
 
         put(options.out, text)
 

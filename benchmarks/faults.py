@@ -27,7 +27,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
+from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
 ITERS, EVERY = 40, 2

@@ -18,10 +18,11 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import errors, flags, plan
+from ascendspeed import flags, plan
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import preset
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 SMALL = replace(
     preset("internlm2-1.8b"),

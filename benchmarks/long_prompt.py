@@ -16,9 +16,10 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.config import ParallelConfig, TrainConfig
 from ascendspeed.families import preset
+from ascendspeed.utils import errors
 
 MODEL = replace(
     preset("internlm2-tiny"),

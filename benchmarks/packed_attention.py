@@ -25,8 +25,9 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import errors, flags
-from ascendspeed.errors import UserError
+from ascendspeed import flags
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 SAME = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest difference between the ways."""

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ascendspeed import errors, flags
-from ascendspeed.errors import UserError
+from ascendspeed import flags
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,7 +49,7 @@ def main() -> int:
     here = device.prepare("cpu")
     importlib.import_module("torch").set_num_threads(1)  # as every rank has
 
-    from ascendspeed.parity.writing import put
+    from ascendspeed.utils.atomic import put
     from benchmarks.parity import running, table
 
     facts = table.about(here.name)

@@ -28,7 +28,8 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
+from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "fixtures" / "tokenizers" / "internlm"

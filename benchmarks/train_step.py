@@ -25,10 +25,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendspeed import errors, flags, plan
+from ascendspeed import flags, plan
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import preset
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 SMALL = replace(preset("internlm-7b"), num_layers=8, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8, vocab_size=24064)
 """50M parameters; the head's share of the work is larger than in the 7B."""

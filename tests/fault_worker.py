@@ -19,7 +19,8 @@ from pathlib import Path
 
 import toy
 
-from ascendspeed import device, errors
+from ascendspeed import device
+from ascendspeed.utils import errors
 
 RANK = int(os.environ.get("RANK", "0"))
 CHANGES = [(os, name) for name in ("rename", "replace", "unlink", "rmdir", "fsync")] + [

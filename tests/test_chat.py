@@ -11,7 +11,7 @@ from corpus import REAL, TRAPS, sentencepiece_dir, words
 
 from ascendspeed import tokenizer
 from ascendspeed.chat import TEMPLATES, Call, Chat, Message, choose, generation_stops, read_messages, stop_set
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
 UNUSED = {f"<|{name}|>": f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}

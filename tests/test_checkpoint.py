@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from ascendspeed import checkpoint
 from ascendspeed.checkpoint import KINDS, Fragment, TrainState, files, saving
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Cut
 
 RUN = Run(ModelConfig(num_layers=2), ParallelConfig(), OptimConfig(lr=3e-4), DataConfig(data_path=("a", "b")), TrainConfig())

@@ -6,7 +6,7 @@ import pytest
 
 from ascendspeed import checks, families
 from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-7b"), num_layers=12, num_attention_heads=32)
 RUN = Run(MODEL, ParallelConfig(), OptimConfig(), DataConfig(data_path=("data",)), TrainConfig(global_batch_size=48))

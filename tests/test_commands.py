@@ -10,8 +10,8 @@ from test_convert import BASE, command, hugging_face
 from test_internevo import BIASED, directory
 
 from ascendspeed.claims import Claims
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
+from ascendspeed.utils.errors import UserError
 
 TYPED = {
     "hf --tp 2": "--tp is for --format megatron or deepspeed or internevo, not for hf",

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ascendspeed import config
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
+from ascendspeed.utils.errors import UserError
 
 
 def values(hint) -> st.SearchStrategy:

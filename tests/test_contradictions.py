@@ -10,9 +10,9 @@ from test_convert import BASE, MODELS
 
 from ascendspeed import convert, weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.contradictions import contradictions
+from ascendspeed.utils.errors import UserError
 
 LLAMA = MODELS["llama, 2 groups"]  # 4 layers, h 64, ffn 96, 8 heads and 2 groups of width 16, vocabulary 131
 INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (MODELS[name] for name in ("internlm2", "internlm3", "mixtral", "qwen2_moe"))

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from ascendspeed import checkpoint, convert, weights
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.files import PieceFile, staged
+from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "internlm"

@@ -14,7 +14,7 @@ from ascendspeed.data import dataset, epoch
 from ascendspeed.data.dataset import batch, build_splits, parse_blend, split_documents
 from ascendspeed.data.epoch import NoTokenizer, kept
 from ascendspeed.data.indexed import PairWriter, file
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendspeed import device, kernels
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 def fake_npu(monkeypatch, available: bool = True) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 RUN = Run(
     ModelConfig(),

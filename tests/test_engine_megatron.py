@@ -19,7 +19,7 @@ from test_moe import loaded
 from ascendspeed import checkpoint, checks, config, schedule, weights
 from ascendspeed.checkpoint import KINDS
 from ascendspeed.config import ModelConfig, ParallelConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 MODEL = replace(RUN.model, num_layers=4)
 RUN = replace(RUN, model=MODEL, parallel=ParallelConfig())

@@ -11,7 +11,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from ascendspeed import errors
+from ascendspeed.utils import errors
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,13 +16,13 @@ from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
 from ascendspeed import tokenizer
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation import figures, fingerprint, harness, report
 from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.evaluation.running import Model, check_vocabulary
 from ascendspeed.evaluation.styles import SHOTS, STYLES, style
+from ascendspeed.utils.errors import UserError
 
 SCRIPT = launch.ROOT / "tasks/evaluation/evaluation.py"
 SUBJECTS, QUESTIONS, NEW = 2, 2, 24

@@ -7,9 +7,9 @@ from transformers import AutoConfig
 
 from ascendspeed import checks
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS, family_of, preset
 from ascendspeed.families.family import check_heads
+from ascendspeed.utils.errors import UserError
 
 INTERNLM_20B = {  # as published
     "architectures": ["InternLMForCausalLM"],

@@ -18,8 +18,8 @@ from transformers import LlamaForCausalLM
 
 from ascendspeed import config, convert, families, formats, weights
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS
+from ascendspeed.utils.errors import UserError
 
 TRAINED, LONG = 32, 48  # positions of the models, and of the tokens: half as many again
 TINY = {c.family: c for name, c in PRESETS.items() if name.endswith("-tiny")}

@@ -10,9 +10,9 @@ from test_chain import TrainLine, lines, must, recipe
 
 from ascendspeed import checks
 from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
 from ascendspeed.resolve import resolve
+from ascendspeed.utils.errors import UserError
 
 TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and model.num_experts is None]
 

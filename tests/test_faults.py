@@ -23,7 +23,8 @@ from pathlib import Path
 import launch
 import pytest
 
-from ascendspeed import checkpoint, errors
+from ascendspeed import checkpoint
+from ascendspeed.utils import errors
 
 ITERS, WORLD = 12, 2
 KILLED = -signal.SIGKILL

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ascendspeed import flags
 from ascendspeed.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
-from ascendspeed.errors import EXIT_USER_ERROR, UserError
+from ascendspeed.utils.errors import EXIT_USER_ERROR, UserError
 
 DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
 

@@ -15,9 +15,9 @@ from test_convert import command
 from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
 from ascendspeed import convert, flags
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats.table import FORMATS
+from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 OLD = "AscendSpeed of 2023"

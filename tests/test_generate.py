@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from test_model import INTERNLM, ours, tensors_of
 
 from ascendspeed.config import ModelConfig, ParallelConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 64}
 PLAIN: dict[str, Any] = {**SHAPE, "num_query_groups": 2, "add_qkv_bias": False, "add_dense_bias": False, "norm_epsilon": 1e-5}

@@ -22,11 +22,11 @@ from test_chat import UNUSED, piecewise, vocabulary
 
 from ascendspeed import families, tokenizer
 from ascendspeed.chat import Chat, Message
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.inference import options, performance, prompts, questions
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
 from ascendspeed.inference.results import Results
+from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
 """More rows than the tokenizer below has ids."""

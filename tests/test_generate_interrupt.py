@@ -16,8 +16,8 @@ import launch
 import pytest
 from test_generate_command import folder, reference, run  # noqa: F401 - fixtures
 
-from ascendspeed.errors import EXIT_INTERRUPTED
 from ascendspeed.inference import options, questions
+from ascendspeed.utils.errors import EXIT_INTERRUPTED
 
 LONG = ["--task", "chat", "--max-new-tokens", "20000"]
 """Nobody waits for the end of such an answer."""

@@ -222,7 +222,7 @@ def test_stdout_is_the_answers_alone(trained):
 def test_layouts_of_training_are_refused(cpu, trained):
     from ascendspeed import generate
     from ascendspeed.config import ParallelConfig
-    from ascendspeed.errors import UserError
+    from ascendspeed.utils.errors import UserError
 
     for more in ({"sequence_parallel": True}, {"context_parallel_size": 2}, {"num_virtual_stages_per_pipeline_rank": 2}):
         with pytest.raises(UserError, match="leave sequence_parallel, virtual stages, context and expert parallel out"):

@@ -5,7 +5,7 @@ from ascendspeed.data.document import Document, Fault
 from ascendspeed.data.handler import Job
 from ascendspeed.data.handlers import HANDLERS, check_columns, handler
 from ascendspeed.data.shard import Bad
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 class Words:

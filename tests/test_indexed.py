@@ -8,7 +8,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
 from ascendspeed.data.indexed import PairWriter, check_pair, dtype_for, file, read_facts
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 RANDOM = np.random.default_rng(0)
 DOCUMENTS = [RANDOM.integers(0, 60000, n) for n in (1, 5, 1000, 3, 70)]

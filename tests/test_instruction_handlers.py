@@ -17,7 +17,7 @@ from ascendspeed.data.document import Document, Fault, Truncation
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
 from ascendspeed.data.shard import Bad
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 IM = ["<|im_start|>", "<|im_end|>"]
 

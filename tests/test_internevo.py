@@ -13,11 +13,11 @@ from test_convert import same
 
 from ascendspeed import convert
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.internevo import Asked, Style
 from ascendspeed.formats import internevo
 from ascendspeed.formats.internevo import config as evo_config
+from ascendspeed.utils.errors import UserError
 
 BIASED, PLAIN, GROUPED = Shape(bias=True), Shape(), Shape(heads=16, kv=8)
 EVEN = {1: (4,), 2: (2, 2), 4: (1, 1, 1, 1)}

@@ -21,7 +21,7 @@ from ascendspeed.data.dataset import build_splits, files_of, open_path
 from ascendspeed.data.document import Document
 from ascendspeed.data.internevo import Tokenized, convert
 from ascendspeed.data.packed import PackedSource
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB = 7, 1000
 CONFIG = DataConfig()

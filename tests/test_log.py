@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ascendspeed import log
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 FULL = log.TrainLine(
     time="2026-11-21 12:00:00",

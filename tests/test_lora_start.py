@@ -19,9 +19,9 @@ from test_convert import command as tool
 
 from ascendspeed import adapters, config, families
 from ascendspeed.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.log import read
 from ascendspeed.resolve import resolve
+from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm2-tiny")
 NAMES = ("q_proj", "v_proj", "down_proj")

@@ -14,8 +14,8 @@ from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 
 from ascendspeed import config, families
-from ascendspeed.errors import UserError
 from ascendspeed.parity import comparing, origin, reading
+from ascendspeed.utils.errors import UserError
 
 # --- where the runs began ---------------------------------------------------------------------------------------------------
 

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from test_convert import command
 
 from ascendspeed.config import LoraConfig, ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import open_source
 from ascendspeed.formats import peft as directory
+from ascendspeed.utils.errors import UserError
 
 SMALL = ModelConfig(
     num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=125, max_position_embeddings=64

@@ -11,8 +11,8 @@ from test_old_formats import COMMON, FFN, HEADS, HIDDEN, LAYERS, MODELS, VOCAB, 
 from torch import Tensor
 
 from ascendspeed import convert
-from ascendspeed.errors import UserError
 from ascendspeed.formats import mindformers
+from ascendspeed.utils.errors import UserError
 
 BY_MINDSPORE = (  # save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)
     "CiwKAXcSJwgCCAMSB0Zsb2F0MzIaGAAAAL8AAIC+AAAAAAAAgD4AAAA/AABAPwolCgZoYWxmLncSGwgCCAMSB0Zsb2F0MTYaDAC4ALQAAAA0ADgAOgolCgVi"

@@ -230,7 +230,7 @@ def test_random_weights_do_not_depend_on_the_layout():
 
 
 def test_weights_that_lack_a_parameter_are_refused(cpu):
-    from ascendspeed.errors import UserError
+    from ascendspeed.utils.errors import UserError
 
     tensors = tensors_of(INTERNLM)
     del tensors["decoder.layers.1.self_attention.linear_proj.bias"]

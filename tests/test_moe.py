@@ -14,8 +14,8 @@ from test_model import Case, ours, tokens_of, under
 
 from ascendspeed import checks, config, convert, formats, plan, schedule, weights
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS, family_of
+from ascendspeed.utils.errors import UserError
 
 MIXTRAL = ModelConfig(
     "mixtral",

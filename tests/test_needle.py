@@ -10,9 +10,9 @@ import corpus
 import launch
 import pytest
 
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation import haystack
 from ascendspeed.evaluation.haystack import Cell, cells
+from ascendspeed.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ascendspeed import convert
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 LAYERS, HIDDEN, FFN, HEADS, VOCAB, DIVISOR = 4, 64, 96, 8, 131, 16
 LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]

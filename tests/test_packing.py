@@ -17,8 +17,8 @@ from ascendspeed.data.couple import Couple, CoupleWriter
 from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of
 from ascendspeed.data.indexed import PairWriter, file
 from ascendspeed.data.packing import first_fit, one_each
-from ascendspeed.errors import UserError
 from ascendspeed.resolve import resolve
+from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
 

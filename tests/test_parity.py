@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from test_parity_logs import ours
 
 from ascendspeed import config, families
-from ascendspeed.errors import UserError
-from ascendspeed.parity import comparing, figures, report, writing
+from ascendspeed.parity import comparing, figures, report
 from ascendspeed.parity.aligning import Pair, align
 from ascendspeed.parity.curve import Curve, Step
+from ascendspeed.utils import atomic
+from ascendspeed.utils.errors import UserError
 
 CURVE = [4.0 * 0.98**i + 0.3 * (i % 3) for i in range(100)]  # falls, with a pattern: a shift by one step is not small
 
@@ -444,10 +445,10 @@ def test_a_verdict_never_stands_beside_an_older_picture(tmp_path, monkeypatch):
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    writing.put(tmp_path / "x", "old")
+    atomic.put(tmp_path / "x", "old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
-        writing.put(tmp_path / "x", "new")
+        atomic.put(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old"
 
 

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed import log
-from ascendspeed.errors import UserError
 from ascendspeed.parity import console, reading
 from ascendspeed.parity.aligning import align
 from ascendspeed.parity.curve import Digits, Step, continuous, number, step_of
+from ascendspeed.utils.errors import UserError
 
 SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what they say
     "Megatron-LM without a time": (

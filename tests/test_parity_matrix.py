@@ -15,9 +15,10 @@ import pytest
 import torch
 from test_floors import inner
 
-from ascendspeed import checks, errors
-from ascendspeed.errors import UserError
+from ascendspeed import checks
 from ascendspeed.families import FAMILIES
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 sys.path.append(str(launch.ROOT))  # as `python -m benchmarks.parity_matrix` has it
 

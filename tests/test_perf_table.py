@@ -12,9 +12,9 @@ from test_parity import example_run
 from test_parity_logs import SAMPLES, ours
 
 from ascendspeed import families, plan
-from ascendspeed.errors import UserError
 from ascendspeed.parity import console, performance, reading
 from ascendspeed.parity.performance import PUBLISHED, Row
+from ascendspeed.utils.errors import UserError
 
 
 def write_log(folder, times=(9000.0, 1000.0, 500.0, 400.0, 600.0), device="cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2") -> str:

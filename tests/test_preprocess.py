@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from ascendspeed.data import inorder, lines, parquet
 from ascendspeed.data.indexed import check_pair, file
 from ascendspeed.data.preprocess import Job, preprocess
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 TEXTS = words(600) + TRAPS

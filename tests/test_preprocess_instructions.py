@@ -23,7 +23,7 @@ from ascendspeed.data.document import Truncation
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
 from ascendspeed.data.preprocess import preprocess
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 GENERAL, ALPACA, SHAREGPT, BELLE = (
     f"{name}InstructionHandler" for name in ("General", "AlpacaStyle", "SharegptStyle", "BelleMultiTurn")

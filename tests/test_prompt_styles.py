@@ -5,12 +5,12 @@ from dataclasses import replace
 import pytest
 from evaluating import MAKERS, harness_task
 
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import SHOTS, STYLES, style
 from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.utils.errors import UserError
 
 ASKED = [Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer) for i, answer in ((1, 1), (2, 2), (3, 0))]
 OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave for the same questions, with the answer D

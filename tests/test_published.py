@@ -14,8 +14,8 @@ from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 
 from ascendspeed import convert
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
+from ascendspeed.utils.errors import UserError
 
 
 def run(name: str, *args) -> None:

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from ascendspeed import tokenizer
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "intern" / "make_quickstart_data.py"
 

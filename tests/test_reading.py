@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_convert import command
 
-from ascendspeed import errors, inputs, weights
+from ascendspeed import weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index, read_json
+from ascendspeed.utils import errors, safe_io
+from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig("internlm", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, vocab_size=64)
 
@@ -221,7 +222,7 @@ def test_json(case, tmp_path):
 
 def test_huge_json_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
-        file.truncate(inputs.LARGEST_JSON + 1)
+        file.truncate(safe_io.LARGEST_JSON + 1)
     with pytest.raises(UserError, match="64 MiB of JSON are more than any checkpoint needs"):
         read_json(tmp_path / "config.json")
     (tmp_path / "emoji.json").write_text('"\\ud83d\\ude00"')  # control: a whole character, escaped

@@ -20,10 +20,10 @@ from recipes import INTERN, clean, program
 from ascendspeed import plan
 from ascendspeed.config import ParallelConfig, Run
 from ascendspeed.data.indexed import PairWriter
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
 from ascendspeed.log import TrainLine, read
 from ascendspeed.resolve import resolve
+from ascendspeed.utils.errors import UserError
 
 RECIPES = {"zero": INTERN / "pretrain_internlm_65b_zero.sh", "ptd": INTERN / "pretrain_internlm_65b_ptd_32p.sh"}
 SBATCH = INTERN / "pretrain_internlm_65b.sbatch"

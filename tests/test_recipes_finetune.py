@@ -4,9 +4,9 @@ import pytest
 import recipes
 
 from ascendspeed.config import LoraConfig, Run
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
 from ascendspeed.resolve import resolve
+from ascendspeed.utils.errors import UserError
 
 RECIPES = {name: recipes.INTERN / f"finetune_{name}.sh" for name in ("internlm2_7b_alpaca", "internlm_7b_alpaca", "internlm2_lora")}
 

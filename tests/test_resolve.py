@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ascendspeed import config, families, flags
-from ascendspeed.errors import UserError
 from ascendspeed.resolve import Command, resolve
+from ascendspeed.utils.errors import UserError
 
 GOOD = ["--deepspeed", "--data-path", "data"]
 

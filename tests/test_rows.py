@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from ascendspeed.data import inorder, lines, parquet, rows
 from ascendspeed.data.shard import BATCH_ROWS, Bad
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 TEXTS = [f"{i}: {TRAPS[i % len(TRAPS)]}" for i in range(1200)]
 ROWS = [{"text": text, "other": i} for i, text in enumerate(TEXTS)]

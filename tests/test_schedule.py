@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from ascendspeed import schedule
 from ascendspeed.config import OptimConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 RECIPE = OptimConfig(lr=1.5e-4, min_lr=1e-5, lr_decay_iters=320, lr_warmup_fraction=0.01)
 

@@ -21,8 +21,8 @@ from test_moe import MIXTRAL, loaded
 
 from ascendspeed import checkpoint, config, device, schedule, weights
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
+from ascendspeed.utils.errors import UserError
 
 LENGTH, STEPS = 48, 20
 INTERNLM = replace(  # documents are shorter and longer than what it was trained on; a base each where longer

@@ -14,8 +14,8 @@ from test_tokenizer_json import chat_files, folder_with, stock, trained
 
 from ascendspeed import convert, weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
+from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(
     "internlm2",

@@ -8,7 +8,7 @@ import torch
 
 from ascendspeed import families
 from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm-tiny")
 RUN = Run(

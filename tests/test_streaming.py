@@ -25,8 +25,8 @@ from ascendspeed.data.handler import Job
 from ascendspeed.data.permutation import Permutation
 from ascendspeed.data.prefetch import Prefetch
 from ascendspeed.data.preprocess import preprocess
-from ascendspeed.errors import UserError
 from ascendspeed.log import TrainLine, read
+from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB, SEQ, LONG, ROWS = 7, 2048, 48, 160, 300
 BAD = {17: {"text": None}, 40: {"text": 5}, 41: {"other": "x"}, 90: {"text": "  "}}

@@ -13,8 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ascendspeed import tokenizer
-from ascendspeed.errors import UserError
 from ascendspeed.text import Decoder, Stops, Stream, cut, unfinished
+from ascendspeed.utils.errors import UserError
 
 TEXTS = [*TRAPS, *words(3), "中文🦙é", "👩‍👩‍👧‍👦 family", "  two spaces", "\u4e00" * 5, "naïve café ½"]
 

@@ -8,7 +8,7 @@ import tokenizers
 from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
 
 from ascendspeed import tokenizer
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir()]
 

@@ -14,8 +14,8 @@ from corpus import REAL, TRAPS, words
 from sentencepiece import sentencepiece_model_pb2
 
 from ascendspeed import tokenizer
-from ascendspeed.errors import UserError
 from ascendspeed.formats import sentencepieces, tokenizer_json
+from ascendspeed.utils.errors import UserError
 
 FAMILIES = ("llama", "internlm", "internlm2", "internlm3", "baichuan", "gemma", "mixtral", "qwen2_moe")
 CHAT = {

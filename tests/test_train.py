@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.errors import UserError
 from ascendspeed.log import EvalLine, Logger, TrainLine, read
+from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=16, max_position_embeddings=8)
 RUN = Run(

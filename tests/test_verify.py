@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from ascendspeed import convert, verify, weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES, PRESETS
+from ascendspeed.utils.errors import UserError
 
 TINY = {name.removesuffix("-tiny"): config for name, config in PRESETS.items() if name.endswith("-tiny")}
 STAND_INS = {"internlm": "llama", "internlm2": "llama", "baichuan": "llama"}

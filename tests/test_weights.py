@@ -8,8 +8,8 @@ import torch
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig, check_pipeline_parallel, check_tensor_parallel
-from ascendspeed.errors import UserError
 from ascendspeed.families import PRESETS
+from ascendspeed.utils.errors import UserError
 
 CONFIG = ModelConfig(
     "llama", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=131

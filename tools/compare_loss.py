@@ -11,9 +11,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.parity import comparing, report
 from ascendspeed.parity.figures import Profile
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

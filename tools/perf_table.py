@@ -9,9 +9,10 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.parity import performance, reading
-from ascendspeed.parity.writing import put
+from ascendspeed.utils import errors
+from ascendspeed.utils.atomic import put
 
 
 @dataclass(frozen=True)

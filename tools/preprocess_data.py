@@ -11,9 +11,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.data.handlers import HANDLERS
 from ascendspeed.data.preprocess import LONGEST, Job, preprocess
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
-from ascendspeed import errors, families, flags
+from ascendspeed import families, flags
+from ascendspeed.utils import errors
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 ROLES = ("system", "user", "assistant", "environment")
 RESULTS = ("environment", "tool", "function")

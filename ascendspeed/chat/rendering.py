@@ -12,8 +12,8 @@ import numpy as np
 from ascendspeed.chat.messages import TOOLS, Call, Message, WrongMessage, tools_message
 from ascendspeed.chat.pieces import Piece, PieceEncoder
 from ascendspeed.chat.templates import EOS, choose, find
-from ascendspeed.errors import UserError
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
 
 NO_PLACE = "no place in the template"
 BRACES = re.compile(r"\{(\w+)\}")

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ascendspeed.errors import UserError
-from ascendspeed.inputs import read_table
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_table
 
 FILE = "generation_config.json"
 

@@ -7,8 +7,8 @@ by their strings, so that no id is written here.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ascendspeed.errors import UserError
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
 
 EOS = "eos"
 """Among the strings of a control token: whatever ends a document in this tokenizer."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 CHUNK = 4 << 20
 """Elements that leave the device, are hashed and are written at a time."""

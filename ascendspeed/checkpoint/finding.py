@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint.loading import Checkpoint
-from ascendspeed.errors import UserError
 from ascendspeed.steps import MANIFEST, STEP, latest, steps
+from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:
     from ascendspeed.parallel import Grid

@@ -14,7 +14,7 @@ from ascendspeed import config
 from ascendspeed.checkpoint import files
 from ascendspeed.checkpoint.pieces import Address, Fragment, TrainState, extent, part_count, width
 from ascendspeed.config import ModelConfig, Run
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Cut, Tile
 
 RNG = "rng"

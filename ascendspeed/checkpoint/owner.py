@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from ascendspeed.checkpoint import files
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 NAME = ".owner"
 

@@ -18,8 +18,8 @@ from ascendspeed.checkpoint import files, manifest, owner
 from ascendspeed.checkpoint.loading import RNG, Index, shard_name
 from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
 from ascendspeed.config import Run
-from ascendspeed.errors import UserError
 from ascendspeed.steps import MANIFEST, step_name
+from ascendspeed.utils.errors import UserError
 
 SLACK = 64 << 20
 """Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from ascendspeed.data.document import Document, Learnt, learnt_of
 from ascendspeed.data.indexed import PairWriter, check_pair, file, read_facts
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")
 OTHERS = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}

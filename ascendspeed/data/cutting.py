@@ -11,7 +11,7 @@ import numpy as np
 
 from ascendspeed.config import DataConfig
 from ascendspeed.data.packing import PACKERS, Packer, Packing
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SEED = 1024
 """InternEvo's, of the order of the documents."""

@@ -30,7 +30,7 @@ from ascendspeed.data.internevo import Tokenized
 from ascendspeed.data.packed import PackedSource, Sample
 from ascendspeed.data.splits import SPLITS, said_of, split_documents
 from ascendspeed.data.streaming import Streamed
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 PERIOD = 1 << 16
 """Samples after which a blend repeats; weights count to this precision."""

@@ -19,7 +19,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, _bu
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 CACHED_FROM = 4 << 20
 """Documents and samples from which on the indices of an epoch are kept in files, shared by the ranks; below, every rank makes

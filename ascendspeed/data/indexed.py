@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 
 from ascendspeed.data.lines import BOM, JSONL, json_row, text_row
 from ascendspeed.data.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, picked_of, slices
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 Numbered = Iterator[tuple[int, Any]]
 """Rows and their numbers, from 1 on."""

@@ -15,8 +15,8 @@ from ascendspeed.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, r
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handler import Handler, Job
 from ascendspeed.data.shard import MISSPELT, Bad, Batch
-from ascendspeed.inputs import read_table
 from ascendspeed.tokenizer import Tokenizer, adds_bos, declared
+from ascendspeed.utils.safe_io import read_table
 
 Row = Mapping[str, Any]
 WHERE = "conversation"

@@ -16,7 +16,7 @@ import numpy as np
 
 from ascendspeed.data.couple import CoupleWriter
 from ascendspeed.data.document import Document, Learnt, learnt_of
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 META = ".meta"
 LOOKED_AT = 8

@@ -9,7 +9,7 @@ from ascendspeed.data.document import Document, Fault, Made, Truncation, learnt_
 from ascendspeed.data.handler import Job
 from ascendspeed.data.handlers import handler
 from ascendspeed.data.shard import Batch
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 class Maker:

@@ -12,7 +12,7 @@ from ascendspeed.data.couple import CoupleWriter
 from ascendspeed.data.document import Document, Fault, Made, Truncation
 from ascendspeed.data.faults import Faults, Seen
 from ascendspeed.data.indexed import PairWriter
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass

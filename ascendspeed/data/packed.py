@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ascendspeed.data.document import Document, Documents, Truncation
 from ascendspeed.data.packing import Packer, Packing, joined
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 """tokens, labels, loss_mask, position_ids, each [s]; int64, but the mask float32."""

@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 
 from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, absent, cut, decode
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SLICES = 16
 """Of one row group at most: every slice reads over those before it, which costs a few per cent at this number."""

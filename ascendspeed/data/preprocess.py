@@ -26,7 +26,7 @@ from ascendspeed.data.making import Maker
 from ascendspeed.data.output import Gathered, Output, Result
 from ascendspeed.data.progress import Meter
 from ascendspeed.data.shard import Shard
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 __all__ = ["LONGEST", "Job", "preprocess"]
 

@@ -13,7 +13,7 @@ from ascendspeed.data.inorder import CSV, GZ_JSON, GZ_TEXT, JSON
 from ascendspeed.data.lines import JSONL, TXT
 from ascendspeed.data.parquet import PARQUET
 from ascendspeed.data.shard import Batch, Format, Shard
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 FORMATS: dict[str, Format] = {
     ".parquet": PARQUET,

@@ -6,7 +6,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import convert_split
 from megatron.core.datasets.utils import Split
 
 from ascendspeed.config import DataConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SPLITS = tuple(split.name for split in Split)  # train, valid, test
 

@@ -28,7 +28,7 @@ from ascendspeed.data.permutation import Permutation
 from ascendspeed.data.restoring import Restoring
 from ascendspeed.data.splits import said_of
 from ascendspeed.data.stream import Filler, Places, Stream, cut_text, next_fit, one_each
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 STREAMS = 64
 ROWS_OF_A_STREAM = 64

@@ -15,7 +15,7 @@ import numpy as np
 from ascendspeed.data.lines import BOM, json_row, text_row
 from ascendspeed.data.parquet import values
 from ascendspeed.data.shard import Batch, absent, batch_of, columns_of
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 CHUNK = 1 << 24
 SAVED = ("state.json", "dataset_info.json")

@@ -26,12 +26,12 @@ from ascendspeed.config import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import NOTHING, StepResult, Tensors
-from ascendspeed.errors import UserError
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.segments import segments
 from ascendspeed.model.spec import transformer_config
 from ascendspeed.parallel import MPU, Grid, generators, set_generators
+from ascendspeed.utils.errors import UserError
 
 
 def ds_config(run: Run, world: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.errors import UserError
-from ascendspeed.inputs import parse_json
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
 
 NAME = "questions.jsonl"
 BLOCK, SECONDS = 64, 5.0

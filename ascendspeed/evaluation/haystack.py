@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 FILLER = (
     "The grass is green.",

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation.questions import LETTERS, Benchmark, Question, Subject
 from ascendspeed.evaluation.rows import csv_rows, json_rows, parquet_rows, text_of
 from ascendspeed.evaluation.subjects import TOPICS, Topic, own
+from ascendspeed.utils.errors import UserError
 
 OWN = "subjects.csv"
 """Beside a set of one's own, in the shape of a published one: a headed CSV, subject,category."""

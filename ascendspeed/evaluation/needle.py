@@ -11,11 +11,11 @@ from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import families, flags
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any
 
 
 def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
-    from ascendspeed.parity.writing import put
+    from ascendspeed.utils.atomic import put
 
     lengths, depths = sorted(job.asked.lengths), sorted(job.asked.depths)
     shares = [[_share(job, known, length, depth) for length in lengths] for depth in depths]

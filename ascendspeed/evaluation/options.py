@@ -9,12 +9,12 @@ from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import families, flags
 from ascendspeed.config import ModelConfig, alias
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.styles import SHOTS, Style, style
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
+from ascendspeed.utils.errors import UserError
 
 SHORTEST_ANSWER = 16
 """Tokens: the published command's --max-new-tokens 2 is enough for a letter, but for no worked answer."""

@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed.evaluation.answers import NAME, Record
 from ascendspeed.evaluation.figures import Result
 from ascendspeed.evaluation.harness import Grade
-from ascendspeed.parity.writing import put
+from ascendspeed.utils.atomic import put
 
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
 

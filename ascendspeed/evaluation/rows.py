@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.errors import UserError
-from ascendspeed.inputs import checked, parse_json
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import checked, parse_json
 
 Row = tuple[str, Any]
 """(file and line, what stands there)."""

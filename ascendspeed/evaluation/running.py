@@ -11,7 +11,6 @@ import torch
 
 from ascendspeed import device as devices
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.options import Job
@@ -20,6 +19,7 @@ from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.options import SPARE
 from ascendspeed.text import Stream, cut
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
 
 
 class Model:

@@ -7,9 +7,9 @@ configurations. They differ in blanks and newlines, which a model notices: figur
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ascendspeed.errors import UserError
 from ascendspeed.evaluation.questions import LETTERS, Question
 from ascendspeed.evaluation.subjects import Topic
+from ascendspeed.utils.errors import UserError
 
 SHOTS = {"mmlu": 5, "ceval": 5, "cmmlu": 5, "boolq": 0, "gsm8k": 5, "hellaswag": 0}
 """Examples before a question, where the user does not say."""

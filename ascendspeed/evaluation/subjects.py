@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.baichuan import BAICHUAN
 from ascendspeed.families.family import Family, Row
 from ascendspeed.families.gemma import GEMMA
@@ -17,7 +16,8 @@ from ascendspeed.families.llama import LLAMA
 from ascendspeed.families.mixtral import MIXTRAL
 from ascendspeed.families.qwen2 import QWEN2
 from ascendspeed.families.qwen2_moe import QWEN2_MOE
-from ascendspeed.inputs import read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_table
 
 FAMILIES: dict[str, Family] = {
     family.name: family for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.rope import read_rope, write_rope
+from ascendspeed.utils.errors import UserError
 
 Fuse = Literal["one", "qkv", "glu"]
 Split = Literal["replicated", "rows", "columns", "vocab"]

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 TABLES = ("rotary", "rope_scaling", "rope_parameters")
 """InternLM v1's, that of transformers before 5 (beside `rope_theta`), and that of transformers 5."""

@@ -14,11 +14,11 @@ from ascendspeed import adapters, weights
 from ascendspeed.adapters import Target
 from ascendspeed.checkpoint import Checkpoint
 from ascendspeed.config import LoraConfig, ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.family import Row
 from ascendspeed.families.internlm2 import INTERNLM2
 from ascendspeed.families.llama import ROWS as LLAMA
 from ascendspeed.formats.source import Source, check_names, from_maker, some
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Parameter, Tile
 
 

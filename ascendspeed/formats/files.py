@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The element types of weights, by their names in a safetensors header; others are refused."""

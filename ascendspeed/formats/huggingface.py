@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import sidecars, table, writing
 from ascendspeed.formats.contradictions import contradictions
@@ -17,6 +16,7 @@ from ascendspeed.formats.files import create_safetensors, nbytes, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
 from ascendspeed.formats.writing import File
+from ascendspeed.utils.errors import UserError
 
 KIND = "Hugging Face directory"
 WEIGHTS = {"model.safetensors": load_safetensors, "pytorch_model.bin": load_pt}

@@ -17,7 +17,6 @@ from ascendspeed.config import (
     check_tensor_parallel,
     padded_vocab_size,
 )
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row
 from ascendspeed.formats import dialects, ranks, sidecars, table
@@ -25,7 +24,8 @@ from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.ranks import Dialect, Grid, Layout
 from ascendspeed.formats.source import Source, read_config
 from ascendspeed.formats.writing import File
-from ascendspeed.inputs import plain_name
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import plain_name
 
 RELEASE = "release"  # the name of an iteration that was converted, not trained
 DEEPSPEED = Layout(

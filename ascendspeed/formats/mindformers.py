@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.errors import UserError
 from ascendspeed.formats import dialects, ranks, table
 from ascendspeed.formats.dialects import ATTENTION, LAYER, MLP
 from ascendspeed.formats.ranks import Dialect, Grid
 from ascendspeed.formats.source import Source, read_config, some
+from ascendspeed.utils.errors import UserError
 
 TYPES = {"Float32": torch.float32, "Float16": torch.float16, "BFloat16": torch.bfloat16}
 """Of weights; tensors of other types (counters) are left where they are."""

@@ -12,13 +12,13 @@ from torch import Tensor
 from ascendspeed import adapters
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.formats import training
 from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors
 from ascendspeed.formats.source import check_names, some
-from ascendspeed.inputs import read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_table
 
 CONFIG, WEIGHTS = "adapter_config.json", {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
 BASE, FINGERPRINT = "base_fingerprint.json", "fingerprint"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.family import Row
 from ascendspeed.formats.reading import load_pt
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Parameter, Stored
 
 PADDING = 128

@@ -12,9 +12,9 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ascendspeed.errors import UserError
 from ascendspeed.formats.inert import stand_ins
-from ascendspeed.inputs import checked, parse_json, plain_name, read_json, read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import checked, parse_json, plain_name, read_json, read_table
 
 __all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
 AGAIN = "download or copy it again"

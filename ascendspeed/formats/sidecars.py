@@ -10,12 +10,12 @@ import torch
 
 from ascendspeed import tokenizer
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import tokenizer_json
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
-from ascendspeed.inputs import checked, read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import checked, read_table
 
 GENERATION = "generation_config.json"
 TABLES = (GENERATION, "special_tokens_map.json", "added_tokens.json", "vocab.json")

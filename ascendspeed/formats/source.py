@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ascendspeed import weights
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families import family_of
 from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
-from ascendspeed.inputs import read_table
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_table
 from ascendspeed.weights import Parameter, Tile
 
 THREADS = 4

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.errors import UserError
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.internevo import TRAINS
+from ascendspeed.utils.errors import UserError
 
 ALL = tuple(FAMILIES)
 DENSE = tuple(name for name in ALL if name not in ("mixtral", "qwen2_moe"))

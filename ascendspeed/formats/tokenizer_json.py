@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.errors import UserError
 from ascendspeed.formats import nasty
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse, read
 from ascendspeed.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
+from ascendspeed.utils.errors import UserError
 
 GENERIC = "PreTrainedTokenizerFast"
 """The class that takes a tokenizer.json as it is, in every version of transformers."""

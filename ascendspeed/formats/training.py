@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ascendspeed import checkpoint, weights
 from ascendspeed.checkpoint import Checkpoint, Readers
-from ascendspeed.errors import UserError
 from ascendspeed.formats.adapter import merged, of_checkpoint
 from ascendspeed.formats.source import Source, check_names, read_config
+from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Cut, Tile
 
 

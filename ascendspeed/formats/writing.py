@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed.errors import UserError
 from ascendspeed.formats.files import PieceFile, Specs, nbytes
-from ascendspeed.formats.progress import Report
 from ascendspeed.formats.source import THREADS, Source, some
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import Report
 from ascendspeed.weights import Stored, Tile
 
 BLOCK = 1 << 22

@@ -15,7 +15,6 @@ from ascendspeed import parallel as ranks
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
 from ascendspeed.formats import Source
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import attention
@@ -23,6 +22,7 @@ from ascendspeed.model import gpt as gpts
 from ascendspeed.model.cache import Cache
 from ascendspeed.model.spec import NormHead, transformer_config
 from ascendspeed.parallel import Grid
+from ascendspeed.utils.errors import UserError
 
 CHUNK = 2048
 """Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
 from ascendspeed import config, families, flags
 from ascendspeed.config import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
-from ascendspeed.errors import UserError
 from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
+from ascendspeed.utils.errors import UserError
 
 TASKS = {"greedy": "1", "sample": "2", "beam": "3", "beam-sample": "4", "logprobs": "5", "chat": "6"}
 """Name -> its number in the published script."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 COLUMNS = ("batch", "input", "output", "total s", "first token ms", "other tokens ms", "other tokens/s", "tokens/s")
 

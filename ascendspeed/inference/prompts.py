@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.chat import Chat, Message, read_messages
-from ascendspeed.errors import UserError
 from ascendspeed.inference.options import Generation
-from ascendspeed.inputs import parse_json
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
 
 DEMONSTRATION = (
     "How are you?",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import BinaryIO
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 QUOTES = '"""'
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from ascendspeed.errors import UserError
 from ascendspeed.inference.options import partial_of
+from ascendspeed.utils.errors import UserError
 
 UNREAD = 128 + signal.SIGPIPE
 """Exit code of a program whose answers nobody reads: 141, as every program of a shell."""

@@ -7,7 +7,6 @@ from typing import Any
 
 from ascendspeed import generate
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
 from ascendspeed.generate import Params
 from ascendspeed.inference import prompts as reading
 from ascendspeed.inference.answers import Answer, answer, batches, params_of
@@ -17,6 +16,7 @@ from ascendspeed.inference.questions import from_stdin
 from ascendspeed.inference.results import Results, write
 from ascendspeed.inference.session import Session
 from ascendspeed.inference.talk import Talk, converse
+from ascendspeed.utils.errors import UserError
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
 Record = dict[str, Any]

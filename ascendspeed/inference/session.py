@@ -15,11 +15,11 @@ from ascendspeed.chat import Chat, stop_set
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig
 from ascendspeed.device import Device
-from ascendspeed.errors import UserError
 from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place
 from ascendspeed.parallel import Grid
 from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
 
 WEEK = 7 * 24 * 60
 """Minutes that ranks wait for a person to type."""

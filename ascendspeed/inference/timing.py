@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
-from ascendspeed.errors import UserError
 from ascendspeed.generate import LanguageModel, NoMemory, Params, sample
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest
+from ascendspeed.utils.errors import UserError
 
 Pairs = list[tuple[int, int]]
 Say = Callable[[str], None]

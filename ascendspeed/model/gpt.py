@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ascendspeed import weights
 from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
-from ascendspeed.errors import UserError
 from ascendspeed.model import lora as adapters
 from ascendspeed.model.linear import ColumnLinear
 from ascendspeed.model.loss import cross_entropy
 from ascendspeed.model.spec import Config, NormHead, block_spec
+from ascendspeed.utils.errors import UserError
 
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
 

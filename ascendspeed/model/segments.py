@@ -13,9 +13,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ascendspeed.device import Bounds
-from ascendspeed.errors import UserError
 from ascendspeed.model.context import ALONE, Share
 from ascendspeed.model.rope import Rope
+from ascendspeed.utils.errors import UserError
 
 
 class Piece(NamedTuple):

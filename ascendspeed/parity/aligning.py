@@ -4,8 +4,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from ascendspeed.errors import UserError
 from ascendspeed.parity.curve import AXES, Axis, Curve, Step
+from ascendspeed.utils.errors import UserError
 
 WORDS = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}
 

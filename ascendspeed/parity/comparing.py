@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed.errors import UserError
 from ascendspeed.parity import figures, origin, reading
 from ascendspeed.parity.aligning import Pair, align
 from ascendspeed.parity.curve import Curve, flat
 from ascendspeed.parity.figures import Figures, Profile, Verdict
+from ascendspeed.utils.errors import UserError
 
 Setting = tuple[str, str | None, str | None]
 """Name, the reference's value, the candidate's; None: not said."""

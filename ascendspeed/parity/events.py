@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from ascendspeed.errors import UserError
 from ascendspeed.parity.curve import AXES, NAMES, Axis, Curve, continuous, normal, step_of
+from ascendspeed.utils.errors import UserError
 
 Series = list[tuple[int, float]]
 """(where, value), in the order in which they were written."""

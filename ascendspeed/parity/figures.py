@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.errors import UserError
 from ascendspeed.parity.aligning import Pair
 from ascendspeed.parity.curve import EXACT, Curve
+from ascendspeed.utils.errors import UserError
 
 LIMIT = 0.02
 """The published bound of a relative error."""

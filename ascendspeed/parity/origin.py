@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import inputs
 from ascendspeed.config import Run, from_dict
-from ascendspeed.errors import UserError
 from ascendspeed.parity import console
-from ascendspeed.parity.writing import put
+from ascendspeed.utils import safe_io
+from ascendspeed.utils.atomic import put
+from ascendspeed.utils.errors import UserError
 
 NAME = "origin.json"
 CHUNK = 1 << 24
@@ -51,7 +51,7 @@ def check_same(*logs: str, needed: bool = False) -> dict[str, str] | None:
         if needed:
             raise UserError(f"{missing} is missing: `python examples/intern/parity_origin.py LOG` makes it where the run was made")
         return None
-    begins = [inputs.read_table(path) for path in paths]
+    begins = [safe_io.read_table(path) for path in paths]
     for path, other in zip(paths[1:], begins[1:], strict=True):
         for name in ("seed", "weights", "data"):
             if begins[0].get(name) != other.get(name):

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import inputs
-from ascendspeed.errors import UserError
 from ascendspeed.parity import console
 from ascendspeed.parity.curve import NAMES, Curve, Digits, Step, continuous, normal, step_of
+from ascendspeed.utils import safe_io
+from ascendspeed.utils.errors import UserError
 
 EVENTS = "*tfevents*"
 LOSSES = {name for name, (field, _) in NAMES.items() if field == "loss"}
@@ -28,7 +28,7 @@ def read(path: str | Path) -> Curve:
         )
     beside = place if place.is_dir() else place.parent
     if curve.config is None and (beside / "run.json").is_file():
-        return replace(curve, config=inputs.read_table(beside / "run.json"))
+        return replace(curve, config=safe_io.read_table(beside / "run.json"))
     return curve
 
 
@@ -85,7 +85,7 @@ def _tables(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, A
         if not line.strip():
             continue
         try:
-            said = inputs.parse_json(line.encode(), finite=False)  # a loss may be NaN: that is for the verdict
+            said = safe_io.parse_json(line.encode(), finite=False)  # a loss may be NaN: that is for the verdict
             if not isinstance(said, dict):
                 raise ValueError("not a table of names and values")
         except ValueError as error:

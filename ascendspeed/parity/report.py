@@ -12,7 +12,7 @@ from ascendspeed.parity.aligning import WORDS
 from ascendspeed.parity.comparing import Comparison
 from ascendspeed.parity.curve import Curve
 from ascendspeed.parity.figures import Figures, definitions, percent
-from ascendspeed.parity.writing import put, remove
+from ascendspeed.utils.atomic import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical", "grad_norm_identical"}

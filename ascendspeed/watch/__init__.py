@@ -11,11 +11,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from ascendspeed import errors, parallel
+from ascendspeed import parallel
 from ascendspeed.checkpoint import Superseded
 from ascendspeed.config import Run
 from ascendspeed.parallel import Grid
 from ascendspeed.steps import looks_like_checkpoint
+from ascendspeed.utils import errors
 from ascendspeed.watch.health import Health
 from ascendspeed.watch.heartbeat import Heartbeat
 from ascendspeed.watch.stop import Reason, Stop

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed import errors
-from ascendspeed.errors import RankLost, UserError
 from ascendspeed.parallel import Grid
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import RankLost, UserError
 
 INTERVAL = 2.0
 """Seconds between the signs of life of a rank; a tenth of the timeout where that is less."""

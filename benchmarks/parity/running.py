@@ -11,7 +11,7 @@ from pathlib import Path
 import launch
 
 from ascendspeed import checkpoint, schedule, weights
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 from benchmarks.parity import figures, reference, rows
 from benchmarks.parity.figures import Bounds, Figures, compare
 from benchmarks.parity.reference import BF16, Named, Reference, Trained

@@ -25,8 +25,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed import errors, flags
-from ascendspeed.errors import UserError
+from ascendspeed import flags
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}

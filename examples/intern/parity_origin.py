@@ -8,8 +8,9 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.parity import origin
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ascendspeed import errors, flags, log
+from ascendspeed import flags, log
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

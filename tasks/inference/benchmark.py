@@ -11,12 +11,13 @@ from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import errors, families, flags
+from ascendspeed import families, flags
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.inference import performance
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags, world_size
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ python tasks/inference/generate.py --load model_from_hf/internlm2-chat-7b --bf16
 
 import sys
 
-from ascendspeed import errors
 from ascendspeed.inference.options import resolve
 from ascendspeed.resolve import world_size
+from ascendspeed.utils import errors
 
 
 def main() -> None:

@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

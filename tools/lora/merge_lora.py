@@ -6,7 +6,8 @@ python tools/lora/merge_lora.py --base internlm2-7b --adapter ckpt/adapter --sav
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

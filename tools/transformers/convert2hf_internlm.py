@@ -5,7 +5,8 @@ python tools/transformers/convert2hf_internlm.py --src 5000 --tgt mine --tokeniz
 
 from dataclasses import dataclass
 
-from ascendspeed import errors, flags, published
+from ascendspeed import flags, published
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_s
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import errors, flags, published
+from ascendspeed import flags, published
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True, kw_only=True)

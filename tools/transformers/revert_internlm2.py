@@ -5,7 +5,8 @@ python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp
 
 from dataclasses import dataclass
 
-from ascendspeed import errors, flags, published
+from ascendspeed import flags, published
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

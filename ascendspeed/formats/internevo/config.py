@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import Style
 from ascendspeed.formats.reading import load_pt
+from ascendspeed.utils.errors import UserError
 
 NAME, WHOLE = "model_config.pt", "config_file.pt"
 TABLES = {"internlm.core.context.parallel_context.Config": dict}

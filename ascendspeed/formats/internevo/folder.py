@@ -8,12 +8,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import QKV, TABLES, Asked, ModelType, Style
 from ascendspeed.formats import ranks
 from ascendspeed.formats.internevo import config
 from ascendspeed.formats.ranks import Layout, Ranks
 from ascendspeed.formats.source import some
+from ascendspeed.utils.errors import UserError
 
 KIND = "InternEvo training folder"
 TENSOR = Layout(KIND, "", ("model_tp{t}_pp{p}.pt",) * 2, r"model_tp(\d+)_pp(\d+)\.pt", "", {})

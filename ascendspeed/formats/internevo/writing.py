@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config import ModelConfig
-from ascendspeed.errors import UserError
 from ascendspeed.families.internevo import TRAINS, ModelType, Style
 from ascendspeed.formats import ranks, sidecars
 from ascendspeed.formats.files import create_pt
@@ -17,6 +16,7 @@ from ascendspeed.formats.internevo.reading import dialect
 from ascendspeed.formats.ranks import Grid
 from ascendspeed.formats.source import Source
 from ascendspeed.formats.writing import File
+from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-mode
 
 from dataclasses import dataclass, field
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.claims import Claims
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.claims import Claims, check_grid
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-mod
 
 from dataclasses import dataclass, field
 
-from ascendspeed import errors, flags
+from ascendspeed import flags
 from ascendspeed.claims import Claims, check_grid, refuse
+from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 
 def put(path: Path, content: str | bytes) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from ascendspeed.errors import UserError
+from ascendspeed.utils.errors import UserError
 
 LARGEST_JSON = 64 * 2**20
 """Bytes; the largest tokenizer.json in use have some 40 MB."""

@@ -1,0 +1,1 @@
+"""Errors, safe reading, atomic writing and progress: no dependency on the rest of the library."""

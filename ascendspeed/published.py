@@ -60,8 +60,9 @@ class ToInternEvo:
 
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
     """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
-    from ascendspeed import convert, tokenizer
+    from ascendspeed import convert
     from ascendspeed.formats.files import unused
+    from ascendspeed.tokenization import tokenizer
 
     unused(options.tgt)
     size = convert.parse_size(options.max_shard)

@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import adapting, checkpoint, formats, plan, schedule, tokenizer
+from ascendspeed import adapting, checkpoint, formats, plan, schedule
 from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
 from ascendspeed.config import LoraConfig, Run
 from ascendspeed.data import dataset
@@ -21,6 +21,7 @@ from ascendspeed.device import Device
 from ascendspeed.formats import Source, training
 from ascendspeed.formats.adapter import initial
 from ascendspeed.parallel import Grid
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import random_tensors
 

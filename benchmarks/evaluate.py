@@ -151,11 +151,12 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from ascendspeed import generate, tokenizer
+    from ascendspeed import generate
     from ascendspeed.evaluation import harness
     from ascendspeed.evaluation.answers import Answers
     from ascendspeed.evaluation.prompts import Encoder, prepare
     from ascendspeed.evaluation.running import Model
+    from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(folder)
     model = generate.load(folder, dtype=options.dtype, device=here)
@@ -200,8 +201,8 @@ def measure(options: Options) -> str:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    from ascendspeed import tokenizer
     from ascendspeed.evaluation.prompts import Encoder
+    from ascendspeed.tokenization import tokenizer
 
     base = families.preset(options.model) if options.model else SMALL
     model = replace(base, num_layers=options.layers or base.num_layers)

@@ -9,8 +9,8 @@ import pytest
 import sentencepiece
 from corpus import REAL, TRAPS, sentencepiece_dir, words
 
-from ascendspeed import tokenizer
-from ascendspeed.chat import TEMPLATES, Call, Chat, Message, choose, generation_stops, read_messages, stop_set
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import TEMPLATES, Call, Chat, Message, choose, generation_stops, read_messages, stop_set
 from ascendspeed.utils.errors import UserError
 
 NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")

@@ -15,13 +15,13 @@ from evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from ascendspeed import tokenizer
 from ascendspeed.evaluation import figures, fingerprint, harness, report
 from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.evaluation.running import Model, check_vocabulary
 from ascendspeed.evaluation.styles import SHOTS, STYLES, style
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 SCRIPT = launch.ROOT / "tasks/evaluation/evaluation.py"

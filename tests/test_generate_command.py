@@ -20,12 +20,13 @@ import torch
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
 
-from ascendspeed import families, tokenizer
-from ascendspeed.chat import Chat, Message
+from ascendspeed import families
 from ascendspeed.families import FAMILIES
 from ascendspeed.inference import options, performance, prompts, questions
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
 from ascendspeed.inference.results import Results
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import Chat, Message
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)

@@ -21,8 +21,8 @@ from corpus import words
 from test_chat import vocabulary
 from test_generate import logs_of, texts, theirs
 
-from ascendspeed import tokenizer
 from ascendspeed.data.indexed import PairWriter
+from ascendspeed.tokenization import tokenizer
 
 FLAGS = """--model internlm-tiny --num-layers 2 --vocab-size 512 --seq-length 64 --micro-batch-size 4 --global-batch-size 4
     --lr 5e-3 --min-lr 5e-4 --split 100,0,0 --device cpu"""

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED
 
-from ascendspeed.chat import Message, Piece, PieceEncoder
 from ascendspeed.data.document import Document, Fault, Truncation
 from ascendspeed.data.handler import Job
 from ascendspeed.data.making import Maker
 from ascendspeed.data.shard import Bad
+from ascendspeed.tokenization.chat import Message, Piece, PieceEncoder
 from ascendspeed.utils.errors import UserError
 
 IM = ["<|im_start|>", "<|im_end|>"]

@@ -87,7 +87,7 @@ def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_pa
     asked = []
 
     def reads(model, prompts, params):
-        from ascendspeed import tokenizer
+        from ascendspeed.tokenization import tokenizer
 
         words = tokenizer.load(tiny)
         text = words.decode(prompts[0])

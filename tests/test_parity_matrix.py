@@ -13,7 +13,7 @@ import launch
 import oracle
 import pytest
 import torch
-from test_floors import inner
+from test_layers import inner
 
 from ascendspeed import checks
 from ascendspeed.families import FAMILIES

@@ -126,7 +126,7 @@ def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
     import corpus
     from lm_eval.api.model import TemplateLM
 
-    from ascendspeed import tokenizer
+    from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(corpus.sentencepiece_dir(tmp_path))
     encoder = Encoder(tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from ascendspeed import tokenizer
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "intern" / "make_quickstart_data.py"

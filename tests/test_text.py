@@ -12,8 +12,8 @@ from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ascendspeed import tokenizer
-from ascendspeed.text import Decoder, Stops, Stream, cut, unfinished
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.detokenizer import Decoder, Stops, Stream, cut, unfinished
 from ascendspeed.utils.errors import UserError
 
 TEXTS = [*TRAPS, *words(3), "中文🦙é", "👩‍👩‍👧‍👦 family", "  two spaces", "\u4e00" * 5, "naïve café ½"]

@@ -7,7 +7,7 @@ import sentencepiece
 import tokenizers
 from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
 
-from ascendspeed import tokenizer
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir()]

@@ -13,8 +13,8 @@ import sentencepiece
 from corpus import REAL, TRAPS, words
 from sentencepiece import sentencepiece_model_pb2
 
-from ascendspeed import tokenizer
 from ascendspeed.formats import sentencepieces, tokenizer_json
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 FAMILIES = ("llama", "internlm", "internlm2", "internlm3", "baichuan", "gemma", "mixtral", "qwen2_moe")

@@ -13,7 +13,7 @@ from ascendspeed.data.instructions import (
     SharegptStyleInstructionHandler,
 )
 from ascendspeed.data.pretrain import AlpacaPretrainHandler, GeneralPretrainHandler
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 __all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler", "unread"]

@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from ascendspeed import tokenizer
 from ascendspeed.data.document import Document, Fault, Made, Truncation, learnt_of
 from ascendspeed.data.handler import Job
 from ascendspeed.data.handlers import handler
 from ascendspeed.data.shard import Batch
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 

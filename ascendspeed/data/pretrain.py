@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handler import Handler, Job, weigh
 from ascendspeed.data.shard import Batch
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.tokenizer import Tokenizer
 
 
 class TextHandler(Handler):

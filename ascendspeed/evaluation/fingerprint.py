@@ -13,7 +13,7 @@ from torch import Tensor
 from ascendspeed import weights
 from ascendspeed.checkpoint import Readers
 from ascendspeed.formats import Source
-from ascendspeed.tokenizer import FILES
+from ascendspeed.tokenization.tokenizer import FILES
 
 THREADS = 4
 

@@ -127,7 +127,7 @@ def _hidden(job: Job, cell: Cell) -> tuple[str, str]:
 
 def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
     """At most as many tokens as the cell says."""
-    from ascendspeed.chat import Message
+    from ascendspeed.tokenization.chat import Message
 
     sizes = [max(1, len(ids)) for ids in session.tokenizer.encode_batch([f" {sentence}" for sentence in job.hay])]
 

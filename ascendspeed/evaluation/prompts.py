@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import Style
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from ascendspeed.evaluation.options import Job
 from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.options import SPARE
-from ascendspeed.text import Stream, cut
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.detokenizer import Stream, cut
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 

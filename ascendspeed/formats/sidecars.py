@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ascendspeed import tokenizer
 from ascendspeed.config import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import tokenizer_json
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, read_table
 

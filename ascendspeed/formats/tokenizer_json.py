@@ -18,7 +18,7 @@ from typing import Any
 from ascendspeed.formats import nasty
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse, read
-from ascendspeed.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
+from ascendspeed.tokenization.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
 from ascendspeed.utils.errors import UserError
 
 GENERIC = "PreTrainedTokenizerFast"

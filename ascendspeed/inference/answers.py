@@ -7,7 +7,7 @@ from ascendspeed import generate
 from ascendspeed.generate import Params
 from ascendspeed.inference.options import Generation
 from ascendspeed.inference.session import Session
-from ascendspeed.text import Stream, cut
+from ascendspeed.tokenization.detokenizer import Stream, cut
 
 DEMONSTRATED = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How the published script drew its demonstration."""

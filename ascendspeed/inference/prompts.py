@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.chat import Chat, Message, read_messages
 from ascendspeed.inference.options import Generation
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.chat import Chat, Message, read_messages
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
 

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ascendspeed import formats, generate, kernels, parallel, tokenizer
-from ascendspeed.chat import Chat, stop_set
+from ascendspeed import formats, generate, kernels, parallel
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import ModelConfig
 from ascendspeed.device import Device
 from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place
 from ascendspeed.parallel import Grid
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import Chat, stop_set
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 WEEK = 7 * 24 * 60

@@ -27,7 +27,7 @@ def held_out(work: Path, length: int) -> Any:
     """The held-out text as samples: [n, length + 1] int64."""
     import torch
 
-    from ascendspeed import tokenizer
+    from ascendspeed.tokenization import tokenizer
 
     ids = tokenizer.load(work / "data" / "tokenizer").encode((work / "data" / "heldout.txt").read_text())
     count = (len(ids) - 1) // length

@@ -7,7 +7,7 @@ by their strings, so that no id is written here.
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 EOS = "eos"

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.chat.messages import TOOLS, Call, Message, WrongMessage, tools_message
-from ascendspeed.chat.pieces import Piece, PieceEncoder
-from ascendspeed.chat.templates import EOS, choose, find
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.chat.messages import TOOLS, Call, Message, WrongMessage, tools_message
+from ascendspeed.tokenization.chat.segments import Piece, PieceEncoder
+from ascendspeed.tokenization.chat.templates import EOS, choose, find
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 NO_PLACE = "no place in the template"

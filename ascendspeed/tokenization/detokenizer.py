@@ -5,7 +5,7 @@ Held back are bytes of a character that is not complete yet, and text that may b
 
 from collections.abc import Iterable, Sequence
 
-from ascendspeed.tokenizer import Tokenizer
+from ascendspeed.tokenization.tokenizer import Tokenizer
 
 LEADS = ((0xF8, 1), (0xF0, 4), (0xE0, 3), (0xC0, 2), (0x00, 1))
 """Lowest first byte of a character in UTF-8 -> how many bytes it has."""

@@ -17,7 +17,7 @@ def main() -> int:
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed import engines, kernels, parallel, start, train
-    from ascendspeed.config import to_dict
+    from ascendspeed.config.schema import to_dict
     from ascendspeed.log import Logger
     from ascendspeed.watch import Watch
 

@@ -7,7 +7,7 @@ lie in one linear of Megatron-core's. A family with names of its own (InternLM2'
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
+from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, shape_of
 from ascendspeed.families.llama import ROWS as LLAMA

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ascendspeed import adapters
 from ascendspeed.checkpoint import Checkpoint, Readers
-from ascendspeed.config import LoraConfig, Run
+from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.formats import Source, peft, training
 from ascendspeed.formats.adapter import check_base, initial, tensors_of
 from ascendspeed.utils.errors import UserError

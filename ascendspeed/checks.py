@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from ascendspeed import config, schedule
-from ascendspeed.config import ModelConfig, ParallelConfig, Run
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import check_experts, check_heads
 from ascendspeed.utils.errors import UserError
@@ -46,7 +46,7 @@ def check(run: Run, world: int) -> None:
     if not run.data.data_path:
         raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
     if run.train.train_epochs is None:
-        schedule.check(run.optim, run.train.train_iters)
+        lr_schedule.check(run.optim, run.train.train_iters)
     _check_model(run)
     _check_engine(run.parallel)
     _check_world(run, world)
@@ -81,8 +81,8 @@ def _check_model(run: Run) -> None:
     """The architecture itself, and how it splits over ranks."""
     model, parallel = run.model, run.parallel
     check_heads(model)
-    config.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
-    config.check_pipeline_parallel(model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank)
+    schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
+    schema.check_pipeline_parallel(model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank)
     _check_experts(run)
     _check_biases(model)
 

@@ -14,7 +14,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 from torch import Tensor
 
 from ascendspeed import device as devices
-from ascendspeed.config import ParallelConfig
+from ascendspeed.config.schema import ParallelConfig
 from ascendspeed.device import Device
 from ascendspeed.utils.errors import UserError
 

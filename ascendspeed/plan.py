@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ascendspeed import adapters
-from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, shape_of
 

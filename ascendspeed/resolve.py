@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import adapters, checks, config, families, flags
-from ascendspeed.config import ModelConfig, Run
+from ascendspeed import adapters, checks, families, flags
+from ascendspeed.config import schema
+from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils.errors import UserError
 
@@ -88,11 +89,11 @@ class Command:
 
     recipe: FlagCreatePairsOff[RecipeFlags] = field(default_factory=RecipeFlags)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
-    parallel: FlagCreatePairsOff[config.ParallelConfig] = field(default_factory=config.ParallelConfig)
-    optim: FlagCreatePairsOff[config.OptimConfig] = field(default_factory=config.OptimConfig)
-    data: FlagCreatePairsOff[config.DataConfig] = field(default_factory=config.DataConfig)
-    train: FlagCreatePairsOff[config.TrainConfig] = field(default_factory=config.TrainConfig)
-    lora: FlagCreatePairsOff[config.LoraConfig] = field(default_factory=config.LoraConfig)
+    parallel: FlagCreatePairsOff[schema.ParallelConfig] = field(default_factory=schema.ParallelConfig)
+    optim: FlagCreatePairsOff[schema.OptimConfig] = field(default_factory=schema.OptimConfig)
+    data: FlagCreatePairsOff[schema.DataConfig] = field(default_factory=schema.DataConfig)
+    train: FlagCreatePairsOff[schema.TrainConfig] = field(default_factory=schema.TrainConfig)
+    lora: FlagCreatePairsOff[schema.LoraConfig] = field(default_factory=schema.LoraConfig)
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
@@ -153,7 +154,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     return run, said
 
 
-def _continued(train: config.TrainConfig, said: list[str]) -> config.TrainConfig:
+def _continued(train: schema.TrainConfig, said: list[str]) -> schema.TrainConfig:
     """--auto-resume: what is in --save goes before --load, which said how the run began."""
     if train.save is None:
         raise UserError("--auto-resume continues the run in --save; give --save, the folder of its checkpoints")
@@ -163,7 +164,7 @@ def _continued(train: config.TrainConfig, said: list[str]) -> config.TrainConfig
     return replace(train, load=train.save, finetune=False)
 
 
-def _virtual_stages(parallel: config.ParallelConfig, layers: int, each: int, typed: set[str]) -> config.ParallelConfig:
+def _virtual_stages(parallel: schema.ParallelConfig, layers: int, each: int, typed: set[str]) -> schema.ParallelConfig:
     """Megatron's older way to ask for virtual stages: by the layers in each."""
     pp, flag = parallel.pipeline_model_parallel_size, f"--num-layers-per-virtual-pipeline-stage {each}"
     if "num_virtual_stages_per_pipeline_rank" in typed:
@@ -217,7 +218,7 @@ def _intact_run(step: Path) -> Run | None:
     try:
         text = (step / "run.json").read_bytes()
         wanted = json.loads((step / "manifest.json").read_text())["files"]["run.json"]["sha256"]
-        return config.from_dict(json.loads(text)) if hashlib.sha256(text).hexdigest() == wanted else None
+        return schema.from_dict(json.loads(text)) if hashlib.sha256(text).hexdigest() == wanted else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

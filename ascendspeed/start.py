@@ -11,9 +11,10 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import adapting, checkpoint, formats, plan, schedule
+from ascendspeed import adapting, checkpoint, formats, plan
 from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
-from ascendspeed.config import LoraConfig, Run
+from ascendspeed.config import lr_schedule
+from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.prefetch import Prefetch
@@ -75,7 +76,7 @@ def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
             raise UserError("--train-epochs: data sets that are blended by weights end at different times; give --train-iters")
         wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
-        schedule.check(run.optim, run.train.train_iters)
+        lr_schedule.check(run.optim, run.train.train_iters)
         say(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
     for name, iterations in wanted.items():
         samples = len(splits[name])

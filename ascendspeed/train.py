@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from ascendspeed import parallel, plan
 from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
-from ascendspeed.config import Run
+from ascendspeed.config.lr_schedule import lr_at
+from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import Engine, StepResult
@@ -19,7 +20,6 @@ from ascendspeed.formats import peft
 from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.parallel import Grid
-from ascendspeed.schedule import lr_at
 from ascendspeed.start import Batches, Start
 from ascendspeed.utils.errors import UserError
 from ascendspeed.watch import Watch

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import plan
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import huggingface, writing
 from ascendspeed.formats.source import Source

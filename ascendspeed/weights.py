@@ -13,7 +13,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row, Split, shape_of
 from ascendspeed.utils.errors import UserError

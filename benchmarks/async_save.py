@@ -108,7 +108,7 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
 
     here = device.prepare("cpu")
     from ascendspeed import parallel
-    from ascendspeed.config import ParallelConfig
+    from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.watch import Stop
 
     grid = parallel.initialize(here, ParallelConfig(), 1)

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from ascendspeed import families, flags
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.utils import errors
 
 GB = 1e9

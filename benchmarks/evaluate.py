@@ -25,7 +25,7 @@ from typing import Any, Literal
 from clock import Took, timed
 
 from ascendspeed import families, flags
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import style
 from ascendspeed.evaluation.subjects import TOPICS

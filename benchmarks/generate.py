@@ -19,7 +19,7 @@ from typing import Any, Literal
 from clock import Took, timed
 
 from ascendspeed import flags, plan
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError

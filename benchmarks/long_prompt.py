@@ -17,7 +17,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from ascendspeed import flags
-from ascendspeed.config import ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.families import preset
 from ascendspeed.utils import errors
 

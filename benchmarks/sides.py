@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed import device
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 from ascendspeed.families import FAMILIES
 
 Step = Callable[[], float]

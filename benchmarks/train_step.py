@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ascendspeed import flags, plan
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError

@@ -19,7 +19,7 @@ def cpu():
 
     here = device.prepare("cpu")
     from ascendspeed import parallel
-    from ascendspeed.config import ParallelConfig
+    from ascendspeed.config.schema import ParallelConfig
 
     parallel.initialize(here, ParallelConfig(), seed=1)
     return here

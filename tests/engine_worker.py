@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from ascendspeed import config, device
+from ascendspeed import device
+from ascendspeed.config import schema
 
 
 def main() -> None:
@@ -28,11 +29,12 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ascendspeed import checkpoint, kernels, parallel, schedule
+    from ascendspeed import checkpoint, kernels, parallel
+    from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
     from ascendspeed.weights import random_tensors
 
-    base, fused = config.from_dict(job["run"]), kernels.choose(here, varlen=here.kind != "cpu")
+    base, fused = schema.from_dict(job["run"]), kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
         base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"]
     )
@@ -48,7 +50,7 @@ def main() -> None:
         return [Batch(**{k: v[i : i + size] for k, v in mine.items()}) for i in range(0, rows, size)]
 
     def step(engine, run, grid, batch):
-        result = engine.step(micro_batches(run, grid, batch), schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
+        result = engine.step(micro_batches(run, grid, batch), lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
     def save(folder, at, engine, run, grid):

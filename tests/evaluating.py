@@ -15,7 +15,7 @@ from lm_eval.api.task import ConfigurableTask
 from safetensors.torch import save_file
 
 from ascendspeed import convert, families, formats, weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation.subjects import TOPICS
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"

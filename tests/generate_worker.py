@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from ascendspeed import device
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 
 
 def main() -> None:

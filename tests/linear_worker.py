@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from ascendspeed import device
-from ascendspeed.config import ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ParallelConfig, TrainConfig
 
 
 def main() -> None:

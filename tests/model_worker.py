@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import config, device
+from ascendspeed import device
+from ascendspeed.config import schema
 
 
 def main() -> None:
@@ -25,7 +26,7 @@ def main() -> None:
 
     tensors, facts, before = {}, {}, ()
     for name, case in job["cases"].items():
-        run = config.from_dict(case["run"])
+        run = schema.from_dict(case["run"])
         layout = (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size)
         if layout != before:
             parallel_state.destroy_model_parallel()
@@ -47,7 +48,7 @@ def main() -> None:
     parallel.destroy()
 
 
-def forward(model: Any, run: config.Run, inputs: Any, **more: Any) -> tuple[Any, Any]:
+def forward(model: Any, run: schema.Run, inputs: Any, **more: Any) -> tuple[Any, Any]:
     """What this pipeline stage was given (None: tokens), and its output: hidden states [s, b, h], of the last stage the model's."""
     import torch
     import torch.distributed as dist

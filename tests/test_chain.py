@@ -100,7 +100,7 @@ def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained):
 def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ascendspeed import config
+    from ascendspeed.config import schema
     from ascendspeed.data import dataset
 
     must(
@@ -108,7 +108,7 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
         *("--format", "hf-llama", "--tokenizer", str(trained / "data" / "tokenizer"), "--verify"),
     )
     model = AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32).eval()
-    data = config.DataConfig(data_path=(str(trained / "alpaca_text_document"),), seq_length=64)
+    data = schema.DataConfig(data_path=(str(trained / "alpaca_text_document"),), seq_length=64)
     samples = dataset.build_splits(data, 1234, 2048, ["valid"])["valid"]
     batches = [batch for i in range(2) for batch in dataset.batch(samples, 4 * i, 4, 4)]
     with torch.no_grad():

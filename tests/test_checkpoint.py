@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from ascendspeed import checkpoint
 from ascendspeed.checkpoint import KINDS, Fragment, TrainState, files, saving
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Cut
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from ascendspeed import checks, families
-from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-7b"), num_layers=12, num_attention_heads=32)

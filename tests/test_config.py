@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendspeed import config
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config import schema
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.families import PRESETS
 from ascendspeed.utils.errors import UserError
 
@@ -40,7 +40,7 @@ DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), Trai
 
 @given(runs)
 def test_round_trip_through_json(run):
-    again = config.from_dict(json.loads(json.dumps(config.to_dict(run))))
+    again = schema.from_dict(json.loads(json.dumps(schema.to_dict(run))))
     assert again == run
     assert hash(again) == hash(run)  # tuples, not lists
 
@@ -55,10 +55,10 @@ def test_round_trip_through_json(run):
     ],
 )
 def test_what_it_does_not_know_is_refused(spoil):
-    values = config.to_dict(DEFAULT)
+    values = schema.to_dict(DEFAULT)
     spoil(values)
     with pytest.raises(UserError, match=r"run\.json") as error:
-        config.from_dict(values)
+        schema.from_dict(values)
     assert "\n" not in str(error.value)
 
 
@@ -84,14 +84,14 @@ def test_one_spelling_for_one_architecture():
 
 @given(st.integers(1, 200_000), st.integers(1, 16), st.sampled_from([1, 64, 128]))
 def test_padded_vocabulary(vocab, tp, divisor):
-    padded = config.padded_vocab_size(ModelConfig(vocab_size=vocab), ParallelConfig(tp, make_vocab_size_divisible_by=divisor))
+    padded = schema.padded_vocab_size(ModelConfig(vocab_size=vocab), ParallelConfig(tp, make_vocab_size_divisible_by=divisor))
     assert padded % (tp * divisor) == 0
     assert vocab <= padded < vocab + tp * divisor
 
 
 @pytest.mark.parametrize(("tp", "rows"), [(1, 0), (2, 0), (4, 256), (8, 256), (16, 1280)])
 def test_padding_of_the_real_vocabulary(tp, rows):
-    assert config.padded_vocab_size(ModelConfig(), ParallelConfig(tp)) - 103168 == rows
+    assert schema.padded_vocab_size(ModelConfig(), ParallelConfig(tp)) - 103168 == rows
 
 
 def test_dtype():

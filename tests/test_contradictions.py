@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from test_convert import BASE, MODELS
 
 from ascendspeed import convert, weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.contradictions import contradictions
 from ascendspeed.utils.errors import UserError

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ascendspeed import checkpoint, convert, weights
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.files import PieceFile, staged
 from ascendspeed.utils.errors import UserError

@@ -9,7 +9,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import dataset, epoch
 from ascendspeed.data.dataset import batch, build_splits, parse_blend, split_documents
 from ascendspeed.data.epoch import NoTokenizer, kept

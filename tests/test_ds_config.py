@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.utils.errors import UserError
 
 RUN = Run(

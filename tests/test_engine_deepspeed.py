@@ -10,8 +10,9 @@ import launch
 import oracle
 import pytest
 
-from ascendspeed import config, schedule, weights
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed import weights
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -38,7 +39,7 @@ def run_cases(layout: str, cases: dict[str, Any], folder: Path, steps: int = STE
     """Every case in one start of processes: case -> [[loss, gradient norm], ...]."""
     tp, dp = LAYOUTS[layout]
     run = replace(RUN, parallel=replace(RUN.parallel, tensor_model_parallel_size=tp), train=replace(RUN.train, **train))
-    job = {"run": config.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
+    job = {"run": schema.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
     return launch.ranks(tp * dp, "engine_worker.py", job, folder)
 
 
@@ -50,7 +51,7 @@ def changes(stage: int, **optim: Any) -> dict[str, Any]:
 def expected() -> Curve:
     """Plain torch over Hugging Face's model, one process, the global batch at once."""
     data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     model = oracle.hugging_face(MODEL, dict(weights.random_tensors(MODEL, RUN.train.seed)))
     return oracle.train(model, data, lrs, vars(RUN.optim))
 
@@ -154,7 +155,7 @@ def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
     """Tied embeddings, and fewer key/value heads than tensor-parallel ranks."""
     steps, curves = 8, {}
     data = oracle.batches(MODEL.vocab_size, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     for name, fields in MODELS.items():
         model = replace(MODEL, **fields)
         theirs = oracle.hugging_face(model, dict(weights.random_tensors(model, RUN.train.seed)))

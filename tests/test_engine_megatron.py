@@ -16,9 +16,10 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import checkpoint, checks, config, schedule, weights
+from ascendspeed import checkpoint, checks, weights
 from ascendspeed.checkpoint import KINDS
-from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(RUN.model, num_layers=4)
@@ -82,7 +83,7 @@ class Theme(NamedTuple):
 def run(world: int, themes: dict[str, Theme], folder: Path) -> dict[str, dict[str, Curve]]:
     """theme -> case -> [[loss, gradient norm], ...]."""
     cases = {f"{theme}/{name}": case for theme, (cases, _) in themes.items() for name, case in cases.items()}
-    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
+    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
     found: dict[str, dict[str, Curve]] = {theme: {} for theme in themes}
     for name, curve in launch.ranks(world, "engine_worker.py", job, folder, timeout=1800).items():
         theme, _, own = name.partition("/")
@@ -102,7 +103,7 @@ def case(parallel: dict[str, Any], last: int, *, optim: dict | None = None, trai
 def trained(model: Any, vocab: int, steps: int = STEPS) -> Curve:
     """Plain torch over Hugging Face's model, one process, the global batch at once."""
     data = oracle.batches(vocab, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     return oracle.train(model, data, lrs, vars(RUN.optim))
 
 

@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from ascendspeed import checks
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.families import FAMILIES, PRESETS, family_of, preset
 from ascendspeed.families.family import check_heads
 from ascendspeed.utils.errors import UserError

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from test_model import Case, under
 from transformers import LlamaForCausalLM
 
-from ascendspeed import config, convert, families, formats, weights
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed import convert, families, formats, weights
+from ascendspeed.config import schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
@@ -198,7 +199,7 @@ def test_parameters_are_those_of_the_rows(results, name, layout):
     """Names, shapes and cuts of the built model are what the family's rows say."""
     facts, model = results[f"{name}.{layout}"][3], MODELS[name]
     parallel = next(layouts[layout] for layouts in LAYOUTS.values() if layout in layouts)
-    tp, padded = parallel.tensor_model_parallel_size, config.padded_vocab_size(model, parallel)
+    tp, padded = parallel.tensor_model_parallel_size, schema.padded_vocab_size(model, parallel)
     cuts = {p.name: p.cut(tp, padded) for p in weights.parameters(model)}
     if model.tie_embeddings and parallel.pipeline_model_parallel_size > 1:
         cuts["output_layer.weight"] = cuts["embedding.word_embeddings.weight"]  # the last stage's copy

@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_family_models import MODELS
 
-from ascendspeed import schedule, weights
+from ascendspeed import weights
+from ascendspeed.config import lr_schedule
 
 STEPS = 5
 NAMES = ("internlm3-bias", "qwen2-tied", "baichuan", "gemma")
@@ -20,7 +21,7 @@ def expected(tmp_path_factory):
     """name -> the file of the weights, and plain torch's losses and gradient norms."""
     folder, found = tmp_path_factory.mktemp("weights"), {}
     data = oracle.batches(125, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     for name in NAMES:
         reference, published = oracle.native(MODELS[name])
         save_file(

@@ -386,17 +386,18 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu
     """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
     import torch
 
-    from ascendspeed import config, engines, families, parallel
+    from ascendspeed import engines, families, parallel
+    from ascendspeed.config import schema
     from ascendspeed.data.dataset import Batch
     from ascendspeed.kernels import Kernels
     from ascendspeed.weights import random_tensors
 
-    run = config.Run(
+    run = schema.Run(
         families.preset("internlm-tiny"),
-        config.ParallelConfig(**ENGINES[name]),
-        config.OptimConfig(bf16=dtype == "bf16"),
-        config.DataConfig(seq_length=8),
-        config.TrainConfig(global_batch_size=2, train_iters=4, log_dir=str(tmp_path)),
+        schema.ParallelConfig(**ENGINES[name]),
+        schema.OptimConfig(bf16=dtype == "bf16"),
+        schema.DataConfig(seq_length=8),
+        schema.TrainConfig(global_batch_size=2, train_iters=4, log_dir=str(tmp_path)),
     )
     grid = parallel.initialize(cpu, run.parallel, 1)
     engine = engines.builder(run, grid, cpu, Kernels(), print)(random_tensors(run.model, 1))

@@ -10,7 +10,7 @@ import pytest
 from test_chat import KINDS
 from test_preprocess_instructions import ROWS
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.handler import Job
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.log import TrainLine, read

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed import flags
-from ascendspeed.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
+from ascendspeed.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
 from ascendspeed.utils.errors import EXIT_USER_ERROR, UserError
 
 DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())

@@ -14,7 +14,7 @@ from generate_worker import answers
 from safetensors.torch import save_file
 from test_model import INTERNLM, ours, tensors_of
 
-from ascendspeed.config import ModelConfig, ParallelConfig
+from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from ascendspeed.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 64}

@@ -221,7 +221,7 @@ def test_stdout_is_the_answers_alone(trained):
 
 def test_layouts_of_training_are_refused(cpu, trained):
     from ascendspeed import generate
-    from ascendspeed.config import ParallelConfig
+    from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.utils.errors import UserError
 
     for more in ({"sequence_parallel": True}, {"context_parallel_size": 2}, {"num_virtual_stages_per_pipeline_rank": 2}):

@@ -9,14 +9,15 @@ import test_segments as segments
 import torch
 from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
-from ascendspeed import config, device, kernels, schedule, weights
+from ascendspeed import device, kernels, weights
+from ascendspeed.config import lr_schedule, schema
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def test_losses_equal_the_oracle_on_the_cpu(tmp_path):
     data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     expected = oracle.train(
         oracle.hugging_face(MODEL, dict(weights.random_tensors(MODEL, RUN.train.seed))), data, lrs, vars(RUN.optim)
     )
@@ -24,7 +25,7 @@ def test_losses_equal_the_oracle_on_the_cpu(tmp_path):
     cases |= {f"bf16 zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}
     cases |= {"fp16 zero 2": {"changes": changes(2, fp16=True, initial_loss_scale=1024.0)}}
     cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
-    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
+    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
     for name, curve in launch.ranks(1, "engine_worker.py", job, tmp_path).items():
         loss, _ = worst(curve, expected)
         if name.startswith("control"):
@@ -41,7 +42,7 @@ def test_the_same_layout_resumes_bit_identically(tmp_path):
         "then": {"changes": change, "first": 4, "load": at},
     }
     run = replace(RUN, train=replace(RUN.train, attention_dropout=0.1, hidden_dropout=0.1))
-    job = {"run": config.to_dict(run), "steps": 8, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
+    job = {"run": schema.to_dict(run), "steps": 8, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
     curves = launch.ranks(1, "engine_worker.py", job, tmp_path)
     assert curves["first"] + curves["then"] == curves["whole"]
 
@@ -74,7 +75,7 @@ def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
     cases = {f"fp32 {name}": segments.case(layout, data, STEPS) for name, layout in layouts.items()}
     cases |= {f"bf16 {name}": segments.case(layout, data, STEPS, optim={"bf16": True}) for name, layout in layouts.items()}
     cases["control"] = segments.case({}, data, STEPS, **{"break": "documents see each other"})
-    job = {"run": config.to_dict(segments.RUN), "steps": STEPS, "data_seed": 0, "cases": cases, "device": "cuda"}
+    job = {"run": schema.to_dict(segments.RUN), "steps": STEPS, "data_seed": 0, "cases": cases, "device": "cuda"}
     for name, curve in launch.ranks(1, "engine_worker.py", job, tmp_path / "ranks").items():
         loss, _ = worst(curve, expected)
         if name == "control":

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_convert import same
 
 from ascendspeed import convert
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.internevo import Asked, Style
 from ascendspeed.formats import internevo

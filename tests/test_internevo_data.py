@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from launch import ROOT
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.couple import Couple
 from ascendspeed.data.cutting import SEED as SHUFFLED_BY
 from ascendspeed.data.cutting import cut, packer

@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ascendspeed"
 LAYERS = [
     "utils",
     "tokenization",
-    "config",
+    "config.schema",
     "data",
     "distributed",
     "models",
@@ -33,13 +33,13 @@ TORCH_FREE = [
     "utils.errors",
     "adapters",
     "utils.safe_io",
-    "config",
+    "config.schema",
     "log",
     "steps",
     "families",
     "plan",
     "flags",
-    "schedule",
+    "config.lr_schedule",
     "checks",
     "resolve",
 ]
@@ -53,7 +53,7 @@ MEGATRON = {
 }
 DEVICE_WORDS = {
     "device": "the only file that names a device",
-    "config": "the choices of --device",
+    "config.schema": "the choices of --device",
 }
 
 SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 
-from ascendspeed import checkpoint, config, schedule, weights
+from ascendspeed import checkpoint, weights
 from ascendspeed.adapters import parameter_count
-from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import peft as directory
 
@@ -74,12 +75,12 @@ class Setting:
 
 def train(model: torch.nn.Module, vocab: int, steps: int = STEPS) -> Curve:
     data = oracle.batches(vocab, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)[:steps]
-    lrs = [schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(steps)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(steps)]
     return oracle.train(model, data, lrs, vars(RUN.optim))
 
 
 def run(world: int, cases: dict[str, Any], folder: Path) -> dict[str, Curve]:
-    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
+    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
     return launch.ranks(world, "engine_worker.py", job, folder, timeout=1800)
 
 

@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from test_convert import command as tool
 
-from ascendspeed import adapters, config, families
-from ascendspeed.config import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed import adapters, families
+from ascendspeed.config import schema
+from ascendspeed.config.schema import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.log import read
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
@@ -93,10 +94,10 @@ def test_what_means_nothing(typed, match):
 
 
 def test_checkpoints_of_before_know_no_adapters():
-    values = config.to_dict(RUN)
-    assert config.from_dict(json.loads(json.dumps(values))) == RUN
+    values = schema.to_dict(RUN)
+    assert schema.from_dict(json.loads(json.dumps(values))) == RUN
     del values["lora"]
-    assert config.from_dict(values) == replace(RUN, lora=LoraConfig())
+    assert schema.from_dict(values) == replace(RUN, lora=LoraConfig())
 
 
 def test_how_many_parameters():

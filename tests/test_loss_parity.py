@@ -13,7 +13,8 @@ import pytest
 from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 
-from ascendspeed import config, families
+from ascendspeed import families
+from ascendspeed.config import schema
 from ascendspeed.parity import comparing, origin, reading
 from ascendspeed.utils.errors import UserError
 
@@ -55,8 +56,8 @@ def began(tmp_path):
 
     def log_of(load: str | None, seed: int = 1234, device: str = "cpu (AMD EPYC), gloo", **train) -> Path:
         run = example_run()
-        settings = config.TrainConfig(load=load, seed=seed, **train)
-        run = replace(run, model=model, train=settings, data=config.DataConfig(data_path=(str(tmp_path / "tokens"),)))
+        settings = schema.TrainConfig(load=load, seed=seed, **train)
+        run = replace(run, model=model, train=settings, data=schema.DataConfig(data_path=(str(tmp_path / "tokens"),)))
         head = f"device: {device}; 2 processes: TP 1 x DP 2"
         (tmp_path / "train.log").write_text(f"{head}\nrun: {json.dumps(asdict(run))}\n{ours(1, 2.0)}")
         return tmp_path / "train.log"

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_convert import command
 
-from ascendspeed.config import LoraConfig, ModelConfig
+from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import open_source

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import config, weights
-from ascendspeed.config import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed import weights
+from ascendspeed.config import schema
+from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.families import FAMILIES, PRESETS
 
 INTERNLM = ModelConfig(
@@ -64,7 +65,7 @@ def under(cases: dict[str, Case], world: int, folder: Path):
     job = {"cases": {}}
     for name, case in cases.items():
         save_file({n: t.contiguous() for n, t in case.tensors.items()}, folder / f"{name}.safetensors")
-        run = config.to_dict(Run(case.model, case.layout, OptimConfig(), DataConfig(), TrainConfig()))
+        run = schema.to_dict(Run(case.model, case.layout, OptimConfig(), DataConfig(), TrainConfig()))
         job["cases"][name] = {"run": run, "weights": str(folder / f"{name}.safetensors"), "tokens": case.tokens.tolist()}
     facts = launch.ranks(world, "model_worker.py", job, folder)
     found = load_file(folder / "out.json.safetensors")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_model import Case, ours, tokens_of, under
 
-from ascendspeed import checks, config, convert, formats, plan, schedule, weights
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed import checks, convert, formats, plan, weights
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.families import FAMILIES, PRESETS, family_of
 from ascendspeed.utils.errors import UserError
 
@@ -210,7 +211,7 @@ def test_layouts_equal_hugging_face(saved, world, tmp_path):
         with torch.no_grad():
             assert (logits - reference(tokens[:, :-1]).logits).abs().max() < 2e-5, case
             assert (losses - oracle.token_losses(reference, tokens[:, :-1], tokens[:, 1:])).abs().max() < 2e-5, case
-        padded = config.padded_vocab_size(model, parallel)
+        padded = schema.padded_vocab_size(model, parallel)
         cuts = {p.name: p.cut(parallel.tensor_model_parallel_size, padded) for p in weights.parameters(model)}
         assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}, case
         assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}, case
@@ -224,7 +225,7 @@ STEPS = 4
 def trained(model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step of a plain torch loop over Hugging Face's model."""
     data = oracle.batches(model.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
-    lrs = [schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(STEPS)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(STEPS)]
     reference = loaded(model, dict(weights.random_tensors(model, RUN.train.seed)), folder)
     return oracle.train(reference, data, lrs, vars(RUN.optim))
 

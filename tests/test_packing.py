@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import couple, dataset
 from ascendspeed.data.couple import Couple, CoupleWriter
 from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of

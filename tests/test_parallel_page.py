@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendspeed import kernels, plan
-from ascendspeed.config import ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.families import PRESETS
 
 PAGE = (launch.ROOT / "docs" / "parallel.md").read_text()

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_parity_logs import ours
 
-from ascendspeed import config, families
+from ascendspeed import families
+from ascendspeed.config import schema
 from ascendspeed.parity import comparing, figures, report
 from ascendspeed.parity.aligning import Pair, align
 from ascendspeed.parity.curve import Curve, Step
@@ -320,10 +321,10 @@ def write_run(folder: Path, losses, zero_stage: int = 2, **begin: str) -> Path:
     return folder
 
 
-def example_run(zero_stage: int = 2) -> config.Run:
-    parallel = config.ParallelConfig(zero_stage=zero_stage, deepspeed=True)
-    data = config.DataConfig(data_path=("<b>corpus</b>",))
-    return config.Run(families.preset("internlm-tiny"), parallel, config.OptimConfig(), data, config.TrainConfig())
+def example_run(zero_stage: int = 2) -> schema.Run:
+    parallel = schema.ParallelConfig(zero_stage=zero_stage, deepspeed=True)
+    data = schema.DataConfig(data_path=("<b>corpus</b>",))
+    return schema.Run(families.preset("internlm-tiny"), parallel, schema.OptimConfig(), data, schema.TrainConfig())
 
 
 @pytest.fixture

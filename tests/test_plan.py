@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ascendspeed import plan, weights
-from ascendspeed.config import ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.families import PRESETS
 
 GIB = 2**30

@@ -13,7 +13,7 @@ from test_convert import command, same
 from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 
 from ascendspeed import convert
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_convert import command
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index, read_json
 from ascendspeed.utils import errors, safe_io

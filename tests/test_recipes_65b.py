@@ -18,7 +18,7 @@ import recipes
 from recipes import INTERN, clean, program
 
 from ascendspeed import plan
-from ascendspeed.config import ParallelConfig, Run
+from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.indexed import PairWriter
 from ascendspeed.families import PRESETS
 from ascendspeed.log import TrainLine, read

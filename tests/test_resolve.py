@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed import config, families, flags
+from ascendspeed import families, flags
+from ascendspeed.config import schema
 from ascendspeed.resolve import Command, resolve
 from ascendspeed.utils.errors import UserError
 
@@ -153,7 +154,7 @@ def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
     for step, layers in ((2, 4), (4, 5), (6, 6)):
         model = families.preset("internlm-tiny")
         run, _ = resolve([*GOOD, "--model", "internlm-tiny"], 1)
-        text = json.dumps(config.to_dict(dataclasses.replace(run, model=dataclasses.replace(model, num_layers=layers))))
+        text = json.dumps(schema.to_dict(dataclasses.replace(run, model=dataclasses.replace(model, num_layers=layers))))
         folder = tmp_path / f"step_{step:07}"
         folder.mkdir()
         (folder / "run.json").write_text(text)

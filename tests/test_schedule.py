@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from ascendspeed import schedule
-from ascendspeed.config import OptimConfig
+from ascendspeed.config import lr_schedule
+from ascendspeed.config.schema import OptimConfig
 from ascendspeed.utils.errors import UserError
 
 RECIPE = OptimConfig(lr=1.5e-4, min_lr=1e-5, lr_decay_iters=320, lr_warmup_fraction=0.01)
@@ -48,7 +48,7 @@ def megatron_curve(optim: OptimConfig, train_iters: int, batch: int, skipped: se
 
 
 def our_curve(optim: OptimConfig, train_iters: int) -> list[float]:
-    return [schedule.lr_at(i, optim, train_iters) for i in range(train_iters)]
+    return [lr_schedule.lr_at(i, optim, train_iters) for i in range(train_iters)]
 
 
 @pytest.mark.parametrize("style", ["cosine", "linear", "constant"])
@@ -69,7 +69,7 @@ def our_curve(optim: OptimConfig, train_iters: int) -> list[float]:
 )
 def test_equals_megatron(style, change):
     optim = dataclasses.replace(RECIPE, lr_decay_style=style, **change)
-    schedule.check(optim, 400)
+    lr_schedule.check(optim, 400)
     assert our_curve(optim, 400) == pytest.approx(megatron_curve(optim, 400, batch=256), rel=1e-12, abs=0)
 
 
@@ -87,7 +87,7 @@ def test_equals_megatron_anywhere(style, train_iters, decay, warmup, lr, share, 
     given_as = {"lr_warmup_iters": warmup} if isinstance(warmup, int) else {"lr_warmup_fraction": warmup}
     optim = OptimConfig(lr=lr, min_lr=lr * share, lr_decay_style=style, lr_decay_iters=decay, **given_as)
     try:
-        schedule.check(optim, train_iters)
+        lr_schedule.check(optim, train_iters)
     except UserError:
         assert isinstance(warmup, int)
         assert warmup >= (decay or train_iters)  # the one thing that can be wrong here
@@ -97,22 +97,22 @@ def test_equals_megatron_anywhere(style, train_iters, decay, warmup, lr, share, 
 
 
 def test_control_one_step_late_is_seen():
-    late = [schedule.lr_at(i + 1, RECIPE, 400) for i in range(400)]
+    late = [lr_schedule.lr_at(i + 1, RECIPE, 400) for i in range(400)]
     assert late != pytest.approx(megatron_curve(RECIPE, 400, batch=256), rel=1e-12, abs=0)
 
 
 def test_skipped_steps_do_not_move_it():
     skipped, done, ours = {0, 1, 5, 6, 50}, 0, []
     for iteration in range(80):
-        ours.append(schedule.lr_at(done, RECIPE, 80))
+        ours.append(lr_schedule.lr_at(done, RECIPE, 80))
         done += iteration not in skipped
     assert ours == pytest.approx(megatron_curve(RECIPE, 80, 64, skipped), rel=1e-12, abs=0)
 
 
 def test_first_step():
-    assert schedule.lr_at(0, RECIPE, 400) == 0.0
-    assert schedule.lr_at(0, dataclasses.replace(RECIPE, lr_warmup_fraction=None), 400) == RECIPE.lr
-    assert schedule.lr_at(10**9, RECIPE, 400) == RECIPE.min_lr
+    assert lr_schedule.lr_at(0, RECIPE, 400) == 0.0
+    assert lr_schedule.lr_at(0, dataclasses.replace(RECIPE, lr_warmup_fraction=None), 400) == RECIPE.lr
+    assert lr_schedule.lr_at(10**9, RECIPE, 400) == RECIPE.min_lr
 
 
 @pytest.mark.parametrize(
@@ -135,10 +135,10 @@ def test_first_step():
 )
 def test_refusals(change, train_iters, said):
     with pytest.raises(UserError) as error:
-        schedule.check(dataclasses.replace(RECIPE, **change), train_iters)
+        lr_schedule.check(dataclasses.replace(RECIPE, **change), train_iters)
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_constant_needs_no_minimum():
-    schedule.check(OptimConfig(lr=1e-6, min_lr=1e-5, lr_decay_style="constant"), 10)
+    lr_schedule.check(OptimConfig(lr=1e-6, min_lr=1e-5, lr_decay_style="constant"), 10)

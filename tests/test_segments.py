@@ -19,8 +19,9 @@ from test_engine_deepspeed import Curve, worst
 from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
 from test_moe import MIXTRAL, loaded
 
-from ascendspeed import checkpoint, config, device, schedule, weights
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed import checkpoint, device, weights
+from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.kernels import Kernels
 from ascendspeed.utils.errors import UserError
 
@@ -106,7 +107,7 @@ def theirs(model: ModelConfig, folder: Path) -> Any:
 def trained(model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder: Path) -> tuple[Curve, dict[str, torch.Tensor]]:
     """Plain torch, one document after the other: the curve, and by our names what Adam holds of the first step's gradients."""
     data = [{name: column[i] for name, column in batches.items()} for i in range(steps)]
-    lrs = [schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
+    lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     model = model if model.num_experts else replace(model, family="llama")
     reference = theirs(model, folder / "first")
     oracle.train(OneByOne(reference, rows), data[:1], lrs[:1], vars(RUN.optim))
@@ -226,7 +227,7 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
 
 
 def run(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> None:
-    job = {"run": config.to_dict(RUN), "steps": STEPS, "data_seed": 0, "cases": cases}
+    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": 0, "cases": cases}
     check(launch.ranks(world, "engine_worker.py", job, folder / "ranks", timeout=900), folder)
 
 

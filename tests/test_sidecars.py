@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from test_tokenizer_json import chat_files, folder_with, stock, trained
 
 from ascendspeed import convert, weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

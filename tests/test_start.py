@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ascendspeed import families
-from ascendspeed.config import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm-tiny")

@@ -17,7 +17,7 @@ import torch
 from corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import stream, tables
 from ascendspeed.data.couple import Couple, find
 from ascendspeed.data.dataset import batch, build_splits, files_of, split_documents

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ascendspeed import convert, verify, weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig, check_pipeline_parallel, check_tensor_parallel
+from ascendspeed.config.schema import ModelConfig, check_pipeline_parallel, check_tensor_parallel
 from ascendspeed.families import PRESETS
 from ascendspeed.utils.errors import UserError
 

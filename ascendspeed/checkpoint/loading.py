@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed import config
 from ascendspeed.checkpoint import files
 from ascendspeed.checkpoint.pieces import Address, Fragment, TrainState, extent, part_count, width
-from ascendspeed.config import ModelConfig, Run
+from ascendspeed.config import schema
+from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import Cut, Tile
 
@@ -97,7 +97,7 @@ class Checkpoint:
         """Reads the headers only. Raises `UserError` when it is not whole; `find` and `open_checkpoint` verify the bytes first."""
         self.path = path
         try:
-            self.run: Run = config.from_dict(json.loads((path / "run.json").read_text()))
+            self.run: Run = schema.from_dict(json.loads((path / "run.json").read_text()))
             saved = json.loads((path / "train_state.json").read_text())
             self.world: int = saved.pop("world")
             self.state = TrainState(**saved)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
 from ascendspeed.checkpoint.saving import save
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 
 
 class Saved(NamedTuple):

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ascendspeed import config
 from ascendspeed.checkpoint import files, manifest, owner
 from ascendspeed.checkpoint.loading import RNG, Index, shard_name
 from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
-from ascendspeed.config import Run
+from ascendspeed.config import schema
+from ascendspeed.config.schema import Run
 from ascendspeed.steps import MANIFEST, step_name
 from ascendspeed.utils.errors import UserError
 
@@ -199,7 +199,7 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
         raise UserError(f"{team.folder}/latest is a folder; remove it")
     Index(temporary, state.step, team.world)
     listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
-    texts = {"run.json": config.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
+    texts = {"run.json": schema.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
     for name, values in texts.items():
         files.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
         listed[name] = {"size": (temporary / name).stat().st_size, "sha256": files.digest(temporary / name)}

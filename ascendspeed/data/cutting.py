@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.packing import PACKERS, Packer, Packing
 from ascendspeed.utils.errors import UserError
 

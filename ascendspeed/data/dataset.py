@@ -20,7 +20,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from torch import Tensor
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import couple, internevo, streaming
 from ascendspeed.data.couple import Couple
 from ascendspeed.data.cutting import CUT, packer

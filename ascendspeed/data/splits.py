@@ -5,7 +5,7 @@ import re
 from megatron.core.datasets.blended_megatron_dataset_config import convert_split_vector_to_split_matrix, parse_and_normalize_split
 from megatron.core.datasets.utils import Split
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.utils.errors import UserError
 
 SPLITS = tuple(split.name for split in Split)  # train, valid, test

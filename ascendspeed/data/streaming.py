@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ascendspeed.config import DataConfig
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import tables
 from ascendspeed.data.document import Document, Fault, Made, Truncation
 from ascendspeed.data.faults import Faults

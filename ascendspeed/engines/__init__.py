@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from ascendspeed.checkpoint import Checkpoint, Fragment
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.kernels import Kernels

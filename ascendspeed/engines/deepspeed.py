@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
-from ascendspeed.config import ParallelConfig, Run
+from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import NOTHING, StepResult, Tensors

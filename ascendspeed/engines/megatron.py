@@ -25,7 +25,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.device import Device
 from ascendspeed.engines import NOTHING, StepResult, Tensors

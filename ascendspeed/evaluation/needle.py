@@ -10,7 +10,7 @@ from typing import Any
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import families, flags
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.options import Place, Where, find_place, notes

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import families, flags
-from ascendspeed.config import ModelConfig, alias
+from ascendspeed.config.schema import ModelConfig, alias
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.styles import SHOTS, Style, style

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ascendspeed import device as devices
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.options import Job

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.baichuan import BAICHUAN
 from ascendspeed.families.family import Family, Row
 from ascendspeed.families.gemma import GEMMA

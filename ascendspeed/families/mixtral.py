@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.family import Family, Key, Row, adapt
 from ascendspeed.families.llama import KEYS, LAYER, MLP, ROWS, TINY
 

@@ -5,7 +5,7 @@ Only models whose layers all have experts; one with dense layers among them (`ml
 
 from dataclasses import replace
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.family import Family, Key, Row, adapt
 from ascendspeed.families.llama import KEYS, LAYER, MLP, TINY
 from ascendspeed.families.mixtral import EXPERT, sparse

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.utils.errors import UserError
 
 TABLES = ("rotary", "rope_scaling", "rope_parameters")

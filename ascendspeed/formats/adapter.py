@@ -13,7 +13,7 @@ from torch import Tensor
 from ascendspeed import adapters, weights
 from ascendspeed.adapters import Target
 from ascendspeed.checkpoint import Checkpoint
-from ascendspeed.config import LoraConfig, ModelConfig
+from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.families.family import Row
 from ascendspeed.families.internlm2 import INTERNLM2
 from ascendspeed.families.llama import ROWS as LLAMA

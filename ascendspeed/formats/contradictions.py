@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES, Family
 
 Shapes = Mapping[str, tuple[int, ...]]

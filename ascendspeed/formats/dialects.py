@@ -8,7 +8,7 @@ version 2 of its checkpoints), `mlp.proj` and Megatron's `dense_h_to_4h` are [ga
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES, Row
 from ascendspeed.formats.ranks import Dialect
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import sidecars, table, writing
 from ascendspeed.formats.contradictions import contradictions

@@ -10,13 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ascendspeed.config import (
-    ModelConfig,
-    ParallelConfig,
-    check_pipeline_parallel,
-    check_tensor_parallel,
-    padded_vocab_size,
-)
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, check_pipeline_parallel, check_tensor_parallel, padded_vocab_size
 from ascendspeed.families import FAMILIES
 from ascendspeed.families.family import Row
 from ascendspeed.formats import dialects, ranks, sidecars, table

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ascendspeed import adapters
 from ascendspeed.checkpoint import Readers
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.formats import training
 from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.family import Row
 from ascendspeed.formats.reading import load_pt
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some

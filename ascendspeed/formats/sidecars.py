@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import FAMILIES
 from ascendspeed.formats import tokenizer_json
 from ascendspeed.formats.files import write_json

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families import family_of
 from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
 from ascendspeed.utils.errors import UserError

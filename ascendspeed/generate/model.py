@@ -10,10 +10,11 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from ascendspeed import config, families, formats
+from ascendspeed import families, formats
 from ascendspeed import parallel as ranks
 from ascendspeed.checkpoint import Readers
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config import schema
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import Device
 from ascendspeed.formats import Source
 from ascendspeed.kernels import Kernels
@@ -189,8 +190,8 @@ def load(
 def _check_model(source: Source, layout: ParallelConfig, model: str | None) -> None:
     if model and replace(families.preset(model), init_method_std=0.0) != replace(source.config, init_method_std=0.0):
         raise UserError(f"--model {model} is {families.preset(model)}, but {source.where} holds {source.config}")
-    config.check_tensor_parallel(source.config, layout.tensor_model_parallel_size)
-    config.check_pipeline_parallel(source.config, layout.pipeline_model_parallel_size)
+    schema.check_tensor_parallel(source.config, layout.tensor_model_parallel_size)
+    schema.check_pipeline_parallel(source.config, layout.pipeline_model_parallel_size)
 
 
 def _check_layout(layout: ParallelConfig, world: int) -> None:

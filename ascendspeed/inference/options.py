@@ -8,8 +8,9 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from ascendspeed import config, families, flags
-from ascendspeed.config import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
+from ascendspeed import families, flags
+from ascendspeed.config import schema
+from ascendspeed.config.schema import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
 from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
 from ascendspeed.utils.errors import UserError
 
@@ -205,8 +206,8 @@ def find_place(command: Any, typed: set[str], args: Sequence[str], world: int) -
     says = {f.name for f in fields(ModelConfig)} | {"row_col_parallel_linear_bias"}
     typed_model = model if recipe.model or says & typed else None
     if known := found or typed_model:
-        config.check_tensor_parallel(known, where.tensor_model_parallel_size)
-        config.check_pipeline_parallel(known, where.pipeline_model_parallel_size)
+        schema.check_tensor_parallel(known, where.tensor_model_parallel_size)
+        schema.check_pipeline_parallel(known, where.pipeline_model_parallel_size)
     needed = where.layout.model_size
     if world != needed:
         raise UserError(

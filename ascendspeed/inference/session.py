@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ascendspeed import formats, generate, kernels, parallel
 from ascendspeed.checkpoint import Readers
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.device import Device
 from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place

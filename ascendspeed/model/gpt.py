@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ascendspeed import weights
-from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
+from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.model import lora as adapters
 from ascendspeed.model.linear import ColumnLinear
 from ascendspeed.model.loss import cross_entropy

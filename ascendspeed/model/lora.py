@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.adapters import Target, blocks, chosen
-from ascendspeed.config import LoraConfig, ModelConfig, ParallelConfig
+from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.device import current
 from ascendspeed.weights import Cut
 

@@ -20,7 +20,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.model.linear import ColumnLinear, RowLinear
 
 LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.model.context import ALONE, Share
 
 

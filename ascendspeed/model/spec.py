@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.config import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.device import current
 from ascendspeed.kernels import Kernels
 from ascendspeed.model import moe

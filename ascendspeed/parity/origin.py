@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.config import Run, from_dict
+from ascendspeed.config.schema import Run, from_dict
 from ascendspeed.parity import console
 from ascendspeed.utils import safe_io
 from ascendspeed.utils.atomic import put

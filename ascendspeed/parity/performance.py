@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from ascendspeed import families
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.parity.curve import Curve, Step, flat
 
 COLUMNS = ("Device", "Model", "total Iterations", "samples/s/p", "tokens/s/p", "s/step", "TFLOP/s")

@@ -13,7 +13,7 @@ from typing import Any
 
 from ascendspeed import parallel
 from ascendspeed.checkpoint import Superseded
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 from ascendspeed.parallel import Grid
 from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils import errors

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 from ascendspeed.checkpoint import TrainState
-from ascendspeed.config import Run
+from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import rounds
 from ascendspeed.engines import StepResult
 from ascendspeed.parallel import Grid

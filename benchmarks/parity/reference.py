@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from ascendspeed import schedule, weights
-from ascendspeed.config import ModelConfig
+from ascendspeed import weights
+from ascendspeed.config import lr_schedule
+from ascendspeed.config.schema import ModelConfig
 from benchmarks.parity import rows
 
 Curve = list[Any]
@@ -77,7 +78,7 @@ def trained(family: str, steps: int, samples: int | None = None, attention: str 
         half = oracle.halved(theirs)
         half.set_attn_implementation(attention)
     data = oracle.batches(model.vocab_size, steps, run.train.global_batch_size, run.data.seq_length, rows.DATA_SEED)
-    lrs = [schedule.lr_at(i, run.optim, steps) for i in range(steps)]
+    lrs = [lr_schedule.lr_at(i, run.optim, steps) for i in range(steps)]
     curve = oracle.train(theirs, data, lrs, vars(run.optim), half, samples)
     return Trained(curve, {name: tensor.clone() for name, tensor in oracle.published(theirs, model).items()})
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import launch
 
-from ascendspeed import checkpoint, schedule, weights
+from ascendspeed import checkpoint, weights
+from ascendspeed.config import lr_schedule
 from ascendspeed.utils.errors import UserError
 from benchmarks.parity import figures, reference, rows
 from benchmarks.parity.figures import Bounds, Figures, compare
@@ -81,7 +82,7 @@ def measure(families: Sequence[str], parts: Sequence[str], steps: int, work: Pat
     bounds = {}
     for family in theirs:
         optim = rows.run_of(rows.MODELS[family], steps).optim
-        bounds[family, "fp32"] = figures.exact(sum(schedule.lr_at(i, optim, steps) for i in range(steps)))
+        bounds[family, "fp32"] = figures.exact(sum(lr_schedule.lr_at(i, optim, steps) for i in range(steps)))
         bounds[family, "bf16"] = figures.band(*(apart[family, name] for name in BF16))
     results, progress = [], Progress(sum(map(len, starts.values())), say)
     for (family, world), wanted in starts.items():

@@ -108,7 +108,7 @@ EXPLAINED = """The same weights and the same {steps} global batches (masks that 
 warmup, decay, clipping) as one process of plain torch over Hugging Face's model with torch's AdamW, whose forward pass and
 optimizer have nothing of ours. Figures are the largest over all steps; weights are compared after the last one, gathered
 through the training checkpoint and named as the family publishes them. `Δ / way`: length of the difference of all weights /
-length of the way that training took them. The learning rates come from `ascendspeed/schedule.py`, which is tested against
+length of the way that training took them. The learning rates come from `ascendspeed/config/lr_schedule.py`, which is tested against
 Megatron-core's.
 
 - fp32: losses and gradient norms within {figures.LOSS:g} relative; every weight within {figures.WEIGHT:g} of the sum of the

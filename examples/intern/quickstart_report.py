@@ -43,7 +43,7 @@ def our_loss(work: Path, samples: Any) -> float:
     import torch
 
     from ascendspeed import checkpoint, parallel
-    from ascendspeed.config import ParallelConfig, TrainConfig
+    from ascendspeed.config.schema import ParallelConfig, TrainConfig
     from ascendspeed.model import gpt, spec
 
     found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import families, flags
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference import performance
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags, world_size

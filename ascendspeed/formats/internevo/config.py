@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.internevo import Style
 from ascendspeed.formats.reading import load_pt
 from ascendspeed.utils.errors import UserError

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.internevo import BELONGS, JUNK, TRAINS, Asked, Style
 from ascendspeed.formats import ranks
 from ascendspeed.formats.internevo import config as model_config

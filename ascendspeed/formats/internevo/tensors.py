@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from ascendspeed import weights
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.family import Row
 from ascendspeed.families.internevo import Style
 from ascendspeed.weights import DIMENSION, Parameter, Span, Stored, Tile

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ascendspeed.config import ModelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.families.internevo import TRAINS, ModelType, Style
 from ascendspeed.formats import ranks, sidecars
 from ascendspeed.formats.files import create_pt

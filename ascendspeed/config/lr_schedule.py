@@ -2,7 +2,7 @@
 
 import math
 
-from ascendspeed.config import OptimConfig
+from ascendspeed.config.schema import OptimConfig
 from ascendspeed.utils.errors import UserError
 
 

@@ -1,0 +1,1 @@
+"""Run configuration: frozen dataclasses and learning-rate schedules."""

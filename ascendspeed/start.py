@@ -17,7 +17,7 @@ from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
-from ascendspeed.data.prefetch import Prefetch
+from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.device import Device
 from ascendspeed.formats import Source, training
 from ascendspeed.formats.adapter import initial

@@ -10,10 +10,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import dataset, epoch
+from ascendspeed.data import dataset
 from ascendspeed.data.dataset import batch, build_splits, parse_blend, split_documents
-from ascendspeed.data.epoch import NoTokenizer, kept
-from ascendspeed.data.indexed import PairWriter, file
+from ascendspeed.data.indexed import epoch
+from ascendspeed.data.indexed.epoch import NoTokenizer, kept
+from ascendspeed.data.indexed.megatron_pair import PairWriter, file
 from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000

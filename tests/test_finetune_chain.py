@@ -11,7 +11,7 @@ from test_chat import KINDS
 from test_preprocess_instructions import ROWS
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.handler import Job
+from ascendspeed.data.handlers.base import Job
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.log import TrainLine, read
 

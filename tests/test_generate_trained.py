@@ -21,7 +21,7 @@ from corpus import words
 from test_chat import vocabulary
 from test_generate import logs_of, texts, theirs
 
-from ascendspeed.data.indexed import PairWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.tokenization import tokenizer
 
 FLAGS = """--model internlm-tiny --num-layers 2 --vocab-size 512 --seq-length 64 --micro-batch-size 4 --global-batch-size 4

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from ascendspeed.data.document import Document, Fault
-from ascendspeed.data.handler import Job
-from ascendspeed.data.handlers import HANDLERS, check_columns, handler
-from ascendspeed.data.shard import Bad
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.handlers.registry import HANDLERS, check_columns, handler
+from ascendspeed.data.readers.shard import Bad
 from ascendspeed.utils.errors import UserError
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from ascendspeed.data.indexed import PairWriter, check_pair, dtype_for, file, read_facts
+from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, dtype_for, file, read_facts
 from ascendspeed.utils.errors import UserError
 
 RANDOM = np.random.default_rng(0)

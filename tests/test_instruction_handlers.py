@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED
 
 from ascendspeed.data.document import Document, Fault, Truncation
-from ascendspeed.data.handler import Job
-from ascendspeed.data.making import Maker
-from ascendspeed.data.shard import Bad
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.readers.shard import Bad
+from ascendspeed.data.tokenize import Maker
 from ascendspeed.tokenization.chat import Message, Piece, PieceEncoder
 from ascendspeed.utils.errors import UserError
 

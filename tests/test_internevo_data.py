@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from launch import ROOT
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.couple import Couple
-from ascendspeed.data.cutting import SEED as SHUFFLED_BY
-from ascendspeed.data.cutting import cut, packer
 from ascendspeed.data.dataset import build_splits, files_of, open_path
 from ascendspeed.data.document import Document
-from ascendspeed.data.internevo import Tokenized, convert
-from ascendspeed.data.packed import PackedSource
+from ascendspeed.data.indexed.internevo import Tokenized, convert
+from ascendspeed.data.indexed.masked_pair import Couple
+from ascendspeed.data.packing.internevo import SEED as SHUFFLED_BY
+from ascendspeed.data.packing.internevo import cut, packer
+from ascendspeed.data.packing.packed_dataset import PackedSource
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB = 7, 1000

@@ -389,7 +389,7 @@ ENGINES = [
 @pytest.mark.parametrize(("engine", "at_once"), ENGINES)
 def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     """Training that stops and goes on, the adapters for peft, the same adapters merged: the same logits, and not those before."""
-    from ascendspeed.data.indexed import PairWriter
+    from ascendspeed.data.indexed.megatron_pair import PairWriter
 
     generator = np.random.default_rng(0)
     with PairWriter(str(tmp_path / "text_document"), np.dtype(np.int32)) as writer:

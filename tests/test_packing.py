@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import couple, dataset
-from ascendspeed.data.couple import Couple, CoupleWriter
+from ascendspeed.data import dataset
 from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of
-from ascendspeed.data.indexed import PairWriter, file
-from ascendspeed.data.packing import first_fit, one_each
+from ascendspeed.data.indexed import masked_pair
+from ascendspeed.data.indexed.masked_pair import Couple, CoupleWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter, file
+from ascendspeed.data.packing.algorithms import first_fit, one_each
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
@@ -219,13 +220,13 @@ def test_splits_and_blends_with_plain_text(tmp_path):
 
 def test_the_names_that_a_couple_goes_by(tmp_path):
     write(tmp_path / "p", 20)
-    ids, labels = (f"{tmp_path}/p_{key}_document" for key in couple.KEYS)
+    ids, labels = (f"{tmp_path}/p_{key}_document" for key in masked_pair.KEYS)
     assert ids.endswith("p_packed_input_ids_document")
     assert labels.endswith("p_packed_labels_document")
     for name in ("p", "p_packed", "p_packed_input_ids_document"):
         samples = build(tmp_path / name)["train"]
         assert samples.sample(0)[0].tolist() == build(tmp_path / "p")["train"].sample(0)[0].tolist()
-        assert couple.find(f"{tmp_path}/{name}") == (ids, labels)
+        assert masked_pair.find(f"{tmp_path}/{name}") == (ids, labels)
         assert {str(path) for path in files_of(f"{tmp_path}/{name}")} == {
             f"{one}.{x}" for one in (ids, labels) for x in ("bin", "idx")
         }
@@ -233,7 +234,7 @@ def test_the_names_that_a_couple_goes_by(tmp_path):
     with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a plain pair of the very name goes first
         writer.add(np.arange(100), np.array([100], np.int32))
         writer.commit({})
-    assert couple.find(f"{tmp_path}/p") is None
+    assert masked_pair.find(f"{tmp_path}/p") is None
     with pytest.raises(UserError, match="there is no"):
         build(tmp_path / "absent")
 
@@ -242,10 +243,10 @@ def test_data_of_the_published_tool(tmp_path):
     """No metas, and a third pair that is not read."""
     write(tmp_path / "p", 40)
     expected = [build(tmp_path / "p")["train"].sample(n)[1].tolist() for n in range(10)]
-    for key in couple.KEYS:
-        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    for key in masked_pair.KEYS:
+        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
     for suffix in ("bin", "idx"):
-        source = file(couple.pair(tmp_path / "p", couple.KEYS[0]), suffix).read_bytes()
+        source = file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), suffix).read_bytes()
         (tmp_path / f"p_packed_attention_mask_document.{suffix}").write_bytes(source)
     samples = build(tmp_path / "p", is_instruction_dataset=True)["train"]
     assert [samples.sample(n)[1].tolist() for n in range(10)] == expected
@@ -254,11 +255,11 @@ def test_data_of_the_published_tool(tmp_path):
 def test_two_pairs_that_do_not_belong_together(tmp_path):
     write(tmp_path / "a", 20, SEQ)
     write(tmp_path / "b", 20, SEQ, start=1)  # the same lengths, other ids
-    ids, labels = (couple.pair(tmp_path / "a", key) for key in couple.KEYS)
+    ids, labels = (masked_pair.pair(tmp_path / "a", key) for key in masked_pair.KEYS)
 
     def swap(suffixes):
         for suffix in suffixes:
-            file(labels, suffix).write_bytes(file(couple.pair(tmp_path / "b", couple.KEYS[1]), suffix).read_bytes())
+            file(labels, suffix).write_bytes(file(masked_pair.pair(tmp_path / "b", masked_pair.KEYS[1]), suffix).read_bytes())
 
     swap(("bin", "idx", "meta"))
     with pytest.raises(UserError, match=r"are not of the same documents; was a run killed\?"):
@@ -305,12 +306,12 @@ def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_pa
 
 def test_both_metas_say_the_same(tmp_path):
     write(tmp_path / "p", 20)
-    metas = [json.loads(file(couple.pair(tmp_path / "p", key), "meta").read_text()) for key in couple.KEYS]
+    metas = [json.loads(file(masked_pair.pair(tmp_path / "p", key), "meta").read_text()) for key in masked_pair.KEYS]
     assert metas[0] == metas[1]
     assert re.fullmatch("[0-9a-f]{64}", metas[0]["digest"])
     before = metas[0]["digest"]
     write(tmp_path / "p", 20, start=1)
-    assert json.loads(file(couple.pair(tmp_path / "p", couple.KEYS[0]), "meta").read_text())["digest"] != before
+    assert json.loads(file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), "meta").read_text())["digest"] != before
 
 
 def test_what_is_wrong_is_said_at_the_start(tmp_path):
@@ -326,8 +327,8 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
     data = DataConfig(data_path=(f"{tmp_path}/p",), seq_length=SEQ, split="1,0,0")
     with pytest.raises(UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"):
         build_splits(data, SEED, highest, ("train",))
-    for key in couple.KEYS:
-        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    for key in masked_pair.KEYS:
+        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
     samples = build_splits(data, SEED, highest, ("train",))["train"]
     with pytest.raises(UserError, match=f"p has the token id {highest}"):
         [samples.sample(n) for n in range(len(samples))]
@@ -340,7 +341,7 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
 
 def test_a_couple_is_documents(tmp_path):
     documents = write(tmp_path / "p", 30)
-    one = Couple("p", *couple.find(f"{tmp_path}/p"))
+    one = Couple("p", *masked_pair.find(f"{tmp_path}/p"))
     assert one.lengths.tolist() == [len(ids) for ids, _ in documents]
     for number, (ids, learnt) in enumerate(documents):
         found = one.document(number)
@@ -367,12 +368,12 @@ def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, leng
     with CoupleWriter(prefix) as writer:
         writer.add(np.arange(lengths.sum()), lengths, np.concatenate(masks))
         writer.commit({})
-    for key in couple.KEYS:
-        file(couple.pair(prefix, key), "meta").unlink()
+    for key in masked_pair.KEYS:
+        file(masked_pair.pair(prefix, key), "meta").unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(couple, "CHUNK", chunk)
+        patch.setattr(masked_pair, "CHUNK", chunk)
         chosen = np.arange(len(masks))[::-2]
-        found = Couple(str(prefix), *couple.find(str(prefix))).learnt(chosen, length)
+        found = Couple(str(prefix), *masked_pair.find(str(prefix))).learnt(chosen, length)
     for place, number in enumerate(chosen):
         mask = masks[number]
         answers = "".join("x" if one else " " for one in mask)
@@ -406,8 +407,8 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
     made(np.zeros(lengths.sum(), bool))
     with pytest.raises(UserError, match="p: no token of its 6 documents is to be learnt"):
         build(tmp_path / "p")
-    for key in couple.KEYS:  # of another tool
-        file(couple.pair(tmp_path / "p", key), "meta").unlink()
+    for key in masked_pair.KEYS:  # of another tool
+        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
     with pytest.raises(UserError, match="none can be learnt from"):
         build(tmp_path / "p")
 
@@ -434,7 +435,7 @@ def test_the_other_pairs_of_a_couple_are_none_to_train_on(tmp_path):
 
 def test_a_couple_that_is_being_written_is_left_alone(tmp_path):
     with (
-        PairWriter(couple.pair(tmp_path / "p", couple.KEYS[1]), np.dtype(np.int32)),
+        PairWriter(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[1]), np.dtype(np.int32)),
         pytest.raises(UserError, match="another process is writing"),
     ):
         CoupleWriter(tmp_path / "p")

@@ -17,9 +17,9 @@ import sentencepiece
 from corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from ascendspeed.data import inorder, lines, parquet
-from ascendspeed.data.indexed import check_pair, file
+from ascendspeed.data.indexed.megatron_pair import check_pair, file
 from ascendspeed.data.preprocess import Job, preprocess
+from ascendspeed.data.readers import lines, parquet, sequential
 from ascendspeed.utils.errors import UserError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
@@ -73,7 +73,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
 
 
 def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
-    for module in (parquet, lines, inorder):
+    for module in (parquet, lines, sequential):
         monkeypatch.setattr(module, "SHARD_BYTES", 6000)  # many shards; whoever reads one need not know how they are cut
     inputs = {
         "one group": parquet_of(tmp_path / "one.parquet", TEXTS),

@@ -17,12 +17,12 @@ from test_chat import KINDS
 from test_instruction_handlers import lost_by_hand
 from test_preprocess import TOOL, made
 
-from ascendspeed.data import inorder, lines, parquet
-from ascendspeed.data.couple import KEYS, Couple, find, pair
 from ascendspeed.data.document import Truncation
-from ascendspeed.data.handler import Job
-from ascendspeed.data.making import Maker
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.indexed.masked_pair import KEYS, Couple, find, pair
 from ascendspeed.data.preprocess import preprocess
+from ascendspeed.data.readers import lines, parquet, sequential
+from ascendspeed.data.tokenize import Maker
 from ascendspeed.utils.errors import UserError
 
 GENERAL, ALPACA, SHAREGPT, BELLE = (
@@ -100,7 +100,7 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
 
 
 def test_the_same_bytes_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
-    for module in (parquet, lines, inorder):
+    for module in (parquet, lines, sequential):
         monkeypatch.setattr(module, "SHARD_BYTES", 3000)
     inputs = {name: write(tmp_path / name, ROWS) for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet")}
     inputs["e.parquet"] = write(tmp_path / "e.parquet", ROWS, row_group_size=17)
@@ -144,7 +144,7 @@ def mixed(seed=3):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_bad_rows_are_said_by_line_whatever_the_shards(tmp_path, tokenizer, monkeypatch, name, workers):
     if workers == 1:
-        for module in (lines, inorder):
+        for module in (lines, sequential):
             monkeypatch.setattr(module, "SHARD_BYTES", 1500)
     rows, places = mixed()
     path = write(tmp_path / name, rows)

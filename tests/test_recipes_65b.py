@@ -19,7 +19,7 @@ from recipes import INTERN, clean, program
 
 from ascendspeed import plan
 from ascendspeed.config.schema import ParallelConfig, Run
-from ascendspeed.data.indexed import PairWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.families import PRESETS
 from ascendspeed.log import TrainLine, read
 from ascendspeed.resolve import resolve

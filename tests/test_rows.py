@@ -10,8 +10,8 @@ from corpus import TRAPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascendspeed.data import inorder, lines, parquet, rows
-from ascendspeed.data.shard import BATCH_ROWS, Bad
+from ascendspeed.data.readers import lines, parquet, registry, sequential
+from ascendspeed.data.readers.shard import BATCH_ROWS, Bad
 from ascendspeed.utils.errors import UserError
 
 TEXTS = [f"{i}: {TRAPS[i % len(TRAPS)]}" for i in range(1200)]
@@ -40,9 +40,9 @@ def write(path, kind):
 
 def values(path, name="text", wanted=("text",)):
     """Everything in a column, read shard by shard; also the number of shards."""
-    shards = list(rows.shards(path, wanted))
+    shards = list(registry.shards(path, wanted))
     assert sum(shard.weight for shard in shards) == pytest.approx(1)
-    batches = [batch for shard in shards for batch in rows.read(shard, wanted)]
+    batches = [batch for shard in shards for batch in registry.read(shard, wanted)]
     assert all(list(batch) == list(wanted) and len(batch[name]) <= BATCH_ROWS for batch in batches)
     return [value for batch in batches for value in batch[name]], len(shards)
 
@@ -63,10 +63,10 @@ def values(path, name="text", wanted=("text",)):
     ],
 )
 def test_every_format_gives_the_rows_in_order(tmp_path, monkeypatch, name, kind, shard_bytes):
-    for module in (parquet, lines, inorder):
+    for module in (parquet, lines, sequential):
         monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
     path = write(tmp_path / name, kind)
-    assert rows.columns(path) == ["text", "other"]
+    assert registry.columns(path) == ["text", "other"]
     found, shards = values(path)
     assert found == TEXTS
     assert shards > 2 if shard_bytes == 5000 else shards <= 2
@@ -81,7 +81,7 @@ def test_lines_belong_to_one_shard_wherever_the_cut_falls(tmp_path_factory, cont
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "SHARD_BYTES", shard_bytes)
-        found = [v for s in rows.shards(path, ["text"]) for b in rows.read(s, ["text"]) for v in b["text"]]
+        found = [v for s in registry.shards(path, ["text"]) for b in registry.read(s, ["text"]) for v in b["text"]]
     pieces = raw.removeprefix(lines.BOM).split(b"\n")
     expected = pieces if pieces[-1] else pieces[:-1]
     assert found == [line.rstrip(b"\r").decode("utf-8", "surrogateescape") for line in expected]
@@ -103,7 +103,7 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
     }.items():
         for path, content in ((tmp_path / name, lines.BOM + raw), (tmp_path / f"{name}.gz", gzip.compress(lines.BOM + raw))):
             path.write_bytes(content)
-            assert rows.columns(path) == ["text"]
+            assert registry.columns(path) == ["text"]
             assert values(path)[0] == ["one", "two"]
 
 
@@ -154,12 +154,12 @@ def test_find(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     at = [tmp_path / name for name in ("a.parquet", "b.jsonl", "c.csv.gz", "sub/d.txt")]
-    assert rows.find([tmp_path]) == at
-    assert rows.find([at[1], at[0]]) == [at[1], at[0]]
-    assert rows.find([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
+    assert registry.find([tmp_path]) == at
+    assert registry.find([at[1], at[0]]) == [at[1], at[0]]
+    assert registry.find([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
     for name, said in {"absent.json": "no such file", "notes.md": r"type \.md cannot be read; there are: \.parquet"}.items():
         with pytest.raises(UserError, match=said):
-            rows.find([tmp_path / name])
+            registry.find([tmp_path / name])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])

@@ -18,13 +18,14 @@ from corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import stream, tables
-from ascendspeed.data.couple import Couple, find
 from ascendspeed.data.dataset import batch, build_splits, files_of, split_documents
-from ascendspeed.data.handler import Job
-from ascendspeed.data.permutation import Permutation
-from ascendspeed.data.prefetch import Prefetch
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.indexed.masked_pair import Couple, find
 from ascendspeed.data.preprocess import preprocess
+from ascendspeed.data.readers import random_access
+from ascendspeed.data.streaming import stream
+from ascendspeed.data.streaming.permutation import Permutation
+from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.log import TrainLine, read
 from ascendspeed.utils.errors import UserError
 
@@ -234,7 +235,7 @@ def test_changed_data_are_noticed(text, tokenizer, tmp_path):
 
 
 def test_a_long_way_is_announced(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("ascendspeed.data.restoring.SECONDS", -1)
+    monkeypatch.setattr("ascendspeed.data.streaming.positions.SECONDS", -1)
     said = []
     opened(text, tokenizer, said.append).sample(4 * stream.EVERY + 4)
     assert any("the places where samples begin are not known (there are none in" in line for line in said)
@@ -369,7 +370,7 @@ def test_lines_are_found_wherever_they_end(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "\xc3\xa9"}\r\n\n{"text": "no newline at the end"}')
     (tmp_path / "b.jsonl").write_bytes(b"")
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "c"}\n')
-    table = tables.LineTable([tmp_path / f"{name}.jsonl" for name in "abc"])
+    table = random_access.LineTable([tmp_path / f"{name}.jsonl" for name in "abc"])
     assert len(table) == 4
     found = table.read(np.array([3, 2, 1, 0]), ["text"])
     assert found == {"text": ["c", "no newline at the end", "é"]}

@@ -8,7 +8,7 @@ Training reads TRAIN_FOLDER itself too (--data-path TRAIN_FOLDER); converted dat
 from dataclasses import dataclass
 
 from ascendspeed import flags
-from ascendspeed.data import internevo
+from ascendspeed.data.indexed import internevo
 from ascendspeed.utils import errors
 
 

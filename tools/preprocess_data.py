@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import tyro
 
 from ascendspeed import flags
-from ascendspeed.data.handlers import HANDLERS
+from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.preprocess import LONGEST, Job, preprocess
 from ascendspeed.utils import errors
 

@@ -21,15 +21,16 @@ from megatron.core.datasets.utils import Split
 from torch import Tensor
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import couple, internevo, streaming
-from ascendspeed.data.couple import Couple
-from ascendspeed.data.cutting import CUT, packer
-from ascendspeed.data.epoch import Epoch
-from ascendspeed.data.indexed import check_pair, file, read_facts
-from ascendspeed.data.internevo import Tokenized
-from ascendspeed.data.packed import PackedSource, Sample
+from ascendspeed.data.indexed import internevo, masked_pair
+from ascendspeed.data.indexed.epoch import Epoch
+from ascendspeed.data.indexed.internevo import Tokenized
+from ascendspeed.data.indexed.masked_pair import Couple
+from ascendspeed.data.indexed.megatron_pair import check_pair, file, read_facts
+from ascendspeed.data.packing.internevo import CUT, packer
+from ascendspeed.data.packing.packed_dataset import PackedSource, Sample
 from ascendspeed.data.splits import SPLITS, said_of, split_documents
-from ascendspeed.data.streaming import Streamed
+from ascendspeed.data.streaming import hf_dataset
+from ascendspeed.data.streaming.hf_dataset import Streamed
 from ascendspeed.utils.errors import UserError
 
 PERIOD = 1 << 16
@@ -191,7 +192,7 @@ def _masked(opened: Opened) -> bool:
 
 def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> None:
     """Raises `UserError` for a flag that means nothing to any of the data."""
-    kinds = {Streamed: ("data that are tokenized in training", streaming.FLAGS), Tokenized: ("InternEvo's data", ("min_length",))}
+    kinds = {Streamed: ("data that are tokenized in training", hf_dataset.FLAGS), Tokenized: ("InternEvo's data", ("min_length",))}
     for kind, (whose, names) in kinds.items():
         for name in () if any(isinstance(one, kind) for _, one in opened) else names:
             if getattr(data, name) != getattr(DataConfig, name):
@@ -271,7 +272,7 @@ def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str],
         found = Tokenized(path, data.min_length, vocab_size)
         say(found.note)
         return found
-    if not pairs and (files := streaming.find(path)):
+    if not pairs and (files := hf_dataset.find(path)):
         return Streamed(path, files, data, say)
     pair = Couple(path, *pairs) if len(pairs) > 1 else None
     tokens = pair.tokens if pair else check_pair(path)
@@ -286,7 +287,7 @@ def files_of(path: str) -> list[Path]:
     if pairs := pairs_of(path):
         return [file(prefix, suffix) for prefix in pairs for suffix in ("bin", "idx")]
     found = [part for one in internevo.find(path) for part in (one, Path(f"{one}{internevo.META}"))]
-    return found or streaming.find(path) or [file(path, "bin"), file(path, "idx")]
+    return found or hf_dataset.find(path) or [file(path, "bin"), file(path, "idx")]
 
 
 def facts_of(path: str) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def facts_of(path: str) -> dict[str, Any]:
 
 def pairs_of(path: str) -> tuple[str, ...]:
     """Prefixes of the .bin/.idx pairs that a path means; none when it means none, or nothing."""
-    return couple.find(path) or ((path,) if file(path, "idx").is_file() else ())
+    return masked_pair.find(path) or ((path,) if file(path, "idx").is_file() else ())
 
 
 def _foreign(prefix: str, number: int, vocab_size: int) -> str:

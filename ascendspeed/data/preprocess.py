@@ -17,15 +17,15 @@ from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.data import rows
-from ascendspeed.data.couple import DTYPE, CoupleWriter
-from ascendspeed.data.handler import LONGEST, Handler, Job
-from ascendspeed.data.handlers import check_columns, unread
-from ascendspeed.data.indexed import PairWriter, dtype_for
-from ascendspeed.data.making import Maker
-from ascendspeed.data.output import Gathered, Output, Result
-from ascendspeed.data.progress import Meter
-from ascendspeed.data.shard import Shard
+from ascendspeed.data.document_progress import Meter
+from ascendspeed.data.handlers.base import LONGEST, Handler, Job
+from ascendspeed.data.handlers.registry import check_columns, unread
+from ascendspeed.data.indexed.masked_pair import DTYPE, CoupleWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter, dtype_for
+from ascendspeed.data.readers import registry
+from ascendspeed.data.readers.shard import Shard
+from ascendspeed.data.shard_output import Gathered, Output, Result
+from ascendspeed.data.tokenize import Maker
 from ascendspeed.utils.errors import UserError
 
 __all__ = ["LONGEST", "Job", "preprocess"]
@@ -46,7 +46,7 @@ class Encoder:
     def encode(self, shard: Shard) -> dict[str, Result]:
         """Key -> what the rows of the shard make."""
         gathered = {key: Gathered(shard.path, self.dtype, self.masked) for key in self.handler.keys}
-        for batch in rows.read(shard, self.handler.columns):
+        for batch in registry.read(shard, self.handler.columns):
             for key, made in self.maker.make(batch).items():
                 gathered[key].add(made, batch.places)
         return {key: one.result() for key, one in gathered.items()}
@@ -113,7 +113,7 @@ def _shards(files: Sequence[Path], made_by: Handler) -> Iterator[tuple[Shard, fl
     sizes = [path.stat().st_size for path in files]
     done = 0.0
     for path, size in zip(files, sizes, strict=True):
-        for shard in rows.shards(path, made_by.columns):
+        for shard in registry.shards(path, made_by.columns):
             done += shard.weight * size / max(1, sum(sizes))
             yield shard, min(done, 1.0)
 
@@ -133,8 +133,8 @@ def preprocess(
     that can be known, and leaves old files as they are then.
     """
     encoder = Encoder(job)
-    files = rows.find(inputs)
-    present = {path: rows.columns(path) for path in files}
+    files = registry.find(inputs)
+    present = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, present, strict)
     for note in (*encoder.handler.notes, *_unread(encoder.handler, present)):
         say(f"note: {note}")

@@ -4,8 +4,8 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, Fault, Made
-from ascendspeed.data.handler import Handler, Job, weigh
-from ascendspeed.data.shard import Batch
+from ascendspeed.data.handlers.base import Handler, Job, weigh
+from ascendspeed.data.readers.shard import Batch
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.data import couple
-from ascendspeed.data.couple import CoupleWriter
 from ascendspeed.data.document import Document, Fault, Made, Truncation
-from ascendspeed.data.faults import Faults, Seen
-from ascendspeed.data.indexed import PairWriter
+from ascendspeed.data.indexed import masked_pair
+from ascendspeed.data.indexed.masked_pair import CoupleWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter
+from ascendspeed.data.skipped_rows import Faults, Seen
 from ascendspeed.utils.errors import UserError
 
 
@@ -96,7 +96,7 @@ class Output:
         writer = self.writer
         made = f"{writer.prefix}.bin, .idx: {writer.documents:,} documents, {writer.tokens:,} tokens"
         if isinstance(writer, CoupleWriter):
-            names = " and ".join(f"{couple.pair('', key)}" for key in couple.KEYS)
+            names = " and ".join(f"{masked_pair.pair('', key)}" for key in masked_pair.KEYS)
             made = f"{writer.prefix} ({names}): {writer.documents:,} documents, {writer.tokens:,} tokens"
             made += f", {writer.learnt:,} of them to be learnt"
             made += f", {self.truncated.said(self.length)}" if self.length else ""

@@ -17,17 +17,17 @@ from pathlib import Path
 import numpy as np
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import tables
 from ascendspeed.data.document import Document, Fault, Made, Truncation
-from ascendspeed.data.faults import Faults
-from ascendspeed.data.handler import Job
-from ascendspeed.data.handlers import HANDLERS, SETTINGS, check_columns, unread
-from ascendspeed.data.making import Maker
-from ascendspeed.data.packed import Sample
-from ascendspeed.data.permutation import Permutation
-from ascendspeed.data.restoring import Restoring
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.handlers.registry import HANDLERS, SETTINGS, check_columns, unread
+from ascendspeed.data.packing.packed_dataset import Sample
+from ascendspeed.data.readers import random_access
+from ascendspeed.data.skipped_rows import Faults
 from ascendspeed.data.splits import said_of
-from ascendspeed.data.stream import Filler, Places, Stream, cut_text, next_fit, one_each
+from ascendspeed.data.streaming.permutation import Permutation
+from ascendspeed.data.streaming.positions import Restoring
+from ascendspeed.data.streaming.stream import Filler, Places, Stream, cut_text, next_fit, one_each
+from ascendspeed.data.tokenize import Maker
 from ascendspeed.utils.errors import UserError
 
 STREAMS = 64
@@ -55,10 +55,10 @@ def find(path: str) -> list[Path]:
     if not folder.is_dir():
         named = [folder] if folder.is_file() else sorted(folder.parent.glob(folder.name)) if set(path) & set("*?[") else []
         return _of_one_kind(named)
-    if all((folder / name).is_file() for name in tables.SAVED):
+    if all((folder / name).is_file() for name in random_access.SAVED):
         return sorted(folder.glob("*.arrow"))
     if (folder / "dataset_dict.json").is_file():
-        parts = sorted(p for p in folder.iterdir() if (p / tables.SAVED[0]).is_file())
+        parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED[0]).is_file())
         if len(parts) != 1:
             raise UserError(f"{path} holds several data sets; name one of them: {', '.join(map(str, parts)) or 'there is none'}")
         return sorted(parts[0].glob("*.arrow"))
@@ -102,7 +102,7 @@ class Streamed:
         if len(self.maker.handler.keys) > 1:
             raise UserError(f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by --data-path")
         cache = Path(data.data_cache_path) if data.data_cache_path else None
-        self.table = tables.open_table(path, files, cache and cache / "datasets")
+        self.table = random_access.open_table(path, files, cache and cache / "datasets")
         if not len(self.table):
             raise UserError(f"{path}: there is no row in it")
         check_columns(self.maker.handler, path, self.table.columns)
@@ -111,7 +111,7 @@ class Streamed:
         self.cache = cache or Path(path).absolute().parent / "index-cache"
         vocabulary = [p for p in sorted(self.maker.tokenizer.path.glob("*")) if p.suffix in (".json", ".model")]
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in vocabulary]
-        self.said = [tables.fingerprint(files), digests, vars(job) | {"tokenizer_path": ""}]
+        self.said = [random_access.fingerprint(files), digests, vars(job) | {"tokenizer_path": ""}]
         """What decides which documents the rows make."""
 
     def __len__(self) -> int:

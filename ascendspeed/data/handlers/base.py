@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from ascendspeed.data.document import Fault, Made
-from ascendspeed.data.shard import Bad, Batch
+from ascendspeed.data.readers.shard import Bad, Batch
 
 LONGEST = 16 << 20
 """Bytes; a longer document is skipped as huge. One of this size takes a quarter of a minute and 600 MiB."""

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ascendspeed.data.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, absent, cut, decode
+from ascendspeed.data.readers.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, absent, cut, decode
 from ascendspeed.utils.errors import UserError
 
 SLICES = 16

@@ -5,9 +5,9 @@ from dataclasses import replace
 import numpy as np
 
 from ascendspeed.data.document import Document, Fault, Made, Truncation, learnt_of
-from ascendspeed.data.handler import Job
-from ascendspeed.data.handlers import handler
-from ascendspeed.data.shard import Batch
+from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.handlers.registry import handler
+from ascendspeed.data.readers.shard import Batch
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ascendspeed.data import rows
 from ascendspeed.data.document import Fault
+from ascendspeed.data.readers import registry
 
 SHOWN = 3
 
@@ -22,7 +22,7 @@ class Seen:
     @property
     def where(self) -> str:
         """File and line or row."""
-        return f"{self.path}, {rows.where(self.path, self.place)}"
+        return f"{self.path}, {registry.where(self.path, self.place)}"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.fault.detail or self.fault.kind}"

@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.packing import PACKERS, Packer, Packing
+from ascendspeed.data.packing.algorithms import PACKERS, Packer, Packing
 from ascendspeed.utils.errors import UserError
 
 SEED = 1024

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.data.lines import BOM, json_row, text_row
-from ascendspeed.data.parquet import values
-from ascendspeed.data.shard import Batch, absent, batch_of, columns_of
+from ascendspeed.data.readers.lines import BOM, json_row, text_row
+from ascendspeed.data.readers.parquet import values
+from ascendspeed.data.readers.shard import Batch, absent, batch_of, columns_of
 from ascendspeed.utils.errors import UserError
 
 CHUNK = 1 << 24

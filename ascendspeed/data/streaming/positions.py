@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ascendspeed.data.stream import EVERY
+from ascendspeed.data.streaming.stream import EVERY
 
 SECONDS = 10
 """Between two lines of progress."""

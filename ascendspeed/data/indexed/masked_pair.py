@@ -16,7 +16,7 @@ from typing import Any, Self
 import numpy as np
 
 from ascendspeed.data.document import Document, Learnt, learnt_of
-from ascendspeed.data.indexed import PairWriter, check_pair, file, read_facts
+from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, file, read_facts
 from ascendspeed.utils.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ascendspeed.data.document import Document
-from ascendspeed.data.packed import Sample, row_of
+from ascendspeed.data.packing.packed_dataset import Sample, row_of
 
 EVERY = 32
 """Samples of a stream between two places that are kept."""

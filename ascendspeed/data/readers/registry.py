@@ -9,10 +9,10 @@ import glob
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ascendspeed.data.inorder import CSV, GZ_JSON, GZ_TEXT, JSON
-from ascendspeed.data.lines import JSONL, TXT
-from ascendspeed.data.parquet import PARQUET
-from ascendspeed.data.shard import Batch, Format, Shard
+from ascendspeed.data.readers.lines import JSONL, TXT
+from ascendspeed.data.readers.parquet import PARQUET
+from ascendspeed.data.readers.sequential import CSV, GZ_JSON, GZ_TEXT, JSON
+from ascendspeed.data.readers.shard import Batch, Format, Shard
 from ascendspeed.utils.errors import UserError
 
 FORMATS: dict[str, Format] = {

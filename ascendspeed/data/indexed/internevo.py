@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ascendspeed.data.couple import CoupleWriter
 from ascendspeed.data.document import Document, Learnt, learnt_of
+from ascendspeed.data.indexed.masked_pair import CoupleWriter
 from ascendspeed.utils.errors import UserError
 
 META = ".meta"

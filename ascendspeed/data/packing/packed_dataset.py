@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.data.document import Document, Documents, Truncation
-from ascendspeed.data.packing import Packer, Packing, joined
+from ascendspeed.data.packing.algorithms import Packer, Packing, joined
 from ascendspeed.utils.errors import UserError
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]

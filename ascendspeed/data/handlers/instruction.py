@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, Fault, Made
-from ascendspeed.data.handler import Handler, Job
-from ascendspeed.data.shard import MISSPELT, Bad, Batch
+from ascendspeed.data.handlers.base import Handler, Job
+from ascendspeed.data.readers.shard import MISSPELT, Bad, Batch
 from ascendspeed.tokenization.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered, short
 from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos, declared
 from ascendspeed.utils.safe_io import read_table

@@ -5,14 +5,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ascendspeed.data.document import Document
-from ascendspeed.data.handler import Handler, Job
-from ascendspeed.data.instructions import (
+from ascendspeed.data.handlers.base import Handler, Job
+from ascendspeed.data.handlers.instruction import (
     AlpacaStyleInstructionHandler,
     BelleMultiTurnInstructionHandler,
     GeneralInstructionHandler,
     SharegptStyleInstructionHandler,
 )
-from ascendspeed.data.pretrain import AlpacaPretrainHandler, GeneralPretrainHandler
+from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler, GeneralPretrainHandler
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 

@@ -12,8 +12,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ascendspeed.data.lines import BOM, JSONL, json_row, text_row
-from ascendspeed.data.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, picked_of, slices
+from ascendspeed.data.readers.lines import BOM, JSONL, json_row, text_row
+from ascendspeed.data.readers.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, picked_of, slices
 from ascendspeed.utils.errors import UserError
 
 Numbered = Iterator[tuple[int, Any]]

@@ -1,0 +1,1 @@
+"""Dataset handlers: rows of a dataset to documents."""

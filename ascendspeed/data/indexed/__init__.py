@@ -1,0 +1,1 @@
+"""Indexed datasets on disk: Megatron's .bin/.idx, InternEvo's .bin/.meta."""

@@ -1,0 +1,1 @@
+"""Packing of documents into rows of one sequence length."""

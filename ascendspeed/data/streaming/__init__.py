@@ -1,0 +1,1 @@
+"""Training from raw files without preprocessing."""

@@ -11,21 +11,22 @@ def main() -> int:
     """Parse -> device -> data -> model and weights -> engine -> train."""
     run, notes = resolve(sys.argv[1:], world_size())
 
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     device = devices.prepare(run.train.device, run.train.distributed_backend)
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
-    from ascendspeed import engines, kernels, parallel, start, train
+    from ascendspeed import engines, start, train
     from ascendspeed.config.schema import to_dict
+    from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.log import Logger
     from ascendspeed.watch import Watch
 
     if run.optim.fp16 and device.kind == "cpu":
         raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-    grid = parallel.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
+    grid = process_groups.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
     with Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log, Watch(run, grid, log.say) as watch:
-        fused = kernels.choose(
+        fused = fused_kernels.choose(
             device,
             rms_norm=run.train.use_fused_rmsnorm,
             rotary=run.train.use_fused_rotary_pos_emb,
@@ -44,7 +45,7 @@ def main() -> int:
         if begin.resume:
             engine.restore(begin.resume)
         train.train(run, grid, device, engine, batches, log, begin, watch)
-    parallel.destroy()
+    process_groups.destroy()
     return watch.exit_code
 
 

@@ -18,10 +18,10 @@ from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.streaming.prefetch import Prefetch
-from ascendspeed.device import Device
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.formats import Source, training
 from ascendspeed.formats.adapter import initial
-from ascendspeed.parallel import Grid
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.weights import random_tensors

@@ -9,17 +9,18 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ascendspeed import parallel, plan
+from ascendspeed import plan
 from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
 from ascendspeed.config.lr_schedule import lr_at
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
-from ascendspeed.device import Device
+from ascendspeed.distributed import process_groups
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.engines import Engine, StepResult
 from ascendspeed.formats import peft
 from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
-from ascendspeed.parallel import Grid
 from ascendspeed.start import Batches, Start
 from ascendspeed.utils.errors import UserError
 from ascendspeed.watch import Watch
@@ -141,7 +142,7 @@ def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Sa
         return None
     barrier = grid.barrier
     if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
-        barrier = partial(dist.barrier, group=parallel.beside(SAVE_MINUTES))
+        barrier = partial(dist.barrier, group=process_groups.beside(SAVE_MINUTES))
     token = grid.gather(claim(run.train.save) if grid.rank == 0 else "")[0]
     return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token)
 

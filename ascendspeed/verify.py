@@ -181,14 +181,14 @@ def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor
 
 
 def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
-    from ascendspeed import device
+    from ascendspeed.distributed import device
 
     here = device.prepare("cpu")  # before Megatron is imported
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.model import gpt, spec
 
     alone, config = ParallelConfig(), replace(small, family=end.config.family)
-    with parallel.joined(here, alone, seed=1), torch.no_grad():
+    with process_groups.joined(here, alone, seed=1), torch.no_grad():
         model = gpt.build(config, alone, spec.transformer_config(config, alone, TrainConfig())).eval()
         full = ((p, end.block(p.name, _whole(p)).reshape(p.shape)) for p in parameters(config))
         gpt.fill(model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full))

@@ -104,15 +104,15 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     """One of two ranks that ask whether to stop, and do nothing else."""
     place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(place)
-    from ascendspeed import device
+    from ascendspeed.distributed import device
 
     here = device.prepare("cpu")
-    from ascendspeed import parallel
     from ascendspeed.config.schema import ParallelConfig
+    from ascendspeed.distributed import process_groups
     from ascendspeed.watch import Stop
 
-    grid = parallel.initialize(here, ParallelConfig(), 1)
-    stop, took = Stop(grid, parallel.beside(1)), []
+    grid = process_groups.initialize(here, ParallelConfig(), 1)
+    stop, took = Stop(grid, process_groups.beside(1)), []
     for _ in range(calls):
         began = time.perf_counter()
         stop.reason()
@@ -120,7 +120,7 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     if rank == 0:
         out.put(statistics.median(took))
     grid.barrier()
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def asking() -> float:

@@ -194,7 +194,7 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
 
 def measure(options: Options) -> str:
     """Markdown."""
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     here = devices.prepare(options.device)
     import torch

@@ -72,13 +72,14 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     """Our model and theirs, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ascendspeed import kernels, parallel, weights
+    from ascendspeed import weights
+    from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.generate import LanguageModel
     from ascendspeed.model import gpt, spec
 
     model, alone = model_of(options), ParallelConfig()
-    grid = parallel.initialize(here, alone, 1)
-    fused = kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    grid = process_groups.initialize(here, alone, 1)
+    fused = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
     built = gpt.build(model, alone, spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused))
     gpt.fill(built, model, alone, weights.random_tensors(model, 1, here.torch))
     config = LlamaConfig(
@@ -190,7 +191,7 @@ def main() -> None:
     """Measures, prints, writes."""
     options = flags.parse(Options, description=__doc__ or "")
     model_of(options)
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     here = devices.prepare(options.device)
     import torch

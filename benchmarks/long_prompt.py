@@ -51,17 +51,18 @@ def peak() -> int:
 
 def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     """Seconds, bytes beyond the model, bytes of the cache."""
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     here, alone = devices.prepare("cpu"), ParallelConfig()
     import torch
 
-    from ascendspeed import parallel, weights
+    from ascendspeed import weights
+    from ascendspeed.distributed import process_groups
     from ascendspeed.generate import LanguageModel, Params, sample
     from ascendspeed.model import gpt, spec
 
     torch.set_num_threads(1)
-    grid = parallel.initialize(here, alone, 1)
+    grid = process_groups.initialize(here, alone, 1)
     built = gpt.build(MODEL, alone, spec.transformer_config(MODEL, alone, TrainConfig()))
     gpt.fill(built, MODEL, alone, weights.random_tensors(MODEL, 1))
     model = LanguageModel(built, MODEL, grid, here)
@@ -97,7 +98,7 @@ def main() -> None:
         lines.append(f"| {' | '.join(row)} |")
         print(lines[-1], flush=True)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core"))
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     text = (
         f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python {platform.python_version()}, "

@@ -80,7 +80,7 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
     import torch
     from torch.nn import functional as F
 
-    from ascendspeed.device import fused
+    from ascendspeed.distributed.device import fused
     from ascendspeed.model.attention import attend_within
 
     begins = (segments.positions == 0).to(here.torch)
@@ -215,7 +215,7 @@ def report(found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], opti
 def main() -> None:
     """Measures, prints, writes."""
     options = flags.parse(Options, description=__doc__ or "")
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     here = devices.prepare(options.device)
     import torch

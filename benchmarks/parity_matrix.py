@@ -44,7 +44,7 @@ def main() -> int:
         raise UserError(f"--out {options.out}: the name of a Markdown file; a .json goes beside it")
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the reference and the worker are those of the tests
 
-    from ascendspeed import device
+    from ascendspeed.distributed import device
 
     here = device.prepare("cpu")
     importlib.import_module("torch").set_num_threads(1)  # as every rank has

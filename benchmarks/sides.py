@@ -9,8 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import device
 from ascendspeed.config.schema import Run
+from ascendspeed.distributed import device
 from ascendspeed.families import FAMILIES
 
 Step = Callable[[], float]
@@ -90,11 +90,12 @@ def batch_of(run: Run) -> Any:
 
 def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
     """Forward, loss and backward of the model by our layer spec."""
-    from ascendspeed import kernels, parallel, weights
+    from ascendspeed import weights
+    from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.model import gpt, spec
 
-    parallel.initialize(here, run.parallel, run.train.seed)
-    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    process_groups.initialize(here, run.parallel, run.train.seed)
+    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
     config = spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
     model = gpt.build(run.model, run.parallel, config)
     gpt.fill(model, run.model, run.parallel, weights.random_tensors(run.model, run.train.seed, here.torch))
@@ -109,11 +110,12 @@ def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
 
 def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
     """A whole step of the DeepSpeed engine, as the training loop calls it."""
-    from ascendspeed import kernels, parallel, weights
+    from ascendspeed import weights
+    from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
 
-    grid = parallel.initialize(here, run.parallel, run.train.seed)
-    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    grid = process_groups.initialize(here, run.parallel, run.train.seed)
+    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
     tensors = weights.random_tensors(run.model, run.train.seed, here.torch)
     engine = DeepSpeedEngine(run, grid, here, ds_config(run, grid.world), chosen, tensors)
     batch = batch_of(run)

@@ -15,13 +15,13 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 @pytest.fixture(scope="session")
 def cpu():
     """The CPU as the device, prepared before Megatron-core is imported, in a world of one."""
-    from ascendspeed import device
+    from ascendspeed.distributed import device
 
     here = device.prepare("cpu")
-    from ascendspeed import parallel
     from ascendspeed.config.schema import ParallelConfig
+    from ascendspeed.distributed import process_groups
 
-    parallel.initialize(here, ParallelConfig(), seed=1)
+    process_groups.initialize(here, ParallelConfig(), seed=1)
     return here
 
 

@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-from ascendspeed import device
 from ascendspeed.config import schema
+from ascendspeed.distributed import device
 
 
 def main() -> None:
@@ -29,12 +29,13 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ascendspeed import checkpoint, kernels, parallel
+    from ascendspeed import checkpoint
     from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
+    from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.weights import random_tensors
 
-    base, fused = schema.from_dict(job["run"]), kernels.choose(here, varlen=here.kind != "cpu")
+    base, fused = schema.from_dict(job["run"]), fused_kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
         base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"]
     )
@@ -67,7 +68,10 @@ def main() -> None:
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         if places != run.parallel.places:
             leave_groups()
-        places, grid = run.parallel.places, parallel.initialize(here, run.parallel, run.train.seed)  # the generators start anew
+        places, grid = (
+            run.parallel.places,
+            process_groups.initialize(here, run.parallel, run.train.seed),
+        )  # the generators start anew
         given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
         tensors = None if case.get("load") and not run.lora.lora_rank else given  # a checkpoint of adapters has no weights
         if case.get("break") == "documents see each other":
@@ -105,7 +109,7 @@ def main() -> None:
         gc.collect()
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def leave_groups():

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import toy
 
-from ascendspeed import device
+from ascendspeed.distributed import device
 from ascendspeed.utils import errors
 
 RANK = int(os.environ.get("RANK", "0"))

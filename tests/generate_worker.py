@@ -8,8 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from ascendspeed import device
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.distributed import device
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     from engine_worker import leave_groups
     from safetensors.torch import load_file
 
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.generate import LanguageModel
     from ascendspeed.model import gpt, spec
 
@@ -29,14 +29,14 @@ def main() -> None:
         print(name, flush=True)  # the last one in the log of a rank that failed
         layout = ParallelConfig(tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case["pp"])
         leave_groups()
-        grid, model = parallel.initialize(here, layout, seed=1), ModelConfig(**case["model"])
+        grid, model = process_groups.initialize(here, layout, seed=1), ModelConfig(**case["model"])
         built = gpt.build(model, layout, spec.transformer_config(model, layout, TrainConfig()))
         gpt.fill(built, model, layout, load_file(case["weights"]).items())
         found[name] = answers(LanguageModel(built, model, grid, here), case)
         assert all(theirs == found[name] for theirs in grid.gather(found[name])), f"{name}: the ranks differ"
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(found))
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def answers(asked, case):

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from ascendspeed import device
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
+from ascendspeed.distributed import device
 
 
 def main() -> None:
@@ -18,12 +18,12 @@ def main() -> None:
     from test_model import INTERNLM
     from torch.nn import functional as F
 
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.model.linear import ColumnLinear, RowLinear
     from ascendspeed.model.spec import transformer_config
 
     layout = ParallelConfig(tensor_model_parallel_size=2)
-    grid = parallel.initialize(here, layout, seed=1)
+    grid = process_groups.initialize(here, layout, seed=1)
     config = transformer_config(INTERNLM, layout, TrainConfig())
     common = {"config": config, "init_method": torch.nn.init.normal_, "bias": True}
     generator = torch.Generator().manual_seed(grid.rank)
@@ -51,7 +51,7 @@ def main() -> None:
     everyone = grid.gather(found)
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps({name: all(one[name] for one in everyone) for name in found}))
-    parallel.destroy()
+    process_groups.destroy()
 
 
 if __name__ == "__main__":

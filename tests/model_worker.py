@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import device
 from ascendspeed.config import schema
+from ascendspeed.distributed import device
 
 
 def main() -> None:
@@ -21,7 +21,7 @@ def main() -> None:
     from megatron.core import parallel_state
     from safetensors.torch import load_file, save_file
 
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.model import gpt, spec
 
     tensors, facts, before = {}, {}, ()
@@ -30,7 +30,7 @@ def main() -> None:
         layout = (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size)
         if layout != before:
             parallel_state.destroy_model_parallel()
-        before, grid = layout, parallel.initialize(here, run.parallel, seed=1)
+        before, grid = layout, process_groups.initialize(here, run.parallel, seed=1)
         model = gpt.build(run.model, run.parallel, spec.transformer_config(run.model, run.parallel, run.train)).eval()
         gpt.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
         tokens = torch.tensor(case["tokens"])
@@ -45,7 +45,7 @@ def main() -> None:
     if grid.rank == grid.world - 1:
         save_file(tensors, job["out"] + ".safetensors")
         Path(job["out"]).write_text(json.dumps({name: together([facts[name] for facts in everyone]) for name in job["cases"]}))
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def forward(model: Any, run: schema.Run, inputs: Any, **more: Any) -> tuple[Any, Any]:

@@ -1,9 +1,10 @@
 """Imported by a fork server: everything that a rank of the toy needs, so that each rank starts at once. No process group yet."""
 
-from ascendspeed import device
+from ascendspeed.distributed import device
 
 device.prepare("cpu")
 
 import toy  # noqa: E402, F401
 
-from ascendspeed import checkpoint, parallel, start, train, watch  # noqa: E402, F401
+from ascendspeed import checkpoint, start, train, watch  # noqa: E402, F401
+from ascendspeed.distributed import process_groups  # noqa: E402, F401

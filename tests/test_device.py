@@ -8,7 +8,7 @@ import launch
 import pytest
 import torch
 
-from ascendspeed import device, kernels
+from ascendspeed.distributed import device, fused_kernels
 from ascendspeed.utils.errors import UserError
 
 
@@ -53,7 +53,7 @@ def test_an_npu_is_chosen_and_prepared_by_its_own_package(monkeypatch):
 def test_fused_kernels_of_an_npu(monkeypatch):
     fake_npu(monkeypatch)
     here = device.Device("npu", 0, "hccl", "stand-in")
-    chosen = kernels.choose(here, rms_norm=True, rotary=True, swiglu=False)
+    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=False)
     assert str(chosen) == "rms_norm: torch_npu.npu_rms_norm, rotary: torch_npu.npu_rotary_mul, swiglu: torch"
     x = torch.ones(2, 4)
     assert torch.equal(chosen.rms_norm(x, torch.full((4,), 2.0), 1e-6), x * 2)
@@ -89,7 +89,7 @@ def test_more_processes_than_devices_is_an_error(monkeypatch):
 
 
 def test_a_wanted_kernel_that_is_not_there_is_said(cpu):
-    chosen = kernels.choose(cpu, rms_norm=True, rotary=False, swiglu=True)
+    chosen = fused_kernels.choose(cpu, rms_norm=True, rotary=False, swiglu=True)
     assert str(chosen).startswith(
         "rms_norm: torch (no fused kernel is installed for this device), rotary: torch, swiglu: torch (no"
     )

@@ -210,7 +210,7 @@ from test_engine_deepspeed import RUN
 from ascendspeed import parallel
 from ascendspeed.data.dataset import Batch
 from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
-from ascendspeed.kernels import Kernels
+from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.weights import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible
 train, optim = replace(RUN.train, micro_batch_size=4), replace(RUN.optim, fp16=True, initial_loss_scale=4.0)

@@ -297,7 +297,7 @@ def test_a_model_that_is_not_the_same_is_seen(name, changes):
 
 @pytest.mark.usefixtures("cpu")
 def test_the_other_gelu_is_seen():
-    from ascendspeed.kernels import Kernels
+    from ascendspeed.distributed.fused_kernels import Kernels
 
     def erf(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)

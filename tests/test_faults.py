@@ -386,10 +386,11 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu
     """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
     import torch
 
-    from ascendspeed import engines, families, parallel
+    from ascendspeed import engines, families
     from ascendspeed.config import schema
     from ascendspeed.data.dataset import Batch
-    from ascendspeed.kernels import Kernels
+    from ascendspeed.distributed import process_groups
+    from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.weights import random_tensors
 
     run = schema.Run(
@@ -399,7 +400,7 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu
         schema.DataConfig(seq_length=8),
         schema.TrainConfig(global_batch_size=2, train_iters=4, log_dir=str(tmp_path)),
     )
-    grid = parallel.initialize(cpu, run.parallel, 1)
+    grid = process_groups.initialize(cpu, run.parallel, 1)
     engine = engines.builder(run, grid, cpu, Kernels(), print)(random_tensors(run.model, 1))
     ids = torch.arange(8)[None]
     batches = [Batch(ids + i, ids + i + 1, torch.ones(1, 8), ids) for i in range(2)]

@@ -44,10 +44,10 @@ REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [(SHARED
 
 
 def language_model(cpu, model: ModelConfig, tensors):
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.generate import LanguageModel
 
-    return LanguageModel(ours(cpu, model, tensors), model, parallel.initialize(cpu, ParallelConfig(), 1), cpu)
+    return LanguageModel(ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu)
 
 
 def asked_of(cpu, name: str):

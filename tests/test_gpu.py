@@ -9,8 +9,9 @@ import test_segments as segments
 import torch
 from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
-from ascendspeed import device, kernels, weights
+from ascendspeed import weights
 from ascendspeed.config import lr_schedule, schema
+from ascendspeed.distributed import device, fused_kernels
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -57,7 +58,7 @@ def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
     weight = torch.randn(512, device="cuda", requires_grad=True)
     inputs = (x, weight, 1e-6) if operation == "rms_norm" else (x,)
     results = []
-    for call in (found.call, getattr(kernels, operation)):
+    for call in (found.call, getattr(fused_kernels, operation)):
         x.grad = weight.grad = None
         out = call(*inputs)
         (out * torch.arange(out.size(-1), device="cuda")).sum().backward()

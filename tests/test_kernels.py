@@ -5,9 +5,9 @@ import torch
 from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from ascendspeed import kernels
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.device import Device, Fused
+from ascendspeed.distributed import fused_kernels
+from ascendspeed.distributed.device import Device, Fused
 from ascendspeed.model.rope import Rope
 
 S, B, HEADS, D = 7, 3, 2, 8
@@ -32,37 +32,39 @@ def hugging_face_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
 def test_rotary_equals_hugging_face_forward_and_backward():
     cos, sin = tables()
     x, gradient = random(S, B, HEADS, 3 * D)[..., :D].requires_grad_(), random(S, B, HEADS, D, seed=1)  # a part of qkv: strided
-    expected, found = hugging_face_rotary(x, cos, sin), kernels.rotary(x, cos, sin)
+    expected, found = hugging_face_rotary(x, cos, sin), fused_kernels.rotary(x, cos, sin)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     back = [torch.autograd.grad(y, x, gradient)[0] for y in (expected, found)]
     torch.testing.assert_close(back[1], back[0], rtol=0, atol=1e-14)
     assert (back[0] - gradient).abs().max() > 0.5  # the turn is seen
-    assert (torch.autograd.grad(kernels.rotary(x, cos, -sin), x, gradient)[0] - back[0]).abs().max() > 0.5  # and its direction
+    assert (
+        torch.autograd.grad(fused_kernels.rotary(x, cos, -sin), x, gradient)[0] - back[0]
+    ).abs().max() > 0.5  # and its direction
 
 
 def test_rotary_can_be_differentiated_twice():
     x = random(3, 1, 1, D).requires_grad_()
     cos, sin = (table[:3] for table in tables())
-    assert torch.autograd.gradgradcheck(lambda x: kernels.rotary(x, cos, sin).square(), (x,))
+    assert torch.autograd.gradgradcheck(lambda x: fused_kernels.rotary(x, cos, sin).square(), (x,))
 
 
 def test_rms_norm_and_swiglu_equal_their_formulas():
     x, weight = random(S, B, 16).requires_grad_(), random(16, seed=1).requires_grad_()
-    found, gradient = kernels.rms_norm(x, weight, 1e-3), random(S, B, 16, seed=2)
+    found, gradient = fused_kernels.rms_norm(x, weight, 1e-3), random(S, B, 16, seed=2)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
     for mine, theirs in zip(*(torch.autograd.grad(y, (x, weight), gradient) for y in (found, expected)), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
-    assert (kernels.rms_norm(x, weight, 1e-2) - expected).abs().max() > 1e-3  # epsilon counts
+    assert (fused_kernels.rms_norm(x, weight, 1e-2) - expected).abs().max() > 1e-3  # epsilon counts
     gate, up = x.split(8, -1)
-    torch.testing.assert_close(kernels.swiglu(x), gate * torch.sigmoid(gate) * up, rtol=0, atol=1e-14)
-    assert (kernels.swiglu(torch.cat((up, gate), -1)) - kernels.swiglu(x)).abs().max() > 0.1  # gate first
+    torch.testing.assert_close(fused_kernels.swiglu(x), gate * torch.sigmoid(gate) * up, rtol=0, atol=1e-14)
+    assert (fused_kernels.swiglu(torch.cat((up, gate), -1)) - fused_kernels.swiglu(x)).abs().max() > 0.1  # gate first
 
 
 def test_geglu_equals_hugging_face():
     x = random(S, B, 16).requires_grad_()
     gate, up = x.split(8, -1)
-    expected, found, gradient = ACT2FN["gelu_pytorch_tanh"](gate) * up, kernels.geglu(x), random(S, B, 8, seed=2)
+    expected, found, gradient = ACT2FN["gelu_pytorch_tanh"](gate) * up, fused_kernels.geglu(x), random(S, B, 8, seed=2)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     back = [torch.autograd.grad(y, x, gradient)[0] for y in (found, expected)]
     torch.testing.assert_close(back[0], back[1], rtol=0, atol=1e-14)
@@ -75,25 +77,29 @@ def test_bf16_is_no_coarser_than_hugging_face(operation):
     cos, sin = (table.double() for table in tables(torch.bfloat16))
     x, weight = random(S, 64, HEADS, D, dtype=torch.bfloat16), random(D, dtype=torch.bfloat16)
     if operation == "rotary":
-        mine, theirs = (f(x, cos.bfloat16(), sin.bfloat16()) for f in (kernels.rotary, hugging_face_rotary))
-        exact = kernels.rotary(x.double(), cos, sin)
+        mine, theirs = (f(x, cos.bfloat16(), sin.bfloat16()) for f in (fused_kernels.rotary, hugging_face_rotary))
+        exact = fused_kernels.rotary(x.double(), cos, sin)
     else:
         norm = LlamaRMSNorm(D, 1e-6).bfloat16()
         norm.weight.data.copy_(weight)
-        mine, theirs, exact = kernels.rms_norm(x, weight, 1e-6), norm(x), kernels.rms_norm(x.double(), weight.double(), 1e-6)
+        mine, theirs, exact = (
+            fused_kernels.rms_norm(x, weight, 1e-6),
+            norm(x),
+            fused_kernels.rms_norm(x.double(), weight.double(), 1e-6),
+        )
     errors = [(y.double() - exact).square().mean().sqrt() for y in (mine, theirs)]
     assert 0 < errors[0] <= errors[1]
 
 
 def test_choose_says_what_runs(monkeypatch):
     offered = {"rms_norm": Fused("somebody.rms_norm", lambda x, weight, eps: "theirs")}
-    monkeypatch.setattr(kernels, "fused", lambda device, operation: offered.get(operation))
-    chosen = kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=True, rotary=True, swiglu=False)
+    monkeypatch.setattr(fused_kernels, "fused", lambda device, operation: offered.get(operation))
+    chosen = fused_kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=True, rotary=True, swiglu=False)
     assert chosen.rms_norm(None, None, 0) == "theirs"
-    assert chosen.rotary is kernels.rotary
-    assert chosen.swiglu is kernels.swiglu
+    assert chosen.rotary is fused_kernels.rotary
+    assert chosen.swiglu is fused_kernels.swiglu
     assert str(chosen) == (
         "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), swiglu: torch"
     )
-    chosen = kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False)
-    assert chosen.rms_norm is kernels.rms_norm  # there, but not asked for
+    chosen = fused_kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False)
+    assert chosen.rms_norm is fused_kernels.rms_norm  # there, but not asked for

@@ -47,12 +47,12 @@ TORCH_FREE += ["inference.options", "inference.performance", "inference.question
 MEGATRON = {
     "model",
     "generate",
-    "parallel",
+    "distributed.process_groups",
     "engines.megatron",
     "data",
 }
 DEVICE_WORDS = {
-    "device": "the only file that names a device",
+    "distributed.device": "the only file that names a device",
     "config.schema": "the choices of --device",
 }
 
@@ -128,7 +128,7 @@ def test_who_imports_whom(name):
     outer = {module.split(".")[0] for module in imported(TREES[name])}
     assert "megatron" not in outer or MEGATRON & {package_of(name), name}
     assert "deepspeed" not in outer or name == "engines.deepspeed"
-    assert "torch_npu" not in outer or name == "device"
+    assert "torch_npu" not in outer or name == "distributed.device"
 
 
 @pytest.mark.parametrize("name", SOURCES)

@@ -358,11 +358,11 @@ def test_bf16_stays_in_a_band_around_fp32(biases, tmp_path):
 
 def test_nothing_is_kept_for_frozen_weights(cpu):
     """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its base at first."""
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
+    from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.engines.megatron import MegatronEngine
-    from ascendspeed.kernels import Kernels
 
-    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     lora = replace(LORA, lora_target_modules=ALL)
     base = dict(weights.random_tensors(BIASES, 1))
     fresh = dict(adapters.initial(BIASES, lora, 1))

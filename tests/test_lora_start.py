@@ -202,10 +202,10 @@ def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
 @pytest.fixture
 def start(cpu):
     """What `find_start` finds, and what it says."""
-    from ascendspeed import parallel
     from ascendspeed import start as room
+    from ascendspeed.distributed import process_groups
 
-    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(lora: dict | None = None, **train):
         run = replace(RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA)

@@ -150,10 +150,10 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, family):
 def test_full_recomputation_changes_nothing(cpu):
     tensors, tokens = tensors_of(INTERNLM), tokens_of(INTERNLM)
 
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
 
     def gradients(train: TrainConfig) -> list[torch.Tensor]:
-        parallel.initialize(cpu, ParallelConfig(), seed=11)  # the same masks both times
+        process_groups.initialize(cpu, ParallelConfig(), seed=11)  # the same masks both times
         model = ours(cpu, INTERNLM, tensors, train=train).train()
         torch.manual_seed(11)
         model(tokens[:, :-1].contiguous(), None, None, labels=tokens[:, 1:].contiguous()).sum().backward()

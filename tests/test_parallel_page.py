@@ -8,8 +8,9 @@ import launch
 import pytest
 import torch
 
-from ascendspeed import kernels, plan
+from ascendspeed import plan
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
+from ascendspeed.distributed import fused_kernels
 from ascendspeed.families import PRESETS
 
 PAGE = (launch.ROOT / "docs" / "parallel.md").read_text()
@@ -53,7 +54,7 @@ def test_sizes(name):
 def saved(model, layers: int, here) -> int:
     """Bytes that autograd keeps of a pass over 64 tokens, weights aside."""
     model = dataclasses.replace(model, num_layers=layers)
-    plain = kernels.choose(here, rms_norm=False, rotary=False, swiglu=False)
+    plain = fused_kernels.choose(here, rms_norm=False, rotary=False, swiglu=False)
     from ascendspeed.model import gpt
     from ascendspeed.model.spec import transformer_config
 

@@ -19,10 +19,11 @@ from test_engine_deepspeed import Curve, worst
 from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
 from test_moe import MIXTRAL, loaded
 
-from ascendspeed import checkpoint, device, weights
+from ascendspeed import checkpoint, weights
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.kernels import Kernels
+from ascendspeed.distributed import device
+from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.utils.errors import UserError
 
 LENGTH, STEPS = 48, 20

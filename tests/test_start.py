@@ -42,10 +42,10 @@ def saved(tmp_path):
 @pytest.fixture
 def start(cpu):
     """What `find_start` finds, and what it says."""
-    from ascendspeed import parallel
     from ascendspeed import start as room
+    from ascendspeed.distributed import process_groups
 
-    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run):
         said = []
@@ -250,11 +250,11 @@ def data(tmp_path_factory):
 
 
 def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
-    from ascendspeed import parallel
     from ascendspeed import start as room
+    from ascendspeed.distributed import process_groups
 
     prefix, tokenizers = data
-    grid, said = parallel.initialize(cpu, ParallelConfig(), seed=1), []
+    grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []
 
     def with_tokenizer(size, vocab=2048):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
@@ -271,11 +271,11 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
 
 
 def test_epochs_are_iterations(cpu, data):
-    from ascendspeed import parallel
     from ascendspeed import start as room
     from ascendspeed.data import dataset
+    from ascendspeed.distributed import process_groups
 
-    grid, given = parallel.initialize(cpu, ParallelConfig(), seed=1), replace(RUN.data, data_path=(data[0],))
+    grid, given = process_groups.initialize(cpu, ParallelConfig(), seed=1), replace(RUN.data, data_path=(data[0],))
     run = replace(RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5))
     samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
     said = []

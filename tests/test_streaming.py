@@ -404,10 +404,11 @@ def test_the_next_batch_is_made_ahead():
 def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
     from test_start import RUN
 
-    from ascendspeed import parallel, start
+    from ascendspeed import start
+    from ascendspeed.distributed import process_groups
 
     given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
-    grid, said = parallel.initialize(cpu, RUN.parallel, seed=1), []
+    grid, said = process_groups.initialize(cpu, RUN.parallel, seed=1), []
     _, batches = start.open_data(given, grid, said.append)
     assert any(line.startswith("train data: about ") for line in said)
     assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [

@@ -63,11 +63,12 @@ class Recorder:
 @pytest.fixture
 def loop(cpu, tmp_path):
     """Runs the loop; returns the state, the engine and the log's lines; `loop.watch` is what watched."""
-    from ascendspeed import parallel, train
+    from ascendspeed import train
     from ascendspeed.checkpoint import TrainState
+    from ascendspeed.distributed import process_groups
     from ascendspeed.watch import Watch
 
-    grid = parallel.initialize(cpu, ParallelConfig(), seed=1)
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run, engine=None, start=None):
         engine = engine or Recorder()
@@ -248,11 +249,11 @@ def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_pat
 
 
 def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.watch import Watch
 
     (tmp_path / "step_0000001").mkdir()
-    grid, said = parallel.initialize(cpu, ParallelConfig(), seed=1), []
+    grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []
     for begun in (False, True):  # the second is the control
         watch = Watch(changed(save=str(tmp_path)), grid, said.append)
         watch.begun = begun

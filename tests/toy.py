@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ascendspeed import device as devices
+from ascendspeed.distributed import device as devices
 from ascendspeed.resolve import resolve, world_size
 
 ROWS, WIDTH, DECAY = 64, 16, 0.9
@@ -29,12 +29,13 @@ def main(flags: Sequence[str]) -> int:
     run, notes = resolve([*FLAGS, *flags], world_size())
     device = devices.prepare("cpu", "auto")
 
-    from ascendspeed import parallel, start, train
+    from ascendspeed import start, train
     from ascendspeed.data.dataset import rounds
+    from ascendspeed.distributed import process_groups
     from ascendspeed.log import Logger
     from ascendspeed.watch import Watch
 
-    grid = parallel.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
+    grid = process_groups.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
     with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid, log.say) as watch:
         for note in notes:
             log.say(f"note: {note}")
@@ -48,7 +49,7 @@ def main(flags: Sequence[str]) -> int:
             return [list(range(a, a + size)) for a in rounds(consumed, whole, size, grid.dp_rank, grid.dp)]
 
         train.train(run, grid, device, engine, batches, log, begin, watch)
-    parallel.destroy()
+    process_groups.destroy()
     return watch.exit_code
 
 

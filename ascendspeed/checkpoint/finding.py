@@ -13,7 +13,7 @@ from ascendspeed.steps import MANIFEST, STEP, latest, steps
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from ascendspeed.parallel import Grid
+    from ascendspeed.distributed.process_groups import Grid
 
 Say = Callable[[str], None]
 Gather = Callable[[list[str]], list[str]]

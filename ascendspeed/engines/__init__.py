@@ -12,9 +12,9 @@ from torch import Tensor
 from ascendspeed.checkpoint import Checkpoint, Fragment
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
-from ascendspeed.device import Device
-from ascendspeed.kernels import Kernels
-from ascendspeed.parallel import Grid
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.distributed.process_groups import Grid
 
 Tensors = Iterable[tuple[str, Tensor]]
 """Weights by our names, full."""

@@ -27,14 +27,14 @@ from torch import Tensor
 from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
-from ascendspeed.device import Device
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.distributed.process_groups import Grid, generators, set_generators
 from ascendspeed.engines import NOTHING, StepResult, Tensors
-from ascendspeed.kernels import Kernels
 from ascendspeed.model import gpt
 from ascendspeed.model.context import Share
 from ascendspeed.model.segments import segments
 from ascendspeed.model.spec import transformer_config
-from ascendspeed.parallel import Grid, generators, set_generators
 
 
 class MegatronEngine:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ascendspeed import device as devices
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.options import Job
@@ -67,7 +67,7 @@ def run(job: Job, notes: Sequence[str]) -> None:
     """Loads, asks, grades, reports. Raises `UserError`."""
     device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
 
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.inference.session import Session
 
     session = Session.open(job.place, device)
@@ -89,7 +89,7 @@ def run(job: Job, notes: Sequence[str]) -> None:
         _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, say, device)
     finally:
         answers.close()
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:

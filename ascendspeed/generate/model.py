@@ -11,18 +11,18 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
 from ascendspeed import families, formats
-from ascendspeed import parallel as ranks
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.device import Device
+from ascendspeed.distributed import process_groups as ranks
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.formats import Source
-from ascendspeed.kernels import Kernels
 from ascendspeed.model import attention
 from ascendspeed.model import gpt as gpts
 from ascendspeed.model.cache import Cache
 from ascendspeed.model.spec import NormHead, transformer_config
-from ascendspeed.parallel import Grid
 from ascendspeed.utils.errors import UserError
 
 CHUNK = 2048

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascendspeed import generate
-from ascendspeed.device import Device
+from ascendspeed.distributed.device import Device
 from ascendspeed.generate import Params
 from ascendspeed.inference import prompts as reading
 from ascendspeed.inference.answers import Answer, answer, batches, params_of

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ascendspeed import formats, generate, kernels, parallel
+from ascendspeed import formats, generate
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.device import Device
+from ascendspeed.distributed import fused_kernels, process_groups
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place
-from ascendspeed.parallel import Grid
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import Chat, stop_set
 from ascendspeed.tokenization.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Session:
         if place.where.fp16 and device.kind == "cpu":
             raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
         found = _tokenizer(place)
-        grid = parallel.initialize(device, place.where.layout, 1, WEEK if patient else 30)
+        grid = process_groups.initialize(device, place.where.layout, 1, WEEK if patient else 30)
         session = cls(place, device, grid, found, template)
         config = session.config
         if found.vocab_size > config.vocab_size:
@@ -95,7 +96,7 @@ class Session:
     def model(self) -> generate.LanguageModel:
         """The model; reads the weights when it is first asked for."""
         where = self.place.where
-        fused = kernels.choose(
+        fused = fused_kernels.choose(
             self.device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
         )
         model = generate.load(self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)

@@ -7,7 +7,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.kernels import rotary
+from ascendspeed.distributed.fused_kernels import rotary
 from ascendspeed.model.attention import attend
 from ascendspeed.model.rope import Rope
 

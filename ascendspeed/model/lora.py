@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from ascendspeed.adapters import Target, blocks, chosen
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.device import current
+from ascendspeed.distributed.device import current
 from ascendspeed.weights import Cut
 
 

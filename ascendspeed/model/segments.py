@@ -12,7 +12,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from ascendspeed.device import Bounds
+from ascendspeed.distributed.device import Bounds
 from ascendspeed.model.context import ALONE, Share
 from ascendspeed.model.rope import Rope
 from ascendspeed.utils.errors import UserError

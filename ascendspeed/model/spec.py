@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.device import current
-from ascendspeed.kernels import Kernels
+from ascendspeed.distributed.device import current
+from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.model import moe
 from ascendspeed.model.attention import RotaryAttention
 from ascendspeed.model.linear import ColumnLinear, RowLinear

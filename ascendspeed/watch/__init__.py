@@ -11,10 +11,10 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from ascendspeed import parallel
 from ascendspeed.checkpoint import Superseded
 from ascendspeed.config.schema import Run
-from ascendspeed.parallel import Grid
+from ascendspeed.distributed import process_groups
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils import errors
 from ascendspeed.watch.health import Health
@@ -30,7 +30,7 @@ class Watch:
     def __init__(self, run: Run, grid: Grid, say: Callable[[str], None]) -> None:
         """Collective."""
         minutes = run.train.distributed_timeout_minutes
-        self.stop = Stop(grid, parallel.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins)
+        self.stop = Stop(grid, process_groups.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins)
         self.health = Health(run, grid, say)
         self.reason: Reason | None = None
         """Why training stopped before its end, if it did."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed.parallel import Grid
+from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import RankLost, UserError
 

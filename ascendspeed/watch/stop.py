@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascendspeed.parallel import Grid
+from ascendspeed.distributed.process_groups import Grid
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler, a launcher and Ctrl-C send."""

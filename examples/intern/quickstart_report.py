@@ -36,23 +36,24 @@ def held_out(work: Path, length: int) -> Any:
 
 def our_loss(work: Path, samples: Any) -> float:
     """Mean token loss of the last training checkpoint in our own model, one process."""
-    from ascendspeed import device
+    from ascendspeed.distributed import device
 
     here = device.prepare("cpu")  # before anything of Megatron is imported
 
     import torch
 
-    from ascendspeed import checkpoint, parallel
+    from ascendspeed import checkpoint
     from ascendspeed.config.schema import ParallelConfig, TrainConfig
+    from ascendspeed.distributed import process_groups
     from ascendspeed.model import gpt, spec
 
     found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()
-    parallel.initialize(here, alone, seed=1)
+    process_groups.initialize(here, alone, seed=1)
     model = gpt.build(found.config, alone, spec.transformer_config(found.config, alone, TrainConfig())).eval()
     gpt.fill(model, found.config, alone, found.tensors())
     with torch.no_grad():
         losses = [model(part[:, :-1], None, None, labels=part[:, 1:]) for part in samples.split(8)]
-    parallel.destroy()
+    process_groups.destroy()
     return float(torch.cat(losses).mean())
 
 

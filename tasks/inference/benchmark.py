@@ -55,11 +55,12 @@ def main() -> None:
     cases, ranges = _cases(options)
     place = find_place(command, typed, sys.argv[1:], world_size())
 
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     device = devices.prepare(place.where.device, place.where.distributed_backend)
 
-    from ascendspeed import generate, parallel
+    from ascendspeed import generate
+    from ascendspeed.distributed import process_groups
     from ascendspeed.inference import timing
 
     if place.where.fp16 and device.kind == "cpu":
@@ -72,7 +73,7 @@ def main() -> None:
     if model.grid.rank == 0:
         text = performance.write(found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})"))
         print(text, end="", flush=True)
-    parallel.destroy()
+    process_groups.destroy()
 
 
 def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:

@@ -15,16 +15,16 @@ def main() -> None:
     """Parse -> device -> model -> answers."""
     job, notes = resolve(sys.argv[1:], world_size())
 
-    from ascendspeed import device as devices
+    from ascendspeed.distributed import device as devices
 
     device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
 
     # From here on torch.cuda means the device, so Megatron-core may be imported.
-    from ascendspeed import parallel
+    from ascendspeed.distributed import process_groups
     from ascendspeed.inference import running
 
     running.run(job, device, notes)
-    parallel.destroy()
+    process_groups.destroy()
 
 
 if __name__ == "__main__":

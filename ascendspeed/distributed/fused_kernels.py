@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.device import Bounds, Device, fused
+from ascendspeed.distributed.device import Bounds, Device, fused
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

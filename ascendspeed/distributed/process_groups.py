@@ -13,9 +13,9 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from torch import Tensor
 
-from ascendspeed import device as devices
 from ascendspeed.config.schema import ParallelConfig
-from ascendspeed.device import Device
+from ascendspeed.distributed import device as devices
+from ascendspeed.distributed.device import Device
 from ascendspeed.utils.errors import UserError
 
 SEEDS = 1_000_003

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ascendspeed import adapters
 from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.formats import Source, peft, training
 from ascendspeed.formats.adapter import check_base, initial, tensors_of
+from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 
 Tensors = Iterable[tuple[str, Tensor]]
@@ -24,7 +24,7 @@ def begin(run: Run, base: Source, readers: Readers) -> tuple[Tensors, LoraConfig
     if lora.lora_base:
         raise UserError(f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights")
     lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
-    count = adapters.parameter_count(run.model, lora)
+    count = targets.parameter_count(run.model, lora)
     say(f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained")
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora

@@ -6,8 +6,8 @@ from typing import Any
 
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import check_experts, check_heads
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import check_experts, check_heads
 from ascendspeed.utils.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool]]

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from ascendspeed import families
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")

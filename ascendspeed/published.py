@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ascendspeed.families.internevo import Asked
+from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils.errors import UserError
 
 

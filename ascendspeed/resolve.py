@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import adapters, checks, families, flags
+from ascendspeed import checks, flags
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
+from ascendspeed.models import families
+from ascendspeed.models.lora import targets
 from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils.errors import UserError
 
@@ -149,7 +151,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
         raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
-    run = Run(model, parallel, optim, data, train, adapters.check(model, command.lora))
+    run = Run(model, parallel, optim, data, train, targets.check(model, command.lora))
     checks.check(run, world)
     return run, said
 

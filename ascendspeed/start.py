@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import adapting, checkpoint, formats, plan
+from ascendspeed import adapting, checkpoint, formats
 from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
@@ -22,9 +22,10 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.formats import Source, training
 from ascendspeed.formats.adapter import initial
+from ascendspeed.models import estimates
+from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import random_tensors
 
 Say = Callable[[str], None]
 Batches = Callable[[str, int], list[Batch]]
@@ -177,7 +178,7 @@ def _try_disk(folder: Path, grid: Grid) -> None:
 
 def _check_disk(run: Run, grid: Grid, say: Say) -> None:
     """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
-    size, train = plan.checkpoint_bytes(run.model, run.lora), run.train
+    size, train = estimates.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
     disk = next(p for p in (folder, *folder.parents) if p.is_dir())
     free = grid.gather(shutil.disk_usage(disk).free)[0]  # one answer for all ranks, though others write there too

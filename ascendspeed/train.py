@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ascendspeed import plan
 from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
 from ascendspeed.config.lr_schedule import lr_at
 from ascendspeed.config.schema import Run
@@ -21,6 +20,7 @@ from ascendspeed.engines import Engine, StepResult
 from ascendspeed.formats import peft
 from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
+from ascendspeed.models import estimates
 from ascendspeed.start import Batches, Start
 from ascendspeed.utils.errors import UserError
 from ascendspeed.watch import Watch
@@ -43,8 +43,8 @@ class Window:
         tokens = sum(r.tokens for r in counted)
         per_iteration = seconds / len(results)
         per_device = run.train.global_batch_size * run.data.seq_length / per_iteration / grid.world
-        tflops = per_device * plan.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
-        peak = plan.known_peak(device.name) if run.optim.dtype != "fp32" else None
+        tflops = per_device * estimates.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
+        peak = estimates.known_peak(device.name) if run.optim.dtype != "fp32" else None
         self.results, self.began = [], time.perf_counter()
         return TrainLine(
             time=time.strftime("%Y-%m-%d %H:%M:%S"),

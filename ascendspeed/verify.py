@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendspeed import plan
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats import huggingface, writing
 from ascendspeed.formats.source import Source
+from ascendspeed.models import estimates
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.param_mapping import Parameter, Tile, parameters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Report, progress
-from ascendspeed.weights import Parameter, Tile, parameters
 
 LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)
 """Of the shrunken model: at most so many layers and rows of vocabulary; sequences and their length."""
@@ -102,7 +102,7 @@ def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = N
     Raises `UserError` when they differ; says why where there was not enough memory, or nothing to compare.
     """
     small = _shrunken(source.config)
-    needed, free = 12 * plan.parameter_count(small), _available()
+    needed, free = 12 * estimates.parameter_count(small), _available()
     if needed > free:
         return {
             "skipped": f"{needed / 1e9:.1f} GB of memory are needed for {small.num_layers} layers, {free / 1e9:.1f} GB are free"
@@ -185,13 +185,13 @@ def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dt
 
     here = device.prepare("cpu")  # before Megatron is imported
     from ascendspeed.distributed import process_groups
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     alone, config = ParallelConfig(), replace(small, family=end.config.family)
     with process_groups.joined(here, alone, seed=1), torch.no_grad():
-        model = gpt.build(config, alone, spec.transformer_config(config, alone, TrainConfig())).eval()
+        model = gpt_model.build(config, alone, layer_spec.transformer_config(config, alone, TrainConfig())).eval()
         full = ((p, end.block(p.name, _whole(p)).reshape(p.shape)) for p in parameters(config))
-        gpt.fill(model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full))
+        gpt_model.fill(model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full))
         return model(tokens, None, None)[..., : config.vocab_size].float()
 
 

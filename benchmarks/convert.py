@@ -23,8 +23,9 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models import families
 from ascendspeed.utils import errors
 
 GB = 1e9
@@ -67,11 +68,12 @@ def generate(folder: Path, model: str | None) -> None:
     """A random model in bf16 as a Hugging Face directory."""
     import torch
 
-    from ascendspeed import convert, weights
+    from ascendspeed import convert
     from ascendspeed.formats.source import from_maker
+    from ascendspeed.models import param_mapping
 
     config = architecture(model)
-    parameters = {p.name: p for p in weights.parameters(config)}
+    parameters = {p.name: p for p in param_mapping.parameters(config)}
     noise = torch.randn(1 << 24, dtype=torch.bfloat16)  # the same for all: drawing 15 GB would take minutes
     source = convert.Source(
         "random",

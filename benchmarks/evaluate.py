@@ -24,11 +24,12 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import style
 from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.models import families
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -116,7 +117,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
 
     from ascendspeed import convert
     from ascendspeed.formats.source import Source, from_maker
-    from ascendspeed.weights import parameters, random_tensor
+    from ascendspeed.models.param_mapping import parameters, random_tensor
 
     home, pieces = folder / "tokenizer", io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import flags, plan
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.families import preset
+from ascendspeed.models import estimates
+from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -72,16 +73,16 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     """Our model and theirs, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ascendspeed import weights
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.generate import LanguageModel
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models import param_mapping
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, alone = model_of(options), ParallelConfig()
     grid = process_groups.initialize(here, alone, 1)
     fused = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
-    built = gpt.build(model, alone, spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused))
-    gpt.fill(built, model, alone, weights.random_tensors(model, 1, here.torch))
+    built = gpt_model.build(model, alone, layer_spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused))
+    gpt_model.fill(built, model, alone, param_mapping.random_tensors(model, 1, here.torch))
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -93,13 +94,13 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
         rms_norm_eps=model.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
     )
-    theirs = LlamaForCausalLM(config).to(here.torch, spec.DTYPES[options.dtype]).eval()
+    theirs = LlamaForCausalLM(config).to(here.torch, layer_spec.DTYPES[options.dtype]).eval()
     named = {}
     for parameter, (name, tensor) in zip(
-        weights.parameters(replace(model, family="llama")), weights.random_tensors(model, 1, here.torch), strict=True
+        param_mapping.parameters(replace(model, family="llama")), param_mapping.random_tensors(model, 1, here.torch), strict=True
     ):
         assert parameter.name == name
-        named |= weights.part(replace(model, family="llama"), parameter, tensor)
+        named |= param_mapping.part(replace(model, family="llama"), parameter, tensor)
     theirs.load_state_dict(named)
     return LanguageModel(built, model, grid, here), theirs
 
@@ -179,7 +180,7 @@ def report(found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]], opt
     return (
         f"# Generation against Hugging Face's generate\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}.\n\n"
-        f"{options.model}: {plan.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} layers, "
+        f"{options.model}: {estimates.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} layers, "
         f"hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys and values, {options.dtype}; "
         f"{options.new_tokens} new tokens, greedy; {options.rounds} rounds in turns, medians. Milliseconds to the first token, and "
         "for each further one (of the whole batch); theirs / ours with least and largest, then that of CPU time. Above 1 ours is "

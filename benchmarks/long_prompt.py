@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ascendspeed import flags
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
-from ascendspeed.families import preset
+from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 
 MODEL = replace(
@@ -56,15 +56,15 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     here, alone = devices.prepare("cpu"), ParallelConfig()
     import torch
 
-    from ascendspeed import weights
     from ascendspeed.distributed import process_groups
     from ascendspeed.generate import LanguageModel, Params, sample
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models import param_mapping
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     torch.set_num_threads(1)
     grid = process_groups.initialize(here, alone, 1)
-    built = gpt.build(MODEL, alone, spec.transformer_config(MODEL, alone, TrainConfig()))
-    gpt.fill(built, MODEL, alone, weights.random_tensors(MODEL, 1))
+    built = gpt_model.build(MODEL, alone, layer_spec.transformer_config(MODEL, alone, TrainConfig()))
+    gpt_model.fill(built, MODEL, alone, param_mapping.random_tensors(MODEL, 1))
     model = LanguageModel(built, MODEL, grid, here)
     sample(model, [[1, 2, 3]], Params(max_new_tokens=2))
     before = peak()

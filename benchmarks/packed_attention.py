@@ -81,7 +81,7 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
     from torch.nn import functional as F
 
     from ascendspeed.distributed.device import fused
-    from ascendspeed.model.attention import attend_within
+    from ascendspeed.models.gpt.attention import attend_within
 
     begins = (segments.positions == 0).to(here.torch)
     ids, whole = begins.cumsum(1), segments.positions.size(1)
@@ -135,7 +135,7 @@ def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dic
     """(dtype, median length) -> (documents, way -> what every turn took)."""
     import torch
 
-    from ascendspeed.model.segments import Segments
+    from ascendspeed.models.gpt.packed_sequences import Segments
 
     found = {}
     for dtype in options.dtypes:
@@ -152,7 +152,7 @@ def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -
     """What each way took in every turn. Raises `UserError` when two do not agree."""
     import torch
 
-    from ascendspeed.model.spec import DTYPES
+    from ascendspeed.models.gpt.layer_spec import DTYPES
 
     generator = torch.Generator().manual_seed(1)
     qkv = [  # as the model gives them: [s, b, heads, d], permuted

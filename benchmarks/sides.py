@@ -11,7 +11,7 @@ from typing import Any
 
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import device
-from ascendspeed.families import FAMILIES
+from ascendspeed.models.families import FAMILIES
 
 Step = Callable[[], float]
 """Does one step and returns its loss."""
@@ -90,15 +90,15 @@ def batch_of(run: Run) -> Any:
 
 def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
     """Forward, loss and backward of the model by our layer spec."""
-    from ascendspeed import weights
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models import param_mapping
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     process_groups.initialize(here, run.parallel, run.train.seed)
     chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
-    config = spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
-    model = gpt.build(run.model, run.parallel, config)
-    gpt.fill(model, run.model, run.parallel, weights.random_tensors(run.model, run.train.seed, here.torch))
+    config = layer_spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
+    model = gpt_model.build(run.model, run.parallel, config)
+    gpt_model.fill(model, run.model, run.parallel, param_mapping.random_tensors(run.model, run.train.seed, here.torch))
     batch, to = batch_of(run), here.torch
 
     def forward() -> Any:
@@ -110,13 +110,13 @@ def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
 
 def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
     """A whole step of the DeepSpeed engine, as the training loop calls it."""
-    from ascendspeed import weights
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.models import param_mapping
 
     grid = process_groups.initialize(here, run.parallel, run.train.seed)
     chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
-    tensors = weights.random_tensors(run.model, run.train.seed, here.torch)
+    tensors = param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     engine = DeepSpeedEngine(run, grid, here, ds_config(run, grid.world), chosen, tensors)
     batch = batch_of(run)
     return lambda: engine.step([batch], run.optim.lr).loss, str(chosen)
@@ -176,17 +176,17 @@ def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ascendspeed import weights
+    from ascendspeed.models import param_mapping
 
     llama = replace(run.model, family="llama")
     config = LlamaConfig(**FAMILIES["llama"].write_config(llama), use_cache=False)
     kind = torch.bfloat16 if run.optim.bf16 else torch.float32
     with here.torch:
         model = LlamaForCausalLM._from_config(config, dtype=kind, attn_implementation="sdpa").train()
-    tensors = weights.random_tensors(run.model, run.train.seed, here.torch)
+    tensors = param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     with torch.no_grad():
-        for parameter, (_, tensor) in zip(weights.parameters(llama), tensors, strict=True):
-            for name, part in weights.part(llama, parameter, tensor).items():
+        for parameter, (_, tensor) in zip(param_mapping.parameters(llama), tensors, strict=True):
+            for name, part in param_mapping.part(llama, parameter, tensor).items():
                 model.get_parameter(name).copy_(part)
     batch, to = batch_of(run), here.torch
     return model, lambda: model(batch.tokens.to(to), labels=batch.labels.to(to), shift_labels=batch.labels.to(to)).loss

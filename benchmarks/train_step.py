@@ -25,9 +25,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendspeed import flags, plan
+from ascendspeed import flags
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import preset
+from ascendspeed.models import estimates
+from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -183,13 +184,13 @@ def check_same(job: Job, number: int, ours: float, theirs: float) -> None:
 def table(measured: dict[Job, Measured], options: Options) -> str:
     """Medians of the sides, and of the ratios of every round."""
     model, tokens = model_of(options), options.micro_batch_size * options.seq_length
-    flops = plan.flops_per_token(model, options.seq_length)
+    flops = estimates.flops_per_token(model, options.seq_length)
     lines = [
         "| | side | s | tokens/s | TFLOP/s | MFU | peak memory | theirs / ours, wall (min to max) | theirs / ours, CPU time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for job, found in measured.items():
-        peak = plan.known_peak(found.hello.device) if job.dtype == "bf16" else None
+        peak = estimates.known_peak(found.hello.device) if job.dtype == "bf16" else None
         for side, took in found.took.items():
             seconds = statistics.median(t.wall for t in took)
             rate = tokens / seconds
@@ -212,7 +213,7 @@ def report(measured: dict[Job, Measured], options: Options) -> str:
     return (
         f"# Training step against Hugging Face Llama\n\n{datetime.date.today()}, {hello.device}, {os.cpu_count()} cores, "
         f"{hello.threads} threads per side; Python {platform.python_version()}, {versions}. Kernels: {hello.kernels}.\n\n"
-        f"{options.model}: {plan.parameter_count(model) / 1e6:.1f}M parameters, {model.num_layers} layers, "
+        f"{options.model}: {estimates.parameter_count(model) / 1e6:.1f}M parameters, {model.num_layers} layers, "
         f"hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
         f"vocabulary {model.vocab_size}; {options.micro_batch_size} x {options.seq_length} tokens per step, "
         f"{options.rounds} rounds in turns; medians.\n\n"

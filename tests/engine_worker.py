@@ -33,7 +33,7 @@ def main() -> None:
     from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.weights import random_tensors
+    from ascendspeed.models.param_mapping import random_tensors
 
     base, fused = schema.from_dict(job["run"]), fused_kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
@@ -129,14 +129,14 @@ def check_replicas(engine, grid):
 
     import torch
 
-    from ascendspeed.model import gpt
+    from ascendspeed.models.gpt import gpt_model
 
     if engine.run.parallel.overlap_param_gather:
         engine._publish()  # the weights of the last step are gathered with the next one
     mine = {}
     for module in engine.modules:
-        for name, parameter in gpt.named_parameters(module).items():
-            name = gpt.EMBEDDING if name == gpt.OUTPUT and module.share_embeddings_and_output_weights else name
+        for name, parameter in gpt_model.named_parameters(module).items():
+            name = gpt_model.EMBEDDING if name == gpt_model.OUTPUT and module.share_embeddings_and_output_weights else name
             part = grid.tp_rank if engine.cuts[name].dim is not None else 0
             digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             assert mine.setdefault((name, part), digest) == digest, name
@@ -206,17 +206,17 @@ def megatron_engine(mistake):
 
 def without_documents():
     """To the end of the process: positions begin again at every document, but queries see the whole row before them."""
-    from ascendspeed.model import attention
+    from ascendspeed.models.gpt import attention
 
     attention.attend_within = lambda segments, q, k, v, *_: attention.attend(q, k, v)
 
 
 def without_adapters(mistake):
     """For `adapters: name`: that function of the adapters does nothing meanwhile."""
-    from ascendspeed.model import lora
+    from ascendspeed.models.lora import layers
 
     name = (mistake or "").partition("adapters: ")[2]
-    return patch.object(lora, name, lambda x, *_, **__: x if name != "_begin" else None) if name else nullcontext()
+    return patch.object(layers, name, lambda x, *_, **__: x if name != "_begin" else None) if name else nullcontext()
 
 
 class InARow:

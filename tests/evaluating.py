@@ -14,9 +14,10 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from safetensors.torch import save_file
 
-from ascendspeed import convert, families, formats, weights
+from ascendspeed import convert, formats
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.models import families, param_mapping
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
 ROOT = Path(__file__).resolve().parents[1]
@@ -155,10 +156,10 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
     named = {}
-    for parameter in weights.parameters(model):
-        tensor = weights.random_tensor(model, parameter, 3)
+    for parameter in param_mapping.parameters(model):
+        tensor = param_mapping.random_tensor(model, parameter, 3)
         noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(parameter.name) * 7 + len(named)))
-        named |= weights.part(model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor)
+        named |= param_mapping.part(model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor)
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
     theirs = families.FAMILIES[model.family].write_config(model) | {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(theirs))

@@ -22,7 +22,7 @@ def main() -> None:
 
     from ascendspeed.distributed import process_groups
     from ascendspeed.generate import LanguageModel
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     found = {}
     for name, case in job["cases"].items():
@@ -30,8 +30,8 @@ def main() -> None:
         layout = ParallelConfig(tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case["pp"])
         leave_groups()
         grid, model = process_groups.initialize(here, layout, seed=1), ModelConfig(**case["model"])
-        built = gpt.build(model, layout, spec.transformer_config(model, layout, TrainConfig()))
-        gpt.fill(built, model, layout, load_file(case["weights"]).items())
+        built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, TrainConfig()))
+        gpt_model.fill(built, model, layout, load_file(case["weights"]).items())
         found[name] = answers(LanguageModel(built, model, grid, here), case)
         assert all(theirs == found[name] for theirs in grid.gather(found[name])), f"{name}: the ranks differ"
     if grid.rank == 0:

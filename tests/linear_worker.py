@@ -19,8 +19,8 @@ def main() -> None:
     from torch.nn import functional as F
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.model.linear import ColumnLinear, RowLinear
-    from ascendspeed.model.spec import transformer_config
+    from ascendspeed.models.gpt.layer_spec import transformer_config
+    from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 
     layout = ParallelConfig(tensor_model_parallel_size=2)
     grid = process_groups.initialize(here, layout, seed=1)

@@ -22,7 +22,7 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     tensors, facts, before = {}, {}, ()
     for name, case in job["cases"].items():
@@ -31,8 +31,8 @@ def main() -> None:
         if layout != before:
             parallel_state.destroy_model_parallel()
         before, grid = layout, process_groups.initialize(here, run.parallel, seed=1)
-        model = gpt.build(run.model, run.parallel, spec.transformer_config(run.model, run.parallel, run.train)).eval()
-        gpt.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
+        model = gpt_model.build(run.model, run.parallel, layer_spec.transformer_config(run.model, run.parallel, run.train)).eval()
+        gpt_model.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
         tokens = torch.tensor(case["tokens"])
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         with torch.no_grad():
@@ -40,7 +40,7 @@ def main() -> None:
         given, losses = forward(model, run, inputs, labels=labels)
         backward(model, given, losses)
         tensors |= {f"{name}.logits": logits.contiguous(), f"{name}.losses": losses.detach().contiguous()}
-        facts[name] = facts_of(gpt.named_parameters(model))
+        facts[name] = facts_of(gpt_model.named_parameters(model))
     everyone = grid.gather(facts)
     if grid.rank == grid.world - 1:
         save_file(tensors, job["out"] + ".safetensors")

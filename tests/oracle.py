@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.nn.utils.parametrize import register_parametrization
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
 
 
 def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
@@ -35,8 +35,8 @@ def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str,
         tie_word_embeddings=model.tie_embeddings,
     )
     theirs: dict[str, Tensor] = {}
-    for parameter in weights.parameters(model):
-        theirs |= weights.part(model, parameter, tensors[parameter.name])
+    for parameter in param_mapping.parameters(model):
+        theirs |= param_mapping.part(model, parameter, tensors[parameter.name])
     reference = LlamaForCausalLM(config)
     left = reference.load_state_dict(theirs, strict=False)
     assert not left.unexpected_keys, left

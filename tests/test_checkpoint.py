@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from ascendspeed import checkpoint
 from ascendspeed.checkpoint import KINDS, Fragment, TrainState, files, saving
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.models.param_mapping import Cut
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import Cut
 
 RUN = Run(ModelConfig(num_layers=2), ParallelConfig(), OptimConfig(lr=3e-4), DataConfig(data_path=("a", "b")), TrainConfig())
 QUIET = {"say": lambda text: None}

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from ascendspeed import checks, families
+from ascendspeed import checks
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-7b"), num_layers=12, num_attention_heads=32)

@@ -10,7 +10,7 @@ from test_convert import BASE, command, hugging_face
 from test_internevo import BIASED, directory
 
 from ascendspeed.claims import Claims
-from ascendspeed.families import PRESETS
+from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 
 TYPED = {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import PRESETS
+from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 
 

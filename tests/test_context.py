@@ -13,7 +13,7 @@ LENGTH, HEADS, GROUPS, D = 24, 4, 2, 8
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
     """As megatron-core's own `get_batch_on_this_cp_rank` and TransformerEngine have it."""
-    from ascendspeed.model.context import Share
+    from ascendspeed.models.gpt.context_parallel import Share
 
     whole, seen = torch.arange(LENGTH), []
     for rank in range(size):
@@ -32,12 +32,12 @@ def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
-    from ascendspeed.model import context
+    from ascendspeed.models.gpt import context_parallel
 
     whole = torch.randn(LENGTH, 2, 5)
-    shares = [context.Share(rank, size).cut(whole, 0) for rank in range(size)]
-    monkeypatch.setattr(context, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares))
-    assert context.gather(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
+    shares = [context_parallel.Share(rank, size).cut(whole, 0) for rank in range(size)]
+    monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares))
+    assert context_parallel.gather(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
 
 
 def tensors(length: int = LENGTH) -> list[torch.Tensor]:
@@ -57,8 +57,8 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     """Outputs and gradients, grouped queries included."""
-    from ascendspeed.model.attention import attend
-    from ascendspeed.model.context import Share
+    from ascendspeed.models.gpt.attention import attend
+    from ascendspeed.models.gpt.context_parallel import Share
 
     length -= length % (2 * size)
     inputs = tensors(length)
@@ -83,7 +83,7 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
 
 def test_dropped_probabilities_are_those_of_the_chunk(cpu):
     """With v the identity, what comes out are the probabilities: each is 0 or 1 / (1 - p) of what it was, and none is later."""
-    from ascendspeed.model.attention import attend
+    from ascendspeed.models.gpt.attention import attend
 
     q, k, _ = tensors(192)
     v = torch.eye(192, dtype=torch.float64).expand(2, GROUPS, 192, 192)
@@ -115,7 +115,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_grows_with_the_length_not_with_its_square(cpu, dropout):
     """Neither on the way nor among what the backward pass keeps, which is counted once for all views of a tensor."""
-    from ascendspeed.model.attention import attend
+    from ascendspeed.models.gpt.attention import attend
 
     def cost(length: int) -> tuple[int, int]:
         q, k, v = (x.detach().float().requires_grad_() for x in tensors(length))
@@ -141,8 +141,8 @@ def test_rope_has_the_positions_of_the_share(cpu):
 
     from test_model import INTERNLM
 
-    from ascendspeed.model.context import Share
-    from ascendspeed.model.rope import Rope
+    from ascendspeed.models.gpt.context_parallel import Share
+    from ascendspeed.models.gpt.rope import Rope
 
     rope = Rope(replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0, max_position_embeddings=32))
     where = (torch.float32, torch.device("cpu"))

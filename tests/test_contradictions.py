@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 from test_convert import BASE, MODELS
 
-from ascendspeed import convert, weights
+from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.contradictions import contradictions
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
 LLAMA = MODELS["llama, 2 groups"]  # 4 layers, h 64, ffn 96, 8 heads and 2 groups of width 16, vocabulary 131
@@ -20,7 +21,7 @@ INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (MODELS[name] for name in ("internlm2
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What the tensors of such a model are called, and how large they are."""
-    return {name: shape for p in weights.parameters(config) for name, shape in weights.shapes_of(config, p).items()}
+    return {name: shape for p in param_mapping.parameters(config) for name, shape in param_mapping.shapes_of(config, p).items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)

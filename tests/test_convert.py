@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import checkpoint, convert, weights
+from ascendspeed import checkpoint, convert
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import FAMILIES, PRESETS
 from ascendspeed.formats.files import PieceFile, staged
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -57,10 +58,10 @@ to_ranks = partial(convert.write_megatron, allow_nan=True)
 def tensors_of(config: ModelConfig, kind: str) -> dict[str, torch.Tensor]:
     """Random Hugging Face tensors: noise of all magnitudes, NaN, infinity and -0 included."""
     generator, tensors = torch.Generator().manual_seed(1), {}
-    for parameter in weights.parameters(config):
+    for parameter in param_mapping.parameters(config):
         dtype = {"fp32": torch.float32, "finite": torch.float32, "bf16": torch.bfloat16}.get(kind)
         dtype = dtype or (torch.float32 if "norm" in parameter.name else torch.bfloat16)
-        for name, shape in weights.shapes_of(config, parameter).items():
+        for name, shape in param_mapping.shapes_of(config, parameter).items():
             integers = torch.int32 if dtype == torch.float32 else torch.int16
             limits = torch.iinfo(integers)
             tensors[name] = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integers).view(dtype)
@@ -243,7 +244,7 @@ def training_checkpoint(folder: Path, config: ModelConfig, full: dict[str, torch
     run = Run(config, ParallelConfig(), OptimConfig(), DataConfig(tokenizer_name_or_path=str(tokenizer)), TrainConfig())
     kinds = {"master": full} | {kind: {n: torch.ones_like(t) for n, t in full.items()} for kind in ("exp_avg", "exp_avg_sq")}
     fragments = [
-        checkpoint.Fragment(name, kind, weights.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for kind, tensors in kinds.items()
         for name, t in tensors.items()
     ]
@@ -322,7 +323,7 @@ def test_exported_llama_has_the_logits_of_its_source(oracle, tmp_path):
 
 def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch):
     folder, ids, expected = oracle
-    right = weights.blocks
+    right = param_mapping.blocks
 
     def plain(config, row):
         heads, groups, d = config.num_attention_heads, config.kv_heads, config.head_dim
@@ -330,7 +331,7 @@ def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch)
         return [[size] for size in sizes] if row.fuse == "qkv" else right(config, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "blocks", plain)
+        patch.setattr(param_mapping, "blocks", plain)
         to_ranks(convert.open_source(folder), tmp_path / "ranks", 2)
     to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     assert (logits_of(tmp_path / "hf", ids) - expected).abs().max() > 0.1

@@ -10,9 +10,9 @@ import launch
 import oracle
 import pytest
 
-from ascendspeed import weights
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.models import param_mapping
 
 MODEL = ModelConfig(
     num_layers=2,
@@ -52,7 +52,7 @@ def expected() -> Curve:
     """Plain torch over Hugging Face's model, one process, the global batch at once."""
     data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
-    model = oracle.hugging_face(MODEL, dict(weights.random_tensors(MODEL, RUN.train.seed)))
+    model = oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed)))
     return oracle.train(model, data, lrs, vars(RUN.optim))
 
 
@@ -158,7 +158,7 @@ def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     for name, fields in MODELS.items():
         model = replace(MODEL, **fields)
-        theirs = oracle.hugging_face(model, dict(weights.random_tensors(model, RUN.train.seed)))
+        theirs = oracle.hugging_face(model, dict(param_mapping.random_tensors(model, RUN.train.seed)))
         curves[name] = oracle.train(theirs, data, lrs, vars(RUN.optim))
     cases = {f"{n}, zero {z}": {"changes": {**changes(z), "model": fields}} for n, fields in MODELS.items() for z in (1, 3)}
     for name, found in run_cases("tp2-dp1", cases, tmp_path, steps, train_iters=STEPS).items():
@@ -211,7 +211,7 @@ from ascendspeed import parallel
 from ascendspeed.data.dataset import Batch
 from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.weights import random_tensors
+from ascendspeed.models.param_mapping import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible
 train, optim = replace(RUN.train, micro_batch_size=4), replace(RUN.optim, fp16=True, initial_loss_scale=4.0)
 run = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1), optim=optim, train=train)

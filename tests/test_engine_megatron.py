@@ -16,10 +16,11 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import checkpoint, checks, weights
+from ascendspeed import checkpoint, checks
 from ascendspeed.checkpoint import KINDS
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig
+from ascendspeed.models import param_mapping
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(RUN.model, num_layers=4)
@@ -108,7 +109,7 @@ def trained(model: Any, vocab: int, steps: int = STEPS) -> Curve:
 
 
 def reference(model: ModelConfig = MODEL) -> Any:
-    return oracle.hugging_face(model, dict(weights.random_tensors(model, RUN.train.seed)))
+    return oracle.hugging_face(model, dict(param_mapping.random_tensors(model, RUN.train.seed)))
 
 
 @cache
@@ -160,7 +161,7 @@ def experts(world: int, folder: Path) -> Theme:
     cases |= {"then dp": case({}, steps, first=3, load=at)}
     for one in cases.values():
         one["changes"]["model"] = asdict(model)
-    theirs = loaded(model, dict(weights.random_tensors(model, RUN.train.seed)), folder / "hf")
+    theirs = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder / "hf")
     return Theme(cases, lambda curves: compare(trained(theirs, model.vocab_size, steps), curves))
 
 
@@ -271,7 +272,7 @@ def digests(folder: Path) -> dict[str, str]:
     for kind in KINDS:
         for name, tensor in opened.tensors(kind):
             found[f"{kind} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    assert len(found) == 3 * len(list(weights.parameters(opened.config)))
+    assert len(found) == 3 * len(list(param_mapping.parameters(opened.config)))
     return found
 
 
@@ -382,7 +383,7 @@ def test_whatever_the_checks_let_through_has_the_same_curve(seed, tmp_path):
     themes = {}
     for name, cases in by_chance(models, 16, seed).items():
         model = models[name]
-        tensors = dict(weights.random_tensors(model, RUN.train.seed))
+        tensors = dict(param_mapping.random_tensors(model, RUN.train.seed))
         theirs = loaded(model, tensors, tmp_path / name) if model.num_experts else reference(model)
         themes[name] = Theme(cases, partial(compare, trained(theirs, model.vocab_size, 3)))
     for name, curves in run(4, themes, tmp_path / "run").items():

@@ -7,8 +7,8 @@ from transformers import AutoConfig
 
 from ascendspeed import checks
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import FAMILIES, PRESETS, family_of, preset
-from ascendspeed.families.family import check_heads
+from ascendspeed.models.families import FAMILIES, PRESETS, family_of, preset
+from ascendspeed.models.families.base import check_heads
 from ascendspeed.utils.errors import UserError
 
 INTERNLM_20B = {  # as published

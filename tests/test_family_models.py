@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from test_model import Case, under
 from transformers import LlamaForCausalLM
 
-from ascendspeed import convert, families, formats, weights
+from ascendspeed import convert, formats
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.families import FAMILIES, PRESETS
+from ascendspeed.models import families, param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
 TRAINED, LONG = 32, 48  # positions of the models, and of the tokens: half as many again
@@ -47,8 +48,8 @@ def theirs(name: str):
     """Hugging Face's model, our tensors made of its checkpoint, and what it says: logits and losses."""
     model = MODELS[name]
     reference, published = oracle.native(model)
-    assert {n for p in weights.parameters(model) for n in p.theirs} == set(published)  # names that are right, none left over
-    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    assert {n for p in param_mapping.parameters(model) for n in p.theirs} == set(published)  # names that are right, none left over
+    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
     with torch.no_grad():
         logits = reference(tokens()[:, :-1]).logits
         losses = oracle.token_losses(reference, tokens()[:, :-1], tokens()[:, 1:])
@@ -61,11 +62,11 @@ def tokens(length: int = LONG) -> torch.Tensor:
 
 
 def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None) -> torch.Tensor:
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt.build(model, layout, spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)).eval()
-    gpt.fill(built, model, layout, tensors.items())
+    built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)).eval()
+    gpt_model.fill(built, model, layout, tensors.items())
     with torch.no_grad():
         return built(tokens()[:, :-1].contiguous(), None, None)[..., :125]
 
@@ -156,7 +157,7 @@ def original(family: str) -> dict[str, tuple[ModelConfig, dict[str, torch.Tensor
         return {}
     model, known = families.read_config(SHARED / family / "config.json"), load_file(SHARED / family / "reference.safetensors")
     published = {n: t for shard in (SHARED / family).glob("model-*.safetensors") for n, t in load_file(shard).items()}
-    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
     ids = {name: torch.atleast_2d(known[f"ids_{name}"]) for name in ("short", "full", "long")}
     return {n: (model, tensors, torch.cat([i, i[:, :1]], 1), known[f"logits_{n}"].view(*i.shape, -1)) for n, i in ids.items()}
 
@@ -200,7 +201,7 @@ def test_parameters_are_those_of_the_rows(results, name, layout):
     facts, model = results[f"{name}.{layout}"][3], MODELS[name]
     parallel = next(layouts[layout] for layouts in LAYOUTS.values() if layout in layouts)
     tp, padded = parallel.tensor_model_parallel_size, schema.padded_vocab_size(model, parallel)
-    cuts = {p.name: p.cut(tp, padded) for p in weights.parameters(model)}
+    cuts = {p.name: p.cut(tp, padded) for p in param_mapping.parameters(model)}
     if model.tie_embeddings and parallel.pipeline_model_parallel_size > 1:
         cuts["output_layer.weight"] = cuts["embedding.word_embeddings.weight"]  # the last stage's copy
     assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}
@@ -211,11 +212,11 @@ def test_parameters_are_those_of_the_rows(results, name, layout):
 @pytest.mark.parametrize(("family", "length"), ORIGINAL)
 def test_the_original_code_gives_the_same_logits(results, family, length):
     """The fixtures' logits came from InternLM's own modeling code; beyond the trained length its rope is rescaled."""
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, tensors, ids, expected = original(family)[length]
-    built = gpt.build(model, ParallelConfig(), spec.transformer_config(model, ParallelConfig(), TrainConfig())).eval()
-    gpt.fill(built, model, ParallelConfig(), tensors.items())
+    built = gpt_model.build(model, ParallelConfig(), layer_spec.transformer_config(model, ParallelConfig(), TrainConfig())).eval()
+    gpt_model.fill(built, model, ParallelConfig(), tensors.items())
     with torch.no_grad():
         alone = built(ids[:, :-1].contiguous(), None, None)[..., : model.vocab_size]
     for mine in (alone, results[f"{family}-original-{length}.tp2"][0], results[f"{family}-original-{length}.tp4"][0]):
@@ -272,7 +273,7 @@ MISTAKES = {
 def test_a_wrong_reading_of_the_checkpoint_is_seen(mistake):
     name, change = MISTAKES[mistake]
     wrong = change(theirs(name)[0])
-    assert off(name, {p.name: weights.join(MODELS[name], p, wrong) for p in weights.parameters(MODELS[name])}) > 1e-2
+    assert off(name, {p.name: param_mapping.join(MODELS[name], p, wrong) for p in param_mapping.parameters(MODELS[name])}) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -311,10 +312,10 @@ def test_one_plus_w_is_not_rounded_to_bf16():
     """Bit for bit Hugging Face's; the sum in bf16 loses most of a small w."""
     from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
-    from ascendspeed.model import spec
+    from ascendspeed.models.gpt import layer_spec
 
-    norm = spec.ZeroCenteredRMSNorm(
-        spec.transformer_config(MODELS["gemma"], ParallelConfig(), TrainConfig(), "bf16"), 128, MODELS["gemma"].norm_epsilon
+    norm = layer_spec.ZeroCenteredRMSNorm(
+        layer_spec.transformer_config(MODELS["gemma"], ParallelConfig(), TrainConfig(), "bf16"), 128, MODELS["gemma"].norm_epsilon
     )
     reference = GemmaRMSNorm(128, MODELS["gemma"].norm_epsilon).bfloat16()
     generator = torch.Generator().manual_seed(1)

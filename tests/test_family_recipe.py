@@ -10,7 +10,7 @@ from test_chain import TrainLine, lines, must, recipe
 
 from ascendspeed import checks
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import PRESETS
+from ascendspeed.models.families import PRESETS
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 

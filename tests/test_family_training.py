@@ -8,8 +8,8 @@ from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_family_models import MODELS
 
-from ascendspeed import weights
 from ascendspeed.config import lr_schedule
+from ascendspeed.models import param_mapping
 
 STEPS = 5
 NAMES = ("internlm3-bias", "qwen2-tied", "baichuan", "gemma")
@@ -25,7 +25,8 @@ def expected(tmp_path_factory):
     for name in NAMES:
         reference, published = oracle.native(MODELS[name])
         save_file(
-            {p.name: weights.join(MODELS[name], p, published).contiguous() for p in weights.parameters(MODELS[name])}, folder / name
+            {p.name: param_mapping.join(MODELS[name], p, published).contiguous() for p in param_mapping.parameters(MODELS[name])},
+            folder / name,
         )
         found[name] = str(folder / name), oracle.train(reference.train(), data, lrs, vars(RUN.optim))
     return found

@@ -15,8 +15,8 @@ from test_convert import command
 from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
 from ascendspeed import convert, flags
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats.table import FORMATS
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent

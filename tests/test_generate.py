@@ -368,7 +368,7 @@ def test_shared_rows_are_read_once(cpu, monkeypatch):
 def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
     """Whatever happened, and the masks of chunks too; then the model trains as before."""
     from ascendspeed.generate import Params, logprobs, model, sample, score
-    from ascendspeed.model.attention import _future
+    from ascendspeed.models.gpt.attention import _future
 
     monkeypatch.setattr(model, "CHUNK", 4)
     asked, _ = asked_of(cpu, "v2")

@@ -20,11 +20,11 @@ import torch
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
 
-from ascendspeed import families
-from ascendspeed.families import FAMILIES
 from ascendspeed.inference import options, performance, prompts, questions
 from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
 from ascendspeed.inference.results import Results
+from ascendspeed.models import families
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import Chat, Message
 from ascendspeed.utils.errors import UserError

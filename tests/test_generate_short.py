@@ -16,7 +16,7 @@ def long_way(monkeypatch):
     """Megatron-core's own way."""
 
     def take():
-        from ascendspeed.model.linear import ColumnLinear, RowLinear
+        from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 
         monkeypatch.setattr(ColumnLinear, "forward", ColumnParallelLinear.forward)
         monkeypatch.setattr(RowLinear, "forward", RowParallelLinear.forward)
@@ -51,7 +51,7 @@ def test_layers_of_generation(cpu, name, long_way):
 
 def test_a_bias_that_is_lost_shows(cpu, monkeypatch, long_way):
     """The control of both."""
-    from ascendspeed.model.linear import RowLinear
+    from ascendspeed.models.gpt.linear import RowLinear
 
     forward = RowLinear.forward
     monkeypatch.setattr(RowLinear, "forward", lambda self, given: (forward(self, given)[0], None))

@@ -9,9 +9,9 @@ import test_segments as segments
 import torch
 from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
-from ascendspeed import weights
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.distributed import device, fused_kernels
+from ascendspeed.models import param_mapping
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -20,7 +20,7 @@ def test_losses_equal_the_oracle_on_the_cpu(tmp_path):
     data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     expected = oracle.train(
-        oracle.hugging_face(MODEL, dict(weights.random_tensors(MODEL, RUN.train.seed))), data, lrs, vars(RUN.optim)
+        oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed))), data, lrs, vars(RUN.optim)
     )
     cases = {f"fp32 zero {stage}": {"changes": changes(stage)} for stage in range(4)}
     cases |= {f"bf16 zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}

@@ -13,10 +13,10 @@ from test_convert import same
 
 from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.internevo import Asked, Style
 from ascendspeed.formats import internevo
 from ascendspeed.formats.internevo import config as evo_config
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.internevo_names import Asked, Style
 from ascendspeed.utils.errors import UserError
 
 BIASED, PLAIN, GROUPED = Shape(bias=True), Shape(), Shape(heads=16, kv=8)
@@ -71,11 +71,11 @@ def trained(folder: Path, shape: Shape, how: Trained, **more) -> Path:
 
 def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
     """What a source says, by the Hugging Face names of a family."""
-    from ascendspeed import weights
+    from ascendspeed.models import param_mapping
 
     config = replace(source.config, family=family)
     full = dict(source.tensors())
-    return {n: t for p in weights.parameters(config) for n, t in weights.part(config, p, full[p.name]).items()}
+    return {n: t for p in param_mapping.parameters(config) for n, t in param_mapping.part(config, p, full[p.name]).items()}
 
 
 def right(source: convert.Source, family: str, shape: Shape) -> bool:

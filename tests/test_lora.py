@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 
-from ascendspeed import checkpoint, weights
-from ascendspeed.adapters import parameter_count
+from ascendspeed import checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import peft as directory
+from ascendspeed.models import param_mapping
+from ascendspeed.models.lora.targets import parameter_count
 
 STEPS = 10
 LORA = LoraConfig(lora_rank=4, lora_alpha=6.0)
@@ -42,7 +43,7 @@ class Setting:
     def __init__(self, model: ModelConfig, targets: tuple[str, ...], folder: Path) -> None:
         folder.mkdir()
         self.model, self.lora = model, replace(LORA, lora_target_modules=targets)
-        self.base = dict(weights.random_tensors(model, RUN.train.seed))
+        self.base = dict(param_mapping.random_tensors(model, RUN.train.seed))
         self.folder = folder
         torch.manual_seed(3)
         self.fresh().save_pretrained(folder / "peft")
@@ -218,7 +219,7 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
     cases, expected = {}, {}
     for name in layouts.keys() - {"single"}:
         model, leaf = ONE_MATRIX[name]
-        base = dict(weights.random_tensors(model, RUN.train.seed))
+        base = dict(param_mapping.random_tensors(model, RUN.train.seed))
         lora = replace(LORA, lora_target_modules=(leaf,))
         generator = torch.Generator().manual_seed(4)
         own = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapters.initial(model, lora, 1)}
@@ -364,7 +365,7 @@ def test_nothing_is_kept_for_frozen_weights(cpu):
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     lora = replace(LORA, lora_target_modules=ALL)
-    base = dict(weights.random_tensors(BIASES, 1))
+    base = dict(param_mapping.random_tensors(BIASES, 1))
     fresh = dict(adapters.initial(BIASES, lora, 1))
     engine = MegatronEngine(replace(RUN, lora=lora), grid, cpu, Kernels(), [*base.items(), *fresh.items()])
     count = sum(tensor.numel() for tensor in fresh.values())

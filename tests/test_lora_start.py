@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import load_file
 from test_convert import command as tool
 
-from ascendspeed import adapters, families
 from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.log import read
+from ascendspeed.models import families
+from ascendspeed.models.lora import targets
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
@@ -104,20 +105,20 @@ def test_how_many_parameters():
     """By hand: InternLM2-7B, rank 16 on all: h 4096, kv 1024, ffn 14336."""
     lora = LoraConfig(16, lora_target_modules=tuple(LLAMA.split()))
     each = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)
-    assert adapters.parameter_count(families.preset("internlm2-7b"), lora) == 32 * 16 * each
+    assert targets.parameter_count(families.preset("internlm2-7b"), lora) == 32 * 16 * each
 
 
 def test_memory_and_work():
     """InternLM2-7B in bf16: 2 bytes for a weight that stays, 18 for an adapter's; 4 FLOPs for the first, 6 for the second."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ascendspeed import plan
+    from ascendspeed.models import estimates
 
     model, lora = families.preset("internlm2-7b"), LoraConfig(16, lora_target_modules=tuple(LLAMA.split()))
-    whole, more = plan.parameter_count(model), adapters.parameter_count(model, lora)
-    states = plan.model_states(model, ParallelConfig(zero_stage=0), 8, "bf16", fp32_gradients=True, lora=lora)
+    whole, more = estimates.parameter_count(model), targets.parameter_count(model, lora)
+    states = estimates.model_states(model, ParallelConfig(zero_stage=0), 8, "bf16", fp32_gradients=True, lora=lora)
     assert (states.weights, states.gradients, states.optimizer) == (2 * (whole + more), 4 * more, 12 * more)
-    per_rank = adapters.parameter_count(model, lora, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
+    per_rank = targets.parameter_count(model, lora, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
     # q, k and v, gate and up: A whole, B cut; o and down: A cut, B whole
     cut = (4096 + 2048) + 2 * (4096 + 512) + (2048 + 4096) + 2 * (4096 + 7168) + (7168 + 4096)
     assert per_rank == 8 * 16 * cut
@@ -126,7 +127,7 @@ def test_memory_and_work():
     with FlopCounterMode(display=False) as counter:
         linear(torch.randn(1, 64, requires_grad=True)).sum().backward()
     assert counter.get_total_flops() == 4 * 64 * 96 + 6 * 4 * (64 + 96)
-    full, adapted = plan.flops_per_token(model, 2048), plan.flops_per_token(model, 2048, lora)
+    full, adapted = estimates.flops_per_token(model, 2048), estimates.flops_per_token(model, 2048, lora)
     multiply = whole - model.vocab_size * model.hidden_size - (2 * model.num_layers + 1) * model.hidden_size
     assert full - adapted == 2 * multiply - 6 * more
 
@@ -134,13 +135,14 @@ def test_memory_and_work():
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """The weights of one seed in several formats, and those of another."""
-    from ascendspeed import convert, weights
+    from ascendspeed import convert
     from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.models import param_mapping
 
     folder = tmp_path_factory.mktemp("bases")
 
     def source(seed: int) -> Source:
-        tensors = {name: tensor.bfloat16().float() for name, tensor in weights.random_tensors(MODEL, seed)}
+        tensors = {name: tensor.bfloat16().float() for name, tensor in param_mapping.random_tensors(MODEL, seed)}
         return Source("random", folder, MODEL, {}, dict.fromkeys(tensors, torch.float32), from_maker(tensors.__getitem__), None)
 
     convert.write_hf(source(5), folder / "hf")
@@ -216,10 +218,11 @@ def start(cpu):
 
 
 def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
-    from ascendspeed import checkpoint, weights
+    from ascendspeed import checkpoint
+    from ascendspeed.models import param_mapping
 
     fragments = [
-        checkpoint.Fragment(name, kind, weights.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for name, t in tensors.items()
         for kind in checkpoint.KINDS
     ]
@@ -241,9 +244,9 @@ def saved(start, bases, tmp_path) -> str:
 @pytest.fixture
 def full(tmp_path) -> str:
     """A training checkpoint of all weights."""
-    from ascendspeed import weights
+    from ascendspeed.models import param_mapping
 
-    return save(tmp_path / "full", replace(RUN, lora=LoraConfig()), dict(weights.random_tensors(MODEL, 1)))
+    return save(tmp_path / "full", replace(RUN, lora=LoraConfig()), dict(param_mapping.random_tensors(MODEL, 1)))
 
 
 def test_fresh_adapters_beside_weights(start, bases):
@@ -251,7 +254,7 @@ def test_fresh_adapters_beside_weights(start, bases):
     tensors = dict(found.tensors)
     assert sum(".lora." in name for name in tensors) == 2 * 3 * 4
     assert sum(".lora." not in name for name in tensors) == 27
-    count = adapters.parameter_count(MODEL, LORA)
+    count = targets.parameter_count(MODEL, LORA)
     assert f"adapters of rank 4 on q_proj v_proj down_proj: {count} parameters are trained" in said
     named = found.named(RUN).lora
     assert (named.lora_base, len(named.lora_base_fingerprint)) == (str(bases["hf"].resolve()), 64)
@@ -354,11 +357,11 @@ def test_what_may_change_and_what_not(start, saved, full):
 
 def test_finetune(start, saved, full, bases):
     """Adapters on a checkpoint's weights; a checkpoint's adapters anew; all weights with the adapters in them."""
-    from ascendspeed import weights
+    from ascendspeed.models import param_mapping
 
     found, _ = start(load=full, finetune=True)
     tensors = dict(found.tensors)
-    assert torch.equal(tensors["output_layer.weight"], dict(weights.random_tensors(MODEL, 1))["output_layer.weight"])
+    assert torch.equal(tensors["output_layer.weight"], dict(param_mapping.random_tensors(MODEL, 1))["output_layer.weight"])
     assert found.named(RUN).lora.lora_base.endswith("full/step_0000002")
     found, _ = start(load=saved, finetune=True)
     tensors = dict(found.tensors)
@@ -404,7 +407,7 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     said = command(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
     assert f"adapters for peft in {kept / 'adapter'}" in said
     size = sum(path.stat().st_size for path in (kept / "step_0000004").iterdir())
-    assert size < 12 * adapters.parameter_count(MODEL, LORA) + 50_000
+    assert size < 12 * targets.parameter_count(MODEL, LORA) + 50_000
     if at_once:
         command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
         curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]

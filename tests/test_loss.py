@@ -66,7 +66,7 @@ def expected(logits: torch.Tensor, labels: torch.Tensor, arriving: torch.Tensor)
 
 def ours(monkeypatch, logits, labels, arriving, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (the same on every rank, or the test fails) and the shards' gradients side by side."""
-    from ascendspeed.model import loss
+    from ascendspeed.models.gpt import cross_entropy as loss
 
     world = Ranks(ranks)
     monkeypatch.setattr(loss, "dist", world)
@@ -136,7 +136,7 @@ def test_a_masked_label_outside_the_vocabulary(cpu, monkeypatch):
 
 
 def test_a_second_backward_is_refused(cpu, monkeypatch):
-    from ascendspeed.model import loss
+    from ascendspeed.models.gpt import cross_entropy as loss
 
     monkeypatch.setattr(loss, "dist", SimpleNamespace(get_rank=lambda group: 0, get_world_size=lambda group: 1))
     logits, labels, _ = inputs()

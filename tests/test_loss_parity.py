@@ -13,8 +13,8 @@ import pytest
 from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 
-from ascendspeed import families
 from ascendspeed.config import schema
+from ascendspeed.models import families
 from ascendspeed.parity import comparing, origin, reading
 from ascendspeed.utils.errors import UserError
 
@@ -38,7 +38,7 @@ def began(tmp_path):
 
     from ascendspeed import convert
     from ascendspeed.formats.source import Source, from_maker
-    from ascendspeed.weights import parameters, random_tensor
+    from ascendspeed.models.param_mapping import parameters, random_tensor
 
     model = replace(families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64)
     known = {p.name: p for p in parameters(model)}

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from test_convert import command
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats import adapter as adapters
 from ascendspeed.formats import open_source
 from ascendspeed.formats import peft as directory
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 SMALL = ModelConfig(

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import weights
 from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.families import FAMILIES, PRESETS
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS
 
 INTERNLM = ModelConfig(
     num_layers=2,
@@ -32,7 +32,7 @@ def tensors_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:
     """Random weights; biases and norms random too, so that nothing hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
     made = {}
-    for name, tensor in weights.random_tensors(model, seed):
+    for name, tensor in param_mapping.random_tensors(model, seed):
         made[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
     return made
 
@@ -42,11 +42,11 @@ def tokens_of(model: ModelConfig, length: int = 32) -> torch.Tensor:
 
 
 def ours(cpu, model: ModelConfig, tensors, dtype: str = "fp32", train: TrainConfig | None = None):
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt.build(model, layout, spec.transformer_config(model, layout, train or TrainConfig(), dtype))
-    gpt.fill(built, model, layout, tensors.items())
+    built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype))
+    gpt_model.fill(built, model, layout, tensors.items())
     return built
 
 
@@ -93,9 +93,9 @@ def test_a_plainly_concatenated_qkv_is_seen(cpu):
     """Control: the mistake that people make - [q; k; v] where Megatron wants [q, k, v] per group."""
     tensors, tokens = tensors_of(INTERNLM), tokens_of(INTERNLM)
     wrong = dict(tensors)
-    for parameter in weights.parameters(INTERNLM):
+    for parameter in param_mapping.parameters(INTERNLM):
         if parameter.row.fuse == "qkv":
-            wrong[parameter.name] = torch.cat(list(weights.part(INTERNLM, parameter, tensors[parameter.name]).values()))
+            wrong[parameter.name] = torch.cat(list(param_mapping.part(INTERNLM, parameter, tensors[parameter.name]).values()))
     expected = oracle.hugging_face(INTERNLM, tensors)(tokens).logits
     assert (ours(cpu, INTERNLM, wrong)(tokens, None, None)[..., :125] - expected).abs().max() > 0.1
 
@@ -137,7 +137,7 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, family):
         PRESETS[{"baichuan": "baichuan2"}.get(family, family) + "-tiny"], num_layers=2, vocab_size=125, init_method_std=0.1
     )
     reference, published = oracle.native(model)
-    tensors = {p.name: weights.join(model, p, published) for p in weights.parameters(model)}
+    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
     tokens = tokens_of(model)
     with torch.no_grad():
         exact = reference(tokens).logits
@@ -167,7 +167,7 @@ def test_full_recomputation_changes_nothing(cpu):
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16])
 def test_padding_is_out_of_reach_in_every_type(kind):
-    from ascendspeed.model.gpt import _MaskPadding
+    from ascendspeed.models.gpt.gpt_model import _MaskPadding
 
     layer = torch.nn.Linear(1, 1)
     layer.output_size = 16
@@ -203,7 +203,7 @@ def test_attention_never_keeps_square_scores(cpu):
 
 
 def test_attention_dropout_drops_the_share_it_should_and_keeps_the_mean(cpu):
-    from ascendspeed.model.attention import attend
+    from ascendspeed.models.gpt.attention import attend
 
     torch.manual_seed(0)
     q, k = torch.randn(2, 4, 300, 16), torch.randn(2, 2, 300, 16)
@@ -219,10 +219,10 @@ def test_attention_dropout_drops_the_share_it_should_and_keeps_the_mean(cpu):
 
 
 def test_random_weights_do_not_depend_on_the_layout():
-    tensors = dict(weights.random_tensors(INTERNLM, 7))
-    again = dict(weights.random_tensors(INTERNLM, 7))
+    tensors = dict(param_mapping.random_tensors(INTERNLM, 7))
+    again = dict(param_mapping.random_tensors(INTERNLM, 7))
     assert all(torch.equal(tensors[name], again[name]) for name in tensors)
-    other = dict(weights.random_tensors(INTERNLM, 8))
+    other = dict(param_mapping.random_tensors(INTERNLM, 8))
     name = "decoder.layers.1.mlp.linear_fc2.weight"
     assert not torch.equal(tensors[name], other[name])
     assert not torch.equal(tensors["decoder.layers.0.mlp.linear_fc2.weight"], tensors[name])

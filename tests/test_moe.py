@@ -12,10 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_model import Case, ours, tokens_of, under
 
-from ascendspeed import checks, convert, formats, plan, weights
+from ascendspeed import checks, convert, formats
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.families import FAMILIES, PRESETS, family_of
+from ascendspeed.models import estimates, param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS, family_of
 from ascendspeed.utils.errors import UserError
 
 MIXTRAL = ModelConfig(
@@ -86,8 +87,8 @@ def loaded(model: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path):
     made, settings = hugging_face(model)
     settings.save_pretrained(folder)
     theirs: dict[str, torch.Tensor] = {}
-    for parameter in weights.parameters(model):
-        theirs |= weights.part(model, parameter, tensors[parameter.name])
+    for parameter in param_mapping.parameters(model):
+        theirs |= param_mapping.part(model, parameter, tensors[parameter.name])
     save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, folder / "model.safetensors", {"format": "pt"})
     reference, left = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(left[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), left
@@ -134,7 +135,7 @@ def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     folder, reference = saved[name]
     source = formats.open_source(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
-    assert load_file(folder / "model.safetensors").keys() == {n for p in weights.parameters(MODELS[name]) for n in p.theirs}
+    assert load_file(folder / "model.safetensors").keys() == {n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs}
     assert reference(tokens_of(MODELS[name])).logits.std() > 0.3
     assert largest_difference(cpu, name, MODELS[name], dict(source.tensors()), reference) < 2e-5
 
@@ -212,7 +213,7 @@ def test_layouts_equal_hugging_face(saved, world, tmp_path):
             assert (logits - reference(tokens[:, :-1]).logits).abs().max() < 2e-5, case
             assert (losses - oracle.token_losses(reference, tokens[:, :-1], tokens[:, 1:])).abs().max() < 2e-5, case
         padded = schema.padded_vocab_size(model, parallel)
-        cuts = {p.name: p.cut(parallel.tensor_model_parallel_size, padded) for p in weights.parameters(model)}
+        cuts = {p.name: p.cut(parallel.tensor_model_parallel_size, padded) for p in param_mapping.parameters(model)}
         assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}, case
         assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}, case
         assert facts["finite"], case
@@ -226,7 +227,7 @@ def trained(model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step of a plain torch loop over Hugging Face's model."""
     data = oracle.batches(model.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
     lrs = [lr_schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(STEPS)]
-    reference = loaded(model, dict(weights.random_tensors(model, RUN.train.seed)), folder)
+    reference = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder)
     return oracle.train(reference, data, lrs, vars(RUN.optim))
 
 
@@ -305,16 +306,16 @@ def test_presets_have_the_parameters_of_the_real_models(name):
     made, settings = hugging_face(model)
     with torch.device("meta"):
         theirs = made(settings)
-    assert plan.parameter_count(model) == sum(p.numel() for p in theirs.parameters())
+    assert estimates.parameter_count(model) == sum(p.numel() for p in theirs.parameters())
     written = json.loads(settings.to_json_string(use_diff=False))
     assert FAMILIES[model.family].read_config(written) == model
 
 
 def test_published_sizes():
-    assert plan.parameter_count(PRESETS["mixtral-8x7b"]) == 46_702_792_704
-    assert plan.active_parameter_count(PRESETS["mixtral-8x7b"]) == 12_879_925_248
-    assert plan.parameter_count(PRESETS["mixtral-8x22b"]) == 140_620_634_112
-    assert plan.parameter_count(PRESETS["qwen1.5-moe-a2.7b"]) == 14_315_784_192
+    assert estimates.parameter_count(PRESETS["mixtral-8x7b"]) == 46_702_792_704
+    assert estimates.active_parameter_count(PRESETS["mixtral-8x7b"]) == 12_879_925_248
+    assert estimates.parameter_count(PRESETS["mixtral-8x22b"]) == 140_620_634_112
+    assert estimates.parameter_count(PRESETS["qwen1.5-moe-a2.7b"]) == 14_315_784_192
 
 
 @pytest.mark.parametrize(

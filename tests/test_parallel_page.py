@@ -8,10 +8,10 @@ import launch
 import pytest
 import torch
 
-from ascendspeed import plan
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.distributed import fused_kernels
-from ascendspeed.families import PRESETS
+from ascendspeed.models import estimates
+from ascendspeed.models.families import PRESETS
 
 PAGE = (launch.ROOT / "docs" / "parallel.md").read_text()
 FLAGS = set((Path(__file__).parent / "flags.txt").read_text().split())
@@ -28,7 +28,7 @@ def rows(first: str) -> list[list[str]]:
 
 
 def states(name: str, data_parallel: int, **layout: int) -> str:
-    found = plan.model_states(PRESETS[name], ParallelConfig(**layout), data_parallel, "bf16", fp32_gradients=True)
+    found = estimates.model_states(PRESETS[name], ParallelConfig(**layout), data_parallel, "bf16", fp32_gradients=True)
     return f"{found.total / GIB:.1f}"
 
 
@@ -45,7 +45,7 @@ SIZES = {row[0]: row[1:] for row in rows("model")}
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
     model, said = PRESETS[name], SIZES[name]
-    ours = [f"{plan.parameter_count(model) / 1e9:.2f}", f"{plan.checkpoint_bytes(model) / GIB:.0f}"]
+    ours = [f"{estimates.parameter_count(model) / 1e9:.2f}", f"{estimates.checkpoint_bytes(model) / GIB:.0f}"]
     ours += [" / ".join(states(name, devices, zero_stage=stage) for stage in (1, 2, 3)) for devices in (8, 32)]
     assert said[:4] == ours
     assert said[5] == f"{2 * TOKENS * model.hidden_size * model.num_layers / GIB:.2f}"
@@ -55,10 +55,10 @@ def saved(model, layers: int, here) -> int:
     """Bytes that autograd keeps of a pass over 64 tokens, weights aside."""
     model = dataclasses.replace(model, num_layers=layers)
     plain = fused_kernels.choose(here, rms_norm=False, rotary=False, swiglu=False)
-    from ascendspeed.model import gpt
-    from ascendspeed.model.spec import transformer_config
+    from ascendspeed.models.gpt import gpt_model
+    from ascendspeed.models.gpt.layer_spec import transformer_config
 
-    built = gpt.build(model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain))
+    built = gpt_model.build(model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain))
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
     kept: dict[int, torch.Tensor] = {}
 

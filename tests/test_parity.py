@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_parity_logs import ours
 
-from ascendspeed import families
 from ascendspeed.config import schema
+from ascendspeed.models import families
 from ascendspeed.parity import comparing, figures, report
 from ascendspeed.parity.aligning import Pair, align
 from ascendspeed.parity.curve import Curve, Step

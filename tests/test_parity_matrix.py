@@ -16,7 +16,7 @@ import torch
 from test_layers import inner
 
 from ascendspeed import checks
-from ascendspeed.families import FAMILIES
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 

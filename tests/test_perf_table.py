@@ -11,7 +11,7 @@ import pytest
 from test_parity import example_run
 from test_parity_logs import SAMPLES, ours
 
-from ascendspeed import families, plan
+from ascendspeed.models import estimates, families
 from ascendspeed.parity import console, performance, reading
 from ascendspeed.parity.performance import PUBLISHED, Row
 from ascendspeed.utils.errors import UserError
@@ -93,13 +93,13 @@ def test_what_the_footnotes_say_of_the_published_figures():
     assert npu7.samples * 8 == 13.0
     assert npu7.samples * 2048 == 3328
     assert abs(3328 - npu7.tokens) > 380
-    per_token = plan.flops_per_token(families.preset("internlm-7b"), 2048)
+    per_token = estimates.flops_per_token(families.preset("internlm-7b"), 2048)
     assert per_token == pytest.approx(43.0e9, rel=1e-3)
     assert round(per_token * 3328 / 1e12) == 143
     assert round(per_token * 2943 / 1e12) == 127
     assert pytest.approx(5.33, rel=1e-3) == 128 / 24
     assert npu65.samples * 2048 == pytest.approx(npu65.tokens, rel=0.01)  # the 65B row agrees with itself
-    per_token = plan.flops_per_token(families.preset("internlm-65b"), 2048)
+    per_token = estimates.flops_per_token(families.preset("internlm-65b"), 2048)
     assert per_token * npu65.tokens / 1e12 == pytest.approx(npu65.tflops, rel=0.02)
 
 

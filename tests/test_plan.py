@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ascendspeed import plan, weights
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, padded_vocab_size
-from ascendspeed.families import PRESETS
+from ascendspeed.models import estimates, param_mapping
+from ascendspeed.models.families import PRESETS
 
 GIB = 2**30
 SHAPES = {
@@ -25,7 +25,7 @@ SHAPES = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_equal_the_table(name):
     model = SHAPES[name]
-    assert plan.parameter_count(model) == sum(torch.Size(p.shape).numel() for p in weights.parameters(model))
+    assert estimates.parameter_count(model) == sum(torch.Size(p.shape).numel() for p in param_mapping.parameters(model))
 
 
 COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
@@ -68,8 +68,8 @@ def test_known_counts(name):
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(oracle.config_of(model))
     assert sum(p.numel() for p in reference.parameters()) == COUNTS[name]
-    assert plan.parameter_count(model) == COUNTS[name]
-    assert plan.checkpoint_bytes(model) == 12 * COUNTS[name]
+    assert estimates.parameter_count(model) == COUNTS[name]
+    assert estimates.checkpoint_bytes(model) == 12 * COUNTS[name]
 
 
 def test_every_size_has_its_count():
@@ -78,7 +78,7 @@ def test_every_size_has_its_count():
 
 def test_active_parameters():
     """Of 8 experts in 32 layers, 6 are not met; of 60 in 24, 56."""
-    counts = {name: plan.active_parameter_count(PRESETS[name]) for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")}
+    counts = {name: estimates.active_parameter_count(PRESETS[name]) for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")}
     assert counts["mixtral-8x7b"] == COUNTS["mixtral-8x7b"] - 32 * 6 * 3 * 4096 * 14336
     assert counts["qwen1.5-moe-a2.7b"] == COUNTS["qwen1.5-moe-a2.7b"] - 24 * 56 * 3 * 2048 * 1408
     assert counts["gemma-2b"] == COUNTS["gemma-2b"]
@@ -88,14 +88,14 @@ def test_active_parameters():
 @pytest.mark.parametrize("name", ["internlm-7b", "gqa", "gemma-2b", "mixtral-8x7b"])
 def test_parameters_of_one_rank(name, tp):
     model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=tp)
-    cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in weights.parameters(model))
-    assert plan.parameters_per_device(model, parallel) == sum(torch.Size(cut.part_shape).numel() for cut in cuts)
+    cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in param_mapping.parameters(model))
+    assert estimates.parameters_per_device(model, parallel) == sum(torch.Size(cut.part_shape).numel() for cut in cuts)
 
 
 def test_pipeline_stages_share_the_layers():
     model = PRESETS["internlm-65b"]
-    whole = plan.parameters_per_device(model, ParallelConfig())
-    stage = plan.parameters_per_device(model, ParallelConfig(pipeline_model_parallel_size=4))
+    whole = estimates.parameters_per_device(model, ParallelConfig())
+    stage = estimates.parameters_per_device(model, ParallelConfig(pipeline_model_parallel_size=4))
     assert whole / 4 < stage < whole / 4 + model.vocab_size * model.hidden_size
 
 
@@ -103,14 +103,16 @@ def test_pipeline_stages_share_the_layers():
 def test_the_fullest_pipeline_stage(name):
     """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if that is tied."""
     model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
-    sizes = {p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel() for p in weights.parameters(model)}
+    sizes = {
+        p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel() for p in param_mapping.parameters(model)
+    }
     layers = sum(size for n, size in sizes.items() if n.startswith("decoder.layers.")) // 2
     last = sizes.get("output_layer.weight", sizes["embedding.word_embeddings.weight"]) + sizes["decoder.final_layernorm.weight"]
-    assert plan.parameters_per_device(model, parallel) == layers + last
+    assert estimates.parameters_per_device(model, parallel) == layers + last
 
 
 def test_flops_of_the_recipe():
-    assert plan.flops_per_token(PRESETS["internlm-7b"], 2048) == pytest.approx(43.0e9, rel=1e-3)
+    assert estimates.flops_per_token(PRESETS["internlm-7b"], 2048) == pytest.approx(43.0e9, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"])
@@ -121,15 +123,15 @@ def test_flops_counted_by_torch(name):
     model, s = dataclasses.replace(SHAPES[name], num_layers=1), 64
     d, heads = model.head_dim, model.num_attention_heads
     with FlopCounterMode(display=False) as linear:
-        for p in weights.parameters(model):
+        for p in param_mapping.parameters(model):
             if len(p.shape) == 2 and (model.tie_embeddings or "word_embeddings" not in p.name):
                 torch.empty(s, p.shape[1], device="meta") @ torch.empty(p.shape, device="meta").T
     with FlopCounterMode(display=False) as attention:
         scores = torch.empty(heads, s, d, device="meta") @ torch.empty(heads, d, s, device="meta")
         scores @ torch.empty(heads, s, d, device="meta")
     counted = 3 * (linear.get_total_flops() + attention.get_total_flops() / 2) / s
-    assert plan.flops_per_token(model, s) == pytest.approx(counted)
-    assert plan.flops_per_token(model, 2 * s) != pytest.approx(counted)
+    assert estimates.flops_per_token(model, s) == pytest.approx(counted)
+    assert estimates.flops_per_token(model, 2 * s) != pytest.approx(counted)
 
 
 @pytest.mark.parametrize(
@@ -144,16 +146,16 @@ def test_flops_counted_by_torch(name):
     ],
 )
 def test_model_states_as_measured(name, tp, stage, dp, gib):
-    states = plan.model_states(PRESETS[name], ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage), dp, "bf16")
+    states = estimates.model_states(PRESETS[name], ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage), dp, "bf16")
     assert states.total / GIB == pytest.approx(gib, abs=0.07)
 
 
 def test_model_states_follow_the_layout():
     model = PRESETS["internlm-7b"]
-    count = plan.parameter_count(model)
+    count = estimates.parameter_count(model)
 
     def bytes_per_parameter(stage, dp, dtype, **more):
-        return plan.model_states(model, ParallelConfig(zero_stage=stage), dp, dtype, **more).total / count
+        return estimates.model_states(model, ParallelConfig(zero_stage=stage), dp, dtype, **more).total / count
 
     assert bytes_per_parameter(0, 8, "fp32") == 16
     assert bytes_per_parameter(1, 1, "bf16") == bytes_per_parameter(3, 1, "bf16") == 16
@@ -183,4 +185,4 @@ def test_model_states_follow_the_layout():
     ],
 )
 def test_known_peaks(device, peak):
-    assert plan.known_peak(device) == peak
+    assert estimates.known_peak(device) == peak

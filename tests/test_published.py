@@ -14,7 +14,7 @@ from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 
 from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 

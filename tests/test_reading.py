@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_convert import command
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index, read_json
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils import errors, safe_io
 from ascendspeed.utils.errors import UserError
 
@@ -293,7 +293,7 @@ def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
 
 def model_folder(folder: Path) -> Path:
     folder.mkdir()
-    tensors = {n: torch.zeros(s) for p in weights.parameters(MODEL) for n, s in weights.shapes_of(MODEL, p).items()}
+    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in param_mapping.shapes_of(MODEL, p).items()}
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL)))
     return folder
@@ -315,7 +315,7 @@ def link_out(folder: Path) -> None:
 
 
 def nan(folder: Path) -> None:
-    tensors = {n: torch.zeros(s) for p in weights.parameters(MODEL) for n, s in weights.shapes_of(MODEL, p).items()}
+    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in param_mapping.shapes_of(MODEL, p).items()}
     save_file(tensors | {"model.norm.weight": torch.full((16,), torch.nan)}, folder / "model.safetensors")
 
 

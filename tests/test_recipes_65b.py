@@ -17,11 +17,11 @@ import pytest
 import recipes
 from recipes import INTERN, clean, program
 
-from ascendspeed import plan
 from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.indexed.megatron_pair import PairWriter
-from ascendspeed.families import PRESETS
 from ascendspeed.log import TrainLine, read
+from ascendspeed.models import estimates
+from ascendspeed.models.families import PRESETS
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
@@ -83,13 +83,13 @@ def test_values_from_the_environment_and_flags_at_the_end(typed):
 def test_the_memory_that_is_said_on_top(typed, name):
     """Model states, and the input of every layer in flight: 2 bytes x tokens x hidden size, 80 times on the first stage."""
     run = resolved(typed(name))
-    states = plan.model_states(run.model, run.parallel, 32 // run.parallel.model_size, "bf16", fp32_gradients=True).total
+    states = estimates.model_states(run.model, run.parallel, 32 // run.parallel.model_size, "bf16", fp32_gradients=True).total
     tokens = run.data.seq_length * run.train.micro_batch_size
     inputs = 80 * 2 * tokens * run.model.hidden_size / run.parallel.tensor_model_parallel_size
     said = RECIPES[name].read_text()
     assert f"{states / GIB:.1f} GiB of model states" in said
     assert f"{inputs / GIB:.1f} GiB of layer inputs" in said
-    assert f"checkpoints of {plan.checkpoint_bytes(run.model) / GIB:.0f} GiB" in said
+    assert f"checkpoints of {estimates.checkpoint_bytes(run.model) / GIB:.0f} GiB" in said
 
 
 # --- the Slurm template ---------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import pytest
 import recipes
 
 from ascendspeed.config.schema import LoraConfig, Run
-from ascendspeed.families import PRESETS
+from ascendspeed.models.families import PRESETS
 from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config import schema
+from ascendspeed.models import families
 from ascendspeed.resolve import Command, resolve
 from ascendspeed.utils.errors import UserError
 

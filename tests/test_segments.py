@@ -19,11 +19,12 @@ from test_engine_deepspeed import Curve, worst
 from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
 from test_moe import MIXTRAL, loaded
 
-from ascendspeed import checkpoint, weights
+from ascendspeed import checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.distributed import device
 from ascendspeed.distributed.fused_kernels import Kernels
+from ascendspeed.models import param_mapping
 from ascendspeed.utils.errors import UserError
 
 LENGTH, STEPS = 48, 20
@@ -97,7 +98,7 @@ class OneByOne(torch.nn.Module):
 
 def theirs(model: ModelConfig, folder: Path) -> Any:
     """Hugging Face's model with the weights that a run begins with."""
-    tensors = dict(weights.random_tensors(model, RUN.train.seed))
+    tensors = dict(param_mapping.random_tensors(model, RUN.train.seed))
     if model.num_experts:
         return loaded(model, tensors, folder)
     assert model.rope_scaling_type == "dynamic"
@@ -113,7 +114,7 @@ def trained(model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder
     reference = theirs(model, folder / "first")
     oracle.train(OneByOne(reference, rows), data[:1], lrs[:1], vars(RUN.optim))
     held = {name: (1 - RUN.optim.adam_beta1) * parameter.grad for name, parameter in reference.named_parameters()}
-    moments = {} if model.num_experts else {p.name: weights.join(model, p, held) for p in weights.parameters(model)}
+    moments = {} if model.num_experts else {p.name: param_mapping.join(model, p, held) for p in param_mapping.parameters(model)}
     return oracle.train(OneByOne(theirs(model, folder / "all"), rows), data, lrs, vars(RUN.optim)), moments
 
 
@@ -260,7 +261,7 @@ def positions(*rows: list[int]) -> torch.Tensor:
 
 
 def test_position_ids_say_where_documents_begin(cpu):
-    from ascendspeed.model.segments import segments
+    from ascendspeed.models.gpt.packed_sequences import segments
 
     assert segments(positions([8], [8])) is None
     found = segments(positions([8], [3, 1, 4]))
@@ -273,7 +274,7 @@ def test_position_ids_say_where_documents_begin(cpu):
 
 @pytest.mark.parametrize("wrong", [[0, 1, 3, 0], [1, 2, 3, 4], [0, 1, 0, 0, 2], [0, 1, 2, 2]], ids=str)
 def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
-    from ascendspeed.model.segments import segments
+    from ascendspeed.models.gpt.packed_sequences import segments
 
     with pytest.raises(UserError, match="position ids must count up, from 0 where a document begins: row 1 of the batch has"):
         segments(torch.stack([torch.arange(len(wrong)), torch.tensor(wrong)]))
@@ -304,9 +305,9 @@ ROWS = st.lists(st.sets(st.integers(1, 23), max_size=8).map(lambda cuts: [0, *so
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
     """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents begin."""
-    from ascendspeed.model.attention import attend_within
-    from ascendspeed.model.context import Share
-    from ascendspeed.model.segments import Segments
+    from ascendspeed.models.gpt.attention import attend_within
+    from ascendspeed.models.gpt.context_parallel import Share
+    from ascendspeed.models.gpt.packed_sequences import Segments
 
     rows = [[b - a for a, b in pairwise(row)] for row in edges]
     (q, k, v), ids = inputs(rows)
@@ -328,9 +329,9 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
 @pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
 def test_documents_are_turned_as_if_alone(cpu, scaling):
     """And the tables are made once for all layers."""
-    from ascendspeed.model.context import ALONE, Share
-    from ascendspeed.model.rope import Rope
-    from ascendspeed.model.segments import segments
+    from ascendspeed.models.gpt.context_parallel import ALONE, Share
+    from ascendspeed.models.gpt.packed_sequences import segments
+    from ascendspeed.models.gpt.rope import Rope
 
     rope, rows = Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)), ([40, 8], [3, 20, 24, 1])
     found, here = segments(positions(*rows)), torch.device("cpu")
@@ -355,8 +356,8 @@ def flat_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list
 
 def test_a_kernel_is_used_where_it_can_be(cpu):
     """In bf16, without dropout, when documents lie side by side; it gives what SDPA gives."""
-    from ascendspeed.model import gpt, spec
-    from ascendspeed.model.segments import segments
+    from ascendspeed.models.gpt import gpt_model, layer_spec
+    from ascendspeed.models.gpt.packed_sequences import segments
 
     calls, layout = [], ParallelConfig()
 
@@ -364,12 +365,14 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
         calls.append(bounds)
         return flat_attention(q.float(), k.float(), v.float(), bounds.ends).to(q.dtype)
 
-    tensors = dict(weights.random_tensors(GROUPED, 3))
+    tensors = dict(param_mapping.random_tensors(GROUPED, 3))
     tokens, ids = torch.randint(0, 125, (2, 24)), positions([5, 19], [24])
 
     def logits(dtype: str, kernels: Kernels, train: TrainConfig | None = None, ids: torch.Tensor = ids) -> torch.Tensor:
-        built = gpt.build(GROUPED, layout, spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels))
-        gpt.fill(built, GROUPED, layout, tensors.items())
+        built = gpt_model.build(
+            GROUPED, layout, layer_spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels)
+        )
+        gpt_model.fill(built, GROUPED, layout, tensors.items())
         with torch.no_grad():
             return built(tokens, ids, None, packed_seq_params=segments(ids))[..., :125].float()
 

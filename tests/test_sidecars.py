@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import save_file
 from test_tokenizer_json import chat_files, folder_with, stock, trained
 
-from ascendspeed import convert, weights
+from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(
@@ -36,7 +37,7 @@ CODE = "raise SystemExit('this must never run')\n"
 def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **files: dict) -> Path:
     """A published directory: weights, code that must not run, and what else is given."""
     folder.mkdir(parents=True)
-    tensors = {n: torch.zeros(s) for p in weights.parameters(config) for n, s in weights.shapes_of(config, p).items()}
+    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(config) for n, s in param_mapping.shapes_of(config, p).items()}
     save_file(tensors, folder / "model.safetensors")
     theirs = FAMILIES[config.family].write_config(config) | {"auto_map": AUTO_MAP, "bos_token_id": 1, "eos_token_id": 2}
     if model is not None:

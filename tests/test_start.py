@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ascendspeed import families
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm-tiny")
@@ -27,11 +27,12 @@ def changed(**train):
 @pytest.fixture
 def saved(tmp_path):
     """A folder with the checkpoint of step 2 of another run."""
-    from ascendspeed import checkpoint, weights
+    from ascendspeed import checkpoint
+    from ascendspeed.models import param_mapping
 
     fragments = [
-        checkpoint.Fragment(name, kind, weights.Cut(tuple(t.shape)), 0, 0, t.flatten())
-        for name, t in weights.random_tensors(MODEL, 1)
+        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        for name, t in param_mapping.random_tensors(MODEL, 1)
         for kind in checkpoint.KINDS
     ]
     state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
@@ -103,16 +104,17 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
 
 def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
     """--load equal to --save is a fresh start only when the folder is empty."""
-    from ascendspeed import convert, formats, weights
+    from ascendspeed import convert, formats
     from ascendspeed.formats.source import from_maker
+    from ascendspeed.models import param_mapping
 
     source = formats.Source(
         "random",
         tmp_path,
         MODEL,
         {},
-        {p.name: torch.float32 for p in weights.parameters(MODEL)},
-        from_maker(dict(weights.random_tensors(MODEL, 5)).__getitem__),
+        {p.name: torch.float32 for p in param_mapping.parameters(MODEL)},
+        from_maker(dict(param_mapping.random_tensors(MODEL, 5)).__getitem__),
         None,
     )
     convert.write_hf(source, tmp_path / "both")
@@ -120,7 +122,7 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
     assert "weights from" in said
     assert "random weights" not in said
     name, tensor = next(iter(found.tensors))
-    assert torch.equal(tensor, dict(weights.random_tensors(MODEL, 5))[name])
+    assert torch.equal(tensor, dict(param_mapping.random_tensors(MODEL, 5))[name])
     (tmp_path / "stray").mkdir()
     (tmp_path / "stray" / "notes.txt").write_text("hello")
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -199,7 +201,7 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
     from test_checkpoint import die_at, in_child
 
     from ascendspeed import checkpoint
-    from ascendspeed.weights import Cut
+    from ascendspeed.models.param_mapping import Cut
 
     small = replace(MODEL, num_layers=1)
     fragments = [checkpoint.Fragment("w", kind, Cut((4,)), 0, 0, torch.ones(4)) for kind in checkpoint.KINDS]

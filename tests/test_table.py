@@ -11,9 +11,9 @@ from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoin
 from test_mindformers import renamed, write_ckpt
 
 from ascendspeed import convert
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats import InternEvo
 from ascendspeed.formats.table import FORMATS
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 BY_FAMILY = {config.family: config for config in reversed(MODELS.values())}

@@ -48,7 +48,7 @@ class Recorder:
 
     def fragments(self):
         from ascendspeed.checkpoint import KINDS, Fragment
-        from ascendspeed.weights import Cut
+        from ascendspeed.models.param_mapping import Cut
 
         for kind in KINDS:
             yield Fragment("w", kind, Cut((4,)), 0, 0, torch.full((4,), float(self.updates)))

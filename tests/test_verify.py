@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import convert, verify, weights
+from ascendspeed import convert, verify
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES, PRESETS
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
 TINY = {name.removesuffix("-tiny"): config for name, config in PRESETS.items() if name.endswith("-tiny")}
@@ -20,8 +21,8 @@ STAND_INS = {"internlm": "llama", "internlm2": "llama", "baichuan": "llama"}
 def directory(folder, config: ModelConfig, dtype: torch.dtype = torch.float32):
     """A Hugging Face directory of random weights, written by the library itself."""
     generator, tensors = torch.Generator().manual_seed(4), {}
-    for parameter in weights.parameters(config):
-        for name, shape in weights.shapes_of(config, parameter).items():
+    for parameter in param_mapping.parameters(config):
+        for name, shape in param_mapping.shapes_of(config, parameter).items():
             tensors[name] = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")

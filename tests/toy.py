@@ -61,7 +61,7 @@ def engine_of(run: Any, grid: Any) -> Any:
     from ascendspeed import checkpoint
     from ascendspeed.checkpoint import KINDS, Fragment
     from ascendspeed.engines import StepResult
-    from ascendspeed.weights import Cut
+    from ascendspeed.models.param_mapping import Cut
 
     rows = [ROWS * (grid.rank + i) // grid.world for i in (0, 1)]
 

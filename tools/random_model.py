@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
-from ascendspeed import families, flags
+from ascendspeed import flags
+from ascendspeed.models import families
 from ascendspeed.utils import errors
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def main() -> None:
     from ascendspeed import convert
     from ascendspeed.formats.files import unused
     from ascendspeed.formats.source import Source, from_maker
-    from ascendspeed.weights import parameters, random_tensor
+    from ascendspeed.models.param_mapping import parameters, random_tensor
 
     def make(name: str) -> "Tensor":
         return _with_noise(random_tensor(config, known[name], options.seed), name, options.seed, options.noise)

@@ -14,8 +14,8 @@ from ascendspeed.checkpoint import files
 from ascendspeed.checkpoint.pieces import Address, Fragment, TrainState, extent, part_count, width
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
+from ascendspeed.models.param_mapping import Cut, Tile
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import Cut, Tile
 
 RNG = "rng"
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.weights import Cut
+from ascendspeed.models.param_mapping import Cut
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 

@@ -25,7 +25,7 @@ class ModelConfig:
     """The architecture: what `config.json` of the Hugging Face model says, in Megatron's words. Flags override `--model`."""
 
     family: Suppress[str] = "internlm"
-    """Entry of `ascendspeed.families`."""
+    """Entry of `ascendspeed.models.families`."""
     num_layers: int = 32
     """Transformer layers."""
     hidden_size: int = 4096

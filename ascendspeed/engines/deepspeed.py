@@ -28,9 +28,9 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import MPU, Grid, generators, set_generators
 from ascendspeed.engines import NOTHING, StepResult, Tensors
-from ascendspeed.model import gpt
-from ascendspeed.model.segments import segments
-from ascendspeed.model.spec import transformer_config
+from ascendspeed.models.gpt import gpt_model
+from ascendspeed.models.gpt.layer_spec import transformer_config
+from ascendspeed.models.gpt.packed_sequences import segments
 from ascendspeed.utils.errors import UserError
 
 
@@ -141,7 +141,7 @@ class DeepSpeedEngine:
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
         if tensors is not None:
-            gpt.fill(module, run.model, run.parallel, tensors, gather, run.lora)
+            gpt_model.fill(module, run.model, run.parallel, tensors, gather, run.lora)
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
@@ -154,14 +154,14 @@ class DeepSpeedEngine:
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
             self.engine.enable_backward_allreduce = False
-        self.cuts = gpt.cuts(run.model, run.parallel, run.lora)
+        self.cuts = gpt_model.cuts(run.model, run.parallel, run.lora)
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
         run = self.run
         groups = {"data_parallel_group": self.grid.dp_group} if self.grid.tp > 1 else {}
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
             settings = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
-            return gpt.build(run.model, run.parallel, settings, lora=run.lora)
+            return gpt_model.build(run.model, run.parallel, settings, lora=run.lora)
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -263,7 +263,7 @@ class DeepSpeedEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine.fragments`. ZeRO has flattened the parameters; every rank's pieces are found by name and flat start."""
-        for name, parameter in gpt.named_parameters(self.module).items():
+        for name, parameter in gpt_model.named_parameters(self.module).items():
             if not parameter.requires_grad:
                 continue
             cut = self.cuts[name]

@@ -31,10 +31,10 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import Grid, generators, set_generators
 from ascendspeed.engines import NOTHING, StepResult, Tensors
-from ascendspeed.model import gpt
-from ascendspeed.model.context import Share
-from ascendspeed.model.segments import segments
-from ascendspeed.model.spec import transformer_config
+from ascendspeed.models.gpt import gpt_model
+from ascendspeed.models.gpt.context_parallel import Share
+from ascendspeed.models.gpt.layer_spec import transformer_config
+from ascendspeed.models.gpt.packed_sequences import segments
 
 
 class MegatronEngine:
@@ -52,14 +52,14 @@ class MegatronEngine:
             part.optimizer = self._adamw(part.optimizer.param_groups)
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
-        self.cuts = gpt.cuts(run.model, run.parallel, run.lora)
+        self.cuts = gpt_model.cuts(run.model, run.parallel, run.lora)
 
-    def _build(self, tensors: Tensors | None) -> list[gpt.InternLM]:
+    def _build(self, tensors: Tensors | None) -> list[gpt_model.InternLM]:
         run, virtual = self.run, self.run.parallel.num_virtual_stages_per_pipeline_rank
         stages = range(virtual) if virtual > 1 else [None]
-        modules = [gpt.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch) for stage in stages]
+        modules = [gpt_model.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch) for stage in stages]
         if tensors is not None:
-            gpt.fill(modules, run.model, run.parallel, tensors, lora=run.lora)
+            gpt_model.fill(modules, run.model, run.parallel, tensors, lora=run.lora)
         return modules
 
     def _wrap(self) -> list[DistributedDataParallel]:
@@ -203,12 +203,12 @@ class MegatronEngine:
         """See `Engine.fragments`. A data-parallel rank has all of a parameter or, under the distributed optimizer, its shard."""
         owned = dict(self._masters())
         for module in self.modules:
-            for name, parameter in gpt.named_parameters(module).items():
+            for name, parameter in gpt_model.named_parameters(module).items():
                 if parameter not in owned:
                     continue  # in another rank's shard
-                tied = name == gpt.OUTPUT and module.share_embeddings_and_output_weights
+                tied = name == gpt_model.OUTPUT and module.share_embeddings_and_output_weights
                 if tied:
-                    name = gpt.EMBEDDING  # the last stage's copy of it: read, never written
+                    name = gpt_model.EMBEDDING  # the last stage's copy of it: read, never written
                 cut, (views, start, i, n) = self.cuts[name], owned[parameter]
                 if cut.dim is None:
                     part, i, n = 0, self.grid.tp_rank * n + i, self.grid.tp * n

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed import weights
 from ascendspeed.checkpoint import Readers
 from ascendspeed.formats import Source
+from ascendspeed.models import param_mapping
 from ascendspeed.tokenization.tokenizer import FILES
 
 THREADS = 4
@@ -30,7 +30,7 @@ def of_model(source: Source, readers: Readers | None = None) -> str:
         while some := list(islice(tensors, THREADS)):  # a few at a time: they need not fit into memory together
             digests += pool.map(_digest, some)
     every = {name: [name, *more] for name, *more in map(json.loads, readers.gather([json.dumps(one) for one in digests]))}
-    digests = [every[parameter.name] for parameter in weights.parameters(source.config)]
+    digests = [every[parameter.name] for parameter in param_mapping.parameters(source.config)]
     architecture = {name: value for name, value in asdict(source.config).items() if name != "init_method_std"}
     return hashlib.sha256(json.dumps([architecture, digests], sort_keys=True).encode()).hexdigest()
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.models import families
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.utils.errors import UserError
 

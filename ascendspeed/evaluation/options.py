@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig, alias
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.styles import SHOTS, Style, style
 from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.models import families
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.utils.errors import UserError
 

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from ascendspeed.checkpoint import Readers
-from ascendspeed.families.internevo import Asked
 from ascendspeed.formats import huggingface, internevo, megatron, mindformers, training
 from ascendspeed.formats.huggingface import HuggingFace
 from ascendspeed.formats.internevo import InternEvo
 from ascendspeed.formats.megatron import RankFiles
 from ascendspeed.formats.source import Source
+from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils.errors import UserError
 
 __all__ = ["HuggingFace", "InternEvo", "RankFiles", "Source", "open_source"]

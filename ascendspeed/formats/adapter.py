@@ -10,16 +10,17 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ascendspeed import adapters, weights
-from ascendspeed.adapters import Target
 from ascendspeed.checkpoint import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.families.family import Row
-from ascendspeed.families.internlm2 import INTERNLM2
-from ascendspeed.families.llama import ROWS as LLAMA
 from ascendspeed.formats.source import Source, check_names, from_maker, some
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families.base import Row
+from ascendspeed.models.families.internlm2 import INTERNLM2
+from ascendspeed.models.families.llama import ROWS as LLAMA
+from ascendspeed.models.lora import targets as adapters
+from ascendspeed.models.lora.targets import Target
+from ascendspeed.models.param_mapping import Parameter, Tile
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import Parameter, Tile
 
 
 class Pair(NamedTuple):
@@ -109,11 +110,11 @@ def merged(source: Source, adapter: Adapter) -> Source:
     def make(name: str) -> Tensor:
         parameter = parameters[name]
         full = source.block(name, Tile(0, 0, 0, 0, *parameter.shape))
-        parts = weights.part(source.config, parameter, full)
+        parts = param_mapping.part(source.config, parameter, full)
         for theirs, part in parts.items():
             if pair := adapter.pairs.get(theirs.removesuffix(".weight")):
                 parts[theirs] = (part + pair.delta()).to(part.dtype)
-        return weights.join(source.config, parameter, parts)
+        return param_mapping.join(source.config, parameter, parts)
 
     made = from_maker(make)
 
@@ -142,9 +143,9 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
 
     `base` is None where the modules of these weights have other names than Llama's.
     """
-    own = {p.name: p for p in weights.parameters(model)}
+    own = {p.name: p for p in param_mapping.parameters(model)}
     pairs, same = {}, True
-    for llama in weights.parameters(model, LLAMA):
+    for llama in param_mapping.parameters(model, LLAMA):
         mine, theirs = own[llama.name].theirs, llama.theirs
         found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
         if not any(found):  # no adapters here, or adapters that have these names already
@@ -152,8 +153,8 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
         if len(mine) == 1 < len(theirs):
             a, b, scale = found[0]
             shape = (llama.shape[0], b.shape[1])
-            full = weights.join(model, replace(own[llama.name], shape=shape), {mine[0]: b})
-            rows = weights.part(model, replace(llama, shape=shape), full)
+            full = param_mapping.join(model, replace(own[llama.name], shape=shape), {mine[0]: b})
+            rows = param_mapping.part(model, replace(llama, shape=shape), full)
             found = [Pair(a.clone(), rows[name].contiguous(), scale) for name in theirs]
         pairs |= {name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair}
         same &= not any(found) or own[llama.name].theirs == theirs
@@ -180,7 +181,7 @@ def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]
     for name in adapter.pairs:
         _check_shapes(adapter, name, found[best][name])
     touched = {name + ".weight" for name in adapter.pairs}
-    return {p.name: p for p in weights.parameters(model, ways[best]) if touched & set(p.theirs)}
+    return {p.name: p for p in param_mapping.parameters(model, ways[best]) if touched & set(p.theirs)}
 
 
 def _check_shapes(adapter: Adapter, name: str, target: Target) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES, Family
+from ascendspeed.models.families import FAMILIES, Family
 
 Shapes = Mapping[str, tuple[int, ...]]
 FUSED = (".experts.gate_up_proj", ".experts.down_proj")

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES, Row
 from ascendspeed.formats.ranks import Dialect
+from ascendspeed.models.families import FAMILIES, Row
 
 Names = Mapping[str, tuple[str, ...]]
 """Our name -> theirs: one for each block, or one that holds them all."""

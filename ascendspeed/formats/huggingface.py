@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats import sidecars, table, writing
 from ascendspeed.formats.contradictions import contradictions
 from ascendspeed.formats.files import create_safetensors, nbytes, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
 from ascendspeed.formats.writing import File
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 KIND = "Hugging Face directory"
@@ -35,13 +35,13 @@ def open_folder(folder: Path, config: Path) -> Source:
     faults = contradictions(config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)})
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
-    entries = {parameter.name: weights.stored(config, parameter) for parameter in weights.parameters(config)}
+    entries = {parameter.name: param_mapping.stored(config, parameter) for parameter in param_mapping.parameters(config)}
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
     check_names(folder, expected, tensors, FAMILIES[config.family].junk)
     for name, shape in expected.items():
         check_tensor(folder, name, tensors[name], shape)
     dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
-    pieces = {ours: [(weights.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
+    pieces = {ours: [(param_mapping.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
     return Source(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
 
 
@@ -106,10 +106,10 @@ class HuggingFace:
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written, filled in the model's order."""
         config = self._config(source)
-        shards: list[list[weights.Stored]] = [[]]
+        shards: list[list[param_mapping.Stored]] = [[]]
         room = self.max_shard_size
-        for parameter in weights.parameters(config):
-            for entry in weights.stored(config, parameter):
+        for parameter in param_mapping.parameters(config):
+            for entry in param_mapping.stored(config, parameter):
                 size = nbytes(dtype or source.dtypes[parameter.name], entry.shape)
                 if size > room and shards[-1]:
                     shards.append([])

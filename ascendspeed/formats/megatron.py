@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, check_pipeline_parallel, check_tensor_parallel, padded_vocab_size
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row
 from ascendspeed.formats import dialects, ranks, sidecars, table
 from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.ranks import Dialect, Grid, Layout
 from ascendspeed.formats.source import Source, read_config
 from ascendspeed.formats.writing import File
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import Row
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import plain_name
 

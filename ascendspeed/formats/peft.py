@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ascendspeed import adapters
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.formats import training
@@ -17,6 +16,7 @@ from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
 from ascendspeed.formats.reading import load_pt, load_safetensors
 from ascendspeed.formats.source import check_names, some
+from ascendspeed.models.lora import targets as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Row
 from ascendspeed.formats.reading import load_pt
 from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families.base import Row
+from ascendspeed.models.param_mapping import Parameter, Stored
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import Parameter, Stored
 
 PADDING = 128
 """Rows that a vocabulary is padded to a multiple of, times the tensor-parallel ranks, unless a user asked for another number."""
@@ -88,7 +88,7 @@ class Grid:
 def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: int) -> Iterator[Stored]:
     """What one rank's file holds."""
     rows = list(dialect.rows(config))
-    for parameter in weights.parameters(config, rows):
+    for parameter in param_mapping.parameters(config, rows):
         where, layer = grid.find(parameter)
         names = parameter.row.theirs
         if config.tie_embeddings and where == 0 and stage == grid.pp - 1 > 0 and parameter.layer is None:
@@ -99,7 +99,7 @@ def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: 
         if dialect.holds:
             yield from dialect.holds(config, local, grid, rank)
         else:
-            yield from weights.stored(config, local, grid.tp, rank, grid.padded_vocab)
+            yield from param_mapping.stored(config, local, grid.tp, rank, grid.padded_vocab)
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -206,12 +206,12 @@ def source(
             held.setdefault(ours, []).append((f"{entry.name} of rank {t}, stage {p}", tensor))
             first = firsts.setdefault((ours, entry.tiles), tensor)
             if first is tensor or not entry.tiles:  # a rank may hold nothing but padding, which is no copy
-                pieces.setdefault(ours, []).append((weights.as_matrix(tensor), entry.tiles))
+                pieces.setdefault(ours, []).append((param_mapping.as_matrix(tensor), entry.tiles))
             elif not same_bits(tensor, first):
                 raise UserError(f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be")
     _check_no_twins(folder, config, dialect, grid, found)
     _check_padding(folder, config, grid, pieces)
-    dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in weights.parameters(config)}
+    dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in param_mapping.parameters(config)}
     return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)
 
 
@@ -235,7 +235,7 @@ def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mappin
 
     Zeros are ours; AscendSpeed's converter padded with copies of the last real rows.
     """
-    for parameter in weights.parameters(config):
+    for parameter in param_mapping.parameters(config):
         if parameter.layer is not None or parameter.row.split != "vocab" or grid.padded_vocab <= config.vocab_size:
             continue
         parts = [matrix[sum(tile.rows for tile in tiles) :] for matrix, tiles in pieces[parameter.name]]
@@ -253,5 +253,5 @@ def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mappin
 def _are_the_last_rows(parts: list[Tensor], count: int, parameter: Parameter, pieces: list) -> bool:
     rows, columns = parameter.shape
     return count <= rows and same_bits(
-        weights.gather(pieces, weights.Tile(rows - count, 0, 0, 0, count, columns)), torch.cat(parts)
+        param_mapping.gather(pieces, param_mapping.Tile(rows - count, 0, 0, 0, count, columns)), torch.cat(parts)
     )

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
 from ascendspeed.formats import tokenizer_json
 from ascendspeed.formats.files import write_json
 from ascendspeed.formats.source import Source
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, read_table

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import family_of
 from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import family_of
+from ascendspeed.models.param_mapping import Parameter, Tile
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
-from ascendspeed.weights import Parameter, Tile
 
 THREADS = 4
 """That read from a source at the same time, at most."""
@@ -51,7 +51,7 @@ class Source:
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` when one is given."""
-        return sum(nbytes(dtype or self.dtypes[p.name], p.shape) for p in weights.parameters(self.config))
+        return sum(nbytes(dtype or self.dtypes[p.name], p.shape) for p in param_mapping.parameters(self.config))
 
     def names(self) -> list[str]:
         """Of all parameters, in the model's order."""
@@ -65,7 +65,7 @@ class Source:
         """
         architecture = {k: v for k, v in asdict(self.config).items() if k not in ("family", "init_method_std")}
         sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for p in weights.parameters(self.config):
+        for p in param_mapping.parameters(self.config):
             sha.update(f"{p.name} {list(p.shape)}\n".encode())
             for tile in _fingers(p):
                 sha.update(self.block(p.name, tile).float().contiguous().numpy().tobytes())
@@ -76,7 +76,7 @@ class Source:
 
         Of every `step`-th one, from `first` on.
         """
-        for parameter in list(weights.parameters(self.config))[first::step]:
+        for parameter in list(param_mapping.parameters(self.config))[first::step]:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             yield parameter.name, self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
 
@@ -106,7 +106,7 @@ def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -
             begun.add(name)
             for matrix, _ in pieces[name]:
                 _read_ahead(matrix)
-        return weights.gather(pieces[name], wanted)
+        return param_mapping.gather(pieces[name], wanted)
 
     return block
 
@@ -129,7 +129,7 @@ def from_maker(make: Callable[[str], Tensor]) -> Block:
             if name not in kept:
                 for oldest in list(kept)[: len(kept) + 1 - THREADS]:
                     del kept[oldest]
-                kept[name] = weights.as_matrix(make(name))
+                kept[name] = param_mapping.as_matrix(make(name))
             full = kept[name]
         return full[wanted.row : wanted.row + wanted.rows, wanted.column : wanted.column + wanted.columns]
 

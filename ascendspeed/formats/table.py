@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.internevo import TRAINS
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.internevo_names import TRAINS
 from ascendspeed.utils.errors import UserError
 
 ALL = tuple(FAMILIES)

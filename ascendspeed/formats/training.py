@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed import checkpoint, weights
+from ascendspeed import checkpoint
 from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.formats.adapter import merged, of_checkpoint
 from ascendspeed.formats.source import Source, check_names, read_config
+from ascendspeed.models import param_mapping
+from ascendspeed.models.param_mapping import Cut, Tile
 from ascendspeed.utils.errors import UserError
-from ascendspeed.weights import Cut, Tile
 
 
 def is_one(folder: Path) -> bool:
@@ -58,7 +59,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
 
 
 def _whole(opened: Checkpoint) -> Source:
-    shapes = {parameter.name: parameter.shape for parameter in weights.parameters(opened.config)}
+    shapes = {parameter.name: parameter.shape for parameter in param_mapping.parameters(opened.config)}
     check_names(opened.path, shapes, opened.names(), of="the model of its run.json")
     tokenizer = opened.run.data.tokenizer_name_or_path
     beside = Path(tokenizer) if tokenizer else None

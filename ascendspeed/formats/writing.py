@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ascendspeed.formats.files import PieceFile, Specs, nbytes
 from ascendspeed.formats.source import THREADS, Source, some
+from ascendspeed.models.param_mapping import Stored, Tile
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Report
-from ascendspeed.weights import Stored, Tile
 
 BLOCK = 1 << 22
 """Bytes that are read, checked and written at a time: a processor's cache holds them."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from ascendspeed import families, formats
+from ascendspeed import formats
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
@@ -19,10 +19,11 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.formats import Source
-from ascendspeed.model import attention
-from ascendspeed.model import gpt as gpts
-from ascendspeed.model.cache import Cache
-from ascendspeed.model.spec import NormHead, transformer_config
+from ascendspeed.models import families
+from ascendspeed.models.gpt import attention
+from ascendspeed.models.gpt import gpt_model as gpts
+from ascendspeed.models.gpt.kv_cache import Cache
+from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.utils.errors import UserError
 
 CHUNK = 2048

@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config import schema
 from ascendspeed.config.schema import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
+from ascendspeed.models import families
 from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
 from ascendspeed.utils.errors import UserError
 

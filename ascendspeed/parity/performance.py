@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from ascendspeed import families
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models import families
 from ascendspeed.parity.curve import Curve, Step, flat
 
 COLUMNS = ("Device", "Model", "total Iterations", "samples/s/p", "tokens/s/p", "s/step", "TFLOP/s")

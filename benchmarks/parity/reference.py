@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from ascendspeed import weights
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models import param_mapping
 from benchmarks.parity import rows
 
 Curve = list[Any]
@@ -53,7 +53,7 @@ def reference(family: str, steps: int, mistakes: set[str], folder: Path) -> Refe
     model = rows.MODELS[family]
     _, start = oracle.native(model)
     start = {name: tensor.clone() for name, tensor in start.items()}
-    ours = {p.name: weights.join(model, p, start).contiguous() for p in weights.parameters(model)}
+    ours = {p.name: param_mapping.join(model, p, start).contiguous() for p in param_mapping.parameters(model)}
     files: dict[str | None, str] = {}
     for name in (None, *sorted(mistakes)):
         made = ours if name is None else {k: v.contiguous() for k, v in MIXED_UP[name](ours, model).items()}

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import launch
 
-from ascendspeed import checkpoint, weights
+from ascendspeed import checkpoint
 from ascendspeed.config import lr_schedule
+from ascendspeed.models import param_mapping
 from ascendspeed.utils.errors import UserError
 from benchmarks.parity import figures, reference, rows
 from benchmarks.parity.figures import Bounds, Figures, compare
@@ -149,6 +150,6 @@ def last_weights(folder: Path) -> Named:
     """Of the checkpoint that a row left, by the names of the family's published ones."""
     opened = checkpoint.open_checkpoint(folder, say=lambda text: None)
     tensors, found = dict(opened.tensors("master")), {}
-    for parameter in weights.parameters(opened.config):
-        found |= weights.part(opened.config, parameter, tensors[parameter.name])
+    for parameter in param_mapping.parameters(opened.config):
+        found |= param_mapping.part(opened.config, parameter, tensors[parameter.name])
     return found

@@ -45,12 +45,12 @@ def our_loss(work: Path, samples: Any) -> float:
     from ascendspeed import checkpoint
     from ascendspeed.config.schema import ParallelConfig, TrainConfig
     from ascendspeed.distributed import process_groups
-    from ascendspeed.model import gpt, spec
+    from ascendspeed.models.gpt import gpt_model, layer_spec
 
     found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()
     process_groups.initialize(here, alone, seed=1)
-    model = gpt.build(found.config, alone, spec.transformer_config(found.config, alone, TrainConfig())).eval()
-    gpt.fill(model, found.config, alone, found.tensors())
+    model = gpt_model.build(found.config, alone, layer_spec.transformer_config(found.config, alone, TrainConfig())).eval()
+    gpt_model.fill(model, found.config, alone, found.tensors())
     with torch.no_grad():
         losses = [model(part[:, :-1], None, None, labels=part[:, 1:]) for part in samples.split(8)]
     process_groups.destroy()

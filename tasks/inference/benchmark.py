@@ -11,10 +11,11 @@ from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import families, flags
+from ascendspeed import flags
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference import performance
 from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.models import families
 from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags, world_size
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed import families, flags
-from ascendspeed.families.internevo import Asked
+from ascendspeed import flags
+from ascendspeed.models import families
+from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils import errors
 
 if TYPE_CHECKING:

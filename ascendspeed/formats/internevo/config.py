@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.internevo import Style
 from ascendspeed.formats.reading import load_pt
+from ascendspeed.models.families.internevo_names import Style
 from ascendspeed.utils.errors import UserError
 
 NAME, WHOLE = "model_config.pt", "config_file.pt"

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ascendspeed.families.internevo import QKV, TABLES, Asked, ModelType, Style
 from ascendspeed.formats import ranks
 from ascendspeed.formats.internevo import config
 from ascendspeed.formats.ranks import Layout, Ranks
 from ascendspeed.formats.source import some
+from ascendspeed.models.families.internevo_names import QKV, TABLES, Asked, ModelType, Style
 from ascendspeed.utils.errors import UserError
 
 KIND = "InternEvo training folder"

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.internevo import BELONGS, JUNK, TRAINS, Asked, Style
 from ascendspeed.formats import ranks
 from ascendspeed.formats.internevo import config as model_config
 from ascendspeed.formats.internevo import folder as folders
@@ -13,6 +12,7 @@ from ascendspeed.formats.internevo.folder import KIND, TENSOR, Opened
 from ascendspeed.formats.internevo.tensors import stored
 from ascendspeed.formats.ranks import Dialect, Grid
 from ascendspeed.formats.source import Source, read_config
+from ascendspeed.models.families.internevo_names import BELONGS, JUNK, TRAINS, Asked, Style
 from ascendspeed.utils.errors import UserError
 
 

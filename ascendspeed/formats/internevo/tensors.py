@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from ascendspeed import weights
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Row
-from ascendspeed.families.internevo import Style
-from ascendspeed.weights import DIMENSION, Parameter, Span, Stored, Tile
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families.base import Row
+from ascendspeed.models.families.internevo_names import Style
+from ascendspeed.models.param_mapping import DIMENSION, Parameter, Span, Stored, Tile
 
 
 def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -> list[Stored]:
@@ -23,7 +23,7 @@ def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -
         groups = [held] if len(row.theirs) == 1 else [[block] for block in held]
         return [_entry(name, parameter, group, dim, parts, part) for name, group in zip(parameter.theirs, groups, strict=True)]
     together = _entry("", parameter, [[span for block in held for span in block]], dim, parts, part)
-    lengths = [_length(block) // parts for block in weights.blocks(config, row)]
+    lengths = [_length(block) // parts for block in param_mapping.blocks(config, row)]
     return list(_divide(together, parameter.theirs, lengths if len(row.theirs) > 1 else [sum(lengths)]))
 
 
@@ -43,8 +43,8 @@ def _as_one(row: Row, style: Style) -> bool:
 def _blocks(config: ModelConfig, row: Row, style: Style) -> list[list[Span]]:
     """Our rows in the order in which they lie there."""
     if ".linear_qkv." not in row.ours:
-        return weights.blocks(config, row)
-    q, k, v = weights.blocks(config, replace(row, fuse="qkv"))
+        return param_mapping.blocks(config, row)
+    q, k, v = param_mapping.blocks(config, replace(row, fuse="qkv"))
     heads = [[_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block] for block in (q, k)]
     heads.append([[span] for span in v])
     if row.fuse == "qkv" and not style.cut_qkv:
@@ -65,7 +65,7 @@ def _entry(name: str, parameter: Parameter, held: Sequence[Sequence[Span]], dim:
     columns = math.prod(parameter.shape[1:])
     rows = sum(_length(block) // (parts if dim == 0 else 1) for block in held)
     width = (columns // parts if dim == 1 else columns,) * (len(parameter.shape) - 1)
-    return Stored(name, parameter, (rows, *width), tuple(weights.cut_tiles(held, columns, dim, parts, part)))
+    return Stored(name, parameter, (rows, *width), tuple(param_mapping.cut_tiles(held, columns, dim, parts, part)))
 
 
 def _divide(entry: Stored, names: Sequence[str], lengths: Sequence[int]) -> Iterator[Stored]:

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.internevo import TRAINS, ModelType, Style
 from ascendspeed.formats import ranks, sidecars
 from ascendspeed.formats.files import create_pt
 from ascendspeed.formats.internevo import config as model_config
@@ -16,6 +15,7 @@ from ascendspeed.formats.internevo.reading import dialect
 from ascendspeed.formats.ranks import Grid
 from ascendspeed.formats.source import Source
 from ascendspeed.formats.writing import File
+from ascendspeed.models.families.internevo_names import TRAINS, ModelType, Style
 from ascendspeed.utils.errors import UserError
 
 

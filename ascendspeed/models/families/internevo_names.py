@@ -6,8 +6,8 @@ from typing import Literal
 
 from tyro.conf import Suppress
 
-from ascendspeed.families.family import Row, swap
-from ascendspeed.families.llama import ATTENTION, MLP
+from ascendspeed.models.families.base import Row, swap
+from ascendspeed.models.families.llama import ATTENTION, MLP
 
 ModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
 """Of InternEvo's configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""

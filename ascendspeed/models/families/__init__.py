@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.baichuan import BAICHUAN
-from ascendspeed.families.family import Family, Row
-from ascendspeed.families.gemma import GEMMA
-from ascendspeed.families.internlm import INTERNLM
-from ascendspeed.families.internlm2 import INTERNLM2
-from ascendspeed.families.internlm3 import INTERNLM3
-from ascendspeed.families.llama import LLAMA
-from ascendspeed.families.mixtral import MIXTRAL
-from ascendspeed.families.qwen2 import QWEN2
-from ascendspeed.families.qwen2_moe import QWEN2_MOE
+from ascendspeed.models.families.baichuan import BAICHUAN
+from ascendspeed.models.families.base import Family, Row
+from ascendspeed.models.families.gemma import GEMMA
+from ascendspeed.models.families.internlm import INTERNLM
+from ascendspeed.models.families.internlm2 import INTERNLM2
+from ascendspeed.models.families.internlm3 import INTERNLM3
+from ascendspeed.models.families.llama import LLAMA
+from ascendspeed.models.families.mixtral import MIXTRAL
+from ascendspeed.models.families.qwen2 import QWEN2
+from ascendspeed.models.families.qwen2_moe import QWEN2_MOE
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Key, Row, adapt
-from ascendspeed.families.llama import ATTENTION, KEYS, LAYER, MLP, TINY
+from ascendspeed.models.families.base import Family, Key, Row, adapt
+from ascendspeed.models.families.llama import ATTENTION, KEYS, LAYER, MLP, TINY
 
 W = LAYER + "feed_forward.w"
 BASE = ModelConfig(  # the 7B, 2 and 2.5

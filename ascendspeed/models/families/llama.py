@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Key, Row
+from ascendspeed.models.families.base import Family, Key, Row
 
 ATTENTION, MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
 LAYER = "model.layers.{l}."

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row, shape_of
-from ascendspeed.families.llama import ROWS as LLAMA
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import Row, shape_of
+from ascendspeed.models.families.llama import ROWS as LLAMA
 from ascendspeed.utils.errors import UserError
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")

@@ -13,8 +13,8 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
 from ascendspeed.distributed.device import Bounds
-from ascendspeed.model.context import ALONE, Share
-from ascendspeed.model.rope import Rope
+from ascendspeed.models.gpt.context_parallel import ALONE, Share
+from ascendspeed.models.gpt.rope import Rope
 from ascendspeed.utils.errors import UserError
 
 

@@ -9,12 +9,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
-from ascendspeed import weights
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
-from ascendspeed.model import lora as adapters
-from ascendspeed.model.linear import ColumnLinear
-from ascendspeed.model.loss import cross_entropy
-from ascendspeed.model.spec import Config, NormHead, block_spec
+from ascendspeed.models import param_mapping
+from ascendspeed.models.gpt.cross_entropy import cross_entropy
+from ascendspeed.models.gpt.layer_spec import Config, NormHead, block_spec
+from ascendspeed.models.gpt.linear import ColumnLinear
+from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
 
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
@@ -114,10 +114,10 @@ def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
-def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None) -> dict[str, weights.Cut]:
+def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None) -> dict[str, param_mapping.Cut]:
     """How every parameter of the model, and of its adapters, is cut in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
-    own = {parameter.name: parameter.cut(tp, padded) for parameter in weights.parameters(model)}
+    own = {parameter.name: parameter.cut(tp, padded) for parameter in param_mapping.parameters(model)}
     return own | adapters.cuts(model, parallel, lora or LoraConfig())
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.model.context import ALONE, Share, gather
-from ascendspeed.model.segments import Segments
+from ascendspeed.models.gpt.context_parallel import ALONE, Share, gather
+from ascendspeed.models.gpt.packed_sequences import Segments
 
 BLOCK = 128  # queries whose scores, or mask, exist at the same time
 

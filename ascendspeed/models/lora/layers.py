@@ -24,10 +24,10 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.adapters import Target, blocks, chosen
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.distributed.device import current
-from ascendspeed.weights import Cut
+from ascendspeed.models.lora.targets import Target, blocks, chosen
+from ascendspeed.models.param_mapping import Cut
 
 
 def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig) -> dict[str, Cut]:

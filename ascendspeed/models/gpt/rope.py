@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.model.context import ALONE, Share
+from ascendspeed.models.gpt.context_parallel import ALONE, Share
 
 
 @dataclass(eq=False)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Key, Row, adapt
-from ascendspeed.families.llama import KEYS, LAYER, MLP, ROWS, TINY
+from ascendspeed.models.families.base import Family, Key, Row, adapt
+from ascendspeed.models.families.llama import KEYS, LAYER, MLP, ROWS, TINY
 
 EXPERT = MLP + "experts.local_experts.{e}."
 

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Key, adapt
-from ascendspeed.families.llama import KEYS, ROWS, TINY
+from ascendspeed.models.families.base import Family, Key, adapt
+from ascendspeed.models.families.llama import KEYS, ROWS, TINY
 
 SPECIAL = {"activation": "gelu-tanh", "zero_centered_norm": True, "scale_embeddings": True}
 BASE = ModelConfig(  # the 7B

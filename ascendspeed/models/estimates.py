@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import adapters
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row, shape_of
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import Row, shape_of
+from ascendspeed.models.lora import targets
 
 EMBEDDING = "embedding.word_embeddings.weight"
 
@@ -81,7 +81,7 @@ def flops_per_token(model: ModelConfig, seq_length: int, lora: LoraConfig | None
     adapters have no gradient of their own: 4 each, and 6 for each of the adapters'.
     """
     adapted = lora is not None and lora.lora_rank > 0
-    more = 6.0 * adapters.parameter_count(model, lora) if adapted else 0.0
+    more = 6.0 * targets.parameter_count(model, lora) if adapted else 0.0
     tied = model.tie_embeddings  # then the embedding multiplies too, as the output layer
     weights = sum(
         math.prod(shape) * copies
@@ -108,7 +108,7 @@ def model_states(
     of the adapters.
     """
     count, stage = parameters_per_device(model, parallel), parallel.zero_stage
-    more = adapters.parameter_count(model, lora, parallel) if lora else 0
+    more = targets.parameter_count(model, lora, parallel) if lora else 0
     trained = more or count
     width = 4 if dtype == "fp32" else 2
     gradient = width + (2 if fp32_gradients and dtype == "bf16" else 0)
@@ -120,7 +120,7 @@ def model_states(
 
 def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
     """Size of one training checkpoint on disk: of all weights, or of the adapters alone."""
-    return CHECKPOINT_BYTES * (adapters.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model))
+    return CHECKPOINT_BYTES * (targets.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model))
 
 
 def known_peak(device_name: str) -> float | None:

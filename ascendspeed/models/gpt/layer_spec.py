@@ -19,10 +19,10 @@ from torch.nn import functional as F
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.distributed.device import current
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.model import moe
-from ascendspeed.model.attention import RotaryAttention
-from ascendspeed.model.linear import ColumnLinear, RowLinear
-from ascendspeed.model.rope import Rope
+from ascendspeed.models.gpt import moe
+from ascendspeed.models.gpt.attention import RotaryAttention
+from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
+from ascendspeed.models.gpt.rope import Rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = partial(F.gelu, approximate="tanh")

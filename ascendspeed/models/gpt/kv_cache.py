@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.distributed.fused_kernels import rotary
-from ascendspeed.model.attention import attend
-from ascendspeed.model.rope import Rope
+from ascendspeed.models.gpt.attention import attend
+from ascendspeed.models.gpt.rope import Rope
 
 
 class Cache:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.model.linear import ColumnLinear, RowLinear
+from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 
 LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.rope import read_rope, write_rope
+from ascendspeed.models.families.rope_config import read_rope, write_rope
 from ascendspeed.utils.errors import UserError
 
 Fuse = Literal["one", "qkv", "glu"]

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Row, adapt, swap
-from ascendspeed.families.llama import ATTENTION, KEYS, LAYER, MLP, ROWS, TINY
+from ascendspeed.models.families.base import Family, Row, adapt, swap
+from ascendspeed.models.families.llama import ATTENTION, KEYS, LAYER, MLP, ROWS, TINY
 
 BASE = ModelConfig(
     "baichuan",

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families import FAMILIES
-from ascendspeed.families.family import Row, Split, shape_of
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.base import Row, Split, shape_of
 from ascendspeed.utils.errors import UserError
 
 Span = tuple[int, int]

@@ -6,9 +6,9 @@ Only models whose layers all have experts; one with dense layers among them (`ml
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.families.family import Family, Key, Row, adapt
-from ascendspeed.families.llama import KEYS, LAYER, MLP, TINY
-from ascendspeed.families.mixtral import EXPERT, sparse
+from ascendspeed.models.families.base import Family, Key, Row, adapt
+from ascendspeed.models.families.llama import KEYS, LAYER, MLP, TINY
+from ascendspeed.models.families.mixtral import EXPERT, sparse
 
 SHARED = MLP + "shared_experts."
 THEIR_EXPERT, THEIR_SHARED = LAYER + "mlp.experts.{e}.", LAYER + "mlp.shared_expert."

@@ -13,11 +13,11 @@ from typing import Any, Literal
 from tyro.conf import FlagCreatePairsOff
 
 from ascendspeed import checks, flags
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
-from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils.errors import UserError
 
 DEFAULT_MODEL = "internlm-7b"

@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ascendspeed import checkpoint
-from ascendspeed.checkpoint import KINDS, Fragment, TrainState, files, saving
+from ascendspeed.checkpoint import KINDS, Fragment, TrainState, safetensors_io
+from ascendspeed.checkpoint import save as saving
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models.param_mapping import Cut
 from ascendspeed.utils.errors import UserError
@@ -228,8 +229,8 @@ def test_shards_are_plain_safetensors(tmp_path):
 def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     save(tmp_path, layout=Layout(tp=2, dp=2))
     opened, read = checkpoint.find(tmp_path, **QUIET), []
-    real = files.read_into
-    monkeypatch.setattr(files, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where)))
+    real = safetensors_io.read_into
+    monkeypatch.setattr(safetensors_io, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where)))
     cut = Model().cuts(Layout(tp=2))["fc1"]
     opened.read("fc1", "master", cut, 1, 10, 7)
     assert sum(read) == 7
@@ -504,7 +505,7 @@ def test_a_pickle_is_never_opened(ckpt):
 def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     save(tmp_path, 1, TWO)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.SLACK + 1000))
-    monkeypatch.setattr(files.Shard, "write", lambda *a: pytest.fail("nothing may be written"))
+    monkeypatch.setattr(safetensors_io.Shard, "write", lambda *a: pytest.fail("nothing may be written"))
     barrier, errors = threading.Barrier(2), []
 
     def one(rank):
@@ -523,7 +524,7 @@ def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
     save(tmp_path, 1, TWO)
-    real = files.Shard.write
+    real = safetensors_io.Shard.write
 
     def write(shard, path):
         real(shard, path)
@@ -532,7 +533,7 @@ def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return "0"
 
-    monkeypatch.setattr(files.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.Shard, "write", write)
     with pytest.raises(UserError, match=f"step_0000002 was not saved: rank {bad}: .*No space left on device"):
         save(tmp_path, 2, TWO)
     assert not list(tmp_path.rglob(".step_*/shard-*"))  # the space is free again
@@ -731,7 +732,7 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "while it writes"])
 def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, moment):
-    mine, real = checkpoint.claim(tmp_path), files.Shard.write
+    mine, real = checkpoint.claim(tmp_path), safetensors_io.Shard.write
     save(tmp_path, 1, TWO, token=mine)
     claims = [1]
 
@@ -743,7 +744,7 @@ def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, mom
 
     if moment == "before":
         checkpoint.claim(tmp_path)
-    monkeypatch.setattr(files.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.Shard, "write", write)
     with pytest.raises(UserError, match=f"step_0000002 was not saved: .*another run saves in {tmp_path}"):
         save(tmp_path, 2, TWO, token=mine)
     assert len(claims) == (moment == "before")  # then not a byte is written
@@ -794,7 +795,7 @@ def begin(saver: checkpoint.Saver, step: int, rank=0, layout=Layout(), model=Mod
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, padding=3), Layout(dp=3, zero=False)], ids=str)
 def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, monkeypatch):
     """Training goes on at once and changes everything; the control is a saver that does not copy."""
-    real = files.Shard.write
+    real = safetensors_io.Shard.write
 
     def work(saver, rank, folder, copies, allowed):
         if not copies:
@@ -810,7 +811,7 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
 
     for folder, copies in ((tmp_path / "right", True), (tmp_path / "wrong", False)):
         all_savers, allowed = savers(folder, layout), threading.Barrier(2 * layout.world)  # who writes, and who has changed all
-        monkeypatch.setattr(files.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1])
+        monkeypatch.setattr(safetensors_io.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1])
         every_rank(layout.world, lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go))
     check(checkpoint.find(tmp_path / "right", **QUIET), 4)
     assert all((t == -1).all() for _, t in checkpoint.find(tmp_path / "wrong", **QUIET).tensors())
@@ -832,7 +833,7 @@ def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
 
 def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
     """By the next save, on every rank, in the same words; the last good one is intact, and saving goes on afterwards."""
-    both, real = savers(tmp_path, TWO), files.Shard.write
+    both, real = savers(tmp_path, TWO), safetensors_io.Shard.write
     every_rank(2, lambda rank: (begin(both[rank], 1, rank, TWO), both[rank].wait()))
 
     def write(shard, path):
@@ -840,7 +841,7 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return real(shard, path)
 
-    monkeypatch.setattr(files.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.Shard, "write", write)
     said = []
 
     def fails(rank):

@@ -140,10 +140,10 @@ def test_gate_and_up_changed_over_show(asked, reference, prompts):
 @pytest.fixture
 def hashed(monkeypatch) -> list[str]:
     """Names of the files of a training checkpoint, as they are hashed."""
-    from ascendspeed.checkpoint import files
+    from ascendspeed.checkpoint import safetensors_io
 
-    names, digest = [], files.digest
-    monkeypatch.setattr(files, "digest", lambda path: names.append(path.name) or digest(path))
+    names, digest = [], safetensors_io.digest
+    monkeypatch.setattr(safetensors_io, "digest", lambda path: names.append(path.name) or digest(path))
     return names
 
 

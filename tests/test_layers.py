@@ -35,7 +35,7 @@ TORCH_FREE = [
     "utils.safe_io",
     "config.schema",
     "log",
-    "steps",
+    "checkpoint.paths",
     "models.families",
     "models.estimates",
     "flags",

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.checkpoint import files
-from ascendspeed.steps import MANIFEST
+from ascendspeed.checkpoint import safetensors_io
+from ascendspeed.checkpoint.paths import MANIFEST
 
 
 def text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -58,6 +58,10 @@ def _size_problem(path: Path, expected: int) -> str | None:
 
 def _hash_problem(path: Path, expected: str) -> str | None:
     try:
-        return None if files.digest(path) == expected else "its SHA-256 is not the one in the manifest: damaged, or another file"
+        return (
+            None
+            if safetensors_io.digest(path) == expected
+            else "its SHA-256 is not the one in the manifest: damaged, or another file"
+        )
     except OSError as error:
         return error.strerror

@@ -12,10 +12,10 @@ from contextlib import ExitStack
 from typing import Any
 
 from ascendspeed.checkpoint import Superseded
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.steps import looks_like_checkpoint
 from ascendspeed.utils import errors
 from ascendspeed.watch.health import Health
 from ascendspeed.watch.heartbeat import Heartbeat

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.checkpoint import files
-from ascendspeed.checkpoint.pieces import Address, Fragment, TrainState, extent, part_count, width
+from ascendspeed.checkpoint import safetensors_io
+from ascendspeed.checkpoint.fragment import Address, Fragment, TrainState, extent, part_count, width
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models.param_mapping import Cut, Tile
@@ -38,7 +38,7 @@ class Index:
     def __init__(self, folder: Path, step: int, world: int) -> None:
         self.cuts: dict[str, Cut] = {}
         self.kinds: dict[str, None] = {}
-        self.rng: dict[int, dict[str, tuple[Path, files.Entry]]] = defaultdict(dict)
+        self.rng: dict[int, dict[str, tuple[Path, safetensors_io.Entry]]] = defaultdict(dict)
         self._at: dict[tuple[str, str, int], list[_Stored]] = defaultdict(list)
         for rank in range(world):
             self._add(folder / shard_name(rank, world), rank, {"step": str(step), "world": str(world), "rank": str(rank)})
@@ -47,7 +47,7 @@ class Index:
         self._check(folder)
 
     def _add(self, file: Path, rank: int, expected: dict[str, str]) -> None:
-        metadata, entries = files.read_header(file)
+        metadata, entries = safetensors_io.read_header(file)
         if wrong := [f"{k} {metadata.get(k)}, not {v}" for k, v in expected.items() if metadata.get(k) != v]:
             raise UserError(f"{file}: belongs to another save ({'; '.join(wrong)})")
         try:
@@ -87,7 +87,7 @@ class Index:
                 break
             a, b = max(start, piece.start), min(end, piece.start + piece.size)
             if a < b:
-                files.read_into(out[a - start : b - start], piece.file, piece.offset + 4 * (a - piece.start))
+                safetensors_io.read_into(out[a - start : b - start], piece.file, piece.offset + 4 * (a - piece.start))
 
 
 class Checkpoint:
@@ -116,7 +116,7 @@ class Checkpoint:
         """Random-number states of a rank of the saving run; empty for a rank that it did not have."""
         found = {}
         for name, (file, entry) in self._index.rng.get(rank, {}).items():
-            files.read_into(out := torch.empty(entry.shape, dtype=entry.dtype), file, entry.offset)
+            safetensors_io.read_into(out := torch.empty(entry.shape, dtype=entry.dtype), file, entry.offset)
             found[name] = out
         return found
 

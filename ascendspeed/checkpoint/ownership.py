@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from ascendspeed.checkpoint import files
+from ascendspeed.checkpoint import safetensors_io
 from ascendspeed.utils.errors import UserError
 
 NAME = ".owner"
@@ -23,7 +23,7 @@ def claim(folder: str | Path) -> str:
     who = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files.write_text(folder / NAME, json.dumps(who) + "\n")
+        safetensors_io.write_text(folder / NAME, json.dumps(who) + "\n")
     except OSError as error:
         raise UserError(f"--save {folder}: cannot save there: {error.strerror}; choose another --save") from error
     return token

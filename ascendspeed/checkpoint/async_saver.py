@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
-from ascendspeed.checkpoint.saving import save
+from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned
+from ascendspeed.checkpoint.save import save
 from ascendspeed.config.schema import Run
 
 

@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ascendspeed.checkpoint import files, manifest, owner
-from ascendspeed.checkpoint.loading import RNG, Index, shard_name
-from ascendspeed.checkpoint.pieces import Fragment, TrainState, owned
+from ascendspeed.checkpoint import manifest, ownership, safetensors_io
+from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned
+from ascendspeed.checkpoint.load import RNG, Index, shard_name
+from ascendspeed.checkpoint.paths import MANIFEST, step_name
 from ascendspeed.config import schema
 from ascendspeed.config.schema import Run
-from ascendspeed.steps import MANIFEST, step_name
 from ascendspeed.utils.errors import UserError
 
 SLACK = 64 << 20
@@ -45,7 +45,7 @@ def save(
     when a rank could not write, the disk is too small, or (with the `token` of `owner.claim`) another run saves there by now.
     """
     team = _Team(Path(folder), step_name(state.step), rank, world, barrier, token)
-    shard: files.Shard | None = None
+    shard: safetensors_io.Shard | None = None
 
     def announce() -> dict[str, Any]:
         nonlocal shard
@@ -68,7 +68,7 @@ def save(
     return team.final
 
 
-def _shard(fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]) -> files.Shard:
+def _shard(fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]) -> safetensors_io.Shard:
     tensors, cuts = {}, {}
     for fragment in fragments:
         if (piece := owned(fragment)) is None:
@@ -78,7 +78,7 @@ def _shard(fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: d
             raise ValueError(f"two fragments at {address}")
         cuts[fragment.name] = dataclasses.asdict(fragment.cut)
     tensors |= {f"{RNG}|{name}": t for name, t in rng.items()}
-    return files.Shard(tensors, metadata | {"cuts": json.dumps(cuts)})
+    return safetensors_io.Shard(tensors, metadata | {"cuts": json.dumps(cuts)})
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class _Team:
 
     def check_owner(self) -> None:
         if self.token:
-            owner.check(self.folder, self.token)
+            ownership.check(self.folder, self.token)
 
     def together(self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]) -> None:
         """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
@@ -201,20 +201,20 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
     texts = {"run.json": schema.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
     for name, values in texts.items():
-        files.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
-        listed[name] = {"size": (temporary / name).stat().st_size, "sha256": files.digest(temporary / name)}
-    files.write_text(temporary / MANIFEST, manifest.text(state.step, listed))
+        safetensors_io.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
+        listed[name] = {"size": (temporary / name).stat().st_size, "sha256": safetensors_io.digest(temporary / name)}
+    safetensors_io.write_text(temporary / MANIFEST, manifest.text(state.step, listed))
     for path in temporary.iterdir():
         if path.name not in listed and path.name != MANIFEST:
             path.unlink()
-    files.sync_folder(temporary)
-    point = files.stage_text(team.folder / "latest", final.name + "\n")
+    safetensors_io.sync_folder(temporary)
+    point = safetensors_io.stage_text(team.folder / "latest", final.name + "\n")
     replaced = team.folder / f".{final.name}.old"
     team.check_owner()
     if final.exists():
         os.rename(final, replaced)  # `find` knows this name, should we be killed before the next line
     os.rename(temporary, final)
-    files.sync_folder(team.folder)
+    safetensors_io.sync_folder(team.folder)
     point()
     shutil.rmtree(replaced, ignore_errors=True)
 

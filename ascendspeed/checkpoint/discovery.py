@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascendspeed.checkpoint import manifest
-from ascendspeed.checkpoint.loading import Checkpoint
-from ascendspeed.steps import MANIFEST, STEP, latest, steps
+from ascendspeed.checkpoint.load import Checkpoint
+from ascendspeed.checkpoint.paths import MANIFEST, STEP, latest, steps
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 import json
 import sys
 
-from ascendspeed.resolve import resolve, world_size
+from ascendspeed.cli.train_args import resolve, world_size
 from ascendspeed.utils import errors
 
 

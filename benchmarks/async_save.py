@@ -21,7 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import flags, log
+from ascendspeed import log
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,7 +168,7 @@ ranks, {question / (step / 1e3):.3%} of an iteration here.
 
 def main() -> None:
     """Both kinds in turns, the question, the table."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
     kinds: dict[str, list[Measured]] = {"at once": [], "behind the step": []}

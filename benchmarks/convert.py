@@ -23,7 +23,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import families
 from ascendspeed.utils import errors
@@ -209,7 +209,7 @@ def _cpu() -> str:
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         text = report(run(options, Path(folder)), options)
     print(text)

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.styles import style
@@ -261,7 +261,7 @@ def _markdown(
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     if min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1 or options.shots < 0:
         raise UserError("--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or more")
     text = measure(options)

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -279,7 +279,7 @@ def device_name() -> str:
 
 def main() -> int:
     """Data, the untouched run, kills, the table; exit code 1 when a curve differs."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     work, records = Path(options.work).resolve(), Path(options.out).with_suffix(".jsonl") if options.out else None
     data = work / "data"
     if not (work / "alpaca_text_document.idx").exists():

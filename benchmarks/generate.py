@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.models import estimates
 from ascendspeed.models.families import preset
@@ -190,7 +190,7 @@ def report(found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]], opt
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     model_of(options)
     from ascendspeed.distributed import device as devices
 

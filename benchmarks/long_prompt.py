@@ -16,7 +16,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
@@ -78,7 +78,7 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     lines = [
         "| tokens | s | tokens/s | peak memory beyond the model | bytes per token | of which the cache |",
         "|---|---|---|---|---|---|",

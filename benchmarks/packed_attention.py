@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 from clock import Took, timed
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -214,7 +214,7 @@ def report(found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], opti
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     from ascendspeed.distributed import device as devices
 
     here = devices.prepare(options.device)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -37,7 +37,7 @@ class Options:
 
 def main() -> int:
     """Measures, prints, writes; 1 when something is not as it should be."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     if options.steps < 2:
         raise UserError(f"--steps {options.steps}: at least 2, as the first one has the learning rate 0")
     if options.out and (options.out.is_dir() or options.out.suffix == ".json"):

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,7 +222,7 @@ def cpu() -> str:
 
 def main() -> None:
     """The command line."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), options.tokenizer or REAL
         texts = corpus(options.megabytes)

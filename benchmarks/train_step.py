@@ -25,7 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import estimates
 from ascendspeed.models.families import preset
@@ -225,7 +225,7 @@ def report(measured: dict[Job, Measured], options: Options) -> str:
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     model_of(options)
     text = report({job: measure(options, job) for job in jobs(options)}, options)
     print(text)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ascendspeed import checks
+from ascendspeed.cli import validation
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
@@ -59,7 +59,7 @@ def run_of(changes):
     ],
 )
 def test_what_can_run(world, changes):
-    checks.check(run_of(changes), world)
+    validation.check(run_of(changes), world)
 
 
 @pytest.mark.parametrize(
@@ -199,5 +199,5 @@ def test_what_can_run(world, changes):
 )
 def test_what_cannot_run_is_one_line(world, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        checks.check(run_of(changes), world)
+        validation.check(run_of(changes), world)
     assert "\n" not in str(caught.value)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from test_convert import BASE, command, hugging_face
 from test_internevo import BIASED, directory
 
-from ascendspeed.claims import Claims
+from ascendspeed.cli.compat import Claims
 from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 

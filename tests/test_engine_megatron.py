@@ -16,8 +16,9 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import checkpoint, checks
+from ascendspeed import checkpoint
 from ascendspeed.checkpoint import KINDS
+from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from ascendspeed.models import param_mapping
@@ -365,7 +366,7 @@ def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[st
         train = dict(dice.choice(list(RECOMPUTE.values()))) | {"micro_batch_size": dice.choice((1, 2))}
         layout = ParallelConfig(**parallel)
         try:
-            checks.check(replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4)
+            validation.check(replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4)
         except UserError:
             continue
         one = case(parallel, 3, train=train, evaluate=True)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from transformers import AutoConfig
 
-from ascendspeed import checks
+from ascendspeed.cli import validation
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models.families import FAMILIES, PRESETS, family_of, preset
 from ascendspeed.models.families.base import check_heads
@@ -198,8 +198,8 @@ def test_a_bias_that_the_checkpoints_have_no_name_for_is_refused(name, flag):
         TrainConfig(global_batch_size=1),
     )
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: the models of the family"):
-        checks.check(run, 1)
-    checks.check(replace(run, model=PRESETS[name]), 1)
+        validation.check(run, 1)
+    validation.check(replace(run, model=PRESETS[name]), 1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

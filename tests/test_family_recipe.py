@@ -8,10 +8,10 @@ import launch
 import pytest
 from test_chain import TrainLine, lines, must, recipe
 
-from ascendspeed import checks
+from ascendspeed.cli import validation
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models.families import PRESETS
-from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
 TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and model.num_experts is None]
@@ -20,7 +20,7 @@ TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and mo
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_size_passes_the_checks(name):
     data, optim = DataConfig(data_path=("x",)), OptimConfig()
-    checks.check(Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8)
+    validation.check(Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8)
 
 
 @pytest.mark.parametrize("name", ["internlm2-7b", "internlm2.5-20b", "internlm3-8b", "gemma-7b"])

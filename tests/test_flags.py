@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
 from ascendspeed.utils.errors import EXIT_USER_ERROR, UserError
 
@@ -37,7 +37,7 @@ class Options:
 
 
 def parse(*args: str) -> Options:
-    return flags.parse(Options, args)
+    return parser.parse(Options, args)
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def parse(*args: str) -> Options:
 )
 def test_spellings_mean_the_same(args):
     assert parse(*args) == Options(("a", "b"), Inner(5), True)
-    assert flags.typed(Options, args) == {"input", "layer_count", "fast"}
+    assert parser.typed(Options, args) == {"input", "layer_count", "fast"}
 
 
 def test_defaults_and_what_was_typed():
     assert parse("--input", "a") == Options(("a",))
-    assert flags.typed(Options, ["--input", "a"]) == {"input"}
-    assert flags.spellings(Options) == {
+    assert parser.typed(Options, ["--input", "a"]) == {"input"}
+    assert parser.spellings(Options) == {
         "--input": "input",
         "--layer-count": "layer_count",
         "--layers": "layer_count",
@@ -69,7 +69,7 @@ def test_defaults_and_what_was_typed():
         "--no-fast": "fast",
         "--rate": "rate",
     }
-    assert flags.parse(Options, ["--rate", "2"], default=Options(("x",))) == Options(("x",), rate=2.0)
+    assert parser.parse(Options, ["--rate", "2"], default=Options(("x",))) == Options(("x",), rate=2.0)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_errors_are_one_line(args, said):
 
 @given(st.text(alphabet="abcdefghijklmnop-", min_size=3, max_size=20).filter(lambda t: t.strip("-") == t))
 def test_no_unknown_flag_slips_through(name):
-    known = {spelling.lstrip("-") for spelling in flags.spellings(Options)} | {"h", "help"}
+    known = {spelling.lstrip("-") for spelling in parser.spellings(Options)} | {"h", "help"}
     if name not in known:
         with pytest.raises(UserError, match="unknown flag"):
             parse("--input", "a", f"--{name}=1")
@@ -112,14 +112,14 @@ def test_help(capsys):
 
 def test_every_field_of_a_run_is_a_flag_with_help(capsys):
     with pytest.raises(SystemExit):
-        flags.parse(Run, ["--help"], default=DEFAULT)
+        parser.parse(Run, ["--help"], default=DEFAULT)
     shown = capsys.readouterr().out.replace("_", "-")
     unseen = {"family", "lora_base_fingerprint"}  # what a run finds out by itself
     for group in (ModelConfig, ParallelConfig, OptimConfig, DataConfig, TrainConfig, LoraConfig):
         for f in dataclasses.fields(group):
             if f.name not in unseen:
                 assert f"--{f.name.replace('_', '-')}" in shown
-    assert set(flags.spellings(Run).values()) == {
+    assert set(parser.spellings(Run).values()) == {
         f.name for g in dataclasses.fields(Run) for f in dataclasses.fields(g.type) if f.name not in unseen
     }
 
@@ -127,7 +127,7 @@ def test_every_field_of_a_run_is_a_flag_with_help(capsys):
 def test_a_run_from_the_recipes_flags():
     architecture = ["--num-layers", "2", "--layernorm-epsilon", "1e-6", "--tp", "2"]
     training = ["--lr=1e-3", "--bf16", "--zero-stage=1", "--data-path", "0.3", "a", "0.7", "b", "--train-iters", "5"]
-    run = flags.parse(Run, architecture + training, default=DEFAULT)
+    run = parser.parse(Run, architecture + training, default=DEFAULT)
     assert (run.model.num_layers, run.model.norm_epsilon, run.optim.lr, run.optim.dtype) == (2, 1e-6, 1e-3, "bf16")
     assert (run.parallel.zero_stage, run.parallel.tensor_model_parallel_size) == (1, 2)
     assert run.data.data_path == ("0.3", "a", "0.7", "b")

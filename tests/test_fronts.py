@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from test_convert import command
 from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
-from ascendspeed import convert, flags
+from ascendspeed import convert
+from ascendspeed.cli import parser
 from ascendspeed.formats.table import FORMATS
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
@@ -144,7 +145,7 @@ def test_the_page_has_the_table_of_the_code():
 def test_the_page_names_commands_and_flags_that_exist(line):
     words = shlex.split(line)
     assert words[0] == "python"
-    flags.parse(script(ROOT / words[1]).Options, words[2:])
+    parser.parse(script(ROOT / words[1]).Options, words[2:])
 
 
 def test_every_link_of_the_page_leads_somewhere():

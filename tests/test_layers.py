@@ -38,10 +38,10 @@ TORCH_FREE = [
     "checkpoint.paths",
     "models.families",
     "models.estimates",
-    "flags",
+    "cli.parser",
     "config.lr_schedule",
-    "checks",
-    "resolve",
+    "cli.validation",
+    "cli.train_args",
 ]
 TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
 MEGATRON = {

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 from test_convert import command as tool
 
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.log import read
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
-from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm2-tiny")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_model import Case, ours, tokens_of, under
 
-from ascendspeed import checks, convert, formats
+from ascendspeed import convert, formats
+from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.models import estimates, param_mapping
@@ -365,7 +366,7 @@ def test_mixtral_has_no_words_for_the_other_routing():
 def test_runs_that_cannot_be(model, parallel, said):
     run = replace(RUN, model=model, parallel=replace(RUN.parallel, **parallel))
     with pytest.raises(UserError, match=said):
-        checks.check(run, 2)
+        validation.check(run, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

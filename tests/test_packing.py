@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of
@@ -18,7 +19,6 @@ from ascendspeed.data.indexed import masked_pair
 from ascendspeed.data.indexed.masked_pair import Couple, CoupleWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter, file
 from ascendspeed.data.packing.algorithms import first_fit, one_each
-from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000

@@ -15,7 +15,7 @@ import pytest
 import torch
 from test_layers import inner
 
-from ascendspeed import checks
+from ascendspeed.cli import validation
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
@@ -219,7 +219,7 @@ def test_every_row_is_a_run_that_the_recipe_would_take():
         assert not any("hpz" in title for title in titles[:-1])  # a process can have it once, as its last
         for row in wanted:
             assert (row.world, family in FAMILIES) == (world, True)
-            checks.check(row.run(rows.MODELS[family], 20), world)
+            validation.check(row.run(rows.MODELS[family], 20), world)
 
 
 def test_every_control_has_one_mistake():

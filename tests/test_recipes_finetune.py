@@ -3,9 +3,9 @@
 import pytest
 import recipes
 
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.models.families import PRESETS
-from ascendspeed.resolve import resolve
 from ascendspeed.utils.errors import UserError
 
 RECIPES = {name: recipes.INTERN / f"finetune_{name}.sh" for name in ("internlm2_7b_alpaca", "internlm_7b_alpaca", "internlm2_lora")}

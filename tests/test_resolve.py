@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
+from ascendspeed.cli.train_args import Command, resolve
 from ascendspeed.config import schema
 from ascendspeed.models import families
-from ascendspeed.resolve import Command, resolve
 from ascendspeed.utils.errors import UserError
 
 GOOD = ["--deepspeed", "--data-path", "data"]
@@ -203,10 +203,10 @@ FROZEN = Path(__file__).parent / "flags.txt"
 
 def test_the_set_of_flags_is_frozen():
     """People have these in their shell history. A new one is added to tests/flags.txt on purpose; none is ever taken away."""
-    assert sorted(flags.spellings(Command)) == FROZEN.read_text().split()
+    assert sorted(parser.spellings(Command)) == FROZEN.read_text().split()
 
 
 def test_every_flag_of_the_recipes_exists():
     for recipe in (Path(__file__).parent.parent / "examples" / "intern").glob("pretrain_*.sh"):
         used = {word for word in recipe.read_text().split() if word.startswith("--") and len(word) > 2}
-        assert {word.rstrip('"}') for word in used} <= set(flags.spellings(Command)), recipe
+        assert {word.rstrip('"}') for word in used} <= set(parser.spellings(Command)), recipe

@@ -11,8 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ascendspeed.cli.train_args import resolve, world_size
 from ascendspeed.distributed import device as devices
-from ascendspeed.resolve import resolve, world_size
 
 ROWS, WIDTH, DECAY = 64, 16, 0.9
 SMALL = "--num-layers 1 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --vocab-size 64 --max-position-embeddings 8"

@@ -11,7 +11,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.parity import comparing, report
 from ascendspeed.parity.figures import Profile
 from ascendspeed.utils import errors
@@ -42,7 +42,7 @@ class Options:
 
 def main() -> int:
     """Compares, reports, judges."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     report.forget(options.out)
     found = comparing.compare(
         options.ref, options.cand, options.ref2, options.profile, options.first, options.last, options.same_origin

@@ -7,7 +7,7 @@ Training reads TRAIN_FOLDER itself too (--data-path TRAIN_FOLDER); converted dat
 
 from dataclasses import dataclass
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.data.indexed import internevo
 from ascendspeed.utils import errors
 
@@ -26,7 +26,7 @@ class Options:
 
 def main() -> None:
     """The command line."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     internevo.convert(options.input, options.output_prefix, options.min_length)
 
 

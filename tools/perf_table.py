@@ -9,7 +9,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.parity import performance, reading
 from ascendspeed.utils import errors
 from ascendspeed.utils.atomic import put
@@ -33,7 +33,7 @@ class Options:
 
 def main() -> None:
     """Reads, computes, prints."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     if not options.logs or options.warmup < 0 or (options.devices is not None and options.devices < 1):
         raise errors.UserError("give at least one LOG; --warmup must be 0 or more and --devices at least 1")
     rows = [performance.of_curve(reading.read(log), options.devices, options.warmup) for log in options.logs]

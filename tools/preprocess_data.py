@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.preprocess import LONGEST, Job, preprocess
 from ascendspeed.utils import errors
@@ -76,8 +76,8 @@ IDLE = {
 
 def main() -> None:
     """The command line."""
-    options = flags.parse(Options, description=__doc__ or "")
-    typed, kind = flags.typed(Options), HANDLERS.get(options.handler_name)
+    options = parser.parse(Options, description=__doc__ or "")
+    typed, kind = parser.typed(Options), HANDLERS.get(options.handler_name)
     if kind and "json_keys" in typed and "json_keys" not in kind.takes and options.json_keys != kind.keys:
         raise errors.UserError(f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out")
     for name in sorted(typed & IDLE.keys() - ({"seq_length"} if kind and kind.learns_answers else set())):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from zlib import crc32
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.models import families
 from ascendspeed.utils import errors
 
@@ -46,7 +46,7 @@ def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Te
 
 def main() -> None:
     """Parses, draws, writes."""
-    options = flags.parse(Options, description=Options.__doc__ or "")
+    options = parser.parse(Options, description=Options.__doc__ or "")
     config = families.preset(options.model)
     if not 0 <= options.noise < math.inf:
         raise errors.UserError(f"--noise {options.noise} is no deviation: 0, or a little more")

@@ -9,13 +9,13 @@ from typing import Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
+from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.models import families
-from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.utils.errors import UserError
 
 
@@ -71,8 +71,8 @@ class Job:
 
 def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     """What `args` ask for, and what the user should be told. Raises `UserError`."""
-    command = flags.parse(Command, args, description=Command.__doc__ or "")
-    asked, typed = command.needle, flags.typed(Command, args)
+    command = parser.parse(Command, args, description=Command.__doc__ or "")
+    asked, typed = command.needle, parser.typed(Command, args)
     for name in ("trials", "max_new_tokens"):
         if getattr(asked, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")

@@ -7,14 +7,14 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
+from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.config.schema import ModelConfig, alias
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.styles import SHOTS, Style, style
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.models import families
-from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.utils.errors import UserError
 
 SHORTEST_ANSWER = 16
@@ -89,8 +89,8 @@ class Job:
 
 def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     """What `args` ask for with `world` processes, and what the user should be told. Raises `UserError`."""
-    command = flags.parse(Command, args, description=Command.__doc__ or "")
-    asked, typed = command.evaluation, flags.typed(Command, args)
+    command = parser.parse(Command, args, description=Command.__doc__ or "")
+    asked, typed = command.evaluation, parser.typed(Command, args)
     least = {"num_fewshot": 0, "max_input_length": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 1}
     for name, smallest in least.items():
         value = getattr(asked, name)

@@ -8,11 +8,11 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
+from ascendspeed.cli.train_args import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
 from ascendspeed.config import schema
 from ascendspeed.config.schema import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
 from ascendspeed.models import families
-from ascendspeed.resolve import DEFAULT_MODEL, SAYS, RecipeFlags, find_model, model_of
 from ascendspeed.utils.errors import UserError
 
 TASKS = {"greedy": "1", "sample": "2", "beam": "3", "beam-sample": "4", "logprobs": "5", "chat": "6"}
@@ -175,8 +175,8 @@ class Job:
 
 def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     """What `args` ask for with `world` processes, and what the user should be told. Raises `UserError`."""
-    command = flags.parse(Command, args, description=Command.__doc__ or "")
-    typed = flags.typed(Command, args)
+    command = parser.parse(Command, args, description=Command.__doc__ or "")
+    typed = parser.typed(Command, args)
     place = find_place(command, typed, args, world)
     asked = command.generation
     tasks = tuple(map(task_name, asked.task)) or _meant(typed)

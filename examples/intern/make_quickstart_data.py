@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -176,7 +176,7 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
 
 def main() -> None:
     """The command line."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     if options.rows < 1:
         raise UserError(f"--rows {options.rows}: at least 1 is needed")
     print(f"wrote {make(options.output_dir, options.rows, options.vocab_size)}", flush=True)

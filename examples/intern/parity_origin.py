@@ -8,7 +8,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.parity import origin
 from ascendspeed.utils import errors
 
@@ -23,7 +23,7 @@ class Options:
 
 def main() -> None:
     """Hashes and writes."""
-    options = flags.parse(Options, description=__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     print(f"wrote {origin.write(options.log)}")
 
 

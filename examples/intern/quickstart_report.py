@@ -9,7 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ascendspeed import flags, log
+from ascendspeed import log
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -107,7 +108,7 @@ def draw(lines: list[Any], path: Path) -> None:
 
 def main() -> None:
     """Computes, draws, prints."""
-    options = flags.parse(Options, description=Options.__doc__ or "")
+    options = parser.parse(Options, description=Options.__doc__ or "")
     work = options.work
     samples = held_out(work, options.length)
     ours, theirs = our_loss(work, samples), their_loss(work, samples)

@@ -6,8 +6,8 @@ python tasks/evaluation/evaluation.py --load model_from_hf/internlm-7b --task mm
 import importlib.util
 import sys
 
+from ascendspeed.cli.train_args import world_size
 from ascendspeed.evaluation.options import resolve
-from ascendspeed.resolve import world_size
 from ascendspeed.utils import errors
 
 

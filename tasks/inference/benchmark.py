@@ -11,12 +11,12 @@ from pathlib import Path
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
+from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags, world_size
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference import performance
 from ascendspeed.inference.options import Place, Where, find_place, notes
 from ascendspeed.models import families
-from ascendspeed.resolve import DEFAULT_MODEL, RecipeFlags, world_size
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
@@ -51,8 +51,8 @@ class Command:
 
 def main() -> None:
     """Parse -> device -> model -> table."""
-    command = flags.parse(Command, description=Command.__doc__ or "")
-    typed, options = flags.typed(Command), command.options
+    command = parser.parse(Command, description=Command.__doc__ or "")
+    typed, options = parser.typed(Command), command.options
     cases, ranges = _cases(options)
     place = find_place(command, typed, sys.argv[1:], world_size())
 

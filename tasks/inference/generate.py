@@ -6,8 +6,8 @@ python tasks/inference/generate.py --load model_from_hf/internlm2-chat-7b --bf16
 
 import sys
 
+from ascendspeed.cli.train_args import world_size
 from ascendspeed.inference.options import resolve
-from ascendspeed.resolve import world_size
 from ascendspeed.utils import errors
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.models import families
 from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils import errors
@@ -120,8 +120,8 @@ def _format(options: Options) -> "Format":
 
 def main() -> None:
     """Parses, converts, says where the result is."""
-    options = flags.parse(Options, description=Options.__doc__)
-    typed = flags.typed(Options)
+    options = parser.parse(Options, description=Options.__doc__)
+    typed = parser.typed(Options)
     _judge(options, typed)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats.files import unused

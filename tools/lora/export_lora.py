@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -29,7 +29,7 @@ class Options:
 
 def main() -> None:
     """Parses, exports, says where the result is."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.checkpoint import open_checkpoint  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats import peft
     from ascendspeed.formats.adapter import as_llama, of_checkpoint

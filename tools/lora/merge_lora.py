@@ -6,7 +6,7 @@ python tools/lora/merge_lora.py --base internlm2-7b --adapter ckpt/adapter --sav
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import flags
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -28,7 +28,7 @@ class Options:
 
 def main() -> None:
     """Parses, merges, says where the result is."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats import peft
     from ascendspeed.formats.adapter import merged

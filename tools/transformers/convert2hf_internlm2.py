@@ -5,7 +5,8 @@ python tools/transformers/convert2hf_internlm2.py --src 5000 --tgt mine --tokeni
 
 from dataclasses import dataclass
 
-from ascendspeed import flags, published
+from ascendspeed import published
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -19,9 +20,9 @@ class Options(published.ToHuggingFace):
 
 def main() -> None:
     """Parses, converts."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     published.to_hugging_face(
-        options, flags.typed(Options), "internlm2", "convert2hf_internlm.py, or tools/ckpt_convert/convert.py"
+        options, parser.typed(Options), "internlm2", "convert2hf_internlm.py, or tools/ckpt_convert/convert.py"
     )
 
 

@@ -6,7 +6,8 @@ python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_s
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import flags, published
+from ascendspeed import published
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -23,7 +24,7 @@ class Options(published.ToInternEvo):
 
 def main() -> None:
     """Parses, converts."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     published.to_internevo(options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf)
 
 

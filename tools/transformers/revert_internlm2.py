@@ -5,7 +5,8 @@ python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp
 
 from dataclasses import dataclass
 
-from ascendspeed import flags, published
+from ascendspeed import published
+from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 
@@ -16,7 +17,7 @@ class Options(published.ToInternEvo):
 
 def main() -> None:
     """Parses, converts."""
-    published.to_internevo(flags.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
+    published.to_internevo(parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
 
 
 if __name__ == "__main__":

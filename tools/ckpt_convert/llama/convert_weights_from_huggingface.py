@@ -6,8 +6,8 @@ python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-mode
 
 from dataclasses import dataclass, field
 
-from ascendspeed import flags
-from ascendspeed.claims import Claims
+from ascendspeed.cli import parser
+from ascendspeed.cli.compat import Claims
 from ascendspeed.utils import errors
 
 
@@ -32,7 +32,7 @@ class Options:
 
 def main() -> None:
     """Parses, checks, splits."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats.files import unused
 

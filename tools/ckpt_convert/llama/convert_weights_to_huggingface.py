@@ -7,8 +7,8 @@ python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ascendspeed import flags
-from ascendspeed.claims import Claims, check_grid
+from ascendspeed.cli import parser
+from ascendspeed.cli.compat import Claims, check_grid
 from ascendspeed.utils import errors
 
 
@@ -41,7 +41,7 @@ class Options:
 
 def main() -> None:
     """Parses, checks, merges."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats.files import unused
 

@@ -6,8 +6,8 @@ python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-mod
 
 from dataclasses import dataclass, field
 
-from ascendspeed import flags
-from ascendspeed.claims import Claims, check_grid, refuse
+from ascendspeed.cli import parser
+from ascendspeed.cli.compat import Claims, check_grid, refuse
 from ascendspeed.utils import errors
 
 
@@ -42,7 +42,7 @@ class Options:
 
 def main() -> None:
     """Parses, checks, cuts."""
-    options = flags.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.formats.files import unused
 

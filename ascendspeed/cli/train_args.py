@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed import checks, flags
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
+from ascendspeed.cli import parser, validation
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models import families
@@ -103,8 +103,8 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
 
     Raises `UserError` for whatever is wrong, before any process group exists.
     """
-    command = flags.parse(Command, args, description=Command.__doc__ or "")
-    typed, recipe, said = flags.typed(Command, args), command.recipe, []
+    command = parser.parse(Command, args, description=Command.__doc__ or "")
+    typed, recipe, said = parser.typed(Command, args), command.recipe, []
     if command.train.save_interval and command.train.save is None:
         said.append("--save-interval without --save: checkpoints go to ./ckpt")
         command = replace(command, train=replace(command.train, save="./ckpt"))
@@ -152,7 +152,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
         raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
     run = Run(model, parallel, optim, data, train, targets.check(model, command.lora))
-    checks.check(run, world)
+    validation.check(run, world)
     return run, said
 
 
@@ -186,7 +186,7 @@ def model_of(command: Any, load: str | None, typed: set[str], args: Sequence[str
     name = command.recipe.model
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
-    model = flags.parse(type(command), args, default=type(command)(model=base)).model
+    model = parser.parse(type(command), args, default=type(command)(model=base)).model
     if command.recipe.row_col_parallel_linear_bias:
         model = replace(model, add_qkv_bias=True, add_dense_bias=True)
     if loaded is None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ascendspeed.checkpoint import Checkpoint, Readers
 from ascendspeed.config.schema import LoraConfig, Run
-from ascendspeed.formats import Source, peft, training
-from ascendspeed.formats.adapter import check_base, initial, tensors_of
+from ascendspeed.conversion import Source
+from ascendspeed.conversion.formats import peft, training_checkpoint
+from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 
@@ -61,7 +62,7 @@ def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraC
     say = readers.say
     if run.lora.lora_load:
         say(f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}")
-    base = training.base_of(found, run.lora.lora_base, readers)
+    base = training_checkpoint.base_of(found, run.lora.lora_base, readers)
     say(f"weights beneath the adapters from {base.where} ({base.kind})")
     where = str(Path(base.where).resolve())
     return base.tensors(), replace(run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint)

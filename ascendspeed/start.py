@@ -11,17 +11,18 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import adapting, checkpoint, formats
+from ascendspeed import adapting, checkpoint, conversion
 from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.conversion import Source
+from ascendspeed.conversion.formats import training_checkpoint
+from ascendspeed.conversion.lora_adapter import initial
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.formats import Source, training
-from ascendspeed.formats.adapter import initial
 from ascendspeed.models import estimates
 from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.tokenization import tokenizer
@@ -131,7 +132,7 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     if load and checkpoint.looks_like_checkpoint(load):
         return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (same and _is_empty(Path(load))):
-        source = formats.open_source(load)
+        source = conversion.open_source(load)
         say(f"weights from {load} ({source.kind})")
         return _from_weights(run, source, readers)
     if run.lora.lora_rank:
@@ -216,7 +217,7 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) 
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         either = adapted or found.run.lora.lora_rank
-        return _from_weights(run, training.source_of(found, readers), readers) if either else Start(found.tensors())
+        return _from_weights(run, training_checkpoint.source_of(found, readers), readers) if either else Start(found.tensors())
     tensors, lora = adapting.go_on(run, found, readers) if adapted else (None, None)
     if run.train.finetune:
         say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
 from ascendspeed.config.lr_schedule import lr_at
 from ascendspeed.config.schema import Run
+from ascendspeed.conversion.formats import peft
+from ascendspeed.conversion.lora_adapter import of_checkpoint
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.engines import Engine, StepResult
-from ascendspeed.formats import peft
-from ascendspeed.formats.adapter import of_checkpoint
 from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.models import estimates
 from ascendspeed.start import Batches, Start

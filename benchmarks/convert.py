@@ -68,8 +68,8 @@ def generate(folder: Path, model: str | None) -> None:
     """A random model in bf16 as a Hugging Face directory."""
     import torch
 
-    from ascendspeed import convert
-    from ascendspeed.formats.source import from_maker
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.source import from_maker
     from ascendspeed.models import param_mapping
 
     config = architecture(model)
@@ -100,14 +100,14 @@ def copy(source: Path, target: Path) -> None:
 
 def split(source: Path, target: Path, tp: int) -> None:
     """Hugging Face to rank files."""
-    from ascendspeed import convert
+    from ascendspeed.conversion import convert
 
     convert.write_megatron(convert.open_source(source), target, tp)
 
 
 def merge(source: Path, target: Path, shard: str) -> None:
     """Rank files back to Hugging Face."""
-    from ascendspeed import convert
+    from ascendspeed.conversion import convert
 
     convert.write_hf(convert.open_source(source), target, max_shard_size=shard)
 
@@ -122,7 +122,7 @@ def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> R
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from ascendspeed import convert  # noqa: F401
+    from ascendspeed.conversion import convert  # noqa: F401
 
     with FakeTensorMode():  # its first use imports for a second
         torch.empty(1)

@@ -115,8 +115,8 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     import sentencepiece
     import torch
 
-    from ascendspeed import convert
-    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     home, pieces = folder / "tokenizer", io.BytesIO()

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from test_convert import BASE, MODELS
 
-from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.contradictions import contradictions
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.config_check import contradictions
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError

@@ -18,9 +18,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import checkpoint, convert
+from ascendspeed import checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.formats.files import PieceFile, staged
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.output_files import PieceFile, staged
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
@@ -778,7 +779,7 @@ import sys
 from pathlib import Path
 from safetensors.torch import load_file
 from ascendspeed import convert
-from ascendspeed.formats.files import PieceFile
+from ascendspeed.conversion.output_files import PieceFile
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024

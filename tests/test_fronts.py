@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from test_convert import command
 from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
-from ascendspeed import convert
 from ascendspeed.cli import parser
-from ascendspeed.formats.table import FORMATS
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.support_matrix import FORMATS
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

@@ -11,10 +11,10 @@ from evo_oracle import Shape, Trained, hugging_face, model_config, pairs, parts_
 from safetensors.torch import load_file, save_file
 from test_convert import same
 
-from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import internevo
-from ascendspeed.formats.internevo import config as evo_config
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats import internevo
+from ascendspeed.conversion.formats.internevo import config as evo_config
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.internevo_names import Asked, Style
 from ascendspeed.utils.errors import UserError

@@ -16,8 +16,8 @@ from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 from ascendspeed import checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.formats import adapter as adapters
-from ascendspeed.formats import peft as directory
+from ascendspeed.conversion import lora_adapter as adapters
+from ascendspeed.conversion.formats import peft as directory
 from ascendspeed.models import param_mapping
 from ascendspeed.models.lora.targets import parameter_count
 

@@ -135,8 +135,8 @@ def test_memory_and_work():
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """The weights of one seed in several formats, and those of another."""
-    from ascendspeed import convert
-    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models import param_mapping
 
     folder = tmp_path_factory.mktemp("bases")
@@ -154,7 +154,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_weights_are_known_in_every_format(bases):
-    from ascendspeed.formats import open_source
+    from ascendspeed.conversion import open_source
 
     found = {name: open_source(path).fingerprint() for name, path in bases.items() if name != "ranks"}
     found["ranks"] = open_source(bases["ranks"], bases["hf"]).fingerprint()
@@ -182,7 +182,7 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
     ],
 )
 def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
-    from ascendspeed.formats import open_source
+    from ascendspeed.conversion import open_source
 
     source = open_source(bases["hf"])
 
@@ -234,7 +234,7 @@ def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
 @pytest.fixture
 def saved(start, bases, tmp_path) -> str:
     """A training checkpoint of adapters on a copy of the weights."""
-    from ascendspeed.formats.adapter import initial
+    from ascendspeed.conversion.lora_adapter import initial
 
     shutil.copytree(bases["hf"], tmp_path / "base")
     found, _ = start(load=str(tmp_path / "base"))
@@ -310,7 +310,7 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
 
 
 def test_adapters_that_were_written_for_peft_know_their_weights(start, saved, bases, tmp_path):
-    from ascendspeed.formats.peft import BASE, open_adapter, write
+    from ascendspeed.conversion.formats.peft import BASE, open_adapter, write
 
     written = tmp_path / "adapter"
     write(open_adapter(saved), written)

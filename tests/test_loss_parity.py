@@ -36,8 +36,8 @@ def began(tmp_path):
     """A log whose run read weights and data that are there; change(folder) makes another one of it."""
     import torch
 
-    from ascendspeed import convert
-    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     model = replace(families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64)
@@ -69,7 +69,7 @@ def began(tmp_path):
 def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
     import torch
 
-    from ascendspeed import convert
+    from ascendspeed.conversion import convert
 
     first = origin.of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
     began.weights("tp2", kind=convert.RankFiles(tp=2, pp=2))

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_convert import command
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.formats import adapter as adapters
-from ascendspeed.formats import open_source
-from ascendspeed.formats import peft as directory
+from ascendspeed.conversion import lora_adapter as adapters
+from ascendspeed.conversion import open_source
+from ascendspeed.conversion.formats import peft as directory
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

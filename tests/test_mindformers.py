@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from test_old_formats import COMMON, FFN, HEADS, HIDDEN, LAYERS, MODELS, VOCAB, hugging_face
 from torch import Tensor
 
-from ascendspeed import convert
-from ascendspeed.formats import mindformers
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats import mindformers
 from ascendspeed.utils.errors import UserError
 
 BY_MINDSPORE = (  # save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)

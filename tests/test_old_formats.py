@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ascendspeed import convert
+from ascendspeed.conversion import convert
 from ascendspeed.utils.errors import UserError
 
 LAYERS, HIDDEN, FFN, HEADS, VOCAB, DIVISOR = 4, 64, 96, 8, 131, 16

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from test_convert import command, same
 from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 
-from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import convert
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

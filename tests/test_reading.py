@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_convert import command
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.reading import load_pt, load_safetensors, read_index, read_json
+from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index, read_json
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils import errors, safe_io

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from test_tokenizer_json import chat_files, folder_with, stock, trained
 
-from ascendspeed import convert
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import convert
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError

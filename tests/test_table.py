@@ -10,9 +10,8 @@ import torch
 from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoint, written
 from test_mindformers import renamed, write_ckpt
 
-from ascendspeed import convert
-from ascendspeed.formats import InternEvo
-from ascendspeed.formats.table import FORMATS
+from ascendspeed.conversion import InternEvo, convert
+from ascendspeed.conversion.support_matrix import FORMATS
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

@@ -13,7 +13,7 @@ import sentencepiece
 from corpus import REAL, TRAPS, words
 from sentencepiece import sentencepiece_model_pb2
 
-from ascendspeed.formats import sentencepieces, tokenizer_json
+from ascendspeed.conversion.tokenizer import export, sentencepiece_bpe
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
@@ -133,7 +133,7 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
     """`tokens`: what the JSON files declare."""
     model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
-    assert tokenizer_json.write(folder) is None
+    assert export.write(folder) is None
     sample = texts(count, pieces)
     theirs = stock(folder)
     bos = [] if theirs.bos_token_id is None else [theirs.bos_token_id]
@@ -225,7 +225,7 @@ def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
     size = sentencepiece.SentencePieceProcessor(model_proto=models["llama2"]).vocab_size()
     added = {"<|im_start|>": size, "[PAD]": size + 3, "二 words": size + 1}
     folder = folder_with(tmp_path, models["llama2"], {"pad_token": "[PAD]", "add_eos_token": True}, added_tokens=added)
-    assert tokenizer_json.write(folder) is None
+    assert export.write(folder) is None
     model, theirs = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), stock(folder)
     text = "a b<|im_start|> user  x二 words[PAD]</s>y"
     expected = original(model, special(models["llama2"]) | added, text)
@@ -242,7 +242,7 @@ def test_whatever_the_model_is(models, family, tmp_path):
     """transformers choose the class of a tokenizer by the model's type too."""
     folder = folder_with(tmp_path, models["internlm"], {"tokenizer_class": "NobodysTokenizer"})
     (folder / "config.json").write_text(json.dumps({"model_type": family}))
-    assert tokenizer_json.write(folder) is None
+    assert export.write(folder) is None
     text = "  two\n\n<eoh>\tx 12▁你"
     expected = tokenizer.load(folder).encode(text).tolist()
     assert stock(folder)(text).input_ids == [1, *expected]
@@ -251,7 +251,7 @@ def test_whatever_the_model_is(models, family, tmp_path):
 def test_a_model_whose_type_forces_another_class(models, tmp_path):
     folder = folder_with(tmp_path, models["internlm"])
     (folder / "config.json").write_text('{"model_type": "qwen2"}')
-    assert "no tokenizer but Qwen2Tokenizer" in tokenizer_json.write(folder)
+    assert "no tokenizer but Qwen2Tokenizer" in export.write(folder)
     assert not (folder / "tokenizer.json").exists()
 
 
@@ -262,15 +262,15 @@ def changed(model: bytes, change) -> bytes:
 
 
 def unused(proto) -> None:
-    next(p for p in proto.pieces if p.piece == "self").type = sentencepieces.UNUSED
+    next(p for p in proto.pieces if p.piece == "self").type = sentencepiece_bpe.UNUSED
 
 
 def circle(proto) -> None:
     """aba + b and b + aba: which goes first depends on where they stand."""
     scores = {"xq": -1.0, "qx": -1.0, "x": -2.0, "q": -2.0}
-    for piece, (text, score) in zip([p for p in proto.pieces if p.type == sentencepieces.NORMAL], scores.items(), strict=False):
+    for piece, (text, score) in zip([p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL], scores.items(), strict=False):
         piece.piece, piece.score = text, score
-    kept = [p for i, p in enumerate(proto.pieces) if p.type != sentencepieces.NORMAL or (p.piece in scores and i < 270)]
+    kept = [p for i, p in enumerate(proto.pieces) if p.type != sentencepiece_bpe.NORMAL or (p.piece in scores and i < 270)]
     del proto.pieces[:]
     proto.pieces.extend(kept)
 
@@ -293,7 +293,7 @@ REFUSED = {
 def test_what_cannot_be_said_is_not_written(reason, tmp_path):
     model = REFUSED[reason]
     folder = folder_with(tmp_path, model if isinstance(model, bytes) else model())
-    assert reason in tokenizer_json.write(folder)
+    assert reason in export.write(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "tokenizer.model"]
 
 
@@ -307,16 +307,16 @@ def test_what_cannot_be_said_is_not_written(reason, tmp_path):
 )
 def test_neighbours_that_contradict_the_model(models, reason, config, tmp_path):
     folder = folder_with(tmp_path, models["llama2"], config)
-    assert reason in tokenizer_json.write(folder)
+    assert reason in export.write(folder)
     assert not (folder / "tokenizer.json").exists()
     assert json.loads((folder / "tokenizer_config.json").read_text()) == config
 
 
 def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
     """Merges in the order of ids, as transformers would make them: the comparison with sentencepiece sees it."""
-    folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepieces.merges
-    monkeypatch.setattr(tokenizer_json, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made))
-    assert "where tokenizer.json gives" in tokenizer_json.write(folder)
+    folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepiece_bpe.merges
+    monkeypatch.setattr(export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made))
+    assert "where tokenizer.json gives" in export.write(folder)
     assert not (folder / "tokenizer.json").exists()
 
 
@@ -324,12 +324,12 @@ def test_equal_scores_are_taken_from_the_left(models, tmp_path):
     """Two merges of one score that want the same symbol: sentencepiece takes the one on the left, whatever their ids."""
 
     def tie(proto) -> None:
-        normal = [p for p in proto.pieces if p.type == sentencepieces.NORMAL]
+        normal = [p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL]
         for piece, text in zip(normal, ("yz", "xy"), strict=False):  # the one on the left has the higher id
             piece.piece, piece.score = text, 1.0
 
     folder = folder_with(tmp_path, changed(trained(vocab_size=600), tie))
-    assert tokenizer_json.write(folder) is None
+    assert export.write(folder) is None
     model = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
     assert model.encode("xyz", out_type=str)[0] == "xy"
     for text in ("xyz", "axyzb", "xyzxyz", "yzxy"):
@@ -342,7 +342,7 @@ def test_equal_scores_are_taken_from_the_left(models, tmp_path):
 def pair(folder: Path, model: bytes, change=None) -> Path:
     """A directory with both, the second one changed."""
     folder_with(folder, model, **chat_files(model))
-    assert tokenizer_json.write(folder) is None
+    assert export.write(folder) is None
     values = json.loads((folder / "tokenizer.json").read_text())
     if change:
         change(values)
@@ -364,11 +364,11 @@ def cut_and_filled(values: dict) -> None:
 
 
 def test_a_tokenizer_json_that_is_its_model(models, tmp_path):
-    tokenizer_json.check(pair(tmp_path / "whole", models["internlm"]))
-    tokenizer_json.check(pair(tmp_path / "settings", models["internlm"], cut_and_filled))
+    export.check(pair(tmp_path / "whole", models["internlm"]))
+    export.check(pair(tmp_path / "settings", models["internlm"], cut_and_filled))
     folder_with(tmp_path / "llama", models["llama2"])
-    assert tokenizer_json.write(tmp_path / "llama") is None
-    tokenizer_json.check(tmp_path / "llama")
+    assert export.write(tmp_path / "llama") is None
+    export.check(tmp_path / "llama")
 
 
 def otherwise_merged(values: dict) -> None:
@@ -424,7 +424,7 @@ WRONG = {
 @pytest.mark.parametrize("change", WRONG, ids=lambda change: change.__name__)
 def test_a_tokenizer_json_that_is_not_its_model(models, change, tmp_path):
     with pytest.raises(UserError) as error:
-        tokenizer_json.check(pair(tmp_path, models["internlm"], change))
+        export.check(pair(tmp_path, models["internlm"], change))
     assert WRONG[change] in str(error.value)
     assert str(error.value).startswith(f"{tmp_path / 'tokenizer.model'} ")
     assert len(str(error.value).splitlines()) == 1
@@ -434,4 +434,4 @@ def test_a_model_that_is_no_bpe_is_compared_too(models, tmp_path):
     pair(tmp_path, models["internlm"])
     (tmp_path / "tokenizer.model").write_bytes(trained(model_type="unigram", vocab_size=500))
     with pytest.raises(UserError, match=r"tokenizer\.model (gives|does not go with)"):
-        tokenizer_json.check(tmp_path)
+        export.check(tmp_path)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import convert, verify
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import convert, verify
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError

@@ -52,9 +52,9 @@ def main() -> None:
         raise errors.UserError(f"--noise {options.noise} is no deviation: 0, or a little more")
     import torch  # after parsing, so that --help does not wait for torch
 
-    from ascendspeed import convert
-    from ascendspeed.formats.files import unused
-    from ascendspeed.formats.source import Source, from_maker
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     def make(name: str) -> "Tensor":

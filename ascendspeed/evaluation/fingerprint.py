@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint import Readers
-from ascendspeed.formats import Source
+from ascendspeed.conversion import Source
 from ascendspeed.models import param_mapping
 from ascendspeed.tokenization.tokenizer import FILES
 

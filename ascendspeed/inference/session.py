@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ascendspeed import formats, generate
+from ascendspeed import conversion, generate
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import Source
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.formats import Source
 from ascendspeed.inference.options import SPARE, Place
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import Chat, stop_set
@@ -67,7 +67,7 @@ class Session:
     @cached_property
     def source(self) -> Source:
         """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
-        return formats.open_source(self.place.where.load, readers=self.readers)
+        return conversion.open_source(self.place.where.load, readers=self.readers)
 
     @cached_property
     def config(self) -> ModelConfig:

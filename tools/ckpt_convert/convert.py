@@ -16,7 +16,7 @@ from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils import errors
 
 if TYPE_CHECKING:
-    from ascendspeed.convert import Format
+    from ascendspeed.conversion.convert import Format
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _judge(options: Options, typed: set[str]) -> None:
 
 def _judge_reading(options: Options, typed: set[str]) -> None:
     """Raises `UserError` for options that say what only an InternEvo folder may not say itself."""
-    from ascendspeed.formats import internevo
+    from ascendspeed.conversion.formats import internevo
 
     name = min(typed & set(READING), default=None)
     if name and Path(options.source).is_dir() and not internevo.is_one(Path(options.source)):
@@ -106,7 +106,7 @@ def _flag(name: str) -> str:
 
 def _format(options: Options) -> "Format":
     """How to write it."""
-    from ascendspeed import convert
+    from ascendspeed.conversion import convert
 
     if options.format in HF:
         family = "llama" if options.format == "hf-llama" else options.to_family
@@ -123,8 +123,8 @@ def main() -> None:
     options = parser.parse(Options, description=Options.__doc__)
     typed = parser.typed(Options)
     _judge(options, typed)
-    from ascendspeed import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.conversion.output_files import unused
 
     unused(options.target)
     to = _format(options)

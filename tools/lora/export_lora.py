@@ -31,9 +31,9 @@ def main() -> None:
     """Parses, exports, says where the result is."""
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.checkpoint import open_checkpoint  # after parsing, so that --help does not wait for torch
-    from ascendspeed.formats import peft
-    from ascendspeed.formats.adapter import as_llama, of_checkpoint
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion.formats import peft
+    from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
+    from ascendspeed.conversion.output_files import unused
 
     target = unused(options.target)
     opened = open_checkpoint(Path(options.source))

@@ -29,10 +29,10 @@ class Options:
 def main() -> None:
     """Parses, merges, says where the result is."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.formats import peft
-    from ascendspeed.formats.adapter import merged
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.conversion.formats import peft
+    from ascendspeed.conversion.lora_adapter import merged
+    from ascendspeed.conversion.output_files import unused
 
     unused(options.save)
     adapter = peft.open_adapter(options.adapter)

@@ -5,20 +5,20 @@ python tools/transformers/convert2hf_internlm.py --src 5000 --tgt mine --tokeniz
 
 from dataclasses import dataclass
 
-from ascendspeed import published
 from ascendspeed.cli import parser
+from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
-class Options(published.ToHuggingFace):
+class Options(internlm_tools.ToHuggingFace):
     """Makes a Hugging Face directory of an InternEvo training folder of InternLM."""
 
 
 def main() -> None:
     """Parses, converts."""
     options = parser.parse(Options, description=Options.__doc__)
-    published.to_hugging_face(
+    internlm_tools.to_hugging_face(
         options, parser.typed(Options), "internlm", "convert2hf_internlm2.py, or tools/ckpt_convert/convert.py"
     )
 

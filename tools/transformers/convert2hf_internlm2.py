@@ -5,13 +5,13 @@ python tools/transformers/convert2hf_internlm2.py --src 5000 --tgt mine --tokeni
 
 from dataclasses import dataclass
 
-from ascendspeed import published
 from ascendspeed.cli import parser
+from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
-class Options(published.ToHuggingFace):
+class Options(internlm_tools.ToHuggingFace):
     """Makes a Hugging Face directory of an InternEvo training folder of InternLM2 or 2.5."""
 
     scaling_factor: float = 2.0
@@ -21,7 +21,7 @@ class Options(published.ToHuggingFace):
 def main() -> None:
     """Parses, converts."""
     options = parser.parse(Options, description=Options.__doc__)
-    published.to_hugging_face(
+    internlm_tools.to_hugging_face(
         options, parser.typed(Options), "internlm2", "convert2hf_internlm.py, or tools/ckpt_convert/convert.py"
     )
 

@@ -6,13 +6,13 @@ python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_s
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed import published
 from ascendspeed.cli import parser
+from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(published.ToInternEvo):
+class Options(internlm_tools.ToInternEvo):
     """Makes an InternEvo training folder of a Hugging Face directory of InternLM, InternLM3 or Llama."""
 
     version: Literal[1, 2]
@@ -25,7 +25,9 @@ class Options(published.ToInternEvo):
 def main() -> None:
     """Parses, converts."""
     options = parser.parse(Options, description=Options.__doc__)
-    published.to_internevo(options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf)
+    internlm_tools.to_internevo(
+        options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf
+    )
 
 
 if __name__ == "__main__":

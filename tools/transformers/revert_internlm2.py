@@ -5,19 +5,19 @@ python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp
 
 from dataclasses import dataclass
 
-from ascendspeed import published
 from ascendspeed.cli import parser
+from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
-class Options(published.ToInternEvo):
+class Options(internlm_tools.ToInternEvo):
     """Makes an InternEvo training folder of a Hugging Face directory of InternLM2 or 2.5."""
 
 
 def main() -> None:
     """Parses, converts."""
-    published.to_internevo(parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
+    internlm_tools.to_internevo(parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
 
 
 if __name__ == "__main__":

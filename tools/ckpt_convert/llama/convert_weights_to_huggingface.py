@@ -42,8 +42,8 @@ class Options:
 def main() -> None:
     """Parses, checks, merges."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.conversion.output_files import unused
 
     unused(options.output_model_dir)
     where = options.input_model_dir

@@ -43,8 +43,8 @@ class Options:
 def main() -> None:
     """Parses, checks, cuts."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.conversion.output_files import unused
 
     unused(options.output_model_dir)
     where, tp, pp = options.input_model_dir, options.tgt_tensor_model_parallel_size, options.tgt_pipeline_model_parallel_size

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.formats import huggingface, writing
-from ascendspeed.formats.source import Source
+from ascendspeed.conversion import write
+from ascendspeed.conversion.formats import huggingface
+from ascendspeed.conversion.source import Source
 from ascendspeed.models import estimates
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.param_mapping import Parameter, Tile, parameters
@@ -76,13 +77,13 @@ def compare(source: Source, result: Source, dtype: torch.dtype | None = None) ->
     if replace(result.config, family=source.config.family) != source.config:
         raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
     known = list(parameters(source.config))
-    with progress("verifying", source.size(dtype)) as report, ThreadPoolExecutor(writing.workers()) as pool:
+    with progress("verifying", source.size(dtype)) as report, ThreadPoolExecutor(write.workers()) as pool:
         return dict(pool.map(lambda parameter: _same(source, result, parameter, dtype, report), known))
 
 
 def _same(source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, report: Report) -> tuple[str, str]:
     name, sums = parameter.name, (hashlib.sha256(), hashlib.sha256())
-    for piece in writing.pieces(_whole(parameter), source.dtypes[name]):
+    for piece in write.pieces(_whole(parameter), source.dtypes[name]):
         a, b = source.block(name, piece), result.block(name, piece)
         for digest, block in zip(sums, (a.to(dtype or a.dtype), b), strict=True):
             digest.update(memoryview(block.contiguous().flatten().view(torch.uint8).numpy()))

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ascendspeed import checkpoint
 from ascendspeed.checkpoint import Checkpoint, Readers
-from ascendspeed.formats.adapter import merged, of_checkpoint
-from ascendspeed.formats.source import Source, check_names, read_config
+from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
+from ascendspeed.conversion.source import Source, check_names, read_config
 from ascendspeed.models import param_mapping
 from ascendspeed.models.param_mapping import Cut, Tile
 from ascendspeed.utils.errors import UserError
@@ -43,7 +43,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
 
     `readers`: as in `formats.open_source`.
     """
-    from ascendspeed.formats import open_source
+    from ascendspeed.conversion import open_source
 
     lora = opened.run.lora
     where = moved_to or lora.lora_base

@@ -7,7 +7,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.formats.sentencepieces import NORMAL, USER_DEFINED, Inexact, Merge
+from ascendspeed.conversion.tokenizer.sentencepiece_bpe import NORMAL, USER_DEFINED, Inexact, Merge
 
 LINES = (
     "",

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import sidecars, table, writing
-from ascendspeed.formats.contradictions import contradictions
-from ascendspeed.formats.files import create_safetensors, nbytes, write_json
-from ascendspeed.formats.reading import load_pt, load_safetensors, read_index
-from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
-from ascendspeed.formats.writing import File
+from ascendspeed.conversion import hf_assets, support_matrix
+from ascendspeed.conversion import write as writing
+from ascendspeed.conversion.config_check import contradictions
+from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
+from ascendspeed.conversion.output_files import create_safetensors, nbytes, write_json
+from ascendspeed.conversion.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
+from ascendspeed.conversion.write import File
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
@@ -97,11 +98,11 @@ class HuggingFace:
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
         if self.family == "llama":
-            table.check("hf-llama", "writes", source.config.family)
+            support_matrix.check("hf-llama", "writes", source.config.family)
         config = self._config(source)
         FAMILIES[config.family].write_config(config)
         if self.copy_code:
-            sidecars.check_code(source, config)
+            hf_assets.check_code(source, config)
 
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written, filled in the model's order."""
@@ -128,7 +129,7 @@ class HuggingFace:
             where = {entry.name: file.path for file in files for entry in file.holds}
             total = writing.size(source, files, dtype)
             write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        sidecars.write(source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code)
+        hf_assets.write(source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code)
 
     def _config(self, source: Source) -> ModelConfig:
         return replace(source.config, family=self.family or source.config.family)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import tokenizer_json
-from ascendspeed.formats.files import write_json
-from ascendspeed.formats.source import Source
+from ascendspeed.conversion.output_files import write_json
+from ascendspeed.conversion.source import Source
+from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
@@ -50,7 +50,7 @@ def check(source: Source) -> None:
     if _has_tokenizer(source.beside):
         _load(source.beside, source.config)
         if all((source.beside / name).exists() for name in tokenizer.FILES):
-            tokenizer_json.check(source.beside)
+            export.check(source.beside)
     _check_ids(f"{source.where}, by its config.json or its tokenizer", source.theirs, source.config)
     for path in _neighbours(source):
         checked(path)
@@ -101,7 +101,7 @@ def write(
         write_json(folder / "generation_config.json", ids)
     _write_tokenizer_config(source, folder, copy_code)
     if for_transformers and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
-        why_not = tokenizer_json.write(folder)
+        why_not = export.write(folder)
         if why_not:
             print(f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
 
@@ -153,6 +153,6 @@ def _write_tokenizer_config(source: Source, folder: Path, copy_code: bool) -> No
     if not copy_code:
         values.pop("auto_map", None)
     if "tokenizer_class" in values and (own_code or str(values["tokenizer_class"]).removesuffix("Fast") not in CLASSES):
-        values["tokenizer_class"] = tokenizer_json.GENERIC
+        values["tokenizer_class"] = export.GENERIC
     if values:
         write_json(folder / "tokenizer_config.json", values)

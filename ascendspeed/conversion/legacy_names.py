@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.ranks import Dialect
+from ascendspeed.conversion.rank_files import Dialect
 from ascendspeed.models.families import FAMILIES, Row
 
 Names = Mapping[str, tuple[str, ...]]

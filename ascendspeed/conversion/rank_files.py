@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.reading import load_pt
-from ascendspeed.formats.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
+from ascendspeed.conversion.load_files import load_pt
+from ascendspeed.conversion.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import Row
 from ascendspeed.models.param_mapping import Parameter, Stored

@@ -10,14 +10,15 @@ from typing import Protocol
 
 import torch
 
-from ascendspeed import verify as verification
-from ascendspeed.formats import HuggingFace, InternEvo, RankFiles, Source, open_source, sidecars, writing
-from ascendspeed.formats.files import staged, write_json
-from ascendspeed.formats.sidecars import with_tokenizer
-from ascendspeed.formats.writing import File
+from ascendspeed.conversion import HuggingFace, InternEvo, RankFiles, Source, hf_assets, open_source
+from ascendspeed.conversion import verify as verification
+from ascendspeed.conversion import write as writing
+from ascendspeed.conversion.hf_assets import with_tokenizer
+from ascendspeed.conversion.output_files import staged, write_json
+from ascendspeed.conversion.verify import compare
+from ascendspeed.conversion.write import File
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import progress
-from ascendspeed.verify import compare
 
 __all__ = [
     "DTYPES",
@@ -64,7 +65,7 @@ def convert(
     Raises `UserError`, also when a tensor holds NaN and not `allow_nan`.
     """
     to.check(source)
-    sidecars.check(source)
+    hf_assets.check(source)
     files = to.files(source, dtype)
     size = writing.size(source, files, dtype)
     with staged(Path(target), size + 64 * 2**20) as folder:  # and something for headers, indices and the tokenizer

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.formats.source import Source, check_names, from_maker, some
+from ascendspeed.conversion.source import Source, check_names, from_maker, some
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import Row
 from ascendspeed.models.families.internlm2 import INTERNLM2

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ascendspeed.formats.inert import stand_ins
+from ascendspeed.conversion.safe_pickle import stand_ins
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, parse_json, plain_name, read_json, read_table
 

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import ranks
-from ascendspeed.formats.internevo import config as model_config
-from ascendspeed.formats.internevo import folder as folders
-from ascendspeed.formats.internevo.folder import KIND, TENSOR, Opened
-from ascendspeed.formats.internevo.tensors import stored
-from ascendspeed.formats.ranks import Dialect, Grid
-from ascendspeed.formats.source import Source, read_config
+from ascendspeed.conversion import rank_files
+from ascendspeed.conversion.formats.internevo import config as model_config
+from ascendspeed.conversion.formats.internevo import folder as folders
+from ascendspeed.conversion.formats.internevo.folder import KIND, TENSOR, Opened
+from ascendspeed.conversion.formats.internevo.tensors import stored
+from ascendspeed.conversion.rank_files import Dialect, Grid
+from ascendspeed.conversion.source import Source, read_config
 from ascendspeed.models.families.internevo_names import BELONGS, JUNK, TRAINS, Asked, Style
 from ascendspeed.utils.errors import UserError
 
@@ -40,7 +40,7 @@ def open_folder(folder: Path, config: Path | None = None, asked: Asked | None = 
     style, layers = opened.style(asked), opened.layers
     theirs, model = _architecture(opened, style, home, asked)
     kind = f"{KIND} for {'WP' if style.isp else 'TP'} {style.ranks} x PP {len(layers)}, names of {style.model_type}"
-    source = ranks.source(kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0))
+    source = rank_files.source(kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0))
     _note_unfinished(folder)
     return replace(source, beside=home)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.files import SAFETENSORS_TYPES, nbytes
+from ascendspeed.conversion.output_files import SAFETENSORS_TYPES, nbytes
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import family_of
 from ascendspeed.models.param_mapping import Parameter, Tile

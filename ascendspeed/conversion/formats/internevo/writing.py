@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import ranks, sidecars
-from ascendspeed.formats.files import create_pt
-from ascendspeed.formats.internevo import config as model_config
-from ascendspeed.formats.internevo.folder import TENSOR, WEIGHT
-from ascendspeed.formats.internevo.reading import dialect
-from ascendspeed.formats.ranks import Grid
-from ascendspeed.formats.source import Source
-from ascendspeed.formats.writing import File
+from ascendspeed.conversion import hf_assets, rank_files
+from ascendspeed.conversion.formats.internevo import config as model_config
+from ascendspeed.conversion.formats.internevo.folder import TENSOR, WEIGHT
+from ascendspeed.conversion.formats.internevo.reading import dialect
+from ascendspeed.conversion.output_files import create_pt
+from ascendspeed.conversion.rank_files import Grid
+from ascendspeed.conversion.source import Source
+from ascendspeed.conversion.write import File
 from ascendspeed.models.families.internevo_names import TRAINS, ModelType, Style
 from ascendspeed.utils.errors import UserError
 
@@ -61,7 +61,7 @@ class InternEvo:
         grid = Grid(style.ranks, tuple(each + (p >= self.pp - more) for p in range(self.pp)), 0)
         create, layout, names = partial(create_pt, around=lambda tensors: tensors), WEIGHT if style.isp else TENSOR, dialect(style)
         return [
-            File(layout.path(t, p, self.pp), tuple(ranks.stored(config, names, grid, t, p)), create)
+            File(layout.path(t, p, self.pp), tuple(rank_files.stored(config, names, grid, t, p)), create)
             for t in range(style.ranks)
             for p in range(self.pp)
         ]
@@ -70,7 +70,7 @@ class InternEvo:
         """Writes what stands beside the weights, and last the mark of a whole save."""
         kinds = [str(dtype or kind).removeprefix("torch.") for kind in source.dtypes.values()]
         model_config.write(folder, source.config, self._style(source.config), self.use_flash, max(set(kinds), key=kinds.count))
-        sidecars.write(source, folder, source.config, dtype)
+        hf_assets.write(source, folder, source.config, dtype)
         torch.save({"step": 0}, folder / "0.step")  # 0: nothing was trained, and nothing resumes from it by itself
 
     def kind(self, config: ModelConfig) -> ModelType:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats.reading import load_pt
+from ascendspeed.conversion.load_files import load_pt
 from ascendspeed.models.families.internevo_names import Style
 from ascendspeed.utils.errors import UserError
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.formats import dialects, ranks, table
-from ascendspeed.formats.dialects import ATTENTION, LAYER, MLP
-from ascendspeed.formats.ranks import Dialect, Grid
-from ascendspeed.formats.source import Source, read_config, some
+from ascendspeed.conversion import legacy_names, rank_files, support_matrix
+from ascendspeed.conversion.legacy_names import ATTENTION, LAYER, MLP
+from ascendspeed.conversion.rank_files import Dialect, Grid
+from ascendspeed.conversion.source import Source, read_config, some
 from ascendspeed.utils.errors import UserError
 
 TYPES = {"Float32": torch.float32, "Float16": torch.float16, "BFloat16": torch.bfloat16}
@@ -49,7 +49,7 @@ def _names(*qkv: str) -> Mapping[str, tuple[str, ...]]:
 
 
 DIALECTS = tuple(
-    Dialect(program, partial(dialects.rows, names=_names(*qkv)), JUNK)
+    Dialect(program, partial(legacy_names.rows, names=_names(*qkv)), JUNK)
     for program, qkv in (("MindFormers", ("wq", "wk", "wv")), ("MindFormers, --qkv_concat", ("w",)))
 )
 """InternLM2's `w` is Hugging Face's `wqkv` as it stands, per key/value group [q..., k, v]."""
@@ -67,15 +67,15 @@ def open_folder(folder: Path, config: Path) -> Source:
         said = "only one that holds the whole model is read; merge the ranks' files with MindFormers first"
         raise UserError(f"{folder} holds {len(files)} .ckpt files: {said}")
     theirs, model = read_config(config)
-    table.check("mindformers", "reads", model.family)
+    support_matrix.check("mindformers", "reads", model.family)
     tensors = read(files[0])
     fused = sorted(name for name in tensors if "w_qkv." in name or "w_gate_hidden." in name)
     if fused:
         said = "MindFormers has stored these in several orders, and they do not say in which: convert what they were fused from"
         raise UserError(f"{files[0]} holds {some(fused, 2)}: {said}")
     held = {(0, 0): tensors}
-    dialect = ranks.recognise(files[0], DIALECTS, model, held)
-    source = ranks.source(
+    dialect = rank_files.recognise(files[0], DIALECTS, model, held)
+    source = rank_files.source(
         f"{dialect.name} .ckpt", folder, model, theirs, held, dialect, Grid(1, (model.num_layers,), model.vocab_size)
     )
     return source if config == folder else replace(source, beside=config)

@@ -5,7 +5,7 @@ of those ranks only that differ. Layers count from 0 on every stage; stages may 
 own files (`optimizer_*`, `context.pt`, `schedulder.pt`, `sampler*.pt`, `topo_*`) are not opened.
 """
 
-from ascendspeed.formats.internevo.reading import is_one, open_folder
-from ascendspeed.formats.internevo.writing import InternEvo
+from ascendspeed.conversion.formats.internevo.reading import is_one, open_folder
+from ascendspeed.conversion.formats.internevo.writing import InternEvo
 
 __all__ = ["InternEvo", "is_one", "open_folder"]

@@ -15,9 +15,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.formats import nasty
-from ascendspeed.formats.files import write_json
-from ascendspeed.formats.sentencepieces import BYTE, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, Inexact, Merge, merges, parse, read
+from ascendspeed.conversion.output_files import write_json
+from ascendspeed.conversion.tokenizer import comparison_texts
+from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
+    BYTE,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Inexact,
+    Merge,
+    merges,
+    parse,
+    read,
+)
 from ascendspeed.tokenization.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
 from ascendspeed.utils.errors import UserError
 
@@ -47,8 +58,11 @@ def write(folder: Path) -> str | None:
         added = _added(model.pieces, _named(settings) | tokens)
         ranked = merges(model.pieces)
         text = json.dumps(_tokenizer(model, settings, added, ranked), ensure_ascii=False)
-        nasty.compare(
-            path, tokenizers.Tokenizer.from_str(text), list(nasty.texts(model.pieces, ranked)), _foreign(model.pieces, added)
+        comparison_texts.compare(
+            path,
+            tokenizers.Tokenizer.from_str(text),
+            list(comparison_texts.texts(model.pieces, ranked)),
+            _foreign(model.pieces, added),
         )
     except Inexact as error:
         return f"tokenizer.model {error}"
@@ -78,7 +92,7 @@ def check(folder: Path) -> None:
         pieces = read(path).pieces
         own = {token.content: Token(i, token.special, {}) for i, token in found.get_added_tokens_decoder().items()}
         known = {i: entry for i, entry in _added(pieces, own).items() if entry["content"] in beside}
-        nasty.compare(path, found, list(nasty.texts(pieces, _ranked(pieces))), _foreign(pieces, known))
+        comparison_texts.compare(path, found, list(comparison_texts.texts(pieces, _ranked(pieces))), _foreign(pieces, known))
     except Inexact as error:
         raise UserError(f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them") from None
 

@@ -60,8 +60,8 @@ class ToInternEvo:
 
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
     """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
-    from ascendspeed import convert
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.output_files import unused
     from ascendspeed.tokenization import tokenizer
 
     unused(options.tgt)
@@ -112,8 +112,8 @@ def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, ve
     """`families`: ours that the command is for, `other`: that for the others. `adapt_hf`: leave the rows of q and k as they are."""
     from dataclasses import replace
 
-    from ascendspeed import convert
-    from ascendspeed.formats.files import unused
+    from ascendspeed.conversion import convert
+    from ascendspeed.conversion.output_files import unused
 
     unused(options.tgt)
     source = convert.open_source(options.src)

@@ -3,18 +3,18 @@
 from pathlib import Path
 
 from ascendspeed.checkpoint import Readers
-from ascendspeed.formats import huggingface, internevo, megatron, mindformers, training
-from ascendspeed.formats.huggingface import HuggingFace
-from ascendspeed.formats.internevo import InternEvo
-from ascendspeed.formats.megatron import RankFiles
-from ascendspeed.formats.source import Source
+from ascendspeed.conversion.formats import huggingface, internevo, megatron, mindformers, training_checkpoint
+from ascendspeed.conversion.formats.huggingface import HuggingFace
+from ascendspeed.conversion.formats.internevo import InternEvo
+from ascendspeed.conversion.formats.megatron import RankFiles
+from ascendspeed.conversion.source import Source
 from ascendspeed.models.families.internevo_names import Asked
 from ascendspeed.utils.errors import UserError
 
 __all__ = ["HuggingFace", "InternEvo", "RankFiles", "Source", "open_source"]
 
 MODULES = {
-    "a training checkpoint": training,
+    "a training checkpoint": training_checkpoint,
     "rank files": megatron,
     "an InternEvo training folder": internevo,
     "Hugging Face weights": huggingface,
@@ -36,14 +36,14 @@ def open_source(
         raise UserError(f"{folder} is not a directory")
     home = folder if config is None else Path(config)
     found = [name for name, module in MODULES.items() if module.is_one(folder)]
-    if training.is_one(folder):
+    if training_checkpoint.is_one(folder):
         found = ["a training checkpoint"]  # its `latest` has the name of DeepSpeed's
     elif len(found) > 1 and (folder / "trainer_state.json").exists():
         found = ["Hugging Face weights"]  # its Trainer leaves DeepSpeed's own files beside them
     if len(found) > 1:
         raise UserError(f"{folder} holds {' and '.join(found)}: move one of them to a folder of its own")
     if found:
-        more = {internevo: {"asked": asked}, training: {"readers": readers}}
+        more = {internevo: {"asked": asked}, training_checkpoint: {"readers": readers}}
         module = MODULES[found[0]]
         return module.open_folder(folder, home, **more.get(module, {}))
     there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"

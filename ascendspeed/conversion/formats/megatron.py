@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, check_pipeline_parallel, check_tensor_parallel, padded_vocab_size
-from ascendspeed.formats import dialects, ranks, sidecars, table
-from ascendspeed.formats.files import create_pt
-from ascendspeed.formats.ranks import Dialect, Grid, Layout
-from ascendspeed.formats.source import Source, read_config
-from ascendspeed.formats.writing import File
+from ascendspeed.conversion import hf_assets, legacy_names, rank_files, support_matrix
+from ascendspeed.conversion.output_files import create_pt
+from ascendspeed.conversion.rank_files import Dialect, Grid, Layout
+from ascendspeed.conversion.source import Source, read_config
+from ascendspeed.conversion.write import File
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import Row
 from ascendspeed.utils.errors import UserError
@@ -46,7 +46,7 @@ def _our_names(config: ModelConfig) -> Iterator[Row]:
 
 
 MCORE = Dialect("Megatron-core", _our_names, junk=(r".*\._extra_state",))
-DIALECTS = (MCORE, *dialects.OTHERS)
+DIALECTS = (MCORE, *legacy_names.OTHERS)
 """Names that rank files may have; the first is the one that is written."""
 
 
@@ -63,18 +63,18 @@ def open_folder(folder: Path, config: Path) -> Source:
         config = folder.parent  # the folder of one iteration was named
     theirs, config, beside = *read_config(config), config
     _check_sharded(iteration)
-    held = ranks.read(iteration, layout)
-    dialect = ranks.recognise(iteration, DIALECTS, config, held)
-    ranks.check_layers(iteration, dialect, config, held)
-    grid = ranks.grid_of(iteration, layout, held, config)
+    held = rank_files.read(iteration, layout)
+    dialect = rank_files.recognise(iteration, DIALECTS, config, held)
+    rank_files.check_layers(iteration, dialect, config, held)
+    grid = rank_files.grid_of(iteration, layout, held, config)
     check_tensor_parallel(config, grid.tp)
     check_pipeline_parallel(config, grid.pp)
-    if dialect in dialects.OLD:
-        table.check("ascendspeed", "reads", config.family)
-    if doubt := dialects.doubt(dialect, config, grid.tp):
+    if dialect in legacy_names.OLD:
+        support_matrix.check("ascendspeed", "reads", config.family)
+    if doubt := legacy_names.doubt(dialect, config, grid.tp):
         print(f"note: {folder}: {doubt}", flush=True)
     kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
-    return replace(ranks.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
+    return replace(rank_files.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
 
 
 def _layout_of(folder: Path) -> Layout | None:
@@ -130,14 +130,14 @@ class RankFiles:
         grid = Grid(self.tp, (config.num_layers // self.pp,) * self.pp, padded_vocab_size(config, parallel))
         create = partial(create_pt, around=lambda tensors: {**layout.around, layout.key: tensors})
         return [
-            File(f"{RELEASE}/{layout.path(t, p, self.pp)}", tuple(ranks.stored(config, MCORE, grid, t, p)), create)
+            File(f"{RELEASE}/{layout.path(t, p, self.pp)}", tuple(rank_files.stored(config, MCORE, grid, t, p)), create)
             for t in range(self.tp)
             for p in range(self.pp)
         ]
 
     def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes what stands beside the weights, and last the file that names their folder."""
-        sidecars.write(source, folder, source.config, dtype)
+        hf_assets.write(source, folder, source.config, dtype)
         (folder / self._layout().tracker).write_text(RELEASE)
 
     def _layout(self) -> Layout:

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed.formats.files import PieceFile, Specs, nbytes
-from ascendspeed.formats.source import THREADS, Source, some
+from ascendspeed.conversion.output_files import PieceFile, Specs, nbytes
+from ascendspeed.conversion.source import THREADS, Source, some
 from ascendspeed.models.param_mapping import Stored, Tile
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Report

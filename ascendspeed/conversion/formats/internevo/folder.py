@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ascendspeed.formats import ranks
-from ascendspeed.formats.internevo import config
-from ascendspeed.formats.ranks import Layout, Ranks
-from ascendspeed.formats.source import some
+from ascendspeed.conversion import rank_files
+from ascendspeed.conversion.formats.internevo import config
+from ascendspeed.conversion.rank_files import Layout, Ranks
+from ascendspeed.conversion.source import some
 from ascendspeed.models.families.internevo_names import QKV, TABLES, Asked, ModelType, Style
 from ascendspeed.utils.errors import UserError
 
@@ -52,7 +52,7 @@ def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Every rank's tensors without the wrapper's prefix; every chunk of an interleaved pipeline is a stage of its own."""
-    found = ranks.read(folder, layout)
+    found = rank_files.read(folder, layout)
     stages: dict[tuple[int, int], dict[str, Tensor]] = {}
     pp = 1 + max(p for _, p in found)
     for (t, p), held in found.items():

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.formats import training
-from ascendspeed.formats.adapter import Adapter, Pair, of_checkpoint
-from ascendspeed.formats.files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
-from ascendspeed.formats.reading import load_pt, load_safetensors
-from ascendspeed.formats.source import check_names, some
+from ascendspeed.conversion.formats import training_checkpoint
+from ascendspeed.conversion.load_files import load_pt, load_safetensors
+from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
+from ascendspeed.conversion.output_files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
+from ascendspeed.conversion.source import check_names, some
 from ascendspeed.models.lora import targets as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
@@ -39,7 +39,7 @@ INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
 def open_adapter(path: str | Path, readers: Readers | None = None) -> Adapter:
     """The adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
     folder = Path(path)
-    if training.is_one(folder):
+    if training_checkpoint.is_one(folder):
         return of_checkpoint((readers or Readers()).open(folder))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no adapters: neither {CONFIG} of peft nor a training checkpoint")

@@ -1,0 +1,1 @@
+"""Export of a sentencepiece tokenizer as tokenizer.json."""

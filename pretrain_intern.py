@@ -16,11 +16,11 @@ def main() -> int:
     device = devices.prepare(run.train.device, run.train.distributed_backend)
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
-    from ascendspeed import engines, start, train
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.log import Logger
-    from ascendspeed.watch import Watch
+    from ascendspeed.training import engines, loop, setup
+    from ascendspeed.training.fault_tolerance import Watch
+    from ascendspeed.training.metrics_log import Logger
 
     if run.optim.fp16 and device.kind == "cpu":
         raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
@@ -37,14 +37,14 @@ def main() -> int:
         log.say(f"kernels: {fused}; attention: torch SDPA")
         for note in notes:
             log.say(f"note: {note}")
-        run, batches = start.open_data(run, grid, log.say)
+        run, batches = setup.open_data(run, grid, log.say)
         log.say(f"run: {json.dumps(to_dict(run))}")
         build = engines.builder(run, grid, device, fused, log.say)
-        begin = start.find_start(run, grid, device, log.say)
+        begin = setup.find_start(run, grid, device, log.say)
         engine = build(begin.tensors)
         if begin.resume:
             engine.restore(begin.resume)
-        train.train(run, grid, device, engine, batches, log, begin, watch)
+        loop.train(run, grid, device, engine, batches, log, begin, watch)
     process_groups.destroy()
     return watch.exit_code
 

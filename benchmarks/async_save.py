@@ -21,8 +21,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from ascendspeed import log
 from ascendspeed.cli import parser
+from ascendspeed.training import metrics_log
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,7 +93,9 @@ def train(options: Options, work: Path, behind: bool) -> Measured:
     )
     path = work / "run/log/train.log"
     saves = [(float(a), float(b or a)) for a, b in SAVED.findall(path.read_text())]
-    lines = [line for line in log.read(path) if isinstance(line, log.TrainLine) and line.iteration > 1]  # the first one warms up
+    lines = [
+        line for line in metrics_log.read(path) if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
+    ]  # the first one warms up
     calm, busy = [], []
     for line in lines:
         follows = (line.iteration - 1) % options.every == 0
@@ -110,7 +112,7 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     here = device.prepare("cpu")
     from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.distributed import process_groups
-    from ascendspeed.watch import Stop
+    from ascendspeed.training.fault_tolerance import Stop
 
     grid = process_groups.initialize(here, ParallelConfig(), 1)
     stop, took = Stop(grid, process_groups.beside(1)), []

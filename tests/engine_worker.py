@@ -149,7 +149,7 @@ def check_replicas(engine, grid):
 
 def deepspeed_engine(mistake):
     """Makes the DeepSpeed engine, with a mistake made on purpose."""
-    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 
     class WithoutHook(DeepSpeedEngine):
         def _sum_over_tensor_parallel(self, gradient):
@@ -161,7 +161,7 @@ def deepspeed_engine(mistake):
 
 def megatron_engine(mistake):
     """The Megatron engine, with a mistake made on purpose."""
-    from ascendspeed.engines.megatron import MegatronEngine
+    from ascendspeed.training.engines.megatron import MegatronEngine
 
     class Mistaken(MegatronEngine):
         def __init__(self, *args):

@@ -86,10 +86,10 @@ def happen(fault: dict) -> None:
 
 def install() -> None:
     """Puts the faults and the exact curve around every engine's `step`; after `device.prepare`, and before training."""
-    from ascendspeed import train
+    from ascendspeed.training import loop
 
     faults = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault["rank"] == RANK]
-    curve, real = Path(os.environ["FAULT_DIR"], "curve"), train.train
+    curve, real = Path(os.environ["FAULT_DIR"], "curve"), loop.train
 
     def wrapped(run, grid, here, engine, batches, log, start, *more):
         step, number = engine.step, itertools.count(start.state.step + 1)
@@ -109,7 +109,7 @@ def install() -> None:
         engine.step = exact
         return real(run, grid, here, engine, batches, log, start, *more)
 
-    train.train = wrapped
+    loop.train = wrapped
 
 
 def main() -> int:

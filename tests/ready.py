@@ -6,5 +6,6 @@ device.prepare("cpu")
 
 import toy  # noqa: E402, F401
 
-from ascendspeed import checkpoint, start, train, watch  # noqa: E402, F401
+from ascendspeed import checkpoint  # noqa: E402, F401
 from ascendspeed.distributed import process_groups  # noqa: E402, F401
+from ascendspeed.training import fault_tolerance, loop, setup  # noqa: E402, F401

@@ -10,7 +10,7 @@ import launch
 import pytest
 import torch
 
-from ascendspeed.log import EvalLine, TrainLine, read
+from ascendspeed.training.metrics_log import EvalLine, TrainLine, read
 
 ITERS, STOP = 6, 3
 SIZES = {

@@ -209,7 +209,7 @@ from deepspeed.accelerator import get_accelerator
 from test_engine_deepspeed import RUN
 from ascendspeed import parallel
 from ascendspeed.data.dataset import Batch
-from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models.param_mapping import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible

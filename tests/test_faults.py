@@ -386,13 +386,13 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu
     """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
     import torch
 
-    from ascendspeed import engines
     from ascendspeed.config import schema
     from ascendspeed.data.dataset import Batch
     from ascendspeed.distributed import process_groups
     from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.models import families
     from ascendspeed.models.param_mapping import random_tensors
+    from ascendspeed.training import engines
 
     run = schema.Run(
         families.preset("internlm-tiny"),

@@ -13,7 +13,7 @@ from test_preprocess_instructions import ROWS
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.handlers.base import Job
 from ascendspeed.data.preprocess import preprocess
-from ascendspeed.log import TrainLine, read
+from ascendspeed.training.metrics_log import TrainLine, read
 
 DOCUMENTS, SEQ, MODEL = 16, 384, "--model internlm2-tiny --num-layers 2 --vocab-size 512 --max-position-embeddings 512"
 TRAIN = "--device cpu --train-iters 2 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --split 1,0,0"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ascendspeed import log
+from ascendspeed.training import metrics_log
 from ascendspeed.utils.errors import UserError
 
-FULL = log.TrainLine(
+FULL = metrics_log.TrainLine(
     time="2026-11-21 12:00:00",
     iteration=10,
     train_iters=100,
@@ -50,7 +50,7 @@ MEGATRON = (
 
 count, number = st.integers(0, 10**15), st.floats(0, 1e12)
 lines = st.builds(
-    log.TrainLine,
+    metrics_log.TrainLine,
     time=st.datetimes().map(lambda t: t.replace(year=2026).strftime("%Y-%m-%d %H:%M:%S")),
     iteration=st.integers(0, 10**9),
     train_iters=st.integers(0, 10**9),
@@ -74,101 +74,103 @@ lines = st.builds(
 
 
 def test_the_line_as_it_looks():
-    assert log.format(FULL) == FULL_TEXT
-    assert log.parse(FULL_TEXT) == FULL
+    assert metrics_log.format(FULL) == FULL_TEXT
+    assert metrics_log.parse(FULL_TEXT) == FULL
 
 
 @settings(max_examples=300)
 @given(lines)
 def test_round_trip(line):
-    read = log.parse(log.format(line))
-    assert log.format(read) == log.format(line)
+    read = metrics_log.parse(metrics_log.format(line))
+    assert metrics_log.format(read) == metrics_log.format(line)
     whole = ("iteration", "train_iters", "samples", "tokens", "global_batch_size", "interval", "skipped", "nans", "seconds_left")
     for name in (*whole, "time"):
         assert getattr(read, name) == getattr(line, name)
-    unknown = {f.name for f in log.FIELDS if getattr(line, f.name) is None}
-    assert unknown == {f.name for f in log.FIELDS if getattr(read, f.name) is None}
+    unknown = {f.name for f in metrics_log.FIELDS if getattr(line, f.name) is None}
+    assert unknown == {f.name for f in metrics_log.FIELDS if getattr(read, f.name) is None}
 
 
 @given(st.floats(width=32, allow_nan=False))
 def test_an_fp32_number_comes_back_bit_for_bit(number):
-    line = log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)))
+    line = metrics_log.parse(metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)))
     assert struct.pack("f", line.loss) == struct.pack("f", line.grad_norm) == struct.pack("f", number)
 
 
 def test_lines_of_older_logs_are_read():
     """The gradient norm with six decimals, and nothing about the interval."""
     old = FULL_TEXT.replace("1.23400000E+00", "1.234000").replace(" iterations in interval:  10 |", "")
-    assert log.parse(old) == replace(FULL, interval=None)
+    assert metrics_log.parse(old) == replace(FULL, interval=None)
 
 
 def test_control_eight_digits_would_lose_bits():
     a, b = (struct.unpack("f", struct.pack("I", 0x40C3F35D + i))[0] for i in range(2))
     assert f"{a:.5E}" == f"{b:.5E}"  # Megatron's own format
-    assert log.format(log.EvalLine(1, a)) != log.format(log.EvalLine(1, b))
+    assert metrics_log.format(metrics_log.EvalLine(1, a)) != metrics_log.format(metrics_log.EvalLine(1, b))
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_not_a_number(loss):
-    assert str(log.parse(log.format(log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))).loss) == str(loss)
-    assert str(log.parse(log.format(log.EvalLine(1, loss))).loss) == str(loss)
+    assert str(metrics_log.parse(metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))).loss) == str(
+        loss
+    )
+    assert str(metrics_log.parse(metrics_log.format(metrics_log.EvalLine(1, loss))).loss) == str(loss)
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1e6), st.sampled_from(["validation", "test"]))
 def test_eval_line(iteration, loss, split):
-    text = log.format(log.EvalLine(iteration, loss, split))
+    text = metrics_log.format(metrics_log.EvalLine(iteration, loss, split))
     assert text.startswith(f" {split} loss at iteration {iteration} | lm loss value: ")
-    read = log.parse(text)
+    read = metrics_log.parse(text)
     assert (read.iteration, read.split) == (iteration, split)
     assert read.loss == pytest.approx(loss, rel=1e-8)
 
 
 def test_megatrons_own_line():
-    line = log.parse(MEGATRON)
+    line = metrics_log.parse(MEGATRON)
     assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (100, 500000, 25600, 7.654321, 1)
     assert line.tokens is None
 
 
 def test_a_launcher_may_prefix_it():
-    assert log.parse("worker-1: " + FULL_TEXT + "\n") == FULL
+    assert metrics_log.parse("worker-1: " + FULL_TEXT + "\n") == FULL
 
 
 @pytest.mark.parametrize("cut", range(1, len(FULL_TEXT)))
 def test_a_torn_line_gives_no_wrong_number(cut):
-    line = log.parse(FULL_TEXT[:-cut])
+    line = metrics_log.parse(FULL_TEXT[:-cut])
     if line is not None:  # torn at a bar: what stands there is right
-        assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in log.FIELDS)
+        assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in metrics_log.FIELDS)
         assert (line.iteration, line.train_iters) == (10, 100)
 
 
 @pytest.mark.parametrize("text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"])
 def test_other_text_is_no_line(text):
-    assert log.parse(text) is None
+    assert metrics_log.parse(text) is None
 
 
 def test_logger_appends_once_and_whole(tmp_path, capsys):
-    with log.Logger(0, tmp_path / "logs") as first:
+    with metrics_log.Logger(0, tmp_path / "logs") as first:
         first.say("hello")
         first.line(FULL)
     (tmp_path / "logs/train.log").open("a").write("half a li")  # a killed run
-    with log.Logger(0, tmp_path / "logs") as second, log.Logger(1, tmp_path / "logs") as other:
-        second.line(log.EvalLine(10, 6.2))
+    with metrics_log.Logger(0, tmp_path / "logs") as second, metrics_log.Logger(1, tmp_path / "logs") as other:
+        second.line(metrics_log.EvalLine(10, 6.2))
         other.say("not rank 0")
     text = (tmp_path / "logs/train.log").read_text()
-    assert text == f"hello\n{FULL_TEXT}\nhalf a li\n{log.format(log.EvalLine(10, 6.2))}\n"
-    assert capsys.readouterr().out == f"hello\n{FULL_TEXT}\n{log.format(log.EvalLine(10, 6.2))}\n"
-    assert list(log.read(tmp_path / "logs/train.log")) == [FULL, log.EvalLine(10, 6.2)]
+    assert text == f"hello\n{FULL_TEXT}\nhalf a li\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+    assert capsys.readouterr().out == f"hello\n{FULL_TEXT}\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+    assert list(metrics_log.read(tmp_path / "logs/train.log")) == [FULL, metrics_log.EvalLine(10, 6.2)]
 
 
 def test_logger_is_line_buffered(tmp_path):
-    logger = log.Logger(0, tmp_path)
+    logger = metrics_log.Logger(0, tmp_path)
     logger.say("seen at once")
     assert (tmp_path / "train.log").read_text() == "seen at once\n"
     logger.close()
 
 
 def test_a_full_disk_does_not_stop_the_run(capsys):
-    logger = log.Logger(0)
+    logger = metrics_log.Logger(0)
     logger._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     logger.say("one")
     logger.say("two")
@@ -210,17 +212,17 @@ def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --log-dir"):
-        log.Logger(0, tmp_path / "file")
+        metrics_log.Logger(0, tmp_path / "file")
     with pytest.raises(UserError, match="cannot read"):
-        list(log.read(tmp_path / "nothing"))
+        list(metrics_log.read(tmp_path / "nothing"))
 
 
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with log.Logger(0, None, tmp_path) as logger:
+    with metrics_log.Logger(0, None, tmp_path) as logger:
         logger.line(FULL)
-        logger.line(log.EvalLine(10, 6.2))
+        logger.line(metrics_log.EvalLine(10, 6.2))
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("lm loss")[0].value == pytest.approx(FULL.loss)
     assert events.Scalars("lm loss validation")[0].step == 10

@@ -361,7 +361,7 @@ def test_nothing_is_kept_for_frozen_weights(cpu):
     """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its base at first."""
     from ascendspeed.distributed import process_groups
     from ascendspeed.distributed.fused_kernels import Kernels
-    from ascendspeed.engines.megatron import MegatronEngine
+    from ascendspeed.training.engines.megatron import MegatronEngine
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     lora = replace(LORA, lora_target_modules=ALL)

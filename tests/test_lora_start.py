@@ -20,9 +20,9 @@ from test_convert import command as tool
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.log import read
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
+from ascendspeed.training.metrics_log import read
 from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm2-tiny")
@@ -204,8 +204,8 @@ def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
 @pytest.fixture
 def start(cpu):
     """What `find_start` finds, and what it says."""
-    from ascendspeed import start as room
     from ascendspeed.distributed import process_groups
+    from ascendspeed.training import setup as room
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 

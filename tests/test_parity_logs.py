@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendspeed import log
 from ascendspeed.parity import console, reading
 from ascendspeed.parity.aligning import align
 from ascendspeed.parity.curve import Digits, Step, continuous, number, step_of
+from ascendspeed.training import metrics_log
 from ascendspeed.utils.errors import UserError
 
 SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what they say
@@ -104,7 +104,10 @@ def ours(iteration: int, loss: float | None, **more: float) -> str:
     """A line of this project's log; 8 samples of 16 tokens an iteration."""
     places = {"samples": 8 * iteration, "tokens": 128 * iteration}
     return (
-        log.format(log.TrainLine("2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more})) + "\n"
+        metrics_log.format(
+            metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more})
+        )
+        + "\n"
     )
 
 
@@ -295,10 +298,10 @@ def board(tmp_path):
 
 
 def test_our_events(tmp_path):
-    with log.Logger(0, None, tmp_path) as logger:
+    with metrics_log.Logger(0, None, tmp_path) as logger:
         for i in (1, 2):
-            logger.line(log.parse(ours(i, 2.0 + i, ms_per_iteration=12.5)))
-            logger.line(log.EvalLine(i, 9.0))
+            logger.line(metrics_log.parse(ours(i, 2.0 + i, ms_per_iteration=12.5)))
+            logger.line(metrics_log.EvalLine(i, 9.0))
     curve = reading.read(tmp_path)
     assert curve.steps == tuple(Step(i, 8 * i, 128 * i, 2.0 + i, 1.0, ms=12.5) for i in (1, 2))
     assert reading.read(next(tmp_path.iterdir())).steps == curve.steps

@@ -9,7 +9,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from ascendspeed import log
+from ascendspeed.training import metrics_log
 
 QUICKSTART = "examples/intern/quickstart.sh"
 PYTHON = """#!/usr/bin/env bash
@@ -164,7 +164,7 @@ def report():
 
 def line(iteration: int, loss: float) -> str:
     more = {"tokens_per_s": 10.0, "memory_gib": 1.0}
-    return log.format(log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more)) + "\n"
+    return metrics_log.format(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more)) + "\n"
 
 
 def test_report_counts_an_iteration_once(report, tmp_path):

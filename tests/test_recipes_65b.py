@@ -20,9 +20,9 @@ from recipes import INTERN, clean, program
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.indexed.megatron_pair import PairWriter
-from ascendspeed.log import TrainLine, read
 from ascendspeed.models import estimates
 from ascendspeed.models.families import PRESETS
+from ascendspeed.training.metrics_log import TrainLine, read
 from ascendspeed.utils.errors import UserError
 
 RECIPES = {"zero": INTERN / "pretrain_internlm_65b_zero.sh", "ptd": INTERN / "pretrain_internlm_65b_ptd_32p.sh"}

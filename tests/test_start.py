@@ -43,8 +43,8 @@ def saved(tmp_path):
 @pytest.fixture
 def start(cpu):
     """What `find_start` finds, and what it says."""
-    from ascendspeed import start as room
     from ascendspeed.distributed import process_groups
+    from ascendspeed.training import setup as room
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
@@ -177,7 +177,7 @@ class Two:
 
 
 def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
-    from ascendspeed import start as room
+    from ascendspeed.training import setup as room
 
     (tmp_path / ".try_shared").touch()
     room._try_disk(tmp_path, Two(".try_shared", ""))  # the control
@@ -188,7 +188,7 @@ def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
 
 
 def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_path):
-    from ascendspeed import start as room
+    from ascendspeed.training import setup as room
 
     run = changed(load=saved, save=saved)
     room._check_views(run, Two((saved, False, {"load": True, "save": True})))  # the control
@@ -253,8 +253,8 @@ def data(tmp_path_factory):
 
 
 def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
-    from ascendspeed import start as room
     from ascendspeed.distributed import process_groups
+    from ascendspeed.training import setup as room
 
     prefix, tokenizers = data
     grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []
@@ -274,9 +274,9 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
 
 
 def test_epochs_are_iterations(cpu, data):
-    from ascendspeed import start as room
     from ascendspeed.data import dataset
     from ascendspeed.distributed import process_groups
+    from ascendspeed.training import setup as room
 
     grid, given = process_groups.initialize(cpu, ParallelConfig(), seed=1), replace(RUN.data, data_path=(data[0],))
     run = replace(RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5))

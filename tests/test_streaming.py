@@ -26,7 +26,7 @@ from ascendspeed.data.readers import random_access
 from ascendspeed.data.streaming import stream
 from ascendspeed.data.streaming.permutation import Permutation
 from ascendspeed.data.streaming.prefetch import Prefetch
-from ascendspeed.log import TrainLine, read
+from ascendspeed.training.metrics_log import TrainLine, read
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB, SEQ, LONG, ROWS = 7, 2048, 48, 160, 300
@@ -404,18 +404,18 @@ def test_the_next_batch_is_made_ahead():
 def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
     from test_start import RUN
 
-    from ascendspeed import start
     from ascendspeed.distributed import process_groups
+    from ascendspeed.training import setup
 
     given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
     grid, said = process_groups.initialize(cpu, RUN.parallel, seed=1), []
-    _, batches = start.open_data(given, grid, said.append)
+    _, batches = setup.open_data(given, grid, said.append)
     assert any(line.startswith("train data: about ") for line in said)
     assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
         told(opened(text, tokenizer, seed=1234).sample(0))
     ]
     with pytest.raises(UserError, match="give --train-iters"):
-        start.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid, said.append)
+        setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid, said.append)
 
 
 def run(folder, text, tokenizer, world, *flags):

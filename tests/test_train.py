@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.log import EvalLine, Logger, TrainLine, read
+from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine, read
 from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=16, max_position_embeddings=8)
@@ -31,7 +31,7 @@ class Recorder:
         self.updates, self.calls, self.lrs = 0, [], []
 
     def step(self, batches, lr):
-        from ascendspeed.engines import StepResult
+        from ascendspeed.training.engines import StepResult
 
         number = len(self.calls)
         self.at.get(number, lambda: None)()
@@ -63,10 +63,10 @@ class Recorder:
 @pytest.fixture
 def loop(cpu, tmp_path):
     """Runs the loop; returns the state, the engine and the log's lines; `loop.watch` is what watched."""
-    from ascendspeed import train
     from ascendspeed.checkpoint import TrainState
     from ascendspeed.distributed import process_groups
-    from ascendspeed.watch import Watch
+    from ascendspeed.training import loop as train
+    from ascendspeed.training.fault_tolerance import Watch
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
@@ -102,7 +102,7 @@ def test_the_interval_loss_is_the_mean_over_tokens(loop):
 
 def test_a_pause_is_no_part_of_an_iterations_time(loop, monkeypatch):
     """On a clock that an iteration moves by 100 s and an evaluation by 10,000 s."""
-    from ascendspeed import train
+    from ascendspeed.training import loop as train
 
     real, ahead = time.perf_counter, [0.0]
 
@@ -250,7 +250,7 @@ def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_pat
 
 def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
     from ascendspeed.distributed import process_groups
-    from ascendspeed.watch import Watch
+    from ascendspeed.training.fault_tolerance import Watch
 
     (tmp_path / "step_0000001").mkdir()
     grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []

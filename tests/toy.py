@@ -29,17 +29,17 @@ def main(flags: Sequence[str]) -> int:
     run, notes = resolve([*FLAGS, *flags], world_size())
     device = devices.prepare("cpu", "auto")
 
-    from ascendspeed import start, train
     from ascendspeed.data.dataset import rounds
     from ascendspeed.distributed import process_groups
-    from ascendspeed.log import Logger
-    from ascendspeed.watch import Watch
+    from ascendspeed.training import loop, setup
+    from ascendspeed.training.fault_tolerance import Watch
+    from ascendspeed.training.metrics_log import Logger
 
     grid = process_groups.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
     with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid, log.say) as watch:
         for note in notes:
             log.say(f"note: {note}")
-        begin = start.find_start(run, grid, device, log.say)
+        begin = setup.find_start(run, grid, device, log.say)
         engine = engine_of(run, grid)
         if begin.resume:
             engine.restore(begin.resume)
@@ -48,7 +48,7 @@ def main(flags: Sequence[str]) -> int:
         def batches(split: str, consumed: int) -> list[list[int]]:
             return [list(range(a, a + size)) for a in rounds(consumed, whole, size, grid.dp_rank, grid.dp)]
 
-        train.train(run, grid, device, engine, batches, log, begin, watch)
+        loop.train(run, grid, device, engine, batches, log, begin, watch)
     process_groups.destroy()
     return watch.exit_code
 
@@ -60,8 +60,8 @@ def engine_of(run: Any, grid: Any) -> Any:
 
     from ascendspeed import checkpoint
     from ascendspeed.checkpoint import KINDS, Fragment
-    from ascendspeed.engines import StepResult
     from ascendspeed.models.param_mapping import Cut
+    from ascendspeed.training.engines import StepResult
 
     rows = [ROWS * (grid.rank + i) // grid.world for i in (0, 1)]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from ascendspeed import log
 from ascendspeed.cli import parser
+from ascendspeed.training import metrics_log
 from ascendspeed.utils import errors
 
 
@@ -71,7 +71,7 @@ def their_loss(work: Path, samples: Any) -> float:
 
 def log_lines(path: Path) -> list[Any]:
     """Every iteration and evaluation once: what a run that was killed did beyond its last checkpoint, its successor did again."""
-    lines = {(type(line), line.iteration): line for line in log.read(path)} if path.is_file() else {}
+    lines = {(type(line), line.iteration): line for line in metrics_log.read(path)} if path.is_file() else {}
     return list(lines.values())
 
 
@@ -94,8 +94,8 @@ def draw(lines: list[Any], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    train = [line for line in lines if isinstance(line, log.TrainLine)]
-    valid = [line for line in lines if isinstance(line, log.EvalLine)]
+    train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
+    valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.plot([line.iteration for line in train], [line.loss for line in train], lw=1.2, label="training")
     axes.plot([line.iteration for line in valid], [line.loss for line in valid], "o", ms=5, label="validation")
@@ -113,7 +113,7 @@ def main() -> None:
     samples = held_out(work, options.length)
     ours, theirs = our_loss(work, samples), their_loss(work, samples)
     lines = log_lines(work / "logs" / "train.log")
-    train = [line for line in lines if isinstance(line, log.TrainLine)]
+    train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
     if train:
         draw(lines, work / "loss.png")
 

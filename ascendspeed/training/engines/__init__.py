@@ -75,11 +75,11 @@ def builder(
     Raises `UserError` when --deepspeed_config contradicts the flags.
     """
     if not run.parallel.deepspeed:
-        from ascendspeed.engines.megatron import MegatronEngine
+        from ascendspeed.training.engines.megatron import MegatronEngine
 
         say(f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer")
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
-    from ascendspeed.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 
     config = ds_config(run, grid.world)
     say(f"DeepSpeed config: {json.dumps(config)}")

@@ -16,10 +16,10 @@ from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.training.fault_tolerance.heartbeat import Heartbeat
+from ascendspeed.training.fault_tolerance.loss_monitor import Health
+from ascendspeed.training.fault_tolerance.stop_signals import Reason, Stop
 from ascendspeed.utils import errors
-from ascendspeed.watch.health import Health
-from ascendspeed.watch.heartbeat import Heartbeat
-from ascendspeed.watch.stop import Reason, Stop
 
 __all__ = ["Health", "Heartbeat", "Reason", "Stop", "Watch"]
 

@@ -18,12 +18,12 @@ from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.engines import Engine, StepResult
-from ascendspeed.log import EvalLine, Logger, TrainLine
 from ascendspeed.models import estimates
-from ascendspeed.start import Batches, Start
+from ascendspeed.training.engines import Engine, StepResult
+from ascendspeed.training.fault_tolerance import Watch
+from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine
+from ascendspeed.training.setup import Batches, Start
 from ascendspeed.utils.errors import UserError
-from ascendspeed.watch import Watch
 
 SAVE_MINUTES = 24 * 60
 """What the ranks wait for each other while saving."""

@@ -30,11 +30,11 @@ from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import Grid, generators, set_generators
-from ascendspeed.engines import NOTHING, StepResult, Tensors
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.context_parallel import Share
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import segments
+from ascendspeed.training.engines import NOTHING, StepResult, Tensors
 
 
 class MegatronEngine:

@@ -27,10 +27,10 @@ from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import MPU, Grid, generators, set_generators
-from ascendspeed.engines import NOTHING, StepResult, Tensors
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import segments
+from ascendspeed.training.engines import NOTHING, StepResult, Tensors
 from ascendspeed.utils.errors import UserError
 
 

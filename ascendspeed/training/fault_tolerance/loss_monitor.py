@@ -9,7 +9,7 @@ from ascendspeed.checkpoint import TrainState
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import rounds
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.engines import StepResult
+from ascendspeed.training.engines import StepResult
 
 SMALL_SCALE = 128.0
 """A loss scale that is still above it may fall further; overflows there are how fp16 finds its scale, and no failure."""

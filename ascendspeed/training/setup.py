@@ -11,7 +11,7 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import adapting, checkpoint, conversion
+from ascendspeed import checkpoint, conversion
 from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
@@ -26,6 +26,7 @@ from ascendspeed.distributed.process_groups import Grid
 from ascendspeed.models import estimates
 from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.tokenization import tokenizer
+from ascendspeed.training import lora_setup
 from ascendspeed.utils.errors import UserError
 
 Say = Callable[[str], None]
@@ -203,7 +204,7 @@ def _is_empty(folder: Path) -> bool:
 def _from_weights(run: Run, source: Source, readers: Readers) -> Start:
     if not run.lora.lora_rank:
         return Start(source.tensors())
-    tensors, lora = adapting.begin(run, source, readers)
+    tensors, lora = lora_setup.begin(run, source, readers)
     return Start(tensors, lora=lora)
 
 
@@ -213,12 +214,12 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) 
     if theirs != run.model:
         raise UserError(f"{found.path} holds another model than this run: {theirs}, not {run.model}")
     adapted = bool(run.lora.lora_rank)
-    adapting.check_kind(run, found)
+    lora_setup.check_kind(run, found)
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         either = adapted or found.run.lora.lora_rank
         return _from_weights(run, training_checkpoint.source_of(found, readers), readers) if either else Start(found.tensors())
-    tensors, lora = adapting.go_on(run, found, readers) if adapted else (None, None)
+    tensors, lora = lora_setup.go_on(run, found, readers) if adapted else (None, None)
     if run.train.finetune:
         say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
         return Start(chain(tensors, found.tensors()), lora=lora)

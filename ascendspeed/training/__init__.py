@@ -1,0 +1,1 @@
+"""Training loop, engines and fault tolerance."""

@@ -152,15 +152,15 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from ascendspeed import generate
     from ascendspeed.evaluation import harness
     from ascendspeed.evaluation.answers import Answers
     from ascendspeed.evaluation.prompts import Encoder, prepare
     from ascendspeed.evaluation.running import Model
+    from ascendspeed.inference import engine
     from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(folder)
-    model = generate.load(folder, dtype=options.dtype, device=here)
+    model = engine.load(folder, dtype=options.dtype, device=here)
     room, one = model.config.max_position_embeddings, benchmark(options)
     put = style("lm-eval", "mmlu", options.shots)
     prompts = list(prepare(one, put, Encoder(tokens), room, 0))

@@ -74,7 +74,7 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.generate import LanguageModel
+    from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
@@ -109,7 +109,7 @@ def measure(options: Options, here: Any) -> dict[tuple[int, int], dict[str, list
     """(batch, prompt) -> side -> (to the first token, in all) of every round."""
     import torch
 
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     ours, theirs = sides(options, here)
     found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]] = {}

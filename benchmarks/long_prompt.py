@@ -57,7 +57,7 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     import torch
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.generate import LanguageModel, Params, sample
+    from ascendspeed.inference.engine import LanguageModel, Params, sample
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 

@@ -21,7 +21,7 @@ def main() -> None:
     from safetensors.torch import load_file
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.generate import LanguageModel
+    from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     found = {}
@@ -41,7 +41,7 @@ def main() -> None:
 
 def answers(asked, case):
     """Everything that the case asks of a model, as JSON holds it."""
-    from ascendspeed.generate import Params, logprobs, sample, score
+    from ascendspeed.inference.engine import Params, logprobs, sample, score
 
     texts = {
         name: [[[one.tokens, one.reason, one.score] for one in each] for each in sample(asked, case["prompts"], Params(**params))]

@@ -42,9 +42,9 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def model(folders, cpu):
     """Ours."""
-    from ascendspeed import generate
+    from ascendspeed.inference import engine
 
-    return generate.load(folders["ours"], dtype="fp32", device=cpu)
+    return engine.load(folders["ours"], dtype="fp32", device=cpu)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,7 @@ REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [(SHARED
 
 def language_model(cpu, model: ModelConfig, tensors):
     from ascendspeed.distributed import process_groups
-    from ascendspeed.generate import LanguageModel
+    from ascendspeed.inference.engine import LanguageModel
 
     return LanguageModel(ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu)
 
@@ -124,7 +124,7 @@ def test_equals_hugging_face(cpu, name):
 
 
 def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Path) -> None:
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     cases = {}
     for name in names:
@@ -212,7 +212,7 @@ LONG = [[1, *range(2, 100)], [1, *range(30, 60)], [1, *range(5, 79)], [1, 7, 7, 
 
 def test_rows_that_finish_leave_the_others_their_rope(cpu):
     """Stop tokens, several draws, beams and a penalty, beyond the trained length: as each prompt alone."""
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v3")
     for more in (
@@ -229,7 +229,8 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
-    from ascendspeed.generate import Params, model, sample
+    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import language_model as model
 
     monkeypatch.setattr(model, "CHUNK", 40)  # several chunks
     asked, dynamic = asked_of(cpu, name)
@@ -244,7 +245,7 @@ def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
     """Each row with the base of its own length (Hugging Face's model keeps the longest it met); short ones share what is common."""
-    from ascendspeed.generate import score
+    from ascendspeed.inference.engine import score
 
     asked, _ = asked_of(cpu, name)
     requests = [(LONG[0][:n], [7, 8]) for n in (30, 31, 70, 80, 90)] + [(LONG[0][:90], [9]), (LONG[0], [3])]
@@ -260,8 +261,8 @@ def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
 def test_warping_is_hugging_faces():
     from transformers.generation import logits_process as hf
 
-    from ascendspeed.generate.choosing import penalized, warped
-    from ascendspeed.generate.params import Params
+    from ascendspeed.inference.engine.logits_processors import penalized, warped
+    from ascendspeed.inference.engine.sampling_params import Params
 
     scores = torch.randn(5, 200, generator=torch.Generator().manual_seed(1)) * 3
     seen = torch.tensor([[1, 2, 3], [4, 4, 4], [0, 9, 199], [7, 8, 9], [50, 60, 70]])
@@ -277,7 +278,7 @@ def test_warping_is_hugging_faces():
 
 def test_draws_follow_the_probabilities():
     """Chi-square of 20,000 draws, of one at a time and of several; never what is -inf. A control is far off."""
-    from ascendspeed.generate.choosing import draw, draw_several
+    from ascendspeed.inference.engine.logits_processors import draw, draw_several
 
     scores, n = torch.tensor([[0.0, 1.0, float("-inf"), 2.0, -1.0, float("-inf")]]), 20_000
     generator = torch.Generator().manual_seed(2)
@@ -301,7 +302,7 @@ def test_draws_follow_the_probabilities():
 
 
 def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v2")
     params = Params(do_sample=True, max_new_tokens=20, temperature=1.5, top_k=40, seed=7)
@@ -319,7 +320,7 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
 
 @pytest.mark.parametrize("seed", [-1, -2, 2**63, 2**63 + 1, 2**64 - 3])
 def test_seeds_have_streams_of_their_own(seed):
-    from ascendspeed.generate.choosing import stream
+    from ascendspeed.inference.engine.logits_processors import stream
 
     others = [stream(other, 0).random() for other in (-1, -2, -1000, 0, 1, 2**63, 2**63 + 1, 2**64 - 3) if other != seed]
     assert stream(seed, 0).random() not in others
@@ -330,13 +331,13 @@ def test_seeds_have_streams_of_their_own(seed):
 
 
 def rows_of(*tokens: list[int]):
-    from ascendspeed.generate.scoring import Input
+    from ascendspeed.inference.engine.loglikelihood import Input
 
     return [Input(tuple(row), len(row) - 1, [i]) for i, row in enumerate(sorted(tokens))]
 
 
 def test_groups_share_what_saves_more_than_it_costs():
-    from ascendspeed.generate.scoring import groups
+    from ascendspeed.inference.engine.loglikelihood import groups
 
     few = [*range(50)]
     questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
@@ -353,7 +354,7 @@ def test_groups_share_what_saves_more_than_it_costs():
 
 
 def test_shared_rows_are_read_once(cpu, monkeypatch):
-    from ascendspeed.generate import score
+    from ascendspeed.inference.engine import score
 
     asked, _ = asked_of(cpu, "v2.5")
     sizes, run = [], asked._pass
@@ -367,7 +368,8 @@ def test_shared_rows_are_read_once(cpu, monkeypatch):
 
 def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
     """Whatever happened, and the masks of chunks too; then the model trains as before."""
-    from ascendspeed.generate import Params, logprobs, model, sample, score
+    from ascendspeed.inference.engine import Params, logprobs, sample, score
+    from ascendspeed.inference.engine import language_model as model
     from ascendspeed.models.gpt.attention import _future
 
     monkeypatch.setattr(model, "CHUNK", 4)
@@ -399,7 +401,7 @@ def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
 
 @pytest.mark.parametrize("more", [{}, {"do_sample": True}, {"num_beams": 2}, None])
 def test_nan_is_an_error(cpu, more):
-    from ascendspeed.generate import Params, sample, score
+    from ascendspeed.inference.engine import Params, sample, score
 
     asked, _ = asked_of(cpu, "v2")
     with torch.no_grad():
@@ -409,7 +411,7 @@ def test_nan_is_an_error(cpu, more):
 
 
 def test_no_memory_is_an_error(cpu):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, reference = asked_of(cpu, "v2")
     with pytest.raises(UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"):
@@ -418,7 +420,7 @@ def test_no_memory_is_an_error(cpu):
 
 
 def test_beams_that_never_were_are_no_answers(cpu):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v2")
     for each in sample(asked, PROMPTS, Params(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)):
@@ -427,7 +429,7 @@ def test_beams_that_never_were_are_no_answers(cpu):
 
 
 def test_more_stops_than_there_are_tokens(cpu):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v2")
     assert sample(asked, PROMPTS, Params(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
@@ -435,7 +437,7 @@ def test_more_stops_than_there_are_tokens(cpu):
 
 def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
     """`watch` ends rows one after the other: every step has the rows that are left, and these are as if they were alone."""
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v2")
     whole = sample(asked, PROMPTS, Params(max_new_tokens=12))
@@ -454,7 +456,7 @@ def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen(cpu):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     asked, reference = asked_of(cpu, "v1")
     for more in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
@@ -465,7 +467,7 @@ def test_ids_beyond_the_tokenizers_are_never_chosen(cpu):
 
 def test_bf16_follows_hugging_face(cpu):
     """Log-probabilities within bf16's rounding of the fp32 ones, as theirs are."""
-    from ascendspeed.generate import LanguageModel, logprobs
+    from ascendspeed.inference.engine import LanguageModel, logprobs
 
     tensors = tensors_of(MODELS["v2"])
     fp32 = hugging_face(MODELS["v2"], tensors, rope_of(MODELS["v2"]))
@@ -490,7 +492,7 @@ def test_bf16_follows_hugging_face(cpu):
     ],
 )
 def test_params_that_mean_nothing(params, says):
-    from ascendspeed.generate.params import Params
+    from ascendspeed.inference.engine.sampling_params import Params
 
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
         Params(**params).check()

@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
 
-from ascendspeed.inference import options, performance, prompts, questions
-from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest, read_pairs
-from ascendspeed.inference.results import Results
+from ascendspeed.inference import args, benchmark_report, prompts
+from ascendspeed.inference import stdin as questions
+from ascendspeed.inference.benchmark_report import Clock, OutOfMemory, Timing, largest, read_pairs
+from ascendspeed.inference.output import Results
 from ascendspeed.models import families
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
@@ -53,13 +54,13 @@ def reference():
 @pytest.fixture
 def run(cpu, folder, monkeypatch, capsys):
     """Runs the command here: run(*flags, stdin=...) -> what it wrote to stdout."""
-    from ascendspeed.inference import running
+    from ascendspeed.inference import runner
 
     def run(*flags, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
-        job, notes = options.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
+        job, notes = args.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
         capsys.readouterr()
-        running.run(job, cpu, notes)
+        runner.run(job, cpu, notes)
         run.stderr = ""
         out = capsys.readouterr()
         run.stderr = out.err
@@ -107,7 +108,7 @@ WRONG = {
 @pytest.mark.parametrize("typed", WRONG)
 def test_what_was_typed_is_judged_first(typed, folder):
     with pytest.raises(UserError) as error:
-        options.resolve(typed.format(*[folder] * typed.count("{}")).split(), 1)
+        args.resolve(typed.format(*[folder] * typed.count("{}")).split(), 1)
     assert WRONG[typed] in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -119,17 +120,17 @@ PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-d
 
 
 def test_the_published_flags_are_understood(folder):
-    job, notes = options.resolve(PUBLISHED.format(folder).split(), 1)
+    job, notes = args.resolve(PUBLISHED.format(folder).split(), 1)
     assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (1, 42, True)
     assert job.tasks == ()  # its --seed does not ask for drawing
-    assert options.resolve([*PUBLISHED.format(folder).split(), "--task", "1"], 1)[0].tasks == ("greedy",)
+    assert args.resolve([*PUBLISHED.format(folder).split(), "--task", "1"], 1)[0].tasks == ("greedy",)
     told = {note.split()[0] for note in notes}
     assert {"--deepspeed", "--deepspeed-config", "--seq-length", "--no-contiguous-buffers-in-local-ddp", "--local-rank"} <= told
 
 
 def test_which_task_is_meant(folder):
     def tasks(typed):
-        return options.resolve(["--load", str(folder), *typed.split()], 1)[0].tasks
+        return args.resolve(["--load", str(folder), *typed.split()], 1)[0].tasks
 
     assert tasks("") == ()
     assert tasks("--task 1 2 3 4 5 6") == ("greedy", "sample", "beam", "beam-sample", "logprobs", "chat")
@@ -138,7 +139,7 @@ def test_which_task_is_meant(folder):
     assert tasks("--num-beams 2 --temperature 2") == ("beam-sample",)
     assert tasks("--history-turns 2") == ("chat",)
     words = ["--input_texts", "a", "b", "--max_output_length", "7", "--max_batch_size", "3"]
-    mindie = options.resolve(["--load", str(folder), *words], 1)[0]
+    mindie = args.resolve(["--load", str(folder), *words], 1)[0]
     assert (mindie.generation.input_texts, mindie.generation.max_new_tokens, mindie.generation.batch_size) == (("a", "b"), 7, 3)
 
 
@@ -180,7 +181,7 @@ def test_lines_of_an_input_file(tmp_path):
     ] * 2
     assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
     with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
-        prompts.typed(options.Generation(prompt=("fine", "\udcff")))
+        prompts.typed(args.Generation(prompt=("fine", "\udcff")))
     with pytest.raises(UserError, match="stdin is not UTF-8"):
         prompts.from_text(b"\xff", "stdin")
 
@@ -451,7 +452,7 @@ def test_a_model_ends_where_its_files_say(run, folder, tmp_path):
 
 def test_tools_in_files(cpu, tmp_path, monkeypatch):
     """The tools of a conversation reach the model, and the calls of its answer the file."""
-    from ascendspeed.inference import answers, running
+    from ascendspeed.inference import batching, runner
 
     folder = vocabulary(tmp_path / "hf", UNUSED.values(), UNUSED)
     model = replace(families.preset("internlm2-tiny"), num_layers=1, vocab_size=512)
@@ -462,14 +463,14 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
 
     def answer(session, prompts, numbers, *_):
         asked.extend(prompts)
-        return [[answers.Answer("", tokens, "stop", 0.0)] for tokens in (said, one.encode("No.").tolist())]
+        return [[batching.Answer("", tokens, "stop", 0.0)] for tokens in (said, one.encode("No.").tolist())]
 
-    monkeypatch.setattr(running, "answer", answer)
-    monkeypatch.setattr(running.Session, "model", None)
+    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(runner.Session, "model", None)
     talk = [{"role": "user", "content": "hi"}]
     (tmp_path / "in").write_text("\n".join(json.dumps({"messages": talk, "tools": tools}) for tools in ([{"name": "f"}], [])))
     flags = ["--load", str(folder), "--device", "cpu", "--input-file", str(tmp_path / "in"), "--output-file", str(tmp_path / "out")]
-    running.run(options.resolve([*flags, "--task", "chat"], 1)[0], cpu, [])
+    runner.run(args.resolve([*flags, "--task", "chat"], 1)[0], cpu, [])
     with_tools, without = records(tmp_path / "out")
     assert with_tools["answers"][0]["message"] == {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "f"}]}
     assert "message" not in without["answers"][0]
@@ -489,7 +490,7 @@ def test_every_question_is_drawn_for_anew(run):
 def test_a_terminal_gets_its_echo_back():
     """After SIGTERM, which is what the launcher makes of Ctrl-C."""
     master, slave = pty.openpty()
-    asks = "from ascendspeed.inference.questions import from_stdin; from_stdin()"
+    asks = "from ascendspeed.inference.stdin import from_stdin; from_stdin()"
     command, env = [sys.executable, "-c", asks], launch.environment(TERM="xterm")
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, cwd=launch.ROOT)
     try:
@@ -526,7 +527,7 @@ def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
 
 
 def test_what_is_remembered(cpu, folder):
-    from ascendspeed.inference.talk import Talk
+    from ascendspeed.inference.chat import Talk
 
     one = tokenizer.load(folder)
 
@@ -561,7 +562,7 @@ CALLS = [
 
 def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
     """Right or wrong, a conversation goes on from it."""
-    from ascendspeed.inference.talk import Talk
+    from ascendspeed.inference.chat import Talk
 
     one = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
     for call in CALLS:
@@ -579,7 +580,7 @@ def test_clock_and_table(tmp_path):
     timing = clock.timing(4, 100, 5)
     assert timing.row == (4, 100, 5, 2.5, 500.0, 500.0, 8.0, 8.0)
     assert Timing(1, 8, 1, 0.5, 0.5).row[5:] == (0.0, 0.0, 2.0)
-    text = performance.write([timing, Timing(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32")
+    text = benchmark_report.write([timing, Timing(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32")
     assert text.splitlines()[0] == "tiny, fp32"
     assert text.splitlines()[2].split() == ["4", "100", "5", "2.50", "500.00", "500.00", "8.00", "8.00"]
     assert (tmp_path / "new/performance.csv").read_text().splitlines()[2] == "2,8,2,0.25,125.0,125.0,16.0,16.0"

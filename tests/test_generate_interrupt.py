@@ -16,7 +16,7 @@ import launch
 import pytest
 from test_generate_command import folder, reference, run  # noqa: F401 - fixtures
 
-from ascendspeed.inference import options, questions
+from ascendspeed.inference import args, stdin
 from ascendspeed.utils.errors import EXIT_INTERRUPTED
 
 LONG = ["--task", "chat", "--max-new-tokens", "20000"]
@@ -25,7 +25,7 @@ LONG = ["--task", "chat", "--max-new-tokens", "20000"]
 
 def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
     """History of a conversation of two questions at a terminal; `heard(pieces)` is called with the pieces shown so far."""
-    from ascendspeed.inference import running, talk
+    from ascendspeed.inference import chat, runner
 
     pieces, talks = [], []
 
@@ -35,7 +35,7 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
             return True
 
     def read():
-        return questions.Said(words.pop(0)) if words else None
+        return stdin.Said(words.pop(0)) if words else None
 
     def show(text):
         pieces.append(text)
@@ -43,11 +43,11 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
 
     words = ["hi", "again"]
     monkeypatch.setattr(sys, "stdin", Terminal)
-    monkeypatch.setattr(talk, "write", show)
-    monkeypatch.setattr(running, "from_stdin", read)
-    monkeypatch.setattr(running, "Talk", lambda *a: talks.append(talk.Talk(*a)) or talks[0])
-    job, notes = options.resolve(["--load", str(folder), "--device", "cpu", "--task", "chat", "--max-new-tokens", "12"], 1)
-    running.run(job, cpu, notes)
+    monkeypatch.setattr(chat, "write", show)
+    monkeypatch.setattr(runner, "from_stdin", read)
+    monkeypatch.setattr(runner, "Talk", lambda *a: talks.append(chat.Talk(*a)) or talks[0])
+    job, notes = args.resolve(["--load", str(folder), "--device", "cpu", "--task", "chat", "--max-new-tokens", "12"], 1)
+    runner.run(job, cpu, notes)
     return talks[0].history
 
 

@@ -66,9 +66,9 @@ def reference(trained):
 @pytest.fixture(params=["ckpt", "export"])
 def asked(cpu, trained, request):
     """What `--load` gives of each."""
-    from ascendspeed import generate
+    from ascendspeed.inference import engine
 
-    return generate.load(trained / request.param, dtype="fp32", device=cpu)
+    return engine.load(trained / request.param, dtype="fp32", device=cpu)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ PARAMS = {
 
 
 def test_token_for_token(asked, reference, prompts):
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     for name, params in PARAMS.items():
         found = texts(sample(asked, prompts, Params(**params)))
@@ -106,7 +106,7 @@ def gaps_of(reference, prompt: list[int], steps: int) -> list[float]:
 
 def test_log_probabilities(asked, reference, prompts, trained):
     """Control: rope by a base that is 1 % off."""
-    from ascendspeed.generate import logprobs
+    from ascendspeed.inference.engine import logprobs
 
     held_out = tokenizer.load(trained / "tokenizer").encode(words(1, start=900)[0]).tolist()
     rows = [*prompts, [1, *held_out]]
@@ -126,7 +126,7 @@ def largest(reference, row: list[int], mine: torch.Tensor) -> float:
 
 def test_gate_and_up_changed_over_show(asked, reference, prompts):
     """The control of the texts."""
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     for layer in reference.model.layers:
         layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
@@ -154,8 +154,8 @@ def listed(trained) -> list[str]:
 
 def test_a_command_verifies_every_file_once(cpu, trained, tmp_path, monkeypatch, hashed, capsys):
     """Needles need the architecture, the model and the hash of its weights."""
-    from ascendspeed import generate
     from ascendspeed.evaluation import needle
+    from ascendspeed.inference import engine
 
     flags = ["--load", str(trained / "ckpt"), "--tokenizer-name-or-path", str(trained / "tokenizer"), "--device", "cpu"]
     flags += ["--lengths", "400", "--depths", "50", "--output-dir", str(tmp_path / "out")]
@@ -163,11 +163,11 @@ def test_a_command_verifies_every_file_once(cpu, trained, tmp_path, monkeypatch,
 
     def blind(model, prompts, params):
         asked.append(model)
-        return [[generate.Completion([5], "length", 0.0)]]
+        return [[engine.Completion([5], "length", 0.0)]]
 
-    monkeypatch.setattr(generate, "sample", blind)
+    monkeypatch.setattr(engine, "sample", blind)
     needle.run(needle.resolve(flags, 1)[0], cpu, [])
-    assert isinstance(asked[0], generate.LanguageModel)
+    assert isinstance(asked[0], engine.LanguageModel)
     assert sorted(hashed) == listed(trained)
     said = capsys.readouterr()
     assert said.err.count("verifying ") == 1
@@ -220,10 +220,10 @@ def test_stdout_is_the_answers_alone(trained):
 
 
 def test_layouts_of_training_are_refused(cpu, trained):
-    from ascendspeed import generate
     from ascendspeed.config.schema import ParallelConfig
+    from ascendspeed.inference import engine
     from ascendspeed.utils.errors import UserError
 
     for more in ({"sequence_parallel": True}, {"context_parallel_size": 2}, {"num_virtual_stages_per_pipeline_rank": 2}):
         with pytest.raises(UserError, match="leave sequence_parallel, virtual stages, context and expert parallel out"):
-            generate.load(trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu)
+            engine.load(trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu)

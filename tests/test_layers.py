@@ -43,10 +43,10 @@ TORCH_FREE = [
     "cli.validation",
     "cli.train_args",
 ]
-TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
+TORCH_FREE += ["inference.args", "inference.benchmark_report", "inference.stdin"]
 MEGATRON = {
     "models.gpt",
-    "generate",
+    "inference.engine",
     "distributed.process_groups",
     "training.engines.megatron",
     "data",

@@ -81,8 +81,8 @@ def test_answers(answer, wanted, found):
 
 def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_path, monkeypatch, capsys):
     """A stand-in for the model finds the number in the ids that it is given; a blind one finds none."""
-    from ascendspeed import generate
     from ascendspeed.evaluation import needle
+    from ascendspeed.inference import engine
 
     asked = []
 
@@ -93,9 +93,9 @@ def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_pa
         text = words.decode(prompts[0])
         asked.append((len(prompts[0]), text))
         number = re.search(r"day is (\d{7})", text)[1]
-        return [[generate.Completion(words.encode(f" {number}.").tolist(), "length", 0.0)]]
+        return [[engine.Completion(words.encode(f" {number}.").tolist(), "length", 0.0)]]
 
-    monkeypatch.setattr(generate, "sample", reads)
+    monkeypatch.setattr(engine, "sample", reads)
     flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out"), "--depths", "0", "50", "100"]
     needle.run(needle.resolve([*flags, "--lengths", "200"], 1)[0], cpu, [])
     assert [length <= 200 and length > 170 for length, _ in asked] == [True] * 3
@@ -107,8 +107,8 @@ def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_pa
     assert json.loads((tmp_path / "out/results.json").read_text())["found"] == [[1.0, 1.0]] * 3
     assert "depth 50 % | 100 | 100" in capsys.readouterr().out
     assert (tmp_path / "out/chart.png").read_bytes().startswith(b"\x89PNG")
-    blind = [[generate.Completion([5], "length", 0.0)]]
-    monkeypatch.setattr(generate, "sample", lambda *_: blind)
+    blind = [[engine.Completion([5], "length", 0.0)]]
+    monkeypatch.setattr(engine, "sample", lambda *_: blind)
     flags[3] = str(tmp_path / "blind")
     needle.run(needle.resolve([*flags, "--lengths", "200"], 1)[0], cpu, [])
     assert json.loads((tmp_path / "blind/results.json").read_text())["found"] == [[0.0]] * 3

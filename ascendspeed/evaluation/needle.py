@@ -14,7 +14,7 @@ from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
-from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -150,7 +150,7 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
 
 
 def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
-    from ascendspeed.generate import Params, sample
+    from ascendspeed.inference.engine import Params, sample
 
     stops = session.stops(job.asked.chat)
     tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)

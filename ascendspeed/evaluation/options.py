@@ -13,7 +13,7 @@ from ascendspeed.config.schema import ModelConfig, alias
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.styles import SHOTS, Style, style
-from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 

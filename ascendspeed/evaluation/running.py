@@ -16,29 +16,29 @@ from ascendspeed.evaluation.answers import NAME, Answers, open_together
 from ascendspeed.evaluation.options import Job
 from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
-from ascendspeed.inference.options import SPARE
+from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.detokenizer import Stream, cut
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 
 class Model:
-    """`ascendspeed.generate` as a backend; every rank asks it the same."""
+    """`ascendspeed.inference.engine` as a backend; every rank asks it the same."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, batch_size: int) -> None:
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     def score(self, pairs: Sequence[Any], got: Callable[[int, float, bool], None]) -> None:
         """As `harness.Backend` says."""
-        from ascendspeed import generate
+        from ascendspeed.inference import engine
 
-        generate.score(self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy))
+        engine.score(self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy))
 
     def generate(self, prompts: Sequence[Any], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]) -> None:
         """As `harness.Backend` says."""
-        from ascendspeed import generate
+        from ascendspeed.inference import engine
 
-        params = generate.Params(max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size)
+        params = engine.Params(max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size)
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -48,7 +48,7 @@ class Model:
                 streams[row].push(token)
                 return streams[row].stopped
 
-            done = generate.sample(self.model, [prompts[i] for i in batch], params, ends)
+            done = engine.sample(self.model, [prompts[i] for i in batch], params, ends)
             for i, completions in zip(batch, done, strict=True):
                 got(i, cut(self.tokenizer, completions[0].tokens, until)[0])
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.inference.options import Generation
+from ascendspeed.inference.args import Generation
 from ascendspeed.tokenization.chat import Chat, Message, read_messages
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError

@@ -10,14 +10,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ascendspeed import conversion, generate
+from ascendspeed import conversion
 from ascendspeed.checkpoint import Readers
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import Source
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
-from ascendspeed.inference.options import SPARE, Place
+from ascendspeed.inference import engine
+from ascendspeed.inference.args import SPARE, Place
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import Chat, stop_set
 from ascendspeed.tokenization.tokenizer import Tokenizer
@@ -93,13 +94,13 @@ class Session:
         return stop_set(self.tokenizer, folders, self.chat.stops if talks else ())
 
     @cached_property
-    def model(self) -> generate.LanguageModel:
+    def model(self) -> engine.LanguageModel:
         """The model; reads the weights when it is first asked for."""
         where = self.place.where
         fused = fused_kernels.choose(
             self.device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
         )
-        model = generate.load(self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
+        model = engine.load(self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
         self.say(f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}")
         return model
 

@@ -14,8 +14,8 @@ from tyro.conf import FlagCreatePairsOff
 from ascendspeed.cli import parser
 from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags, world_size
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.inference import performance
-from ascendspeed.inference.options import Place, Where, find_place, notes
+from ascendspeed.inference import benchmark_report
+from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
@@ -60,19 +60,18 @@ def main() -> None:
 
     device = devices.prepare(place.where.device, place.where.distributed_backend)
 
-    from ascendspeed import generate
     from ascendspeed.distributed import process_groups
-    from ascendspeed.inference import timing
+    from ascendspeed.inference import benchmark, engine
 
     if place.where.fp16 and device.kind == "cpu":
         raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-    model = generate.load(place.where.load, parallel=place.where.layout, dtype=place.where.dtype, device=device)
+    model = engine.load(place.where.load, parallel=place.where.layout, dtype=place.where.dtype, device=device)
     say = functools.partial(print, file=sys.stderr, flush=True) if model.grid.rank == 0 else lambda line: None
     for note in notes(typed):
         say(f"note: {note}")
-    found = timing.timings(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
+    found = benchmark.timings(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
     if model.grid.rank == 0:
-        text = performance.write(found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})"))
+        text = benchmark_report.write(found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})"))
         print(text, end="", flush=True)
     process_groups.destroy()
 
@@ -84,11 +83,11 @@ def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int
     if options.batch_size < 1 or not options.limit_ms > 0:
         raise UserError(f"--batch-size {options.batch_size} and --limit-ms {options.limit_ms} must be above 0")
     if options.performance is not None:
-        return performance.read_pairs(options.performance, "--performance"), []
-    cases = performance.read_pairs(options.performance_maxbs or "", "--performance-maxbs")
+        return benchmark_report.read_pairs(options.performance, "--performance"), []
+    cases = benchmark_report.read_pairs(options.performance_maxbs or "", "--performance-maxbs")
     if any(outputs < 2 for _, outputs in cases):
         raise UserError("--performance-maxbs needs outputs of at least 2 tokens: the first one is not counted")
-    ranges = performance.read_pairs(options.ranges or "null", "--ranges")
+    ranges = benchmark_report.read_pairs(options.ranges or "null", "--ranges")
     if len(ranges) != len(cases) or any(low > high for low, high in ranges):
         raise UserError(
             f"--ranges {options.ranges} must have a pair, smallest and largest batch, for each of the {len(cases)} lengths"

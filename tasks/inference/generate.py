@@ -7,7 +7,7 @@ python tasks/inference/generate.py --load model_from_hf/internlm2-chat-7b --bf16
 import sys
 
 from ascendspeed.cli.train_args import world_size
-from ascendspeed.inference.options import resolve
+from ascendspeed.inference.args import resolve
 from ascendspeed.utils import errors
 
 
@@ -21,9 +21,9 @@ def main() -> None:
 
     # From here on torch.cuda means the device, so Megatron-core may be imported.
     from ascendspeed.distributed import process_groups
-    from ascendspeed.inference import running
+    from ascendspeed.inference import runner
 
-    running.run(job, device, notes)
+    runner.run(job, device, notes)
     process_groups.destroy()
 
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-from ascendspeed.inference.options import partial_of
+from ascendspeed.inference.args import partial_of
 from ascendspeed.utils.errors import UserError
 
 UNREAD = 128 + signal.SIGPIPE

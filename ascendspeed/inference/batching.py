@@ -3,9 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ascendspeed import generate
-from ascendspeed.generate import Params
-from ascendspeed.inference.options import Generation
+from ascendspeed.inference import engine
+from ascendspeed.inference.args import Generation
+from ascendspeed.inference.engine import Params
 from ascendspeed.inference.session import Session
 from ascendspeed.tokenization.detokenizer import Stream, cut
 
@@ -82,12 +82,12 @@ def answer(
         return stream.stopped
 
     watching = params.num_beams == 1 and bool(stops or show)
-    found = generate.sample(session.model, prompts, params, watch if watching else None, numbers, end)
+    found = engine.sample(session.model, prompts, params, watch if watching else None, numbers, end)
     if show and streams and (rest := streams[0].finish()):
         show(rest)
     return [[_answer(session, one, stops) for one in several] for several in found]
 
 
-def _answer(session: Session, found: generate.Completion, stops: Sequence[str]) -> Answer:
+def _answer(session: Session, found: engine.Completion, stops: Sequence[str]) -> Answer:
     text, stopped = cut(session.tokenizer, found.tokens, stops)
     return Answer(text, found.tokens, "stop" if stopped else found.reason, found.score)

@@ -12,9 +12,9 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ascendspeed.generate.choosing import draw_several, penalized, stream, warped
-from ascendspeed.generate.model import LanguageModel
-from ascendspeed.generate.params import Completion, Params
+from ascendspeed.inference.engine.language_model import LanguageModel
+from ascendspeed.inference.engine.logits_processors import draw_several, penalized, stream, warped
+from ascendspeed.inference.engine.sampling_params import Completion, Params
 
 NEVER = -1e9
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from ascendspeed.generate import LanguageModel, NoMemory, Params, sample
-from ascendspeed.inference.performance import Clock, OutOfMemory, Timing, largest
+from ascendspeed.inference.benchmark_report import Clock, OutOfMemory, Timing, largest
+from ascendspeed.inference.engine import LanguageModel, NoMemory, Params, sample
 from ascendspeed.utils.errors import UserError
 
 Pairs = list[tuple[int, int]]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.generate.model import LanguageModel
+from ascendspeed.inference.engine.language_model import LanguageModel
 
 Tokens = Sequence[int]
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from ascendspeed.generate import Params
-from ascendspeed.inference.answers import answer
+from ascendspeed.inference.batching import answer
+from ascendspeed.inference.engine import Params
 from ascendspeed.inference.interrupt import Interruption
-from ascendspeed.inference.questions import QUOTES, Said
-from ascendspeed.inference.results import write
+from ascendspeed.inference.output import write
 from ascendspeed.inference.session import Session
+from ascendspeed.inference.stdin import QUOTES, Said
 from ascendspeed.tokenization.chat import Chat, Message
 from ascendspeed.utils.errors import UserError
 

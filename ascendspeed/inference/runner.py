@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed import generate
 from ascendspeed.distributed.device import Device
-from ascendspeed.generate import Params
+from ascendspeed.inference import engine
 from ascendspeed.inference import prompts as reading
-from ascendspeed.inference.answers import Answer, answer, batches, params_of
-from ascendspeed.inference.options import Job
+from ascendspeed.inference.args import Job
+from ascendspeed.inference.batching import Answer, answer, batches, params_of
+from ascendspeed.inference.chat import Talk, converse
+from ascendspeed.inference.engine import Params
+from ascendspeed.inference.output import Results, write
 from ascendspeed.inference.prompts import Prompt
-from ascendspeed.inference.questions import from_stdin
-from ascendspeed.inference.results import Results, write
 from ascendspeed.inference.session import Session
-from ascendspeed.inference.talk import Talk, converse
+from ascendspeed.inference.stdin import from_stdin
 from ascendspeed.utils.errors import UserError
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
@@ -157,7 +157,7 @@ def _answered(session: Session, plan: Plan, batch: list[int], answers: list[list
 def _likely(session: Session, plan: Plan, batch: list[int]) -> list[tuple[Record, str]]:
     """The same for log-probabilities."""
     found = []
-    for i, values in zip(batch, generate.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True):
+    for i, values in zip(batch, engine.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True):
         ids, each = plan.ids[i][1:], values.tolist()
         pieces = [session.tokenizer.decode([token]) for token in ids]
         record = _record(plan, i, 0) | {"tokens": ids, "pieces": pieces, "logprobs": each, "logprob": sum(each)}

@@ -4,9 +4,9 @@ Every rank calls the same functions with the same arguments, and gets the same r
 rank and told to the others: so they cannot part.
 """
 
-from ascendspeed.generate.model import LanguageModel, NoMemory, load
-from ascendspeed.generate.params import Completion, Params
-from ascendspeed.generate.sampling import sample
-from ascendspeed.generate.scoring import Score, logprobs, score
+from ascendspeed.inference.engine.language_model import LanguageModel, NoMemory, load
+from ascendspeed.inference.engine.loglikelihood import Score, logprobs, score
+from ascendspeed.inference.engine.sampling import sample
+from ascendspeed.inference.engine.sampling_params import Completion, Params
 
 __all__ = ["Completion", "LanguageModel", "NoMemory", "Params", "Score", "load", "logprobs", "sample", "score"]

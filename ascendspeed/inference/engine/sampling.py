@@ -7,10 +7,10 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ascendspeed.generate import beams
-from ascendspeed.generate.choosing import draw, penalized, stream, warped
-from ascendspeed.generate.model import LanguageModel
-from ascendspeed.generate.params import Completion, Params
+from ascendspeed.inference.engine import beam_search
+from ascendspeed.inference.engine.language_model import LanguageModel
+from ascendspeed.inference.engine.logits_processors import draw, penalized, stream, warped
+from ascendspeed.inference.engine.sampling_params import Completion, Params
 
 Watch = Callable[[int, int], bool]
 """(row, new token) -> whether the row ends with it; row = prompt * num_return_sequences + i. Asked on every rank, in one order."""
@@ -40,7 +40,7 @@ def sample(
     with torch.inference_mode():
         try:
             if params.num_beams > 1:
-                return beams.search(model, prompts, order, params, numbers)
+                return beam_search.search(model, prompts, order, params, numbers)
             return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers, end or (lambda: False))
         finally:
             model.end()

@@ -5,7 +5,7 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
-from ascendspeed.generate.params import Params
+from ascendspeed.inference.engine.sampling_params import Params
 
 
 def stream(seed: int, number: int) -> Generator:

@@ -14,8 +14,9 @@ from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 
 from ascendspeed.config import schema
+from ascendspeed.loss_compare import compare as comparing
+from ascendspeed.loss_compare import origin, read_logs
 from ascendspeed.models import families
-from ascendspeed.parity import comparing, origin, reading
 from ascendspeed.utils.errors import UserError
 
 # --- where the runs began ---------------------------------------------------------------------------------------------------
@@ -219,7 +220,7 @@ def test_the_real_thing(tmp_path):
     table = json.loads((tmp_path / "parity.json").read_text())
     assert table["figures"]["maximum"] < 1e-5
     assert table["origin"]["weights"].startswith("sha256: ")
-    assert len(reading.read(tmp_path / "cand").steps) == 6
+    assert len(read_logs.read(tmp_path / "cand").steps) == 6
     assert go(SIDE="cand", SEED="99", CAND="--deepspeed", CAND_NPROC="1").returncode == 0
     done = go(SIDE="compare")
     assert done.returncode == 2

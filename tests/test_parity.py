@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from test_parity_logs import ours
 
 from ascendspeed.config import schema
+from ascendspeed.loss_compare import compare as comparing
+from ascendspeed.loss_compare import metrics, report
+from ascendspeed.loss_compare.align import Pair, align
+from ascendspeed.loss_compare.curve import Curve, Step
 from ascendspeed.models import families
-from ascendspeed.parity import comparing, figures, report
-from ascendspeed.parity.aligning import Pair, align
-from ascendspeed.parity.curve import Curve, Step
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
@@ -38,7 +39,7 @@ def pair(ref, cand) -> Pair:
 
 
 def judged(cand, profile, ref=CURVE) -> bool:
-    return figures.judge(figures.measure(pair(ref, cand)), profile).passed
+    return metrics.judge(metrics.measure(pair(ref, cand)), profile).passed
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ def judged(cand, profile, ref=CURVE) -> bool:
 
 def test_figures_by_hand():
     ref, cand = [2.0, 4.0, 5.0, 1.0], [2.0, 4.2, 4.9, 1.0]  # e: 0, 0.05, 0.02, 0
-    f = figures.measure(pair(ref, cand))
+    f = metrics.measure(pair(ref, cand))
     assert f.steps == 4
     assert f.mean == pytest.approx(0.07 / 4)
     assert f.p50 == pytest.approx(0.01)
@@ -64,7 +65,7 @@ def test_gradient_norms():
     ref, cand = (curve([1.0] * 4) for _ in range(2))
     ref = replace(ref, steps=tuple(replace(s, grad_norm=a) for s, (a, _) in zip(ref.steps, norms, strict=True)))
     cand = replace(cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True)))
-    f = figures.measure(align(ref, cand))
+    f = metrics.measure(align(ref, cand))
     assert (f.grad_norm_mean, f.grad_norm_max, f.grad_norm_identical) == (0.125, 0.25, 1)
 
 
@@ -74,7 +75,7 @@ losses = st.floats(1e-3, 20, allow_nan=False)
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
 def test_figures_against_numpy(both):
     ref, cand = (np.array(side) for side in zip(*both, strict=True))
-    f = figures.measure(pair(ref.tolist(), cand.tolist()))
+    f = metrics.measure(pair(ref.tolist(), cand.tolist()))
     e = np.abs(cand - ref) / ref
     wanted = {
         "steps": len(e),
@@ -100,29 +101,29 @@ def test_figures_against_numpy(both):
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
 def test_what_holds_for_all_curves(both):
     ref, cand = (list(side) for side in zip(*both, strict=True))
-    f = figures.measure(pair(ref, cand))
+    f = metrics.measure(pair(ref, cand))
     assert 0 <= f.p50 <= f.maximum
     assert 0 <= f.mean <= f.maximum * (1 + 1e-12)
     assert f.p99 <= f.maximum * (1 + 1e-12)
     assert abs(f.bias) <= f.mean * (1 + 1e-12)
     assert 0 <= f.share_below <= 1
-    same = figures.measure(pair(ref, ref))
+    same = metrics.measure(pair(ref, ref))
     assert (same.mean, same.maximum, same.bias, same.max_absolute, same.identical) == (0, 0, 0, 0, len(ref))
-    if figures.judge(f, "strict").passed:
-        assert figures.judge(f, "published").passed
-    if figures.judge(f, "bitwise").passed:
-        assert figures.judge(f, "strict").passed
+    if metrics.judge(f, "strict").passed:
+        assert metrics.judge(f, "published").passed
+    if metrics.judge(f, "bitwise").passed:
+        assert metrics.judge(f, "strict").passed
 
 
 def test_a_loss_of_zero_divides_nothing():
-    f = figures.measure(pair([0.0, 1.0], [0.0, 1.0]))
+    f = metrics.measure(pair([0.0, 1.0], [0.0, 1.0]))
     assert f.maximum == 0
-    assert figures.measure(pair([0.0], [1e-6])).maximum == 1.0  # denominator 1e-6
+    assert metrics.measure(pair([0.0], [1e-6])).maximum == 1.0  # denominator 1e-6
 
 
 def test_every_figure_has_its_definition():
-    assert list(figures.definitions()) == list(asdict(figures.measure(pair(CURVE, CURVE))))
-    assert figures.definitions()["p50"] == "Median of e."
+    assert list(metrics.definitions()) == list(asdict(metrics.measure(pair(CURVE, CURVE))))
+    assert metrics.definitions()["p50"] == "Median of e."
 
 
 # --- verdicts, and what must fail -------------------------------------------------------------------------------------------
@@ -146,7 +147,7 @@ def test_two_per_cent_everywhere_fails_published():
     signs = [
         loss * (1.03 if i % 2 else 0.97) for i, loss in enumerate(CURVE)
     ]  # errors that cancel in the average do not count as none
-    assert figures.measure(pair(CURVE, signs)).of_averages < 0.001
+    assert metrics.measure(pair(CURVE, signs)).of_averages < 0.001
     assert not judged(signs, "published")
 
 
@@ -160,23 +161,23 @@ def test_one_bit_fails_bitwise_only():
     assert not judged(bit, "bitwise")
     assert judged(bit, "strict")
     ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.000001)
-    assert not figures.judge(figures.measure(align(ref, cand)), "bitwise").passed
+    assert not metrics.judge(metrics.measure(align(ref, cand)), "bitwise").passed
 
 
 @pytest.mark.parametrize("other", [None, float("inf"), 1.5])
 def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
     ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.0)
-    assert figures.judge(figures.measure(align(ref, cand)), "bitwise").passed
+    assert metrics.judge(metrics.measure(align(ref, cand)), "bitwise").passed
     cand = replace(cand, steps=(*cand.steps[:-1], replace(cand.steps[-1], grad_norm=other)))
     for pair_of in (align(ref, cand), align(cand, ref)):
-        verdict = figures.judge(figures.measure(pair_of), "bitwise")
+        verdict = metrics.judge(metrics.measure(pair_of), "bitwise")
         assert not verdict.passed
         assert verdict.says == "100 of 100 losses are the same number; 99 of 100 gradient norms are"
-    both = figures.judge(figures.measure(align(cand, cand)), "bitwise")
+    both = metrics.judge(metrics.measure(align(cand, cand)), "bitwise")
     assert both.passed
     without = curve(CURVE)
-    assert not figures.judge(figures.measure(align(ref, without)), "bitwise").passed
-    assert figures.judge(figures.measure(align(without, without)), "bitwise").says.endswith("the logs have no gradient norms")
+    assert not metrics.judge(metrics.measure(align(ref, without)), "bitwise").passed
+    assert metrics.judge(metrics.measure(align(without, without)), "bitwise").says.endswith("the logs have no gradient norms")
 
 
 # --- what does not belong together is refused -------------------------------------------------------------------------------

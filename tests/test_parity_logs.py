@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ascendspeed.parity import console, reading
-from ascendspeed.parity.aligning import align
-from ascendspeed.parity.curve import Digits, Step, continuous, number, step_of
+from ascendspeed.loss_compare import console_logs, read_logs
+from ascendspeed.loss_compare.align import align
+from ascendspeed.loss_compare.curve import Digits, Step, continuous, number, step_of
 from ascendspeed.training import metrics_log
 from ascendspeed.utils.errors import UserError
 
@@ -115,25 +115,25 @@ def ours(iteration: int, loss: float | None, **more: float) -> str:
 def test_real_lines(tmp_path, line, step):
     path = tmp_path / "their.log"
     path.write_text(NOISE + line + "\n" + NOISE)
-    assert reading.read(path).steps == (step,)
+    assert read_logs.read(path).steps == (step,)
 
 
 def test_control_a_neighbour_of_the_loss_is_not_the_loss():
     """Labels are compared whole: with `in` instead, the first of these would be read."""
     line = " iteration 1/ 2 | moe lm loss: 9.0 | lm loss: 2.0 | lm loss value: 7.0 | mtp_1 loss: 3.0 |\n"
-    assert console.read("x", [line]).steps[0].loss == 2.0
-    assert console.read("x", [" iteration 1/ 2 | mtp_1 loss: 3.0 |\n"]).steps == ()
+    assert console_logs.read("x", [line]).steps[0].loss == 2.0
+    assert console_logs.read("x", [" iteration 1/ 2 | mtp_1 loss: 3.0 |\n"]).steps == ()
 
 
 def test_lines_that_ran_into_each_other_are_none():
-    assert console.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps == ()
+    assert console_logs.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps == ()
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if "DeepSpeed's" not in name])
 def test_a_torn_line_gives_no_wrong_number(name):
     line, whole = SAMPLES[name]
     for cut in range(1, len(line)):
-        for step in console.read("x", [line[:cut]]).steps:
+        for step in console_logs.read("x", [line[:cut]]).steps:
             for field, value in vars(step).items():
                 assert value is None or value == getattr(whole, field), (line[:cut], field)
 
@@ -142,23 +142,23 @@ def test_settings_and_device(tmp_path):
     run = {"train": {"seed": 7}, "optim": {"lr": 1e-3}}
     said = "device: cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2"
     (tmp_path / "train.log").write_text(f"{said}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
-    curve = reading.read(tmp_path)
+    curve = read_logs.read(tmp_path)
     assert (curve.config, curve.device, curve.digits["loss"]) == (run, said.removeprefix("device: "), 9)
     arguments = "0: ------------------------ arguments ------------------------\n0:   seq_length ...................................... 1024\n"
-    curve = console.read("x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"])
+    curve = console_logs.read("x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"])
     assert (curve.config, curve.digits) == ({"seq_length": "1024"}, {"loss": 7, "grad_norm": 4})
 
 
 def test_run_json_beside_a_log_that_says_nothing(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     (tmp_path / "run.json").write_text('{"train": {"seed": 7}}')
-    assert reading.read(tmp_path / "x.jsonl").config == {"train": {"seed": 7}}
+    assert read_logs.read(tmp_path / "x.jsonl").config == {"train": {"seed": 7}}
 
 
 def test_a_resumed_run_replaces_what_was_done_beyond_its_checkpoint(tmp_path):
     lines = [ours(i, float(i)) for i in (1, 2, 3, 4)] + ["half a li\n"] + [ours(i, i + 0.5) for i in (3, 4, 5)]
     (tmp_path / "train.log").write_text("".join(lines))
-    curve = reading.read(tmp_path)
+    curve = read_logs.read(tmp_path)
     assert [step.loss for step in curve.steps] == [1.0, 2.0, 3.5, 4.5, 5.5]
     assert curve.replaced == 2
 
@@ -206,7 +206,7 @@ def test_digits(texts, digits):
 
 
 def test_the_interval_of_a_line():
-    assert console.read("x", [ours(20, 2.0, interval=5)]).steps[0].interval == 5
+    assert console_logs.read("x", [ours(20, 2.0, interval=5)]).steps[0].interval == 5
 
 
 def test_nan_is_read_as_nan():
@@ -222,11 +222,11 @@ def test_json_lines(tmp_path):
         '{"iteration": 1, "consumed_samples": 8, "lm loss": 2.5, "grad_norm": 1.25, "last": true}\n\n'
         '{"current_steps": 2, "total_steps": 9, "samples": 16, "loss": 2.25}\n{"step": 2, "eval_loss": 9}\n{"step": 3, "lo'
     )
-    curve = reading.read(path)
+    curve = read_logs.read(path)
     assert curve.steps == (Step(1, 8, loss=2.5, grad_norm=1.25), Step(2, 16, loss=2.25, train_iters=9))
     assert curve.kind == "JSON lines"
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n')  # as Python writes them
-    assert [math.isnan(step.loss) for step in reading.read(path).steps] == [True, False]
+    assert [math.isnan(step.loss) for step in read_logs.read(path).steps] == [True, False]
 
 
 def test_json_that_is_of_no_step(tmp_path):
@@ -241,30 +241,30 @@ def test_json_that_is_of_no_step(tmp_path):
         '{"step": 2, "split": "Test", "loss": 9.0}',
     ):
         path.write_text(steps + more + "\n")
-        assert reading.read(path).steps == wanted
+        assert read_logs.read(path).steps == wanted
     path.write_text(
         '{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25, "split": "train"}\n'
     )  # without others: of steps
-    assert reading.read(path).steps == wanted
+    assert read_logs.read(path).steps == wanted
     path.write_text('{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}\n')
     with pytest.raises(UserError, match="no training loss"):
-        reading.read(path)
+        read_logs.read(path)
 
 
 def test_json_that_says_a_step_twice(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.5, "ms_per_iteration": 3}\n')
-    assert len(reading.read(path).steps) == 1
+    assert len(read_logs.read(path).steps) == 1
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')
     with pytest.raises(UserError, match="line 2 says step 1 once more"):
-        reading.read(path)
+        read_logs.read(path)
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')  # resumed
-    assert reading.read(path).steps == (Step(1, loss=2.25),)
+    assert read_logs.read(path).steps == (Step(1, loss=2.25),)
 
 
 def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n')
-    curve = reading.read(tmp_path / "log.jsonl")
+    curve = read_logs.read(tmp_path / "log.jsonl")
     assert [step.loss for step in curve.steps] == [2.5, None, 2.0]
     with pytest.raises(UserError, match="at 2 iterations there is no loss"):
         align(curve, curve)
@@ -274,7 +274,7 @@ def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
 def test_json_that_cannot_be_used_is_named(tmp_path, line):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n' + line + "\n")
     with pytest.raises(UserError, match="line 2 is no JSON"):
-        reading.read(tmp_path / "log.jsonl")
+        read_logs.read(tmp_path / "log.jsonl")
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------------
@@ -302,9 +302,9 @@ def test_our_events(tmp_path):
         for i in (1, 2):
             logger.line(metrics_log.parse(ours(i, 2.0 + i, ms_per_iteration=12.5)))
             logger.line(metrics_log.EvalLine(i, 9.0))
-    curve = reading.read(tmp_path)
+    curve = read_logs.read(tmp_path)
     assert curve.steps == tuple(Step(i, 8 * i, 128 * i, 2.0 + i, 1.0, ms=12.5) for i in (1, 2))
-    assert reading.read(next(tmp_path.iterdir())).steps == curve.steps
+    assert read_logs.read(next(tmp_path.iterdir())).steps == curve.steps
 
 
 def test_megatrons_events_resumed(board):
@@ -313,7 +313,7 @@ def test_megatrons_events_resumed(board):
         for tag, value, x in (("loss", 99.0, i), ("lm loss", loss, i), ("lm loss vs samples", loss, 8 * i), ("grad-norm", 0.5, i)):
             lines.append((tag, value, x))
         lines.append(("lm loss validation", 7.0, i))
-    curve = reading.read(board(*lines))
+    curve = read_logs.read(board(*lines))
     assert curve.steps[-1] == Step(2, 16, None, 2.25, 0.5)
     assert (len(curve.steps), curve.replaced) == (2, 2)
 
@@ -327,12 +327,12 @@ def test_megatrons_events_resumed(board):
     ],
 )
 def test_others_events(board, tag, x, step):
-    assert reading.read(board((tag, 2.5, x), ("eval/loss", 9.0, x))).steps == (step,)
+    assert read_logs.read(board((tag, 2.5, x), ("eval/loss", 9.0, x))).steps == (step,)
 
 
 def test_events_without_a_loss(board):
     with pytest.raises(UserError, match="no loss under a known name"):
-        reading.read(board(("learning rate", 1.0, 1), ("lm loss validation", 2.0, 1)))
+        read_logs.read(board(("learning rate", 1.0, 1), ("lm loss validation", 2.0, 1)))
 
 
 def test_events_that_are_cut_off(board, tmp_path):
@@ -340,7 +340,7 @@ def test_events_that_are_cut_off(board, tmp_path):
 
     path = next(Path(board(*(("lm loss", float(i), i) for i in range(1, 9)))).iterdir())
     path.write_bytes(path.read_bytes()[:-5])
-    assert [step.iteration for step in reading.read(path).steps] == list(range(1, 8))
+    assert [step.iteration for step in read_logs.read(path).steps] == list(range(1, 8))
 
 
 # --- what is no log ---------------------------------------------------------------------------------------------------------
@@ -361,6 +361,6 @@ def test_what_is_no_log_is_named(tmp_path):
         ("utf16.log", "is UTF-16"),
     ):
         with pytest.raises(UserError, match=said) as error:
-            reading.read(tmp_path / name)
+            read_logs.read(tmp_path / name)
         assert "\n" not in str(error.value)
         assert name in str(error.value)

@@ -12,8 +12,9 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ascendspeed.cli import parser
-from ascendspeed.parity import comparing, report
-from ascendspeed.parity.figures import Profile
+from ascendspeed.loss_compare import compare as comparing
+from ascendspeed.loss_compare import report
+from ascendspeed.loss_compare.metrics import Profile
 from ascendspeed.utils import errors
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ascendspeed.cli import parser
-from ascendspeed.parity import performance, reading
+from ascendspeed.loss_compare import performance_table, read_logs
 from ascendspeed.utils import errors
 from ascendspeed.utils.atomic import put
 
@@ -36,8 +36,8 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     if not options.logs or options.warmup < 0 or (options.devices is not None and options.devices < 1):
         raise errors.UserError("give at least one LOG; --warmup must be 0 or more and --devices at least 1")
-    rows = [performance.of_curve(reading.read(log), options.devices, options.warmup) for log in options.logs]
-    text = performance.table([*performance.PUBLISHED, *rows], options.markdown)
+    rows = [performance_table.of_curve(read_logs.read(log), options.devices, options.warmup) for log in options.logs]
+    text = performance_table.table([*performance_table.PUBLISHED, *rows], options.markdown)
     print(text)
     if options.out:
         put(Path(options.out), text + "\n")

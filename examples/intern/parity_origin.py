@@ -9,7 +9,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from ascendspeed.cli import parser
-from ascendspeed.parity import origin
+from ascendspeed.loss_compare import origin
 from ascendspeed.utils import errors
 
 

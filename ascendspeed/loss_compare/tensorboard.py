@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from ascendspeed.parity.curve import AXES, NAMES, Axis, Curve, continuous, normal, step_of
+from ascendspeed.loss_compare.curve import AXES, NAMES, Axis, Curve, continuous, normal, step_of
 from ascendspeed.utils.errors import UserError
 
 Series = list[tuple[int, float]]

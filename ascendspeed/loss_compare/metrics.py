@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.parity.aligning import Pair
-from ascendspeed.parity.curve import EXACT, Curve
+from ascendspeed.loss_compare.align import Pair
+from ascendspeed.loss_compare.curve import EXACT, Curve
 from ascendspeed.utils.errors import UserError
 
 LIMIT = 0.02

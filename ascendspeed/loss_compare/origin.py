@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import Run, from_dict
-from ascendspeed.parity import console
+from ascendspeed.loss_compare import console_logs
 from ascendspeed.utils import safe_io
 from ascendspeed.utils.atomic import put
 from ascendspeed.utils.errors import UserError
@@ -24,7 +24,7 @@ def of_log(log: str | Path) -> dict[str, str]:
     """Seed and hashes of what the run of a log of ours says that it began with. Raises `UserError`."""
     try:
         with open(log, encoding="utf-8", errors="replace") as lines:
-            curve = console.read(str(log), lines)
+            curve = console_logs.read(str(log), lines)
     except OSError as error:
         raise UserError(f"{log}: cannot read this log: {error.strerror}") from error
     if not curve.config or "train" not in curve.config:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.parity import console
-from ascendspeed.parity.curve import NAMES, Curve, Digits, Step, continuous, normal, step_of
+from ascendspeed.loss_compare import console_logs
+from ascendspeed.loss_compare.curve import NAMES, Curve, Digits, Step, continuous, normal, step_of
 from ascendspeed.utils import safe_io
 from ascendspeed.utils.errors import UserError
 
@@ -46,9 +46,9 @@ def _find(path: Path) -> Path:
 
 def _open(path: Path) -> Curve:
     if path.is_dir() or path.match(EVENTS):
-        from ascendspeed.parity import events
+        from ascendspeed.loss_compare import tensorboard
 
-        return events.read(path)
+        return tensorboard.read(path)
     try:
         with open(path, "rb") as file:
             if file.read(2) in UTF16:
@@ -56,7 +56,7 @@ def _open(path: Path) -> Curve:
         with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             first = lines.readline()
             lines.seek(0)
-            return _json_lines(path, lines) if first.lstrip().startswith("{") else console.read(str(path), lines)
+            return _json_lines(path, lines) if first.lstrip().startswith("{") else console_logs.read(str(path), lines)
     except OSError as error:
         raise UserError(f"{path}: cannot read this log: {error.strerror}") from error
 

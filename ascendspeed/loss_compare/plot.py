@@ -3,8 +3,8 @@
 import io
 from collections.abc import Sequence
 
-from ascendspeed.parity.aligning import WORDS, Pair
-from ascendspeed.parity.figures import LIMIT, errors
+from ascendspeed.loss_compare.align import WORDS, Pair
+from ascendspeed.loss_compare.metrics import LIMIT, errors
 
 REF, CAND, BAND = "#1f77b4", "#d62728", "#9ecae1"
 

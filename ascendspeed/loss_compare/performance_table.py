@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import median
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.loss_compare.curve import Curve, Step, flat
 from ascendspeed.models import families
-from ascendspeed.parity.curve import Curve, Step, flat
 
 COLUMNS = ("Device", "Model", "total Iterations", "samples/s/p", "tokens/s/p", "s/step", "TFLOP/s")
 

@@ -7,11 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.parity import picture
-from ascendspeed.parity.aligning import WORDS
-from ascendspeed.parity.comparing import Comparison
-from ascendspeed.parity.curve import Curve
-from ascendspeed.parity.figures import Figures, definitions, percent
+from ascendspeed.loss_compare import plot
+from ascendspeed.loss_compare.align import WORDS
+from ascendspeed.loss_compare.compare import Comparison
+from ascendspeed.loss_compare.curve import Curve
+from ascendspeed.loss_compare.metrics import Figures, definitions, percent
 from ascendspeed.utils.atomic import put, remove
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -23,7 +23,7 @@ def write(found: Comparison, out: str | Path) -> list[Path]:
     """Writes the three files into the folder `out`, the verdict last: it never stands beside an older picture."""
     forget(out)
     paths = [Path(out) / name for name in NAMES]
-    image = picture.draw(found.pair, title(found), found.noise)
+    image = plot.draw(found.pair, title(found), found.noise)
     for path, content in zip(paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True):
         put(path, content)
     return paths

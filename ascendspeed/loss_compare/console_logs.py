@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ascendspeed.parity.curve import Curve, Digits, Step, continuous, step_of
+from ascendspeed.loss_compare.curve import Curve, Digits, Step, continuous, step_of
 
 _ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
 _PAIR = re.compile(r"(?<![\w/])([A-Za-z][\w/]*(?: \([^)=]*\))?)=(\{[^}]*\}|[^\s,{][^\s,]*)(?=[\s,])")

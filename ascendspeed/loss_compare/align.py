@@ -4,7 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from ascendspeed.parity.curve import AXES, Axis, Curve, Step
+from ascendspeed.loss_compare.curve import AXES, Axis, Curve, Step
 from ascendspeed.utils.errors import UserError
 
 WORDS = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed.parity import figures, origin, reading
-from ascendspeed.parity.aligning import Pair, align
-from ascendspeed.parity.curve import Curve, flat
-from ascendspeed.parity.figures import Figures, Profile, Verdict
+from ascendspeed.loss_compare import metrics, origin, read_logs
+from ascendspeed.loss_compare.align import Pair, align
+from ascendspeed.loss_compare.curve import Curve, flat
+from ascendspeed.loss_compare.metrics import Figures, Profile, Verdict
 from ascendspeed.utils.errors import UserError
 
 Setting = tuple[str, str | None, str | None]
@@ -50,27 +50,27 @@ def compare(
 
     Raises `UserError` for logs that cannot be read or do not belong together: other steps, NaNs, other weights, data or seed.
     """
-    a, b = reading.read(ref), reading.read(cand)
-    c = reading.read(ref2) if ref2 else None
+    a, b = read_logs.read(ref), read_logs.read(cand)
+    c = read_logs.read(ref2) if ref2 else None
     begins = origin.check_same(*(curve.path for curve in (a, b, c) if curve), needed=same_origin)
     pair = align(a, b, first, last)
     noise = align(a, c, first, last) if c else None
     if noise and noise.places != pair.places:
         raise UserError(f"{c.path} is aligned by {noise.axis}, the other two logs by {pair.axis}: give logs of one kind")
     if profile == "bitwise":
-        figures.check_digits(a, b)
-    found = figures.measure(pair)
+        metrics.check_digits(a, b)
+    found = metrics.measure(pair)
     return Comparison(
         ref=a,
         cand=b,
         pair=pair,
         figures=found,
-        verdict=figures.judge(found, profile),
+        verdict=metrics.judge(found, profile),
         settings=_settings(a, b),
         origin=begins,
         ref2=c,
         noise=noise,
-        noise_figures=figures.measure(noise) if noise else None,
+        noise_figures=metrics.measure(noise) if noise else None,
     )
 
 

@@ -26,8 +26,8 @@ from clock import Took, timed
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.evaluation.prompt_styles import style
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
-from ascendspeed.evaluation.styles import style
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.models import families
 from ascendspeed.utils import errors
@@ -152,10 +152,10 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    from ascendspeed.evaluation import harness
-    from ascendspeed.evaluation.answers import Answers
+    from ascendspeed.evaluation import lm_eval as harness
+    from ascendspeed.evaluation.answer_cache import Answers
     from ascendspeed.evaluation.prompts import Encoder, prepare
-    from ascendspeed.evaluation.running import Model
+    from ascendspeed.evaluation.runner import Model
     from ascendspeed.inference import engine
     from ascendspeed.tokenization import tokenizer
 

@@ -15,12 +15,14 @@ from evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from ascendspeed.evaluation import figures, fingerprint, harness, report
-from ascendspeed.evaluation.answers import NAME, Answers, open_together
+from ascendspeed.evaluation import fingerprint, report
+from ascendspeed.evaluation import lm_eval as harness
+from ascendspeed.evaluation import metrics as figures
+from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
 from ascendspeed.evaluation.loaders import load
+from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
 from ascendspeed.evaluation.prompts import Encoder, prepare
-from ascendspeed.evaluation.running import Model, check_vocabulary
-from ascendspeed.evaluation.styles import SHOTS, STYLES, style
+from ascendspeed.evaluation.runner import Model, check_vocabulary
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 

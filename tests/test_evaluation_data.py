@@ -8,9 +8,9 @@ import pyarrow.parquet
 import pytest
 from evaluating import MAKERS, SAMPLE, mmlu, put_csv, put_jsonl, rows
 
+from ascendspeed.evaluation.args import resolve
 from ascendspeed.evaluation.loaders import OWN, TASKS, load
-from ascendspeed.evaluation.options import resolve
-from ascendspeed.evaluation.styles import SHOTS
+from ascendspeed.evaluation.prompt_styles import SHOTS
 from ascendspeed.evaluation.subjects import CEVAL_HARD, TOPICS
 from ascendspeed.utils.errors import UserError
 

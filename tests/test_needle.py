@@ -152,7 +152,7 @@ def test_what_is_too_short_or_not_to_be_found(cpu, tiny, tmp_path):
 
 @pytest.mark.slow
 def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
-    from ascendspeed.evaluation.answers import Answers
+    from ascendspeed.evaluation.answer_cache import Answers
 
     Answers(tmp_path, {"haystack": ["another"]}).close()
     flags = ["--load", str(tiny), "--output-dir", str(tmp_path), "--lengths", "200", "--device", "cpu", "--tp", "2"]

@@ -6,9 +6,9 @@ import pytest
 from evaluating import MAKERS, harness_task
 
 from ascendspeed.evaluation.loaders import load
+from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
-from ascendspeed.evaluation.styles import SHOTS, STYLES, style
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.utils.errors import UserError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.evaluation.questions import LETTERS, Benchmark, Question, Subject
-from ascendspeed.evaluation.rows import csv_rows, json_rows, parquet_rows, text_of
+from ascendspeed.evaluation.readers import csv_rows, json_rows, parquet_rows, text_of
 from ascendspeed.evaluation.subjects import TOPICS, Topic, own
 from ascendspeed.utils.errors import UserError
 

@@ -87,7 +87,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
 def run(job: Job, device: Any, said: Sequence[str]) -> None:
     """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
     from ascendspeed.evaluation import fingerprint
-    from ascendspeed.evaluation.answers import open_together
+    from ascendspeed.evaluation.answer_cache import open_together
     from ascendspeed.evaluation.progress import progress
     from ascendspeed.inference.session import Session
 

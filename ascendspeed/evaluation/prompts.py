@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ascendspeed.evaluation.prompt_styles import Style
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
-from ascendspeed.evaluation.styles import Style
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.evaluation.answers import NAME, Record
-from ascendspeed.evaluation.figures import Result
-from ascendspeed.evaluation.harness import Grade
+from ascendspeed.evaluation.answer_cache import NAME, Record
+from ascendspeed.evaluation.lm_eval import Grade
+from ascendspeed.evaluation.metrics import Result
 from ascendspeed.utils.atomic import put
 
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")

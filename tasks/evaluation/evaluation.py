@@ -7,7 +7,7 @@ import importlib.util
 import sys
 
 from ascendspeed.cli.train_args import world_size
-from ascendspeed.evaluation.options import resolve
+from ascendspeed.evaluation.args import resolve
 from ascendspeed.utils import errors
 
 
@@ -17,9 +17,9 @@ def main() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("evaluation needs lm-evaluation-harness: pip install -e '.[eval]'")
 
-    from ascendspeed.evaluation import running
+    from ascendspeed.evaluation import runner
 
-    running.run(job, notes)
+    runner.run(job, notes)
 
 
 if __name__ == "__main__":

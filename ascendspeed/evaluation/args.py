@@ -11,8 +11,8 @@ from ascendspeed.cli import parser
 from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags
 from ascendspeed.config.schema import ModelConfig, alias
 from ascendspeed.evaluation.loaders import load
+from ascendspeed.evaluation.prompt_styles import SHOTS, Style, style
 from ascendspeed.evaluation.questions import Benchmark
-from ascendspeed.evaluation.styles import SHOTS, Style, style
 from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError

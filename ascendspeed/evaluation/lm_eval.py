@@ -15,7 +15,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from ascendspeed.evaluation.answers import Answers, key_of
+from ascendspeed.evaluation.answer_cache import Answers, key_of
 from ascendspeed.evaluation.progress import Advance
 from ascendspeed.evaluation.prompts import Encoder, Prompt, clip
 from ascendspeed.utils.errors import UserError

@@ -12,8 +12,8 @@ import torch
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
-from ascendspeed.evaluation.answers import NAME, Answers, open_together
-from ascendspeed.evaluation.options import Job
+from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
+from ascendspeed.evaluation.args import Job
 from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.args import SPARE
@@ -109,22 +109,22 @@ def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[st
 def _ask(
     job: Job, backend: Model, answers: Answers, tokenizer: Tokenizer, room: int, say: Callable[..., None], device: Any
 ) -> None:
-    from ascendspeed.evaluation import figures, harness, report  # lm-eval: after the device was prepared
+    from ascendspeed.evaluation import lm_eval, metrics, report  # lm-eval: after the device was prepared
 
     began, encoder = time.time(), Encoder(tokenizer)
     prompts = [p for one, style in job.benchmarks for p in prepare(one, style, encoder, room, job.new_tokens)]
-    keys = harness.keys_of(prompts, answers.settings)
+    keys = lm_eval.keys_of(prompts, answers.settings)
     before = sum(key in answers.known for key in keys)
     limited = f", the first {job.evaluation.limit} of each subject only" if job.evaluation.limit else ""
     say(f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})", flush=True)
     grid = backend.model.grid
     with progress(len(prompts), before, quiet=grid.rank != 0) as advance:
-        adapter = harness.Adapter(backend, encoder, room, answers, advance)
-        grades = harness.ask(adapter, prompts, job.new_tokens)
+        adapter = lm_eval.Adapter(backend, encoder, room, answers, advance)
+        grades = lm_eval.ask(adapter, prompts, job.new_tokens)
     if grid.rank != 0:
         return
     answers.close()
-    results = [figures.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name]) for one, _ in job.benchmarks]
+    results = [metrics.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name]) for one, _ in job.benchmarks]
     for result in results:
         shots = job.shots[result.benchmark.name]
         say(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from ascendspeed.evaluation.harness import Grade, main_metric
+from ascendspeed.evaluation.lm_eval import Grade, main_metric
 from ascendspeed.evaluation.questions import Benchmark
 
 

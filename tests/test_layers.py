@@ -17,7 +17,7 @@ PACKAGE = ROOT / "ascendspeed"
 LAYERS = [
     "utils",
     "tokenization",
-    "config.schema",
+    "config",
     "data",
     "distributed",
     "models",
@@ -46,6 +46,7 @@ TORCH_FREE = [
 TORCH_FREE += ["inference.args", "inference.benchmark_report", "inference.stdin"]
 MEGATRON = {
     "models.gpt",
+    "models.lora.layers",
     "inference.engine",
     "distributed.process_groups",
     "training.engines.megatron",
@@ -108,8 +109,8 @@ def test_imports_go_down(name):
     package = package_of(name)
     if name == "__init__":
         assert not inner(TREES[name])
-    elif package in LAYERS:
-        for other in inner(TREES[name]) & set(LAYERS):
+    else:
+        for other in inner(TREES[name]):
             assert LAYERS.index(other) <= LAYERS.index(package), f"{name} imports {other}, a layer above"
 
 
@@ -126,7 +127,7 @@ def test_packages_do_not_import_each_other():
 @pytest.mark.parametrize("name", SOURCES)
 def test_who_imports_whom(name):
     outer = {module.split(".")[0] for module in imported(TREES[name])}
-    assert "megatron" not in outer or MEGATRON & {package_of(name), name}
+    assert "megatron" not in outer or any(f"{name}.".startswith(f"{allowed}.") for allowed in MEGATRON)
     assert "deepspeed" not in outer or name == "training.engines.deepspeed"
     assert "torch_npu" not in outer or name == "distributed.device"
 

@@ -24,14 +24,21 @@ def main() -> int:
 
     if run.optim.fp16 and device.kind == "cpu":
         raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-    grid = process_groups.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
-    with Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log, Watch(run, grid, log.say) as watch:
+    grid = process_groups.initialize(
+        device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
+    )
+    with (
+        Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
+        Watch(run, grid, log.say) as watch,
+    ):
         fused = fused_kernels.choose(
             device,
             rms_norm=run.train.use_fused_rmsnorm,
             rotary=run.train.use_fused_rotary_pos_emb,
             swiglu=run.train.mlp_layer_fusion,
-            varlen=run.optim.dtype != "fp32" and not run.train.attention_dropout and run.parallel.context_parallel_size == 1,
+            varlen=run.optim.dtype != "fp32"
+            and not run.train.attention_dropout
+            and run.parallel.context_parallel_size == 1,
         )
         log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         log.say(f"kernels: {fused}; attention: torch SDPA")

@@ -26,7 +26,9 @@ from ascendspeed.training import metrics_log
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parent.parent
-SAVED = re.compile(r"^ saved \S+ in ([\d.]+) s(?:, of which training stood still for ([\d.]+) s)?$", re.MULTILINE)
+SAVED = re.compile(
+    r"^ saved \S+ in ([\d.]+) s(?:, of which training stood still for ([\d.]+) s)?$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,26 @@ def data(work: Path) -> Path:
     """The prefix of a small data set; made when it is not there."""
     prefix = work / "alpaca_text_document"
     if not prefix.with_suffix(".idx").exists():
-        make = ["examples/intern/make_quickstart_data.py", "--output-dir", str(work / "data"), "--rows", "400"]
-        read = ["tools/preprocess_data.py", "--input", str(work / "data/train.parquet"), "--output-prefix", str(work / "alpaca")]
-        read += ["--tokenizer-name-or-path", str(work / "data/tokenizer"), "--handler-name", "AlpacaPretrainHandler"]
+        make = [
+            "examples/intern/make_quickstart_data.py",
+            "--output-dir",
+            str(work / "data"),
+            "--rows",
+            "400",
+        ]
+        read = [
+            "tools/preprocess_data.py",
+            "--input",
+            str(work / "data/train.parquet"),
+            "--output-prefix",
+            str(work / "alpaca"),
+        ]
+        read += [
+            "--tokenizer-name-or-path",
+            str(work / "data/tokenizer"),
+            "--handler-name",
+            "AlpacaPretrainHandler",
+        ]
         for words in (make, [*read, "--append-eod", "--workers", "1"]):
             subprocess.run([sys.executable, *words], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
     return prefix
@@ -89,23 +108,37 @@ def train(options: Options, work: Path, behind: bool) -> Measured:
         {work}/run/log""".split()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     subprocess.run(
-        [sys.executable, *words, *(["--async-save"] if behind else [])], env=env, check=True, capture_output=True, cwd=work
+        [sys.executable, *words, *(["--async-save"] if behind else [])],
+        env=env,
+        check=True,
+        capture_output=True,
+        cwd=work,
     )
     path = work / "run/log/train.log"
     saves = [(float(a), float(b or a)) for a, b in SAVED.findall(path.read_text())]
     lines = [
-        line for line in metrics_log.read(path) if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
+        line
+        for line in metrics_log.read(path)
+        if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
     ]  # the first one warms up
     calm, busy = [], []
     for line in lines:
         follows = (line.iteration - 1) % options.every == 0
         (busy if follows else calm).append(line.ms_per_iteration)
-    return Measured([a for a, _ in saves[:-1]], [b for _, b in saves[:-1]], calm, busy)  # the last one is waited for: the run ends
+    return Measured(
+        [a for a, _ in saves[:-1]], [b for _, b in saves[:-1]], calm, busy
+    )  # the last one is waited for: the run ends
 
 
 def ask(rank: int, port: str, calls: int, out: Any) -> None:
     """One of two ranks that ask whether to stop, and do nothing else."""
-    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     os.environ.update(place)
     from ascendspeed.distributed import device
 
@@ -144,7 +177,8 @@ def table(options: Options, kinds: dict[str, list[Measured]], question: float) -
     rows = []
     for name, runs in kinds.items():
         numbers = [
-            statistics.median(x for run in runs for x in getattr(run, field)) for field in ("seconds", "stalls", "calm", "busy")
+            statistics.median(x for run in runs for x in getattr(run, field))
+            for field in ("seconds", "stalls", "calm", "busy")
         ]
         worst = max(x for run in runs for x in run.stalls)
         rows.append(
@@ -152,8 +186,13 @@ def table(options: Options, kinds: dict[str, list[Measured]], question: float) -
         )
     step = statistics.median(x for run in kinds["at once"] for x in run.calm)
     with open("/proc/cpuinfo") as lines:
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    command = f"--layers {options.layers} --iters {options.iters} --every {options.every} --rounds {options.rounds}"
+        name = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
+    command = (
+        f"--layers {options.layers} --iters {options.iters} --every {options.every} --rounds {options.rounds}"
+    )
     return f"""# How long training stands still for a checkpoint
 
 `python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of {name}, shared with other work.

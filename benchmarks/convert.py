@@ -82,7 +82,9 @@ def generate(folder: Path, model: str | None) -> None:
         {},
         dict.fromkeys(parameters, torch.bfloat16),
         from_maker(
-            lambda name: noise.repeat(-(-(n := math.prod(parameters[name].shape)) // len(noise)))[:n].view(parameters[name].shape)
+            lambda name: noise.repeat(-(-(n := math.prod(parameters[name].shape)) // len(noise)))[:n].view(
+                parameters[name].shape
+            )
         ),
         None,
     )
@@ -140,7 +142,11 @@ def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> R
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    return Result(seconds, sum(path.stat().st_size for path in target.rglob("*") if path.is_file()), max(0, peak - before))
+    return Result(
+        seconds,
+        sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
+        max(0, peak - before),
+    )
 
 
 def run(options: Options, folder: Path) -> dict[str, list[Result]]:
@@ -204,7 +210,9 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
 
 def _cpu() -> str:
     with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
+        return next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine()
+        )
 
 
 def main() -> None:

@@ -106,7 +106,9 @@ def benchmark(options: Options) -> Benchmark:
     for topic in list(TOPICS["mmlu"].values())[: options.subjects]:
         shots = tuple(question(f"{topic.name}/dev/{i}", options.words) for i in range(options.shots))
         lengths = (draw.randint(options.words // 2, options.words * 3 // 2) for _ in range(options.questions))
-        subjects.append(Subject(topic, shots, tuple(question(f"{topic.name}/test/{i}", n) for i, n in enumerate(lengths))))
+        subjects.append(
+            Subject(topic, shots, tuple(question(f"{topic.name}/test/{i}", n) for i, n in enumerate(lengths)))
+        )
     return Benchmark("mmlu", Path("made up"), tuple(subjects))
 
 
@@ -122,7 +124,11 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     home, pieces = folder / "tokenizer", io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(
-            [" ".join(WORDS), "The following are multiple choice questions (with answers) about\nA. B. C. D. Answer:"] * 9
+            [
+                " ".join(WORDS),
+                "The following are multiple choice questions (with answers) about\nA. B. C. D. Answer:",
+            ]
+            * 9
         ),
         model_writer=pieces,
         model_type="bpe",
@@ -137,16 +143,28 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     )
     home.mkdir()
     (home / "tokenizer.model").write_bytes(pieces.getvalue())
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": True}
-    (home / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "add_bos_token": True,
+    }
+    (home / "tokenizer_config.json").write_text(
+        json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    )
     known = {parameter.name: parameter for parameter in parameters(model)}
     make = from_maker(lambda name: random_tensor(model, known[name], 1))
     source = Source("random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None)
     with contextlib.redirect_stdout(io.StringIO()):
-        convert.convert(convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFace("llama"))
+        convert.convert(
+            convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFace("llama")
+        )
 
 
-def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:
+def sides(
+    folder: Path, options: Options, here: Any
+) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:
     """The prompts, and for each side what gives the log-likelihoods of all choices."""
     import torch
     from lm_eval.evaluator import evaluate
@@ -179,7 +197,9 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
 
     def ask_ours() -> list[float]:
         encoder = Encoder(tokens)  # with nothing remembered
-        return ask(harness.Adapter(Model(model, tokens, options.batch_size), encoder, room, Answers(None, {})))
+        return ask(
+            harness.Adapter(Model(model, tokens, options.batch_size), encoder, room, Answers(None, {}))
+        )
 
     def ask_theirs() -> list[float]:
         by_subject: dict[str, list[Any]] = {}
@@ -188,7 +208,9 @@ def sides(folder: Path, options: Options, here: Any) -> tuple[list[Any], dict[st
         tasks = {name: harness.task_of(name, some, 0) for name, some in by_subject.items()}
         with contextlib.redirect_stderr(io.StringIO()), torch.inference_mode():
             samples = evaluate(theirs, tasks, bootstrap_iters=0, log_samples=True)["samples"]
-        return [value for name in by_subject for sample in samples[name] for value, _ in sample["filtered_resps"]]
+        return [
+            value for name in by_subject for sample in samples[name] for value, _ in sample["filtered_resps"]
+        ]
 
     return prompts, {"ours": ask_ours, "theirs": ask_theirs}
 
@@ -228,7 +250,12 @@ def measure(options: Options) -> str:
 
 
 def _markdown(
-    options: Options, model: ModelConfig, here: Any, lengths: list[int], took: dict[str, list[Took]], apart: float
+    options: Options,
+    model: ModelConfig,
+    here: Any,
+    lengths: list[int],
+    took: dict[str, list[Took]],
+    apart: float,
 ) -> str:
     import torch
 
@@ -255,15 +282,24 @@ def _markdown(
     for side, runs in took.items():
         wall, cpu = (statistics.median(getattr(one, name) for one in runs) for name in ("wall", "cpu"))
         lines.append(f"| {side} | {len(lengths) / wall:.2f} | {cpu / len(lengths):.4f} |")
-    lines += ["", f"theirs / ours (median of the rounds): {ratio('wall'):.2f} in time, **{ratio('cpu'):.2f} in CPU time**", ""]
+    lines += [
+        "",
+        f"theirs / ours (median of the rounds): {ratio('wall'):.2f} in time, **{ratio('cpu'):.2f} in CPU time**",
+        "",
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Measures, prints, writes."""
     options = parser.parse(Options, description=__doc__ or "")
-    if min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1 or options.shots < 0:
-        raise UserError("--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or more")
+    if (
+        min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1
+        or options.shots < 0
+    ):
+        raise UserError(
+            "--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or more"
+        )
     text = measure(options)
     print(text)
     if options.out:

@@ -105,26 +105,51 @@ class Place:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         start = {
-            "deepspeed": ["-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_accelerators", "2", "--master_port", port],
+            "deepspeed": [
+                "-m",
+                "deepspeed.launcher.runner",
+                "--no_local_rank",
+                "--num_accelerators",
+                "2",
+                "--master_port",
+                port,
+            ],
             "torchrun": ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port, "--"],
         }[launcher]
-        words = [*LAYOUTS[self.layout].split(), *TRAINING, "--data-path", str(self.data / "alpaca_text_document")]
+        words = [
+            *LAYOUTS[self.layout].split(),
+            *TRAINING,
+            "--data-path",
+            str(self.data / "alpaca_text_document"),
+        ]
         words += ["--save", str(self.folder / "ckpt"), "--log-dir", str(self.folder / "log")]
         words += ["--distributed-timeout-minutes", str(self.options.timeout_minutes)]
         words += ["--async-save"] if self.behind else []
-        quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": "1", "FAULT_DIR": str(self.folder)}
+        quiet = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONWARNINGS": "ignore",
+            "PYTHONUNBUFFERED": "1",
+            "FAULT_DIR": str(self.folder),
+        }
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = os.environ | quiet | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": path}
         with open(self.folder / "said", "a") as said:
             command = [sys.executable, *start, str(ROOT / "tests/fault_worker.py"), *words]
             return subprocess.Popen(
-                command, env=env, stdout=said, stderr=subprocess.STDOUT, start_new_session=True, cwd=self.folder
+                command,
+                env=env,
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                cwd=self.folder,
             )
 
     def end(self, launcher: subprocess.Popen) -> None:
         """Waits for a start that nothing happens to."""
         if code := launcher.wait():
-            raise RuntimeError(f"untouched, it ended with code {code}: {(self.folder / 'said').read_text()[-3000:]}")
+            raise RuntimeError(
+                f"untouched, it ended with code {code}: {(self.folder / 'said').read_text()[-3000:]}"
+            )
 
     def curve(self) -> list[str]:
         """Lines of the iterations done, in all starts."""
@@ -164,8 +189,17 @@ def until(happened: Callable[[], bool], launcher: subprocess.Popen, pause: float
 
 def kill(place: Place, dice: random.Random) -> Kill | None:
     """One start with one kill; None when the run was over before."""
-    plan = {"seed": place.options.seed, "launcher": dice.choice(["deepspeed", "torchrun"]), "rank": dice.randrange(2)}
-    at_save, early, ahead, within = dice.random() < 0.5, dice.random() < 0.2, dice.randrange(AHEAD), dice.random()
+    plan = {
+        "seed": place.options.seed,
+        "launcher": dice.choice(["deepspeed", "torchrun"]),
+        "rank": dice.randrange(2),
+    }
+    at_save, early, ahead, within = (
+        dice.random() < 0.5,
+        dice.random() < 0.2,
+        dice.randrange(AHEAD),
+        dice.random(),
+    )
     place.behind = dice.random() < 0.5
     already, left = len(place.curve()), place.unfinished()
     launcher = place.start(plan["launcher"])
@@ -256,7 +290,9 @@ def table(records: list[dict]) -> str:
         if chosen:
             same, named = sum(bool(one["same"]) for one in chosen), sum(one["named"] for one in chosen)
             seconds = sorted(one["seconds"] for one in chosen)
-            rows.append(f"| {name} | {len(chosen)} | {same} | {named} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |")
+            rows.append(
+                f"| {name} | {len(chosen)} | {same} | {named} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |"
+            )
     share = sum(one["inside"] for one in records) / max(1, len(records))
     return f"""# Killed again and again
 
@@ -274,20 +310,44 @@ ranks know each other, and the launcher ends the others at once, is not named.
 def device_name() -> str:
     """Of the processor."""
     with open("/proc/cpuinfo") as lines:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
 
 
 def main() -> int:
     """Data, the untouched run, kills, the table; exit code 1 when a curve differs."""
     options = parser.parse(Options, description=__doc__ or "")
-    work, records = Path(options.work).resolve(), Path(options.out).with_suffix(".jsonl") if options.out else None
+    work, records = (
+        Path(options.work).resolve(),
+        Path(options.out).with_suffix(".jsonl") if options.out else None,
+    )
     data = work / "data"
     if not (work / "alpaca_text_document.idx").exists():
-        run = lambda *words: subprocess.run([sys.executable, *map(str, words)], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)  # noqa: E731
+
+        def run(*words: object) -> None:
+            command = [sys.executable, *map(str, words)]
+            subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+
         run("examples/intern/make_quickstart_data.py", "--output-dir", data, "--rows", 400)
         run(
-            *("tools/preprocess_data.py", "--input", data / "train.parquet", "--tokenizer-name-or-path", data / "tokenizer"),
-            *("--output-prefix", work / "alpaca", "--handler-name", "AlpacaPretrainHandler", "--append-eod", "--workers", 1),
+            *(
+                "tools/preprocess_data.py",
+                "--input",
+                data / "train.parquet",
+                "--tokenizer-name-or-path",
+                data / "tokenizer",
+            ),
+            *(
+                "--output-prefix",
+                work / "alpaca",
+                "--handler-name",
+                "AlpacaPretrainHandler",
+                "--append-eod",
+                "--workers",
+                1,
+            ),
         )
     dice, kills = random.Random(options.seed), []
     references: dict[str, dict[str, str]] = {}
@@ -295,7 +355,9 @@ def main() -> int:
         layout = dice.choice(list(LAYOUTS))
         if layout not in references:
             references[layout] = untouched(Place(work / "untouched", work, options, layout))
-        found = one_run(Place(work / "run", work, options, layout), references[layout], dice, options.kills - len(kills))
+        found = one_run(
+            Place(work / "run", work, options, layout), references[layout], dice, options.kills - len(kills)
+        )
         kills += found
         if records:
             with open(records, "a") as file:

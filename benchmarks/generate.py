@@ -81,7 +81,9 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     model, alone = model_of(options), ParallelConfig()
     grid = process_groups.initialize(here, alone, 1)
     fused = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
-    built = gpt_model.build(model, alone, layer_spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused))
+    built = gpt_model.build(
+        model, alone, layer_spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused)
+    )
     gpt_model.fill(built, model, alone, param_mapping.random_tensors(model, 1, here.torch))
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
@@ -97,7 +99,9 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     theirs = LlamaForCausalLM(config).to(here.torch, layer_spec.DTYPES[options.dtype]).eval()
     named = {}
     for parameter, (name, tensor) in zip(
-        param_mapping.parameters(replace(model, family="llama")), param_mapping.random_tensors(model, 1, here.torch), strict=True
+        param_mapping.parameters(replace(model, family="llama")),
+        param_mapping.random_tensors(model, 1, here.torch),
+        strict=True,
     ):
         assert parameter.name == name
         named |= param_mapping.part(replace(model, family="llama"), parameter, tensor)
@@ -115,7 +119,12 @@ def measure(options: Options, here: Any) -> dict[tuple[int, int], dict[str, list
     found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]] = {}
     for length in options.prompts:
         for batch in options.batches:
-            ids = torch.randint(5, ours.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(batch * length))
+            ids = torch.randint(
+                5,
+                ours.config.vocab_size,
+                (batch, length),
+                generator=torch.Generator().manual_seed(batch * length),
+            )
 
             def mine(new: int, ids: Any = ids) -> list[list[int]]:
                 return [one.tokens for (one,) in sample(ours, ids.tolist(), Params(max_new_tokens=new))]
@@ -159,8 +168,14 @@ def row(runs: dict[str, list[tuple[Took, Took]]], options: Options) -> str:
     """ours, theirs and ratios (median, least, largest; of CPU time) of prefill, then of decoding."""
     cells = []
     for part in (0, 1):
-        walls = {side: [parts(took, "wall", options.new_tokens)[part] for took in taken] for side, taken in runs.items()}
-        cpus = {side: [parts(took, "cpu", options.new_tokens)[part] for took in taken] for side, taken in runs.items()}
+        walls = {
+            side: [parts(took, "wall", options.new_tokens)[part] for took in taken]
+            for side, taken in runs.items()
+        }
+        cpus = {
+            side: [parts(took, "cpu", options.new_tokens)[part] for took in taken]
+            for side, taken in runs.items()
+        }
         ratios = sorted(b / a for a, b in zip(walls["ours"], walls["theirs"], strict=True))
         cpu = statistics.median(b / a for a, b in zip(cpus["ours"], cpus["theirs"], strict=True))
         cells += [f"{1000 * statistics.median(walls[side]):.1f}" for side in ("ours", "theirs")]
@@ -168,7 +183,9 @@ def row(runs: dict[str, list[tuple[Took, Took]]], options: Options) -> str:
     return " | ".join(cells)
 
 
-def report(found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]], options: Options, here: Any) -> str:
+def report(
+    found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]], options: Options, here: Any
+) -> str:
     """The markdown file."""
     import torch
 

@@ -68,7 +68,9 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     model = LanguageModel(built, MODEL, grid, here)
     sample(model, [[1, 2, 3]], Params(max_new_tokens=2))
     before = peak()
-    prompt = torch.randint(5, MODEL.vocab_size, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    prompt = torch.randint(
+        5, MODEL.vocab_size, (length,), generator=torch.Generator().manual_seed(1)
+    ).tolist()
     began = time.perf_counter()
     ((found,),) = sample(model, [prompt], Params(max_new_tokens=new_tokens))
     assert len(found.tokens) == new_tokens
@@ -103,7 +105,9 @@ def main() -> None:
     text = (
         f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python {platform.python_version()}, "
         f"{versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden {MODEL.hidden_size}, {MODEL.num_attention_heads} heads, "
-        f"{MODEL.kv_heads} of keys and values, fp32; {options.new_tokens} new tokens.\n\n" + "\n".join(lines) + "\n"
+        f"{MODEL.kv_heads} of keys and values, fp32; {options.new_tokens} new tokens.\n\n"
+        + "\n".join(lines)
+        + "\n"
     )
     if options.out:
         options.out.write_text(text)

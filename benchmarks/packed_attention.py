@@ -85,7 +85,9 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
 
     begins = (segments.positions == 0).to(here.torch)
     ids, whole = begins.cumsum(1), segments.positions.size(1)
-    seen = (ids[:, None, :, None] == ids[:, None, None]) & torch.ones(whole, whole, dtype=torch.bool, device=here.torch).tril()
+    seen = (ids[:, None, :, None] == ids[:, None, None]) & torch.ones(
+        whole, whole, dtype=torch.bool, device=here.torch
+    ).tril()
     takes, gives = groups_of([n for row in segments.lengths for n in row], here.torch)
     kernel = fused(here, "varlen") if dtype == "bf16" else None
 
@@ -99,7 +101,11 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
         qkv, out = [flat(x) for x in (q, k, v)], []
         for take in takes:
             part = (x[take.flatten()].unflatten(0, take.shape).transpose(1, 2) for x in qkv)
-            out.append(F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(0, 1))
+            out.append(
+                F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True)
+                .transpose(1, 2)
+                .flatten(0, 1)
+            )
         return rows(torch.cat(out)[gives])
 
     found = {
@@ -109,7 +115,9 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
         "whole row": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
     }
     if kernel:
-        found["kernel"] = lambda q, k, v: rows(kernel.call(flat(q), flat(k), flat(v), segments.bounds(q.device)))
+        found["kernel"] = lambda q, k, v: rows(
+            kernel.call(flat(q), flat(k), flat(v), segments.bounds(q.device))
+        )
     return found
 
 
@@ -124,7 +132,9 @@ def groups_of(lengths: list[int], device: Any) -> tuple[list[Any], Any]:
         begin += n
     takes, gives, taken = [], torch.empty(begin, dtype=torch.long), 0
     for size, documents in sizes.items():
-        takes.append(torch.stack([torch.arange(size).clamp(max=n - 1) + first for first, n in documents]).to(device))
+        takes.append(
+            torch.stack([torch.arange(size).clamp(max=n - 1) + first for first, n in documents]).to(device)
+        )
         for first, n in documents:
             gives[first : first + n] = torch.arange(taken, taken + n)
             taken += size
@@ -142,7 +152,9 @@ def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dic
         for median in options.medians:
             lengths = draw(options, median)
             positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
-            took = turns(ways(Segments(lengths=lengths, positions=positions), here, dtype), options, here, dtype)
+            took = turns(
+                ways(Segments(lengths=lengths, positions=positions), here, dtype), options, here, dtype
+            )
             found[dtype, median] = sum(map(len, lengths)), took
             print(f"{dtype}, median {median}: {cells(took)}", flush=True)
     return found
@@ -187,19 +199,30 @@ def cells(took: dict[str, list[Took]]) -> str:
     parts = [f"{1000 * statistics.median(one.wall for one in took['documents']):.1f}"]
     for name, turns in took.items():
         if name != "documents":
-            ratios = sorted(other.wall / ours.wall for ours, other in zip(took["documents"], turns, strict=True))
-            cpu = statistics.median(other.cpu / ours.cpu for ours, other in zip(took["documents"], turns, strict=True))
-            parts.append(f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}; {cpu:.2f})")
+            ratios = sorted(
+                other.wall / ours.wall for ours, other in zip(took["documents"], turns, strict=True)
+            )
+            cpu = statistics.median(
+                other.cpu / ours.cpu for ours, other in zip(took["documents"], turns, strict=True)
+            )
+            parts.append(
+                f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}; {cpu:.2f})"
+            )
     return " | ".join(parts)
 
 
-def report(found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], options: Options, here: Any) -> str:
+def report(
+    found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], options: Options, here: Any
+) -> str:
     """The markdown file."""
     import torch
 
     (_, first), *_ = found.values()
     names = " | ".join(f"{name} / documents" for name in first if name != "documents")
-    lines = [f"| {dtype} | {median} | {documents} | {cells(took)} |" for (dtype, median), (documents, took) in found.items()]
+    lines = [
+        f"| {dtype} | {median} | {documents} | {cells(took)} |"
+        for (dtype, median), (documents, took) in found.items()
+    ]
     load = os.getloadavg()[0]
     return (
         f"# Attention within packed documents\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} cores, "
@@ -208,7 +231,9 @@ def report(found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], opti
         f"{options.groups} of keys and values, of {options.head_dim}; values and gradients; {options.rounds} rounds in turns, "
         "medians. Milliseconds of `documents`; of the other ways the ratio to it, with least and largest, then that of CPU time. "
         "Above 1 ours is faster. All but `whole row`, where documents see those before them, gave the same values.\n\n"
-        f"| type | median length | documents | documents, ms | {names} |\n|{'---|' * (3 + len(first))}\n" + "\n".join(lines) + "\n"
+        f"| type | median length | documents | documents, ms | {names} |\n|{'---|' * (3 + len(first))}\n"
+        + "\n".join(lines)
+        + "\n"
     )
 
 

@@ -86,7 +86,10 @@ def write(folder: Path, texts: Sequence[str]) -> int:
 
     folder.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "a.parquet", row_group_size=1000)
-    halves = {"instruction": [text[: len(text) // 2] for text in texts], "output": [text[len(text) // 2 :] for text in texts]}
+    halves = {
+        "instruction": [text[: len(text) // 2] for text in texts],
+        "output": [text[len(text) // 2 :] for text in texts],
+    }
     pyarrow.parquet.write_table(pyarrow.table(halves), folder / "answers.parquet", row_group_size=1000)
     with (folder / "a.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
@@ -107,7 +110,10 @@ def bare_share(path: str, model: str, share: int, of: int) -> None:
 
 def bare(path: str, model: str, workers: int) -> None:
     """The bare arm."""
-    processes = [get_context("spawn").Process(target=bare_share, args=(path, model, n, workers)) for n in range(workers)]
+    processes = [
+        get_context("spawn").Process(target=bare_share, args=(path, model, n, workers))
+        for n in range(workers)
+    ]
     for process in processes[1:]:
         process.start()
     bare_share(path, model, 0, workers)  # as ours, one worker needs no second process
@@ -118,12 +124,23 @@ def bare(path: str, model: str, workers: int) -> None:
 def commands(folder: Path, tokenizer: Path, workers: int, megatron: Path | None) -> dict[str, list[str]]:
     """Arm -> its program."""
     model, me = str(tokenizer / "tokenizer.model"), [sys.executable, __file__]
-    ours = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), "--tokenizer-name-or-path", str(tokenizer)]
+    ours = [
+        sys.executable,
+        str(ROOT / "tools" / "preprocess_data.py"),
+        "--tokenizer-name-or-path",
+        str(tokenizer),
+    ]
     ours += ["--output-prefix", str(folder / "ours"), "--append-eod", "--workers", str(workers)]
     found = {
         "bare": [*me, "bare", str(folder / "a.parquet"), model, str(workers)],
         "ours": [*ours, "--input", str(folder / "a.parquet")],
-        "ours, with masks": [*ours, "--input", str(folder / "answers.parquet"), "--handler-name", "GeneralInstructionHandler"],
+        "ours, with masks": [
+            *ours,
+            "--input",
+            str(folder / "answers.parquet"),
+            "--handler-name",
+            "GeneralInstructionHandler",
+        ],
     }
     if megatron:
         theirs = [
@@ -187,14 +204,19 @@ def table(times: Times, size: int) -> str:
         for arm, took in arms.items():
             rates = [f"{size / 1e6 / statistics.median(map(kind, took)):.2f}" for kind in KINDS.values()]
             pairs = list(zip(took, arms["ours"], strict=True))
-            ratios = [f"{statistics.median(kind(it) / kind(ours) for it, ours in pairs):.2f}" for kind in KINDS.values()]
+            ratios = [
+                f"{statistics.median(kind(it) / kind(ours) for it, ours in pairs):.2f}"
+                for kind in KINDS.values()
+            ]
             lines.append(f"| {workers} | {arm} | {' | '.join(rates + ratios)} |")
     if len(times) > 1:
         first, *_, last = times
         lines.append(f"\nFaster with {last} workers than with {first}, without start:")
         for arm in times[first]:
             pairs = zip(times[first][arm], times[last][arm], strict=True)
-            lines.append(f"{arm} {statistics.median((a[0] - a[2]) / (b[0] - b[2]) for a, b in pairs):.2f} times;")
+            lines.append(
+                f"{arm} {statistics.median((a[0] - a[2]) / (b[0] - b[2]) for a, b in pairs):.2f} times;"
+            )
     return "\n".join(lines).rstrip(";") + ("." if len(times) > 1 else "")
 
 
@@ -203,7 +225,8 @@ def same_ids(folder: Path) -> str:
     if not (folder / "theirs_text_document.bin").exists():
         return ""
     equal = all(
-        (folder / f"ours_text_document.{x}").read_bytes() == (folder / f"theirs_text_document.{x}").read_bytes()
+        (folder / f"ours_text_document.{x}").read_bytes()
+        == (folder / f"theirs_text_document.{x}").read_bytes()
         for x in ("bin", "idx")
     )
     return f"Megatron's .bin and .idx and ours are {'equal, byte for byte' if equal else 'NOT equal'}."
@@ -213,7 +236,11 @@ def cpu() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
     names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )
@@ -235,7 +262,13 @@ def main() -> None:
         load = os.getloadavg()[0]
         times = measure(options, folder, tokenizer)
         made = f"sentencepiece {version('sentencepiece')}, pyarrow {version('pyarrow')}, Python {platform.python_version()}"
-        which = "InternLM v1" if tokenizer == REAL else "a tokenizer trained on the spot" if tokenizer == folder else tokenizer.name
+        which = (
+            "InternLM v1"
+            if tokenizer == REAL
+            else "a tokenizer trained on the spot"
+            if tokenizer == folder
+            else tokenizer.name
+        )
         report = (
             f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in {len(texts)} documents of Python "
             f"source, {which}, {options.rounds} rounds in turns; medians. "
@@ -247,7 +280,8 @@ def main() -> None:
     if options.output:
         options.output.write_text(report)
         options.output.with_suffix(".json").write_text(
-            json.dumps({"bytes": size, "seconds (wall, CPU, wall to start, CPU to start)": times}, indent=1) + "\n"
+            json.dumps({"bytes": size, "seconds (wall, CPU, wall to start, CPU to start)": times}, indent=1)
+            + "\n"
         )
 
 

@@ -98,7 +98,9 @@ def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
     chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
     config = layer_spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
     model = gpt_model.build(run.model, run.parallel, config)
-    gpt_model.fill(model, run.model, run.parallel, param_mapping.random_tensors(run.model, run.train.seed, here.torch))
+    gpt_model.fill(
+        model, run.model, run.parallel, param_mapping.random_tensors(run.model, run.train.seed, here.torch)
+    )
     batch, to = batch_of(run), here.torch
 
     def forward() -> Any:
@@ -189,7 +191,10 @@ def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
             for name, part in param_mapping.part(llama, parameter, tensor).items():
                 model.get_parameter(name).copy_(part)
     batch, to = batch_of(run), here.torch
-    return model, lambda: model(batch.tokens.to(to), labels=batch.labels.to(to), shift_labels=batch.labels.to(to)).loss
+    return (
+        model,
+        lambda: model(batch.tokens.to(to), labels=batch.labels.to(to), shift_labels=batch.labels.to(to)).loss,
+    )
 
 
 MAKERS: dict[tuple[str, str], Callable[[Run, device.Device], tuple[Step, str]]] = {

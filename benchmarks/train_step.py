@@ -32,7 +32,14 @@ from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
-SMALL = replace(preset("internlm-7b"), num_layers=8, hidden_size=512, ffn_hidden_size=1376, num_attention_heads=8, vocab_size=24064)
+SMALL = replace(
+    preset("internlm-7b"),
+    num_layers=8,
+    hidden_size=512,
+    ffn_hidden_size=1376,
+    num_attention_heads=8,
+    vocab_size=24064,
+)
 """50M parameters; the head's share of the work is larger than in the 7B."""
 SIDES = {"ours": "ours", "theirs": "Hugging Face"}
 SAME = {"fp32": 1e-5, "bf16": 5e-3}
@@ -87,7 +94,10 @@ class Measured:
 
     def ratios(self, clock: Callable[[Any], float]) -> list[float]:
         """theirs / ours of every round."""
-        return [clock(theirs) / clock(ours) for ours, theirs in zip(self.took["ours"], self.took["theirs"], strict=True)]
+        return [
+            clock(theirs) / clock(ours)
+            for ours, theirs in zip(self.took["ours"], self.took["theirs"], strict=True)
+        ]
 
 
 def jobs(options: Options) -> list[Job]:
@@ -109,7 +119,9 @@ def model_of(options: Options) -> ModelConfig:
             raise UserError(f"--layers {options.layers}: at least 1")
         model = replace(model, num_layers=options.layers)
     if not 1 <= options.seq_length <= model.max_position_embeddings:
-        raise UserError(f"--seq-length {options.seq_length}: {options.model} has 1 to {model.max_position_embeddings} positions")
+        raise UserError(
+            f"--seq-length {options.seq_length}: {options.model} has 1 to {model.max_position_embeddings} positions"
+        )
     return model
 
 
@@ -132,7 +144,9 @@ def started(side: str, job: Job, options: Options) -> Iterator[Callable[[bool], 
 
     fresh = get_context("spawn")
     mine, its = fresh.Pipe()
-    process = fresh.Process(target=sides.worker, args=(its, side, job.level, run_of(options, job), options.threads))
+    process = fresh.Process(
+        target=sides.worker, args=(its, side, job.level, run_of(options, job), options.threads)
+    )
     process.start()
     its.close()
 
@@ -143,7 +157,9 @@ def started(side: str, job: Job, options: Options) -> Iterator[Callable[[bool], 
             said = mine.recv()
         except EOFError:
             process.join()
-            raise UserError(f"{SIDES[side]}, {job}: the process died with exit code {process.exitcode}") from None
+            raise UserError(
+                f"{SIDES[side]}, {job}: the process died with exit code {process.exitcode}"
+            ) from None
         if isinstance(said, Exception):
             raise said if isinstance(said, UserError) else UserError(f"{SIDES[side]}, {job}: {said!r}")
         return said
@@ -199,9 +215,21 @@ def table(measured: dict[Job, Measured], options: Options) -> str:
             ratios = ("", "")
             if side == "ours":
                 wall, cpu = (sorted(found.ratios(clock)) for clock in (lambda t: t.wall, lambda t: t.cpu))
-                ratios = f"**{statistics.median(wall):.3f}** ({wall[0]:.3f} to {wall[-1]:.3f})", f"{statistics.median(cpu):.3f}"
+                ratios = (
+                    f"**{statistics.median(wall):.3f}** ({wall[0]:.3f} to {wall[-1]:.3f})",
+                    f"{statistics.median(cpu):.3f}",
+                )
             memory = max(t.memory for t in took) / 2**20
-            row = (job, SIDES[side], f"{seconds:.3f}", f"{rate:.0f}", f"{used:.3f}", mfu, f"{memory:.0f} MiB", *ratios)
+            row = (
+                job,
+                SIDES[side],
+                f"{seconds:.3f}",
+                f"{rate:.0f}",
+                f"{used:.3f}",
+                mfu,
+                f"{memory:.0f} MiB",
+                *ratios,
+            )
             lines.append(f"| {' | '.join(map(str, row))} |")
     return "\n".join(lines)
 
@@ -209,7 +237,9 @@ def table(measured: dict[Job, Measured], options: Options) -> str:
 def report(measured: dict[Job, Measured], options: Options) -> str:
     """The markdown file."""
     model, hello = model_of(options), next(iter(measured.values())).hello
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed", "transformers"))
+    versions = ", ".join(
+        f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed", "transformers")
+    )
     return (
         f"# Training step against Hugging Face Llama\n\n{datetime.date.today()}, {hello.device}, {os.cpu_count()} cores, "
         f"{hello.threads} threads per side; Python {platform.python_version()}, {versions}. Kernels: {hello.kernels}.\n\n"

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("repository", deadline=None, derandomize=True)  # the same examples every time, on a slow machine too
+settings.register_profile(
+    "repository", deadline=None, derandomize=True
+)  # the same examples every time, on a slow machine too
 settings.load_profile("repository")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"

@@ -23,7 +23,10 @@ TRAPS = [
 
 def words(count: int, start: int = 0) -> list[str]:
     """Ordinary short documents, all different."""
-    return [f"Document {i} says that {i * 7919 % 1009} is not {i * 31 % 97}.\nIt ends here." for i in range(start, start + count)]
+    return [
+        f"Document {i} says that {i * 7919 % 1009} is not {i * 31 % 97}.\nIt ends here."
+        for i in range(start, start + count)
+    ]
 
 
 @functools.cache

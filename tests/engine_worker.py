@@ -37,7 +37,11 @@ def main() -> None:
 
     base, fused = schema.from_dict(job["run"]), fused_kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
-        base.model.vocab_size, job["steps"], base.train.global_batch_size, base.data.seq_length, job["data_seed"]
+        base.model.vocab_size,
+        job["steps"],
+        base.train.global_batch_size,
+        base.data.seq_length,
+        job["data_seed"],
     )
 
     def batches_of(path):
@@ -51,12 +55,17 @@ def main() -> None:
         return [Batch(**{k: v[i : i + size] for k, v in mine.items()}) for i in range(0, rows, size)]
 
     def step(engine, run, grid, batch):
-        result = engine.step(micro_batches(run, grid, batch), lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters))
+        result = engine.step(
+            micro_batches(run, grid, batch),
+            lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters),
+        )
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
     def save(folder, at, engine, run, grid):
         state = checkpoint.TrainState(at, 0, 0, engine.scalars())
-        checkpoint.save(folder, state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier)
+        checkpoint.save(
+            folder, state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier
+        )
 
     places = None
     curves = {}
@@ -72,8 +81,14 @@ def main() -> None:
             run.parallel.places,
             process_groups.initialize(here, run.parallel, run.train.seed),
         )  # the generators start anew
-        given = load_file(case["weights"]).items() if case.get("weights") else random_tensors(run.model, run.train.seed)
-        tensors = None if case.get("load") and not run.lora.lora_rank else given  # a checkpoint of adapters has no weights
+        given = (
+            load_file(case["weights"]).items()
+            if case.get("weights")
+            else random_tensors(run.model, run.train.seed)
+        )
+        tensors = (
+            None if case.get("load") and not run.lora.lora_rank else given
+        )  # a checkpoint of adapters has no weights
         if case.get("break") == "documents see each other":
             without_documents()
         if run.parallel.deepspeed:
@@ -94,7 +109,11 @@ def main() -> None:
         first, last, curves[name] = case.get("first", 0), case.get("last", job["steps"]), []
         for i in range(first, last):
             if case.get("poison") == i:
-                weight = next(engine.modules[0].parameters() if hasattr(engine, "modules") else engine.module.parameters())
+                weight = next(
+                    engine.modules[0].parameters()
+                    if hasattr(engine, "modules")
+                    else engine.module.parameters()
+                )
                 hook = weight.register_hook(lambda g, rank=grid.rank: g * float("nan") if rank == 0 else g)
                 curves[name].append(step(engine, run, grid, data[i]))
                 hook.remove()
@@ -136,7 +155,11 @@ def check_replicas(engine, grid):
     mine = {}
     for module in engine.modules:
         for name, parameter in gpt_model.named_parameters(module).items():
-            name = gpt_model.EMBEDDING if name == gpt_model.OUTPUT and module.share_embeddings_and_output_weights else name
+            name = (
+                gpt_model.EMBEDDING
+                if name == gpt_model.OUTPUT and module.share_embeddings_and_output_weights
+                else name
+            )
             part = grid.tp_rank if engine.cuts[name].dim is not None else 0
             digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             assert mine.setdefault((name, part), digest) == digest, name
@@ -156,7 +179,9 @@ def deepspeed_engine(mistake):
             return gradient
 
     kind = WithoutHook if mistake == "sequence-parallel hook" else DeepSpeedEngine
-    return lambda run, grid, here, kernels, tensors: kind(run, grid, here, ds_config(run, grid.world), kernels, tensors)
+    return lambda run, grid, here, kernels, tensors: kind(
+        run, grid, here, ds_config(run, grid.world), kernels, tensors
+    )
 
 
 def megatron_engine(mistake):
@@ -216,7 +241,11 @@ def without_adapters(mistake):
     from ascendspeed.models.lora import layers
 
     name = (mistake or "").partition("adapters: ")[2]
-    return patch.object(layers, name, lambda x, *_, **__: x if name != "_begin" else None) if name else nullcontext()
+    return (
+        patch.object(layers, name, lambda x, *_, **__: x if name != "_begin" else None)
+        if name
+        else nullcontext()
+    )
 
 
 class InARow:

@@ -42,7 +42,10 @@ def rows(subject: str, split: str, count: int) -> list[list[str]]:
 def put_csv(path: Path, lines: Sequence[Sequence[str]], header: Sequence[str] = ()) -> None:
     """By hand: every field that needs it in quotes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    quoted = [",".join(f'"{f.replace(chr(34), chr(34) * 2)}"' if set(f) & set(',"\n') else f for f in line) for line in lines]
+    quoted = [
+        ",".join(f'"{f.replace(chr(34), chr(34) * 2)}"' if set(f) & set(',"\n') else f for f in line)
+        for line in lines
+    ]
     path.write_text("".join(f"{line}\n" for line in ([",".join(header)] if header else []) + quoted), "utf-8")
 
 
@@ -59,7 +62,8 @@ def ceval(folder: Path, count: int = 2) -> Path:
     for subject in TOPICS["ceval"]:
         for split, many in (("dev", 5), ("val", count)):
             lines = [
-                [str(i), *row, *(["because, 0.5"] if split == "dev" else [])] for i, row in enumerate(rows(subject, split, many))
+                [str(i), *row, *(["because, 0.5"] if split == "dev" else [])]
+                for i, row in enumerate(rows(subject, split, many))
             ]
             header = ["id", "question", *"ABCD", "answer", *(["explanation"] if split == "dev" else [])]
             put_csv(folder / split / f"{subject}_{split}.csv", lines, header)
@@ -154,12 +158,22 @@ MODEL = ModelConfig(
 def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
     """An InternLM with random weights, biases and norms, and a tokenizer, as a Hugging Face directory."""
     corpus.sentencepiece_dir(folder, 400)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>", "add_bos_token": True}
-    (folder / "tokenizer_config.json").write_text(json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False}))
+    special = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "</s>",
+        "add_bos_token": True,
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
+    )
     named = {}
     for parameter in param_mapping.parameters(model):
         tensor = param_mapping.random_tensor(model, parameter, 3)
-        noise = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(parameter.name) * 7 + len(named)))
+        noise = torch.randn(
+            tensor.shape, generator=torch.Generator().manual_seed(len(parameter.name) * 7 + len(named))
+        )
         named |= param_mapping.part(model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor)
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
     theirs = families.FAMILIES[model.family].write_config(model) | {"bos_token_id": 1, "eos_token_id": 2}
@@ -213,28 +227,53 @@ WORDS = {
     "ceval": lambda r: dict(zip(("question", *"ABCD", "answer"), r, strict=True)),
     "cmmlu": lambda r: dict(zip(("Question", *"ABCD", "Answer"), r, strict=True)),
 }
-SCORED = {"mmlu": "test", "ceval": "val", "cmmlu": "test", "boolq": "val", "gsm8k": "test", "hellaswag": "val"}
+SCORED = {
+    "mmlu": "test",
+    "ceval": "val",
+    "cmmlu": "test",
+    "boolq": "val",
+    "gsm8k": "test",
+    "hellaswag": "val",
+}
 
 
-def harness_task(task: str, folder: Path, subject: str = "", shots: int = 0, count: int = 2) -> ConfigurableTask:
+def harness_task(
+    task: str, folder: Path, subject: str = "", shots: int = 0, count: int = 2
+) -> ConfigurableTask:
     """lm-eval's own task over the same rows, which do not pass through our loaders: examples in their order."""
     config = _yaml(HARNESS / FILES[task].format(subject))
     if subject:
         splits = {
-            split: [WORDS[task](row) for row in rows(subject, split, many)] for split, many in (("dev", 5), (SCORED[task], count))
+            split: [WORDS[task](row) for row in rows(subject, split, many)]
+            for split, many in (("dev", 5), (SCORED[task], count))
         }
         first, second = "dev", SCORED[task]
     else:
         names = {"hellaswag": ("hellaswag_train", "hellaswag_val")}.get(task, ("train", SCORED[task]))
-        splits = {n: [json.loads(line) for line in (folder / f"{n}.jsonl").read_text().splitlines()] for n in names}
+        splits = {
+            n: [json.loads(line) for line in (folder / f"{n}.jsonl").read_text().splitlines()] for n in names
+        }
         first, second = names
-    for name in ("dataset_path", "dataset_name", "tag", "group", "training_split", "validation_split", "test_split"):
+    for name in (
+        "dataset_path",
+        "dataset_name",
+        "tag",
+        "group",
+        "training_split",
+        "validation_split",
+        "test_split",
+    ):
         config.pop(name, None)
     data = {name: Dataset.from_list(tables) for name, tables in splits.items()}
     if "process_docs" in config:
         data = {name: config["process_docs"](one) for name, one in data.items()}
         config.pop("process_docs")
-    config |= {"task": f"theirs_{task}_{subject}", "custom_dataset": lambda **_: data, "test_split": second, "fewshot_split": first}
+    config |= {
+        "task": f"theirs_{task}_{subject}",
+        "custom_dataset": lambda **_: data,
+        "test_split": second,
+        "fewshot_split": first,
+    }
     config |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n", "split": first}}
     made = ConfigurableTask(config=config)
     made.set_fewshot_seed(1)

@@ -62,14 +62,32 @@ def grouped(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def hugging_face(family: str, shape: Shape, parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the family's directory."""
     if family != "internlm2":
-        names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj"}
+        names = {
+            "q": "self_attn.q_proj",
+            "k": "self_attn.k_proj",
+            "v": "self_attn.v_proj",
+            "o": "self_attn.o_proj",
+        }
         names |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
         names |= {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
-        ends = {"embedding": "model.embed_tokens.weight", "head": "lm_head.weight", "norm": "model.norm.weight"}
+        ends = {
+            "embedding": "model.embed_tokens.weight",
+            "head": "lm_head.weight",
+            "norm": "model.norm.weight",
+        }
     else:
-        names = {"o": "attention.wo", "gate": "feed_forward.w1", "up": "feed_forward.w3", "down": "feed_forward.w2"}
+        names = {
+            "o": "attention.wo",
+            "gate": "feed_forward.w1",
+            "up": "feed_forward.w3",
+            "down": "feed_forward.w2",
+        }
         names |= {"norm1": "attention_norm", "norm2": "ffn_norm"}
-        ends = {"embedding": "model.tok_embeddings.weight", "head": "output.weight", "norm": "model.norm.weight"}
+        ends = {
+            "embedding": "model.tok_embeddings.weight",
+            "head": "output.weight",
+            "norm": "model.norm.weight",
+        }
     made = {name: parts[role] for role, name in ends.items()}
     for layer in range(shape.layers):
         here = f"model.layers.{layer}."
@@ -110,7 +128,9 @@ def pairs(d: int, w: Tensor) -> Tensor:
     return w.view(-1, 2, d // 2, *w.shape[1:]).transpose(1, 2).reshape(w.shape)
 
 
-def _attention(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int, kind: str) -> dict[str, list[Tensor]]:
+def _attention(
+    shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int, kind: str
+) -> dict[str, list[Tensor]]:
     """q, k and v of every rank; `kind` is weight or bias."""
     dot = "" if kind == "weight" else ".bias"
     q, k, v = (parts[f"{layer}.{x}{dot}"] for x in "qkv")
@@ -120,7 +140,11 @@ def _attention(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int,
     if how.kind == "INTERNLM" and how.wp:  # the gathered matrix is `(three h d)`
         return {f"mixer.Wqkv.{kind}": list(torch.cat([q, k, v]).chunk(n))}
     if how.kind == "INTERNLM":  # every rank's own matrix is `(three h d)` with its heads
-        return {f"mixer.Wqkv.{kind}": [torch.cat(qkv) for qkv in zip(q.chunk(n), k.chunk(n), v.chunk(n), strict=True)]}
+        return {
+            f"mixer.Wqkv.{kind}": [
+                torch.cat(qkv) for qkv in zip(q.chunk(n), k.chunk(n), v.chunk(n), strict=True)
+            ]
+        }
     if how.kind == "INTERNLM2" or how.save_hook:
         wqkv = list(grouped(shape, q, k, v).chunk(n))
         if not how.save_hook:
@@ -151,12 +175,18 @@ def _layer(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int) -> 
         )
         gate, up = (list(x) for x in zip(*(w.chunk(2) for w in fused), strict=True))
     w2, w3 = ("w2", "w3") if how.version == 2 else ("w3", "w2")
-    held |= {f"{mlp}.w1.weight": gate, f"{mlp}.{w3}.weight": up, f"{mlp}.{w2}.weight": list(parts[f"{layer}.down"].chunk(n, row))}
+    held |= {
+        f"{mlp}.w1.weight": gate,
+        f"{mlp}.{w3}.weight": up,
+        f"{mlp}.{w2}.weight": list(parts[f"{layer}.down"].chunk(n, row)),
+    }
     held |= {f"{norm}.weight": [parts[f"{layer}.norm{i}"]] * n for i, norm in enumerate(norms, 1)}
     if shape.bias:
         held |= _attention(shape, how, parts, layer, "bias")
         bias = parts[f"{layer}.o.bias"]
-        held[f"{out}.bias"] = list(bias.chunk(n)) if how.wp else [bias] + [None] * (n - 1)  # the sum's bias is the first rank's
+        held[f"{out}.bias"] = (
+            list(bias.chunk(n)) if how.wp else [bias] + [None] * (n - 1)
+        )  # the sum's bias is the first rank's
     return [{name: tensors[r] for name, tensors in held.items() if tensors[r] is not None} for r in range(n)]
 
 
@@ -177,9 +207,14 @@ def states(shape: Shape, how: Trained, parts: dict[str, Tensor]) -> dict[str, di
                 start = sum(how.pp[:v])
                 for i in range(how.pp[v]):
                     mine = _layer(shape, how, parts, start + i)[r % n]
-                    made |= {f"{prefix}{'blocks' if first else 'layers'}.{i}.{name}": tensor for name, tensor in mine.items()}
+                    made |= {
+                        f"{prefix}{'blocks' if first else 'layers'}.{i}.{name}": tensor
+                        for name, tensor in mine.items()
+                    }
                 if v == 0:
-                    made[f"{prefix}{embedding}.weight"] = parts["embedding"].chunk(outer, int(how.embed_split))[r % outer]
+                    made[f"{prefix}{embedding}.weight"] = parts["embedding"].chunk(
+                        outer, int(how.embed_split)
+                    )[r % outer]
                 if v == len(how.pp) - 1:
                     made[f"{prefix}norm.weight"] = parts["norm"]
                     made[f"{prefix}{head}.weight"] = parts["head"].chunk(outer)[r % outer]
@@ -220,7 +255,9 @@ def model_config(shape: Shape, how: Trained, **more) -> dict:
     return table | more
 
 
-def save(folder: Path, shape: Shape, how: Trained, parts: dict[str, Tensor], config: dict | None = None) -> None:
+def save(
+    folder: Path, shape: Shape, how: Trained, parts: dict[str, Tensor], config: dict | None = None
+) -> None:
     """A folder as the trainer leaves it."""
     folder.mkdir()
     for name, held in states(shape, how, parts).items():

@@ -27,7 +27,9 @@ def main() -> None:
     found = {}
     for name, case in job["cases"].items():
         print(name, flush=True)  # the last one in the log of a rank that failed
-        layout = ParallelConfig(tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case["pp"])
+        layout = ParallelConfig(
+            tensor_model_parallel_size=case["tp"], pipeline_model_parallel_size=case["pp"]
+        )
         leave_groups()
         grid, model = process_groups.initialize(here, layout, seed=1), ModelConfig(**case["model"])
         built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, TrainConfig()))
@@ -44,11 +46,18 @@ def answers(asked, case):
     from ascendspeed.inference.engine import Params, logprobs, sample, score
 
     texts = {
-        name: [[[one.tokens, one.reason, one.score] for one in each] for each in sample(asked, case["prompts"], Params(**params))]
+        name: [
+            [[one.tokens, one.reason, one.score] for one in each]
+            for each in sample(asked, case["prompts"], Params(**params))
+        ]
         for name, params in case["params"].items()
     }
     scores = [[one.logprob, one.greedy, one.tokens] for one in score(asked, case["requests"], 3)]
-    return {"texts": texts, "scores": scores, "logprobs": [each.tolist() for each in logprobs(asked, case["prompts"], 2)]}
+    return {
+        "texts": texts,
+        "scores": scores,
+        "logprobs": [each.tolist() for each in logprobs(asked, case["prompts"], 2)],
+    }
 
 
 if __name__ == "__main__":

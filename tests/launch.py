@@ -13,8 +13,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def environment(**extra: str) -> dict[str, str]:
     """Of a child process: one thread (two cores are shared by several ranks), quiet, offline, a rank of nothing yet."""
-    quiet = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    own = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+    quiet = {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    own = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    }
     return {**own, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **extra}
 
 
@@ -36,12 +45,19 @@ def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: f
     port = str(free_port())
     processes, logs = [], []
     for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
         logs.append(folder / f"rank{rank}.log")
         with open(logs[-1], "w") as log:
             command = [sys.executable, str(ROOT / "tests" / script), str(folder / "job.json")]
-            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder))
+            processes.append(
+                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+            )
     try:
         codes = [process.wait(timeout) for process in processes]
     finally:

@@ -29,7 +29,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(grid.rank)
     x = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(9))
     column = ColumnLinear(64, 48, gather_output=False, skip_bias_add=False, **common)
-    rows = [RowLinear(128, 40, input_is_parallel=True, skip_bias_add=skip, **common) for skip in (False, True)]
+    rows = [
+        RowLinear(128, 40, input_is_parallel=True, skip_bias_add=skip, **common) for skip in (False, True)
+    ]
     for linear in (column, *rows):
         for parameter in linear.parameters():
             parameter.data.normal_(generator=generator)

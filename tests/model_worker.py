@@ -31,7 +31,9 @@ def main() -> None:
         if layout != before:
             parallel_state.destroy_model_parallel()
         before, grid = layout, process_groups.initialize(here, run.parallel, seed=1)
-        model = gpt_model.build(run.model, run.parallel, layer_spec.transformer_config(run.model, run.parallel, run.train)).eval()
+        model = gpt_model.build(
+            run.model, run.parallel, layer_spec.transformer_config(run.model, run.parallel, run.train)
+        ).eval()
         gpt_model.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
         tokens = torch.tensor(case["tokens"])
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -44,7 +46,9 @@ def main() -> None:
     everyone = grid.gather(facts)
     if grid.rank == grid.world - 1:
         save_file(tensors, job["out"] + ".safetensors")
-        Path(job["out"]).write_text(json.dumps({name: together([facts[name] for facts in everyone]) for name in job["cases"]}))
+        Path(job["out"]).write_text(
+            json.dumps({name: together([facts[name] for facts in everyone]) for name in job["cases"]})
+        )
     process_groups.destroy()
 
 

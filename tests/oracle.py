@@ -11,14 +11,23 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.parametrize import register_parametrization
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 
 
-def hugging_face(model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None) -> LlamaForCausalLM:
+def hugging_face(
+    model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None
+) -> LlamaForCausalLM:
     """HF Llama with our weights, plain rope unless given: InternLM v1 is Llama with biases on q, k, v and o."""
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
@@ -61,12 +70,16 @@ def published(reference: PreTrainedModel, model: ModelConfig) -> dict[str, Tenso
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         named = load_file(Path(folder) / "model.safetensors")
-    return RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(named, model, reference)
+    return RENAMED.get(model.family, lambda named, model, reference: without_zeros(named))(
+        named, model, reference
+    )
 
 
 def config_of(model: ModelConfig) -> PreTrainedConfig:
     """What transformers builds the model from."""
-    known = model.family not in RENAMED and (not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias)
+    known = model.family not in RENAMED and (
+        not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias
+    )
     config = AutoConfig.for_model(**FAMILIES[model.family].write_config(model)) if known else as_llama(model)
     config.pad_token_id = None  # its embedding would get no gradient
     return config
@@ -134,7 +147,11 @@ def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTraine
     for name, tensor in without_zeros(named).items():
         if "q_proj" in name:
             q, k, v = (named[name.replace("q_proj", f"{x}_proj")].split(model.head_dim) for x in "qkv")
-            heads = [head for i in range(len(k)) for head in (*q[i * len(q) // len(k) : (i + 1) * len(q) // len(k)], k[i], v[i])]
+            heads = [
+                head
+                for i in range(len(k))
+                for head in (*q[i * len(q) // len(k) : (i + 1) * len(q) // len(k)], k[i], v[i])
+            ]
             found[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(heads)
         elif not re.search("[kv]_proj", name):
             old = next((old for old in words if old in name), "")
@@ -165,7 +182,9 @@ RENAMED = {"internlm": internlm, "internlm2": internlm2, "baichuan": baichuan}
 def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of every token, fp32: [b, s]."""
     logits = model(tokens).logits.float()
-    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none"
+    ).view_as(labels)
 
 
 def train(
@@ -197,7 +216,9 @@ def train(
         total, size = 0.0, samples or len(batch["tokens"])
         for i in range(0, len(batch["tokens"]), size):
             part = {name: tensor[i : i + size] for name, tensor in batch.items()}
-            loss = (token_losses(worker, part["tokens"], part["labels"]) * part["loss_mask"]).sum() / batch["loss_mask"].sum()
+            loss = (token_losses(worker, part["tokens"], part["labels"]) * part["loss_mask"]).sum() / batch[
+                "loss_mask"
+            ].sum()
             loss.backward()
             total += float(loss.detach())
             if half is not None:
@@ -241,7 +262,9 @@ def batches(vocab: int, steps: int, samples: int, length: int, seed: int) -> lis
         text = torch.randint(0, vocab, (samples, length + 1), generator=generator)
         counted = torch.randint(1, length + 1, (samples,), generator=generator)
         mask = (torch.arange(length)[None] < counted[:, None]).float()
-        made.append({"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask})
+        made.append(
+            {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
+        )
     return made
 
 

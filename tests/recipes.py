@@ -7,7 +7,20 @@ from pathlib import Path
 import launch
 
 INTERN = launch.ROOT / "examples" / "intern"
-GIVEN = {"HOSTFILE", "RESTARTS", "RECIPE", "MODEL", "DATA", "SAVE", "CHECKPOINT", "TP", "PP", "DTYPE", "NPROC", "NNODES"}
+GIVEN = {
+    "HOSTFILE",
+    "RESTARTS",
+    "RECIPE",
+    "MODEL",
+    "DATA",
+    "SAVE",
+    "CHECKPOINT",
+    "TP",
+    "PP",
+    "DTYPE",
+    "NPROC",
+    "NNODES",
+}
 GIVEN |= {"PACKING", "EPOCHS", "LR", "MIN_LR", "WARMUP"}
 
 
@@ -27,7 +40,9 @@ def typed(recipe: Path, folder: Path, *flags: str, starter: str = "deepspeed", *
     """The flags that a recipe gives to pretrain_intern.py, by what starts it; `folder` is for the stand-in."""
     program(folder / "bin", starter, f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words\n')
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(["bash", str(recipe), *flags], env=clean(PATH=path, **env), capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", str(recipe), *flags], env=clean(PATH=path, **env), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     words = (folder / "words").read_text().splitlines()
     return words[words.index("pretrain_intern.py") + 1 :]

@@ -27,7 +27,12 @@ def command(*words: str, **env: str) -> subprocess.CompletedProcess:
     """Runs a command in the repository's root with this Python's programs first in the path."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
-        words, env=launch.environment(PATH=path, **env), cwd=launch.ROOT, capture_output=True, text=True, timeout=300
+        words,
+        env=launch.environment(PATH=path, **env),
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
@@ -40,9 +45,21 @@ def must(*words: str, **env: str) -> str:
 
 def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
     """The 7B recipe with tiny values on two processes, TP 2; checkpoints in NAME, log in NAME.log."""
-    values = SIZES | {"MODEL": "internlm-tiny", "DTYPE": "fp32", "TP": "2", "NPROC": "2", "EVAL_INTERVAL": "3", "EVAL_ITERS": "2"}
+    values = SIZES | {
+        "MODEL": "internlm-tiny",
+        "DTYPE": "fp32",
+        "TP": "2",
+        "NPROC": "2",
+        "EVAL_INTERVAL": "3",
+        "EVAL_ITERS": "2",
+    }
     values |= {"DATA": str(work / "alpaca_text_document"), "TOKENIZER_PATH": str(work / "data" / "tokenizer")}
-    values |= {"CHECKPOINT": str(load), "SAVE": str(work / name), "SAVE_INTERVAL": "100", "MASTER_PORT": str(launch.free_port())}
+    values |= {
+        "CHECKPOINT": str(load),
+        "SAVE": str(work / name),
+        "SAVE_INTERVAL": "100",
+        "MASTER_PORT": str(launch.free_port()),
+    }
     script = "examples/intern/pretrain_internlm_7b_zero.sh"
     return command("bash", script, "--log-dir", str(work / f"{name}.log"), *flags, **(values | env))
 
@@ -55,10 +72,24 @@ def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:
 def work(tmp_path_factory) -> Path:
     """Text, tokens, a tiny random model, and its weights split for two ranks."""
     work = tmp_path_factory.mktemp("chain")
-    must(sys.executable, "examples/intern/make_quickstart_data.py", "--output-dir", str(work / "data"), "--rows", "400")
+    must(
+        sys.executable,
+        "examples/intern/make_quickstart_data.py",
+        "--output-dir",
+        str(work / "data"),
+        "--rows",
+        "400",
+    )
     must(
         *(sys.executable, "tools/preprocess_data.py", "--input", str(work / "data" / "train.parquet")),
-        *("--tokenizer-name-or-path", str(work / "data" / "tokenizer"), "--output-prefix", str(work / "alpaca"), "--workers", "2"),
+        *(
+            "--tokenizer-name-or-path",
+            str(work / "data" / "tokenizer"),
+            "--output-prefix",
+            str(work / "alpaca"),
+            "--workers",
+            "2",
+        ),
         *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler", "--append-eod"),
     )
     must(
@@ -66,8 +97,20 @@ def work(tmp_path_factory) -> Path:
         *("--tokenizer", str(work / "data" / "tokenizer"), "--output-dir", str(work / "hf")),
     )
     must(
-        *(sys.executable, "tools/ckpt_convert/llama/convert_weights_from_huggingface.py", "--input-model-dir", str(work / "hf")),
-        *("--output-model-dir", str(work / "weights"), "--tensor-model-parallel-size", "2", "--bias", "--deepspeed"),
+        *(
+            sys.executable,
+            "tools/ckpt_convert/llama/convert_weights_from_huggingface.py",
+            "--input-model-dir",
+            str(work / "hf"),
+        ),
+        *(
+            "--output-model-dir",
+            str(work / "weights"),
+            "--tensor-model-parallel-size",
+            "2",
+            "--bias",
+            "--deepspeed",
+        ),
     )
     return work
 
@@ -87,7 +130,9 @@ def trained(work) -> Path:
 def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained):
     def said(name: str) -> list[tuple]:
         return [
-            (line.iteration, line.loss, line.grad_norm, line.lr) if isinstance(line, TrainLine) else (line.iteration, line.loss)
+            (line.iteration, line.loss, line.grad_norm, line.lr)
+            if isinstance(line, TrainLine)
+            else (line.iteration, line.loss)
             for line in lines(trained, name)
         ]
 
@@ -104,7 +149,14 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     from ascendspeed.data import dataset
 
     must(
-        *(sys.executable, "tools/ckpt_convert/convert.py", "--from", str(trained / "broken"), "--to", str(trained / "export")),
+        *(
+            sys.executable,
+            "tools/ckpt_convert/convert.py",
+            "--from",
+            str(trained / "broken"),
+            "--to",
+            str(trained / "export"),
+        ),
         *("--format", "hf-llama", "--tokenizer", str(trained / "data" / "tokenizer"), "--verify"),
     )
     model = AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32).eval()
@@ -117,7 +169,9 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     theirs = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     ours = next(line.loss for line in reversed(lines(trained, "broken")) if isinstance(line, EvalLine))
     assert theirs == pytest.approx(ours, rel=1e-5)
-    ids = AutoTokenizer.from_pretrained(trained / "export")("a list of numbers", add_special_tokens=False).input_ids
+    ids = AutoTokenizer.from_pretrained(trained / "export")(
+        "a list of numbers", add_special_tokens=False
+    ).input_ids
     assert ids
     assert max(ids) < 2048
 
@@ -155,10 +209,44 @@ def test_a_wrong_flag_ends_the_launcher_with_one_line_and_code_2(work, flags, me
 def entry(work: Path, name: str, processes: int, *flags: str) -> subprocess.CompletedProcess:
     """pretrain_intern.py itself under torchrun."""
     return command(
-        *("torchrun", "--nproc-per-node", str(processes), "--master-port", str(launch.free_port()), "--", "pretrain_intern.py"),
-        *("--model", "internlm-tiny", "--load", str(work / "hf"), "--data-path", str(work / "alpaca_text_document")),
-        *("--seq-length", "64", "--micro-batch-size", "1", "--global-batch-size", "4", "--train-iters", str(ITERS)),
-        *("--lr", "1e-2", "--eval-interval", "3", "--eval-iters", "2", "--log-dir", str(work / f"{name}.log"), *flags),
+        *(
+            "torchrun",
+            "--nproc-per-node",
+            str(processes),
+            "--master-port",
+            str(launch.free_port()),
+            "--",
+            "pretrain_intern.py",
+        ),
+        *(
+            "--model",
+            "internlm-tiny",
+            "--load",
+            str(work / "hf"),
+            "--data-path",
+            str(work / "alpaca_text_document"),
+        ),
+        *(
+            "--seq-length",
+            "64",
+            "--micro-batch-size",
+            "1",
+            "--global-batch-size",
+            "4",
+            "--train-iters",
+            str(ITERS),
+        ),
+        *(
+            "--lr",
+            "1e-2",
+            "--eval-interval",
+            "3",
+            "--eval-iters",
+            "2",
+            "--log-dir",
+            str(work / f"{name}.log"),
+            *flags,
+        ),
     )
 
 
@@ -167,7 +255,10 @@ def test_the_entry_without_deepspeed(work):
     """Stages, chunks of sequences and shards of the optimizer give ZeRO's curve, and go on as each other."""
     layouts: dict[str, tuple[int, tuple[str, ...]]] = {
         "zero": (1, ("--deepspeed", "--zero-stage", "1")),
-        "pipeline": (4, ("--tp", "2", "--pp", "2", "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "1")),
+        "pipeline": (
+            4,
+            ("--tp", "2", "--pp", "2", "--sequence-parallel", "--num-layers-per-virtual-pipeline-stage", "1"),
+        ),
         "context": (2, ("--cp", "2", "--use-distributed-optimizer")),
     }
     curves = {}

@@ -10,7 +10,16 @@ import sentencepiece
 from corpus import REAL, TRAPS, sentencepiece_dir, words
 
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.chat import TEMPLATES, Call, Chat, Message, choose, generation_stops, read_messages, stop_set
+from ascendspeed.tokenization.chat import (
+    TEMPLATES,
+    Call,
+    Chat,
+    Message,
+    choose,
+    generation_stops,
+    read_messages,
+    stop_set,
+)
 from ascendspeed.utils.errors import UserError
 
 NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
@@ -55,9 +64,14 @@ def vocabulary(folder, pieces, added=None):
     raw = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     if added:
-        numbers = [raw.piece_to_id(piece) if piece else raw.get_piece_size() + i for i, piece in enumerate(added.values())]
+        numbers = [
+            raw.piece_to_id(piece) if piece else raw.get_piece_size() + i
+            for i, piece in enumerate(added.values())
+        ]
         named = dict(zip(numbers, added, strict=True))
-        config["added_tokens_decoder"] = {str(number): {"content": name, "special": True} for number, name in named.items()}
+        config["added_tokens_decoder"] = {
+            str(number): {"content": name, "special": True} for number, name in named.items()
+        }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
@@ -79,7 +93,10 @@ def kinds(tmp_path_factory):
     made = {name: make(tmp_path_factory.mktemp("chat") / name) for name, make in KINDS.items()}
     there = {name: folder for name, folder in made.items() if folder.is_dir()}
     raw = sentencepiece.SentencePieceProcessor
-    return {name: (tokenizer.load(folder), raw(model_file=str(folder / "tokenizer.model"))) for name, folder in there.items()}
+    return {
+        name: (tokenizer.load(folder), raw(model_file=str(folder / "tokenizer.model")))
+        for name, folder in there.items()
+    }
 
 
 def kind(kinds, name):
@@ -133,7 +150,9 @@ def piecewise(one, raw, text):
 @pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=len)
 def test_v2_and_v3_are_what_jinja_renders(kinds, name, talk):
     one, raw = kind(kinds, name)
-    rendered = jinja2.Template(JINJA, keep_trailing_newline=True).render(bos_token="<s>", messages=talk, add_generation_prompt=True)
+    rendered = jinja2.Template(JINJA, keep_trailing_newline=True).render(
+        bos_token="<s>", messages=talk, add_generation_prompt=True
+    )
     found = chat(one, name)
     ids = found.ids(read_messages(talk, "talk"))
     assert ids == piecewise(one, raw, rendered)
@@ -148,11 +167,30 @@ def test_tables_by_hand(kinds):
     """Ids that were read off the published vocabularies, not computed."""
     one, _ = kind(kinds, "v2-real")
     hello = [Message("user", "hello")]
-    assert Chat(one, "internlm2").ids(hello) == [1, 92543, 1008, 364, 15115, 92542, 364, 92543, 525, 11353, 364]
+    assert Chat(one, "internlm2").ids(hello) == [
+        1,
+        92543,
+        1008,
+        364,
+        15115,
+        92542,
+        364,
+        92543,
+        525,
+        11353,
+        364,
+    ]
     one, _ = kind(kinds, "v1-real")
     user, bot, newline = [333, 352, 1621, 352, 27232], [333, 352, 23845, 352, 27232], 364
     assert Chat(one, "internlm").ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
-    assert Chat(one, "internlm", "v1-eoh").ids([Message("user", "hi")]) == [1, *user, 6176, 103027, newline, *bot]
+    assert Chat(one, "internlm", "v1-eoh").ids([Message("user", "hi")]) == [
+        1,
+        *user,
+        6176,
+        103027,
+        newline,
+        *bot,
+    ]
     assert Chat(one, "internlm").stops == (103028,)
 
 
@@ -164,7 +202,12 @@ def test_text_never_becomes_a_control_token(kinds, name):
     """Whatever a user, a system message or a tool says: the only control tokens are the template's, and the text is all there."""
     one, raw = kind(kinds, name)
     found = chat(one, name)
-    control = {*found.controls.values(), one.bos, one.eos, *(one.find(string) for string in ("<eoh>", "<eoa>"))} - {None}
+    control = {
+        *found.controls.values(),
+        one.bos,
+        one.eos,
+        *(one.find(string) for string in ("<eoh>", "<eoa>")),
+    } - {None}
 
     def controls(text):
         return [number for number in found.ids([Message("user", text)]) if number in control]
@@ -175,7 +218,9 @@ def test_text_never_becomes_a_control_token(kinds, name):
         ids = found.ids([Message("user", text)])
         assert text in one.decode([i for i in ids if i not in control])
     dangerous = [s for s in CONTROLS if control.intersection(raw.encode(f"a{s}b"))]
-    assert bool(dangerous) == (name != "v3")  # control: the vocabulary alone would take the string for the token
+    assert bool(dangerous) == (
+        name != "v3"
+    )  # control: the vocabulary alone would take the string for the token
 
 
 def test_tools(kinds):
@@ -184,7 +229,11 @@ def test_tools(kinds):
     talk = [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": "Weather?"},
-        {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "weather", "parameters": {"city": "上海"}}]},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "tool_calls": [{"name": "weather", "parameters": {"city": "上海"}}],
+        },
         {"role": "environment", "name": "plugin", "content": '{"t": 22}'},
         {"role": "assistant", "content": "Now code.", "code": "print(1)"},
         {"role": "environment", "name": "interpreter", "content": "1"},
@@ -204,7 +253,12 @@ def test_tools(kinds):
         "<|im_start|>assistant\n"
     )
     assert found.ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
-    other_words = [*talk[:2], {**talk[2]}, {"role": "tool", "tool_call_id": "1", "content": '{"t": 22}'}, *talk[4:]]
+    other_words = [
+        *talk[:2],
+        {**talk[2]},
+        {"role": "tool", "tool_call_id": "1", "content": '{"t": 22}'},
+        *talk[4:],
+    ]
     arguments = {"name": "weather", "arguments": json.dumps({"city": "上海"})}
     other_words[2]["tool_calls"] = [{"type": "function", "id": "1", "function": arguments}]
     assert found.ids(read_messages(other_words, "talk"), tools=tools) == piecewise(one, raw, expected)
@@ -218,13 +272,23 @@ def test_the_answer_is_read_back(kinds):
     found = Chat(one, "internlm2")
     said = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
     message = found.message(piecewise(one, raw, said))
-    assert message == {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "weather", "parameters": {}}]}
+    assert message == {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"name": "weather", "parameters": {}}],
+    }
     said = "So.<|action_start|><|interpreter|>\nprint(1)<|action_end|>"
-    assert found.message(piecewise(one, raw, said)) == {"role": "assistant", "content": "So.", "code": "print(1)"}
+    assert found.message(piecewise(one, raw, said)) == {
+        "role": "assistant",
+        "content": "So.",
+        "code": "print(1)",
+    }
     assert found.message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
     broken = found.message(piecewise(one, raw, '<|action_start|><|plugin|>\n{"name"'))
     assert broken["tool_calls"] == ['{"name"']
-    again = read_messages([{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}], "talk")
+    again = read_messages(
+        [{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}], "talk"
+    )
     assert again[1].calls == (Call("plugin", '{"name": "weather", "parameters": {}}'),)
 
 
@@ -285,17 +349,25 @@ def test_which_template_a_model_takes(kinds, tmp_path):
             assert choose(one, "llama")[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
         assert choose(one, family, name[:2])[0] == name[:2]
     plain = tokenizer.load(sentencepiece_dir(tmp_path))
-    with pytest.raises(UserError, match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2"):
+    with pytest.raises(
+        UserError,
+        match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2",
+    ):
         choose(plain, "llama")
     with pytest.raises(UserError, match="--chat-template v9 does not exist; there are v1"):
         choose(plain, "llama", "v9")
-    with pytest.raises(UserError, match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs"):
+    with pytest.raises(
+        UserError,
+        match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs",
+    ):
         choose(plain, "internlm2")
     with pytest.raises(UserError, match=r"no token '<\|im_end\|>', which the chat template v2.5 needs"):
         choose(kinds["v2-old"][0], None, "v2.5")
     ended = Chat(plain, "internlm")
     assert ended.stops == (2,)
-    assert ended.notes == ["the tokenizer has no <eoa>: turns of the assistant end with the end of a document"]
+    assert ended.notes == [
+        "the tokenizer has no <eoa>: turns of the assistant end with the end of a document"
+    ]
     assert not Chat(kinds["v1"][0], "internlm").notes
     assert set(TEMPLATES) == {"v1", "v1-eoh", "v2", "v2.5", "v3"}
 
@@ -311,5 +383,7 @@ def test_stop_set(kinds, tmp_path):
         assert stop_set(one, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
     for wrong in ("2", [2, "x"], -1, True, 1.5):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
-        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is .* not an id or a list of ids"):
+        with pytest.raises(
+            UserError, match=r"generation_config\.json: eos_token_id is .* not an id or a list of ids"
+        ):
             generation_stops(tmp_path)

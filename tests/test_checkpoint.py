@@ -29,7 +29,13 @@ from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, Para
 from ascendspeed.models.param_mapping import Cut
 from ascendspeed.utils.errors import UserError
 
-RUN = Run(ModelConfig(num_layers=2), ParallelConfig(), OptimConfig(lr=3e-4), DataConfig(data_path=("a", "b")), TrainConfig())
+RUN = Run(
+    ModelConfig(num_layers=2),
+    ParallelConfig(),
+    OptimConfig(lr=3e-4),
+    DataConfig(data_path=("a", "b")),
+    TrainConfig(),
+)
 QUIET = {"say": lambda text: None}
 
 
@@ -60,7 +66,9 @@ class Model:
     def full(self, step: int = 0) -> dict[tuple[str, str], torch.Tensor]:
         """Every full tensor of every kind, different for every step."""
         g = torch.Generator().manual_seed(step)
-        return {(n, k): torch.randn(c.shape, generator=g) for n, c in self.cuts(Layout()).items() for k in KINDS}
+        return {
+            (n, k): torch.randn(c.shape, generator=g) for n, c in self.cuts(Layout()).items() for k in KINDS
+        }
 
     def cuts(self, layout: Layout) -> dict[str, Cut]:
         tp, h, f = layout.tp, self.h, self.f
@@ -75,14 +83,18 @@ class Model:
             "scale": Cut(()),
         }
 
-    def fragments(self, layout: Layout, rank: int, full: dict[tuple[str, str], torch.Tensor]) -> list[Fragment]:
+    def fragments(
+        self, layout: Layout, rank: int, full: dict[tuple[str, str], torch.Tensor]
+    ) -> list[Fragment]:
         """What a rank of a layout holds, as copies of slices of the full tensors."""
         data, tensor = divmod(rank, layout.tp)
         found = []
         for (name, kind), whole in full.items():
             cut = self.cuts(layout)[name]
             flat = cut.part(whole, tensor).reshape(-1)
-            a, b = (flat.numel() * (data + i) // layout.dp if layout.zero else i * flat.numel() for i in (0, 1))
+            a, b = (
+                flat.numel() * (data + i) // layout.dp if layout.zero else i * flat.numel() for i in (0, 1)
+            )
             alone = cut.dim is not None
             held = (0, 1) if alone else (tensor, layout.tp)
             if not layout.zero:
@@ -117,12 +129,17 @@ def every_rank(world: int, work) -> list:
 
 def save(folder, step=10, layout=Layout(), model=Model(), **more) -> Path:
     barrier = threading.Barrier(layout.world)
-    full, state = model.full(step), TrainState(step, step * 8, step * 64, {"adam_step": step - 1, "loss_scale": 2.0**16})
+    full, state = (
+        model.full(step),
+        TrainState(step, step * 8, step * 64, {"adam_step": step - 1, "loss_scale": 2.0**16}),
+    )
 
     def one(rank):
         rng = {"torch": torch.full((5,), rank, dtype=torch.uint8), "counter": torch.tensor(rank)}
         fragments = model.fragments(layout, rank, full)
-        return checkpoint.save(folder, state, run_at(step), fragments, rng, rank, layout.world, barrier.wait, **more)
+        return checkpoint.save(
+            folder, state, run_at(step), fragments, rng, rank, layout.world, barrier.wait, **more
+        )
 
     return every_rank(layout.world, one)[0]
 
@@ -140,7 +157,14 @@ def check(opened, step=10, layout=Layout(), model=Model()) -> None:
 
 # -- layouts ------------------------------------------------------------------------------------------------------------------
 
-LAYOUTS = [Layout(), Layout(tp=2), Layout(dp=2), Layout(dp=3, zero=False), Layout(2, 2, padding=3), Layout(4, 2, zero=False)]
+LAYOUTS = [
+    Layout(),
+    Layout(tp=2),
+    Layout(dp=2),
+    Layout(dp=3, zero=False),
+    Layout(2, 2, padding=3),
+    Layout(4, 2, zero=False),
+]
 
 
 @pytest.mark.parametrize("old", LAYOUTS, ids=str)
@@ -166,7 +190,9 @@ def test_every_layout_reads_every_other(tmp_path, old):
     assert opened.rng(old.world) == {}
 
 
-layouts = st.builds(Layout, st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.booleans(), st.integers(0, 40))
+layouts = st.builds(
+    Layout, st.sampled_from([1, 2, 3, 4]), st.integers(1, 3), st.booleans(), st.integers(0, 40)
+)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -203,9 +229,17 @@ def test_gate_and_up_are_cut_one_by_one(tmp_path):
 
 def test_padding_is_never_written(tmp_path):
     save(tmp_path, layout=Layout(4, 1, padding=100))  # ranks 1 to 3 hold little or nothing but padding
-    stored = [k for s in (tmp_path / "step_0000010").glob("*.safetensors") for k, t in load_file(s).items() if "embedding" in k]
+    stored = [
+        k
+        for s in (tmp_path / "step_0000010").glob("*.safetensors")
+        for k, t in load_file(s).items()
+        if "embedding" in k
+    ]
     sizes = sum(
-        t.numel() for s in (tmp_path / "step_0000010").glob("*.safetensors") for k, t in load_file(s).items() if k in stored
+        t.numel()
+        for s in (tmp_path / "step_0000010").glob("*.safetensors")
+        for k, t in load_file(s).items()
+        if k in stored
     )
     assert sizes == 125 * 4 * len(KINDS)
 
@@ -230,7 +264,9 @@ def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     save(tmp_path, layout=Layout(tp=2, dp=2))
     opened, read = checkpoint.find(tmp_path, **QUIET), []
     real = safetensors_io.read_into
-    monkeypatch.setattr(safetensors_io, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where)))
+    monkeypatch.setattr(
+        safetensors_io, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where))
+    )
     cut = Model().cuts(Layout(tp=2))["fc1"]
     opened.read("fc1", "master", cut, 1, 10, 7)
     assert sum(read) == 7
@@ -238,7 +274,9 @@ def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     opened.read("fc1", "master", Model().cuts(Layout())["fc1"], 0, 8, 12)  # 3 rows of 24
     assert sum(read) == 12
     read.clear()
-    opened.read("fc2", "master", Model().cuts(Layout(tp=4))["fc2"], 3, 0, 12)  # columns of the second part only
+    opened.read(
+        "fc2", "master", Model().cuts(Layout(tp=4))["fc2"], 3, 0, 12
+    )  # columns of the second part only
     assert sum(read) == 24
 
 
@@ -258,7 +296,10 @@ def test_wrong_questions_are_refused(tmp_path):
     ("spoil", "said"),
     [
         (lambda f: f[:-1], "missing from element 0"),
-        (lambda f: [*f, dataclasses.replace(f[3], start=0, tensor=f[3].tensor[:1], name="fc1")], "cut as|doubled|two fragments"),
+        (
+            lambda f: [*f, dataclasses.replace(f[3], start=0, tensor=f[3].tensor[:1], name="fc1")],
+            "cut as|doubled|two fragments",
+        ),
         (lambda f: [dataclasses.replace(f[0], tensor=f[0].tensor[:-1]), *f[1:]], "missing from element 499"),
     ],
 )
@@ -286,7 +327,10 @@ def gloo_worker(rank: int, folder: Path) -> None:
     opened = checkpoint.find(folder / "ckpt", rank, 2, gather, say=lambda text: None)
     mine = model.fragments(new, rank, {k: torch.zeros_like(t) for k, t in model.full().items()})
     checkpoint.restore(opened, mine)
-    same = all(torch.equal(a.tensor, b.tensor) for a, b in zip(mine, model.fragments(new, rank, model.full(3)), strict=True))
+    same = all(
+        torch.equal(a.tensor, b.tensor)
+        for a, b in zip(mine, model.fragments(new, rank, model.full(3)), strict=True)
+    )
     (folder / f"rank{rank}").write_text(str(same))
     dist.destroy_process_group()
 
@@ -380,7 +424,9 @@ def test_damage_is_named_and_the_older_one_is_used(ckpt, name, how):
     assert name in warnings[0] or (how == "swapped" and "manifest.json" in warnings[0])
     assert "\n" not in warnings[0]
     check(opened, 10, Layout(dp=2))
-    with pytest.raises(UserError, match="step_0000020 is damaged") as error:  # asked for by name: no other is taken
+    with pytest.raises(
+        UserError, match="step_0000020 is damaged"
+    ) as error:  # asked for by name: no other is taken
         checkpoint.open_checkpoint(ckpt / "step_0000020")
     assert warnings[0].startswith(f"warning: {error.value}")
 
@@ -492,7 +538,9 @@ def test_a_pickle_is_never_opened(ckpt):
     torch.save({"a": Bomb()}, path)
     listed = json.loads((ckpt / "step_0000020" / "manifest.json").read_text())["files"]
     listed[path.name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-    (path.parent / "manifest.json").write_text(saving.manifest.text(20, listed))  # even with a manifest that agrees
+    (path.parent / "manifest.json").write_text(
+        saving.manifest.text(20, listed)
+    )  # even with a manifest that agrees
     opened, said = find_with(ckpt, 1)
     assert opened.path.name == "step_0000010"
     assert "not a whole safetensors file" in said[1]
@@ -504,7 +552,9 @@ def test_a_pickle_is_never_opened(ckpt):
 
 def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     save(tmp_path, 1, TWO)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.SLACK + 1000))
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.SLACK + 1000)
+    )
     monkeypatch.setattr(safetensors_io.Shard, "write", lambda *a: pytest.fail("nothing may be written"))
     barrier, errors = threading.Barrier(2), []
 
@@ -611,7 +661,10 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, again):
         assert opened.state.step in (1 - again, new)
         check(opened, opened.state.step, model=small)
         save(folder, 3, model=small, keep=1)
-        assert sorted(p for p in os.listdir(folder) if p != "step_0000001" or not again) == ["latest", "step_0000003"]
+        assert sorted(p for p in os.listdir(folder) if p != "step_0000001" or not again) == [
+            "latest",
+            "step_0000003",
+        ]
         check(checkpoint.find(folder, **QUIET), 3, model=small)
         if status == 0:
             break
@@ -645,7 +698,13 @@ def test_killed_at_a_random_moment(tmp_path, seed):
 def test_a_leftover_of_a_larger_run_is_not_taken_along(tmp_path):
     left = tmp_path / ".step_0000002.tmp"
     left.mkdir(parents=True)
-    for name in ("shard-00003-of-00004.safetensors", "00000.written", "00001.size", "failed.written", "failed.size"):
+    for name in (
+        "shard-00003-of-00004.safetensors",
+        "00000.written",
+        "00001.size",
+        "failed.written",
+        "failed.size",
+    ):
         (left / name).write_text('{"size": 1, "sha256": "0"}')
     (tmp_path / ".step_0000001.tmp").mkdir()
     path = save(tmp_path, 2, TWO)
@@ -705,7 +764,9 @@ def test_an_error_after_the_renaming_is_one_on_every_rank(tmp_path, monkeypatch)
         real(old, new)
 
     monkeypatch.setattr(os, "replace", replace)
-    assert fails_on_both(tmp_path, 2).endswith("step_0000002 was not saved: " + f"{tmp_path}/latest: Input/output error")
+    assert fails_on_both(tmp_path, 2).endswith(
+        "step_0000002 was not saved: " + f"{tmp_path}/latest: Input/output error"
+    )
     monkeypatch.undo()
     save(tmp_path, 3, TWO, keep=1)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003"]  # nothing of the failure is left
@@ -722,7 +783,9 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
     barrier, errors = threading.Barrier(2), []
 
     def one(rank):
-        with pytest.raises(UserError, match=r"step_0000002 was not saved: .*(directory|File exists|report)") as error:
+        with pytest.raises(
+            UserError, match=r"step_0000002 was not saved: .*(directory|File exists|report)"
+        ) as error:
             checkpoint.save(tmp_path / "ckpt", TrainState(2, 1, 1), RUN, [], {}, rank, 2, barrier.wait)
         errors.append(error)
 
@@ -763,7 +826,11 @@ def test_saving_copies_nothing_whole(tmp_path):
     fragment = Fragment("w", "master", Cut((1 << 25,)), 0, 0, torch.randn(1 << 25))
 
     def high_water() -> int:
-        return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+        return next(
+            int(line.split()[1])
+            for line in Path("/proc/self/status").read_text().splitlines()
+            if "VmHWM" in line
+        )
 
     def measured():
         Path("/proc/self/clear_refs").write_text("5")
@@ -810,9 +877,17 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
         assert 0 < saved.stall < saved.seconds
 
     for folder, copies in ((tmp_path / "right", True), (tmp_path / "wrong", False)):
-        all_savers, allowed = savers(folder, layout), threading.Barrier(2 * layout.world)  # who writes, and who has changed all
-        monkeypatch.setattr(safetensors_io.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1])
-        every_rank(layout.world, lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go))
+        all_savers, allowed = (
+            savers(folder, layout),
+            threading.Barrier(2 * layout.world),
+        )  # who writes, and who has changed all
+        monkeypatch.setattr(
+            safetensors_io.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1]
+        )
+        every_rank(
+            layout.world,
+            lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go),
+        )
     check(checkpoint.find(tmp_path / "right", **QUIET), 4)
     assert all((t == -1).all() for _, t in checkpoint.find(tmp_path / "wrong", **QUIET).tensors())
 
@@ -848,7 +923,9 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
         begin(both[rank], 2, rank, TWO)
         both[rank]._thread.join()
         assert both[rank].failed
-        with pytest.raises(UserError, match=r"step_0000002 was not saved: rank 1: .*No space left on device") as error:
+        with pytest.raises(
+            UserError, match=r"step_0000002 was not saved: rank 1: .*No space left on device"
+        ) as error:
             begin(both[rank], 3, rank, TWO)
         said.append(str(error.value))
         assert both[rank].last.name == "step_0000001"

@@ -10,7 +10,9 @@ from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-7b"), num_layers=12, num_attention_heads=32)
-RUN = Run(MODEL, ParallelConfig(), OptimConfig(), DataConfig(data_path=("data",)), TrainConfig(global_batch_size=48))
+RUN = Run(
+    MODEL, ParallelConfig(), OptimConfig(), DataConfig(data_path=("data",)), TrainConfig(global_batch_size=48)
+)
 GROUPED = {"family": "llama", "num_query_groups": 8, "add_qkv_bias": False, "add_dense_bias": False}
 EXPERTS = {"family": "mixtral", "num_experts": 8, "add_qkv_bias": False, "add_dense_bias": False}
 TP, PP, VPP, CP, EP = (
@@ -37,20 +39,46 @@ def run_of(changes):
         (8, {"parallel": {TP: 8, "sequence_parallel": True}}),
         (16, {"model": GROUPED, "parallel": {TP: 16}}),  # fewer key/value heads than ranks
         (24, {"parallel": {TP: 2, PP: 3, VPP: 4, CP: 2}}),
-        (4, {"parallel": {PP: 4}, "train": {"global_batch_size": 3}}),  # fewer micro-batches than stages: slow, not wrong
+        (
+            4,
+            {"parallel": {PP: 4}, "train": {"global_batch_size": 3}},
+        ),  # fewer micro-batches than stages: slow, not wrong
         (8, {"model": EXPERTS, "parallel": {EP: 8}}),
         (8, {"model": EXPERTS, "parallel": {TP: 2, EP: 4, "sequence_parallel": True}}),
         (4, {"model": EXPERTS, "parallel": {CP: 2, EP: 4}}),  # experts are shared over sequences too
         (4, {"parallel": ZERO | {"zero_hpz_partition_size": 2, "zero_offload": "cpu"}}),
         (4, {"parallel": ZERO | {"zero_offload": "nvme", "zero_offload_nvme_path": "/nvme"}}),
-        (2, {"parallel": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}}),
+        (
+            2,
+            {
+                "parallel": {
+                    "use_distributed_optimizer": True,
+                    "overlap_grad_reduce": True,
+                    "overlap_param_gather": True,
+                }
+            },
+        ),
         (2, {"parallel": {PP: 2}, "train": {"recompute_granularity": "full", "recompute_num_layers": 3}}),
-        (2, {"train": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 12}}),
+        (
+            2,
+            {
+                "train": {
+                    "recompute_granularity": "full",
+                    "recompute_method": "block",
+                    "recompute_num_layers": 12,
+                }
+            },
+        ),
         (1, {"train": {"recompute_granularity": "selective"}}),
         (
             32,
             {
-                "model": {"num_layers": 80, "hidden_size": 8192, "ffn_hidden_size": 22016, "num_attention_heads": 64},
+                "model": {
+                    "num_layers": 80,
+                    "hidden_size": 8192,
+                    "ffn_hidden_size": 22016,
+                    "num_attention_heads": 64,
+                },
                 "parallel": {TP: 8, PP: 4, "sequence_parallel": True},
                 "optim": {"bf16": True},
                 "train": {"micro_batch_size": 2, "global_batch_size": 128},
@@ -70,7 +98,11 @@ def test_what_can_run(world, changes):
             {"parallel": {TP: 3}},
             "32 attention heads, 32 key/value heads and an FFN width of 11008 do not split over 3 .* choose 1, 2",
         ),
-        (3, {"model": GROUPED, "parallel": {TP: 3}}, "32 attention heads, 8 key/value heads .* choose 1, 2, 4, 8, 16, 32"),
+        (
+            3,
+            {"model": GROUPED, "parallel": {TP: 3}},
+            "32 attention heads, 8 key/value heads .* choose 1, 2, 4, 8, 16, 32",
+        ),
         (5, {"parallel": {PP: 5}}, "12 layers do not split over 5 pipeline stages; choose 1, 2, 3, 4, 6, 12"),
         (
             4,
@@ -88,7 +120,11 @@ def test_what_can_run(world, changes):
             {"parallel": {PP: 2, VPP: 2}, "train": {"global_batch_size": 12}},
             "3 micro-batches per iteration .* 2 pipeline stages.* --global-batch-size that is a multiple of 8",
         ),
-        (6, {"parallel": {TP: 4}}, "6 processes do not split into groups of 4 for TP 4; start a multiple of 4"),
+        (
+            6,
+            {"parallel": {TP: 4}},
+            "6 processes do not split into groups of 4 for TP 4; start a multiple of 4",
+        ),
         (
             12,
             {"parallel": {TP: 2, PP: 2, CP: 2}},
@@ -119,8 +155,16 @@ def test_what_can_run(world, changes):
             {"parallel": {TP: 4, CP: 2, "sequence_parallel": True}, "data": {"seq_length": 36}},
             "--seq-length 36 / CP 2 = 18 does not split over 4 ranks .*; choose 32 or 40$",
         ),
-        (3, {"model": EXPERTS, "parallel": {EP: 3}}, "8 experts do not split over 3 expert-parallel ranks; choose 1, 2, 4, 8"),
-        (2, {"parallel": {EP: 2}}, "a model without experts does not split over 2 expert-parallel ranks; choose 1"),
+        (
+            3,
+            {"model": EXPERTS, "parallel": {EP: 3}},
+            "8 experts do not split over 3 expert-parallel ranks; choose 1, 2, 4, 8",
+        ),
+        (
+            2,
+            {"parallel": {EP: 2}},
+            "a model without experts does not split over 2 expert-parallel ranks; choose 1",
+        ),
         (
             6,
             {"model": EXPERTS, "parallel": {EP: 4}},
@@ -137,25 +181,57 @@ def test_what_can_run(world, changes):
             {"parallel": ZERO | {PP: 2}},
             "--pipeline-model-parallel-size 2: the DeepSpeed engine has no pipeline stages .ZeRO-2 and 3",
         ),
-        (2, {"parallel": ZERO | {CP: 2}}, "--context-parallel-size 2: the DeepSpeed engine does not share sequences"),
+        (
+            2,
+            {"parallel": ZERO | {CP: 2}},
+            "--context-parallel-size 2: the DeepSpeed engine does not share sequences",
+        ),
         (
             2,
             {"model": EXPERTS, "parallel": ZERO | {EP: 2}},
             "--expert-model-parallel-size 2: the DeepSpeed engine does not share experts",
         ),
-        (2, {"parallel": ZERO | {"use_distributed_optimizer": True}}, "--use-distributed-optimizer: the DeepSpeed engine has ZeRO"),
-        (2, {"parallel": ZERO | {"overlap_grad_reduce": True}}, "--overlap-grad-reduce: the DeepSpeed engine overlaps by itself"),
-        (2, {"parallel": {"overlap_param_gather": True}}, "needs --use-distributed-optimizer and --overlap-grad-reduce"),
+        (
+            2,
+            {"parallel": ZERO | {"use_distributed_optimizer": True}},
+            "--use-distributed-optimizer: the DeepSpeed engine has ZeRO",
+        ),
+        (
+            2,
+            {"parallel": ZERO | {"overlap_grad_reduce": True}},
+            "--overlap-grad-reduce: the DeepSpeed engine overlaps by itself",
+        ),
+        (
+            2,
+            {"parallel": {"overlap_param_gather": True}},
+            "needs --use-distributed-optimizer and --overlap-grad-reduce",
+        ),
         (
             2,
             {"parallel": {"deepspeed_config": "ds.json"}},
             "--deepspeed-config ds.json: only the DeepSpeed engine has it; add --deepspeed",
         ),
         (2, {"parallel": {"zero_offload": "cpu"}}, "--zero-offload cpu: only the DeepSpeed engine has it"),
-        (2, {"parallel": {"zero_hpz_partition_size": 2}}, "--zero-hpz-partition-size 2: only the DeepSpeed engine has it"),
-        (2, {"parallel": ZERO | {"zero_stage": 2, "zero_hpz_partition_size": 2}}, "needs --zero-stage 3 and TP 1, not 2 and TP 1"),
-        (4, {"parallel": ZERO | {TP: 2, "zero_hpz_partition_size": 2}}, "needs --zero-stage 3 and TP 1, not 3 and TP 2"),
-        (6, {"parallel": ZERO | {"zero_hpz_partition_size": 4}}, "4 does not divide 6 data-parallel ranks; choose 1, 2, 3, 6"),
+        (
+            2,
+            {"parallel": {"zero_hpz_partition_size": 2}},
+            "--zero-hpz-partition-size 2: only the DeepSpeed engine has it",
+        ),
+        (
+            2,
+            {"parallel": ZERO | {"zero_stage": 2, "zero_hpz_partition_size": 2}},
+            "needs --zero-stage 3 and TP 1, not 2 and TP 1",
+        ),
+        (
+            4,
+            {"parallel": ZERO | {TP: 2, "zero_hpz_partition_size": 2}},
+            "needs --zero-stage 3 and TP 1, not 3 and TP 2",
+        ),
+        (
+            6,
+            {"parallel": ZERO | {"zero_hpz_partition_size": 4}},
+            "4 does not divide 6 data-parallel ranks; choose 1, 2, 3, 6",
+        ),
         (
             2,
             {"parallel": ZERO | {"zero_stage": 0, "zero_offload": "cpu"}},
@@ -166,7 +242,11 @@ def test_what_can_run(world, changes):
             {"parallel": ZERO | {"zero_stage": 2, "zero_offload": "nvme", "zero_offload_nvme_path": "/n"}},
             "needs --zero-stage 3, not 2",
         ),
-        (2, {"parallel": ZERO | {"zero_offload": "nvme"}}, "--zero-offload-nvme-path, a folder on a local disk, belong together"),
+        (
+            2,
+            {"parallel": ZERO | {"zero_offload": "nvme"}},
+            "--zero-offload-nvme-path, a folder on a local disk, belong together",
+        ),
         (2, {"parallel": ZERO | {"zero_offload_nvme_path": "/n"}}, "belong together"),
         (
             1,
@@ -176,7 +256,11 @@ def test_what_can_run(world, changes):
         (2, {"parallel": {CP: 0}}, "--context-parallel-size 0: must be at least 1"),
         (2, {"parallel": {EP: -1}}, "--expert-model-parallel-size -1: must be at least 1"),
         (1, {"train": {"recompute_method": "block"}}, "belong to --recompute-granularity full; add it"),
-        (1, {"train": {"recompute_granularity": "selective", "recompute_num_layers": 2}}, "belong to --recompute-granularity full"),
+        (
+            1,
+            {"train": {"recompute_granularity": "selective", "recompute_num_layers": 2}},
+            "belong to --recompute-granularity full",
+        ),
         (
             2,
             {"parallel": {PP: 2}, "train": {"recompute_granularity": "full", "recompute_num_layers": 4}},
@@ -186,7 +270,11 @@ def test_what_can_run(world, changes):
             2,
             {
                 "parallel": {PP: 2, VPP: 3},
-                "train": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 3},
+                "train": {
+                    "recompute_granularity": "full",
+                    "recompute_method": "block",
+                    "recompute_num_layers": 3,
+                },
             },
             "--recompute-num-layers 3 is more than the 2 layers .* choose 1 to 2",
         ),

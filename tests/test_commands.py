@@ -68,7 +68,14 @@ def test_a_target_that_is_taken_is_said_first(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "typed", ["--version 1", "--qk-interleaved yes", "--qkv-fused no", "--max-pos 8", "--rotary-type dynamic --scaling-factor 2"]
+    "typed",
+    [
+        "--version 1",
+        "--qk-interleaved yes",
+        "--qkv-fused no",
+        "--max-pos 8",
+        "--rotary-type dynamic --scaling-factor 2",
+    ],
 )
 def test_what_only_an_internevo_folder_may_not_say(typed, tmp_path):
     hugging_face(tmp_path / "hf", replace(BASE, num_layers=1))
@@ -79,12 +86,20 @@ def test_what_only_an_internevo_folder_may_not_say(typed, tmp_path):
     if "yes" in typed or "fused" in typed:
         return
     typed = typed.replace("--version 1", "--version 2")
-    command("convert.py", *f"--from {tmp_path}/evo --to {tmp_path}/out --format hf --pp 1 {typed}".split())  # control
+    command(
+        "convert.py", *f"--from {tmp_path}/evo --to {tmp_path}/out --format hf --pp 1 {typed}".split()
+    )  # control
 
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("llama2-70b", "70B"), ("llama-7b", "7b"), ("llama2-7b", "7B"), ("internlm2.5-20b", "20B"), ("gemma-7b", "7B")],
+    [
+        ("llama2-70b", "70B"),
+        ("llama-7b", "7b"),
+        ("llama2-7b", "7B"),
+        ("internlm2.5-20b", "20B"),
+        ("gemma-7b", "7B"),
+    ],
 )
 def test_a_size_is_that_of_any_generation(name, size):
     Claims(type=size).check("there", PRESETS[name])
@@ -93,7 +108,9 @@ def test_a_size_is_that_of_any_generation(name, size):
 
 
 def test_a_size_that_no_generation_has():
-    with pytest.raises(UserError, match=r"--type 8B: the family llama has no such size; there are llama-7b, llama-13b"):
+    with pytest.raises(
+        UserError, match=r"--type 8B: the family llama has no such size; there are llama-7b, llama-13b"
+    ):
         Claims(type="8B").check("there", PRESETS["llama-7b"])
     with pytest.raises(UserError, match=r"--type 65B: ffn_hidden_size 22016, config\.json 28672"):
         Claims(type="65B").check("there", PRESETS["llama2-70b"])
@@ -109,7 +126,13 @@ def test_a_tokenizer_that_does_not_fit_is_named_as_it_was_typed(tmp_path):
     for path, said in ((mine, "has 400 pieces"), (junk, "is not a sentencepiece model")):
         with pytest.raises(UserError) as error:
             command(
-                "../transformers/convert2hf_internlm.py", "--src", tmp_path / "evo", "--tgt", tmp_path / "x", "--tokenizer", path
+                "../transformers/convert2hf_internlm.py",
+                "--src",
+                tmp_path / "evo",
+                "--tgt",
+                tmp_path / "x",
+                "--tokenizer",
+                path,
             )
         assert str(error.value).startswith(f"{path} {said}")
     assert not (tmp_path / "x").exists()

@@ -24,7 +24,13 @@ def values(hint) -> st.SearchStrategy:
         return st.one_of(*map(values, args))
     if origin is tuple:
         return st.lists(values(args[0])).map(tuple)
-    known = {int: st.integers(), float: st.floats(allow_nan=False), str: st.text(), bool: st.booleans(), type(None): st.none()}
+    known = {
+        int: st.integers(),
+        float: st.floats(allow_nan=False),
+        str: st.text(),
+        bool: st.booleans(),
+        type(None): st.none(),
+    }
     return known[hint]
 
 
@@ -79,12 +85,16 @@ def test_one_spelling_for_one_architecture():
     other = ModelConfig(hidden_size=64, num_attention_heads=8, num_query_groups=2, kv_channels=16)
     assert (other.kv_heads, other.head_dim) == (2, 16)
     assert other != plain
-    assert dataclasses.replace(plain, num_attention_heads=4).kv_heads == 4  # a replaced value does not leave an old one behind
+    assert (
+        dataclasses.replace(plain, num_attention_heads=4).kv_heads == 4
+    )  # a replaced value does not leave an old one behind
 
 
 @given(st.integers(1, 200_000), st.integers(1, 16), st.sampled_from([1, 64, 128]))
 def test_padded_vocabulary(vocab, tp, divisor):
-    padded = schema.padded_vocab_size(ModelConfig(vocab_size=vocab), ParallelConfig(tp, make_vocab_size_divisible_by=divisor))
+    padded = schema.padded_vocab_size(
+        ModelConfig(vocab_size=vocab), ParallelConfig(tp, make_vocab_size_divisible_by=divisor)
+    )
     assert padded % (tp * divisor) == 0
     assert vocab <= padded < vocab + tp * divisor
 
@@ -95,4 +105,8 @@ def test_padding_of_the_real_vocabulary(tp, rows):
 
 
 def test_dtype():
-    assert [OptimConfig(**kind).dtype for kind in ({}, {"bf16": True}, {"fp16": True})] == ["fp32", "bf16", "fp16"]
+    assert [OptimConfig(**kind).dtype for kind in ({}, {"bf16": True}, {"fp16": True})] == [
+        "fp32",
+        "bf16",
+        "fp16",
+    ]

@@ -36,7 +36,9 @@ def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
 
     whole = torch.randn(LENGTH, 2, 5)
     shares = [context_parallel.Share(rank, size).cut(whole, 0) for rank in range(size)]
-    monkeypatch.setattr(context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares))
+    monkeypatch.setattr(
+        context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares)
+    )
     assert context_parallel.gather(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
 
 
@@ -49,11 +51,15 @@ def tensors(length: int = LENGTH) -> list[torch.Tensor]:
 def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """softmax(q k' / sqrt(d)) v with every score in sight."""
     k, v = (x.repeat_interleave(HEADS // GROUPS, 1) for x in (k, v))
-    scores = (q @ k.transpose(-1, -2) / D**0.5).masked_fill(torch.ones(q.size(2), k.size(2)).triu(1).bool(), float("-inf"))
+    scores = (q @ k.transpose(-1, -2) / D**0.5).masked_fill(
+        torch.ones(q.size(2), k.size(2)).triu(1).bool(), float("-inf")
+    )
     return scores.softmax(-1) @ v
 
 
-@pytest.mark.parametrize("length", [24, 300, 640])  # blocks of 128 queries: less than one, and no whole number of them
+@pytest.mark.parametrize(
+    "length", [24, 300, 640]
+)  # blocks of 128 queries: less than one, and no whole number of them
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     """Outputs and gradients, grouped queries included."""
@@ -70,14 +76,17 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     for rank in range(size):
         share = Share(rank, size)
         chunks = share.cut(q, 2).chunk(len(share.firsts(length)), 2)
-        out = torch.cat([attend(chunk, k, v, first) for chunk, first in zip(chunks, share.firsts(length), strict=True)], 2)
+        out = torch.cat(
+            [attend(chunk, k, v, first) for chunk, first in zip(chunks, share.firsts(length), strict=True)], 2
+        )
         assert (out - share.cut(wanted, 2)).abs().max() < 1e-12
         total = total + (out * share.cut(weight, 2)).sum()
     for mine, theirs in zip(torch.autograd.grad(total, inputs), gradients, strict=True):
         assert (mine - theirs).abs().max() < 1e-11
     if size > 1:  # control: chunks at other places than their own
         assert (
-            attend(chunks[1], k, v, share.firsts(length)[0]) - share.cut(wanted, 2)[:, :, length // (2 * size) :]
+            attend(chunks[1], k, v, share.firsts(length)[0])
+            - share.cut(wanted, 2)[:, :, length // (2 * size) :]
         ).abs().max() > 0.1
 
 
@@ -88,7 +97,9 @@ def test_dropped_probabilities_are_those_of_the_chunk(cpu):
     q, k, _ = tensors(192)
     v = torch.eye(192, dtype=torch.float64).expand(2, GROUPS, 192, 192)
     wanted = F.softmax(
-        (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / D**0.5).masked_fill(torch.ones(192, 192).triu(1).bool(), float("-inf")),
+        (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / D**0.5).masked_fill(
+            torch.ones(192, 192).triu(1).bool(), float("-inf")
+        ),
         -1,
     )[:, :, 48:]
     torch.manual_seed(0)
@@ -144,7 +155,9 @@ def test_rope_has_the_positions_of_the_share(cpu):
     from ascendspeed.models.gpt.context_parallel import Share
     from ascendspeed.models.gpt.rope import Rope
 
-    rope = Rope(replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0, max_position_embeddings=32))
+    rope = Rope(
+        replace(INTERNLM, rope_scaling_type="dynamic", rope_scaling_factor=2.0, max_position_embeddings=32)
+    )
     where = (torch.float32, torch.device("cpu"))
     whole = rope.tables(64, *where)
     for rank in range(2):

@@ -16,12 +16,18 @@ from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
 LLAMA = MODELS["llama, 2 groups"]  # 4 layers, h 64, ffn 96, 8 heads and 2 groups of width 16, vocabulary 131
-INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (MODELS[name] for name in ("internlm2", "internlm3", "mixtral", "qwen2_moe"))
+INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (
+    MODELS[name] for name in ("internlm2", "internlm3", "mixtral", "qwen2_moe")
+)
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What the tensors of such a model are called, and how large they are."""
-    return {name: shape for p in param_mapping.parameters(config) for name, shape in param_mapping.shapes_of(config, p).items()}
+    return {
+        name: shape
+        for p in param_mapping.parameters(config)
+        for name, shape in param_mapping.shapes_of(config, p).items()
+    }
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -34,14 +40,26 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
     (LLAMA, {"num_layers": 3}, "config.json says num_hidden_layers = 3, but the tensors have 4 layers"),
     (LLAMA, {"num_layers": 12}, "config.json says num_hidden_layers = 12, but the tensors have 4 layers"),
     (LLAMA, {"hidden_size": 128}, "config.json says hidden_size = 128, but model.norm.weight is [64]"),
-    (BASE, {"hidden_size": 128}, "config.json says hidden_size = 128, but model.norm.weight is [64]"),  # heads follow: once
+    (
+        BASE,
+        {"hidden_size": 128},
+        "config.json says hidden_size = 128, but model.norm.weight is [64]",
+    ),  # heads follow: once
     (
         LLAMA,
         {"ffn_hidden_size": 80},
         "config.json says intermediate_size = 80, but model.layers.0.mlp.down_proj.weight is [64, 96]",
     ),
-    (LLAMA, {"vocab_size": 128}, "config.json says vocab_size = 128, but model.embed_tokens.weight is [131, 64]"),
-    (LLAMA, {"kv_channels": 32}, "config.json says head_dim = 32, but the 8 heads of the tensors are 16 wide"),
+    (
+        LLAMA,
+        {"vocab_size": 128},
+        "config.json says vocab_size = 128, but model.embed_tokens.weight is [131, 64]",
+    ),
+    (
+        LLAMA,
+        {"kv_channels": 32},
+        "config.json says head_dim = 32, but the 8 heads of the tensors are 16 wide",
+    ),
     (
         LLAMA,
         {"num_attention_heads": 4},
@@ -78,7 +96,11 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
         {"add_qkv_bias": False},
         "a model of family qwen2 has add_qkv_bias = false, but the tensors have a model.layers.0.",
     ),
-    (LLAMA, {"tie_embeddings": True}, "config.json says tie_word_embeddings = true, but the tensors have a lm_head.weight"),
+    (
+        LLAMA,
+        {"tie_embeddings": True},
+        "config.json says tie_word_embeddings = true, but the tensors have a lm_head.weight",
+    ),
     (
         replace(LLAMA, tie_embeddings=True),
         {"tie_embeddings": False},
@@ -112,14 +134,20 @@ def test_one_contradiction_is_said_once(tensors, wrong, said):
 
 
 def test_several_are_all_said():
-    found = contradictions(replace(LLAMA, num_layers=30, vocab_size=100, ffn_hidden_size=64), shapes_of(LLAMA))
+    found = contradictions(
+        replace(LLAMA, num_layers=30, vocab_size=100, ffn_hidden_size=64), shapes_of(LLAMA)
+    )
     assert [line.split()[2] for line in found] == ["num_hidden_layers", "vocab_size", "intermediate_size"]
 
 
 def test_what_cannot_be_told_is_not_said():
     assert contradictions(LLAMA, {}) == []
-    assert contradictions(LLAMA, {"transformer.h.0.attn.weight": (3, 3)}) == []  # another program's names: left over, and said so
-    assert contradictions(replace(BASE, num_attention_heads=4), shapes_of(BASE)) == []  # heads of 16 instead of 8: the same shapes
+    assert (
+        contradictions(LLAMA, {"transformer.h.0.attn.weight": (3, 3)}) == []
+    )  # another program's names: left over, and said so
+    assert (
+        contradictions(replace(BASE, num_attention_heads=4), shapes_of(BASE)) == []
+    )  # heads of 16 instead of 8: the same shapes
     strange = {name: shape[:1] for name, shape in shapes_of(LLAMA).items()}
     assert contradictions(LLAMA, strange) == []  # checked one by one afterwards
 
@@ -131,7 +159,10 @@ def test_a_directory_says_it_in_one_line(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(theirs | {"num_hidden_layers": 32}))
     with pytest.raises(UserError) as error:
         convert.open_source(tmp_path)
-    assert str(error.value) == f"{tmp_path}: config.json says num_hidden_layers = 32, but the tensors have 4 layers"
+    assert (
+        str(error.value)
+        == f"{tmp_path}: config.json says num_hidden_layers = 32, but the tensors have 4 layers"
+    )
     (tmp_path / "config.json").write_text(json.dumps(theirs))
     convert.open_source(tmp_path)
 
@@ -147,5 +178,7 @@ def test_experts_as_transformers_hold_them(family, tmp_path):
     assert convert.open_source(tmp_path).config == config  # control
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"gate_up_proj holds all experts of a layer, .*: write the model by save_pretrained$"):
+    with pytest.raises(
+        UserError, match=r"gate_up_proj holds all experts of a layer, .*: write the model by save_pretrained$"
+    ):
         convert.open_source(tmp_path)

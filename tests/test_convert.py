@@ -29,7 +29,13 @@ from ascendspeed.utils.errors import UserError
 ROOT = Path(__file__).parent.parent
 FIXTURE = ROOT.parent / "shared" / "fixtures" / "internlm"
 BASE = ModelConfig(
-    "internlm", num_layers=4, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, vocab_size=131, max_position_embeddings=32
+    "internlm",
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    vocab_size=131,
+    max_position_embeddings=32,
 )
 NO_BIAS = {"add_qkv_bias": False, "add_dense_bias": False}
 
@@ -39,16 +45,33 @@ def small(config: ModelConfig) -> ModelConfig:
     experts = {"num_experts": 4} if config.num_experts else {}
     experts |= {"moe_ffn_hidden_size": 16} if config.moe_ffn_hidden_size else {}
     shared = {"moe_shared_expert_intermediate_size": 32} if config.moe_shared_expert_intermediate_size else {}
-    sizes = {"num_layers": 4, "hidden_size": 64, "ffn_hidden_size": 96, "num_attention_heads": 8, "vocab_size": 131}
+    sizes = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 96,
+        "num_attention_heads": 8,
+        "vocab_size": 131,
+    }
     groups = 2 if config.num_query_groups else None
-    return replace(config, **sizes | experts | shared, num_query_groups=groups, kv_channels=16 if config.kv_channels else None)
+    return replace(
+        config,
+        **sizes | experts | shared,
+        num_query_groups=groups,
+        kv_channels=16 if config.kv_channels else None,
+    )
 
 
 MODELS = {
-    **{name.removesuffix("-tiny"): small(config) for name, config in PRESETS.items() if name.endswith("-tiny")},
+    **{
+        name.removesuffix("-tiny"): small(config)
+        for name, config in PRESETS.items()
+        if name.endswith("-tiny")
+    },
     "internlm": BASE,
     "internlm without bias": replace(BASE, **NO_BIAS),
-    "llama, 2 groups": replace(BASE, family="llama", num_query_groups=2, kv_channels=16, rotary_base=5e5, **NO_BIAS),
+    "llama, 2 groups": replace(
+        BASE, family="llama", num_query_groups=2, kv_channels=16, rotary_base=5e5, **NO_BIAS
+    ),
 }
 LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
 MIXED = "bf16, norms in fp32"
@@ -65,7 +88,9 @@ def tensors_of(config: ModelConfig, kind: str) -> dict[str, torch.Tensor]:
         for name, shape in param_mapping.shapes_of(config, parameter).items():
             integers = torch.int32 if dtype == torch.float32 else torch.int16
             limits = torch.iinfo(integers)
-            tensors[name] = torch.randint(limits.min, limits.max, shape, generator=generator, dtype=integers).view(dtype)
+            tensors[name] = torch.randint(
+                limits.min, limits.max, shape, generator=generator, dtype=integers
+            ).view(dtype)
             if kind == "finite":
                 tensors[name] = torch.randn(shape, generator=generator)
     return tensors
@@ -75,8 +100,15 @@ def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) 
     """Writes a directory as other programs do, and returns its tensors."""
     folder.mkdir(parents=True)
     tensors = tensors_of(config, kind)
-    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}, folder / "model.safetensors")
-    theirs = FAMILIES[config.family].write_config(config) | {"auto_map": {"AutoModel": "m.M"}, "bos_token_id": 1, "eos_token_id": 2}
+    save_file(
+        tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        folder / "model.safetensors",
+    )
+    theirs = FAMILIES[config.family].write_config(config) | {
+        "auto_map": {"AutoModel": "m.M"},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     (folder / "config.json").write_text(json.dumps(theirs | more))
     (folder / "modeling_internlm.py").write_text("raise SystemExit")
     return tensors
@@ -89,12 +121,18 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     """Same names, types and bits."""
-    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a)
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and torch.equal(bits(a[n]), bits(b[n])) for n in a
+    )
 
 
 def written(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the safetensors in a folder, by the library itself."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +215,10 @@ def test_shards_index_and_sidecars(sources, tmp_path):
     theirs = json.loads((tmp_path / "hf/config.json").read_text())
     assert (theirs["torch_dtype"], theirs["bos_token_id"], theirs["bias"]) == ("bfloat16", 1, True)
     assert "auto_map" not in theirs
-    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {"bos_token_id": 1, "eos_token_id": 2}
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     assert not list((tmp_path / "hf").glob("*.py"))
 
 
@@ -202,7 +243,9 @@ def test_another_type_on_request(tmp_path):
     for tensor in tensors.values():
         tensor[tensor.isfinite() & ~tensor.bfloat16().isfinite()] = 1.0  # see the next test
     save_file(tensors, tmp_path / "source/model.safetensors")
-    to_ranks(convert.open_source(tmp_path / "source"), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True)
+    to_ranks(
+        convert.open_source(tmp_path / "source"), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True
+    )
     to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf")
     assert same(written(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
@@ -229,7 +272,10 @@ def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp
 
     beyond = 7e4 if asked == "fp16" else torch.finfo(torch.float32).max  # finite in the source's type
     ours = name if out == "hf" else "decoder.layers.2.mlp.linear_fc2.weight"
-    with pytest.raises(UserError, match=rf"{ours} holds finite values up to .*, too large for {'b' * (asked == 'bf16')}float16"):
+    with pytest.raises(
+        UserError,
+        match=rf"{ours} holds finite values up to .*, too large for {'b' * (asked == 'bf16')}float16",
+    ):
         write(beyond, -beyond, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     kept = limit if stored == "fp32" else 65280.0  # the largest of both types
@@ -240,10 +286,20 @@ def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp
     assert back[0, 2].isnan()
 
 
-def training_checkpoint(folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path) -> None:
+def training_checkpoint(
+    folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path
+) -> None:
     """As a run of one rank saves it."""
-    run = Run(config, ParallelConfig(), OptimConfig(), DataConfig(tokenizer_name_or_path=str(tokenizer)), TrainConfig())
-    kinds = {"master": full} | {kind: {n: torch.ones_like(t) for n, t in full.items()} for kind in ("exp_avg", "exp_avg_sq")}
+    run = Run(
+        config,
+        ParallelConfig(),
+        OptimConfig(),
+        DataConfig(tokenizer_name_or_path=str(tokenizer)),
+        TrainConfig(),
+    )
+    kinds = {"master": full} | {
+        kind: {n: torch.ones_like(t) for n, t in full.items()} for kind in ("exp_avg", "exp_avg_sq")
+    }
     fragments = [
         checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for kind, tensors in kinds.items()
@@ -272,7 +328,11 @@ def plain_llama(config: ModelConfig):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    scaling = {"rope_type": "dynamic", "factor": config.rope_scaling_factor} if config.rope_scaling_type == "dynamic" else None
+    scaling = (
+        {"rope_type": "dynamic", "factor": config.rope_scaling_factor}
+        if config.rope_scaling_type == "dynamic"
+        else None
+    )
     model = LlamaForCausalLM(
         LlamaConfig(
             hidden_size=config.hidden_size,
@@ -339,7 +399,9 @@ def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch)
 
 
 def test_grouped_queries_as_transformers_saves_them(tmp_path):
-    config = replace(BASE, family="llama", num_layers=2, num_query_groups=2, rope_scaling_type="none", **NO_BIAS)
+    config = replace(
+        BASE, family="llama", num_layers=2, num_query_groups=2, rope_scaling_type="none", **NO_BIAS
+    )
     model, ids = plain_llama(config), torch.arange(24)[None]
     model.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
     assert convert.open_source(tmp_path / "hf").config == config
@@ -349,13 +411,18 @@ def test_grouped_queries_as_transformers_saves_them(tmp_path):
         assert torch.equal(logits_of(tmp_path / "back", ids), model(ids).logits)
 
 
-@pytest.mark.skipif(not FIXTURE.is_dir(), reason="beside the equal oracle above: reference logits of the original modeling code")
+@pytest.mark.skipif(
+    not FIXTURE.is_dir(),
+    reason="beside the equal oracle above: reference logits of the original modeling code",
+)
 def test_reference_logits(tmp_path):
     reference = load_file(FIXTURE / "reference.safetensors")
     to_ranks(convert.open_source(FIXTURE), tmp_path / "ranks", 2, deepspeed=True)
     to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     for kind in ("short", "full", "long"):  # long: 1.5 x max_position
-        difference = (logits_of(tmp_path / "hf", reference[f"ids_{kind}"]) - reference[f"logits_{kind}"]).abs().max()
+        difference = (
+            (logits_of(tmp_path / "hf", reference[f"ids_{kind}"]) - reference[f"logits_{kind}"]).abs().max()
+        )
         assert difference < 1e-4, kind
 
 
@@ -433,7 +500,10 @@ def test_left_over_tensor(hf):
 
     edit(first_shard(hf), add)
     refused(hf, "left over model.extra")
-    edit_json(hf / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.extra": first_shard(hf).name}))
+    edit_json(
+        hf / "model.safetensors.index.json",
+        lambda i: i["weight_map"].update({"model.extra": first_shard(hf).name}),
+    )
     refused(hf, "left over model.extra")
 
 
@@ -465,7 +535,9 @@ def test_pieces_of_several_types_are_not_fused(hf):
 
 @pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", ".."])
 def test_index_that_leaves_the_folder(hf, file):
-    edit_json(hf / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.norm.weight": file}))
+    edit_json(
+        hf / "model.safetensors.index.json", lambda i: i["weight_map"].update({"model.norm.weight": file})
+    )
     refused(hf, file)
 
 
@@ -533,7 +605,10 @@ def test_rank_file_with_other_tensors(ranks):
     final = held["model"].pop("decoder.final_layernorm.weight")
     torch.save(held, path)
     refused(ranks, "lacks decoder.final_layernorm.weight")
-    held["model"] |= {"decoder.final_layernorm.weight": final, "decoder.final_layernorm._extra_state": torch.zeros(1)}
+    held["model"] |= {
+        "decoder.final_layernorm.weight": final,
+        "decoder.final_layernorm._extra_state": torch.zeros(1),
+    }
     torch.save(held, path)
     assert len(convert.open_source(ranks).names()) == 35
     held["model"]["decoder.final_layernorm.weight"] = final[:-1]
@@ -547,7 +622,9 @@ def test_rank_file_with_other_tensors(ranks):
 
 def test_nothing_that_is_known(tmp_path):
     (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint; found a.txt"):
+    with pytest.raises(
+        UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint; found a.txt"
+    ):
         convert.open_source(tmp_path)
     with pytest.raises(UserError, match="is not a directory"):
         convert.open_source(tmp_path / "b")
@@ -569,7 +646,9 @@ def test_a_tied_model_may_hold_its_embedding_twice(tmp_path):
 def test_a_rank_that_holds_another_ones_weights(ranks):
     files = ranks / "release"
     shutil.copyfile(files / "mp_rank_00_000/model_optim_rng.pt", files / "mp_rank_01_000/model_optim_rng.pt")
-    refused(ranks, "rank 1, stage 0 holds the weights of rank 0, stage 0: was one file copied over the other?")
+    refused(
+        ranks, "rank 1, stage 0 holds the weights of rank 0, stage 0: was one file copied over the other?"
+    )
 
 
 def test_a_rank_whose_copy_differs(ranks):
@@ -585,7 +664,10 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
     config = replace(BASE, vocab_size=250)
     tensors = hugging_face(tmp_path / "hf", config)
     to_ranks(convert.open_source(tmp_path / "hf"), tmp_path / "ranks", 1)
-    set_vocabulary = lambda size: edit_json(tmp_path / "ranks/config.json", lambda values: values.update(vocab_size=size))  # noqa: E731
+
+    def set_vocabulary(size: int) -> None:
+        edit_json(tmp_path / "ranks/config.json", lambda values: values.update(vocab_size=size))
+
     for size, said in ((250, False), (200, True)):
         set_vocabulary(size)
         capsys.readouterr()
@@ -600,7 +682,9 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ):
-        held["model"][name] = torch.cat([tensors[theirs], tensors[theirs][-6:]])  # as AscendSpeed's converter padded
+        held["model"][name] = torch.cat(
+            [tensors[theirs], tensors[theirs][-6:]]
+        )  # as AscendSpeed's converter padded
     torch.save(held, path)
     set_vocabulary(250)
     capsys.readouterr()
@@ -764,7 +848,16 @@ def test_verification_sees_one_flipped_bit(sources, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("10GB", 10**10), ("1.5 MB", 1_500_000), ("2GiB", 2**31), ("77", 77), (5, 5), ("0", 0), ("ten", 0), ("-1GB", 0)],
+    [
+        ("10GB", 10**10),
+        ("1.5 MB", 1_500_000),
+        ("2GiB", 2**31),
+        ("77", 77),
+        (5, 5),
+        ("0", 0),
+        ("ten", 0),
+        ("-1GB", 0),
+    ],
 )
 def test_sizes(text, size):
     if size:
@@ -804,11 +897,17 @@ print("PEAK", anonymous() - before)
 
 def test_memory_is_about_one_tensor(tmp_path):
     """While 151 MB are converted, in both directions; the largest tensor has 8 MB."""
-    hugging_face(tmp_path / "hf", replace(BASE, num_layers=8, hidden_size=512, ffn_hidden_size=2048, vocab_size=4096))
-    at_once = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once: what is measured is in use
+    hugging_face(
+        tmp_path / "hf", replace(BASE, num_layers=8, hidden_size=512, ffn_hidden_size=2048, vocab_size=4096)
+    )
+    at_once = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536"
+    }  # freed memory goes back at once: what is measured is in use
     command = [sys.executable, "-c", MEMORY, tmp_path]
     result = subprocess.run(command, env=at_once, capture_output=True, text=True, check=True)
-    split, merge, held = (int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("PEAK"))
+    split, merge, held = (
+        int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("PEAK")
+    )
     assert max(split, merge) < 30e6
     assert held > 140e6  # control: the measure sees tensors that are held
 
@@ -819,7 +918,9 @@ def test_memory_is_about_one_tensor(tmp_path):
 def command(path: str, *args: str) -> None:
     """Runs a script's `main` here."""
     spec = importlib.util.spec_from_file_location("script", ROOT / "tools/ckpt_convert" / path)
-    script = sys.modules["script"] = importlib.util.module_from_spec(spec)  # where its docstrings are looked up
+    script = sys.modules["script"] = importlib.util.module_from_spec(
+        spec
+    )  # where its docstrings are looked up
     spec.loader.exec_module(script)
     before, sys.argv = sys.argv, [path, *map(str, args)]
     try:
@@ -829,7 +930,14 @@ def command(path: str, *args: str) -> None:
 
 
 def split(folder: Path, out: Path, *args: str) -> None:
-    command("llama/convert_weights_from_huggingface.py", "--input-model-dir", folder, "--output-model-dir", out, *args)
+    command(
+        "llama/convert_weights_from_huggingface.py",
+        "--input-model-dir",
+        folder,
+        "--output-model-dir",
+        out,
+        *args,
+    )
 
 
 def test_split_command_of_the_recipe(sources, tmp_path, capsys):
@@ -869,15 +977,29 @@ def test_convert_command(sources, tmp_path, capsys):
     folder, tensors = sources("llama, 2 groups", MIXED)
     corpus.sentencepiece_dir(tmp_path / "tokenizer", 100)
     command(
-        "convert.py", "--from", folder, "--to", tmp_path / "w", "--format=megatron", "--tp=4", "--pp=2", "--verify", "--allow-nan"
+        "convert.py",
+        "--from",
+        folder,
+        "--to",
+        tmp_path / "w",
+        "--format=megatron",
+        "--tp=4",
+        "--pp=2",
+        "--verify",
+        "--allow-nan",
     )
     command(
-        "convert.py", *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer --allow-nan".split()
+        "convert.py",
+        *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer --allow-nan".split(),
     )
     assert "verified, every bit" in capsys.readouterr().out
     assert same(written(tmp_path / "hf"), tensors)
-    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tokenizer/tokenizer.model").read_bytes()
-    with pytest.raises(UserError, match="--tp is for --format megatron or deepspeed or internevo, not for hf"):
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (
+        tmp_path / "tokenizer/tokenizer.model"
+    ).read_bytes()
+    with pytest.raises(
+        UserError, match="--tp is for --format megatron or deepspeed or internevo, not for hf"
+    ):
         command("convert.py", *f"--from {folder} --to {tmp_path}/x --format hf --tp 2".split())
 
 
@@ -885,7 +1007,10 @@ def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
     folder, tensors = sources("internlm2", "finite")
     command("convert.py", *f"--from {folder} --to {tmp_path}/llama --format hf-llama".split())
     assert "model.layers.0.self_attn.q_proj.weight" in written(tmp_path / "llama")
-    command("convert.py", *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split())
+    command(
+        "convert.py",
+        *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split(),
+    )
     assert same(written(tmp_path / "back"), tensors)
     for more, said in {
         "hf --to-family internlm9": "--to-family internlm9 does not exist; there are internlm, internlm2",
@@ -900,12 +1025,16 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
     corpus.sentencepiece_dir(tmp_path / "home/words", 100)
     (tmp_path / "elsewhere").mkdir()
     full = dict(convert.open_source(sources("internlm", "finite")[0]).tensors())
-    training_checkpoint(tmp_path / "ckpt", BASE, {name: tensor.float() for name, tensor in full.items()}, Path("words"))
+    training_checkpoint(
+        tmp_path / "ckpt", BASE, {name: tensor.float() for name, tensor in full.items()}, Path("words")
+    )
 
     def export(cwd: str, name: str, *more: str) -> tuple[str, dict]:
         monkeypatch.chdir(tmp_path / cwd)
         capsys.readouterr()
-        command("convert.py", "--from", tmp_path / "ckpt", "--to", tmp_path / name, "--format", "hf-llama", *more)
+        command(
+            "convert.py", "--from", tmp_path / "ckpt", "--to", tmp_path / name, "--format", "hf-llama", *more
+        )
         return capsys.readouterr().out, json.loads((tmp_path / name / "config.json").read_text())
 
     note = "note: no tokenizer was found at words; none is exported (give --tokenizer DIR)"
@@ -916,10 +1045,15 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
     assert "no tokenizer was found" not in said
     assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (1, 2)
     assert (tmp_path / "b/tokenizer.model").exists()
-    said, theirs = export("elsewhere", "c", "--tokenizer", str(corpus.big_vocabulary_dir(tmp_path / "other", 100)))
+    said, theirs = export(
+        "elsewhere", "c", "--tokenizer", str(corpus.big_vocabulary_dir(tmp_path / "other", 100))
+    )
     assert "no tokenizer was found" not in said
     assert (theirs["eos_token_id"], theirs["pad_token_id"], "bos_token_id" in theirs) == (1, 1, False)
-    assert json.loads((tmp_path / "c/generation_config.json").read_text()) == {"eos_token_id": 1, "pad_token_id": 1}
+    assert json.loads((tmp_path / "c/generation_config.json").read_text()) == {
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
     with pytest.raises(UserError, match="nosuch: no tokenizer here"):
         export("home", "d", "--tokenizer", "nosuch")
     assert not [path for path in tmp_path.iterdir() if path.name.endswith("d")]

@@ -37,7 +37,9 @@ def prefix(tmp_path):
 
 
 def train(prefix, seed=SEED, **options):
-    return build_splits(DataConfig(**({"data_path": (prefix,), "seq_length": SEQ} | options)), seed, VOCAB, ("train",))["train"]
+    return build_splits(
+        DataConfig(**({"data_path": (prefix,), "seq_length": SEQ} | options)), seed, VOCAB, ("train",)
+    )["train"]
 
 
 def tokens_of(batches):
@@ -72,7 +74,9 @@ def test_samples_are_shuffled_documents_cut_in_pieces_epoch_after_epoch(tmp_path
         assert positions.tolist() == list(range(SEQ))
         assert {t.dtype for t in (tokens, labels, positions)} == {torch.int64}
     assert by_hand(documents, SEED + 1, 1) != expected[: len(samples)]  # control: the seed matters
-    assert expected[: len(samples)] != expected[len(samples) : 2 * len(samples)]  # and no epoch is like the one before
+    assert (
+        expected[: len(samples)] != expected[len(samples) : 2 * len(samples)]
+    )  # and no epoch is like the one before
 
 
 def test_an_epoch_is_megatrons_own(prefix, tmp_path):
@@ -119,7 +123,9 @@ def test_splits_are_megatrons(prefix, tmp_path):
     assert list(ours) == ["train", "valid", "test"]
     for name, one in zip(ours, theirs, strict=True):
         assert len(ours[name]) == len(one)
-        assert [ours[name].sample(i)[0].tolist() for i in range(len(one))] == [x["tokens"].tolist() for x in one]
+        assert [ours[name].sample(i)[0].tolist() for i in range(len(one))] == [
+            x["tokens"].tolist() for x in one
+        ]
 
 
 @pytest.mark.parametrize("split", ["949,50,1", "100", "0.8,0.2", "1,1,1", "0,0,5"])
@@ -148,7 +154,9 @@ def test_data_parallel_ranks_share_the_same_samples(prefix, micro):
         ranks = [batch(train(prefix), consumed, 16, micro, rank, size) for rank in range(size)]
         assert all(len(found) == 16 // micro // size for found in ranks)
         assert all(b.tokens.shape == b.loss_mask.shape == (micro, SEQ) for found in ranks for b in found)
-        rounds = [row for number in range(len(ranks[0])) for found in ranks for row in found[number].tokens.tolist()]
+        rounds = [
+            row for number in range(len(ranks[0])) for found in ranks for row in found[number].tokens.tolist()
+        ]
         assert rounds == alone
     with pytest.raises(UserError, match="16 is not a multiple of micro batch"):
         batch(samples, 0, 16, micro, 0, 3)
@@ -160,7 +168,9 @@ def test_a_blend_follows_its_weights_and_skips_nothing(tmp_path, monkeypatch):
     for name, start in edges.items():
         write(tmp_path / name, 100, start)
     path = ("3", str(tmp_path / "a"), "1", str(tmp_path / "b"), "1", str(tmp_path / "c"))
-    blended = build_splits(DataConfig(data_path=path, seq_length=SEQ, split="1,0,0"), SEED, VOCAB, ("train",))["train"]
+    blended = build_splits(
+        DataConfig(data_path=path, seq_length=SEQ, split="1,0,0"), SEED, VOCAB, ("train",)
+    )["train"]
     alone = {name: train(str(tmp_path / name), split="1,0,0") for name in edges}
     taken, weights = dict.fromkeys(edges, 0), {"a": 0.6, "b": 0.2, "c": 0.2}
     for number in range(1000):
@@ -193,10 +203,17 @@ def test_blend_of_the_command_line():
 def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
     data = DataConfig(data_path=(prefix,), seq_length=SEQ)
     build_splits(data, SEED, VOCAB, ("train", "valid"))  # nobody asked for the test split
-    with pytest.raises(UserError, match=r"--split 1,0,0 gives valid 0 of 200 documents with 0 tokens, .* takes 17"):
+    with pytest.raises(
+        UserError, match=r"--split 1,0,0 gives valid 0 of 200 documents with 0 tokens, .* takes 17"
+    ):
         build_splits(DataConfig(data_path=(prefix,), seq_length=SEQ, split="1,0,0"), SEED, VOCAB, ("valid",))
     with pytest.raises(UserError, match="a: valid has all of the 200 documents with 4359 tokens") as caught:
-        build_splits(DataConfig(data_path=(prefix,), valid_data_path=(prefix,), seq_length=9000), SEED, VOCAB, ("valid",))
+        build_splits(
+            DataConfig(data_path=(prefix,), valid_data_path=(prefix,), seq_length=9000),
+            SEED,
+            VOCAB,
+            ("valid",),
+        )
     assert "--split" not in str(caught.value)
     with pytest.raises(UserError, match="takes 9001"):
         build_splits(DataConfig(data_path=(prefix,), seq_length=9000), SEED, VOCAB, ("train",))
@@ -208,11 +225,17 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"handler_name": "AlpacaPretrainHandler"}, "--handler-name is for data that are tokenized in training"),
+        (
+            {"handler_name": "AlpacaPretrainHandler"},
+            "--handler-name is for data that are tokenized in training",
+        ),
         ({"system": "Be brief."}, "--system is for data that are tokenized in training"),
         ({"strict": True}, "--strict is for data that are tokenized in training"),
         ({"min_length": 3}, "--min-length is for InternEvo's data"),
-        ({"packing": "first-fit"}, "--packing first-fit is for data with masks, and these are plain text; leave it out"),
+        (
+            {"packing": "first-fit"},
+            "--packing first-fit is for data with masks, and these are plain text; leave it out",
+        ),
         ({"packing": "none"}, r"--packing none \(--no-pack\) is for data with masks"),
         ({"max_segment_length": 8}, "--max-segment-length 8 is for InternEvo's packings"),
     ],
@@ -241,7 +264,9 @@ def test_ids_beyond_the_vocabulary(prefix):
     with pytest.raises(UserError, match=f"token id {highest}, but the model's vocabulary has {highest} ids"):
         build_splits(data, SEED, highest, ("train",))  # known before the first step
     file(prefix, "meta").unlink()
-    samples = build_splits(data, SEED, highest, ("train",))["train"]  # data from another tool: known when it comes up
+    samples = build_splits(data, SEED, highest, ("train",))[
+        "train"
+    ]  # data from another tool: known when it comes up
     with pytest.raises(UserError, match=f"a has the token id {highest}"):
         [samples.sample(i) for i in range(2 * len(samples))]
 
@@ -288,14 +313,18 @@ def test_one_builds_and_the_others_wait(tmp_path):
     for thread in threads:
         thread.join()
     assert built == [1]
-    assert all(np.array_equal(x, y) for one, other in pairwise(found) for x, y in zip(one, other, strict=True))
+    assert all(
+        np.array_equal(x, y) for one, other in pairwise(found) for x, y in zip(one, other, strict=True)
+    )
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_nothing_in_a_cache_is_unpickled_and_a_cache_that_cannot_be_is_an_error(tmp_path):
     (tmp_path / "k").mkdir()
     for name in epoch.INDICES:
-        np.save(tmp_path / "k" / f"{name}.npy", np.array([{"any": "object"}], dtype=object), allow_pickle=True)
+        np.save(
+            tmp_path / "k" / f"{name}.npy", np.array([{"any": "object"}], dtype=object), allow_pickle=True
+        )
     with pytest.raises(UserError, match="choose another --data-cache-path"):
         kept(tmp_path / "k", lambda: ())
     (tmp_path / "file").touch()

@@ -31,10 +31,18 @@ def fake_npu(monkeypatch, available: bool = True) -> list[str]:
     package.npu_swiglu = lambda x, dim: x.chunk(2, dim)[0]
     transfer = types.ModuleType("torch_npu.contrib.transfer_to_npu")
     monkeypatch.setattr(torch, "npu", npu, raising=False)
-    for name, module in (("torch_npu", package), ("torch_npu.contrib", package), ("torch_npu.contrib.transfer_to_npu", transfer)):
+    for name, module in (
+        ("torch_npu", package),
+        ("torch_npu.contrib", package),
+        ("torch_npu.contrib.transfer_to_npu", transfer),
+    ):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(device.importlib, "import_module", lambda name: asked.append(name) or sys.modules[name])
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: package.__spec__ if name == "torch_npu" else None)
+    monkeypatch.setattr(
+        device.importlib, "import_module", lambda name: asked.append(name) or sys.modules[name]
+    )
+    monkeypatch.setattr(
+        device.importlib.util, "find_spec", lambda name: package.__spec__ if name == "torch_npu" else None
+    )
     return asked
 
 

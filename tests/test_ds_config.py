@@ -28,7 +28,11 @@ def derived(cpu, tmp_path, given=None, run=RUN, world=8):
 
 def test_it_says_what_the_run_says(cpu, tmp_path):
     found = derived(cpu, tmp_path)
-    assert (found["train_batch_size"], found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]) == (16, 2, 2)
+    assert (
+        found["train_batch_size"],
+        found["train_micro_batch_size_per_gpu"],
+        found["gradient_accumulation_steps"],
+    ) == (16, 2, 2)
     assert found["gradient_clipping"] == 0.5  # what clips
     assert found["zero_optimization"]["stage"] == 2
     assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
@@ -43,11 +47,16 @@ def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
 def test_flags_put_states_elsewhere(cpu, tmp_path):
     """A second partition within a node and a disk: DeepSpeed's own names for them, beside what is there anyway."""
     zero = {"zero_stage": 3, "tensor_model_parallel_size": 1, "zero_hpz_partition_size": 4}
-    run = replace(RUN, parallel=replace(RUN.parallel, **zero, zero_offload="nvme", zero_offload_nvme_path="/nvme"))
+    run = replace(
+        RUN, parallel=replace(RUN.parallel, **zero, zero_offload="nvme", zero_offload_nvme_path="/nvme")
+    )
     found = derived(cpu, tmp_path, run=run)["zero_optimization"]
     assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
     assert (found["stage"], found["zero_hpz_partition_size"], found["overlap_comm"]) == (3, 4, True)
-    assert not {"offload_optimizer", "zero_hpz_partition_size"} & derived(cpu, tmp_path)["zero_optimization"].keys()
+    assert (
+        not {"offload_optimizer", "zero_hpz_partition_size"}
+        & derived(cpu, tmp_path)["zero_optimization"].keys()
+    )
 
 
 def test_a_file_may_add(cpu, tmp_path):
@@ -70,11 +79,17 @@ def test_a_file_may_add(cpu, tmp_path):
         ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage = 3, but the flags make it 2"),
         ({"gradient_clipping": 1.0}, "gradient_clipping = 1.0, but the flags make it 0.5"),
         ({"train_batch_size": 8}, "train_batch_size = 8, but the flags make it 16"),
-        ({"train_micro_batch_size_per_gpu": 1}, "train_micro_batch_size_per_gpu = 1, but the flags make it 2"),
+        (
+            {"train_micro_batch_size_per_gpu": 1},
+            "train_micro_batch_size_per_gpu = 1, but the flags make it 2",
+        ),
         ({"gradient_accumulation_steps": 1}, "gradient_accumulation_steps = 1, but the flags make it 2"),
         ({"bf16": {"enabled": False}}, "bf16.enabled = False, but the flags make it True"),
         ({"fp16": {"enabled": True}}, "fp16.enabled = True, but the flags make it False"),
-        ({"data_types": {"grad_accum_dtype": "bf16"}}, "data_types.grad_accum_dtype = 'bf16', but the flags make it 'fp32'"),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}},
+            "data_types.grad_accum_dtype = 'bf16', but the flags make it 'fp32'",
+        ),
         ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
         ("{", "ds.json: Expecting property name"),
         ("[]", "ds.json is not a table"),

@@ -35,10 +35,14 @@ LAYOUTS = {"tp1-dp1": (1, 1), "tp1-dp2": (1, 2), "tp2-dp1": (2, 1), "tp2-dp2": (
 Curve = list[list[float]]
 
 
-def run_cases(layout: str, cases: dict[str, Any], folder: Path, steps: int = STEPS, **train: Any) -> dict[str, Curve]:
+def run_cases(
+    layout: str, cases: dict[str, Any], folder: Path, steps: int = STEPS, **train: Any
+) -> dict[str, Curve]:
     """Every case in one start of processes: case -> [[loss, gradient norm], ...]."""
     tp, dp = LAYOUTS[layout]
-    run = replace(RUN, parallel=replace(RUN.parallel, tensor_model_parallel_size=tp), train=replace(RUN.train, **train))
+    run = replace(
+        RUN, parallel=replace(RUN.parallel, tensor_model_parallel_size=tp), train=replace(RUN.train, **train)
+    )
     job = {"run": schema.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
     return launch.ranks(tp * dp, "engine_worker.py", job, folder)
 
@@ -50,7 +54,9 @@ def changes(stage: int, **optim: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def expected() -> Curve:
     """Plain torch over Hugging Face's model, one process, the global batch at once."""
-    data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    data = oracle.batches(
+        MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED
+    )
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     model = oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed)))
     return oracle.train(model, data, lrs, vars(RUN.optim))
@@ -62,7 +68,9 @@ def worst(curve: Curve, expected: Curve) -> tuple[float, float]:
     return max(abs(a[0] - b[0]) / b[0] for a, b in pairs), max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
 
 
-@pytest.mark.parametrize("layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS])
+@pytest.mark.parametrize(
+    "layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+)
 def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     """20 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
@@ -74,12 +82,16 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
     if LAYOUTS[layout][0] > 1:
         for stage in (0, 2, 3):
-            cases[f"zero {stage}, sequence parallel"] = {"changes": {"parallel": {"zero_stage": stage, "sequence_parallel": True}}}
+            cases[f"zero {stage}, sequence parallel"] = {
+                "changes": {"parallel": {"zero_stage": stage, "sequence_parallel": True}}
+            }
         cases["control: sequence-parallel gradients not summed"] = {
             "changes": {"parallel": {"zero_stage": 2, "sequence_parallel": True}},
             "break": "sequence-parallel hook",
         }
-    cases["full recomputation"] = {"changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}}
+    cases["full recomputation"] = {
+        "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
+    }
     curves = run_cases(layout, cases, tmp_path)
     for stage in range(4):
         ((evaluated, _),) = curves.pop(f"zero {stage}: evaluated")
@@ -94,11 +106,18 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", ["tp1-dp2", pytest.param("tp2-dp1", marks=pytest.mark.slow), pytest.param("tp2-dp2", marks=pytest.mark.slow)]
+    "layout",
+    [
+        "tp1-dp2",
+        pytest.param("tp2-dp1", marks=pytest.mark.slow),
+        pytest.param("tp2-dp2", marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
     """8 steps at once = 4 steps, a checkpoint, and 4 more in new objects: every loss and norm to the last bit, dropout included."""
-    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)}
+    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {
+        f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
+    }
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     for stage in (2, 3):
         modes[f"bf16 zero {stage}, optimizer offloaded"] = {
@@ -147,20 +166,31 @@ def test_bf16_stays_in_a_band_around_fp32(expected, tmp_path):
 
 MODELS = {
     "tied": {"family": "llama", "tie_embeddings": True, "add_qkv_bias": False, "add_dense_bias": False},
-    "one key/value head": {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add_dense_bias": False},
+    "one key/value head": {
+        "family": "llama",
+        "num_query_groups": 1,
+        "add_qkv_bias": False,
+        "add_dense_bias": False,
+    },
 }
 
 
 def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
     """Tied embeddings, and fewer key/value heads than tensor-parallel ranks."""
     steps, curves = 8, {}
-    data = oracle.batches(MODEL.vocab_size, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    data = oracle.batches(
+        MODEL.vocab_size, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED
+    )
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     for name, fields in MODELS.items():
         model = replace(MODEL, **fields)
         theirs = oracle.hugging_face(model, dict(param_mapping.random_tensors(model, RUN.train.seed)))
         curves[name] = oracle.train(theirs, data, lrs, vars(RUN.optim))
-    cases = {f"{n}, zero {z}": {"changes": {**changes(z), "model": fields}} for n, fields in MODELS.items() for z in (1, 3)}
+    cases = {
+        f"{n}, zero {z}": {"changes": {**changes(z), "model": fields}}
+        for n, fields in MODELS.items()
+        for z in (1, 3)
+    }
     for name, found in run_cases("tp2-dp1", cases, tmp_path, steps, train_iters=STEPS).items():
         loss, norm = worst(found, curves[name.partition(",")[0]])
         assert loss < 1e-5, name
@@ -172,11 +202,22 @@ def test_another_layout_continues_the_curve(expected, tmp_path):
     at = {name: str(tmp_path / name) for name in ("tp2 zero 3", "dp2 zero 1")}
     first = {"tp2 zero 3": {"changes": changes(3), "last": 10, "save": at["tp2 zero 3"]}}
     run_cases("tp2-dp1", first, tmp_path / "a")
-    second = {f"zero {s} from tp2 zero 3": {"changes": changes(s), "first": 10, "load": at["tp2 zero 3"]} for s in range(4)}
+    second = {
+        f"zero {s} from tp2 zero 3": {"changes": changes(s), "first": 10, "load": at["tp2 zero 3"]}
+        for s in range(4)
+    }
     second["dp2 zero 1"] = {"changes": changes(1), "last": 10, "save": at["dp2 zero 1"]}
     curves = run_cases("tp1-dp2", second, tmp_path / "b")
-    third = {f"tp2 zero {s} from dp2 zero 1": {"changes": changes(s), "first": 10, "load": at["dp2 zero 1"]} for s in (0, 2, 3)}
-    third["control: moments lost"] = {"changes": changes(1), "first": 10, "load": at["dp2 zero 1"], "break": "moments"}
+    third = {
+        f"tp2 zero {s} from dp2 zero 1": {"changes": changes(s), "first": 10, "load": at["dp2 zero 1"]}
+        for s in (0, 2, 3)
+    }
+    third["control: moments lost"] = {
+        "changes": changes(1),
+        "first": 10,
+        "load": at["dp2 zero 1"],
+        "break": "moments",
+    }
     curves |= run_cases("tp2-dp1", third, tmp_path / "c")
     curves["dp2 zero 1"] += expected[10:]
     for name, curve in curves.items():
@@ -190,7 +231,9 @@ def test_another_layout_continues_the_curve(expected, tmp_path):
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
     """NaN gradients on one rank: skipped under every stage, and what follows is bit for bit as if the step had not been."""
-    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)}
+    modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {
+        f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
+    }
     cases = {f"{name}: clean": {"changes": change} for name, change in modes.items()}
     cases |= {f"{name}: poisoned": {"changes": change, "poison": 2} for name, change in modes.items()}
     curves = run_cases("tp1-dp2", cases, tmp_path, 4)
@@ -225,6 +268,8 @@ print([(result.skipped, result.loss_scale) for result in (engine.step([batch], 1
 
 def test_fp16_that_never_becomes_finite_skips_on(tmp_path):
     """At the lowest loss scale too, where DeepSpeed would end the run with a traceback: --max-skipped-steps does that better."""
-    done = subprocess.run([sys.executable, "-c", FP16], env=launch.environment(), cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FP16], env=launch.environment(), cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == str([(True, scale) for scale in (4.0, 4.0, 2.0, 1.0, 1.0, 1.0)])

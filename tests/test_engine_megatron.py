@@ -97,9 +97,15 @@ def run_and_check(world: int, theme: Theme, folder: Path) -> None:
     theme.check(run(world, {"one": theme}, folder)["one"])
 
 
-def case(parallel: dict[str, Any], last: int, *, optim: dict | None = None, train: dict | None = None, **more: Any) -> Case:
+def case(
+    parallel: dict[str, Any], last: int, *, optim: dict | None = None, train: dict | None = None, **more: Any
+) -> Case:
     """`last`: steps of the run that are done when it ends."""
-    return {"changes": {"parallel": parallel, "optim": optim or {}, "train": train or {}}, "last": last, **more}
+    return {
+        "changes": {"parallel": parallel, "optim": optim or {}, "train": train or {}},
+        "last": last,
+        **more,
+    }
 
 
 def trained(model: Any, vocab: int, steps: int = STEPS) -> Curve:
@@ -137,9 +143,14 @@ def compare(expected: Curve, curves: dict[str, Curve], limit: float = 1e-5) -> N
 # ---------------------------------------------------------------- the curve of plain torch
 
 
-def losses(layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dict[str, str] | None = None) -> Theme:
+def losses(
+    layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dict[str, str] | None = None
+) -> Theme:
     """Masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
-    cases = {name: case(parallel, steps, evaluate="vpp2" in name or "cp2" in name) for name, parallel in layouts.items()}
+    cases = {
+        name: case(parallel, steps, evaluate="vpp2" in name or "cp2" in name)
+        for name, parallel in layouts.items()
+    }
     for name, mistake in (mistakes or {}).items():
         cases[f"control: {name}, {mistake}"] = case(layouts[name], 8, **{"break": mistake})
     return Theme(cases, lambda curves: compare(expected(), curves))
@@ -147,7 +158,12 @@ def losses(layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dic
 
 EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {"ep2": EP, "ep2, shards": EP | SHARDS, "pp2": PP, "cp2": CP},
-    4: {"ep2 pp2": EP | PP, "ep2 tp2 sp": EP | TP | SP, "ep2 dp4, shards": EP | SHARDS, "ep4": {"expert_model_parallel_size": 4}},
+    4: {
+        "ep2 pp2": EP | PP,
+        "ep2 tp2 sp": EP | TP | SP,
+        "ep2 dp4, shards": EP | SHARDS,
+        "ep4": {"expert_model_parallel_size": 4},
+    },
 }
 
 
@@ -216,13 +232,17 @@ def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
         for method in methods:
             if not ("vpp2" in layout and "2" in method):  # stages of one layer
                 cases[f"{layout}: {method}"] = case(LAYOUTS[2][layout], 2, train=RECOMPUTE[method] | dropout)
-    cases["control"] = case(CP, 2, train=RECOMPUTE["full"] | dropout, **{"break": "other masks in the second pass"})
+    cases["control"] = case(
+        CP, 2, train=RECOMPUTE["full"] | dropout, **{"break": "other masks in the second pass"}
+    )
 
     def check(curves: dict[str, Curve]) -> None:
         control = curves.pop("control")
         for name, curve in curves.items():
             assert curve == curves[f"{name.partition(':')[0]}: none"], name
-        assert len({str(curves[f"{layout}: none"]) for layout in names}) == len(names)  # layouts draw different masks
+        assert len({str(curves[f"{layout}: none"]) for layout in names}) == len(
+            names
+        )  # layouts draw different masks
         assert control != curves["cp2: none"]
 
     return Theme(cases, check)
@@ -250,7 +270,10 @@ def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
     cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in ("fp32", "bf16")]
     for name in names:
         layout, _, kind = name.rpartition(", ")
-        same: dict[str, Any] = {"optim": {"bf16": kind == "bf16"}, "train": {"attention_dropout": 0.1, "hidden_dropout": 0.1}}
+        same: dict[str, Any] = {
+            "optim": {"bf16": kind == "bf16"},
+            "train": {"attention_dropout": 0.1, "hidden_dropout": 0.1},
+        }
         cases[f"{name}: whole"] = case(layouts[layout], 4, **same)
         cases[f"{name}: first"] = case(layouts[layout], 2, save=str(folder / name), **same)
         cases[f"{name}: then"] = case(layouts[layout], 4, first=2, load=str(folder / name), **same)
@@ -277,10 +300,14 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-ENGINES: dict[str, dict[str, Any]] = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)}
+ENGINES: dict[str, dict[str, Any]] = {
+    f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)
+}
 
 
-def moved(pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], folder: Path, kind: str = "fp32") -> Theme:
+def moved(
+    pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], folder: Path, kind: str = "fp32"
+) -> Theme:
     """A run is saved on one layout and goes on on another: the state is the same to the last bit, the curve that of the oracle."""
     optim: dict[str, Any] = {"bf16": kind == "bf16"}
     cases = {first: case(layouts[first], 3, optim=optim, save=str(folder / first)) for first, _ in pairs}
@@ -312,9 +339,17 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
     "experts": lambda folder: experts(2, folder),
     "half": lambda folder: half(["dp2, shards", "pp2"]),
     "poisoned": lambda folder: poisoned(["dp2, shards", "pp2"]),
-    "resumed": lambda folder: resumed({name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, folder),
+    "resumed": lambda folder: resumed(
+        {name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, folder
+    ),
     "moved": lambda folder: moved(
-        [("pp2 vpp2", "dp2, shards"), ("dp2, shards", "cp2"), ("zero 3", "pp2"), ("pp2 vpp2", "zero 3"), ("zero 3", "tp2 sp")],
+        [
+            ("pp2 vpp2", "dp2, shards"),
+            ("dp2, shards", "cp2"),
+            ("zero 3", "pp2"),
+            ("pp2 vpp2", "zero 3"),
+            ("zero 3", "tp2 sp"),
+        ],
         LAYOUTS[2] | ENGINES,
         folder,
     ),
@@ -361,12 +396,18 @@ def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[st
     flags = [*OVERLAP, *SP, "deepspeed"]
     while sum(map(len, found.values())) < number:
         name = dice.choice(list(models))
-        parallel = {field: dice.choice(values) for field, values in sizes.items()} | {f: dice.random() < 0.5 for f in flags}
-        parallel["sequence_parallel"] &= parallel["tensor_model_parallel_size"] > 1  # else it is switched off before
+        parallel = {field: dice.choice(values) for field, values in sizes.items()} | {
+            f: dice.random() < 0.5 for f in flags
+        }
+        parallel["sequence_parallel"] &= (
+            parallel["tensor_model_parallel_size"] > 1
+        )  # else it is switched off before
         train = dict(dice.choice(list(RECOMPUTE.values()))) | {"micro_batch_size": dice.choice((1, 2))}
         layout = ParallelConfig(**parallel)
         try:
-            validation.check(replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4)
+            validation.check(
+                replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4
+            )
         except UserError:
             continue
         one = case(parallel, 3, train=train, evaluate=True)
@@ -379,7 +420,10 @@ def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_whatever_the_checks_let_through_has_the_same_curve(seed, tmp_path):
-    models = {name: replace(MODEL, **fields) for name, fields in {"plain": {}, "tied": TIED, "grouped": GROUPED}.items()}
+    models = {
+        name: replace(MODEL, **fields)
+        for name, fields in {"plain": {}, "tied": TIED, "grouped": GROUPED}.items()
+    }
     models["mixtral"] = replace(MOE["mixtral"], num_layers=4)
     themes = {}
     for name, cases in by_chance(models, 16, seed).items():
@@ -429,7 +473,10 @@ def test_fp16_goes_on_with_its_loss_scale(tmp_path):
     at, fp16 = str(tmp_path / "ckpt"), {"fp16": True, "initial_loss_scale": 2.0**19}
     shards, stages = LAYOUTS[2]["dp2, shards"], LAYOUTS[2]["pp2"]
     cases = {"whole": case(shards, 6, optim=fp16), "first": case(shards, 2, optim=fp16, save=at)}
-    cases |= {f"then {n}": case(p, 6, optim=fp16, first=2, load=at) for n, p in (("shards", shards), ("stages", stages))}
+    cases |= {
+        f"then {n}": case(p, 6, optim=fp16, first=2, load=at)
+        for n, p in (("shards", shards), ("stages", stages))
+    }
 
     def check(curves: dict[str, Curve]) -> None:
         assert [step == [None, None] for step in curves["whole"]] == [True, True, True, False, False, False]
@@ -444,7 +491,9 @@ def test_fp16_goes_on_with_its_loss_scale(tmp_path):
 def test_every_layout_goes_on_as_every_other(tmp_path):
     """Each hands over to the next, in a circle, and back."""
     zero = {"zero 2": ENGINES["zero 2"], "zero 3": ENGINES["zero 3"]}
-    layouts = LAYOUTS[4] | {f"tp2 {name}": TP | ENGINES[name] for name in ("zero 1", "zero 0", "zero 3")} | zero
+    layouts = (
+        LAYOUTS[4] | {f"tp2 {name}": TP | ENGINES[name] for name in ("zero 1", "zero 0", "zero 3")} | zero
+    )
     names = list(layouts)
     pairs = [pair for a, b in zip(names, names[1:] + names[:1], strict=True) for pair in ((a, b), (b, a))]
     run_and_check(4, moved(pairs, layouts, tmp_path), tmp_path / "run")
@@ -461,7 +510,12 @@ def test_a_second_partition_within_a_node(tmp_path):
     """DeepSpeed's hierarchical ZeRO 3, and its optimizer off the device, by flags. A process can have such a partition once."""
     zero = ENGINES["zero 3"]
     hpz, at = zero | {"zero_hpz_partition_size": 2}, str(tmp_path / "ckpt")
-    run_and_check(4, losses({"zero 3": zero, "offload": zero | {"zero_offload": "cpu"}, "hpz": hpz}), tmp_path)
+    run_and_check(
+        4, losses({"zero 3": zero, "offload": zero | {"zero_offload": "cpu"}, "hpz": hpz}), tmp_path
+    )
     cases = {"whole": case(hpz, 4), "first": case(hpz, 2, save=at), "then": case(hpz, 4, first=2, load=at)}
-    curves = {name: run(4, {"one": Theme({name: one}, print)}, tmp_path / name)["one"][name] for name, one in cases.items()}
+    curves = {
+        name: run(4, {"one": Theme({name: one}, print)}, tmp_path / name)["one"][name]
+        for name, one in cases.items()
+    }
     assert curves["first"] + curves["then"] == curves["whole"]

@@ -35,8 +35,16 @@ if __name__ == "__main__":
 
 def ended(clean_up: bool, *signals: int) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of a program that was sent the signals, a moment between them."""
-    words = [sys.executable, "-c", textwrap.dedent(PROGRAM), str(clean_up), "0.5" if len(signals) > 1 else "0"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
+    words = [
+        sys.executable,
+        "-c",
+        textwrap.dedent(PROGRAM),
+        str(clean_up),
+        "0.5" if len(signals) > 1 else "0",
+    ]
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as program:
         assert program.stdout.readline() == "begun\n"
         for number in signals:
             program.send_signal(number)
@@ -61,7 +69,9 @@ def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
     words = [sys.executable, ROOT / "tools/random_model.py", "--output-dir", tmp_path / "out"]
     words += ["--model", "internlm2-1.8b", "--dtype", "bf16"]  # large enough not to be done in a moment
     draft = tmp_path / ".out.partial"
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT) as program:
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as program:
         while not draft.exists() and program.poll() is None:
             time.sleep(0.05)
         time.sleep(0.3)

@@ -56,9 +56,18 @@ def hf(folders) -> HFLM:
 
     class Ours(HFLM):
         def tok_decode(self, ids, skip_special_tokens=True):
-            return tokens.decode(ids) if isinstance(ids, list) else super().tok_decode(ids, skip_special_tokens)
+            return (
+                tokens.decode(ids) if isinstance(ids, list) else super().tok_decode(ids, skip_special_tokens)
+            )
 
-    return Ours(str(folders["theirs"]), device="cpu", dtype="float32", batch_size=3, add_bos_token=True, max_length=1024)
+    return Ours(
+        str(folders["theirs"]),
+        device="cpu",
+        dtype="float32",
+        batch_size=3,
+        add_bos_token=True,
+        max_length=1024,
+    )
 
 
 def benchmark(task: str, folders, shots: int | None = None):
@@ -67,7 +76,16 @@ def benchmark(task: str, folders, shots: int | None = None):
     return replace(found, subjects=found.subjects[:SUBJECTS])
 
 
-def asked(model, folders, task: str, batch_size: int = 3, name: str = "lm-eval", answers=None, encoder=None, shots=None):
+def asked(
+    model,
+    folders,
+    task: str,
+    batch_size: int = 3,
+    name: str = "lm-eval",
+    answers=None,
+    encoder=None,
+    shots=None,
+):
     """(benchmark, grades, what was answered) of our own way."""
     tokens = tokenizer.load(folders["ours"])
     encoder = encoder or Encoder(tokens)
@@ -86,7 +104,13 @@ def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
     one = benchmark(task, folders, shots)
     found = []
     for subject in one.subjects:
-        made = harness_task(task, folders[task], subject.topic.name if task in ("mmlu", "ceval", "cmmlu") else "", shots, QUESTIONS)
+        made = harness_task(
+            task,
+            folders[task],
+            subject.topic.name if task in ("mmlu", "ceval", "cmmlu") else "",
+            shots,
+            QUESTIONS,
+        )
         if task == "gsm8k":
             made.set_config("generation_kwargs", {"max_gen_toks": NEW}, update=True)
         samples = evaluate(hf, {"one": made}, bootstrap_iters=0, limit=QUESTIONS)["samples"]["one"]
@@ -106,7 +130,9 @@ def far(answers: list[dict], samples: list[dict]) -> float:
     return max(abs(mine - their) for mine, their in pairs)
 
 
-@pytest.mark.parametrize(("task", "shots"), [("mmlu", 5), ("ceval", 2), ("cmmlu", 2), ("boolq", 0), ("boolq", 2), ("hellaswag", 0)])
+@pytest.mark.parametrize(
+    ("task", "shots"), [("mmlu", 5), ("ceval", 2), ("cmmlu", 2), ("boolq", 0), ("boolq", 2), ("hellaswag", 0)]
+)
 def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, folders):
     one, grades, answers = asked(model, folders, task, shots=shots)
     samples = their_samples(hf, folders, task, shots)
@@ -219,7 +245,10 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
         assert context == [1, *full[-(len(context) - 1) :]]
         assert context.count(1) == 1
     assert "lost their beginning" in report.text(
-        figures.of(replace(one, subjects=(replace(one.subjects[0], questions=(prompt.question,)),)), grades, 0), "x"
+        figures.of(
+            replace(one, subjects=(replace(one.subjects[0], questions=(prompt.question,)),)), grades, 0
+        ),
+        "x",
     )
 
 
@@ -268,7 +297,9 @@ def test_killed_it_goes_on_where_it_was(tmp_path, folders):
     assert len(path.read_text().splitlines()) == 1 + 60
     assert all(json.loads(line) for line in path.read_text().splitlines())
     idle = Counts(0)  # all of it is there
-    assert [g.metrics for g in sampled(folders, idle, Answers(tmp_path, settings))[1]] == [g.metrics for g in whole]
+    assert [g.metrics for g in sampled(folders, idle, Answers(tmp_path, settings))[1]] == [
+        g.metrics for g in whole
+    ]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
@@ -284,7 +315,8 @@ def test_a_model_that_gives_no_number(value, folders):
 def test_answers_of_another_run_are_refused(tmp_path):
     Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"}).close()
     with pytest.raises(
-        UserError, match="holds answers of prompt_style lm-eval, and this is hendrycks: choose another --output-dir"
+        UserError,
+        match="holds answers of prompt_style lm-eval, and this is hendrycks: choose another --output-dir",
     ):
         Answers(tmp_path, {"model_sha256": "m", "prompt_style": "hendrycks"})
     with pytest.raises(UserError, match="holds answers of model_sha256 m, and this is n"):
@@ -340,21 +372,35 @@ def test_means_by_hand(folders):
     """Two subjects of different sizes in one category: macro and micro differ."""
     one = load("mmlu", SAMPLE, 1)
     sizes = {"arithmetic": 3, "computer_basics": 1, "english_words": 2, "world_geography": 2}
-    one = replace(one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.topic.name]]) for s in one.subjects))
+    one = replace(
+        one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.topic.name]]) for s in one.subjects)
+    )
     encoder = Encoder(tokenizer.load(folders["ours"]))
     prompts = list(prepare(one, style("lm-eval", "mmlu", 1), encoder, 1024, 0))
     values = [1, 0, 0, 1, 1, 0, 0, 0]
-    grades = [harness.Grade(prompt, str(i), {"acc": float(v)}) for i, (prompt, v) in enumerate(zip(prompts, values, strict=True))]
+    grades = [
+        harness.Grade(prompt, str(i), {"acc": float(v)})
+        for i, (prompt, v) in enumerate(zip(prompts, values, strict=True))
+    ]
     result = figures.of(one, grades, 2)
     stem = result.groups["STEM"]
     assert (stem["macro"], stem["micro"]) == pytest.approx(((1 / 3 + 1) / 2, 2 / 4))
-    assert (result.groups["all"]["macro"], result.groups["all"]["micro"]) == pytest.approx(((1 / 3 + 1 + 1 / 2 + 0) / 4, 3 / 8))
+    assert (result.groups["all"]["macro"], result.groups["all"]["micro"]) == pytest.approx(
+        ((1 / 3 + 1 + 1 / 2 + 0) / 4, 3 / 8)
+    )
     assert (result.dropped, result.shortened, result.cut) == (8, 8, 0)
     shown = report.text(result, "title")
     assert "8 examples did not fit before 8 questions" in shown
     assert any(line.split()[:4] == ["STEM", "4", "66.67", "50.00"] for line in shown.splitlines())
     table = list(csv.DictReader(report.as_csv([result]).splitlines()))
-    assert {"task": "mmlu", "category": "all", "subject": "", "questions": "8", "metric": "acc micro", "value": "0.375"} in table
+    assert {
+        "task": "mmlu",
+        "category": "all",
+        "subject": "",
+        "questions": "8",
+        "metric": "acc micro",
+        "value": "0.375",
+    } in table
     assert report.chart([result, result], "title").startswith(b"\x89PNG")
     with pytest.raises(AssertionError):  # control: a subject that shrank
         figures.of(one, grades[1:], 2)
@@ -379,7 +425,9 @@ def test_a_tokenizer_of_another_model(folders):
     tokens = tokenizer.load(folders["ours"])
     check_vocabulary(tokens, replace(MODEL, vocab_size=tokens.vocab_size))
     for size in (tokens.vocab_size - 1, tokens.vocab_size + 1025):
-        with pytest.raises(UserError, match=f"has {tokens.vocab_size} tokens, but the model's vocabulary has {size} rows"):
+        with pytest.raises(
+            UserError, match=f"has {tokens.vocab_size} tokens, but the model's vocabulary has {size} rows"
+        ):
             check_vocabulary(tokens, replace(MODEL, vocab_size=size))
 
 
@@ -393,7 +441,9 @@ def run(folder: Path, *words: str, world: int = 1) -> tuple[int, str]:
         env = launch.environment(**{name: str(value) for name, value in place.items()} if world > 1 else {})
         command = [sys.executable, str(SCRIPT), *map(str, words)]
         processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=launch.ROOT)
+            subprocess.Popen(
+                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=launch.ROOT
+            )
         )
     said = [process.communicate(timeout=300)[0] for process in processes]
     return max(process.returncode for process in processes), "\n".join(said)
@@ -418,19 +468,55 @@ def same(folder: Path, other: Path) -> None:
 
 
 def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
-    words = ["--load", folders["ours"], "--task", "mmlu gsm8k", "--task-data-path", SAMPLE, folders["gsm8k"], "--limit", "2"]
-    words += ["--num-fewshot", "2", "--max-new-tokens", NEW, "--device", "cpu", "--tp", "2", "--output-dir", tmp_path]
+    words = [
+        "--load",
+        folders["ours"],
+        "--task",
+        "mmlu gsm8k",
+        "--task-data-path",
+        SAMPLE,
+        folders["gsm8k"],
+        "--limit",
+        "2",
+    ]
+    words += [
+        "--num-fewshot",
+        "2",
+        "--max-new-tokens",
+        NEW,
+        "--device",
+        "cpu",
+        "--tp",
+        "2",
+        "--output-dir",
+        tmp_path,
+    ]
     code, said = run(tmp_path, *words, world=2)
     assert code == 0, said
-    assert said.count("10 questions, the first 2 of each subject only; 0 were answered before") == said.count("wrote ") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["chart.png", "questions.jsonl", "results.csv", "results.json"]
+    assert (
+        said.count("10 questions, the first 2 of each subject only; 0 were answered before")
+        == said.count("wrote ")
+        == 1
+    )
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "chart.png",
+        "questions.jsonl",
+        "results.csv",
+        "results.json",
+    ]
     whole = json.loads((tmp_path / "results.json").read_text())
-    assert (whole["limit"], whole["settings"]["prompt_style"], whole["tasks"]["mmlu"]["questions"]) == (2, "lm-eval", 8)
+    assert (whole["limit"], whole["settings"]["prompt_style"], whole["tasks"]["mmlu"]["questions"]) == (
+        2,
+        "lm-eval",
+        8,
+    )
     assert {"torch", "lm_eval", "megatron-core", "ascendspeed"} <= whole["versions"].keys()
     theirs, encoder = records(tmp_path), Encoder(tokenizer.load(folders["ours"]))
     found = [(load("mmlu", SAMPLE, 2, 2), 2), (load("gsm8k", folders["gsm8k"], 2, 2), 2)]
     prompts = [p for one, n in found for p in prepare(one, style("lm-eval", one.name, n), encoder, 1024, NEW)]
-    adapter = harness.Adapter(Model(model, encoder.tokenizer, 3), encoder, 1024, Answers(None, whole["settings"]))
+    adapter = harness.Adapter(
+        Model(model, encoder.tokenizer, 3), encoder, 1024, Answers(None, whole["settings"])
+    )
     grades = harness.ask(adapter, prompts, NEW)
     assert [grade.key for grade in grades] == [record["key"] for record in theirs]
     for grade, record in zip(grades, theirs, strict=True):
@@ -442,7 +528,16 @@ def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_at_pp_2_and_killed(folders, tmp_path):
-    words = ["--load", folders["ours"], "--task", "mmlu", "hellaswag", "--task-data-path", SAMPLE, folders["hellaswag"]]
+    words = [
+        "--load",
+        folders["ours"],
+        "--task",
+        "mmlu",
+        "hellaswag",
+        "--task-data-path",
+        SAMPLE,
+        folders["hellaswag"],
+    ]
     words += ["--device", "cpu"]
     code, said = run(tmp_path, *words, "--output-dir", tmp_path / "one")
     assert code == 0, said
@@ -450,7 +545,9 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
     assert code == 0, said
     same(tmp_path / "one", tmp_path / "two")
     command = [sys.executable, SCRIPT, *words, "--batch-size", "1", "--output-dir", tmp_path / "three"]
-    with subprocess.Popen(list(map(str, command)), env=launch.environment(), stdout=subprocess.DEVNULL, cwd=launch.ROOT) as process:
+    with subprocess.Popen(
+        list(map(str, command)), env=launch.environment(), stdout=subprocess.DEVNULL, cwd=launch.ROOT
+    ) as process:
         while process.poll() is None and not (tmp_path / "three" / NAME).exists():
             pass
         process.kill()
@@ -461,7 +558,9 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
 
 @pytest.mark.slow
 def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
-    env = launch.environment(TASK="bbh", DATA_PATH=str(SAMPLE), CHECKPOINT=str(folders["ours"]), DTYPE="fp32", NPROC="1")
+    env = launch.environment(
+        TASK="bbh", DATA_PATH=str(SAMPLE), CHECKPOINT=str(folders["ours"]), DTYPE="fp32", NPROC="1"
+    )
     done = subprocess.run(
         ["bash", "tasks/evaluation/eval_internlm.sh", "--output-dir", str(tmp_path)],
         cwd=launch.ROOT,
@@ -475,7 +574,16 @@ def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
 
 @pytest.mark.slow
 def test_an_answer_longer_than_the_model(folders, tmp_path):
-    words = ["--load", folders["ours"], "--task", "gsm8k", "--task-data-path", folders["gsm8k"], "--output-dir", tmp_path]
+    words = [
+        "--load",
+        folders["ours"],
+        "--task",
+        "gsm8k",
+        "--task-data-path",
+        folders["gsm8k"],
+        "--output-dir",
+        tmp_path,
+    ]
     code, said = run(tmp_path, *words, "--max-input-length", "200", "--device", "cpu")
     assert (code, said.count("\n")) == (2, 1), said
     assert "--max-new-tokens 256 of gsm8k leaves nothing of 200 tokens for the question" in said

@@ -31,7 +31,11 @@ def test_every_benchmark_is_read_whole(task, tmp_path):
     assert (found.size, found.own) == (expected[task], False)
     assert {len(subject.shots) for subject in found.subjects} == {SHOTS[task]}
     assert load(task, tmp_path, SHOTS[task], limit=1).size == len(found.subjects)
-    assert all(question.where.startswith(str(tmp_path)) for subject in found.subjects for question in subject.questions)
+    assert all(
+        question.where.startswith(str(tmp_path))
+        for subject in found.subjects
+        for question in subject.questions
+    )
 
 
 def test_text_is_kept_verbatim(tmp_path):
@@ -39,8 +43,12 @@ def test_text_is_kept_verbatim(tmp_path):
     [subject] = load("mmlu", small(tmp_path, 10), 5).subjects
     for question, row in zip(subject.questions, rows("anatomy", "test", 10), strict=True):
         assert [question.text, *question.choices, "ABCD"[question.answer]] == row
-    assert {"0.50", "None", "NA", "nan", "1e5", "two\nlines", " 007 ", "a, b"} <= {c for q in subject.questions for c in q.choices}
-    assert [q.text for q in subject.shots] == [row[0] for row in rows("anatomy", "dev", 5)]  # in the order of the file
+    assert {"0.50", "None", "NA", "nan", "1e5", "two\nlines", " 007 ", "a, b"} <= {
+        c for q in subject.questions for c in q.choices
+    }
+    assert [q.text for q in subject.shots] == [
+        row[0] for row in rows("anatomy", "dev", 5)
+    ]  # in the order of the file
     # lines are those of the file, where a question may have several
     lines = (tmp_path / "test/anatomy_test.csv").read_text().split("\n")
     assert all(lines[int(q.where.rsplit(":", 1)[1]) - 1].startswith(q.text) for q in subject.questions)
@@ -55,7 +63,8 @@ def test_a_folder_around_the_data(tmp_path):
 
 def test_categories():
     assert {
-        c: sum(t.category == c for t in TOPICS["mmlu"].values()) for c in ("STEM", "humanities", "social sciences", "other")
+        c: sum(t.category == c for t in TOPICS["mmlu"].values())
+        for c in ("STEM", "humanities", "social sciences", "other")
     } == {
         "STEM": 19,
         "humanities": 13,
@@ -65,18 +74,31 @@ def test_categories():
     assert (len(TOPICS["ceval"]), len(TOPICS["cmmlu"])) == (52, 67)
     assert sum("hard" in topic.sets for topic in TOPICS["ceval"].values()) == len(CEVAL_HARD.split()) == 8
     assert TOPICS["ceval"]["law"].title == "法学"
-    assert {t.category for t in TOPICS["cmmlu"].values()} == {"STEM", "humanities", "social sciences", "other"}
+    assert {t.category for t in TOPICS["cmmlu"].values()} == {
+        "STEM",
+        "humanities",
+        "social sciences",
+        "other",
+    }
 
 
 def hub(folder, subject="anatomy", answers=(0, 3), shards=1, **more):
     """As cais/mmlu lies on the hub."""
     for split in ("dev", "test"):
         tables = [
-            {"question": f"Q{i} {split}", "subject": subject, "choices": ["0.50", "None", "NA", "x"], "answer": a, **more}
+            {
+                "question": f"Q{i} {split}",
+                "subject": subject,
+                "choices": ["0.50", "None", "NA", "x"],
+                "answer": a,
+                **more,
+            }
             for i, a in enumerate(answers)
         ]
         (folder / subject).mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tables), folder / subject / f"{split}-00000-of-{shards:05}.parquet")
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(tables), folder / subject / f"{split}-00000-of-{shards:05}.parquet"
+        )
     return folder
 
 
@@ -95,8 +117,21 @@ def test_ceval_on_the_hub(tmp_path):
     for subject in TOPICS["ceval"]:
         (tmp_path / subject).mkdir()
         for split in ("dev", "val"):
-            tables = [{"id": 0, "question": "Q", "A": "0.50", "B": "b", "C": "c", "D": "d", "answer": "C", "explanation": ""}]
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tables), tmp_path / subject / f"{split}-00000-of-00001.parquet")
+            tables = [
+                {
+                    "id": 0,
+                    "question": "Q",
+                    "A": "0.50",
+                    "B": "b",
+                    "C": "c",
+                    "D": "d",
+                    "answer": "C",
+                    "explanation": "",
+                }
+            ]
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(tables), tmp_path / subject / f"{split}-00000-of-00001.parquet"
+            )
     assert load("ceval", tmp_path, 1).subjects[3].questions[0].answer == 2
 
 
@@ -126,24 +161,48 @@ def one_more(name):
 
 BROKEN = {
     "too few fields": (broken_csv("Q,a,b,c,A"), r"anatomy_test\.csv:2: 5 fields, not 6"),
-    "too many fields": (broken_csv("Q,a,b,c,d,e,A"), r"anatomy_test\.csv:2: 7 fields, not 6; a field that holds commas"),
+    "too many fields": (
+        broken_csv("Q,a,b,c,d,e,A"),
+        r"anatomy_test\.csv:2: 7 fields, not 6; a field that holds commas",
+    ),
     "answer E": (broken_csv("Q,a,b,c,d,E"), r"anatomy_test\.csv:2: the answer 'E' is not one of A, B, C, D"),
     "answer a": (broken_csv("Q,a,b,c,d,a"), r"anatomy_test\.csv:2: the answer 'a' is not one of"),
-    "answer Apple pie": (broken_csv("Q,a,b,c,d,Apple pie"), r"anatomy_test\.csv:2: the answer 'Apple pie' is not"),
+    "answer Apple pie": (
+        broken_csv("Q,a,b,c,d,Apple pie"),
+        r"anatomy_test\.csv:2: the answer 'Apple pie' is not",
+    ),
     "no answer": (broken_csv("Q,a,b,c,d,"), r"anatomy_test\.csv:2: the answer '' is not"),
     "an open quote": (broken_csv('"Q,a,b,c,d,A\nQ,a,b,c,d,B'), r"anatomy_test\.csv:\d: this is not CSV"),
-    "an empty file": (lambda f: (small(f) / "test/anatomy_test.csv").write_text(""), r"has no questions in anatomy"),
-    "not UTF-8": (lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"\xff\xfe"), r"anatomy_test\.csv cannot be read"),
+    "an empty file": (
+        lambda f: (small(f) / "test/anatomy_test.csv").write_text(""),
+        r"has no questions in anatomy",
+    ),
+    "not UTF-8": (
+        lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"\xff\xfe"),
+        r"anatomy_test\.csv cannot be read",
+    ),
     "no dev": (without("dev/virology_dev.csv"), r"virology_dev\.csv' cannot be read: .*No such file"),
-    "a missing subject": (without("test/virology_test.csv"), r"test: mmlu lacks virology, of its 57 subjects"),
-    "an unknown subject": (one_more("test/anatomy (1)_test.csv"), r"test: mmlu has anatomy \(1\), which it does not know"),
+    "a missing subject": (
+        without("test/virology_test.csv"),
+        r"test: mmlu lacks virology, of its 57 subjects",
+    ),
+    "an unknown subject": (
+        one_more("test/anatomy (1)_test.csv"),
+        r"test: mmlu has anatomy \(1\), which it does not know",
+    ),
     "a double subject": (
         lambda f: (small(f) / OWN).write_text(ONE + "anatomy,other\n"),
         r"subjects\.csv names anatomy twice",
     ),
-    "a strange subject": (lambda f: (small(f) / OWN).write_text(ONE + "../x,other\n"), r"'\.\./x' is no name of a subject"),
+    "a strange subject": (
+        lambda f: (small(f) / OWN).write_text(ONE + "../x,other\n"),
+        r"'\.\./x' is no name of a subject",
+    ),
     "no subjects": (lambda f: (small(f) / OWN).write_text("subject,category\n"), r"names no subject"),
-    "a nameless column": (lambda f: (small(f) / OWN).write_text("anatomy,STEM\n"), r"subjects\.csv:1: the first line must name"),
+    "a nameless column": (
+        lambda f: (small(f) / OWN).write_text("anatomy,STEM\n"),
+        r"subjects\.csv:1: the first line must name",
+    ),
     "nothing": (lambda f: (f / "test").mkdir(), r"holds no mmlu: looked for test/SUBJECT_test\.csv and"),
 }
 
@@ -180,7 +239,10 @@ JSONL = {
         ({"passage": None}, "'passage' is None, where a string should be"),
         ({"question": 3}, "'question' is 3"),
     ],
-    "gsm8k": [({"answer": "about 3"}, "does not end with #### and a number"), ({"question": None}, "'question' is None")],
+    "gsm8k": [
+        ({"answer": "about 3"}, "does not end with #### and a number"),
+        ({"question": None}, "'question' is None"),
+    ],
     "hellaswag": [
         ({"label": "4"}, "'label' is '4', where 0, 1, 2 or 3"),
         ({"label": ""}, "'label' is ''"),
@@ -190,7 +252,9 @@ JSONL = {
 }
 
 
-@pytest.mark.parametrize(("task", "change", "said"), [(task, *case) for task, cases in JSONL.items() for case in cases], ids=str)
+@pytest.mark.parametrize(
+    ("task", "change", "said"), [(task, *case) for task, cases in JSONL.items() for case in cases], ids=str
+)
 def test_json_lines_that_are_wrong(task, change, said, tmp_path):
     MAKERS[task](tmp_path)
     path = next(p for p in tmp_path.iterdir() if "val" in p.name or "test" in p.name)
@@ -248,7 +312,9 @@ def test_the_sample_is_sound():
     assert found.own
     assert (len(found.subjects), found.size) == (4, 60)
     assert len({q.text for q in questions}) == len(questions) == 80
-    assert all(len(set(q.choices)) == 4 and q.choices == tuple(c.strip() for c in q.choices) for q in questions)
+    assert all(
+        len(set(q.choices)) == 4 and q.choices == tuple(c.strip() for c in q.choices) for q in questions
+    )
     counts = [sum(q.answer == i for subject in found.subjects for q in subject.questions) for i in range(4)]
     assert max(counts) - min(counts) <= 4
     for split in ("dev", "val", "test"):
@@ -256,7 +322,11 @@ def test_the_sample_is_sound():
             with open(path, newline="") as file:
                 assert all(len(row) == 6 for row in csv.reader(file))
     right = {q.text: q.choices[q.answer] for q in questions}
-    for text, answer in {"What is 19 + 26?": 19 + 26, "What is 9 x 12?": 9 * 12, "What is 6! (six factorial)?": 720}.items():
+    for text, answer in {
+        "What is 19 + 26?": 19 + 26,
+        "What is 9 x 12?": 9 * 12,
+        "What is 6! (six factorial)?": 720,
+    }.items():
         assert right[text] == str(answer)
 
 
@@ -270,11 +340,17 @@ def test_the_sample_is_sound():
         ("--task bbh --task-data-path {data}", "BBH is not there yet"),
         ("--task mmlu --task-data-path {data} --num-fewshot -1", "--num-fewshot -1 is too small: at least 0"),
         ("--task mmlu --task-data-path {data} --limit 0", "--limit 0 is too small"),
-        ("--task gsm8k --task-data-path {data} --max-new-tokens 2", "--max-new-tokens 2: gsm8k's answers are worked out"),
+        (
+            "--task gsm8k --task-data-path {data} --max-new-tokens 2",
+            "--max-new-tokens 2: gsm8k's answers are worked out",
+        ),
         ("--task mmlu --task-data-path {data} --prompt-style helm", "helm"),
         ("--task mmlu --task-data-path {data} --tp 2", "1 processes were started, but TP 2"),
         ("--task mmlu --task-data-path {data} --bf16 --fp16", "contradict each other"),
-        ("--task boolq --task-data-path {data} --prompt-style hendrycks", "boolq lacks val.jsonl or dev.jsonl"),
+        (
+            "--task boolq --task-data-path {data} --prompt-style hendrycks",
+            "boolq lacks val.jsonl or dev.jsonl",
+        ),
     ],
 )
 def test_command_lines_that_are_wrong(words, said, tmp_path):
@@ -298,4 +374,7 @@ def test_the_published_flags(tmp_path):
     assert [one.name for one, _ in job.benchmarks] == ["mmlu", "boolq"]
     assert (job.evaluation.batch_size, job.shots) == (1, {"mmlu": 5, "boolq": 0})
     said = "\n".join(notes)
-    assert all(f"--{name} is accepted and does nothing" in said for name in ("seed", "no-load-rng", "use-flash-attn", "deepspeed"))
+    assert all(
+        f"--{name} is accepted and does nothing" in said
+        for name in ("seed", "no-load-rng", "use-flash-attn", "deepspeed")
+    )

@@ -145,7 +145,9 @@ def test_published_config_is_the_preset(published, name):
 
 def test_internlm3_has_two_switches_for_its_biases():
     def biases(**said) -> tuple[bool, bool, bool]:
-        config = FAMILIES["internlm3"].read_config({k: v for k, v in INTERNLM3_8B.items() if "bias" not in k} | said)
+        config = FAMILIES["internlm3"].read_config(
+            {k: v for k, v in INTERNLM3_8B.items() if "bias" not in k} | said
+        )
         return config.add_qkv_bias, config.add_dense_bias, config.add_mlp_bias
 
     assert biases() == (False, False, False)
@@ -170,8 +172,16 @@ def test_gemma_says_gelu_and_means_the_approximation_by_tanh():
         (BAICHUAN2_7B | {"vocab_size": 64000}, "Baichuan 1"),
         (BAICHUAN2_7B | {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 40}, "ALiBi"),
         (QWEN2_7B | {"use_sliding_window": True}, "use_sliding_window = True"),
-        (QWEN2_7B | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}, "'yarn'"),
-        (INTERNLM3_8B | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "'longrope'"),
+        (
+            QWEN2_7B
+            | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            "'yarn'",
+        ),
+        (
+            INTERNLM3_8B
+            | {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}},
+            "'longrope'",
+        ),
         (INTERNLM25_7B | {"hidden_act": "gelu"}, "hidden_act"),
         (FAMILIES["gemma"].write_config(PRESETS["gemma-7b"]) | {"hidden_act": "relu"}, "hidden_act"),
         (
@@ -187,7 +197,12 @@ def test_what_a_family_cannot_express_is_refused_by_name(theirs, said):
 
 
 @pytest.mark.parametrize(
-    ("name", "flag"), [("internlm2-tiny", "add_mlp_bias"), ("baichuan2-tiny", "add_qkv_bias"), ("baichuan2-tiny", "add_dense_bias")]
+    ("name", "flag"),
+    [
+        ("internlm2-tiny", "add_mlp_bias"),
+        ("baichuan2-tiny", "add_qkv_bias"),
+        ("baichuan2-tiny", "add_dense_bias"),
+    ],
 )
 def test_a_bias_that_the_checkpoints_have_no_name_for_is_refused(name, flag):
     run = Run(
@@ -224,7 +239,10 @@ def test_llama_spells_its_heads_out():
 
 
 def test_null_is_the_same_as_not_there():
-    assert llama(head_dim=None, num_key_value_heads=None, rope_scaling=None, max_position_embeddings=None) == llama()
+    assert (
+        llama(head_dim=None, num_key_value_heads=None, rope_scaling=None, max_position_embeddings=None)
+        == llama()
+    )
 
 
 @pytest.mark.parametrize(
@@ -234,8 +252,16 @@ def test_null_is_the_same_as_not_there():
         {"rope_theta": 500000, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
         {"rope_parameters": {"rope_theta": 500000.0, "rope_type": "dynamic", "factor": 2.0}},
         {"rotary": {"base": 500000, "type": "dynamic", "scaling_factor": 2.0}},
-        {"rope_theta": 5e5, "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2}, "partial_rotary_factor": 1.0},
-        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 500000, "rope_type": "dynamic", "factor": 2}, "rope_scaling": None},
+        {
+            "rope_theta": 5e5,
+            "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2},
+            "partial_rotary_factor": 1.0,
+        },
+        {
+            "rope_theta": 5e5,
+            "rope_parameters": {"rope_theta": 500000, "rope_type": "dynamic", "factor": 2},
+            "rope_scaling": None,
+        },
     ],
 )
 def test_every_spelling_of_rope(spelling):
@@ -252,9 +278,13 @@ def test_rope_of_v1():
     assert rope(rotary={"base": 10000, "type": "origin"}) == (1e4, "none", 1.0)
     assert rope(rotary={"base": 10000, "type": "dynamic"}, scaling_factor=3) == (1e4, "dynamic", 3.0)
     assert rope(rotary=None, rope_theta=1e6, rope_parameters={"rope_type": "default"}) == (1e6, "none", 1.0)
-    with pytest.raises(UserError, match=r"rope_theta = 500000 and rotary\.base = 10000 contradict each other"):
+    with pytest.raises(
+        UserError, match=r"rope_theta = 500000 and rotary\.base = 10000 contradict each other"
+    ):
         rope(rope_theta=500000)
-    with pytest.raises(UserError, match=r"rotary\.type = 'origin' and rope_scaling\.type = 'linear' contradict each other"):
+    with pytest.raises(
+        UserError, match=r"rotary\.type = 'origin' and rope_scaling\.type = 'linear' contradict each other"
+    ):
         rope(rotary={"base": 10000, "type": "origin"}, rope_scaling={"type": "linear", "factor": 2})
     with pytest.raises(UserError, match="'linear' lacks its factor"):  # only its own dynamic scaling may
         rope(rotary={"base": 10000, "type": "linear"})
@@ -263,18 +293,30 @@ def test_rope_of_v1():
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        ({"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}}, "rope_scaling.type = 'linear' and "),
+        (
+            {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}},
+            "rope_scaling.type = 'linear' and ",
+        ),
         (
             {"rope_theta": 1e6, "rope_parameters": {"rope_theta": 5e5}},
             "rope_theta = 1000000.0 and rope_parameters.rope_theta = 500",
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 2, "scaling_factor": 4}}, "factor = 2 and rope_scaling.scaling_factor = 4"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": {"rope_type": "default"}}, "contradict"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2, "scaling_factor": 4}},
+            "factor = 2 and rope_scaling.scaling_factor = 4",
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2}, "rope_parameters": {"rope_type": "default"}},
+            "contradict",
+        ),
         ({"rope_scaling": {"type": "linear"}}, "'linear' lacks its factor"),
         ({"rope_scaling": {"type": "dynamic", "factor": None}}, "'dynamic' lacks its factor"),
         ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor = 2.0, but no rope scaling"),
         ({"rope_scaling": {"type": "linear", "factor": 0.5}}, "rope_scaling.factor = 0.5 is less than 1"),
-        ({"rope_scaling": {"type": "linear", "factor": True}}, "rope_scaling.factor = True is not a positive number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": True}},
+            "rope_scaling.factor = True is not a positive number",
+        ),
         ({"rope_theta": 10**400}, "is not a positive number"),
         ({"rope_theta": "1e6"}, "rope_theta = '1e6' is not a positive number"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
@@ -286,7 +328,10 @@ def test_rope_of_v1():
 )
 @pytest.mark.parametrize("name", ["llama-tiny", "internlm2-tiny", "mixtral-tiny"])
 def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
-    theirs = FAMILIES[PRESETS[name].family].write_config(PRESETS[name]) | {"rope_theta": None, "rope_scaling": None}
+    theirs = FAMILIES[PRESETS[name].family].write_config(PRESETS[name]) | {
+        "rope_theta": None,
+        "rope_scaling": None,
+    }
     family_of(theirs).read_config(theirs)  # control: without it nothing is wrong
     with pytest.raises(UserError) as error:
         family_of(theirs).read_config(theirs | more)
@@ -295,7 +340,9 @@ def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
 
 def test_rope_scaling_is_written_with_two_entries():
     """More, transformers before 4.43 and InternLM2's own code refuse; of these two the newest reads the same."""
-    theirs = FAMILIES["llama"].write_config(llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4}))
+    theirs = FAMILIES["llama"].write_config(
+        llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4})
+    )
     assert (theirs["rope_theta"], theirs["rope_scaling"]) == (5e5, {"type": "linear", "factor": 4.0})
     read = AutoConfig.for_model(**theirs).rope_parameters
     assert (read["rope_theta"], read["rope_type"], read["factor"]) == (5e5, "linear", 4.0)
@@ -309,7 +356,10 @@ def test_rope_scaling_is_written_with_two_entries():
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "yarn"),
         ({"rope_scaling": {"type": "linear", "factor": -1}}, "-1"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor",
+        ),
         ({"rope_scaling": "dynamic"}, "not a table"),
         ({"num_hidden_layers": "2"}, "positive int"),
         ({"num_hidden_layers": 0}, "positive int"),

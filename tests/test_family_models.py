@@ -30,7 +30,9 @@ TINY = {c.family: c for name, c in PRESETS.items() if name.endswith("-tiny")}
 
 def shrunk(model: ModelConfig, **changes) -> ModelConfig:
     """Two layers of weights that are large enough for logits to say something."""
-    return replace(model, num_layers=2, vocab_size=125, max_position_embeddings=TRAINED, init_method_std=0.1, **changes)
+    return replace(
+        model, num_layers=2, vocab_size=125, max_position_embeddings=TRAINED, init_method_std=0.1, **changes
+    )
 
 
 MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
@@ -49,7 +51,9 @@ def theirs(name: str):
     """Hugging Face's model, our tensors made of its checkpoint, and what it says: logits and losses."""
     model = MODELS[name]
     reference, published = oracle.native(model)
-    assert {n for p in param_mapping.parameters(model) for n in p.theirs} == set(published)  # names that are right, none left over
+    assert {n for p in param_mapping.parameters(model) for n in p.theirs} == set(
+        published
+    )  # names that are right, none left over
     tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
     with torch.no_grad():
         logits = reference(tokens()[:, :-1]).logits
@@ -66,7 +70,9 @@ def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)).eval()
+    built = gpt_model.build(
+        model, layout, layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)
+    ).eval()
     gpt_model.fill(built, model, layout, tensors.items())
     with torch.no_grad():
         return built(tokens()[:, :-1].contiguous(), None, None)[..., :125]
@@ -75,7 +81,9 @@ def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None
 def off(name: str, tensors: dict | None = None, kernels=None, **changes) -> float:
     """Largest difference of our logits from Hugging Face's, with other tensors or a model that is not the same."""
     _, right, logits, _ = theirs(name)
-    return float((logits_of(replace(MODELS[name], **changes), tensors or right, kernels) - logits).abs().max())
+    return float(
+        (logits_of(replace(MODELS[name], **changes), tensors or right, kernels) - logits).abs().max()
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -101,12 +109,18 @@ def test_published_tensors_come_back_from_rank_files(name, tmp_path):
     assert all(torch.equal(back[n], published[n]) for n in published)
 
 
-@pytest.mark.parametrize("name", [n for n in MODELS if n.startswith("internlm") and n != "internlm3-bias-but-qkv"])
+@pytest.mark.parametrize(
+    "name", [n for n in MODELS if n.startswith("internlm") and n != "internlm3-bias-but-qkv"]
+)
 def test_the_internlm_families_are_llama_to_stock_transformers(name, tmp_path):
     """Beyond the trained length too. Llama has one switch for q, k, v and o: a model that needs two is refused."""
-    convert.write_hf(conversion.open_source(directory(name, tmp_path / "hf")), tmp_path / "llama", family="llama")
+    convert.write_hf(
+        conversion.open_source(directory(name, tmp_path / "hf")), tmp_path / "llama", family="llama"
+    )
     with torch.no_grad():
-        logits = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)(tokens()[:, :-1]).logits
+        logits = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)(
+            tokens()[:, :-1]
+        ).logits
     assert (logits - theirs(name)[2]).abs().max() < 2e-5
 
 
@@ -129,15 +143,27 @@ def directory(name: str, folder: Path) -> Path:
 
 
 LAYOUTS = {  # by the number of ranks
-    2: {"tp2": ParallelConfig(2), "tp2-sp": ParallelConfig(2, sequence_parallel=True), "pp2": ParallelConfig(1, 2)},
-    4: {"tp4": ParallelConfig(4), "tp4-sp": ParallelConfig(4, sequence_parallel=True), "tp2-pp2": ParallelConfig(2, 2)},
+    2: {
+        "tp2": ParallelConfig(2),
+        "tp2-sp": ParallelConfig(2, sequence_parallel=True),
+        "pp2": ParallelConfig(1, 2),
+    },
+    4: {
+        "tp4": ParallelConfig(4),
+        "tp4-sp": ParallelConfig(4, sequence_parallel=True),
+        "tp2-pp2": ParallelConfig(2, 2),
+    },
 }
 EVERYWHERE = ("internlm", "internlm3-bias", "gemma")  # between them all that a layout can touch
 
 
 def runs(name: str, parallel: ParallelConfig) -> bool:
     """Experts are trained under sequence parallel only; of the dense models some are enough to try what others share."""
-    tp, pp, sp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.sequence_parallel
+    tp, pp, sp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.sequence_parallel,
+    )
     if MODELS[name].num_experts:
         return (tp > 1) == sp
     return name in EVERYWHERE or not (sp or tp * pp > max(tp, pp))
@@ -152,15 +178,25 @@ CASES = [
 ]
 
 
-def original(family: str) -> dict[str, tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
+def original(
+    family: str,
+) -> dict[str, tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
     """The fixtures' checkpoint of InternLM's own code, its tokens (short, as long as it was trained, longer) and logits."""
     if not (SHARED / family).is_dir():
         return {}
-    model, known = families.read_config(SHARED / family / "config.json"), load_file(SHARED / family / "reference.safetensors")
-    published = {n: t for shard in (SHARED / family).glob("model-*.safetensors") for n, t in load_file(shard).items()}
+    model, known = (
+        families.read_config(SHARED / family / "config.json"),
+        load_file(SHARED / family / "reference.safetensors"),
+    )
+    published = {
+        n: t for shard in (SHARED / family).glob("model-*.safetensors") for n, t in load_file(shard).items()
+    }
     tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
     ids = {name: torch.atleast_2d(known[f"ids_{name}"]) for name in ("short", "full", "long")}
-    return {n: (model, tensors, torch.cat([i, i[:, :1]], 1), known[f"logits_{n}"].view(*i.shape, -1)) for n, i in ids.items()}
+    return {
+        n: (model, tensors, torch.cat([i, i[:, :1]], 1), known[f"logits_{n}"].view(*i.shape, -1))
+        for n, i in ids.items()
+    }
 
 
 ORIGINAL = [(family, length) for family in ("internlm", "internlm2") for length in ("short", "full", "long")]
@@ -216,11 +252,17 @@ def test_the_original_code_gives_the_same_logits(results, family, length):
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, tensors, ids, expected = original(family)[length]
-    built = gpt_model.build(model, ParallelConfig(), layer_spec.transformer_config(model, ParallelConfig(), TrainConfig())).eval()
+    built = gpt_model.build(
+        model, ParallelConfig(), layer_spec.transformer_config(model, ParallelConfig(), TrainConfig())
+    ).eval()
     gpt_model.fill(built, model, ParallelConfig(), tensors.items())
     with torch.no_grad():
         alone = built(ids[:, :-1].contiguous(), None, None)[..., : model.vocab_size]
-    for mine in (alone, results[f"{family}-original-{length}.tp2"][0], results[f"{family}-original-{length}.tp4"][0]):
+    for mine in (
+        alone,
+        results[f"{family}-original-{length}.tp2"][0],
+        results[f"{family}-original-{length}.tp4"][0],
+    ):
         assert (mine - expected).abs().max() < 1e-4
 
 
@@ -236,7 +278,11 @@ def plain_qkv(published: dict, name: str) -> dict:
     model, changed = MODELS[name], dict(published)
     groups, d = model.kv_heads, model.head_dim
     for wqkv in (n for n in published if "wqkv" in n):
-        parts = published[wqkv].unflatten(0, (groups, -1)).split([model.num_attention_heads // groups * d, d, d], 1)
+        parts = (
+            published[wqkv]
+            .unflatten(0, (groups, -1))
+            .split([model.num_attention_heads // groups * d, d, d], 1)
+        )
         changed[wqkv] = torch.cat([part.flatten(0, 1) for part in parts])
     return changed
 
@@ -245,7 +291,10 @@ def interleaved_qkv(published: dict, name: str) -> dict:
     """Per head, where the checkpoint has [q; k; v] one after the other."""
     packs = (n for n in published if "W_pack" in n)
     heads = MODELS[name].num_attention_heads
-    return published | {n: torch.cat([x.unflatten(0, (heads, -1)) for x in published[n].chunk(3)], 1).flatten(0, 1) for n in packs}
+    return published | {
+        n: torch.cat([x.unflatten(0, (heads, -1)) for x in published[n].chunk(3)], 1).flatten(0, 1)
+        for n in packs
+    }
 
 
 def no_bias(published: dict, which: str) -> dict:
@@ -274,7 +323,16 @@ MISTAKES = {
 def test_a_wrong_reading_of_the_checkpoint_is_seen(mistake):
     name, change = MISTAKES[mistake]
     wrong = change(theirs(name)[0])
-    assert off(name, {p.name: param_mapping.join(MODELS[name], p, wrong) for p in param_mapping.parameters(MODELS[name])}) > 1e-2
+    assert (
+        off(
+            name,
+            {
+                p.name: param_mapping.join(MODELS[name], p, wrong)
+                for p in param_mapping.parameters(MODELS[name])
+            },
+        )
+        > 1e-2
+    )
 
 
 @pytest.mark.parametrize(
@@ -316,7 +374,9 @@ def test_one_plus_w_is_not_rounded_to_bf16():
     from ascendspeed.models.gpt import layer_spec
 
     norm = layer_spec.ZeroCenteredRMSNorm(
-        layer_spec.transformer_config(MODELS["gemma"], ParallelConfig(), TrainConfig(), "bf16"), 128, MODELS["gemma"].norm_epsilon
+        layer_spec.transformer_config(MODELS["gemma"], ParallelConfig(), TrainConfig(), "bf16"),
+        128,
+        MODELS["gemma"].norm_epsilon,
     )
     reference = GemmaRMSNorm(128, MODELS["gemma"].norm_epsilon).bfloat16()
     generator = torch.Generator().manual_seed(1)

@@ -20,7 +20,9 @@ TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and mo
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_size_passes_the_checks(name):
     data, optim = DataConfig(data_path=("x",)), OptimConfig()
-    validation.check(Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8)
+    validation.check(
+        Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8
+    )
 
 
 @pytest.mark.parametrize("name", ["internlm2-7b", "internlm2.5-20b", "internlm3-8b", "gemma-7b"])
@@ -28,7 +30,9 @@ def test_the_script_takes_every_name(name, tmp_path):
     """What the script would start is parsed as the program parses it."""
     (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "deepspeed").chmod(0o755)
-    env = launch.environment(PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", MODEL=name, CHECKPOINT="", NPROC="8")
+    env = launch.environment(
+        PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", MODEL=name, CHECKPOINT="", NPROC="8"
+    )
     words = subprocess.run(
         ["bash", "examples/intern/pretrain_internlm_7b_zero.sh"],
         env=env,
@@ -42,7 +46,8 @@ def test_the_script_takes_every_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"), [("--swiglu", "activation gelu-tanh"), ("--untie-embeddings-and-output-weights", "ties its embeddings")]
+    ("flag", "said"),
+    [("--swiglu", "activation gelu-tanh"), ("--untie-embeddings-and-output-weights", "ties its embeddings")],
 )
 def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, said):
     words = ["--deepspeed", "--data-path", "x", flag]
@@ -55,16 +60,36 @@ def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, said):
 def work(tmp_path_factory):
     """Tokens."""
     work = tmp_path_factory.mktemp("recipe")
-    must(sys.executable, "examples/intern/make_quickstart_data.py", "--output-dir", str(work / "data"), "--rows", "200")
     must(
-        *(sys.executable, "tools/preprocess_data.py", "--input", str(work / "data" / "train.parquet"), "--append-eod"),
-        *("--tokenizer-name-or-path", str(work / "data" / "tokenizer"), "--output-prefix", str(work / "alpaca")),
+        sys.executable,
+        "examples/intern/make_quickstart_data.py",
+        "--output-dir",
+        str(work / "data"),
+        "--rows",
+        "200",
+    )
+    must(
+        *(
+            sys.executable,
+            "tools/preprocess_data.py",
+            "--input",
+            str(work / "data" / "train.parquet"),
+            "--append-eod",
+        ),
+        *(
+            "--tokenizer-name-or-path",
+            str(work / "data" / "tokenizer"),
+            "--output-prefix",
+            str(work / "alpaca"),
+        ),
         *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"),
     )
     return work
 
 
-@pytest.mark.parametrize("name", [n if n == "internlm2-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY])
+@pytest.mark.parametrize(
+    "name", [n if n == "internlm2-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
+)
 def test_the_recipe_trains_it(work, name):
     """From random weights, on two processes under tensor parallel."""
     done = recipe(work, name, work, MODEL=name, CHECKPOINT="")

@@ -25,7 +25,10 @@ def expected(tmp_path_factory):
     for name in NAMES:
         reference, published = oracle.native(MODELS[name])
         save_file(
-            {p.name: param_mapping.join(MODELS[name], p, published).contiguous() for p in param_mapping.parameters(MODELS[name])},
+            {
+                p.name: param_mapping.join(MODELS[name], p, published).contiguous()
+                for p in param_mapping.parameters(MODELS[name])
+            },
             folder / name,
         )
         found[name] = str(folder / name), oracle.train(reference.train(), data, lrs, vars(RUN.optim))
@@ -34,7 +37,10 @@ def expected(tmp_path_factory):
 
 def case(expected, name: str, stage: int, **changes) -> dict:
     model = asdict(MODELS[name]) | changes
-    return {"weights": expected[name][0], "changes": {"model": model, "parallel": {"zero_stage": stage, "sequence_parallel": True}}}
+    return {
+        "weights": expected[name][0],
+        "changes": {"model": model, "parallel": {"zero_stage": stage, "sequence_parallel": True}},
+    }
 
 
 @pytest.mark.slow

@@ -37,8 +37,16 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
     log = os.open(f"{folder}/rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({k: str(v) for k, v in place.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env)
+    place = {
+        "RANK": number,
+        "LOCAL_RANK": number,
+        "WORLD_SIZE": world,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    os.environ.update(
+        {k: str(v) for k, v in place.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env
+    )
     if "RANK_FOLDERS" in env:
         (own := Path(folder, str(number))).mkdir(exist_ok=True)
         os.chdir(own)
@@ -63,10 +71,20 @@ class Job:
     def start(self, *more: str) -> list:
         """The processes."""
         words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3 --auto-resume".split()
-        words += ["--save", str(self.folder / "ckpt"), "--log-dir", str(self.folder / "log"), *self.flags, *more]
+        words += [
+            "--save",
+            str(self.folder / "ckpt"),
+            "--log-dir",
+            str(self.folder / "log"),
+            *self.flags,
+            *more,
+        ]
         env, port = {"FAULTS": json.dumps(self.faults)} | self.env, self.port or launch.free_port()
         self.folder.mkdir(exist_ok=True)
-        ranks = [SERVER.Process(target=rank, args=(r, self.world, port, str(self.folder), words, env)) for r in range(self.world)]
+        ranks = [
+            SERVER.Process(target=rank, args=(r, self.world, port, str(self.folder), words, env))
+            for r in range(self.world)
+        ]
         [process.start() for process in ranks]
         return ranks
 
@@ -127,7 +145,9 @@ def finish(job: Job, whole: dict[int, str]) -> None:
     assert job.good() == ITERS
 
 
-@pytest.mark.parametrize("lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))])
+@pytest.mark.parametrize(
+    "lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))]
+)
 def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     """What the comparison is worth: a resumed run that lost one thing has another curve."""
     job = Job(tmp_path / "job")
@@ -135,7 +155,9 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     job.env["TOY_LOSES"] = lost
     assert job.run() == [0, 0]
     assert job.curve().keys() == whole.keys()
-    assert {i: one for i, one in job.curve().items() if i <= 6} == {i: one for i, one in whole.items() if i <= 6}
+    assert {i: one for i, one in job.curve().items() if i <= 6} == {
+        i: one for i, one in whole.items() if i <= 6
+    }
     assert job.curve()[12] != whole[12]
 
 
@@ -146,7 +168,11 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
 def test_killed_again_and_again(whole, tmp_path, behind):
     """Three times in one run: in an iteration, and twice at some change of a file while a checkpoint is saved."""
     dice = random.Random(behind)
-    moments = [{"step": 2}, {"step": 6, "operation": dice.randrange(8)}, {"step": 9, "operation": dice.randrange(8)}]
+    moments = [
+        {"step": 2},
+        {"step": 6, "operation": dice.randrange(8)},
+        {"step": 9, "operation": dice.randrange(8)},
+    ]
     job = Job(tmp_path / "job", ("--async-save",) if behind else ())
     job.faults = [{"what": "kill", "rank": dice.randrange(WORLD), **moment} for moment in moments]
     for fault in job.faults:
@@ -206,9 +232,18 @@ def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
     def saving() -> bool:
         return any((job.folder / "ckpt").glob(".step_*.tmp"))
 
-    early, at_save, more, moment = dice.random() < 0.15, dice.random() < 0.6, dice.randrange(20), dice.random()
+    early, at_save, more, moment = (
+        dice.random() < 0.15,
+        dice.random() < 0.6,
+        dice.randrange(20),
+        dice.random(),
+    )
     victim, before, ranks = dice.randrange(WORLD), done(), job.start()
-    while not early and all(r.is_alive() for r in ranks) and not (done() > before + more and (saving() or not at_save)):
+    while (
+        not early
+        and all(r.is_alive() for r in ranks)
+        and not (done() > before + more and (saving() or not at_save))
+    ):
         time.sleep(0.0005)
     time.sleep(moment * (2.0 if early else 0.03))
     hit = ranks[victim].is_alive()
@@ -228,8 +263,13 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(ready, 
     assert "error: --save ckpt: rank 1 cannot save there: a file that rank 0 made is not seen" in job.said()
     (job.folder / "0" / "ckpt" / "step_0000003").mkdir()
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
-    told = "rank 0: --load ckpt, checkpoints in --load and --save; rank 1: --load None, checkpoints in neither"
-    assert f"error: the ranks do not see the same files there: {told}; --save and --load must lie on storage" in job.said()
+    told = (
+        "rank 0: --load ckpt, checkpoints in --load and --save; rank 1: --load None, checkpoints in neither"
+    )
+    assert (
+        f"error: the ranks do not see the same files there: {told}; --save and --load must lie on storage"
+        in job.said()
+    )
     assert not (job.folder / "curve").exists()
     assert "Traceback" not in job.said()
 
@@ -238,7 +278,8 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(ready, 
 
 
 @pytest.mark.parametrize(
-    ("what", "who"), [("term", 1), ("usr1", 0), pytest.param("term", 0, marks=SLOW), pytest.param("usr1", 1, marks=SLOW)]
+    ("what", "who"),
+    [("term", 1), ("usr1", 0), pytest.param("term", 0, marks=SLOW), pytest.param("usr1", 1, marks=SLOW)],
 )
 def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who):
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}])
@@ -269,14 +310,18 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
     ranks = job.start("--distributed-timeout-minutes", "0.05")
     ranks[1 - who].join(60)
     assert ranks[1 - who].exitcode == errors.EXIT_RANK_LOST, job.said()
-    assert re.search(rf"error: rank {who} gave no sign of life for \d+ s \(of 2 ranks\); all leave", job.said())
+    assert re.search(
+        rf"error: rank {who} gave no sign of life for \d+ s \(of 2 ranks\); all leave", job.said()
+    )
     assert ranks[who].is_alive()
     os.kill(ranks[who].pid, signal.SIGCONT)  # whatever it dreamed of: it leaves too
     assert ended(ranks, job)[who] != 0
     finish(job, whole)
 
 
-@pytest.mark.parametrize(("what", "who"), [("kill", 1), *(pytest.param(w, r, marks=SLOW) for w, r in [("kill", 0), ("stop", 2)])])
+@pytest.mark.parametrize(
+    ("what", "who"), [("kill", 1), *(pytest.param(w, r, marks=SLOW) for w, r in [("kill", 0), ("stop", 2)])]
+)
 def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(ready, tmp_path, what, who):
     """Four of them: signs of life go by way of rank 0, and so does the word that one is gone."""
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}], world=4)
@@ -342,9 +387,16 @@ def test_a_port_that_is_taken_is_named(ready, tmp_path):
 )
 def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
     more = {"operation": 0} if what == "no space" else {}
-    job = Job(tmp_path / "job", ("--async-save",) if behind else (), faults=[{"what": what, "rank": 1, "step": 6, **more}])
+    job = Job(
+        tmp_path / "job",
+        ("--async-save",) if behind else (),
+        faults=[{"what": what, "rank": 1, "step": 6, **more}],
+    )
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
-    assert re.search(r"error: \S*step_0000006 was not saved: rank 1: .*(No space left on device|File too large)", job.said())
+    assert re.search(
+        r"error: \S*step_0000006 was not saved: rank 1: .*(No space left on device|File too large)",
+        job.said(),
+    )
     assert job.good() == 3
     finish(job, whole)
 
@@ -357,14 +409,23 @@ def test_every_skip_names_rank_and_samples(whole, tmp_path):
     job = Job(tmp_path / "job", env={"TOY_BAD": "[22, 23, 29]"})
     assert job.run() == [0, 0]
     said = job.said()
-    assert re.search(r"iteration 6 skipped, nothing was updated: loss NAN; rank 0: samples 22-22; rank 1: samples 23-23;", said)
+    assert re.search(
+        r"iteration 6 skipped, nothing was updated: loss NAN; rank 0: samples 22-22; rank 1: samples 23-23;",
+        said,
+    )
     assert re.search(r"iteration 8 skipped, nothing was updated: loss NAN; rank 1: samples 29-29;", said)
     assert said.count(" skipped, nothing") == 2
-    assert {i: one for i, one in job.curve().items() if i < 6} == {i: one for i, one in whole.items() if i < 6}
+    assert {i: one for i, one in job.curve().items() if i < 6} == {
+        i: one for i, one in whole.items() if i < 6
+    }
 
 
 def test_too_many_skips_stop_and_name_the_last_good_checkpoint(ready, tmp_path):
-    job = Job(tmp_path / "job", ("--async-save", "--max-skipped-steps", "3"), env={"TOY_BAD": json.dumps(list(range(24, 99)))})
+    job = Job(
+        tmp_path / "job",
+        ("--async-save", "--max-skipped-steps", "3"),
+        env={"TOY_BAD": json.dumps(list(range(24, 99)))},
+    )
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
     last = r"3 iterations in a row were skipped \(last: 9\); the last good checkpoint is \S*step_0000006;"
     assert re.search(last, job.said())
@@ -380,9 +441,13 @@ PRECISE = [(name, "fp32") for name in ENGINES] + [(name, "bf16") for name in ENG
 DEFAULT = [("zero 1", "fp32"), ("megatron, shards", "fp32")]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [one if one in DEFAULT else pytest.param(*one, marks=SLOW) for one in PRECISE])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [one if one in DEFAULT else pytest.param(*one, marks=SLOW) for one in PRECISE]
+)
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0], ids=["NaN", "infinite", "control"])
-def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(cpu, tmp_path, name, dtype, loss):
+def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
+    cpu, tmp_path, name, dtype, loss
+):
     """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
     import torch
 
@@ -434,7 +499,9 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
         def forward(*args):
             output, loss = real(*args)
             constant = next(left)
-            return output, lambda losses: (lambda total, tokens, said: (total, tokens, said + constant))(*loss(losses))
+            return output, lambda losses: (lambda total, tokens, said: (total, tokens, said + constant))(
+                *loss(losses)
+            )
 
         engine._forward = forward
     return lambda: setattr(engine, name, real)
@@ -446,7 +513,18 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
 @pytest.mark.slow
 def test_under_the_real_launcher(tmp_path):
     """A few kills of the real recipe; `python benchmarks/faults.py` adds as many as one likes."""
-    words = [sys.executable, str(launch.ROOT / "benchmarks/faults.py"), "--kills", "3", "--seed", "1", "--work", str(tmp_path)]
-    done = subprocess.run([*words, "--out", str(tmp_path / "out.md")], capture_output=True, text=True, env=launch.environment())
+    words = [
+        sys.executable,
+        str(launch.ROOT / "benchmarks/faults.py"),
+        "--kills",
+        "3",
+        "--seed",
+        "1",
+        "--work",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        [*words, "--out", str(tmp_path / "out.md")], capture_output=True, text=True, env=launch.environment()
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     shutil.rmtree(tmp_path)

@@ -15,7 +15,11 @@ from ascendspeed.data.handlers.base import Job
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.training.metrics_log import TrainLine, read
 
-DOCUMENTS, SEQ, MODEL = 16, 384, "--model internlm2-tiny --num-layers 2 --vocab-size 512 --max-position-embeddings 512"
+DOCUMENTS, SEQ, MODEL = (
+    16,
+    384,
+    "--model internlm2-tiny --num-layers 2 --vocab-size 512 --max-position-embeddings 512",
+)
 TRAIN = "--device cpu --train-iters 2 --lr 1e-2 --min-lr 1e-2 --lr-decay-style constant --split 1,0,0"
 
 
@@ -33,8 +37,24 @@ def work(tmp_path_factory) -> Path:
 def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float], str]:
     """Losses of two iterations, each over `samples` samples, and what was said."""
     words = (
-        *("pretrain_intern.py", *MODEL.split(), *TRAIN.split(), "--seq-length", SEQ, "--global-batch-size", samples),
-        *("--data-path", work / "chat", "--tokenizer-name-or-path", work / "tokenizer", "--log-dir", work / name, *flags),
+        *(
+            "pretrain_intern.py",
+            *MODEL.split(),
+            *TRAIN.split(),
+            "--seq-length",
+            SEQ,
+            "--global-batch-size",
+            samples,
+        ),
+        *(
+            "--data-path",
+            work / "chat",
+            "--tokenizer-name-or-path",
+            work / "tokenizer",
+            "--log-dir",
+            work / name,
+            *flags,
+        ),
     )
     command = [sys.executable, *map(str, words)]
     done = subprocess.run(command, env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True)

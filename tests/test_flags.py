@@ -11,7 +11,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed.cli import parser
-from ascendspeed.config.schema import DataConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig, alias
+from ascendspeed.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Run,
+    TrainConfig,
+    alias,
+)
 from ascendspeed.utils.errors import EXIT_USER_ERROR, UserError
 
 DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig())
@@ -126,13 +135,34 @@ def test_every_field_of_a_run_is_a_flag_with_help(capsys):
 
 def test_a_run_from_the_recipes_flags():
     architecture = ["--num-layers", "2", "--layernorm-epsilon", "1e-6", "--tp", "2"]
-    training = ["--lr=1e-3", "--bf16", "--zero-stage=1", "--data-path", "0.3", "a", "0.7", "b", "--train-iters", "5"]
+    training = [
+        "--lr=1e-3",
+        "--bf16",
+        "--zero-stage=1",
+        "--data-path",
+        "0.3",
+        "a",
+        "0.7",
+        "b",
+        "--train-iters",
+        "5",
+    ]
     run = parser.parse(Run, architecture + training, default=DEFAULT)
-    assert (run.model.num_layers, run.model.norm_epsilon, run.optim.lr, run.optim.dtype) == (2, 1e-6, 1e-3, "bf16")
+    assert (run.model.num_layers, run.model.norm_epsilon, run.optim.lr, run.optim.dtype) == (
+        2,
+        1e-6,
+        1e-3,
+        "bf16",
+    )
     assert (run.parallel.zero_stage, run.parallel.tensor_model_parallel_size) == (1, 2)
     assert run.data.data_path == ("0.3", "a", "0.7", "b")
     assert run == dataclasses.replace(
-        DEFAULT, model=run.model, optim=run.optim, parallel=run.parallel, data=run.data, train=TrainConfig(train_iters=5)
+        DEFAULT,
+        model=run.model,
+        optim=run.optim,
+        parallel=run.parallel,
+        data=run.data,
+        train=TrainConfig(train_iters=5),
     )
 
 
@@ -144,7 +174,9 @@ def test_a_program_ends_on_one_line(rank):
         "def main():\n    flags.parse(config.TrainConfig, ['--trian-iters', '3'])\n"
         "errors.run(main)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"RANK": rank} if rank else {})
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={"RANK": rank} if rank else {}
+    )
     assert done.returncode == EXIT_USER_ERROR
     who = "[rank 1] " if rank else ""
     assert done.stderr == f"{who}error: unknown flag --trian-iters; did you mean --train-iters?\n"

@@ -27,7 +27,9 @@ OLD = "AscendSpeed of 2023"
 def script(path: Path) -> ModuleType:
     """A script as a module, not run."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # where the docstrings of its flags are looked up
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(
+        spec
+    )  # where the docstrings of its flags are looked up
     spec.loader.exec_module(module)
     return module
 
@@ -59,10 +61,15 @@ def test_back_to_hugging_face(tmp_path, capsys):
     assert f"TP 4 x PP 2, names of {OLD}" in capsys.readouterr().out
     assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "internlm"
-    to_hugging_face(*folders(tmp_path / "old", tmp_path / "llama"), *more, "--format", "hf-llama", "--dtype", "fp32")
+    to_hugging_face(
+        *folders(tmp_path / "old", tmp_path / "llama"), *more, "--format", "hf-llama", "--dtype", "fp32"
+    )
     theirs = json.loads((tmp_path / "llama/config.json").read_text())
     assert (theirs["model_type"], theirs["torch_dtype"]) == ("llama", "float32")
-    assert equal(load_file(tmp_path / "llama/model.safetensors"), {name: tensor.float() for name, tensor in tensors.items()})
+    assert equal(
+        load_file(tmp_path / "llama/model.safetensors"),
+        {name: tensor.float() for name, tensor in tensors.items()},
+    )
 
 
 @pytest.mark.parametrize("deepspeed", [False, True])
@@ -96,7 +103,11 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
         (cut_anew, "--added-token-num 1", "resize_token_embeddings"),
         (cut_anew, "--tgt-tensor-model-parallel-size 3", "do not split over 3"),
         (cut_anew, "--tgt-pipeline-model-parallel-size 3", "3"),
-        (cut_anew, "--tgt-tensor-parallel-size 2", "unknown flag --tgt-tensor-parallel-size; did you mean --tgt-tensor-model"),
+        (
+            cut_anew,
+            "--tgt-tensor-parallel-size 2",
+            "unknown flag --tgt-tensor-parallel-size; did you mean --tgt-tensor-model",
+        ),
     ],
 )
 def test_what_contradicts_is_refused(tmp_path, run, args, said):
@@ -110,7 +121,9 @@ def test_what_contradicts_is_refused(tmp_path, run, args, said):
 def test_they_are_for_rank_files(tmp_path, run):
     old_folder(tmp_path / "old", OLD, "internlm", 1, 1)
     to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"))
-    with pytest.raises(UserError, match=r"hf holds no rank files: tools/ckpt_convert/convert\.py converts from any format"):
+    with pytest.raises(
+        UserError, match=r"hf holds no rank files: tools/ckpt_convert/convert\.py converts from any format"
+    ):
         run(*folders(tmp_path / "hf", tmp_path / "out"))
 
 
@@ -127,16 +140,25 @@ def test_the_converter_of_everything_takes_the_folder_of_the_model(tmp_path):
 # --- docs/coming-from.md -----------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs/coming-from.md").read_text()
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.replace("\\\n", "").splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()
+]
 
 
 def test_the_page_has_the_table_of_the_code():
     lines = PAGE.partition("## The table")[2].splitlines()
-    header, _, *rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    header, _, *rows = [
+        [cell.strip("` ") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
+    ]
     said = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     marks = {"reads": "R", "writes": "W"}
     assert said == {
-        form: {family: " ".join(m for d, m in marks.items() if family in getattr(holds, d)) or "–" for family in FAMILIES}
+        form: {
+            family: " ".join(m for d, m in marks.items() if family in getattr(holds, d)) or "–"
+            for family in FAMILIES
+        }
         for form, holds in FORMATS.items()
     }
 
@@ -150,6 +172,7 @@ def test_the_page_names_commands_and_flags_that_exist(line):
 
 def test_every_link_of_the_page_leads_somewhere():
     titles = {
-        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
+        re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-")
+        for title in re.findall(r"^## (.*)$", PAGE, re.MULTILINE)
     }
     assert set(re.findall(r"\]\(#([^)]*)\)", PAGE)) <= titles

@@ -18,13 +18,32 @@ from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from ascendspeed.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 64}
-PLAIN: dict[str, Any] = {**SHAPE, "num_query_groups": 2, "add_qkv_bias": False, "add_dense_bias": False, "norm_epsilon": 1e-5}
+PLAIN: dict[str, Any] = {
+    **SHAPE,
+    "num_query_groups": 2,
+    "add_qkv_bias": False,
+    "add_dense_bias": False,
+    "norm_epsilon": 1e-5,
+}
 MODELS: dict[str, ModelConfig] = {
     "v1": replace(INTERNLM, **SHAPE, rope_scaling_type="dynamic"),
-    "v2": replace(INTERNLM, **PLAIN, family="internlm2", rotary_base=1e6, rope_scaling_type="dynamic", rope_scaling_factor=2.0),
+    "v2": replace(
+        INTERNLM,
+        **PLAIN,
+        family="internlm2",
+        rotary_base=1e6,
+        rope_scaling_type="dynamic",
+        rope_scaling_factor=2.0,
+    ),
     "v2.5": replace(INTERNLM, **PLAIN, family="internlm2", rotary_base=5e7),
     "v3": replace(
-        INTERNLM, **PLAIN, family="internlm3", kv_channels=16, rotary_base=5e7, rope_scaling_type="dynamic", rope_scaling_factor=6.0
+        INTERNLM,
+        **PLAIN,
+        family="internlm3",
+        kv_channels=16,
+        rotary_base=5e7,
+        rope_scaling_type="dynamic",
+        rope_scaling_factor=6.0,
     ),
 }
 PROMPTS = [[1, 5, 9, 33, 7, 2, 8], [1, 4], [1, *range(80, 101)], [1, 60, 61], [1, 60, 61]]
@@ -40,31 +59,45 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 DRAWS: dict[str, Any] = {"do_sample": True, "max_new_tokens": 20, "top_p": 0.9, "num_return_sequences": 2}
 SHARED = [1, *range(2, 40)]
-REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [(SHARED, [9, 8, 7]), ([4], [5, 6]), (SHARED[:20], [21])]
+REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [
+    (SHARED, [9, 8, 7]),
+    ([4], [5, 6]),
+    (SHARED[:20], [21]),
+]
 
 
 def language_model(cpu, model: ModelConfig, tensors):
     from ascendspeed.distributed import process_groups
     from ascendspeed.inference.engine import LanguageModel
 
-    return LanguageModel(ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu)
+    return LanguageModel(
+        ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu
+    )
 
 
 def asked_of(cpu, name: str):
     """Our model and Hugging Face's, with the same random weights."""
     tensors = tensors_of(MODELS[name])
-    return language_model(cpu, MODELS[name], tensors), hugging_face(MODELS[name], tensors, rope_of(MODELS[name]))
+    return language_model(cpu, MODELS[name], tensors), hugging_face(
+        MODELS[name], tensors, rope_of(MODELS[name])
+    )
 
 
 def hugging_face(model: ModelConfig, tensors, rope: dict[str, Any] | None):
     """Every version of InternLM is a Llama by other names."""
-    return oracle.hugging_face(replace(model, family="internlm" if model.add_qkv_bias else "llama"), tensors, rope).eval()
+    return oracle.hugging_face(
+        replace(model, family="internlm" if model.add_qkv_bias else "llama"), tensors, rope
+    ).eval()
 
 
 def rope_of(model: ModelConfig) -> dict[str, Any] | None:
     if model.rope_scaling_type == "none":
         return None
-    return {"rope_type": model.rope_scaling_type, "rope_theta": model.rotary_base, "factor": model.rope_scaling_factor}
+    return {
+        "rope_type": model.rope_scaling_type,
+        "rope_theta": model.rotary_base,
+        "factor": model.rope_scaling_factor,
+    }
 
 
 def texts(found) -> list[list[list[int]]]:
@@ -77,9 +110,15 @@ def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
     more = {"pad_token_id": stops[0] if stops else 0, "eos_token_id": stops, "do_sample": False}
     with torch.no_grad():
         out = reference.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), **more, **params
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            **more,
+            **params,
         )
-    ends = [next((i for i, token in enumerate(row) if token in (stops or ())), len(row)) for row in out[:, len(prompt) :].tolist()]
+    ends = [
+        next((i for i, token in enumerate(row) if token in (stops or ())), len(row))
+        for row in out[:, len(prompt) :].tolist()
+    ]
     return [row[:end] for row, end in zip(out[:, len(prompt) :].tolist(), ends, strict=True)]
 
 
@@ -92,15 +131,24 @@ def check(reference, found: dict[str, Any]) -> None:
     """Every answer is Hugging Face's, and the score of every text the sum of its log-probabilities."""
     for name, texts in found["texts"].items():
         for prompt, each in zip(PROMPTS, texts, strict=True):
-            assert [tokens for tokens, _, _ in each] == theirs(reference, prompt, **PARAMS[name]), (name, prompt)
+            assert [tokens for tokens, _, _ in each] == theirs(reference, prompt, **PARAMS[name]), (
+                name,
+                prompt,
+            )
             for tokens, reason, total in each:
-                if PARAMS[name].get("repetition_penalty", 1) == 1:  # the beams of a penalty are compared by penalized scores
-                    assert total == pytest.approx(score_of(reference, prompt, tokens, reason, PARAMS[name]), abs=2e-5), name
+                if (
+                    PARAMS[name].get("repetition_penalty", 1) == 1
+                ):  # the beams of a penalty are compared by penalized scores
+                    assert total == pytest.approx(
+                        score_of(reference, prompt, tokens, reason, PARAMS[name]), abs=2e-5
+                    ), name
     ends = [reason for texts in found["texts"].values() for each in texts for _, reason, _ in each]
     assert {"stop", "length"} == set(ends)
     for (context, continuation), (total, greedy, count) in zip(REQUESTS, found["scores"], strict=True):
         logs = logs_of(reference, [*context, *continuation])[len(context) - 1 : -1]
-        assert total == pytest.approx(float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5)
+        assert total == pytest.approx(
+            float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5
+        )
         assert (greedy, count) == (logs.argmax(-1).tolist() == continuation, len(continuation))
     for text, mine in zip(PROMPTS, found["logprobs"], strict=True):
         wanted = logs_of(reference, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
@@ -128,11 +176,25 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
 
     cases = {}
     for name in names:
-        save_file({n: t.contiguous() for n, t in tensors_of(MODELS[name]).items()}, folder / f"{name}.safetensors")
+        save_file(
+            {n: t.contiguous() for n, t in tensors_of(MODELS[name]).items()}, folder / f"{name}.safetensors"
+        )
         for tp, pp in layouts:
-            case = {"model": asdict(MODELS[name]), "weights": str(folder / f"{name}.safetensors"), "tp": tp, "pp": pp}
-            cases[f"{name} tp{tp} pp{pp}"] = {**case, "prompts": PROMPTS, "params": PARAMS | {"drawn": DRAWS}, "requests": REQUESTS}
-    found = launch.ranks(math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200)
+            case = {
+                "model": asdict(MODELS[name]),
+                "weights": str(folder / f"{name}.safetensors"),
+                "tp": tp,
+                "pp": pp,
+            }
+            cases[f"{name} tp{tp} pp{pp}"] = {
+                **case,
+                "prompts": PROMPTS,
+                "params": PARAMS | {"drawn": DRAWS},
+                "requests": REQUESTS,
+            }
+    found = launch.ranks(
+        math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200
+    )
     for case, answer in found.items():
         name = case.split()[0]
         tensors = tensors_of(MODELS[name])
@@ -161,7 +223,11 @@ def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
     for name in ("mixtral", "qwen2_moe", "qwen2-tied", "baichuan"):
         model, tensors = FAMILIES[name], tensors_of(FAMILIES[name])
         save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / f"{name}.safetensors")
-        asks = {"prompts": PROMPTS, "params": {k: PARAMS[k] for k in ("greedy", "beams")}, "requests": REQUESTS}
+        asks = {
+            "prompts": PROMPTS,
+            "params": {k: PARAMS[k] for k in ("greedy", "beams")},
+            "requests": REQUESTS,
+        }
         wanted[name] = answers(language_model(cpu, model, tensors), asks)
         for tp, pp in ((2, 1), (1, 2)):
             cases[f"{name} tp{tp} pp{pp}"] = {
@@ -218,12 +284,19 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
     for more in (
         {"stop_ids": tuple(range(0, 125, 3))},
         {"stop_ids": tuple(range(0, 125, 9)), "repetition_penalty": 1.5},
-        {"do_sample": True, "num_return_sequences": 3, "stop_ids": tuple(range(0, 125, 9)), "repetition_penalty": 1.3},
+        {
+            "do_sample": True,
+            "num_return_sequences": 3,
+            "stop_ids": tuple(range(0, 125, 9)),
+            "repetition_penalty": 1.3,
+        },
         {"num_beams": 3, "stop_ids": STOPS},
     ):
         params = Params(max_new_tokens=16, **more)
         together = texts(sample(asked, LONG, params))
-        assert together == [texts(sample(asked, [prompt], params, numbers=[i]))[0] for i, prompt in enumerate(LONG)], more
+        assert together == [
+            texts(sample(asked, [prompt], params, numbers=[i]))[0] for i, prompt in enumerate(LONG)
+        ], more
         assert len({len(tokens) for each in together for tokens in each}) > 1 or "num_beams" in more
 
 
@@ -252,7 +325,9 @@ def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
     for (context, continuation), one in zip(requests, score(asked, requests), strict=True):
         text = [*context, *continuation[:-1]]
         logs = logs_of(pinned(name, len(text)), text)[len(context) - 1 :]
-        assert one.logprob == pytest.approx(float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5)
+        assert one.logprob == pytest.approx(
+            float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5
+        )
 
 
 # ---------------------------------------------------------------- drawing
@@ -266,13 +341,23 @@ def test_warping_is_hugging_faces():
 
     scores = torch.randn(5, 200, generator=torch.Generator().manual_seed(1)) * 3
     seen = torch.tensor([[1, 2, 3], [4, 4, 4], [0, 9, 199], [7, 8, 9], [50, 60, 70]])
-    for temperature, k, p, penalty in [(0.7, 50, 0.95, 1.0), (1.5, 0, 0.3, 1.2), (1.0, 1, 1.0, 0.8), (1.0, 500, 0.01, 1.0)]:
-        wanted = hf.RepetitionPenaltyLogitsProcessor(penalty)(seen, scores.clone()) if penalty != 1 else scores
+    for temperature, k, p, penalty in [
+        (0.7, 50, 0.95, 1.0),
+        (1.5, 0, 0.3, 1.2),
+        (1.0, 1, 1.0, 0.8),
+        (1.0, 500, 0.01, 1.0),
+    ]:
+        wanted = (
+            hf.RepetitionPenaltyLogitsProcessor(penalty)(seen, scores.clone()) if penalty != 1 else scores
+        )
         wanted = hf.TemperatureLogitsWarper(temperature)(seen, wanted)
         wanted = hf.TopKLogitsWarper(k)(seen, wanted) if k else wanted
         wanted = hf.TopPLogitsWarper(p)(seen, wanted) if p < 1 else wanted
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, seen, True) if penalty != 1 else None
-        found = warped(penalized(scores, mask, penalty), Params(do_sample=True, temperature=temperature, top_k=k, top_p=p))
+        found = warped(
+            penalized(scores, mask, penalty),
+            Params(do_sample=True, temperature=temperature, top_k=k, top_p=p),
+        )
         assert torch.equal(found, wanted)
 
 
@@ -322,7 +407,11 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
 def test_seeds_have_streams_of_their_own(seed):
     from ascendspeed.inference.engine.logits_processors import stream
 
-    others = [stream(other, 0).random() for other in (-1, -2, -1000, 0, 1, 2**63, 2**63 + 1, 2**64 - 3) if other != seed]
+    others = [
+        stream(other, 0).random()
+        for other in (-1, -2, -1000, 0, 1, 2**63, 2**63 + 1, 2**64 - 3)
+        if other != seed
+    ]
     assert stream(seed, 0).random() not in others
     assert stream(seed, 0).random() == stream(seed, 0).random() != stream(seed, 1).random()
 
@@ -414,16 +503,22 @@ def test_no_memory_is_an_error(cpu):
     from ascendspeed.inference.engine import Params, sample
 
     asked, reference = asked_of(cpu, "v2")
-    with pytest.raises(UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"):
+    with pytest.raises(
+        UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"
+    ):
         sample(asked, PROMPTS, Params(max_new_tokens=2 * 10**12 - 1))
-    assert texts(sample(asked, PROMPTS[:1], Params(max_new_tokens=5)))[0] == theirs(reference, PROMPTS[0], max_new_tokens=5)
+    assert texts(sample(asked, PROMPTS[:1], Params(max_new_tokens=5)))[0] == theirs(
+        reference, PROMPTS[0], max_new_tokens=5
+    )
 
 
 def test_beams_that_never_were_are_no_answers(cpu):
     from ascendspeed.inference.engine import Params, sample
 
     asked, _ = asked_of(cpu, "v2")
-    for each in sample(asked, PROMPTS, Params(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)):
+    for each in sample(
+        asked, PROMPTS, Params(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)
+    ):
         assert [one.tokens for one in each] in ([[0], [1]], [[1], [0]])
         assert all(one.score > -100 for one in each)
 

@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
     _, tensors = oracle.native(MODEL)
     save_file(tensors, path / "model.safetensors")
     (path / "left.partial").write_text("{}\n")
-    (path / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2}))
+    (path / "config.json").write_text(
+        json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2})
+    )
     return path
 
 
@@ -57,7 +59,9 @@ def run(cpu, folder, monkeypatch, capsys):
     from ascendspeed.inference import runner
 
     def run(*flags, stdin=""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode())))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()))
+        )
         job, notes = args.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
         capsys.readouterr()
         runner.run(job, cpu, notes)
@@ -73,7 +77,9 @@ def theirs(reference, ids, **params):
     """Hugging Face's continuation, of ids that the tokenizer has."""
     one = torch.tensor([ids])
     with torch.no_grad():
-        out = reference.generate(one, attention_mask=torch.ones_like(one), do_sample=False, pad_token_id=2, **params)
+        out = reference.generate(
+            one, attention_mask=torch.ones_like(one), do_sample=False, pad_token_id=2, **params
+        )
     return out[0, len(ids) :].tolist()
 
 
@@ -121,11 +127,21 @@ PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-d
 
 def test_the_published_flags_are_understood(folder):
     job, notes = args.resolve(PUBLISHED.format(folder).split(), 1)
-    assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (1, 42, True)
+    assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (
+        1,
+        42,
+        True,
+    )
     assert job.tasks == ()  # its --seed does not ask for drawing
     assert args.resolve([*PUBLISHED.format(folder).split(), "--task", "1"], 1)[0].tasks == ("greedy",)
     told = {note.split()[0] for note in notes}
-    assert {"--deepspeed", "--deepspeed-config", "--seq-length", "--no-contiguous-buffers-in-local-ddp", "--local-rank"} <= told
+    assert {
+        "--deepspeed",
+        "--deepspeed-config",
+        "--seq-length",
+        "--no-contiguous-buffers-in-local-ddp",
+        "--local-rank",
+    } <= told
 
 
 def test_which_task_is_meant(folder):
@@ -140,7 +156,11 @@ def test_which_task_is_meant(folder):
     assert tasks("--history-turns 2") == ("chat",)
     words = ["--input_texts", "a", "b", "--max_output_length", "7", "--max_batch_size", "3"]
     mindie = args.resolve(["--load", str(folder), *words], 1)[0]
-    assert (mindie.generation.input_texts, mindie.generation.max_new_tokens, mindie.generation.batch_size) == (("a", "b"), 7, 3)
+    assert (
+        mindie.generation.input_texts,
+        mindie.generation.max_new_tokens,
+        mindie.generation.batch_size,
+    ) == (("a", "b"), 7, 3)
 
 
 LINES = {
@@ -176,9 +196,10 @@ def test_lines_of_an_input_file(tmp_path):
         prompts.from_file(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="holds no prompts"):
         prompts.from_lines(b"\n \n", "in")
-    assert [one.text for one in prompts.from_lines(b'\xef\xbb\xbf"x"', "in") + prompts.from_text(b"\xef\xbb\xbfx", "in")] == [
-        "x"
-    ] * 2
+    assert [
+        one.text
+        for one in prompts.from_lines(b'\xef\xbb\xbf"x"', "in") + prompts.from_text(b"\xef\xbb\xbfx", "in")
+    ] == ["x"] * 2
     assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
     with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
         prompts.typed(args.Generation(prompt=("fine", "\udcff")))
@@ -206,7 +227,12 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
         results.add(place, {"place": place, "text": "中"}, "shown")
         assert not path.exists()
     partial = (tmp_path / "out.jsonl.partial").read_text().splitlines()
-    assert [json.loads(line)["place"] for line in partial] == [[0, 2], [0, 0], [1, 0], [0, 1]]  # a killed run leaves this
+    assert [json.loads(line)["place"] for line in partial] == [
+        [0, 2],
+        [0, 0],
+        [1, 0],
+        [0, 1],
+    ]  # a killed run leaves this
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="No space left"):
@@ -250,7 +276,10 @@ def test_answers_equal_hugging_faces(run, folder, reference, tmp_path):
     outputs = {}
     for size in (1, 16):
         file = tmp_path / f"{size}.jsonl"
-        assert run(*common, "--task", 1, 3, 5, "--num-beams", 3, "--batch-size", size, "--output-file", file) == ""
+        assert (
+            run(*common, "--task", 1, 3, 5, "--num-beams", 3, "--batch-size", size, "--output-file", file)
+            == ""
+        )
         outputs[size] = records(file)
     for a, b in zip(outputs[1], outputs[16], strict=True):
         assert [x["text"] for x in a.get("answers", [])] == [x["text"] for x in b.get("answers", [])]
@@ -263,7 +292,9 @@ def test_answers_equal_hugging_faces(run, folder, reference, tmp_path):
     for n, prompt in enumerate(ids):
         free = theirs(reference, prompt, max_new_tokens=12, eos_token_id=2)
         for at, more in ((0, {}), (3, {"num_beams": 3})):
-            expected = theirs(reference, prompt, max_new_tokens=12, eos_token_id=2, suppress_tokens=never, **more)
+            expected = theirs(
+                reference, prompt, max_new_tokens=12, eos_token_id=2, suppress_tokens=never, **more
+            )
             expected = expected[: expected.index(2)] if 2 in expected else expected
             assert found[at + n]["answers"][0]["text"] == one.decode(expected)
             differs |= at == 0 and free != expected
@@ -279,7 +310,18 @@ def test_what_is_drawn_does_not_depend_on_batches(run, tmp_path):
     seen = {}
     for name, more in {"one": (), "two": ("--batch-size", 2), "other": ("--seed", 7)}.items():
         file = tmp_path / name
-        run("--task", "sample", "--num-return-sequences", 2, "--max-new-tokens", 6, *typed, *more, "--output-file", file)
+        run(
+            "--task",
+            "sample",
+            "--num-return-sequences",
+            2,
+            "--max-new-tokens",
+            6,
+            *typed,
+            *more,
+            "--output-file",
+            file,
+        )
         seen[name] = [[a["text"] for a in r["answers"]] for r in records(file)]
     assert seen["one"] == seen["two"]
     assert seen["one"] != seen["other"]  # control
@@ -296,7 +338,9 @@ def test_stop_strings_and_streams(run):
     assert shown.endswith(f"\n-> {text[: text.index(stop)]}\n")
     for more in ((), ("--stop", stop)):
         still = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, *more).split("== ")[1:]
-        stream = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, "--stream", *more).split("== ")[1:]
+        stream = run(
+            "--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, "--stream", *more
+        ).split("== ")[1:]
         assert [s.split("\n", 1)[1] for s in stream] == [s.split("\n", 1)[1] for s in still]
 
 
@@ -309,14 +353,19 @@ def test_input_from_everywhere(run, tmp_path):
     assert run("--input-file", "-", *quick, stdin=file.read_bytes()) == run("--input-file", file, *quick)
     assert run(*quick, stdin="x\ny\n") == run("--prompt", "x", "--prompt", "y", *quick)
     demonstration = run(*quick)
-    assert [demonstration.count(f"== {task} ") for task in ("greedy", "sample", "beam", "beam-sample", "logprobs")] == [4] * 5
+    assert [
+        demonstration.count(f"== {task} ") for task in ("greedy", "sample", "beam", "beam-sample", "logprobs")
+    ] == [4] * 5
     with pytest.raises(UserError, match=r"--prompt 2 has \d+ tokens; --max-input-length is 3"):
         run("--prompt", "x", "--prompt", "hello there", "--max-input-length", 3)
     with pytest.raises(UserError, match="--prompt 1 has 1 token: there is none to follow it"):
         run("--task", "logprobs", "--prompt", "")
 
 
-NOTES = {"none": "it has no rope scaling: expect nonsense beyond", "dynamic": "dynamic rope scaling is in use"}
+NOTES = {
+    "none": "it has no rope scaling: expect nonsense beyond",
+    "dynamic": "dynamic rope scaling is in use",
+}
 
 
 @pytest.mark.parametrize("kind", NOTES)
@@ -324,7 +373,12 @@ def test_longer_than_what_it_was_trained_on(run, folder, tmp_path, kind):
     """Said once; not for what fits."""
     short = tmp_path / "short"
     shutil.copytree(folder, short)
-    model = replace(MODEL, max_position_embeddings=8, rope_scaling_type=kind, rope_scaling_factor=2.0 if kind == "dynamic" else 1.0)
+    model = replace(
+        MODEL,
+        max_position_embeddings=8,
+        rope_scaling_type=kind,
+        rope_scaling_factor=2.0 if kind == "dynamic" else 1.0,
+    )
     (short / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(model)))
     flags = ("--load", short, "--prompt", "x", "--prompt", "1234567", "--max-new-tokens")
     assert len(tokenizer.load(folder).encode("1234567")) == 7
@@ -362,7 +416,10 @@ def test_the_tokenizer_of_another_model(run, folder, tmp_path):
     assert "note: " not in run.stderr
     run("--load", sized(ids + 1025), *flags)
     assert f"has {ids} tokens, the model {ids + 1025}: is it its own?" in run.stderr
-    with pytest.raises(UserError, match=rf"has {ids} tokens, but the model in .* only {ids - 1}; give the model's own with --tok"):
+    with pytest.raises(
+        UserError,
+        match=rf"has {ids} tokens, but the model in .* only {ids - 1}; give the model's own with --tok",
+    ):
         run("--load", sized(ids - 1), *flags)
 
 
@@ -396,7 +453,9 @@ def test_a_conversation(run, folder, reference):
     assert "<|Bot|>" not in run.stderr
     forgetful = run(*chat, "--history-turns", 0, stdin="hi\nagain\n")
     assert forgetful == f"{first}\n{said(again)}\n"
-    assert run(*chat, "--history-turns", 0, stdin='\ufeffhi\n"""\nagain') == forgetful  # a BOM, and a message without its end
+    assert (
+        run(*chat, "--history-turns", 0, stdin='\ufeffhi\n"""\nagain') == forgetful
+    )  # a BOM, and a message without its end
     quoted = run(*chat, stdin='"""\nclear\n"""\n"""\nq\n"""\n')  # no commands between quotes
     clear = said("<|User|>:clear\n")
     assert quoted == f"{clear}\n{said('<|User|>:clear' + chr(10), bot(clear), '<|User|>:q' + chr(10))}\n"
@@ -424,7 +483,9 @@ def test_a_stop_string_belongs_to_no_history(run, folder, reference):
     assert shown
     count = ("--task", "chat", "--max-new-tokens", 9)
     answers = run(*count, "--stop", stop, stdin="hi\nagain\n").removeprefix(f"{shown}\n")
-    expected, whole = (spoken(folder, reference, [hi, f"<|Bot|>:{text}<eoa>\n", again], 9) for text in (shown, first))
+    expected, whole = (
+        spoken(folder, reference, [hi, f"<|Bot|>:{text}<eoa>\n", again], 9) for text in (shown, first)
+    )
     assert answers == f"{expected.split(stop)[0]}\n"
     assert expected.split(stop)[0] != whole.split(stop)[0]  # control
 
@@ -443,7 +504,9 @@ def test_a_model_ends_where_its_files_say(run, folder, tmp_path):
     run("--load", other, *flags, tmp_path / "bare")
     assert records(tmp_path / "bare")[0]["prompt_tokens"] == len(ids) - 1
     shutil.copy(folder / "tokenizer_config.json", other)
-    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(3, one.vocab_size))}))
+    (other / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": list(range(3, one.vocab_size))})
+    )
     run("--load", other, *flags, tmp_path / "ended")
     found = records(tmp_path / "ended")[0]["answers"][0]
     assert (found["reason"], found["tokens"] <= 1) == ("stop", True)
@@ -468,11 +531,26 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "answer", answer)
     monkeypatch.setattr(runner.Session, "model", None)
     talk = [{"role": "user", "content": "hi"}]
-    (tmp_path / "in").write_text("\n".join(json.dumps({"messages": talk, "tools": tools}) for tools in ([{"name": "f"}], [])))
-    flags = ["--load", str(folder), "--device", "cpu", "--input-file", str(tmp_path / "in"), "--output-file", str(tmp_path / "out")]
+    (tmp_path / "in").write_text(
+        "\n".join(json.dumps({"messages": talk, "tools": tools}) for tools in ([{"name": "f"}], []))
+    )
+    flags = [
+        "--load",
+        str(folder),
+        "--device",
+        "cpu",
+        "--input-file",
+        str(tmp_path / "in"),
+        "--output-file",
+        str(tmp_path / "out"),
+    ]
     runner.run(args.resolve([*flags, "--task", "chat"], 1)[0], cpu, [])
     with_tools, without = records(tmp_path / "out")
-    assert with_tools["answers"][0]["message"] == {"role": "assistant", "content": "I look.", "tool_calls": [{"name": "f"}]}
+    assert with_tools["answers"][0]["message"] == {
+        "role": "assistant",
+        "content": "I look.",
+        "tool_calls": [{"name": "f"}],
+    }
     assert "message" not in without["answers"][0]
     turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     told = '<|im_start|>system name=<|plugin|>\n[{"name": "f"}]<|im_end|>\n'
@@ -481,10 +559,22 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
 
 def test_every_question_is_drawn_for_anew(run):
     """The same one too, when nothing is remembered."""
-    drawn = run("--task", "chat", "--temperature", 1.5, "--history-turns", 0, "--max-new-tokens", 8, stdin="hi\nclear\nhi\nhi\n")
+    drawn = run(
+        "--task",
+        "chat",
+        "--temperature",
+        1.5,
+        "--history-turns",
+        0,
+        "--max-new-tokens",
+        8,
+        stdin="hi\nclear\nhi\nhi\n",
+    )
     answers = drawn.removesuffix("\n").split("\n")
     assert len(set(answers)) == len(answers) == 3
-    assert run("--task", "chat", "--temperature", 1.5, "--max-new-tokens", 8, stdin="hi\n") == f"{answers[0]}\n"
+    assert (
+        run("--task", "chat", "--temperature", 1.5, "--max-new-tokens", 8, stdin="hi\n") == f"{answers[0]}\n"
+    )
 
 
 def test_a_terminal_gets_its_echo_back():
@@ -583,7 +673,9 @@ def test_clock_and_table(tmp_path):
     text = benchmark_report.write([timing, Timing(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32")
     assert text.splitlines()[0] == "tiny, fp32"
     assert text.splitlines()[2].split() == ["4", "100", "5", "2.50", "500.00", "500.00", "8.00", "8.00"]
-    assert (tmp_path / "new/performance.csv").read_text().splitlines()[2] == "2,8,2,0.25,125.0,125.0,16.0,16.0"
+    assert (tmp_path / "new/performance.csv").read_text().splitlines()[
+        2
+    ] == "2,8,2,0.25,125.0,125.0,16.0,16.0"
     assert (tmp_path / "new/performance.png").read_bytes().startswith(b"\x89PNG")
     assert len(list((tmp_path / "new").iterdir())) == 3
 
@@ -610,27 +702,60 @@ def test_the_largest_batch(low, high):
 
 def test_pairs():
     assert read_pairs("[[2048,2048],[256, 1]]", "x") == [(2048, 2048), (256, 1)]
-    for wrong in ("", "[]", "[[1]]", "[[1,2,3]]", "[1,2]", "[[0,1]]", "[[1,true]]", "[[1.5,2]]", "{}", "[[1,2]", "5"):
+    for wrong in (
+        "",
+        "[]",
+        "[[1]]",
+        "[[1,2,3]]",
+        "[1,2]",
+        "[[0,1]]",
+        "[[1,true]]",
+        "[[1.5,2]]",
+        "{}",
+        "[[1,2]",
+        "5",
+    ):
         with pytest.raises(UserError, match=r"--performance .* is not a list of pairs of numbers"):
             read_pairs(wrong, "--performance")
 
 
 def started(folder, world, flags, stdin, tp=1, pp=1):
     """The script on `world` ranks -> (exit codes, stdout of rank 0, its stderr)."""
-    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--device", "cpu", *flags]
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--device",
+        "cpu",
+        *flags,
+    ]
     port, pipe = str(launch.free_port()), subprocess.PIPE
     processes = []
     for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        place = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
         env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
         pipes = {"stdin": subprocess.DEVNULL if rank else pipe, "stdout": pipe, "stderr": pipe}
-        processes.append(subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes))
-    outs = [process.communicate(stdin if rank == 0 else None, timeout=300) for rank, process in enumerate(processes)]
+        processes.append(
+            subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes)
+        )
+    outs = [
+        process.communicate(stdin if rank == 0 else None, timeout=300)
+        for rank, process in enumerate(processes)
+    ]
     assert not any(out for out, _ in outs[1:]), "only rank 0 writes to stdout"
     return [process.returncode for process in processes], outs[0][0].decode(), outs[0][1].decode()
 
 
-CHAT = (["--task", "chat", "--max-new-tokens", "5"], 'hi\n"""\n中文\nlines\n"""\nclear\nagain\nexit\n'.encode())
+CHAT = (
+    ["--task", "chat", "--max-new-tokens", "5"],
+    'hi\n"""\n中文\nlines\n"""\nclear\nagain\nexit\n'.encode(),
+)
 
 
 def test_a_conversation_on_two_ranks(run, folder):
@@ -657,9 +782,26 @@ def test_a_killed_run_leaves_no_file(folder, tmp_path):
     out = tmp_path / "out.jsonl"
     lines = "\n".join(f'"Document {i} says"' for i in range(4000))
     (tmp_path / "in.jsonl").write_text(lines)
-    flags = ["--input-file", str(tmp_path / "in.jsonl"), "--output-file", str(out), "--batch-size", "2", "--device", "cpu"]
-    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), *flags]
-    process = subprocess.Popen(command, env=launch.environment(), cwd=launch.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    flags = [
+        "--input-file",
+        str(tmp_path / "in.jsonl"),
+        "--output-file",
+        str(out),
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        *flags,
+    ]
+    process = subprocess.Popen(
+        command, env=launch.environment(), cwd=launch.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     partial = tmp_path / "out.jsonl.partial"
     while process.poll() is None and not (partial.exists() and partial.stat().st_size):
         pass
@@ -676,12 +818,26 @@ def shell(tmp_path):
     for name in ("deepspeed", "python"):
         (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
         (tmp_path / name).chmod(0o755)
-    settings = ("NPROC", "HOSTFILE", "NNODES", "MODEL", "CHECKPOINT", "TOKENIZER_PATH", "TP", "PP", "DTYPE", "OUT", "QUIET")
+    settings = (
+        "NPROC",
+        "HOSTFILE",
+        "NNODES",
+        "MODEL",
+        "CHECKPOINT",
+        "TOKENIZER_PATH",
+        "TP",
+        "PP",
+        "DTYPE",
+        "OUT",
+        "QUIET",
+    )
     bare = {k: v for k, v in launch.environment().items() if k not in settings}
 
     def shell(script, *words, **env):
         own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
-        done = subprocess.run(["bash", script, *words], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", script, *words], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+        )
         return done.returncode, done.stdout + done.stderr
 
     return shell
@@ -696,7 +852,9 @@ def test_fronts(shell):
     )
     assert said.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
     _, said = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
-    assert said.startswith("deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 ")
+    assert said.startswith(
+        "deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 "
+    )
     assert "8 tasks/inference/generate.py" in said
     assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in said
     assert "--bf16" not in said
@@ -704,7 +862,9 @@ def test_fronts(shell):
     assert "--hostfile hosts tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE="hosts")[1]
     assert shell(recipe, DTYPE="fp8")[0] == 2
     for script in ("run_pa.sh", "run_fa.sh"):
-        _, said = shell(f"tasks/inference/{script}", "W", "chat", "--input_texts", "a b", "--max_output_length", "3")
+        _, said = shell(
+            f"tasks/inference/{script}", "W", "chat", "--input_texts", "a b", "--max_output_length", "3"
+        )
         assert "generate.py --load W --tensor" in said
         assert said.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
     assert "--task" not in shell("tasks/inference/run_pa.sh", "W")[1]
@@ -714,8 +874,13 @@ def test_fronts(shell):
     evaluation = "tasks/evaluation/eval_internlm.sh"
     assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
     assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
-    assert "--hostfile hosts tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE="hosts")[1]
-    assert "--num_nodes 2 --num_accelerators 8 tasks" in shell(evaluation, TP="16", HOSTFILE="hosts", NNODES="2", NPROC="8")[1]
+    assert (
+        "--hostfile hosts tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE="hosts")[1]
+    )
+    assert (
+        "--num_nodes 2 --num_accelerators 8 tasks"
+        in shell(evaluation, TP="16", HOSTFILE="hosts", NNODES="2", NPROC="8")[1]
+    )
     assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
 
 
@@ -729,7 +894,13 @@ def test_front_of_the_table(shell):
     assert said.startswith("deepspeed")
     assert "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in said
     assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in said
-    for words in ((), ("performance",), ("performance", "[[1,1]]"), ("fly", "x", "y"), ("performance", "[[1,1]]", "1", "internlm")):
+    for words in (
+        (),
+        ("performance",),
+        ("performance", "[[1,1]]"),
+        ("fly", "x", "y"),
+        ("performance", "[[1,1]]", "1", "internlm"),
+    ):
         code, said = shell(script, *words, CHECKPOINT="W")
         assert (code, said.count("\n")) == (2, 1)
         assert said.startswith("error: usage")
@@ -738,9 +909,19 @@ def test_front_of_the_table(shell):
 @pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
 def test_nobody_reads_the_answers_any_more(folder, flags):
     """`| head -1`: no traceback, and the code of a closed pipe."""
-    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--device", "cpu", *flags]
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--device",
+        "cpu",
+        *flags,
+    ]
     pipe = subprocess.PIPE
-    process = subprocess.Popen([*command, "--max-new-tokens", "1"], env=launch.environment(), stdin=pipe, stdout=pipe, stderr=pipe)
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "1"], env=launch.environment(), stdin=pipe, stdout=pipe, stderr=pipe
+    )
     process.stdout.close()
     process.stdout = None
     _, said = process.communicate(b"one\ntwo\n", timeout=300)
@@ -750,7 +931,17 @@ def test_nobody_reads_the_answers_any_more(folder, flags):
 
 
 def test_a_mistake_is_one_line_and_code_2(folder):
-    command = [sys.executable, str(launch.ROOT / "tasks/inference/generate.py"), "--load", str(folder), "--tp", "2"]
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--tp",
+        "2",
+    ]
     done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: 1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2, or choose other --tp and --pp\n"
+    assert (
+        done.stderr
+        == "error: 1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2, or choose other --tp and --pp\n"
+    )

@@ -46,7 +46,9 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
     monkeypatch.setattr(chat, "write", show)
     monkeypatch.setattr(runner, "from_stdin", read)
     monkeypatch.setattr(runner, "Talk", lambda *a: talks.append(chat.Talk(*a)) or talks[0])
-    job, notes = args.resolve(["--load", str(folder), "--device", "cpu", "--task", "chat", "--max-new-tokens", "12"], 1)
+    job, notes = args.resolve(
+        ["--load", str(folder), "--device", "cpu", "--task", "chat", "--max-new-tokens", "12"], 1
+    )
     runner.run(job, cpu, notes)
     return talks[0].history
 
@@ -55,7 +57,9 @@ def test_what_was_written_is_the_answer(cpu, folder, monkeypatch):  # noqa: F811
     """The first answer ends after its third piece; the second one follows from that, and is whole."""
     before = signal.getsignal(signal.SIGINT)
     whole = said_in(cpu, folder, monkeypatch, lambda pieces: None)
-    cut = said_in(cpu, folder, monkeypatch, lambda pieces: len(pieces) == 3 and signal.raise_signal(signal.SIGINT))
+    cut = said_in(
+        cpu, folder, monkeypatch, lambda pieces: len(pieces) == 3 and signal.raise_signal(signal.SIGINT)
+    )
     assert signal.getsignal(signal.SIGINT) is before
     first, second = ([message.content for message in history[1::2]] for history in (whole, cut))
     assert first[0].startswith(second[0])
@@ -138,7 +142,11 @@ def talk(terminal: Terminal) -> None:
 
 
 def test_at_a_terminal(folder):  # noqa: F811
-    talk(Terminal(sys.executable, "tasks/inference/generate.py", "--load", str(folder), "--device", "cpu", *LONG))
+    talk(
+        Terminal(
+            sys.executable, "tasks/inference/generate.py", "--load", str(folder), "--device", "cpu", *LONG
+        )
+    )
 
 
 @pytest.mark.slow
@@ -146,7 +154,12 @@ def test_at_a_terminal(folder):  # noqa: F811
 def test_through_the_recipe(folder, tp, pp):  # noqa: F811
     """One process, and two under DeepSpeed's launcher, which Ctrl-C would end: every rank ends the answer at the same token."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    values = {"CHECKPOINT": str(folder), "TOKENIZER_PATH": "", "DTYPE": "fp32", "MASTER_PORT": str(launch.free_port())}
+    values = {
+        "CHECKPOINT": str(folder),
+        "TOKENIZER_PATH": "",
+        "DTYPE": "fp32",
+        "MASTER_PORT": str(launch.free_port()),
+    }
     script = "examples/intern/generate_internlm_7b_deepspeed.sh"
     flags = ["--distributed-backend", "auto", "--device", "cpu", *LONG]
     talk(Terminal("bash", script, *flags, PATH=path, TP=tp, PP=pp, **values))

@@ -42,7 +42,17 @@ def trained(tmp_path_factory) -> Path:
         pair.add(np.concatenate(documents), np.array([len(one) for one in documents], np.int32))
         pair.commit({"tokens": pair.tokens, "max_token": max(map(max, documents))})
     files = ["--data-path", work / "data", "--save", work / "ckpt", "--log-dir", work / "logs"]
-    run("pretrain_intern.py", *FLAGS.split(), *files, "--train-iters", ITERS, "--lr-decay-iters", ITERS, "--save-interval", ITERS)
+    run(
+        "pretrain_intern.py",
+        *FLAGS.split(),
+        *files,
+        "--train-iters",
+        ITERS,
+        "--lr-decay-iters",
+        ITERS,
+        "--save-interval",
+        ITERS,
+    )
     folders = ["--from", work / "ckpt", "--to", work / "export", "--tokenizer", work / "tokenizer"]
     run("tools/ckpt_convert/convert.py", *folders, "--format", "hf-llama")
     return work
@@ -50,7 +60,11 @@ def trained(tmp_path_factory) -> Path:
 
 def run(*command: object) -> None:
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True
+        [sys.executable, *map(str, command)],
+        env=launch.environment(),
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -60,7 +74,9 @@ def reference(trained):
     """The export in stock transformers."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        trained / "export", dtype=torch.float32, local_files_only=True
+    ).eval()
 
 
 @pytest.fixture(params=["ckpt", "export"])
@@ -74,7 +90,10 @@ def asked(cpu, trained, request):
 @pytest.fixture
 def prompts(trained) -> list[list[int]]:
     encode = tokenizer.load(trained / "tokenizer").encode
-    return [[1, *encode(text).tolist()] for text in ("Document 7 says", "It ends", "Document 12 says that 5 is not 3", "D")]
+    return [
+        [1, *encode(text).tolist()]
+        for text in ("Document 7 says", "It ends", "Document 12 says that 5 is not 3", "D")
+    ]
 
 
 PARAMS = {
@@ -116,7 +135,10 @@ def test_log_probabilities(asked, reference, prompts, trained):
     assert -mean < math.log(420) / 2  # it was trained: half of what knowing nothing costs
     reference.model.rotary_emb.inv_freq *= 0.99
     reference.model.rotary_emb.original_inv_freq = reference.model.rotary_emb.inv_freq
-    assert max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True)) > 10 * ROUNDING
+    assert (
+        max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True))
+        > 10 * ROUNDING
+    )
 
 
 def largest(reference, row: list[int], mine: torch.Tensor) -> float:
@@ -157,7 +179,14 @@ def test_a_command_verifies_every_file_once(cpu, trained, tmp_path, monkeypatch,
     from ascendspeed.evaluation import needle
     from ascendspeed.inference import engine
 
-    flags = ["--load", str(trained / "ckpt"), "--tokenizer-name-or-path", str(trained / "tokenizer"), "--device", "cpu"]
+    flags = [
+        "--load",
+        str(trained / "ckpt"),
+        "--tokenizer-name-or-path",
+        str(trained / "tokenizer"),
+        "--device",
+        "cpu",
+    ]
     flags += ["--lengths", "400", "--depths", "50", "--output-dir", str(tmp_path / "out")]
     asked = []
 
@@ -188,7 +217,9 @@ def together(world: int, work) -> list:
         return every
 
     with ThreadPoolExecutor(world) as pool:
-        readers = [Readers(rank, world, functools.partial(gather, rank), lambda text: None) for rank in range(world)]
+        readers = [
+            Readers(rank, world, functools.partial(gather, rank), lambda text: None) for rank in range(world)
+        ]
         return [future.result() for future in [pool.submit(work, one) for one in readers]]
 
 
@@ -209,11 +240,24 @@ def test_ranks_share_the_reading(trained, hashed, monkeypatch):
 
 def test_stdout_is_the_answers_alone(trained):
     """From a training checkpoint and from its export: the same bytes."""
-    flags = ["--tokenizer-name-or-path", trained / "tokenizer", "--device", "cpu", "--max-new-tokens", "8", "--prompt", "It ends"]
+    flags = [
+        "--tokenizer-name-or-path",
+        trained / "tokenizer",
+        "--device",
+        "cpu",
+        "--max-new-tokens",
+        "8",
+        "--prompt",
+        "It ends",
+    ]
     done = []
     for name in ("ckpt", "export"):
         command = [sys.executable, "tasks/inference/generate.py", "--load", trained / name, *flags]
-        done.append(subprocess.run(list(map(str, command)), env=launch.environment(), cwd=launch.ROOT, capture_output=True))
+        done.append(
+            subprocess.run(
+                list(map(str, command)), env=launch.environment(), cwd=launch.ROOT, capture_output=True
+            )
+        )
     assert done[0].stdout.startswith(b"== greedy 1/1: ")
     assert done[0].stdout == done[1].stdout
     assert [one.stderr.count(b"verifying ") for one in done] == [1, 0]
@@ -224,6 +268,14 @@ def test_layouts_of_training_are_refused(cpu, trained):
     from ascendspeed.inference import engine
     from ascendspeed.utils.errors import UserError
 
-    for more in ({"sequence_parallel": True}, {"context_parallel_size": 2}, {"num_virtual_stages_per_pipeline_rank": 2}):
-        with pytest.raises(UserError, match="leave sequence_parallel, virtual stages, context and expert parallel out"):
-            engine.load(trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu)
+    for more in (
+        {"sequence_parallel": True},
+        {"context_parallel_size": 2},
+        {"num_virtual_stages_per_pipeline_rank": 2},
+    ):
+        with pytest.raises(
+            UserError, match="leave sequence_parallel, virtual stages, context and expert parallel out"
+        ):
+            engine.load(
+                trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu
+            )

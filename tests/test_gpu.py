@@ -13,20 +13,34 @@ from ascendspeed.config import lr_schedule, schema
 from ascendspeed.distributed import device, fused_kernels
 from ascendspeed.models import param_mapping
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
 def test_losses_equal_the_oracle_on_the_cpu(tmp_path):
-    data = oracle.batches(MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    data = oracle.batches(
+        MODEL.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED
+    )
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     expected = oracle.train(
-        oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed))), data, lrs, vars(RUN.optim)
+        oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed))),
+        data,
+        lrs,
+        vars(RUN.optim),
     )
     cases = {f"fp32 zero {stage}": {"changes": changes(stage)} for stage in range(4)}
     cases |= {f"bf16 zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}
     cases |= {"fp16 zero 2": {"changes": changes(2, fp16=True, initial_loss_scale=1024.0)}}
     cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
-    job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
+    job = {
+        "run": schema.to_dict(RUN),
+        "steps": STEPS,
+        "data_seed": DATA_SEED,
+        "cases": cases,
+        "device": "cuda",
+    }
     for name, curve in launch.ranks(1, "engine_worker.py", job, tmp_path).items():
         loss, _ = worst(curve, expected)
         if name.startswith("control"):
@@ -74,9 +88,18 @@ def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
     data = segments.written(batches, tmp_path / "data")
     layouts = {"zero 2": segments.ZERO[2], "megatron": {}}
     cases = {f"fp32 {name}": segments.case(layout, data, STEPS) for name, layout in layouts.items()}
-    cases |= {f"bf16 {name}": segments.case(layout, data, STEPS, optim={"bf16": True}) for name, layout in layouts.items()}
+    cases |= {
+        f"bf16 {name}": segments.case(layout, data, STEPS, optim={"bf16": True})
+        for name, layout in layouts.items()
+    }
     cases["control"] = segments.case({}, data, STEPS, **{"break": "documents see each other"})
-    job = {"run": schema.to_dict(segments.RUN), "steps": STEPS, "data_seed": 0, "cases": cases, "device": "cuda"}
+    job = {
+        "run": schema.to_dict(segments.RUN),
+        "steps": STEPS,
+        "data_seed": 0,
+        "cases": cases,
+        "device": "cuda",
+    }
     for name, curve in launch.ranks(1, "engine_worker.py", job, tmp_path / "ranks").items():
         loss, _ = worst(curve, expected)
         if name == "control":
@@ -93,7 +116,9 @@ def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_m
         pytest.skip("no kernel for sequences of various lengths is installed")
     ends = [1, 300, 301, 428, 1024]
     bounds = device.Bounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
-    q, k, v = (torch.randn(1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups))
+    q, k, v = (
+        torch.randn(1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups)
+    )
     gradient = torch.randn_like(q)
 
     def by_sdpa(q, k, v):
@@ -108,7 +133,10 @@ def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_m
         return [out.detach(), *torch.autograd.grad(out, given, gradient.to(dtype))]
 
     exact = values(lambda *qkv: segments.flat_attention(*(x.cpu() for x in qkv), ends).cuda(), torch.float64)
-    mine, sdpa = values(lambda *qkv: found.call(*qkv, bounds), torch.bfloat16), values(by_sdpa, torch.bfloat16)
+    mine, sdpa = (
+        values(lambda *qkv: found.call(*qkv, bounds), torch.bfloat16),
+        values(by_sdpa, torch.bfloat16),
+    )
     for one, other, right in zip(mine, sdpa, exact, strict=True):
         errors = [(x.double() - right).square().mean().sqrt() for x in (one, other)]
         assert errors[0] < 1.2 * errors[1]

@@ -42,7 +42,9 @@ def test_alpaca_prompt_is_the_published_one_without_its_none():
 
 def test_an_alpaca_row_without_instruction_or_output_is_none():
     alpaca = named("AlpacaPretrainHandler")
-    made = alpaca.texts({"instruction": [None, "a", "a", Bad.MALFORMED], "input": ["b"] * 4, "output": ["c", None, " ", "c"]})
+    made = alpaca.texts(
+        {"instruction": [None, "a", "a", Bad.MALFORMED], "input": ["b"] * 4, "output": ["c", None, " ", "c"]}
+    )
     assert made["text"] == [None, None, " ", Bad.MALFORMED]
 
 
@@ -64,15 +66,41 @@ def test_errors_list_what_there_is():
     }.items():
         with pytest.raises(UserError, match=rf"did you mean {meant}\? There are"):
             named(typed)
-    with pytest.raises(UserError, match=r"f\.csv: AlpacaPretrainHandler needs the column 'output'; there are: instruction, text"):
+    with pytest.raises(
+        UserError,
+        match=r"f\.csv: AlpacaPretrainHandler needs the column 'output'; there are: instruction, text",
+    ):
         check_columns(named("AlpacaPretrainHandler"), "f.csv", ["instruction", "text"])
     check_columns(named("AlpacaPretrainHandler"), "f.csv", ["output", "instruction"])  # input may be absent
 
 
 def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
-    values = ["good", None, "", " \n\t\u3000", 7, Bad.MALFORMED, "caf\udce9", "\ud800", "x" * 11, "é" * 6, "10 bytes!!", ["a"]]
+    values = [
+        "good",
+        None,
+        "",
+        " \n\t\u3000",
+        7,
+        Bad.MALFORMED,
+        "caf\udce9",
+        "\ud800",
+        "x" * 11,
+        "é" * 6,
+        "10 bytes!!",
+        ["a"],
+    ]
     made = named("GeneralPretrainHandler", longest=10).make({"text": values})["text"]
-    kinds = ["null", "empty", "whitespace", "not text", "malformed", "invalid UTF-8", "invalid UTF-8", "huge", "huge"]
+    kinds = [
+        "null",
+        "empty",
+        "whitespace",
+        "not text",
+        "malformed",
+        "invalid UTF-8",
+        "invalid UTF-8",
+        "huge",
+        "huge",
+    ]
     details = {4: "not a JSON object", 7: "11 bytes", 8: "12 bytes"}
     assert made.documents[1:10] == [Fault(kind, details.get(i, "")) for i, kind in enumerate(kinds)]
     assert [str(made.documents[i]) for i in (2, 5)] == ["empty", "not a JSON object (malformed)"]
@@ -84,5 +112,8 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
 
 def test_a_setting_that_means_nothing_to_a_handler_is_an_error():
     for option, value in {"chat_template": "v2", "system": "x", "loss_on": "all"}.items():
-        with pytest.raises(UserError, match=f"--{option.replace('_', '-')} means nothing to GeneralInstructionHandler, only to "):
+        with pytest.raises(
+            UserError,
+            match=f"--{option.replace('_', '-')} means nothing to GeneralInstructionHandler, only to ",
+        ):
             named("GeneralInstructionHandler", **{option: value})

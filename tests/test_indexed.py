@@ -52,7 +52,10 @@ def test_without_a_commit_nothing_changes(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with PairWriter(tmp_path / "p", np.dtype(np.int32)), pytest.raises(UserError, match="another process is writing"):
+    with (
+        PairWriter(tmp_path / "p", np.dtype(np.int32)),
+        pytest.raises(UserError, match="another process is writing"),
+    ):
         PairWriter(tmp_path / "p", np.dtype(np.int32))
     write(tmp_path / "p", DOCUMENTS)
 
@@ -80,7 +83,10 @@ def test_a_file_that_is_put_in_place_while_it_is_claimed_stays_whole(tmp_path, m
 
 
 def test_prefixes_that_are_said(tmp_path):
-    for name in (*(f"p_packed_{key}_document" for key in ("input_ids", "labels", "attention_mask")), "text_document"):
+    for name in (
+        *(f"p_packed_{key}_document" for key in ("input_ids", "labels", "attention_mask")),
+        "text_document",
+    ):
         (tmp_path / f"{name}.idx").touch()
     with pytest.raises(UserError, match=rf"prefixes here: {tmp_path}/p, {tmp_path}/text_document$"):
         check_pair(tmp_path / "gone")
@@ -157,7 +163,10 @@ def test_what_is_not_a_pair_is_an_error(tmp_path):
         "short": (broken("short", "idx", lambda raw: raw[:-1]), "has 141 bytes and should have 142"),
         "tiny": (broken("tiny", "idx", lambda raw: raw[:7]), "not an index"),
         "magic": (broken("magic", "idx", lambda raw: b"X" + raw[1:]), "not an index"),
-        "mixed": (broken("mixed", "bin", lambda raw: file(tmp_path / "other", "bin").read_bytes()), "not a pair"),
+        "mixed": (
+            broken("mixed", "bin", lambda raw: file(tmp_path / "other", "bin").read_bytes()),
+            "not a pair",
+        ),
         "gone": (tmp_path / "gone", r"there is no .*gone\.idx; prefixes here: .*good, "),
     }
     for prefix, said in cases.values():

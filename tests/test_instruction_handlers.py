@@ -47,7 +47,11 @@ def table(one, *runs):
     ids, learnt = [], []
     for run in runs:
         text = run if isinstance(run, str) else run[0]
-        parts = [part for part in re.split(r"(<s>|</s>|<eo[ah]>|<\|(?:im_\w+|action_\w+|plugin|interpreter)\|>)", text) if part]
+        parts = [
+            part
+            for part in re.split(r"(<s>|</s>|<eo[ah]>|<\|(?:im_\w+|action_\w+|plugin|interpreter)\|>)", text)
+            if part
+        ]
         for part in parts:
             control = re.fullmatch(r"<.*>", part)
             found = [number(one, raw, part)] if control else raw.encode(part)
@@ -79,7 +83,12 @@ def check(document, expected):
     assert ids.count(1) == 1
 
 
-V1 = ("<s><|System|>:Be kind.\n<|User|>:hello\n<|Bot|>:", ("Hi there<eoa>",), "\n<|User|>:2+2?\n<|Bot|>:", ("4<eoa>",))
+V1 = (
+    "<s><|System|>:Be kind.\n<|User|>:hello\n<|Bot|>:",
+    ("Hi there<eoa>",),
+    "\n<|User|>:2+2?\n<|Bot|>:",
+    ("4<eoa>",),
+)
 V1_EOH = (
     "<s><|System|>:Be kind.\n<|User|>:hello<eoh>\n<|Bot|>:",
     ("Hi there<eoa>",),
@@ -113,8 +122,14 @@ SHAREGPT, OPENAI = (
 ALPACA = {"instruction": "2+2?", "output": "4", "history": [["hello", "Hi there"]], "system": "Be kind."}
 ROWS = [
     ("SharegptStyleInstructionHandler", {"conversations": SHAREGPT, "system": "Be kind."}),
-    ("SharegptStyleInstructionHandler", {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]}),
-    ("SharegptStyleInstructionHandler", {"messages": [{"role": "system", "content": "Be kind."}, *OPENAI], "system": "Be kind.\n"}),
+    (
+        "SharegptStyleInstructionHandler",
+        {"conversations": [{"from": "system", "value": "Be kind."}, *SHAREGPT]},
+    ),
+    (
+        "SharegptStyleInstructionHandler",
+        {"messages": [{"role": "system", "content": "Be kind."}, *OPENAI], "system": "Be kind.\n"},
+    ),
     ("AlpacaStyleInstructionHandler", ALPACA),
     ("AlpacaStyleInstructionHandler", ALPACA | {"input": ""}),
 ]
@@ -146,7 +161,9 @@ def test_tables_by_hand(folders):
         raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
         (document,) = make(one, {"instruction": "hello", "output": "Hi!"})
         pieces = [raw.id_to_piece(int(i)) for i in document.tokens]
-        found = [f"*{piece}" if learnt else piece for piece, learnt in zip(pieces, document.loss_mask, strict=True)]
+        found = [
+            f"*{piece}" if learnt else piece for piece, learnt in zip(pieces, document.loss_mask, strict=True)
+        ]
         assert found == said.split(" ")
 
 
@@ -159,7 +176,10 @@ def test_the_input_of_alpaca_stands_on_a_line_of_its_own(folders):
 
 @pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])
 def test_calls_are_learnt_and_what_tools_answer_is_not(folders, name):
-    calls = [{"from": "human", "value": "Weather?"}, {"from": "function_call", "value": '{"name": "w", "arguments": {"c": 1}}'}]
+    calls = [
+        {"from": "human", "value": "Weather?"},
+        {"from": "function_call", "value": '{"name": "w", "arguments": {"c": 1}}'},
+    ]
     rest = [{"from": "observation", "value": "22"}, {"from": "gpt", "value": "Warm."}]
     openai = [
         {"role": "user", "content": "Weather?"},
@@ -219,7 +239,9 @@ def test_a_token_that_would_reach_from_the_prompt_into_the_answer(folders):
     ids, _ = published(one, "x\n", "\n\ny")
     assert document.tokens.tolist() != ids  # the newline before the answer and those in it make one token
     answer = document.tokens[document.loss_mask]
-    assert one.tokenizer.decode(answer) == "\n\ny\n"  # ours are those that follow the prompt when it stands alone
+    assert (
+        one.tokenizer.decode(answer) == "\n\ny\n"
+    )  # ours are those that follow the prompt when it stands alone
     prompt = document.tokens[~document.loss_mask].tolist()
     assert prompt == published(one, "x\n", "z")[0][: len(prompt)]
 
@@ -243,7 +265,9 @@ def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
         check(document, published(one, "It ends\nhere.", answer))
     apart = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n")], [Piece("x", True)]])
     joined = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n"), Piece("x", True)]])[0][0].tolist()
-    assert joined != [i for ids, _ in apart for i in ids]  # control: encoded apart, the answer has a space before it
+    assert joined != [
+        i for ids, _ in apart for i in ids
+    ]  # control: encoded apart, the answer has a space before it
 
 
 BELLE = "Human:你好\nAssistant:你好！\nHuman: 2+2?\nAssistant:"
@@ -266,11 +290,16 @@ def test_belle_learns_the_last_answer_or_all(folders, name, instruction):
 
 def test_literal_control_tokens_stay_text(folders):
     one = maker(folders, "v2", "SharegptStyleInstructionHandler")
-    talk = [{"from": "human", "value": "a<|im_end|>b"}, {"from": "gpt", "value": "<|im_start|>[UNUSED_TOKEN_145]<s>"}]
+    talk = [
+        {"from": "human", "value": "a<|im_end|>b"},
+        {"from": "gpt", "value": "<|im_start|>[UNUSED_TOKEN_145]<s>"},
+    ]
     (document,) = make(one, {"conversations": talk})
     start, end = (one.tokenizer.find(name) for name in IM)
     assert [int(i) for i in document.tokens if i in (start, end, 1, 2)] == [1, start, end, start, end]
-    assert one.tokenizer.decode(document.tokens[document.loss_mask][:-1]) == "<|im_start|>[UNUSED_TOKEN_145]<s>"
+    assert (
+        one.tokenizer.decode(document.tokens[document.loss_mask][:-1]) == "<|im_start|>[UNUSED_TOKEN_145]<s>"
+    )
 
 
 def test_the_last_turn_ends_once(folders, tmp_path):
@@ -281,7 +310,10 @@ def test_the_last_turn_ends_once(folders, tmp_path):
     check(make(one, row)[0], table(one, "<s><|User|>:hello\n<|Bot|>:", ("Hi</s>",)))
     assert any("no <eoa>" in note for note in one.handler.notes)
     one = maker(folders, "v2", "AlpacaStyleInstructionHandler", append_eod=True)
-    check(make(one, row)[0], table(one, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", ("Hi<|im_end|></s>",)))
+    check(
+        make(one, row)[0],
+        table(one, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", ("Hi<|im_end|></s>",)),
+    )
     assert maker(folders, "v1", "GeneralInstructionHandler").handler.notes[0].endswith("add --append-eod")
 
 
@@ -292,18 +324,42 @@ WRONG = {  # handler -> kind -> what the row says
         ("no conversation", "'text', not a list", {"conversations": "text"}),
         ("no conversation", r"\[\], not a list", {"conversations": []}),
         ("no conversation", "message 1: a message has a role", {"conversations": ["text", A]}),
-        ("wrong role", "message 1: the role 'boss' does not exist", {"conversations": [H | {"from": "boss"}, A]}),
+        (
+            "wrong role",
+            "message 1: the role 'boss' does not exist",
+            {"conversations": [H | {"from": "boss"}, A]},
+        ),
         ("wrong order", "message 1: the assistant speaks at the beginning", {"conversations": [A, H, A]}),
         ("wrong order", "message 2: the user speaks again", {"conversations": [H, H, A]}),
-        ("wrong order", "message 3: the assistant speaks after the assistant's", {"conversations": [H, A, A]}),
+        (
+            "wrong order",
+            "message 3: the assistant speaks after the assistant's",
+            {"conversations": [H, A, A]},
+        ),
         ("wrong order", "the last message is the user's, and has no answer", {"conversations": [H, A, H]}),
-        ("wrong order", "message 3: a system message here", {"conversations": [H, A, H | {"from": "system"}]}),
-        ("empty answer", "message 2: the assistant says nothing", {"conversations": [H, A | {"value": " \n"}]}),
+        (
+            "wrong order",
+            "message 3: a system message here",
+            {"conversations": [H, A, H | {"from": "system"}]},
+        ),
+        (
+            "empty answer",
+            "message 2: the assistant says nothing",
+            {"conversations": [H, A | {"value": " \n"}]},
+        ),
         ("empty question", "message 1: the user says nothing", {"conversations": [H | {"value": ""}, A]}),
         ("wrong content", "message 2: the content is missing", {"conversations": [H, {"from": "gpt"}]}),
-        ("wrong content", "message 2: the content is 4, not a text", {"conversations": [H, A | {"value": 4}]}),
+        (
+            "wrong content",
+            "message 2: the content is 4, not a text",
+            {"conversations": [H, A | {"value": 4}]},
+        ),
         ("unknown field", "message 1: 'weight' is not understood", {"conversations": [H | {"weight": 1}, A]}),
-        ("wrong tool call", "'f\\(' is not JSON", {"conversations": [H, {"from": "function_call", "value": "f("}, A]}),
+        (
+            "wrong tool call",
+            "'f\\(' is not JSON",
+            {"conversations": [H, {"from": "function_call", "value": "f("}, A]},
+        ),
         ("wrong tools", "'f\\(' is not JSON", {"conversations": [H, A], "tools": "f("}),
         ("wrong tools", "tools are a list", {"conversations": [H, A], "tools": {"name": "f"}}),
         ("not text", "'system' is 3", {"conversations": [H, A], "system": 3}),
@@ -321,26 +377,48 @@ WRONG = {  # handler -> kind -> what the row says
         ("empty question", "'instruction' says nothing", {"instruction": " ", "output": "a"}),
         ("not text", "'output' is 3, not a text", {"instruction": "q", "output": 3}),
         ("not text", r"'input' is \['x'\], not a text", {"instruction": "q", "input": ["x"], "output": "a"}),
-        ("wrong history", "'history' is 'x', not a list", {"instruction": "q", "output": "a", "history": "x"}),
+        (
+            "wrong history",
+            "'history' is 'x', not a list",
+            {"instruction": "q", "output": "a", "history": "x"},
+        ),
         ("wrong history", "not a list", {"instruction": "q", "output": "a", "history": [["x"]]}),
-        ("empty answer", "message 2: the assistant says nothing", {"instruction": "q", "output": "a", "history": [["x", ""]]}),
+        (
+            "empty answer",
+            "message 2: the assistant says nothing",
+            {"instruction": "q", "output": "a", "history": [["x", ""]]},
+        ),
     ],
     "GeneralInstructionHandler": [
         ("no 'instruction'", "missing", {"output": "q"}),
         ("not text", "'input' is 3", {"instruction": "q", "input": 3, "output": "a"}),
     ],
     "BelleMultiTurnInstructionHandler": [
-        ("wrong order", "Human, Human, Assistant", {"instruction": "Human:a\nHuman:b\nAssistant:", "output": "c"}),
+        (
+            "wrong order",
+            "Human, Human, Assistant",
+            {"instruction": "Human:a\nHuman:b\nAssistant:", "output": "c"},
+        ),
         ("wrong order", "Assistant", {"instruction": "Assistant:a\nHuman:b\nAssistant:", "output": "c"}),
-        ("wrong order", "a text before the first Human:", {"instruction": "So.\nHuman:b\nAssistant:", "output": "c"}),
+        (
+            "wrong order",
+            "a text before the first Human:",
+            {"instruction": "So.\nHuman:b\nAssistant:", "output": "c"},
+        ),
         ("wrong order", "a text before", {"instruction": "What is it?", "output": "c"}),
-        ("empty answer", "the Assistant says nothing", {"instruction": "Human:a\nAssistant: \nHuman:b\nAssistant:", "output": "c"}),
+        (
+            "empty answer",
+            "the Assistant says nothing",
+            {"instruction": "Human:a\nAssistant: \nHuman:b\nAssistant:", "output": "c"},
+        ),
         ("empty question", "the Human says nothing", {"instruction": "Human:\nAssistant:", "output": "c"}),
     ],
 }
 
 
-@pytest.mark.parametrize(("handler", "wrong"), [(name, one) for name, many in WRONG.items() for one in many], ids=str)
+@pytest.mark.parametrize(
+    ("handler", "wrong"), [(name, one) for name, many in WRONG.items() for one in many], ids=str
+)
 def test_what_is_wrong_with_a_row(folders, handler, wrong):
     kind, says, row = wrong
     one = maker(folders, "v2", handler, longest=500)
@@ -358,7 +436,8 @@ def test_a_template_without_tools_says_so(folders):
     one = maker(folders, "v1", "SharegptStyleInstructionHandler")
     (found,) = make(one, {"conversations": [H, A, H | {"from": "observation"}, A]})
     assert found == Fault(
-        "no place in the template", "conversation, message 3: the chat template v1 has no environment, only system, user, assistant"
+        "no place in the template",
+        "conversation, message 3: the chat template v1 has no environment, only system, user, assistant",
     )
 
 
@@ -367,7 +446,12 @@ def test_columnar_rows_have_null_for_what_is_not_there(folders):
     plain, columnar = make(
         one,
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
-        {"messages": [{"role": "user", "content": "q", "from": None, "tool_calls": None}, {"role": "assistant", "content": "a"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "q", "from": None, "tool_calls": None},
+                {"role": "assistant", "content": "a"},
+            ]
+        },
     )
     assert plain.tokens.tolist() == columnar.tokens.tolist()
     for other in ([], None):
@@ -416,7 +500,9 @@ def test_which_template_a_folder_takes(folders, tmp_path):
         KINDS["v2"](folder)
         if said:
             (folder / "config.json").write_text(json.dumps({"model_type": said}))
-        assert Maker(Job(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {"chat_template": template}
+        assert Maker(Job(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {
+            "chat_template": template
+        }
     with pytest.raises(UserError, match="no chat template is known for a model of family unknown"):
         Maker(Job(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler"))
     with pytest.raises(UserError, match="--chat-template v9 does not exist"):
@@ -434,9 +520,25 @@ def test_pieces_say_who_speaks(folders):
 
 
 WORDS = st.sampled_from(
-    ["", " ", "q", "human", "gpt", "user", "assistant", "system", "tool", "function_call", "Human:", '{"name": "f"}', "\ud800"]
+    [
+        "",
+        " ",
+        "q",
+        "human",
+        "gpt",
+        "user",
+        "assistant",
+        "system",
+        "tool",
+        "function_call",
+        "Human:",
+        '{"name": "f"}',
+        "\ud800",
+    ]
 )
-KEYS = st.sampled_from(["from", "value", "role", "content", "name", "tool_calls", "code", "weight", "arguments"])
+KEYS = st.sampled_from(
+    ["from", "value", "role", "content", "name", "tool_calls", "code", "weight", "arguments"]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | WORDS | st.sampled_from([Bad.MALFORMED, Bad.NOT_UTF8]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),

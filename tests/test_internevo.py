@@ -51,7 +51,9 @@ def config_of(family: str, shape: Shape) -> ModelConfig:
 
 
 def config_json(folder: Path, family: str, shape: Shape, **more) -> None:
-    (folder / "config.json").write_text(json.dumps(FAMILIES[family].write_config(config_of(family, shape)) | more))
+    (folder / "config.json").write_text(
+        json.dumps(FAMILIES[family].write_config(config_of(family, shape)) | more)
+    )
 
 
 def directory(folder: Path, family: str, shape: Shape) -> dict[str, torch.Tensor]:
@@ -75,7 +77,11 @@ def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
 
     config = replace(source.config, family=family)
     full = dict(source.tensors())
-    return {n: t for p in param_mapping.parameters(config) for n, t in param_mapping.part(config, p, full[p.name]).items()}
+    return {
+        n: t
+        for p in param_mapping.parameters(config)
+        for n, t in param_mapping.part(config, p, full[p.name]).items()
+    }
 
 
 def right(source: convert.Source, family: str, shape: Shape) -> bool:
@@ -116,7 +122,9 @@ def test_every_family(tmp_path, kind):
 @pytest.mark.parametrize("name", ["internlm", "internlm2"])
 def test_the_reference_checkpoints(reference, tmp_path, name):
     """The original's own files, with the config.json and the shards that they came with."""
-    tensors = {n: t for path in (reference / name).glob("model-*.safetensors") for n, t in load_file(path).items()}
+    tensors = {
+        n: t for path in (reference / name).glob("model-*.safetensors") for n, t in load_file(path).items()
+    }
     source = convert.open_source(reference / name)
     convert.convert(source, tmp_path / "evo", convert.InternEvo(2, 2, qk_interleaved=True))
     convert.write_hf(convert.open_source(tmp_path / "evo"), tmp_path / "back")
@@ -136,7 +144,8 @@ def test_every_family_in_every_layout(tmp_path, kind):
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("embed_split", [False, True])
 @pytest.mark.parametrize(
-    ("model_type", "tp", "wp"), [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)]
+    ("model_type", "tp", "wp"),
+    [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)],
 )
 def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, version, interleaved):
     """Uneven stages, version 1, either cut of the embedding, rotated pairs, weight parallel; read without config.json."""
@@ -153,7 +162,9 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
     )
     family = "internlm" if model_type == "INTERNLM" else "llama"
     directory(tmp_path / "hf", family, shape)
-    to = convert.InternEvo(tp, 3, wp, version=version, embed_split=embed_split, qk_interleaved=interleaved, model_type=model_type)
+    to = convert.InternEvo(
+        tp, 3, wp, version=version, embed_split=embed_split, qk_interleaved=interleaved, model_type=model_type
+    )
     if model_type == "INTERNLM2":
         config_json(tmp_path / "hf", "internlm2", shape)
         save_file(hugging_face("internlm2", shape, parts_of(shape)), tmp_path / "hf/model.safetensors")
@@ -188,23 +199,35 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
 def test_whatever_trained_it_is_read(tmp_path, how):
     """Wrappers, interleaved pipelines, isp of both times and what some releases save differently from what they train."""
     shape = BIASED if how.kind == "INTERNLM" else GROUPED
-    said = {"mlp_layer_fusion": how.fused_mlp} | ({"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {})
+    said = {"mlp_layer_fusion": how.fused_mlp} | (
+        {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
+    )
     source = convert.open_source(trained(tmp_path / "evo", shape, how, **said), asked=Asked(max_pos=32))
     family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
     assert right(source, family, shape)
 
 
-@pytest.mark.parametrize("lie", [{"qk_interleaved": True}, {"enable_qkv_fusion": True}, {"mlp_layer_fusion": True}], ids=str)
+@pytest.mark.parametrize(
+    "lie", [{"qk_interleaved": True}, {"enable_qkv_fusion": True}, {"mlp_layer_fusion": True}], ids=str
+)
 def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
     """Control: no shape tells these, so the bits must."""
     how = Trained("LLAMA2", wp=2)
-    assert right(convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=Asked(max_pos=32)), "llama", GROUPED)
-    assert not right(convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=Asked(max_pos=32)), "llama", GROUPED)
+    assert right(
+        convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=Asked(max_pos=32)), "llama", GROUPED
+    )
+    assert not right(
+        convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=Asked(max_pos=32)),
+        "llama",
+        GROUPED,
+    )
 
 
 def test_parallel_modes_cut_differently(tmp_path):
     """Control: Wqkv of two ranks is q, k and v of each one's heads, or (isp) the halves of [q; k; v]: of the same shapes."""
-    whole, each = (states(BIASED, how, parts_of(BIASED)) for how in (Trained("INTERNLM", wp=2), Trained("INTERNLM", 2)))
+    whole, each = (
+        states(BIASED, how, parts_of(BIASED)) for how in (Trained("INTERNLM", wp=2), Trained("INTERNLM", 2))
+    )
     name = "blocks.0.mixer.Wqkv.weight"
     a, b = whole["model_wp0_pp0.pt"][name], each["model_tp0_pp0.pt"][name]
     assert a.shape == b.shape
@@ -244,7 +267,9 @@ def test_interleaved_rows_compute_the_same_attention():
 
 def test_the_folder_that_is_written(tmp_path):
     """Plain values only, the mark of a whole save, and InternEvo's own formula gives back the width of the MLP."""
-    for i, (hidden, ffn) in enumerate([(64, 96), (4096, 11008), (4096, 14336), (5120, 13824), (48, 101), (96, 257)]):
+    for i, (hidden, ffn) in enumerate(
+        [(64, 96), (4096, 11008), (4096, 14336), (5120, 13824), (48, 101), (96, 257)]
+    ):
         folder = tmp_path / str(i)
         folder.mkdir()
         config = ModelConfig("llama", hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=8)
@@ -256,7 +281,12 @@ def test_the_folder_that_is_written(tmp_path):
     convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", convert.InternEvo(2), verify=True)
     said = torch.load(tmp_path / "out/model_config.pt", weights_only=True)
     assert all(isinstance(value, (int, float, str, bool)) for value in said.values())
-    assert (said["no_bias"], said["qk_interleaved"], said["adapt_hf"], said["vocab_size"]) == (False, False, True, 128)
+    assert (said["no_bias"], said["qk_interleaved"], said["adapt_hf"], said["vocab_size"]) == (
+        False,
+        False,
+        True,
+        128,
+    )
     assert torch.load(tmp_path / "out/0.step", weights_only=True) == {"step": 0}
     assert (tmp_path / "out/config.json").is_file()
     held = [torch.load(tmp_path / f"out/model_tp{t}_pp0.pt", weights_only=True) for t in range(2)]
@@ -292,7 +322,9 @@ def test_versions_are_told_by_shapes(tmp_path):
     square = replace(BIASED, ffn=64)
     for version in (1, 2):
         folder = trained(tmp_path / str(version), square, Trained("INTERNLM", version=version))
-        with pytest.raises(UserError, match=r"--version 1 \(w2 is up, w3 is down\) or --version 2 \(w3 is up"):
+        with pytest.raises(
+            UserError, match=r"--version 1 \(w2 is up, w3 is down\) or --version 2 \(w3 is up"
+        ):
             read(folder, Asked(max_pos=32))
         assert right(read(folder, Asked(version, max_pos=32)), "internlm", square)
         assert not right(read(folder, Asked(3 - version, max_pos=32)), "internlm", square)
@@ -357,18 +389,33 @@ class Hostile:
         (lambda f: edit(f, "model_tp1_pp1.pt", lambda h: h.pop("norm.weight")), "lacks norm.weight"),
         (lambda f: edit(f, "model_tp0_pp0.pt", lambda h: h.update(odd=torch.ones(1))), "has left over odd"),
         (
-            lambda f: edit(f, "model_tp1_pp0.pt", lambda h: h.update({"blocks.0.norm1.weight": torch.ones(64).bfloat16()})),
+            lambda f: edit(
+                f,
+                "model_tp1_pp0.pt",
+                lambda h: h.update({"blocks.0.norm1.weight": torch.ones(64).bfloat16()}),
+            ),
             "not the copy",
         ),
-        (lambda f: edit(f, "model_tp1_pp0.pt", lambda h: h.update({"blocks.0.mlp.w1.weight": torch.ones(3, 64)})), r"\[3, 64\]"),
+        (
+            lambda f: edit(
+                f, "model_tp1_pp0.pt", lambda h: h.update({"blocks.0.mlp.w1.weight": torch.ones(3, 64)})
+            ),
+            r"\[3, 64\]",
+        ),
         (lambda f: torch.save({}, f / "model_wp0_pp0.pt"), "several parallel modes"),
         (lambda f: torch.save({}, f / "model_tp0_pp0_dp0.pt"), "shards of FSDP"),
         (lambda f: torch.save({}, f / "model_moe_layer0_expert0_tp0.pt"), "mixtures of experts"),
         (lambda f: torch.save(Hostile(), f / "model_config.pt"), "could run code"),
         (lambda f: torch.save(Hostile(), f / "model_tp0_pp0.pt"), "model_tp0_pp0.pt"),
-        (lambda f: save_config(f / "model_config.pt", {"norm_head": True}), "norm_head = True is not supported"),
+        (
+            lambda f: save_config(f / "model_config.pt", {"norm_head": True}),
+            "norm_head = True is not supported",
+        ),
         (lambda f: torch.save([1], f / "model_config.pt"), "holds a list"),
-        (lambda f: config_json(f, "internlm", replace(BIASED, layers=5)), "has 4 layers, but .*config.json says 5"),
+        (
+            lambda f: config_json(f, "internlm", replace(BIASED, layers=5)),
+            "has 4 layers, but .*config.json says 5",
+        ),
         (
             lambda f: config_json(f, "internlm", BIASED, rotary={"base": 500, "type": "origin"}),
             "rope_base = 10000, config.json 500",
@@ -401,6 +448,8 @@ def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
     ],
 )
 def test_what_cannot_be_written(tmp_path, family, shape, to, said):
-    source = convert.Source("test", tmp_path, config_of(family, shape), {}, {}, lambda name, tile: torch.ones(1), None)
+    source = convert.Source(
+        "test", tmp_path, config_of(family, shape), {}, {}, lambda name, tile: torch.ones(1), None
+    )
     with pytest.raises(UserError, match=said):
         to.check(source)

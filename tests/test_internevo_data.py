@@ -108,7 +108,9 @@ BY_HAND = {
 @pytest.mark.parametrize(("name", "row", "segment"), BY_HAND)
 def test_packs_by_hand(tmp_path, name, row, segment):
     order = np.random.RandomState(1024).permutation(4)
-    stored = [FOUR[place] for place in np.argsort(order)]  # so that shuffling brings them into the order above
+    stored = [
+        FOUR[place] for place in np.argsort(order)
+    ]  # so that shuffling brings them into the order above
     path = write(tmp_path / "x.bin", stored)
     samples = train(path, row, packing=name, max_segment_length=segment)
     assert len(samples) == 2
@@ -137,7 +139,9 @@ class Held:
 def test_packs_are_internevos(documents, segment, often, whole):
     row = segment * often
     expected = naive(documents, row, segment, whole)
-    options = DataConfig(seq_length=row, max_segment_length=segment, packing="internevo-whole" if whole else "internevo-cut")
+    options = DataConfig(
+        seq_length=row, max_segment_length=segment, packing="internevo-whole" if whole else "internevo-cut"
+    )
     source = (Held(documents), range(len(documents)), row, packer(options, ""), SEED)
     if not expected:
         with pytest.raises(UserError, match="none can be learnt from"):
@@ -152,7 +156,10 @@ def test_packs_are_internevos(documents, segment, often, whole):
 def test_controls():
     """Another order, and labels that stop at the end of a pack, are seen."""
     documents = [[10 * d + t for t in range(1, 9)] for d in range(9)]
-    found = in_file_order(PackedSource(Held(documents), range(9), 5, packer(DataConfig(seq_length=5), "internevo-cut"), SEED), 14)
+    found = in_file_order(
+        PackedSource(Held(documents), range(9), 5, packer(DataConfig(seq_length=5), "internevo-cut"), SEED),
+        14,
+    )
     assert found == naive(documents, 5, 5, False)
     assert found != naive(documents, 5, 5, False, shuffled_by=1023)
     assert found != naive(documents, 5, 5, False, joins=False)
@@ -168,7 +175,9 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
     for name, documents in files.items():
         write(tmp_path / f"{name}.bin", documents)
     (tmp_path / "README.md").write_text("no data")
-    expected = [pack for name in ("cn/c", "en/a", "en/b") for pack in naive(files[name], 4, 4, False)]  # sorted
+    expected = [
+        pack for name in ("cn/c", "en/a", "en/b") for pack in naive(files[name], 4, 4, False)
+    ]  # sorted
     samples = train(tmp_path, 4)  # their packing is the default for their data
     assert in_file_order(samples, len(expected)) == expected
     assert files_of(str(tmp_path))[0] == tmp_path / "cn" / "c.bin"
@@ -183,7 +192,9 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
 
 def test_the_first_epoch_is_internevos_with_its_seed(tmp_path):
     documents = [[d * 9 + t + 1 for t in range(7)] for d in range(30)]
-    samples = build_splits(config(write(tmp_path / "x.bin", documents), 6), 1024, VOCAB, ("train",), lambda line: None)["train"]
+    samples = build_splits(
+        config(write(tmp_path / "x.bin", documents), 6), 1024, VOCAB, ("train",), lambda line: None
+    )["train"]
     packs, order = naive(documents, 6, 6, False), np.arange(35)
     np.random.RandomState(1024).shuffle(order)
     assert [told(samples.sample(place)) for place in range(35)] == [packs[number] for number in order]
@@ -196,7 +207,11 @@ def test_tokens_that_are_not_learnt(tmp_path):
     assert one.tokens.tolist() == [1, 5, 6, 7, 0, 8, 2]
     assert one.loss_mask.tolist() == [True, False, False, True, False, True, True]
     for name in ("none", "first-fit", "internevo-cut"):
-        assert told(train(path, 7, packing=name).sample(0)) == [[1, 5, 6, 7, 0, 8, 2], [N, N, 7, N, 8, 2, N], list(range(7))]
+        assert told(train(path, 7, packing=name).sample(0)) == [
+            [1, 5, 6, 7, 0, 8, 2],
+            [N, N, 7, N, 8, 2, N],
+            list(range(7)),
+        ]
 
 
 def test_three_columns_wherever_the_length_stands(tmp_path):
@@ -221,7 +236,10 @@ def test_short_documents_are_left_out_before_all_else(tmp_path):
 
 def test_validation_data_of_their_own(tmp_path):
     for name, first in (("train", 1), ("valid", 500)):
-        write(tmp_path / name / "en" / "dataset.bin", [[first + d, first + d + 1, first + d + 2] for d in range(12)])
+        write(
+            tmp_path / name / "en" / "dataset.bin",
+            [[first + d, first + d + 1, first + d + 2] for d in range(12)],
+        )
     options = config(tmp_path / "train", 6, split="949,50,1", valid_data_path=(str(tmp_path / "valid"),))
     found = build_splits(options, SEED, VOCAB, ("train", "valid"), lambda line: None)
     for name, low in (("train", 1), ("valid", 500)):
@@ -230,7 +248,9 @@ def test_validation_data_of_their_own(tmp_path):
         assert all(low <= int(row.min()) and int(row.max()) < low + 20 for row in rows)
     with pytest.raises(UserError, match="there is no test split then"):
         build_splits(options, SEED, VOCAB, ("test",), lambda line: None)
-    parts = build_splits(config(tmp_path / "train", 6, split="1,1,0"), SEED, VOCAB, ("train", "valid"), lambda line: None)
+    parts = build_splits(
+        config(tmp_path / "train", 6, split="1,1,0"), SEED, VOCAB, ("train", "valid"), lambda line: None
+    )
     tokens = [{int(t) for place in range(len(one)) for t in one.sample(place)[0]} for one in parts.values()]
     assert [len(part) for part in parts.values()] == [3, 3]
     assert tokens[0] != tokens[1]
@@ -240,20 +260,29 @@ def test_a_blend(tmp_path):
     for name, first in (("a", 1), ("b", 500)):
         write(tmp_path / f"{name}.bin", [[first + d, first + d + 1] for d in range(40)])
     path = ("3", str(tmp_path / "a.bin"), "1", str(tmp_path / "b.bin"))
-    samples = build_splits(DataConfig(data_path=path, seq_length=4, split="1,0,0"), SEED, VOCAB, ("train",), lambda line: None)
+    samples = build_splits(
+        DataConfig(data_path=path, seq_length=4, split="1,0,0"), SEED, VOCAB, ("train",), lambda line: None
+    )
     firsts = [int(samples["train"].sample(n)[0][0]) for n in range(80)]
     assert sum(first >= 500 for first in firsts) == 20
 
 
 def test_converted_data_are_the_same(tmp_path):
     rng = np.random.default_rng(0)
-    documents = [(rng.integers(1, 99, n) * rng.choice([1, 1, -1], n)).tolist() for n in rng.integers(2, 40, 60)]
-    for (
-        one
-    ) in documents:  # where nothing is to be learnt, a couple leaves documents out that InternEvo's lines would have to be read for
+    documents = [
+        (rng.integers(1, 99, n) * rng.choice([1, 1, -1], n)).tolist() for n in rng.integers(2, 40, 60)
+    ]
+    for one in documents:  # where nothing is to be learnt, a couple leaves documents out that InternEvo's lines would have to be read for
         one[1] = abs(one[1])
     path, prefix = write(tmp_path / "en" / "x.bin", documents), str(tmp_path / "out" / "made")
-    command = [sys.executable, "tools/convert_internevo_data.py", "--input", str(tmp_path / "en"), "--output-prefix", prefix]
+    command = [
+        sys.executable,
+        "tools/convert_internevo_data.py",
+        "--input",
+        str(tmp_path / "en"),
+        "--output-prefix",
+        prefix,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "60 documents" in done.stdout
@@ -261,7 +290,9 @@ def test_converted_data_are_the_same(tmp_path):
     for name in ("internevo-cut", "internevo-whole", "first-fit", "none"):
         one, other = train(path, 16, packing=name), train(prefix, 16, packing=name)
         assert len(one) == len(other)
-        assert [told(one.sample(n)) for n in range(2 * len(one))] == [told(other.sample(n)) for n in range(2 * len(one))]
+        assert [told(one.sample(n)) for n in range(2 * len(one))] == [
+            told(other.sample(n)) for n in range(2 * len(one))
+        ]
     with pytest.raises(UserError, match=r"token id \d+, but the model's vocabulary has 50 ids"):
         open_path(prefix, CONFIG, 50)
     again = subprocess.run([*command, "--min-length", "100"], cwd=ROOT, capture_output=True, text=True)
@@ -294,23 +325,44 @@ def plus(table, row, column, by):
 
 DAMAGED = {
     "no meta of a file": (lambda path: os.unlink(f"{path}.meta"), r"there is no x\.bin\.meta beside it"),
-    "text": (lambda path: Path(f"{path}.meta").write_text("[[0, 3]]"), r"x\.bin\.meta is not an array of numpy's"),
+    "text": (
+        lambda path: Path(f"{path}.meta").write_text("[[0, 3]]"),
+        r"x\.bin\.meta is not an array of numpy's",
+    ),
     "cut off": (lambda path: os.truncate(f"{path}.meta", 140), r"x\.bin\.meta is not an array of numpy's"),
     "empty": (lambda path: os.truncate(f"{path}.meta", 0), r"x\.bin\.meta is not an array of numpy's"),
-    "objects": (meta_of(lambda table: table.astype(object)), r"x\.bin\.meta is not an array of numpy's: .*allow_pickle"),
-    "one column": (meta_of(lambda table: table[:, :1]), r"x\.bin\.meta is int64 \[20, 1\], not whole numbers"),
+    "objects": (
+        meta_of(lambda table: table.astype(object)),
+        r"x\.bin\.meta is not an array of numpy's: .*allow_pickle",
+    ),
+    "one column": (
+        meta_of(lambda table: table[:, :1]),
+        r"x\.bin\.meta is int64 \[20, 1\], not whole numbers",
+    ),
     "floats": (meta_of(lambda table: table.astype(float)), r"x\.bin\.meta is float64"),
     "no rows": (meta_of(lambda table: table[:0]), r"x\.bin\.meta is int64 \[0, 2\]"),
     "negative": (meta_of(lambda table: plus(table, 0, 0, -1)), "offsets that do not ascend"),
     "order": (meta_of(lambda table: table[::-1]), "offsets that do not ascend"),
-    "beyond": (meta_of(lambda table: plus(table, -1, 0, 10**6)), "offsets that do not ascend within the 500 bytes"),
+    "beyond": (
+        meta_of(lambda table: plus(table, -1, 0, 10**6)),
+        "offsets that do not ascend within the 500 bytes",
+    ),
     "too long": (meta_of(lambda table: plus(table, 3, 1, 10**6)), "more tokens than their lines could hold"),
-    "first length": (meta_of(lambda table: plus(table, 0, 1, 1)), r"x\.bin, byte 0: the line has 3 tokens and x\.bin\.meta says 4"),
+    "first length": (
+        meta_of(lambda table: plus(table, 0, 1, 1)),
+        r"x\.bin, byte 0: the line has 3 tokens and x\.bin\.meta says 4",
+    ),
     "last offset": (meta_of(lambda table: plus(table, -1, 0, 1)), r"x\.bin, byte 476: no line begins here"),
     "bin cut off": (bytes_of(lambda content: content[:490]), "byte 475: not a line"),
     "bin inside": (bytes_of(lambda content: content.replace(b"tokens", b"t0kens", 1)), r"byte 0: not a line"),
-    "no list": (bytes_of(lambda content: content.replace(b"[11, 12, 13]", b'"1, 12, 13"', 1)), "byte 0: its tokens are not a list"),
-    "halves": (bytes_of(lambda content: content.replace(b"11,", b"1.5", 1).replace(b"1.5 12", b"1.5,2", 1)), "byte 0: "),
+    "no list": (
+        bytes_of(lambda content: content.replace(b"[11, 12, 13]", b'"1, 12, 13"', 1)),
+        "byte 0: its tokens are not a list",
+    ),
+    "halves": (
+        bytes_of(lambda content: content.replace(b"11,", b"1.5", 1).replace(b"1.5 12", b"1.5,2", 1)),
+        "byte 0: ",
+    ),
 }
 
 
@@ -341,7 +393,9 @@ def test_what_is_not_looked_at_in_the_beginning_is_seen_when_it_is_read(tmp_path
 
 def test_ids_beyond_the_vocabulary(tmp_path):
     path = write(tmp_path / "x.bin", [[1, 2, 3], [4, -VOCAB, 6]])
-    with pytest.raises(UserError, match=rf"x\.bin, byte 22: token id {VOCAB}, but the vocabulary has {VOCAB} ids"):
+    with pytest.raises(
+        UserError, match=rf"x\.bin, byte 22: token id {VOCAB}, but the vocabulary has {VOCAB} ids"
+    ):
         train(path, 3)
     build_splits(config(path, 3), SEED, VOCAB + 1, ("train",), lambda line: None)
 
@@ -349,8 +403,14 @@ def test_ids_beyond_the_vocabulary(tmp_path):
 def test_flags_that_mean_nothing(tmp_path):
     path = write(tmp_path / "x.bin", [[1, 2, 3, 4]] * 5)
     for options, said in (
-        ({"packing": "none", "max_segment_length": 2}, "--max-segment-length 2 belongs to --packing internevo-cut and"),
-        ({"packing": "internevo-whole", "max_segment_length": 3}, "--seq-length 4 is not a multiple of --max-segment-length 3"),
+        (
+            {"packing": "none", "max_segment_length": 2},
+            "--max-segment-length 2 belongs to --packing internevo-cut and",
+        ),
+        (
+            {"packing": "internevo-whole", "max_segment_length": 3},
+            "--seq-length 4 is not a multiple of --max-segment-length 3",
+        ),
         ({"packing": "internevo-cut", "seq_length": 30}, "none can be learnt from at --seq-length 30"),
     ):
         with pytest.raises(UserError, match=said):

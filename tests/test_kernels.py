@@ -31,7 +31,10 @@ def hugging_face_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -
 
 def test_rotary_equals_hugging_face_forward_and_backward():
     cos, sin = tables()
-    x, gradient = random(S, B, HEADS, 3 * D)[..., :D].requires_grad_(), random(S, B, HEADS, D, seed=1)  # a part of qkv: strided
+    x, gradient = (
+        random(S, B, HEADS, 3 * D)[..., :D].requires_grad_(),
+        random(S, B, HEADS, D, seed=1),
+    )  # a part of qkv: strided
     expected, found = hugging_face_rotary(x, cos, sin), fused_kernels.rotary(x, cos, sin)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     back = [torch.autograd.grad(y, x, gradient)[0] for y in (expected, found)]
@@ -53,18 +56,26 @@ def test_rms_norm_and_swiglu_equal_their_formulas():
     found, gradient = fused_kernels.rms_norm(x, weight, 1e-3), random(S, B, 16, seed=2)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    for mine, theirs in zip(*(torch.autograd.grad(y, (x, weight), gradient) for y in (found, expected)), strict=True):
+    for mine, theirs in zip(
+        *(torch.autograd.grad(y, (x, weight), gradient) for y in (found, expected)), strict=True
+    ):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
     assert (fused_kernels.rms_norm(x, weight, 1e-2) - expected).abs().max() > 1e-3  # epsilon counts
     gate, up = x.split(8, -1)
     torch.testing.assert_close(fused_kernels.swiglu(x), gate * torch.sigmoid(gate) * up, rtol=0, atol=1e-14)
-    assert (fused_kernels.swiglu(torch.cat((up, gate), -1)) - fused_kernels.swiglu(x)).abs().max() > 0.1  # gate first
+    assert (
+        fused_kernels.swiglu(torch.cat((up, gate), -1)) - fused_kernels.swiglu(x)
+    ).abs().max() > 0.1  # gate first
 
 
 def test_geglu_equals_hugging_face():
     x = random(S, B, 16).requires_grad_()
     gate, up = x.split(8, -1)
-    expected, found, gradient = ACT2FN["gelu_pytorch_tanh"](gate) * up, fused_kernels.geglu(x), random(S, B, 8, seed=2)
+    expected, found, gradient = (
+        ACT2FN["gelu_pytorch_tanh"](gate) * up,
+        fused_kernels.geglu(x),
+        random(S, B, 8, seed=2),
+    )
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
     back = [torch.autograd.grad(y, x, gradient)[0] for y in (found, expected)]
     torch.testing.assert_close(back[0], back[1], rtol=0, atol=1e-14)
@@ -77,7 +88,9 @@ def test_bf16_is_no_coarser_than_hugging_face(operation):
     cos, sin = (table.double() for table in tables(torch.bfloat16))
     x, weight = random(S, 64, HEADS, D, dtype=torch.bfloat16), random(D, dtype=torch.bfloat16)
     if operation == "rotary":
-        mine, theirs = (f(x, cos.bfloat16(), sin.bfloat16()) for f in (fused_kernels.rotary, hugging_face_rotary))
+        mine, theirs = (
+            f(x, cos.bfloat16(), sin.bfloat16()) for f in (fused_kernels.rotary, hugging_face_rotary)
+        )
         exact = fused_kernels.rotary(x.double(), cos, sin)
     else:
         norm = LlamaRMSNorm(D, 1e-6).bfloat16()
@@ -94,12 +107,16 @@ def test_bf16_is_no_coarser_than_hugging_face(operation):
 def test_choose_says_what_runs(monkeypatch):
     offered = {"rms_norm": Fused("somebody.rms_norm", lambda x, weight, eps: "theirs")}
     monkeypatch.setattr(fused_kernels, "fused", lambda device, operation: offered.get(operation))
-    chosen = fused_kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=True, rotary=True, swiglu=False)
+    chosen = fused_kernels.choose(
+        Device("other", 0, "gloo", "a device"), rms_norm=True, rotary=True, swiglu=False
+    )
     assert chosen.rms_norm(None, None, 0) == "theirs"
     assert chosen.rotary is fused_kernels.rotary
     assert chosen.swiglu is fused_kernels.swiglu
     assert str(chosen) == (
         "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), swiglu: torch"
     )
-    chosen = fused_kernels.choose(Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False)
+    chosen = fused_kernels.choose(
+        Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False
+    )
     assert chosen.rms_norm is fused_kernels.rms_norm  # there, but not asked for

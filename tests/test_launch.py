@@ -23,8 +23,14 @@ def started(tmp_path):
 
     def go(*flags: str, **env: str) -> tuple[int, str]:
         own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
-        bare = {k: v for k, v in launch.environment().items() if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "DATA", "SAVE")}
-        done = subprocess.run(["bash", RECIPE, *flags], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True)
+        bare = {
+            k: v
+            for k, v in launch.environment().items()
+            if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "DATA", "SAVE")
+        }
+        done = subprocess.run(
+            ["bash", RECIPE, *flags], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+        )
         return done.returncode, done.stdout + done.stderr
 
     return go
@@ -33,7 +39,9 @@ def started(tmp_path):
 def test_as_it_stands_it_is_the_published_run_on_every_device(started):
     code, said = started()
     assert code == 0
-    assert said.startswith("deepspeed --no_local_rank --master_port 29500 pretrain_intern.py --deepspeed --zero-stage 2 ")
+    assert said.startswith(
+        "deepspeed --no_local_rank --master_port 29500 pretrain_intern.py --deepspeed --zero-stage 2 "
+    )
     for words in (
         "--model internlm-7b",
         "--bf16",
@@ -46,7 +54,9 @@ def test_as_it_stands_it_is_the_published_run_on_every_device(started):
 
 
 def test_values_from_the_environment_and_flags_at_the_end(started):
-    _, said = started("--train-iters", "7", NPROC="4", DTYPE="fp32", CHECKPOINT="", DATA="0.3 a 0.7 b", MASTER_PORT="1234")
+    _, said = started(
+        "--train-iters", "7", NPROC="4", DTYPE="fp32", CHECKPOINT="", DATA="0.3 a 0.7 b", MASTER_PORT="1234"
+    )
     assert "--master_port 1234 --num_accelerators 4 pretrain_intern.py" in said
     assert "--bf16" not in said
     assert "--load" not in said
@@ -56,7 +66,9 @@ def test_values_from_the_environment_and_flags_at_the_end(started):
 
 def test_several_nodes_by_a_hostfile(started):
     _, said = started(HOSTFILE="hosts")
-    assert said.startswith("deepspeed --no_local_rank --master_port 29500 --hostfile hosts pretrain_intern.py")
+    assert said.startswith(
+        "deepspeed --no_local_rank --master_port 29500 --hostfile hosts pretrain_intern.py"
+    )
 
 
 def test_several_nodes_by_torchrun_on_each(started):
@@ -112,14 +124,20 @@ def recipe(tmp_path):
     def go(*flags: str, **env: str) -> subprocess.Popen:
         own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(go.said), **env}
         return subprocess.Popen(
-            ["bash", RECIPE, *flags], env=launch.environment() | own, cwd=launch.ROOT, stderr=subprocess.PIPE, text=True
+            ["bash", RECIPE, *flags],
+            env=launch.environment() | own,
+            cwd=launch.ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     go.said = tmp_path / "said"
     return go
 
 
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGTERM, "told"), (signal.SIGUSR1, "usr1"), (signal.SIGINT, "told")])
+@pytest.mark.parametrize(
+    ("number", "word"), [(signal.SIGTERM, "told"), (signal.SIGUSR1, "usr1"), (signal.SIGINT, "told")]
+)
 def test_a_signal_to_the_recipe_reaches_the_ranks(recipe, number, word):
     """And only them: the launcher waits for them, and their code comes out; no restart after that."""
     process = recipe(RESTARTS="3")
@@ -189,7 +207,13 @@ def slow(tmp_path):
     said = tmp_path / "said"
 
     def go(script: str, until: str, **env: str) -> subprocess.Popen:
-        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(said), "NPROC": "2", "FIRST": "0", "SECOND": "0"}
+        own = {
+            "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+            "SAID": str(said),
+            "NPROC": "2",
+            "FIRST": "0",
+            "SECOND": "0",
+        }
         process = subprocess.Popen(
             ["bash", script],
             env=launch.environment() | own | env,

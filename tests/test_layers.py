@@ -62,7 +62,11 @@ SCRIPTS = [
     p
     for p in [
         *ROOT.glob("*.py"),
-        *(p for folder in ("tools", "tasks", "benchmarks", "examples") for p in (ROOT / folder).rglob("*.py")),
+        *(
+            p
+            for folder in ("tools", "tasks", "benchmarks", "examples")
+            for p in (ROOT / folder).rglob("*.py")
+        ),
     ]
     if "__main__" in p.read_text()
 ]
@@ -91,12 +95,18 @@ def inner(tree: ast.AST) -> set[str]:
 
 def says(tree: ast.AST, words: str) -> set[str]:
     """Which of `words` (a regular expression of whole words) a module says outside comments and docstrings."""
-    bare = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    bare = {
+        id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
+    }
     texts = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in bare:
             texts.append(node.value)
-        texts += [getattr(node, field) for field in ("id", "attr", "arg", "module") if isinstance(getattr(node, field, None), str)]
+        texts += [
+            getattr(node, field)
+            for field in ("id", "attr", "arg", "module")
+            if isinstance(getattr(node, field, None), str)
+        ]
         texts += [alias.name for alias in getattr(node, "names", ()) if isinstance(alias, ast.alias)]
     return {match for text in texts for match in re.findall(rf"\b(?:{words})\b", text)}
 
@@ -141,7 +151,9 @@ def test_only_device_names_a_device(name):
 def test_controls():
     """What the rules are made of sees what it should."""
     assert inner(
-        ast.parse("def f():\n    from ascendspeed.training.loop import x\n    import ascendspeed.training.engines.deepspeed")
+        ast.parse(
+            "def f():\n    from ascendspeed.training.loop import x\n    import ascendspeed.training.engines.deepspeed"
+        )
     ) == {
         "training.loop",
         "training.engines",
@@ -172,11 +184,15 @@ print(json.dumps([before == dict(os.environ), sorted({{m.split(".")[0] for m in 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: str(p.relative_to(ROOT)))
 def test_help_is_instant(script):
-    done = subprocess.run([sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", script, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert "--help" in done.stdout
     modules = {
-        line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines() if line.startswith("import time:")
+        line.rpartition("|")[2].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+        if line.startswith("import time:")
     }
     assert "sys" in modules or "site" in modules
     assert not {"torch", "megatron", "deepspeed", "transformers"} & modules

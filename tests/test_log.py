@@ -83,7 +83,17 @@ def test_the_line_as_it_looks():
 def test_round_trip(line):
     read = metrics_log.parse(metrics_log.format(line))
     assert metrics_log.format(read) == metrics_log.format(line)
-    whole = ("iteration", "train_iters", "samples", "tokens", "global_batch_size", "interval", "skipped", "nans", "seconds_left")
+    whole = (
+        "iteration",
+        "train_iters",
+        "samples",
+        "tokens",
+        "global_batch_size",
+        "interval",
+        "skipped",
+        "nans",
+        "seconds_left",
+    )
     for name in (*whole, "time"):
         assert getattr(read, name) == getattr(line, name)
     unknown = {f.name for f in metrics_log.FIELDS if getattr(line, f.name) is None}
@@ -92,7 +102,9 @@ def test_round_trip(line):
 
 @given(st.floats(width=32, allow_nan=False))
 def test_an_fp32_number_comes_back_bit_for_bit(number):
-    line = metrics_log.parse(metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)))
+    line = metrics_log.parse(
+        metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number))
+    )
     assert struct.pack("f", line.loss) == struct.pack("f", line.grad_norm) == struct.pack("f", number)
 
 
@@ -110,9 +122,11 @@ def test_control_eight_digits_would_lose_bits():
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_not_a_number(loss):
-    assert str(metrics_log.parse(metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))).loss) == str(
-        loss
-    )
+    assert str(
+        metrics_log.parse(
+            metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))
+        ).loss
+    ) == str(loss)
     assert str(metrics_log.parse(metrics_log.format(metrics_log.EvalLine(1, loss))).loss) == str(loss)
 
 
@@ -127,7 +141,13 @@ def test_eval_line(iteration, loss, split):
 
 def test_megatrons_own_line():
     line = metrics_log.parse(MEGATRON)
-    assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (100, 500000, 25600, 7.654321, 1)
+    assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (
+        100,
+        500000,
+        25600,
+        7.654321,
+        1,
+    )
     assert line.tokens is None
 
 
@@ -143,7 +163,9 @@ def test_a_torn_line_gives_no_wrong_number(cut):
         assert (line.iteration, line.train_iters) == (10, 100)
 
 
-@pytest.mark.parametrize("text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"])
+@pytest.mark.parametrize(
+    "text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"]
+)
 def test_other_text_is_no_line(text):
     assert metrics_log.parse(text) is None
 
@@ -153,12 +175,18 @@ def test_logger_appends_once_and_whole(tmp_path, capsys):
         first.say("hello")
         first.line(FULL)
     (tmp_path / "logs/train.log").open("a").write("half a li")  # a killed run
-    with metrics_log.Logger(0, tmp_path / "logs") as second, metrics_log.Logger(1, tmp_path / "logs") as other:
+    with (
+        metrics_log.Logger(0, tmp_path / "logs") as second,
+        metrics_log.Logger(1, tmp_path / "logs") as other,
+    ):
         second.line(metrics_log.EvalLine(10, 6.2))
         other.say("not rank 0")
     text = (tmp_path / "logs/train.log").read_text()
     assert text == f"hello\n{FULL_TEXT}\nhalf a li\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
-    assert capsys.readouterr().out == f"hello\n{FULL_TEXT}\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+    assert (
+        capsys.readouterr().out
+        == f"hello\n{FULL_TEXT}\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+    )
     assert list(metrics_log.read(tmp_path / "logs/train.log")) == [FULL, metrics_log.EvalLine(10, 6.2)]
 
 
@@ -203,7 +231,9 @@ with log.Logger(0, None, sys.argv[1]) as all:
 
 
 def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
-    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("warning: --tensorboard-dir: File too large; no more is written there\n") == 1
     assert done.stdout.endswith("goes on\n")
@@ -230,4 +260,7 @@ def test_tensorboard(tmp_path):
 
 def test_no_torch_on_import():
     code = "import sys; from ascendspeed import log, plan, schedule; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        == "False\n"
+    )

@@ -27,7 +27,11 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 GQA = {"family": "internlm2", "num_query_groups": 2, "add_qkv_bias": False, "add_dense_bias": False}
 BIASES, GROUPED = RUN.model, replace(RUN.model, **GQA)
 RUN = replace(RUN, parallel=ParallelConfig(), optim=replace(RUN.optim, clip_grad=0.5))
-TP, SP, PP = {"tensor_model_parallel_size": 2}, {"sequence_parallel": True}, {"pipeline_model_parallel_size": 2}
+TP, SP, PP = (
+    {"tensor_model_parallel_size": 2},
+    {"sequence_parallel": True},
+    {"pipeline_model_parallel_size": 2},
+)
 SHARDS = {"use_distributed_optimizer": True}
 COPY = "copy_to_tensor_model_parallel_region"
 RECOMPUTE = {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1}
@@ -53,7 +57,12 @@ class Setting:
 
     def fresh(self, **changes: Any) -> peft.PeftModel:
         """B is not zero, so that the first step already has gradients for A."""
-        settings = {"r": 4, "lora_alpha": 6, "target_modules": list(self.lora.lora_target_modules), "task_type": "CAUSAL_LM"}
+        settings = {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": list(self.lora.lora_target_modules),
+            "task_type": "CAUSAL_LM",
+        }
         made = peft.LoraConfig(**settings | {"init_lora_weights": False} | changes)
         return peft.get_peft_model(oracle.hugging_face(replace(self.model, family="llama"), self.base), made)
 
@@ -68,9 +77,15 @@ class Setting:
             model.requires_grad_(True)
         return train(model, self.model.vocab_size)
 
-    def case(self, parallel: dict[str, Any], train: dict | None = None, lora: dict | None = None, **more: Any) -> dict[str, Any]:
+    def case(
+        self, parallel: dict[str, Any], train: dict | None = None, lora: dict | None = None, **more: Any
+    ) -> dict[str, Any]:
         changes = {"model": vars(self.model), "parallel": parallel, "train": train or {}}
-        changes["lora"] = {**vars(self.lora), "lora_target_modules": list(self.lora.lora_target_modules), **(lora or {})}
+        changes["lora"] = {
+            **vars(self.lora),
+            "lora_target_modules": list(self.lora.lora_target_modules),
+            **(lora or {}),
+        }
         return {"changes": changes, "weights": self.file, **more}
 
 
@@ -96,7 +111,9 @@ def run_and_check(themes: dict[str, Theme], folder: Path) -> None:
     cases = {f"{theme}|{name}": case for theme, (cases, _) in themes.items() for name, case in cases.items()}
     curves = run(2, cases, folder)
     for theme, (_, check) in themes.items():
-        check({name.partition("|")[2]: curve for name, curve in curves.items() if name.startswith(f"{theme}|")})
+        check(
+            {name.partition("|")[2]: curve for name, curve in curves.items() if name.startswith(f"{theme}|")}
+        )
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +124,11 @@ def biases(tmp_path_factory) -> Setting:
 @pytest.fixture(scope="module")
 def grouped(tmp_path_factory) -> Setting:
     """InternLM2, adapted under Llama's names; not every matrix of a linear has an adapter."""
-    return Setting(GROUPED, ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), tmp_path_factory.mktemp("grouped") / "x")
+    return Setting(
+        GROUPED,
+        ("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"),
+        tmp_path_factory.mktemp("grouped") / "x",
+    )
 
 
 def exchanged(setting: Setting) -> str:
@@ -115,7 +136,10 @@ def exchanged(setting: Setting) -> str:
     from safetensors.torch import load_file
 
     held = load_file(setting.file)
-    swapped = {name.replace("q_proj_", "#").replace("k_proj_", "q_proj_").replace("#", "k_proj_"): t for name, t in held.items()}
+    swapped = {
+        name.replace("q_proj_", "#").replace("k_proj_", "q_proj_").replace("#", "k_proj_"): t
+        for name, t in held.items()
+    }
     path = str(setting.folder / "exchanged.safetensors")
     save_file(swapped, path)
     return path
@@ -124,7 +148,9 @@ def exchanged(setting: Setting) -> str:
 def compare(curves: dict[str, Curve], expected: Curve) -> None:
     for name, curve in curves.items():
         mistaken = name.startswith("control")
-        loss, norm = worst(curve, expected[: len(curve)] if mistaken else expected)  # some mistakes are seen in fewer steps
+        loss, norm = worst(
+            curve, expected[: len(curve)] if mistaken else expected
+        )  # some mistakes are seen in fewer steps
         if mistaken:
             assert max(loss, norm) > 1e-5, name
         else:
@@ -157,7 +183,9 @@ ALL_OTHERS = {which: [name for name in CASES if name not in FEW[which]] for whic
 def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting) -> Theme:
     """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     settings = {"biases": biases, "grouped": grouped}
-    cases = {f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]}
+    cases = {
+        f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]
+    }
     mistakes = {
         "alpha": biases.case(SHARDS, lora={"lora_alpha": 6.1}),
         "q and k exchanged": biases.case(SHARDS) | {"weights": exchanged(biases)},
@@ -182,7 +210,12 @@ class Shared(torch.nn.Module):
     """A projection of Hugging Face's and its rows of an adapter that several share."""
 
     def __init__(
-        self, linear: torch.nn.Linear, a: torch.nn.Parameter, b: torch.nn.Parameter, rows: list[int], scale: float
+        self,
+        linear: torch.nn.Linear,
+        a: torch.nn.Parameter,
+        b: torch.nn.Parameter,
+        rows: list[int],
+        scale: float,
     ) -> None:
         super().__init__()
         self.linear, self.a, self.b, self.rows, self.scale = linear, a, b, rows, scale
@@ -222,12 +255,18 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
         base = dict(param_mapping.random_tensors(model, RUN.train.seed))
         lora = replace(LORA, lora_target_modules=(leaf,))
         generator = torch.Generator().manual_seed(4)
-        own = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapters.initial(model, lora, 1)}
+        own = {
+            n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapters.initial(model, lora, 1)
+        }
         file = str(folder / f"{name}.safetensors")
         save_file(base | own, file)
         changes = {"model": vars(model), "lora": vars(lora) | {"lora_target_modules": [leaf]}}
         for layout in layouts[name]:
-            cases[f"{name}: {layout}"] = {"changes": changes | {"parallel": CASES[layout][0]}, "weights": file, "last": 5}
+            cases[f"{name}: {layout}"] = {
+                "changes": changes | {"parallel": CASES[layout][0]},
+                "weights": file,
+                "last": 5,
+            }
         reference = oracle.hugging_face(replace(model, family="llama"), base).requires_grad_(False)
         for number, layer in enumerate(reference.model.layers):
             ours = f"decoder.layers.{number}.self_attention.linear_qkv.lora.{leaf}_"
@@ -239,11 +278,17 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
     single = Setting(replace(GROUPED, num_query_groups=1), ALL, folder / "single")
     expected["single"] = single.expected()[:5]
     cases |= {f"single: {name}": single.case(*CASES[name]) | {"last": 5} for name in layouts["single"]}
-    cases["control: B's gradient not summed"] = single.case(TP | SP) | {"break": f"adapters: {COPY}", "last": 5}
+    cases["control: B's gradient not summed"] = single.case(TP | SP) | {
+        "break": f"adapters: {COPY}",
+        "last": 5,
+    }
 
     def check(curves: dict[str, Curve]) -> None:
         for name, curve in curves.items():
-            compare({name: curve}, expected[name.partition(":")[0] if not name.startswith("control") else "single"])
+            compare(
+                {name: curve},
+                expected[name.partition(":")[0] if not name.startswith("control") else "single"],
+            )
 
     return Theme(cases, check)
 
@@ -275,14 +320,25 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
     cases["across: zero 3"] = biases.case(zero(3)) | {"first": 3, "last": 5, "load": at["a"], "save": at["b"]}
     cases["across: pp2"] = biases.case(PP) | {"first": 5, "last": 8, "load": at["b"], "save": at["c"]}
     cases["across: zero 1, tp2"] = biases.case(TP | zero(1)) | {"first": 8, "load": at["c"]}
-    cases["control: moments lost"] = biases.case(TP | zero(1)) | {"first": 8, "load": at["c"], "break": "moments"}
+    cases["control: moments lost"] = biases.case(TP | zero(1)) | {
+        "first": 8,
+        "load": at["c"],
+        "break": "moments",
+    }
 
     def check(curves: dict[str, Curve]) -> None:
         expected = biases.expected()
         for mode in modes:
             assert curves[f"{mode}: first"] + curves[f"{mode}: then"] == curves[f"{mode}: whole"], mode
             assert worst(curves[f"{mode}: whole"], expected[:4])[0] > 1e-5, mode  # there was dropout
-        compare({"across": [pair for name, curve in curves.items() if name.startswith("across") for pair in curve]}, expected)
+        compare(
+            {
+                "across": [
+                    pair for name, curve in curves.items() if name.startswith("across") for pair in curve
+                ]
+            },
+            expected,
+        )
         compare({"control: moments lost": curves["control: moments lost"]}, expected[8:])
         names = checkpoint.open_checkpoint(at["c"], say=lambda text: None).names()
         assert len(names) == 2 * len(ALL) * biases.model.num_layers
@@ -304,7 +360,9 @@ def test_two_ranks(biases, grouped, tmp_path):
 def test_two_ranks_in_every_way(biases, grouped, tmp_path):
     themes = {
         "parity": parity(ALL_OTHERS, biases, grouped),
-        "one matrix": one_matrix({name: ["tp2", "tp2 sp", "zero 3", "zero 3, tp2"] for name in (*ONE_MATRIX, "single")}, tmp_path),
+        "one matrix": one_matrix(
+            {name: ["tp2", "tp2 sp", "zero 3", "zero 3, tp2"] for name in (*ONE_MATRIX, "single")}, tmp_path
+        ),
         "checkpoints": checkpoints(list(MODES), biases, tmp_path),
     }
     run_and_check(themes, tmp_path / "run")
@@ -324,8 +382,14 @@ FOUR = {
 def test_four_ranks_equal_peft(biases, grouped, tmp_path):
     """Fewer key/value heads than ranks too; an interleaved pipeline; tied embeddings on two stages."""
     deep = Setting(replace(BIASES, num_layers=4), ("k_proj", "down_proj"), tmp_path / "deep")
-    cases = {f"{which}/{name}": s.case(p) for which, s in (("b", biases), ("g", grouped)) for name, p in FOUR.items()}
-    tied = Setting(replace(GROUPED, family="llama", tie_embeddings=True), ("q_proj", "up_proj"), tmp_path / "tied")
+    cases = {
+        f"{which}/{name}": s.case(p)
+        for which, s in (("b", biases), ("g", grouped))
+        for name, p in FOUR.items()
+    }
+    tied = Setting(
+        replace(GROUPED, family="llama", tie_embeddings=True), ("q_proj", "up_proj"), tmp_path / "tied"
+    )
     cases |= {"t/pp2": tied.case(PP), "t/zero 3": tied.case(zero(3))}
     cases["d/pp2 vpp2"] = deep.case(PP | {"num_virtual_stages_per_pipeline_rank": 2})
     curves = run(4, cases, tmp_path / "run")
@@ -338,23 +402,35 @@ def test_recomputed_dropout_draws_the_same_masks(biases, tmp_path):
     """Whether the block forks the generators (sequence parallel) or the adapter does; the masks of two ranks' halves differ."""
     cases = {}
     for layout, parallel in (("tp2", TP), ("tp2 sp", TP | SP), ("zero 3", zero(3))):
-        for name, recompute in (("none", {}), ("full", {"recompute_granularity": "full"}), ("block", RECOMPUTE)):
+        for name, recompute in (
+            ("none", {}),
+            ("full", {"recompute_granularity": "full"}),
+            ("block", RECOMPUTE),
+        ):
             cases[f"{layout}: {name}"] = biases.case(parallel, recompute, {"lora_dropout": 0.2}) | {"last": 3}
     curves = run(2, cases, tmp_path)
-    for name, curve in curves.items():  # a frozen matrix's product may round otherwise in a pass that wants no gradient
+    for (
+        name,
+        curve,
+    ) in curves.items():  # a frozen matrix's product may round otherwise in a pass that wants no gradient
         assert max(worst(curve, curves[f"{name.partition(':')[0]}: none"])) < 1e-6, name
     assert worst(curves["tp2: none"], curves["tp2 sp: none"])[0] > 1e-3  # control: other masks
 
 
 @pytest.mark.slow
 def test_bf16_stays_in_a_band_around_fp32(biases, tmp_path):
-    cases = {name: biases.case(parallel) for name, parallel in (("tp2", TP), ("zero 1", zero(1)), ("zero 3", zero(3)))}
+    cases = {
+        name: biases.case(parallel)
+        for name, parallel in (("tp2", TP), ("zero 1", zero(1)), ("zero 3", zero(3)))
+    }
     for case in cases.values():
         case["changes"]["optim"] = {"bf16": True}
     expected = biases.expected()
     for name, curve in run(2, cases, tmp_path).items():
         assert 1e-6 < worst(curve, expected)[0] < 2e-3, name
-        assert worst(curve[:5], expected[:5])[1] < 2e-2, name  # later norms of peft itself in bf16 part from fp32 by up to 0.09
+        assert worst(curve[:5], expected[:5])[1] < 2e-2, (
+            name
+        )  # later norms of peft itself in bf16 part from fp32 by up to 0.09
 
 
 def test_nothing_is_kept_for_frozen_weights(cpu):

@@ -61,9 +61,9 @@ def lora_of(*words: str, model: str = "internlm-tiny") -> LoraConfig:
     ],
 )
 def test_names_of_matrices(model, typed, meant):
-    assert lora_of("--lora-r", "16", "--lora-target-modules", *typed.split(), model=model).lora_target_modules == tuple(
-        meant.split()
-    )
+    assert lora_of(
+        "--lora-r", "16", "--lora-target-modules", *typed.split(), model=model
+    ).lora_target_modules == tuple(meant.split())
 
 
 def test_the_published_flags():
@@ -75,7 +75,10 @@ def test_the_published_flags():
 @pytest.mark.parametrize(
     ("typed", "match"),
     [
-        ("--lora-rank 4 --lora-target-modules q_proj lm_head", f"lm_head: no such matrix; there are {LLAMA} \\(or all-linear"),
+        (
+            "--lora-rank 4 --lora-target-modules q_proj lm_head",
+            f"lm_head: no such matrix; there are {LLAMA} \\(or all-linear",
+        ),
         ("--lora-rank 4 --lora-target-modules wqkv", f"there are {LLAMA} \\(or"),
         (
             "--model internlm2-tiny --lora-rank 4 --lora-target-modules wqkv k_proj",
@@ -116,9 +119,13 @@ def test_memory_and_work():
 
     model, lora = families.preset("internlm2-7b"), LoraConfig(16, lora_target_modules=tuple(LLAMA.split()))
     whole, more = estimates.parameter_count(model), targets.parameter_count(model, lora)
-    states = estimates.model_states(model, ParallelConfig(zero_stage=0), 8, "bf16", fp32_gradients=True, lora=lora)
+    states = estimates.model_states(
+        model, ParallelConfig(zero_stage=0), 8, "bf16", fp32_gradients=True, lora=lora
+    )
     assert (states.weights, states.gradients, states.optimizer) == (2 * (whole + more), 4 * more, 12 * more)
-    per_rank = targets.parameter_count(model, lora, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4))
+    per_rank = targets.parameter_count(
+        model, lora, ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=4)
+    )
     # q, k and v, gate and up: A whole, B cut; o and down: A cut, B whole
     cut = (4096 + 2048) + 2 * (4096 + 512) + (2048 + 4096) + 2 * (4096 + 7168) + (7168 + 4096)
     assert per_rank == 8 * 16 * cut
@@ -142,8 +149,18 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
 
     def source(seed: int) -> Source:
-        tensors = {name: tensor.bfloat16().float() for name, tensor in param_mapping.random_tensors(MODEL, seed)}
-        return Source("random", folder, MODEL, {}, dict.fromkeys(tensors, torch.float32), from_maker(tensors.__getitem__), None)
+        tensors = {
+            name: tensor.bfloat16().float() for name, tensor in param_mapping.random_tensors(MODEL, seed)
+        }
+        return Source(
+            "random",
+            folder,
+            MODEL,
+            {},
+            dict.fromkeys(tensors, torch.float32),
+            from_maker(tensors.__getitem__),
+            None,
+        )
 
     convert.write_hf(source(5), folder / "hf")
     convert.write_hf(source(5), folder / "bf16", dtype=torch.bfloat16)
@@ -210,7 +227,9 @@ def start(cpu):
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(lora: dict | None = None, **train):
-        run = replace(RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA)
+        run = replace(
+            RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA
+        )
         said = []
         return room.find_start(run, grid, cpu, said.append), "\n".join(said)
 
@@ -246,7 +265,9 @@ def full(tmp_path) -> str:
     """A training checkpoint of all weights."""
     from ascendspeed.models import param_mapping
 
-    return save(tmp_path / "full", replace(RUN, lora=LoraConfig()), dict(param_mapping.random_tensors(MODEL, 1)))
+    return save(
+        tmp_path / "full", replace(RUN, lora=LoraConfig()), dict(param_mapping.random_tensors(MODEL, 1))
+    )
 
 
 def test_fresh_adapters_beside_weights(start, bases):
@@ -265,7 +286,9 @@ def test_adapters_belong_to_weights(start, bases, tmp_path):
         start()
     with pytest.raises(UserError, match="adapters belong to weights; name these by --load"):
         start(load=str(tmp_path / "new"), save=str(tmp_path / "new"))
-    with pytest.raises(UserError, match="--lora-base /x belongs to a --load that holds adapters; this one holds weights"):
+    with pytest.raises(
+        UserError, match="--lora-base /x belongs to a --load that holds adapters; this one holds weights"
+    ):
         start({"lora_base": "/x"}, load=str(bases["hf"]))
 
 
@@ -278,7 +301,9 @@ def test_adapters_of_peft_to_start_from(start, bases, tmp_path):
     tensors = dict(start(load, load=str(bases["hf"]))[0].tensors)
     for which in "AB":
         name = f"base_model.model.model.layers.2.self_attn.v_proj.lora_{which}.weight"
-        assert torch.equal(tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], theirs[name])
+        assert torch.equal(
+            tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], theirs[name]
+        )
     with pytest.raises(UserError, match=r"q_proj has rank 4, but --lora-rank is 8; give that one"):
         start(load | {"lora_rank": 8}, load=str(bases["hf"]))
     with pytest.raises(UserError, match=r"q_proj has an alpha of 8, but --lora-alpha is 9; give that one"):
@@ -298,13 +323,17 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
     assert sum(".lora." not in name for name, _ in found.tensors) == 27
     moved = tmp_path / "moved"
     base.rename(moved)
-    with pytest.raises(UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now"):
+    with pytest.raises(
+        UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now"
+    ):
         start(load=saved)
     found, _ = start({"lora_base": str(moved)}, load=saved)
     assert found.named(RUN).lora.lora_base == str(moved)
     with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/other"):
         start({"lora_base": str(bases["other"])}, load=saved)
-    shutil.copytree(bases["other"], base)  # the likely mistake: another model of the same architecture, under the same name
+    shutil.copytree(
+        bases["other"], base
+    )  # the likely mistake: another model of the same architecture, under the same name
     with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/base"):
         start(load=saved)
 
@@ -317,7 +346,10 @@ def test_adapters_that_were_written_for_peft_know_their_weights(start, saved, ba
     load = {"lora_load": str(written)}
     _, said = start(load, load=str(bases["bf16"]))
     assert said.endswith(f"adapters from {written}")
-    with pytest.raises(UserError, match=rf"--load .*/other does not hold the weights that {written} was trained on \(.*/base\)"):
+    with pytest.raises(
+        UserError,
+        match=rf"--load .*/other does not hold the weights that {written} was trained on \(.*/base\)",
+    ):
         start(load, load=str(bases["other"]))
     (written / BASE).unlink()  # control
     _, said = start(load, load=str(bases["other"]))
@@ -340,7 +372,10 @@ def test_exported_adapters_name_weights_whose_modules_have_their_names(saved, tm
 
 def test_what_may_change_and_what_not(start, saved, full):
     flags = "--lora-rank 4 --lora-alpha 8 --lora-target-modules q_proj v_proj down_proj"
-    for changes, names in (({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha")):
+    for changes, names in (
+        ({"lora_rank": 8}, "lora_rank"),
+        ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha"),
+    ):
         remedy = r"cannot change: give these flags, or merge the adapters \(tools/lora/merge_lora.py\) and --load the result"
         for train in ({}, {"finetune": True}):
             with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* {remedy}"):
@@ -349,9 +384,14 @@ def test_what_may_change_and_what_not(start, saved, full):
     assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in said
     assert "note: --lora-load /x is where the run began" in said
     off = dataclasses.asdict(LoraConfig())
-    with pytest.raises(UserError, match=f"go on training them by {flags}, or all weights with the adapters in them by --finetune"):
+    with pytest.raises(
+        UserError,
+        match=f"go on training them by {flags}, or all weights with the adapters in them by --finetune",
+    ):
         start(off, load=saved)
-    with pytest.raises(UserError, match="holds all weights of a model: to train adapters beside them add --finetune"):
+    with pytest.raises(
+        UserError, match="holds all weights of a model: to train adapters beside them add --finetune"
+    ):
         start(load=full)
 
 
@@ -361,7 +401,9 @@ def test_finetune(start, saved, full, bases):
 
     found, _ = start(load=full, finetune=True)
     tensors = dict(found.tensors)
-    assert torch.equal(tensors["output_layer.weight"], dict(param_mapping.random_tensors(MODEL, 1))["output_layer.weight"])
+    assert torch.equal(
+        tensors["output_layer.weight"], dict(param_mapping.random_tensors(MODEL, 1))["output_layer.weight"]
+    )
     assert found.named(RUN).lora.lora_base.endswith("full/step_0000002")
     found, _ = start(load=saved, finetune=True)
     tensors = dict(found.tensors)
@@ -376,7 +418,12 @@ def test_finetune(start, saved, full, bases):
 
 def command(*words: str | Path) -> str:
     done = subprocess.run(
-        [sys.executable, *map(str, words)], env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True, timeout=300
+        [sys.executable, *map(str, words)],
+        env=launch.environment(),
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
     return done.stdout
@@ -385,7 +432,9 @@ def command(*words: str | Path) -> str:
 ENGINES = [
     pytest.param((), False, id="megatron"),
     pytest.param((), True, id="megatron, and the same at once", marks=pytest.mark.slow),
-    pytest.param(("--deepspeed", "--zero-stage", "2", "--bf16"), True, id="deepspeed", marks=pytest.mark.slow),
+    pytest.param(
+        ("--deepspeed", "--zero-stage", "2", "--bf16"), True, id="deepspeed", marks=pytest.mark.slow
+    ),
 ]
 
 
@@ -398,11 +447,15 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     with PairWriter(str(tmp_path / "text_document"), np.dtype(np.int32)) as writer:
         writer.add(generator.integers(0, 2048, 8000).astype(np.int32), np.full(100, 80))
         writer.commit({})
-    flags = "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --split 100,0,0"
+    flags = (
+        "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 4 --lr 1e-2 --split 100,0,0"
+    )
     flags += f" --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-target-modules {' '.join(NAMES)}"
     words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
     kept = tmp_path / "ckpt"
-    command(*words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2")
+    command(
+        *words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2"
+    )
     assert not (kept / "adapter").exists()
     said = command(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
     assert f"adapters for peft in {kept / 'adapter'}" in said
@@ -410,11 +463,24 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     assert size < 12 * targets.parameter_count(MODEL, LORA) + 50_000
     if at_once:
         command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
-        curves = [[(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")] for log in ("log", "again")]
+        curves = [
+            [(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")]
+            for log in ("log", "again")
+        ]
         assert curves[0] == curves[1]
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (kept / "adapter" / name).read_bytes() == (tmp_path / "whole" / "adapter" / name).read_bytes()
-    tool("../lora/merge_lora.py", "--base", bases["llama"], "--adapter", kept / "adapter", "--save", tmp_path / "merged")
+            assert (kept / "adapter" / name).read_bytes() == (
+                tmp_path / "whole" / "adapter" / name
+            ).read_bytes()
+    tool(
+        "../lora/merge_lora.py",
+        "--base",
+        bases["llama"],
+        "--adapter",
+        kept / "adapter",
+        "--save",
+        tmp_path / "merged",
+    )
     tool("../lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
     tool("convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")
     tokens = torch.arange(60).view(2, 30)
@@ -432,4 +498,8 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     assert torch.equal(logits(tmp_path / "converted"), expected)
     assert (logits(bases["llama"]) - expected).abs().max() > 1e-2  # control
     settings = peft.LoraConfig.from_pretrained(kept / "adapter")
-    assert (settings.base_model_name_or_path, settings.r, settings.task_type) == (str(bases["hf"]), 4, "CAUSAL_LM")
+    assert (settings.base_model_name_or_path, settings.r, settings.task_type) == (
+        str(bases["hf"]),
+        4,
+        "CAUSAL_LM",
+    )

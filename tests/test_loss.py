@@ -55,10 +55,16 @@ def inputs(vocabulary: int = V) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
     generator = torch.Generator().manual_seed(2)
     logits = 20 * torch.randn(S, B, vocabulary, dtype=torch.float64, generator=generator)
     labels = torch.randint(vocabulary, (S, B), generator=generator)
-    return logits, labels, torch.rand(S, B, generator=generator) * (torch.rand(S, B, generator=generator) < 0.8)
+    return (
+        logits,
+        labels,
+        torch.rand(S, B, generator=generator) * (torch.rand(S, B, generator=generator) < 0.8),
+    )
 
 
-def expected(logits: torch.Tensor, labels: torch.Tensor, arriving: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def expected(
+    logits: torch.Tensor, labels: torch.Tensor, arriving: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits = logits.double().requires_grad_()
     losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     return losses.detach(), torch.autograd.grad(losses, logits, arriving.double())[0]
@@ -91,7 +97,9 @@ def test_equals_torch(cpu, monkeypatch, ranks):
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back.double(), gradient, rtol=1e-5, atol=1e-6)
-    assert (ours(monkeypatch, logits, labels.roll(1, 0), arriving, ranks)[1] - back).abs().max() > 0.1  # labels count
+    assert (
+        ours(monkeypatch, logits, labels.roll(1, 0), arriving, ranks)[1] - back
+    ).abs().max() > 0.1  # labels count
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -138,7 +146,9 @@ def test_a_masked_label_outside_the_vocabulary(cpu, monkeypatch):
 def test_a_second_backward_is_refused(cpu, monkeypatch):
     from ascendspeed.models.gpt import cross_entropy as loss
 
-    monkeypatch.setattr(loss, "dist", SimpleNamespace(get_rank=lambda group: 0, get_world_size=lambda group: 1))
+    monkeypatch.setattr(
+        loss, "dist", SimpleNamespace(get_rank=lambda group: 0, get_world_size=lambda group: 1)
+    )
     logits, labels, _ = inputs()
     logits = logits.float().requires_grad_()
     total = loss.cross_entropy(logits * 1, labels, None).sum()

@@ -24,7 +24,10 @@ from ascendspeed.utils.errors import UserError
 
 @pytest.mark.parametrize("name", ["seed", "weights", "data"])
 def test_another_origin_is_refused(tmp_path, name):
-    ref, cand = write_run(tmp_path / "ref", CURVE, seed="1"), write_run(tmp_path / "cand", CURVE, **{name: "other"})
+    ref, cand = (
+        write_run(tmp_path / "ref", CURVE, seed="1"),
+        write_run(tmp_path / "cand", CURVE, **{name: "other"}),
+    )
     with pytest.raises(UserError, match=f"the runs began with another {name}: ") as error:
         comparing.compare(ref, cand)
     assert "other in" in str(error.value)
@@ -41,7 +44,9 @@ def began(tmp_path):
     from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
-    model = replace(families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64)
+    model = replace(
+        families.preset("internlm-tiny"), num_layers=2, hidden_size=32, ffn_hidden_size=48, vocab_size=64
+    )
     known = {p.name: p for p in parameters(model)}
 
     def weights(name: str, seed: int = 1, kind=None, values=torch.float32, dtype=torch.float32) -> str:
@@ -58,7 +63,9 @@ def began(tmp_path):
     def log_of(load: str | None, seed: int = 1234, device: str = "cpu (AMD EPYC), gloo", **train) -> Path:
         run = example_run()
         settings = schema.TrainConfig(load=load, seed=seed, **train)
-        run = replace(run, model=model, train=settings, data=schema.DataConfig(data_path=(str(tmp_path / "tokens"),)))
+        run = replace(
+            run, model=model, train=settings, data=schema.DataConfig(data_path=(str(tmp_path / "tokens"),))
+        )
         head = f"device: {device}; 2 processes: TP 1 x DP 2"
         (tmp_path / "train.log").write_text(f"{head}\nrun: {json.dumps(asdict(run))}\n{ours(1, 2.0)}")
         return tmp_path / "train.log"
@@ -75,10 +82,14 @@ def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
     first = origin.of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
     began.weights("tp2", kind=convert.RankFiles(tp=2, pp=2))
     assert first["seed"] == "1234"
-    assert origin.of_log(began(began.weights("same", values=torch.bfloat16))) == first  # the same values as fp32
+    assert (
+        origin.of_log(began(began.weights("same", values=torch.bfloat16))) == first
+    )  # the same values as fp32
     fp32 = origin.of_log(began(began.weights("wide")))
     assert fp32["weights"] != first["weights"]  # not rounded to bf16: other values
-    assert origin.of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]  # rank files of the same values
+    assert (
+        origin.of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]
+    )  # rank files of the same values
     assert origin.of_log(began(began.weights("other", seed=2)))["weights"] != fp32["weights"]
 
 
@@ -147,9 +158,17 @@ def shell(tmp_path):
         (work / "said").unlink(missing_ok=True)
         own = {"WORK": str(work), "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         own |= {"DATA": "0.3 a 0.7 b", "CHECKPOINT": "weights", "TOKENIZER_PATH": "tok"} | env
-        bare = {k: v for k, v in launch.environment().items() if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "REF", "CAND")}
+        bare = {
+            k: v
+            for k, v in launch.environment().items()
+            if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "REF", "CAND")
+        }
         done = subprocess.run(
-            ["bash", "examples/intern/loss_parity.sh"], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+            ["bash", "examples/intern/loss_parity.sh"],
+            env=bare | own,
+            cwd=launch.ROOT,
+            capture_output=True,
+            text=True,
         )
         said = (work / "said").read_text().splitlines() if (work / "said").exists() else []
         return done.returncode, said, done.stdout + done.stderr
@@ -170,9 +189,14 @@ def test_two_runs_and_a_comparison(shell):
     assert cand.endswith("--tensor-model-parallel-size 2 --pipeline-model-parallel-size 2")
     common = [re.search(r"--data-path .* --log-interval 1", line)[0] for line in (ref, cand)]
     assert common[0] == common[1]
-    for words in ("--data-path 0.3 a 0.7 b --tokenizer-name-or-path tok --load weights --seed 1234", "--lr 1e-3 --min-lr 1e-4"):
+    for words in (
+        "--data-path 0.3 a 0.7 b --tokenizer-name-or-path tok --load weights --seed 1234",
+        "--lr 1e-3 --min-lr 1e-4",
+    ):
         assert words in common[0]
-    assert [line.split()[1] for line in (origin_of_ref, origin_of_cand)] == ["examples/intern/parity_origin.py"] * 2
+    assert [line.split()[1] for line in (origin_of_ref, origin_of_cand)] == [
+        "examples/intern/parity_origin.py"
+    ] * 2
     assert compared == (
         f"python tools/compare_loss.py {shell.work}/ref {shell.work}/cand --out {shell.work} --profile published --same-origin"
     )
@@ -197,7 +221,8 @@ def test_halves_on_two_machines(shell):
 
 
 @pytest.mark.parametrize(
-    ("env", "said"), [({"SIDE": "left"}, "SIDE=left is not one of"), ({"DTYPE": "int8"}, "DTYPE=int8 is not one of")]
+    ("env", "said"),
+    [({"SIDE": "left"}, "SIDE=left is not one of"), ({"DTYPE": "int8"}, "DTYPE=int8 is not one of")],
 )
 def test_what_the_shell_refuses(shell, env, said):
     code, started, text = shell(**env)
@@ -213,7 +238,9 @@ def test_the_real_thing(tmp_path):
     command = ["bash", "examples/intern/loss_parity.sh"]
 
     def go(**more: str) -> subprocess.CompletedProcess:
-        return subprocess.run(command, env=launch.environment(**env, **more), cwd=launch.ROOT, capture_output=True, text=True)
+        return subprocess.run(
+            command, env=launch.environment(**env, **more), cwd=launch.ROOT, capture_output=True, text=True
+        )
 
     done = go()
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

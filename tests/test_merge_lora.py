@@ -24,7 +24,12 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
 SMALL = ModelConfig(
-    num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=4, vocab_size=125, max_position_embeddings=64
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=4,
+    vocab_size=125,
+    max_position_embeddings=64,
 )
 NO_BIAS = {"add_qkv_bias": False, "add_dense_bias": False}
 MODELS = {
@@ -55,7 +60,11 @@ def base(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """A Hugging Face directory in `folder`; the same model as transformers has it."""
     reference, named = model_of(family, dtype)
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in named.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     (folder / "config.json").write_text(json.dumps(FAMILIES[family].write_config(MODELS[family])))
     return reference
 
@@ -71,12 +80,22 @@ def made(reference: Any, folder: Path, **settings: Any) -> Path:
 
 
 def merge(work: Path) -> dict[str, torch.Tensor]:
-    command("../lora/merge_lora.py", "--base", work / "base", "--adapter", work / "adapter", "--save", work / "merged")
+    command(
+        "../lora/merge_lora.py",
+        "--base",
+        work / "base",
+        "--adapter",
+        work / "adapter",
+        "--save",
+        work / "merged",
+    )
     return load_file(work / "merged" / "model.safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("family", "settings"), [(f, "some") for f in MODELS] + [("llama", s) for s in SETTINGS if s != "some"])
+@pytest.mark.parametrize(
+    ("family", "settings"), [(f, "some") for f in MODELS] + [("llama", s) for s in SETTINGS if s != "some"]
+)
 def test_every_bit_is_that_of_peft(family, settings, dtype, tmp_path):
     """InternLM2's own names too: there the adapters of q and v go into wqkv."""
     reference = base(family, tmp_path / "base", dtype)
@@ -84,15 +103,17 @@ def test_every_bit_is_that_of_peft(family, settings, dtype, tmp_path):
     found = merge(tmp_path)
     before = load_file(tmp_path / "base" / "model.safetensors")
     merged = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").merge_and_unload()
-    expected = oracle.RENAMED.get(family, lambda named, *_: named)(merged.state_dict(), MODELS[family], merged)
+    expected = oracle.RENAMED.get(family, lambda named, *_: named)(
+        merged.state_dict(), MODELS[family], merged
+    )
     assert found.keys() == before.keys() == expected.keys()
     for name, tensor in expected.items():
         assert found[name].dtype == dtype
         assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
     changed = {name for name in found if not torch.equal(found[name], before[name])}
-    assert len(changed) == {"some": 10, "all": 14, "rslora": 10, "patterns": 10, "one layer": 5}[settings] - 2 * (
-        family == "internlm2"
-    )
+    assert len(changed) == {"some": 10, "all": 14, "rslora": 10, "patterns": 10, "one layer": 5}[
+        settings
+    ] - 2 * (family == "internlm2")
     assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == family
 
 
@@ -131,14 +152,28 @@ def test_wqkv_by_llamas_names(tmp_path):
     pairs = {}
     for name, tensor in adapters.initial(model, lora, 1):
         layer, leaf = name.split(".")[2], name.rpartition(".")[2]
-        pairs.setdefault((layer, leaf[:-2]), {})[leaf[-1]] = torch.randn(tensor.shape, generator=generator) * 0.1
+        pairs.setdefault((layer, leaf[:-2]), {})[leaf[-1]] = (
+            torch.randn(tensor.shape, generator=generator) * 0.1
+        )
     where = {"wqkv": "attention.wqkv", "wo": "attention.wo", "w1": "feed_forward.w1", "w2": "feed_forward.w2"}
-    named = {f"model.layers.{n}.{where[leaf]}": adapters.Pair(ab["A"], ab["B"], 2.0) for (n, leaf), ab in pairs.items()}
-    own = adapters.Adapter(tmp_path, named, {"r": 4, "lora_alpha": 8, "target_modules": list(where)}, "trained/on")
+    named = {
+        f"model.layers.{n}.{where[leaf]}": adapters.Pair(ab["A"], ab["B"], 2.0)
+        for (n, leaf), ab in pairs.items()
+    }
+    own = adapters.Adapter(
+        tmp_path, named, {"r": 4, "lora_alpha": 8, "target_modules": list(where)}, "trained/on"
+    )
     llama = adapters.as_llama(own, model)
     assert llama.base is None
     assert adapters.as_llama(replace(llama, base="a/llama"), MODELS["llama"]).base == "a/llama"
-    assert llama.settings["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]
+    assert llama.settings["target_modules"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "down_proj",
+    ]
     by_own, by_llama = (dict(adapters.merged(source, one).tensors()) for one in (own, llama))
     for name, tensor in by_own.items():
         assert torch.allclose(by_llama[name], tensor, atol=1e-6), name
@@ -168,7 +203,10 @@ REFUSED = {
     "r": (8, "A of model.layers.0.* has 4 rows, but adapter_config.json says r = 8"),
     "lora_alpha": (None, "lora_alpha = None cannot be"),
     "alpha_pattern": ({"(": 1}, "is no regular expression"),
-    "target_modules": ([*SOME, "k_proj"], "lacks the adapters of model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj"),
+    "target_modules": (
+        [*SOME, "k_proj"],
+        "lacks the adapters of model.layers.0.self_attn.k_proj, model.layers.1.self_attn.k_proj",
+    ),
 }
 
 
@@ -223,7 +261,10 @@ def elsewhere(tensors: dict[str, torch.Tensor]) -> None:
     [
         (lambda t: t.pop(f"{PRE}{UP}A.weight"), "it has left over model.layers.1.mlp.up_proj"),
         (lambda t: t.pop(f"{PRE}{UP}B.weight"), "it lacks model.layers.1.mlp.up_proj"),
-        (lambda t: [t.pop(f"{PRE}{UP}{x}.weight") for x in "AB"], "lacks the adapters of model.layers.1.mlp.up_proj"),
+        (
+            lambda t: [t.pop(f"{PRE}{UP}{x}.weight") for x in "AB"],
+            "lacks the adapters of model.layers.1.mlp.up_proj",
+        ),
         (lambda t: t.update(odd=torch.ones(1)), "no matrix of a LoRA adapter: odd"),
         (elsewhere, "has left over model.layers.7.mlp.up_proj, which the model"),
         (lambda t: t.update({f"{PRE}{UP}B.weight": torch.ones(90, 4)}), "do not fit a matrix of"),
@@ -258,7 +299,10 @@ def test_the_weights_beneath_are_known(work, capsys):
     for other in (once, spoiled_base(work)):
         shutil.rmtree(work / "base")
         other.rename(work / "base")
-        refused(work, "base does not hold the weights that .*adapter was trained on: it is another model, or was changed since")
+        refused(
+            work,
+            "base does not hold the weights that .*adapter was trained on: it is another model, or was changed since",
+        )
     (work / "adapter" / directory.BASE).unlink()  # control
     merge(work)
     assert f"note: {work / 'adapter'} does not say which weights it was trained on" in capsys.readouterr().out
@@ -311,7 +355,9 @@ def test_a_kill_never_loses_the_adapters(older, work):
         if not killed(number, among=steps, work=lambda: directory.replace_with(two, target)):
             break
         there = target.exists() or target.with_name(".adapter.new").exists()
-        assert killed(1, among={directory: ("create_safetensors",)}, work=lambda: directory.replace_with(two, target))
+        assert killed(
+            1, among={directory: ("create_safetensors",)}, work=lambda: directory.replace_with(two, target)
+        )
         assert not (older or there) or directory.open_adapter(target).pairs.keys() == one.pairs.keys(), number
         directory.replace_with(two, target)
         assert json.loads((target / "adapter_config.json").read_text())["revision"] == "two"

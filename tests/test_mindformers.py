@@ -94,11 +94,18 @@ def apart(name: str, tensor: Tensor) -> dict[str, Tensor]:
     d = HIDDEN // HEADS
     groups = tensor.split(d * (HEADS // GROUPS + 2))
     parts = {"wq": slice(None, -2 * d), "wk": slice(-2 * d, -d), "wv": slice(-d, None)}
-    return {name.replace(".w.", f".{x}."): torch.cat([group[rows] for group in groups]) for x, rows in parts.items()}
+    return {
+        name.replace(".w.", f".{x}."): torch.cat([group[rows] for group in groups])
+        for x, rows in parts.items()
+    }
 
 
 def config_json(folder: Path, family: str) -> None:
-    own = {"model_type": "internlm2", "bias": False, "num_key_value_heads": GROUPS} if family == "internlm2" else MODELS[family]
+    own = (
+        {"model_type": "internlm2", "bias": False, "num_key_value_heads": GROUPS}
+        if family == "internlm2"
+        else MODELS[family]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(COMMON | own))
 
@@ -107,7 +114,8 @@ def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
     convert.write_hf(convert.open_source(folder), tmp / "hf", allow_nan=True)
     back = load_file(tmp / "hf/model.safetensors")
     return back.keys() == tensors.keys() and all(
-        back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items()
+        back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8))
+        for n, t in tensors.items()
     )
 
 
@@ -121,7 +129,9 @@ def test_a_file_of_mindspore_itself(tmp_path):
         assert torch.equal(held[name], expected.to(dtype))
     assert held["x"] == 1.5
     value_of_w = value("w", (2, 3), "Float32", expected.numpy().tobytes())
-    assert base64.b64decode(BY_MINDSPORE).startswith(value_of_w)  # so what the other tests write is the same encoding
+    assert base64.b64decode(BY_MINDSPORE).startswith(
+        value_of_w
+    )  # so what the other tests write is the same encoding
 
 
 @pytest.mark.parametrize("family", ["internlm", "llama"])
@@ -145,7 +155,9 @@ def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
     if not concat:
         held = {new: part for name, tensor in held.items() for new, part in apart(name, tensor).items()}
     write_ckpt(tmp_path / "mf/model.ckpt", held, pieces)
-    assert convert.open_source(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
+    assert (
+        convert.open_source(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
+    )
     assert same(tmp_path / "mf", tensors, tmp_path)
 
 
@@ -193,5 +205,7 @@ def test_what_is_not_read_is_said(tmp_path):
     write_ckpt(tmp_path / "mf/rank_1.ckpt", tensors)
     refused(r"holds 2 \.ckpt files: .* merge the ranks' files")
     (tmp_path / "mf/rank_1.ckpt").unlink()
-    (tmp_path / "mf/config.json").write_text(json.dumps(COMMON | {"model_type": "qwen2", "num_key_value_heads": 8}))
+    (tmp_path / "mf/config.json").write_text(
+        json.dumps(COMMON | {"model_type": "qwen2", "num_key_value_heads": 8})
+    )
     refused("a model of family qwen2 cannot be read from mindformers, only internlm, internlm2, llama")

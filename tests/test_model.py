@@ -24,7 +24,13 @@ INTERNLM = ModelConfig(
     init_method_std=0.1,
 )
 GROUPED = replace(
-    INTERNLM, family="llama", num_attention_heads=8, num_query_groups=2, add_qkv_bias=False, add_dense_bias=False, kv_channels=16
+    INTERNLM,
+    family="llama",
+    num_attention_heads=8,
+    num_query_groups=2,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+    kv_channels=16,
 )
 
 
@@ -33,7 +39,9 @@ def tensors_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     made = {}
     for name, tensor in param_mapping.random_tensors(model, seed):
-        made[name] = tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
+        made[name] = (
+            tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
+        )
     return made
 
 
@@ -45,7 +53,9 @@ def ours(cpu, model: ModelConfig, tensors, dtype: str = "fp32", train: TrainConf
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype))
+    built = gpt_model.build(
+        model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype)
+    )
     gpt_model.fill(built, model, layout, tensors.items())
     return built
 
@@ -66,12 +76,21 @@ def under(cases: dict[str, Case], world: int, folder: Path):
     for name, case in cases.items():
         save_file({n: t.contiguous() for n, t in case.tensors.items()}, folder / f"{name}.safetensors")
         run = schema.to_dict(Run(case.model, case.layout, OptimConfig(), DataConfig(), TrainConfig()))
-        job["cases"][name] = {"run": run, "weights": str(folder / f"{name}.safetensors"), "tokens": case.tokens.tolist()}
+        job["cases"][name] = {
+            "run": run,
+            "weights": str(folder / f"{name}.safetensors"),
+            "tokens": case.tokens.tolist(),
+        }
     facts = launch.ranks(world, "model_worker.py", job, folder)
     found = load_file(folder / "out.json.safetensors")
     rows = {name: case.model.vocab_size for name, case in cases.items()}
     return {
-        n: (found[f"{n}.logits"][..., : rows[n]], found[f"{n}.losses"], found[f"{n}.logits"][..., rows[n] :], facts[n])
+        n: (
+            found[f"{n}.logits"][..., : rows[n]],
+            found[f"{n}.losses"],
+            found[f"{n}.logits"][..., rows[n] :],
+            facts[n],
+        )
         for n in cases
     }
 
@@ -95,25 +114,61 @@ def test_a_plainly_concatenated_qkv_is_seen(cpu):
     wrong = dict(tensors)
     for parameter in param_mapping.parameters(INTERNLM):
         if parameter.row.fuse == "qkv":
-            wrong[parameter.name] = torch.cat(list(param_mapping.part(INTERNLM, parameter, tensors[parameter.name]).values()))
+            wrong[parameter.name] = torch.cat(
+                list(param_mapping.part(INTERNLM, parameter, tensors[parameter.name]).values())
+            )
     expected = oracle.hugging_face(INTERNLM, tensors)(tokens).logits
     assert (ours(cpu, INTERNLM, wrong)(tokens, None, None)[..., :125] - expected).abs().max() > 0.1
 
 
 ROPES = [  # every spelling of config.json, and what Hugging Face calls it
     ("internlm", {"rotary": {"base": 20000, "type": "dynamic"}}, ("dynamic", 20000.0, 1.0)),
-    ("internlm", {"rotary": {"base": 20000, "type": "dynamic", "scaling_factor": 3}}, ("dynamic", 20000.0, 3.0)),
-    ("internlm", {"rotary": {"base": 20000, "type": "linear", "scaling_factor": 2.0}}, ("linear", 20000.0, 2.0)),
+    (
+        "internlm",
+        {"rotary": {"base": 20000, "type": "dynamic", "scaling_factor": 3}},
+        ("dynamic", 20000.0, 3.0),
+    ),
+    (
+        "internlm",
+        {"rotary": {"base": 20000, "type": "linear", "scaling_factor": 2.0}},
+        ("linear", 20000.0, 2.0),
+    ),
     ("internlm", {"rotary": {"base": 20000, "type": "origin"}}, ("default", 20000.0, 1.0)),
     ("internlm", {"rotary": None}, ("dynamic", 10000.0, 1.0)),
-    ("internlm2", {"rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, ("dynamic", 1e6, 2.0)),
-    ("internlm2", {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}}, ("linear", 1e6, 2.0)),
+    (
+        "internlm2",
+        {"rope_theta": 1000000, "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        ("dynamic", 1e6, 2.0),
+    ),
+    (
+        "internlm2",
+        {"rope_theta": 1000000, "rope_scaling": {"type": "linear", "factor": 2}},
+        ("linear", 1e6, 2.0),
+    ),
     ("internlm2", {"rope_theta": 1000000, "rope_scaling": None}, ("default", 1e6, 1.0)),
-    ("internlm3", {"rope_theta": 50000000, "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}}, ("dynamic", 5e7, 6.0)),
-    ("llama", {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, ("linear", 5e5, 4.0)),
-    ("llama", {"rope_parameters": {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 2.0}}, ("dynamic", 5e5, 2.0)),
+    (
+        "internlm3",
+        {"rope_theta": 50000000, "rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+        ("dynamic", 5e7, 6.0),
+    ),
+    (
+        "llama",
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        ("linear", 5e5, 4.0),
+    ),
+    (
+        "llama",
+        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "dynamic", "factor": 2.0}},
+        ("dynamic", 5e5, 2.0),
+    ),
 ]
-SHAPE = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": 125}
+SHAPE = {
+    "num_hidden_layers": 1,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "vocab_size": 125,
+}
 
 
 @pytest.mark.parametrize("length", [24, 32, 33, 48])
@@ -121,20 +176,29 @@ SHAPE = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 96, "nu
 def test_rope_equals_hugging_face(cpu, family, spelling, meaning, length):
     """Within the trained length (32) and up to one and a half of it, as config.json spells it."""
     theirs = SHAPE | {"model_type": family, "max_position_embeddings": 32, "bias": False} | spelling
-    read = replace(FAMILIES[family].read_config(theirs), family="llama", init_method_std=0.1, norm_epsilon=1e-6)
+    read = replace(
+        FAMILIES[family].read_config(theirs), family="llama", init_method_std=0.1, norm_epsilon=1e-6
+    )
     tensors, tokens, (kind, base, factor) = tensors_of(read), tokens_of(read, length), meaning
     rope = {"rope_type": kind, "rope_theta": base} | ({} if kind == "default" else {"factor": factor})
     expected = oracle.hugging_face(read, tensors, rope=rope)(tokens).logits
     assert (ours(cpu, read, tensors)(tokens, None, None)[..., :125] - expected).abs().max() < 2e-5
-    if kind == "linear" or (kind == "dynamic" and length > 32):  # control: without scaling it is another model
+    if kind == "linear" or (
+        kind == "dynamic" and length > 32
+    ):  # control: without scaling it is another model
         plain = replace(read, rope_scaling_type="none")
-        assert (ours(cpu, plain, tensors)(tokens, None, None)[..., :125] - expected).abs().max() > (1e-2 if length > 33 else 1e-4)
+        assert (ours(cpu, plain, tensors)(tokens, None, None)[..., :125] - expected).abs().max() > (
+            1e-2 if length > 33 else 1e-4
+        )
 
 
 @pytest.mark.parametrize("family", ["internlm", "gemma", "baichuan"])
 def test_bf16_is_no_worse_than_hugging_face(cpu, family):
     model = replace(
-        PRESETS[{"baichuan": "baichuan2"}.get(family, family) + "-tiny"], num_layers=2, vocab_size=125, init_method_std=0.1
+        PRESETS[{"baichuan": "baichuan2"}.get(family, family) + "-tiny"],
+        num_layers=2,
+        vocab_size=125,
+        init_method_std=0.1,
     )
     reference, published = oracle.native(model)
     tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
@@ -161,7 +225,9 @@ def test_full_recomputation_changes_nothing(cpu):
 
     for dropout in (0.0, 0.2):
         plain = gradients(TrainConfig(attention_dropout=dropout, hidden_dropout=dropout))
-        again = gradients(TrainConfig(attention_dropout=dropout, hidden_dropout=dropout, recompute_granularity="full"))
+        again = gradients(
+            TrainConfig(attention_dropout=dropout, hidden_dropout=dropout, recompute_granularity="full")
+        )
         assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
@@ -213,8 +279,12 @@ def test_attention_dropout_drops_the_share_it_should_and_keeps_the_mean(cpu):
     torch.manual_seed(1)
     dropped = attend(q, k, v, dropout=0.25)
     assert abs(dropped.mean() - 1) < 0.01  # what is left is scaled up
-    assert dropped[:, :, 0].unique().numel() == 2  # the first position has one probability: dropped, or 1 / 0.75
-    shares = attend(torch.zeros(64, 4, 1, 16), torch.zeros(64, 2, 1, 16), torch.ones(64, 2, 1, 16), dropout=0.25)[..., 0]
+    assert (
+        dropped[:, :, 0].unique().numel() == 2
+    )  # the first position has one probability: dropped, or 1 / 0.75
+    shares = attend(
+        torch.zeros(64, 4, 1, 16), torch.zeros(64, 2, 1, 16), torch.ones(64, 2, 1, 16), dropout=0.25
+    )[..., 0]
     assert abs(float((shares == 0).float().mean()) - 0.25) < 0.1
 
 

@@ -91,7 +91,11 @@ def loaded(model: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path):
     theirs: dict[str, torch.Tensor] = {}
     for parameter in param_mapping.parameters(model):
         theirs |= param_mapping.part(model, parameter, tensors[parameter.name])
-    save_file({name: tensor.contiguous() for name, tensor in theirs.items()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in theirs.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     reference, left = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(left[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), left
     return reference
@@ -111,7 +115,10 @@ def saved(tmp_path_factory):
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
             model.model.embed_tokens.weight.mul_(10)  # tokens that differ go to different experts
             for scores in model(tokens_of(MODELS[name]), output_router_logits=True).router_logits:
-                assert scores.topk(MODELS[name].moe_router_topk).indices.unique().numel() == MODELS[name].num_experts
+                assert (
+                    scores.topk(MODELS[name].moe_router_topk).indices.unique().numel()
+                    == MODELS[name].num_experts
+                )
         model.save_pretrained(folder)
         return folder, model
 
@@ -122,12 +129,19 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return dict(conversion.open_source(folder).tensors())
 
 
-def largest_difference(cpu, name: str, model: ModelConfig, tensors: dict[str, torch.Tensor], reference) -> float:
+def largest_difference(
+    cpu, name: str, model: ModelConfig, tensors: dict[str, torch.Tensor], reference
+) -> float:
     """Between our logits, of `model` with `tensors`, and those of Hugging Face's model `name`."""
     tokens = tokens_of(MODELS[name])
     with torch.no_grad():
         return float(
-            (ours(cpu, model, tensors)(tokens, None, None)[..., : model.vocab_size] - reference(tokens).logits).abs().max()
+            (
+                ours(cpu, model, tensors)(tokens, None, None)[..., : model.vocab_size]
+                - reference(tokens).logits
+            )
+            .abs()
+            .max()
         )
 
 
@@ -137,7 +151,9 @@ def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     folder, reference = saved[name]
     source = conversion.open_source(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
-    assert load_file(folder / "model.safetensors").keys() == {n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs}
+    assert load_file(folder / "model.safetensors").keys() == {
+        n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs
+    }
     assert reference(tokens_of(MODELS[name])).logits.std() > 0.3
     assert largest_difference(cpu, name, MODELS[name], dict(source.tensors()), reference) < 2e-5
 
@@ -152,7 +168,9 @@ def test_every_expert_gets_a_gradient(cpu, saved, name):
     model(tokens[:1, :1], None, None, labels=tokens[:1, :1]).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     unused = [
-        i for i, expert in enumerate(model.decoder.layers[0].mlp.experts.local_experts) if not expert.linear_fc2.weight.grad.any()
+        i
+        for i, expert in enumerate(model.decoder.layers[0].mlp.experts.local_experts)
+        if not expert.linear_fc2.weight.grad.any()
     ]
     assert len(unused) == MODELS[name].num_experts - MODELS[name].moe_router_topk
 
@@ -170,8 +188,16 @@ def swapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("qwen2_moe", {"moe_router_pre_softmax": False}, dict),
         ("mixtral", {}, swapped),
         ("qwen2_moe", {}, swapped),
-        ("qwen2_moe", {}, lambda tensors: {n: t * 0 if "shared_experts.linear_fc2" in n else t for n, t in tensors.items()}),
-        ("qwen2_moe", {}, lambda tensors: {n: t * 0 if "gate_weight" in n else t for n, t in tensors.items()}),
+        (
+            "qwen2_moe",
+            {},
+            lambda tensors: {n: t * 0 if "shared_experts.linear_fc2" in n else t for n, t in tensors.items()},
+        ),
+        (
+            "qwen2_moe",
+            {},
+            lambda tensors: {n: t * 0 if "gate_weight" in n else t for n, t in tensors.items()},
+        ),
         ("mixtral", {"moe_router_topk": 3}, dict),
     ],
     ids=[
@@ -186,11 +212,18 @@ def swapped(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 )
 def test_controls_that_must_fail(cpu, saved, name, fields, change):
     folder, reference = saved[name]
-    assert largest_difference(cpu, name, replace(MODELS[name], **fields), change(tensors_of(folder)), reference) > 1e-2
+    assert (
+        largest_difference(cpu, name, replace(MODELS[name], **fields), change(tensors_of(folder)), reference)
+        > 1e-2
+    )
 
 
 LAYOUTS = {
-    2: {"tp2": ParallelConfig(2), "tp2-sp": ParallelConfig(2, sequence_parallel=True), "pp2": ParallelConfig(1, 2)},
+    2: {
+        "tp2": ParallelConfig(2),
+        "tp2-sp": ParallelConfig(2, sequence_parallel=True),
+        "pp2": ParallelConfig(1, 2),
+    },
     4: {
         "tp4": ParallelConfig(4),
         "tp4-sp": ParallelConfig(4, sequence_parallel=True),
@@ -204,7 +237,9 @@ LAYOUTS = {
 def test_layouts_equal_hugging_face(saved, world, tmp_path):
     """Logits and losses; names, shapes and cuts of the parameters; and every one of them, every expert's too, gets a gradient."""
     cases = {
-        f"{layout} {name}": Case(parallel, MODELS[name], tensors_of(saved[name][0]), tokens_of(MODELS[name], 33))
+        f"{layout} {name}": Case(
+            parallel, MODELS[name], tensors_of(saved[name][0]), tokens_of(MODELS[name], 33)
+        )
         for layout, parallel in LAYOUTS[world].items()
         for name in NAMES
     }
@@ -213,13 +248,22 @@ def test_layouts_equal_hugging_face(saved, world, tmp_path):
         reference = saved[model.family][1]
         with torch.no_grad():
             assert (logits - reference(tokens[:, :-1]).logits).abs().max() < 2e-5, case
-            assert (losses - oracle.token_losses(reference, tokens[:, :-1], tokens[:, 1:])).abs().max() < 2e-5, case
+            assert (
+                losses - oracle.token_losses(reference, tokens[:, :-1], tokens[:, 1:])
+            ).abs().max() < 2e-5, case
         padded = schema.padded_vocab_size(model, parallel)
-        cuts = {p.name: p.cut(parallel.tensor_model_parallel_size, padded) for p in param_mapping.parameters(model)}
+        cuts = {
+            p.name: p.cut(parallel.tensor_model_parallel_size, padded)
+            for p in param_mapping.parameters(model)
+        }
         assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}, case
-        assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}, case
+        assert facts["cuts"] == {
+            n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()
+        }, case
         assert facts["finite"], case
-        assert not [n for n in facts["idle"] if "layers" in n], case  # the last rank's vocabulary may be padding only
+        assert not [n for n in facts["idle"] if "layers" in n], (
+            case
+        )  # the last rank's vocabulary may be padding only
 
 
 STEPS = 4
@@ -227,7 +271,9 @@ STEPS = 4
 
 def trained(model: ModelConfig, folder: Path) -> list[tuple[float, float]]:
     """Loss and gradient norm of every step of a plain torch loop over Hugging Face's model."""
-    data = oracle.batches(model.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED)
+    data = oracle.batches(
+        model.vocab_size, STEPS, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED
+    )
     lrs = [lr_schedule.lr_at(i, RUN.optim, RUN.train.train_iters) for i in range(STEPS)]
     reference = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder)
     return oracle.train(reference, data, lrs, vars(RUN.optim))
@@ -265,7 +311,11 @@ def test_training_equals_hugging_face_under_every_stage(tmp_path):
     two, one = {}, {}
     for name in NAMES:
         at = str(tmp_path / f"{name}.ckpt")
-        two[f"{name}, zero 3, first half"] = {"changes": changes(name, 3, sequence_parallel=True), "last": 2, "save": at}
+        two[f"{name}, zero 3, first half"] = {
+            "changes": changes(name, 3, sequence_parallel=True),
+            "last": 2,
+            "save": at,
+        }
         one[f"{name}, zero 1, second half"] = {"changes": changes(name, 1), "first": 2, "load": at}
         two |= {f"{name}, zero {z}": {"changes": changes(name, z, sequence_parallel=True)} for z in (0, 1, 3)}
         one |= {f"{name}, zero {z}": {"changes": changes(name, z)} for z in range(4)}
@@ -281,7 +331,10 @@ def test_round_trip_is_bit_exact(saved, tmp_path, name):
     folder = saved[name][0]
     convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 4, 2)
     convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "back")
-    before, after = load_file(folder / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    before, after = (
+        load_file(folder / "model.safetensors"),
+        load_file(tmp_path / "back" / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[n], after[n]) for n in before)
     again = family_of(json.loads((tmp_path / "back" / "config.json").read_text()))
@@ -296,9 +349,15 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, saved):
         with torch.no_grad():
             wanted = exact(tokens).logits
             theirs = (
-                hugging_face(MODELS[name])[0].from_pretrained(folder, dtype=torch.bfloat16)(tokens).logits.float() - wanted
+                hugging_face(MODELS[name])[0]
+                .from_pretrained(folder, dtype=torch.bfloat16)(tokens)
+                .logits.float()
+                - wanted
             ).abs()
-            mine = (ours(cpu, MODELS[name], tensors_of(folder), "bf16")(tokens, None, None)[..., :125].float() - wanted).abs()
+            mine = (
+                ours(cpu, MODELS[name], tensors_of(folder), "bf16")(tokens, None, None)[..., :125].float()
+                - wanted
+            ).abs()
         assert 0 < mine.median() < 1.5 * theirs.median()
 
 
@@ -387,10 +446,28 @@ def test_full_recomputation_changes_nothing(cpu, saved, name):
 def test_the_recipe_trains_them(name, tmp_path):
     from test_chain import TrainLine, lines, must, recipe
 
-    must("python", "examples/intern/make_quickstart_data.py", "--rows", "200", "--output-dir", str(tmp_path / "data"))
     must(
-        *("python", "tools/preprocess_data.py", "--input", str(tmp_path / "data" / "train.parquet"), "--append-eod"),
-        *("--tokenizer-name-or-path", str(tmp_path / "data" / "tokenizer"), "--output-prefix", str(tmp_path / "alpaca")),
+        "python",
+        "examples/intern/make_quickstart_data.py",
+        "--rows",
+        "200",
+        "--output-dir",
+        str(tmp_path / "data"),
+    )
+    must(
+        *(
+            "python",
+            "tools/preprocess_data.py",
+            "--input",
+            str(tmp_path / "data" / "train.parquet"),
+            "--append-eod",
+        ),
+        *(
+            "--tokenizer-name-or-path",
+            str(tmp_path / "data" / "tokenizer"),
+            "--output-prefix",
+            str(tmp_path / "alpaca"),
+        ),
         *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"),
     )
     done = recipe(tmp_path, "run", tmp_path, "--sequence-parallel", MODEL=name, CHECKPOINT="")
@@ -398,4 +475,7 @@ def test_the_recipe_trains_them(name, tmp_path):
     losses = [line.loss for line in lines(tmp_path, "run") if isinstance(line, TrainLine)]
     assert losses[-1] < losses[0] - 0.2
     refused = recipe(tmp_path, "refused", tmp_path, MODEL=name, CHECKPOINT="")
-    assert (refused.returncode != 0, "add --sequence-parallel" in refused.stderr + refused.stdout) == (True, True)
+    assert (refused.returncode != 0, "add --sequence-parallel" in refused.stderr + refused.stdout) == (
+        True,
+        True,
+    )

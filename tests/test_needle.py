@@ -21,13 +21,17 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("needle")
     words = corpus.sentencepiece_dir(folder / "words")
     flags = ("--model", "internlm2-tiny", "--tokenizer", words, "--output-dir", folder / "hf")
-    subprocess.run([sys.executable, launch.ROOT / "tools/random_model.py", *flags], check=True, env=launch.environment())
+    subprocess.run(
+        [sys.executable, launch.ROOT / "tools/random_model.py", *flags], check=True, env=launch.environment()
+    )
     return folder / "hf"
 
 
 def test_cells():
     found = cells((200, 100), (50, 0), 2)
-    assert [(c.length, c.depth, c.trial) for c in found] == [(n, d, t) for n in (100, 200) for d in (0, 50) for t in (0, 1)]
+    assert [(c.length, c.depth, c.trial) for c in found] == [
+        (n, d, t) for n in (100, 200) for d in (0, 50) for t in (0, 1)
+    ]
     assert len({haystack.number(1, c) for c in found} | {haystack.number(2, c) for c in found}) == 16
     assert all(len(haystack.number(1, c)) == 7 for c in found)
 
@@ -155,8 +159,24 @@ def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
     from ascendspeed.evaluation.answer_cache import Answers
 
     Answers(tmp_path, {"haystack": ["another"]}).close()
-    flags = ["--load", str(tiny), "--output-dir", str(tmp_path), "--lengths", "200", "--device", "cpu", "--tp", "2"]
-    here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(launch.free_port())}
+    flags = [
+        "--load",
+        str(tiny),
+        "--output-dir",
+        str(tmp_path),
+        "--lengths",
+        "200",
+        "--device",
+        "cpu",
+        "--tp",
+        "2",
+    ]
+    here = {
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(launch.free_port()),
+    }
     both = [
         subprocess.Popen(
             [sys.executable, "tasks/evaluation/needle.py", *flags],

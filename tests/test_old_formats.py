@@ -98,7 +98,9 @@ class Cut:
         return torch.cat([self.rows(layer + "mlp.gate_proj.weight"), self.rows(layer + "mlp.up_proj.weight")])
 
 
-def old_layer(cut: Cut, theirs: str, attention: str, norm: str, qkv: str = "query_key_value", dense: str = "dense") -> dict:
+def old_layer(
+    cut: Cut, theirs: str, attention: str, norm: str, qkv: str = "query_key_value", dense: str = "dense"
+) -> dict:
     """What all of them agree on: attention and norms; `theirs`: the layer of Hugging Face."""
     kinds = [kind for kind in ("weight", "bias") if f"{theirs}self_attn.q_proj.{kind}" in cut.tensors]
     held = {f"{attention}.{qkv}.{kind}": cut.qkv(theirs, kind) for kind in kinds}
@@ -117,7 +119,9 @@ def flat(cut: Cut, layers: range, first: bool, last: bool, merge: bool = False) 
         held["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
     for i, number in enumerate(layers):
         theirs, stem = f"model.layers.{number}.", f"language_model.layers.{i}."
-        held |= {stem + name: tensor for name, tensor in old_layer(cut, theirs, "attention", "layernorm").items()}
+        held |= {
+            stem + name: tensor for name, tensor in old_layer(cut, theirs, "attention", "layernorm").items()
+        }
         held[stem + "attention.rotary_emb.inv_freq"] = torch.ones(4)
         if merge:
             held[stem + "mlp.proj.weight"] = cut.gate_up(theirs)
@@ -131,7 +135,9 @@ def flat(cut: Cut, layers: range, first: bool, last: bool, merge: bool = False) 
     return held
 
 
-def nested(cut: Cut, layers: range, first: bool, last: bool, norm: str = "layernorm", mlp: str = "two") -> dict:
+def nested(
+    cut: Cut, layers: range, first: bool, last: bool, norm: str = "layernorm", mlp: str = "two"
+) -> dict:
     """AscendSpeed from December 2023 on ("two", "proj"), ModelLink and Megatron-LM ("one"): tables within tables."""
     encoder: dict[str, Tensor] = {}
     head: dict = {}
@@ -140,7 +146,9 @@ def nested(cut: Cut, layers: range, first: bool, last: bool, norm: str = "layern
         embedding = cut.vocabulary("model.embed_tokens.weight")
     for i, number in enumerate(layers):
         theirs, stem = f"model.layers.{number}.", f"layers.{i}."
-        encoder |= {stem + name: tensor for name, tensor in old_layer(cut, theirs, "self_attention", norm).items()}
+        encoder |= {
+            stem + name: tensor for name, tensor in old_layer(cut, theirs, "self_attention", norm).items()
+        }
         if mlp == "two":
             encoder[stem + "mlp.gate_proj.weight"] = cut.rows(theirs + "mlp.gate_proj.weight")
             encoder[stem + "mlp.dense_h_to_4h.weight"] = cut.rows(theirs + "mlp.up_proj.weight")
@@ -150,7 +158,13 @@ def nested(cut: Cut, layers: range, first: bool, last: bool, norm: str = "layern
     if last:
         encoder[f"final_{norm}.weight"] = cut.whole("model.norm.weight")
         head = {"weight": cut.vocabulary("lm_head.weight")}
-    return {"language_model": {"embedding": {"word_embeddings": {"weight": embedding}}, "encoder": encoder, "output_layer": head}}
+    return {
+        "language_model": {
+            "embedding": {"word_embeddings": {"weight": embedding}},
+            "encoder": encoder,
+            "output_layer": head,
+        }
+    }
 
 
 def mcore(cut: Cut, layers: range, first: bool, last: bool, fused_norms: bool = False) -> dict:
@@ -162,7 +176,9 @@ def mcore(cut: Cut, layers: range, first: bool, last: bool, fused_norms: bool = 
         theirs, stem = f"model.layers.{number}.", f"decoder.layers.{i}."
         layer = old_layer(cut, theirs, "self_attention", "layernorm", "linear_qkv", "linear_proj")
         into, before = layer.pop("input_layernorm.weight"), layer.pop("post_attention_layernorm.weight")
-        layer["self_attention.linear_qkv.layer_norm_weight" if fused_norms else "input_layernorm.weight"] = into
+        layer["self_attention.linear_qkv.layer_norm_weight" if fused_norms else "input_layernorm.weight"] = (
+            into
+        )
         layer["mlp.linear_fc1.layer_norm_weight" if fused_norms else "pre_mlp_layernorm.weight"] = before
         layer["mlp.linear_fc1.weight"] = cut.gate_up(theirs)
         layer["mlp.linear_fc2.weight"] = cut.columns(theirs + "mlp.down_proj.weight")
@@ -187,7 +203,15 @@ PROGRAMS = {
 
 
 def old_folder(
-    folder: Path, program: str, model: str, tp: int, pp: int, dtype=torch.float32, deepspeed=False, cut=Cut, **more
+    folder: Path,
+    program: str,
+    model: str,
+    tp: int,
+    pp: int,
+    dtype=torch.float32,
+    deepspeed=False,
+    cut=Cut,
+    **more,
 ) -> dict[str, Tensor]:
     """Writes what a program's converter leaves, and returns the tensors of Hugging Face that it was made of."""
     tensors, groups = hugging_face(model, dtype), MODELS[model].get("num_key_value_heads", HEADS)
@@ -200,7 +224,10 @@ def old_folder(
         for t in range(tp):
             held = PROGRAMS[program](cut(tensors, tp, t, groups), layers, p == 0, p == pp - 1)
             if deepspeed:
-                path, around = release / f"mp_rank_{t:02d}_model_states.pt", {"module": held, "dp_world_size": 0}
+                path, around = (
+                    release / f"mp_rank_{t:02d}_model_states.pt",
+                    {"module": held, "dp_world_size": 0},
+                )
             else:
                 rank = f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}"
                 path, around = release / rank / "model_optim_rng.pt", {"model": held}
@@ -214,7 +241,8 @@ def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
     convert.write_hf(convert.open_source(folder), tmp / "hf")
     back = load_file(tmp / "hf/model.safetensors")
     return back.keys() == tensors.keys() and all(
-        back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8)) for n, t in tensors.items()
+        back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8))
+        for n, t in tensors.items()
     )
 
 
@@ -224,7 +252,9 @@ def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
 @pytest.mark.parametrize(
     ("program", "tp", "pp"),
     [
-        pytest.param(program, tp, pp, marks=[] if "AscendSpeed" in program or tp in (1, 2 * pp) else pytest.mark.slow)
+        pytest.param(
+            program, tp, pp, marks=[] if "AscendSpeed" in program or tp in (1, 2 * pp) else pytest.mark.slow
+        )
         for program in PROGRAMS
         for tp, pp in LAYOUTS
     ],
@@ -253,7 +283,9 @@ def test_it_says_whose_names_they_are(tmp_path):
     for i, program in enumerate(PROGRAMS):
         old_folder(tmp_path / str(i), program, "internlm", 2, 2)
         kind = convert.open_source(tmp_path / str(i)).kind
-        assert kind == "Megatron rank files for TP 2 x PP 2" + (f", names of {program}" if program != "Megatron-core" else "")
+        assert kind == "Megatron rank files for TP 2 x PP 2" + (
+            f", names of {program}" if program != "Megatron-core" else ""
+        )
 
 
 class PlainQkv(Cut):
@@ -273,7 +305,9 @@ class Swapped(Cut):
 @pytest.mark.parametrize("wrong", [PlainQkv, Swapped])
 def test_control_another_order_is_seen(tmp_path, wrong):
     program = "AscendSpeed and ModelLink around 2024, --merge-mlp"
-    assert not same(tmp_path / "old", old_folder(tmp_path / "old", program, "internlm", 2, 1, cut=wrong), tmp_path)
+    assert not same(
+        tmp_path / "old", old_folder(tmp_path / "old", program, "internlm", 2, 1, cut=wrong), tmp_path
+    )
 
 
 def test_the_converted_model_is_the_model(tmp_path):
@@ -322,13 +356,21 @@ def test_arguments_and_random_states_are_opened_as_nothing(tmp_path, monkeypatch
     made = scaler()
     made.scale = 65536.0
     run = {
-        "args": Namespace(num_layers=LAYERS, params_dtype=torch.float32, model_type=module.ModelType.encoder, where=Path("/x")),
+        "args": Namespace(
+            num_layers=LAYERS,
+            params_dtype=torch.float32,
+            model_type=module.ModelType.encoder,
+            where=Path("/x"),
+        ),
         "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}, "scaler": made},
-        "np_rng_state": np.random.default_rng(0).bit_generator.state | {"old": np.random.RandomState(0).get_state()},
+        "np_rng_state": np.random.default_rng(0).bit_generator.state
+        | {"old": np.random.RandomState(0).get_state()},
         "random_rng_state": (3, (1, 2), None),
         "iteration": 7,
     }
-    tensors = old_folder(tmp_path / "old", "AscendSpeed of 2023", "internlm", 2, 1, deepspeed=deepspeed, **run)
+    tensors = old_folder(
+        tmp_path / "old", "AscendSpeed of 2023", "internlm", 2, 1, deepspeed=deepspeed, **run
+    )
     for name in ("modellink", "modellink.enums"):
         monkeypatch.delitem(sys.modules, name)
     assert same(tmp_path / "old", tensors, tmp_path)
@@ -346,9 +388,14 @@ class Bomb:
 
 
 def test_what_could_run_code_is_refused_by_name(tmp_path):
-    old_folder(tmp_path / "old", "AscendSpeed of 2023", "internlm", 1, 1, args=Namespace(x=Bomb(tmp_path / "ran")))
+    old_folder(
+        tmp_path / "old", "AscendSpeed of 2023", "internlm", 1, 1, args=Namespace(x=Bomb(tmp_path / "ran"))
+    )
     path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
-    with pytest.raises(UserError, match=r"model_optim_rng\.pt .*not loaded: it could run code.*: builtins\.exec is no plain data"):
+    with pytest.raises(
+        UserError,
+        match=r"model_optim_rng\.pt .*not loaded: it could run code.*: builtins\.exec is no plain data",
+    ):
         convert.open_source(tmp_path / "old")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))  # control: it is armed
@@ -381,7 +428,9 @@ def test_config_of_another_folder_and_an_iteration_by_name(tmp_path):
     assert same(tmp_path / "old/release", tensors, tmp_path)  # config.json beside the tracker
     (tmp_path / "old/config.json").rename(tmp_path / "model/config.json")
     pieces = corpus.sentencepiece_dir(tmp_path / "model", 100) / "tokenizer.model"
-    with pytest.raises(UserError, match=r"old has no config\.json: copy .* or name its folder \(--config DIR\)"):
+    with pytest.raises(
+        UserError, match=r"old has no config\.json: copy .* or name its folder \(--config DIR\)"
+    ):
         convert.open_source(tmp_path / "old")
     for i, folder in enumerate(("old", "old/release")):
         source = convert.open_source(tmp_path / folder, tmp_path / "model")
@@ -418,5 +467,8 @@ def test_what_is_missing_or_left_over_is_named(tmp_path):
     encoder = held["language_model"]["encoder"]
     encoder["layers.2.mlp.extra.weight"] = encoder.pop("layers.2.mlp.gate_proj.weight")
     change(path, model=held)
-    with pytest.raises(UserError, match=r"rank 1.* lacks language_model\S+2\.mlp\.gate_proj\S+ it has left over \S+2\.mlp\.extra"):
+    with pytest.raises(
+        UserError,
+        match=r"rank 1.* lacks language_model\S+2\.mlp\.gate_proj\S+ it has left over \S+2\.mlp\.extra",
+    ):
         convert.open_source(tmp_path / "old")

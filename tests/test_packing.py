@@ -76,7 +76,13 @@ def write(prefix, count, longest=30, seed=0, start=0):
         writer.add(tokens, lengths, learnt)
         writer.commit({"tokens": writer.tokens, "max_token": int(tokens.max()), "vocab_size": VOCAB})
     cuts = np.cumsum(lengths)[:-1]
-    return list(zip([t.tolist() for t in np.split(tokens, cuts)], [m.tolist() for m in np.split(learnt, cuts)], strict=True))
+    return list(
+        zip(
+            [t.tolist() for t in np.split(tokens, cuts)],
+            [m.tolist() for m in np.split(learnt, cuts)],
+            strict=True,
+        )
+    )
 
 
 def by_hand(documents, passes, pack=naive_first_fit):
@@ -93,12 +99,17 @@ def by_hand(documents, passes, pack=naive_first_fit):
                 counts = i + 1 < len(ids) and learnt[i + 1]
                 found.append((ids[i], ids[i + 1] if counts else None, i))
         rows.append(found)
-    return [rows[r] for epoch in range(passes) for r in np.random.RandomState(SEED + epoch).permutation(len(rows))]
+    return [
+        rows[r] for epoch in range(passes) for r in np.random.RandomState(SEED + epoch).permutation(len(rows))
+    ]
 
 
 def build(prefix, names=("train",), **options):
     return build_splits(
-        DataConfig(**({"data_path": (str(prefix),), "seq_length": SEQ, "split": "1,0,0"} | options)), SEED, VOCAB, names
+        DataConfig(**({"data_path": (str(prefix),), "seq_length": SEQ, "split": "1,0,0"} | options)),
+        SEED,
+        VOCAB,
+        names,
     )
 
 
@@ -118,14 +129,20 @@ def check(sample, row):
 @pytest.mark.parametrize("packing", ["first-fit", "none"])
 def test_rows_are_those_assembled_by_hand(tmp_path, packing):
     documents = write(tmp_path / "p", 60)
-    pack = naive_first_fit if packing == "first-fit" else lambda lengths, row: [[d] for d in range(len(lengths))]
+    pack = (
+        naive_first_fit if packing == "first-fit" else lambda lengths, row: [[d] for d in range(len(lengths))]
+    )
     expected = by_hand(documents, 3, pack)
     samples = build(tmp_path / "p", packing=packing)["train"]
     assert len(expected) == 3 * len(samples)
     for number, row in enumerate(expected):
         check(samples.sample(number), row)
     # Controls: the mask one further, positions that do not restart, another order.
-    first = next(row for row in expected if len({p for _, _, p in row}) < len(row)) if packing == "first-fit" else expected[0]
+    first = (
+        next(row for row in expected if len({p for _, _, p in row}) < len(row))
+        if packing == "first-fit"
+        else expected[0]
+    )
     sample = samples.sample(expected.index(first))
     for wrong in (
         (sample[0], sample[1], sample[2].roll(1), sample[3]),
@@ -141,12 +158,19 @@ def test_rows_are_those_assembled_by_hand(tmp_path, packing):
 
 def test_every_learnt_token_is_learnt_once_in_an_epoch(tmp_path):
     documents = write(tmp_path / "p", 200, longest=SEQ)
-    wanted = sorted(token for ids, learnt in documents for token, counts in zip(ids[1:], learnt[1:], strict=True) if counts)
+    wanted = sorted(
+        token
+        for ids, learnt in documents
+        for token, counts in zip(ids[1:], learnt[1:], strict=True)
+        if counts
+    )
     for packing in ("first-fit", "none"):
         samples = build(tmp_path / "p", packing=packing)["train"]
         for epoch in (0, 1):
             numbers = range(epoch * len(samples), (epoch + 1) * len(samples))
-            found = [label for n in numbers for label in samples.sample(n)[1][samples.sample(n)[2] > 0].tolist()]
+            found = [
+                label for n in numbers for label in samples.sample(n)[1][samples.sample(n)[2] > 0].tolist()
+            ]
             assert sorted(found) == wanted
 
 
@@ -155,7 +179,9 @@ def test_what_is_said_at_the_start(tmp_path):
     samples = build(tmp_path / "p")["train"]
     cut = sum(len(ids) > SEQ and any(learnt[1:SEQ]) for ids, learnt in documents)
     lost = sum(not any(learnt[1:SEQ]) for _, learnt in documents)
-    ends = sum(len(ids) // 2 < SEQ < len(ids) and any(learnt[1:SEQ]) for ids, learnt in documents)  # half of each is learnt
+    ends = sum(
+        len(ids) // 2 < SEQ < len(ids) and any(learnt[1:SEQ]) for ids, learnt in documents
+    )  # half of each is learnt
     learnt = sum(sum(learnt[1:SEQ]) for _, learnt in documents)
     taken = sum(min(len(ids), SEQ) for ids, learnt in documents if any(learnt[1:SEQ]))
     assert cut
@@ -187,7 +213,9 @@ def test_batches_depend_on_consumed_samples_alone(tmp_path):
         assert tokens(batch(again, step * 8, 8, 2)) == steps[step]
         for size in (2, 4):
             ranks = [batch(again, step * 8, 8, 2, rank, size) for rank in range(size)]
-            assert [row for n in range(len(ranks[0])) for rank in ranks for row in tokens([rank[n]])] == steps[step]
+            assert [
+                row for n in range(len(ranks[0])) for rank in ranks for row in tokens([rank[n]])
+            ] == steps[step]
 
 
 def test_splits_and_blends_with_plain_text(tmp_path):
@@ -198,14 +226,21 @@ def test_splits_and_blends_with_plain_text(tmp_path):
         writer.commit({})
     found = build(tmp_path / "p", ("train", "valid"), split="80,20,0")
     seen = {
-        name: {t for n in range(len(one)) for t, p in zip(*(x.tolist() for x in one.sample(n)[::3]), strict=True) if t or p == 0}
+        name: {
+            t
+            for n in range(len(one))
+            for t, p in zip(*(x.tolist() for x in one.sample(n)[::3]), strict=True)
+            if t or p == 0
+        }
         for name, one in found.items()
     }
     first_of_valid = documents[80][0][0]
     assert max(seen["train"]) == first_of_valid - 1
     assert min(seen["valid"] - {0}) == first_of_valid
     blend = build_splits(
-        DataConfig(data_path=("1", str(tmp_path / "p"), "3", str(tmp_path / "t")), seq_length=SEQ, split="1,0,0"),
+        DataConfig(
+            data_path=("1", str(tmp_path / "p"), "3", str(tmp_path / "t")), seq_length=SEQ, split="1,0,0"
+        ),
         SEED,
         VOCAB,
         ("train",),
@@ -259,7 +294,9 @@ def test_two_pairs_that_do_not_belong_together(tmp_path):
 
     def swap(suffixes):
         for suffix in suffixes:
-            file(labels, suffix).write_bytes(file(masked_pair.pair(tmp_path / "b", masked_pair.KEYS[1]), suffix).read_bytes())
+            file(labels, suffix).write_bytes(
+                file(masked_pair.pair(tmp_path / "b", masked_pair.KEYS[1]), suffix).read_bytes()
+            )
 
     swap(("bin", "idx", "meta"))
     with pytest.raises(UserError, match=r"are not of the same documents; was a run killed\?"):
@@ -306,26 +343,38 @@ def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_pa
 
 def test_both_metas_say_the_same(tmp_path):
     write(tmp_path / "p", 20)
-    metas = [json.loads(file(masked_pair.pair(tmp_path / "p", key), "meta").read_text()) for key in masked_pair.KEYS]
+    metas = [
+        json.loads(file(masked_pair.pair(tmp_path / "p", key), "meta").read_text())
+        for key in masked_pair.KEYS
+    ]
     assert metas[0] == metas[1]
     assert re.fullmatch("[0-9a-f]{64}", metas[0]["digest"])
     before = metas[0]["digest"]
     write(tmp_path / "p", 20, start=1)
-    assert json.loads(file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), "meta").read_text())["digest"] != before
+    assert (
+        json.loads(file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), "meta").read_text())["digest"]
+        != before
+    )
 
 
 def test_what_is_wrong_is_said_at_the_start(tmp_path):
     write(tmp_path / "p", 20, SEQ)
     with pytest.raises(UserError, match=r"/p: --split 1,0,0 gives valid 0 of 20 documents$"):
         build(tmp_path / "p", ("valid",))
-    with pytest.raises(UserError, match=r"--split 8,2 gives valid 4 of 20 documents, of which none .* at --seq-length 1$"):
+    with pytest.raises(
+        UserError, match=r"--split 8,2 gives valid 4 of 20 documents, of which none .* at --seq-length 1$"
+    ):
         build(tmp_path / "p", ("valid",), seq_length=1, split="8,2")
     valid = (str(tmp_path / "p"),)
-    with pytest.raises(UserError, match=r"/p: valid has all of the 20 documents, of which none can be learnt from"):
+    with pytest.raises(
+        UserError, match=r"/p: valid has all of the 20 documents, of which none can be learnt from"
+    ):
         build(tmp_path / "p", ("valid",), seq_length=1, valid_data_path=valid)
     highest = facts_of(f"{tmp_path}/p")["max_token"]
     data = DataConfig(data_path=(f"{tmp_path}/p",), seq_length=SEQ, split="1,0,0")
-    with pytest.raises(UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"):
+    with pytest.raises(
+        UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"
+    ):
         build_splits(data, SEED, highest, ("train",))
     for key in masked_pair.KEYS:
         file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
@@ -385,7 +434,14 @@ def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, leng
 
 def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp_path):
     """Short ones too: of one token, or a prompt alone."""
-    masks = [[False, True, True], [True], [False] * 5, [False] * SEQ + [True], [True, False, False], [False, True]]
+    masks = [
+        [False, True, True],
+        [True],
+        [False] * 5,
+        [False] * SEQ + [True],
+        [True, False, False],
+        [False, True],
+    ]
     lengths = np.array([len(mask) for mask in masks], np.int32)
 
     def made(learnt):
@@ -401,7 +457,8 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
         (note,) = samples.notes
         assert "2 documents in" in note
         assert (
-            "3 of 5 tokens learnt; 1 left out, as nothing of their answers fits; 3 left out, as they hold nothing to learn" in note
+            "3 of 5 tokens learnt; 1 left out, as nothing of their answers fits; 3 left out, as they hold nothing to learn"
+            in note
         )
     assert sum(samples.sample(0)[2].tolist()) == 3
     made(np.zeros(lengths.sum(), bool))

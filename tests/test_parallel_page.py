@@ -28,7 +28,9 @@ def rows(first: str) -> list[list[str]]:
 
 
 def states(name: str, data_parallel: int, **layout: int) -> str:
-    found = estimates.model_states(PRESETS[name], ParallelConfig(**layout), data_parallel, "bf16", fp32_gradients=True)
+    found = estimates.model_states(
+        PRESETS[name], ParallelConfig(**layout), data_parallel, "bf16", fp32_gradients=True
+    )
     return f"{found.total / GIB:.1f}"
 
 
@@ -46,7 +48,9 @@ SIZES = {row[0]: row[1:] for row in rows("model")}
 def test_sizes(name):
     model, said = PRESETS[name], SIZES[name]
     ours = [f"{estimates.parameter_count(model) / 1e9:.2f}", f"{estimates.checkpoint_bytes(model) / GIB:.0f}"]
-    ours += [" / ".join(states(name, devices, zero_stage=stage) for stage in (1, 2, 3)) for devices in (8, 32)]
+    ours += [
+        " / ".join(states(name, devices, zero_stage=stage) for stage in (1, 2, 3)) for devices in (8, 32)
+    ]
     assert said[:4] == ours
     assert said[5] == f"{2 * TOKENS * model.hidden_size * model.num_layers / GIB:.2f}"
 
@@ -58,7 +62,9 @@ def saved(model, layers: int, here) -> int:
     from ascendspeed.models.gpt import gpt_model
     from ascendspeed.models.gpt.layer_spec import transformer_config
 
-    built = gpt_model.build(model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain))
+    built = gpt_model.build(
+        model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain)
+    )
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
     kept: dict[int, torch.Tensor] = {}
 
@@ -87,7 +93,9 @@ def test_activations_are_counted(cpu, name):
         vocab_size=512,
     )
     layer = (saved(model, 3, cpu) - saved(model, 1, cpu)) / 2
-    assert float(SIZES[name][4]) == pytest.approx(layer / 64 * times * TOKENS * whole.num_layers / GIB, abs=0.051)
+    assert float(SIZES[name][4]) == pytest.approx(
+        layer / 64 * times * TOKENS * whole.num_layers / GIB, abs=0.051
+    )
 
 
 LAYOUTS = rows("what")
@@ -104,6 +112,8 @@ def test_layouts(row):
     assert data_parallel == 1 or "--deepspeed" in row[1] or "--use-distributed-optimizer" in row[1]
     assert row[2] == states(name, data_parallel, **layout)
     model, tp = PRESETS[name], parallel.tensor_model_parallel_size
-    inputs = 2 * 2 * TOKENS * model.hidden_size * model.num_layers / tp / GIB  # two samples; of a pipeline the first stage
+    inputs = (
+        2 * 2 * TOKENS * model.hidden_size * model.num_layers / tp / GIB
+    )  # two samples; of a pipeline the first stage
     assert row[4] == f"{inputs:.1f}"
     assert float(row[3]) == pytest.approx(2 * float(SIZES[name][4]) / tp, abs=0.11)  # both are rounded to 0.1

@@ -27,11 +27,15 @@ from ascendspeed.models import families
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
-CURVE = [4.0 * 0.98**i + 0.3 * (i % 3) for i in range(100)]  # falls, with a pattern: a shift by one step is not small
+CURVE = [
+    4.0 * 0.98**i + 0.3 * (i % 3) for i in range(100)
+]  # falls, with a pattern: a shift by one step is not small
 
 
 def curve(losses, name="x", **more) -> Curve:
-    return Curve(name, "made up", tuple(Step(i, 8 * i, loss=loss, **more) for i, loss in enumerate(losses, 1)))
+    return Curve(
+        name, "made up", tuple(Step(i, 8 * i, loss=loss, **more) for i, loss in enumerate(losses, 1))
+    )
 
 
 def pair(ref, cand) -> Pair:
@@ -63,8 +67,12 @@ def test_figures_by_hand():
 def test_gradient_norms():
     norms = [(2.0, 2.0), (4.0, 5.0), (1.0, float("inf")), (None, 3.0)]
     ref, cand = (curve([1.0] * 4) for _ in range(2))
-    ref = replace(ref, steps=tuple(replace(s, grad_norm=a) for s, (a, _) in zip(ref.steps, norms, strict=True)))
-    cand = replace(cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True)))
+    ref = replace(
+        ref, steps=tuple(replace(s, grad_norm=a) for s, (a, _) in zip(ref.steps, norms, strict=True))
+    )
+    cand = replace(
+        cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True))
+    )
     f = metrics.measure(align(ref, cand))
     assert (f.grad_norm_mean, f.grad_norm_max, f.grad_norm_identical) == (0.125, 0.25, 1)
 
@@ -177,7 +185,9 @@ def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
     assert both.passed
     without = curve(CURVE)
     assert not metrics.judge(metrics.measure(align(ref, without)), "bitwise").passed
-    assert metrics.judge(metrics.measure(align(without, without)), "bitwise").says.endswith("the logs have no gradient norms")
+    assert metrics.judge(metrics.measure(align(without, without)), "bitwise").says.endswith(
+        "the logs have no gradient norms"
+    )
 
 
 # --- what does not belong together is refused -------------------------------------------------------------------------------
@@ -193,7 +203,10 @@ def refused(ref: Curve, cand: Curve, **part) -> str:
 def test_other_lengths_and_steps():
     a, b = curve(CURVE, "REF"), curve(CURVE[:50], "CAND")
     said = refused(a, b)
-    assert "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 stands in REF and not in CAND" in said
+    assert (
+        "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 stands in REF and not in CAND"
+        in said
+    )
     assert "--last 400 compares what both have" in said
     assert len(align(a, b, last=400).places) == 50
     gap = replace(a, steps=a.steps[:10] + a.steps[11:])
@@ -208,19 +221,31 @@ def test_other_batch_sizes():
     fast = Curve("REF", "", tuple(Step(i, 8 * i, loss=1.0) for i in range(1, 51)))
     assert "at 8 consumed samples REF has made 1 iterations and CAND 2" in refused(fast, slow)
     small, large = (
-        Curve(name, "", tuple(Step(i, loss=1.0, global_batch_size=size) for i in (1, 2))) for name, size in (("S", 64), ("L", 128))
+        Curve(name, "", tuple(Step(i, loss=1.0, global_batch_size=size) for i in (1, 2)))
+        for name, size in (("S", 64), ("L", 128))
     )
-    assert "at 1 iterations S has a global batch size of 64 and L 128: runs of different batch sizes" in refused(small, large)
-    assert align(small, replace(large, steps=tuple(replace(step, global_batch_size=None) for step in large.steps)))
+    assert (
+        "at 1 iterations S has a global batch size of 64 and L 128: runs of different batch sizes"
+        in refused(small, large)
+    )
+    assert align(
+        small, replace(large, steps=tuple(replace(step, global_batch_size=None) for step in large.steps))
+    )
 
 
 def test_means_of_other_iterations():
     """Logged every ten iterations, and resumed from the fifteenth: the line of the twentieth is a mean of five."""
     ref, cand = (
-        Curve(name, "", tuple(Step(i, 8 * i, loss=1.0, interval=n) for i, n in zip((10, 20, 30), means, strict=True)))
+        Curve(
+            name,
+            "",
+            tuple(Step(i, 8 * i, loss=1.0, interval=n) for i, n in zip((10, 20, 30), means, strict=True)),
+        )
         for name, means in (("REF", (10, 10, 10)), ("CAND", (10, 5, 10)))
     )
-    assert "at 160 consumed samples REF gives the mean loss of 10 iterations and CAND 5: " in refused(ref, cand)
+    assert "at 160 consumed samples REF gives the mean loss of 10 iterations and CAND 5: " in refused(
+        ref, cand
+    )
     assert len(align(ref, cand, last=80).places) == 1
 
 
@@ -251,7 +276,10 @@ def test_the_axis_is_the_first_that_both_say():
         return Curve(
             "-".join(axes),
             "",
-            tuple(replace(step, **{a: None for a in ("iteration", "samples", "tokens") if a not in axes}) for step in steps),
+            tuple(
+                replace(step, **{a: None for a in ("iteration", "samples", "tokens") if a not in axes})
+                for step in steps
+            ),
         )
 
     assert align(said("samples", "iteration", "tokens"), said("samples", "tokens")).axis == "samples"
@@ -266,7 +294,9 @@ def test_samples_that_do_not_grow_are_no_place():
 
 
 def test_a_part_that_is_not_there():
-    assert "no step from 900 to the end: this log goes from 8 to 800" in refused(curve(CURVE), curve(CURVE), first=900)
+    assert "no step from 900 to the end: this log goes from 8 to 800" in refused(
+        curve(CURVE), curve(CURVE), first=900
+    )
 
 
 def test_bitwise_wants_all_digits(tmp_path):
@@ -275,7 +305,9 @@ def test_bitwise_wants_all_digits(tmp_path):
     with pytest.raises(UserError, match="needs 9 digits of every loss, this log shows 7"):
         comparing.compare(tmp_path / "a", tmp_path / "b", profile="bitwise")
     assert comparing.compare(tmp_path / "a", tmp_path / "b", profile="strict").verdict.passed
-    old = ours(1, 2.5).replace("1.00000000E+00", "1.000000")  # six decimals of a norm, as our older logs have them
+    old = ours(1, 2.5).replace(
+        "1.00000000E+00", "1.000000"
+    )  # six decimals of a norm, as our older logs have them
     (tmp_path / "a").write_text(old)
     with pytest.raises(UserError, match="needs 9 digits of every gradient norm, this log shows 7"):
         comparing.compare(tmp_path / "a", tmp_path / "a", profile="bitwise")
@@ -295,7 +327,10 @@ def test_bitwise_wants_all_digits_of_json_too(tmp_path, loss, passes):
 
 def test_a_second_run_of_another_origin_is_refused(tmp_path):
     ref, cand = (write_run(tmp_path / name, CURVE, seed="1") for name in ("ref", "cand"))
-    same, other = write_run(tmp_path / "same", CURVE, seed="1"), write_run(tmp_path / "other", CURVE, seed="2")
+    same, other = (
+        write_run(tmp_path / "same", CURVE, seed="1"),
+        write_run(tmp_path / "other", CURVE, seed="2"),
+    )
     assert comparing.compare(ref, cand, same).noise
     with pytest.raises(UserError, match="the runs began with another seed"):
         comparing.compare(ref, cand, other)
@@ -303,7 +338,9 @@ def test_a_second_run_of_another_origin_is_refused(tmp_path):
 
 def test_a_second_run_on_another_axis_is_refused(tmp_path):
     ref = write_run(tmp_path / "ref", CURVE)
-    (tmp_path / "neox.log").write_text("".join(f" iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1)))
+    (tmp_path / "neox.log").write_text(
+        "".join(f" iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1))
+    )
     with pytest.raises(UserError, match=r"neox\.log is aligned by iteration, the other two logs by samples"):
         comparing.compare(ref, ref, tmp_path / "neox.log")
 
@@ -325,7 +362,9 @@ def write_run(folder: Path, losses, zero_stage: int = 2, **begin: str) -> Path:
 def example_run(zero_stage: int = 2) -> schema.Run:
     parallel = schema.ParallelConfig(zero_stage=zero_stage, deepspeed=True)
     data = schema.DataConfig(data_path=("<b>corpus</b>",))
-    return schema.Run(families.preset("internlm-tiny"), parallel, schema.OptimConfig(), data, schema.TrainConfig())
+    return schema.Run(
+        families.preset("internlm-tiny"), parallel, schema.OptimConfig(), data, schema.TrainConfig()
+    )
 
 
 @pytest.fixture
@@ -356,12 +395,17 @@ class Links(html.parser.HTMLParser):
 
 
 def test_pass_and_what_is_left(tool, tmp_path):
-    ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", [x * 1.001 for x in CURVE], zero_stage=1)
+    ref, cand = (
+        write_run(tmp_path / "ref", CURVE),
+        write_run(tmp_path / "cand", [x * 1.001 for x in CURVE], zero_stage=1),
+    )
     ref2 = write_run(tmp_path / "ref2", [x * 0.999 for x in CURVE])
     out = tmp_path / "out"
     code, said, _ = tool(ref, cand, "--out", out, "--ref2", ref2, "--profile", "strict")
     assert code == 0
-    assert said.splitlines()[-2].startswith("PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.10%, at ")
+    assert said.splitlines()[-2].startswith(
+        "PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.10%, at "
+    )
     assert "  zero_stage: 2 | 1\n" in said
     assert sorted(p.name for p in out.iterdir()) == ["parity.html", "parity.json", "parity.png"]
 
@@ -376,7 +420,9 @@ def test_pass_and_what_is_left(tool, tmp_path):
     page, image = (out / "parity.html").read_text(), (out / "parity.png").read_bytes()
     links = Links()
     links.feed(page)
-    assert links.found == ["data:image/png;base64," + base64.b64encode(image).decode()]  # all it needs is inside
+    assert links.found == [
+        "data:image/png;base64," + base64.b64encode(image).decode()
+    ]  # all it needs is inside
     assert not links.tags & {"script", "link", "iframe", "object", "embed"}
     assert not re.search(r"url\(|@import|https?:", page)
     assert '<tr class="differs"><td>zero_stage</td><td>2</td><td>1</td></tr>' in page
@@ -397,7 +443,10 @@ def test_fail(tool, tmp_path):
 
 
 def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_path):
-    ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", [*CURVE[:50], float("nan"), *CURVE[51:]])
+    ref, cand = (
+        write_run(tmp_path / "ref", CURVE),
+        write_run(tmp_path / "cand", [*CURVE[:50], float("nan"), *CURVE[51:]]),
+    )
     for words, said in (
         ((ref, cand), "at 408 consumed samples the loss is nan"),
         ((ref, write_run(tmp_path / "short", CURVE[:9])), "80 stands in"),

@@ -40,20 +40,39 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
         "23205.2 | learning rate: 7.762E-05 | global batch size:  2048 | lm loss: 1.993132E+00 | loss scale: 16384.0 | grad norm: 2.486 "
         "| actual seqlen:  4096 | number of skipped iterations:   0 | number of nan iterations:   0 | samples per second: 88.256 | "
         "TFLOPs: 148.25 | tgs (tokens/gpu/second): 353.02 time (ms)",
-        Step(1665, 3409920, 13967032320, 1.993132, 2.486, 0, 0, 5000, 2048, 4096, 23205.2, 88.256, None, 148.25),
+        Step(
+            1665, 3409920, 13967032320, 1.993132, 2.486, 0, 0, 5000, 2048, 4096, 23205.2, 88.256, None, 148.25
+        ),
     ),
     "Megatron-DeepSpeed, seconds": (
         " [default7]: iteration    12695/  115311 | consumed samples:      9841584 | consumed tokens:  20155564032 | elapsed time per "
         "iteration (s): 105.22 | learning rate: 5.969E-05 | global batch size:  2048 | lm loss: 2.463556E+00 | grad norm: 0.174 | num "
         "zeros: 0.0 | number of skipped iterations:   0 | number of nan iterations:   0 | samples per second: 19.463 | TFLOPs: 149.02 |",
-        Step(12695, 9841584, 20155564032, 2.463556, 0.174, 0, 0, 115311, 2048, None, 105220.0, 19.463, None, 149.02),
+        Step(
+            12695,
+            9841584,
+            20155564032,
+            2.463556,
+            0.174,
+            0,
+            0,
+            115311,
+            2048,
+            None,
+            105220.0,
+            19.463,
+            None,
+            149.02,
+        ),
     ),
     "Megatron-DeepSpeed, tokens per device": (
         " iteration      199/  317892 | consumed samples:       152832 | consumed tokens:    625999872 | elapsed time per iteration (ms): "
         "14287.5 | learning rate: 2.407E-04 | global batch size:   768 | lm loss: 5.905366E+00 | loss scale: 8192.0 | actual seqlen:  "
         "4096 | number of skipped iterations:   0 | number of nan iterations:   0 | samples per second: 53.753 | tokens per gpu per "
         "second (tgs): 1146.733 | TFLOPs: 69.85 |",
-        Step(199, 152832, 625999872, 5.905366, None, 0, 0, 317892, 768, 4096, 14287.5, 53.753, 1146.733, 69.85),
+        Step(
+            199, 152832, 625999872, 5.905366, None, 0, 0, 317892, 768, 4096, 14287.5, 53.753, 1146.733, 69.85
+        ),
     ),
     "tokens that cannot be relied on": (
         "3:  [2026-05-29 03:52:45] iteration      300/     300 | consumed samples:       307200 | consumed tokens: 1.258B | elapsed time "
@@ -77,7 +96,16 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
         "loss=11.634403228759766,tgs (tokens/gpu/second)=1424.64,lr=4.0000000000000003e-07,loss_scale=65536.0,"
         "grad_norm=63.672620777841004,micro_num=4,num_consumed_tokens=131072,inf_nan_skip_batches=0,num_samples_in_batch=19,"
         "largest_length=2048,largest_batch=5,smallest_batch=4,adam_beta2=0.95,fwd_bwd_time=6.48",
-        Step(0, None, 131072, 11.634403228759766, 63.672620777841004, 0, tokens_per_s=1424.64, tflops=63.27010355651958),
+        Step(
+            0,
+            None,
+            131072,
+            11.634403228759766,
+            63.672620777841004,
+            0,
+            tokens_per_s=1424.64,
+            tflops=63.27010355651958,
+        ),
     ),
     "InternEvo, blanks and norms of groups": (
         "2024-03-21 14:48:31,587      INFO training_internlm.py:599 in record_current_batch_training_metrics -- tflops=186.62 step=1 "
@@ -105,7 +133,9 @@ def ours(iteration: int, loss: float | None, **more: float) -> str:
     places = {"samples": 8 * iteration, "tokens": 128 * iteration}
     return (
         metrics_log.format(
-            metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more})
+            metrics_log.TrainLine(
+                "2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more}
+            )
         )
         + "\n"
     )
@@ -126,7 +156,10 @@ def test_control_a_neighbour_of_the_loss_is_not_the_loss():
 
 
 def test_lines_that_ran_into_each_other_are_none():
-    assert console_logs.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps == ()
+    assert (
+        console_logs.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps
+        == ()
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if "DeepSpeed's" not in name])
@@ -156,7 +189,9 @@ def test_run_json_beside_a_log_that_says_nothing(tmp_path):
 
 
 def test_a_resumed_run_replaces_what_was_done_beyond_its_checkpoint(tmp_path):
-    lines = [ours(i, float(i)) for i in (1, 2, 3, 4)] + ["half a li\n"] + [ours(i, i + 0.5) for i in (3, 4, 5)]
+    lines = (
+        [ours(i, float(i)) for i in (1, 2, 3, 4)] + ["half a li\n"] + [ours(i, i + 0.5) for i in (3, 4, 5)]
+    )
     (tmp_path / "train.log").write_text("".join(lines))
     curve = read_logs.read(tmp_path)
     assert [step.loss for step in curve.steps] == [1.0, 2.0, 3.5, 4.5, 5.5]
@@ -164,8 +199,14 @@ def test_a_resumed_run_replaces_what_was_done_beyond_its_checkpoint(tmp_path):
 
 
 def test_a_run_begun_again_in_the_same_log_leaves_nothing_of_the_old_one():
-    steps, replaced = continuous([Step(i, loss=1.0) for i in range(1, 6)] + [Step(i, loss=2.0) for i in range(1, 4)])
-    assert ([step.iteration for step in steps], {step.loss for step in steps}, replaced) == ([1, 2, 3], {2.0}, 5)
+    steps, replaced = continuous(
+        [Step(i, loss=1.0) for i in range(1, 6)] + [Step(i, loss=2.0) for i in range(1, 4)]
+    )
+    assert ([step.iteration for step in steps], {step.loss for step in steps}, replaced) == (
+        [1, 2, 3],
+        {2.0},
+        5,
+    )
 
 
 @given(st.lists(st.integers(0, 9)))
@@ -179,7 +220,14 @@ def test_continuous_always_grows_and_ends_with_the_last(places):
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("1.5", 1.5), (" 2E-3 ", 2e-3), ("4000.0/4100.0", 4000.0), ("112.9TFLOPS", 112.9), ("inf", math.inf), (7, 7.0)]
+    [
+        ("1.5", 1.5),
+        (" 2E-3 ", 2e-3),
+        ("4000.0/4100.0", 4000.0),
+        ("112.9TFLOPS", 112.9),
+        ("inf", math.inf),
+        (7, 7.0),
+    ]
     + [(text, None) for text in ("1.258B", "6.1.2", "", "0:00:01", "54.85%", None, "x")],
 )
 def test_numbers(text, value):
@@ -225,7 +273,9 @@ def test_json_lines(tmp_path):
     curve = read_logs.read(path)
     assert curve.steps == (Step(1, 8, loss=2.5, grad_norm=1.25), Step(2, 16, loss=2.25, train_iters=9))
     assert curve.kind == "JSON lines"
-    path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n')  # as Python writes them
+    path.write_text(
+        '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n'
+    )  # as Python writes them
     assert [math.isnan(step.loss) for step in read_logs.read(path).steps] == [True, False]
 
 
@@ -258,12 +308,16 @@ def test_json_that_says_a_step_twice(tmp_path):
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')
     with pytest.raises(UserError, match="line 2 says step 1 once more"):
         read_logs.read(path)
-    path.write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')  # resumed
+    path.write_text(
+        '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n'
+    )  # resumed
     assert read_logs.read(path).steps == (Step(1, loss=2.25),)
 
 
 def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n')
+    (tmp_path / "log.jsonl").write_text(
+        '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n'
+    )
     curve = read_logs.read(tmp_path / "log.jsonl")
     assert [step.loss for step in curve.steps] == [2.5, None, 2.0]
     with pytest.raises(UserError, match="at 2 iterations there is no loss"):
@@ -290,7 +344,9 @@ def board(tmp_path):
     def write(*scalars: tuple[str, float, int], folder: str = "events") -> str:
         writer = EventFileWriter(str(tmp_path / folder))
         for tag, value, step in scalars:
-            writer.add_event(Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)])))
+            writer.add_event(
+                Event(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=value)]))
+            )
         writer.close()
         return str(tmp_path / folder)
 
@@ -310,7 +366,12 @@ def test_our_events(tmp_path):
 def test_megatrons_events_resumed(board):
     lines = []
     for i, loss in ((1, 3.0), (2, 2.5), (1, 3.5), (2, 2.25)):
-        for tag, value, x in (("loss", 99.0, i), ("lm loss", loss, i), ("lm loss vs samples", loss, 8 * i), ("grad-norm", 0.5, i)):
+        for tag, value, x in (
+            ("loss", 99.0, i),
+            ("lm loss", loss, i),
+            ("lm loss vs samples", loss, 8 * i),
+            ("grad-norm", 0.5, i),
+        ):
             lines.append((tag, value, x))
         lines.append(("lm loss validation", 7.0, i))
     curve = read_logs.read(board(*lines))

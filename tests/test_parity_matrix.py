@@ -34,25 +34,42 @@ LAYOUT, CONTROL = rows.NAMED["Megatron DP2"], rows.CONTROLS[0]
 def command(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """The real one."""
     line = [sys.executable, "-m", "benchmarks.parity_matrix", *words]
-    return subprocess.run(line, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(
+        line, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=timeout
+    )
 
 
 def test_a_few_rows_and_controls(tmp_path):
     """Three rows of both engines and two controls on two ranks: exit code, progress, page and record."""
-    few = ["DeepSpeed ZeRO-3, recompute", "Megatron TP2+SP, recompute", "PP2xVPP2, recompute", "Megatron TP2+SP; c", "batched"]
-    done = command("--families", "internlm2", "--steps", "4", "--out", str(tmp_path / "matrix.md"), "--rows", *few)
+    few = [
+        "DeepSpeed ZeRO-3, recompute",
+        "Megatron TP2+SP, recompute",
+        "PP2xVPP2, recompute",
+        "Megatron TP2+SP; c",
+        "batched",
+    ]
+    done = command(
+        "--families", "internlm2", "--steps", "4", "--out", str(tmp_path / "matrix.md"), "--rows", *few
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "[5/5] internlm2, 2 processes: " in done.stdout
     page, record = (tmp_path / "matrix.md").read_text(), json.loads((tmp_path / "matrix.json").read_text())
     assert page in done.stdout
     assert "**3 of 3 rows within bounds, 2 of 2 controls out of them.**" in page
-    assert [row["control"] for row in record["rows"]] == [None] * 3 + ["sequence-parallel sum missing", "messages batched"]
+    assert [row["control"] for row in record["rows"]] == [None] * 3 + [
+        "sequence-parallel sum missing",
+        "messages batched",
+    ]
     for row in record["rows"]:
         found = row["figures"]
         if row["control"]:
             assert {"loss_relative", "weight"} <= set(row["broken"])
         else:
-            assert (found["loss_relative"] < 1e-5, found["norm_relative"] < 1e-5, 0 < found["weight"] < 1e-4) == (True,) * 3, row
+            assert (
+                found["loss_relative"] < 1e-5,
+                found["norm_relative"] < 1e-5,
+                0 < found["weight"] < 1e-4,
+            ) == (True,) * 3, row
     assert {"date", "hardware", "versions", "commit", "bounds", "references"} <= record.keys()
 
 
@@ -68,7 +85,9 @@ def test_the_whole_matrix(tmp_path):
 def test_the_reference_owes_nothing_to_our_model_or_engines():
     ours = {path: inner(ast.parse(Path(path).read_text())) for path in (reference.__file__, oracle.__file__)}
     assert set.union(*ours.values()) <= {"schedule", "weights", "config", "families"}
-    assert "engines" in inner(ast.parse((launch.ROOT / "tests/engine_worker.py").read_text()))  # control: it would be seen
+    assert "engines" in inner(
+        ast.parse((launch.ROOT / "tests/engine_worker.py").read_text())
+    )  # control: it would be seen
 
 
 @pytest.mark.parametrize("family", rows.MODELS)
@@ -82,7 +101,11 @@ def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
 
 
 def mistakes_of(family: str) -> list[str]:
-    return [row.weights for row in rows.CONTROLS if family in row.families and row.weights and row.precision == "fp32"]
+    return [
+        row.weights
+        for row in rows.CONTROLS
+        if family in row.families and row.weights and row.precision == "fp32"
+    ]
 
 
 def test_masters_and_copies_of_the_same_type_train_like_one_model():
@@ -120,7 +143,14 @@ def judged(curve=EXPECTED.curve, weights=END) -> tuple[Figures, list[str]]:
 def test_figures_by_hand():
     found, broken = judged([[2.5, 10.0], [1.0, 4.0]], END | {"b": torch.tensor([0.5, 0.0, 4.0])})
     assert vars(found) == pytest.approx(
-        {"loss": 0.5, "loss_relative": 0.25, "norm": 1.0, "norm_relative": 0.2, "weight": 0.5, "weight_relative": 0.5 / 26**0.5}
+        {
+            "loss": 0.5,
+            "loss_relative": 0.25,
+            "norm": 1.0,
+            "norm_relative": 0.2,
+            "weight": 0.5,
+            "weight_relative": 0.5 / 26**0.5,
+        }
     )
     assert broken == ["loss_relative", "norm_relative", "weight"]
     assert judged() == (Figures(0, 0, 0, 0, 0, 0), [])
@@ -150,7 +180,9 @@ def test_the_band_of_bf16():
     """Between a tenth of the nearer reference's distance and twice the farther one's, column by column."""
     near, far = Figures(1, 1e-3, 1, 4e-2, 1, 5e-2), Figures(1, 2e-3, 1, 3e-2, 1, 4e-2)
     bounds = figures.band(near, far)
-    assert bounds.most == pytest.approx({"loss_relative": 4e-3, "norm_relative": 8e-2, "weight_relative": 0.1})
+    assert bounds.most == pytest.approx(
+        {"loss_relative": 4e-3, "norm_relative": 8e-2, "weight_relative": 0.1}
+    )
     assert bounds.least == pytest.approx(1e-4)
     assert bounds.broken(near) == bounds.broken(far) == []
     assert bounds.broken(replace(near, loss_relative=5e-3)) == ["loss_relative"]
@@ -173,9 +205,13 @@ def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
         raise AssertionError("exit codes [1, 0]")
 
     monkeypatch.setattr(launch, "ranks", ranks)
-    theirs = reference.Reference(rows.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"})
+    theirs = reference.Reference(
+        rows.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"}
+    )
     said: list[str] = []
-    found = list(running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, running.Progress(2, said.append)))
+    found = list(
+        running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, running.Progress(2, said.append))
+    )
     assert found == [(LAYOUT, None), (CONTROL, None)]
     assert "exit codes [1, 0]" in said[0]
 
@@ -199,9 +235,15 @@ def test_the_page_and_the_record():
     assert not measured.good
     page = table.as_markdown(measured, facts)
     assert "**0 of 2 rows within bounds, 0 of 1 controls out of them.**" in page
-    assert "| Megatron DP2 | 2 | 1.0e-07 | 2.0e-08 | 1.0e+00 | **nan** | 1.0e+00 | 1.0e+00 | **out of bounds** |" in page
+    assert (
+        "| Megatron DP2 | 2 | 1.0e-07 | 2.0e-08 | 1.0e+00 | **nan** | 1.0e+00 | 1.0e+00 | **out of bounds** |"
+        in page
+    )
     assert "| Megatron TP2 | 2 |  |  |  |  |  |  | **did not end** |" in page
-    assert "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | **not seen** |" in page
+    assert (
+        "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | **not seen** |"
+        in page
+    )
     record = json.loads(table.as_json(measured, facts))
     assert [row["good"] for row in record["rows"]] == [False] * 3
     assert record["rows"][0]["figures"]["norm_relative"] is None
@@ -225,7 +267,11 @@ def test_every_row_is_a_run_that_the_recipe_would_take():
 def test_every_control_has_one_mistake():
     for row in rows.CONTROLS:
         right = next(one for one in rows.NAMED.values() if row.title.startswith(one.title + "; control"))
-        differs = [name for name in ("optim", "mistake", "weights", "as_bf16") if getattr(row, name) != getattr(right, name)]
+        differs = [
+            name
+            for name in ("optim", "mistake", "weights", "as_bf16")
+            if getattr(row, name) != getattr(right, name)
+        ]
         assert len(differs) == 1, row.title
         assert (row.parallel, row.train) == (right.parallel, right.train)
 

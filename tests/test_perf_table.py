@@ -17,20 +17,34 @@ from ascendspeed.models import estimates, families
 from ascendspeed.utils.errors import UserError
 
 
-def write_log(folder, times=(9000.0, 1000.0, 500.0, 400.0, 600.0), device="cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2") -> str:
+def write_log(
+    folder,
+    times=(9000.0, 1000.0, 500.0, 400.0, 600.0),
+    device="cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2",
+) -> str:
     """A log of 8 samples of 16 tokens an iteration on 4 devices."""
     speeds = (
-        {"ms_per_iteration": ms, "tokens_per_s": 8 * 16 * 1e3 / ms / 4, "tflops": 100 / ms, "global_batch_size": 8} for ms in times
+        {
+            "ms_per_iteration": ms,
+            "tokens_per_s": 8 * 16 * 1e3 / ms / 4,
+            "tflops": 100 / ms,
+            "global_batch_size": 8,
+        }
+        for ms in times
     )
     head = f"device: {device}\nrun: {json.dumps(asdict(example_run()))}\n"
     folder.mkdir(exist_ok=True)
-    (folder / "train.log").write_text(head + "".join(ours(i, 2.0, **more) for i, more in enumerate(speeds, 1)))
+    (folder / "train.log").write_text(
+        head + "".join(ours(i, 2.0, **more) for i, more in enumerate(speeds, 1))
+    )
     return str(folder)
 
 
 def test_every_cell_by_hand(tmp_path):
     row = performance_table.of_curve(read_logs.read(write_log(tmp_path)), warmup=2)
-    assert row == Row("cpu (AMD EPYC) (4)", "internlm-tiny", 100, 4.0, 64.0, 0.5, 0.2)  # median 500 ms: 16 samples/s over 4 devices
+    assert row == Row(
+        "cpu (AMD EPYC) (4)", "internlm-tiny", 100, 4.0, 64.0, 0.5, 0.2
+    )  # median 500 ms: 16 samples/s over 4 devices
     assert row.cells == ("cpu (AMD EPYC) (4)", "internlm-tiny", "100", "4.000", "64", "0.500", "0.2")
 
 
@@ -38,7 +52,9 @@ def test_control_the_first_steps_do_not_count(tmp_path):
     curve = read_logs.read(write_log(tmp_path, (90000.0, 90000.0, 90000.0, 500.0, 500.0)))
     assert performance_table.of_curve(curve, warmup=3).seconds == 0.5
     assert performance_table.of_curve(curve, warmup=0).seconds == 90.0
-    assert performance_table.of_curve(curve, warmup=9).seconds == 90.0  # a log that is shorter counts as a whole
+    assert (
+        performance_table.of_curve(curve, warmup=9).seconds == 90.0
+    )  # a log that is shorter counts as a whole
 
 
 def row_of(name: str, devices: int | None = None) -> Row:
@@ -82,14 +98,18 @@ def test_what_is_missing_is_what_the_footnote_names(tmp_path):
 def test_megatrons_arguments_name_model_and_devices():
     names = {"world_size": 32, "num_layers": 80, "hidden_size": 8192, "seq_length": 2048}
     lines = [f"  {name} ...................... {value}\n" for name, value in names.items()]
-    row = performance_table.of_curve(console_logs.read("x", [*lines, SAMPLES["Megatron-LM without a time"][0] + "\n"]))
+    row = performance_table.of_curve(
+        console_logs.read("x", [*lines, SAMPLES["Megatron-LM without a time"][0] + "\n"])
+    )
     assert row.model == "80 layers x 8192"
     assert row.tokens == pytest.approx(1024 / 126.9953 / 32 * 2048)
 
 
 def test_what_the_footnotes_say_of_the_published_figures():
     npu7, _, npu65, _ = PUBLISHED
-    assert pytest.approx(13.0, rel=1e-3) == 256 / 19.6846  # so 13.000 samples/s are of all devices, and 19684.6 are milliseconds
+    assert (
+        pytest.approx(13.0, rel=1e-3) == 256 / 19.6846
+    )  # so 13.000 samples/s are of all devices, and 19684.6 are milliseconds
     assert npu7.samples * 8 == 13.0
     assert npu7.samples * 2048 == 3328
     assert abs(3328 - npu7.tokens) > 380
@@ -107,7 +127,13 @@ def test_what_the_footnotes_say_of_the_published_figures():
 def test_the_table(markdown):
     text = performance_table.table([*PUBLISHED, Row("x", "y", 1, 2.0, 3.0, 4.0, 5.0)], markdown)
     lines = text.splitlines()
-    assert [line.strip("| ").split()[0] for line in lines[2:7]] == ["NPUs,", "benchmarks,", "NPUs,", "Reference,", "x"]
+    assert [line.strip("| ").split()[0] for line in lines[2:7]] == [
+        "NPUs,",
+        "benchmarks,",
+        "NPUs,",
+        "Reference,",
+        "x",
+    ]
     notes = [note for row in PUBLISHED for note in row.notes]
     for number, note in enumerate(notes, 1):
         assert f"[{number}] {note}" in text
@@ -152,6 +178,14 @@ def test_the_tool(tool, tmp_path):
 
 def test_numbers_that_are_not_there(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert performance_table.of_curve(read_logs.read(tmp_path / "x.jsonl")).cells == ("x.jsonl", "-", "-", "-", "-", "-", "-")
+    assert performance_table.of_curve(read_logs.read(tmp_path / "x.jsonl")).cells == (
+        "x.jsonl",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+        "-",
+    )
     with pytest.raises(UserError):
         read_logs.read(tmp_path)

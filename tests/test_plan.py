@@ -14,18 +14,34 @@ from ascendspeed.models.families import PRESETS
 GIB = 2**30
 SHAPES = {
     **PRESETS,
-    "gqa": ModelConfig(num_layers=3, hidden_size=64, num_attention_heads=8, num_query_groups=2, ffn_hidden_size=96, vocab_size=125),
-    "wide-heads": ModelConfig(
-        num_layers=2, hidden_size=64, num_attention_heads=4, kv_channels=32, ffn_hidden_size=96, add_dense_bias=False
+    "gqa": ModelConfig(
+        num_layers=3,
+        hidden_size=64,
+        num_attention_heads=8,
+        num_query_groups=2,
+        ffn_hidden_size=96,
+        vocab_size=125,
     ),
-    "tied": ModelConfig(family="llama", num_layers=2, hidden_size=64, num_attention_heads=4, tie_embeddings=True),
+    "wide-heads": ModelConfig(
+        num_layers=2,
+        hidden_size=64,
+        num_attention_heads=4,
+        kv_channels=32,
+        ffn_hidden_size=96,
+        add_dense_bias=False,
+    ),
+    "tied": ModelConfig(
+        family="llama", num_layers=2, hidden_size=64, num_attention_heads=4, tie_embeddings=True
+    ),
 }
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_equal_the_table(name):
     model = SHAPES[name]
-    assert estimates.parameter_count(model) == sum(torch.Size(p.shape).numel() for p in param_mapping.parameters(model))
+    assert estimates.parameter_count(model) == sum(
+        torch.Size(p.shape).numel() for p in param_mapping.parameters(model)
+    )
 
 
 COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
@@ -78,7 +94,10 @@ def test_every_size_has_its_count():
 
 def test_active_parameters():
     """Of 8 experts in 32 layers, 6 are not met; of 60 in 24, 56."""
-    counts = {name: estimates.active_parameter_count(PRESETS[name]) for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")}
+    counts = {
+        name: estimates.active_parameter_count(PRESETS[name])
+        for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")
+    }
     assert counts["mixtral-8x7b"] == COUNTS["mixtral-8x7b"] - 32 * 6 * 3 * 4096 * 14336
     assert counts["qwen1.5-moe-a2.7b"] == COUNTS["qwen1.5-moe-a2.7b"] - 24 * 56 * 3 * 2048 * 1408
     assert counts["gemma-2b"] == COUNTS["gemma-2b"]
@@ -89,7 +108,9 @@ def test_active_parameters():
 def test_parameters_of_one_rank(name, tp):
     model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=tp)
     cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in param_mapping.parameters(model))
-    assert estimates.parameters_per_device(model, parallel) == sum(torch.Size(cut.part_shape).numel() for cut in cuts)
+    assert estimates.parameters_per_device(model, parallel) == sum(
+        torch.Size(cut.part_shape).numel() for cut in cuts
+    )
 
 
 def test_pipeline_stages_share_the_layers():
@@ -102,12 +123,19 @@ def test_pipeline_stages_share_the_layers():
 @pytest.mark.parametrize("name", ["internlm-7b", "gemma-7b", "baichuan2-tiny"])
 def test_the_fullest_pipeline_stage(name):
     """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if that is tied."""
-    model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    model, parallel = (
+        SHAPES[name],
+        ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
+    )
     sizes = {
-        p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel() for p in param_mapping.parameters(model)
+        p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel()
+        for p in param_mapping.parameters(model)
     }
     layers = sum(size for n, size in sizes.items() if n.startswith("decoder.layers.")) // 2
-    last = sizes.get("output_layer.weight", sizes["embedding.word_embeddings.weight"]) + sizes["decoder.final_layernorm.weight"]
+    last = (
+        sizes.get("output_layer.weight", sizes["embedding.word_embeddings.weight"])
+        + sizes["decoder.final_layernorm.weight"]
+    )
     assert estimates.parameters_per_device(model, parallel) == layers + last
 
 
@@ -115,7 +143,9 @@ def test_flops_of_the_recipe():
     assert estimates.flops_per_token(PRESETS["internlm-7b"], 2048) == pytest.approx(43.0e9, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"])
+@pytest.mark.parametrize(
+    "name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"]
+)
 def test_flops_counted_by_torch(name):
     """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal attention half of s x s."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -146,7 +176,9 @@ def test_flops_counted_by_torch(name):
     ],
 )
 def test_model_states_as_measured(name, tp, stage, dp, gib):
-    states = estimates.model_states(PRESETS[name], ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage), dp, "bf16")
+    states = estimates.model_states(
+        PRESETS[name], ParallelConfig(tensor_model_parallel_size=tp, zero_stage=stage), dp, "bf16"
+    )
     assert states.total / GIB == pytest.approx(gib, abs=0.07)
 
 
@@ -155,7 +187,9 @@ def test_model_states_follow_the_layout():
     count = estimates.parameter_count(model)
 
     def bytes_per_parameter(stage, dp, dtype, **more):
-        return estimates.model_states(model, ParallelConfig(zero_stage=stage), dp, dtype, **more).total / count
+        return (
+            estimates.model_states(model, ParallelConfig(zero_stage=stage), dp, dtype, **more).total / count
+        )
 
     assert bytes_per_parameter(0, 8, "fp32") == 16
     assert bytes_per_parameter(1, 1, "bf16") == bytes_per_parameter(3, 1, "bf16") == 16

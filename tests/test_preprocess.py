@@ -48,7 +48,9 @@ def run(*args):
 def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
     parquet_of(tmp_path / "a.parquet", TEXTS, row_group_size=100)
     facts = preprocess(
-        [tmp_path / "a.parquet"], str(tmp_path / "p"), Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True)
+        [tmp_path / "a.parquet"],
+        str(tmp_path / "p"),
+        Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True),
     )
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
     read = IndexedDataset(str(tmp_path / "p_text_document"))
@@ -66,7 +68,11 @@ def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
     folder = big_vocabulary_dir(tmp_path / "tokenizer")
     parquet_of(tmp_path / "a.parquet", ["w2 w69999", "w65536"])
-    preprocess([tmp_path / "a.parquet"], str(tmp_path / "p"), Job(str(folder), "GeneralPretrainHandler", append_eod=True))
+    preprocess(
+        [tmp_path / "a.parquet"],
+        str(tmp_path / "p"),
+        Job(str(folder), "GeneralPretrainHandler", append_eod=True),
+    )
     read = IndexedDataset(str(tmp_path / "p_text_document"))
     assert read.index.dtype == np.int32
     assert [d.tolist() for d in read[0:2]] == [[2, 69999, 1], [65536, 1]]
@@ -74,7 +80,9 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
 
 def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
     for module in (parquet, lines, sequential):
-        monkeypatch.setattr(module, "SHARD_BYTES", 6000)  # many shards; whoever reads one need not know how they are cut
+        monkeypatch.setattr(
+            module, "SHARD_BYTES", 6000
+        )  # many shards; whoever reads one need not know how they are cut
     inputs = {
         "one group": parquet_of(tmp_path / "one.parquet", TEXTS),
         "groups": parquet_of(tmp_path / "groups.parquet", TEXTS, row_group_size=77),
@@ -95,7 +103,9 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
     assert all(files == first for files in found.values())
     parquet_of(tmp_path / "one.parquet", TEXTS[:50] + TEXTS[51:52] + TEXTS[50:51] + TEXTS[52:])
     preprocess([tmp_path / "one.parquet"], str(tmp_path / "swapped"), job)
-    assert made(tmp_path / "swapped_text_document")["bin"] != first["bin"]  # control: the order of the rows is seen
+    assert (
+        made(tmp_path / "swapped_text_document")["bin"] != first["bin"]
+    )  # control: the order of the rows is seen
 
 
 def test_several_files_and_keys(tmp_path, tokenizer):
@@ -106,7 +116,9 @@ def test_several_files_and_keys(tmp_path, tokenizer):
     (data / "c.csv").write_text("")  # holds no rows and misses no column
     job = Job(str(tokenizer), "GeneralPretrainHandler", ("text", "title"))
     preprocess([data], str(data / "new" / "p"), job)
-    facts = preprocess([data], str(data / "new" / "p"), job)  # its own output among the input is not taken for rows
+    facts = preprocess(
+        [data], str(data / "new" / "p"), job
+    )  # its own output among the input is not taken for rows
     assert [facts[key]["documents"] for key in ("text", "title")] == [3, 2]
     assert facts["title"]["skipped"] == {"null": 1}
     one, other = (IndexedDataset(str(data / "new" / f"p_{key}_document")) for key in ("text", "title"))
@@ -131,7 +143,15 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
     facts = preprocess([path], str(tmp_path / "p"), job, say=said.append)
     assert facts["text"]["rows"] == 10
     assert facts["text"]["documents"] == 2
-    expected = {"null": 1, "empty": 1, "whitespace": 1, "not text": 1, "malformed": 1, "invalid UTF-8": 2, "huge": 1}
+    expected = {
+        "null": 1,
+        "empty": 1,
+        "whitespace": 1,
+        "not text": 1,
+        "malformed": 1,
+        "invalid UTF-8": 2,
+        "huge": 1,
+    }
     assert facts["text"]["skipped"] == expected
     assert "from 10 rows, skipped: 1 empty, 1 huge, 2 invalid UTF-8" in said[0]
 
@@ -141,7 +161,8 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
     preprocess([parquet_of(tmp_path / "a.parquet", ["old"])], str(tmp_path / "p"), job)
     before = made(tmp_path / "p_text_document")
     with pytest.raises(
-        UserError, match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; nothing was written"
+        UserError,
+        match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; nothing was written",
     ):
         preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
     assert made(tmp_path / "p_text_document") == before
@@ -180,12 +201,19 @@ def test_a_full_disk_is_known_early(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(parquet, "SHARD_BYTES", 2000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"are still to be written, but 0\.0 GB are free"):
-        preprocess([parquet_of(tmp_path / "a.parquet", TEXTS)], str(tmp_path / "p"), Job(str(tokenizer), "GeneralPretrainHandler"))
+        preprocess(
+            [parquet_of(tmp_path / "a.parquet", TEXTS)],
+            str(tmp_path / "p"),
+            Job(str(tokenizer), "GeneralPretrainHandler"),
+        )
     assert not list(tmp_path.glob("p_*"))
 
 
 def test_the_published_command(tmp_path, tokenizer):
-    rows = [{"instruction": f"Say {i}.", "input": None if i % 2 else "loud", "output": f"{i}!"} for i in range(100)]
+    rows = [
+        {"instruction": f"Say {i}.", "input": None if i % 2 else "loud", "output": f"{i}!"}
+        for i in range(100)
+    ]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "train.parquet")
     prefix = tmp_path / "alpaca"
     flags = [
@@ -198,8 +226,24 @@ def test_the_published_command(tmp_path, tokenizer):
         "--workers",
         2,
     ]
-    flags += ["--log-interval", 10, "--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"]
-    done = run(*flags, "--tokenizer-not-use-fast", "--append-eod", "--dataset-impl", "mmap", "--streaming", "--seq-length", 2048)
+    flags += [
+        "--log-interval",
+        10,
+        "--tokenizer-type",
+        "PretrainedFromHF",
+        "--handler-name",
+        "AlpacaPretrainHandler",
+    ]
+    done = run(
+        *flags,
+        "--tokenizer-not-use-fast",
+        "--append-eod",
+        "--dataset-impl",
+        "mmap",
+        "--streaming",
+        "--seq-length",
+        2048,
+    )
     assert done.returncode == 0, done.stderr
     assert len(IndexedDataset(f"{prefix}_text_document")) == 100
     for said in (
@@ -225,8 +269,19 @@ def test_the_workers_need_no_torch():
 def tool_with_workers(tmp_path, tokenizer):
     """The running tool and its two worker processes."""
     path = parquet_of(tmp_path / "long.parquet", words(100_000), row_group_size=1000)
-    command = [sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "p"]
-    tool = subprocess.Popen([*map(str, command), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        TOOL,
+        "--input",
+        path,
+        "--tokenizer-name-or-path",
+        tokenizer,
+        "--output-prefix",
+        tmp_path / "p",
+    ]
+    tool = subprocess.Popen(
+        [*map(str, command), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     workers = []
     while len(workers) < 2 and tool.poll() is None:
         time.sleep(0.02)
@@ -253,11 +308,23 @@ def test_workers_end_with_a_killed_parent(tmp_path, tokenizer):
 
 def kill_at_random(folder, tokenizer, times, seed):
     """SIGKILLs the tool at random moments beside an older pair; returns what was found after each."""
-    old, new = parquet_of(folder / "old.parquet", words(50)), parquet_of(folder / "new.parquet", words(20000), row_group_size=2000)
+    old, new = (
+        parquet_of(folder / "old.parquet", words(50)),
+        parquet_of(folder / "new.parquet", words(20000), row_group_size=2000),
+    )
     job, prefix = Job(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
     preprocess([new], str(folder / "whole"), job)
     whole, found = made(folder / "whole_text_document"), []
-    command = [sys.executable, TOOL, "--input", new, "--tokenizer-name-or-path", tokenizer, "--output-prefix", folder / "p"]
+    command = [
+        sys.executable,
+        TOOL,
+        "--input",
+        new,
+        "--tokenizer-name-or-path",
+        tokenizer,
+        "--output-prefix",
+        folder / "p",
+    ]
     command = [*map(str, command), "--workers", "2"]
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)

@@ -41,7 +41,12 @@ def talks(count):
     chance = random.Random(count)
     turns = [[(next(texts), next(texts)) for _ in range(chance.randint(1, 3))] for _ in range(count)]
     return [
-        [{"from": who, "value": text} for turn in one for who, text in zip(("human", "gpt"), turn, strict=True)] for one in turns
+        [
+            {"from": who, "value": text}
+            for turn in one
+            for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        for one in turns
     ]
 
 
@@ -51,7 +56,9 @@ ROWS = [{"id": i, "conversations": talk} for i, talk in enumerate(talks(120))]
 def write(path, rows, **options):
     """Rows in the format of the suffix; a row that is a string is a line as it stands."""
     path.parent.mkdir(exist_ok=True)
-    text = "".join(f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows)
+    text = "".join(
+        f"{row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)}\n" for row in rows
+    )
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, **options)
     elif path.suffix == ".json":
@@ -169,7 +176,9 @@ def test_bad_rows_of_columnar_files_are_said_by_row(tmp_path, tokenizer, monkeyp
         rows[number] = {"conversations": [{"from": "human", "value": "q"}]}
     for name, options in (("a.parquet", {}), ("b.parquet", {"row_group_size": 13}), ("c.json", {})):
         _, said = run(tmp_path, [write(tmp_path / name, rows, **options)], tokenizer)
-        assert [re.search(rf"{name}, row (\d+)", line).group(1) for line in said if "wrong order: /" in line] == ["6", "51", "52"]
+        assert [
+            re.search(rf"{name}, row (\d+)", line).group(1) for line in said if "wrong order: /" in line
+        ] == ["6", "51", "52"]
         assert "skipped, wrong order: ... and 1 more" in said
     header, *more = ["instruction,output\n", *(f'q{i},"a\n{i}"\n' for i in range(9))]
     (tmp_path / "d.csv").write_text("".join([header, *more[:4], "x,\n", *more[4:]]))
@@ -187,7 +196,16 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path, tokenize
     assert not list(tmp_path.glob("p_*"))
     done = subprocess.run(
         [
-            *(sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "p"),
+            *(
+                sys.executable,
+                TOOL,
+                "--input",
+                path,
+                "--tokenizer-name-or-path",
+                tokenizer,
+                "--output-prefix",
+                tmp_path / "p",
+            ),
             *("--handler-name", SHAREGPT, "--workers", "1", "--strict"),
         ],
         capture_output=True,
@@ -202,23 +220,30 @@ def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path, tokenize
 
 def test_mixed_schemas(tmp_path, tokenizer):
     """A second file with other columns, and rows of another type: counted, by file and line."""
-    good = write(tmp_path / "1.jsonl", [{"instruction": "q", "output": "a"}, ["q", "a"], {"instruction": "q", "output": ["a"]}])
+    good = write(
+        tmp_path / "1.jsonl",
+        [{"instruction": "q", "output": "a"}, ["q", "a"], {"instruction": "q", "output": ["a"]}],
+    )
     other = write(tmp_path / "2.jsonl", [{"question": "q", "answer": "a"}] * 5)
     facts, said = run(tmp_path, [good, other], tokenizer, ALPACA)
     assert facts["documents"] == 1
     assert facts["skipped"] == {"malformed": 1, "no 'instruction'": 5, "not text": 1}
     assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in said)
     assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in said)
-    with pytest.raises(UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"):
+    with pytest.raises(
+        UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"
+    ):
         run(tmp_path, [good, other], tokenizer, ALPACA, strict=True)
     with pytest.raises(
-        UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'; there are: question"
+        UserError,
+        match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'; there are: question",
     ):
         run(tmp_path, [other], tokenizer, ALPACA)
     with pytest.raises(UserError, match="needs the column 'conversations or messages'"):
         run(tmp_path, [other], tokenizer)
     with pytest.raises(
-        UserError, match=r"no document under 'packed' in 1 files: .* skipped, wrong order: .*line 1: .*nothing was written"
+        UserError,
+        match=r"no document under 'packed' in 1 files: .* skipped, wrong order: .*line 1: .*nothing was written",
     ):
         run(tmp_path, [write(tmp_path / "3.jsonl", [BAD[4]])], tokenizer)
 
@@ -226,7 +251,10 @@ def test_mixed_schemas(tmp_path, tokenizer):
 def test_a_csv_holds_no_lists(tmp_path, tokenizer):
     (tmp_path / "a.csv").write_text("conversations\nx\n")
     (tmp_path / "b.csv").write_text("instruction,output,history\nq,a,\n")
-    with pytest.raises(UserError, match=r"a\.csv: the column 'conversations' holds lists, which such a file cannot: use jsonl"):
+    with pytest.raises(
+        UserError,
+        match=r"a\.csv: the column 'conversations' holds lists, which such a file cannot: use jsonl",
+    ):
         run(tmp_path, [tmp_path / "a.csv"], tokenizer)
     with pytest.raises(UserError, match=r"b\.csv: the column 'history' holds lists"):
         run(tmp_path, [tmp_path / "b.csv"], tokenizer, ALPACA)
@@ -260,9 +288,14 @@ def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     assert 0 < lost.documents < 120
     assert lost.lost > lost.cut > 0
     assert facts["seq_length"] == length
-    assert f"{lost.documents} documents cut to --seq-length {length}: {lost.lost} answers lost, {lost.cut} cut" in said[2]
+    assert (
+        f"{lost.documents} documents cut to --seq-length {length}: {lost.lost} answers lost, {lost.cut} cut"
+        in said[2]
+    )
     cut = Couple("p", *find(str(tmp_path / "p")))
-    assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [d.tokens[:length].tolist() for d in kept]
+    assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [
+        d.tokens[:length].tolist() for d in kept
+    ]
     first = [int(np.flatnonzero(d.loss_mask)[0]) for d in documents]
     short = int(np.median(first))
     facts, said = run(tmp_path, [path], tokenizer, seq_length=short)
@@ -274,18 +307,42 @@ def test_the_command_and_what_it_says(tmp_path):
     plain = sentencepiece_dir(tmp_path / "plain")
     rows = [{"instruction": f"Say {i}.", "input": None, "output": f"{i}!"} for i in range(30)]
     path = write(tmp_path / "train.parquet", rows)
-    command = [sys.executable, TOOL, "--input", path, "--tokenizer-name-or-path", plain, "--output-prefix", tmp_path / "alpaca"]
-    command += ["--workers", "1", "--tokenizer-type", "PretrainedFromHF", "--handler-name", GENERAL, "--seq-length", "4096"]
+    command = [
+        sys.executable,
+        TOOL,
+        "--input",
+        path,
+        "--tokenizer-name-or-path",
+        plain,
+        "--output-prefix",
+        tmp_path / "alpaca",
+    ]
+    command += [
+        "--workers",
+        "1",
+        "--tokenizer-type",
+        "PretrainedFromHF",
+        "--handler-name",
+        GENERAL,
+        "--seq-length",
+        "4096",
+    ]
     done = subprocess.run([*command, "--append-eod"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "has no effect" not in done.stdout
     assert "note:" not in done.stdout
     assert "30 documents" in done.stdout
     bare = subprocess.run(command, capture_output=True, text=True)
-    assert "note: answers have no end in the published prompt, so models learn none: add --append-eod" in bare.stdout
+    assert (
+        "note: answers have no end in the published prompt, so models learn none: add --append-eod"
+        in bare.stdout
+    )
     keys = subprocess.run([*command, "--json-keys", "foo"], capture_output=True, text=True)
     assert keys.returncode == 2
-    assert "error: --json-keys means nothing to GeneralInstructionHandler, only to GeneralPretrainHandler" in keys.stderr
+    assert (
+        "error: --json-keys means nothing to GeneralInstructionHandler, only to GeneralPretrainHandler"
+        in keys.stderr
+    )
     short = subprocess.run([*command, "--seq-length", "1"], capture_output=True, text=True)
     assert short.returncode == 2
     assert "nothing to learn in a document of one token" in short.stderr
@@ -302,14 +359,23 @@ def test_columns_that_are_not_read(tmp_path, tokenizer):
     assert facts["skipped"] == {"misspelt column": 4}
     assert f"note: {inputs[0]} and 1 more: columns not read: text" in said
     assert f"note: {inputs[2]}: columns not read: text, inputs" in said
-    assert f"skipped, misspelt column: {inputs[2]}, line 3: 'inputs' is not read; did you mean 'input'?" in said
+    assert (
+        f"skipped, misspelt column: {inputs[2]}, line 3: 'inputs' is not read; did you mean 'input'?" in said
+    )
     for handler in (ALPACA, GENERAL, "AlpacaPretrainHandler"):
-        with pytest.raises(UserError, match=r"c\.jsonl, line 3: 'inputs' is not read; did you mean 'input'\? \(misspelt column\)"):
+        with pytest.raises(
+            UserError,
+            match=r"c\.jsonl, line 3: 'inputs' is not read; did you mean 'input'\? \(misspelt column\)",
+        ):
             run(tmp_path, inputs, tokenizer, handler, strict=True)
-    with pytest.raises(UserError, match=r"no document .*'inputs' is not read; did you mean 'input'\?; nothing was written"):
+    with pytest.raises(
+        UserError, match=r"no document .*'inputs' is not read; did you mean 'input'\?; nothing was written"
+    ):
         run(tmp_path, [write(tmp_path / "d.parquet", wrong)], tokenizer, ALPACA)
     talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]  # one of two names is enough
-    facts, said = run(tmp_path, [write(tmp_path / "e.jsonl", [{"conversations": talk, "message": "x"}] * 3)], tokenizer)
+    facts, said = run(
+        tmp_path, [write(tmp_path / "e.jsonl", [{"conversations": talk, "message": "x"}] * 3)], tokenizer
+    )
     assert facts["documents"] == 3
     assert any(line.endswith("columns not read: message") for line in said)
 
@@ -322,5 +388,7 @@ def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer
     assert facts["documents"] == 2
     assert facts["skipped"] == {"wrong number of cells": 2}
     assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in said
-    with pytest.raises(UserError, match=r"--strict: .*a\.csv, row 2: 5 cells, the header has 3 \(wrong number of cells\)"):
+    with pytest.raises(
+        UserError, match=r"--strict: .*a\.csv, row 2: 5 cells, the header has 3 \(wrong number of cells\)"
+    ):
         preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, strict=True)

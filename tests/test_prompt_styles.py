@@ -12,7 +12,10 @@ from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.utils.errors import UserError
 
-ASKED = [Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer) for i, answer in ((1, 1), (2, 2), (3, 0))]
+ASKED = [
+    Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer)
+    for i, answer in ((1, 1), (2, 2), (3, 0))
+]
 OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave for the same questions, with the answer D
     ("mmlu", "high_school_biology", 2): (
         "The following are multiple choice questions (with answers) about  high school biology.\n\n"
@@ -49,7 +52,11 @@ OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave fo
 def whole(name: str, task: str, subject: str, shots: int) -> str:
     """Context, delimiter and the last choice."""
     found = STYLES[name][task]
-    return found.context(TOPICS[task][subject], ASKED[:shots], ASKED[2]) + found.delimiter + found.choices(ASKED[2])[-1]
+    return (
+        found.context(TOPICS[task][subject], ASKED[:shots], ASKED[2])
+        + found.delimiter
+        + found.choices(ASKED[2])[-1]
+    )
 
 
 @pytest.mark.parametrize(("task", "subject", "shots"), OPENCOMPASS)
@@ -73,7 +80,9 @@ def test_hendrycks():
     assert whole("hendrycks", "mmlu", "us_foreign_policy", 1) == expected
     # controls: who mixes the styles up is seen
     assert whole("lm-eval", "mmlu", "us_foreign_policy", 1) == expected.replace("about  ", "about ")
-    assert whole("opencompass", "mmlu", "us_foreign_policy", 0) != whole("hendrycks", "mmlu", "us_foreign_policy", 0)
+    assert whole("opencompass", "mmlu", "us_foreign_policy", 0) != whole(
+        "hendrycks", "mmlu", "us_foreign_policy", 0
+    )
 
 
 @pytest.mark.parametrize(("task", "shots"), [*SHOTS.items(), ("boolq", 2), ("hellaswag", 3), ("mmlu", 0)])
@@ -82,7 +91,13 @@ def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
     ours = load(task, MAKERS[task](tmp_path), shots)
     put = style("lm-eval", task, shots)
     for subject in ours.subjects[:3]:  # the titles of all are compared below
-        theirs = harness_task(task, tmp_path, subject.topic.name if len(ours.subjects) > 1 else "", shots, len(subject.questions))
+        theirs = harness_task(
+            task,
+            tmp_path,
+            subject.topic.name if len(ours.subjects) > 1 else "",
+            shots,
+            len(subject.questions),
+        )
         assert len(theirs.eval_docs) == len(subject.questions)
         for question, doc in zip(subject.questions, theirs.eval_docs, strict=True):
             context = put.context(subject.topic, subject.shots, question)
@@ -104,7 +119,10 @@ def test_titles_of_all_subjects_are_lm_evals(task):
 
 
 def test_what_a_style_does_not_say_is_refused():
-    with pytest.raises(UserError, match="--prompt-style hendrycks does not say how to put ceval; choose lm-eval or opencompass"):
+    with pytest.raises(
+        UserError,
+        match="--prompt-style hendrycks does not say how to put ceval; choose lm-eval or opencompass",
+    ):
         style("hendrycks", "ceval", 5)
     with pytest.raises(UserError, match="puts boolq with 0 examples; leave --num-fewshot 3 out"):
         style("opencompass", "boolq", 3)

@@ -35,7 +35,10 @@ def test_the_published_commands_of_internlm(tmp_path, capsys):
     tokens.rename(tmp_path / "v7.model")
     flags = "--tp_size 2 --embed_split --use_flash --version 1 --safetensors"
     run("revert_internlm", "--src", tmp_path / "hf", "--tgt", tmp_path / "evo", *flags.split())
-    assert "to be trained as INTERNLM with embed_split_hidden=True, qk_interleaved=False" in capsys.readouterr().out
+    assert (
+        "to be trained as INTERNLM with embed_split_hidden=True, qk_interleaved=False"
+        in capsys.readouterr().out
+    )
     assert equal(tmp_path / "evo", shape, Trained("INTERNLM", 2, version=1))
     with pytest.raises(UserError, match="--tokenizer is needed"):
         run("convert2hf_internlm", "--src", tmp_path / "evo", "--tgt", tmp_path / "a")
@@ -45,9 +48,22 @@ def test_the_published_commands_of_internlm(tmp_path, capsys):
     assert config_at(tmp_path / "a") == config_of("internlm", shape)
     assert (tmp_path / "a/tokenizer.model").is_file()
     (tmp_path / "evo/config.json").unlink()
-    run("convert2hf_internlm", *where, tmp_path / "b", "--max_pos", "16", "--rotary_type", "dynamic", "--dtype", "float32")
+    run(
+        "convert2hf_internlm",
+        *where,
+        tmp_path / "b",
+        "--max_pos",
+        "16",
+        "--rotary_type",
+        "dynamic",
+        "--dtype",
+        "float32",
+    )
     assert config_at(tmp_path / "b") == replace(
-        config_of("internlm", shape), max_position_embeddings=16, rope_scaling_type="dynamic", rope_scaling_factor=1.0
+        config_of("internlm", shape),
+        max_position_embeddings=16,
+        rope_scaling_type="dynamic",
+        rope_scaling_factor=1.0,
     )
     assert load_file(tmp_path / "b/model.safetensors")["lm_head.weight"].dtype == torch.float32
     (tmp_path / "evo/model_config.pt").unlink()
@@ -64,7 +80,17 @@ def test_the_published_commands_of_internlm2(tmp_path):
     shape = replace(GROUPED, vocab=512)
     tensors = directory(tmp_path / "hf", "internlm2", shape)
     corpus.sentencepiece_dir(tmp_path / "tokens")
-    run("revert_internlm2", "--src", tmp_path / "hf", "--tgt", tmp_path / "evo", "--tp_size", 4, "--embed_split", "--use_flash")
+    run(
+        "revert_internlm2",
+        "--src",
+        tmp_path / "hf",
+        "--tgt",
+        tmp_path / "evo",
+        "--tp_size",
+        4,
+        "--embed_split",
+        "--use_flash",
+    )
     assert equal(tmp_path / "evo", shape, Trained("INTERNLM2", 4))
     (tmp_path / "evo/config.json").unlink()
     where = ("--src", tmp_path / "evo", "--tokenizer", tmp_path / "tokens", "--tgt")
@@ -104,9 +130,23 @@ def test_convert_command(tmp_path, capsys):
     tensors = directory(tmp_path / "hf", "internlm", BIASED)
     flags = "--format internevo --wp 4 --pp 2 --internevo-version 1 --no-embed-split --verify"
     command("convert.py", "--from", tmp_path / "hf", "--to", tmp_path / "evo", *flags.split())
-    assert equal(tmp_path / "evo", BIASED, Trained("INTERNLM", 1, (2, 2), 4, version=1, embed_split=False, flash_embedding=True))
+    assert equal(
+        tmp_path / "evo",
+        BIASED,
+        Trained("INTERNLM", 1, (2, 2), 4, version=1, embed_split=False, flash_embedding=True),
+    )
     command("convert.py", "--from", tmp_path / "evo", "--to", tmp_path / "back", "--format", "hf")
     assert "InternEvo training folder for WP 4 x PP 2, names of INTERNLM" in capsys.readouterr().out
     assert same(load_file(tmp_path / "back/model.safetensors"), tensors)
     with pytest.raises(UserError, match="--wp is for --format internevo"):
-        command("convert.py", "--from", tmp_path / "hf", "--to", tmp_path / "no", "--format", "megatron", "--wp", 2)
+        command(
+            "convert.py",
+            "--from",
+            tmp_path / "hf",
+            "--to",
+            tmp_path / "no",
+            "--format",
+            "megatron",
+            "--wp",
+            2,
+        )

@@ -76,7 +76,9 @@ def quickstart(tmp_path):
     def go(**env: str) -> tuple[int, list[str]]:
         (work / "said").unlink(missing_ok=True)
         env |= {"WORK": str(work), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run(["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True
+        )
         said = [line.strip() for line in (work / "said").read_text().splitlines()]
         if not done.returncode:
             used = said.index(COMPLETED)
@@ -156,7 +158,9 @@ def test_an_export_that_was_being_replaced_is_no_export(quickstart):
 
 @pytest.fixture(scope="module")
 def report():
-    spec = importlib.util.spec_from_file_location("quickstart_report", launch.ROOT / "examples/intern/quickstart_report.py")
+    spec = importlib.util.spec_from_file_location(
+        "quickstart_report", launch.ROOT / "examples/intern/quickstart_report.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -164,14 +168,21 @@ def report():
 
 def line(iteration: int, loss: float) -> str:
     more = {"tokens_per_s": 10.0, "memory_gib": 1.0}
-    return metrics_log.format(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more)) + "\n"
+    return (
+        metrics_log.format(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more))
+        + "\n"
+    )
 
 
 def test_report_counts_an_iteration_once(report, tmp_path):
-    (tmp_path / "train.log").write_text("".join(line(i, loss) for i, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.5), (4, 2.0))))
+    (tmp_path / "train.log").write_text(
+        "".join(line(i, loss) for i, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.5), (4, 2.0)))
+    )
     train = report.log_lines(tmp_path / "train.log")
     assert [(one.iteration, one.loss) for one in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
-    assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in report.of_training(tmp_path, train)
+    assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in report.of_training(
+        tmp_path, train
+    )
 
 
 def test_report_without_the_log(report, tmp_path):
@@ -212,7 +223,9 @@ def setup(tmp_path):
         bare = {name: value for name, value in os.environ.items() if name not in ("VENV", "PYTHON")}
         env |= {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         script = f'{options}{before}source "{tmp_path}/tools/setup.sh"; echo "code $? ${{ACTIVE:-no}}"'
-        done = subprocess.run(["bash", "-c", script], env=bare | env, cwd=tmp_path, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", script], env=bare | env, cwd=tmp_path, capture_output=True, text=True
+        )
         return done.returncode, done.stdout + done.stderr
 
     go.installed = tmp_path / ".venv/.installed"

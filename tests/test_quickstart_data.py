@@ -27,8 +27,17 @@ def contents(folder):
 def test_rows_and_tokenizer(script, tmp_path, capsys):
     one = script.make(tmp_path / "one", 300, 1024)
     made = contents(one)
-    assert set(made) >= {"train.parquet", "heldout.parquet", "heldout.txt", "chat.jsonl", "tokenizer/tokenizer.model", "made.json"}
-    train, held_out = (pyarrow.parquet.read_table(one / name).to_pylist() for name in ("train.parquet", "heldout.parquet"))
+    assert set(made) >= {
+        "train.parquet",
+        "heldout.parquet",
+        "heldout.txt",
+        "chat.jsonl",
+        "tokenizer/tokenizer.model",
+        "made.json",
+    }
+    train, held_out = (
+        pyarrow.parquet.read_table(one / name).to_pylist() for name in ("train.parquet", "heldout.parquet")
+    )
     assert len(train) == 300
     assert held_out
     assert set(train[0]) == {"instruction", "input", "output"}
@@ -45,7 +54,9 @@ def test_rows_and_tokenizer(script, tmp_path, capsys):
     for row in held_out[:20]:
         ids = ours.encode(row["output"])
         assert ours.decode(ids) == row["output"]
-        assert len(ids) < len(row["output"].encode()) / 1.5  # it has learnt something; bytes alone would be as many
+        assert (
+            len(ids) < len(row["output"].encode()) / 1.5
+        )  # it has learnt something; bytes alone would be as many
 
     made_at = (one / "train.parquet").stat().st_mtime_ns
     script.make(one, 300, 1024)

@@ -22,7 +22,9 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils import errors, safe_io
 from ascendspeed.utils.errors import UserError
 
-MODEL = ModelConfig("internlm", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, vocab_size=64)
+MODEL = ModelConfig(
+    "internlm", num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2, vocab_size=64
+)
 
 
 class Payload:
@@ -48,25 +50,43 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F3
 SAFETENSORS = {
     "a header of 100 MB": (safetensors_bytes(b"", 0, 100_000_001), "header too large"),
     "a header of 2**63 bytes": (safetensors_bytes(b"{}", 0, 2**63), "header too large"),
-    "overlapping offsets": (safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}, 12), "invalid offset for tensor `b`"),
+    "overlapping offsets": (
+        safetensors_bytes({"a": entry(0, 8), "b": entry(4, 12)}, 12),
+        "invalid offset for tensor `b`",
+    ),
     "holes": (safetensors_bytes({"a": entry(0, 8), "b": entry(12, 20)}, 20), "invalid offset for tensor `b`"),
     "more than the header says": (safetensors_bytes({"a": entry(0, 8)}, 12), "file not fully covered"),
-    "a shape that is not its bytes": (safetensors_bytes({"a": entry(0, 8, shape=[3])}, 8), "invalid shape, data type, or offset"),
+    "a shape that is not its bytes": (
+        safetensors_bytes({"a": entry(0, 8, shape=[3])}, 8),
+        "invalid shape, data type, or offset",
+    ),
     "a shape that overflows": (safetensors_bytes({"a": entry(0, 8, shape=[2**62, 4])}, 8), "overflow"),
     "a negative shape": (safetensors_bytes({"a": entry(0, 8, shape=[-2])}, 8), "invalid JSON in header"),
     "a name that stands there twice": (safetensors_bytes(TWICE, 4), "it says 'a' twice"),
-    "an element type that nobody knows": (safetensors_bytes({"a": entry(0, 8, "F99")}, 8), "unknown variant `F99`"),
-    "a type that torch does not know": (safetensors_bytes({"a": entry(0, 6, "F6_E2M3", [8])}, 6), "Dtype not understood"),
+    "an element type that nobody knows": (
+        safetensors_bytes({"a": entry(0, 8, "F99")}, 8),
+        "unknown variant `F99`",
+    ),
+    "a type that torch does not know": (
+        safetensors_bytes({"a": entry(0, 6, "F6_E2M3", [8])}, 6),
+        "Dtype not understood",
+    ),
     "a header that is no JSON": (safetensors_bytes(b"\xff\xfe", 0), "invalid UTF-8"),
     "a header of a million brackets": (safetensors_bytes(b"[" * 10**6, 0), "invalid JSON in header"),
-    "offsets that are none": (safetensors_bytes({"a": entry(0, 8) | {"data_offsets": [0, 1e300]}}, 8), "invalid JSON in header"),
+    "offsets that are none": (
+        safetensors_bytes({"a": entry(0, 8) | {"data_offsets": [0, 1e300]}}, 8),
+        "invalid JSON in header",
+    ),
 }
 WHOLE = safetensors_bytes({"a": entry(0, 8)}, 8)
 CUT = {
     "an empty file": (b"", "0 of 8 bytes"),
     "a few bytes": (WHOLE[:5], "5 of "),
     "a cut header": (WHOLE[:20], f"20 of {len(WHOLE) - 8} bytes"),
-    "a header longer than the file": (safetensors_bytes({"a": entry(0, 8)}, 8, 5000), f"{len(WHOLE)} of 5008 bytes"),
+    "a header longer than the file": (
+        safetensors_bytes({"a": entry(0, 8)}, 8, 5000),
+        f"{len(WHOLE)} of 5008 bytes",
+    ),
     "one byte less": (WHOLE[:-1], f"{len(WHOLE) - 1} of {len(WHOLE)} bytes"),
 }
 
@@ -100,7 +120,9 @@ def test_safetensors_that_are_cut_off(case, tmp_path):
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json", "tokenizer.model"])
 def test_what_git_keeps_in_place_of_large_files(name, tmp_path):
     folder = model_folder(tmp_path / "source")
-    (folder / name).write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14600000000\n")
+    (folder / name).write_text(
+        f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 14600000000\n"
+    )
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=rf"{name} is not the file itself.*: run git lfs pull there"):
@@ -112,7 +134,11 @@ def test_what_git_keeps_in_place_of_large_files(name, tmp_path):
 
 
 def test_control_what_is_whole_is_read(tmp_path):
-    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.zeros(0), "c": torch.tensor(1.5, dtype=torch.bfloat16)}
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.zeros(0),
+        "c": torch.tensor(1.5, dtype=torch.bfloat16),
+    }
     save_file(tensors, tmp_path / "m.safetensors")
     for is_zip in (True, False):
         torch.save(tensors, tmp_path / f"{is_zip}.bin", _use_new_zipfile_serialization=is_zip)
@@ -129,13 +155,16 @@ def test_control_what_is_whole_is_read(tmp_path):
 @pytest.mark.parametrize("how", ["zip", "before torch 1.6", "bare pickle", "beside tensors"])
 def test_a_hostile_pickle_does_not_run(how, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
-    held = {"weight": torch.zeros(2), "extra": Payload(marker)} if how == "beside tensors" else Payload(marker)
+    held = (
+        {"weight": torch.zeros(2), "extra": Payload(marker)} if how == "beside tensors" else Payload(marker)
+    )
     if how == "bare pickle":
         path.write_bytes(pickle.dumps(held, 2))
     else:
         torch.save(held, path, _use_new_zipfile_serialization=how != "before torch 1.6")
     with pytest.raises(
-        UserError, match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is no plain data"
+        UserError,
+        match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is no plain data",
     ):
         load_pt(path)
     assert not marker.exists()
@@ -149,11 +178,15 @@ def test_a_damaged_pickle(tmp_path):
     whole = path.read_bytes()
     for raw in (b"", b"PK\x03\x04", whole[:1000], whole[:-100]):
         path.write_bytes(raw)
-        with pytest.raises(UserError, match=r"pytorch_model\.bin is cut off, it.*: download or copy it again"):
+        with pytest.raises(
+            UserError, match=r"pytorch_model\.bin is cut off, it.*: download or copy it again"
+        ):
             load_pt(path)
     for raw in (whole[100:], b"\x80\x02" + b"(" * 1000, pickle.dumps({}, 5)[:-1]):
         path.write_bytes(raw)
-        with pytest.raises(UserError, match=r"pytorch_model\.bin is damaged \(download or copy it again\)") as error:
+        with pytest.raises(
+            UserError, match=r"pytorch_model\.bin is damaged \(download or copy it again\)"
+        ) as error:
             load_pt(path)
         assert "weights_only" not in str(error.value)  # torch advises to load it all the same
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -163,7 +196,10 @@ def test_a_damaged_pickle(tmp_path):
 
 
 INDICES = {
-    "a file above": ({"a": "../x.safetensors"}, "names '../x.safetensors', which is not a file of its folder"),
+    "a file above": (
+        {"a": "../x.safetensors"},
+        "names '../x.safetensors', which is not a file of its folder",
+    ),
     "an absolute path": ({"a": "/etc/passwd"}, "names '/etc/passwd'"),
     "a file below": ({"a": "sub/x.safetensors"}, "names 'sub/x.safetensors'"),
     "NUL": ({"a": "x\0.safetensors"}, "names 'x\\x00.safetensors'"),
@@ -174,7 +210,10 @@ INDICES = {
     "a list": ({"a": ["x"]}, "names ['x']"),
     "no names": ({}, "has no weight_map"),
     "no table": (["x"], "has no weight_map"),
-    "a file that is not there": ({"a": "absent.safetensors"}, "lacks absent.safetensors, which model.safetensors.index.json names"),
+    "a file that is not there": (
+        {"a": "absent.safetensors"},
+        "lacks absent.safetensors, which model.safetensors.index.json names",
+    ),
 }
 
 
@@ -227,7 +266,9 @@ def test_huge_json_is_not_read(tmp_path):
         read_json(tmp_path / "config.json")
     (tmp_path / "emoji.json").write_text('"\\ud83d\\ude00"')  # control: a whole character, escaped
     assert read_json(tmp_path / "emoji.json") == "😀"
-    (tmp_path / "numbers.json").write_text('{"NaN": [1e300, -0.5, 1e-400]}')  # the word alone is none of the numbers
+    (tmp_path / "numbers.json").write_text(
+        '{"NaN": [1e300, -0.5, 1e-400]}'
+    )  # the word alone is none of the numbers
     assert read_json(tmp_path / "numbers.json") == {"NaN": [1e300, -0.5, 0.0]}
 
 
@@ -249,7 +290,10 @@ def test_what_is_no_file_of_the_folder(load, tmp_path, monkeypatch):
     (folder / "device").symlink_to("/dev/zero")
     refused(folder / "directory", "is a directory, not a file")
     refused(folder / "pipe", "is a device or pipe, not a file")
-    refused(folder / "out", f"is a link that leads out of {folder}, to {tmp_path / 'outside'}: put the file itself there")
+    refused(
+        folder / "out",
+        f"is a link that leads out of {folder}, to {tmp_path / 'outside'}: put the file itself there",
+    )
     refused(folder / "device", "is a link that leads out of")
     refused(folder / "nowhere", "cannot be read: ")
     refused(folder / "circle", "cannot be read: ")
@@ -293,7 +337,11 @@ def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
 
 def model_folder(folder: Path) -> Path:
     folder.mkdir()
-    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in param_mapping.shapes_of(MODEL, p).items()}
+    tensors = {
+        n: torch.zeros(s)
+        for p in param_mapping.parameters(MODEL)
+        for n, s in param_mapping.shapes_of(MODEL, p).items()
+    }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL)))
     return folder
@@ -315,20 +363,33 @@ def link_out(folder: Path) -> None:
 
 
 def nan(folder: Path) -> None:
-    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in param_mapping.shapes_of(MODEL, p).items()}
+    tensors = {
+        n: torch.zeros(s)
+        for p in param_mapping.parameters(MODEL)
+        for n, s in param_mapping.shapes_of(MODEL, p).items()
+    }
     save_file(tensors | {"model.norm.weight": torch.full((16,), torch.nan)}, folder / "model.safetensors")
 
 
 FAULTS = {
     "hostile pickle": (hostile_pickle, "it could run code"),
     "index ../x": (index_above, "names '../x', which is not a file of its folder"),
-    "100 MB header": (lambda f: (f / "model.safetensors").write_bytes(SAFETENSORS["a header of 100 MB"][0]), "header too large"),
+    "100 MB header": (
+        lambda f: (f / "model.safetensors").write_bytes(SAFETENSORS["a header of 100 MB"][0]),
+        "header too large",
+    ),
     "truncated": (lambda f: os.truncate(f / "model.safetensors", 3000), "is cut off, it has 3000 of "),
     "empty": (lambda f: os.truncate(f / "model.safetensors", 0), "is cut off, it has 0 of 8 bytes"),
     "link out": (link_out, "is a link that leads out of"),
     "deep config": (lambda f: (f / "config.json").write_bytes(b"[" * 10**6), "config.json cannot be read"),
-    "config is a directory": (lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()), "config.json"),
-    "tokenizer": (lambda f: (f / "tokenizer.model").write_bytes(b"x"), "tokenizer.model is not a sentencepiece model"),
+    "config is a directory": (
+        lambda f: ((f / "config.json").unlink(), (f / "config.json").mkdir()),
+        "config.json",
+    ),
+    "tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"x"),
+        "tokenizer.model is not a sentencepiece model",
+    ),
     "NaN": (nan, "model.norm.weight"),
 }
 
@@ -359,7 +420,10 @@ VALUES = st.recursive(
 OFFSETS = st.integers(-4, 40) | st.integers(2**31, 2**66)
 ENTRIES = st.fixed_dictionaries(
     {"dtype": st.sampled_from(["F32", "BF16", "F4", "F64", "I8", "X", "BOOL", "F8_E8M0"]) | VALUES},
-    optional={"shape": st.lists(OFFSETS, max_size=3) | VALUES, "data_offsets": st.lists(OFFSETS, max_size=3) | VALUES},
+    optional={
+        "shape": st.lists(OFFSETS, max_size=3) | VALUES,
+        "data_offsets": st.lists(OFFSETS, max_size=3) | VALUES,
+    },
 )
 
 
@@ -395,7 +459,9 @@ def whole(tmp_path_factory) -> list[bytes]:
 
 
 @hypothesis.given(
-    st.integers(0, 2), st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6), st.floats(0, 1)
+    st.integers(0, 2),
+    st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
 )
 @hypothesis.settings(max_examples=250, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_any_damage(tmp_path, whole, which, flips, cut):

@@ -25,7 +25,10 @@ from ascendspeed.models.families import PRESETS
 from ascendspeed.training.metrics_log import TrainLine, read
 from ascendspeed.utils.errors import UserError
 
-RECIPES = {"zero": INTERN / "pretrain_internlm_65b_zero.sh", "ptd": INTERN / "pretrain_internlm_65b_ptd_32p.sh"}
+RECIPES = {
+    "zero": INTERN / "pretrain_internlm_65b_zero.sh",
+    "ptd": INTERN / "pretrain_internlm_65b_ptd_32p.sh",
+}
 SBATCH = INTERN / "pretrain_internlm_65b.sbatch"
 GIB = 2**30
 
@@ -63,7 +66,9 @@ def test_the_published_values_on_32_devices(typed, name):
 def test_the_layouts(typed):
     zero, ptd = resolved(typed("zero")), resolved(typed("ptd"))
     assert (zero.parallel.deepspeed, zero.parallel.zero_stage, zero.parallel.model_size) == (True, 3, 1)
-    assert ptd.parallel == ParallelConfig(tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True)
+    assert ptd.parallel == ParallelConfig(
+        tensor_model_parallel_size=8, pipeline_model_parallel_size=4, sequence_parallel=True
+    )
     for words, world in ((typed("zero"), 31), (typed("ptd"), 48)):  # control: the layout is checked
         with pytest.raises(UserError, match=f"not a multiple|{world} processes do not split"):
             resolved(words, world)
@@ -74,7 +79,16 @@ def test_values_from_the_environment_and_flags_at_the_end(typed):
     assert (run.parallel.tensor_model_parallel_size, run.parallel.pipeline_model_parallel_size) == (4, 2)
     assert (run.train.load, run.train.save, run.train.train_iters) == ("there", "there", 7)
     assert run.train.recompute_granularity == "none"
-    run = resolved(typed("ptd", "--recompute-granularity", "full", "--recompute-method", "block", "--recompute-num-layers=10"))
+    run = resolved(
+        typed(
+            "ptd",
+            "--recompute-granularity",
+            "full",
+            "--recompute-method",
+            "block",
+            "--recompute-num-layers=10",
+        )
+    )
     assert (run.train.recompute_method, run.train.recompute_num_layers) == ("block", 10)
     assert resolved(typed("zero", CHECKPOINT="", RECOMPUTE="none")).train.load is None
 
@@ -83,7 +97,9 @@ def test_values_from_the_environment_and_flags_at_the_end(typed):
 def test_the_memory_that_is_said_on_top(typed, name):
     """Model states, and the input of every layer in flight: 2 bytes x tokens x hidden size, 80 times on the first stage."""
     run = resolved(typed(name))
-    states = estimates.model_states(run.model, run.parallel, 32 // run.parallel.model_size, "bf16", fp32_gradients=True).total
+    states = estimates.model_states(
+        run.model, run.parallel, 32 // run.parallel.model_size, "bf16", fp32_gradients=True
+    ).total
     tokens = run.data.seq_length * run.train.micro_batch_size
     inputs = 80 * 2 * tokens * run.model.hidden_size / run.parallel.tensor_model_parallel_size
     said = RECIPES[name].read_text()
@@ -128,8 +144,14 @@ class Slurm:
             (folder / name).symlink_to(launch.ROOT / name)
 
     def sbatch(self, *words: str, **env: str) -> subprocess.Popen:
-        job = {"SLURM_SUBMIT_DIR": str(self.folder), "SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "nodes[0-3]"}
-        path = os.pathsep.join([str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]])
+        job = {
+            "SLURM_SUBMIT_DIR": str(self.folder),
+            "SLURM_JOB_ID": "12345",
+            "SLURM_JOB_NODELIST": "nodes[0-3]",
+        }
+        path = os.pathsep.join(
+            [str(self.folder / "bin"), str(Path(sys.executable).parent), os.environ["PATH"]]
+        )
         env = clean(PATH=path, SAID=str(self.said), SLURM_JOB_NUM_NODES=str(self.nodes)) | job | env
         command = ["bash", str(self.folder / "copy"), *words]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -228,15 +250,25 @@ def test_two_nodes_give_the_curve_of_one_process(tmp_path, data, name, layout):
     cluster = Slurm(tmp_path / "cluster", 2, real=True)
     for more in (("--exit-interval", str(STOP)), ()):
         flags = ("--log-dir", str(tmp_path / "two.log"), *more)
-        job = cluster.sbatch(str(RECIPES[name]), *flags, NPROC="2", MASTER_PORT=str(launch.free_port()), **values, **layout)
+        job = cluster.sbatch(
+            str(RECIPES[name]), *flags, NPROC="2", MASTER_PORT=str(launch.free_port()), **values, **layout
+        )
         said, _ = job.communicate(timeout=600)
         assert job.returncode == 0, said[-3000:]
         assert "random weights" in said if more else f"iteration {STOP}" in said
     for other, seed in (("one", "1234"), ("other", "4321")):
-        env = values | {"SAVE": str(tmp_path / other), "NPROC": "1", "TP": "1", "PP": "1", "MASTER_PORT": str(launch.free_port())}
+        env = values | {
+            "SAVE": str(tmp_path / other),
+            "NPROC": "1",
+            "TP": "1",
+            "PP": "1",
+            "MASTER_PORT": str(launch.free_port()),
+        }
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         command = ["bash", str(RECIPES[name]), "--log-dir", str(tmp_path / f"{other}.log"), "--seed", seed]
-        done = subprocess.run(command, env=clean(PATH=path, **env), cwd=launch.ROOT, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(
+            command, env=clean(PATH=path, **env), cwd=launch.ROOT, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stdout[-3000:]
     curve = losses(tmp_path / "one.log")
     assert len(curve) == ITERS

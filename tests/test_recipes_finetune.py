@@ -8,7 +8,10 @@ from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 
-RECIPES = {name: recipes.INTERN / f"finetune_{name}.sh" for name in ("internlm2_7b_alpaca", "internlm_7b_alpaca", "internlm2_lora")}
+RECIPES = {
+    name: recipes.INTERN / f"finetune_{name}.sh"
+    for name in ("internlm2_7b_alpaca", "internlm_7b_alpaca", "internlm2_lora")
+}
 
 
 @pytest.fixture
@@ -27,8 +30,18 @@ def test_the_values_of_mindformers_yaml(resolved):
     assert run.model == PRESETS["internlm2-7b"]
     data, optim, train = run.data, run.optim, run.train
     assert (data.data_path, data.packing, data.seq_length) == (("./dataset/alpaca",), "none", 2048)
-    assert (train.micro_batch_size, train.global_batch_size, train.train_epochs, train.seed) == (2, 16, 2, 0)  # 2 on each of 8
-    assert (optim.lr, optim.min_lr, optim.lr_decay_style, optim.lr_warmup_fraction) == (2e-5, 0, "cosine", 0.025)
+    assert (train.micro_batch_size, train.global_batch_size, train.train_epochs, train.seed) == (
+        2,
+        16,
+        2,
+        0,
+    )  # 2 on each of 8
+    assert (optim.lr, optim.min_lr, optim.lr_decay_style, optim.lr_warmup_fraction) == (
+        2e-5,
+        0,
+        "cosine",
+        0.025,
+    )
     assert (optim.adam_beta1, optim.adam_beta2, optim.adam_eps, optim.weight_decay) == (0.9, 0.95, 1e-8, 0.01)
     assert (optim.clip_grad, optim.dtype) == (1.0, "bf16")
     assert (run.parallel.zero_stage, run.parallel.model_size) == (2, 1)
@@ -49,11 +62,19 @@ def test_internlm_and_adapters_in_packed_rows(resolved):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_values_from_outside_and_two_nodes(resolved, name):
-    given = {"MODEL": "internlm2-1.8b", "PACKING": "internlm-cut", "EPOCHS": "0.5", "TP": "2", "CHECKPOINT": "there"}
+    given = {
+        "MODEL": "internlm2-1.8b",
+        "PACKING": "internlm-cut",
+        "EPOCHS": "0.5",
+        "TP": "2",
+        "CHECKPOINT": "there",
+    }
     with pytest.raises(UserError, match="--packing"):  # a control: values are read
         resolved(name, **given)
     nodes = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0", "NPROC": "8", "starter": "torchrun"}
-    run = resolved(name, "--lr", "1e-6", world=16, **given | nodes | {"PACKING": "internevo-cut", "GLOBAL_BATCH": "32"})
+    run = resolved(
+        name, "--lr", "1e-6", world=16, **given | nodes | {"PACKING": "internevo-cut", "GLOBAL_BATCH": "32"}
+    )
     assert (run.model, run.data.packing) == (PRESETS["internlm2-1.8b"], "internevo-cut")
     assert (run.train.train_epochs, run.optim.lr, run.train.load) == (0.5, 1e-6, "there")
     assert run.parallel.tensor_model_parallel_size == 2

@@ -35,8 +35,16 @@ def test_the_published_command_is_understood_as_it_stands():
         1.0,
         True,
     )
-    assert (run.train.micro_batch_size, run.train.global_batch_size, run.train.load) == (8, 64, "./model_weights/")
-    assert (run.parallel.zero_stage, run.parallel.deepspeed_config, run.data.split) == (2, "ds.json", "949,50,1")
+    assert (run.train.micro_batch_size, run.train.global_batch_size, run.train.load) == (
+        8,
+        64,
+        "./model_weights/",
+    )
+    assert (run.parallel.zero_stage, run.parallel.deepspeed_config, run.data.split) == (
+        2,
+        "ds.json",
+        "949,50,1",
+    )
     assert run.train.recompute_granularity == "full"
     text = "\n".join(said)
     assert "--auto-recompute-device-size" in text or "full activation recomputation" in text
@@ -52,8 +60,25 @@ def test_launchers_may_add_their_rank(spelling):
 
 
 def test_flags_override_the_preset_and_no_typed_flag_is_lost():
-    run, _ = resolve([*GOOD, "--model", "internlm-65b", "--num-layers", "8", "--layernorm-epsilon", "1e-5", "--no-add-qkv-bias"], 1)
-    assert (run.model.num_layers, run.model.hidden_size, run.model.norm_epsilon, run.model.add_qkv_bias) == (8, 8192, 1e-5, False)
+    run, _ = resolve(
+        [
+            *GOOD,
+            "--model",
+            "internlm-65b",
+            "--num-layers",
+            "8",
+            "--layernorm-epsilon",
+            "1e-5",
+            "--no-add-qkv-bias",
+        ],
+        1,
+    )
+    assert (run.model.num_layers, run.model.hidden_size, run.model.norm_epsilon, run.model.add_qkv_bias) == (
+        8,
+        8192,
+        1e-5,
+        False,
+    )
     run, _ = resolve([*GOOD, "--model", "internlm-20b", "--row-col-parallel-linear-bias"], 1)
     assert run.model.add_qkv_bias
     assert run.model.add_dense_bias
@@ -89,19 +114,39 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
 @pytest.mark.parametrize(
     ("words", "world", "message"),
     [
-        ("--data-path x --zero-stage 1", 1, "--zero-stage 1: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed"),
+        (
+            "--data-path x --zero-stage 1",
+            1,
+            "--zero-stage 1: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed",
+        ),
         (
             "--data-path x --pp 2 --num-layers-per-virtual-pipeline-stage 3",
             2,
             "does not divide 32 layers / 2 .* = 16; choose 1, 2, 4",
         ),
-        ("--data-path x --pp 2 --vpp 2 --num-layers-per-virtual-pipeline-stage 8", 2, "say the same; give one of them"),
+        (
+            "--data-path x --pp 2 --vpp 2 --num-layers-per-virtual-pipeline-stage 8",
+            2,
+            "say the same; give one of them",
+        ),
         ("--deepspeed", 1, "--data-path is missing"),
-        ("--deepspeed --data-path x --zero-stag 1", 1, r"unknown flag --zero-stag; did you mean --zero-stage\?"),
-        ("--deepspeed --data-path x --model internlm-7c", 1, "unknown model 'internlm-7c'; did you mean internlm-7b"),
+        (
+            "--deepspeed --data-path x --zero-stag 1",
+            1,
+            r"unknown flag --zero-stag; did you mean --zero-stage\?",
+        ),
+        (
+            "--deepspeed --data-path x --model internlm-7c",
+            1,
+            "unknown model 'internlm-7c'; did you mean internlm-7b",
+        ),
         ("--deepspeed --data-path x --lr fast", 1, "--lr: could not convert string to float: 'fast'"),
         ("--deepspeed --data-path x --zero-stage 4", 1, "invalid choice '4' for argument '--zero-stage'"),
-        ("--deepspeed --data-path x --pipeline-model-parallel-size 2", 2, "the DeepSpeed engine has no pipeline stages"),
+        (
+            "--deepspeed --data-path x --pipeline-model-parallel-size 2",
+            2,
+            "the DeepSpeed engine has no pipeline stages",
+        ),
         ("--deepspeed --data-path x --pp 2 --no-pipeline-parallel", 2, "--no-pipeline-parallel contradicts"),
         ("--deepspeed --data-path x --bf16 --fp16", 1, "--bf16 and --fp16 contradict each other"),
         ("--deepspeed --data-path x --bf16 --zero-stage 0", 1, "--zero-stage 0 .* use --zero-stage 1"),
@@ -117,20 +162,48 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
             2,
             "is not a multiple of --micro-batch-size 3 x 2",
         ),
-        ("--deepspeed --data-path x --tp 2 --sequence-parallel --seq-length 33", 2, "--seq-length 33 does not split over 2"),
-        ("--deepspeed --data-path x --lr-warmup-fraction .1 --lr-warmup-iters 5", 1, "give one of them, not both"),
-        ("--deepspeed --data-path x --initial-loss-scale 3", 1, "--initial-loss-scale 3 is not a power of two"),
+        (
+            "--deepspeed --data-path x --tp 2 --sequence-parallel --seq-length 33",
+            2,
+            "--seq-length 33 does not split over 2",
+        ),
+        (
+            "--deepspeed --data-path x --lr-warmup-fraction .1 --lr-warmup-iters 5",
+            1,
+            "give one of them, not both",
+        ),
+        (
+            "--deepspeed --data-path x --initial-loss-scale 3",
+            1,
+            "--initial-loss-scale 3 is not a power of two",
+        ),
         ("--deepspeed --data-path x --global-batch-size 0", 1, "--global-batch-size 0: must be at least 1"),
         ("--deepspeed --data-path x --log-interval 0", 1, "--log-interval 0: must be at least 1"),
         ("--deepspeed --data-path x --save-interval -1", 1, "--save-interval -1: must be at least 1"),
         ("--deepspeed --data-path x --clip-grad nan", 1, "--clip-grad nan: must be 0 or more"),
         ("--deepspeed --data-path x --weight-decay -1", 1, r"--weight-decay -1\.0: must be 0 or more"),
-        ("--deepspeed --data-path x --adam-beta2 1.5", 1, r"--adam-beta2 1\.5: must be at least 0 and below 1"),
+        (
+            "--deepspeed --data-path x --adam-beta2 1.5",
+            1,
+            r"--adam-beta2 1\.5: must be at least 0 and below 1",
+        ),
         ("--deepspeed --data-path x --num-layers 0", 1, "--num-layers 0: must be at least 1"),
         ("--deepspeed --data-path x --seq-length 0", 1, "--seq-length 0: must be at least 1"),
-        ("--deepspeed --data-path x --hidden-dropout 1.5", 1, r"--hidden-dropout 1\.5: must be at least 0 and below 1"),
-        ("--deepspeed --data-path x --num-query-groups 3", 1, "32 attention heads do not split over 3 key/value heads"),
-        ("--deepspeed --data-path x --hidden-size 100", 1, "hidden size 100 does not split over 32 attention heads"),
+        (
+            "--deepspeed --data-path x --hidden-dropout 1.5",
+            1,
+            r"--hidden-dropout 1\.5: must be at least 0 and below 1",
+        ),
+        (
+            "--deepspeed --data-path x --num-query-groups 3",
+            1,
+            "32 attention heads do not split over 3 key/value heads",
+        ),
+        (
+            "--deepspeed --data-path x --hidden-size 100",
+            1,
+            "hidden size 100 does not split over 32 attention heads",
+        ),
         ("--deepspeed --data-path x --make-vocab-size-divisible-by 0", 1, "must be at least 1"),
         ("--data-path x --deepspeed stray", 1, "'stray' does not belong to any flag"),
     ],
@@ -155,7 +228,9 @@ def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
     for step, layers in ((2, 4), (4, 5), (6, 6)):
         model = families.preset("internlm-tiny")
         run, _ = resolve([*GOOD, "--model", "internlm-tiny"], 1)
-        text = json.dumps(schema.to_dict(dataclasses.replace(run, model=dataclasses.replace(model, num_layers=layers))))
+        text = json.dumps(
+            schema.to_dict(dataclasses.replace(run, model=dataclasses.replace(model, num_layers=layers)))
+        )
         folder = tmp_path / f"step_{step:07}"
         folder.mkdir()
         (folder / "run.json").write_text(text)
@@ -186,8 +261,19 @@ def test_auto_resume_goes_on_in_save_whatever_load_says(tmp_path, weights):
 
 
 def test_virtual_stages_by_the_layers_in_each():
-    words = ["--data-path", "data", "--pp", "2", "--global-batch-size", "8", "--num-layers-per-virtual-pipeline-stage", "4"]
-    assert resolve(words, 2)[0].parallel.num_virtual_stages_per_pipeline_rank == 4  # of InternLM-7B's 32 layers
+    words = [
+        "--data-path",
+        "data",
+        "--pp",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--num-layers-per-virtual-pipeline-stage",
+        "4",
+    ]
+    assert (
+        resolve(words, 2)[0].parallel.num_virtual_stages_per_pipeline_rank == 4
+    )  # of InternLM-7B's 32 layers
     assert resolve(words, 2)[0].train.global_batch_size == 8
     assert resolve(["--data-path", "data", "--tp", "2", "--cp", "2"], 8)[0].train.global_batch_size == 2
 

@@ -74,14 +74,20 @@ def test_every_format_gives_the_rows_in_order(tmp_path, monkeypatch, name, kind,
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20), st.integers(1, 9), st.booleans())
+@given(
+    st.lists(st.binary(max_size=12).map(lambda b: b.replace(b"\n", b"")), max_size=20),
+    st.integers(1, 9),
+    st.booleans(),
+)
 def test_lines_belong_to_one_shard_wherever_the_cut_falls(tmp_path_factory, content, shard_bytes, ends):
     path = tmp_path_factory.mktemp("lines") / "a.txt"
     raw = b"\n".join(content) + (b"\n" if ends else b"")
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "SHARD_BYTES", shard_bytes)
-        found = [v for s in registry.shards(path, ["text"]) for b in registry.read(s, ["text"]) for v in b["text"]]
+        found = [
+            v for s in registry.shards(path, ["text"]) for b in registry.read(s, ["text"]) for v in b["text"]
+        ]
     pieces = raw.removeprefix(lines.BOM).split(b"\n")
     expected = pieces if pieces[-1] else pieces[:-1]
     assert found == [line.rstrip(b"\r").decode("utf-8", "surrogateescape") for line in expected]
@@ -101,7 +107,10 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
         "a.json": b'[{"text": "one"}, {"text": "two"}]',
         "a.csv": b"text\none\ntwo\n",
     }.items():
-        for path, content in ((tmp_path / name, lines.BOM + raw), (tmp_path / f"{name}.gz", gzip.compress(lines.BOM + raw))):
+        for path, content in (
+            (tmp_path / name, lines.BOM + raw),
+            (tmp_path / f"{name}.gz", gzip.compress(lines.BOM + raw)),
+        ):
             path.write_bytes(content)
             assert registry.columns(path) == ["text"]
             assert values(path)[0] == ["one", "two"]
@@ -157,7 +166,10 @@ def test_find(tmp_path):
     assert registry.find([tmp_path]) == at
     assert registry.find([at[1], at[0]]) == [at[1], at[0]]
     assert registry.find([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
-    for name, said in {"absent.json": "no such file", "notes.md": r"type \.md cannot be read; there are: \.parquet"}.items():
+    for name, said in {
+        "absent.json": "no such file",
+        "notes.md": r"type \.md cannot be read; there are: \.parquet",
+    }.items():
         with pytest.raises(UserError, match=said):
             registry.find([tmp_path / name])
 
@@ -176,7 +188,9 @@ def test_a_column_that_is_much_like_one_that_is_missing(tmp_path):
         return Bad("misspelt column", f"{wrong!r} is not read; did you mean {right!r}?")
 
     content = [{"instruction": "q", "inputs": "x", "text": "t"}]
-    (tmp_path / "a.jsonl").write_text(json.dumps(content[0]) + '\n{"instruction": "q", "input": "x", "inputs": "y"}\n')
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps(content[0]) + '\n{"instruction": "q", "input": "x", "inputs": "y"}\n'
+    )
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "a.csv").write_text("instruction,inputs,text\nq,x,t\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / "a.parquet")

@@ -21,7 +21,9 @@ class StandIn:
         self.param_groups = [{"lr": None}]
 
 
-def megatron_curve(optim: OptimConfig, train_iters: int, batch: int, skipped: set[int] = frozenset()) -> list[float]:
+def megatron_curve(
+    optim: OptimConfig, train_iters: int, batch: int, skipped: set[int] = frozenset()
+) -> list[float]:
     """The learning rate that each iteration's optimizer step uses."""
     decay = (train_iters if optim.lr_decay_iters is None else optim.lr_decay_iters) * batch
     fraction = optim.lr_warmup_fraction
@@ -93,7 +95,9 @@ def test_equals_megatron_anywhere(style, train_iters, decay, warmup, lr, share, 
         assert warmup >= (decay or train_iters)  # the one thing that can be wrong here
         return
     # a fraction is multiplied by iterations here and by samples there, which may round differently in the last bit
-    assert our_curve(optim, train_iters) == pytest.approx(megatron_curve(optim, train_iters, batch), rel=1e-12, abs=0)
+    assert our_curve(optim, train_iters) == pytest.approx(
+        megatron_curve(optim, train_iters, batch), rel=1e-12, abs=0
+    )
 
 
 def test_control_one_step_late_is_seen():

@@ -32,7 +32,12 @@ INTERNLM = replace(  # documents are shorter and longer than what it was trained
     BASE.model, num_layers=4, max_position_embeddings=16, rope_scaling_type="dynamic", rope_scaling_factor=1.0
 )
 GROUPED = replace(
-    INTERNLM, family="internlm2", num_query_groups=2, add_qkv_bias=False, add_dense_bias=False, rope_scaling_factor=2.0
+    INTERNLM,
+    family="internlm2",
+    num_query_groups=2,
+    add_qkv_bias=False,
+    add_dense_bias=False,
+    rope_scaling_factor=2.0,
 )
 EXPERTS = replace(MIXTRAL, vocab_size=125)
 RUN = replace(
@@ -58,7 +63,11 @@ def packed(steps: int = STEPS, samples: int = 4, seed: int = 11) -> tuple[Batche
         return int(torch.randint(low, high, (), generator=generator))
 
     tokens = torch.randint(0, INTERNLM.vocab_size, (steps, samples, LENGTH), generator=generator)
-    labels, mask, positions = tokens.roll(-1, -1), torch.ones(steps, samples, LENGTH), torch.zeros_like(tokens)
+    labels, mask, positions = (
+        tokens.roll(-1, -1),
+        torch.ones(steps, samples, LENGTH),
+        torch.zeros_like(tokens),
+    )
     rows: Rows = []
     for i in range(steps):
         rows.append([])
@@ -87,12 +96,17 @@ class OneByOne(torch.nn.Module):
     def forward(self, tokens: torch.Tensor) -> Any:
         return SimpleNamespace(
             logits=torch.stack(
-                [torch.cat([self.alone(x) for x in row.split(n)]) for row, n in zip(tokens, next(self.rows), strict=True)]
+                [
+                    torch.cat([self.alone(x) for x in row.split(n)])
+                    for row, n in zip(tokens, next(self.rows), strict=True)
+                ]
             )
         )
 
     def alone(self, document: torch.Tensor) -> torch.Tensor:
-        self.model.model.rotary_emb.max_seq_len_cached = 0  # or the base of a longer document before would stay
+        self.model.model.rotary_emb.max_seq_len_cached = (
+            0  # or the base of a longer document before would stay
+        )
         return self.model(document[None]).logits[0]
 
 
@@ -106,20 +120,35 @@ def theirs(model: ModelConfig, folder: Path) -> Any:
     return oracle.hugging_face(model, tensors, rope)
 
 
-def trained(model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder: Path) -> tuple[Curve, dict[str, torch.Tensor]]:
+def trained(
+    model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder: Path
+) -> tuple[Curve, dict[str, torch.Tensor]]:
     """Plain torch, one document after the other: the curve, and by our names what Adam holds of the first step's gradients."""
     data = [{name: column[i] for name, column in batches.items()} for i in range(steps)]
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     model = model if model.num_experts else replace(model, family="llama")
     reference = theirs(model, folder / "first")
     oracle.train(OneByOne(reference, rows), data[:1], lrs[:1], vars(RUN.optim))
-    held = {name: (1 - RUN.optim.adam_beta1) * parameter.grad for name, parameter in reference.named_parameters()}
-    moments = {} if model.num_experts else {p.name: param_mapping.join(model, p, held) for p in param_mapping.parameters(model)}
+    held = {
+        name: (1 - RUN.optim.adam_beta1) * parameter.grad for name, parameter in reference.named_parameters()
+    }
+    moments = (
+        {}
+        if model.num_experts
+        else {p.name: param_mapping.join(model, p, held) for p in param_mapping.parameters(model)}
+    )
     return oracle.train(OneByOne(theirs(model, folder / "all"), rows), data, lrs, vars(RUN.optim)), moments
 
 
-def case(parallel: dict[str, Any], data: Path, last: int, model: ModelConfig = INTERNLM, **more: Any) -> dict[str, Any]:
-    changes = {"parallel": parallel, "model": asdict(model), "train": more.pop("train", {}), "optim": more.pop("optim", {})}
+def case(
+    parallel: dict[str, Any], data: Path, last: int, model: ModelConfig = INTERNLM, **more: Any
+) -> dict[str, Any]:
+    changes = {
+        "parallel": parallel,
+        "model": asdict(model),
+        "train": more.pop("train", {}),
+        "optim": more.pop("optim", {}),
+    }
     return {"changes": changes, "data": str(data), "last": last, **more}
 
 
@@ -176,7 +205,9 @@ def others(data: Path) -> dict[str, dict[str, Any]]:
         cases[f"{name}, {kind} recomputation"] = case(layouts[name], data, 1, train=recompute)
         cases[f"dropout, {name}"] = case(layouts[name], data, 2, train=dropout)
         cases[f"dropout, {name}, recomputed"] = case(layouts[name], data, 2, train=dropout | recompute)
-    return cases | {f"bf16, {name}": case(layouts[name], data, 3, optim={"bf16": True}) for name in ("zero 2 dp2", "pp2")}
+    return cases | {
+        f"bf16, {name}": case(layouts[name], data, 3, optim={"bf16": True}) for name in ("zero 2 dp2", "pp2")
+    }
 
 
 def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
@@ -184,13 +215,19 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
     shifted = written(batches | {"loss_mask": batches["loss_mask"].roll(1, -1)}, data.with_name("shifted"))
     plain = torch.arange(LENGTH).expand_as(batches["position_ids"])
     unmarked = written(batches | {"position_ids": plain}, data.with_name("unmarked"))
-    one_base, layouts, blind = replace(INTERNLM, rope_scaling_type="none"), LAYOUTS[2], {"break": "documents see each other"}
+    one_base, layouts, blind = (
+        replace(INTERNLM, rope_scaling_type="none"),
+        LAYOUTS[2],
+        {"break": "documents see each other"},
+    )
     return {
         "control: zero 2 dp2, mask shifted": case(layouts["zero 2 dp2"], shifted, 1),
         "control: zero 2 dp2, documents not marked": case(layouts["zero 2 dp2"], unmarked, 1),
         "control: cp2, documents not marked": case(layouts["cp2"], unmarked, 1),
         "control: cp2, base of the trained length": case(layouts["cp2"], data, 1, one_base),
-        "control: zero 2 dp2, documents see each other": case(layouts["zero 2 dp2"], data, 1, **blind),  # last: it stays
+        "control: zero 2 dp2, documents see each other": case(
+            layouts["zero 2 dp2"], data, 1, **blind
+        ),  # last: it stays
         "control: dp2, shards, documents see each other": case(layouts["dp2, shards"], data, 1, **blind),
     }
 
@@ -243,7 +280,9 @@ def test_packed_rows_train_as_documents_one_by_one(tmp_path):
 @pytest.mark.slow
 def test_packed_rows_train_as_documents_one_by_one_on_four_ranks(tmp_path):
     data = written(packed()[0], tmp_path / "data")
-    cases = layouts_of(4, data, tmp_path) | {name: case(layout, data, STEPS) for name, layout in LAYOUTS[4].items()}
+    cases = layouts_of(4, data, tmp_path) | {
+        name: case(layout, data, STEPS) for name, layout in LAYOUTS[4].items()
+    }
     run(4, cases, tmp_path)
 
 
@@ -268,7 +307,11 @@ def test_position_ids_say_where_documents_begin(cpu):
     assert found.lengths == ((8,), (3, 1, 4))
     assert found.qkv_format == "sbhd"  # "thd" is megatron-core's own business
     bounds = found.bounds(torch.device("cpu"))
-    assert (bounds.ends, bounds.cumulative.tolist(), bounds.longest) == ([8, 11, 12, 16], [0, 8, 11, 12, 16], 8)
+    assert (bounds.ends, bounds.cumulative.tolist(), bounds.longest) == (
+        [8, 11, 12, 16],
+        [0, 8, 11, 12, 16],
+        8,
+    )
     assert bounds.cumulative.dtype == torch.int32
 
 
@@ -276,7 +319,9 @@ def test_position_ids_say_where_documents_begin(cpu):
 def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
     from ascendspeed.models.gpt.packed_sequences import segments
 
-    with pytest.raises(UserError, match="position ids must count up, from 0 where a document begins: row 1 of the batch has"):
+    with pytest.raises(
+        UserError, match="position ids must count up, from 0 where a document begins: row 1 of the batch has"
+    ):
         segments(torch.stack([torch.arange(len(wrong)), torch.tensor(wrong)]))
 
 
@@ -291,16 +336,23 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) 
 def inputs(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """q, k, v in fp64 with 4 heads and 2 groups, and to which document each position belongs."""
     generator = torch.Generator().manual_seed(sum(n * n for row in rows for n in row))
-    made = [torch.randn(len(rows), heads, sum(rows[0]), 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
+    made = [
+        torch.randn(len(rows), heads, sum(rows[0]), 8, dtype=torch.float64, generator=generator)
+        for heads in (4, 2, 2)
+    ]
     ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
     return [x.requires_grad_() for x in made], ids
 
 
-ROWS = st.lists(st.sets(st.integers(1, 23), max_size=8).map(lambda cuts: [0, *sorted(cuts), 24]), min_size=1, max_size=3)
+ROWS = st.lists(
+    st.sets(st.integers(1, 23), max_size=8).map(lambda cuts: [0, *sorted(cuts), 24]), min_size=1, max_size=3
+)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("dropout", [0.0, 1e-12])  # so small that nothing is dropped: the way of blocks, whose mask is shared
+@pytest.mark.parametrize(
+    "dropout", [0.0, 1e-12]
+)  # so small that nothing is dropped: the way of blocks, whose mask is shared
 @settings(max_examples=25)
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
@@ -320,7 +372,9 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
         out = attend_within(segments, share.cut(q, 2), k, v, share, dropout)
         # In these blocks the softmax is fp32, as everywhere with dropout.
         torch.testing.assert_close(out, share.cut(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
-        for sum_, part in zip(found, torch.autograd.grad(out, (q, k, v), share.cut(gradient, 2)), strict=True):
+        for sum_, part in zip(
+            found, torch.autograd.grad(out, (q, k, v), share.cut(gradient, 2)), strict=True
+        ):
             sum_ += part
     for mine, right in zip(found, back, strict=True):
         torch.testing.assert_close(mine, right, rtol=0, atol=1e-5 if dropout else 1e-12)
@@ -333,16 +387,24 @@ def test_documents_are_turned_as_if_alone(cpu, scaling):
     from ascendspeed.models.gpt.packed_sequences import segments
     from ascendspeed.models.gpt.rope import Rope
 
-    rope, rows = Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)), ([40, 8], [3, 20, 24, 1])
+    rope, rows = (
+        Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)),
+        ([40, 8], [3, 20, 24, 1]),
+    )
     found, here = segments(positions(*rows)), torch.device("cpu")
-    alone = [[torch.cat(parts) for parts in zip(*(rope.tables(n, torch.float32, here) for n in row), strict=True)] for row in rows]
+    alone = [
+        [torch.cat(parts) for parts in zip(*(rope.tables(n, torch.float32, here) for n in row), strict=True)]
+        for row in rows
+    ]
     whole = [torch.cat(column, 1) for column in zip(*alone, strict=True)]
     for share in (ALONE, Share(0, 2), Share(1, 2)):
         mine = found.turns(rope, torch.float32, here, share)
         assert mine is found.turns(rope, torch.float32, here, share)
         for table, right in zip(mine, whole, strict=True):
             assert torch.equal(table.expand(-1, 2, -1, -1), share.cut(right, 0))
-    assert (rope.tables(40, torch.float32, here)[0][:20] != rope.tables(20, torch.float32, here)[0]).any() == (scaling == "dynamic")
+    assert (
+        rope.tables(40, torch.float32, here)[0][:20] != rope.tables(20, torch.float32, here)[0]
+    ).any() == (scaling == "dynamic")
 
 
 # ---------------------------------------------------------------- kernels
@@ -368,9 +430,13 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
     tensors = dict(param_mapping.random_tensors(GROUPED, 3))
     tokens, ids = torch.randint(0, 125, (2, 24)), positions([5, 19], [24])
 
-    def logits(dtype: str, kernels: Kernels, train: TrainConfig | None = None, ids: torch.Tensor = ids) -> torch.Tensor:
+    def logits(
+        dtype: str, kernels: Kernels, train: TrainConfig | None = None, ids: torch.Tensor = ids
+    ) -> torch.Tensor:
         built = gpt_model.build(
-            GROUPED, layout, layer_spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels)
+            GROUPED,
+            layout,
+            layer_spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels),
         )
         gpt_model.fill(built, GROUPED, layout, tensors.items())
         with torch.no_grad():
@@ -397,18 +463,34 @@ def cuda_kernels() -> dict[str, tuple[str, Any]]:
         assert longest_q == longest_k == int(bounds_q.diff().max())
         return flat_attention(q, k, v, bounds_q[1:].tolist())
 
-    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False):
+    def flash_attn_varlen_func(
+        q, k, v, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False
+    ):
         return kernel(q, k, v, cu_q, cu_k, max_q, max_k, causal)
 
     def of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         assert query.size(1) == key.size(1)
         return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)
 
-    def of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    def of_2_11(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        *,
+        return_aux=None,
+        scale=None,
+        window_size=(-1, -1),
+    ):
         assert query.size(1) == key.size(1)
         return kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
 
-    def of_2_12(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    def of_2_12(
+        q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
         assert enable_gqa
         return kernel(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
 
@@ -425,14 +507,18 @@ def by_bounds(call: Any) -> None:
     """Asks a kernel for three sequences, and compares."""
     q, k, v = (torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
     bounds = device.Bounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
-    torch.testing.assert_close(call(q, k, v, bounds), flat_attention(q, k, v, bounds.ends), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        call(q, k, v, bounds), flat_attention(q, k, v, bounds.ends), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", ["flash-attn", "torch 2.10", "torch 2.11", "torch 2.12"])
 def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
     package, kernel = cuda_kernels()[name]
     module = SimpleNamespace(flash_attn_varlen_func=kernel, varlen_attn=kernel)
-    monkeypatch.setattr(device.importlib.util, "find_spec", lambda asked: module if asked == package else None)
+    monkeypatch.setattr(
+        device.importlib.util, "find_spec", lambda asked: module if asked == package else None
+    )
     monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
     found = device.fused(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
     assert found.source.startswith(package)
@@ -450,7 +536,9 @@ def test_torchs_own_kernel_has_the_words_we_use():
 def test_the_npu_kernel_is_asked_as_its_pages_say(monkeypatch):
     """Layout TND, ends that add up, mode 3 with the upper triangle of 2048, a scale of its own."""
 
-    def npu_fusion_attention(query, key, value, head_num, input_layout, *, atten_mask, scale, sparse_mode, **ends):
+    def npu_fusion_attention(
+        query, key, value, head_num, input_layout, *, atten_mask, scale, sparse_mode, **ends
+    ):
         assert (head_num, input_layout, sparse_mode) == (4, "TND", 3)
         assert torch.equal(atten_mask, torch.ones(2048, 2048).triu(1).bool())
         assert scale == pytest.approx(8**-0.5)

@@ -37,9 +37,17 @@ CODE = "raise SystemExit('this must never run')\n"
 def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **files: dict) -> Path:
     """A published directory: weights, code that must not run, and what else is given."""
     folder.mkdir(parents=True)
-    tensors = {n: torch.zeros(s) for p in param_mapping.parameters(config) for n, s in param_mapping.shapes_of(config, p).items()}
+    tensors = {
+        n: torch.zeros(s)
+        for p in param_mapping.parameters(config)
+        for n, s in param_mapping.shapes_of(config, p).items()
+    }
     save_file(tensors, folder / "model.safetensors")
-    theirs = FAMILIES[config.family].write_config(config) | {"auto_map": AUTO_MAP, "bos_token_id": 1, "eos_token_id": 2}
+    theirs = FAMILIES[config.family].write_config(config) | {
+        "auto_map": AUTO_MAP,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
     if model is not None:
         folder_with(folder, model)
     for name, values in ({"config": theirs} | files).items():
@@ -49,9 +57,16 @@ def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **
 
 
 def export(
-    folder: Path, target: Path, *, family: str | None = None, copy_code: bool = False, tokenizer: Path | None = None
+    folder: Path,
+    target: Path,
+    *,
+    family: str | None = None,
+    copy_code: bool = False,
+    tokenizer: Path | None = None,
 ) -> Path:
-    source = convert.with_tokenizer(convert.open_source(folder), None if tokenizer is None else str(tokenizer))
+    source = convert.with_tokenizer(
+        convert.open_source(folder), None if tokenizer is None else str(tokenizer)
+    )
     convert.convert(source, target, convert.HuggingFace(family, copy_code=copy_code))
     return target
 
@@ -66,7 +81,12 @@ def chat(tmp_path_factory) -> Path:
     model = trained(user_defined_symbols=[f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)])
     files = chat_files(model)
     files["config"] |= {"auto_map": TOKENIZER_MAP}
-    generation = {"bos_token_id": 1, "eos_token_id": [2, files["added_tokens"]["<|im_end|>"]], "pad_token_id": 2, "max_length": 99}
+    generation = {
+        "bos_token_id": 1,
+        "eos_token_id": [2, files["added_tokens"]["<|im_end|>"]],
+        "pad_token_id": 2,
+        "max_length": 99,
+    }
     beside = {"tokenizer_config": files["config"], "generation_config": generation}
     folder = directory(tmp_path_factory.mktemp("published") / "chat", model, **beside)
     (folder / "chat_template.jinja").write_text("{{ 'jinja' }}")
@@ -107,8 +127,13 @@ def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
 def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
     """Its class too where stock transformers have it; a class of the repository's own becomes the general one."""
     source = corpus.json_dir(directory(tmp_path / "source", None))
-    for given, written in {"Qwen2TokenizerFast": "Qwen2TokenizerFast", "QWenTokenizer": "PreTrainedTokenizerFast"}.items():
-        (source / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": given, "bos_token": "<s>"}))
+    for given, written in {
+        "Qwen2TokenizerFast": "Qwen2TokenizerFast",
+        "QWenTokenizer": "PreTrainedTokenizerFast",
+    }.items():
+        (source / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": given, "bos_token": "<s>"})
+        )
         out = export(source, tmp_path / given)
         assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
         assert held(out, "tokenizer_config") == {"tokenizer_class": written, "bos_token": "<s>"}
@@ -121,12 +146,19 @@ def test_rank_files_and_back(chat, tmp_path):
     assert "auto_map" not in held(tmp_path / "ranks", "tokenizer_config")
     out = export(tmp_path / "ranks", tmp_path / "out")
     assert held(out, "generation_config") == held(chat, "generation_config")
-    assert (out / "tokenizer.json").read_bytes() == (export(chat, tmp_path / "straight") / "tokenizer.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (
+        export(chat, tmp_path / "straight") / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_what_cannot_be_expressed_is_said(tmp_path, capsys):
-    out = export(directory(tmp_path / "source", trained(model_type="unigram", vocab_size=500)), tmp_path / "out")
-    assert "note: no tokenizer.json: tokenizer.model is not BPE; stock transformers may not load" in capsys.readouterr().out
+    out = export(
+        directory(tmp_path / "source", trained(model_type="unigram", vocab_size=500)), tmp_path / "out"
+    )
+    assert (
+        "note: no tokenizer.json: tokenizer.model is not BPE; stock transformers may not load"
+        in capsys.readouterr().out
+    )
     assert (out / "tokenizer.model").exists()
     assert not (out / "tokenizer.json").exists()
 
@@ -151,7 +183,10 @@ def broken(folder: Path, **files: str | bytes) -> Path:
         ({"special_tokens_map__json": '{"eos_token": "<nobody>"}'}, "no token '<nobody>'"),
         ({"generation_config__json": "[]"}, "generation_config.json is not a table"),
         ({"generation_config__json": b"\xff"}, "generation_config.json cannot be read, it is not JSON"),
-        ({"generation_config__json": '{"a": "\\ud800"}'}, "generation_config.json cannot be read, it is not JSON"),
+        (
+            {"generation_config__json": '{"a": "\\ud800"}'},
+            "generation_config.json cannot be read, it is not JSON",
+        ),
     ],
 )
 def test_damage_is_an_error_before_anything_is_written(chat, files, said, tmp_path):
@@ -164,12 +199,21 @@ def test_damage_is_an_error_before_anything_is_written(chat, files, said, tmp_pa
 
 
 def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(chat, tmp_path):
-    small = directory(tmp_path / "small", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=899))
-    with pytest.raises(UserError, match=r"tokenizer\.model has 900 pieces, but the vocabulary of the model 899"):
+    small = directory(
+        tmp_path / "small", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=899)
+    )
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model has 900 pieces, but the vocabulary of the model 899"
+    ):
         convert.convert(convert.open_source(small), tmp_path / "out", convert.RankFiles(1))
     assert not (tmp_path / "out").exists()
-    export(small, tmp_path / "out", tokenizer=corpus.sentencepiece_dir(tmp_path / "fits", 100))  # fewer is no fault
-    export(directory(tmp_path / "same", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=900)), tmp_path / "even")
+    export(
+        small, tmp_path / "out", tokenizer=corpus.sentencepiece_dir(tmp_path / "fits", 100)
+    )  # fewer is no fault
+    export(
+        directory(tmp_path / "same", (chat / "tokenizer.model").read_bytes(), replace(MODEL, vocab_size=900)),
+        tmp_path / "even",
+    )
 
 
 def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
@@ -181,7 +225,9 @@ def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
     values["model"]["merges"].reverse()
     (source / "tokenizer.json").write_text(json.dumps(values))
     for to in (convert.HuggingFace(), convert.RankFiles(2)):
-        with pytest.raises(UserError, match=r"tokenizer\.model gives .* where tokenizer\.json gives .*: move the one away"):
+        with pytest.raises(
+            UserError, match=r"tokenizer\.model gives .* where tokenizer\.json gives .*: move the one away"
+        ):
             convert.convert(convert.open_source(source), tmp_path / "no", to)
     assert not (tmp_path / "no").exists()
     export(source, tmp_path / "fits", tokenizer=chat)
@@ -202,7 +248,9 @@ IDS = {
 @pytest.mark.parametrize("file", ["config", "generation_config"])
 def test_token_ids_that_the_model_does_not_have(case, file, tmp_path):
     name, value = IDS[case]
-    folder = directory(tmp_path / "source", None, generation_config={"eos_token_id": [2, 999], "pad_token_id": None})
+    folder = directory(
+        tmp_path / "source", None, generation_config={"eos_token_id": [2, 999], "pad_token_id": None}
+    )
     export(folder, tmp_path / "fine")  # control: the last row, several ends, null
     (folder / f"{file}.json").write_text(json.dumps(held(folder, file) | {name: value}))
     with pytest.raises(UserError) as error:

@@ -36,7 +36,9 @@ def saved(tmp_path):
         for kind in checkpoint.KINDS
     ]
     state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
-    checkpoint.save(tmp_path / "ckpt", state, RUN, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None)
+    checkpoint.save(
+        tmp_path / "ckpt", state, RUN, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None
+    )
     return str(tmp_path / "ckpt")
 
 
@@ -79,7 +81,9 @@ def test_load_of_nothing_is_an_error(start, tmp_path):
 def test_a_run_is_resumed_never_overwritten(start, saved, tmp_path):
     with pytest.raises(UserError, match="already holds checkpoints: continue them with --load"):
         start(changed(save=saved))
-    found, said = start(changed(save=f"{saved}/../ckpt/", load=saved, seed=9))  # another spelling of the same folder
+    found, said = start(
+        changed(save=f"{saved}/../ckpt/", load=saved, seed=9)
+    )  # another spelling of the same folder
     assert found.tensors is None
     assert found.state.step == 2
     assert "resumes from" in said
@@ -87,7 +91,9 @@ def test_a_run_is_resumed_never_overwritten(start, saved, tmp_path):
 
 
 def test_every_setting_that_changes_the_curve_is_announced(start, saved):
-    run = replace(changed(load=saved, hidden_dropout=0.1), optim=OptimConfig(adam_beta2=0.99, lr_warmup_iters=3))
+    run = replace(
+        changed(load=saved, hidden_dropout=0.1), optim=OptimConfig(adam_beta2=0.99, lr_warmup_iters=3)
+    )
     _, said = start(run)
     for name in ("hidden_dropout", "adam_beta2", "lr_warmup_iters"):
         assert f"note: {name} was " in said
@@ -137,7 +143,9 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
 
     def disk(free):
         monkeypatch.setattr(
-            shutil, "disk_usage", lambda path: (asked.append(str(path)), shutil._ntuple_diskusage(2**40, 0, free))[1]
+            shutil,
+            "disk_usage",
+            lambda path: (asked.append(str(path)), shutil._ntuple_diskusage(2**40, 0, free))[1],
         )
 
     run = changed(save=str(tmp_path / "not" / "yet"))
@@ -149,7 +157,9 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     disk(room)
     assert "not enough" not in start(run)[1]  # one checkpoint, at the end
     _, said = start(changed(save=str(tmp_path), save_interval=5))
-    assert "which is not enough for the 2 that will lie there at a time; see --keep and --save-interval" in said
+    assert (
+        "which is not enough for the 2 that will lie there at a time; see --keep and --save-interval" in said
+    )
     _, said = start(changed(save=str(tmp_path), save_interval=1, keep=1))
     assert "the 2 that will lie there" in said  # the new one, and the old one until then
     disk(0)
@@ -158,7 +168,9 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
 
 def test_a_save_that_cannot_be_is_known_before_step_0(start, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"--save .*file: rank 0 cannot save there: File exists; choose another --save"):
+    with pytest.raises(
+        UserError, match=r"--save .*file: rank 0 cannot save there: File exists; choose another --save"
+    ):
         start(changed(save=str(tmp_path / "file")))
     start(changed(save=str(tmp_path / "new")))
     assert list((tmp_path / "new").iterdir()) == []  # the trial is gone
@@ -181,7 +193,10 @@ def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
 
     (tmp_path / ".try_shared").touch()
     room._try_disk(tmp_path, Two(".try_shared", ""))  # the control
-    with pytest.raises(UserError, match=r"rank 1 cannot save there: a file that rank 0 made is not seen; use storage that all"):
+    with pytest.raises(
+        UserError,
+        match=r"rank 1 cannot save there: a file that rank 0 made is not seen; use storage that all",
+    ):
         room._try_disk(tmp_path, Two(".try_elsewhere", ""))
     with pytest.raises(UserError, match="rank 0 cannot save there: No space left"):
         room._try_disk(tmp_path, Two(None, "No space left"))
@@ -192,8 +207,13 @@ def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_pat
 
     run = changed(load=saved, save=saved)
     room._check_views(run, Two((saved, False, {"load": True, "save": True})))  # the control
-    for theirs in ((None, False, {"load": False, "save": False}), (saved, True, {"load": True, "save": True})):
-        with pytest.raises(UserError, match=r"the ranks do not see the same files there: rank 0: --load .*; rank 1: --load"):
+    for theirs in (
+        (None, False, {"load": False, "save": False}),
+        (saved, True, {"load": True, "save": True}),
+    ):
+        with pytest.raises(
+            UserError, match=r"the ranks do not see the same files there: rank 0: --load .*; rank 1: --load"
+        ):
             room._check_views(run, Two(theirs))
 
 
@@ -213,7 +233,9 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
 
         def killed(folder=folder, count=count, run=run):
             die_at(count, monkeypatch)
-            checkpoint.save(folder, checkpoint.TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None)
+            checkpoint.save(
+                folder, checkpoint.TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None
+            )
 
         status = in_child(killed)
         found, said = start(run)
@@ -248,7 +270,12 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
     tokenizers = {size: sentencepiece_dir(folder / str(size), size) for size in (500, 600)}
-    preprocess([folder / "text.txt"], str(folder / "p"), Job(str(tokenizers[600]), "GeneralPretrainHandler"), say=lambda text: None)
+    preprocess(
+        [folder / "text.txt"],
+        str(folder / "p"),
+        Job(str(tokenizers[600]), "GeneralPretrainHandler"),
+        say=lambda text: None,
+    )
     return str(folder / "p_text_document"), tokenizers
 
 
@@ -261,13 +288,17 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
 
     def with_tokenizer(size, vocab=2048):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
-        return room.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid, said.append)
+        return room.open_data(
+            replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid, said.append
+        )
 
     run, batches = with_tokenizer(600)
     assert batches("train", 0)
     assert "train data: " in said[0]
     assert run.train == RUN.train
-    with pytest.raises(UserError, match=r"was made with a tokenizer of 600 ids, but --tokenizer-name-or-path .* has 500"):
+    with pytest.raises(
+        UserError, match=r"was made with a tokenizer of 600 ids, but --tokenizer-name-or-path .* has 500"
+    ):
         with_tokenizer(500)
     with pytest.raises(UserError, match="has 600 ids, but the model's vocabulary 550"):
         with_tokenizer(600, 550)
@@ -278,12 +309,19 @@ def test_epochs_are_iterations(cpu, data):
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import setup as room
 
-    grid, given = process_groups.initialize(cpu, ParallelConfig(), seed=1), replace(RUN.data, data_path=(data[0],))
-    run = replace(RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5))
+    grid, given = (
+        process_groups.initialize(cpu, ParallelConfig(), seed=1),
+        replace(RUN.data, data_path=(data[0],)),
+    )
+    run = replace(
+        RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5)
+    )
     samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
     said = []
     resolved, _ = room.open_data(run, grid, said.append)
-    assert resolved.train.train_iters == -(-samples * 5 // (2 * 4))  # 4 samples an iteration; the last one is whole
+    assert resolved.train.train_iters == -(
+        -samples * 5 // (2 * 4)
+    )  # 4 samples an iteration; the last one is whole
     assert resolved.train.train_iters * 4 >= 2.5 * samples > (resolved.train.train_iters - 1) * 4
     assert said[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
     with pytest.raises(UserError, match="must be below --train-iters"):

@@ -57,13 +57,18 @@ def text(tmp_path):
 @pytest.fixture
 def chats(tmp_path):
     """Alpaca rows of very different lengths, saved by the library."""
-    rows = [{"instruction": f"Say {i} times", "input": "", "output": f"word {i} " * (1 + i * 37 % 11)} for i in range(200)]
+    rows = [
+        {"instruction": f"Say {i} times", "input": "", "output": f"word {i} " * (1 + i * 37 % 11)}
+        for i in range(200)
+    ]
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "chats")
     return str(tmp_path / "chats")
 
 
 def config(path, tokenizer, **options):
-    return DataConfig(**({"data_path": (path,), "seq_length": SEQ, "tokenizer_name_or_path": tokenizer} | options))
+    return DataConfig(
+        **({"data_path": (path,), "seq_length": SEQ, "tokenizer_name_or_path": tokenizer} | options)
+    )
 
 
 def opened(path, tokenizer, say=lambda line: None, name="train", seed=SEED, **options):
@@ -76,7 +81,11 @@ def told(sample):
 
 def order_of(which, streams, count, epochs):
     """Rows of one stream."""
-    return [int(Permutation(count, SEED + e)(np.array([r]))[0]) for e in range(epochs) for r in range(which, count, streams)]
+    return [
+        int(Permutation(count, SEED + e)(np.array([r]))[0])
+        for e in range(epochs)
+        for r in range(which, count, streams)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 100, 4097])
@@ -100,7 +109,12 @@ def test_a_permutation_mixes():
 
 
 def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokenizer, tmp_path):
-    preprocess([text], str(tmp_path / "p"), Job(tokenizer, "GeneralPretrainHandler", append_eod=True), say=lambda line: None)
+    preprocess(
+        [text],
+        str(tmp_path / "p"),
+        Job(tokenizer, "GeneralPretrainHandler", append_eod=True),
+        say=lambda line: None,
+    )
     good = iter(IndexedDataset(str(tmp_path / "p_text_document")))
     count, streams = ROWS, 300 // 64
     documents = [[] if i in BAD or i >= ROWS - 2 else next(good).tolist() for i in range(count)]
@@ -130,7 +144,9 @@ def test_the_flags_of_conversations(chats, chat_tokenizer):
         row(chat_template="v9")
     with pytest.raises(UserError, match="--system means nothing to GeneralPretrainHandler"):
         row(handler_name=None, system="Be brief.")
-    with pytest.raises(UserError, match="--json-keys means nothing to AlpacaStyleInstructionHandler; leave it out"):
+    with pytest.raises(
+        UserError, match="--json-keys means nothing to AlpacaStyleInstructionHandler; leave it out"
+    ):
         row(json_keys=("output",))
 
 
@@ -142,7 +158,12 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
     preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job, say=lambda line: None)
     couple = Couple("p", *find(str(tmp_path / "p")))
     samples = opened(
-        chats, chat_tokenizer, split="1,0,0", handler_name="AlpacaStyleInstructionHandler", packing=packing, seq_length=LONG
+        chats,
+        chat_tokenizer,
+        split="1,0,0",
+        handler_name="AlpacaStyleInstructionHandler",
+        packing=packing,
+        seq_length=LONG,
     )
     streams = 200 // 64
     for which in range(streams):
@@ -158,7 +179,10 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
             learnt = [float(m) for one in row for m in [*one.loss_mask.tolist()[1:], False]]
             assert counts == learnt + [0.0] * room
             assert [x for x, c in zip(labels, counts, strict=True) if c] == [
-                t for one in row for t, m in list(zip(one.tokens.tolist(), one.loss_mask.tolist(), strict=True))[1:] if m
+                t
+                for one in row
+                for t, m in list(zip(one.tokens.tolist(), one.loss_mask.tolist(), strict=True))[1:]
+                if m
             ]
             place += 1
     assert (place > 3 * 200 / streams * 0.8) == (packing == "none")
@@ -170,7 +194,8 @@ def test_what_is_cut_away_is_said(chats, chat_tokenizer):
         return opened(chats, chat_tokenizer, **options).notes[0]
 
     found = re.search(
-        r"each by 128 of them; of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;", note(70)
+        r"each by 128 of them; of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;",
+        note(70),
     )
     assert found
     assert 10 < int(found[1]) == int(found[2]) < 128  # one answer in each
@@ -186,7 +211,9 @@ def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_pat
     backwards = opened(text, tokenizer)
     assert [told(backwards.sample(n)) for n in range(399, -1, -7)] == expected[::-7]
     made = []
-    monkeypatch.setattr(stream.Stream, "_take", lambda self, take=stream.Stream._take: made.append(1) or take(self))
+    monkeypatch.setattr(
+        stream.Stream, "_take", lambda self, take=stream.Stream._take: made.append(1) or take(self)
+    )
     for seed, distance in ((SEED, 4), (SEED + 1, 100)):
         made.clear()
         found = told(opened(text, tokenizer, seed=seed).sample(399))
@@ -200,12 +227,18 @@ def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_pat
 
 
 def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):
-    alone = [torch.cat([b.tokens for b in batch(opened(text, tokenizer), 40 + 8 * i, 8, 2)]) for i in range(3)]
+    alone = [
+        torch.cat([b.tokens for b in batch(opened(text, tokenizer), 40 + 8 * i, 8, 2)]) for i in range(3)
+    ]
     for size in (2, 4):
-        ranks = [opened(text, tokenizer, data_cache_path=str(tmp_path / f"{size}.{rank}")) for rank in range(size)]
+        ranks = [
+            opened(text, tokenizer, data_cache_path=str(tmp_path / f"{size}.{rank}")) for rank in range(size)
+        ]
         for i, expected in enumerate(alone):
             found = [batch(one, 40 + 8 * i, 8, 2, rank, size) for rank, one in enumerate(ranks)]
-            rows = [row for number in range(len(found[0])) for one in found for row in one[number].tokens.tolist()]
+            rows = [
+                row for number in range(len(found[0])) for one in found for row in one[number].tokens.tolist()
+            ]
             assert rows == expected.tolist()
 
 
@@ -229,7 +262,9 @@ def test_changed_data_are_noticed(text, tokenizer, tmp_path):
     with open(text, "r+") as file:
         file.write(json.dumps({"text": "A change of the same len"[: len(words(1)[0])]}))
     after = told(opened(text, tokenizer, said.append).sample(100))
-    assert any(re.search(r"a\.jsonl-train-\w+ is of other data or settings than these", line) for line in said)
+    assert any(
+        re.search(r"a\.jsonl-train-\w+ is of other data or settings than these", line) for line in said
+    )
     assert len(list((tmp_path / "index-cache").glob("a.jsonl-train-*"))) == 2
     assert before[0] != after[0] or before == after  # whatever the change reached
 
@@ -317,7 +352,9 @@ def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
 def test_splits_must_be_named(tokenizer, tmp_path):
     data = saved(tmp_path / "saved")
     datasets.DatasetDict({"train": data, "test": data}).save_to_disk(tmp_path / "dict")
-    with pytest.raises(UserError, match=r"holds several data sets; name one of them: .*dict/test, .*dict/train"):
+    with pytest.raises(
+        UserError, match=r"holds several data sets; name one of them: .*dict/test, .*dict/train"
+    ):
         opened(str(tmp_path / "dict"), tokenizer)
     valid = (str(tmp_path / "dict" / "test"),)
     found = build_splits(
@@ -331,9 +368,13 @@ def test_splits_must_be_named(tokenizer, tmp_path):
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for name in ("train", "validation"):
         data.to_parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"holds several splits, train, validation: name the files of one, such as"):
+    with pytest.raises(
+        UserError, match=r"holds several splits, train, validation: name the files of one, such as"
+    ):
         opened(str(tmp_path / "hub"), tokenizer)
-    assert opened(str(tmp_path / "hub" / "data" / "train-*"), tokenizer, data_cache_path=str(tmp_path / "c")).sample(0)
+    assert opened(
+        str(tmp_path / "hub" / "data" / "train-*"), tokenizer, data_cache_path=str(tmp_path / "c")
+    ).sample(0)
     with pytest.raises(UserError, match="gives test 0 of 100 rows"):
         opened(str(tmp_path / "saved"), tokenizer, name="test", split="1,0,0")
 
@@ -367,7 +408,9 @@ def test_nothing_is_asked_of_the_network(tokenizer, tmp_path, monkeypatch):
 
 
 def test_lines_are_found_wherever_they_end(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "\xc3\xa9"}\r\n\n{"text": "no newline at the end"}')
+    (tmp_path / "a.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + b'{"text": "\xc3\xa9"}\r\n\n{"text": "no newline at the end"}'
+    )
     (tmp_path / "b.jsonl").write_bytes(b"")
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "c"}\n')
     table = random_access.LineTable([tmp_path / f"{name}.jsonl" for name in "abc"])
@@ -429,12 +472,45 @@ def run(folder, text, tokenizer, world, *flags):
         "--master-port",
         str(launch.free_port()),
     ]
-    words += ["pretrain_intern.py", "--model", "internlm-tiny", "--data-path", text, "--tokenizer-name-or-path", tokenizer]
-    words += ["--seq-length", str(SEQ), "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "8", "--lr", "1e-2"]
-    words += ["--log-dir", f"{folder}.log", "--save", str(folder), "--device", "cpu", "--lr-decay-iters", "8", *flags]
-    done = subprocess.run(words, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=300)
+    words += [
+        "pretrain_intern.py",
+        "--model",
+        "internlm-tiny",
+        "--data-path",
+        text,
+        "--tokenizer-name-or-path",
+        tokenizer,
+    ]
+    words += [
+        "--seq-length",
+        str(SEQ),
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--train-iters",
+        "8",
+        "--lr",
+        "1e-2",
+    ]
+    words += [
+        "--log-dir",
+        f"{folder}.log",
+        "--save",
+        str(folder),
+        "--device",
+        "cpu",
+        "--lr-decay-iters",
+        "8",
+        *flags,
+    ]
+    done = subprocess.run(
+        words, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return [line.loss for line in read(Path(f"{folder}.log") / "train.log") if isinstance(line, TrainLine)], done.stdout
+    return [
+        line.loss for line in read(Path(f"{folder}.log") / "train.log") if isinstance(line, TrainLine)
+    ], done.stdout
 
 
 @pytest.mark.slow

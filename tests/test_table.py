@@ -23,7 +23,9 @@ EVEN = {"num_attention_heads": 16, "vocab_size": 136}
 def model(form: str, family: str):
     config = BY_FAMILY[family]
     if form == "internevo":
-        config = replace(config, **EVEN, num_query_groups=8 if config.num_query_groups else None, kv_channels=None)
+        config = replace(
+            config, **EVEN, num_query_groups=8 if config.num_query_groups else None, kv_channels=None
+        )
     return config
 
 
@@ -47,7 +49,9 @@ def to_old_names(folder: Path) -> None:
             ):
                 name = name.replace(ours, theirs)
             for new, part in (
-                zip(("gate_proj", "dense_h_to_4h"), tensor.chunk(2), strict=True) if "linear_fc1" in name else [("", tensor)]
+                zip(("gate_proj", "dense_h_to_4h"), tensor.chunk(2), strict=True)
+                if "linear_fc1" in name
+                else [("", tensor)]
             ):
                 renamed[name.replace("linear_fc1", new)] = part.clone()
         torch.save(held | {"model": renamed}, path)
@@ -86,19 +90,24 @@ def round_trip(form: str, family: str, tp: int, pp: int, kind: str, tmp_path: Pa
     assert convert.open_source(tmp_path / "back").config == convert.open_source(tmp_path / "hf").config
 
 
-PAIRS = [(form, family) for form, holds in FORMATS.items() for family in dict.fromkeys(holds.writes + holds.reads)]
+PAIRS = [
+    (form, family) for form, holds in FORMATS.items() for family in dict.fromkeys(holds.writes + holds.reads)
+]
 
 
 @pytest.mark.parametrize(("form", "family"), PAIRS)
 def test_there_and_back(tmp_path, form, family):
-    round_trip(form, family, 2, 1 if form == "deepspeed" else 2, "fp32" if form == "training" else "bf16", tmp_path)
+    round_trip(
+        form, family, 2, 1 if form == "deepspeed" else 2, "fp32" if form == "training" else "bf16", tmp_path
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16, norms in fp32"])
 @pytest.mark.parametrize(
-    ("form", "family"), [pair for pair in PAIRS if pair[0] in ("megatron", "deepspeed", "ascendspeed", "internevo")]
+    ("form", "family"),
+    [pair for pair in PAIRS if pair[0] in ("megatron", "deepspeed", "ascendspeed", "internevo")],
 )
 def test_every_layout(tmp_path, form, family, tp, pp, kind):
     round_trip(form, family, tp, 1 if form == "deepspeed" else pp, kind, tmp_path)
@@ -106,7 +115,13 @@ def test_every_layout(tmp_path, form, family, tp, pp, kind):
 
 @pytest.mark.parametrize(
     ("form", "family"),
-    [(form, family) for form, holds in FORMATS.items() if holds.writes for family in FAMILIES if family not in holds.writes],
+    [
+        (form, family)
+        for form, holds in FORMATS.items()
+        if holds.writes
+        for family in FAMILIES
+        if family not in holds.writes
+    ],
 )
 def test_what_is_not_in_the_table_is_not_written(tmp_path, form, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
@@ -115,7 +130,9 @@ def test_what_is_not_in_the_table_is_not_written(tmp_path, form, family):
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in FORMATS["ascendspeed"].reads])
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family not in FORMATS["ascendspeed"].reads]
+)
 def test_old_names_of_other_families_are_not_read(tmp_path, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
     there("ascendspeed", tmp_path / "hf", tmp_path, 1, 1)
@@ -132,5 +149,8 @@ def test_control_a_name_that_is_not_renamed_is_seen(tmp_path):
         "language_model.encoder.layers.1.mlp.dense_h_to_4h.weight"
     )
     torch.save(held, path)
-    with pytest.raises(UserError, match=r"lacks .*layers\.1\.mlp\.dense_h_to_4h\.weight; it has left over .*layers\.1\.mlp\.up"):
+    with pytest.raises(
+        UserError,
+        match=r"lacks .*layers\.1\.mlp\.dense_h_to_4h\.weight; it has left over .*layers\.1\.mlp\.up",
+    ):
         convert.open_source(tmp_path / "there")

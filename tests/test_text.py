@@ -41,12 +41,28 @@ def with_prefix(folder):
 
 def with_fallback(folder):
     """A tokenizer.json as converted from a sentencepiece model: bytes as <0x41>, a run of which is decoded as one."""
-    vocabulary = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "▁the", "the", "a", "▁b", "中", "."]
+    vocabulary = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "▁",
+        "▁the",
+        "the",
+        "a",
+        "▁b",
+        "中",
+        ".",
+    ]
     parts = tokenizers.decoders
     model = tokenizers.Tokenizer(
-        tokenizers.models.BPE({piece: i for i, piece in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>")
+        tokenizers.models.BPE(
+            {piece: i for i, piece in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"
+        )
     )
-    model.decoder = parts.Sequence([parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)])
+    model.decoder = parts.Sequence(
+        [parts.Replace("▁", " "), parts.ByteFallback(), parts.Fuse(), parts.Strip(" ", 1, 0)]
+    )
     model.add_special_tokens(["<s>", "</s>"])
     model.add_tokens(["<tool>"])
     folder.mkdir(parents=True)
@@ -78,7 +94,9 @@ def streamed(one, ids):
 
 
 # Ids of a vocabulary: any, those of single bytes (3 to 258 in these), and the first ones.
-IDS = st.lists(st.one_of(st.floats(0, 1, exclude_max=True), st.integers(0, 300), st.integers(3, 258)), max_size=24)
+IDS = st.lists(
+    st.one_of(st.floats(0, 1, exclude_max=True), st.integers(0, 300), st.integers(3, 258)), max_size=24
+)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -119,10 +137,18 @@ def test_control_token_by_token_decoding_is_another_text(kinds):
 def test_spaces_where_a_text_begins(kinds, name):
     """A space is dropped at the beginning, and after an added token again where the decoder begins anew there."""
     one = kinds[name]
-    space, word, tool, end = (one.find(piece) for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>"))
+    space, word, tool, end = (
+        one.find(piece) for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>")
+    )
     assert None not in (space, word, tool, end)
     expected = set()
-    for ids in ([space, word, word], [space, space, word], [word, tool, word], [tool, space, word], [word, end, tool, end, word]):
+    for ids in (
+        [space, word, word],
+        [space, space, word],
+        [word, tool, word],
+        [tool, space, word],
+        [word, end, tool, end, word],
+    ):
         assert streamed(one, ids) == one.decode(ids)
         expected.add(one.decode(ids) == "".join(one.decode([i]) for i in ids))
     assert False in expected  # control: decoded one by one, spaces are lost
@@ -184,7 +210,14 @@ def test_stop_strings_however_the_text_is_cut(text, stops, cuts):
 
 def test_the_beginning_of_a_stop_string_is_held_back():
     found = Stops(["END", "\n\n"])
-    assert [found.push(piece) for piece in ("a E", "N", "x\n", "b", "EN", "D and more")] == ["a ", "", "ENx", "\nb", "", ""]
+    assert [found.push(piece) for piece in ("a E", "N", "x\n", "b", "EN", "D and more")] == [
+        "a ",
+        "",
+        "ENx",
+        "\nb",
+        "",
+        "",
+    ]
     assert found.stopped
     assert found.push("more") == found.finish() == ""
     free = Stops([])
@@ -201,7 +234,9 @@ def test_stop_string_over_tokens(kinds, name):
         for length in (1, 3, 7):
             stop = text[start : start + length]
             stream = Stream(one, [stop])
-            used = next((n for n, i in enumerate(ids, 1) if stream.push(i) is not None and stream.stopped), None)
+            used = next(
+                (n for n, i in enumerate(ids, 1) if stream.push(i) is not None and stream.stopped), None
+            )
             stream.finish()
             assert stream.text == text[: text.index(stop)]
             assert used is not None

@@ -20,7 +20,10 @@ def folder(request, tmp_path):
 
 
 def test_ids_are_sentencepieces_own(folder):
-    ours, theirs = tokenizer.load(folder), sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    ours, theirs = (
+        tokenizer.load(folder),
+        sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
+    )
     texts = TRAPS + words(50)
     for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
         assert ids.dtype == np.int32
@@ -39,7 +42,9 @@ def test_control_tokens_in_text_stay_text(folder):
     assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
 
 
-@pytest.mark.skipif("internlm2" not in REAL_ONES, reason="needs the real tokenizer; the lookup itself is tested below")
+@pytest.mark.skipif(
+    "internlm2" not in REAL_ONES, reason="needs the real tokenizer; the lookup itself is tested below"
+)
 def test_ids_by_name_of_the_real_v2():
     assert tokenizer.load(REAL / "internlm2").id_of("[UNUSED_TOKEN_145]") == 92542
 
@@ -71,7 +76,9 @@ def test_tokenizer_json(tmp_path):
     ids = ours.encode(text).tolist()
     assert not {ours.bos, ours.eos} & set(ids)
     assert ours.id_of("ordinary_added") in ids
-    assert ours.bos in theirs.encode(text).ids  # control: left alone, the library makes a control token of the text
+    assert (
+        ours.bos in theirs.encode(text).ids
+    )  # control: left alone, the library makes a control token of the text
     assert ours.decode(ids) == text
     assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
 
@@ -85,7 +92,9 @@ def test_the_models_own_file_is_preferred(tmp_path):
 def test_what_is_not_a_tokenizer(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         tokenizer.load(tmp_path / "absent")
-    with pytest.raises(UserError, match=r"tokenizer\.model and tokenizer\.json, but the folder holds nothing"):
+    with pytest.raises(
+        UserError, match=r"tokenizer\.model and tokenizer\.json, but the folder holds nothing"
+    ):
         tokenizer.load(tmp_path)
     for name in tokenizer.FILES:
         (tmp_path / name).write_bytes(b"not a tokenizer")

@@ -57,7 +57,9 @@ def trained(**settings) -> bytes:
     model = io.BytesIO()
     library = [line.rstrip("\n") + "\n" for line in inspect.getsource(inspect).splitlines()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*library, *TRAPS * 3, *words(100), "    \n\n\n    \t\t x", "哈哈哈哈 --- ==== ...."]),
+        sentence_iterator=iter(
+            [*library, *TRAPS * 3, *words(100), "    \n\n\n    \t\t x", "哈哈哈哈 --- ==== ...."]
+        ),
         model_writer=model,
         num_threads=1,
         minloglevel=2,
@@ -71,7 +73,9 @@ def models() -> dict[str, bytes]:
     """By kind; the published ones too, where they are at hand."""
     made = {kind: trained(**settings) for kind, settings in KINDS.items()}
     return made | {
-        f"published {n}": (REAL / n / "tokenizer.model").read_bytes() for n in ("internlm", "internlm2") if REAL.is_dir()
+        f"published {n}": (REAL / n / "tokenizer.model").read_bytes()
+        for n in ("internlm", "internlm2")
+        if REAL.is_dir()
     }
 
 
@@ -116,10 +120,18 @@ def texts(count: int, pieces: list[str]) -> list[str]:
         lambda: "".join(dice.choices(scripts, k=dice.randint(1, 60))),
         lambda: "".join(c * dice.randint(1, 70) for c in dice.choices(scripts, k=4)),
         lambda: "".join(dice.choices(pieces, k=dice.randint(1, 20))).replace("▁", " "),
-        lambda: "".join(chr(dice.choice((dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)))) for _ in range(20)),
+        lambda: "".join(
+            chr(dice.choice((dice.randrange(0xD800), dice.randrange(0xE000, 0x110000)))) for _ in range(20)
+        ),
         lambda: "".join(dice.choices([*named, *scripts], k=dice.randint(1, 12))),
     )
-    return ["", " ", "x" * 3000, "你" * 1000, *(maker() for _ in range(count // len(makers)) for maker in makers)]
+    return [
+        "",
+        " ",
+        "x" * 3000,
+        "你" * 1000,
+        *(maker() for _ in range(count // len(makers)) for maker in makers),
+    ]
 
 
 def original(model, tokens: dict[str, int], text: str) -> list[int]:
@@ -143,11 +155,17 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
     plain = [model.encode(text) for text in sample]
     renamed = {number for name, number in tokens.items() if number < len(pieces) and pieces[number] != name}
     for text, ids in zip(sample, plain, strict=True):
-        if not {model.unk_id(), *renamed} & set(ids):  # sentencepiece writes what is unknown as a sign of its own
+        if not {model.unk_id(), *renamed} & set(
+            ids
+        ):  # sentencepiece writes what is unknown as a sign of its own
             assert theirs.decode(ids) == model.decode(ids) == text.replace("▁", " "), repr(text)
-    assert declared != plain  # the sample does hold declared strings: sentencepiece alone makes no control token of them
+    assert (
+        declared != plain
+    )  # the sample does hold declared strings: sentencepiece alone makes no control token of them
     if not renamed:
-        for text, ids, expected in zip(sample, stock(folder, split_special_tokens=True)(sample).input_ids, plain, strict=True):
+        for text, ids, expected in zip(
+            sample, stock(folder, split_special_tokens=True)(sample).input_ids, plain, strict=True
+        ):
             assert ids == [*bos, *expected], repr(text)
 
 
@@ -178,7 +196,10 @@ def chat_files(model: bytes) -> dict[str, dict]:
     made = sentencepiece.SentencePieceProcessor(model_proto=model)
     numbers = {name: made.piece_to_id(f"[UNUSED_TOKEN_{unused}]") for name, unused in CHAT.items()}
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    decoder = {str(i): {"content": name, **flags, "special": True} for name, i in {**special(model), **numbers}.items()}
+    decoder = {
+        str(i): {"content": name, **flags, "special": True}
+        for name, i in {**special(model), **numbers}.items()
+    }
     config = {
         "add_bos_token": True,
         "added_tokens_decoder": decoder,
@@ -206,14 +227,23 @@ def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
     for theirs in (again, stock(tmp_path / "again")):
         ids = files["added_tokens"]
         assert {name: theirs.convert_tokens_to_ids(name) for name in ids} == ids
-        assert theirs("[UNUSED_TOKEN_146]<|im_start|>", add_special_tokens=False).input_ids == [ids["<|im_start|>"]] * 2
+        assert (
+            theirs("[UNUSED_TOKEN_146]<|im_start|>", add_special_tokens=False).input_ids
+            == [ids["<|im_start|>"]] * 2
+        )
         assert theirs.decode([ids["<|im_start|>"]]) == "<|im_start|>"
         assert theirs.decode([ids["<|im_end|>"]], skip_special_tokens=True) == ""
         said = [{"role": "user", "content": "hi  you"}]
         text = "<s><|im_start|>user\nhi  you<|im_end|>\n"
         assert theirs.apply_chat_template(said, tokenize=False) == text
         model = tokenizer.load(folder)
-        expected = [1, ids["<|im_start|>"], *model.encode("user\nhi  you"), ids["<|im_end|>"], *model.encode("\n")]
+        expected = [
+            1,
+            ids["<|im_start|>"],
+            *model.encode("user\nhi  you"),
+            ids["<|im_end|>"],
+            *model.encode("\n"),
+        ]
         assert theirs.apply_chat_template(said, return_dict=False) == expected
     assert kind == "internlm" or (ids["<|im_start|>"], ids["<|im_end|>"]) == (92543, 92542)
     if kind != "internlm":
@@ -224,7 +254,9 @@ def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
     """Also with the prefix of Llama 2: every stretch between such tokens is encoded as sentencepiece encodes it alone."""
     size = sentencepiece.SentencePieceProcessor(model_proto=models["llama2"]).vocab_size()
     added = {"<|im_start|>": size, "[PAD]": size + 3, "二 words": size + 1}
-    folder = folder_with(tmp_path, models["llama2"], {"pad_token": "[PAD]", "add_eos_token": True}, added_tokens=added)
+    folder = folder_with(
+        tmp_path, models["llama2"], {"pad_token": "[PAD]", "add_eos_token": True}, added_tokens=added
+    )
     assert export.write(folder) is None
     model, theirs = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), stock(folder)
     text = "a b<|im_start|> user  x二 words[PAD]</s>y"
@@ -268,9 +300,15 @@ def unused(proto) -> None:
 def circle(proto) -> None:
     """aba + b and b + aba: which goes first depends on where they stand."""
     scores = {"xq": -1.0, "qx": -1.0, "x": -2.0, "q": -2.0}
-    for piece, (text, score) in zip([p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL], scores.items(), strict=False):
+    for piece, (text, score) in zip(
+        [p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL], scores.items(), strict=False
+    ):
         piece.piece, piece.score = text, score
-    kept = [p for i, p in enumerate(proto.pieces) if p.type != sentencepiece_bpe.NORMAL or (p.piece in scores and i < 270)]
+    kept = [
+        p
+        for i, p in enumerate(proto.pieces)
+        if p.type != sentencepiece_bpe.NORMAL or (p.piece in scores and i < 270)
+    ]
     del proto.pieces[:]
     proto.pieces.extend(kept)
 
@@ -301,8 +339,14 @@ def test_what_cannot_be_said_is_not_written(reason, tmp_path):
     ("reason", "config"),
     [
         ("legacy = false", {"legacy": False}),
-        ("'<x>' is 300, which is also", {"added_tokens_decoder": {"300": {"content": "<x>", "special": True}}}),
-        ("'<y>' is 950, which is also '<x>'", {"added_tokens_decoder": {"950": {"content": "<x>"}, "0950": {"content": "<y>"}}}),
+        (
+            "'<x>' is 300, which is also",
+            {"added_tokens_decoder": {"300": {"content": "<x>", "special": True}}},
+        ),
+        (
+            "'<y>' is 950, which is also '<x>'",
+            {"added_tokens_decoder": {"950": {"content": "<x>"}, "0950": {"content": "<y>"}}},
+        ),
     ],
 )
 def test_neighbours_that_contradict_the_model(models, reason, config, tmp_path):
@@ -315,7 +359,9 @@ def test_neighbours_that_contradict_the_model(models, reason, config, tmp_path):
 def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
     """Merges in the order of ids, as transformers would make them: the comparison with sentencepiece sees it."""
     folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepiece_bpe.merges
-    monkeypatch.setattr(export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made))
+    monkeypatch.setattr(
+        export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made)
+    )
     assert "where tokenizer.json gives" in export.write(folder)
     assert not (folder / "tokenizer.json").exists()
 

@@ -12,7 +12,14 @@ from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, Para
 from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine, read
 from ascendspeed.utils.errors import UserError
 
-MODEL = ModelConfig(num_layers=1, hidden_size=8, ffn_hidden_size=8, num_attention_heads=2, vocab_size=16, max_position_embeddings=8)
+MODEL = ModelConfig(
+    num_layers=1,
+    hidden_size=8,
+    ffn_hidden_size=8,
+    num_attention_heads=2,
+    vocab_size=16,
+    max_position_embeddings=8,
+)
 RUN = Run(
     MODEL,
     ParallelConfig(deepspeed=True),
@@ -40,7 +47,14 @@ class Recorder:
         skipped = number in self.skipped
         self.updates += not skipped
         loss = self.loss_skipped if skipped else self.losses[number] if self.losses else 1.0
-        return StepResult(loss=loss, tokens=10 * (number + 1), grad_norm=0.5, skipped=skipped, loss_scale=self.scale, bad=self.bad)
+        return StepResult(
+            loss=loss,
+            tokens=10 * (number + 1),
+            grad_norm=0.5,
+            skipped=skipped,
+            loss_scale=self.scale,
+            bad=self.bad,
+        )
 
     def loss(self, batches):
         found = list(batches)
@@ -74,7 +88,9 @@ def loop(cpu, tmp_path):
         engine = engine or Recorder()
         begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None, named=lambda run: run)
         with Logger(0, tmp_path / "logs") as log, Watch(run, grid, log.say) as go.watch:
-            state = train.train(run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch)
+            state = train.train(
+                run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch
+            )
         return state, engine, list(read(tmp_path / "logs" / "train.log"))
 
     return go
@@ -97,7 +113,9 @@ def test_every_batch_follows_from_the_consumed_samples(loop):
 def test_the_interval_loss_is_the_mean_over_tokens(loop):
     losses = [1.0, 4.0, 2.0, 3.0]
     _, _, lines = loop(changed(log_interval=2, train_iters=4), Recorder(losses))
-    assert [line.loss for line in lines] == pytest.approx([(10 * 1 + 20 * 4) / 30, (30 * 2 + 40 * 3) / 70], rel=1e-7)
+    assert [line.loss for line in lines] == pytest.approx(
+        [(10 * 1 + 20 * 4) / 30, (30 * 2 + 40 * 3) / 70], rel=1e-7
+    )
 
 
 def test_a_pause_is_no_part_of_an_iterations_time(loop, monkeypatch):
@@ -153,7 +171,8 @@ def test_a_skipped_step_is_logged_and_does_not_move_the_schedule(loop):
 def test_too_many_skipped_steps_in_a_row_stop_the_run(loop, tmp_path):
     run = changed(max_skipped_steps=3, save=str(tmp_path / "ckpt"), save_interval=2)
     with pytest.raises(
-        UserError, match=r"3 iterations in a row were skipped \(last: 6\); the last good checkpoint is .*step_0000004; lower --lr"
+        UserError,
+        match=r"3 iterations in a row were skipped \(last: 6\); the last good checkpoint is .*step_0000004; lower --lr",
     ):
         loop(run, Recorder(skipped=[1, 3, 4, 5]))
 
@@ -161,12 +180,19 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(loop, tmp_path):
 def test_evaluation_takes_the_same_batches_every_time(loop):
     _, _, lines = loop(changed(eval_interval=5, eval_iters=3))
     found = [line for line in lines if isinstance(line, EvalLine)]
-    assert [(line.iteration, line.loss, line.split) for line in found] == [(5, 2.0, "validation"), (10, 2.0, "validation")]
+    assert [(line.iteration, line.loss, line.split) for line in found] == [
+        (5, 2.0, "validation"),
+        (10, 2.0, "validation"),
+    ]
 
 
 def test_checkpoints_at_intervals_and_at_the_end(loop, tmp_path):
     loop(changed(save=str(tmp_path / "ckpt"), save_interval=4))
-    assert sorted(p.name for p in (tmp_path / "ckpt").glob("step_*")) == ["step_0000004", "step_0000008", "step_0000010"]
+    assert sorted(p.name for p in (tmp_path / "ckpt").glob("step_*")) == [
+        "step_0000004",
+        "step_0000008",
+        "step_0000010",
+    ]
     assert (tmp_path / "ckpt" / "latest").read_text().strip() == "step_0000010"
 
 
@@ -239,7 +265,10 @@ def test_the_clock(loop, tmp_path):
 def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("RECIPE", "bash recipe.sh --lr 1")
     loop(changed(save=str(tmp_path / "a"), exit_interval=3))
-    assert "to continue: bash recipe.sh --lr 1 --auto-resume  # with the same variables\n" in capsys.readouterr().out
+    assert (
+        "to continue: bash recipe.sh --lr 1 --auto-resume  # with the same variables\n"
+        in capsys.readouterr().out
+    )
     loop(changed(save=str(tmp_path / "b")))
     loop(changed(exit_interval=3))  # nothing was saved
     assert "to continue" not in capsys.readouterr().out
@@ -269,16 +298,23 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     run = changed(save=str(tmp_path / "ckpt"), save_interval=2, async_save=behind)
 
     def taken():
-        while not (tmp_path / "ckpt" / "latest").exists():  # behind the step, the second iteration's is still being saved
+        while not (
+            tmp_path / "ckpt" / "latest"
+        ).exists():  # behind the step, the second iteration's is still being saved
             time.sleep(0.001)
         checkpoint.claim(tmp_path / "ckpt")
 
-    with pytest.raises(UserError, match=r"step_0000004 was not saved: .*another run saves in .*ckpt \(process \d+ on .*give every"):
+    with pytest.raises(
+        UserError,
+        match=r"step_0000004 was not saved: .*another run saves in .*ckpt \(process \d+ on .*give every",
+    ):
         loop(run, Recorder(at={3: taken}))
     assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000002"]
     assert (tmp_path / "ckpt" / "latest").read_text() == "step_0000002\n"
     assert "to continue" not in capsys.readouterr().out
-    start = checkpoint.find(tmp_path / "ckpt", say=str).state  # the restart of a killed run: the newest takes over
+    start = checkpoint.find(
+        tmp_path / "ckpt", say=str
+    ).state  # the restart of a killed run: the newest takes over
     assert loop(run, start=start)[0].step == 10
 
 
@@ -288,7 +324,10 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
 def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):
     run = replace(RUN, train=replace(RUN.train, micro_batch_size=2, train_iters=3))
     loop(run, Recorder(skipped=[1], bad=(1,)))
-    assert "iteration 2 skipped, nothing was updated: loss NAN; rank 0: samples 6-7; loss scale 1" in capsys.readouterr().out
+    assert (
+        "iteration 2 skipped, nothing was updated: loss NAN; rank 0: samples 6-7; loss scale 1"
+        in capsys.readouterr().out
+    )
     loop(run, Recorder(skipped=[1], loss=2.0))
     said = capsys.readouterr().out
     assert "a gradient is not finite, every loss is (2.000000E+00); all ranks: samples 4-7" in said
@@ -309,7 +348,10 @@ def test_a_spike_is_warned_of_once(loop, capsys):
     calm = [2.0, 2.1, 1.9] * 10
     said = warned(loop, capsys, [*calm, 3.3, 3.4, 2.0, 2.1])
     assert len(said) == 1
-    assert "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last 30" in said[0]
+    assert (
+        "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last 30"
+        in said[0]
+    )
     assert said[0].endswith("samples 120-123")
     assert len(warned(loop, capsys, [*calm, 3.3, 2.0, 3.3])) == 2
 

@@ -37,9 +37,15 @@ def converted(source, target, to, **more) -> dict:
 
 def test_what_is_left_behind(cpu, tmp_path):
     config = replace(TINY["internlm"], num_layers=4)
-    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2, 2), dtype=torch.bfloat16)
+    said = converted(
+        directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2, 2), dtype=torch.bfloat16
+    )
     assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16; logits equal"
-    assert said["from"] == {"kind": "Hugging Face directory", "folder": str(tmp_path / "hf"), "family": "internlm"}
+    assert said["from"] == {
+        "kind": "Hugging Face directory",
+        "folder": str(tmp_path / "hf"),
+        "family": "internlm",
+    }
     assert said["to"]["kind"] == "Megatron rank files for TP 2 x PP 2"
     files = said["to"]["files"]
     assert files["release/mp_rank_01_001/model_optim_rng.pt"] == (
@@ -68,7 +74,9 @@ def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(
 @pytest.mark.parametrize("name", ["internlm", "internlm2", "internlm3"])
 def test_a_plain_llama_is_compared_by_transformers(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=2)
-    said = converted(directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFace("llama"))["logits"]
+    said = converted(directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFace("llama"))[
+        "logits"
+    ]
     assert said["result"] == "transformers' llama"
     assert said["difference"] <= 2e-5 * said["largest"]
 
@@ -82,11 +90,19 @@ def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch)
         patch.setitem(FAMILIES, "llama", replace(family, rows=wrong))
         convert.write_hf(convert.open_source(source), tmp_path / "back")
         opened = convert.open_source(source)
-        assert len(verify.compare(opened, convert.open_source(tmp_path / "back"))) == 35 - 8  # no biases: bytes see nothing
-        with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama .* and our model .* differ by"):
+        assert (
+            len(verify.compare(opened, convert.open_source(tmp_path / "back"))) == 35 - 8
+        )  # no biases: bytes see nothing
+        with pytest.raises(
+            UserError,
+            match=r"verification failed: logits of transformers' llama .* and our model .* differ by",
+        ):
             convert.convert(opened, tmp_path / "ranks", convert.RankFiles(2), verify=True)
     assert not (tmp_path / "ranks").exists()
-    assert load_file(source / "model.safetensors").keys() == load_file(tmp_path / "back/model.safetensors").keys()
+    assert (
+        load_file(source / "model.safetensors").keys()
+        == load_file(tmp_path / "back/model.safetensors").keys()
+    )
 
 
 def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path):
@@ -107,7 +123,13 @@ def test_what_transformers_saved_itself(cpu, tmp_path):
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 320, "vocab_size": 320, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 320,
+        "vocab_size": 320,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=5, **sizes)).save_pretrained(tmp_path / "hf")
     assert len(json.loads((tmp_path / "hf/config.json").read_text())["layer_types"]) == 5
     said = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFiles(2))["logits"]
@@ -124,7 +146,9 @@ def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setitem(FAMILIES, family.name, replace(family, rows=wrong))
         with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama"):
-            convert.convert(convert.open_source(source), tmp_path / "ranks", convert.RankFiles(2), verify=True)
+            convert.convert(
+                convert.open_source(source), tmp_path / "ranks", convert.RankFiles(2), verify=True
+            )
 
 
 def test_logits_that_nobody_can_make_are_said_not_raised(cpu, tmp_path, monkeypatch):

@@ -12,7 +12,13 @@ from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 
 CONFIG = ModelConfig(
-    "llama", num_layers=2, hidden_size=64, ffn_hidden_size=96, num_attention_heads=8, num_query_groups=4, vocab_size=131
+    "llama",
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    vocab_size=131,
 )
 D = CONFIG.head_dim
 
@@ -61,7 +67,9 @@ def test_one_name_holds_its_blocks_one_after_the_other():
         mine = torch.cat([t.chunk(2)[rank] for t in qkv()])
         assert entry.shape == tuple(mine.shape)
         for tile in entry.tiles:
-            assert torch.equal(fused_qkv()[tile.row : tile.row + tile.rows], mine[tile.part_row : tile.part_row + tile.rows])
+            assert torch.equal(
+                fused_qkv()[tile.row : tile.row + tile.rows], mine[tile.part_row : tile.part_row + tile.rows]
+            )
 
 
 @pytest.mark.parametrize("tp", [2, 4])
@@ -82,7 +90,8 @@ def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
 @pytest.mark.parametrize(
-    "suffix", ["linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight", "word_embeddings.weight", "norm.weight"]
+    "suffix",
+    ["linear_qkv.weight", "linear_fc1.weight", "linear_fc2.weight", "word_embeddings.weight", "norm.weight"],
 )
 def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
     p = parameter(suffix)
@@ -93,14 +102,20 @@ def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
             part = torch.zeros(entry.shape[0], math.prod(entry.shape[1:]))
             for tile in entry.tiles:
                 hits[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1
-                part[tile.part_row : tile.part_row + tile.rows, tile.part_column : tile.part_column + tile.columns] += 1
+                part[
+                    tile.part_row : tile.part_row + tile.rows,
+                    tile.part_column : tile.part_column + tile.columns,
+                ] += 1
             assert p.row.split == "vocab" or part.eq(1).all()
     assert hits.eq(1).all()
 
 
 def test_a_rectangle_is_gathered_from_tiles_or_seen_where_it_lies():
     full = torch.arange(60.0).view(10, 6)
-    halves = [(full[:, c : c + 3].contiguous(), list(param_mapping.cut_tiles([[(0, 10)]], 6, 1, 2, c // 3))) for c in (0, 3)]
+    halves = [
+        (full[:, c : c + 3].contiguous(), list(param_mapping.cut_tiles([[(0, 10)]], 6, 1, 2, c // 3)))
+        for c in (0, 3)
+    ]
     assert torch.equal(param_mapping.gather(halves, param_mapping.Tile(2, 1, 0, 0, 5, 4)), full[2:7, 1:5])
     inside = param_mapping.gather(halves, param_mapping.Tile(2, 3, 0, 0, 5, 2))
     assert inside.untyped_storage().data_ptr() == halves[1][0].untyped_storage().data_ptr()
@@ -138,9 +153,13 @@ def test_names_and_splits_of_the_whole_model():
     with_bias = replace(CONFIG, num_query_groups=None, add_qkv_bias=True, add_dense_bias=True)
     names = [p.name for p in param_mapping.parameters(with_bias)]
     assert len(names) == len(set(names)) == 2 * 8 + 3
-    without = [p.name for p in param_mapping.parameters(replace(with_bias, add_qkv_bias=False, add_dense_bias=False))]
+    without = [
+        p.name for p in param_mapping.parameters(replace(with_bias, add_qkv_bias=False, add_dense_bias=False))
+    ]
     assert set(names) - set(without) == {
-        f"decoder.layers.{layer}.self_attention.linear_{what}.bias" for layer in (0, 1) for what in ("qkv", "proj")
+        f"decoder.layers.{layer}.self_attention.linear_{what}.bias"
+        for layer in (0, 1)
+        for what in ("qkv", "proj")
     }
     tied = [p.name for p in param_mapping.parameters(replace(with_bias, tie_embeddings=True))]
     assert set(names) - set(tied) == {"output_layer.weight"}
@@ -149,7 +168,9 @@ def test_names_and_splits_of_the_whole_model():
 @pytest.mark.parametrize("name", ["internlm-tiny", "internlm-20b"])
 def test_shapes_come_from_the_fusions(name):
     config = PRESETS[name]
-    shapes = {n: s for p in param_mapping.parameters(config) for n, s in param_mapping.shapes_of(config, p).items()}
+    shapes = {
+        n: s for p in param_mapping.parameters(config) for n, s in param_mapping.shapes_of(config, p).items()
+    }
     h, layer = config.hidden_size, "model.layers.1."
     assert shapes[layer + "self_attn.k_proj.weight"] == (h, h)
     assert shapes[layer + "mlp.up_proj.weight"] == (config.ffn_hidden_size, h)
@@ -168,7 +189,11 @@ def test_layouts_that_do_not_split_name_those_that_do():
     with pytest.raises(UserError, match=r"choose 1, 2, 4, 8$"):
         check_tensor_parallel(CONFIG, 3)
     check_tensor_parallel(CONFIG, 8)  # two ranks to a group
-    with pytest.raises(UserError, match=r"choose 1, 3$"):  # 6 heads: 2 ranks would not go into 3 groups, nor 3 groups into 2 ranks
-        check_tensor_parallel(replace(CONFIG, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=99), 2)
+    with pytest.raises(
+        UserError, match=r"choose 1, 3$"
+    ):  # 6 heads: 2 ranks would not go into 3 groups, nor 3 groups into 2 ranks
+        check_tensor_parallel(
+            replace(CONFIG, num_attention_heads=6, num_query_groups=3, ffn_hidden_size=99), 2
+        )
     with pytest.raises(UserError, match=r"2 layers do not split over 4 pipeline stages; choose 1, 2$"):
         check_pipeline_parallel(CONFIG, 4)

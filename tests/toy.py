@@ -35,7 +35,9 @@ def main(flags: Sequence[str]) -> int:
     from ascendspeed.training.fault_tolerance import Watch
     from ascendspeed.training.metrics_log import Logger
 
-    grid = process_groups.initialize(device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes)
+    grid = process_groups.initialize(
+        device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
+    )
     with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid, log.say) as watch:
         for note in notes:
             log.say(f"note: {note}")
@@ -80,7 +82,9 @@ def engine_of(run: Any, grid: Any) -> Any:
                 g = [torch.Generator().manual_seed(number) for number in batch]
                 wanted = torch.stack([torch.randn(ROWS, WIDTH, generator=one) for one in g])
                 difference = (self.weight - wanted) * (torch.rand(ROWS, WIDTH) > 0.1)
-                losses.append(float(difference.square().mean()) if not set(batch) & set(bad_samples()) else math.nan)
+                losses.append(
+                    float(difference.square().mean()) if not set(batch) & set(bad_samples()) else math.nan
+                )
                 gradient += difference.mean(0)
             total = torch.tensor([sum(losses), float(len(losses))], dtype=torch.float64)
             dist.all_reduce(gradient)
@@ -101,7 +105,10 @@ def engine_of(run: Any, grid: Any) -> Any:
             self._publish()
 
         def _publish(self) -> None:
-            whole = [torch.empty(ROWS * (r + 1) // grid.world - ROWS * r // grid.world, WIDTH) for r in range(grid.world)]
+            whole = [
+                torch.empty(ROWS * (r + 1) // grid.world - ROWS * r // grid.world, WIDTH)
+                for r in range(grid.world)
+            ]
             dist.all_gather(whole, self.state["master"])
             self.weight = torch.cat(whole)
 

@@ -46,7 +46,13 @@ def main() -> int:
     options = parser.parse(Options, description=__doc__ or "")
     report.forget(options.out)
     found = comparing.compare(
-        options.ref, options.cand, options.ref2, options.profile, options.first, options.last, options.same_origin
+        options.ref,
+        options.cand,
+        options.ref2,
+        options.profile,
+        options.first,
+        options.last,
+        options.same_origin,
     )
     written = report.write(found, options.out)
     print("\n".join(report.lines(found)))

@@ -36,7 +36,10 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     if not options.logs or options.warmup < 0 or (options.devices is not None and options.devices < 1):
         raise errors.UserError("give at least one LOG; --warmup must be 0 or more and --devices at least 1")
-    rows = [performance_table.of_curve(read_logs.read(log), options.devices, options.warmup) for log in options.logs]
+    rows = [
+        performance_table.of_curve(read_logs.read(log), options.devices, options.warmup)
+        for log in options.logs
+    ]
     text = performance_table.table([*performance_table.PUBLISHED, *rows], options.markdown)
     print(text)
     if options.out:

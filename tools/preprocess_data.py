@@ -43,7 +43,9 @@ class Options:
     """Columns that GeneralPretrainHandler reads, each into a data set of its own."""
     append_eod: bool = False
     """End every document with the tokenizer's eos."""
-    workers: Annotated[int, tyro.conf.arg(help="Processes; default: one per core.", help_behavior_hint="")] = 0
+    workers: Annotated[
+        int, tyro.conf.arg(help="Processes; default: one per core.", help_behavior_hint="")
+    ] = 0
     log_interval: int = 1000
     """Documents between two lines of progress in a log."""
     max_document_mib: int = LONGEST >> 20
@@ -79,13 +81,24 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     typed, kind = parser.typed(Options), HANDLERS.get(options.handler_name)
     if kind and "json_keys" in typed and "json_keys" not in kind.takes and options.json_keys != kind.keys:
-        raise errors.UserError(f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out")
+        raise errors.UserError(
+            f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out"
+        )
     for name in sorted(typed & IDLE.keys() - ({"seq_length"} if kind and kind.learns_answers else set())):
         print(f"--{name.replace('_', '-')} has no effect: {IDLE[name]}")
-    if options.workers < 0 or options.log_interval < 1 or options.max_document_mib < 1 or not options.json_keys:
-        raise errors.UserError("--workers, --log-interval, --max-document-mib and --json-keys must be positive and not empty")
+    if (
+        options.workers < 0
+        or options.log_interval < 1
+        or options.max_document_mib < 1
+        or not options.json_keys
+    ):
+        raise errors.UserError(
+            "--workers, --log-interval, --max-document-mib and --json-keys must be positive and not empty"
+        )
     if options.seq_length is not None and options.seq_length < 2:
-        raise errors.UserError(f"--seq-length {options.seq_length}: there is nothing to learn in a document of one token")
+        raise errors.UserError(
+            f"--seq-length {options.seq_length}: there is nothing to learn in a document of one token"
+        )
     job = Job(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,
@@ -98,7 +111,9 @@ def main() -> None:
         loss_on=options.loss_on,
     )
     workers = options.workers or len(os.sched_getaffinity(0))
-    preprocess(options.input, options.output_prefix, job, workers, options.log_interval, strict=options.strict)
+    preprocess(
+        options.input, options.output_prefix, job, workers, options.log_interval, strict=options.strict
+    )
 
 
 if __name__ == "__main__":

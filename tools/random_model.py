@@ -58,7 +58,9 @@ def main() -> None:
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     def make(name: str) -> "Tensor":
-        return _with_noise(random_tensor(config, known[name], options.seed), name, options.seed, options.noise)
+        return _with_noise(
+            random_tensor(config, known[name], options.seed), name, options.seed, options.noise
+        )
 
     unused(options.output_dir)
     known = {parameter.name: parameter for parameter in parameters(config)}
@@ -66,7 +68,9 @@ def main() -> None:
         kind="random weights",
         where=Path(options.model),
         config=config,
-        theirs={} if options.tokenizer else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
+        theirs={}
+        if options.tokenizer
+        else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
         dtypes=dict.fromkeys(known, torch.float32),
         block=from_maker(make),
         beside=None,

@@ -64,7 +64,9 @@ class Saver:
             return
         copies, rng = self._copy(fragments), {name: t.clone() for name, t in rng.items()}
         stall = time.perf_counter() - began
-        self._thread = threading.Thread(target=self._write, args=(state, copies, rng, began, stall), daemon=True)
+        self._thread = threading.Thread(
+            target=self._write, args=(state, copies, rng, began, stall), daemon=True
+        )
         self._thread.start()
 
     def news(self) -> list[Saved]:
@@ -90,12 +92,25 @@ class Saver:
             raise error
 
     def _write(
-        self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor], began: float, stall: float | None
+        self,
+        state: TrainState,
+        fragments: Iterable[Fragment],
+        rng: Mapping[str, Tensor],
+        began: float,
+        stall: float | None,
     ) -> None:
         try:
             train = self._run.train
             self.last = save(
-                train.save, state, self._run, fragments, rng, *self._place, keep=train.keep, say=self._say, token=self._token
+                train.save,
+                state,
+                self._run,
+                fragments,
+                rng,
+                *self._place,
+                keep=train.keep,
+                say=self._say,
+                token=self._token,
             )
         except BaseException as error:
             self._error = error
@@ -113,6 +128,8 @@ class Saver:
             address, view = piece
             pinned = view.device.type != "cpu"
             if (host := self._host.get(str(address))) is None or host.shape != view.shape:
-                host = self._host[str(address)] = torch.empty(view.shape, dtype=view.dtype, device="cpu", pin_memory=pinned)
+                host = self._host[str(address)] = torch.empty(
+                    view.shape, dtype=view.dtype, device="cpu", pin_memory=pinned
+                )
             copies.append(replace(fragment, start=address.start, tensor=host.copy_(view), holder=(0, 1)))
         return copies

@@ -50,7 +50,9 @@ class Readers:
         return open_checkpoint(path, self.rank, self.world, self.gather, self.say)
 
 
-def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud
+) -> Checkpoint:
     """The checkpoint in a step's folder, or the newest good one in a folder of steps, verified.
 
     Raises `UserError` when there is none, or when the step that was asked for is damaged.
@@ -66,7 +68,9 @@ def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gat
     return checkpoint
 
 
-def find(save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud) -> Checkpoint | None:
+def find(
+    save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud
+) -> Checkpoint | None:
     """The checkpoint that `latest` names, or else the next older good one, with a warning that names what is wrong.
 
     `say` is called on every rank with the same texts: let only one print. Returns None when nothing lies there at all.
@@ -81,11 +85,15 @@ def find(save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _
     if not there:
         if newest is None or (newest and not STEP.fullmatch(newest)):
             return None
-        raise UserError(f"{folder}/latest {f'names {newest}' if newest else 'is empty'}, but no step_* folder lies there")
+        raise UserError(
+            f"{folder}/latest {f'names {newest}' if newest else 'is empty'}, but no step_* folder lies there"
+        )
     order = _order(folder, newest, sorted(there, reverse=True), say)
     wrongs = []
     for name in order:
-        say(f"verifying {there[name]}: {manifest.size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}")
+        say(
+            f"verifying {there[name]}: {manifest.size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}"
+        )
         checkpoint, wrong = _examine(there[name], rank, world, gather)
         if checkpoint is not None:
             return checkpoint
@@ -99,7 +107,13 @@ def _order(folder: Path, newest: str | None, newest_first: list[str], say: Say) 
     if newest in newest_first:
         at = newest_first.index(newest)
         return newest_first[at:] + newest_first[:at]
-    wrong = "is missing" if newest is None else "is empty" if not newest else f"says {newest[:80]!r}, which is not there"
+    wrong = (
+        "is missing"
+        if newest is None
+        else "is empty"
+        if not newest
+        else f"says {newest[:80]!r}, which is not there"
+    )
     say(f"warning: {folder}/latest {wrong}; taking the newest step that is whole")
     return newest_first
 

@@ -69,7 +69,9 @@ def owned(fragment: Fragment) -> tuple[Address, Tensor] | None:
     """What this rank writes of a fragment: its slice among the holders, without padding. None: nothing."""
     f, (i, n) = fragment, fragment.holder
     if f.tensor.dtype != torch.float32 or f.kind not in KINDS:
-        raise ValueError(f"{f.kind} of {f.name} in {f.tensor.dtype}: a checkpoint holds {', '.join(KINDS)} in fp32")
+        raise ValueError(
+            f"{f.kind} of {f.name} in {f.tensor.dtype}: a checkpoint holds {', '.join(KINDS)} in fp32"
+        )
     size = min(f.tensor.numel(), max(0, extent(f.cut, f.part) - f.start))
     a, b = size * i // n, size * (i + 1) // n
     if i < 0 or a == b:

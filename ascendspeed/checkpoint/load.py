@@ -41,7 +41,11 @@ class Index:
         self.rng: dict[int, dict[str, tuple[Path, safetensors_io.Entry]]] = defaultdict(dict)
         self._at: dict[tuple[str, str, int], list[_Stored]] = defaultdict(list)
         for rank in range(world):
-            self._add(folder / shard_name(rank, world), rank, {"step": str(step), "world": str(world), "rank": str(rank)})
+            self._add(
+                folder / shard_name(rank, world),
+                rank,
+                {"step": str(step), "world": str(world), "rank": str(rank)},
+            )
         for stored in self._at.values():
             stored.sort()
         self._check(folder)
@@ -51,7 +55,10 @@ class Index:
         if wrong := [f"{k} {metadata.get(k)}, not {v}" for k, v in expected.items() if metadata.get(k) != v]:
             raise UserError(f"{file}: belongs to another save ({'; '.join(wrong)})")
         try:
-            cuts = {name: Cut(**c | {"shape": tuple(c["shape"])}) for name, c in json.loads(metadata["cuts"]).items()}
+            cuts = {
+                name: Cut(**c | {"shape": tuple(c["shape"])})
+                for name, c in json.loads(metadata["cuts"]).items()
+            }
             for key, entry in entries.items():
                 if key.startswith(RNG + "|"):
                     self.rng[rank][key.partition("|")[2]] = file, entry
@@ -73,10 +80,15 @@ class Index:
             for kind in self.kinds:
                 for part in range(part_count(cut)):
                     end = 0
-                    for stored in (*self._at.get((name, kind, part), ()), _Stored(extent(cut, part), 0, folder, 0)):
+                    for stored in (
+                        *self._at.get((name, kind, part), ()),
+                        _Stored(extent(cut, part), 0, folder, 0),
+                    ):
                         if stored.start != end:
                             what = f"{'missing' if stored.start > end else 'doubled'} from element {min(end, stored.start)}"
-                            raise UserError(f"{folder}: {kind} of {name}, part {part} of {part_count(cut)}: {what} on")
+                            raise UserError(
+                                f"{folder}: {kind} of {name}, part {part} of {part_count(cut)}: {what} on"
+                            )
                         end += stored.size
 
     def fill(self, out: Tensor, name: str, kind: str, part: int, start: int) -> None:
@@ -87,7 +99,9 @@ class Index:
                 break
             a, b = max(start, piece.start), min(end, piece.start + piece.size)
             if a < b:
-                safetensors_io.read_into(out[a - start : b - start], piece.file, piece.offset + 4 * (a - piece.start))
+                safetensors_io.read_into(
+                    out[a - start : b - start], piece.file, piece.offset + 4 * (a - piece.start)
+                )
 
 
 class Checkpoint:
@@ -104,7 +118,9 @@ class Checkpoint:
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path}: run.json or train_state.json is not one of this version ({error!r})") from error
+            raise UserError(
+                f"{path}: run.json or train_state.json is not one of this version ({error!r})"
+            ) from error
         self._index = Index(path, self.state.step, self.world)
 
     @property
@@ -139,7 +155,9 @@ class Checkpoint:
             raise UserError(f"{self.path}: has no {kind} of {name}")
         old = self._index.cuts[name]
         if old.shape != cut.shape:
-            raise UserError(f"{self.path}: {name} is {list(old.shape)} there, but {list(cut.shape)} in this run")
+            raise UserError(
+                f"{self.path}: {name} is {list(old.shape)} there, but {list(cut.shape)} in this run"
+            )
         if old == cut:
             self._index.fill(out := torch.zeros(numel), name, kind, part, start)
             return out
@@ -164,7 +182,9 @@ class Checkpoint:
         source = torch.empty(bottom - top, columns)
         self._index.fill(source.view(-1), name, kind, part, (top - old.row + old.part_row) * columns)
         taken = source[:, left - old.column + old.part_column :][:, : right - left]
-        out[top - shift - first : bottom - shift - first, left - new.column + new.part_column :][:, : right - left] = taken
+        out[top - shift - first : bottom - shift - first, left - new.column + new.part_column :][
+            :, : right - left
+        ] = taken
 
 
 def restore(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:

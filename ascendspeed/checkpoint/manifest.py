@@ -39,7 +39,9 @@ def problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
         return [f"{MANIFEST}: it is of step {step}"]
     wrong = {name: _size_problem(folder / name, entry["size"]) for name, entry in listed.items()}
     if not any(wrong.values()):
-        wrong = {name: _hash_problem(folder / name, listed[name]["sha256"]) for name in list(listed)[rank::world]}
+        wrong = {
+            name: _hash_problem(folder / name, listed[name]["sha256"]) for name in list(listed)[rank::world]
+        }
     return [f"{name}: {problem}" for name, problem in wrong.items() if problem]
 
 

@@ -20,12 +20,19 @@ class Superseded(UserError):
 def claim(folder: str | Path) -> str:
     """Makes this run the owner, on one rank; what a killed run left is replaced. Returns the run's token. Raises `UserError`."""
     folder, token = Path(folder), secrets.token_hex(4)
-    who = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    who = {
+        "token": token,
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
     try:
         folder.mkdir(parents=True, exist_ok=True)
         safetensors_io.write_text(folder / NAME, json.dumps(who) + "\n")
     except OSError as error:
-        raise UserError(f"--save {folder}: cannot save there: {error.strerror}; choose another --save") from error
+        raise UserError(
+            f"--save {folder}: cannot save there: {error.strerror}; choose another --save"
+        ) from error
     return token
 
 
@@ -37,4 +44,6 @@ def check(folder: Path, token: str) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         return
     if theirs != token:
-        raise Superseded(f"another run saves in {folder} ({where}), so this one stops; give every run a --save of its own")
+        raise Superseded(
+            f"another run saves in {folder} ({where}), so this one stops; give every run a --save of its own"
+        )

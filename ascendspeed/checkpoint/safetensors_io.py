@@ -50,7 +50,9 @@ class Shard:
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         if len(text) > MAX_HEADER:
-            raise ValueError(f"a shard of {len(tensors)} tensors has a header of {len(text)} bytes, more than safetensors allows")
+            raise ValueError(
+                f"a shard of {len(tensors)} tensors has a header of {len(text)} bytes, more than safetensors allows"
+            )
         self._header = len(text).to_bytes(8, "little") + text
         self.size = len(self._header) + end
 
@@ -77,7 +79,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
                 raise ValueError(f"a header of {length} bytes")
             header = json.loads(file.read(length))
         metadata, start, size = header.pop("__metadata__", {}), 8 + length, os.path.getsize(path)
-        entries = {k: Entry(DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0]) for k, e in header.items()}
+        entries = {
+            k: Entry(DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0])
+            for k, e in header.items()
+        }
         if any(start + e["data_offsets"][1] > size for e in header.values()):
             raise ValueError("it is cut off")
     except OSError as error:

@@ -68,7 +68,9 @@ def save(
     return team.final
 
 
-def _shard(fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]) -> safetensors_io.Shard:
+def _shard(
+    fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]
+) -> safetensors_io.Shard:
     tensors, cuts = {}, {}
     for fragment in fragments:
         if (piece := owned(fragment)) is None:
@@ -130,7 +132,9 @@ class _Team:
         if self.token:
             ownership.check(self.folder, self.token)
 
-    def together(self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]) -> None:
+    def together(
+        self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]
+    ) -> None:
         """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
         mine = cause = verdict = None
         try:
@@ -138,7 +142,9 @@ class _Team:
         except Exception as error:  # whatever it is, the others must not wait for this rank
             mine, report = error, {"error": _reason(error)}
         try:
-            self.temporary.mkdir(parents=True, exist_ok=True)  # where that was what failed, the reason is still told
+            self.temporary.mkdir(
+                parents=True, exist_ok=True
+            )  # where that was what failed, the reason is still told
             self.report(about, self.rank).write_text(json.dumps(report))
         except OSError as error:
             mine = mine or error
@@ -153,7 +159,9 @@ class _Team:
         if mine and not isinstance(mine, UserError | OSError):
             raise mine  # a mistake in the program keeps its traceback
         if mine or verdict or self.verdict.exists():
-            raise UserError(verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}") from mine or cause
+            raise UserError(
+                verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}"
+            ) from mine or cause
 
     def _read_verdict(self) -> str:
         with contextlib.suppress(OSError):
@@ -166,7 +174,9 @@ class _Team:
             try:
                 reports.append(json.loads(self.report(about, rank).read_text()))
             except (OSError, ValueError):
-                raise UserError(f"rank {rank} could not report (is {self.folder} on storage that all nodes share?)") from None
+                raise UserError(
+                    f"rank {rank} could not report (is {self.folder} on storage that all nodes share?)"
+                ) from None
             if "error" in reports[-1]:
                 raise UserError(f"rank {rank}: {reports[-1]['error']}")
         return reports
@@ -199,10 +209,16 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
         raise UserError(f"{team.folder}/latest is a folder; remove it")
     Index(temporary, state.step, team.world)
     listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
-    texts = {"run.json": schema.to_dict(run), "train_state.json": dataclasses.asdict(state) | {"world": team.world}}
+    texts = {
+        "run.json": schema.to_dict(run),
+        "train_state.json": dataclasses.asdict(state) | {"world": team.world},
+    }
     for name, values in texts.items():
         safetensors_io.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
-        listed[name] = {"size": (temporary / name).stat().st_size, "sha256": safetensors_io.digest(temporary / name)}
+        listed[name] = {
+            "size": (temporary / name).stat().st_size,
+            "sha256": safetensors_io.digest(temporary / name),
+        }
     safetensors_io.write_text(temporary / MANIFEST, manifest.text(state.step, listed))
     for path in temporary.iterdir():
         if path.name not in listed and path.name != MANIFEST:
@@ -222,14 +238,18 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
 def _prune(folder: Path, newest: str, keep: int, say: Callable[[str], None]) -> None:
     """Removes all but the `keep` newest steps up to `newest`; later ones, of a run that was given up, are left alone."""
     try:
-        steps = sorted(p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest)
+        steps = sorted(
+            p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest
+        )
     except OSError as error:
         say(f"warning: {_reason(error)}; older checkpoints stay")
         return
     for name in steps[:-keep]:
         gone = folder / f".{name}.tmp"
         try:
-            os.rename(folder / name, gone)  # a removal that is cut short must not look like a damaged checkpoint
+            os.rename(
+                folder / name, gone
+            )  # a removal that is cut short must not look like a damaged checkpoint
         except FileNotFoundError:
             continue  # somebody else removed it
         except OSError as error:

@@ -50,7 +50,9 @@ class Claims:
                 "resize the Hugging Face model (resize_token_embeddings), save it, and convert that"
             )
         if self.merge_mlp:
-            print("--merge-mlp changes nothing: how gate and up lie is recognised when read, and one tensor when written")
+            print(
+                "--merge-mlp changes nothing: how gate and up lie is recognised when read, and one tensor when written"
+            )
 
     def _size(self, config: ModelConfig) -> dict[str, tuple[int, int]]:
         if self.type is None:
@@ -58,22 +60,34 @@ class Claims:
         presets = families.FAMILIES[config.family].presets
         named = [preset for name, preset in presets.items() if name.endswith(f"-{self.type.lower()}")]
         if not named:
-            raise UserError(f"--type {self.type}: the family {config.family} has no such size; there are {', '.join(presets)}")
+            raise UserError(
+                f"--type {self.type}: the family {config.family} has no such size; there are {', '.join(presets)}"
+            )
         # Several generations may have it: whichever has the most in common.
         said = {name: getattr(config, name) for name in SIZES}
-        best = max(named, key=lambda preset: sum(getattr(preset, name) == size for name, size in said.items()))
+        best = max(
+            named, key=lambda preset: sum(getattr(preset, name) == size for name, size in said.items())
+        )
         return {f"--type {self.type}: {name}": (getattr(best, name), size) for name, size in said.items()}
 
 
 def check_grid(where: str, tp: int | None, pp: int | None, found: tuple[int, int] | None) -> None:
     """Raises `UserError` when rank files were not written for `tp` x `pp` ranks; None: nothing was said."""
     if found is None:
-        raise UserError(f"{where} holds no rank files: tools/ckpt_convert/convert.py converts from any format")
-    refuse(where, {"tensor-parallel size": (tp, found[0]), "pipeline-parallel size": (pp, found[1])}, "its files")
+        raise UserError(
+            f"{where} holds no rank files: tools/ckpt_convert/convert.py converts from any format"
+        )
+    refuse(
+        where, {"tensor-parallel size": (tp, found[0]), "pipeline-parallel size": (pp, found[1])}, "its files"
+    )
 
 
 def refuse(where: str, said: dict[str, tuple[object, object]], by: str = "config.json") -> None:
     """Raises `UserError` naming every flag of `said` whose value, if it has one, is not the one that `by` says."""
-    wrong = [f"{flag} {mine}, {by} {theirs}" for flag, (mine, theirs) in said.items() if mine is not None and mine != theirs]
+    wrong = [
+        f"{flag} {mine}, {by} {theirs}"
+        for flag, (mine, theirs) in said.items()
+        if mine is not None and mine != theirs
+    ]
     if wrong:
         raise UserError(f"{where} is another model: {'; '.join(wrong)}")

@@ -17,7 +17,9 @@ from ascendspeed.utils.errors import UserError
 T = TypeVar("T")
 
 
-def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None, description: str = "") -> T:
+def parse(
+    cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None, description: str = ""
+) -> T:
     """Fills the dataclass `cls` (nested groups flatten) from `args`, or from sys.argv.
 
     The docstring under a field is its help. Hyphens and underscores, `--a b` and `--a=b` are the same.
@@ -33,7 +35,12 @@ def parse(cls: type[T], args: Sequence[str] | None = None, *, default: T | None 
             contextlib.nullcontext() if helping else contextlib.redirect_stdout(shown),
         ):
             parsed, unknown = tyro.cli(
-                cls, args=args, description=description, return_unknown_args=True, config=(tyro.conf.OmitArgPrefixes,), **options
+                cls,
+                args=args,
+                description=description,
+                return_unknown_args=True,
+                config=(tyro.conf.OmitArgPrefixes,),
+                **options,
             )
     except SystemExit as stop:
         if helping or not stop.code:

@@ -112,15 +112,27 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         command = replace(command, train=_continued(command.train, said))
     model = model_of(command, command.train.load, typed, args)
     parallel, optim, train = command.parallel, command.optim, command.train
-    said += [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in SAYS.items() if name in typed]
+    said += [
+        f"--{name.replace('_', '-')} is accepted and does nothing: {why}"
+        for name, why in SAYS.items()
+        if name in typed
+    ]
     why_full = [
-        n for n in ("checkpoint_activations", "deepspeed_activation_checkpointing", "auto_recompute_device_size") if n in typed
+        n
+        for n in (
+            "checkpoint_activations",
+            "deepspeed_activation_checkpointing",
+            "auto_recompute_device_size",
+        )
+        if n in typed
     ]
     if why_full and train.recompute_granularity == "none":
         said.append(f"--{why_full[0].replace('_', '-')} means full activation recomputation")
         train = replace(train, recompute_granularity="full")
     if recipe.num_layers_per_virtual_pipeline_stage is not None:
-        parallel = _virtual_stages(parallel, model.num_layers, recipe.num_layers_per_virtual_pipeline_stage, typed)
+        parallel = _virtual_stages(
+            parallel, model.num_layers, recipe.num_layers_per_virtual_pipeline_stage, typed
+        )
     if "zero_stage" in typed and not parallel.deepspeed:
         raise UserError(
             f"--zero-stage {parallel.zero_stage}: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed-optimizer"
@@ -129,24 +141,36 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         said.append("--sequence-parallel does nothing at tensor-parallel size 1")
         parallel = replace(parallel, sequence_parallel=False)
     if train.global_batch_size is None:
-        train = replace(train, global_batch_size=max(1, train.micro_batch_size * (world // max(1, parallel.model_size))))
+        train = replace(
+            train, global_batch_size=max(1, train.micro_batch_size * (world // max(1, parallel.model_size)))
+        )
     longest = command.data.max_segment_length or command.data.seq_length
     if longest > model.max_position_embeddings:
         flag = "max-segment-length" if command.data.max_segment_length else "seq-length"
-        said.append(f"--{flag} {longest} is beyond the {model.max_position_embeddings} positions of the model")
+        said.append(
+            f"--{flag} {longest} is beyond the {model.max_position_embeddings} positions of the model"
+        )
     data = command.data
     if recipe.no_pack:
         if "packing" in typed and data.packing != "none":
             raise UserError(f"--no-pack and --packing {data.packing} contradict each other; drop one of them")
         data = replace(data, packing="none")
     if data.valid_data_path and "eval_interval" not in typed:
-        raise UserError(f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by --eval-interval")
+        raise UserError(
+            f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by --eval-interval"
+        )
     if data.valid_data_path and "split" in typed and set(data.split.split(",")[1:]) - {"0"}:
-        raise UserError(f"--split {data.split}: with --valid-data-path all of --data-path is trained on; drop one of them")
+        raise UserError(
+            f"--split {data.split}: with --valid-data-path all of --data-path is trained on; drop one of them"
+        )
     if train.train_epochs is not None and "train_iters" in typed:
-        raise UserError(f"--train-epochs {train.train_epochs:g} and --train-iters {train.train_iters}: give one of them")
+        raise UserError(
+            f"--train-epochs {train.train_epochs:g} and --train-iters {train.train_iters}: give one of them"
+        )
     if recipe.no_pipeline_parallel and parallel.pipeline_model_parallel_size > 1:
-        raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
+        raise UserError(
+            "--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them"
+        )
     if recipe.swiglu and model.activation != "silu":
         raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
@@ -159,14 +183,18 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
 def _continued(train: schema.TrainConfig, said: list[str]) -> schema.TrainConfig:
     """--auto-resume: what is in --save goes before --load, which said how the run began."""
     if train.save is None:
-        raise UserError("--auto-resume continues the run in --save; give --save, the folder of its checkpoints")
+        raise UserError(
+            "--auto-resume continues the run in --save; give --save, the folder of its checkpoints"
+        )
     if not looks_like_checkpoint(train.save):
         said.append(f"--auto-resume: {train.save} holds no checkpoint yet, so this is the start of the run")
         return train
     return replace(train, load=train.save, finetune=False)
 
 
-def _virtual_stages(parallel: schema.ParallelConfig, layers: int, each: int, typed: set[str]) -> schema.ParallelConfig:
+def _virtual_stages(
+    parallel: schema.ParallelConfig, layers: int, each: int, typed: set[str]
+) -> schema.ParallelConfig:
     """Megatron's older way to ask for virtual stages: by the layers in each."""
     pp, flag = parallel.pipeline_model_parallel_size, f"--num-layers-per-virtual-pipeline-stage {each}"
     if "num_virtual_stages_per_pipeline_rank" in typed:
@@ -174,7 +202,9 @@ def _virtual_stages(parallel: schema.ParallelConfig, layers: int, each: int, typ
     if pp < 1 or layers % pp or each < 1 or layers // pp % each:
         per_rank = layers // max(1, pp)
         choices = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
-        raise UserError(f"{flag} does not divide {layers} layers / {pp} pipeline ranks = {layers / max(1, pp):g}; choose {choices}")
+        raise UserError(
+            f"{flag} does not divide {layers} layers / {pp} pipeline ranks = {layers / max(1, pp):g}; choose {choices}"
+        )
     return replace(parallel, num_virtual_stages_per_pipeline_rank=layers // pp // each)
 
 

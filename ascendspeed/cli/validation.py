@@ -16,7 +16,9 @@ POSITIVE: Rule = ("must be above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be 0 or more", lambda value: 0 <= value < math.inf)
 SHARE: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
-RANGES: dict[str, dict[Rule, str]] = {  # group -> rule -> its fields; None is always allowed where a field may be None
+RANGES: dict[
+    str, dict[Rule, str]
+] = {  # group -> rule -> its fields; None is always allowed where a field may be None
     "model": {
         AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
         "max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size",
@@ -44,7 +46,9 @@ def check(run: Run, world: int) -> None:
     _check_ranges(run)
     _check_precision(run)
     if not run.data.data_path:
-        raise UserError("--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py")
+        raise UserError(
+            "--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py"
+        )
     if run.train.train_epochs is None:
         lr_schedule.check(run.optim, run.train.train_iters)
     _check_model(run)
@@ -82,7 +86,9 @@ def _check_model(run: Run) -> None:
     model, parallel = run.model, run.parallel
     check_heads(model)
     schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
-    schema.check_pipeline_parallel(model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank)
+    schema.check_pipeline_parallel(
+        model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    )
     _check_experts(run)
     _check_biases(model)
 
@@ -92,19 +98,27 @@ def _check_experts(run: Run) -> None:
     check_experts(model)
     if (model.num_experts is not None) != any("{e}" in row.ours for row in FAMILIES[model.family].rows):
         has = "always has" if model.num_experts is None else "never has"
-        raise UserError(f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts")
+        raise UserError(
+            f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts"
+        )
     if ranks > 1 and (model.num_experts or 1) % ranks:
         has = f"{model.num_experts} experts do" if model.num_experts else "a model without experts does"
-        raise UserError(f"{has} not split over {ranks} expert-parallel ranks; choose {_divisors(model.num_experts or 1)}")
+        raise UserError(
+            f"{has} not split over {ranks} expert-parallel ranks; choose {_divisors(model.num_experts or 1)}"
+        )
     if model.num_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
-        raise UserError("experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel")
+        raise UserError(
+            "experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel"
+        )
 
 
 def _check_biases(model: ModelConfig) -> None:
     """A family whose checkpoints have no name for a bias cannot be trained with it: it could be neither loaded nor exported."""
     for name in ("add_qkv_bias", "add_dense_bias", "add_mlp_bias"):
         if getattr(model, name) and not any(row.when == name for row in FAMILIES[model.family].rows):
-            raise UserError(f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out")
+            raise UserError(
+                f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out"
+            )
 
 
 MEGATRON_ONLY = {  # what the DeepSpeed engine lacks, and what to do
@@ -130,28 +144,44 @@ def _check_engine(parallel: ParallelConfig) -> None:
     if not parallel.deepspeed:
         for _, flag in set_of(DEEPSPEED_ONLY):
             raise UserError(f"{flag}: only the DeepSpeed engine has it; add --deepspeed, or leave it out")
-        if parallel.overlap_param_gather and not (parallel.use_distributed_optimizer and parallel.overlap_grad_reduce):
-            raise UserError("--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them")
+        if parallel.overlap_param_gather and not (
+            parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+        ):
+            raise UserError(
+                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them"
+            )
         return
     for name, flag in set_of(MEGATRON_ONLY):
-        raise UserError(f"{flag}: the DeepSpeed engine {MEGATRON_ONLY[name]}, or drop --deepspeed for Megatron's engine")
+        raise UserError(
+            f"{flag}: the DeepSpeed engine {MEGATRON_ONLY[name]}, or drop --deepspeed for Megatron's engine"
+        )
     stage, hpz, offload = parallel.zero_stage, parallel.zero_hpz_partition_size, parallel.zero_offload
     if hpz > 1 and (stage != 3 or parallel.tensor_model_parallel_size > 1):
         has = f"{stage} and TP {parallel.tensor_model_parallel_size}"
         raise UserError(f"--zero-hpz-partition-size {hpz} needs --zero-stage 3 and TP 1, not {has}")
     if offload != "none" and stage < (3 if offload == "nvme" else 1):
-        raise UserError(f"--zero-offload {offload} needs --zero-stage {'3' if offload == 'nvme' else '1, 2 or 3'}, not {stage}")
+        raise UserError(
+            f"--zero-offload {offload} needs --zero-stage {'3' if offload == 'nvme' else '1, 2 or 3'}, not {stage}"
+        )
     if (offload == "nvme") != (parallel.zero_offload_nvme_path is not None):
-        raise UserError("--zero-offload nvme and --zero-offload-nvme-path, a folder on a local disk, belong together; give both")
+        raise UserError(
+            "--zero-offload nvme and --zero-offload-nvme-path, a folder on a local disk, belong together; give both"
+        )
 
 
 def _check_world(run: Run, world: int) -> None:
     """What `world` processes can share: the model, the sequence, the batch."""
     parallel, train, length = run.parallel, run.train, run.data.seq_length
-    tp, pp, cp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, parallel.context_parallel_size
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
     layout = " x ".join(f"{name} {size}" for name, size in (("TP", tp), ("PP", pp), ("CP", cp)) if size > 1)
     if world % (one := parallel.model_size):
-        raise UserError(f"{world} processes do not split into groups of {one} for {layout}; start a multiple of {one}")
+        raise UserError(
+            f"{world} processes do not split into groups of {one} for {layout}; start a multiple of {one}"
+        )
     dp = world // one
     if (dp * cp) % (ep := parallel.expert_model_parallel_size):
         raise UserError(
@@ -159,14 +189,20 @@ def _check_world(run: Run, world: int) -> None:
             f"into groups of {ep}; choose {_divisors(dp * cp)} or start more processes"
         )
     if dp % (hpz := parallel.zero_hpz_partition_size):
-        raise UserError(f"--zero-hpz-partition-size {hpz} does not divide {dp} data-parallel ranks; choose {_divisors(dp)}")
+        raise UserError(
+            f"--zero-hpz-partition-size {hpz} does not divide {dp} data-parallel ranks; choose {_divisors(dp)}"
+        )
     piece = math.lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
     if cp > 1 and length % (2 * cp):
         chunks = f"2 x CP = {2 * cp} chunks for --context-parallel-size {cp}"
-        raise UserError(f"--seq-length {length} does not split into {chunks}; choose {_multiples(length, piece)}")
+        raise UserError(
+            f"--seq-length {length} does not split into {chunks}; choose {_multiples(length, piece)}"
+        )
     if parallel.sequence_parallel and length // cp % tp:
         part = f"--seq-length {length}" + (f" / CP {cp} = {length // cp}" if cp > 1 else "")
-        raise UserError(f"{part} does not split over {tp} ranks for --sequence-parallel; choose {_multiples(length, piece)}")
+        raise UserError(
+            f"{part} does not split over {tp} ranks for --sequence-parallel; choose {_multiples(length, piece)}"
+        )
     once = train.micro_batch_size * dp
     if train.global_batch_size % once:
         raise UserError(
@@ -191,10 +227,14 @@ def _check_virtual_stages(parallel: ParallelConfig, micro_batches: int, once: in
 def _check_recompute(run: Run) -> None:
     train, parallel = run.train, run.parallel
     method, number = train.recompute_method, train.recompute_num_layers
-    layers = run.model.num_layers // (parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank)
+    layers = run.model.num_layers // (
+        parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
+    )
     if train.recompute_granularity != "full":
         if (method, number) != ("uniform", 1):
-            raise UserError("--recompute-method and --recompute-num-layers belong to --recompute-granularity full; add it")
+            raise UserError(
+                "--recompute-method and --recompute-num-layers belong to --recompute-granularity full; add it"
+            )
     elif method == "uniform" and layers % number:
         raise UserError(
             f"--recompute-num-layers {number} does not divide the {layers} layers of a (virtual) pipeline stage; "

@@ -47,9 +47,13 @@ def check(optim: OptimConfig, train_iters: int) -> None:
         if not (0 <= value < math.inf):
             raise UserError(f"--{flag} {value:g}: must be a number that is not negative")
     if optim.lr_decay_style != "constant" and optim.min_lr > optim.lr:
-        raise UserError(f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}; choose a --min-lr of at most that")
+        raise UserError(
+            f"--min-lr {optim.min_lr:g} is above --lr {optim.lr:g}; choose a --min-lr of at most that"
+        )
     if optim.lr_warmup_fraction is not None and optim.lr_warmup_iters:
-        both = f"--lr-warmup-fraction {optim.lr_warmup_fraction:g} and --lr-warmup-iters {optim.lr_warmup_iters}"
+        both = (
+            f"--lr-warmup-fraction {optim.lr_warmup_fraction:g} and --lr-warmup-iters {optim.lr_warmup_iters}"
+        )
         raise UserError(f"{both}: give one of them, not both")
     if optim.lr_warmup_fraction is not None and not (0 <= optim.lr_warmup_fraction < 1):
         raise UserError(f"--lr-warmup-fraction {optim.lr_warmup_fraction:g}: must be at least 0 and below 1")
@@ -57,4 +61,6 @@ def check(optim: OptimConfig, train_iters: int) -> None:
         raise UserError(f"--lr-warmup-iters {optim.lr_warmup_iters}: must not be negative")
     if warmup >= decay:
         of = "--train-iters" if optim.lr_decay_iters is None else "--lr-decay-iters"
-        raise UserError(f"--lr-warmup-iters {warmup:g} must be below {of} {decay}, over which the learning rate decays")
+        raise UserError(
+            f"--lr-warmup-iters {warmup:g} must be below {of} {decay}, over which the learning rate decays"
+        )

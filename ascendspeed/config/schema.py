@@ -105,7 +105,11 @@ class ModelConfig:
     def ffn_widths(self) -> tuple[int, ...]:
         """Inner widths of the MLPs that a layer has: its own, or those of an expert and of the shared one."""
         shared = self.moe_shared_expert_intermediate_size
-        return (self.ffn_hidden_size,) if self.num_experts is None else (self.expert_ffn, *((shared,) if shared else ()))
+        return (
+            (self.ffn_hidden_size,)
+            if self.num_experts is None
+            else (self.expert_ffn, *((shared,) if shared else ()))
+        )
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,9 @@ class ParallelConfig:
     @property
     def model_size(self) -> int:
         """Ranks that see the same samples: together they hold one model."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     @property
     def places(self) -> tuple[int, ...]:
@@ -357,7 +363,11 @@ def check_tensor_parallel(model: ModelConfig, size: int) -> None:
     heads, groups, widths = model.num_attention_heads, model.kv_heads, model.ffn_widths
 
     def fits(size: int) -> bool:
-        return heads % size == 0 and not any(width % size for width in widths) and (groups % size == 0 or size % groups == 0)
+        return (
+            heads % size == 0
+            and not any(width % size for width in widths)
+            and (groups % size == 0 or size % groups == 0)
+        )
 
     if size < 1 or not fits(size):
         choices = ", ".join(str(n) for n in range(1, heads + 1) if fits(n))
@@ -388,7 +398,13 @@ def to_dict(run: Any) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Run:
     """The `Run` that `to_dict` wrote. Raises `UserError` on a key that is not known."""
-    groups = {"model": ModelConfig, "parallel": ParallelConfig, "optim": OptimConfig, "data": DataConfig, "train": TrainConfig}
+    groups = {
+        "model": ModelConfig,
+        "parallel": ParallelConfig,
+        "optim": OptimConfig,
+        "data": DataConfig,
+        "train": TrainConfig,
+    }
     try:
         parts = {name: group(**values[name]) for name, group in groups.items()}
         lora = LoraConfig(**values.get("lora", {}))  # older checkpoints have none

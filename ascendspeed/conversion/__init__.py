@@ -23,7 +23,10 @@ MODULES = {
 
 
 def open_source(
-    path: str | Path, config: str | Path | None = None, asked: Asked | None = None, readers: Readers | None = None
+    path: str | Path,
+    config: str | Path | None = None,
+    asked: Asked | None = None,
+    readers: Readers | None = None,
 ) -> Source:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
 

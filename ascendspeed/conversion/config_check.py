@@ -31,7 +31,9 @@ def contradictions(config: ModelConfig, shapes: Shapes) -> list[str]:
     """
     fused = next((name for name in shapes if name.endswith(FUSED)), None)
     if fused:
-        return [f"{fused} holds all experts of a layer, as transformers 5 keep them in memory: write the model by save_pretrained"]
+        return [
+            f"{fused} holds all experts of a layer, as transformers 5 keep them in memory: write the model by save_pretrained"
+        ]
     family = FAMILIES[config.family]
     seen = _look(family, shapes)
     if not seen.rows:
@@ -43,7 +45,9 @@ def _look(family: Family, shapes: Shapes) -> Seen:
     """By the rows of the family, those that `config` does not want included."""
     patterns = [(row, _pattern(name)) for row in family.rows for name in row.theirs]
     numbers: dict[str, set[int]] = {"l": set(), "e": set()}
-    found: dict[str, dict[tuple[int, int], dict[str, tuple[int, ...]]]] = defaultdict(lambda: defaultdict(dict))
+    found: dict[str, dict[tuple[int, int], dict[str, tuple[int, ...]]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     for name, shape in shapes.items():
         for row, pattern in patterns:
             match = pattern.fullmatch(name)
@@ -62,7 +66,10 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _counts(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
-    for field, count, what in (("num_layers", seen.layers, "layers"), ("num_experts", seen.experts, "experts")):
+    for field, count, what in (
+        ("num_layers", seen.layers, "layers"),
+        ("num_experts", seen.experts, "experts"),
+    ):
         if count and count != getattr(config, field):
             yield f"{_says(family, field, getattr(config, field))}, but the tensors have {count} {what}"
 
@@ -152,5 +159,9 @@ def _entry(family: Family, field: str) -> str:
     return next(keys, IMPLICIT.get(field, field))
 
 
-IMPLICIT = {"num_query_groups": "num_key_value_heads", "kv_channels": "head_dim", "moe_ffn_hidden_size": "intermediate_size"}
+IMPLICIT = {
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "moe_ffn_hidden_size": "intermediate_size",
+}
 """Words for what some families do not say: key/value heads are as many as heads, a head is hidden size / heads wide."""

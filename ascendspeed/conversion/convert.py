@@ -68,7 +68,9 @@ def convert(
     hf_assets.check(source)
     files = to.files(source, dtype)
     size = writing.size(source, files, dtype)
-    with staged(Path(target), size + 64 * 2**20) as folder:  # and something for headers, indices and the tokenizer
+    with staged(
+        Path(target), size + 64 * 2**20
+    ) as folder:  # and something for headers, indices and the tokenizer
         with progress(f"writing {target}", size) as report:
             writing.write(source, folder, files, dtype, report, allow_nan)
         to.finish(source, folder, dtype)
@@ -101,13 +103,19 @@ def write_megatron(
     allow_nan: bool = False,
 ) -> None:
     """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe. Raises `UserError`."""
-    convert(source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify, allow_nan)
+    convert(
+        source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify, allow_nan
+    )
 
 
 def parse_size(text: int | str) -> int:
     """Bytes of '10GB', '500MB', '2GiB' or a number. Raises `UserError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
-    size = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ") if match else 0
+    size = (
+        float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index(match[2].upper() or " ")
+        if match
+        else 0
+    )
     if size < 1:
         raise UserError(f"{text!r} is not a size: write 10GB, 500MB or a number of bytes")
     return int(size)

@@ -36,12 +36,19 @@ def with_tokenizer(source: Source, folder: str | None) -> Source:
     """
     where = Path(folder) if folder is not None else source.beside
     if folder is None and not _has_tokenizer(where):
-        print(f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)", flush=True)
+        print(
+            f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)",
+            flush=True,
+        )
         return source
     found = _load(where, source.config)
     says = any(source.theirs.get(name) is not None for name in TOKEN_IDS)
     ids = zip(TOKEN_IDS, (found.bos, found.eos, found.pad), strict=True)
-    theirs = source.theirs if says else source.theirs | {name: number for name, number in ids if number is not None}
+    theirs = (
+        source.theirs
+        if says
+        else source.theirs | {name: number for name, number in ids if number is not None}
+    )
     return replace(source, beside=where, theirs=theirs)
 
 
@@ -65,7 +72,9 @@ def _check_ids(where: str, said: Mapping[str, Any], config: ModelConfig) -> None
         value = said.get(name)
         for number in value if isinstance(value, list) else [value]:
             if value is not None and (type(number) is not int or not 0 <= number < config.vocab_size):
-                raise UserError(f"{where}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}")
+                raise UserError(
+                    f"{where}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}"
+                )
 
 
 def check_code(source: Source, config: ModelConfig) -> None:
@@ -73,7 +82,9 @@ def check_code(source: Source, config: ModelConfig) -> None:
     if not source.beside or not any(source.beside.glob("*.py")):
         raise UserError(f"{source.beside or source.where} has no *.py: leave --copy-code out")
     if source.theirs.get("model_type") != FAMILIES[config.family].name:
-        raise UserError(f"the code in {source.beside} is not that of a model of family {config.family}: leave --copy-code out")
+        raise UserError(
+            f"the code in {source.beside} is not that of a model of family {config.family}: leave --copy-code out"
+        )
     for path in _neighbours(source, copy_code=True):
         checked(path)
 
@@ -100,10 +111,17 @@ def write(
     if ids and not (folder / GENERATION).exists():
         write_json(folder / "generation_config.json", ids)
     _write_tokenizer_config(source, folder, copy_code)
-    if for_transformers and (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists():
+    if (
+        for_transformers
+        and (folder / "tokenizer.model").exists()
+        and not (folder / "tokenizer.json").exists()
+    ):
         why_not = export.write(folder)
         if why_not:
-            print(f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should", flush=True)
+            print(
+                f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should",
+                flush=True,
+            )
 
 
 def _has_tokenizer(folder: Path | None) -> bool:
@@ -152,7 +170,9 @@ def _write_tokenizer_config(source: Source, folder: Path, copy_code: bool) -> No
     own_code = values.get("auto_map") is not None
     if not copy_code:
         values.pop("auto_map", None)
-    if "tokenizer_class" in values and (own_code or str(values["tokenizer_class"]).removesuffix("Fast") not in CLASSES):
+    if "tokenizer_class" in values and (
+        own_code or str(values["tokenizer_class"]).removesuffix("Fast") not in CLASSES
+    ):
         values["tokenizer_class"] = export.GENERIC
     if values:
         write_json(folder / "tokenizer_config.json", values)

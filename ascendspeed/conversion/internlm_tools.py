@@ -77,18 +77,29 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
         family,
     )
     if "scaling_factor" in typed and asked.rotary_type != "dynamic":
-        print(f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic", flush=True)
+        print(
+            f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic",
+            flush=True,
+        )
     source = convert.open_source(options.src, asked=asked)
     if source.config.family != family:
-        raise UserError(f"{options.src} is a model of family {source.config.family}, not {family}: use {other}")
-    if options.tokenizer is None and not any((Path(options.src) / name).is_file() for name in tokenizer.FILES):
-        raise UserError(f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)")
+        raise UserError(
+            f"{options.src} is a model of family {source.config.family}, not {family}: use {other}"
+        )
+    if options.tokenizer is None and not any(
+        (Path(options.src) / name).is_file() for name in tokenizer.FILES
+    ):
+        raise UserError(
+            f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)"
+        )
     with _tokenizer_folder(options.tokenizer) as folder:
         source = convert.with_tokenizer(source, folder)
         dtype = getattr(convert.torch, options.dtype, None)
         convert.write_hf(source, options.tgt, None, dtype, size)
     rope = f"{source.config.rope_scaling_type} rope scaling, factor {source.config.rope_scaling_factor}"
-    print(f"from {source.kind}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}")
+    print(
+        f"from {source.kind}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}"
+    )
 
 
 @contextmanager
@@ -108,7 +119,9 @@ def _tokenizer_folder(path: str | None) -> Iterator[str | None]:
             raise UserError(str(error).replace(str(copy), path).replace(folder, path)) from None
 
 
-def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, version: int = 2, adapt_hf: bool = True) -> None:
+def to_internevo(
+    options: ToInternEvo, families: tuple[str, ...], other: str, version: int = 2, adapt_hf: bool = True
+) -> None:
     """`families`: ours that the command is for, `other`: that for the others. `adapt_hf`: leave the rows of q and k as they are."""
     from dataclasses import replace
 
@@ -118,8 +131,12 @@ def to_internevo(options: ToInternEvo, families: tuple[str, ...], other: str, ve
     unused(options.tgt)
     source = convert.open_source(options.src)
     if source.config.family not in families:
-        raise UserError(f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}")
-    target = convert.InternEvo(options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash)
+        raise UserError(
+            f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}"
+        )
+    target = convert.InternEvo(
+        options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash
+    )
     kind = target.kind(source.config)
     target = replace(target, qk_interleaved=kind == "LLAMA2" and not adapt_hf)
     convert.convert(source, options.tgt, target)

@@ -26,7 +26,9 @@ def rows(config: ModelConfig, names: Names) -> Iterator[Row]:
         theirs = names.get(row.ours, (row.ours,))
         if row.ours == "output_layer.weight" and row.ours in names and config.tie_embeddings:
             theirs = TIED
-        yield replace(row, theirs=theirs, fuse="qkv" if len(theirs) == 3 else "glu" if row.fuse == "glu" else "one")
+        yield replace(
+            row, theirs=theirs, fuse="qkv" if len(theirs) == 3 else "glu" if row.fuse == "glu" else "one"
+        )
 
 
 def dialect(program: str, names: Names) -> Dialect:
@@ -34,7 +36,9 @@ def dialect(program: str, names: Names) -> Dialect:
     return Dialect(program, lambda config: rows(config, names), JUNK)
 
 
-def _names(layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down: str, ends: tuple[str, str, str]) -> Names:
+def _names(
+    layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down: str, ends: tuple[str, str, str]
+) -> Names:
     """`layer`: what stands before a layer's modules; `norm`: what their norms are called; `ends`: embedding, final norm, head."""
     modules = {
         "embedding.word_embeddings": (ends[0],),
@@ -47,7 +51,11 @@ def _names(layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down
         "decoder.final_layernorm": (ends[1],),
         "output_layer": (ends[2],),
     }
-    return {f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in found) for ours, found in modules.items() for kind in KINDS}
+    return {
+        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in found)
+        for ours, found in modules.items()
+        for kind in KINDS
+    }
 
 
 KINDS = ("weight", "bias")

@@ -34,7 +34,9 @@ def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
         with safetensors.safe_open(path, framework="pt") as file:
             _header(path)
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except Exception as error:  # also element types that the library knows and torch does not, in whatever words
+    except (
+        Exception
+    ) as error:  # also element types that the library knows and torch does not, in whatever words
         _check_length(path)
         raise UserError(f"{path} is damaged or no safetensors file ({_first_line(error)}): {AGAIN}") from None
 
@@ -62,7 +64,9 @@ def _length_said(path: Path) -> int:
     if len(text) < header or not header:
         return 8 + header
     try:
-        end = max(entry["data_offsets"][1] for name, entry in parse_json(text).items() if name != "__metadata__")
+        end = max(
+            entry["data_offsets"][1] for name, entry in parse_json(text).items() if name != "__metadata__"
+        )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return 0
     return 8 + header + end if type(end) is int and end < 2**63 else 0
@@ -83,7 +87,10 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
     try:
         if is_zip:
             _records(path)
-        with torch.serialization.safe_globals(stand_ins(path, known) if is_zip else []), warnings.catch_warnings():
+        with (
+            torch.serialization.safe_globals(stand_ins(path, known) if is_zip else []),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")  # of a pickle protocol that other programs write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle ends in whatever its instructions run into

@@ -67,7 +67,9 @@ def of_checkpoint(opened: Checkpoint) -> Adapter:
     """The adapters in a training checkpoint, fp32. Raises `UserError` when it has none."""
     model, lora = opened.config, opened.run.lora
     if not lora.lora_rank:
-        raise UserError(f"{opened.path} holds all weights of a model, no adapters (it was trained without --lora-rank)")
+        raise UserError(
+            f"{opened.path} holds all weights of a model, no adapters (it was trained without --lora-rank)"
+        )
     tensors, pairs = dict(opened.tensors()), {}
     for layer, target in _places(model, adapters.chosen(model, lora)):
         a, b = (tensors[target.ours(which, layer)] for which in "AB")
@@ -83,12 +85,22 @@ def of_checkpoint(opened: Checkpoint) -> Adapter:
 
 def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """Its matrices by our names, to train on. Raises `UserError` unless they are those that the run's flags ask for."""
-    places = {target.theirs.format(l=layer): (layer, target) for layer, target in _places(model, adapters.chosen(model, lora))}
-    check_names(adapter.where, places, adapter.pairs, of=f"the adapters of {' '.join(lora.lora_target_modules)} in every layer")
+    places = {
+        target.theirs.format(l=layer): (layer, target)
+        for layer, target in _places(model, adapters.chosen(model, lora))
+    }
+    check_names(
+        adapter.where,
+        places,
+        adapter.pairs,
+        of=f"the adapters of {' '.join(lora.lora_target_modules)} in every layer",
+    )
     for name, (layer, target) in places.items():
         pair, scale = adapter.pairs[name], lora.lora_alpha / lora.lora_rank
         if len(pair.a) != lora.lora_rank:
-            raise UserError(f"{adapter.where}: {name} has rank {len(pair.a)}, but --lora-rank is {lora.lora_rank}; give that one")
+            raise UserError(
+                f"{adapter.where}: {name} has rank {len(pair.a)}, but --lora-rank is {lora.lora_rank}; give that one"
+            )
         if not math.isclose(pair.scale, scale):
             alpha = f"{pair.scale * lora.lora_rank:g}"
             raise UserError(
@@ -156,7 +168,9 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
             full = param_mapping.join(model, replace(own[llama.name], shape=shape), {mine[0]: b})
             rows = param_mapping.part(model, replace(llama, shape=shape), full)
             found = [Pair(a.clone(), rows[name].contiguous(), scale) for name in theirs]
-        pairs |= {name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair}
+        pairs |= {
+            name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair
+        }
         same &= not any(found) or own[llama.name].theirs == theirs
     leaves = {name.rpartition(".")[2]: None for name in pairs}
     settings = {**adapter.settings, "target_modules": list(leaves)}
@@ -172,10 +186,15 @@ def _places(model: ModelConfig, targets: Sequence[Target]) -> Iterator[tuple[int
 def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]:
     """Our name -> the parameter, named as the adapters are, of everything that they change."""
     ways: list[Sequence[Row] | None] = [None, LLAMA, INTERNLM2.rows]
-    found = [{t.theirs.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))} for rows in ways]
+    found = [
+        {t.theirs.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))}
+        for rows in ways
+    ]
     best = max(range(len(ways)), key=lambda i: len(adapter.pairs.keys() & found[i].keys()))
     if left := sorted(adapter.pairs.keys() - found[best].keys()):
-        raise UserError(f"{adapter.where} has left over {some(left)}, which the model ({model.family}) has no matrix for")
+        raise UserError(
+            f"{adapter.where} has left over {some(left)}, which the model ({model.family}) has no matrix for"
+        )
     if not adapter.pairs:
         raise UserError(f"{adapter.where} holds no adapters")
     for name in adapter.pairs:

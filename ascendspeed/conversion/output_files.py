@@ -52,7 +52,9 @@ class PieceFile:
         dtype, shape = self.specs[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         if block.dtype != dtype or block.nbytes % width or row * width + block.nbytes > nbytes(dtype, shape):
-            raise AssertionError(f"{list(block.shape)} {block.dtype} at row {row} of {name}, which is {list(shape)} {dtype}")
+            raise AssertionError(
+                f"{list(block.shape)} {block.dtype} at row {row} of {name}, which is {list(shape)} {dtype}"
+            )
         view = memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
         offset = self.offsets[name] + row * width
         descriptor = self._open()
@@ -119,9 +121,13 @@ def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
         for number, (name, (dtype, shape)) in enumerate(specs.items()):
             info = records[f"data/{number}"]
             if info.file_size != nbytes(dtype, shape):
-                raise AssertionError(f"{path}: record {number} has {info.file_size} bytes, not those of {name}")
+                raise AssertionError(
+                    f"{path}: record {number} has {info.file_size} bytes, not those of {name}"
+                )
             file.seek(info.header_offset)
-            header = file.read(30)  # of the zip format: ends with the lengths of the name and of the extra field
+            header = file.read(
+                30
+            )  # of the zip format: ends with the lengths of the name and of the extra field
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             offsets[name] = info.header_offset + 30 + name_length + extra_length
     return offsets
@@ -149,8 +155,12 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
     """
     target = unused(target)
     draft = draft_of(target)
-    if draft.is_symlink() or (draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))):
-        raise UserError(f"{draft} is in the way, and no conversion left it: move it away, or choose another target")
+    if draft.is_symlink() or (
+        draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))
+    ):
+        raise UserError(
+            f"{draft} is in the way, and no conversion left it: move it away, or choose another target"
+        )
     try:
         draft.mkdir(parents=True, exist_ok=True)
         lock = _lock(draft)
@@ -161,7 +171,9 @@ def staged(target: Path, needed: int) -> Iterator[Path]:
         (draft / MARK).touch()
         free = shutil.disk_usage(draft).free
         if free < needed:
-            raise UserError(f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free")
+            raise UserError(
+                f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
+            )
         yield draft
         (draft / MARK).unlink()
         _sync(draft)
@@ -194,7 +206,9 @@ def _clear(draft: Path) -> None:
     left = list(draft.iterdir())
     if left:
         print(f"starting again: {draft} was left by a conversion that was stopped", flush=True)
-    for path in sorted(left, key=lambda path: path.name == MARK):  # the mark last: killed here, it is still ours
+    for path in sorted(
+        left, key=lambda path: path.name == MARK
+    ):  # the mark last: killed here, it is still ours
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

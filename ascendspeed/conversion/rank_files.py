@@ -14,7 +14,15 @@ from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt
-from ascendspeed.conversion.source import Source, check_names, check_tensor, from_pieces, one_dtype, same_bits, some
+from ascendspeed.conversion.source import (
+    Source,
+    check_names,
+    check_tensor,
+    from_pieces,
+    one_dtype,
+    same_bits,
+    some,
+)
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import Row
 from ascendspeed.models.param_mapping import Parameter, Stored
@@ -92,7 +100,9 @@ def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: 
         where, layer = grid.find(parameter)
         names = parameter.row.theirs
         if config.tie_embeddings and where == 0 and stage == grid.pp - 1 > 0 and parameter.layer is None:
-            names = next(row.theirs for row in rows if row.ours == "output_layer.weight")  # the last stage has a copy
+            names = next(
+                row.theirs for row in rows if row.ours == "output_layer.weight"
+            )  # the last stage has a copy
         elif where != stage:
             continue
         local = replace(parameter, theirs=tuple(name.format(l=layer, e=parameter.expert) for name in names))
@@ -133,7 +143,9 @@ def _chunks(path: Path, layout: Layout) -> list[dict[str, Any]]:
     if layout.key and isinstance(held, dict):
         version = held.get("checkpoint_version", OLDEST)
         if isinstance(version, (int, float)) and version < OLDEST:
-            raise UserError(f"{path} is of version {version} of Megatron's format, whose query_key_value lies otherwise")
+            raise UserError(
+                f"{path} is of version {version} of Megatron's format, whose query_key_value lies otherwise"
+            )
         chunks = takewhile(lambda key: key in held, (f"{layout.key}{v}" for v in count()))
         tables = [held[key] for key in ([layout.key] if layout.key in held else chunks)]
     if not tables or not all(isinstance(table, dict) for table in tables):
@@ -163,7 +175,11 @@ def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, fou
 
     best = max(dialects, key=known)
     if not known(best):
-        said = f"tensors of names that are not known here: {some(sorted(found[0, 0]))}" if found[0, 0] else "no tensors"
+        said = (
+            f"tensors of names that are not known here: {some(sorted(found[0, 0]))}"
+            if found[0, 0]
+            else "no tensors"
+        )
         raise UserError(f"{where} holds {said}")
     return best
 
@@ -172,16 +188,29 @@ def check_layers(where: Path, dialect: Dialect, config: ModelConfig, found: Rank
     """Raises `UserError` when the names in the files speak of another number of layers than the configuration."""
     template = next(name for row in dialect.rows(config) for name in row.theirs if "{l}" in name)
     pattern = re.compile(re.escape(template).replace(re.escape("{l}"), r"\d+").replace(re.escape("{e}"), "0"))
-    stages = {p: sum(bool(pattern.fullmatch(name)) for name in tensors) for (t, p), tensors in found.items() if t == 0}
+    stages = {
+        p: sum(bool(pattern.fullmatch(name)) for name in tensors)
+        for (t, p), tensors in found.items()
+        if t == 0
+    }
     if sum(stages.values()) != config.num_layers:
-        said = f"{sum(stages.values())} layers on {len(stages)} pipeline stages" if len(stages) > 1 else f"{stages[0]} layers"
-        raise UserError(f"{where} holds {said}, config.json says {config.num_layers}: another model's, or is a file missing?")
+        said = (
+            f"{sum(stages.values())} layers on {len(stages)} pipeline stages"
+            if len(stages) > 1
+            else f"{stages[0]} layers"
+        )
+        raise UserError(
+            f"{where} holds {said}, config.json says {config.num_layers}: another model's, or is a file missing?"
+        )
 
 
 def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> Grid:
     """The grid that the files were written for: equal stages, and as many rows of vocabulary as the embedding has."""
     tp, pp = _size(found)
-    embedding = next((t for name, t in found[0, 0].items() if "embedding" in name and isinstance(t, Tensor) and t.dim()), None)
+    embedding = next(
+        (t for name, t in found[0, 0].items() if "embedding" in name and isinstance(t, Tensor) and t.dim()),
+        None,
+    )
     rows = config.vocab_size if embedding is None else len(embedding) * tp
     if rows < config.vocab_size:
         said = f"the embedding has {rows} rows, but config.json says {config.vocab_size}: is a rank's file missing?"
@@ -190,12 +219,20 @@ def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> G
 
 
 def source(
-    kind: str, folder: Path, config: ModelConfig, theirs: dict[str, Any], found: Ranks, dialect: Dialect, grid: Grid
+    kind: str,
+    folder: Path,
+    config: ModelConfig,
+    theirs: dict[str, Any],
+    found: Ranks,
+    dialect: Dialect,
+    grid: Grid,
 ) -> Source:
     """The source that reads rank files. Raises `UserError` naming what is missing, left over, mis-shaped or contradicts itself."""
     held: dict[str, list[tuple[str, Tensor]]] = {}
     pieces: dict[str, list] = {}
-    firsts: dict[tuple, Tensor] = {}  # the first tensor that holds some part; others that hold the same are copies
+    firsts: dict[
+        tuple, Tensor
+    ] = {}  # the first tensor that holds some part; others that hold the same are copies
     for (t, p), tensors in found.items():
         entries = list(stored(config, dialect, grid, t, p))
         where = folder / f"(rank {t}, stage {p})" if len(found) > 1 else folder
@@ -208,7 +245,9 @@ def source(
             if first is tensor or not entry.tiles:  # a rank may hold nothing but padding, which is no copy
                 pieces.setdefault(ours, []).append((param_mapping.as_matrix(tensor), entry.tiles))
             elif not same_bits(tensor, first):
-                raise UserError(f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be")
+                raise UserError(
+                    f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be"
+                )
     _check_no_twins(folder, config, dialect, grid, found)
     _check_padding(folder, config, grid, pieces)
     dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in param_mapping.parameters(config)}
@@ -219,7 +258,11 @@ def _check_no_twins(folder: Path, config: ModelConfig, dialect: Dialect, grid: G
     """Raises `UserError` when two files that should hold different weights hold the same: one was copied over the other."""
     seen: dict[bytes, tuple[tuple, str]] = {}
     for (t, p), tensors in found.items():
-        entries = (e for e in stored(config, dialect, grid, t, p) if e.parameter.layer is not None and len(e.shape) == 2)
+        entries = (
+            e
+            for e in stored(config, dialect, grid, t, p)
+            if e.parameter.layer is not None and len(e.shape) == 2
+        )
         entry = next((e for e in entries if e.parameter.row.split != "replicated"), None)
         cut = tensors[entry.name] if entry else torch.zeros(1, 1)
         if entry is None or bool((cut[:64] == cut[0, 0]).all()):
@@ -227,7 +270,9 @@ def _check_no_twins(folder: Path, config: ModelConfig, dialect: Dialect, grid: G
         mark = hashlib.sha256(memoryview(cut[:64].contiguous().flatten().view(torch.uint8).numpy())).digest()
         part, other = seen.setdefault(mark, ((entry.parameter.name, entry.tiles), f"rank {t}, stage {p}"))
         if part != (entry.parameter.name, entry.tiles):
-            raise UserError(f"{folder}: rank {t}, stage {p} holds the weights of {other}: was one file copied over the other?")
+            raise UserError(
+                f"{folder}: rank {t}, stage {p} holds the weights of {other}: was one file copied over the other?"
+            )
 
 
 def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mapping[str, list]) -> None:
@@ -236,22 +281,32 @@ def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mappin
     Zeros are ours; AscendSpeed's converter padded with copies of the last real rows.
     """
     for parameter in param_mapping.parameters(config):
-        if parameter.layer is not None or parameter.row.split != "vocab" or grid.padded_vocab <= config.vocab_size:
+        if (
+            parameter.layer is not None
+            or parameter.row.split != "vocab"
+            or grid.padded_vocab <= config.vocab_size
+        ):
             continue
         parts = [matrix[sum(tile.rows for tile in tiles) :] for matrix, tiles in pieces[parameter.name]]
         count = sum(map(len, parts))
-        if not any(bool(part.any()) for part in parts) or _are_the_last_rows(parts, count, parameter, pieces[parameter.name]):
+        if not any(bool(part.any()) for part in parts) or _are_the_last_rows(
+            parts, count, parameter, pieces[parameter.name]
+        ):
             continue
         if count >= PADDING * grid.tp:
             raise UserError(
                 f"{folder}: {parameter.name} has {count} rows beyond the vocab_size = {config.vocab_size} of config.json, and they "
                 "hold something that would be lost: correct vocab_size"
             )
-        print(f"note: {folder}: {count} rows of padding in {parameter.name} hold something; they are left out", flush=True)
+        print(
+            f"note: {folder}: {count} rows of padding in {parameter.name} hold something; they are left out",
+            flush=True,
+        )
 
 
 def _are_the_last_rows(parts: list[Tensor], count: int, parameter: Parameter, pieces: list) -> bool:
     rows, columns = parameter.shape
     return count <= rows and same_bits(
-        param_mapping.gather(pieces, param_mapping.Tile(rows - count, 0, 0, 0, count, columns)), torch.cat(parts)
+        param_mapping.gather(pieces, param_mapping.Tile(rows - count, 0, 0, 0, count, columns)),
+        torch.cat(parts),
     )

@@ -51,7 +51,9 @@ class Source:
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` when one is given."""
-        return sum(nbytes(dtype or self.dtypes[p.name], p.shape) for p in param_mapping.parameters(self.config))
+        return sum(
+            nbytes(dtype or self.dtypes[p.name], p.shape) for p in param_mapping.parameters(self.config)
+        )
 
     def names(self) -> list[str]:
         """Of all parameters, in the model's order."""
@@ -63,7 +65,9 @@ class Source:
         A few rows of each matrix are read, as fp32: enough to know another model of the same architecture, weights that were
         trained further or that adapters were merged into, and done at once.
         """
-        architecture = {k: v for k, v in asdict(self.config).items() if k not in ("family", "init_method_std")}
+        architecture = {
+            k: v for k, v in asdict(self.config).items() if k not in ("family", "init_method_std")
+        }
         sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         for p in param_mapping.parameters(self.config):
             sha.update(f"{p.name} {list(p.shape)}\n".encode())
@@ -78,7 +82,10 @@ class Source:
         """
         for parameter in list(param_mapping.parameters(self.config))[first::step]:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
-            yield parameter.name, self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
+            yield (
+                parameter.name,
+                self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape),
+            )
 
 
 def _fingers(parameter: Parameter) -> Iterator[Tile]:
@@ -151,13 +158,21 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def check_names(
-    where: Path, expected: Iterable[str], found: Iterable[str], junk: Iterable[str] = (), of: str = "the model of its config.json"
+    where: Path,
+    expected: Iterable[str],
+    found: Iterable[str],
+    junk: Iterable[str] = (),
+    of: str = "the model of its config.json",
 ) -> None:
     """Raises `UserError` that names what is missing and what is left over, `junk` (regular expressions) aside."""
     expected, found = set(expected), set(found)
     missing = sorted(expected - found)
-    extra = sorted(name for name in found - expected if not any(re.fullmatch(pattern, name) for pattern in junk))
-    faults = [f"{what} {some(names)}" for what, names in (("lacks", missing), ("has left over", extra)) if names]
+    extra = sorted(
+        name for name in found - expected if not any(re.fullmatch(pattern, name) for pattern in junk)
+    )
+    faults = [
+        f"{what} {some(names)}" for what, names in (("lacks", missing), ("has left over", extra)) if names
+    ]
     if faults:
         raise UserError(f"{where} does not hold {of}: it {'; it '.join(faults)}")
 

@@ -56,7 +56,9 @@ def verify(source: Source, result: Source, dtype: torch.dtype | None = None) -> 
     hashes, logits = compare(source, result, dtype), compare_logits(source, result, dtype)
     said = f"logits not compared: {logits['skipped']}" if "skipped" in logits else "logits equal"
     return {
-        "verdict": f"exact: every byte of {len(hashes)} parameters" + (f", cast to {dtype}" if dtype else "") + f"; {said}",
+        "verdict": f"exact: every byte of {len(hashes)} parameters"
+        + (f", cast to {dtype}" if dtype else "")
+        + f"; {said}",
         "from": {"kind": source.kind, "folder": str(source.where), "family": source.config.family},
         "to": {"kind": result.kind, "family": result.config.family, "files": _sizes(result.where)},
         "logits": logits,
@@ -66,7 +68,11 @@ def verify(source: Source, result: Source, dtype: torch.dtype | None = None) -> 
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("[!.]*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in sorted(folder.rglob("[!.]*"))
+        if path.is_file()
+    }
 
 
 def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, str]:
@@ -81,7 +87,9 @@ def compare(source: Source, result: Source, dtype: torch.dtype | None = None) ->
         return dict(pool.map(lambda parameter: _same(source, result, parameter, dtype, report), known))
 
 
-def _same(source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, report: Report) -> tuple[str, str]:
+def _same(
+    source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, report: Report
+) -> tuple[str, str]:
     name, sums = parameter.name, (hashlib.sha256(), hashlib.sha256())
     for piece in write.pieces(_whole(parameter), source.dtypes[name]):
         a, b = source.block(name, piece), result.block(name, piece)
@@ -110,9 +118,13 @@ def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = N
         }
     tokens = torch.randint(0, small.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
     try:
-        (one, a), (other, b) = (_logits(end, small, tokens, kind) for end, kind in ((source, dtype), (result, None)))
+        (one, a), (other, b) = (
+            _logits(end, small, tokens, kind) for end, kind in ((source, dtype), (result, None))
+        )
     except Exception as error:  # whatever transformers says of a model that it should know: the bytes have been proven by now
-        return {"skipped": f"no logits: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+        return {
+            "skipped": f"no logits: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        }
     largest, difference = float(a.abs().max()), float((a - b).abs().max())
     if not math.isfinite(largest):
         return {"skipped": "the weights hold NaN or infinity"}
@@ -133,7 +145,9 @@ def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = N
 
 
 def _shrunken(config: ModelConfig) -> ModelConfig:
-    return replace(config, num_layers=min(config.num_layers, LAYERS), vocab_size=min(config.vocab_size, VOCABULARY))
+    return replace(
+        config, num_layers=min(config.num_layers, LAYERS), vocab_size=min(config.vocab_size, VOCABULARY)
+    )
 
 
 def _available() -> int:
@@ -170,14 +184,19 @@ def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor
         heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_dim))
         parts = [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
     elif "W_pack." in name:
-        parts = list(tensor.split([config.num_attention_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]))
+        parts = list(
+            tensor.split(
+                [config.num_attention_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
+            )
+        )
     elif config.normalize_head and name == "lm_head.weight":
         return {name: torch.nn.functional.normalize(tensor.float()).to(tensor.dtype)}
     else:
         return {name: tensor}
     stems = ("attention.wqkv.", "self_attn.W_pack.")
     return {
-        re.sub("|".join(map(re.escape, stems)), f"self_attn.{x}_proj.", name): part for x, part in zip("qkv", parts, strict=True)
+        re.sub("|".join(map(re.escape, stems)), f"self_attn.{x}_proj.", name): part
+        for x, part in zip("qkv", parts, strict=True)
     }
 
 
@@ -190,32 +209,50 @@ def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dt
 
     alone, config = ParallelConfig(), replace(small, family=end.config.family)
     with process_groups.joined(here, alone, seed=1), torch.no_grad():
-        model = gpt_model.build(config, alone, layer_spec.transformer_config(config, alone, TrainConfig())).eval()
+        model = gpt_model.build(
+            config, alone, layer_spec.transformer_config(config, alone, TrainConfig())
+        ).eval()
         full = ((p, end.block(p.name, _whole(p)).reshape(p.shape)) for p in parameters(config))
-        gpt_model.fill(model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full))
+        gpt_model.fill(
+            model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full)
+        )
         return model(tokens, None, None)[..., : config.vocab_size].float()
 
 
-def _their_logits(end: Source, theirs: dict[str, Any], small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _their_logits(
+    end: Source, theirs: dict[str, Any], small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None
+) -> Tensor:
     """By transformers, from a directory with the first layers and rows of the one at this end, under its own names."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
     kept: dict[str, Tensor] = {}
-    vocabulary = {name for row in FAMILIES[end.config.family].rows if row.split == "vocab" for name in row.theirs}
+    vocabulary = {
+        name for row in FAMILIES[end.config.family].rows if row.split == "vocab" for name in row.theirs
+    }
     for name, tensor in huggingface.tensors_in(end.where).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)
         if layer is None or int(layer[1]) < small.num_layers:
-            kept |= as_llama(end.config, name, tensor.to(dtype or tensor.dtype)[: small.vocab_size if name in vocabulary else None])
+            kept |= as_llama(
+                end.config,
+                name,
+                tensor.to(dtype or tensor.dtype)[: small.vocab_size if name in vocabulary else None],
+            )
     layers = end.config.num_layers
-    theirs = {k: v[: small.num_layers] if isinstance(v, list) and len(v) == layers else v for k, v in theirs.items()}
+    theirs = {
+        k: v[: small.num_layers] if isinstance(v, list) and len(v) == layers else v for k, v in theirs.items()
+    }
     theirs |= {"num_hidden_layers": small.num_layers, "vocab_size": small.vocab_size, "pad_token_id": None}
     theirs.pop("auto_map", None)
     with tempfile.TemporaryDirectory() as folder:
         save_file(
-            {name: tensor.contiguous() for name, tensor in kept.items()}, Path(folder) / "model.safetensors", {"format": "pt"}
+            {name: tensor.contiguous() for name, tensor in kept.items()},
+            Path(folder) / "model.safetensors",
+            {"format": "pt"},
         )
         (Path(folder) / "config.json").write_text(json.dumps(theirs))
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False
+        )
     with torch.no_grad():
         return model.eval()(tokens).logits

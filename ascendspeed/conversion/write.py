@@ -30,7 +30,9 @@ class File:
 
     def specs(self, source: Source, dtype: torch.dtype | None) -> Specs:
         """Types and shapes of its tensors, cast to `dtype` when one is given."""
-        return {entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds}
+        return {
+            entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds
+        }
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,12 @@ def size(source: Source, files: Iterable[File], dtype: torch.dtype | None) -> in
 
 
 def write(
-    source: Source, folder: Path, files: Sequence[File], dtype: torch.dtype | None, report: Report, allow_nan: bool = False
+    source: Source,
+    folder: Path,
+    files: Sequence[File],
+    dtype: torch.dtype | None,
+    report: Report,
+    allow_nan: bool = False,
 ) -> None:
     """Writes every file; they are on the disk when this returns.
 
@@ -83,7 +90,9 @@ def write(
     if seen.infinite:
         print(f"note: {source.where} holds infinity in {some(sorted(seen.infinite))}", flush=True)
     if seen.nan and not allow_nan:
-        raise UserError(f"{source.where} holds NaN in {some(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)")
+        raise UserError(
+            f"{source.where} holds NaN in {some(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)"
+        )
 
 
 def workers() -> int:
@@ -122,5 +131,7 @@ def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
         lost = block.isfinite() & ~cast.isfinite()
         if lost.any():
             largest, kind = block[lost].abs().max().item(), str(dtype).removeprefix("torch.")
-            raise UserError(f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype")
+            raise UserError(
+                f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype"
+            )
     return cast

@@ -76,7 +76,9 @@ class CutSource:
     note = ""
     estimated = False
 
-    def __init__(self, indexed: IndexedDataset, documents: range, split: str, data: DataConfig, seed: int) -> None:
+    def __init__(
+        self, indexed: IndexedDataset, documents: range, split: str, data: DataConfig, seed: int
+    ) -> None:
         """`documents` are those of the split. Raises `UserError` if they do not fill one sample."""
         self.prefix = indexed.path_prefix
         self._indexed, self._split, self._data, self._seed = indexed, Split[split], data, seed
@@ -98,10 +100,17 @@ class CutSource:
 
     def _epoch(self, number: int) -> Epoch:
         if number not in self._epochs:
-            self._epochs = {n: e for n, e in self._epochs.items() if n == number - 1}  # a batch may reach over an edge
+            self._epochs = {
+                n: e for n, e in self._epochs.items() if n == number - 1
+            }  # a batch may reach over an edge
             cache = self._data.data_cache_path or Path(self.prefix).parent / "index-cache"
             self._epochs[number] = Epoch(
-                self._indexed, self._documents, self._split, self._data.seq_length, self._seed + number, Path(cache)
+                self._indexed,
+                self._documents,
+                self._split,
+                self._data.seq_length,
+                self._seed + number,
+                Path(cache),
             )
         return self._epochs[number]
 
@@ -129,7 +138,10 @@ class Samples:
     def passes(self, samples: int) -> list[tuple[str, float]]:
         """(data set, how often it is gone through) of that many samples."""
         taken = self._counts * (samples / PERIOD)
-        return [(one.prefix, float(n) / one.samples_per_epoch) for one, n in zip(self._sources, taken, strict=True)]
+        return [
+            (one.prefix, float(n) / one.samples_per_epoch)
+            for one, n in zip(self._sources, taken, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Samples in one epoch of every data set; `sample` goes on beyond."""
@@ -148,7 +160,11 @@ class Samples:
 
 
 def build_splits(
-    data: DataConfig, seed: int, vocab_size: int, names: Sequence[str] = SPLITS, say: Callable[[str], None] = print
+    data: DataConfig,
+    seed: int,
+    vocab_size: int,
+    names: Sequence[str] = SPLITS,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Samples]:
     """Name -> samples, for the splits that will be used, of `train`, `valid` and `test`.
 
@@ -162,7 +178,9 @@ def build_splits(
         return {name: _samples(opened, name, data, seed, vocab_size) for name in names}
     own = {"train": (data.data_path, "1,0,0"), "valid": (data.valid_data_path, "0,1,0")}
     if absent := [name for name in names if name not in own]:
-        raise UserError(f"--valid-data-path: there is no {absent[0]} split then; leave it out and give --split")
+        raise UserError(
+            f"--valid-data-path: there is no {absent[0]} split then; leave it out and give --split"
+        )
     found = {name: _opened(own[name][0], data, vocab_size, say) for name in names}
     _check_flags(data, [one for opened in found.values() for one in opened])
     named = {name: dataclasses.replace(data, data_path=own[name][0], split=own[name][1]) for name in names}
@@ -172,14 +190,18 @@ def build_splits(
 Opened = IndexedDataset | Couple | Tokenized | Streamed
 
 
-def _opened(paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]) -> list[tuple[float, Opened]]:
+def _opened(
+    paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]
+) -> list[tuple[float, Opened]]:
     found = [(weight, open_path(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
     for _, one in found:
         if _masked(one):
             continue
         name = one.path_prefix if isinstance(one, IndexedDataset) else one.prefix
         if data.is_instruction_dataset:
-            raise UserError(f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out")
+            raise UserError(
+                f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out"
+            )
         if data.packing:
             say(f"{name}: plain text, cut where a sample ends; --packing {data.packing} means nothing to it")
     return found
@@ -192,20 +214,33 @@ def _masked(opened: Opened) -> bool:
 
 def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> None:
     """Raises `UserError` for a flag that means nothing to any of the data."""
-    kinds = {Streamed: ("data that are tokenized in training", hf_dataset.FLAGS), Tokenized: ("InternEvo's data", ("min_length",))}
+    kinds = {
+        Streamed: ("data that are tokenized in training", hf_dataset.FLAGS),
+        Tokenized: ("InternEvo's data", ("min_length",)),
+    }
     for kind, (whose, names) in kinds.items():
         for name in () if any(isinstance(one, kind) for _, one in opened) else names:
             if getattr(data, name) != getattr(DataConfig, name):
-                raise UserError(f"--{name.replace('_', '-')} is for {whose}, and there are none here; leave it out")
+                raise UserError(
+                    f"--{name.replace('_', '-')} is for {whose}, and there are none here; leave it out"
+                )
     if data.packing and not any(_masked(one) for _, one in opened):
         unpacked = " (--no-pack)" if data.packing == "none" else ""
-        raise UserError(f"--packing {data.packing}{unpacked} is for data with masks, and these are plain text; leave it out")
+        raise UserError(
+            f"--packing {data.packing}{unpacked} is for data with masks, and these are plain text; leave it out"
+        )
     if data.max_segment_length and not any(isinstance(one, Couple | Tokenized) for _, one in opened):
-        raise UserError(f"--max-segment-length {data.max_segment_length} is for InternEvo's packings of .bin files; leave it out")
+        raise UserError(
+            f"--max-segment-length {data.max_segment_length} is for InternEvo's packings of .bin files; leave it out"
+        )
 
 
-def _samples(opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int) -> Samples:
-    return Samples([_source(one, name, data, seed) for _, one in opened], [weight for weight, _ in opened], vocab_size)
+def _samples(
+    opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int
+) -> Samples:
+    return Samples(
+        [_source(one, name, data, seed) for _, one in opened], [weight for weight, _ in opened], vocab_size
+    )
 
 
 def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> Source:
@@ -213,22 +248,33 @@ def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> Source:
         return opened.source(split_documents(data.split, name, len(opened)), name, data, seed)
     if isinstance(opened, IndexedDataset):
         return CutSource(opened, split_documents(data.split, name, len(opened)), name, data, seed)
-    parts = [start + np.array(split_documents(data.split, name, stop - start), int) for start, stop in pairwise(opened.files)]
+    parts = [
+        start + np.array(split_documents(data.split, name, stop - start), int)
+        for start, stop in pairwise(opened.files)
+    ]
     chosen = np.concatenate(parts)
     pack = packer(data, CUT if isinstance(opened, Tokenized) else "first-fit")
-    return PackedSource(opened, chosen, data.seq_length, pack, seed, said_of(data, name, len(chosen), len(opened)))
+    return PackedSource(
+        opened, chosen, data.seq_length, pack, seed, said_of(data, name, len(chosen), len(opened))
+    )
 
 
-def batch(samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> list[Batch]:
+def batch(
+    samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+) -> list[Batch]:
     """The micro-batches of one data-parallel rank, of the global batch that begins after `consumed` samples.
 
     As in Megatron, one round of micro-batches over all ranks is a run of successive samples; so the ranks together always
     have samples consumed ... consumed + global_batch - 1.
     """
     if global_batch % (micro_batch * dp_size):
-        raise UserError(f"--global-batch-size {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} ranks")
+        raise UserError(
+            f"--global-batch-size {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} ranks"
+        )
     starts = rounds(consumed, global_batch, micro_batch, dp_rank, dp_size)
-    return [_stack([samples.sample(number) for number in range(start, start + micro_batch)]) for start in starts]
+    return [
+        _stack([samples.sample(number) for number in range(start, start + micro_batch)]) for start in starts
+    ]
 
 
 def rounds(consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> range:
@@ -251,7 +297,9 @@ def parse_blend(data_path: Sequence[str]) -> list[tuple[float, str]]:
     blend = [(_weight(word), prefix) for word, prefix in zip(data_path[::2], data_path[1::2], strict=True)]
     smallest = min(blend)
     if smallest[0] * PERIOD < sum(weight for weight, _ in blend):
-        raise UserError(f"--data-path: the weight {smallest[0]} of {smallest[1]} is less than 1/{PERIOD} of all weights")
+        raise UserError(
+            f"--data-path: the weight {smallest[0]} of {smallest[1]} is less than 1/{PERIOD} of all weights"
+        )
     return blend
 
 

@@ -16,7 +16,11 @@ class Meter:
         self.interval, self.documents, self.bytes, self.fraction = interval, 0, 0, 0.0
         self._began, self._said = time.monotonic(), 0
         console = Console(file=sys.stderr)
-        columns = (BarColumn(), TextColumn("{task.percentage:3.0f} %  {task.description}"), TimeRemainingColumn())
+        columns = (
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %  {task.description}"),
+            TimeRemainingColumn(),
+        )
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
         self._live = console.is_terminal
         self._task = self._bar.add_task("", total=1.0)
@@ -46,7 +50,9 @@ class Meter:
         self._bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
 

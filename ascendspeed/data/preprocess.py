@@ -59,7 +59,12 @@ class Encoder:
         """How the documents were made, for P.meta."""
         tokenizer = self.maker.tokenizer
         eod = tokenizer.eos if self.job.append_eod else None
-        facts = {"vocab_size": tokenizer.vocab_size, "eod": eod, "handler": self.job.handler_name, "dtype": self.dtype.name}
+        facts = {
+            "vocab_size": tokenizer.vocab_size,
+            "eod": eod,
+            "handler": self.job.handler_name,
+            "dtype": self.dtype.name,
+        }
         return facts | self.handler.facts | ({"seq_length": self.job.seq_length} if self.masked else {})
 
 
@@ -81,7 +86,9 @@ def _encode(shard: Shard) -> dict[str, Result]:
     return _encoder.encode(shard)
 
 
-def _in_order(encoder: Encoder, shards: Iterator[tuple[Shard, float]], workers: int) -> Iterator[tuple[dict[str, Result], float]]:
+def _in_order(
+    encoder: Encoder, shards: Iterator[tuple[Shard, float]], workers: int
+) -> Iterator[tuple[dict[str, Result], float]]:
     """(result, share of the input done) of every shard in order, made by `workers` processes."""
     if workers == 1:
         for shard, done in shards:
@@ -160,7 +167,9 @@ def _written(
         for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
             for key, result in results.items():
                 outputs[key].add(result)
-            meter.update(sum(len(r.lengths) for r in results.values()), sum(r.bytes for r in results.values()), done)
+            meter.update(
+                sum(len(r.lengths) for r in results.values()), sum(r.bytes for r in results.values()), done
+            )
             _check_disk(prefix, sum(output.writer.bytes_written for output in outputs.values()), done)
         for key, output in outputs.items():
             _check_output(key, output, files)
@@ -196,7 +205,9 @@ def _check_files(made_by: Handler, files: Mapping[Path, Sequence[str]], strict: 
     for path, present in files.items():
         flat = next((name for name in made_by.nested if name in present), None)
         if flat and path.name.lower().endswith(FLAT):
-            raise UserError(f"{path}: the column {flat!r} holds lists, which such a file cannot: use jsonl or parquet")
+            raise UserError(
+                f"{path}: the column {flat!r} holds lists, which such a file cannot: use jsonl or parquet"
+            )
         try:
             if present:  # a file without rows has none
                 check_columns(made_by, path, present)
@@ -211,4 +222,6 @@ def _check_disk(prefix: str, written: int, done: float) -> None:
     left = written * (1 - done) / done if done >= 0.02 else 0
     free = shutil.disk_usage(Path(prefix).absolute().parent).free
     if left > free:
-        raise UserError(f"{prefix}: about {left / 1e9:.1f} GB are still to be written, but {free / 1e9:.1f} GB are free")
+        raise UserError(
+            f"{prefix}: about {left / 1e9:.1f} GB are still to be written, but {free / 1e9:.1f} GB are free"
+        )

@@ -38,7 +38,9 @@ class Gathered:
     def __init__(self, path: Path, dtype: np.dtype, masked: bool) -> None:
         self._path, self._dtype, self._masked = path, dtype, masked
         self._documents: list[Document] = []
-        self._result = Result(np.zeros(0, dtype), np.zeros(0, np.int32), np.zeros(0, bool) if masked else None)
+        self._result = Result(
+            np.zeros(0, dtype), np.zeros(0, np.int32), np.zeros(0, bool) if masked else None
+        )
 
     def add(self, made: Made, places: Sequence[int]) -> None:
         """What rows at `places` became."""

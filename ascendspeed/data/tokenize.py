@@ -20,7 +20,9 @@ class Maker:
         self.job = job
         self.tokenizer = tokenizer.load(job.tokenizer_path)
         self.handler = handler(job, self.tokenizer)
-        self._eod = np.array([self.tokenizer.eos] if job.append_eod else [], np.int32) if self._ends() else None
+        self._eod = (
+            np.array([self.tokenizer.eos] if job.append_eod else [], np.int32) if self._ends() else None
+        )
         self._length = job.seq_length if self.handler.learns_answers else None
 
     def make(self, rows: Batch) -> dict[str, Made]:
@@ -43,7 +45,9 @@ class Maker:
 
     def _ended(self, document: Document) -> Document:
         tokens, mask = document.tokens, document.loss_mask
-        if self._eod is None or (mask is not None and mask[-1] and tokens[-1] == self._eod[0]):  # a turn that ends with eos
+        if self._eod is None or (
+            mask is not None and mask[-1] and tokens[-1] == self._eod[0]
+        ):  # a turn that ends with eos
             return document
         return Document(np.concatenate([tokens, self._eod]), None if mask is None else np.append(mask, True))
 

@@ -71,26 +71,37 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     that was asked for is not there.
     """
     said = ("Transformer Engine", "Apex", "full scope is deprecated", "not a leaf Tensor is being accessed")
-    for text in (*said, r"torch\.distributed\.\w+. is deprecated"):  # by Megatron-core, at import and in every run
+    for text in (
+        *said,
+        r"torch\.distributed\.\w+. is deprecated",
+    ):  # by Megatron-core, at import and in every run
         warnings.filterwarnings("ignore", message=f".*{text}")
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
-        importlib.import_module("torch_npu.contrib.transfer_to_npu")  # acts on import: torch.cuda and nccl become npu and hccl
+        importlib.import_module(
+            "torch_npu.contrib.transfer_to_npu"
+        )  # acts on import: torch.cuda and nccl become npu and hccl
     if kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise look for the hardware by itself
         _cuda_is_cpu()
     else:
         count = getattr(torch, kind).device_count()
         if index >= count:
-            raise UserError(f"local rank {index} has no {kind} device: this machine shows {count}; start fewer processes per node")
+            raise UserError(
+                f"local rank {index} has no {kind} device: this machine shows {count}; start fewer processes per node"
+            )
         getattr(torch, kind).set_device(index)
     name = _cpu_name() if kind == "cpu" else getattr(torch, kind).get_device_name(index)
     return Device(kind, index, "gloo" if backend == "gloo" else BACKENDS[kind], name)
 
 
 def _choose(choice: str) -> str:
-    there = {"npu": importlib.util.find_spec("torch_npu") is not None, "cuda": torch.cuda.is_available(), "cpu": True}
+    there = {
+        "npu": importlib.util.find_spec("torch_npu") is not None,
+        "cuda": torch.cuda.is_available(),
+        "cpu": True,
+    }
     if there["npu"] and choice in ("auto", "npu"):
         importlib.import_module("torch_npu")  # gives torch its `npu`
         there["npu"] = torch.npu.is_available()
@@ -104,7 +115,9 @@ def _choose(choice: str) -> str:
 
 def _cpu_name() -> str:
     with open("/proc/cpuinfo") as lines:
-        return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
+        return next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU"
+        )
 
 
 @functools.cache
@@ -119,10 +132,14 @@ def _cuda_is_cpu() -> None:
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.default_generators = {cpu: torch.default_generator}
     cuda._lazy_call = lambda function, **_: function()
-    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(lambda r: "CPU RNG state changed" not in r.getMessage())
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda r: "CPU RNG state changed" not in r.getMessage()
+    )
     tensor.cuda = lambda self, *_, **__: self
     type_ = tensor.type  # megatron-core compares param.type() with 'torch.cuda.FloatTensor'
-    tensor.type = lambda self, *a, **k: type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
+    tensor.type = lambda self, *a, **k: (
+        type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
+    )
     # `with torch.device(...)` knows constructors by identity, in a set made on first use: made now, it holds the real ones.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
@@ -193,9 +210,13 @@ def fused(device: Device, operation: str) -> Fused | None:
 def _fused_npu(operation: str) -> Fused | None:
     npu = importlib.import_module("torch_npu")
     if operation == "varlen":
-        return Fused("torch_npu.npu_fusion_attention", functools.partial(_varlen_npu, npu.npu_fusion_attention))
+        return Fused(
+            "torch_npu.npu_fusion_attention", functools.partial(_varlen_npu, npu.npu_fusion_attention)
+        )
     return {
-        "rms_norm": Fused("torch_npu.npu_rms_norm", lambda x, weight, eps: npu.npu_rms_norm(x, weight, epsilon=eps)[0]),
+        "rms_norm": Fused(
+            "torch_npu.npu_rms_norm", lambda x, weight, eps: npu.npu_rms_norm(x, weight, epsilon=eps)[0]
+        ),
         "rotary": Fused("torch_npu.npu_rotary_mul", lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin)),
         "swiglu": Fused("torch_npu.npu_swiglu", lambda x: npu.npu_swiglu(x, dim=-1)),
     }[operation]
@@ -210,32 +231,51 @@ def _fused_cuda(operation: str) -> Fused | None:
         return _varlen_cuda()
     if importlib.util.find_spec("liger_kernel") and operation == "rms_norm":
         norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        return Fused("liger_kernel.ops.rms_norm", lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False))
+        return Fused(
+            "liger_kernel.ops.rms_norm",
+            lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False),
+        )
     if importlib.util.find_spec("liger_kernel") and operation == "swiglu":
         glu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-        return Fused("liger_kernel.ops.swiglu", lambda x: glu.apply(*(half.contiguous() for half in x.chunk(2, -1))))
+        return Fused(
+            "liger_kernel.ops.swiglu", lambda x: glu.apply(*(half.contiguous() for half in x.chunk(2, -1)))
+        )
     if importlib.util.find_spec("apex") and operation == "rms_norm":
         affine = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
-        return Fused("apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps))
+        return Fused(
+            "apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps)
+        )
     return None
 
 
 def _varlen_cuda() -> Fused | None:
     if importlib.util.find_spec("flash_attn"):
         flash = importlib.import_module("flash_attn").flash_attn_varlen_func
-        return Fused("flash_attn.flash_attn_varlen_func", functools.partial(_varlen_flash, flash, {"causal": True}, True))
+        return Fused(
+            "flash_attn.flash_attn_varlen_func",
+            functools.partial(_varlen_flash, flash, {"causal": True}, True),
+        )
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
         takes = inspect.signature(varlen).parameters  # they changed from version to version
         words: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
         if "enable_gqa" in takes:
             words["enable_gqa"] = True
-        return Fused("torch.nn.attention.varlen", functools.partial(_varlen_flash, varlen, words, "enable_gqa" in takes))
+        return Fused(
+            "torch.nn.attention.varlen",
+            functools.partial(_varlen_flash, varlen, words, "enable_gqa" in takes),
+        )
     return None
 
 
 def _varlen_flash(
-    kernel: Callable, words: dict[str, Any], groups: bool, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds
+    kernel: Callable,
+    words: dict[str, Any],
+    groups: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bounds: Bounds,
 ) -> torch.Tensor:
     """`groups`: whether the kernel takes fewer heads of keys than of queries."""
     if not groups:
@@ -243,10 +283,14 @@ def _varlen_flash(
     return kernel(q, k, v, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest, **words)
 
 
-def _varlen_npu(kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds) -> torch.Tensor:
+def _varlen_npu(
+    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds
+) -> torch.Tensor:
     return kernel(
         *(q, k, v, q.size(1), "TND"),
-        atten_mask=_upper(2048, q.device),  # this size, whatever the lengths: mode 3 is causal, each sequence by its own end
+        atten_mask=_upper(
+            2048, q.device
+        ),  # this size, whatever the lengths: mode 3 is causal, each sequence by its own end
         sparse_mode=3,
         scale=q.size(-1) ** -0.5,
         actual_seq_qlen=bounds.ends,

@@ -77,7 +77,14 @@ def choose(device: Device, **wanted: bool) -> Kernels:
     """`choose(device, rms_norm=True, ...)`: the device's fused kernel for each that is wanted and there, torch for the others."""
     found = {name: fused(device, name) if want else None for name, want in wanted.items()}
     sources = tuple(
-        (name, kernel.source if kernel else "torch (no fused kernel is installed for this device)" if wanted[name] else "torch")
+        (
+            name,
+            kernel.source
+            if kernel
+            else "torch (no fused kernel is installed for this device)"
+            if wanted[name]
+            else "torch",
+        )
         for name, kernel in found.items()
     )
     return Kernels(**{name: kernel.call for name, kernel in found.items() if kernel}, sources=sources)

@@ -44,7 +44,9 @@ class Grid:
 
     def __str__(self) -> str:
         more = "".join(f" x {name} {size}" for name, size in (("PP", self.pp), ("CP", self.cp)) if size > 1)
-        return f"{self.world} processes: TP {self.tp} x DP {self.dp}{more}" + (f", EP {self.ep}" if self.ep > 1 else "")
+        return f"{self.world} processes: TP {self.tp} x DP {self.dp}{more}" + (
+            f", EP {self.ep}" if self.ep > 1 else ""
+        )
 
     @property
     def tp_group(self) -> Any:
@@ -74,7 +76,13 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
     Also seeds every generator: outside tensor-parallel regions one seed for the ranks of a tensor-parallel group, as they must draw
     the same there, inside them one of its own for every rank. Groups that were built before stay as they are.
     """
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     for name, value in alone.items():
         os.environ.setdefault(name, value)  # a plain `python pretrain_intern.py` is a world of one
     if not dist.is_initialized():
@@ -90,7 +98,9 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
             distributed_timeout_minutes=timeout_minutes,
             create_gloo_process_groups=False,
         )
-    replica = dist.get_rank() // parallel_state.get_tensor_model_parallel_world_size()  # ranks of a tensor-parallel group adjoin
+    replica = (
+        dist.get_rank() // parallel_state.get_tensor_model_parallel_world_size()
+    )  # ranks of a tensor-parallel group adjoin
     torch.manual_seed(seed + SEEDS * replica)
     model_parallel_cuda_manual_seed(seed + SEEDS * replica)
     return Grid(
@@ -110,7 +120,9 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
 
 
 def _join(device: Device, timeout_minutes: float) -> None:
-    rank, world, host, port = (os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    rank, world, host, port = (
+        os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
     launched = world != "1" or port != "0"
     store = {} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
@@ -132,7 +144,9 @@ def set_generators(states: dict[str, Tensor]) -> None:
     """Sets what `generators` gave."""
     torch.set_rng_state(states["torch"])
     devices.set_rng_state(states["device"])
-    tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
+    tracked = {
+        name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")
+    }
     get_cuda_rng_tracker().set_states(tracked)
 
 

@@ -59,7 +59,9 @@ class Answers:
             self._file.truncate(whole)
             self._file.seek(whole)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written: {error.strerror}; choose another --output-dir") from None
+            raise UserError(
+                f"{path}: cannot be written: {error.strerror}; choose another --output-dir"
+            ) from None
         if not whole:
             self._write({"settings": settings})
             self.flush()

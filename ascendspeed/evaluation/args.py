@@ -99,12 +99,20 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     pairs = _pairs(asked)
     new_tokens = 256 if asked.max_new_tokens is None else asked.max_new_tokens
     if "gsm8k" in dict(pairs) and new_tokens < SHORTEST_ANSWER:
-        raise UserError(f"--max-new-tokens {new_tokens}: gsm8k's answers are worked out in some 100 tokens; leave it out")
+        raise UserError(
+            f"--max-new-tokens {new_tokens}: gsm8k's answers are worked out in some 100 tokens; leave it out"
+        )
     place = find_place(command, typed, args, world)
-    shots = {task: SHOTS.get(task, 0) if asked.num_fewshot is None else asked.num_fewshot for task, _ in pairs}
+    shots = {
+        task: SHOTS.get(task, 0) if asked.num_fewshot is None else asked.num_fewshot for task, _ in pairs
+    }
     found = [load(task, folder, shots[task], asked.limit) for task, folder in pairs]
     benchmarks = tuple((one, style(asked.prompt_style, one.name, shots[one.name])) for one in found)
-    said = [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in INERT.items() if name in typed]
+    said = [
+        f"--{name.replace('_', '-')} is accepted and does nothing: {why}"
+        for name, why in INERT.items()
+        if name in typed
+    ]
     return Job(place, asked, benchmarks, shots, new_tokens), [*notes(typed), *said]
 
 

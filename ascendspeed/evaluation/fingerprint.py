@@ -27,9 +27,14 @@ def of_model(source: Source, readers: Readers | None = None) -> str:
     digests = []
     tensors = source.tensors(readers.rank, readers.world)
     with ThreadPoolExecutor(THREADS) as pool:
-        while some := list(islice(tensors, THREADS)):  # a few at a time: they need not fit into memory together
+        while some := list(
+            islice(tensors, THREADS)
+        ):  # a few at a time: they need not fit into memory together
             digests += pool.map(_digest, some)
-    every = {name: [name, *more] for name, *more in map(json.loads, readers.gather([json.dumps(one) for one in digests]))}
+    every = {
+        name: [name, *more]
+        for name, *more in map(json.loads, readers.gather([json.dumps(one) for one in digests]))
+    }
     digests = [every[parameter.name] for parameter in param_mapping.parameters(source.config)]
     architecture = {name: value for name, value in asdict(source.config).items() if name != "init_method_std"}
     return hashlib.sha256(json.dumps([architecture, digests], sort_keys=True).encode()).hexdigest()

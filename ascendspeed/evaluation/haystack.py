@@ -44,8 +44,16 @@ def cells(lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[
     for flag, values, least, most in (("--lengths", lengths, 1, float("inf")), ("--depths", depths, 0, 100)):
         wrong = [value for value in values if not least <= value <= most]
         if not values or wrong or len(set(values)) < len(values):
-            raise UserError(f"{flag} {' '.join(map(str, values))}: give different numbers" + (f", not {wrong[0]}" if wrong else ""))
-    return [Cell(length, depth, trial) for length in sorted(lengths) for depth in sorted(depths) for trial in range(trials)]
+            raise UserError(
+                f"{flag} {' '.join(map(str, values))}: give different numbers"
+                + (f", not {wrong[0]}" if wrong else "")
+            )
+    return [
+        Cell(length, depth, trial)
+        for length in sorted(lengths)
+        for depth in sorted(depths)
+        for trial in range(trials)
+    ]
 
 
 def number(seed: int, cell: Cell) -> str:

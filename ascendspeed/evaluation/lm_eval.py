@@ -30,7 +30,11 @@ class Backend(Protocol):
         """Tells of every (context, continuation), in any order: number, log-probability, whether greedy decoding gives it."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]
+        self,
+        prompts: Sequence[Sequence[int]],
+        until: Sequence[str],
+        new_tokens: int,
+        got: Callable[[int, str], None],
     ) -> None:
         """Tells of every prompt, in any order: number and greedy text up to the first of `until`."""
 
@@ -38,9 +42,17 @@ class Backend(Protocol):
 class Adapter(TemplateLM):
     """A language model as lm-evaluation-harness sees one: asks the backend what is not answered yet, and keeps the answers."""
 
-    def __init__(self, backend: Backend, encoder: Encoder, room: int, answers: Answers, advance: Advance = lambda: None) -> None:
+    def __init__(
+        self, backend: Backend, encoder: Encoder, room: int, answers: Answers, advance: Advance = lambda: None
+    ) -> None:
         super().__init__()
-        self.backend, self.encoder, self.room, self.answers, self.advance = backend, encoder, room, answers, advance
+        self.backend, self.encoder, self.room, self.answers, self.advance = (
+            backend,
+            encoder,
+            room,
+            answers,
+            advance,
+        )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-probability of each continuation, and whether it is the greedy one."""
@@ -49,9 +61,16 @@ class Adapter(TemplateLM):
         owner: list[tuple[str, int]] = []
         for key, asked in by_question.items():
             if key not in self.answers.known:
-                for i, pair in enumerate(self.encoder.pairs(asked[0].args[0], [request.args[1] for request in asked])):
+                for i, pair in enumerate(
+                    self.encoder.pairs(asked[0].args[0], [request.args[1] for request in asked])
+                ):
                     context, continuation = pair
-                    pairs.append((clip(context, self.room + 1 - len(continuation), len(self.encoder.start)), continuation))
+                    pairs.append(
+                        (
+                            clip(context, self.room + 1 - len(continuation), len(self.encoder.start)),
+                            continuation,
+                        )
+                    )
                     owner.append((key, i))
         found: dict[str, dict[int, tuple[float, bool]]] = defaultdict(dict)
 
@@ -70,7 +89,9 @@ class Adapter(TemplateLM):
 
         self.backend.score(pairs, got)
         answers = (self.answers.known[request.doc["key"]] for request in requests)
-        return [(a["loglikelihoods"][r.idx], a["greedy"][r.idx]) for r, a in zip(requests, answers, strict=True)]
+        return [
+            (a["loglikelihoods"][r.idx], a["greedy"][r.idx]) for r, a in zip(requests, answers, strict=True)
+        ]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy text after each prompt."""
@@ -81,10 +102,14 @@ class Adapter(TemplateLM):
             groups[tuple(request.args[1]["until"]), request.args[1]["max_gen_toks"]].append(key)
         for (until, new_tokens), keys in groups.items():
             prompts = [
-                clip(self.encoder.encode(todo[key].args[0]), self.room - new_tokens, len(self.encoder.start)) for key in keys
+                clip(self.encoder.encode(todo[key].args[0]), self.room - new_tokens, len(self.encoder.start))
+                for key in keys
             ]
             self.backend.generate(
-                prompts, until, new_tokens, lambda i, text, keys=keys: self._keep(keys[i], todo[keys[i]], {"text": text})
+                prompts,
+                until,
+                new_tokens,
+                lambda i, text, keys=keys: self._keep(keys[i], todo[keys[i]], {"text": text}),
             )
         return [self.answers.known[request.doc["key"]]["text"] for request in requests]
 
@@ -154,7 +179,9 @@ def ask(adapter: Adapter, prompts: Sequence[Prompt], new_tokens: int) -> list[Gr
     by_subject: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of what is meant here: datasets that are not on the hub
+    logging.getLogger("lm_eval").setLevel(
+        logging.ERROR
+    )  # it warns of what is meant here: datasets that are not on the hub
     tasks = {name: task_of(name, asked, new_tokens) for name, asked in by_subject.items()}
     with contextlib.redirect_stderr(io.StringIO()):  # where it draws a bar for every subject
         samples = evaluate(adapter, tasks, bootstrap_iters=0, log_samples=True)["samples"]
@@ -194,11 +221,15 @@ def task_of(name: str, asked: Sequence[tuple[str, Prompt]], new_tokens: int) -> 
         "doc_to_target": "answer",
         "target_delimiter": first.delimiter,
     }
-    return ConfigurableTask(config=config | (_choosing(first.task) if first.choices else _writing(first.until, new_tokens)))
+    return ConfigurableTask(
+        config=config | (_choosing(first.task) if first.choices else _writing(first.until, new_tokens))
+    )
 
 
 def _choosing(task: str) -> dict[str, Any]:
-    metrics = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS.get(task, ("acc",))]
+    metrics = [
+        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS.get(task, ("acc",))
+    ]
     return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
 
 
@@ -216,6 +247,14 @@ def _writing(until: Sequence[str], new_tokens: int) -> dict[str, Any]:
         "ignore_punctuation": False,
         "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
     }
-    filters = [{"name": n, "filter": [{"function": "regex", **p}, {"function": "take_first"}]} for n, p in patterns.items()]
+    filters = [
+        {"name": n, "filter": [{"function": "regex", **p}, {"function": "take_first"}]}
+        for n, p in patterns.items()
+    ]
     generation = {"until": list(until), "do_sample": False, "max_gen_toks": new_tokens}
-    return {"output_type": "generate_until", "metric_list": [exact], "filter_list": filters, "generation_kwargs": generation}
+    return {
+        "output_type": "generate_until",
+        "metric_list": [exact],
+        "filter_list": filters,
+        "generation_kwargs": generation,
+    }

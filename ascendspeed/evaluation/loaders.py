@@ -36,9 +36,19 @@ class Layout:
 LAYOUTS = {
     "mmlu": Layout("test", ("", "data"), "{subject}_{split}.csv", None, ("question", "choices", "answer")),
     "ceval": Layout(
-        "val", ("", "formal_ceval"), "{subject}_{split}.csv", ("question", *LETTERS, "answer"), ("question", *LETTERS, "answer")
+        "val",
+        ("", "formal_ceval"),
+        "{subject}_{split}.csv",
+        ("question", *LETTERS, "answer"),
+        ("question", *LETTERS, "answer"),
     ),
-    "cmmlu": Layout("test", ("", "data"), "{subject}.csv", ("Question", *LETTERS, "Answer"), ("Question", *LETTERS, "Answer")),
+    "cmmlu": Layout(
+        "test",
+        ("", "data"),
+        "{subject}.csv",
+        ("Question", *LETTERS, "Answer"),
+        ("Question", *LETTERS, "Answer"),
+    ),
 }
 
 
@@ -71,7 +81,9 @@ def load(task: str, folder: str | Path, shots: int, limit: int | None = None) ->
 def _by_subject(task: str, folder: Path, shots: int) -> Benchmark:
     layout = LAYOUTS[task]
     topics = _own_topics(folder / OWN) if (folder / OWN).is_file() else TOPICS[task]
-    root = next((folder / inside for inside in layout.inside if (folder / inside / layout.scored).is_dir()), None)
+    root = next(
+        (folder / inside for inside in layout.inside if (folder / inside / layout.scored).is_dir()), None
+    )
     if root is not None:
         pattern = re.escape(layout.file.format(subject="@", split=layout.scored)).replace("@", "(.+)")
         matches = (re.fullmatch(pattern, path.name) for path in sorted((root / layout.scored).iterdir()))
@@ -82,7 +94,9 @@ def _by_subject(task: str, folder: Path, shots: int) -> Benchmark:
         where, read = folder, _parquet_reader(layout, folder)
     if not names:
         file = layout.file.format(subject="SUBJECT", split=layout.scored)
-        raise UserError(f"{folder} holds no {task}: looked for {layout.scored}/{file} and SUBJECT/{layout.scored}-*.parquet")
+        raise UserError(
+            f"{folder} holds no {task}: looked for {layout.scored}/{file} and SUBJECT/{layout.scored}-*.parquet"
+        )
     _check_subjects(task, where, names, topics)
     subjects = []
     for name, topic in topics.items():
@@ -123,7 +137,10 @@ def _csv_reader(layout: Layout, root: Path) -> Read:
     def read(subject: str, split: str) -> Iterator[Question]:
         path = root / split / layout.file.format(subject=subject, split=split)
         rows = csv_rows(path, layout.columns, width=6)
-        return (_choice(f"{subject}/{split}/{i}", where, row[0], row[1:5], row[5]) for i, (where, row) in enumerate(rows))
+        return (
+            _choice(f"{subject}/{split}/{i}", where, row[0], row[1:5], row[5])
+            for i, (where, row) in enumerate(rows)
+        )
 
     return read
 
@@ -143,8 +160,14 @@ def _parquet_reader(layout: Layout, folder: Path) -> Read:
 
 def _choice(name: str, where: str, text: Any, options: Any, answer: Any) -> Question:
     """A question with four choices."""
-    if not isinstance(options, list) or len(options) != 4 or not all(isinstance(x, str) for x in (text, *options)):
-        raise UserError(f"{where}: a question and four choices should stand here as text, not {text!r}, {options!r}")
+    if (
+        not isinstance(options, list)
+        or len(options) != 4
+        or not all(isinstance(x, str) for x in (text, *options))
+    ):
+        raise UserError(
+            f"{where}: a question and four choices should stand here as text, not {text!r}, {options!r}"
+        )
     if answer not in tuple(LETTERS):
         raise UserError(f"{where}: the answer {answer!r} is not one of A, B, C, D")
     return Question(name, where, text, tuple(options), LETTERS.index(answer))
@@ -164,7 +187,11 @@ def _single(
 
 
 def _read_all(
-    path: Path, task: str, split: str, read: Callable[[str, str, dict[str, Any]], Question], most: int | None = None
+    path: Path,
+    task: str,
+    split: str,
+    read: Callable[[str, str, dict[str, Any]], Question],
+    most: int | None = None,
 ) -> tuple[Question, ...]:
     found: list[Question] = []
     for i, (where, row) in enumerate(json_rows(path)):
@@ -177,7 +204,11 @@ def _read_all(
 def _one_of(task: str, folder: Path, names: Iterable[str]) -> Path:
     there = [folder / name for name in names if (folder / name).is_file()]
     if len(there) != 1:
-        held = f"holds {' and '.join(p.name for p in there)}: remove one of them" if there else f"lacks {' or '.join(names)}"
+        held = (
+            f"holds {' and '.join(p.name for p in there)}: remove one of them"
+            if there
+            else f"lacks {' or '.join(names)}"
+        )
         raise UserError(f"{folder}: {task} {held}")
     return there[0]
 
@@ -186,7 +217,14 @@ def _boolq(name: str, where: str, row: dict[str, Any]) -> Question:
     answer = row.get("label", row.get("answer"))  # SuperGLUE's name, and that of the original
     if not isinstance(answer, bool):
         raise UserError(f"{where}: 'label' is {answer!r}, where true or false should be")
-    return Question(name, where, text_of(where, row, "question"), ("no", "yes"), int(answer), text_of(where, row, "passage"))
+    return Question(
+        name,
+        where,
+        text_of(where, row, "question"),
+        ("no", "yes"),
+        int(answer),
+        text_of(where, row, "passage"),
+    )
 
 
 def _gsm8k(name: str, where: str, row: dict[str, Any]) -> Question:
@@ -198,7 +236,11 @@ def _gsm8k(name: str, where: str, row: dict[str, Any]) -> Question:
 
 def _hellaswag(name: str, where: str, row: dict[str, Any]) -> Question:
     endings, label = row.get("endings"), row.get("label")
-    if not isinstance(endings, list) or len(endings) != 4 or not all(isinstance(ending, str) for ending in endings):
+    if (
+        not isinstance(endings, list)
+        or len(endings) != 4
+        or not all(isinstance(ending, str) for ending in endings)
+    ):
         raise UserError(f"{where}: 'endings' is {endings!r}, where four strings should be")
     if str(label) not in ("0", "1", "2", "3"):
         raise UserError(f"{where}: 'label' is {label!r}, where 0, 1, 2 or 3 should be")
@@ -216,5 +258,7 @@ TASKS: dict[str, Callable[[str, Path, int], Benchmark]] = {
     **dict.fromkeys(LAYOUTS, _by_subject),
     "boolq": _single(("val.jsonl", "dev.jsonl"), ("train.jsonl",), _boolq),
     "gsm8k": _single(("test.jsonl",), ("train.jsonl",), _gsm8k),
-    "hellaswag": _single(("hellaswag_val.jsonl", "val.jsonl"), ("hellaswag_train.jsonl", "train.jsonl"), _hellaswag),
+    "hellaswag": _single(
+        ("hellaswag_val.jsonl", "val.jsonl"), ("hellaswag_train.jsonl", "train.jsonl"), _hellaswag
+    ),
 }

@@ -43,7 +43,9 @@ def of(benchmark: Benchmark, grades: Sequence[Grade], shots: int) -> Result:
     for grade in grades:
         by_subject[grade.prompt.subject].append(grade)
     subjects = {name: _mean(of_one) for name, of_one in by_subject.items()}
-    assert {s.topic.name: len(s.questions) for s in benchmark.subjects} == {n: f.questions for n, f in subjects.items()}
+    assert {s.topic.name: len(s.questions) for s in benchmark.subjects} == {
+        n: f.questions for n, f in subjects.items()
+    }
     metric = main_metric(benchmark.name)
     members: dict[str, list[Figures]] = defaultdict(list)
     for subject in benchmark.subjects:
@@ -53,7 +55,13 @@ def of(benchmark: Benchmark, grades: Sequence[Grade], shots: int) -> Result:
     groups["all"] = _means(list(subjects.values()), metric)
     missing = [shots - grade.prompt.shots for grade in grades]
     return Result(
-        benchmark, metric, subjects, groups, sum(missing), sum(map(bool, missing)), sum(bool(g.prompt.cut) for g in grades)
+        benchmark,
+        metric,
+        subjects,
+        groups,
+        sum(missing),
+        sum(map(bool, missing)),
+        sum(bool(g.prompt.cut) for g in grades),
     )
 
 
@@ -68,4 +76,10 @@ def _means(some: Sequence[Figures], metric: str) -> dict[str, Any]:
     micro = sum(figures.metrics[metric] * figures.questions for figures in some) / questions
     macro = sum(figures.metrics[metric] for figures in some) / len(some)
     error = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else 0.0
-    return {"subjects": len(some), "questions": questions, "macro": macro, "micro": micro, "micro_stderr": error}
+    return {
+        "subjects": len(some),
+        "questions": questions,
+        "macro": macro,
+        "micro": micro,
+        "micro_stderr": error,
+    }

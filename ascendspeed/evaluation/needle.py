@@ -97,7 +97,16 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     session.measure("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
     settings = {
         name: getattr(asked, name)
-        for name in ("haystack", "needle", "question", "answer", "chat", "chat_template", "max_new_tokens", "seed")
+        for name in (
+            "haystack",
+            "needle",
+            "question",
+            "answer",
+            "chat",
+            "chat_template",
+            "max_new_tokens",
+            "seed",
+        )
     }
     speaks, where = session.grid.rank == 0, job.place.where
     settings = json.loads(json.dumps(settings)) | {
@@ -112,7 +121,9 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     left = [cell for cell in job.cells if cell.key not in answers.known]
     with progress(len(job.cells), len(job.cells) - len(left), quiet=not speaks) as advance:
         for cell in left:
-            answers.put({"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell]))
+            answers.put(
+                {"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell])
+            )
             answers.flush()
             advance()
     answers.close()
@@ -130,7 +141,9 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
     """At most as many tokens as the cell says."""
     from ascendspeed.tokenization.chat import Message
 
-    sizes = [max(1, len(ids)) for ids in session.tokenizer.encode_batch([f" {sentence}" for sentence in job.hay])]
+    sizes = [
+        max(1, len(ids)) for ids in session.tokenizer.encode_batch([f" {sentence}" for sentence in job.hay])
+    ]
 
     def encoded(room: int) -> list[int]:
         text = texts.text(cell, _hidden(job, cell)[0], job.hay, sizes, room)
@@ -144,7 +157,9 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
         raise UserError(
             f"--lengths {cell.length}: at least {cell.length - room + sum(sizes)} tokens are needed for text and question"
         )
-    while len(ids := encoded(room)) > cell.length:  # sentences are a little longer together than apart, in some vocabularies
+    while (
+        len(ids := encoded(room)) > cell.length
+    ):  # sentences are a little longer together than apart, in some vocabularies
         room -= len(ids) - cell.length
     return ids
 
@@ -155,7 +170,9 @@ def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any
     stops = session.stops(job.asked.chat)
     tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)
     ((answer,),) = sample(
-        session.model, [prompt], Params(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens)
+        session.model,
+        [prompt],
+        Params(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens),
     )
     text, wanted = session.tokenizer.decode(answer.tokens), _hidden(job, cell)[1]
     return {"answer": text, "wanted": wanted, "found": texts.found(text, wanted)}
@@ -170,7 +187,13 @@ def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]
     for depth, row in zip(depths, shares, strict=True):
         print(f"depth {depth:g} % | " + " | ".join(f"{100 * share:.0f}" for share in row))
     folder = Path(job.asked.output_dir)
-    about = {"settings": settings, "lengths": lengths, "depths": depths, "trials": job.asked.trials, "found": shares}
+    about = {
+        "settings": settings,
+        "lengths": lengths,
+        "depths": depths,
+        "trials": job.asked.trials,
+        "found": shares,
+    }
     put(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
     put(folder / "chart.png", _chart(lengths, depths, shares))
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")

@@ -18,7 +18,12 @@ def progress(total: int, done: int = 0, quiet: bool = False, every: float = 10.0
         yield lambda: None
         return
     if sys.stdout.isatty():
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+        )
         with Progress(*columns, TimeRemainingColumn()) as bar:
             clock, task = Clock(total, done), bar.add_task("questions", total=total, completed=done, rate="")
 
@@ -56,5 +61,9 @@ class Clock:
 
     def __str__(self) -> str:
         left = self.total - self.done - self.count
-        when = f"{left / max(self.rate, 1e-9):.0f} s left" if left else f"in {time.monotonic() - self.began:.1f} s"
+        when = (
+            f"{left / max(self.rate, 1e-9):.0f} s left"
+            if left
+            else f"in {time.monotonic() - self.began:.1f} s"
+        )
         return f"{self.done + self.count:,} of {self.total:,} questions, {self.rate:.1f} questions/s, {when}"

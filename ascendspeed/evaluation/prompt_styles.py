@@ -39,7 +39,9 @@ def style(name: str, task: str, shots: int) -> Style:
         known = [other for other, tasks in STYLES.items() if task in tasks]
         raise UserError(f"--prompt-style {name} does not say how to put {task}; choose {' or '.join(known)}")
     if found.shots is not None and shots != found.shots:
-        raise UserError(f"--prompt-style {name} puts {task} with {found.shots} examples; leave --num-fewshot {shots} out")
+        raise UserError(
+            f"--prompt-style {name} puts {task} with {found.shots} examples; leave --num-fewshot {shots} out"
+        )
     return found
 
 
@@ -98,7 +100,11 @@ def _opencompass_choice(ask: str, cue: str, delimiter: str) -> Style:
 
     def context(topic: Topic, shots: Sequence[Question], question: Question) -> str:
         asked = [f"{ask.format(topic.title)}{q.text}{_options(q)}{cue}" for q in (*shots, question)]
-        lines = [line for text, shot in zip(asked, shots, strict=False) for line in (f"{text}{delimiter}{_letter(shot)}", "\n")]
+        lines = [
+            line
+            for text, shot in zip(asked, shots, strict=False)
+            for line in (f"{text}{delimiter}{_letter(shot)}", "\n")
+        ]
         return "\n".join([*lines, "\n", asked[-1]])
 
     return Style(context, _letters, delimiter)
@@ -106,10 +112,14 @@ def _opencompass_choice(ask: str, cue: str, delimiter: str) -> Style:
 
 STYLES: dict[str, dict[str, Style]] = {
     "lm-eval": {
-        "mmlu": _harness_choice("The following are multiple choice questions (with answers) about {}.\n\n", "Answer:"),
+        "mmlu": _harness_choice(
+            "The following are multiple choice questions (with answers) about {}.\n\n", "Answer:"
+        ),
         "ceval": _harness_choice("以下是中国关于{}的单项选择题，请选出其中的正确答案。\n\n", "答案："),
         "cmmlu": _harness_choice("以下是关于{}的单项选择题，请直接给出正确答案的选项。\n\n", "答案："),
-        "boolq": Style(_harness("", lambda q: f"{q.passage}\nQuestion: {q.text}?\nAnswer:", _chosen), _choices),
+        "boolq": Style(
+            _harness("", lambda q: f"{q.passage}\nQuestion: {q.text}?\nAnswer:", _chosen), _choices
+        ),
         "gsm8k": Style(
             _harness("", lambda q: f"Question: {q.text}\nAnswer:", lambda q: q.answer),
             lambda q: (),
@@ -119,9 +129,18 @@ STYLES: dict[str, dict[str, Style]] = {
     },
     "opencompass": {
         "mmlu": Style(_opencompass_mmlu, _letters),
-        "ceval": _opencompass_choice("以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n", "\n答案: ", "\n"),
-        "cmmlu": _opencompass_choice("以下是关于{}的单项选择题，请直接给出正确答案的选项。\n题目：", "\n答案是:", " "),
-        "boolq": Style(lambda topic, shots, q: f"{q.passage}\nQuestion: {q.text}?", lambda q: ("No", "Yes"), "\n", shots=0),
+        "ceval": _opencompass_choice(
+            "以下是中国关于{}考试的单项选择题，请选出其中的正确答案。\n", "\n答案: ", "\n"
+        ),
+        "cmmlu": _opencompass_choice(
+            "以下是关于{}的单项选择题，请直接给出正确答案的选项。\n题目：", "\n答案是:", " "
+        ),
+        "boolq": Style(
+            lambda topic, shots, q: f"{q.passage}\nQuestion: {q.text}?",
+            lambda q: ("No", "Yes"),
+            "\n",
+            shots=0,
+        ),
     },
     "hendrycks": {"mmlu": Style(_hendrycks, _letters)},
 }

@@ -59,26 +59,50 @@ class Encoder:
         head = self.encode(kept)
         wholes = self.batch([context + continuation for continuation in continuations])
         # An answer that melts into the end of the context, so that the whole text has no more ids, is the last one of these.
-        return [(head, whole[len(head) :]) if len(whole) > len(head) else (whole[:-1], whole[-1:]) for whole in wholes]
+        return [
+            (head, whole[len(head) :]) if len(whole) > len(head) else (whole[:-1], whole[-1:])
+            for whole in wholes
+        ]
 
 
-def prepare(benchmark: Benchmark, style: Style, encoder: Encoder, room: int, new_tokens: int) -> Iterator[Prompt]:
+def prepare(
+    benchmark: Benchmark, style: Style, encoder: Encoder, room: int, new_tokens: int
+) -> Iterator[Prompt]:
     """The prompts of a benchmark, in the order of its files.
 
     `room`: tokens that the model may be given; `new_tokens`: of these, for an answer that is written.
     """
     for subject in benchmark.subjects:
         for question in subject.questions:
-            yield _fit(benchmark.name, subject, question, style, encoder, room if style.choices(question) else room - new_tokens)
+            yield _fit(
+                benchmark.name,
+                subject,
+                question,
+                style,
+                encoder,
+                room if style.choices(question) else room - new_tokens,
+            )
 
 
-def _fit(task: str, subject: Subject, question: Question, style: Style, encoder: Encoder, room: int) -> Prompt:
+def _fit(
+    task: str, subject: Subject, question: Question, style: Style, encoder: Encoder, room: int
+) -> Prompt:
     choices = tuple(style.choices(question))
     for shots in range(len(subject.shots), -1, -1):
         context = style.context(subject.topic, subject.shots[:shots], question)
         over = _length(context, [style.delimiter + choice for choice in choices], encoder, room) - room
         if over <= 0 or not shots:
-            return Prompt(task, subject.topic.name, question, context, choices, style.delimiter, style.until, shots, max(over, 0))
+            return Prompt(
+                task,
+                subject.topic.name,
+                question,
+                context,
+                choices,
+                style.delimiter,
+                style.until,
+                shots,
+                max(over, 0),
+            )
     raise AssertionError("without examples there is always a prompt")
 
 

@@ -13,7 +13,9 @@ Row = tuple[str, Any]
 """(file and line, what stands there)."""
 
 
-def csv_rows(path: Path, names: Sequence[str] | None = None, width: int = 0) -> Iterator[tuple[str, list[str]]]:
+def csv_rows(
+    path: Path, names: Sequence[str] | None = None, width: int = 0
+) -> Iterator[tuple[str, list[str]]]:
     """Rows of a CSV file: with `names` the columns of these names in a headed file, else all `width` columns of a headless one.
 
     Raises `UserError` with file and line for a row that is too short or too long, and for quotes that are never closed.
@@ -23,10 +25,14 @@ def csv_rows(path: Path, names: Sequence[str] | None = None, width: int = 0) -> 
         if names is not None and columns is None:
             missing = [name for name in names if name not in row]
             if missing:
-                raise UserError(f"{where}: the first line must name the columns, but lacks {', '.join(missing)}: {','.join(row)}")
+                raise UserError(
+                    f"{where}: the first line must name the columns, but lacks {', '.join(missing)}: {','.join(row)}"
+                )
             columns, width = [row.index(name) for name in names], len(row)
         elif len(row) != width:
-            raise UserError(f"{where}: {len(row)} fields, not {width}; a field that holds commas must stand in quotes")
+            raise UserError(
+                f"{where}: {len(row)} fields, not {width}; a field that holds commas must stand in quotes"
+            )
         else:
             yield where, row if columns is None else [row[i] for i in columns]
     if names is not None and columns is None:
@@ -78,11 +84,15 @@ def parquet_rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[
             table = pyarrow.parquet.ParquetFile(checked(path))
             missing = [name for name in names if name not in table.schema_arrow.names]
             if missing:
-                raise UserError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}")
+                raise UserError(
+                    f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(table.schema_arrow.names)}"
+                )
             rows = table.read(columns=list(names)).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
-        yield from ((f"{path}: row {number}", [row[name] for name in names]) for number, row in enumerate(rows))
+        yield from (
+            (f"{path}: row {number}", [row[name] for name in names]) for number, row in enumerate(rows)
+        )
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
@@ -96,5 +106,7 @@ def text_of(where: str, row: dict[str, Any], key: str) -> str:
     """A string of a table. Raises `UserError`."""
     value = row.get(key)
     if not isinstance(value, str):
-        raise UserError(f"{where}: {key!r} is {'missing' if key not in row else repr(value)}, where a string should be")
+        raise UserError(
+            f"{where}: {key!r} is {'missing' if key not in row else repr(value)}, where a string should be"
+        )
     return value

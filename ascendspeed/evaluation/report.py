@@ -23,15 +23,21 @@ def text(result: Result, title: str) -> str:
     if len(result.subjects) > 1:
         lines.append(f"  {'subject':{width}}  questions  {result.metric:>8}")
         for name, figures in result.subjects.items():
-            lines.append(f"  {name:{width}}  {figures.questions:9}  {100 * figures.metrics[result.metric]:8.2f}")
+            lines.append(
+                f"  {name:{width}}  {figures.questions:9}  {100 * figures.metrics[result.metric]:8.2f}"
+            )
     lines.append(f"  {'category':{width}}  questions  {'macro':>8}  {'micro':>8}")
     for name, means in result.groups.items():
         error = f"  ± {100 * means['micro_stderr']:.2f}" if name == "all" else ""
-        lines.append(f"  {name:{width}}  {means['questions']:9}  {100 * means['macro']:8.2f}  {100 * means['micro']:8.2f}{error}")
+        lines.append(
+            f"  {name:{width}}  {means['questions']:9}  {100 * means['macro']:8.2f}  {100 * means['micro']:8.2f}{error}"
+        )
     for name, value in _other_metrics(result).items():
         lines.append(f"  {name}: {100 * value:.2f}")
     if result.shortened:
-        lines.append(f"  {result.dropped} examples did not fit before {result.shortened} questions and were dropped")
+        lines.append(
+            f"  {result.dropped} examples did not fit before {result.shortened} questions and were dropped"
+        )
     if result.cut:
         lines.append(f"  {result.cut} questions did not fit even alone, and lost their beginning")
     return "\n".join(lines)
@@ -41,7 +47,9 @@ def _other_metrics(result: Result) -> dict[str, float]:
     subjects = list(result.subjects.values())
     names = [name for name in subjects[0].metrics if name != result.metric]
     total = sum(figures.questions for figures in subjects)
-    return {name: sum(figures.metrics[name] * figures.questions for figures in subjects) / total for name in names}
+    return {
+        name: sum(figures.metrics[name] * figures.questions for figures in subjects) / total for name in names
+    }
 
 
 def as_json(result: Result, shots: int) -> dict[str, Any]:
@@ -84,7 +92,9 @@ def chart(results: Sequence[Result], title: str) -> bytes:
     from matplotlib.figure import Figure
 
     widest = max(len(result.subjects) for result in results)
-    figure = Figure(figsize=(max(6.0, 0.24 * widest + 2), 3.6 * len(results) + 0.4), dpi=110, layout="constrained")
+    figure = Figure(
+        figsize=(max(6.0, 0.24 * widest + 2), 3.6 * len(results) + 0.4), dpi=110, layout="constrained"
+    )
     for axes, result in zip(figure.subplots(len(results), 1, squeeze=False)[:, 0], results, strict=True):
         _bars(axes, result)
     figure.suptitle(title, fontsize=9)
@@ -115,10 +125,14 @@ def _fitting(name: str) -> str:
     return name if len(name) <= 28 else name[:27] + "…"
 
 
-def write(folder: Path, results: Sequence[Result], about: Record, grades: Sequence[Grade], known: dict[str, Record]) -> None:
+def write(
+    folder: Path, results: Sequence[Result], about: Record, grades: Sequence[Grade], known: dict[str, Record]
+) -> None:
     """Everything into the folder; questions.jsonl again, with the grades, in the order of the benchmarks' files."""
     title = f"{about['model']['path']}, {about['settings']['prompt_style']} prompts"
-    tasks = {result.benchmark.name: as_json(result, about["shots"][result.benchmark.name]) for result in results}
+    tasks = {
+        result.benchmark.name: as_json(result, about["shots"][result.benchmark.name]) for result in results
+    }
     whole = {name: value for name, value in about.items() if name != "shots"} | {"tasks": tasks}
     put(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
     put(folder / "results.csv", as_csv(results))

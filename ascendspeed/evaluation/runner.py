@@ -32,13 +32,19 @@ class Model:
         """As `harness.Backend` says."""
         from ascendspeed.inference import engine
 
-        engine.score(self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy))
+        engine.score(
+            self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy)
+        )
 
-    def generate(self, prompts: Sequence[Any], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]) -> None:
+    def generate(
+        self, prompts: Sequence[Any], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]
+    ) -> None:
         """As `harness.Backend` says."""
         from ascendspeed.inference import engine
 
-        params = engine.Params(max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size)
+        params = engine.Params(
+            max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size
+        )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
@@ -79,7 +85,9 @@ def run(job: Job, notes: Sequence[str]) -> None:
     room = job.evaluation.max_input_length or session.config.max_position_embeddings
     written = [one.name for one, style in job.benchmarks if style.until]
     if written and room <= job.new_tokens:
-        raise UserError(f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question")
+        raise UserError(
+            f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question"
+        )
     model = session.model
     sha256 = fingerprint.of_model(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, room)
@@ -107,7 +115,13 @@ def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[st
 
 
 def _ask(
-    job: Job, backend: Model, answers: Answers, tokenizer: Tokenizer, room: int, say: Callable[..., None], device: Any
+    job: Job,
+    backend: Model,
+    answers: Answers,
+    tokenizer: Tokenizer,
+    room: int,
+    say: Callable[..., None],
+    device: Any,
 ) -> None:
     from ascendspeed.evaluation import lm_eval, metrics, report  # lm-eval: after the device was prepared
 
@@ -116,7 +130,10 @@ def _ask(
     keys = lm_eval.keys_of(prompts, answers.settings)
     before = sum(key in answers.known for key in keys)
     limited = f", the first {job.evaluation.limit} of each subject only" if job.evaluation.limit else ""
-    say(f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})", flush=True)
+    say(
+        f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})",
+        flush=True,
+    )
     grid = backend.model.grid
     with progress(len(prompts), before, quiet=grid.rank != 0) as advance:
         adapter = lm_eval.Adapter(backend, encoder, room, answers, advance)
@@ -124,7 +141,10 @@ def _ask(
     if grid.rank != 0:
         return
     answers.close()
-    results = [metrics.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name]) for one, _ in job.benchmarks]
+    results = [
+        metrics.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name])
+        for one, _ in job.benchmarks
+    ]
     for result in results:
         shots = job.shots[result.benchmark.name]
         say(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))

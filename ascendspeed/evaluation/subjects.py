@@ -128,4 +128,6 @@ def own(names: dict[str, str], where: str) -> dict[str, Topic]:
     for name in names:
         if not name or not name.replace("_", "").isalnum():
             raise UserError(f"{where}: {name!r} is no name of a subject: letters, digits and underscores")
-    return {name: Topic(name, category or "other", name.replace("_", " ")) for name, category in names.items()}
+    return {
+        name: Topic(name, category or "other", name.replace("_", " ")) for name, category in names.items()
+    }

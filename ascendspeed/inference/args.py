@@ -84,9 +84,16 @@ class Where:
 
 UNNEEDED = {
     **SAYS,
-    **dict.fromkeys(("deepspeed", "deepspeed_config", "zero_stage"), "there is nothing to partition when nothing is trained"),
-    **dict.fromkeys(("checkpoint_activations", "deepspeed_activation_checkpointing"), "nothing is kept for a way back"),
-    **dict.fromkeys(("auto_recompute_device_size", "auto_recompute_profiling_step"), "nothing is kept for a way back"),
+    **dict.fromkeys(
+        ("deepspeed", "deepspeed_config", "zero_stage"),
+        "there is nothing to partition when nothing is trained",
+    ),
+    **dict.fromkeys(
+        ("checkpoint_activations", "deepspeed_activation_checkpointing"), "nothing is kept for a way back"
+    ),
+    **dict.fromkeys(
+        ("auto_recompute_device_size", "auto_recompute_profiling_step"), "nothing is kept for a way back"
+    ),
     "seq_length": "the cache is as long as a prompt and its answer; --max-input-length limits prompts",
 }
 
@@ -184,10 +191,16 @@ def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
     _check_uses(tasks, typed)
     if asked.output_file is not None:
         if tasks == ("chat",) and not (asked.prompt or asked.input_texts or asked.input_file):
-            raise UserError("--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect stdout")
+            raise UserError(
+                "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect stdout"
+            )
         _check_output(Path(asked.output_file))
-    if asked.stream and (asked.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)):
-        raise UserError("--stream shows one answer as it comes: not several (--num-return-sequences), beams or log-probabilities")
+    if asked.stream and (
+        asked.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
+    ):
+        raise UserError(
+            "--stream shows one answer as it comes: not several (--num-return-sequences), beams or log-probabilities"
+        )
     return Job(place, asked, tasks, frozenset(typed)), notes(typed)
 
 
@@ -195,13 +208,17 @@ def find_place(command: Any, typed: set[str], args: Sequence[str], world: int) -
     """Of a command with the groups `recipe`, `model` and `where`. Raises `UserError` before anything is read but config.json."""
     where, recipe = command.where, command.recipe
     if where.load is None:
-        raise UserError("--load is needed: a Hugging Face directory, converted weights or a training checkpoint")
+        raise UserError(
+            "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
+        )
     if not Path(where.load).is_dir():
         raise UserError(f"--load {where.load} is not a directory")
     if where.bf16 and where.fp16:
         raise UserError("--bf16 and --fp16 contradict each other; give one of them")
     if recipe.no_pipeline_parallel and where.pipeline_model_parallel_size > 1:
-        raise UserError("--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them")
+        raise UserError(
+            "--no-pipeline-parallel contradicts --pipeline-model-parallel-size above 1; drop one of them"
+        )
     model = model_of(command, where.load, typed, args)
     found = find_model(where.load)
     says = {f.name for f in fields(ModelConfig)} | {"row_col_parallel_linear_bias"}
@@ -220,7 +237,11 @@ def find_place(command: Any, typed: set[str], args: Sequence[str], world: int) -
 
 def notes(typed: set[str]) -> list[str]:
     """A line for each flag that was given and does nothing."""
-    return [f"--{name.replace('_', '-')} is accepted and does nothing: {why}" for name, why in UNNEEDED.items() if name in typed]
+    return [
+        f"--{name.replace('_', '-')} is accepted and does nothing: {why}"
+        for name, why in UNNEEDED.items()
+        if name in typed
+    ]
 
 
 def task_name(said: str) -> str:
@@ -252,13 +273,22 @@ def _check_output(path: Path) -> None:
         raise UserError(f"--output-file {path} exists; move it away, or give another name")
     partial = partial_of(path)
     if partial.exists() and partial.stat().st_size:
-        raise UserError(f"{partial} holds answers of a run that did not end; move it away, or give --output-file another name")
+        raise UserError(
+            f"{partial} holds answers of a run that did not end; move it away, or give --output-file another name"
+        )
     if not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"--output-file {path}: {path.absolute().parent} is no directory that can be written to")
+        raise UserError(
+            f"--output-file {path}: {path.absolute().parent} is no directory that can be written to"
+        )
 
 
 def _check_numbers(asked: Generation) -> None:
-    for name, least in {"batch_size": 1, "max_input_length": 1, "history_turns": 0, "max_new_tokens": 1}.items():
+    for name, least in {
+        "batch_size": 1,
+        "max_input_length": 1,
+        "history_turns": 0,
+        "max_new_tokens": 1,
+    }.items():
         value = getattr(asked, name)
         if value is not None and value < least:
             raise UserError(f"--{name.replace('_', '-')} {value} is too small: at least {least}")

@@ -29,12 +29,19 @@ class Answer:
 
 
 def params_of(
-    task: str, asked: Generation, typed: frozenset[str], stops: tuple[int, ...], tokens: int, show: bool = False
+    task: str,
+    asked: Generation,
+    typed: frozenset[str],
+    stops: tuple[int, ...],
+    tokens: int,
+    show: bool = False,
 ) -> Params:
     """How a task chooses tokens. `tokens`: ids that the tokenizer has; `show`: the demonstration. Raises `UserError`."""
     draws = task in DRAWING or (task == "chat" and bool({"temperature", "top_k", "top_p"} & typed))
     names = ("temperature", "top_k", "top_p") if draws else ()
-    chosen = {name: DEMONSTRATED[name] if show and name not in typed else getattr(asked, name) for name in names}
+    chosen = {
+        name: DEMONSTRATED[name] if show and name not in typed else getattr(asked, name) for name in names
+    }
     beams = task in ("beam", "beam-sample")
     params = Params(
         max_new_tokens=asked.max_new_tokens,

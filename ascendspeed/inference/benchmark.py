@@ -25,7 +25,9 @@ def timings(
         say(f"input {inputs}, output {outputs}")
         if ranges:
             low, high = ranges[number]
-            best = largest(low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b), say)
+            best = largest(
+                low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b), say
+            )
             if best is None:
                 say(f"not even a batch of {low} stays within {limit * 1e3:g} ms")
             found += [best] if best else []

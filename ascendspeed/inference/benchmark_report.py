@@ -12,7 +12,16 @@ from typing import Any
 
 from ascendspeed.utils.errors import UserError
 
-COLUMNS = ("batch", "input", "output", "total s", "first token ms", "other tokens ms", "other tokens/s", "tokens/s")
+COLUMNS = (
+    "batch",
+    "input",
+    "output",
+    "total s",
+    "first token ms",
+    "other tokens ms",
+    "other tokens/s",
+    "tokens/s",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,16 @@ class Timing:
         """In the order of `COLUMNS`."""
         decode = self.batch / self.other if self.other else 0.0
         speed = self.batch * self.outputs / self.total
-        return (self.batch, self.inputs, self.outputs, self.total, self.first * 1e3, self.other * 1e3, decode, speed)
+        return (
+            self.batch,
+            self.inputs,
+            self.outputs,
+            self.total,
+            self.first * 1e3,
+            self.other * 1e3,
+            decode,
+            speed,
+        )
 
 
 class OutOfMemory(Exception):
@@ -69,11 +87,15 @@ def read_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
         said = None
     good = isinstance(said, list) and said and all(isinstance(pair, list) and len(pair) == 2 for pair in said)
     if not good or not all(type(number) is int and number >= least for pair in said for number in pair):
-        raise UserError(f"{what} {text!r} is not a list of pairs of numbers from {least} on, such as [[256,256],[512,512]]")
+        raise UserError(
+            f"{what} {text!r} is not a list of pairs of numbers from {least} on, such as [[256,256],[512,512]]"
+        )
     return [(pair[0], pair[1]) for pair in said]
 
 
-def largest(low: int, high: int, limit: float, measure: Callable[[int], Timing], say: Callable[[str], None]) -> Timing | None:
+def largest(
+    low: int, high: int, limit: float, measure: Callable[[int], Timing], say: Callable[[str], None]
+) -> Timing | None:
     """The measurement of the largest batch in [low, high] whose further tokens take at most `limit` seconds; None: not even `low`.
 
     A binary search: times grow with the batch. Out of memory counts as too slow, and is said.
@@ -86,7 +108,9 @@ def largest(low: int, high: int, limit: float, measure: Callable[[int], Timing],
             say(f"batch {batch}: out of memory")
             return None
         good = found.other <= limit
-        say(f"batch {batch}: {found.other * 1e3:.2f} ms per token, {'within' if good else 'above'} {limit * 1e3:g} ms")
+        say(
+            f"batch {batch}: {found.other * 1e3:.2f} ms per token, {'within' if good else 'above'} {limit * 1e3:g} ms"
+        )
         return found if good else None
 
     best = fits(low)
@@ -105,9 +129,14 @@ def largest(low: int, high: int, limit: float, measure: Callable[[int], Timing],
 
 def table(timings: Sequence[Timing]) -> str:
     """As text, columns aligned."""
-    cells = [list(COLUMNS), *([f"{value:.0f}" if i < 3 else f"{value:.2f}" for i, value in enumerate(t.row)] for t in timings)]
+    cells = [
+        list(COLUMNS),
+        *([f"{value:.0f}" if i < 3 else f"{value:.2f}" for i, value in enumerate(t.row)] for t in timings),
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
+    )
 
 
 def as_csv(timings: Sequence[Timing]) -> str:

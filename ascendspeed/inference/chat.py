@@ -45,7 +45,9 @@ class Talk:
             if self.longest is None or len(ids) <= self.longest:
                 break
             if not kept:
-                raise UserError(f"the question has {len(ids)} tokens with its template; --max-input-length is {self.longest}")
+                raise UserError(
+                    f"the question has {len(ids)} tokens with its template; --max-input-length is {self.longest}"
+                )
             kept -= 2
         self.history = [*self.history[len(self.history) - kept :], Message("user", text)]
         self.asked += 1
@@ -60,7 +62,9 @@ class Talk:
         self.history = []
 
 
-def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], Said | None]) -> None:
+def converse(
+    session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], Said | None]
+) -> None:
     """Until the end of the input or a word to leave. `read` gives the next message on rank 0. Collective."""
     terminal = session.share(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
     show = write if session.grid.rank == 0 else lambda text: None
@@ -85,9 +89,15 @@ def converse(session: Session, talk: Talk, params: Params, stops: tuple[str, ...
                     session.say(f"error: {error}")
                     continue
                 session.measure("the conversation", len(ids) + params.max_new_tokens)
-                found = answer(session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked)[0][0]
+                found = answer(session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked)[
+                    0
+                ][0]
                 show("\n")
-                talk.answered(found.tokens if found.text == session.tokenizer.decode(found.tokens) else _plain(session, found.text))
+                talk.answered(
+                    found.tokens
+                    if found.text == session.tokenizer.decode(found.tokens)
+                    else _plain(session, found.text)
+                )
 
 
 def _next(session: Session, read: Callable[[], Said | None], interruption: Interruption) -> bytes | None:

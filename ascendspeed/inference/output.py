@@ -47,7 +47,9 @@ class Results:
             self._file.write(line)
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{self._partial} cannot be written: {error.strerror}; what is there so far is kept") from None
+            raise UserError(
+                f"{self._partial} cannot be written: {error.strerror}; what is there so far is kept"
+            ) from None
 
     def task_done(self, task: int) -> None:
         """No more records of this task follow."""
@@ -68,7 +70,9 @@ class Results:
             self._partial.unlink()
         except OSError as error:
             ordered.unlink(missing_ok=True)
-            raise UserError(f"{self._path} cannot be written: {error.strerror}; the answers are in {self._partial}") from None
+            raise UserError(
+                f"{self._path} cannot be written: {error.strerror}; the answers are in {self._partial}"
+            ) from None
 
     def _open(self) -> TextIO:
         try:
@@ -90,5 +94,7 @@ def write(text: str) -> None:
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would fail once more as it ends
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or Python would fail once more as it ends
         sys.exit(UNREAD)

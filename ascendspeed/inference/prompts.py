@@ -37,9 +37,13 @@ class Prompt:
 def typed(asked: Generation) -> list[Prompt]:
     """Of --prompt and --input-texts. Raises `UserError`."""
     named = (("--prompt", asked.prompt), ("--input-texts", asked.input_texts))
-    found = [Prompt(f"{flag} {number}", text) for flag, texts in named for number, text in enumerate(texts, 1)]
+    found = [
+        Prompt(f"{flag} {number}", text) for flag, texts in named for number, text in enumerate(texts, 1)
+    ]
     for prompt in found:
-        if any("\ud800" <= letter <= "\udfff" for letter in prompt.text or ""):  # how Python keeps bytes that are no text
+        if any(
+            "\ud800" <= letter <= "\udfff" for letter in prompt.text or ""
+        ):  # how Python keeps bytes that are no text
             raise UserError(f"{prompt.where} is not UTF-8")
     return found
 
@@ -68,7 +72,11 @@ def from_text(data: bytes, where: str) -> list[Prompt]:
         lines = data.removeprefix(BOM_UTF8).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{where} is not UTF-8: {error.reason} at byte {error.start}") from None
-    return [Prompt(f"{where}, line {number}", line.rstrip("\r")) for number, line in enumerate(lines, 1) if line.strip()]
+    return [
+        Prompt(f"{where}, line {number}", line.rstrip("\r"))
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
 
 
 def stdin() -> bytes:
@@ -129,4 +137,8 @@ def shown(prompt: Prompt) -> Any:
     """As it stands in the output file."""
     if prompt.text is not None:
         return prompt.text
-    return prompt.said if prompt.said is not None else [{"role": m.role, "content": m.content} for m in prompt.messages]
+    return (
+        prompt.said
+        if prompt.said is not None
+        else [{"role": m.role, "content": m.content} for m in prompt.messages]
+    )

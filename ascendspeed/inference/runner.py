@@ -84,7 +84,9 @@ def _plan(session: Session, job: Job, task: str, prompts: list[Prompt], demonstr
     ids = [reading.encode(prompt, session.tokenizer, chat, session.add_bos) for prompt in prompts]
     reading.check_lengths(prompts, ids, asked.max_input_length)
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    session.measure(prompts[longest].where, len(ids[longest]) + (asked.max_new_tokens if task != "logprobs" else 0))
+    session.measure(
+        prompts[longest].where, len(ids[longest]) + (asked.max_new_tokens if task != "logprobs" else 0)
+    )
     if task == "logprobs":
         for prompt, tokens in zip(prompts, ids, strict=True):
             if len(tokens) < 2:
@@ -106,7 +108,10 @@ def _do(session: Session, job: Job, number: int, plan: Plan, results: Results) -
         else:
             show = _streaming(session, plan, batch[0]) if streams else None
             records = _answered(
-                session, plan, batch, answer(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show)
+                session,
+                plan,
+                batch,
+                answer(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show),
             )
             tokens += sum(record["new_tokens"] for record, _ in records)
             if show:
@@ -131,20 +136,34 @@ def _streaming(session: Session, plan: Plan, i: int) -> Callable[[str], None]:
 def _heading(plan: Plan, i: int, record: Record) -> str:
     prompt = plan.prompts[i]
     ended = ", ".join(f"{one['reason']} after {one['tokens']} tokens" for one in record.get("answers", []))
-    asked = prompt.text if prompt.text is not None else "\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
+    asked = (
+        prompt.text
+        if prompt.text is not None
+        else "\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
+    )
     return f"== {plan.task} {i + 1}/{len(plan.prompts)}{': ' if ended else ''}{ended}\n{asked}\n"
 
 
 def _record(plan: Plan, i: int, new_tokens: int) -> Record:
     prompt = reading.shown(plan.prompts[i])
-    return {"task": plan.task, "number": i + 1, "prompt": prompt, "prompt_tokens": len(plan.ids[i]), "new_tokens": new_tokens}
+    return {
+        "task": plan.task,
+        "number": i + 1,
+        "prompt": prompt,
+        "prompt_tokens": len(plan.ids[i]),
+        "new_tokens": new_tokens,
+    }
 
 
-def _answered(session: Session, plan: Plan, batch: list[int], answers: list[list[Answer]]) -> list[tuple[Record, str]]:
+def _answered(
+    session: Session, plan: Plan, batch: list[int], answers: list[list[Answer]]
+) -> list[tuple[Record, str]]:
     """A record and how it is shown, for each prompt of a batch."""
     found = []
     for i, several in zip(batch, answers, strict=True):
-        entries = [{"text": a.text, "reason": a.reason, "score": a.score, "tokens": len(a.tokens)} for a in several]
+        entries = [
+            {"text": a.text, "reason": a.reason, "score": a.score, "tokens": len(a.tokens)} for a in several
+        ]
         if plan.prompts[i].messages:
             for entry, one in zip(entries, several, strict=True):
                 message = session.chat.message(one.tokens)
@@ -157,10 +176,22 @@ def _answered(session: Session, plan: Plan, batch: list[int], answers: list[list
 def _likely(session: Session, plan: Plan, batch: list[int]) -> list[tuple[Record, str]]:
     """The same for log-probabilities."""
     found = []
-    for i, values in zip(batch, engine.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True):
+    for i, values in zip(
+        batch, engine.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True
+    ):
         ids, each = plan.ids[i][1:], values.tolist()
         pieces = [session.tokenizer.decode([token]) for token in ids]
-        record = _record(plan, i, 0) | {"tokens": ids, "pieces": pieces, "logprobs": each, "logprob": sum(each)}
-        lines = [f"{value:10.4f}  {token:7}  {piece!r}" for value, token, piece in zip(each, ids, pieces, strict=True)]
-        found.append((record, "\n".join([*lines, f"{sum(each):10.4f}  in all, {sum(each) / len(each):.4f} per token"])))
+        record = _record(plan, i, 0) | {
+            "tokens": ids,
+            "pieces": pieces,
+            "logprobs": each,
+            "logprob": sum(each),
+        }
+        lines = [
+            f"{value:10.4f}  {token:7}  {piece!r}"
+            for value, token, piece in zip(each, ids, pieces, strict=True)
+        ]
+        found.append(
+            (record, "\n".join([*lines, f"{sum(each):10.4f}  in all, {sum(each) / len(each):.4f} per token"]))
+        )
     return found

@@ -42,7 +42,9 @@ class Session:
     """Whether `measure` has said something."""
 
     @classmethod
-    def open(cls, place: Place, device: Device, template: str | None = None, patient: bool = False) -> "Session":
+    def open(
+        cls, place: Place, device: Device, template: str | None = None, patient: bool = False
+    ) -> "Session":
         """Joins the ranks. `patient`: they may have to wait for a person. Raises `UserError`."""
         if place.where.fp16 and device.kind == "cpu":
             raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
@@ -98,10 +100,17 @@ class Session:
         """The model; reads the weights when it is first asked for."""
         where = self.place.where
         fused = fused_kernels.choose(
-            self.device, rms_norm=where.use_fused_rmsnorm, rotary=where.use_fused_rotary_pos_emb, swiglu=where.mlp_layer_fusion
+            self.device,
+            rms_norm=where.use_fused_rmsnorm,
+            rotary=where.use_fused_rotary_pos_emb,
+            swiglu=where.mlp_layer_fusion,
         )
-        model = engine.load(self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused)
-        self.say(f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}")
+        model = engine.load(
+            self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused
+        )
+        self.say(
+            f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}"
+        )
         return model
 
     def measure(self, where: str, tokens: int) -> None:
@@ -110,8 +119,14 @@ class Session:
         if tokens <= trained or self.told or kind == "linear":
             return
         self.told = True
-        what = "dynamic rope scaling is in use" if kind == "dynamic" else "it has no rope scaling: expect nonsense beyond"
-        self.say(f"note: {where} and its answer may have {tokens} tokens; the model was trained on {trained}, and {what}")
+        what = (
+            "dynamic rope scaling is in use"
+            if kind == "dynamic"
+            else "it has no rope scaling: expect nonsense beyond"
+        )
+        self.say(
+            f"note: {where} and its answer may have {tokens} tokens; the model was trained on {trained}, and {what}"
+        )
 
     def say(self, line: str) -> None:
         """To stderr, once: stdout is for answers."""

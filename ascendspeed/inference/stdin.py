@@ -52,7 +52,9 @@ def _text(line: bytes) -> str:
     try:
         return line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"what was typed is not UTF-8: {error.reason} at byte {error.start} of the line") from None
+        raise UserError(
+            f"what was typed is not UTF-8: {error.reason} at byte {error.start} of the line"
+        ) from None
 
 
 class _Ended(BaseException):

@@ -40,14 +40,18 @@ def align(ref: Curve, cand: Curve, first: int | None = None, last: int | None = 
     """
     axis = next((axis for axis in AXES if _grows(ref, axis) and _grows(cand, axis)), None)
     if axis is None:
-        raise UserError(f"{ref.path} and {cand.path} cannot be aligned: neither samples, tokens nor iterations are said in both")
+        raise UserError(
+            f"{ref.path} and {cand.path} cannot be aligned: neither samples, tokens nor iterations are said in both"
+        )
     a, b = _cut(ref, axis, first, last), _cut(cand, axis, first, last)
     _check_places(ref, a, cand, b, axis)
     for place, step in a.items():
         for field, (has, hint) in SAME.items():
             one, other = getattr(step, field), getattr(b[place], field)
             if None not in (one, other) and one != other:
-                raise UserError(f"at {place} {WORDS[axis]} {ref.path} {has.format(one)} and {cand.path} {other}: {hint}")
+                raise UserError(
+                    f"at {place} {WORDS[axis]} {ref.path} {has.format(one)} and {cand.path} {other}: {hint}"
+                )
     for curve, steps in ((ref, a), (cand, b)):
         _check_losses(curve, steps, axis)
     return Pair(axis, tuple(a), tuple(a.values()), tuple(b.values()))
@@ -64,7 +68,9 @@ def _cut(curve: Curve, axis: Axis, first: int | None, last: int | None) -> dict[
     kept = {place: step for place, step in steps.items() if least <= place <= most}
     if not kept:
         asked = f"from {'the start' if first is None else first} to {'the end' if last is None else last}"
-        raise UserError(f"{curve.path}: no step {asked}: this log goes from {min(steps)} to {max(steps)} {WORDS[axis]}")
+        raise UserError(
+            f"{curve.path}: no step {asked}: this log goes from {min(steps)} to {max(steps)} {WORDS[axis]}"
+        )
     return kept
 
 

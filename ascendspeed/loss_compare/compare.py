@@ -56,7 +56,9 @@ def compare(
     pair = align(a, b, first, last)
     noise = align(a, c, first, last) if c else None
     if noise and noise.places != pair.places:
-        raise UserError(f"{c.path} is aligned by {noise.axis}, the other two logs by {pair.axis}: give logs of one kind")
+        raise UserError(
+            f"{c.path} is aligned by {noise.axis}, the other two logs by {pair.axis}: give logs of one kind"
+        )
     if profile == "bitwise":
         metrics.check_digits(a, b)
     found = metrics.measure(pair)

@@ -76,7 +76,9 @@ def read(path: str, lines: Iterable[str]) -> Curve:
                 arguments[match[1]] = match[2]
     kind = next((kind for kind in steps if any(step.loss is not None for step in steps[kind])), "console log")
     kept, replaced = continuous(steps.get(kind, ()))
-    return Curve(path, kind, kept, config or arguments or None, device, digits[kind].found if kept else {}, replaced)
+    return Curve(
+        path, kind, kept, config or arguments or None, device, digits[kind].found if kept else {}, replaced
+    )
 
 
 def _json(text: str) -> dict[str, Any] | None:

@@ -70,15 +70,21 @@ class Curve:
 # Normalised name -> (field of Step, factor). Names of one field in order of preference: `lm loss` before a sum with other losses.
 NAMES: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("iteration", "step", "steps", "global step", "current steps"), ("iteration", 1)),
-    **dict.fromkeys(("consumed samples", "consumed train samples", "num consumed samples", "samples"), ("samples", 1)),
-    **dict.fromkeys(("consumed tokens", "consumed train tokens", "num consumed tokens", "tokens"), ("tokens", 1)),
+    **dict.fromkeys(
+        ("consumed samples", "consumed train samples", "num consumed samples", "samples"), ("samples", 1)
+    ),
+    **dict.fromkeys(
+        ("consumed tokens", "consumed train tokens", "num consumed tokens", "tokens"), ("tokens", 1)
+    ),
     **dict.fromkeys(("lm loss", "loss", "train loss", "training loss"), ("loss", 1)),
     **dict.fromkeys(("grad norm", "total grad norm", "global grad norm", "gradient norm"), ("grad_norm", 1)),
     **dict.fromkeys(("number of skipped iterations", "inf nan skip batches", "skipped"), ("skipped", 1)),
     **dict.fromkeys(("number of nan iterations", "nans"), ("nans", 1)),
     **dict.fromkeys(("train iters", "total steps"), ("train_iters", 1)),
     "iterations in interval": ("interval", 1),
-    **dict.fromkeys(("global batch size", "gloabl batch size"), ("global_batch_size", 1)),  # so AscendSpeed's pages
+    **dict.fromkeys(
+        ("global batch size", "gloabl batch size"), ("global_batch_size", 1)
+    ),  # so AscendSpeed's pages
     **dict.fromkeys(("actual seqlen", "seq length"), ("seq_length", 1)),
     **dict.fromkeys(("elapsed time per iteration(ms)", "elapsed time ms", "ms per iteration"), ("ms", 1)),
     **dict.fromkeys(("elapsed time per iteration(s)", "iter time(s)"), ("ms", 1e3)),
@@ -93,10 +99,14 @@ NAMES: dict[str, tuple[str, float]] = {
         ),
         ("tokens_per_s", 1),
     ),
-    **dict.fromkeys(("tflop/s/device", "throughput per gpu(tflop/s/gpu)", "tflops", "approx flops per gpu"), ("tflops", 1)),
+    **dict.fromkeys(
+        ("tflop/s/device", "throughput per gpu(tflop/s/gpu)", "tflops", "approx flops per gpu"), ("tflops", 1)
+    ),
 }
 WHOLE = {field.name for field in dataclasses.fields(Step) if field.type == (int | None)}
-_NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(?:/[-+.\de]+|tflops)?", re.I)  # 1.0/1.1 is now/mean
+_NUMBER = re.compile(
+    r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(?:/[-+.\de]+|tflops)?", re.I
+)  # 1.0/1.1 is now/mean
 
 
 def normal(name: str) -> str:
@@ -126,13 +136,18 @@ class Digits:
 
     def __init__(self) -> None:
         """Of a log without lines."""
-        self._seen: dict[str, set[tuple[int, int]]] = {"loss": set(), "grad_norm": set()}  # (significant digits, decimals)
+        self._seen: dict[str, set[tuple[int, int]]] = {
+            "loss": set(),
+            "grad_norm": set(),
+        }  # (significant digits, decimals)
 
     def count(self, said: Mapping[str, Any]) -> None:
         """Looks at one line, by the names of `step_of`."""
         known = {normal(name): value for name, value in said.items()}
         for field, seen in self._seen.items():
-            text = next((str(known[name]) for name, (of, _) in NAMES.items() if of == field and name in known), "")
+            text = next(
+                (str(known[name]) for name, (of, _) in NAMES.items() if of == field and name in known), ""
+            )
             match = _NUMBER.fullmatch(text.strip())
             if match and match[1][-1] in "0123456789.":  # neither nan nor inf
                 mantissa, *exponent = re.split("[eE]", match[1])
@@ -147,7 +162,11 @@ class Digits:
         short as they can be, and the longest does.
         """
         least = {field: len({decimals for _, decimals in seen}) == 1 for field, seen in self._seen.items()}
-        return {field: (min if least[field] else max)(n for n, _ in seen) for field, seen in self._seen.items() if seen}
+        return {
+            field: (min if least[field] else max)(n for n, _ in seen)
+            for field, seen in self._seen.items()
+            if seen
+        }
 
 
 def continuous(steps: Iterable[Step]) -> tuple[tuple[Step, ...], int]:

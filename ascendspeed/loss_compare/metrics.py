@@ -110,7 +110,9 @@ def measure(pair: Pair) -> Figures:
         grad_norm_mean=math.fsum(off) / len(off) if off else None,
         grad_norm_max=max(off) if off else None,
         identical=sum(a == b for a, b in zip(ref, cand, strict=True)),
-        grad_norm_identical=sum(a == b for a, b in norms) if any(norm is not None for both in norms for norm in both) else None,
+        grad_norm_identical=sum(a == b for a, b in norms)
+        if any(norm is not None for both in norms for norm in both)
+        else None,
     )
 
 
@@ -118,16 +120,20 @@ def judge(figures: Figures, profile: Profile) -> Verdict:
     """published: the mean of e is below 2 %; strict: every e is; bitwise: every loss and gradient norm is the same number."""
     n, limit = figures.steps, f"{LIMIT:.0%}"
     if profile == "published":
-        return Verdict(profile, figures.mean < LIMIT, f"mean relative error {percent(figures.mean)}, the limit is {limit}")
-    if profile == "strict":
-        says = (
-            f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {percent(figures.maximum)}, at {figures.worst_at}"
+        return Verdict(
+            profile,
+            figures.mean < LIMIT,
+            f"mean relative error {percent(figures.mean)}, the limit is {limit}",
         )
+    if profile == "strict":
+        says = f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {percent(figures.maximum)}, at {figures.worst_at}"
         return Verdict(profile, figures.maximum < LIMIT, says)
     norms = figures.grad_norm_identical
     said = "the logs have no gradient norms" if norms is None else f"{norms} of {n} gradient norms are"
     return Verdict(
-        profile, figures.identical == n and norms in (None, n), f"{figures.identical} of {n} losses are the same number; {said}"
+        profile,
+        figures.identical == n and norms in (None, n),
+        f"{figures.identical} of {n} losses are the same number; {said}",
     )
 
 
@@ -147,4 +153,8 @@ def definitions() -> dict[str, str]:
     """Figure -> its definition: the docstring under the field."""
     body = ast.parse(textwrap.dedent(inspect.getsource(Figures))).body[0].body
     pairs = itertools.pairwise(body)
-    return {a.target.id: b.value.value for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+    return {
+        a.target.id: b.value.value
+        for a, b in pairs
+        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+    }

@@ -30,7 +30,11 @@ def of_log(log: str | Path) -> dict[str, str]:
     if not curve.config or "train" not in curve.config:
         raise UserError(f"{log} has no line `run: ...`: it is no log of this project")
     run = from_dict(dict(curve.config))
-    return {"seed": str(run.train.seed), "weights": _weights(run, _generator(curve.device or "")), "data": _data(run)}
+    return {
+        "seed": str(run.train.seed),
+        "weights": _weights(run, _generator(curve.device or "")),
+        "data": _data(run),
+    }
 
 
 def write(log: str | Path) -> Path:
@@ -49,7 +53,9 @@ def check_same(*logs: str, needed: bool = False) -> dict[str, str] | None:
     missing = next((path for path in paths if not path.is_file()), None)
     if missing:
         if needed:
-            raise UserError(f"{missing} is missing: `python examples/intern/parity_origin.py LOG` makes it where the run was made")
+            raise UserError(
+                f"{missing} is missing: `python examples/intern/parity_origin.py LOG` makes it where the run was made"
+            )
         return None
     begins = [safe_io.read_table(path) for path in paths]
     for path, other in zip(paths[1:], begins[1:], strict=True):
@@ -79,7 +85,9 @@ def _weights(run: Run, generator: str) -> str:
     from ascendspeed import checkpoint, conversion
 
     if checkpoint.looks_like_checkpoint(run.train.load) and not run.train.finetune:
-        raise UserError(f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with --finetune")
+        raise UserError(
+            f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with --finetune"
+        )
     sha = hashlib.sha256()
     for name, tensor in conversion.open_source(run.train.load).tensors():
         sha.update(f"{name} {list(tensor.shape)}\n".encode())
@@ -99,5 +107,7 @@ def _data(run: Run) -> str:
                 with open(path, "rb") as file:
                     sha.update(hashlib.file_digest(file, "sha256").digest())
             except OSError as error:
-                raise UserError(f"{path}: cannot read the data that the run used: {error.strerror}") from error
+                raise UserError(
+                    f"{path}: cannot read the data that the run used: {error.strerror}"
+                ) from error
     return f"sha256: {sha.hexdigest()}"

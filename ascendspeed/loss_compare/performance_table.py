@@ -40,7 +40,9 @@ class Row:
         """As text, in the order of COLUMNS."""
         forms = ("{:d}", "{:.3f}", "{:.0f}", "{:.3f}", "{:.2f}" if (self.tflops or 0) >= 1 else "{:.3g}")
         numbers = (self.iterations, self.samples, self.tokens, self.seconds, self.tflops)
-        shown = ("-" if value is None else form.format(value) for form, value in zip(forms, numbers, strict=True))
+        shown = (
+            "-" if value is None else form.format(value) for form, value in zip(forms, numbers, strict=True)
+        )
         return (self.device, self.model, *shown)
 
 
@@ -76,7 +78,9 @@ PUBLISHED = (
         342,
         24.0,
         137.8,
-        ("The page gives 5.33 samples/s/p, which are samples/s of all 32 devices: a global batch of 128 every 24 s.",),
+        (
+            "The page gives 5.33 samples/s/p, which are samples/s of all 32 devices: a global batch of 128 every 24 s.",
+        ),
     ),
     Row("Reference, published", "Internlm-65B", tokens=414),
 )
@@ -104,11 +108,22 @@ def of_curve(curve: Curve, devices: int | None = None, warmup: int = 5) -> Row:
         ("how long an iteration took", not of_all and not seconds),
         ("how many devices there were: --devices N", not devices),
     )
-    notes = () if samples else (f"{curve.path} does not say {' and '.join(what for what, is_so in missing if is_so)}.",)
+    notes = (
+        ()
+        if samples
+        else (f"{curve.path} does not say {' and '.join(what for what, is_so in missing if is_so)}.",)
+    )
     iterations = steps[-1].train_iters
     name, model = (curve.device or Path(curve.path).name).split(",")[0], _model(curve)
     return Row(
-        name + (f" ({devices})" if devices else ""), model, iterations, samples, tokens, seconds, _median(steps, "tflops"), notes
+        name + (f" ({devices})" if devices else ""),
+        model,
+        iterations,
+        samples,
+        tokens,
+        seconds,
+        _median(steps, "tflops"),
+        notes,
     )
 
 
@@ -157,11 +172,17 @@ def table(rows: Sequence[Row], markdown: bool = False) -> str:
     widths = [max(len(line[i]) for line in (COLUMNS, *marked)) for i in range(len(COLUMNS))]
 
     def line(cells: Sequence[str]) -> str:
-        text = [cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths, strict=True))]
+        text = [
+            cell.ljust(w) if i < 2 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        ]
         return f"| {' | '.join(text)} |" if markdown else "  ".join(text).rstrip()
 
     rule = ["-" * w if i < 2 or not markdown else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-    foot = [f"{'' if markdown else ' '}[{i}] {note}" + ("  " if markdown else "") for i, note in enumerate(notes, 1)]
+    foot = [
+        f"{'' if markdown else ' '}[{i}] {note}" + ("  " if markdown else "")
+        for i, note in enumerate(notes, 1)
+    ]
     return "\n".join([line(COLUMNS), line(rule), *map(line, marked), "", *foot, MEANING])
 
 

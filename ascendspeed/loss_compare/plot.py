@@ -21,13 +21,24 @@ def draw(pair: Pair, title: str, noise: Pair | None = None) -> bytes:
     if noise:
         second = [step.loss for step in noise.cand]
         low, high = ([pick(both) for both in zip(ref, second, strict=True)] for pick in (min, max))
-        losses.fill_between(pair.places, low, high, color=BAND, alpha=0.8, label="reference and its second run")
-        below.fill_between(pair.places, 0, _percent(errors(noise)), color=BAND, alpha=0.8, label="second run of the reference")
+        losses.fill_between(
+            pair.places, low, high, color=BAND, alpha=0.8, label="reference and its second run"
+        )
+        below.fill_between(
+            pair.places,
+            0,
+            _percent(errors(noise)),
+            color=BAND,
+            alpha=0.8,
+            label="second run of the reference",
+        )
     losses.plot(pair.places, ref, color=REF, lw=1.4, label="reference", **alone)
     losses.plot(pair.places, cand, color=CAND, lw=1.0, ls="--", label="candidate", **alone)
     losses.set(ylabel="loss per token", title=title)
     below.plot(pair.places, _percent(errors(pair)), color=CAND, lw=0.9, label="candidate", **alone)
-    if below.get_ylim()[1] > LIMIT * 10:  # per cent: a tenth of the limit; under it, the line would hide the errors
+    if (
+        below.get_ylim()[1] > LIMIT * 10
+    ):  # per cent: a tenth of the limit; under it, the line would hide the errors
         below.axhline(LIMIT * 100, color="gray", lw=0.8, ls=":", label=f"{LIMIT:.0%}")
     below.set(xlabel=WORDS[pair.axis], ylabel="relative error (%)", ylim=(0, None))
     for axes in (losses, below):

@@ -40,7 +40,9 @@ def _find(path: Path) -> Path:
         if (path / "train.log").is_file():
             return path / "train.log"
         if not any(path.glob(EVENTS)):
-            raise UserError(f"{path}: neither train.log nor TensorBoard events in this folder; name the log itself")
+            raise UserError(
+                f"{path}: neither train.log nor TensorBoard events in this folder; name the log itself"
+            )
     return path
 
 
@@ -52,18 +54,30 @@ def _open(path: Path) -> Curve:
     try:
         with open(path, "rb") as file:
             if file.read(2) in UTF16:
-                raise UserError(f"{path} is UTF-16, as PowerShell's `>` writes it: iconv -f UTF-16 -t UTF-8 makes it readable")
+                raise UserError(
+                    f"{path} is UTF-16, as PowerShell's `>` writes it: iconv -f UTF-16 -t UTF-8 makes it readable"
+                )
         with open(path, encoding="utf-8", errors="replace", newline="\n") as lines:
             first = lines.readline()
             lines.seek(0)
-            return _json_lines(path, lines) if first.lstrip().startswith("{") else console_logs.read(str(path), lines)
+            return (
+                _json_lines(path, lines)
+                if first.lstrip().startswith("{")
+                else console_logs.read(str(path), lines)
+            )
     except OSError as error:
         raise UserError(f"{path}: cannot read this log: {error.strerror}") from error
 
 
 def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
-    tables = [(count, said) for count, said in _tables(path, lines) if said.keys() & LOSSES and not _of_no_step(said)]
-    if any(said.keys() & LOSSES - RUN_LOSSES for _, said in tables):  # beside losses of steps, `train_loss` is that of the run
+    tables = [
+        (count, said)
+        for count, said in _tables(path, lines)
+        if said.keys() & LOSSES and not _of_no_step(said)
+    ]
+    if any(
+        said.keys() & LOSSES - RUN_LOSSES for _, said in tables
+    ):  # beside losses of steps, `train_loss` is that of the run
         tables = [(count, said) for count, said in tables if said.keys() & LOSSES - RUN_LOSSES]
     steps: list[Step] = []
     digits = Digits()
@@ -72,7 +86,9 @@ def _json_lines(path: Path, lines: Iterator[str]) -> Curve:
             continue
         last = steps[-1] if steps else None
         if last and last.place == step.place and (last.loss, last.grad_norm) != (step.loss, step.grad_norm):
-            raise UserError(f"{path}: line {count} says step {step.place} once more, with another loss or norm: which one counts?")
+            raise UserError(
+                f"{path}: line {count} says step {step.place} once more, with another loss or norm: which one counts?"
+            )
         digits.count(said)
         steps.append(step)
     kept, replaced = continuous(steps)
@@ -85,7 +101,9 @@ def _tables(path: Path, lines: Iterator[str]) -> Iterator[tuple[int, dict[str, A
         if not line.strip():
             continue
         try:
-            said = safe_io.parse_json(line.encode(), finite=False)  # a loss may be NaN: that is for the verdict
+            said = safe_io.parse_json(
+                line.encode(), finite=False
+            )  # a loss may be NaN: that is for the verdict
             if not isinstance(said, dict):
                 raise ValueError("not a table of names and values")
         except ValueError as error:

@@ -24,7 +24,9 @@ def write(found: Comparison, out: str | Path) -> list[Path]:
     forget(out)
     paths = [Path(out) / name for name in NAMES]
     image = plot.draw(found.pair, title(found), found.noise)
-    for path, content in zip(paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True):
+    for path, content in zip(
+        paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True
+    ):
         put(path, content)
     return paths
 
@@ -65,13 +67,25 @@ def lines(found: Comparison) -> list[str]:
     head += [f"ref2       {_says(found.ref2)}"] if found.ref2 else []
     pair, begin = found.pair, found.origin
     head.append(f"aligned by {WORDS[pair.axis]}, {pair.places[0]} to {pair.places[-1]}")
-    head.append(f"origin     {'same seed, weights and data' if begin else 'not known: no origin.json beside the logs'}")
+    head.append(
+        f"origin     {'same seed, weights and data' if begin else 'not known: no origin.json beside the logs'}"
+    )
     noise = asdict(found.noise_figures) if found.noise_figures else {}
-    body = [f"  {name.replace('_', ' '):19} {shown(name, value):>12}" for name, value in asdict(found.figures).items()]
+    body = [
+        f"  {name.replace('_', ' '):19} {shown(name, value):>12}"
+        for name, value in asdict(found.figures).items()
+    ]
     if noise:
-        body = [f"{line}   noise {shown(name, noise[name]):>12}" for line, name in zip(body, noise, strict=True)]
+        body = [
+            f"{line}   noise {shown(name, noise[name]):>12}" for line, name in zip(body, noise, strict=True)
+        ]
     differ = [f"  {name}: {a} | {b}" for name, a, b in found.differences]
-    return [*head, *body, *(["settings that differ, reference | candidate:", *differ] if differ else []), title(found)]
+    return [
+        *head,
+        *body,
+        *(["settings that differ, reference | candidate:", *differ] if differ else []),
+        title(found),
+    ]
 
 
 def shown(name: str, value: float | int | None) -> str:
@@ -93,7 +107,9 @@ def page(found: Comparison, image: bytes) -> str:
         (name.replace("_", " "), shown(name, value), shown(name, noise[name]) if noise else None, says[name])
         for name, value in asdict(found.figures).items()
     ]
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        TEMPLATE.read_text("utf-8")
+    )
     return template.render(
         passed=found.verdict.passed,
         title=title(found),
@@ -122,7 +138,13 @@ def _says(curve: Curve) -> str:
 
 def _log(curve: Curve) -> dict[str, Any]:
     path = Path(curve.path)
-    facts = {"path": curve.path, "kind": curve.kind, "device": curve.device, "steps": len(curve.steps), "replaced": curve.replaced}
+    facts = {
+        "path": curve.path,
+        "kind": curve.kind,
+        "device": curve.device,
+        "steps": len(curve.steps),
+        "replaced": curve.replaced,
+    }
     if path.is_file():
         with open(path, "rb") as file:
             facts["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()

@@ -19,9 +19,14 @@ def read(path: str | Path) -> Curve:
         raise UserError(f"{path}: these events hold no loss under a known name (lm loss, train_loss, loss)")
     if axis == "iteration":
         _add_places(series)
-    columns = {name: dict(values) for (where, name), values in series.items() if where == axis and name != "lm loss"}
+    columns = {
+        name: dict(values) for (where, name), values in series.items() if where == axis and name != "lm loss"
+    }
     steps = (
-        step_of({axis: where, "loss": value} | {name: column[where] for name, column in columns.items() if where in column})
+        step_of(
+            {axis: where, "loss": value}
+            | {name: column[where] for name, column in columns.items() if where in column}
+        )
         for where, value in series[axis, "lm loss"]
     )
     kept, replaced = continuous(step for step in steps if step)
@@ -29,13 +34,17 @@ def read(path: str | Path) -> Curve:
 
 
 def _scalars(path: str | Path) -> dict[tuple[Axis, str], Series]:
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # of a file that is cut off, it reads what is whole, and warns
+    logging.getLogger("tensorboard").setLevel(
+        logging.ERROR
+    )  # of a file that is cut off, it reads what is whole, and warns
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     try:
         events = EventAccumulator(str(path), {"scalars": 0}, purge_orphaned_data=False).Reload()
         tags = [(tag, *_meaning(tag)) for tag in sorted(events.Tags()["scalars"], key=_rank, reverse=True)]
-        return {(axis, name): [(e.step, e.value) for e in events.Scalars(tag)] for tag, axis, name in tags if axis}
+        return {
+            (axis, name): [(e.step, e.value) for e in events.Scalars(tag)] for tag, axis, name in tags if axis
+        }
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read these TensorBoard events: {error}") from error
 
@@ -45,9 +54,15 @@ def _meaning(tag: str) -> tuple[Axis | None, str]:
     group, _, name = tag.rpartition("/")
     name, _, against = normal(name).partition(" vs ")
     fields = {known: field for known, (field, _) in NAMES.items()}
-    if name not in fields or against not in ("", "samples", "tokens") or any(word in normal(group) for word in OTHERS):
+    if (
+        name not in fields
+        or against not in ("", "samples", "tokens")
+        or any(word in normal(group) for word in OTHERS)
+    ):
         return None, name
-    axis = against or ("samples" if tag.startswith("Train/Samples/") else "iteration")  # DeepSpeed's monitor counts samples
+    axis = against or (
+        "samples" if tag.startswith("Train/Samples/") else "iteration"
+    )  # DeepSpeed's monitor counts samples
     return axis, "lm loss" if fields[name] == "loss" else name
 
 
@@ -64,4 +79,6 @@ def _add_places(series: dict[tuple[Axis, str], Series]) -> None:
     for axis in AXES[:2]:
         drawn = series.get((axis, "lm loss"), [])
         if len(drawn) == len(iterations):
-            series["iteration", f"consumed {axis}"] = [(n, where) for n, (where, _) in zip(iterations, drawn, strict=True)]
+            series["iteration", f"consumed {axis}"] = [
+                (n, where) for n, (where, _) in zip(iterations, drawn, strict=True)
+            ]

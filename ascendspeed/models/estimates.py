@@ -120,7 +120,9 @@ def model_states(
 
 def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
     """Size of one training checkpoint on disk: of all weights, or of the adapters alone."""
-    return CHECKPOINT_BYTES * (targets.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model))
+    return CHECKPOINT_BYTES * (
+        targets.parameter_count(model, lora) if lora and lora.lora_rank else parameter_count(model)
+    )
 
 
 def known_peak(device_name: str) -> float | None:

@@ -46,7 +46,12 @@ def blocks(config: ModelConfig, row: Row) -> list[list[Span]]:
 
 
 def cut_tiles(
-    held: Sequence[Sequence[Span]], columns: int, dim: int | None, parts: int = 1, part: int = 0, padded: int = 0
+    held: Sequence[Sequence[Span]],
+    columns: int,
+    dim: int | None,
+    parts: int = 1,
+    part: int = 0,
+    padded: int = 0,
 ) -> Iterator[Tile]:
     """The tiles of one of `parts` parts: each block is cut along `dim` (None: not), and what comes off lies one after the other.
 
@@ -105,7 +110,11 @@ class Cut:
         if self.padded_rows:
             rows = self.padded_rows // self.parts
             mine = full[rank * rows : (rank + 1) * rows]
-            return mine if len(mine) == rows else torch.cat([mine, full.new_zeros(rows - len(mine), *full.shape[1:])])
+            return (
+                mine
+                if len(mine) == rows
+                else torch.cat([mine, full.new_zeros(rows - len(mine), *full.shape[1:])])
+            )
         if self.dim is None or self.parts == 1:
             return full
         blocks = full.chunk(self.stride, self.dim)
@@ -154,7 +163,9 @@ class Stored(NamedTuple):
     tiles: tuple[Tile, ...]
 
 
-def stored(config: ModelConfig, parameter: Parameter, tp: int = 1, rank: int = 0, padded_vocab: int = 0) -> list[Stored]:
+def stored(
+    config: ModelConfig, parameter: Parameter, tp: int = 1, rank: int = 0, padded_vocab: int = 0
+) -> list[Stored]:
     """The tensors that hold a parameter in the file of one of `tp` ranks, by the names of its row."""
     row, found = parameter.row, blocks(config, parameter.row)
     held = [found] if len(parameter.theirs) == 1 else [[block] for block in found]
@@ -174,7 +185,9 @@ def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor
     entries = stored(config, parameter)
     for entry in entries:
         if tuple(tensors[entry.name].shape) != entry.shape:
-            raise UserError(f"{entry.name} is {list(tensors[entry.name].shape)}, but config.json says {list(entry.shape)}")
+            raise UserError(
+                f"{entry.name} is {list(tensors[entry.name].shape)}, but config.json says {list(entry.shape)}"
+            )
     pieces = [(as_matrix(tensors[entry.name]), entry.tiles) for entry in entries]
     rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
     return gather(pieces, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
@@ -208,7 +221,10 @@ def gather(pieces: Iterable[tuple[Tensor, Iterable[Tile]]], wanted: Tile) -> Ten
     for matrix, tiles in pieces:
         for tile in tiles:
             top, bottom = max(tile.row, wanted.row), min(tile.row + tile.rows, wanted.row + wanted.rows)
-            left, right = max(tile.column, wanted.column), min(tile.column + tile.columns, wanted.column + wanted.columns)
+            left, right = (
+                max(tile.column, wanted.column),
+                min(tile.column + tile.columns, wanted.column + wanted.columns),
+            )
             if top >= bottom or left >= right:
                 continue
             y, x = top - tile.row + tile.part_row, left - tile.column + tile.part_column
@@ -224,12 +240,18 @@ def gather(pieces: Iterable[tuple[Tensor, Iterable[Tile]]], wanted: Tile) -> Ten
     return out
 
 
-def random_tensors(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+def random_tensors(
+    model: ModelConfig, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
     """Random weights that are the same for every layout: (name, full fp32 tensor), see `random_tensor`."""
-    return ((parameter.name, random_tensor(model, parameter, seed, device)) for parameter in parameters(model))
+    return (
+        (parameter.name, random_tensor(model, parameter, seed, device)) for parameter in parameters(model)
+    )
 
 
-def random_tensor(model: ModelConfig, parameter: Parameter, seed: int, device: torch.device | str = "cpu") -> Tensor:
+def random_tensor(
+    model: ModelConfig, parameter: Parameter, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Fp32, from a generator of its own.
 
     Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1 (or 0, where that is

@@ -22,7 +22,9 @@ class Decoder:
         self._held: list[int] = []  # ids whose text is not given out yet
         self._sizes: list[int] = []  # of those that add bytes: how many
         self._open = b""  # bytes at the end that need more
-        self._begins = True  # nothing has been given out of what decodes together: a leading space may be dropped there
+        self._begins = (
+            True  # nothing has been given out of what decodes together: a leading space may be dropped there
+        )
         self._anchor: tuple[int, str] | None = None
 
     def push(self, token: int) -> str:

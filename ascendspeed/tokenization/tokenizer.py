@@ -43,14 +43,18 @@ def declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
     try:
         return _declared(folder)
     except (TypeError, AttributeError, ValueError) as error:  # a list where a table should be, and the like
-        raise UserError(f"{folder}: the tokenizer's JSON files are not as transformers write them: {error}") from None
+        raise UserError(
+            f"{folder}: the tokenizer's JSON files are not as transformers write them: {error}"
+        ) from None
 
 
 def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
     config, names = (table(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
     said = names | config if config.get("added_tokens_decoder") else config | names
     listed = (said.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens"))
-    more = [token for tokens in listed for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)]
+    more = [
+        token for tokens in listed for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)
+    ]
     named = [said[f"{name}_token"] for name in NAMED if said.get(f"{name}_token") is not None]
     special = [text_of(token) for token in (*named, *more)]
     tokens = {text: Token(None, True, {}) for text in special}
@@ -101,7 +105,9 @@ class Tokenizer(ABC):
         self._added = {content: token.number for content, token in tokens.items() if token.number is not None}
         self._special = {number for content, number in self._added.items() if tokens[content].special}
         self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
-        self.bos, self.eos, self.pad = (self._named(said.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+        self.bos, self.eos, self.pad = (
+            self._named(said.get(f"{name}_token")) for name in ("bos", "eos", "pad")
+        )
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -151,7 +157,9 @@ class Tokenizer(ABC):
         numbers = [int(i) for i in ids]
         for number in numbers:
             if not 0 <= number < self.vocab_size:
-                raise UserError(f"{self.path}: no token has the id {number}; the tokenizer has {self.vocab_size}")
+                raise UserError(
+                    f"{self.path}: no token has the id {number}; the tokenizer has {self.vocab_size}"
+                )
         return numbers
 
 
@@ -161,11 +169,17 @@ class SentencePieceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
-        sentencepiece.set_min_log_level(2)  # InternLM's unused NUL piece would be warned about in every process
+        sentencepiece.set_min_log_level(
+            2
+        )  # InternLM's unused NUL piece would be warned about in every process
         try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(checked(path / "tokenizer.model")))
+            self._model = sentencepiece.SentencePieceProcessor(
+                model_file=str(checked(path / "tokenizer.model"))
+            )
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path / 'tokenizer.model'} is not a sentencepiece model: {_first_line(error)}") from error
+            raise UserError(
+                f"{path / 'tokenizer.model'} is not a sentencepiece model: {_first_line(error)}"
+            ) from error
         super().__init__(path, self._model.get_piece_size())
         if self.bos is None and self._model.bos_id() >= 0:
             self.bos = self._model.bos_id()
@@ -180,7 +194,9 @@ class SentencePieceTokenizer(Tokenizer):
         beyond = {number: content for content, number in self._added.items() if number >= self.pieces}
         kept = [i for i in self._known(ids) if i not in self._special and (i < self.pieces or i in beyond)]
         runs = ((added, list(run)) for added, run in groupby(kept, beyond.__contains__))
-        return "".join("".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs)
+        return "".join(
+            "".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs
+        )
 
     def raw(self, number: int) -> bytes | None:
         if number in self._special:
@@ -236,13 +252,20 @@ class JsonTokenizer(Tokenizer):
         if self._alphabet:
             mapped = [self._alphabet.get(letter) for letter in piece]
             return piece.encode() if None in mapped else bytes(mapped)
-        return bytes([int(piece[3:5], 16)]) if self.whole_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece) else None
+        return (
+            bytes([int(piece[3:5], 16)])
+            if self.whole_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+            else None
+        )
 
     def _find(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
 
 
-FILES: dict[str, type[Tokenizer]] = {"tokenizer.model": SentencePieceTokenizer, "tokenizer.json": JsonTokenizer}
+FILES: dict[str, type[Tokenizer]] = {
+    "tokenizer.model": SentencePieceTokenizer,
+    "tokenizer.json": JsonTokenizer,
+}
 
 
 def load(path: str | Path) -> Tokenizer:

@@ -70,7 +70,14 @@ class Window:
 
 
 def train(
-    run: Run, grid: Grid, device: Device, engine: Engine, batches: Batches, log: Logger, start: Start, watch: Watch
+    run: Run,
+    grid: Grid,
+    device: Device,
+    engine: Engine,
+    batches: Batches,
+    log: Logger,
+    start: Start,
+    watch: Watch,
 ) -> TrainState:
     """Trains from `start` to `--train-iters`, or to where `watch` or `--exit-interval` stop it; evaluates and saves on the way.
 
@@ -109,7 +116,9 @@ def train(
         if saver and last:
             saver.wait()
         for saved in saver.news() if saver else ():
-            behind = f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
+            behind = (
+                f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
+            )
             log.say(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
         window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time
     if leaving:
@@ -141,10 +150,14 @@ def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Sa
     if not run.train.save:
         return None
     barrier = grid.barrier
-    if grid.world > 1:  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
+    if (
+        grid.world > 1
+    ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.beside(SAVE_MINUTES))
     token = grid.gather(claim(run.train.save) if grid.rank == 0 else "")[0]
-    return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token)
+    return Saver(
+        start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token
+    )
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:
@@ -154,7 +167,9 @@ def _give_up(skipped: int, step: int, saver: Saver | None) -> str:
 def _last_good(saver: Saver | None) -> str:
     if saver:
         saver.wait()
-    return f"the last good checkpoint is {saver.last}" if saver and saver.last else "there is no checkpoint yet"
+    return (
+        f"the last good checkpoint is {saver.last}" if saver and saver.last else "there is no checkpoint yet"
+    )
 
 
 def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str = "valid") -> EvalLine:

@@ -23,15 +23,21 @@ def begin(run: Run, base: Source, readers: Readers) -> tuple[Tensors, LoraConfig
     """Weights and fresh adapters, or those of --lora-load; what the run's checkpoints say of them."""
     lora, say = run.lora, readers.say
     if lora.lora_base:
-        raise UserError(f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights")
+        raise UserError(
+            f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights"
+        )
     lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
     count = targets.parameter_count(run.model, lora)
-    say(f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained")
+    say(
+        f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained"
+    )
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
     found = peft.open_adapter(lora.lora_load, readers)
     check_base(found, f"--load {run.train.load}", lora.lora_base_fingerprint)
-    say(f"adapters from {lora.lora_load}{'' if found.fingerprint else ', which do not say whether they belong to these weights'}")
+    say(
+        f"adapters from {lora.lora_load}{'' if found.fingerprint else ', which do not say whether they belong to these weights'}"
+    )
     return chain(base.tensors(), list(tensors_of(found, run.model, lora))), lora
 
 
@@ -40,7 +46,9 @@ def check_kind(run: Run, found: Checkpoint) -> None:
     mine, theirs = run.lora, found.run.lora
     if not theirs.lora_rank:
         if mine.lora_rank and not run.train.finetune:
-            raise UserError(f"{found.path} holds all weights of a model: to train adapters beside them add --finetune")
+            raise UserError(
+                f"{found.path} holds all weights of a model: to train adapters beside them add --finetune"
+            )
         return
     flags = (
         f"--lora-rank {theirs.lora_rank} --lora-alpha {theirs.lora_alpha:g} "
@@ -61,8 +69,12 @@ def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraC
     """The weights that a checkpoint's adapters belong to, and what the run's checkpoints say of them."""
     say = readers.say
     if run.lora.lora_load:
-        say(f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}")
+        say(
+            f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}"
+        )
     base = training_checkpoint.base_of(found, run.lora.lora_base, readers)
     say(f"weights beneath the adapters from {base.where} ({base.kind})")
     where = str(Path(base.where).resolve())
-    return base.tensors(), replace(run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint)
+    return base.tensors(), replace(
+        run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint
+    )

@@ -126,7 +126,9 @@ def parse(text: str) -> TrainLine | EvalLine | None:
         if match := _TRAIN.search(text):
             pairs = (part.partition(":") for part in (match[4] or "").split("|"))
             found = {_BY_LABEL[k.strip()]: v.strip() for k, _, v in pairs if k.strip() in _BY_LABEL}
-            return TrainLine(match[1], int(match[2]), int(match[3]), **{f.name: f.read(v) for f, v in found.items()})
+            return TrainLine(
+                match[1], int(match[2]), int(match[3]), **{f.name: f.read(v) for f, v in found.items()}
+            )
     except ValueError:
         pass
     return None
@@ -144,7 +146,9 @@ def read(path: str | Path) -> Iterator[TrainLine | EvalLine]:
 class Logger:
     """Says things once: on rank 0, to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
 
-    def __init__(self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None) -> None:
+    def __init__(
+        self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None
+    ) -> None:
         """Makes the folders. Raises `UserError` when they cannot be written, or when TensorBoard is wanted and missing."""
         self.speaks = self._prints = rank == 0
         self._file = _append(Path(log_dir) / "train.log") if log_dir and self.speaks else None
@@ -171,7 +175,11 @@ class Logger:
             self._prints = False
             _silence(sys.stdout)
             with contextlib.suppress(OSError):
-                print(f"warning: stdout: {error.strerror}; no more is written there", file=sys.stderr, flush=True)
+                print(
+                    f"warning: stdout: {error.strerror}; no more is written there",
+                    file=sys.stderr,
+                    flush=True,
+                )
             self.say(f"warning: stdout: {error.strerror}; no more is written there")
 
     def line(self, line: TrainLine | EvalLine) -> None:
@@ -224,7 +232,9 @@ def _append(path: Path) -> TextIO:
         with open(path, "rb") as written:
             torn = written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) and written.read() != b"\n"
     except OSError as error:
-        raise UserError(f"{path}: cannot write the log: {error.strerror}; choose another --log-dir") from error
+        raise UserError(
+            f"{path}: cannot write the log: {error.strerror}; choose another --log-dir"
+        ) from error
     if torn:
         file.write("\n")
     return file

@@ -74,16 +74,22 @@ def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
     splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted), say)
     if run.train.train_epochs:
         if splits["train"].estimated:
-            raise UserError("--train-epochs: how many samples text makes is known after it is tokenized; give --train-iters")
+            raise UserError(
+                "--train-epochs: how many samples text makes is known after it is tokenized; give --train-iters"
+            )
         if len(splits["train"].passes(1)) > 1:
-            raise UserError("--train-epochs: data sets that are blended by weights end at different times; give --train-iters")
+            raise UserError(
+                "--train-epochs: data sets that are blended by weights end at different times; give --train-iters"
+            )
         wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
         lr_schedule.check(run.optim, run.train.train_iters)
         say(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
     for name, iterations in wanted.items():
         samples = len(splits[name])
-        passes = [f"{often:.2f} passes over {prefix}" for prefix, often in splits[name].passes(iterations * size)]
+        passes = [
+            f"{often:.2f} passes over {prefix}" for prefix, often in splits[name].passes(iterations * size)
+        ]
         often = f"{iterations} x {size} samples are {', '.join(passes)}"
         about = "about " if splits[name].estimated else ""
         say(f"{name} data: {about}{samples} samples of {run.data.seq_length} tokens; {often}")
@@ -104,10 +110,14 @@ def _check_tokenizer(run: Run) -> None:
     ids = tokenizer.load(path).vocab_size
     if ids > rows:
         raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
-    for _, prefix in chain(*(dataset.parse_blend(paths) for paths in (run.data.data_path, run.data.valid_data_path) if paths)):
+    for _, prefix in chain(
+        *(dataset.parse_blend(paths) for paths in (run.data.data_path, run.data.valid_data_path) if paths)
+    ):
         made = dataset.facts_of(prefix).get("vocab_size", ids)
         if made != ids:
-            raise UserError(f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}")
+            raise UserError(
+                f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}"
+            )
 
 
 def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
@@ -128,7 +138,9 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
                 f"--save {save} already holds the checkpoints of a run; go on by --auto-resume; a new one needs another folder"
             )
         if not same:
-            raise UserError(f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder")
+            raise UserError(
+                f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder"
+            )
     readers = Readers.of(grid, say)
     if load and checkpoint.looks_like_checkpoint(load):
         return _from_checkpoint(run, readers.open(load), grid, readers)
@@ -146,12 +158,19 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
 def _check_views(run: Run, grid: Grid) -> None:
     """Whether all ranks would begin at the same place; where --auto-resume found a checkpoint on some only, --load differs."""
     load, save = run.train.load, run.train.save
-    holds = {flag: bool(path) and checkpoint.looks_like_checkpoint(path) for flag, path in (("load", load), ("save", save))}
+    holds = {
+        flag: bool(path) and checkpoint.looks_like_checkpoint(path)
+        for flag, path in (("load", load), ("save", save))
+    }
     views = grid.gather((load, run.train.finetune, holds))
     other = next((rank for rank, view in enumerate(views) if view != views[0]), None)
     if other is not None:
-        told = "; ".join(f"rank {r}: --load {views[r][0]}, checkpoints in {_names(views[r][2])}" for r in (0, other))
-        raise UserError(f"the ranks do not see the same files there: {told}; --save and --load must lie on storage that all share")
+        told = "; ".join(
+            f"rank {r}: --load {views[r][0]}, checkpoints in {_names(views[r][2])}" for r in (0, other)
+        )
+        raise UserError(
+            f"the ranks do not see the same files there: {told}; --save and --load must lie on storage that all share"
+        )
 
 
 def _names(holds: dict[str, bool]) -> str:
@@ -183,15 +202,21 @@ def _check_disk(run: Run, grid: Grid, say: Say) -> None:
     size, train = estimates.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
     disk = next(p for p in (folder, *folder.parents) if p.is_dir())
-    free = grid.gather(shutil.disk_usage(disk).free)[0]  # one answer for all ranks, though others write there too
-    numbers = f"a checkpoint takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {train.save}"
+    free = grid.gather(shutil.disk_usage(disk).free)[
+        0
+    ]  # one answer for all ranks, though others write there too
+    numbers = (
+        f"a checkpoint takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {train.save}"
+    )
     if size + checkpoint.SLACK > free:
         raise UserError(f"{numbers}; free some space or choose another --save")
     ends = train.exit_interval or train.train_iters
     kept = ends // (train.save_interval or ends) + bool(ends % (train.save_interval or ends))
     kept = min(kept, (train.keep or kept) + 1)  # an old one goes when the new one is whole
     if kept * size + checkpoint.SLACK > free:
-        say(f"note: {numbers}, which is not enough for the {kept} that will lie there at a time; see --keep and --save-interval")
+        say(
+            f"note: {numbers}, which is not enough for the {kept} that will lie there at a time; see --keep and --save-interval"
+        )
 
 
 def _is_empty(folder: Path) -> bool:
@@ -218,14 +243,20 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) 
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
         say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         either = adapted or found.run.lora.lora_rank
-        return _from_weights(run, training_checkpoint.source_of(found, readers), readers) if either else Start(found.tensors())
+        return (
+            _from_weights(run, training_checkpoint.source_of(found, readers), readers)
+            if either
+            else Start(found.tensors())
+        )
     tensors, lora = lora_setup.go_on(run, found, readers) if adapted else (None, None)
     if run.train.finetune:
         say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
         return Start(chain(tensors, found.tensors()), lora=lora)
     _announce_changes(run, found.run, say)
     moved = (found.world, found.run.parallel.places) != (grid.world, run.parallel.places)
-    if moved and (run.train.attention_dropout or run.train.hidden_dropout or (adapted and run.lora.lora_dropout)):
+    if moved and (
+        run.train.attention_dropout or run.train.hidden_dropout or (adapted and run.lora.lora_dropout)
+    ):
         say("note: in another layout than that of the checkpoint, the dropout masks start anew from --seed")
     say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")
     if adapted:  # the engine asks for all its weights; the checkpoint then brings the adapters
@@ -235,7 +266,9 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) 
 
 def _announce_changes(run: Run, before: Run, say: Say) -> None:
     """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
-    watched = [(group, f.name) for group in ("data", "optim") for f in dataclasses.fields(getattr(run, group))]
+    watched = [
+        (group, f.name) for group in ("data", "optim") for f in dataclasses.fields(getattr(run, group))
+    ]
     for group, name in [*watched, *(("train", name) for name in WATCHED_TRAIN), ("lora", "lora_dropout")]:
         old, new = getattr(getattr(before, group), name), getattr(getattr(run, group), name)
         if old != new and name not in UNWATCHED:

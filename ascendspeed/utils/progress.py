@@ -6,7 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 Report = Callable[[int], None]
 """Told the bytes that were done since the last call, by any thread."""
@@ -16,7 +23,13 @@ Report = Callable[[int], None]
 def progress(what: str, total: int, every: float = 10.0) -> Iterator[Report]:
     """Shows bytes, rate and time left of work of `total` bytes; in a log a line every `every` seconds and at the end."""
     if sys.stdout.isatty():
-        columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn(what),
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns) as bar:
             task = bar.add_task(what, total=total)
             yield lambda done: bar.advance(task, done)

@@ -30,7 +30,11 @@ def checked(path: str | Path, root: str | Path | None = None) -> Path:
         real = path.resolve(strict=True)
         home = (Path(root) if root is not None else path.parent).resolve(strict=True)
         kind = os.stat(real).st_mode
-    except (OSError, ValueError, RuntimeError) as error:  # ValueError: a NUL in the name; RuntimeError: links in a circle
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # ValueError: a NUL in the name; RuntimeError: links in a circle
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     if not any(real.is_relative_to(place) for place in (home, *_blobs(home))):
         raise UserError(f"{path} is a link that leads out of {home}, to {real}: put the file itself there")
@@ -40,7 +44,9 @@ def checked(path: str | Path, root: str | Path | None = None) -> Path:
         raise UserError(f"{path} cannot be read: no permission")
     with open(path, "rb") as file:
         if file.read(len(POINTER)) == POINTER:
-            raise UserError(f"{path} is not the file itself, but what git has of it without git-lfs: run git lfs pull there")
+            raise UserError(
+                f"{path} is not the file itself, but what git has of it without git-lfs: run git lfs pull there"
+            )
     return path
 
 
@@ -51,7 +57,12 @@ def _blobs(home: Path) -> Iterable[Path]:
 
 def plain_name(name: Any, where: str | Path) -> str:
     """A name that another file gives, when it is one of a file in the same folder. Raises `UserError`."""
-    if not isinstance(name, str) or name in ("", ".", "..") or PurePosixPath(name).name != name or set(name) & set("\\\0\n"):
+    if (
+        not isinstance(name, str)
+        or name in ("", ".", "..")
+        or PurePosixPath(name).name != name
+        or set(name) & set("\\\0\n")
+    ):
         raise UserError(f"{where} names {name!r}, which is not a file of its folder")
     return name
 
@@ -65,7 +76,9 @@ def read_json(path: str | Path, root: str | Path | None = None) -> Any:
     try:
         size = path.stat().st_size
         if size > LARGEST_JSON:
-            raise UserError(f"{path} cannot be read: {size / 2**20:.0f} MiB of JSON are more than any checkpoint needs")
+            raise UserError(
+                f"{path} cannot be read: {size / 2**20:.0f} MiB of JSON are more than any checkpoint needs"
+            )
         return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read, it is not JSON: {error}") from None

@@ -42,7 +42,9 @@ class Bounds:
     def broken(self, figures: Figures) -> list[str]:
         """Columns that are out of bounds; NaN is."""
         out = [column for column, limit in self.most.items() if not getattr(figures, column) <= limit]
-        return out + ([] if figures.loss_relative >= self.least or "loss_relative" in out else ["loss_relative"])
+        return out + (
+            [] if figures.loss_relative >= self.least or "loss_relative" in out else ["loss_relative"]
+        )
 
 
 def exact(way: float) -> Bounds:

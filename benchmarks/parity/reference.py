@@ -77,14 +77,19 @@ def trained(family: str, steps: int, samples: int | None = None, attention: str 
     if attention:
         half = oracle.halved(theirs)
         half.set_attn_implementation(attention)
-    data = oracle.batches(model.vocab_size, steps, run.train.global_batch_size, run.data.seq_length, rows.DATA_SEED)
+    data = oracle.batches(
+        model.vocab_size, steps, run.train.global_batch_size, run.data.seq_length, rows.DATA_SEED
+    )
     lrs = [lr_schedule.lr_at(i, run.optim, steps) for i in range(steps)]
     curve = oracle.train(theirs, data, lrs, vars(run.optim), half, samples)
     return Trained(curve, {name: tensor.clone() for name, tensor in oracle.published(theirs, model).items()})
 
 
 QKV = "decoder.layers.1.self_attention.linear_qkv.weight"
-PROJECTION, GATE = "decoder.layers.1.self_attention.linear_proj.weight", "decoder.layers.2.mlp.linear_fc1.weight"
+PROJECTION, GATE = (
+    "decoder.layers.1.self_attention.linear_proj.weight",
+    "decoder.layers.2.mlp.linear_fc1.weight",
+)
 EXPERTS = [f"decoder.layers.1.mlp.experts.local_experts.{i}.linear_fc1.weight" for i in (0, 1)]
 
 

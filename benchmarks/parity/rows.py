@@ -30,7 +30,9 @@ def run_of(model: ModelConfig, steps: int) -> Run:
     return Run(
         model,
         ParallelConfig(),
-        OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=min(4, steps // 2), weight_decay=0.1, clip_grad=1.0),
+        OptimConfig(
+            lr=1e-2, min_lr=1e-3, lr_warmup_iters=min(4, steps // 2), weight_decay=0.1, clip_grad=1.0
+        ),
         DataConfig(data_path=("unused",), seq_length=32),
         TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=steps),
     )
@@ -146,7 +148,9 @@ LAYOUTS = (
     zero("ZeRO-3, recompute full", 2, 3, train=FULL),
     zero("TP2xDP2, ZeRO-1", 4, 1, TP),
     zero("TP2xDP2+SP, ZeRO-3", 4, 3, TP | SP),
-    zero("ZeRO-3 with hpz 2", 4, 3, {"zero_hpz_partition_size": 2}),  # the last of its start: a process can have it once
+    zero(
+        "ZeRO-3 with hpz 2", 4, 3, {"zero_hpz_partition_size": 2}
+    ),  # the last of its start: a process can have it once
 )
 HALVES = (
     megatron("ZeRO-1 (distributed optimizer)", 2, SHARDS, optim=BF16),
@@ -164,12 +168,16 @@ CONTROLS = (
     NAMED["Megatron DP2"].wrong("two key/value heads exchanged", weights="heads", families=DENSE),
     NAMED["Megatron DP2"].wrong("gate and up exchanged in one layer", weights="gate", families=DENSE),
     NAMED["Megatron EP2"].wrong("two experts exchanged", weights="experts"),
-    NAMED["Megatron ZeRO-1 (distributed optimizer)"].wrong("weight decay on all", mistake="weight decay on all"),
+    NAMED["Megatron ZeRO-1 (distributed optimizer)"].wrong(
+        "weight decay on all", mistake="weight decay on all"
+    ),
     NAMED["Megatron TP2+SP"].wrong("sequence-parallel sum missing", mistake="sequence-parallel sum"),
     NAMED["Megatron PP2xVPP2"].wrong("messages batched", mistake="batched messages"),
     NAMED["Megatron CP2"].wrong("chunks in a row", mistake="chunks in a row"),
     NAMED["DeepSpeed ZeRO-2"].wrong("no clipping", optim={"clip_grad": 0.0}),
-    NAMED["DeepSpeed TP2+SP, ZeRO-2"].wrong("sequence-parallel sum missing", mistake="sequence-parallel hook"),
+    NAMED["DeepSpeed TP2+SP, ZeRO-2"].wrong(
+        "sequence-parallel sum missing", mistake="sequence-parallel hook"
+    ),
     NAMED["Megatron DP2"].wrong("fp32 where bf16 is said", as_bf16=True, families=DENSE),
     # Of those above, what is smaller than the rounding of bf16 (a missing sum under sequence parallel, say) only fp32 can see.
     NAMED["Megatron ZeRO-1 (distributed optimizer), bf16"].wrong("mean of means", mistake="mean of means"),

@@ -79,7 +79,11 @@ def measure(families: Sequence[str], parts: Sequence[str], steps: int, work: Pat
     if not starts:
         raise UserError(f"--rows {' '.join(parts)}: no row of {', '.join(families)} is called so")
     theirs = references_of(starts, steps, work, say)
-    apart = {(f, name): compare(other, r.end, r.start) for f, r in theirs.items() for name, other in r.others.items()}
+    apart = {
+        (f, name): compare(other, r.end, r.start)
+        for f, r in theirs.items()
+        for name, other in r.others.items()
+    }
     bounds = {}
     for family in theirs:
         optim = rows.run_of(rows.MODELS[family], steps).optim
@@ -89,16 +93,22 @@ def measure(families: Sequence[str], parts: Sequence[str], steps: int, work: Pat
     for (family, world), wanted in starts.items():
         for row, trained in start(family, world, wanted, theirs[family], steps, work, progress):
             found = compare(trained, theirs[family].end, theirs[family].start) if trained else None
-            results.append(Result(family, row, found, bounds[family, row.precision].broken(found) if found else []))
+            results.append(
+                Result(family, row, found, bounds[family, row.precision].broken(found) if found else [])
+            )
     return Measured(results, bounds, apart, steps, time.monotonic() - began)
 
 
-def references_of(starts: dict[tuple[str, int], list[Row]], steps: int, work: Path, say: Say) -> dict[str, Reference]:
+def references_of(
+    starts: dict[tuple[str, int], list[Row]], steps: int, work: Path, say: Say
+) -> dict[str, Reference]:
     """family -> what its rows need."""
     found = {}
     for family in dict.fromkeys(family for family, _ in starts):
         say(f"{family}: plain torch over Hugging Face's model")
-        mistakes = {row.weights for (own, _), some in starts.items() for row in some if own == family and row.weights}
+        mistakes = {
+            row.weights for (own, _), some in starts.items() for row in some if own == family and row.weights
+        }
         found[family] = reference.reference(family, steps, mistakes, work)
     return found
 
@@ -109,9 +119,15 @@ def start(
     """One start of processes; every row with its curve and its last weights, or without when the start failed."""
     folder = work / f"{family}-{world}"
     at = {row.title: folder / f"row{i}" for i, row in enumerate(wanted)}
-    cases = {row.title: rows.case(row, steps, theirs.files[row.weights], str(at[row.title])) for row in wanted}
+    cases = {
+        row.title: rows.case(row, steps, theirs.files[row.weights], str(at[row.title])) for row in wanted
+    }
     job = rows.job(theirs.model, steps, cases)
-    with watching(folder / "rank0.log", set(cases), lambda title: progress.begins(f"{family}, {world} processes: {title}")):
+    with watching(
+        folder / "rank0.log",
+        set(cases),
+        lambda title: progress.begins(f"{family}, {world} processes: {title}"),
+    ):
         try:
             curves = launch.ranks(world, "engine_worker.py", job, folder, LONGEST)
         except (AssertionError, OSError, subprocess.SubprocessError) as error:

@@ -25,7 +25,11 @@ COLUMNS = {
     "weight": r"max \|Δ weight\|",
     "weight_relative": "Δ / way of all weights",
 }
-RUNNING = ("ascendspeed", "benchmarks/parity", *(f"tests/{name}.py" for name in ("engine_worker", "launch", "oracle")))
+RUNNING = (
+    "ascendspeed",
+    "benchmarks/parity",
+    *(f"tests/{name}.py" for name in ("engine_worker", "launch", "oracle")),
+)
 
 
 def about(device: str) -> dict[str, Any]:
@@ -49,7 +53,9 @@ def commit() -> str:
     head = git("rev-parse", "--short=12", "HEAD")
     if head.returncode:
         return "unknown"
-    return head.stdout.strip() + (" with local changes" if git("diff", "--quiet", "HEAD", "--", *RUNNING).returncode else "")
+    return head.stdout.strip() + (
+        " with local changes" if git("diff", "--quiet", "HEAD", "--", *RUNNING).returncode else ""
+    )
 
 
 def as_json(measured: Measured, facts: dict[str, Any]) -> str:
@@ -60,7 +66,9 @@ def as_json(measured: Measured, facts: dict[str, Any]) -> str:
         "seconds": round(measured.seconds),
         "good": measured.good,
         "bounds": [{"family": f, "precision": p, **asdict(b)} for (f, p), b in measured.bounds.items()],
-        "references": [{"family": f, "reference": n, **numbers(found)} for (f, n), found in measured.references.items()],
+        "references": [
+            {"family": f, "reference": n, **numbers(found)} for (f, n), found in measured.references.items()
+        ],
         "rows": [as_record(result) for result in measured.results],
     }
     return json.dumps(record, indent=1, allow_nan=False) + "\n"
@@ -71,7 +79,10 @@ def as_record(result: Result) -> dict[str, Any]:
     row = result.row
     return {
         "family": result.family,
-        **{name: getattr(row, name) for name in ("engine", "name", "world", "precision", "control", "changes")},
+        **{
+            name: getattr(row, name)
+            for name in ("engine", "name", "world", "precision", "control", "changes")
+        },
         "figures": numbers(result.figures),
         "broken": result.broken,
         "good": result.good,
@@ -130,7 +141,11 @@ def section(family: str, results: list[Result], measured: Measured) -> list[str]
             lines += ["", f"{precision}:", "", *head("row"), limits(measured.bounds[family, precision])]
             lines += [line(r.row.engine + " " + r.row.name, str(r.row.world), r) for r in mine]
             others = {name: found for (of, name), found in measured.references.items() if of == family}
-            lines += [cells(f"*plain torch, {n}*", "1", shown(f, []), "") for n, f in others.items() if n.startswith(precision)]
+            lines += [
+                cells(f"*plain torch, {n}*", "1", shown(f, []), "")
+                for n, f in others.items()
+                if n.startswith(precision)
+            ]
     controls = [r for r in results if r.row.control]
     if controls:
         lines += ["", "Controls:", "", *head("row, and what is wrong")]

@@ -30,7 +30,16 @@ from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "pydoc_data"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "pydoc_data",
+}
 HELD_OUT_EVERY = 20  # modules
 CHAT_ROWS, ANSWER_CHARS = 400, range(20, 100)
 DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
@@ -89,7 +98,9 @@ def collect(wanted: int) -> tuple[list[Row], list[Row]]:
         (train if number % HELD_OUT_EVERY else held_out).extend(rows_of(STDLIB / path, name))
         if len(train) >= wanted and held_out:
             return train[:wanted], held_out
-    raise UserError(f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for fewer")
+    raise UserError(
+        f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for fewer"
+    )
 
 
 def chat_rows(rows: list[Row]) -> list[Row]:
@@ -138,9 +149,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 def write_tokenizer(folder: Path, model: bytes) -> None:
     """A Hugging Face directory around `tokenizer.model`."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = SPECIAL | {"add_bos_token": True, "add_eos_token": False, "clean_up_tokenization_spaces": False, "legacy": False}
+    config = SPECIAL | {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "legacy": False,
+    }
     (folder / "tokenizer.model").write_bytes(model)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"tokenizer_class": "LlamaTokenizer"}, indent=2) + "\n"
+    )
     (folder / "special_tokens_map.json").write_text(json.dumps(SPECIAL, indent=2) + "\n")
 
 
@@ -154,7 +172,12 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     """Makes everything in `output_dir`, or reuses what the same settings made. Returns the folder."""
-    made = {"rows": rows, "chat_rows": CHAT_ROWS, "vocab_size": vocab_size, "python": platform.python_version()}
+    made = {
+        "rows": rows,
+        "chat_rows": CHAT_ROWS,
+        "vocab_size": vocab_size,
+        "python": platform.python_version(),
+    }
     record = output_dir / "made.json"
     if record.is_file() and json.loads(record.read_text()) == made:
         print(f"reusing {output_dir}: {made}", flush=True)
@@ -162,13 +185,18 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     output_dir.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
     train, held_out = collect(rows)
-    print(f"read {len(train)} training and {len(held_out)} held-out rows from the standard library", flush=True)
+    print(
+        f"read {len(train)} training and {len(held_out)} held-out rows from the standard library", flush=True
+    )
     write_rows(output_dir / "train.parquet", train)
     write_rows(output_dir / "heldout.parquet", held_out)
     chat = "".join(json.dumps(row) + "\n" for row in chat_rows(train))
     (output_dir / "chat.jsonl").write_text(chat, "utf-8")
     (output_dir / "heldout.txt").write_text("\n\n".join(row["output"] for row in held_out) + "\n", "utf-8")
-    write_tokenizer(output_dir / "tokenizer", train_tokenizer((text for row in train for text in row.values()), vocab_size))
+    write_tokenizer(
+        output_dir / "tokenizer",
+        train_tokenizer((text for row in train for text in row.values()), vocab_size),
+    )
     print(f"trained a tokenizer of {vocab_size} pieces", flush=True)
     record.write_text(json.dumps(made) + "\n")
     return output_dir

@@ -32,7 +32,9 @@ def held_out(work: Path, length: int) -> Any:
 
     ids = tokenizer.load(work / "data" / "tokenizer").encode((work / "data" / "heldout.txt").read_text())
     count = (len(ids) - 1) // length
-    return torch.stack([torch.tensor(ids[i * length : (i + 1) * length + 1], dtype=torch.int64) for i in range(count)])
+    return torch.stack(
+        [torch.tensor(ids[i * length : (i + 1) * length + 1], dtype=torch.int64) for i in range(count)]
+    )
 
 
 def our_loss(work: Path, samples: Any) -> float:
@@ -50,7 +52,9 @@ def our_loss(work: Path, samples: Any) -> float:
 
     found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()
     process_groups.initialize(here, alone, seed=1)
-    model = gpt_model.build(found.config, alone, layer_spec.transformer_config(found.config, alone, TrainConfig())).eval()
+    model = gpt_model.build(
+        found.config, alone, layer_spec.transformer_config(found.config, alone, TrainConfig())
+    ).eval()
     gpt_model.fill(model, found.config, alone, found.tensors())
     with torch.no_grad():
         losses = [model(part[:, :-1], None, None, labels=part[:, 1:]) for part in samples.split(8)]
@@ -63,7 +67,9 @@ def their_loss(work: Path, samples: Any) -> float:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(work / "export", dtype=torch.float32, local_files_only=True).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        work / "export", dtype=torch.float32, local_files_only=True
+    ).eval()
     with torch.no_grad():
         logits = torch.cat([model(part[:, :-1]).logits for part in samples.split(8)])
     return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), samples[:, 1:].flatten()))
@@ -78,10 +84,18 @@ def log_lines(path: Path) -> list[Any]:
 def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
     """Rows of the table that come from the training log."""
     if not train:
-        return [("training", f"no iteration stands in {work}/logs/train.log: it was deleted, so there is no loss curve")]
+        return [
+            (
+                "training",
+                f"no iteration stands in {work}/logs/train.log: it was deleted, so there is no loss curve",
+            )
+        ]
     return [
         ("loss curve, log, TensorBoard", f"{work}/loss.png, {work}/logs/train.log, {work}/tensorboard"),
-        ("training loss, first -> last", f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)"),
+        (
+            "training loss, first -> last",
+            f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)",
+        ),
         ("tokens/s per process (median)", f"{median(line.tokens_per_s for line in train):.0f}"),
         ("peak memory per process", f"{max(line.memory_gib for line in train):.2f} GiB"),
     ]
@@ -98,7 +112,9 @@ def draw(lines: list[Any], path: Path) -> None:
     valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
     axes.plot([line.iteration for line in train], [line.loss for line in train], lw=1.2, label="training")
-    axes.plot([line.iteration for line in valid], [line.loss for line in valid], "o", ms=5, label="validation")
+    axes.plot(
+        [line.iteration for line in valid], [line.loss for line in valid], "o", ms=5, label="validation"
+    )
     axes.set(xlabel="iteration", ylabel="loss per token", title="InternLM-tiny on docstrings, ZeRO-2 x TP 2")
     axes.grid(alpha=0.3)
     axes.legend()
@@ -135,7 +151,9 @@ def main() -> None:
         table.add_row(*row)
     Console().print(table)
     if abs(ours - theirs) > 1e-4:
-        raise errors.UserError(f"the export disagrees with the training checkpoint: held-out loss {theirs:.6f}, not {ours:.6f}")
+        raise errors.UserError(
+            f"the export disagrees with the training checkpoint: held-out loss {theirs:.6f}, not {ours:.6f}"
+        )
 
 
 if __name__ == "__main__":

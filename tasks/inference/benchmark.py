@@ -71,7 +71,9 @@ def main() -> None:
         say(f"note: {note}")
     found = benchmark.timings(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
     if model.grid.rank == 0:
-        text = benchmark_report.write(found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})"))
+        text = benchmark_report.write(
+            found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})")
+        )
         print(text, end="", flush=True)
     process_groups.destroy()
 
@@ -79,14 +81,20 @@ def main() -> None:
 def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
     """(lengths, ranges of batches; empty for --performance). Raises `UserError`."""
     if (options.performance is None) == (options.performance_maxbs is None):
-        raise UserError("give --performance or --performance-maxbs, one of them, with pairs of input and output length")
+        raise UserError(
+            "give --performance or --performance-maxbs, one of them, with pairs of input and output length"
+        )
     if options.batch_size < 1 or not options.limit_ms > 0:
-        raise UserError(f"--batch-size {options.batch_size} and --limit-ms {options.limit_ms} must be above 0")
+        raise UserError(
+            f"--batch-size {options.batch_size} and --limit-ms {options.limit_ms} must be above 0"
+        )
     if options.performance is not None:
         return benchmark_report.read_pairs(options.performance, "--performance"), []
     cases = benchmark_report.read_pairs(options.performance_maxbs or "", "--performance-maxbs")
     if any(outputs < 2 for _, outputs in cases):
-        raise UserError("--performance-maxbs needs outputs of at least 2 tokens: the first one is not counted")
+        raise UserError(
+            "--performance-maxbs needs outputs of at least 2 tokens: the first one is not counted"
+        )
     ranges = benchmark_report.read_pairs(options.ranges or "null", "--ranges")
     if len(ranges) != len(cases) or any(low > high for low, high in ranges):
         raise UserError(

@@ -81,12 +81,16 @@ def _judge(options: Options, typed: set[str]) -> None:
     """Raises `UserError` for what is wrong whatever --from holds."""
     for name in sorted(typed & MEANT.keys()):
         if options.format not in MEANT[name] and (name, getattr(options, name)) not in (("tp", 1), ("pp", 1)):
-            raise errors.UserError(f"{_flag(name)} is for --format {' or '.join(MEANT[name])}, not for {options.format}")
+            raise errors.UserError(
+                f"{_flag(name)} is for --format {' or '.join(MEANT[name])}, not for {options.format}"
+            )
     for name, least in (("tp", 1), ("pp", 1), ("make_vocab_size_divisible_by", 1), ("wp", 0)):
         if getattr(options, name) < least:
             raise errors.UserError(f"{_flag(name)} {getattr(options, name)} is too small: at least {least}")
     if options.to_family and options.to_family not in families.FAMILIES:
-        raise errors.UserError(f"--to-family {options.to_family} does not exist; there are {', '.join(families.FAMILIES)}")
+        raise errors.UserError(
+            f"--to-family {options.to_family} does not exist; there are {', '.join(families.FAMILIES)}"
+        )
     if "scaling_factor" in typed and options.asked.rotary_type != "dynamic":
         raise errors.UserError("--scaling-factor means nothing without --rotary-type dynamic")
 
@@ -97,7 +101,9 @@ def _judge_reading(options: Options, typed: set[str]) -> None:
 
     name = min(typed & set(READING), default=None)
     if name and Path(options.source).is_dir() and not internevo.is_one(Path(options.source)):
-        raise errors.UserError(f"{_flag(name)} is for a training folder of InternEvo, which {options.source} is not")
+        raise errors.UserError(
+            f"{_flag(name)} is for a training folder of InternEvo, which {options.source} is not"
+        )
 
 
 def _flag(name: str) -> str:
@@ -113,9 +119,15 @@ def _format(options: Options) -> "Format":
         return convert.HuggingFace(family, convert.parse_size(options.max_shard_size), options.copy_code)
     if options.format in EVO:
         return convert.InternEvo(
-            options.tp, options.pp, options.wp, version=options.internevo_version, embed_split=options.embed_split
+            options.tp,
+            options.pp,
+            options.wp,
+            version=options.internevo_version,
+            embed_split=options.embed_split,
         )
-    return convert.RankFiles(options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by)
+    return convert.RankFiles(
+        options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by
+    )
 
 
 def main() -> None:
@@ -129,9 +141,13 @@ def main() -> None:
     unused(options.target)
     to = _format(options)
     _judge_reading(options, typed)
-    source = convert.with_tokenizer(convert.open_source(options.source, options.config, options.asked), options.tokenizer)
+    source = convert.with_tokenizer(
+        convert.open_source(options.source, options.config, options.asked), options.tokenizer
+    )
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
-    convert.convert(source, options.target, to, convert.DTYPES.get(options.dtype), options.verify, options.allow_nan)
+    convert.convert(
+        source, options.target, to, convert.DTYPES.get(options.dtype), options.verify, options.allow_nan
+    )
     print(f"{'verified, every bit: ' if options.verify else ''}{options.target}")
 
 

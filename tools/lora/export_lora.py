@@ -30,7 +30,9 @@ class Options:
 def main() -> None:
     """Parses, exports, says where the result is."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed.checkpoint import open_checkpoint  # after parsing, so that --help does not wait for torch
+    from ascendspeed.checkpoint import (
+        open_checkpoint,
+    )  # after parsing, so that --help does not wait for torch
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
     from ascendspeed.conversion.output_files import unused
@@ -42,8 +44,12 @@ def main() -> None:
         adapter = as_llama(adapter, opened.config)
     peft.write(adapter, target, options.base)
     if not (options.base or adapter.base):
-        print(f"note: {peft.CONFIG} names no weights: --base names those of LlamaForCausalLM, once exported as hf-llama")
-    print(f"{len(adapter.pairs)} adapters of rank {adapter.settings['r']} from {opened.path}: {options.target}")
+        print(
+            f"note: {peft.CONFIG} names no weights: --base names those of LlamaForCausalLM, once exported as hf-llama"
+        )
+    print(
+        f"{len(adapter.pairs)} adapters of rank {adapter.settings['r']} from {opened.path}: {options.target}"
+    )
 
 
 if __name__ == "__main__":

@@ -39,9 +39,13 @@ def main() -> None:
     base = convert.with_tokenizer(convert.open_source(options.base), None)
     peft.check_complete(adapter, base.config)
     source = merged(base, adapter)
-    print(f"{len(adapter.pairs)} adapters from {adapter.where} into {base.where}: {base.kind}, {base.config.family}")
+    print(
+        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.where}: {base.kind}, {base.config.family}"
+    )
     if not adapter.fingerprint:
-        print(f"note: {adapter.where} does not say which weights it was trained on: {base.where} could not be checked")
+        print(
+            f"note: {adapter.where} does not say which weights it was trained on: {base.where} could not be checked"
+        )
     to = convert.HuggingFace(None, convert.parse_size(options.max_shard_size))
     convert.convert(source, options.save, to, convert.DTYPES.get(options.dtype))
     print(options.save)

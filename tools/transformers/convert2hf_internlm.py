@@ -19,7 +19,10 @@ def main() -> None:
     """Parses, converts."""
     options = parser.parse(Options, description=Options.__doc__)
     internlm_tools.to_hugging_face(
-        options, parser.typed(Options), "internlm", "convert2hf_internlm2.py, or tools/ckpt_convert/convert.py"
+        options,
+        parser.typed(Options),
+        "internlm",
+        "convert2hf_internlm2.py, or tools/ckpt_convert/convert.py",
     )
 
 

@@ -17,7 +17,9 @@ class Options(internlm_tools.ToInternEvo):
 
 def main() -> None:
     """Parses, converts."""
-    internlm_tools.to_internevo(parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py")
+    internlm_tools.to_internevo(
+        parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py"
+    )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,15 @@ from ascendspeed.conversion import write as writing
 from ascendspeed.conversion.config_check import contradictions
 from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
 from ascendspeed.conversion.output_files import create_safetensors, nbytes, write_json
-from ascendspeed.conversion.source import Source, check_names, check_tensor, from_pieces, one_dtype, read_config, same_bits
+from ascendspeed.conversion.source import (
+    Source,
+    check_names,
+    check_tensor,
+    from_pieces,
+    one_dtype,
+    read_config,
+    same_bits,
+)
 from ascendspeed.conversion.write import File
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
@@ -33,24 +41,42 @@ def open_folder(folder: Path, config: Path) -> Source:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config, beside = *read_config(config), config
     tensors = _without_tied_copy(tensors_in(folder), config)
-    faults = contradictions(config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)})
+    faults = contradictions(
+        config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
+    )
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
-    entries = {parameter.name: param_mapping.stored(config, parameter) for parameter in param_mapping.parameters(config)}
+    entries = {
+        parameter.name: param_mapping.stored(config, parameter)
+        for parameter in param_mapping.parameters(config)
+    }
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
     check_names(folder, expected, tensors, FAMILIES[config.family].junk)
     for name, shape in expected.items():
         check_tensor(folder, name, tensors[name], shape)
-    dtypes = {ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held}) for ours, held in entries.items()}
-    pieces = {ours: [(param_mapping.as_matrix(tensors[e.name]), e.tiles) for e in held] for ours, held in entries.items()}
+    dtypes = {
+        ours: one_dtype(folder, {entry.name: tensors[entry.name] for entry in held})
+        for ours, held in entries.items()
+    }
+    pieces = {
+        ours: [(param_mapping.as_matrix(tensors[e.name]), e.tiles) for e in held]
+        for ours, held in entries.items()
+    }
     return Source(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
 
 
 def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Some programs save the output layer of a tied model too; one with other bits than the embedding stays, to be refused."""
     names = {row.ours: row.theirs[0] for row in FAMILIES[config.family].rows}
-    head, embedding = (tensors.get(names[ours]) for ours in ("output_layer.weight", "embedding.word_embeddings.weight"))
-    if config.tie_embeddings and isinstance(head, Tensor) and isinstance(embedding, Tensor) and same_bits(head, embedding):
+    head, embedding = (
+        tensors.get(names[ours]) for ours in ("output_layer.weight", "embedding.word_embeddings.weight")
+    )
+    if (
+        config.tie_embeddings
+        and isinstance(head, Tensor)
+        and isinstance(embedding, Tensor)
+        and same_bits(head, embedding)
+    ):
         return {name: tensor for name, tensor in tensors.items() if tensor is not head}
     return tensors
 
@@ -73,7 +99,9 @@ def _shards(folder: Path, index: Path, load: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(where.values())):
         held = _table(folder / file, load(folder / file))
-        check_names(folder / file, (name for name in where if where[name] == file), held, of=f"what {index.name} says")
+        check_names(
+            folder / file, (name for name in where if where[name] == file), held, of=f"what {index.name} says"
+        )
         tensors |= held
     return tensors
 
@@ -128,8 +156,13 @@ class HuggingFace:
         if len(files) > 1:
             where = {entry.name: file.path for file in files for entry in file.holds}
             total = writing.size(source, files, dtype)
-            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-        hf_assets.write(source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code)
+            write_json(
+                folder / "model.safetensors.index.json",
+                {"metadata": {"total_size": total}, "weight_map": where},
+            )
+        hf_assets.write(
+            source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code
+        )
 
     def _config(self, source: Source) -> ModelConfig:
         return replace(source.config, family=self.family or source.config.family)

@@ -10,7 +10,13 @@ from pathlib import Path
 
 import torch
 
-from ascendspeed.config.schema import ModelConfig, ParallelConfig, check_pipeline_parallel, check_tensor_parallel, padded_vocab_size
+from ascendspeed.config.schema import (
+    ModelConfig,
+    ParallelConfig,
+    check_pipeline_parallel,
+    check_tensor_parallel,
+    padded_vocab_size,
+)
 from ascendspeed.conversion import hf_assets, legacy_names, rank_files, support_matrix
 from ascendspeed.conversion.output_files import create_pt
 from ascendspeed.conversion.rank_files import Dialect, Grid, Layout
@@ -73,14 +79,22 @@ def open_folder(folder: Path, config: Path) -> Source:
         support_matrix.check("ascendspeed", "reads", config.family)
     if doubt := legacy_names.doubt(dialect, config, grid.tp):
         print(f"note: {folder}: {doubt}", flush=True)
-    kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (f", names of {dialect.name}" if dialect is not MCORE else "")
-    return replace(rank_files.source(kind, folder, config, theirs, held, dialect, grid), beside=beside, grid=(grid.tp, grid.pp))
+    kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (
+        f", names of {dialect.name}" if dialect is not MCORE else ""
+    )
+    return replace(
+        rank_files.source(kind, folder, config, theirs, held, dialect, grid),
+        beside=beside,
+        grid=(grid.tp, grid.pp),
+    )
 
 
 def _layout_of(folder: Path) -> Layout | None:
     layouts = (MEGATRON, DEEPSPEED)
     marks = {(layout.tracker, *(layout.path(0, 0, pp) for pp in (1, 2))): layout for layout in layouts}
-    return next((layout for names, layout in marks.items() if any((folder / name).is_file() for name in names)), None)
+    return next(
+        (layout for names, layout in marks.items() if any((folder / name).is_file() for name in names)), None
+    )
 
 
 def _check_sharded(iteration: Path) -> None:
@@ -117,7 +131,9 @@ class RankFiles:
     def check(self, source: Source) -> None:
         """Raises `UserError` when the source cannot be written so."""
         if self.deepspeed and self.pp > 1:
-            raise UserError(f"the DeepSpeed layout has no pipeline stages: leave --deepspeed out, or set them to 1 (not {self.pp})")
+            raise UserError(
+                f"the DeepSpeed layout has no pipeline stages: leave --deepspeed out, or set them to 1 (not {self.pp})"
+            )
         if self.make_vocab_size_divisible_by < 1:
             raise UserError(f"the vocabulary cannot be made divisible by {self.make_vocab_size_divisible_by}")
         check_tensor_parallel(source.config, self.tp)
@@ -126,11 +142,17 @@ class RankFiles:
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written: a file for every rank."""
         layout, config = self._layout(), source.config
-        parallel = ParallelConfig(self.tp, self.pp, make_vocab_size_divisible_by=self.make_vocab_size_divisible_by)
+        parallel = ParallelConfig(
+            self.tp, self.pp, make_vocab_size_divisible_by=self.make_vocab_size_divisible_by
+        )
         grid = Grid(self.tp, (config.num_layers // self.pp,) * self.pp, padded_vocab_size(config, parallel))
         create = partial(create_pt, around=lambda tensors: {**layout.around, layout.key: tensors})
         return [
-            File(f"{RELEASE}/{layout.path(t, p, self.pp)}", tuple(rank_files.stored(config, MCORE, grid, t, p)), create)
+            File(
+                f"{RELEASE}/{layout.path(t, p, self.pp)}",
+                tuple(rank_files.stored(config, MCORE, grid, t, p)),
+                create,
+            )
             for t in range(self.tp)
             for p in range(self.pp)
         ]

@@ -76,7 +76,13 @@ def open_folder(folder: Path, config: Path) -> Source:
     held = {(0, 0): tensors}
     dialect = rank_files.recognise(files[0], DIALECTS, model, held)
     source = rank_files.source(
-        f"{dialect.name} .ckpt", folder, model, theirs, held, dialect, Grid(1, (model.num_layers,), model.vocab_size)
+        f"{dialect.name} .ckpt",
+        folder,
+        model,
+        theirs,
+        held,
+        dialect,
+        Grid(1, (model.num_layers,), model.vocab_size),
     )
     return source if config == folder else replace(source, beside=config)
 
@@ -108,10 +114,16 @@ def _tensor(view: mmap.mmap, values: list[Value]) -> Tensor:
     tag, kind, shape = values[0][:3]
     size = math.prod(shape) * TYPES[kind].itemsize
     if sum(value.length for value in values) != size or any(value[:3] != values[0][:3] for value in values):
-        raise ValueError(f"{tag} has {sum(value.length for value in values)} bytes, not those of {list(shape)} {kind}")
+        raise ValueError(
+            f"{tag} has {sum(value.length for value in values)} bytes, not those of {list(shape)} {kind}"
+        )
     if len(values) == 1:  # torch and numpy do not mind that the bytes are not aligned
-        return torch.frombuffer(view, dtype=TYPES[kind], count=math.prod(shape), offset=values[0].offset).view(shape)
-    pieces = [torch.frombuffer(view, dtype=torch.uint8, count=value.length, offset=value.offset) for value in values]
+        return torch.frombuffer(
+            view, dtype=TYPES[kind], count=math.prod(shape), offset=values[0].offset
+        ).view(shape)
+    pieces = [
+        torch.frombuffer(view, dtype=torch.uint8, count=value.length, offset=value.offset) for value in values
+    ]
     return torch.cat(pieces).view(TYPES[kind]).view(shape)
 
 
@@ -145,7 +157,9 @@ def _fields(view: mmap.mmap, at: int, end: int, known: Mapping[int, int]) -> Ite
         key, at = _number(view, at)
         field, kind = key >> 3, key & 7
         if known.get(field) != kind:
-            raise ValueError(f"byte {at} should begin one of the fields {sorted(known)}, not {field} of kind {kind}")
+            raise ValueError(
+                f"byte {at} should begin one of the fields {sorted(known)}, not {field} of kind {kind}"
+            )
         value, at = _number(view, at)
         if kind == NUMBER:
             yield field, value, 0

@@ -14,22 +14,49 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
-from ascendspeed.conversion.output_files import SAFETENSORS_TYPES, create_safetensors, draft_of, nbytes, staged, write_json
+from ascendspeed.conversion.output_files import (
+    SAFETENSORS_TYPES,
+    create_safetensors,
+    draft_of,
+    nbytes,
+    staged,
+    write_json,
+)
 from ascendspeed.conversion.source import check_names, some
 from ascendspeed.models.lora import targets as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
 
-CONFIG, WEIGHTS = "adapter_config.json", {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
+CONFIG, WEIGHTS = (
+    "adapter_config.json",
+    {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt},
+)
 BASE, FINGERPRINT = "base_fingerprint.json", "fingerprint"
 """Ours, which peft does not look at: the weights that the adapters were trained on, as `Source.fingerprint` knows them."""
 PREFIX = "base_model.model."
 UNDERSTOOD = {
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *(
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+    ),
     *("layers_to_transform", "init_lora_weights", "peft_type"),
 }
 NOT_NUMBERS = {  # what says nothing of the numbers
-    *("base_model_name_or_path", "auto_mapping", "inference_mode", "peft_version", "revision", "task_type", "layers_pattern"),
+    *(
+        "base_model_name_or_path",
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+        "revision",
+        "task_type",
+        "layers_pattern",
+    ),
     *("megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying"),
 }
 INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
@@ -54,14 +81,22 @@ def read(folder: Path) -> Adapter:
     odd = []
     for key, tensor in _tensors(folder).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if not match or not isinstance(tensor, Tensor) or tensor.dtype not in SAFETENSORS_TYPES or tensor.dim() != 2:
+        if (
+            not match
+            or not isinstance(tensor, Tensor)
+            or tensor.dtype not in SAFETENSORS_TYPES
+            or tensor.dim() != 2
+        ):
             odd.append(key)
         else:
             halves[match[2]][match[1]] = tensor
     if odd:
         raise UserError(f"{folder} holds what is no matrix of a LoRA adapter: {some(sorted(odd))}")
     check_names(folder, halves["A"], halves["B"], of="an A and a B of every adapter")
-    pairs = {name: Pair(a, halves["B"][name], _scale(folder, settings, name, len(a))) for name, a in halves["A"].items()}
+    pairs = {
+        name: Pair(a, halves["B"][name], _scale(folder, settings, name, len(a)))
+        for name, a in halves["A"].items()
+    }
     return Adapter(folder, pairs, settings, settings.get("base_model_name_or_path"), _fingerprint(folder))
 
 
@@ -72,12 +107,18 @@ def check_complete(adapter: Adapter, model: ModelConfig) -> None:
         if adapter.pairs.keys() & set(names):
             said = [name for name in names if _targeted(adapter, name)]
             if missing := [name for name in said if name not in adapter.pairs]:
-                raise UserError(f"{adapter.where} lacks the adapters of {some(missing)}, which its {CONFIG} names")
+                raise UserError(
+                    f"{adapter.where} lacks the adapters of {some(missing)}, which its {CONFIG} names"
+                )
 
 
 def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
     """A directory of peft, whole or not there. `base`: of the weights, in place of where they lay; None: the same."""
-    halves = {f"{name}.lora_{which}": x for name, pair in adapter.pairs.items() for which, x in (("A", pair.a), ("B", pair.b))}
+    halves = {
+        f"{name}.lora_{which}": x
+        for name, pair in adapter.pairs.items()
+        for which, x in (("A", pair.a), ("B", pair.b))
+    }
     tensors = {f"{PREFIX}{name}.weight": x.contiguous() for name, x in halves.items()}
     alpha = adapter.settings["lora_alpha"]
     settings = {
@@ -128,7 +169,9 @@ def _fingerprint(folder: Path) -> str | None:
         return None
     found = read_table(path).get(FINGERPRINT)
     if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
-        raise UserError(f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)")
+        raise UserError(
+            f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)"
+        )
     return found
 
 
@@ -150,13 +193,22 @@ def _refuse(folder: Path, settings: dict[str, Any]) -> None:
         raise UserError(f"{where} bias {settings['bias']!r} is not supported, only 'none'")
     if settings.get("init_lora_weights", True) not in INITIAL:
         how = settings["init_lora_weights"]
-        raise UserError(f"{where} init_lora_weights {how!r} changes the weights beneath: let peft save it as plain LoRA first")
+        raise UserError(
+            f"{where} init_lora_weights {how!r} changes the weights beneath: let peft save it as plain LoRA first"
+        )
     for name, value in settings.items():
         if value and name not in UNDERSTOOD | NOT_NUMBERS | {"bias"}:
             raise UserError(f"{where} {name} = {value!r} is not supported, only plain LoRA is")
-    for name, kind in (("r", int), ("lora_alpha", (int, float)), ("rank_pattern", dict), ("alpha_pattern", dict)):
+    for name, kind in (
+        ("r", int),
+        ("lora_alpha", (int, float)),
+        ("rank_pattern", dict),
+        ("alpha_pattern", dict),
+    ):
         value = settings.get(name)
-        if (value is None and kind is not dict) or (value is not None and (not isinstance(value, kind) or isinstance(value, bool))):
+        if (value is None and kind is not dict) or (
+            value is not None and (not isinstance(value, kind) or isinstance(value, bool))
+        ):
             raise UserError(f"{where} {name} = {value!r} cannot be")
 
 
@@ -170,7 +222,10 @@ def _scale(folder: Path, settings: dict[str, Any], name: str, rank: int) -> floa
 
 
 def _by_pattern(folder: Path, patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if _match(folder, rf"(.*\.)?({key})", name)), default)
+    return next(
+        (value for key, value in (patterns or {}).items() if _match(folder, rf"(.*\.)?({key})", name)),
+        default,
+    )
 
 
 def _match(folder: Path, pattern: str, name: str) -> bool:

@@ -35,7 +35,11 @@ def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> S
 
 def source_of(opened: Checkpoint, readers: Readers | None = None) -> Source:
     """An opened checkpoint as a source."""
-    return merged(base_of(opened, readers=readers), of_checkpoint(opened)) if opened.run.lora.lora_rank else _whole(opened)
+    return (
+        merged(base_of(opened, readers=readers), of_checkpoint(opened))
+        if opened.run.lora.lora_rank
+        else _whole(opened)
+    )
 
 
 def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | None = None) -> Source:
@@ -54,7 +58,9 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
         )
     source = open_source(where, readers=readers)
     if source.fingerprint() != lora.lora_base_fingerprint:
-        raise UserError(f"{opened.path} holds adapters of other weights than those in {where} (trained on {lora.lora_base})")
+        raise UserError(
+            f"{opened.path} holds adapters of other weights than those in {where} (trained on {lora.lora_base})"
+        )
     return source
 
 
@@ -68,7 +74,17 @@ def _whole(opened: Checkpoint) -> Source:
     def block(name: str, wanted: Tile) -> Tensor:
         shape = shapes[name]
         columns = math.prod(shape[1:])
-        rows = opened.read(name, "master", Cut(shape), 0, wanted.row * columns, wanted.rows * columns).view(wanted.rows, columns)
+        rows = opened.read(name, "master", Cut(shape), 0, wanted.row * columns, wanted.rows * columns).view(
+            wanted.rows, columns
+        )
         return rows[:, wanted.column : wanted.column + wanted.columns]
 
-    return Source("training checkpoint", opened.path, opened.config, theirs, dict.fromkeys(shapes, torch.float32), block, beside)
+    return Source(
+        "training checkpoint",
+        opened.path,
+        opened.config,
+        theirs,
+        dict.fromkeys(shapes, torch.float32),
+        block,
+        beside,
+    )

@@ -41,7 +41,12 @@ ALPHABET = "ab 1\n\t▁你 é😀.-_<>/\\\"'\r\0" + "\u200d"
 def texts(pieces: Any, ranked: Sequence[Merge]) -> Iterator[str]:
     """The lines above, runs, noise, every piece alone, user-defined ones in company, and where merges of one score compete."""
     yield from LINES
-    yield from (first * count + last for first in RUNS for count in (*range(1, 40), 63, 64, 65, 130) for last in ("", "x"))
+    yield from (
+        first * count + last
+        for first in RUNS
+        for count in (*range(1, 40), 63, 64, 65, 130)
+        for last in ("", "x")
+    )
     dice = random.Random(0)
     yield from ("".join(dice.choices(ALPHABET, k=dice.randint(1, 40))) for _ in range(500))
     some = [piece.piece.replace("▁", " ") for piece in dice.sample(list(pieces), min(2000, len(pieces)))]
@@ -49,7 +54,9 @@ def texts(pieces: Any, ranked: Sequence[Merge]) -> Iterator[str]:
     yield from (piece.piece.replace("▁", " ") for piece in pieces if piece.type == NORMAL)
     for piece in pieces:
         if piece.type == USER_DEFINED:
-            yield from (around.format(piece.piece.replace("▁", " ")) for around in ("{}", "a {0}{0} b {0}x{0}"))
+            yield from (
+                around.format(piece.piece.replace("▁", " ")) for around in ("{}", "a {0}{0} b {0}x{0}")
+            )
     for _, tied in groupby(ranked, attrgetter("score")):
         yield from (text.replace("▁", " ") for text in _contested(list(tied)))
 
@@ -59,7 +66,9 @@ def _contested(tied: Sequence[Merge]) -> Iterator[str]:
     lefts = {merge.left for merge in tied}
     for first in tied:
         if first.right in lefts:
-            yield from (f"{first.left}{first.right}{second.right}" for second in tied if second.left == first.right)
+            yield from (
+                f"{first.left}{first.right}{second.right}" for second in tied if second.left == first.right
+            )
 
 
 def compare(path: Path, ours: Any, samples: Collection[str], found_raw: Collection[str]) -> None:
@@ -78,9 +87,19 @@ def compare(path: Path, ours: Any, samples: Collection[str], found_raw: Collecti
     samples = [sample for sample in samples if not any(token in sample for token in found_raw)]
     ids = theirs.encode(samples)
     encoded = ours.encode_batch_fast(samples, add_special_tokens=False)
-    back = zip(theirs.decode(ids), ours.decode_batch([e.ids for e in encoded], skip_special_tokens=False), strict=True)
+    back = zip(
+        theirs.decode(ids),
+        ours.decode_batch([e.ids for e in encoded], skip_special_tokens=False),
+        strict=True,
+    )
     for sample, mine, expected, (a, b) in zip(samples, encoded, ids, back, strict=True):
         if mine.ids != expected:
-            raise Inexact(f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {mine.ids[:8]}")
-        if a != b and theirs.unk_id() not in expected:  # sentencepiece shows what is unknown by a sign of its own
-            raise Inexact(f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, tokenizer.json as {b[:40]!r}")
+            raise Inexact(
+                f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {mine.ids[:8]}"
+            )
+        if (
+            a != b and theirs.unk_id() not in expected
+        ):  # sentencepiece shows what is unknown by a sign of its own
+            raise Inexact(
+                f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, tokenizer.json as {b[:40]!r}"
+            )

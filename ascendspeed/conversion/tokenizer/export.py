@@ -69,8 +69,13 @@ def write(folder: Path) -> str | None:
     part = folder / "tokenizer.json.partial"
     part.write_text(text, encoding="utf-8")
     part.replace(folder / "tokenizer.json")
-    decoder = {str(i): {name: value for name, value in token.items() if name != "id"} for i, token in added.items()}
-    write_json(folder / "tokenizer_config.json", settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC})
+    decoder = {
+        str(i): {name: value for name, value in token.items() if name != "id"} for i, token in added.items()
+    }
+    write_json(
+        folder / "tokenizer_config.json",
+        settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC},
+    )
     return None
 
 
@@ -88,13 +93,22 @@ def check(folder: Path) -> None:
         for name, number in ((name, token.number) for name, token in beside.items()):
             other = found.token_to_id(name)
             if number is not None and other not in (None, number):
-                raise Inexact(f"has neighbours that say that {name!r} is {number}, and tokenizer.json says {other}")
+                raise Inexact(
+                    f"has neighbours that say that {name!r} is {number}, and tokenizer.json says {other}"
+                )
         pieces = read(path).pieces
-        own = {token.content: Token(i, token.special, {}) for i, token in found.get_added_tokens_decoder().items()}
+        own = {
+            token.content: Token(i, token.special, {})
+            for i, token in found.get_added_tokens_decoder().items()
+        }
         known = {i: entry for i, entry in _added(pieces, own).items() if entry["content"] in beside}
-        comparison_texts.compare(path, found, list(comparison_texts.texts(pieces, _ranked(pieces))), _foreign(pieces, known))
+        comparison_texts.compare(
+            path, found, list(comparison_texts.texts(pieces, _ranked(pieces))), _foreign(pieces, known)
+        )
     except Inexact as error:
-        raise UserError(f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them") from None
+        raise UserError(
+            f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them"
+        ) from None
 
 
 def _ranked(pieces: Any) -> list[Merge]:
@@ -108,10 +122,15 @@ def _ranked(pieces: Any) -> list[Merge]:
 def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
     """What holds where tokenizer_config.json says nothing: the special tokens of the model."""
     if model.normalizer_spec.add_dummy_prefix and said.get("legacy") is False:
-        raise Inexact("begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens")
+        raise Inexact(
+            "begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens"
+        )
     numbers = {f"{name}_token": getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
     own = {name: model.pieces[i].piece for name, i in numbers.items() if 0 <= i < len(model.pieces)}
-    return own | {"pad_token": said.get("eos_token", own.get("eos_token")), "clean_up_tokenization_spaces": False}
+    return own | {
+        "pad_token": said.get("eos_token", own.get("eos_token")),
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Token]:
@@ -122,7 +141,11 @@ def _named(settings: Mapping[str, Any]) -> dict[str, Token]:
 def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
     """What is declared, and the user-defined pieces. Raises `Inexact` for an id of two names, or a name of two ids."""
     numbers = {piece.piece: i for i, piece in enumerate(pieces)}
-    added = {i: _entry(i, piece.piece, Token(i, False, {}), True) for i, piece in enumerate(pieces) if piece.type == USER_DEFINED}
+    added = {
+        i: _entry(i, piece.piece, Token(i, False, {}), True)
+        for i, piece in enumerate(pieces)
+        if piece.type == USER_DEFINED
+    }
     taken: dict[int, str] = {}
     for name, token in tokens.items():
         number = numbers.get(name) if token.number is None else token.number
@@ -130,9 +153,15 @@ def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
             continue  # a name for a token that is nowhere: transformers add it behind the vocabulary, as ever
         piece = pieces[number] if number < len(pieces) else None
         renamed = piece is not None and piece.piece != name
-        if numbers.get(name, number) != number or number in taken or (renamed and piece.type in (NORMAL, BYTE)):
+        if (
+            numbers.get(name, number) != number
+            or number in taken
+            or (renamed and piece.type in (NORMAL, BYTE))
+        ):
             also = taken.get(number) or (piece.piece if renamed else f"piece {numbers[name]}")
-            raise Inexact(f"does not go with its neighbours: they say that {name!r} is {number}, which is also {also!r}")
+            raise Inexact(
+                f"does not go with its neighbours: they say that {name!r} is {number}, which is also {also!r}"
+            )
         taken[number] = name
         added[number] = _entry(number, name, token, piece is not None and piece.type == USER_DEFINED)
     return dict(sorted(added.items()))
@@ -159,8 +188,14 @@ def _foreign_names(pieces: Any, number: int, token: Mapping[str, Any]) -> list[s
 def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: list[Merge]) -> dict[str, Any]:
     """tokenizer.json as a table."""
     prefix, fallback = model.normalizer_spec.add_dummy_prefix, bool(model.trainer_spec.byte_fallback)
-    vocabulary = {i: _key(i, piece, fallback) for i, piece in enumerate(model.pieces)} | {i: t["content"] for i, t in added.items()}
-    renamed = [_replace(piece.piece, vocabulary[i]) for i, piece in _user_defined(model.pieces) if vocabulary[i] != piece.piece]
+    vocabulary = {i: _key(i, piece, fallback) for i, piece in enumerate(model.pieces)} | {
+        i: t["content"] for i, t in added.items()
+    }
+    renamed = [
+        _replace(piece.piece, vocabulary[i])
+        for i, piece in _user_defined(model.pieces)
+        if vocabulary[i] != piece.piece
+    ]
     unknown = next(vocabulary[i] for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
     return {
         "version": "1.0",
@@ -168,7 +203,8 @@ def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: li
         "padding": None,
         "added_tokens": list(added.values()),
         "normalizer": _sequence(
-            "normalizers", [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), _replace(" ", "▁"), *renamed]
+            "normalizers",
+            [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), _replace(" ", "▁"), *renamed],
         ),
         "pre_tokenizer": None,
         "post_processor": _template(settings, {name: i for i, name in vocabulary.items()}),
@@ -205,14 +241,31 @@ def _key(number: int, piece: Any, byte_fallback: bool) -> str:
 def _template(settings: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
     """Which special tokens stand around a text, and around each of two."""
     names = {"bos": settings.get("add_bos_token", True), "eos": settings.get("add_eos_token", False)}
-    used = {name: text_of(settings[f"{name}_token"]) for name, wanted in names.items() if wanted and settings.get(f"{name}_token")}
-    special = {name: [{"SpecialToken": {"id": token, "type_id": 0}}] for name, token in used.items() if token in numbers}
+    used = {
+        name: text_of(settings[f"{name}_token"])
+        for name, wanted in names.items()
+        if wanted and settings.get(f"{name}_token")
+    }
+    special = {
+        name: [{"SpecialToken": {"id": token, "type_id": 0}}]
+        for name, token in used.items()
+        if token in numbers
+    }
 
     def around(text: str) -> list[dict[str, Any]]:
         return [*special.get("bos", []), {"Sequence": {"id": text, "type_id": 0}}, *special.get("eos", [])]
 
-    known = {token: {"id": token, "ids": [numbers[token]], "tokens": [token]} for token in used.values() if token in numbers}
-    return {"type": "TemplateProcessing", "single": around("A"), "pair": around("A") + around("B"), "special_tokens": known}
+    known = {
+        token: {"id": token, "ids": [numbers[token]], "tokens": [token]}
+        for token in used.values()
+        if token in numbers
+    }
+    return {
+        "type": "TemplateProcessing",
+        "single": around("A"),
+        "pair": around("A") + around("B"),
+        "special_tokens": known,
+    }
 
 
 def _replace(text: str, by: str) -> dict[str, Any]:

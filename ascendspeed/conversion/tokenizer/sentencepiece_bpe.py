@@ -19,7 +19,9 @@ class Inexact(Exception):
 
 def read(path: Path) -> Any:
     """The model as it is stored. Raises `Inexact` when it is none."""
-    from sentencepiece import sentencepiece_model_pb2  # here: it needs protobuf, which reading weights does not
+    from sentencepiece import (
+        sentencepiece_model_pb2,
+    )  # here: it needs protobuf, which reading weights does not
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
@@ -35,11 +37,14 @@ def parse(path: Path) -> Any:
     text, trainer, kinds = model.normalizer_spec, model.trainer_spec, {piece.type for piece in model.pieces}
     faults = {
         "is not BPE": trainer.model_type != trainer.BPE,
-        "normalises the text": bool(text.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap),
+        "normalises the text": bool(
+            text.precompiled_charsmap or model.denormalizer_spec.precompiled_charsmap
+        ),
         "removes spaces": text.remove_extra_whitespaces,
         "does not write spaces as ▁": not text.escape_whitespaces,
         "puts spaces behind words": trainer.treat_whitespace_as_suffix,
-        "begins the text with a space and has user-defined pieces": text.add_dummy_prefix and USER_DEFINED in kinds,
+        "begins the text with a space and has user-defined pieces": text.add_dummy_prefix
+        and USER_DEFINED in kinds,
         "has no piece for what is unknown": UNKNOWN not in kinds,
     }
     for fault, found in faults.items():
@@ -92,7 +97,12 @@ def competing(tied: Sequence[Merge]) -> Iterator[tuple[Merge, Merge]]:
     by_left = defaultdict(list)
     for merge in tied:
         by_left[merge.left].append(merge)
-    return ((first, second) for first in tied for second in by_left.get(first.right, ()) if first.made != second.made)
+    return (
+        (first, second)
+        for first in tied
+        for second in by_left.get(first.right, ())
+        if first.made != second.made
+    )
 
 
 def _leftmost_first(tied: list[Merge], pieces: Any) -> list[Merge]:

@@ -14,7 +14,15 @@ from typing import Any, ClassVar
 from ascendspeed.data.document import Document, Fault, Made
 from ascendspeed.data.handlers.base import Handler, Job
 from ascendspeed.data.readers.shard import MISSPELT, Bad, Batch
-from ascendspeed.tokenization.chat import Chat, Message, Piece, PieceEncoder, WrongMessage, read_answered, short
+from ascendspeed.tokenization.chat import (
+    Chat,
+    Message,
+    Piece,
+    PieceEncoder,
+    WrongMessage,
+    read_answered,
+    short,
+)
 from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos, declared
 from ascendspeed.utils.safe_io import read_table
 
@@ -38,7 +46,10 @@ class InstructionHandler(Handler):
 
     def make(self, rows: Batch) -> dict[str, Made]:
         names = self.columns
-        found = [self._read(dict(zip(names, values, strict=True))) for values in zip(*(rows[n] for n in names), strict=True)]
+        found = [
+            self._read(dict(zip(names, values, strict=True)))
+            for values in zip(*(rows[n] for n in names), strict=True)
+        ]
         good = [one for one in found if not isinstance(one, Fault)]
         encoded = iter(self.encode([pieces for pieces, _ in good]))
         documents = [one if isinstance(one, Fault) else Document(*next(encoded)) for one in found]
@@ -88,7 +99,11 @@ class GeneralInstructionHandler(InstructionHandler):
 
     @property
     def notes(self) -> list[str]:
-        return [] if self._ends else ["answers have no end in the published prompt, so models learn none: add --append-eod"]
+        return (
+            []
+            if self._ends
+            else ["answers have no end in the published prompt, so models learn none: add --append-eod"]
+        )
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
         """Questions and answers."""
@@ -165,8 +180,15 @@ class AlpacaStyleInstructionHandler(ChatHandler):
 
     def messages(self, row: Row) -> Sequence[Any]:
         question, answer, given = _text(row, "instruction"), _text(row, "output"), _optional(row, "input")
-        turns = [*_history(row["history"]), (f"{question}\n{given}" if given and given.strip() else question, answer)]
-        return [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn, strict=True)]
+        turns = [
+            *_history(row["history"]),
+            (f"{question}\n{given}" if given and given.strip() else question, answer),
+        ]
+        return [
+            {"role": role, "content": text}
+            for turn in turns
+            for role, text in zip(("user", "assistant"), turn, strict=True)
+        ]
 
 
 class SharegptStyleInstructionHandler(ChatHandler):
@@ -190,14 +212,18 @@ class SharegptStyleInstructionHandler(ChatHandler):
     def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
         """One of the two names is enough: what is much like the other one may stand beside it."""
         said = any(row[name] and not isinstance(row[name], Bad) for name in self.LISTS)
-        near = [name for name in self.LISTS if said and isinstance(row[name], Bad) and row[name].kind == MISSPELT]
+        near = [
+            name for name in self.LISTS if said and isinstance(row[name], Bad) and row[name].kind == MISSPELT
+        ]
         return super()._read({**row, **dict.fromkeys(near)})
 
     def messages(self, row: Row) -> Sequence[Any]:
         held = [row[name] for name in self.LISTS if row[name] is not None]
         items = next((one for one in held if one), held[0] if held else None)
         if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-            raise WrongMessage("no conversation", f"{' or '.join(self.LISTS)} is {short(items)}, not a list of messages")
+            raise WrongMessage(
+                "no conversation", f"{' or '.join(self.LISTS)} is {short(items)}, not a list of messages"
+            )
         return [self._message(item) for item in items]
 
     def _message(self, item: Any) -> Any:
@@ -211,7 +237,10 @@ class SharegptStyleInstructionHandler(ChatHandler):
         if role == "function_call":
             calls = _json(said, "wrong tool call")
             return known | {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-        return known | {"role": self.ROLES.get(role, role) if isinstance(role, str) else role, "content": said}
+        return known | {
+            "role": self.ROLES.get(role, role) if isinstance(role, str) else role,
+            "content": said,
+        }
 
 
 def _text(row: Row, name: str) -> str:
@@ -236,7 +265,9 @@ def _optional(row: Row, name: str) -> str | None:
 def _history(value: Any) -> list[Sequence[str]]:
     turns = [] if value is None else value
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise WrongMessage("wrong history", f"'history' is {short(value)}, not a list of questions and answers")
+        raise WrongMessage(
+            "wrong history", f"'history' is {short(value)}, not a list of questions and answers"
+        )
     return turns
 
 

@@ -63,7 +63,9 @@ class AlpacaPretrainHandler(TextHandler):
     SECTION: ClassVar[str] = "### Input:\n{input}\n\n"
 
     def texts(self, rows: Batch) -> dict[str, list[Any]]:
-        return {"text": [self._text(*row) for row in zip(*(rows[name] for name in self.columns), strict=True)]}
+        return {
+            "text": [self._text(*row) for row in zip(*(rows[name] for name in self.columns), strict=True)]
+        }
 
     def _text(self, instruction: Any, output: Any, given: Any) -> Any:
         for value in (instruction, output):

@@ -45,7 +45,9 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
     for setting in SETTINGS:
         if getattr(job, setting) is not None and setting not in kind.takes:
             others = ", ".join(other for other, one in HANDLERS.items() if setting in one.takes)
-            raise UserError(f"--{setting.replace('_', '-')} means nothing to {name}, only to {others}; leave it out")
+            raise UserError(
+                f"--{setting.replace('_', '-')} means nothing to {name}, only to {others}; leave it out"
+            )
     return kind(job, tokenizer)  # type: ignore[call-arg]
 
 

@@ -15,7 +15,12 @@ from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets import helpers
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, _build_document_index, _build_shuffle_index
+from megatron.core.datasets.gpt_dataset import (
+    GPTDataset,
+    GPTDatasetConfig,
+    _build_document_index,
+    _build_shuffle_index,
+)
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
@@ -44,7 +49,13 @@ class Epoch(GPTDataset):
     """Epoch number `epoch` of `documents` [n] int32 of an indexed data set: samples of `seq_length` tokens, all full."""
 
     def __init__(
-        self, indexed: IndexedDataset, documents: np.ndarray, split: Split, seq_length: int, seed: int, cache: Path | None
+        self,
+        indexed: IndexedDataset,
+        documents: np.ndarray,
+        split: Split,
+        seq_length: int,
+        seed: int,
+        cache: Path | None,
     ) -> None:
         """`seed` is that of this epoch; `cache` a folder for the indices of large data sets."""
         config = GPTDatasetConfig(
@@ -71,13 +82,17 @@ class Epoch(GPTDataset):
             *(self.indices[0], self.indices[-1], self.config.sequence_length, self.config.random_seed),
         )
         digest = hashlib.sha256(" ".join(map(str, said)).encode()).hexdigest()[:16]
-        return kept(self._cache / f"{Path(self.dataset.path_prefix).name}-{digest}", lambda: self._build(tokens))
+        return kept(
+            self._cache / f"{Path(self.dataset.path_prefix).name}-{digest}", lambda: self._build(tokens)
+        )
 
     def _build(self, tokens: int) -> Indices:
         random = np.random.RandomState(self.config.random_seed)
         documents = _build_document_index(self.indices, 1, random, False)
         lengths = self.dataset.sequence_lengths
-        samples = helpers.build_sample_idx(lengths, documents, self.config.sequence_length, 1, tokens, True, True)
+        samples = helpers.build_sample_idx(
+            lengths, documents, self.config.sequence_length, 1, tokens, True, True
+        )
         count = samples.shape[0] - 1
         return documents, samples, _build_shuffle_index(count, count, random)
 
@@ -97,7 +112,9 @@ def kept(folder: Path, build: Callable[[], Indices]) -> Indices:
                     _write(folder, build())
         return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in INDICES)
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: the sample indices cannot be kept here: {error}; choose another --data-cache-path") from error
+        raise UserError(
+            f"{folder}: the sample indices cannot be kept here: {error}; choose another --data-cache-path"
+        ) from error
 
 
 def _write(folder: Path, arrays: Indices) -> None:

@@ -78,19 +78,26 @@ class BinFile:
             self._wrong(offset, f"the line has {len(tokens)} tokens and {self.path.name}{META} says {count}")
         if tokens.min() <= -self._limit or tokens.max() >= self._limit:
             foreign = next(abs(token) for token in tokens.tolist() if abs(token) >= self._limit)
-            self._wrong(offset, f"token id {foreign}, but the vocabulary has {self._limit} ids; was another tokenizer used?")
+            self._wrong(
+                offset,
+                f"token id {foreign}, but the vocabulary has {self._limit} ids; was another tokenizer used?",
+            )
         return tokens
 
     def _table(self) -> np.ndarray:
         meta = Path(f"{self.path}{META}")
         if not meta.is_file():
-            raise UserError(f"{self.path}: there is no {meta.name} beside it; InternEvo's tools write it last")
+            raise UserError(
+                f"{self.path}: there is no {meta.name} beside it; InternEvo's tools write it last"
+            )
         try:
             table = np.load(meta, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise UserError(f"{meta} is not an array of numpy's: {error}") from error
         if table.ndim != 2 or table.shape[1] not in (2, 3) or table.dtype.kind not in "iu" or not len(table):
-            raise UserError(f"{meta} is {table.dtype} {list(table.shape)}, not whole numbers [documents, 2 or 3]")
+            raise UserError(
+                f"{meta} is {table.dtype} {list(table.shape)}, not whole numbers [documents, 2 or 3]"
+            )
         table = table.astype(np.int64)
         offsets = table[:, 0]
         if offsets[0] < 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= self._size:
@@ -100,7 +107,8 @@ class BinFile:
     def _column(self, table: np.ndarray) -> int:
         """Where the lengths stand, told by the lines: second or last."""
         looked = [
-            (number, len(self._tokens(int(self._offsets[number]), int(self._ends[number])))) for number in _spread(len(table))
+            (number, len(self._tokens(int(self._offsets[number]), int(self._ends[number]))))
+            for number in _spread(len(table))
         ]
         for column in range(1, table.shape[1]):
             if all(table[number, column] == count for number, count in looked):
@@ -117,7 +125,10 @@ class BinFile:
             raise UserError(f"{self.path}, byte {offset}: cannot be read: {error.strerror}") from error
         head, line = read[: offset - before], read[offset - before :].partition(b"\n")[0]
         if head not in (b"", b"\n"):
-            self._wrong(offset, f"no line begins here, though {self.path.name}{META} says so; was one of the two made anew?")
+            self._wrong(
+                offset,
+                f"no line begins here, though {self.path.name}{META} says so; was one of the two made anew?",
+            )
         try:
             said = json.loads(line)
             tokens = np.array(said["tokens"])
@@ -128,7 +139,9 @@ class BinFile:
         return tokens
 
     def _damaged(self, what: str) -> NoReturn:
-        raise UserError(f"{self.path}{META} {what}; make it anew, it does not belong to {self.path.name} as it is")
+        raise UserError(
+            f"{self.path}{META} {what}; make it anew, it does not belong to {self.path.name} as it is"
+        )
 
     def _wrong(self, offset: int, what: str) -> NoReturn:
         raise UserError(f"{self.path}, byte {offset}: {what}")
@@ -150,7 +163,9 @@ class Tokenized:
         self.files = np.cumsum([0, *(len(file.lengths) for file in self._files)])
         self.left_out = sum(file.documents for file in self._files) - len(self.lengths)
         if not len(self.lengths):
-            raise UserError(f"{path}: none of its {self.left_out} documents has {max(min_length, 1)} tokens; lower --min-length")
+            raise UserError(
+                f"{path}: none of its {self.left_out} documents has {max(min_length, 1)} tokens; lower --min-length"
+            )
         self._read = functools.lru_cache(KEPT)(self._document)
 
     @property
@@ -182,7 +197,9 @@ class Tokenized:
         return len(self.lengths)
 
 
-def convert(path: str, prefix: str, min_length: int = 0, say: Callable[[str], None] = print) -> dict[str, Any]:
+def convert(
+    path: str, prefix: str, min_length: int = 0, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """The documents of a path as a couple of .bin/.idx pairs (`couple`), in their order; returns what P.meta says.
 
     Every line is read. Raises `UserError` for damaged data, and leaves old files as they are then.
@@ -195,10 +212,20 @@ def convert(path: str, prefix: str, min_length: int = 0, say: Callable[[str], No
         highest = 0
         for start in range(0, len(found), AT_ONCE):
             held = [found.document(number) for number in range(start, min(start + AT_ONCE, len(found)))]
-            tokens, learnt = (np.concatenate(column) for column in zip(*((one.tokens, one.loss_mask) for one in held), strict=True))
+            tokens, learnt = (
+                np.concatenate(column)
+                for column in zip(*((one.tokens, one.loss_mask) for one in held), strict=True)
+            )
             writer.add(tokens, found.lengths[start : start + AT_ONCE].astype(np.int32), learnt)
             highest = max(highest, int(tokens.max()))
-        facts = {"documents": writer.documents, "tokens": writer.tokens, "max_token": highest, "left_out": found.left_out}
+        facts = {
+            "documents": writer.documents,
+            "tokens": writer.tokens,
+            "max_token": highest,
+            "left_out": found.left_out,
+        }
         writer.commit(facts)
-    say(f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.learnt:,} of them to be learnt")
+    say(
+        f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.learnt:,} of them to be learnt"
+    )
     return facts

@@ -63,9 +63,13 @@ class Couple:
         self.files = np.array([0, len(self.lengths)], np.int64)
         digests = {read_facts(one).get("digest") for one in (ids, labels)}
         if len(digests) > 1 or not np.array_equal(self.lengths, self._labels.sequence_lengths):
-            raise UserError(f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again")
+            raise UserError(
+                f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again"
+            )
         if read_facts(ids).get("learnt") == 0:
-            raise UserError(f"{prefix}: no token of its {len(self.lengths):,} documents is to be learnt; preprocess again")
+            raise UserError(
+                f"{prefix}: no token of its {len(self.lengths):,} documents is to be learnt; preprocess again"
+            )
         self._learnt = functools.lru_cache(1)(self._looked_through)
 
     def document(self, number: int) -> Document:
@@ -86,13 +90,20 @@ class Couple:
     def _looked_through(self, length: int) -> Learnt:
         labels = np.memmap(file(self._labels.path_prefix, "bin"), self._labels.index.dtype, "r")
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        firsts = np.searchsorted(ends, np.arange(0, len(labels), CHUNK), side="right")  # of each part: whole documents
+        firsts = np.searchsorted(
+            ends, np.arange(0, len(labels), CHUNK), side="right"
+        )  # of each part: whole documents
         parts = []
         for first, last in pairwise(np.unique([0, *firsts, len(ends)]).tolist()):
             lengths = self.lengths[first:last]
             begin = int(ends[first]) - int(lengths[0])
             parts.append(learnt_of(labels[begin : int(ends[last - 1])] != IGNORED, lengths, length))
-        return Learnt(*(np.concatenate(column) for column in zip(*((p.tokens, p.lost, p.cut) for p in parts), strict=True)))
+        return Learnt(
+            *(
+                np.concatenate(column)
+                for column in zip(*((p.tokens, p.lost, p.cut) for p in parts), strict=True)
+            )
+        )
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -105,9 +116,13 @@ class CoupleWriter:
         self.prefix = f"{prefix}_packed"
         self.learnt = 0
         with ExitStack() as stack:
-            self._ids, self._labels = (stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS)
+            self._ids, self._labels = (
+                stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS
+            )
             self._stack = stack.pop_all()  # both, or none
-        self._digests = [hashlib.sha256() for _ in range(3)]  # one each, so that they do not depend on how documents come
+        self._digests = [
+            hashlib.sha256() for _ in range(3)
+        ]  # one each, so that they do not depend on how documents come
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, learnt: np.ndarray) -> None:
         """Documents one after the other: ids and whether each is to be learnt, both [tokens], and [documents] lengths int32."""
@@ -115,7 +130,9 @@ class CoupleWriter:
         self._ids.add(tokens, lengths)
         self._labels.add(np.where(learnt, tokens, DTYPE.type(IGNORED)), lengths)
         self.learnt += int(learnt.sum())
-        for digest, array in zip(self._digests, (tokens, lengths.astype(DTYPE), learnt.astype(bool)), strict=True):
+        for digest, array in zip(
+            self._digests, (tokens, lengths.astype(DTYPE), learnt.astype(bool)), strict=True
+        ):
             digest.update(np.ascontiguousarray(array).data)
 
     @property
@@ -143,5 +160,7 @@ class CoupleWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.__exit__(kind, error, trace)

@@ -66,7 +66,9 @@ def check_pair(prefix: str | Path) -> int:
             raise UserError(f"{index} is not an index of Megatron's")
         size = HEADER.size + 12 * sequences + 8 * bounds
         if index.stat().st_size not in (size, size + sequences):  # one byte more each in multimodal data
-            raise UserError(f"{index} has {index.stat().st_size} bytes and should have {size}; a copy was cut off?")
+            raise UserError(
+                f"{index} has {index.stat().st_size} bytes and should have {size}; a copy was cut off?"
+            )
         if not sequences:
             raise UserError(f"{index}: there is no document in it")
         stream.seek(HEADER.size + 4 * (sequences - 1))
@@ -84,7 +86,9 @@ def check_pair(prefix: str | Path) -> int:
 def _prefixes(folder: Path) -> str:
     """What could be named in a folder; a couple of pairs by its short name."""
     names = [str(p).removesuffix(".idx") for p in folder.glob("*.idx")]
-    found = sorted({re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names})
+    found = sorted(
+        {re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names}
+    )
     more = f" and {len(found) - LISTED:,} more" if len(found) > LISTED else ""
     return f"{', '.join(found[:LISTED]) or 'none'}{more}"
 
@@ -134,8 +138,12 @@ class PairWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for suffix in () if self._committed else ("bin", "idx", "meta"):  # after that these names may be another writer's
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for suffix in (
+            () if self._committed else ("bin", "idx", "meta")
+        ):  # after that these names may be another writer's
             self._temporary(suffix).unlink(missing_ok=True)
         self._bin.close()
 
@@ -148,7 +156,9 @@ class PairWriter:
                 fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 claimed.close()
-                raise UserError(f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix") from error
+                raise UserError(
+                    f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix"
+                ) from error
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(claimed.fileno()), path.stat()):
                     claimed.truncate(0)

@@ -37,7 +37,12 @@ def joined(packings: Sequence[Packing], counts: Sequence[int]) -> Packing:
     documents = [one.documents + before for one, before in zip(packings, first[:-1], strict=True)]
     starts = [one.starts for one in packings]
     stops = [one.stops for one in packings]
-    return Packing(np.concatenate([[0], *bounds]), np.concatenate(documents), np.concatenate(starts), np.concatenate(stops))
+    return Packing(
+        np.concatenate([[0], *bounds]),
+        np.concatenate(documents),
+        np.concatenate(starts),
+        np.concatenate(stops),
+    )
 
 
 @dataclass(frozen=True)

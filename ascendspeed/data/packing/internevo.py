@@ -23,13 +23,17 @@ def packer(data: DataConfig, default: str) -> Packer:
     name, segment = data.packing or default, data.max_segment_length
     if name in PACKERS:
         if segment is not None:
-            raise UserError(f"--max-segment-length {segment} belongs to --packing {CUT} and {WHOLE}, not to {name}; leave it out")
+            raise UserError(
+                f"--max-segment-length {segment} belongs to --packing {CUT} and {WHOLE}, not to {name}; leave it out"
+            )
         return PACKERS[name]
     segment = segment or data.seq_length
     if name == CUT:
         return Packer(partial(cut, segment=segment), goes_on=True, keeps=True, seed=SEED, apart=True)
     if data.seq_length % segment:
-        raise UserError(f"--packing {WHOLE}: --seq-length {data.seq_length} is not a multiple of --max-segment-length {segment}")
+        raise UserError(
+            f"--packing {WHOLE}: --seq-length {data.seq_length} is not a multiple of --max-segment-length {segment}"
+        )
     return Packer(cut, keeps=True, segment=segment, seed=SEED, apart=True)
 
 

@@ -25,7 +25,13 @@ class PackedSource:
     estimated = False
 
     def __init__(
-        self, documents: Documents, chosen: Sequence[int] | np.ndarray, seq_length: int, pack: Packer, seed: int, said: str = ""
+        self,
+        documents: Documents,
+        chosen: Sequence[int] | np.ndarray,
+        seq_length: int,
+        pack: Packer,
+        seed: int,
+        said: str = "",
     ) -> None:
         """`chosen`: the documents of the split, `said` in messages. Raises `UserError` if none of them fills a row."""
         self.prefix = documents.prefix
@@ -70,7 +76,12 @@ class PackedSource:
         ]
         rows = f"{len(self._numbers):,} documents in {len(self._packing):,} rows of {self._seq_length} tokens"
         learnt = f", {self.learnt:,} of {self._packing.tokens:,} tokens learnt" if self.learnt else ""
-        return "; ".join([f"{self.prefix}: {rows}, {self.filled:.1%} filled{learnt}", *(said for count, said in lost if count)])
+        return "; ".join(
+            [
+                f"{self.prefix}: {rows}, {self.filled:.1%} filled{learnt}",
+                *(said for count, said in lost if count),
+            ]
+        )
 
     def sample(self, number: int) -> Sample:
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
@@ -79,7 +90,9 @@ class PackedSource:
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
-            self._orders = {n: order for n, order in self._orders.items() if n == epoch - 1}  # a batch may reach over an edge
+            self._orders = {
+                n: order for n, order in self._orders.items() if n == epoch - 1
+            }  # a batch may reach over an edge
             self._orders[epoch] = np.random.RandomState(self._seed + epoch).permutation(len(self._packing))
         return self._orders[epoch]
 
@@ -96,12 +109,21 @@ class PackedSource:
         keep = found.tokens > 0
         self.beyond += int((long & ~keep).sum())
         self.unlearnt += int((~long & ~keep).sum())
-        self.truncated += Truncation(int((long & keep).sum()), int(found.lost[keep].sum()), int(found.cut[keep].sum()))
-        self.learnt = self.learnt + int(found.tokens.sum()) if found.exact and self.learnt is not None else None
+        self.truncated += Truncation(
+            int((long & keep).sum()), int(found.lost[keep].sum()), int(found.cut[keep].sum())
+        )
+        self.learnt = (
+            self.learnt + int(found.tokens.sum()) if found.exact and self.learnt is not None else None
+        )
         return keep
 
 
-def row_of(pieces: Iterable[tuple[Document, int, int]], length: int, goes_on: bool = False, segment: int | None = None) -> Sample:
+def row_of(
+    pieces: Iterable[tuple[Document, int, int]],
+    length: int,
+    goes_on: bool = False,
+    segment: int | None = None,
+) -> Sample:
     """(document, start, stop) one after the other as a sample of `length` positions; `goes_on` and `segment` as of a `Packer`."""
     tokens, labels, counts = (np.zeros(length, np.int64) for _ in range(3))
     positions = np.empty(length, np.int64)
@@ -118,4 +140,9 @@ def row_of(pieces: Iterable[tuple[Document, int, int]], length: int, goes_on: bo
     positions[at:] = np.arange(length - at)
     if segment:
         positions = np.arange(length) % segment
-    return torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(counts).float(), torch.from_numpy(positions)
+    return (
+        torch.from_numpy(tokens),
+        torch.from_numpy(labels),
+        torch.from_numpy(counts).float(),
+        torch.from_numpy(positions),
+    )

@@ -6,7 +6,18 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.data.readers.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, cut, decode
+from ascendspeed.data.readers.shard import (
+    BATCH_ROWS,
+    SHARD_BYTES,
+    Bad,
+    Batch,
+    Format,
+    Shard,
+    batch_of,
+    columns_of,
+    cut,
+    decode,
+)
 
 CHUNK = 1 << 20
 BOM = b"\xef\xbb\xbf"

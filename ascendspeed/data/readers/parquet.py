@@ -8,7 +8,17 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from ascendspeed.data.readers.shard import BATCH_ROWS, SHARD_BYTES, Bad, Batch, Format, Shard, absent, cut, decode
+from ascendspeed.data.readers.shard import (
+    BATCH_ROWS,
+    SHARD_BYTES,
+    Bad,
+    Batch,
+    Format,
+    Shard,
+    absent,
+    cut,
+    decode,
+)
 from ascendspeed.utils.errors import UserError
 
 SLICES = 16
@@ -48,12 +58,17 @@ def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
     present = [name for name in wanted if name in there]
     missing = {name: absent(name, there, tuple(wanted)) for name in wanted if name not in there}
     try:
-        groups = _open(shard.path).iter_batches(BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False)
+        groups = _open(shard.path).iter_batches(
+            BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False
+        )
         for batch in groups:
             first = max(shard.start - at, 0)
             part = batch[first : max(shard.stop - at, 0)]
             if part.num_rows:
-                columns = {name: values(part[name]) if name in present else [missing[name]] * part.num_rows for name in wanted}
+                columns = {
+                    name: values(part[name]) if name in present else [missing[name]] * part.num_rows
+                    for name in wanted
+                }
                 yield Batch.at(range(before + at + first, before + at + first + part.num_rows), columns)
             at += batch.num_rows
             if at >= shard.stop:

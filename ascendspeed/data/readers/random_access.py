@@ -47,7 +47,9 @@ class LineTable(Table):
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = list(files)
         begins = [_beginnings(path) for path in self._files]
-        self._begins = [np.append(found, path.stat().st_size) for found, path in zip(begins, self._files, strict=True)]
+        self._begins = [
+            np.append(found, path.stat().st_size) for found, path in zip(begins, self._files, strict=True)
+        ]
         self._first = np.cumsum([0, *map(len, begins)])
         self._parse = text_row if self._files[0].suffix == ".txt" else json_row
         rows = (self._row(number) for number in range(min(FIRST, len(self))))
@@ -139,7 +141,9 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise UserError(f"{path}: reading it takes the package datasets: pip install -e '.[streaming]'") from error
+        raise UserError(
+            f"{path}: reading it takes the package datasets: pip install -e '.[streaming]'"
+        ) from error
     datasets.disable_progress_bars()
     names, kept = [str(file) for file in files], {"cache_dir": str(cache)} if cache else {}
     try:
@@ -147,14 +151,20 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
             return datasets.load_from_disk(str(files[0].parent))
         if files[0].suffix == ".arrow":
             return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
-        read = {".parquet": datasets.Dataset.from_parquet, ".csv": datasets.Dataset.from_csv, ".json": datasets.Dataset.from_json}
+        read = {
+            ".parquet": datasets.Dataset.from_parquet,
+            ".csv": datasets.Dataset.from_csv,
+            ".json": datasets.Dataset.from_json,
+        }
         return read[files[0].suffix](names, **kept)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the library and Arrow raise all kinds
         cause = error.__cause__ or error
         said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        raise UserError(f"{path} cannot be read as a data set: {said}; tools/preprocess_data.py counts bad rows instead") from error
+        raise UserError(
+            f"{path} cannot be read as a data set: {said}; tools/preprocess_data.py counts bad rows instead"
+        ) from error
 
 
 def fingerprint(files: Sequence[Path]) -> str:

@@ -33,12 +33,18 @@ def find(inputs: Iterable[str | Path]) -> list[Path]:
     found: list[Path] = []
     for name in map(str, inputs):
         if Path(name).is_dir():
-            files = sorted(p for p in Path(name).rglob("*") if p.is_file() and _suffix(p) in FORMATS and p.name[0] not in "._")
+            files = sorted(
+                p
+                for p in Path(name).rglob("*")
+                if p.is_file() and _suffix(p) in FORMATS and p.name[0] not in "._"
+            )
         else:
             named = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
             files = [p for p in map(Path, named) if p.is_file()]
         if not files:
-            raise UserError(f"--input {name}: there is no such file or folder, or it holds no {', '.join(FORMATS)}")
+            raise UserError(
+                f"--input {name}: there is no such file or folder, or it holds no {', '.join(FORMATS)}"
+            )
         found.extend(files)
     for path in found:
         _format(path)
@@ -74,5 +80,7 @@ def _suffix(path: Path) -> str:
 def _format(path: Path) -> Format:
     suffix = _suffix(path)
     if suffix not in FORMATS:
-        raise UserError(f"{path}: files of type {suffix or 'no suffix'} cannot be read; there are: {', '.join(FORMATS)}")
+        raise UserError(
+            f"{path}: files of type {suffix or 'no suffix'} cannot be read; there are: {', '.join(FORMATS)}"
+        )
     return FORMATS[suffix]

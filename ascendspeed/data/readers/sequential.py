@@ -13,7 +13,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ascendspeed.data.readers.lines import BOM, JSONL, json_row, text_row
-from ascendspeed.data.readers.shard import SHARD_BYTES, Bad, Batch, Format, Shard, batch_of, columns_of, picked_of, slices
+from ascendspeed.data.readers.shard import (
+    SHARD_BYTES,
+    Bad,
+    Batch,
+    Format,
+    Shard,
+    batch_of,
+    columns_of,
+    picked_of,
+    slices,
+)
 from ascendspeed.utils.errors import UserError
 
 Numbered = Iterator[tuple[int, Any]]
@@ -24,7 +34,11 @@ Reader = Callable[[BinaryIO], Numbered]
 def csv_rows(file: BinaryIO) -> Numbered:
     """Rows of a csv file with a header, which is none; one with more or fewer cells is `Bad`: which is which cannot be known."""
     csv.field_size_limit(sys.maxsize)
-    found = (cells for cells in csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")) if cells)
+    found = (
+        cells
+        for cells in csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
+        if cells
+    )
     header = next(found, [])
     return enumerate((_csv_row(header, cells) for cells in found), 1)
 
@@ -39,7 +53,10 @@ def line_rows(parse: Callable[[bytes], Any]) -> Reader:
     """Lines, each read by `parse`."""
 
     def rows(file: BinaryIO) -> Numbered:
-        parsed = ((number, parse(line.removeprefix(BOM) if number == 1 else line)) for number, line in enumerate(file, 1))
+        parsed = (
+            (number, parse(line.removeprefix(BOM) if number == 1 else line))
+            for number, line in enumerate(file, 1)
+        )
         return ((number, row) for number, row in parsed if row is not None)
 
     return rows
@@ -124,7 +141,12 @@ def in_order(reader: Reader) -> Format:
     return Format(columns, shards, lambda shard, wanted: slices(shard.held or Batch()), _where)
 
 
-CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = in_order(csv_rows), in_order(json_rows), in_order(line_rows(text_row)), in_order(numbered_array)
+CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = (
+    in_order(csv_rows),
+    in_order(json_rows),
+    in_order(line_rows(text_row)),
+    in_order(numbered_array),
+)
 
 
 def _json(path: Path) -> Format:

@@ -93,7 +93,9 @@ def columns_of(rows: Iterable[Any]) -> list[str]:
 
 def batch_of(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> Batch:
     """Places and rows -> columns; a missing key is as `absent` says, a row that is not an object is itself in every column."""
-    picked = [picked_of(row, wanted) if isinstance(row, dict) else dict.fromkeys(wanted, row) for _, row in rows]
+    picked = [
+        picked_of(row, wanted) if isinstance(row, dict) else dict.fromkeys(wanted, row) for _, row in rows
+    ]
     return Batch.at([place for place, _ in rows], {name: [row[name] for row in picked] for name in wanted})
 
 

@@ -53,21 +53,31 @@ def find(path: str) -> list[Path]:
     """
     folder = Path(path)
     if not folder.is_dir():
-        named = [folder] if folder.is_file() else sorted(folder.parent.glob(folder.name)) if set(path) & set("*?[") else []
+        named = (
+            [folder]
+            if folder.is_file()
+            else sorted(folder.parent.glob(folder.name))
+            if set(path) & set("*?[")
+            else []
+        )
         return _of_one_kind(named)
     if all((folder / name).is_file() for name in random_access.SAVED):
         return sorted(folder.glob("*.arrow"))
     if (folder / "dataset_dict.json").is_file():
         parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED[0]).is_file())
         if len(parts) != 1:
-            raise UserError(f"{path} holds several data sets; name one of them: {', '.join(map(str, parts)) or 'there is none'}")
+            raise UserError(
+                f"{path} holds several data sets; name one of them: {', '.join(map(str, parts)) or 'there is none'}"
+            )
         return sorted(parts[0].glob("*.arrow"))
     found = _of_one_kind(sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."))
     splits = {_split(file.relative_to(folder)): file for file in reversed(found)}
     splits.pop("", None)
     if len(splits) > 1:
         example = next(iter(splits.values()))
-        raise UserError(f"{path} holds several splits, {', '.join(sorted(splits))}: name the files of one, such as '{example}'")
+        raise UserError(
+            f"{path} holds several splits, {', '.join(sorted(splits))}: name the files of one, such as '{example}'"
+        )
     return found
 
 
@@ -90,17 +100,34 @@ class Streamed:
         """Raises `UserError` for a tokenizer, handler or column that is not there, and damaged files."""
         self.prefix, self.say = path, say
         if not data.tokenizer_name_or_path:
-            raise UserError(f"{path} is text: give --tokenizer-name-or-path, or make .bin/.idx of it by tools/preprocess_data.py")
+            raise UserError(
+                f"{path} is text: give --tokenizer-name-or-path, or make .bin/.idx of it by tools/preprocess_data.py"
+            )
         name = data.handler_name or "GeneralPretrainHandler"
-        ends = name not in HANDLERS or "chat_template" not in HANDLERS[name].takes  # in a chat format answers end by themselves
-        if data.json_keys != DataConfig.json_keys and name in HANDLERS and "json_keys" not in HANDLERS[name].takes:
+        ends = (
+            name not in HANDLERS or "chat_template" not in HANDLERS[name].takes
+        )  # in a chat format answers end by themselves
+        if (
+            data.json_keys != DataConfig.json_keys
+            and name in HANDLERS
+            and "json_keys" not in HANDLERS[name].takes
+        ):
             raise UserError(f"--json-keys means nothing to {name}; leave it out")
         given = {setting: getattr(data, setting) for setting in SETTINGS}
-        job = Job(data.tokenizer_name_or_path, name, data.json_keys, append_eod=ends, seq_length=data.seq_length, **given)
+        job = Job(
+            data.tokenizer_name_or_path,
+            name,
+            data.json_keys,
+            append_eod=ends,
+            seq_length=data.seq_length,
+            **given,
+        )
         self.maker = Maker(job)
         self.learns_answers = self.maker.handler.learns_answers
         if len(self.maker.handler.keys) > 1:
-            raise UserError(f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by --data-path")
+            raise UserError(
+                f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by --data-path"
+            )
         cache = Path(data.data_cache_path) if data.data_cache_path else None
         self.table = random_access.open_table(path, files, cache and cache / "datasets")
         if not len(self.table):
@@ -109,7 +136,9 @@ class Streamed:
         for note in filter(None, (*self.maker.handler.notes, unread(self.maker.handler, self.table.columns))):
             say(f"{path}: {note}")
         self.cache = cache or Path(path).absolute().parent / "index-cache"
-        vocabulary = [p for p in sorted(self.maker.tokenizer.path.glob("*")) if p.suffix in (".json", ".model")]
+        vocabulary = [
+            p for p in sorted(self.maker.tokenizer.path.glob("*")) if p.suffix in (".json", ".model")
+        ]
         digests = [hashlib.sha256(p.read_bytes()).hexdigest() for p in vocabulary]
         self.said = [random_access.fingerprint(files), digests, vars(job) | {"tokenizer_path": ""}]
         """What decides which documents the rows make."""
@@ -136,7 +165,13 @@ class StreamSource:
     def __init__(self, data: Streamed, chosen: range, name: str, config: DataConfig, seed: int) -> None:
         if not len(chosen):
             raise UserError(f"{data.prefix}: {said_of(config, name, 0, len(data), 'rows')}")
-        self.prefix, self._data, self._chosen, self._seed, self._strict = data.prefix, data, chosen, seed, config.strict
+        self.prefix, self._data, self._chosen, self._seed, self._strict = (
+            data.prefix,
+            data,
+            chosen,
+            seed,
+            config.strict,
+        )
         self._length, self._count = config.seq_length, max(1, min(STREAMS, len(chosen) // ROWS_OF_A_STREAM))
         self._fill, self._how = self._filler(config.packing)
         self._faults, self._reported = _Report(data, config.strict), 0
@@ -146,7 +181,9 @@ class StreamSource:
         samples = len(chosen) if self._fill is one_each else len(chosen) * self._tokens / self._length
         self.samples_per_epoch = max(1, round(samples))
         said = [1, data.said, chosen.start, chosen.stop, seed, self._length, self._count, self._how]
-        self._restoring = Restoring(data.cache, Path(data.prefix.rstrip("/")).name, name, json.dumps(said, default=str), data.say)
+        self._restoring = Restoring(
+            data.cache, Path(data.prefix.rstrip("/")).name, name, json.dumps(said, default=str), data.say
+        )
         self._streams: dict[int, Stream] = {}
 
     @property
@@ -160,8 +197,12 @@ class StreamSource:
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
         place, which = divmod(number, self._count)
         if which not in self._streams:
-            rows = _Rows(lambda rows: self._numbers(which, rows), self._read, self._at_once, self._epoch_of(which))
-            self._streams[which] = Stream(rows.get, self._fill, self._length, Places(self._restoring.file(which)))
+            rows = _Rows(
+                lambda rows: self._numbers(which, rows), self._read, self._at_once, self._epoch_of(which)
+            )
+            self._streams[which] = Stream(
+                rows.get, self._fill, self._length, Places(self._restoring.file(which))
+            )
         stream = self._streams[which]
         return stream.sample(place, self._restoring.passing(stream.missing(place), self._count))
 
@@ -172,7 +213,9 @@ class StreamSource:
             return next_fit, "documents share a sample while there is room for the next"
         if packing == "none":
             return one_each, "one document in each sample"
-        raise UserError(f"--packing {packing}: documents that are tokenized in training take first-fit or none")
+        raise UserError(
+            f"--packing {packing}: documents that are tokenized in training take first-fit or none"
+        )
 
     @property
     def _at_once(self) -> int:
@@ -200,11 +243,15 @@ class StreamSource:
 
     def _looked_at(self) -> float:
         """Tokens of a row on average. Raises `UserError` when no row that was looked at makes a document."""
-        numbers = np.unique(np.linspace(self._chosen.start, self._chosen.stop - 1, LOOKED_AT).astype(np.int64))
+        numbers = np.unique(
+            np.linspace(self._chosen.start, self._chosen.stop - 1, LOOKED_AT).astype(np.int64)
+        )
         self._looked = len(numbers)
         documents = self._read(numbers.tolist())
         if not documents:
-            raise UserError(f"{self.prefix}: none of {len(numbers)} rows makes a document: {self._faults.said()}")
+            raise UserError(
+                f"{self.prefix}: none of {len(numbers)} rows makes a document: {self._faults.said()}"
+            )
         return sum(len(one.tokens) for one in documents.values()) / len(numbers)
 
 
@@ -226,7 +273,9 @@ class _Rows:
         """The first document at or after `row`, and its row; those before `wanted` are let go."""
         for at in count(row):
             if at - row > self._epoch:
-                raise UserError("a whole pass over the rows of a stream made no document; see what is said about them")
+                raise UserError(
+                    "a whole pass over the rows of a stream made no document; see what is said about them"
+                )
             if at not in self._held:
                 self._held = {n: one for n, one in self._held.items() if wanted <= n}
                 numbers = self._numbers(np.arange(at, at + self._at_once)).tolist()
@@ -257,7 +306,11 @@ class _Report:
 
     def add(self, found: dict[int, Document | Fault]) -> None:
         """What rows became."""
-        bad = {number: one for number, one in found.items() if isinstance(one, Fault) and number not in self._known}
+        bad = {
+            number: one
+            for number, one in found.items()
+            if isinstance(one, Fault) and number not in self._known
+        }
         self._known |= bad.keys()
         for number, fault in bad.items():
             row = _Row(fault, self._data.table.where(number))

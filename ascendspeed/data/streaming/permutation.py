@@ -15,7 +15,10 @@ class Permutation:
     """
 
     def __init__(self, count: int, seed: int) -> None:
-        digest = hashlib.sha256(f"{seed} {count}".encode()).digest() + hashlib.sha256(f"{count} {seed}".encode()).digest()
+        digest = (
+            hashlib.sha256(f"{seed} {count}".encode()).digest()
+            + hashlib.sha256(f"{count} {seed}".encode()).digest()
+        )
         self._count, self._keys = np.uint64(count), np.frombuffer(digest, "<u8")[:ROUNDS].astype(np.uint64)
         self._half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
         self._mask = (np.uint64(1) << self._half) - np.uint64(1)

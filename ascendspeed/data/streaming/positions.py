@@ -19,13 +19,21 @@ class Restoring:
         self._say, self._done, self._told = say, 0, 0.0
         digest = hashlib.sha256(said.encode()).hexdigest()[:16]
         self.folder: Path | None = cache / f"{name}-{split}-{digest}"
-        others = [p for p in cache.glob(f"{name}-{split}-*") if p.is_dir() and p != self.folder] if cache.is_dir() else []
+        others = (
+            [p for p in cache.glob(f"{name}-{split}-*") if p.is_dir() and p != self.folder]
+            if cache.is_dir()
+            else []
+        )
         if others and not self.folder.is_dir():
-            say(f"{others[0]} is of other data or settings than these; it is left alone, and places are kept in {self.folder.name}")
+            say(
+                f"{others[0]} is of other data or settings than these; it is left alone, and places are kept in {self.folder.name}"
+            )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            say(f"note: {cache}: places cannot be kept there ({error.strerror}); give --data-cache-path, or a resumed run is slow")
+            say(
+                f"note: {cache}: places cannot be kept there ({error.strerror}); give --data-cache-path, or a resumed run is slow"
+            )
             self.folder = None
 
     def file(self, stream: int) -> Path | None:
@@ -38,7 +46,9 @@ class Restoring:
             return lambda: None
         if not self._told:
             where = f"there are none in {self.folder}" if self.folder else "none are kept"
-            self._say(f"the places where samples begin are not known ({where}): about {missing * streams:,} are tokenized again")
+            self._say(
+                f"the places where samples begin are not known ({where}): about {missing * streams:,} are tokenized again"
+            )
             self._told = time.monotonic()
 
         def passed() -> None:

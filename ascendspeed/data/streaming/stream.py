@@ -101,7 +101,12 @@ class Places:
         if self._path and self._path.is_file():
             with contextlib.suppress(OSError, ValueError, EOFError):
                 found = np.load(self._path, allow_pickle=False)
-                if found.ndim == 2 and found.shape[1] == 2 and found.dtype == np.int64 and len(found) > len(self._known):
+                if (
+                    found.ndim == 2
+                    and found.shape[1] == 2
+                    and found.dtype == np.int64
+                    and len(found) > len(self._known)
+                ):
                     self._known = [Place(*row) for row in found.tolist()]
                     self._saved = len(self._known)
 
@@ -122,7 +127,9 @@ class Places:
 class Stream:
     """The samples of one stream."""
 
-    def __init__(self, get: Callable[[int, int], tuple[int, Document]], fill: Filler, length: int, places: Places) -> None:
+    def __init__(
+        self, get: Callable[[int, int], tuple[int, Document]], fill: Filler, length: int, places: Places
+    ) -> None:
         """`get`: (row, first row that is still wanted) -> as `Get`."""
         self._get, self._fill, self._length, self._places = get, fill, length, places
         self._next, self._place = 0, Place(0, 0)

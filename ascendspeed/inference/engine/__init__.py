@@ -9,4 +9,14 @@ from ascendspeed.inference.engine.loglikelihood import Score, logprobs, score
 from ascendspeed.inference.engine.sampling import sample
 from ascendspeed.inference.engine.sampling_params import Completion, Params
 
-__all__ = ["Completion", "LanguageModel", "NoMemory", "Params", "Score", "load", "logprobs", "sample", "score"]
+__all__ = [
+    "Completion",
+    "LanguageModel",
+    "NoMemory",
+    "Params",
+    "Score",
+    "load",
+    "logprobs",
+    "sample",
+    "score",
+]

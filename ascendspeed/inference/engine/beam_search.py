@@ -53,10 +53,14 @@ class Search:
             if stops or at_end:
                 if rank < beams and score > NEVER / 2:
                     tokens = old.tokens if stops else [*old.tokens, token]
-                    self.finished.append(Completion(tokens, "stop" if stops else "length", score / size**params.length_penalty))
+                    self.finished.append(
+                        Completion(tokens, "stop" if stops else "length", score / size**params.length_penalty)
+                    )
             elif len(going) < beams:
                 going.append(Beam(score, [*old.tokens, token], old.row))
-        self.finished = sorted(self.finished, key=lambda one: -one.score)[:beams]  # stable: of equal ones the first
+        self.finished = sorted(self.finished, key=lambda one: -one.score)[
+            :beams
+        ]  # stable: of equal ones the first
         if at_end or not going:
             return True
         self.beams = going
@@ -65,7 +69,11 @@ class Search:
 
 
 def search(
-    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: Params, numbers: Sequence[int]
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    order: list[int],
+    params: Params,
+    numbers: Sequence[int],
 ) -> list[list[Completion]]:
     """The best `num_return_sequences` continuations of every prompt; `order`: the longest first; `numbers`: see `sample`."""
     beams, lengths = params.num_beams, [len(prompts[i]) for i in order]
@@ -75,7 +83,12 @@ def search(
     cache.select([i // beams for i in range(len(prompts) * beams)], lengths[0])
     # The beams of a prompt begin equal: only the first counts.
     live = [
-        Search(i, len(prompts[i]), stream(params.seed, numbers[i]), [Beam(0.0 if not j else NEVER) for j in range(beams)])
+        Search(
+            i,
+            len(prompts[i]),
+            stream(params.seed, numbers[i]),
+            [Beam(0.0 if not j else NEVER) for j in range(beams)],
+        )
         for i in order
     ]
     for at, one in enumerate(live):
@@ -116,12 +129,17 @@ def _offers(
     packed = model.tell(packed, (2, len(live), count))
     vocabulary = model.config.vocab_size
     return [
-        [(score, int(index) // vocabulary, int(index) % vocabulary) for score, index in zip(*pair, strict=True)]
+        [
+            (score, int(index) // vocabulary, int(index) % vocabulary)
+            for score, index in zip(*pair, strict=True)
+        ]
         for pair in packed.transpose(0, 1).tolist()
     ]
 
 
-def _best(scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], params: Params, count: int) -> Tensor:
+def _best(
+    scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], params: Params, count: int
+) -> Tensor:
     """scores [rows, V] -> [2, prompts, count]: sums of log-probabilities and beam * V + token."""
     seen = None
     if params.repetition_penalty != 1:
@@ -134,10 +152,14 @@ def _best(scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], 
         scores[:, params.vocab_size :] = float("-inf")
     if params.do_sample:
         scores = warped(scores, params)
-    sums = torch.tensor([[beam.score for beam in one.beams] for one in live], device=scores.device, dtype=scores.dtype)
+    sums = torch.tensor(
+        [[beam.score for beam in one.beams] for one in live], device=scores.device, dtype=scores.dtype
+    )
     offered = (scores.view(len(live), params.num_beams, -1) + sums[:, :, None]).flatten(1)
     if params.do_sample:
-        noise = torch.stack([torch.from_numpy(one.draws.random(offered.size(1))) for one in live]).to(offered.device)
+        noise = torch.stack([torch.from_numpy(one.draws.random(offered.size(1))) for one in live]).to(
+            offered.device
+        )
         best, at = draw_several(offered, noise, count)
     else:
         best, at = offered.topk(count)

@@ -41,7 +41,11 @@ class LanguageModel:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.first, self.last = gpt.pre_process, gpt.post_process
         self.cache: Cache | None = None
-        if self.last and isinstance(gpt.output_layer, NormHead) and not gpt.share_embeddings_and_output_weights:
+        if (
+            self.last
+            and isinstance(gpt.output_layer, NormHead)
+            and not gpt.share_embeddings_and_output_weights
+        ):
             gpt.output_layer.settle()
 
     def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> Cache:
@@ -63,7 +67,9 @@ class LanguageModel:
         self.cache = None
         attention.forget()
 
-    def read(self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None) -> list[Tensor]:
+    def read(
+        self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None
+    ) -> list[Tensor]:
         """Reads rows, longest first, into the cache from slot `first` on, chunk by chunk.
 
         `wanted`: positions in each row, rising; None: the last one. Returns for each row the final hidden states there, [n, h], on
@@ -76,7 +82,9 @@ class LanguageModel:
         for start in range(0, lengths[0], CHUNK):
             end = min(start + CHUNK, lengths[0])
             rows = sum(length > start for length in lengths)
-            piece = torch.zeros(rows, end - start, dtype=torch.long)  # short rows end in zeros, which nobody sees
+            piece = torch.zeros(
+                rows, end - start, dtype=torch.long
+            )  # short rows end in zeros, which nobody sees
             for i, row in enumerate(tokens[:rows]):
                 part = row[start:end]
                 piece[i, : len(part)] = torch.as_tensor(part)
@@ -102,7 +110,11 @@ class LanguageModel:
             hidden = gpt.embedding(tokens, None)
         else:
             hidden = torch.empty(
-                tokens.size(1), tokens.size(0), self.config.hidden_size, dtype=gpt.config.params_dtype, device=tokens.device
+                tokens.size(1),
+                tokens.size(0),
+                self.config.hidden_size,
+                dtype=gpt.config.params_dtype,
+                device=tokens.device,
             )
             dist.recv(hidden, rank - self.grid.tp)
         for layer in gpt.decoder.layers:
@@ -125,7 +137,11 @@ class LanguageModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Final hidden states [n, h] -> logits over the whole vocabulary [n, V], fp32; on every rank of the last stage."""
-        weight = self.gpt.shared_embedding_or_output_weight() if self.gpt.share_embeddings_and_output_weights else None
+        weight = (
+            self.gpt.shared_embedding_or_output_weight()
+            if self.gpt.share_embeddings_and_output_weights
+            else None
+        )
         return self.gpt.output_layer(hidden[:, None], weight=weight, runtime_gather_output=True)[0][
             :, 0, : self.config.vocab_size
         ].float()
@@ -134,7 +150,10 @@ class LanguageModel:
     def _token_bytes(self) -> int:
         """That a token takes in this rank's cache."""
         size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
-        return sum(2 * size * layer.self_attention.num_query_groups_per_partition for layer in self.gpt.decoder.layers)
+        return sum(
+            2 * size * layer.self_attention.num_query_groups_per_partition
+            for layer in self.gpt.decoder.layers
+        )
 
     @property
     def decides(self) -> bool:
@@ -145,10 +164,16 @@ class LanguageModel:
         """What the choosing rank has (fp64), on all of them. Raises `UserError` on all of them when there is a NaN in it."""
         told = value
         if self.grid.world > 1:
-            told = value.contiguous() if self.decides else torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
+            told = (
+                value.contiguous()
+                if self.decides
+                else torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
+            )
             dist.broadcast(told, self.grid.world - self.grid.tp)
         if told.isnan().any():
-            raise UserError("the model gives NaN: its weights are broken, or its precision (--fp16, --bf16) is too low for them")
+            raise UserError(
+                "the model gives NaN: its weights are broken, or its precision (--fp16, --bf16) is too low for them"
+            )
         return told
 
 
@@ -189,8 +214,12 @@ def load(
 
 
 def _check_model(source: Source, layout: ParallelConfig, model: str | None) -> None:
-    if model and replace(families.preset(model), init_method_std=0.0) != replace(source.config, init_method_std=0.0):
-        raise UserError(f"--model {model} is {families.preset(model)}, but {source.where} holds {source.config}")
+    if model and replace(families.preset(model), init_method_std=0.0) != replace(
+        source.config, init_method_std=0.0
+    ):
+        raise UserError(
+            f"--model {model} is {families.preset(model)}, but {source.where} holds {source.config}"
+        )
     schema.check_tensor_parallel(source.config, layout.tensor_model_parallel_size)
     schema.check_pipeline_parallel(source.config, layout.pipeline_model_parallel_size)
 
@@ -204,4 +233,6 @@ def _check_layout(layout: ParallelConfig, world: int) -> None:
             "expert parallel out"
         )
     if world != tp * pp:
-        raise UserError(f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; start as many, or change --tp or --pp")
+        raise UserError(
+            f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; start as many, or change --tp or --pp"
+        )

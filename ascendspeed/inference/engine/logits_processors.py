@@ -37,7 +37,9 @@ def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     """Of each row the first id at which the sum of softmax(scores [n, V]) passes `uniforms` [n] in [0, 1): [n]."""
     sums = scores.double().softmax(-1).cumsum(-1)
     wanted = (uniforms.clamp(max=1 - 1e-12) * sums[:, -1])[:, None]  # never past the last id that has any
-    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(max=scores.size(-1) - 1)  # where scores are NaN
+    return torch.searchsorted(sums, wanted, right=True)[:, 0].clamp_(
+        max=scores.size(-1) - 1
+    )  # where scores are NaN
 
 
 def draw_several(scores: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -57,7 +57,9 @@ def logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 1
             lengths = [len(row) for row in rows]
             model.begin(len(rows), lengths[0], lengths)
             hidden = model.read(rows, wanted=[range(length) for length in lengths])
-            told = _ask(model, hidden, range(sum(lengths)), [token for i in batch for token in tokens[i][1:]])[0]
+            told = _ask(
+                model, hidden, range(sum(lengths)), [token for i in batch for token in tokens[i][1:]]
+            )[0]
             for i, part in zip(batch, told.split(lengths), strict=True):
                 found[i] = part.float()
     return found
@@ -83,7 +85,9 @@ def score(
     Requests with the same input (a question and its one-token answers) are one row; rows that begin with the same tokens (the
     examples before the questions) are computed once up to there. `got(index, score)` is called as scores come, in that order.
     """
-    assert all(context and continuation for context, continuation in requests), "neither context nor continuation may be empty"
+    assert all(context and continuation for context, continuation in requests), (
+        "neither context nor continuation may be empty"
+    )
     found: dict[int, Score] = {}
     with torch.inference_mode(), _freeing(model):
         for group in groups(inputs(requests), model.config):
@@ -100,7 +104,9 @@ def inputs(requests: Sequence[tuple[Tokens, Tokens]]) -> list[Input]:
     asked: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         asked.setdefault((*context, *continuation[:-1]), []).append(i)
-    return [Input(tokens, min(len(requests[i][0]) for i in who) - 1, who) for tokens, who in sorted(asked.items())]
+    return [
+        Input(tokens, min(len(requests[i][0]) for i in who) - 1, who) for tokens, who in sorted(asked.items())
+    ]
 
 
 def groups(rows: Sequence[Input], config: ModelConfig) -> list[Group]:
@@ -164,7 +170,9 @@ def _scores(
             sizes.append((i, len(continuation)))
         begin += len(positions)
     told = _ask(model, hidden, places, tokens)
-    for (i, size), (values, best) in zip(sizes, zip(*(x.split([n for _, n in sizes]) for x in told), strict=True), strict=True):
+    for (i, size), (values, best) in zip(
+        sizes, zip(*(x.split([n for _, n in sizes]) for x in told), strict=True), strict=True
+    ):
         yield i, Score(float(values.sum()), bool(best.all()), size)
 
 

@@ -41,7 +41,15 @@ def sample(
         try:
             if params.num_beams > 1:
                 return beam_search.search(model, prompts, order, params, numbers)
-            return _sample(model, prompts, order, params, watch or (lambda row, token: False), numbers, end or (lambda: False))
+            return _sample(
+                model,
+                prompts,
+                order,
+                params,
+                watch or (lambda row, token: False),
+                numbers,
+                end or (lambda: False),
+            )
         finally:
             model.end()
 
@@ -70,7 +78,11 @@ def _sample(
     end: Callable[[], bool],
 ) -> list[list[Completion]]:
     each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
-    rows = [Row(i * each + j, len(prompts[i]), stream(params.seed, numbers[i] * each + j)) for i in order for j in range(each)]
+    rows = [
+        Row(i * each + j, len(prompts[i]), stream(params.seed, numbers[i] * each + j))
+        for i in order
+        for j in range(each)
+    ]
     cache = model.begin(len(rows), lengths[0] + params.max_new_tokens, lengths)
     last = model.read([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(each, 0) if model.last else None
@@ -127,7 +139,9 @@ class Seen:
     def __init__(self, model: LanguageModel, params: Params, prompts: Sequence[Sequence[int]]) -> None:
         self.mask: Tensor | None = None
         if model.decides and params.repetition_penalty != 1:
-            self.mask = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device.torch)
+            self.mask = torch.zeros(
+                len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device.torch
+            )
             for row, prompt in zip(self.mask, prompts, strict=True):
                 row[torch.tensor(prompt, device=row.device)] = True
 
@@ -143,7 +157,12 @@ class Seen:
 
 
 def _choose(
-    model: LanguageModel, hidden: Tensor | None, params: Params, rows: list[Row], seen: Seen, end: Callable[[], bool]
+    model: LanguageModel,
+    hidden: Tensor | None,
+    params: Params,
+    rows: list[Row],
+    seen: Seen,
+    end: Callable[[], bool],
 ) -> tuple[Tensor, Tensor] | None:
     """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device. None: it is to end."""
     packed = None
@@ -154,7 +173,9 @@ def _choose(
             if params.vocab_size is not None:
                 choices[:, params.vocab_size :] = float("-inf")
             if params.do_sample:
-                draws = torch.tensor([row.draws.random() for row in rows], dtype=torch.float64, device=logits.device)
+                draws = torch.tensor(
+                    [row.draws.random() for row in rows], dtype=torch.float64, device=logits.device
+                )
                 tokens = draw(warped(choices, params), draws)
             else:
                 tokens = choices.argmax(-1)

@@ -54,7 +54,9 @@ class Params:
         plain = {f.name: f.default for f in fields(self)}
         for name in ("temperature", "top_k", "top_p"):
             if not self.do_sample and getattr(self, name) != plain[name]:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is of use only where tokens are drawn")
+                raise UserError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)} is of use only where tokens are drawn"
+                )
         most = self.num_beams if self.num_beams > 1 else 1
         if self.num_return_sequences > most and not (self.do_sample and self.num_beams == 1):
             raise UserError(

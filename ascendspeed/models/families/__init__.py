@@ -20,9 +20,12 @@ from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)
+    family.name: family
+    for family in (INTERNLM, INTERNLM2, INTERNLM3, LLAMA, QWEN2, BAICHUAN, GEMMA, MIXTRAL, QWEN2_MOE)
 }
-PRESETS: dict[str, ModelConfig] = {name: config for family in FAMILIES.values() for name, config in family.presets.items()}
+PRESETS: dict[str, ModelConfig] = {
+    name: config for family in FAMILIES.values() for name, config in family.presets.items()
+}
 
 
 def preset(name: str) -> ModelConfig:
@@ -37,7 +40,9 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
     """The family that a config.json names by its `model_type`. Raises `UserError` for one that is not known."""
     name = config_json.get("model_type")
     if name not in FAMILIES:
-        raise UserError(f"config.json: model_type {name!r} is not supported; there are: {', '.join(FAMILIES)}")
+        raise UserError(
+            f"config.json: model_type {name!r} is not supported; there are: {', '.join(FAMILIES)}"
+        )
     return FAMILIES[name]
 
 

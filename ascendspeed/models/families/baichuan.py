@@ -15,18 +15,30 @@ BASE = ModelConfig(
     add_dense_bias=False,
     normalize_head=True,
 )
-BIASES = (ATTENTION + "linear_qkv.bias", ATTENTION + "linear_proj.bias", MLP + "linear_fc1.bias", MLP + "linear_fc2.bias")
+BIASES = (
+    ATTENTION + "linear_qkv.bias",
+    ATTENTION + "linear_proj.bias",
+    MLP + "linear_fc1.bias",
+    MLP + "linear_fc2.bias",
+)
 
 BAICHUAN = Family(
     name="baichuan",
     architecture="BaichuanForCausalLM",
     keys=adapt(KEYS, without=("num_key_value_heads", "head_dim"), max_position_embeddings=4096),
-    rows=swap(ROWS, Row(ATTENTION + "linear_qkv.weight", (LAYER + "self_attn.W_pack.weight",), "qkv", "rows"), without=BIASES),
+    rows=swap(
+        ROWS,
+        Row(ATTENTION + "linear_qkv.weight", (LAYER + "self_attn.W_pack.weight",), "qkv", "rows"),
+        without=BIASES,
+    ),
     implied={"add_qkv_bias": False, "add_dense_bias": False, "normalize_head": True},
     fixed={"hidden_act": "silu"},
     unlike=(
         ({"vocab_size": 64000}, "Baichuan 1 is not supported, only Baichuan 2 7B"),
-        ({"hidden_size": 5120}, "Baichuan 2 13B has ALiBi, which is not supported, only the 7B with its rope"),
+        (
+            {"hidden_size": 5120},
+            "Baichuan 2 13B has ALiBi, which is not supported, only the 7B with its rope",
+        ),
     ),
     presets={"baichuan2-7b": BASE, "baichuan2-tiny": replace(BASE, **TINY)},
 )

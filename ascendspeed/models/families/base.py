@@ -106,7 +106,9 @@ class Family:
         said = {name: theirs[name] for name in (key.theirs, *key.also) if theirs.get(name) is not None}
         value = next(iter(said.values()), None)
         if any(other != value for other in said.values()):
-            raise UserError(f"config.json: {' and '.join(f'{n} = {v!r}' for n, v in said.items())} contradict each other")
+            raise UserError(
+                f"config.json: {' and '.join(f'{n} = {v!r}' for n, v in said.items())} contradict each other"
+            )
         if value is None:
             if key.default is REQUIRED:
                 raise UserError(f"config.json of a model of family {self.name} lacks {key.theirs!r}")
@@ -115,7 +117,9 @@ class Family:
         if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
-            raise UserError(f"config.json: {key.theirs} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}")
+            raise UserError(
+                f"config.json: {key.theirs} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}"
+            )
         return value
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
@@ -127,7 +131,9 @@ class Family:
         theirs |= {name: _choices(value)[0] for name, value in self.fixed.items()}
         for key in self.keys:
             name = key.written or key.ours[0]
-            theirs[key.theirs] = not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
+            theirs[key.theirs] = (
+                not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
+            )
         theirs |= write_rope(config, self.rope)
         back = self.read_config(theirs)
         lost = [f for f in KINDS if f != "family" and getattr(back, f) != getattr(config, f)]
@@ -142,7 +148,9 @@ class Family:
 def adapt(keys: Iterable[Key], without: Sequence[str] = (), **defaults: Any) -> tuple[Key, ...]:
     """Another family's keys: without some, and with other defaults (by the words of config.json)."""
     return tuple(
-        replace(key, default=defaults[key.theirs]) if key.theirs in defaults else key for key in keys if key.theirs not in without
+        replace(key, default=defaults[key.theirs]) if key.theirs in defaults else key
+        for key in keys
+        if key.theirs not in without
     )
 
 
@@ -179,7 +187,9 @@ def check_experts(config: ModelConfig) -> None:
     if topk > experts:
         raise UserError(f"a token cannot be sent to {topk} of {experts} experts")
     if topk == 1 and not config.moe_router_pre_softmax:
-        raise UserError("one expert per token, whose weight is then always 1, is not supported: its router would learn nothing")
+        raise UserError(
+            "one expert per token, whose weight is then always 1, is not supported: its router would learn nothing"
+        )
 
 
 def check_layers(theirs: Mapping[str, Any]) -> None:

@@ -18,7 +18,12 @@ TRAINS: dict[str, tuple[ModelType, ...]] = {
     "llama": ("LLAMA2",),
 }
 """Our families that InternEvo trains, and as what: the first kind that can hold a model is the one that is written."""
-BELONGS = {"INTERNLM2_PUBLIC": "internlm2", "INTERNLM2": "internlm2", "INTERNLM3": "internlm3", "INTERNLM3_PUBLIC": "internlm3"}
+BELONGS = {
+    "INTERNLM2_PUBLIC": "internlm2",
+    "INTERNLM2": "internlm2",
+    "INTERNLM3": "internlm3",
+    "INTERNLM3_PUBLIC": "internlm3",
+}
 """Ours, by the `model_type` of a training configuration whose names do not tell."""
 
 B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."
@@ -92,7 +97,11 @@ class Style:
         swapped = {"w2.": "w3.", "w3.": "w2."} if self.version == 1 else {}
         for row in TABLES[self.model_type]:
             if row.ours.startswith("embedding."):
-                name = row.theirs[0].replace(".weight", ".word_embeddings.weight") if self.word_embeddings else row.theirs[0]
+                name = (
+                    row.theirs[0].replace(".weight", ".word_embeddings.weight")
+                    if self.word_embeddings
+                    else row.theirs[0]
+                )
                 yield replace(row, theirs=(name,), split="columns" if self.embed_split else "rows")
             elif swapped and ".mlp." in row.ours:
                 yield replace(row, theirs=tuple(_exchange(name, swapped) for name in row.theirs))
@@ -101,14 +110,18 @@ class Style:
 
     def named(self, ours: str) -> tuple[str, ...]:
         """The names of one of our parameters there, in the first layer."""
-        return next(tuple(name.format(l=0) for name in row.theirs) for row in self.rows() if row.ours.endswith(ours))
+        return next(
+            tuple(name.format(l=0) for name in row.theirs) for row in self.rows() if row.ours.endswith(ours)
+        )
 
     @property
     def family(self) -> str:
         """Ours, where nothing but the names says it."""
-        return {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "internlm2" if self.cut_qkv else "llama"}[
-            self.model_type
-        ]
+        return {
+            "INTERNLM": "internlm",
+            "INTERNLM2": "internlm2",
+            "LLAMA2": "internlm2" if self.cut_qkv else "llama",
+        }[self.model_type]
 
 
 def _exchange(name: str, words: dict[str, str]) -> str:

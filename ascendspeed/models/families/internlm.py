@@ -6,7 +6,9 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import Family, Key, adapt
 from ascendspeed.models.families.llama import KEYS, ROWS, TINY
 
-BASE = ModelConfig("internlm", rope_scaling_type="dynamic")  # the 7B; its values are the defaults of ModelConfig
+BASE = ModelConfig(
+    "internlm", rope_scaling_type="dynamic"
+)  # the 7B; its values are the defaults of ModelConfig
 
 INTERNLM = Family(
     name="internlm",
@@ -32,7 +34,12 @@ INTERNLM = Family(
             add_dense_bias=False,
         ),
         "internlm-65b": replace(
-            BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64, rope_scaling_type="none"
+            BASE,
+            num_layers=80,
+            hidden_size=8192,
+            ffn_hidden_size=22016,
+            num_attention_heads=64,
+            rope_scaling_type="none",
         ),
         "internlm-tiny": replace(BASE, **TINY),
     },

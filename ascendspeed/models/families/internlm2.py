@@ -32,7 +32,9 @@ INTERNLM2 = Family(
         Row("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), split="vocab"),
         Row("decoder.layers.{l}.input_layernorm.weight", (LAYER + "attention_norm.weight",)),
         Row(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), split="rows"),
-        Row(ATTENTION + "linear_qkv.bias", (LAYER + "attention.wqkv.bias",), split="rows", when="add_qkv_bias"),
+        Row(
+            ATTENTION + "linear_qkv.bias", (LAYER + "attention.wqkv.bias",), split="rows", when="add_qkv_bias"
+        ),
         Row(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), split="columns"),
         Row(ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), when="add_dense_bias"),
         Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "ffn_norm.weight",)),
@@ -50,7 +52,9 @@ INTERNLM2 = Family(
         "internlm2.5-7b": BASE,
         "internlm2.5-20b": LARGE,
         # Base and factor differ in what was written about it: its own config.json is right, and `--load` reads that.
-        "internlm2.5-7b-1m": replace(BASE, max_position_embeddings=262144, rotary_base=5e7, rope_scaling_factor=2.5),
+        "internlm2.5-7b-1m": replace(
+            BASE, max_position_embeddings=262144, rotary_base=5e7, rope_scaling_factor=2.5
+        ),
         "internlm2-tiny": replace(BASE, **TINY, num_query_groups=2),
     },
 )

@@ -26,10 +26,15 @@ INTERNLM3 = Family(
     architecture="InternLM3ForCausalLM",
     keys=(
         *adapt(KEYS, max_position_embeddings=32768),
-        Key("qkv_bias", ("add_qkv_bias",), False, also=("attention_bias",)),  # the second names are those of transformers 5
+        Key(
+            "qkv_bias", ("add_qkv_bias",), False, also=("attention_bias",)
+        ),  # the second names are those of transformers 5
         Key("bias", ("add_dense_bias", "add_mlp_bias"), False, also=("mlp_bias",)),
     ),
     rows=ROWS,
     fixed={"hidden_act": "silu"},
-    presets={"internlm3-8b": BASE, "internlm3-tiny": replace(BASE, **TINY, num_query_groups=2, kv_channels=32)},
+    presets={
+        "internlm3-8b": BASE,
+        "internlm3-tiny": replace(BASE, **TINY, num_query_groups=2, kv_channels=32),
+    },
 )

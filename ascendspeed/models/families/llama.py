@@ -40,33 +40,59 @@ ROWS = (
     Row(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), split="columns"),
     Row(ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), when="add_dense_bias"),
     Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
-    Row(MLP + "linear_fc1.weight", (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"), "glu", "rows"),
-    Row(MLP + "linear_fc1.bias", (LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"), "glu", "rows", when="add_mlp_bias"),
+    Row(
+        MLP + "linear_fc1.weight",
+        (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),
+        "glu",
+        "rows",
+    ),
+    Row(
+        MLP + "linear_fc1.bias",
+        (LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"),
+        "glu",
+        "rows",
+        when="add_mlp_bias",
+    ),
     Row(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), split="columns"),
     Row(MLP + "linear_fc2.bias", (LAYER + "mlp.down_proj.bias",), when="add_mlp_bias"),
     Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
     Row("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
 )
 
-BASE = ModelConfig("llama", vocab_size=32000, norm_epsilon=1e-6, add_qkv_bias=False, add_dense_bias=False)  # LLaMA-7B
+BASE = ModelConfig(
+    "llama", vocab_size=32000, norm_epsilon=1e-6, add_qkv_bias=False, add_dense_bias=False
+)  # LLaMA-7B
 BASE2 = replace(BASE, max_position_embeddings=4096, norm_epsilon=1e-5)  # Llama 2 7B
 B13 = {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 13824, "num_attention_heads": 40}
 
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    keys=(*KEYS, Key("attention_bias", ("add_qkv_bias", "add_dense_bias"), False), Key("mlp_bias", ("add_mlp_bias",), False)),
+    keys=(
+        *KEYS,
+        Key("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
+        Key("mlp_bias", ("add_mlp_bias",), False),
+    ),
     rows=ROWS,
     fixed={"hidden_act": "silu"},
     presets={
         "llama-7b": BASE,
         "llama-13b": replace(BASE, **B13),
-        "llama-30b": replace(BASE, num_layers=60, hidden_size=6656, ffn_hidden_size=17920, num_attention_heads=52),
-        "llama-65b": replace(BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64),
+        "llama-30b": replace(
+            BASE, num_layers=60, hidden_size=6656, ffn_hidden_size=17920, num_attention_heads=52
+        ),
+        "llama-65b": replace(
+            BASE, num_layers=80, hidden_size=8192, ffn_hidden_size=22016, num_attention_heads=64
+        ),
         "llama2-7b": BASE2,
         "llama2-13b": replace(BASE2, **B13),
         "llama2-70b": replace(
-            BASE2, num_layers=80, hidden_size=8192, ffn_hidden_size=28672, num_attention_heads=64, num_query_groups=8
+            BASE2,
+            num_layers=80,
+            hidden_size=8192,
+            ffn_hidden_size=28672,
+            num_attention_heads=64,
+            num_query_groups=8,
         ),
         "llama-tiny": replace(BASE2, **TINY, num_query_groups=2),
     },

@@ -50,7 +50,12 @@ MIXTRAL = Family(
     presets={
         "mixtral-8x7b": BASE,
         "mixtral-8x22b": replace(
-            BASE, num_layers=56, hidden_size=6144, ffn_hidden_size=16384, num_attention_heads=48, max_position_embeddings=65536
+            BASE,
+            num_layers=56,
+            hidden_size=6144,
+            ffn_hidden_size=16384,
+            num_attention_heads=48,
+            max_position_embeddings=65536,
         ),
         "mixtral-tiny": replace(BASE, **TINY | {"ffn_hidden_size": 176}, num_query_groups=2, num_experts=4),
     },

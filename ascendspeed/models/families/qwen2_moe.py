@@ -44,13 +44,28 @@ QWEN2_MOE = Family(
     ),
     rows=sparse(
         Row(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
-        Row(EXPERT + "linear_fc1.weight", (THEIR_EXPERT + "gate_proj.weight", THEIR_EXPERT + "up_proj.weight"), "glu", "rows"),
+        Row(
+            EXPERT + "linear_fc1.weight",
+            (THEIR_EXPERT + "gate_proj.weight", THEIR_EXPERT + "up_proj.weight"),
+            "glu",
+            "rows",
+        ),
         Row(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), split="columns"),
-        Row(SHARED + "linear_fc1.weight", (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"), "glu", "rows"),
+        Row(
+            SHARED + "linear_fc1.weight",
+            (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"),
+            "glu",
+            "rows",
+        ),
         Row(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), split="columns"),
         Row(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
     ),
-    fixed={"hidden_act": "silu", "use_sliding_window": False, "decoder_sparse_step": 1, "mlp_only_layers": []},
+    fixed={
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
     implied={"add_dense_bias": False},
     presets={
         "qwen1.5-moe-a2.7b": BASE,

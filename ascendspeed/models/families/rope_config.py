@@ -40,15 +40,23 @@ def read_rope(theirs: Mapping[str, Any], default: Mapping[str, Any]) -> dict[str
     if kind not in KINDS:
         raise UserError(f"config.json: rope scaling {kind!r} is not supported, only {', '.join(KINDS)}")
     if strange:
-        raise UserError(f"config.json: rope setting {_named(strange)} is not supported, only {', '.join(WORDS)}")
+        raise UserError(
+            f"config.json: rope setting {_named(strange)} is not supported, only {', '.join(WORDS)}"
+        )
     for where, value in (said["base"] | said["factor"] | said["part"]).items():
         if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise UserError(f"config.json: {where} = {value!r} is not a positive number")
     base = _one(said["base"], default.get("base", 10000.0))
     if _one(said["part"], 1) != 1:
-        raise UserError(f"config.json: {_named(said['part'])}: heads that are rotated in part are not supported, only 1")
+        raise UserError(
+            f"config.json: {_named(said['part'])}: heads that are rotated in part are not supported, only 1"
+        )
     factor = _factor(kind, said["factor"], default)
-    return {"rotary_base": float(base), "rope_scaling_type": "none" if kind == "default" else kind, "rope_scaling_factor": factor}
+    return {
+        "rotary_base": float(base),
+        "rope_scaling_type": "none" if kind == "default" else kind,
+        "rope_scaling_factor": factor,
+    }
 
 
 def _entries(theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
@@ -58,12 +66,16 @@ def _entries(theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
         table = theirs.get(name)
         if not isinstance(table, Mapping | None):
             raise UserError(f"config.json: {name} = {table!r} is not a table")
-        yield from ((f"{name}.{word}", word, value) for word, value in (table or {}).items() if value is not None)
+        yield from (
+            (f"{name}.{word}", word, value) for word, value in (table or {}).items() if value is not None
+        )
 
 
 def _one(said: Mapping[str, Any], default: Any) -> Any:
     """The value that every place agrees on."""
-    values = ["default" if value == "origin" else value for value in said.values()]  # InternLM's word for no scaling
+    values = [
+        "default" if value == "origin" else value for value in said.values()
+    ]  # InternLM's word for no scaling
     if any(value != values[0] for value in values):
         raise UserError(f"config.json: {_named(said)} contradict each other")
     return values[0] if values else default
@@ -73,7 +85,9 @@ def _factor(kind: str, said: Mapping[str, Any], default: Mapping[str, Any]) -> f
     factor = _one(said, default.get("factor") if kind == default.get("type") else None)
     if kind == "default":
         if factor not in (None, 1):
-            raise UserError(f"config.json: {_named(said)}, but no rope scaling that it belongs to: type linear or dynamic")
+            raise UserError(
+                f"config.json: {_named(said)}, but no rope scaling that it belongs to: type linear or dynamic"
+            )
         return 1.0
     if factor is None:
         raise UserError(f"config.json: rope scaling {kind!r} lacks its factor")
@@ -93,4 +107,7 @@ def write_rope(config: ModelConfig, spelling: str) -> dict[str, Any]:
         rotary: dict[str, Any] = {"base": config.rotary_base, "type": "origin" if kind == "none" else kind}
         return {"rotary": rotary | ({} if factor == 1.0 else {"scaling_factor": factor})}
     # `type` alone is read by every transformers; those before 4.43, and InternLM2's own code, refuse a third entry (`rope_type`).
-    return {"rope_theta": config.rotary_base, "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor}}
+    return {
+        "rope_theta": config.rotary_base,
+        "rope_scaling": None if kind == "none" else {"type": kind, "factor": factor},
+    }

@@ -56,7 +56,11 @@ class RotaryAttention(MegatronModule):
 
         `packed_seq_params`: the batch's `Segments`, None where every row is one document.
         """
-        if attention_mask is not None or attention_bias is not None or not isinstance(packed_seq_params, Segments | None):
+        if (
+            attention_mask is not None
+            or attention_bias is not None
+            or not isinstance(packed_seq_params, Segments | None)
+        ):
             raise NotImplementedError("only causal attention, of whole rows or within `Segments`")
         length, segments = query.size(0) * self.share.size, packed_seq_params
         if segments is None:
@@ -75,7 +79,9 @@ class RotaryAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
         # change would make a recomputed pass draw others than the first.
-        with get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext():
+        with (
+            get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
+        ):
             if segments is None:
                 firsts = self.share.firsts(length)
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
@@ -86,12 +92,28 @@ class RotaryAttention(MegatronModule):
 
     def _fused(self, query: Tensor, dropout: float) -> bool:
         """Whether the device's kernel for sequences of various lengths can do it."""
-        fits = query.dtype in (torch.bfloat16, torch.float16) and query.size(-1) % 8 == 0 and query.size(-1) <= 256
-        return self.config.kernels.varlen is not None and fits and not dropout and self.scale is None and self.share.size == 1
+        fits = (
+            query.dtype in (torch.bfloat16, torch.float16)
+            and query.size(-1) % 8 == 0
+            and query.size(-1) <= 256
+        )
+        return (
+            self.config.kernels.varlen is not None
+            and fits
+            and not dropout
+            and self.scale is None
+            and self.share.size == 1
+        )
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, first: int = 0, dropout: float = 0.0, scale: float | None = None, longest: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: int = 0,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    longest: int = 0,
 ) -> Tensor:
     """Causal attention of the queries at positions `first` and on: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
 
@@ -112,27 +134,52 @@ def attend(
     blocks = []
     for i in range(0, q.size(2), BLOCK):
         end = first + min(i + BLOCK, q.size(2))
-        block, keys, values, mask = q[:, :, i : i + BLOCK], k[:, :, :end], v[:, :, :end], future[-(end - first - i) :, -end:]
+        block, keys, values, mask = (
+            q[:, :, i : i + BLOCK],
+            k[:, :, :end],
+            v[:, :, :end],
+            future[-(end - first - i) :, -end:],
+        )
         if dropout:  # the scores are computed again in the backward pass instead of kept
-            blocks.append(checkpoint(_attend_block, block, keys, values, mask, dropout, scale, use_reentrant=False))
+            blocks.append(
+                checkpoint(_attend_block, block, keys, values, mask, dropout, scale, use_reentrant=False)
+            )
         else:
-            blocks.append(F.scaled_dot_product_attention(block, keys, values, mask, scale=scale, enable_gqa=grouped))
+            blocks.append(
+                F.scaled_dot_product_attention(block, keys, values, mask, scale=scale, enable_gqa=grouped)
+            )
     return torch.cat(blocks, 2)
 
 
 def attend_within(
-    segments: Segments, q: Tensor, k: Tensor, v: Tensor, share: Share = ALONE, dropout: float = 0.0, scale: float | None = None
+    segments: Segments,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    share: Share = ALONE,
+    dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Causal attention within each segment, one after the other: q [b, heads, n, d] of the positions that `share` has, k and v
     [b, groups, s, d] of all."""
     rows = []
     # Split, never sliced: what comes back through a slice is as large as all rows, for every segment.
-    for row, (lengths, *qkv) in enumerate(zip(segments.lengths, q.split(1), k.split(1), v.split(1), strict=True)):
+    for row, (lengths, *qkv) in enumerate(
+        zip(segments.lengths, q.split(1), k.split(1), v.split(1), strict=True)
+    ):
         pieces = segments.pieces(row, share)
         sizes = [piece.count for piece in pieces], lengths, lengths
         queries, keys, values = (x.split(size, 2) for x, size in zip(qkv, sizes, strict=True))
         out = [
-            attend(query, keys[piece.segment], values[piece.segment], piece.first, dropout, scale, segments.longest)
+            attend(
+                query,
+                keys[piece.segment],
+                values[piece.segment],
+                piece.first,
+                dropout,
+                scale,
+                segments.longest,
+            )
             for query, piece in zip(queries, pieces, strict=True)
         ]
         rows.append(torch.cat(out, 2))

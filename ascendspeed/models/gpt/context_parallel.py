@@ -36,5 +36,7 @@ ALONE = Share(0, 1)
 def gather(x: Tensor, group: Any) -> Tensor:
     """The whole sequence, in its own order, from every rank's share of it: [s / n, ...] -> [s, ...]; differentiable."""
     n = group.size()
-    early, late = gather_from_sequence_parallel_region(x, group=group).unflatten(0, (n, 2, len(x) // 2)).unbind(1)
+    early, late = (
+        gather_from_sequence_parallel_region(x, group=group).unflatten(0, (n, 2, len(x) // 2)).unbind(1)
+    )
     return torch.cat((early.flatten(0, 1), late.flip(0).flatten(0, 1)))

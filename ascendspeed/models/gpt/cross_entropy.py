@@ -31,7 +31,10 @@ class _CrossEntropy(torch.autograd.Function):
         mine = (local >= 0) & (local < rows.size(1))
         local = torch.where(mine, local, 0)[:, None]
         label = torch.where(mine, rows.gather(1, local).squeeze(1).float(), 0.0)
-        top, total = torch.empty_like(label), torch.empty_like(label)  # largest logit; sum of exp(logit - largest)
+        top, total = (
+            torch.empty_like(label),
+            torch.empty_like(label),
+        )  # largest logit; sum of exp(logit - largest)
         for piece in _pieces(rows):
             x = rows[piece].float()
             top[piece] = x.amax(1)
@@ -50,7 +53,9 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         if ctx.spent:
-            raise RuntimeError("a second backward pass through the loss: the first one wrote the gradient over the logits")
+            raise RuntimeError(
+                "a second backward pass through the loss: the first one wrote the gradient over the logits"
+            )
         ctx.spent = True
         logits, local, mine, top, total = ctx.saved_tensors
         rows, gradient = logits.flatten(0, 1), gradient.flatten().float()

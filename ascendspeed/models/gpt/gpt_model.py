@@ -66,7 +66,9 @@ def build(
         vp_stage=virtual_stage,
     )
     if gpt.post_process and padded > model.vocab_size:
-        first = parallel_state.get_tensor_model_parallel_rank() * (padded // parallel.tensor_model_parallel_size)
+        first = parallel_state.get_tensor_model_parallel_rank() * (
+            padded // parallel.tensor_model_parallel_size
+        )
         gpt.output_layer.register_forward_hook(_MaskPadding(model.vocab_size, first))
     if lora and lora.lora_rank:
         adapters.attach(gpt, model, lora)
@@ -114,7 +116,9 @@ def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
-def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None) -> dict[str, param_mapping.Cut]:
+def cuts(
+    model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None
+) -> dict[str, param_mapping.Cut]:
     """How every parameter of the model, and of its adapters, is cut in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
     own = {parameter.name: parameter.cut(tp, padded) for parameter in param_mapping.parameters(model)}
@@ -145,4 +149,7 @@ def fill(
                 if parameter.numel():
                     parameter.copy_(cut[name].part(full, rank))
     if mine:
-        raise UserError(f"the weights lack {', '.join(sorted(mine)[:5])}" + (f" and {len(mine) - 5} more" if len(mine) > 5 else ""))
+        raise UserError(
+            f"the weights lack {', '.join(sorted(mine)[:5])}"
+            + (f" and {len(mine) - 5} more" if len(mine) > 5 else "")
+        )

@@ -30,7 +30,9 @@ class Cache:
         for layer in gpt.decoder.layers:
             shape = (rows, layer.self_attention.num_query_groups_per_partition, capacity, config.kv_channels)
             # Zeros: what a row masks is multiplied by 0 all the same, and must not be NaN.
-            key, value = (torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2))
+            key, value = (
+                torch.zeros(shape, dtype=parameter.dtype, device=parameter.device) for _ in range(2)
+            )
             self.layers[layer.layer_number] = key, value
         self.device, self.dtype = parameter.device, parameter.dtype
         self.pin([0])
@@ -57,9 +59,9 @@ class Cache:
         self._row, self._mask = torch.arange(len(slots), device=self.device), None
         if self._first + 1 < self._end:
             seen = torch.arange(self._end, device=self.device) <= self._slots[:, None]
-            self._mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, float("-inf"))[
-                :, None, None
-            ]
+            self._mask = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(
+                ~seen, float("-inf")
+            )[:, None, None]
         self._turn(self._slots[None].float(), len(slots))
 
     def _turn(self, positions: Tensor, rows: int) -> None:

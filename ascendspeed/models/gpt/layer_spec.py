@@ -91,7 +91,9 @@ class GatedMLP(MLP):
 class NormHead(ColumnLinear):
     """An output layer whose rows are brought to length 1. Tensor parallel cuts between rows, so every rank needs its own only."""
 
-    def forward(self, input_: Tensor, weight: Tensor | None = None, **kwargs: object) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, **kwargs: object
+    ) -> tuple[Tensor, Tensor | None]:
         """input_ [s, b, h], weight [V / TP, h] in place of the layer's own -> [s, b, V / TP]."""
         return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
 
@@ -103,7 +105,11 @@ class NormHead(ColumnLinear):
 
 
 def transformer_config(
-    model: ModelConfig, parallel: ParallelConfig, train: TrainConfig, dtype: str = "fp32", kernels: Kernels | None = None
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    train: TrainConfig,
+    dtype: str = "fp32",
+    kernels: Kernels | None = None,
 ) -> Config:
     """Megatron-core's configuration of a run."""
     kind = DTYPES[dtype]
@@ -130,7 +136,9 @@ def transformer_config(
         hidden_dropout=train.hidden_dropout,
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank if interleaved else None,
+        virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank
+        if interleaved
+        else None,
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
@@ -168,7 +176,11 @@ def _recompute(train: TrainConfig) -> dict[str, object]:
             "recompute_method": train.recompute_method,
             "recompute_num_layers": train.recompute_num_layers,
         }
-    return {"recompute_granularity": None if train.recompute_granularity == "none" else train.recompute_granularity}
+    return {
+        "recompute_granularity": None
+        if train.recompute_granularity == "none"
+        else train.recompute_granularity
+    }
 
 
 def block_spec(config: Config, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
@@ -191,7 +203,9 @@ def block_spec(config: Config, virtual_stage: int | None = None) -> TransformerB
             mlp_bda=get_bias_dropout_add,
         ),
     )
-    return TransformerBlockSubmodules([layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm)
+    return TransformerBlockSubmodules(
+        [layer] * get_num_layers_to_build(config, virtual_stage), layer_norm=norm
+    )
 
 
 def _leave(weight: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class Expert(MLP):
     def __init__(self, config: Any, tp_group: Any) -> None:
         config = copy(config)
         config.ffn_hidden_size = config.moe_ffn_hidden_size  # the second layer's width is read from here
-        super().__init__(config, LINEARS, is_expert=True, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group)
+        super().__init__(
+            config, LINEARS, is_expert=True, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group
+        )
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
         """tokens [n, h], their weights [n] in fp32 -> [n, h], still to be summed over the tensor-parallel ranks."""
@@ -53,7 +55,9 @@ class Experts(MegatronModule):
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__(config)
-        self.local_experts = torch.nn.ModuleList(Expert(config, pg_collection.expt_tp) for _ in range(num_local_experts))
+        self.local_experts = torch.nn.ModuleList(
+            Expert(config, pg_collection.expt_tp) for _ in range(num_local_experts)
+        )
 
     def forward(self, tokens: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
         """tokens [n, h] and weights [n], sorted by expert; counts [experts] -> [n, h]; the second value is a bias: none."""
@@ -94,4 +98,6 @@ def settings(model: ModelConfig) -> dict[str, Any]:
 
 def moe_spec() -> ModuleSpec:
     """The MLP of a layer with experts."""
-    return ModuleSpec(MoELayer, submodules=MoESubmodules(experts=Experts, shared_experts=SharedExpert, router=Router))
+    return ModuleSpec(
+        MoELayer, submodules=MoESubmodules(experts=Experts, shared_experts=SharedExpert, router=Router)
+    )

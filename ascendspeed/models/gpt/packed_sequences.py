@@ -52,10 +52,14 @@ class Segments(PackedSeqParams):
         """Of all segments, the rows laid one after the other."""
         if device not in self._bounds:
             ends = list(accumulate(n for row in self.lengths for n in row))
-            self._bounds[device] = Bounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device=device), self.longest)
+            self._bounds[device] = Bounds(
+                ends, torch.tensor([0, *ends], dtype=torch.int32, device=device), self.longest
+            )
         return self._bounds[device]
 
-    def turns(self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, Tensor]:
+    def turns(
+        self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] of the positions that `share` has; made once, for all layers."""
         key = (dtype, device, share)
         if key not in self._turns:

@@ -26,7 +26,9 @@ class Rope:
         frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
 
-    def tables(self, length: int, dtype: torch.dtype, device: torch.device, share: Share = ALONE) -> tuple[Tensor, Tensor]:
+    def tables(
+        self, length: int, dtype: torch.dtype, device: torch.device, share: Share = ALONE
+    ) -> tuple[Tensor, Tensor]:
         """cos and sin for the positions 0 ... length - 1 that `share` has, computed in fp32: [positions, 1, 1, d] each."""
         key = (length, dtype, device, share)
         if key not in self._tables:

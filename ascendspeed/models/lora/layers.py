@@ -68,7 +68,9 @@ def attach(gpt: GPTModel, model: ModelConfig, lora: LoraConfig) -> None:
         gpt.embedding.register_forward_hook(_begin)
 
 
-def _add(linear: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+def _add(
+    linear: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor | None]:
     out, bias = output
     return out + linear.lora(inputs[0]), bias
 
@@ -90,29 +92,42 @@ class Adapter(torch.nn.Module):
         self.crosses = _crosses(model, targets[0], self.group.size())
         row, parts = targets[0].row, 1 if self.crosses or self.columns else self.group.size()
         self.widths = [width // parts for width in blocks(model, row)]  # of the blocks in this rank's outputs
-        self.heads = model.kv_heads // parts if row.fuse == "qkv" else 1  # groups that the blocks interleave in
+        self.heads = (
+            model.kv_heads // parts if row.fuse == "qkv" else 1
+        )  # groups that the blocks interleave in
         for target in targets:
             for which in "AB":
                 how = cut(model, target, which, lora.lora_rank, self.group.size())
-                weight = torch.nn.Parameter(torch.zeros(how.part_shape, dtype=config.params_dtype, device=current()))
+                weight = torch.nn.Parameter(
+                    torch.zeros(how.part_shape, dtype=config.params_dtype, device=current())
+                )
                 if how.dim is not None:
                     set_tensor_model_parallel_attributes(weight, True, how.dim, 1)
                 # Of a part of the sequence only: what is whole on every rank, and on this side of the exchange of z.
-                weight.sequence_parallel = self.sequence and how.dim is None and which == ("B" if self.columns else "A")
+                weight.sequence_parallel = (
+                    self.sequence and how.dim is None and which == ("B" if self.columns else "A")
+                )
                 self.register_parameter(f"{target.leaf}_{which}", weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [s, b, inputs] -> [s, b, outputs], both this rank's share."""
         # As matrices: one product each, whatever the strides of x are.
         z = self._exchange(self._down(x.flatten(0, 1))) * self.scale
-        deltas = [F.linear(part, b) for part, b in zip(z.chunk(len(self.targets), -1), self._weights("B"), strict=True)]
+        deltas = [
+            F.linear(part, b)
+            for part, b in zip(z.chunk(len(self.targets), -1), self._weights("B"), strict=True)
+        ]
         return self._fuse(deltas).unflatten(0, (-1, x.size(1)))
 
     def _weights(self, which: str) -> Iterator[Tensor]:
         for target in self.targets:
             weight = getattr(self, f"{target.leaf}_{which}")
             # Each rank's gradient of a B of which it uses some rows is that of these rows: they are summed.
-            yield copy_to_tensor_model_parallel_region(weight, group=self.group) if which == "B" and self.crosses else weight
+            yield (
+                copy_to_tensor_model_parallel_region(weight, group=self.group)
+                if which == "B" and self.crosses
+                else weight
+            )
 
     def _down(self, x: Tensor) -> Tensor:
         if not (self.dropout and self.training):
@@ -126,16 +141,26 @@ class Adapter(torch.nn.Module):
 
     def _exchange(self, z: Tensor) -> Tensor:
         if self.columns:
-            exchange = reduce_scatter_to_sequence_parallel_region if self.sequence else reduce_from_tensor_model_parallel_region
+            exchange = (
+                reduce_scatter_to_sequence_parallel_region
+                if self.sequence
+                else reduce_from_tensor_model_parallel_region
+            )
         else:
-            exchange = gather_from_sequence_parallel_region if self.sequence else copy_to_tensor_model_parallel_region
+            exchange = (
+                gather_from_sequence_parallel_region
+                if self.sequence
+                else copy_to_tensor_model_parallel_region
+            )
         return exchange(z, group=self.group)
 
     def _fuse(self, deltas: list[Tensor]) -> Tensor:
         """In the order of the linear's outputs: per key/value group [q..., k, v]; [gate; up]. Matrices without an adapter add 0."""
         if len(self.widths) == 1:
             return deltas[0]
-        fused = torch.cat([block.unflatten(-1, (self.heads, -1)) for block in self._spread(deltas)], -1).flatten(-2)
+        fused = torch.cat(
+            [block.unflatten(-1, (self.heads, -1)) for block in self._spread(deltas)], -1
+        ).flatten(-2)
         return fused.chunk(self.group.size(), -1)[self.group.rank()] if self.crosses else fused
 
     def _spread(self, deltas: list[Tensor]) -> Sequence[Tensor]:

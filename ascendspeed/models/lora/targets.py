@@ -65,7 +65,10 @@ def targets_of(model: ModelConfig, rows: Iterable[Row] | None = None) -> list[Ta
             continue
         outputs, inputs = shape_of(model, row)
         sizes = blocks(model, row) if len(row.theirs) > 1 else [outputs]
-        found += [Target(row, name.removesuffix(".weight"), inputs, n) for name, n in zip(row.theirs, sizes, strict=True)]
+        found += [
+            Target(row, name.removesuffix(".weight"), inputs, n)
+            for name, n in zip(row.theirs, sizes, strict=True)
+        ]
     return found
 
 
@@ -105,10 +108,18 @@ def named(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
     for names in (own, *others):
         if all(word == ALL or word in GROUPS or word in names for word in words):
             linears = {GROUPS.get(word) for word in words}
-            return tuple(name for name, linear in names.items() if ALL in words or name in words or linear in linears)
-    unknown = [word for word in words if word not in (ALL, *GROUPS) and not any(word in names for names in (own, *others))]
+            return tuple(
+                name for name, linear in names.items() if ALL in words or name in words or linear in linears
+            )
+    unknown = [
+        word
+        for word in words
+        if word not in (ALL, *GROUPS) and not any(word in names for names in (own, *others))
+    ]
     if unknown:
-        raise UserError(f"--lora-target-modules {' '.join(unknown)}: no such matrix; there are {_known(own, others)}")
+        raise UserError(
+            f"--lora-target-modules {' '.join(unknown)}: no such matrix; there are {_known(own, others)}"
+        )
     raise UserError(
         f"--lora-target-modules {' '.join(words)} mixes two ways to name the matrices; use one of {_known(own, others)}"
     )
@@ -121,9 +132,13 @@ def _known(own: Iterable[str], others: Sequence[Iterable[str]]) -> str:
 
 def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig | None = None) -> int:
     """Parameters of all adapters; with `parallel` those of one tensor- and pipeline-parallel rank."""
-    tp, pp = (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) if parallel else (1, 1)
+    tp, pp = (
+        (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) if parallel else (1, 1)
+    )
     sizes = ((t.row.split == "columns", t.inputs, t.outputs) for t in chosen(model, lora))
-    widths = sum(inputs // tp + outputs if columns else inputs + outputs // tp for columns, inputs, outputs in sizes)
+    widths = sum(
+        inputs // tp + outputs if columns else inputs + outputs // tp for columns, inputs, outputs in sizes
+    )
     return -(-model.num_layers // pp) * lora.lora_rank * widths
 
 
@@ -131,8 +146,12 @@ def check(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
     """The same with its target modules as single names. Raises `UserError` for what means nothing or is not supported."""
     if not lora.lora_rank:
         if lora != LoraConfig():
-            raise UserError("--lora-alpha, --lora-target-modules and so on mean nothing without --lora-rank; add it")
+            raise UserError(
+                "--lora-alpha, --lora-target-modules and so on mean nothing without --lora-rank; add it"
+            )
         return lora
     if model.num_experts:
-        raise UserError(f"--lora-rank {lora.lora_rank}: models with experts ({model.family}) cannot have adapters here")
+        raise UserError(
+            f"--lora-rank {lora.lora_rank}: models with experts ({model.family}) cannot have adapters here"
+        )
     return replace(lora, lora_target_modules=named(model, lora.lora_target_modules))

@@ -55,7 +55,10 @@ class Chat:
         """What the user should know about this format."""
         named = {name: strings[0] for name, strings in self.template.controls.items() if EOS in strings}
         missing = [string for string in named.values() if self.tokenizer.find(string) is None]
-        return [f"the tokenizer has no {string}: turns of the assistant end with the end of a document" for string in missing]
+        return [
+            f"the tokenizer has no {string}: turns of the assistant end with the end of a document"
+            for string in missing
+        ]
 
     def ids(self, messages: Sequence[Message], where: str = "conversation", tools: Any = None) -> list[int]:
         """Ids of a conversation, from its one BOS to what opens the assistant's answer.
@@ -69,7 +72,11 @@ class Chat:
         return bos + list(self._encoded(parts))
 
     def pieces(
-        self, messages: Sequence[Message], where: str = "conversation", tools: Any = None, last_only: bool = False
+        self,
+        messages: Sequence[Message],
+        where: str = "conversation",
+        tools: Any = None,
+        last_only: bool = False,
     ) -> list[Piece]:
         """A conversation to learn from, to be encoded by `encode_pieces`: to be learnt is what the assistant says (with
         `last_only`, in its last turn) and the token that ends its turn. It ends there. Raises `UserError`: see `ids`."""
@@ -110,14 +117,22 @@ class Chat:
             else:
                 (calls[-1][1] if inside else content).append(token)
         decode = self.tokenizer.decode
-        return Message("assistant", decode(content), None, tuple(Call(kind, decode(held).strip("\n")) for kind, held in calls))
+        return Message(
+            "assistant",
+            decode(content),
+            None,
+            tuple(Call(kind, decode(held).strip("\n")) for kind, held in calls),
+        )
 
     def _turns(self, messages: Sequence[Message], where: str, tools: Any) -> list[tuple[str, list[Said]]]:
         """(role, its turn) of every message and of the tools."""
         if tools:
             first = 1 if messages and messages[0].role == "system" else 0
             messages = [*messages[:first], tools_message(tools, where), *messages[first:]]
-        return [(message.role, self._turn(message, f"{where}, message {n}")) for n, message in enumerate(messages, 1)]
+        return [
+            (message.role, self._turn(message, f"{where}, message {n}"))
+            for n, message in enumerate(messages, 1)
+        ]
 
     def _turn(self, message: Message, where: str) -> list[Said]:
         template = self.template
@@ -125,12 +140,16 @@ class Chat:
             there = f"no {message.role}, only {', '.join(template.turns)}"
             raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has {there}")
         if message.name is not None and not template.name:
-            raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has no place for a name ({message.name!r})")
+            raise WrongMessage(
+                NO_PLACE, f"{where}: the chat template {self.name} has no place for a name ({message.name!r})"
+            )
         content: list[Part] = [message.content]
         for call in message.calls:
             if call.kind not in template.calls:
                 raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has no place for tools")
-            content += [part for part, _ in self._filled(template.calls[call.kind], {"content": [call.content]})]
+            content += [
+                part for part, _ in self._filled(template.calls[call.kind], {"content": [call.content]})
+            ]
         name: list[Part] = []
         if message.name is not None:
             speaker = Control(message.name) if message.name in TOOLS else message.name
@@ -177,10 +196,14 @@ class Chat:
     def _harmless(self, text: str, ids: np.ndarray) -> np.ndarray:
         if self._forbidden.isdisjoint(ids.tolist()):
             return ids
-        cut = re.compile("|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._strings)))
+        cut = re.compile(
+            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._strings))
+        )
         ids = np.concatenate(self.tokenizer.encode_batch([piece for piece in cut.split(text) if piece]))
         if not self._forbidden.isdisjoint(ids.tolist()):
-            raise UserError(f"{self.tokenizer.path}: text becomes a control token in this vocabulary: {text[:60]!r}")
+            raise UserError(
+                f"{self.tokenizer.path}: text becomes a control token in this vocabulary: {text[:60]!r}"
+            )
         return ids
 
 

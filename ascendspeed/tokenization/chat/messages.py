@@ -62,7 +62,9 @@ def read_answered(items: Any, where: str) -> list[Message]:
         place = f"{where}, message {number}"
         if message.role == "assistant" and (before is None or before.role in ("system", "assistant")):
             why = f"after the {before.role}'s" if before else "at the beginning"
-            raise WrongMessage("wrong order", f"{place}: the assistant speaks {why}; it answers a user or a tool")
+            raise WrongMessage(
+                "wrong order", f"{place}: the assistant speaks {why}; it answers a user or a tool"
+            )
         if before and message.role == before.role == "user" and message.name == before.name:
             raise WrongMessage("wrong order", f"{place}: the user speaks again before an answer")
         if not message.content.strip() and not message.calls and message.role in ("user", "assistant"):
@@ -70,7 +72,9 @@ def read_answered(items: Any, where: str) -> list[Message]:
             raise WrongMessage(kind, f"{place}: the {message.role} says nothing")
         before = message
     if found[-1].role != "assistant":
-        raise WrongMessage("wrong order", f"{where}: the last message is the {found[-1].role}'s, and has no answer")
+        raise WrongMessage(
+            "wrong order", f"{where}: the last message is the {found[-1].role}'s, and has no answer"
+        )
     return found
 
 
@@ -88,14 +92,22 @@ def _messages(items: Any, where: str) -> list[Message]:
 
 def tools_message(tools: Any, where: str) -> Message:
     """The system message that tells a model its functions: their JSON. Raises `WrongMessage`."""
-    if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise WrongMessage("wrong tools", f"{where}: tools are a list of tables that describe functions, not {short(tools)}")
+    if (
+        not isinstance(tools, Sequence)
+        or isinstance(tools, str)
+        or not all(isinstance(tool, Mapping) for tool in tools)
+    ):
+        raise WrongMessage(
+            "wrong tools", f"{where}: tools are a list of tables that describe functions, not {short(tools)}"
+        )
     return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise WrongMessage("no conversation", f"{where}: a message has a role and a content, and {short(item)} has not")
+        raise WrongMessage(
+            "no conversation", f"{where}: a message has a role and a content, and {short(item)} has not"
+        )
     role, content, name = (item.get(key) for key in ("role", "content", "name"))
     if role not in ALL_ROLES:
         there = f"there are {', '.join(ALL_ROLES)}"
@@ -133,7 +145,9 @@ def _function(call: Any, where: str) -> str:
     """JSON of name and parameters, from {"name", "parameters"} or from {"type": "function", "function": {"name", "arguments"}}."""
     table = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise WrongMessage("wrong tool call", f"{where}: a tool call has a name and parameters, and {short(call)} has not")
+        raise WrongMessage(
+            "wrong tool call", f"{where}: a tool call has a name and parameters, and {short(call)} has not"
+        )
     parameters = table.get("parameters", table.get("arguments", {}))
     if isinstance(parameters, str):  # as some programs keep them
         try:

@@ -39,21 +39,31 @@ class PieceEncoder:
         wanted = list(dict.fromkeys(place for found in places for place in found if place))
         ids = dict(zip(wanted, self._ids(wanted), strict=True))
         return [
-            self._document(pieces, [place and ids[place] for place in found]) for pieces, found in zip(joined, places, strict=True)
+            self._document(pieces, [place and ids[place] for place in found])
+            for pieces, found in zip(joined, places, strict=True)
         ]
 
     def _ids(self, places: Sequence[Place]) -> list[np.ndarray]:
         behind = [self._lead is not None and follows for _, follows in places]
-        found = self._encode([f"\n{text}" if led else text for (text, _), led in zip(places, behind, strict=True)])
-        return [self._after_lead(ids, text) if led else ids for ids, (text, _), led in zip(found, places, behind, strict=True)]
+        found = self._encode(
+            [f"\n{text}" if led else text for (text, _), led in zip(places, behind, strict=True)]
+        )
+        return [
+            self._after_lead(ids, text) if led else ids
+            for ids, (text, _), led in zip(found, places, behind, strict=True)
+        ]
 
     def _after_lead(self, ids: np.ndarray, text: str) -> np.ndarray:
         size = len(self._lead)  # type: ignore[arg-type]
         # A text that begins so that the lead's last token would grow is encoded by itself.
         return ids[size:] if np.array_equal(ids[:size], self._lead) else np.asarray(self._encode([text])[0])
 
-    def _document(self, pieces: Sequence[Piece], texts: Sequence[np.ndarray | None]) -> tuple[np.ndarray, np.ndarray]:
-        parts = [np.array([piece.what]) if ids is None else ids for piece, ids in zip(pieces, texts, strict=True)]
+    def _document(
+        self, pieces: Sequence[Piece], texts: Sequence[np.ndarray | None]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        parts = [
+            np.array([piece.what]) if ids is None else ids for piece, ids in zip(pieces, texts, strict=True)
+        ]
         lengths = [len(part) for part in parts]
         learnt = np.repeat([piece.learnt for piece in pieces], lengths)
         return np.concatenate(parts).astype(np.int32), learnt.astype(bool)
@@ -64,7 +74,12 @@ def _joined(pieces: Sequence[Piece]) -> list[Piece]:
     found: list[Piece] = []
     for piece in pieces:
         last = found[-1] if found else None
-        if last and isinstance(last.what, str) and isinstance(piece.what, str) and last.learnt == piece.learnt:
+        if (
+            last
+            and isinstance(last.what, str)
+            and isinstance(piece.what, str)
+            and last.learnt == piece.learnt
+        ):
             found[-1] = Piece(last.what + piece.what, piece.learnt)
         elif piece.what != "":
             found.append(piece)

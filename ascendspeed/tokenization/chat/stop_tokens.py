@@ -10,7 +10,9 @@ from ascendspeed.utils.safe_io import read_table
 FILE = "generation_config.json"
 
 
-def stop_set(tokenizer: Tokenizer, folders: Iterable[str | Path], template: Iterable[int] = ()) -> tuple[int, ...]:
+def stop_set(
+    tokenizer: Tokenizer, folders: Iterable[str | Path], template: Iterable[int] = ()
+) -> tuple[int, ...]:
     """Ids, sorted. `folders`: where a generation_config.json may lie; `template`: those of the chat format. Raises `UserError`."""
     found = {*template, *(number for folder in folders for number in generation_stops(Path(folder)))}
     return tuple(sorted(found | ({tokenizer.eos} if tokenizer.eos is not None else set())))

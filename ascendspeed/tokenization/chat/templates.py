@@ -36,7 +36,11 @@ class Template:
 
 V1 = Template(
     # The newest `build_inputs` of the original model code: no <eoh>. `<|User|>` and its like are plain text in this vocabulary.
-    turns={"system": "<|System|>:{content}\n", "user": "<|User|>:{content}\n", "assistant": "<|Bot|>:{content}{eoa}\n"},
+    turns={
+        "system": "<|System|>:{content}\n",
+        "user": "<|User|>:{content}\n",
+        "assistant": "<|Bot|>:{content}{eoa}\n",
+    },
     answer="<|Bot|>:",
     controls={"eoa": ("<eoa>", EOS)},
     stops=("eoa",),
@@ -53,7 +57,10 @@ UNUSED = {name: f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}
 """What the tokens are called where a vocabulary's JSON files do not name them yet."""
 
 V25 = Template(
-    turns={role: "{im_start}" + role + "{name}\n{content}{im_end}\n" for role in ("system", "user", "assistant", "environment")},
+    turns={
+        role: "{im_start}" + role + "{name}\n{content}{im_end}\n"
+        for role in ("system", "user", "assistant", "environment")
+    },
     answer="{im_start}assistant\n",
     controls={name: (f"<|{name}|>",) for name in NAMES},
     stops=("im_end",),
@@ -97,7 +104,10 @@ def choose(tokenizer: Tokenizer, family: str | None = None, name: str | None = N
 def _told_by(tokenizer: Tokenizer) -> str | None:
     for name in ("v2.5", "v2"):
         controls = TEMPLATES[name].controls
-        if all(find(tokenizer, controls[control]) is not None for control in ("im_start", "im_end", "action_start")):
+        if all(
+            find(tokenizer, controls[control]) is not None
+            for control in ("im_start", "im_end", "action_start")
+        ):
             return name
     if all(find(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
         return "v1"

@@ -77,7 +77,9 @@ def builder(
     if not run.parallel.deepspeed:
         from ascendspeed.training.engines.megatron import MegatronEngine
 
-        say(f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer")
+        say(
+            f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
+        )
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 

@@ -91,11 +91,15 @@ def _read_json(path: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"--deepspeed_config {path} is not a table")
     if (found.get("fp16") or {}).get("loss_scale"):
-        raise UserError(f"--deepspeed_config {path}: fp16.loss_scale is fixed there; remove it, the loss scale is dynamic here")
+        raise UserError(
+            f"--deepspeed_config {path}: fp16.loss_scale is fixed there; remove it, the loss scale is dynamic here"
+        )
     return found
 
 
-def _refuse_contradictions(derived: dict[str, Any], given: dict[str, Any], path: str | None, where: str = "") -> None:
+def _refuse_contradictions(
+    derived: dict[str, Any], given: dict[str, Any], path: str | None, where: str = ""
+) -> None:
     for key, value in given.items():
         mine = derived.get(key)
         if isinstance(mine, dict) and isinstance(value, dict):
@@ -114,7 +118,13 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` wins; nested dictionaries are merged."""
     both = below.keys() & above.keys()
     return (
-        below | above | {k: _merge(below[k], above[k]) for k in both if isinstance(below[k], dict) and isinstance(above[k], dict)}
+        below
+        | above
+        | {
+            k: _merge(below[k], above[k])
+            for k in both
+            if isinstance(below[k], dict) and isinstance(above[k], dict)
+        }
     )
 
 
@@ -132,7 +142,13 @@ class DeepSpeedEngine:
     """The DeepSpeed side of `engines.Engine`."""
 
     def __init__(
-        self, run: Run, grid: Grid, device: Device, config: dict[str, Any], kernels: Kernels, tensors: Tensors | None
+        self,
+        run: Run,
+        grid: Grid,
+        device: Device,
+        config: dict[str, Any],
+        kernels: Kernels,
+        tensors: Tensors | None,
     ) -> None:
         """Builds the model, fills it from `tensors` (our names, full; None: `restore` follows) and hands it to DeepSpeed."""
         self.run, self.grid, self.device, self.stage = run, grid, device, run.parallel.zero_stage
@@ -150,7 +166,9 @@ class DeepSpeedEngine:
         )[0]
         self.module, self.zero = module, self.engine.optimizer
         if scaler := getattr(self.zero, "loss_scaler", None):
-            scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run, and says what to do
+            scaler.raise_error_at_min_scale = (
+                False  # --max-skipped-steps ends such a run, and says what to do
+            )
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
             self.engine.enable_backward_allreduce = False
@@ -179,9 +197,14 @@ class DeepSpeedEngine:
             flat = name.endswith(".bias") or len(getattr(parameter, "ds_shape", parameter.shape)) == 1
             if parameter.requires_grad:
                 (plain if flat else decay).append(parameter)
-        groups = [{"params": decay, "weight_decay": optim.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        groups = [
+            {"params": decay, "weight_decay": optim.weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
         return AdamW(
-            [group for group in groups if group["params"]],  # adapters are all matrices, and ZeRO cannot flatten nothing
+            [
+                group for group in groups if group["params"]
+            ],  # adapters are all matrices, and ZeRO cannot flatten nothing
             lr=optim.lr,
             betas=(optim.adam_beta1, optim.adam_beta2),
             eps=optim.adam_eps,
@@ -236,7 +259,11 @@ class DeepSpeedEngine:
         to = self.device.torch
         documents = segments(batch.position_ids)
         losses = self.engine(
-            batch.tokens.to(to), batch.position_ids.to(to), None, labels=batch.labels.to(to), packed_seq_params=documents
+            batch.tokens.to(to),
+            batch.position_ids.to(to),
+            None,
+            labels=batch.labels.to(to),
+            packed_seq_params=documents,
         )
         return (losses.float() * batch.loss_mask.to(to)).sum()
 
@@ -250,7 +277,9 @@ class DeepSpeedEngine:
         """Stage 0: the global norm, every replicated gradient counted once."""
         squares = torch.zeros((), dtype=torch.float64, device=self.device.torch)
         for parameter in self.module.parameters():
-            if parameter.requires_grad and (self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)):
+            if parameter.requires_grad and (
+                self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
+            ):
                 # fp32 sums of rows, then fp64: a copy of the gradient in fp64 costs 50 times as much
                 squares += torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
         dist.all_reduce(squares, group=self.grid.tp_group)
@@ -300,7 +329,9 @@ class DeepSpeedEngine:
         """fp32 masters of this rank, one flat tensor per parameter group."""
         if self.stage == 3:
             return self.zero.fp32_partitioned_groups_flat
-        bf16_optimizer = getattr(self.zero, "fp32_groups_flat_partition", None)  # what bf16 with fp32 accumulation gets at stage 1
+        bf16_optimizer = getattr(
+            self.zero, "fp32_groups_flat_partition", None
+        )  # what bf16 with fp32 accumulation gets at stage 1
         return self.zero.single_partition_of_fp32_groups if bf16_optimizer is None else bf16_optimizer
 
     def _torch_adamw(self) -> AdamW:
@@ -310,8 +341,12 @@ class DeepSpeedEngine:
         """Adam's moments, made if the first step has not made them yet; a `step` of its own for each tensor, never shared."""
         state = self._torch_adamw().state[key]
         if "exp_avg" not in state:
-            step = torch.zeros((), device=like.device if self.device.fused_adamw else "cpu")  # where torch itself puts it
-            state.update(step=step, exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data))
+            step = torch.zeros(
+                (), device=like.device if self.device.fused_adamw else "cpu"
+            )  # where torch itself puts it
+            state.update(
+                step=step, exp_avg=torch.zeros_like(like.data), exp_avg_sq=torch.zeros_like(like.data)
+            )
         return [state[kind] for kind in KINDS[1:]]
 
     @property
@@ -326,7 +361,9 @@ class DeepSpeedEngine:
         if self.run.optim.fp16:
             scaler = self.zero.loss_scaler
             values["loss_scale"] = float(scaler.cur_scale)
-            values["loss_scaler"] = {k: getattr(scaler, k) for k in ("cur_iter", "last_overflow_iter", "cur_hysteresis")}
+            values["loss_scaler"] = {
+                k: getattr(scaler, k) for k in ("cur_iter", "last_overflow_iter", "cur_hysteresis")
+            }
         return values
 
     def rng(self) -> dict[str, Tensor]:

@@ -17,7 +17,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -40,14 +44,18 @@ from ascendspeed.training.engines import NOTHING, StepResult, Tensors
 class MegatronEngine:
     """The Megatron-core side of `engines.Engine`."""
 
-    def __init__(self, run: Run, grid: Grid, device: Device, kernels: Kernels, tensors: Tensors | None) -> None:
+    def __init__(
+        self, run: Run, grid: Grid, device: Device, kernels: Kernels, tensors: Tensors | None
+    ) -> None:
         """Builds the model, fills it from `tensors` (our names, full; None: `restore` follows) and wraps it."""
         self.run, self.grid, self.device = run, grid, device
         self.share, self.updates = Share(grid.cp_rank, grid.cp), 0
         self.config = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
         self.modules = self._build(tensors)
         self.chunks = self._wrap()
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), self.chunks, use_gloo_process_groups=False)
+        self.optimizer = get_megatron_optimizer(
+            self._optimizer_config(), self.chunks, use_gloo_process_groups=False
+        )
         for part in self.optimizer.chained_optimizers:
             part.optimizer = self._adamw(part.optimizer.param_groups)
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
@@ -57,7 +65,10 @@ class MegatronEngine:
     def _build(self, tensors: Tensors | None) -> list[gpt_model.InternLM]:
         run, virtual = self.run, self.run.parallel.num_virtual_stages_per_pipeline_rank
         stages = range(virtual) if virtual > 1 else [None]
-        modules = [gpt_model.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch) for stage in stages]
+        modules = [
+            gpt_model.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch)
+            for stage in stages
+        ]
         if tensors is not None:
             gpt_model.fill(modules, run.model, run.parallel, tensors, lora=run.lora)
         return modules
@@ -71,7 +82,8 @@ class MegatronEngine:
             overlap_param_gather=parallel.overlap_param_gather,
         )
         chunks = [  # later pieces of an interleaved pipeline are not on the critical path: one bucket each
-            DistributedDataParallel(self.config, settings, module, disable_bucketing=i > 0) for i, module in enumerate(self.modules)
+            DistributedDataParallel(self.config, settings, module, disable_bucketing=i > 0)
+            for i, module in enumerate(self.modules)
         ]
         if parallel.overlap_grad_reduce:
             functions = [chunk.no_sync for chunk in chunks]
@@ -108,9 +120,13 @@ class MegatronEngine:
             fused=self.device.fused_adamw,
         )
         for mine, theirs in zip(adamw.param_groups, groups, strict=True):
-            mine["params"] = theirs["params"]  # put in afterwards: a shard is a view of a parameter, which torch would refuse
+            mine["params"] = theirs[
+                "params"
+            ]  # put in afterwards: a shard is a view of a parameter, which torch would refuse
         for master in (p for group in adamw.param_groups for p in group["params"]):
-            step = torch.zeros((), device=master.device if self.device.fused_adamw else "cpu")  # where torch itself puts it
+            step = torch.zeros(
+                (), device=master.device if self.device.fused_adamw else "cpu"
+            )  # where torch itself puts it
             moments = {kind: torch.zeros_like(master.data) for kind in KINDS[1:]}
             adamw.state[master].update(step=step, **moments)
         return adamw
@@ -152,7 +168,10 @@ class MegatronEngine:
         """See `Engine.loss`."""
         for chunk in self.chunks:
             chunk.eval()
-        each, batches = self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.grid.dp), iter(batches)
+        each, batches = (
+            self.run.train.global_batch_size // (self.run.train.micro_batch_size * self.grid.dp),
+            iter(batches),
+        )
         total = tokens = 0.0
         while some := list(islice(batches, each)):
             total += sum(self._pass(some, 1.0, forward_only=True))
@@ -177,19 +196,28 @@ class MegatronEngine:
         )
         return [float(one) for one in sums] if self.grid.tp_rank == 0 else []
 
-    def _forward(self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel) -> tuple[Tensor, Any]:
+    def _forward(
+        self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel
+    ) -> tuple[Tensor, Any]:
         """One micro-batch through one piece of the model -> its output, and what the last stage makes the loss of it with."""
         batch = next(batches)
         tokens, labels, mask, positions = (
-            self.share.cut(x, 1).to(self.device.torch) for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
+            self.share.cut(x, 1).to(self.device.torch)
+            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
 
         def loss(losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             """(what is differentiated, tokens for Megatron-core to divide by: none, what is reported)."""
             total = (losses.float() * mask).sum()
-            return total * scale, torch.zeros((), dtype=torch.int, device=total.device), total.detach().double()
+            return (
+                total * scale,
+                torch.zeros((), dtype=torch.int, device=total.device),
+                total.detach().double(),
+            )
 
-        return chunk(tokens, positions, None, labels=labels, packed_seq_params=segments(batch.position_ids)), loss
+        return chunk(
+            tokens, positions, None, labels=labels, packed_seq_params=segments(batch.position_ids)
+        ), loss
 
     def _sum(self, values: Any, group: Any = None) -> Any:
         """Over all ranks, or those of a group."""
@@ -215,7 +243,9 @@ class MegatronEngine:
                 else:
                     part = self.grid.tp_rank
                 for kind, view in zip(KINDS, views, strict=True):
-                    yield Fragment(name, kind, cut, part, start, view.data.view(-1), (-1, 1) if tied else (i, n))
+                    yield Fragment(
+                        name, kind, cut, part, start, view.data.view(-1), (-1, 1) if tied else (i, n)
+                    )
 
     def _masters(self) -> Iterator[tuple[torch.nn.Parameter, tuple[list[Tensor], int, int, int]]]:
         """Parameter, ([master, exp_avg, exp_avg_sq], flat start within the parameter, i, n): the i-th of n holders of the same."""
@@ -235,7 +265,9 @@ class MegatronEngine:
         if self.run.optim.fp16:
             scaler = self.optimizer.chained_optimizers[0].grad_scaler
             values["loss_scale"] = float(scaler.scale)
-            values["grad_scaler"] = {name: getattr(scaler, name) for name in ("_growth_tracker", "_hysteresis_tracker")}
+            values["grad_scaler"] = {
+                name: getattr(scaler, name) for name in ("_growth_tracker", "_hysteresis_tracker")
+            }
         return values
 
     def rng(self) -> dict[str, Tensor]:
@@ -253,7 +285,9 @@ class MegatronEngine:
                 state["step"].fill_(self.updates)
             if self.run.optim.fp16 and "loss_scale" in scalars:
                 part.grad_scaler._scale.fill_(scalars["loss_scale"])
-                for name, value in scalars.get("grad_scaler", {}).items():  # the other engine keeps other things
+                for name, value in scalars.get(
+                    "grad_scaler", {}
+                ).items():  # the other engine keeps other things
                     setattr(part.grad_scaler, name, value)
         self._publish()
         if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
@@ -269,7 +303,9 @@ class MegatronEngine:
                 chunk.start_param_sync(force_sync=True)
 
 
-def _sum_gradients(model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any) -> None:
+def _sum_gradients(
+    model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any
+) -> None:
     """Over the ranks that must agree; not divided by `num_tokens`: the losses have been."""
     finalize_model_grads(model, None, **groups)
 

@@ -30,7 +30,9 @@ class Watch:
     def __init__(self, run: Run, grid: Grid, say: Callable[[str], None]) -> None:
         """Collective."""
         minutes = run.train.distributed_timeout_minutes
-        self.stop = Stop(grid, process_groups.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins)
+        self.stop = Stop(
+            grid, process_groups.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins
+        )
         self.health = Health(run, grid, say)
         self.reason: Reason | None = None
         """Why training stopped before its end, if it did."""
@@ -47,12 +49,19 @@ class Watch:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if not isinstance(getattr(error[1], "__cause__", None), Superseded):  # going on here would stop the other run
+        if not isinstance(
+            getattr(error[1], "__cause__", None), Superseded
+        ):  # going on here would stop the other run
             self._farewell()
         self._inside.__exit__(*error)
 
     def _farewell(self) -> None:
-        if self.begun and not self.done and self._run.train.save and looks_like_checkpoint(self._run.train.save):
+        if (
+            self.begun
+            and not self.done
+            and self._run.train.save
+            and looks_like_checkpoint(self._run.train.save)
+        ):
             self._say(f"to continue: {how_to_continue()}")
 
     @property

@@ -42,7 +42,9 @@ class Gone:
 class Heartbeat:
     """The signs of life of this rank, and what it knows of the others. Inside `with`, from a thread of its own."""
 
-    def __init__(self, grid: Grid, timeout_minutes: float, farewell: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, grid: Grid, timeout_minutes: float, farewell: Callable[[], None] = lambda: None
+    ) -> None:
         """Collective. After `timeout_minutes` without a sign of life a rank is taken for dead, and all others leave.
 
         `farewell` is called before they do, when it is the thread that ends them.
@@ -51,8 +53,12 @@ class Heartbeat:
         self._timeout = timeout_minutes * 60
         self._interval = min(INTERVAL, self._timeout / 10)
         self._farewell = farewell
-        self._heard: dict[int, float] = {}  # rank -> when it last was; on other ranks only those that rank 0 misses, and rank 0
-        self._left: dict[int, tuple[float, int, str]] = {}  # rank -> when we heard of it, its exit code, its last words
+        self._heard: dict[
+            int, float
+        ] = {}  # rank -> when it last was; on other ranks only those that rank 0 misses, and rank 0
+        self._left: dict[
+            int, tuple[float, int, str]
+        ] = {}  # rank -> when we heard of it, its exit code, its last words
         self._where: dict[int, Any] = {}  # on rank 0: the others' addresses
         self._looked = time.monotonic()
         self._last_words: tuple[int, str] | None = None
@@ -64,7 +70,9 @@ class Heartbeat:
     def __enter__(self) -> "Heartbeat":
         if self._world > 1:
             self._socket.settimeout(self._interval / 2)
-            self._thread = threading.Thread(target=self._answer if self._rank == 0 else self._ask, daemon=True)
+            self._thread = threading.Thread(
+                target=self._answer if self._rank == 0 else self._ask, daemon=True
+            )
             self._thread.start()
         return self
 
@@ -76,7 +84,10 @@ class Heartbeat:
             if isinstance(error, RuntimeError) and (lost := self.lost(wait=True)):
                 raise lost from error
             if error is not None:
-                self._last_words = error.code if isinstance(error, UserError) else 1, (str(error) or repr(error))[:500]
+                self._last_words = (
+                    error.code if isinstance(error, UserError) else 1,
+                    (str(error) or repr(error))[:500],
+                )
         finally:
             self._ended.set()
             self._thread.join()
@@ -103,7 +114,9 @@ class Heartbeat:
         """Rank 0: hears the others, answers each."""
         looked, news = 0.0, self._news()
         while not self._ended.is_set():
-            if time.monotonic() > looked + self._interval / 2:  # not at every message: there may be thousands of ranks
+            if (
+                time.monotonic() > looked + self._interval / 2
+            ):  # not at every message: there may be thousands of ranks
                 self._judge()
                 looked, news = time.monotonic(), self._news()
             if message := self._receive():
@@ -137,7 +150,9 @@ class Heartbeat:
 
     def _news(self) -> dict[str, Any]:
         gone = sorted(self._gone().items())[:NAMED]
-        left = {r: (g.code, g.left) for r, g in gone if g.left} | ({0: self._last_words} if self._last_words else {})
+        left = {r: (g.code, g.left) for r, g in gone if g.left} | (
+            {0: self._last_words} if self._last_words else {}
+        )
         return {"silent": {r: g.seconds for r, g in gone if not g.left}, "left": left}
 
     def _judge(self) -> None:
@@ -184,7 +199,9 @@ def _meet(grid: Grid) -> tuple[socket.socket, Any, str]:
 
 def _name(gone: dict[int, Gone], world: int) -> RankLost:
     words = [
-        f"rank {rank} left: {one.left}" if one.left else f"rank {rank} gave no sign of life for {one.seconds:.0f} s"
+        f"rank {rank} left: {one.left}"
+        if one.left
+        else f"rank {rank} gave no sign of life for {one.seconds:.0f} s"
         for rank, one in sorted(gone.items())[:NAMED]
     ]
     error = RankLost(f"{'; '.join(words)} (of {world} ranks); all leave")

@@ -37,33 +37,47 @@ class Health:
         if result.skipped:
             finding = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
             self.skipped_in_a_row += not finding
-            self._say(f" iteration {before.step + 1} skipped, nothing was updated: {self._blame(before, result)}")
+            self._say(
+                f" iteration {before.step + 1} skipped, nothing was updated: {self._blame(before, result)}"
+            )
             return
         if not math.isfinite(result.loss):
-            raise RuntimeError(f"iteration {before.step + 1} was not skipped, though its loss is {result.loss}")
+            raise RuntimeError(
+                f"iteration {before.step + 1} was not skipped, though its loss is {result.loss}"
+            )
         self.skipped_in_a_row = 0
         self._compare(before, result.loss)
 
     def _blame(self, before: TrainState, result: StepResult) -> str:
         """Ranks and samples, of a skipped iteration: those with a loss that is not finite, or else all of them."""
         size = self._run.train.micro_batch_size
-        starts = rounds(before.samples, self._run.train.global_batch_size, size, self._grid.dp_rank, self._grid.dp)
+        starts = rounds(
+            before.samples, self._run.train.global_batch_size, size, self._grid.dp_rank, self._grid.dp
+        )
         mine = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
-        guilty = [f"rank {rank}: samples {', '.join(bad)}" for rank, bad in enumerate(self._grid.gather(mine)) if bad]
+        guilty = [
+            f"rank {rank}: samples {', '.join(bad)}"
+            for rank, bad in enumerate(self._grid.gather(mine))
+            if bad
+        ]
         scale = f"loss scale {result.loss_scale:g}"
         if not result.tokens:
             last = before.samples + self._run.train.global_batch_size - 1
             return f"no token of samples {before.samples}-{last} is to be learnt"
         if not guilty:
             samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
-            return f"a gradient is not finite, every loss is ({result.loss:.6E}); all ranks: {samples}; {scale}"
+            return (
+                f"a gradient is not finite, every loss is ({result.loss:.6E}); all ranks: {samples}; {scale}"
+            )
         more = f" and {len(guilty) - NAMED} more ranks" if len(guilty) > NAMED else ""
         return f"loss {result.loss:.6E}; {'; '.join(guilty[:NAMED])}{more}; {scale}"
 
     def _compare(self, before: TrainState, loss: float) -> None:
         if len(self._losses) >= WINDOW // 4:
             median = statistics.median(self._losses)
-            spread = 1.4826 * statistics.median(abs(one - median) for one in self._losses)  # a normal curve's sigma
+            spread = 1.4826 * statistics.median(
+                abs(one - median) for one in self._losses
+            )  # a normal curve's sigma
             height = (loss - median) / max(spread, LEAST * abs(median), math.ulp(1.0))
             if height > SPIKE and not self._in_spike:
                 last = before.samples + self._run.train.global_batch_size - 1

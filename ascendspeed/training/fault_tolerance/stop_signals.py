@@ -63,7 +63,9 @@ class Stop:
 
     def reason(self, failed: bool = False) -> Reason | None:
         """What any rank has to say; the same on every rank, so all must call it. `failed`: a save of this rank did."""
-        mine = FIRST_SIGNAL + self._signal if self._signal else FAILED if failed else TIME if self._late() else 0
+        mine = (
+            FIRST_SIGNAL + self._signal if self._signal else FAILED if failed else TIME if self._late() else 0
+        )
         found = self._greatest(mine * self._grid.world + self._grid.rank)
         kind, rank = divmod(found, self._grid.world)
         return Reason(kind, rank) if kind else None

@@ -47,7 +47,9 @@ def main() -> None:
         options.deepspeed,
         options.make_vocab_size_divisible_by,
     )
-    print(f"for TP {options.tensor_model_parallel_size} x PP {options.pipeline_model_parallel_size}: {options.output_model_dir}")
+    print(
+        f"for TP {options.tensor_model_parallel_size} x PP {options.pipeline_model_parallel_size}: {options.output_model_dir}"
+    )
 
 
 if __name__ == "__main__":

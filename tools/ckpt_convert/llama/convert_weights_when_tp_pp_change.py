@@ -47,9 +47,15 @@ def main() -> None:
     from ascendspeed.conversion.output_files import unused
 
     unused(options.output_model_dir)
-    where, tp, pp = options.input_model_dir, options.tgt_tensor_model_parallel_size, options.tgt_pipeline_model_parallel_size
+    where, tp, pp = (
+        options.input_model_dir,
+        options.tgt_tensor_model_parallel_size,
+        options.tgt_pipeline_model_parallel_size,
+    )
     source = convert.open_source(where, options.config)
-    check_grid(where, options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size, source.grid)
+    check_grid(
+        where, options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size, source.grid
+    )
     options.claims.check(where, source.config)
     refuse(where, {"--orig-vocab-size": (options.orig_vocab_size, source.config.vocab_size)})
     convert.write_megatron(

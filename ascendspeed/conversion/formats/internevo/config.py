@@ -55,14 +55,22 @@ def trained_as(folder: Path) -> str:
     """`model_type` of the training configuration, whose text InternEvo saves too; empty when it is not there or says none."""
     path = folder / WHOLE
     text = load_pt(path, known=TABLES) if path.is_file() else ""
-    found = re.search(r"^\s*model_type\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE) if isinstance(text, str) else None
+    found = (
+        re.search(r"^\s*model_type\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
+        if isinstance(text, str)
+        else None
+    )
     return found[1] if found else ""
 
 
 def check(folder: Path, said: Mapping[str, Any], config: ModelConfig, by: str) -> None:
     """Raises `UserError` when the table contradicts what is known by other means (`by`), naming both."""
     known = {name: getattr(config, ours) for name, ours in SAME.items()}
-    wrong = [f"{name} = {said[name]!r}, {by} {known[name]!r}" for name in SAME if said.get(name) not in (None, known[name])]
+    wrong = [
+        f"{name} = {said[name]!r}, {by} {known[name]!r}"
+        for name in SAME
+        if said.get(name) not in (None, known[name])
+    ]
     if wrong:
         raise UserError(f"{folder / NAME} says {'; '.join(wrong)}: correct the one that is wrong")
 
@@ -71,7 +79,9 @@ def interleaved(folder: Path, said: Mapping[str, Any], style_of: str) -> bool | 
     """Whether the rows of q and k lie in pairs; None: the table does not say."""
     new, old = said.get("qk_interleaved"), said.get("adapt_hf") if style_of != "INTERNLM" else None
     if new is not None and old is not None and bool(new) == bool(old):
-        raise UserError(f"{folder / NAME} says qk_interleaved = {new!r} and adapt_hf = {old!r}, which is its opposite")
+        raise UserError(
+            f"{folder / NAME} says qk_interleaved = {new!r} and adapt_hf = {old!r}, which is its opposite"
+        )
     return bool(new) if new is not None else not old if old is not None else None
 
 

@@ -35,19 +35,29 @@ def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
     for pattern, what in OTHER_FORMS.items():
         if any(re.fullmatch(pattern, name) for name in names):
             raise UserError(f"{folder} holds {what}")
-    forms = [layout for layout in (TENSOR, WEIGHT) if any(re.fullmatch(layout.pattern, name) for name in names)]
+    forms = [
+        layout for layout in (TENSOR, WEIGHT) if any(re.fullmatch(layout.pattern, name) for name in names)
+    ]
     early = [match for name in names if (match := EARLY.fullmatch(name))]
     if len(forms) + bool(early) > 1:
-        raise UserError(f"{folder} has files of several parallel modes ({some(names)}): keep those of one save")
+        raise UserError(
+            f"{folder} has files of several parallel modes ({some(names)}): keep those of one save"
+        )
     if not early:
         return (forms[0], 0, 0) if forms else None
     tp, wp = (1 + max(int(match[i]) for match in early) for i in (1, 2))
     for match in early:  # both count the same ranks, each up to its own size
         rank = max(int(match[1]), int(match[2]))
         if (rank % tp, rank % wp) != (int(match[1]), int(match[2])):
-            raise UserError(f"{folder} has {match[0]}, which no rank of TP {tp} and WP {wp} writes: keep the files of one save")
+            raise UserError(
+                f"{folder} has {match[0]}, which no rank of TP {tp} and WP {wp} writes: keep the files of one save"
+            )
     pattern, name = (r"tp\d+_wp(\d+)", "tp*_wp{t}") if wp >= tp else (r"tp(\d+)_wp\d+", "tp{t}_wp*")
-    return replace(WEIGHT, pattern=rf"model_{pattern}_pp(\d+)\.pt", files=(f"model_{name}_pp{{p}}.pt",) * 2), wp, tp
+    return (
+        replace(WEIGHT, pattern=rf"model_{pattern}_pp(\d+)\.pt", files=(f"model_{name}_pp{{p}}.pt",) * 2),
+        wp,
+        tp,
+    )
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -83,7 +93,16 @@ class Opened:
         last = {p: -1 for _, p in self.found}
         for (t, p), held in self.found.items():
             if t == 0:
-                last[p] = max([-1, *(int(match[1]) for name in held if (match := re.match(r"(?:blocks|layers)\.(\d+)\.", name)))])
+                last[p] = max(
+                    [
+                        -1,
+                        *(
+                            int(match[1])
+                            for name in held
+                            if (match := re.match(r"(?:blocks|layers)\.(\d+)\.", name))
+                        ),
+                    ]
+                )
         return tuple(1 + last[p] for p in sorted(last))
 
     @property
@@ -93,7 +112,9 @@ class Opened:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor of the first rank. Raises `UserError` when it is not there."""
-        tensor = next((held[name] for (t, _), held in sorted(self.found.items()) if t == 0 and name in held), None)
+        tensor = next(
+            (held[name] for (t, _), held in sorted(self.found.items()) if t == 0 and name in held), None
+        )
         if not isinstance(tensor, Tensor) or not tensor.dim():
             raise UserError(f"{self.folder} lacks {name}")
         return tuple(tensor.shape)
@@ -105,7 +126,9 @@ class Opened:
         hidden, parts = self.shape(style.named("input_layernorm.weight")[0])[0], self.outer
         width = self.shape(style.named("word_embeddings.weight")[0])[-1]
         if width not in (hidden, hidden / parts):
-            raise UserError(f"{self.folder}: the embedding is {width} wide, neither {hidden} nor what {parts} ranks have of it")
+            raise UserError(
+                f"{self.folder}: the embedding is {width} wide, neither {hidden} nor what {parts} ranks have of it"
+            )
         return replace(
             style,
             embed_split=width * parts == hidden,
@@ -116,20 +139,31 @@ class Opened:
 
     def _model_type(self) -> ModelType:
         for model_type, rows in TABLES.items():
-            if any(name.format(l=0) in self.names for row in rows if row.ours == QKV + "weight" for name in row.theirs):
+            if any(
+                name.format(l=0) in self.names
+                for row in rows
+                if row.ours == QKV + "weight"
+                for name in row.theirs
+            ):
                 return model_type
         if any("moe_layer" in name for name in self.names):
             raise UserError(f"{self.folder} holds {EXPERTS}")
-        raise UserError(f"{self.folder} holds tensors of names that are not known here: {some(sorted(self.names))}")
+        raise UserError(
+            f"{self.folder} holds tensors of names that are not known here: {some(sorted(self.names))}"
+        )
 
     def _version(self, asked: Asked) -> Literal[1, 2]:
         """By the shapes: up has that of gate (w1), down has not."""
-        module = next((name.removesuffix("1.weight") for name in sorted(self.names) if name.endswith(".w1.weight")), "w")
+        module = next(
+            (name.removesuffix("1.weight") for name in sorted(self.names) if name.endswith(".w1.weight")), "w"
+        )
         w1, w2, w3 = (self.shape(f"{module}{i}.weight") for i in (1, 2, 3))
         fits: list[Literal[1, 2]] = [version for version, up in ((1, w2), (2, w3)) if up == w1]
         shapes = f"w1 {list(w1)}, w2 {list(w2)} and w3 {list(w3)}"
         if asked.version is not None and asked.version not in fits:
-            raise UserError(f"{self.folder} is not of version {asked.version}, where {_UP[asked.version]}: it has {shapes}")
+            raise UserError(
+                f"{self.folder} is not of version {asked.version}, where {_UP[asked.version]}: it has {shapes}"
+            )
         if not fits:
             raise UserError(f"{self.folder} has {shapes}: neither w2 nor w3 can be the up projection")
         if len(fits) == 2 and asked.version is None:

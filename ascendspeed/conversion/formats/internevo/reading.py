@@ -24,7 +24,12 @@ def is_one(folder: Path) -> bool:
 def dialect(style: Style) -> Dialect:
     """InternEvo's names and cuts as rank files know them."""
     rows = tuple(style.rows())
-    return Dialect(style.model_type, lambda config: rows, JUNK, lambda config, p, grid, rank: stored(style, config, p, rank))
+    return Dialect(
+        style.model_type,
+        lambda config: rows,
+        JUNK,
+        lambda config, p, grid, rank: stored(style, config, p, rank),
+    )
 
 
 def open_folder(folder: Path, config: Path | None = None, asked: Asked | None = None) -> Source:
@@ -36,11 +41,15 @@ def open_folder(folder: Path, config: Path | None = None, asked: Asked | None = 
     layout, parts, outer = folders.layout_of(folder) or (TENSOR, 0, 0)
     found = folders.read(folder, layout)
     files = 1 + max(t for t, _ in found)
-    opened = Opened(folder, found, model_config.read(folder), layout is not TENSOR, parts or files, outer or files)
+    opened = Opened(
+        folder, found, model_config.read(folder), layout is not TENSOR, parts or files, outer or files
+    )
     style, layers = opened.style(asked), opened.layers
     theirs, model = _architecture(opened, style, home, asked)
     kind = f"{KIND} for {'WP' if style.isp else 'TP'} {style.ranks} x PP {len(layers)}, names of {style.model_type}"
-    source = rank_files.source(kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0))
+    source = rank_files.source(
+        kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0)
+    )
     _note_unfinished(folder)
     return replace(source, beside=home)
 
@@ -49,17 +58,26 @@ def _note_unfinished(folder: Path) -> None:
     """A save ends with a file named by its step. All weights are there by now, but a save that was cut short may mix two steps."""
     trained = (folder / "context.pt").exists() or any(folder.glob("optimizer_*.pt"))
     if trained and not any(folder.glob("*.step")):
-        print(f"note: {folder} has no STEP.step, which InternEvo writes last: its save may have been cut short", flush=True)
+        print(
+            f"note: {folder} has no STEP.step, which InternEvo writes last: its save may have been cut short",
+            flush=True,
+        )
 
 
-def _architecture(opened: Opened, style: Style, home: Path, asked: Asked) -> tuple[dict[str, Any], ModelConfig]:
+def _architecture(
+    opened: Opened, style: Style, home: Path, asked: Asked
+) -> tuple[dict[str, Any], ModelConfig]:
     """By config.json where there is one, else by model_config.pt and the tensors; what is said twice must agree."""
     there = (home / "config.json").is_file()
     theirs, model = read_config(home) if there else ({}, _told_by_tensors(opened, style, asked))
     if style.model_type not in TRAINS.get(model.family, ()):
-        raise UserError(f"{opened.folder} has the names of {style.model_type}, which is no {model.family} model")
+        raise UserError(
+            f"{opened.folder} has the names of {style.model_type}, which is no {model.family} model"
+        )
     if model.num_layers != sum(opened.layers):
-        raise UserError(f"{opened.folder} has {sum(opened.layers)} layers, but {home / 'config.json'} says {model.num_layers}")
+        raise UserError(
+            f"{opened.folder} has {sum(opened.layers)} layers, but {home / 'config.json'} says {model.num_layers}"
+        )
     model_config.check(opened.folder, opened.said, model, "config.json" if there else "the tensors")
     if model.family == "internlm2" and style.model_type == "LLAMA2" and opened.fused(asked) is None:
         print(
@@ -79,17 +97,21 @@ def _told_by_tensors(opened: Opened, style: Style, asked: Asked) -> ModelConfig:
     """The architecture by model_config.pt, and by the tensors where it does not say or only roughly (`mlp_ratio`)."""
     said, parts = opened.said, opened.ranks
     heads, longest = said.get("num_attention_heads"), asked.max_pos or said.get("max_position_embeddings")
-    lacking = ["the number of heads (model_config.pt)"] * (not heads) + ["the longest trained sequence (--max_pos N)"] * (
-        not longest
-    )
+    lacking = ["the number of heads (model_config.pt)"] * (not heads) + [
+        "the longest trained sequence (--max_pos N)"
+    ] * (not longest)
     if lacking:
-        raise UserError(f"{opened.folder} does not say {' nor '.join(lacking)}; or copy the Hugging Face model's config.json there")
+        raise UserError(
+            f"{opened.folder} does not say {' nor '.join(lacking)}; or copy the Hugging Face model's config.json there"
+        )
     hidden = opened.shape(style.named("input_layernorm.weight")[0])[0]
     groups, width = said.get("num_kv_attention_heads") or heads, said.get("head_dim") or hidden // heads
     rows = parts * sum(opened.shape(name)[0] for name in style.named("linear_qkv.weight"))
     if rows != (heads + 2 * groups) * width:
         said_there = f"{heads} heads, {groups} key/value heads of width {width}"
-        raise UserError(f"{opened.folder}: model_config.pt says {said_there}, but q, k and v have {rows} rows together")
+        raise UserError(
+            f"{opened.folder}: model_config.pt says {said_there}, but q, k and v have {rows} rows together"
+        )
     return ModelConfig(
         asked.family or BELONGS.get(model_config.trained_as(opened.folder)) or style.family,
         num_layers=sum(opened.layers),
@@ -100,7 +122,9 @@ def _told_by_tensors(opened: Opened, style: Style, asked: Asked) -> ModelConfig:
         kv_channels=width,
         vocab_size=opened.outer * opened.shape(style.named("output_layer.weight")[0])[0],
         max_position_embeddings=longest,
-        norm_epsilon=float(said.get("layer_norm_epsilon") or 1e-5),  # InternEvo's own defaults, here and below
+        norm_epsilon=float(
+            said.get("layer_norm_epsilon") or 1e-5
+        ),  # InternEvo's own defaults, here and below
         rotary_base=float(said.get("rope_base") or 10000),
         rope_scaling_type="dynamic" if said.get("use_dynamic_ntk_rope") else "none",
         add_qkv_bias=style.named("linear_qkv.bias")[0] in opened.names,

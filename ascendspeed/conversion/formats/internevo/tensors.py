@@ -21,7 +21,10 @@ def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -
     held = _blocks(config, row, style)
     if not _as_one(row, style):
         groups = [held] if len(row.theirs) == 1 else [[block] for block in held]
-        return [_entry(name, parameter, group, dim, parts, part) for name, group in zip(parameter.theirs, groups, strict=True)]
+        return [
+            _entry(name, parameter, group, dim, parts, part)
+            for name, group in zip(parameter.theirs, groups, strict=True)
+        ]
     together = _entry("", parameter, [[span for block in held for span in block]], dim, parts, part)
     lengths = [_length(block) // parts for block in param_mapping.blocks(config, row)]
     return list(_divide(together, parameter.theirs, lengths if len(row.theirs) > 1 else [sum(lengths)]))
@@ -45,7 +48,10 @@ def _blocks(config: ModelConfig, row: Row, style: Style) -> list[list[Span]]:
     if ".linear_qkv." not in row.ours:
         return param_mapping.blocks(config, row)
     q, k, v = param_mapping.blocks(config, replace(row, fuse="qkv"))
-    heads = [[_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block] for block in (q, k)]
+    heads = [
+        [_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block]
+        for block in (q, k)
+    ]
     heads.append([[span] for span in v])
     if row.fuse == "qkv" and not style.cut_qkv:
         return [[span for group in block for span in group] for block in heads]
@@ -54,18 +60,27 @@ def _blocks(config: ModelConfig, row: Row, style: Style) -> list[list[Span]]:
 
 def _pairs(span: Span, d: int) -> list[Span]:
     first, n = span
-    return [(head + i + half, 1) for head in range(first, first + n, d) for i in range(d // 2) for half in (0, d // 2)]
+    return [
+        (head + i + half, 1)
+        for head in range(first, first + n, d)
+        for i in range(d // 2)
+        for half in (0, d // 2)
+    ]
 
 
 def _length(block: Iterable[Span]) -> int:
     return sum(n for _, n in block)
 
 
-def _entry(name: str, parameter: Parameter, held: Sequence[Sequence[Span]], dim: int | None, parts: int, part: int) -> Stored:
+def _entry(
+    name: str, parameter: Parameter, held: Sequence[Sequence[Span]], dim: int | None, parts: int, part: int
+) -> Stored:
     columns = math.prod(parameter.shape[1:])
     rows = sum(_length(block) // (parts if dim == 0 else 1) for block in held)
     width = (columns // parts if dim == 1 else columns,) * (len(parameter.shape) - 1)
-    return Stored(name, parameter, (rows, *width), tuple(param_mapping.cut_tiles(held, columns, dim, parts, part)))
+    return Stored(
+        name, parameter, (rows, *width), tuple(param_mapping.cut_tiles(held, columns, dim, parts, part))
+    )
 
 
 def _divide(entry: Stored, names: Sequence[str], lengths: Sequence[int]) -> Iterator[Stored]:

@@ -41,25 +41,35 @@ class InternEvo:
         """Raises `UserError` when the source cannot be written so."""
         config, style = source.config, self._style(source.config)
         if self.wp and self.tp > 1:
-            raise UserError(f"weight parallel (--wp {self.wp}) takes the place of tensor parallel: leave --tp {self.tp} out")
+            raise UserError(
+                f"weight parallel (--wp {self.wp}) takes the place of tensor parallel: leave --tp {self.tp} out"
+            )
         if not 1 <= self.pp <= config.num_layers:
             raise UserError(f"{config.num_layers} layers do not give {self.pp} stages something each")
         if self.version not in (1, 2):
-            raise UserError(f"--version {self.version} does not exist: 1 (w2 is up, w3 is down) or 2 (w3 is up, w2 is down)")
+            raise UserError(
+                f"--version {self.version} does not exist: 1 (w2 is up, w3 is down) or 2 (w3 is up, w2 is down)"
+            )
         sizes = [config.hidden_size, config.ffn_hidden_size, config.vocab_size]
         if not style.isp:
             sizes += [config.num_attention_heads, config.kv_heads]  # a rank computes whole heads
         choices = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
         if style.ranks not in choices:
             said = ", ".join(map(str, choices))
-            raise UserError(f"{sizes} (hidden size, MLP, vocabulary, heads) do not split over {style.ranks} ranks; choose {said}")
+            raise UserError(
+                f"{sizes} (hidden size, MLP, vocabulary, heads) do not split over {style.ranks} ranks; choose {said}"
+            )
 
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written: a file for every rank; the last stages have a layer more where they are not even."""
         config, style = source.config, self._style(source.config)
         each, more = divmod(config.num_layers, self.pp)
         grid = Grid(style.ranks, tuple(each + (p >= self.pp - more) for p in range(self.pp)), 0)
-        create, layout, names = partial(create_pt, around=lambda tensors: tensors), WEIGHT if style.isp else TENSOR, dialect(style)
+        create, layout, names = (
+            partial(create_pt, around=lambda tensors: tensors),
+            WEIGHT if style.isp else TENSOR,
+            dialect(style),
+        )
         return [
             File(layout.path(t, p, self.pp), tuple(rank_files.stored(config, names, grid, t, p)), create)
             for t in range(style.ranks)
@@ -69,15 +79,27 @@ class InternEvo:
     def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes what stands beside the weights, and last the mark of a whole save."""
         kinds = [str(dtype or kind).removeprefix("torch.") for kind in source.dtypes.values()]
-        model_config.write(folder, source.config, self._style(source.config), self.use_flash, max(set(kinds), key=kinds.count))
+        model_config.write(
+            folder,
+            source.config,
+            self._style(source.config),
+            self.use_flash,
+            max(set(kinds), key=kinds.count),
+        )
         hf_assets.write(source, folder, source.config, dtype)
-        torch.save({"step": 0}, folder / "0.step")  # 0: nothing was trained, and nothing resumes from it by itself
+        torch.save(
+            {"step": 0}, folder / "0.step"
+        )  # 0: nothing was trained, and nothing resumes from it by itself
 
     def kind(self, config: ModelConfig) -> ModelType:
         """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
         fitting = [kind for kind in TRAINS.get(config.family, ()) if _holds(kind, config)]
         if not fitting or self.model_type not in (None, *fitting):
-            what = f"this {config.family} model" if config.family in TRAINS else f"a model of family {config.family}"
+            what = (
+                f"this {config.family} model"
+                if config.family in TRAINS
+                else f"a model of family {config.family}"
+            )
             raise UserError(
                 f"InternEvo has no {self.model_type or 'kind of model'} that holds {what}: {_why(config, self.model_type)}"
             )
@@ -97,7 +119,13 @@ class InternEvo:
 
 def _plain(config: ModelConfig) -> bool:
     """Without what none of them can have."""
-    strange = (config.add_mlp_bias, config.tie_embeddings, config.num_experts, config.zero_centered_norm, config.normalize_head)
+    strange = (
+        config.add_mlp_bias,
+        config.tie_embeddings,
+        config.num_experts,
+        config.zero_centered_norm,
+        config.normalize_head,
+    )
     return (
         not any(strange)
         and not config.scale_embeddings
@@ -109,7 +137,10 @@ def _plain(config: ModelConfig) -> bool:
 def _holds(kind: ModelType, config: ModelConfig) -> bool:
     if kind == "INTERNLM":  # its biases and its one width of q, k and v are fixed
         return (
-            _plain(config) and config.add_qkv_bias and config.kv_heads == config.num_attention_heads and config.kv_channels is None
+            _plain(config)
+            and config.add_qkv_bias
+            and config.kv_heads == config.num_attention_heads
+            and config.kv_channels is None
         )
     return _plain(config)
 

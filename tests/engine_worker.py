@@ -29,7 +29,9 @@ def main() -> None:
     import torch
     from safetensors.torch import load_file
 
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.discovery import open_checkpoint
+    from ascendspeed.checkpoint.fragment import TrainState
+    from ascendspeed.checkpoint.save import save_checkpoint
     from ascendspeed.config import lr_schedule
     from ascendspeed.data.dataset import Batch
     from ascendspeed.distributed import fused_kernels, process_groups
@@ -62,8 +64,8 @@ def main() -> None:
         return [None, None] if result.skipped else [result.loss, result.grad_norm]
 
     def save(folder, at, engine, run, grid):
-        state = checkpoint.TrainState(at, 0, 0, engine.scalars())
-        checkpoint.save(
+        state = TrainState(at, 0, 0, engine.scalars())
+        save_checkpoint(
             folder, state, run, engine.fragments(), engine.rng(), grid.rank, grid.world, grid.barrier
         )
 
@@ -96,7 +98,7 @@ def main() -> None:
         else:
             engine = megatron_engine(case.get("break"))(run, grid, here, fused, tensors)
         if case.get("load"):
-            engine.restore(checkpoint.open_checkpoint(case["load"], say=lambda text: None))
+            engine.restore(open_checkpoint(case["load"], say=lambda text: None))
         if case.get("resave"):
             save(case["resave"], case.get("first", 0), engine, run, grid)
         if case.get("break") == "moments":

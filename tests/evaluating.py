@@ -14,9 +14,9 @@ from datasets import Dataset
 from lm_eval.api.task import ConfigurableTask
 from safetensors.torch import save_file
 
-from ascendspeed import conversion
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.models import families, param_mapping
 
@@ -183,7 +183,7 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
 
 def exported(folder: Path, source: Path) -> Path:
     """The same as a plain Llama that transformers knows."""
-    made = conversion.open_source(source)
+    made = open_source(source)
     convert.convert(made, folder, convert.HuggingFace("llama"), convert.DTYPES["fp32"])
     return folder
 

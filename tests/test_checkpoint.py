@@ -22,9 +22,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ascendspeed import checkpoint
-from ascendspeed.checkpoint import KINDS, Fragment, TrainState, safetensors_io
+from ascendspeed.checkpoint import manifest, safetensors_io
 from ascendspeed.checkpoint import save as saving
+from ascendspeed.checkpoint.async_saver import Saver
+from ascendspeed.checkpoint.discovery import find_checkpoint, open_checkpoint
+from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
+from ascendspeed.checkpoint.load import Checkpoint, load_fragments
+from ascendspeed.checkpoint.ownership import claim_folder
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
+from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models.param_mapping import Cut
 from ascendspeed.utils.errors import UserError
@@ -137,7 +143,7 @@ def save(folder, step=10, layout=Layout(), model=Model(), **more) -> Path:
     def one(rank):
         rng = {"torch": torch.full((5,), rank, dtype=torch.uint8), "counter": torch.tensor(rank)}
         fragments = model.fragments(layout, rank, full)
-        return checkpoint.save(
+        return save_checkpoint(
             folder, state, run_at(step), fragments, rng, rank, layout.world, barrier.wait, **more
         )
 
@@ -150,7 +156,7 @@ def check(opened, step=10, layout=Layout(), model=Model()) -> None:
     for rank in range(layout.world):
         expected = model.fragments(layout, rank, model.full(step))
         blank = [dataclasses.replace(f, tensor=torch.full_like(f.tensor, 7.0)) for f in expected]
-        checkpoint.restore(opened, blank)
+        load_fragments(opened, blank)
         for mine, right in zip(blank, expected, strict=True):
             assert torch.equal(mine.tensor, right.tensor), (mine.name, mine.kind, rank)
 
@@ -172,7 +178,7 @@ def test_every_layout_reads_every_other(tmp_path, old):
     path = save(tmp_path, layout=old)
     assert path == tmp_path / "step_0000010"
     assert (tmp_path / "latest").read_text() == "step_0000010\n"
-    opened = checkpoint.find(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path, **QUIET)
     for new in LAYOUTS:
         check(opened, layout=new)
     for kind in KINDS:
@@ -203,7 +209,7 @@ layouts = st.builds(
     data=st.data(),
 )
 def test_any_range_under_any_layout(tmp_path, model, old, new, data):
-    opened = checkpoint.Checkpoint(save(tmp_path, 1, old, model))
+    opened = Checkpoint(save(tmp_path, 1, old, model))
     check(opened, 1, new, model)
     name, cut = data.draw(st.sampled_from(sorted(model.cuts(new).items(), key=str)))
     part = data.draw(st.integers(0, (cut.parts if cut.dim is not None else 1) - 1))
@@ -221,10 +227,10 @@ def test_gate_and_up_are_cut_one_by_one(tmp_path):
         for rank in (1, 0):
             local = torch.cat([gate[3 * rank : 3 * rank + 3], up[3 * rank : 3 * rank + 3]])
             fragments = [Fragment("fc1", "master", cut, rank, 0, local.view(-1))]
-            checkpoint.save(folder, TrainState(1, 1, 1), RUN, fragments, {}, rank, 2, lambda: None)
+            save_checkpoint(folder, TrainState(1, 1, 1), RUN, fragments, {}, rank, 2, lambda: None)
     whole = torch.cat([gate, up])
-    assert torch.equal(dict(checkpoint.find(tmp_path / "right", **QUIET).tensors())["fc1"], whole)
-    assert not torch.equal(dict(checkpoint.find(tmp_path / "wrong", **QUIET).tensors())["fc1"], whole)
+    assert torch.equal(dict(find_checkpoint(tmp_path / "right", **QUIET).tensors())["fc1"], whole)
+    assert not torch.equal(dict(find_checkpoint(tmp_path / "wrong", **QUIET).tensors())["fc1"], whole)
 
 
 def test_padding_is_never_written(tmp_path):
@@ -262,7 +268,7 @@ def test_shards_are_plain_safetensors(tmp_path):
 
 def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     save(tmp_path, layout=Layout(tp=2, dp=2))
-    opened, read = checkpoint.find(tmp_path, **QUIET), []
+    opened, read = find_checkpoint(tmp_path, **QUIET), []
     real = safetensors_io.read_into
     monkeypatch.setattr(
         safetensors_io, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where))
@@ -282,14 +288,14 @@ def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
 
 def test_wrong_questions_are_refused(tmp_path):
     save(tmp_path)
-    opened = checkpoint.find(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path, **QUIET)
     with pytest.raises(UserError, match="no master of lm_head"):
         opened.read("lm_head", "master", Cut((4,)), 0, 0, 4)
     with pytest.raises(UserError, match=r"fc1 is \[24, 4\] there, but \[24, 5\]"):
         opened.read("fc1", "master", Cut((24, 5)), 0, 0, 4)
     fragment = Fragment("a", "master", Cut((4,)), 0, 0, torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="fp32"):
-        checkpoint.save(tmp_path, TrainState(1, 1, 1), RUN, [fragment], {}, 0, 1, lambda: None)
+        save_checkpoint(tmp_path, TrainState(1, 1, 1), RUN, [fragment], {}, 0, 1, lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -307,8 +313,8 @@ def test_a_save_that_would_not_load_is_not_published(tmp_path, spoil, said):
     save(tmp_path, 5)
     fragments = Model().fragments(Layout(), 0, Model().full())
     with pytest.raises((UserError, ValueError), match=said):
-        checkpoint.save(tmp_path, TrainState(6, 1, 1), RUN, spoil(fragments), {}, 0, 1, lambda: None)
-    check(checkpoint.find(tmp_path, **QUIET), 5)
+        save_checkpoint(tmp_path, TrainState(6, 1, 1), RUN, spoil(fragments), {}, 0, 1, lambda: None)
+    check(find_checkpoint(tmp_path, **QUIET), 5)
 
 
 def gloo_worker(rank: int, folder: Path) -> None:
@@ -323,10 +329,10 @@ def gloo_worker(rank: int, folder: Path) -> None:
 
     model, old, new = Model(), Layout(tp=2), Layout(dp=2)
     fragments = model.fragments(old, rank, model.full(3))
-    checkpoint.save(folder / "ckpt", TrainState(3, 3, 3), RUN, fragments, {}, rank, 2, dist.barrier)
-    opened = checkpoint.find(folder / "ckpt", rank, 2, gather, say=lambda text: None)
+    save_checkpoint(folder / "ckpt", TrainState(3, 3, 3), RUN, fragments, {}, rank, 2, dist.barrier)
+    opened = find_checkpoint(folder / "ckpt", rank, 2, gather, say=lambda text: None)
     mine = model.fragments(new, rank, {k: torch.zeros_like(t) for k, t in model.full().items()})
-    checkpoint.restore(opened, mine)
+    load_fragments(opened, mine)
     same = all(
         torch.equal(a.tensor, b.tensor)
         for a, b in zip(mine, model.fragments(new, rank, model.full(3)), strict=True)
@@ -404,7 +410,7 @@ def find_with(folder, world: int):
             barrier.wait()
             return everyone
 
-        return checkpoint.find(folder, rank, world, gather, said.append if rank == 0 else lambda text: None)
+        return find_checkpoint(folder, rank, world, gather, said.append if rank == 0 else lambda text: None)
 
     found = every_rank(world, one)
     assert len({getattr(f, "path", None) for f in found}) == 1
@@ -427,7 +433,7 @@ def test_damage_is_named_and_the_older_one_is_used(ckpt, name, how):
     with pytest.raises(
         UserError, match="step_0000020 is damaged"
     ) as error:  # asked for by name: no other is taken
-        checkpoint.open_checkpoint(ckpt / "step_0000020")
+        open_checkpoint(ckpt / "step_0000020")
     assert warnings[0].startswith(f"warning: {error.value}")
 
 
@@ -436,16 +442,16 @@ def test_control_undamaged_is_taken(ckpt):
         opened, said = find_with(ckpt, world)
         assert opened.path.name == "step_0000020"
         assert not any("warning" in text for text in said)
-    assert checkpoint.open_checkpoint(ckpt, **QUIET).path.name == "step_0000020"
-    assert checkpoint.open_checkpoint(ckpt / "step_0000010").path.name == "step_0000010"
+    assert open_checkpoint(ckpt, **QUIET).path.name == "step_0000020"
+    assert open_checkpoint(ckpt / "step_0000010").path.name == "step_0000010"
     renamed = ckpt.rename(ckpt.with_name("elsewhere")) / "step_0000010"
-    check(checkpoint.open_checkpoint(renamed.rename(renamed.with_name("exported"))), 10)
+    check(open_checkpoint(renamed.rename(renamed.with_name("exported"))), 10)
 
 
 def test_control_without_hashes_a_flipped_bit_would_load(ckpt):
     path = ckpt / "step_0000020" / SHARDS[0]
     flip(path, path.stat().st_size - 100)
-    checkpoint.Checkpoint(ckpt / "step_0000020")  # headers are fine
+    Checkpoint(ckpt / "step_0000020")  # headers are fine
 
 
 def test_every_bit_of_the_manifest_counts(ckpt):
@@ -453,9 +459,9 @@ def test_every_bit_of_the_manifest_counts(ckpt):
     whole = path.read_bytes()
     for at in range(len(whole)):
         flip(path, at)
-        assert checkpoint.finding.manifest.problems(path.parent), at
+        assert manifest.problems(path.parent), at
         path.write_bytes(whole)
-    assert not checkpoint.finding.manifest.problems(path.parent)
+    assert not manifest.problems(path.parent)
 
 
 def test_a_step_under_another_steps_name(ckpt):
@@ -497,36 +503,36 @@ def test_nothing_good(ckpt):
     for step in ("step_0000010", "step_0000020"):
         flip(ckpt / step / SHARDS[1], 900)
     with pytest.raises(UserError, match="no checkpoint there is whole") as error:
-        checkpoint.find(ckpt, **QUIET)
+        find_checkpoint(ckpt, **QUIET)
     assert str(error.value).count(SHARDS[1]) == 2
 
 
 def test_nothing_at_all(tmp_path):
-    assert checkpoint.find(tmp_path / "never") is None
-    assert checkpoint.find(tmp_path) is None
+    assert find_checkpoint(tmp_path / "never") is None
+    assert find_checkpoint(tmp_path) is None
     (tmp_path / ".step_0000007.tmp").mkdir()  # the very first save was killed
-    assert checkpoint.find(tmp_path) is None
-    assert not checkpoint.looks_like_checkpoint(tmp_path)
+    assert find_checkpoint(tmp_path) is None
+    assert not looks_like_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no training checkpoint"):
-        checkpoint.open_checkpoint(tmp_path)
+        open_checkpoint(tmp_path)
     (tmp_path / "latest").write_text("release")  # another format's
-    assert checkpoint.find(tmp_path) is None
+    assert find_checkpoint(tmp_path) is None
     for text in ("", "step_0000007"):
         (tmp_path / "latest").write_text(text)
         with pytest.raises(UserError, match="no step_"):
-            checkpoint.find(tmp_path)
-    assert checkpoint.looks_like_checkpoint(tmp_path)  # lost, but once there: not a fresh start
+            find_checkpoint(tmp_path)
+    assert looks_like_checkpoint(tmp_path)  # lost, but once there: not a fresh start
 
 
 def test_what_looks_like_a_checkpoint(ckpt, tmp_path):
-    assert checkpoint.looks_like_checkpoint(ckpt)
-    assert checkpoint.looks_like_checkpoint(ckpt / "step_0000010")
-    assert not checkpoint.looks_like_checkpoint(tmp_path / "nothing")
+    assert looks_like_checkpoint(ckpt)
+    assert looks_like_checkpoint(ckpt / "step_0000010")
+    assert not looks_like_checkpoint(tmp_path / "nothing")
 
 
 def test_ranks_that_see_different_files(ckpt):
     with pytest.raises(UserError, match="do not see the same files"):
-        checkpoint.find(ckpt, 0, 2, lambda mine: [*mine, "None []"], **QUIET)
+        find_checkpoint(ckpt, 0, 2, lambda mine: [*mine, "None []"], **QUIET)
 
 
 def test_a_pickle_is_never_opened(ckpt):
@@ -561,14 +567,14 @@ def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     def one(rank):
         fragments = Model().fragments(TWO, rank, Model().full())
         with pytest.raises(UserError) as error:
-            checkpoint.save(tmp_path, TrainState(2, 1, 1), RUN, fragments, {}, rank, 2, barrier.wait)
+            save_checkpoint(tmp_path, TrainState(2, 1, 1), RUN, fragments, {}, rank, 2, barrier.wait)
         errors.append(str(error.value))
 
     every_rank(2, one)
     assert len(set(errors)) == 1  # the same words on every rank
     assert "it takes 0.00 GiB and 0.06 GiB are free" in errors[0]
     monkeypatch.undo()
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -587,10 +593,10 @@ def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
     with pytest.raises(UserError, match=f"step_0000002 was not saved: rank {bad}: .*No space left on device"):
         save(tmp_path, 2, TWO)
     assert not list(tmp_path.rglob(".step_*/shard-*"))  # the space is free again
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)
     monkeypatch.undo()
     save(tmp_path, 2, TWO)
-    check(checkpoint.find(tmp_path, **QUIET), 2)
+    check(find_checkpoint(tmp_path, **QUIET), 2)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000002"]
 
 
@@ -616,9 +622,9 @@ def test_file_size_limit_leaves_the_last_one(tmp_path, limit):
         save(tmp_path, 2)
 
     assert os.waitstatus_to_exitcode(in_child(limited)) == 2
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)
     save(tmp_path, 2)
-    check(checkpoint.find(tmp_path, **QUIET), 2)
+    check(find_checkpoint(tmp_path, **QUIET), 2)
 
 
 def die_at(count: int, monkeypatch) -> None:
@@ -656,7 +662,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, again):
             save(folder, new, model=small, keep=1)
 
         status = in_child(killed)
-        opened = checkpoint.find(folder, **QUIET)
+        opened = find_checkpoint(folder, **QUIET)
         ends.append(opened.state.step)
         assert opened.state.step in (1 - again, new)
         check(opened, opened.state.step, model=small)
@@ -665,7 +671,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, again):
             "latest",
             "step_0000003",
         ]
-        check(checkpoint.find(folder, **QUIET), 3, model=small)
+        check(find_checkpoint(folder, **QUIET), 3, model=small)
         if status == 0:
             break
     assert status == 0
@@ -689,10 +695,10 @@ def test_killed_at_a_random_moment(tmp_path, seed):
     time.sleep(steps.uniform(0.02, 0.3))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    opened = checkpoint.find(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path, **QUIET)
     check(opened, opened.state.step, model=big)
     save(tmp_path, opened.state.step + 1, model=big, keep=1)
-    check(checkpoint.find(tmp_path, **QUIET), opened.state.step + 1, model=big)
+    check(find_checkpoint(tmp_path, **QUIET), opened.state.step + 1, model=big)
 
 
 def test_a_leftover_of_a_larger_run_is_not_taken_along(tmp_path):
@@ -717,7 +723,7 @@ def test_keep(tmp_path):
         save(tmp_path, step)
     save(tmp_path, 4, keep=2)  # gone back to 3: the abandoned 9 is not ours to remove
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003", "step_0000004", "step_0000009"]
-    assert checkpoint.find(tmp_path, **QUIET).state.step == 4
+    assert find_checkpoint(tmp_path, **QUIET).state.step == 4
 
 
 def test_an_old_one_that_stays_is_a_warning_on_rank_0(tmp_path, monkeypatch):
@@ -736,7 +742,7 @@ def test_an_old_one_that_stays_is_a_warning_on_rank_0(tmp_path, monkeypatch):
     assert save(tmp_path, 5, TWO, keep=2, say=said.append) == tmp_path / "step_0000005"
     assert said == [f"warning: {tmp_path}/step_0000001: Operation not permitted; this older checkpoint stays"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000004", "step_0000005"]
-    check(checkpoint.find(tmp_path, **QUIET), 5)
+    check(find_checkpoint(tmp_path, **QUIET), 5)
 
 
 def fails_on_both(folder, step) -> str:
@@ -746,7 +752,7 @@ def fails_on_both(folder, step) -> str:
     def one(rank):
         fragments = Model().fragments(TWO, rank, Model().full(step))
         with pytest.raises(UserError) as error:
-            checkpoint.save(folder, TrainState(step, 1, 1), RUN, fragments, {}, rank, 2, barrier.wait)
+            save_checkpoint(folder, TrainState(step, 1, 1), RUN, fragments, {}, rank, 2, barrier.wait)
         errors.append(str(error.value))
 
     every_rank(2, one)
@@ -786,7 +792,7 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
         with pytest.raises(
             UserError, match=r"step_0000002 was not saved: .*(directory|File exists|report)"
         ) as error:
-            checkpoint.save(tmp_path / "ckpt", TrainState(2, 1, 1), RUN, [], {}, rank, 2, barrier.wait)
+            save_checkpoint(tmp_path / "ckpt", TrainState(2, 1, 1), RUN, [], {}, rank, 2, barrier.wait)
         errors.append(error)
 
     every_rank(2, one)
@@ -795,26 +801,26 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "while it writes"])
 def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, moment):
-    mine, real = checkpoint.claim(tmp_path), safetensors_io.Shard.write
+    mine, real = claim_folder(tmp_path), safetensors_io.Shard.write
     save(tmp_path, 1, TWO, token=mine)
     claims = [1]
 
     def write(shard, path):
         if claims:
             claims.pop()
-            checkpoint.claim(tmp_path)
+            claim_folder(tmp_path)
         return real(shard, path)
 
     if moment == "before":
-        checkpoint.claim(tmp_path)
+        claim_folder(tmp_path)
     monkeypatch.setattr(safetensors_io.Shard, "write", write)
     with pytest.raises(UserError, match=f"step_0000002 was not saved: .*another run saves in {tmp_path}"):
         save(tmp_path, 2, TWO, token=mine)
     assert len(claims) == (moment == "before")  # then not a byte is written
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)
     assert not (tmp_path / "step_0000002").exists()
     monkeypatch.undo()
-    newest = checkpoint.claim(tmp_path)
+    newest = claim_folder(tmp_path)
     save(tmp_path, 2, TWO, token=newest)
     assert sorted(os.listdir(tmp_path)) == [".owner", "latest", "step_0000001", "step_0000002"]
     (tmp_path / ".owner").write_text("{")  # says nothing
@@ -835,7 +841,7 @@ def test_saving_copies_nothing_whole(tmp_path):
     def measured():
         Path("/proc/self/clear_refs").write_text("5")
         before = high_water()
-        checkpoint.save(tmp_path, TrainState(1, 1, 1), RUN, [fragment], {}, 0, 1, lambda: None)
+        save_checkpoint(tmp_path, TrainState(1, 1, 1), RUN, [fragment], {}, 0, 1, lambda: None)
         if high_water() - before > 48 << 10:
             raise UserError("too much")
 
@@ -845,14 +851,14 @@ def test_saving_copies_nothing_whole(tmp_path):
 # -- behind the step ----------------------------------------------------------------------------------------------------------
 
 
-def savers(folder, layout=Layout(), behind=True, **train) -> list[checkpoint.Saver]:
+def savers(folder, layout=Layout(), behind=True, **train) -> list[Saver]:
     """One per rank; they meet at a barrier of their own."""
     barrier = threading.Barrier(layout.world)
     run = dataclasses.replace(RUN, train=TrainConfig(save=str(folder), async_save=behind, **train))
-    return [checkpoint.Saver(run, rank, layout.world, barrier.wait) for rank in range(layout.world)]
+    return [Saver(run, rank, layout.world, barrier.wait) for rank in range(layout.world)]
 
 
-def begin(saver: checkpoint.Saver, step: int, rank=0, layout=Layout(), model=Model()) -> list[Fragment]:
+def begin(saver: Saver, step: int, rank=0, layout=Layout(), model=Model()) -> list[Fragment]:
     """Saves, or begins to; returns the live fragments."""
     fragments = model.fragments(layout, rank, model.full(step))
     saver.save(TrainState(step, step, step), fragments, {"torch": torch.full((3,), step, dtype=torch.uint8)})
@@ -888,8 +894,8 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
             layout.world,
             lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go),
         )
-    check(checkpoint.find(tmp_path / "right", **QUIET), 4)
-    assert all((t == -1).all() for _, t in checkpoint.find(tmp_path / "wrong", **QUIET).tensors())
+    check(find_checkpoint(tmp_path / "right", **QUIET), 4)
+    assert all((t == -1).all() for _, t in find_checkpoint(tmp_path / "wrong", **QUIET).tensors())
 
 
 def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
@@ -903,7 +909,7 @@ def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
     assert {name: t.data_ptr() for name, t in saver._host.items()} == where
     assert [saved.path.name[-1] for saved in saver.news()] == ["1", "2", "3", "4"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003", "step_0000004"]
-    check(checkpoint.find(tmp_path, **QUIET), 4)
+    check(find_checkpoint(tmp_path, **QUIET), 4)
 
 
 def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
@@ -932,10 +938,10 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
 
     every_rank(2, fails)
     assert len(set(said)) == 1
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)
     monkeypatch.undo()
     every_rank(2, lambda rank: (begin(both[rank], 4, rank, TWO), both[rank].wait()))
-    check(checkpoint.find(tmp_path, **QUIET), 4)
+    check(find_checkpoint(tmp_path, **QUIET), 4)
 
 
 def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
@@ -951,7 +957,7 @@ def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
             saver.wait()
 
         status = in_child(killed)
-        opened = checkpoint.find(folder, **QUIET)
+        opened = find_checkpoint(folder, **QUIET)
         ends.append(opened.state.step)
         check(opened, opened.state.step, model=small)
         if status == 0:
@@ -966,4 +972,4 @@ def test_saving_at_once_leaves_nothing_behind(tmp_path):
     (saved,) = saver.news()
     assert saved.stall == saved.seconds
     assert (saver._thread, saver._host) == (None, {})
-    check(checkpoint.find(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path, **QUIET), 1)

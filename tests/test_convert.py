@@ -18,7 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ascendspeed import checkpoint
+from ascendspeed.checkpoint.fragment import Fragment, TrainState
+from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.output_files import PieceFile, staged
@@ -301,12 +302,12 @@ def training_checkpoint(
         kind: {n: torch.ones_like(t) for n, t in full.items()} for kind in ("exp_avg", "exp_avg_sq")
     }
     fragments = [
-        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for kind, tensors in kinds.items()
         for name, t in tensors.items()
     ]
-    state = checkpoint.TrainState(step=7, samples=0, tokens=0)
-    checkpoint.save(folder, state, run, reversed(fragments), {}, 0, 1, lambda: None)
+    state = TrainState(step=7, samples=0, tokens=0)
+    save_checkpoint(folder, state, run, reversed(fragments), {}, 0, 1, lambda: None)
 
 
 def test_training_checkpoint_becomes_a_model_directory(sources, tmp_path):

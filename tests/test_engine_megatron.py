@@ -16,8 +16,8 @@ from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded
 
-from ascendspeed import checkpoint
-from ascendspeed.checkpoint import KINDS
+from ascendspeed.checkpoint.discovery import open_checkpoint
+from ascendspeed.checkpoint.fragment import KINDS
 from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig
@@ -291,7 +291,7 @@ def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every full tensor in a checkpoint."""
-    opened = checkpoint.open_checkpoint(folder, say=lambda text: None)
+    opened = open_checkpoint(folder, say=lambda text: None)
     found = {}
     for kind in KINDS:
         for name, tensor in opened.tensors(kind):

@@ -23,7 +23,7 @@ from pathlib import Path
 import launch
 import pytest
 
-from ascendspeed import checkpoint
+from ascendspeed.checkpoint.discovery import find_checkpoint
 from ascendspeed.utils import errors
 
 ITERS, WORLD = 12, 2
@@ -109,7 +109,7 @@ class Job:
 
     def good(self) -> int:
         """The step that would be resumed."""
-        return checkpoint.find(self.folder / "ckpt", say=lambda text: None).state.step
+        return find_checkpoint(self.folder / "ckpt", say=lambda text: None).state.step
 
 
 def ended(ranks: list, job: Job, seconds: float = 60) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 
-from ascendspeed import checkpoint
+from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.conversion import lora_adapter as adapters
@@ -340,7 +340,7 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
             expected,
         )
         compare({"control: moments lost": curves["control: moments lost"]}, expected[8:])
-        names = checkpoint.open_checkpoint(at["c"], say=lambda text: None).names()
+        names = open_checkpoint(at["c"], say=lambda text: None).names()
         assert len(names) == 2 * len(ALL) * biases.model.num_layers
         assert all(".lora." in name for name in names)
 

@@ -171,7 +171,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_weights_are_known_in_every_format(bases):
-    from ascendspeed.conversion import open_source
+    from ascendspeed.conversion.formats.registry import open_source
 
     found = {name: open_source(path).fingerprint() for name, path in bases.items() if name != "ranks"}
     found["ranks"] = open_source(bases["ranks"], bases["hf"]).fingerprint()
@@ -199,7 +199,7 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
     ],
 )
 def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
-    from ascendspeed.conversion import open_source
+    from ascendspeed.conversion.formats.registry import open_source
 
     source = open_source(bases["hf"])
 
@@ -237,16 +237,17 @@ def start(cpu):
 
 
 def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
+    from ascendspeed.checkpoint.save import save_checkpoint
     from ascendspeed.models import param_mapping
 
     fragments = [
-        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for name, t in tensors.items()
-        for kind in checkpoint.KINDS
+        for kind in KINDS
     ]
-    state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
-    checkpoint.save(folder, state, run, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None)
+    state = TrainState(2, 8, 64, {"updates": 2})
+    save_checkpoint(folder, state, run, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None)
     return str(folder)
 
 

@@ -18,8 +18,8 @@ from test_convert import command
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion import lora_adapter as adapters
-from ascendspeed.conversion import open_source
 from ascendspeed.conversion.formats import peft as directory
+from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 

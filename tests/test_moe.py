@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_model import Case, ours, tokens_of, under
 
-from ascendspeed import conversion
 from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.models import estimates, param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS, family_of
 from ascendspeed.utils.errors import UserError
@@ -126,7 +126,7 @@ def saved(tmp_path_factory):
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(conversion.open_source(folder).tensors())
+    return dict(open_source(folder).tensors())
 
 
 def largest_difference(
@@ -149,7 +149,7 @@ def largest_difference(
 def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     """Its modules hold the experts of a layer as one tensor; its files, as all published ones, each by itself."""
     folder, reference = saved[name]
-    source = conversion.open_source(folder)
+    source = open_source(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
     assert load_file(folder / "model.safetensors").keys() == {
         n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs

@@ -1,7 +1,5 @@
 """Logs of other programs, as their lines really look, read into one form; and those of ours, resumed, torn and appended to."""
 
-# ruff: noqa: E501 - lines of logs, as they are
-
 import json
 import math
 

@@ -19,7 +19,7 @@ from test_engine_deepspeed import Curve, worst
 from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
 from test_moe import MIXTRAL, loaded
 
-from ascendspeed import checkpoint
+from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.distributed import device
@@ -257,7 +257,7 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
     checkpoints = list(folder.glob("ckpt/*"))
     assert len(checkpoints) == sum(name.endswith("first step") for name in curves)
     for saved in checkpoints:
-        opened = checkpoint.open_checkpoint(saved, say=lambda text: None)
+        opened = open_checkpoint(saved, say=lambda text: None)
         found = dict(opened.tensors("exp_avg"))
         assert found.keys() == moments.keys()
         for name, moment in moments.items():

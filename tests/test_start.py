@@ -27,16 +27,17 @@ def changed(**train):
 @pytest.fixture
 def saved(tmp_path):
     """A folder with the checkpoint of step 2 of another run."""
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
+    from ascendspeed.checkpoint.save import save_checkpoint
     from ascendspeed.models import param_mapping
 
     fragments = [
-        checkpoint.Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
         for name, t in param_mapping.random_tensors(MODEL, 1)
-        for kind in checkpoint.KINDS
+        for kind in KINDS
     ]
-    state = checkpoint.TrainState(2, 8, 64, {"updates": 2})
-    checkpoint.save(
+    state = TrainState(2, 8, 64, {"updates": 2})
+    save_checkpoint(
         tmp_path / "ckpt", state, RUN, fragments, {"torch": torch.get_rng_state()}, 0, 1, lambda: None
     )
     return str(tmp_path / "ckpt")
@@ -110,12 +111,11 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
 
 def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
     """--load equal to --save is a fresh start only when the folder is empty."""
-    from ascendspeed import conversion
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import from_maker
+    from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models import param_mapping
 
-    source = conversion.Source(
+    source = Source(
         "random",
         tmp_path,
         MODEL,
@@ -221,11 +221,12 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
     """At every operation that changes files; and what a new file system holds by itself."""
     from test_checkpoint import die_at, in_child
 
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
+    from ascendspeed.checkpoint.save import save_checkpoint
     from ascendspeed.models.param_mapping import Cut
 
     small = replace(MODEL, num_layers=1)
-    fragments = [checkpoint.Fragment("w", kind, Cut((4,)), 0, 0, torch.ones(4)) for kind in checkpoint.KINDS]
+    fragments = [Fragment("w", kind, Cut((4,)), 0, 0, torch.ones(4)) for kind in KINDS]
     ends, status = set(), 1
     for count in range(100):
         folder = tmp_path / str(count)
@@ -233,9 +234,7 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
 
         def killed(folder=folder, count=count, run=run):
             die_at(count, monkeypatch)
-            checkpoint.save(
-                folder, checkpoint.TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None
-            )
+            save_checkpoint(folder, TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None)
 
         status = in_child(killed)
         found, said = start(run)

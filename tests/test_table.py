@@ -10,7 +10,8 @@ import torch
 from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoint, written
 from test_mindformers import renamed, write_ckpt
 
-from ascendspeed.conversion import InternEvo, convert
+from ascendspeed.conversion import convert
+from ascendspeed.conversion.formats.internevo import InternEvo
 from ascendspeed.conversion.support_matrix import FORMATS
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError

@@ -61,7 +61,7 @@ class Recorder:
         return 2.0 * len(found), len(found)
 
     def fragments(self):
-        from ascendspeed.checkpoint import KINDS, Fragment
+        from ascendspeed.checkpoint.fragment import KINDS, Fragment
         from ascendspeed.models.param_mapping import Cut
 
         for kind in KINDS:
@@ -77,7 +77,7 @@ class Recorder:
 @pytest.fixture
 def loop(cpu, tmp_path):
     """Runs the loop; returns the state, the engine and the log's lines; `loop.watch` is what watched."""
-    from ascendspeed.checkpoint import TrainState
+    from ascendspeed.checkpoint.fragment import TrainState
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import loop as train
     from ascendspeed.training.fault_tolerance import Watch
@@ -154,7 +154,7 @@ def test_fp16_may_look_for_its_loss_scale(loop):
 
 
 def test_a_finished_run_says_so(loop, capsys):
-    from ascendspeed.checkpoint import TrainState
+    from ascendspeed.checkpoint.fragment import TrainState
 
     _, engine, _ = loop(RUN, start=TrainState(10, 40, 320))
     assert not engine.calls
@@ -208,7 +208,7 @@ def test_exit_interval_saves_and_stops(loop, tmp_path):
 
 
 def test_a_resumed_run_goes_on_where_it_was(loop):
-    from ascendspeed.checkpoint import TrainState
+    from ascendspeed.checkpoint.fragment import TrainState
 
     _, engine, lines = loop(RUN, start=TrainState(7, 28, 224))
     assert engine.calls[0] == [("train", 28)]
@@ -293,7 +293,8 @@ def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
 
 @pytest.mark.parametrize("behind", [False, True])
 def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_path, capsys, behind):
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.discovery import find_checkpoint
+    from ascendspeed.checkpoint.ownership import claim_folder
 
     run = changed(save=str(tmp_path / "ckpt"), save_interval=2, async_save=behind)
 
@@ -302,7 +303,7 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
             tmp_path / "ckpt" / "latest"
         ).exists():  # behind the step, the second iteration's is still being saved
             time.sleep(0.001)
-        checkpoint.claim(tmp_path / "ckpt")
+        claim_folder(tmp_path / "ckpt")
 
     with pytest.raises(
         UserError,
@@ -312,7 +313,7 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000002"]
     assert (tmp_path / "ckpt" / "latest").read_text() == "step_0000002\n"
     assert "to continue" not in capsys.readouterr().out
-    start = checkpoint.find(
+    start = find_checkpoint(
         tmp_path / "ckpt", say=str
     ).state  # the restart of a killed run: the newest takes over
     assert loop(run, start=start)[0].step == 10

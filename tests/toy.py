@@ -60,8 +60,8 @@ def engine_of(run: Any, grid: Any) -> Any:
     import torch
     import torch.distributed as dist
 
-    from ascendspeed import checkpoint
-    from ascendspeed.checkpoint import KINDS, Fragment
+    from ascendspeed.checkpoint.fragment import KINDS, Fragment
+    from ascendspeed.checkpoint.load import Checkpoint, load_fragments
     from ascendspeed.models.param_mapping import Cut
     from ascendspeed.training.engines import StepResult
 
@@ -125,8 +125,8 @@ def engine_of(run: Any, grid: Any) -> Any:
         def rng(self) -> dict[str, torch.Tensor]:
             return {"torch": torch.get_rng_state()}
 
-        def restore(self, found: checkpoint.Checkpoint) -> None:
-            checkpoint.restore(found, self.fragments())
+        def restore(self, found: Checkpoint) -> None:
+            load_fragments(found, self.fragments())
             self.updates = found.state.engine["updates"]
             lost = os.environ.get("TOY_LOSES")
             if lost != "rng":

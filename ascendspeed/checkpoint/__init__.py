@@ -8,28 +8,3 @@
 
 An engine is a reader and writer of `Fragment`s. Loading under another layout or engine is the ordinary load.
 """
-
-from ascendspeed.checkpoint.async_saver import Saver
-from ascendspeed.checkpoint.discovery import Readers, find, open_checkpoint
-from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
-from ascendspeed.checkpoint.load import Checkpoint, restore
-from ascendspeed.checkpoint.ownership import Superseded, claim
-from ascendspeed.checkpoint.paths import looks_like_checkpoint
-from ascendspeed.checkpoint.save import SLACK, save
-
-__all__ = [
-    "KINDS",
-    "SLACK",
-    "Checkpoint",
-    "Fragment",
-    "Readers",
-    "Saver",
-    "Superseded",
-    "TrainState",
-    "claim",
-    "find",
-    "looks_like_checkpoint",
-    "open_checkpoint",
-    "restore",
-    "save",
-]

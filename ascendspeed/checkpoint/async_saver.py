@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned
-from ascendspeed.checkpoint.save import save
+from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import Run
 
 
@@ -54,8 +54,10 @@ class Saver:
         self._error: BaseException | None = None
         self._saved: list[Saved] = []
 
-    def save(self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]) -> None:
-        """Saves, or begins to; every rank calls this with its own. Raises as `checkpoint.save`, and what the last one met."""
+    def save_checkpoint(
+        self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]
+    ) -> None:
+        """Saves, or begins to; every rank calls this with its own. Raises as `save_checkpoint`, and what the last one met."""
         began = time.perf_counter()
         self.wait()
         if not self._run.train.async_save:
@@ -101,7 +103,7 @@ class Saver:
     ) -> None:
         try:
             train = self._run.train
-            self.last = save(
+            self.last = save_checkpoint(
                 train.save,
                 state,
                 self._run,

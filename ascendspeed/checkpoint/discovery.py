@@ -59,7 +59,7 @@ def open_checkpoint(
     """
     path = Path(path)
     if not ((path / MANIFEST).exists() or STEP.fullmatch(path.name)):
-        if (found := find(path, rank, world, gather, say)) is None:
+        if (found := find_checkpoint(path, rank, world, gather, say)) is None:
             raise UserError(f"{path}: no training checkpoint lies there (no step_* folder)")
         return found
     checkpoint, wrong = _examine(path, rank, world, gather)
@@ -68,7 +68,7 @@ def open_checkpoint(
     return checkpoint
 
 
-def find(
+def find_checkpoint(
     save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud
 ) -> Checkpoint | None:
     """The checkpoint that `latest` names, or else the next older good one, with a warning that names what is wrong.

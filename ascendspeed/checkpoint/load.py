@@ -187,7 +187,7 @@ class Checkpoint:
         ] = taken
 
 
-def restore(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
+def load_fragments(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
     """Copies the checkpoint into every live fragment of a layout that need not be the one that saved it."""
     with torch.no_grad():
         for f in fragments:

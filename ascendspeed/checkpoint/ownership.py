@@ -17,7 +17,7 @@ class Superseded(UserError):
     """Another run saves there now."""
 
 
-def claim(folder: str | Path) -> str:
+def claim_folder(folder: str | Path) -> str:
     """Makes this run the owner, on one rank; what a killed run left is replaced. Returns the run's token. Raises `UserError`."""
     folder, token = Path(folder), secrets.token_hex(4)
     who = {

@@ -25,7 +25,7 @@ SLACK = 64 << 20
 """Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
 
 
-def save(
+def save_checkpoint(
     folder: str | Path,
     state: TrainState,
     run: Run,

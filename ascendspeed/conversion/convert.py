@@ -10,11 +10,16 @@ from typing import Protocol
 
 import torch
 
-from ascendspeed.conversion import HuggingFace, InternEvo, RankFiles, Source, hf_assets, open_source
+from ascendspeed.conversion import hf_assets
 from ascendspeed.conversion import verify as verification
 from ascendspeed.conversion import write as writing
+from ascendspeed.conversion.formats.huggingface import HuggingFace
+from ascendspeed.conversion.formats.internevo import InternEvo
+from ascendspeed.conversion.formats.megatron import RankFiles
+from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.conversion.hf_assets import with_tokenizer
 from ascendspeed.conversion.output_files import staged, write_json
+from ascendspeed.conversion.source import Source
 from ascendspeed.conversion.verify import compare
 from ascendspeed.conversion.write import File
 from ascendspeed.utils.errors import UserError

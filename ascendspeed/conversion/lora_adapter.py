@@ -10,7 +10,7 @@ from zlib import crc32
 import torch
 from torch import Tensor
 
-from ascendspeed.checkpoint import Checkpoint
+from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion.source import Source, check_names, from_maker, some
 from ascendspeed.models import param_mapping

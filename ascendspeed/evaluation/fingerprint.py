@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed.checkpoint import Readers
-from ascendspeed.conversion import Source
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.conversion.source import Source
 from ascendspeed.models import param_mapping
 from ascendspeed.tokenization.tokenizer import FILES
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from ascendspeed import conversion
-from ascendspeed.checkpoint import Readers
+from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import Source
+from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.source import Source
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import Grid
@@ -70,7 +70,7 @@ class Session:
     @cached_property
     def source(self) -> Source:
         """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
-        return conversion.open_source(self.place.where.load, readers=self.readers)
+        return open_source(self.place.where.load, readers=self.readers)
 
     @cached_property
     def config(self) -> ModelConfig:

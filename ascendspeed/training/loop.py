@@ -9,7 +9,10 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ascendspeed.checkpoint import Checkpoint, Saver, TrainState, claim
+from ascendspeed.checkpoint.async_saver import Saver
+from ascendspeed.checkpoint.fragment import TrainState
+from ascendspeed.checkpoint.load import Checkpoint
+from ascendspeed.checkpoint.ownership import claim_folder
 from ascendspeed.config.lr_schedule import lr_at
 from ascendspeed.config.schema import Run
 from ascendspeed.conversion.formats import peft
@@ -154,7 +157,7 @@ def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Sa
         grid.world > 1
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.beside(SAVE_MINUTES))
-    token = grid.gather(claim(run.train.save) if grid.rank == 0 else "")[0]
+    token = grid.gather(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
     return Saver(
         start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token
     )

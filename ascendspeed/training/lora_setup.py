@@ -7,11 +7,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ascendspeed.checkpoint import Checkpoint, Readers
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, Run
-from ascendspeed.conversion import Source
 from ascendspeed.conversion.formats import peft, training_checkpoint
 from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
+from ascendspeed.conversion.source import Source
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 

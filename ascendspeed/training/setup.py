@@ -11,13 +11,17 @@ from tempfile import NamedTemporaryFile
 
 from torch import Tensor
 
-from ascendspeed import checkpoint, conversion
-from ascendspeed.checkpoint import Checkpoint, Readers, TrainState
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.fragment import TrainState
+from ascendspeed.checkpoint.load import Checkpoint
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
+from ascendspeed.checkpoint.save import SLACK
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
-from ascendspeed.conversion import Source
 from ascendspeed.conversion.formats import training_checkpoint
+from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.conversion.lora_adapter import initial
+from ascendspeed.conversion.source import Source
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.streaming.prefetch import Prefetch
@@ -132,7 +136,7 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
         _check_disk(run, grid, say)
         _try_disk(Path(save), grid)
     same = bool(load and save) and Path(load).resolve() == Path(save).resolve()
-    if save and checkpoint.looks_like_checkpoint(save):
+    if save and looks_like_checkpoint(save):
         if run.train.finetune:
             raise UserError(
                 f"--save {save} already holds the checkpoints of a run; go on by --auto-resume; a new one needs another folder"
@@ -142,10 +146,10 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
                 f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder"
             )
     readers = Readers.of(grid, say)
-    if load and checkpoint.looks_like_checkpoint(load):
+    if load and looks_like_checkpoint(load):
         return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (same and _is_empty(Path(load))):
-        source = conversion.open_source(load)
+        source = open_source(load)
         say(f"weights from {load} ({source.kind})")
         return _from_weights(run, source, readers)
     if run.lora.lora_rank:
@@ -159,8 +163,7 @@ def _check_views(run: Run, grid: Grid) -> None:
     """Whether all ranks would begin at the same place; where --auto-resume found a checkpoint on some only, --load differs."""
     load, save = run.train.load, run.train.save
     holds = {
-        flag: bool(path) and checkpoint.looks_like_checkpoint(path)
-        for flag, path in (("load", load), ("save", save))
+        flag: bool(path) and looks_like_checkpoint(path) for flag, path in (("load", load), ("save", save))
     }
     views = grid.gather((load, run.train.finetune, holds))
     other = next((rank for rank, view in enumerate(views) if view != views[0]), None)
@@ -208,12 +211,12 @@ def _check_disk(run: Run, grid: Grid, say: Say) -> None:
     numbers = (
         f"a checkpoint takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {train.save}"
     )
-    if size + checkpoint.SLACK > free:
+    if size + SLACK > free:
         raise UserError(f"{numbers}; free some space or choose another --save")
     ends = train.exit_interval or train.train_iters
     kept = ends // (train.save_interval or ends) + bool(ends % (train.save_interval or ends))
     kept = min(kept, (train.keep or kept) + 1)  # an old one goes when the new one is whole
-    if kept * size + checkpoint.SLACK > free:
+    if kept * size + SLACK > free:
         say(
             f"note: {numbers}, which is not enough for the {kept} that will lie there at a time; see --keep and --save-interval"
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import launch
 
-from ascendspeed import checkpoint
+from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule
 from ascendspeed.models import param_mapping
 from ascendspeed.utils.errors import UserError
@@ -164,7 +164,7 @@ def watching(log: Path, titles: set[str], tell: Say) -> Iterator[None]:
 
 def last_weights(folder: Path) -> Named:
     """Of the checkpoint that a row left, by the names of the family's published ones."""
-    opened = checkpoint.open_checkpoint(folder, say=lambda text: None)
+    opened = open_checkpoint(folder, say=lambda text: None)
     tensors, found = dict(opened.tensors("master")), {}
     for parameter in param_mapping.parameters(opened.config):
         found |= param_mapping.part(opened.config, parameter, tensors[parameter.name])

@@ -45,12 +45,12 @@ def our_loss(work: Path, samples: Any) -> float:
 
     import torch
 
-    from ascendspeed import checkpoint
+    from ascendspeed.checkpoint.discovery import open_checkpoint
     from ascendspeed.config.schema import ParallelConfig, TrainConfig
     from ascendspeed.distributed import process_groups
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
-    found, alone = checkpoint.open_checkpoint(work / "ckpt"), ParallelConfig()
+    found, alone = open_checkpoint(work / "ckpt"), ParallelConfig()
     process_groups.initialize(here, alone, seed=1)
     model = gpt_model.build(
         found.config, alone, layer_spec.transformer_config(found.config, alone, TrainConfig())

@@ -30,9 +30,9 @@ class Options:
 def main() -> None:
     """Parses, exports, says where the result is."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed.checkpoint import (
-        open_checkpoint,
-    )  # after parsing, so that --help does not wait for torch
+    from ascendspeed.checkpoint.discovery import (
+        open_checkpoint,  # after parsing, so that --help does not wait for torch
+    )
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
     from ascendspeed.conversion.output_files import unused

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ascendspeed.checkpoint import Readers
+from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.load_files import load_pt, load_safetensors

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed import checkpoint
-from ascendspeed.checkpoint import Checkpoint, Readers
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.load import Checkpoint
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
 from ascendspeed.conversion.source import Source, check_names, read_config
 from ascendspeed.models import param_mapping
@@ -17,7 +18,7 @@ from ascendspeed.utils.errors import UserError
 
 def is_one(folder: Path) -> bool:
     """Whether a folder holds, or is, a training checkpoint."""
-    return checkpoint.looks_like_checkpoint(folder)
+    return looks_like_checkpoint(folder)
 
 
 def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> Source:
@@ -47,7 +48,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
 
     `readers`: as in `formats.open_source`.
     """
-    from ascendspeed.conversion import open_source
+    from ascendspeed.conversion.formats.registry import open_source
 
     lora = opened.run.lora
     where = moved_to or lora.lora_base

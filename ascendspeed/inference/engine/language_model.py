@@ -10,11 +10,11 @@ import torch.distributed as dist
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
-from ascendspeed import conversion
-from ascendspeed.checkpoint import Readers
+from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.conversion import Source
+from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.source import Source
 from ascendspeed.distributed import process_groups as ranks
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
@@ -201,7 +201,7 @@ def load(
     _check_layout(layout, int(os.environ.get("WORLD_SIZE", "1")))
     grid = ranks.initialize(device, layout, seed=1)
     try:
-        source = path if isinstance(path, Source) else conversion.open_source(path, readers=Readers.of(grid))
+        source = path if isinstance(path, Source) else open_source(path, readers=Readers.of(grid))
         _check_model(source, layout, model)
     except UserError:
         if not joined:

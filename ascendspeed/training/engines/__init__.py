@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from ascendspeed.checkpoint import Checkpoint, Fragment
+from ascendspeed.checkpoint.fragment import Fragment
+from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device

@@ -21,7 +21,8 @@ import torch._dynamo  # importing it inside zero.Init fails
 import torch.distributed as dist
 from torch import Tensor
 
-from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
+from ascendspeed.checkpoint.fragment import KINDS, Fragment
+from ascendspeed.checkpoint.load import Checkpoint, load_fragments
 from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
@@ -373,7 +374,7 @@ class DeepSpeedEngine:
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Engine.restore`."""
-        restore(checkpoint, self.fragments())
+        load_fragments(checkpoint, self.fragments())
         scalars = checkpoint.state.engine
         for state in self._torch_adamw().state.values():
             state["step"].fill_(scalars["updates"])

@@ -28,7 +28,8 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from ascendspeed.checkpoint import KINDS, Checkpoint, Fragment, restore
+from ascendspeed.checkpoint.fragment import KINDS, Fragment
+from ascendspeed.checkpoint.load import Checkpoint, load_fragments
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
@@ -277,7 +278,7 @@ class MegatronEngine:
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Engine.restore`."""
-        restore(checkpoint, self.fragments())
+        load_fragments(checkpoint, self.fragments())
         scalars = checkpoint.state.engine
         self.updates = scalars["updates"]
         for part in self.optimizer.chained_optimizers:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
-from ascendspeed.checkpoint import Superseded
+from ascendspeed.checkpoint.ownership import Superseded
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import process_groups

@@ -5,7 +5,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 
-from ascendspeed.checkpoint import TrainState
+from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import rounds
 from ascendspeed.distributed.process_groups import Grid

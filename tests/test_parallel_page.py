@@ -89,7 +89,7 @@ def test_activations_are_counted(cpu, name):
     assert float(SIZES[name][4]) == pytest.approx(layer / 64 * times * TOKENS * whole.num_layers / GIB, abs=0.051)
 
 
-LAYOUTS = rows("what")
+LAYOUTS = rows("model, devices")
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: row[0])

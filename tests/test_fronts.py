@@ -130,7 +130,7 @@ COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) 
 
 
 def test_the_page_has_the_table_of_the_code():
-    lines = PAGE.partition("## The table")[2].splitlines()
+    lines = PAGE.partition("## Support table")[2].splitlines()
     header, _, *rows = [[cell.strip("` ") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
     said = {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
     marks = {"reads": "R", "writes": "W"}

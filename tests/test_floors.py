@@ -36,6 +36,7 @@ FLOORS = {
     "schedule": 3,
     "checks": 3,
     "resolve": 4,
+    "cli": 4,
     "model": 3,
     "formats": 3,
     "verify": 4,
@@ -67,7 +68,7 @@ TORCH_FREE = [
     "checks",
     "resolve",
 ]
-TORCH_FREE += ["inference.options", "inference.performance", "inference.questions"]
+TORCH_FREE += ["cli.launch", "inference.options", "inference.performance", "inference.questions"]
 MEGATRON = {
     "model",
     "generate",

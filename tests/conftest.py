@@ -1,6 +1,7 @@
 """Fixtures for tests that run the model inside the pytest process: one rank, on the CPU."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ settings.register_profile(
 )  # the same examples every time, on a slow machine too
 settings.load_profile("repository")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Recipes start `python`, `deepspeed` and `torchrun` of this environment, also where it is not activated.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 

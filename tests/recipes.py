@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import launch
@@ -34,6 +35,18 @@ def program(folder: Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
     (folder / name).chmod(0o755)
+
+
+def program_python(folder: Path, text: str) -> None:
+    """A stand-in for `python` in `folder`: bash code for everything that it starts, except the launcher, which is real."""
+    program(
+        folder,
+        "python",
+        f'''#!/usr/bin/env bash
+[ "$1 $2" != "-m ascendspeed.cli.launch" ] || exec "{sys.executable}" "$@"
+{text}
+''',
+    )
 
 
 def typed(recipe: Path, folder: Path, *flags: str, starter: str = "deepspeed", **env: str) -> list[str]:

@@ -148,7 +148,7 @@ COMMANDS = [
 
 
 def test_the_page_has_the_table_of_the_code():
-    lines = PAGE.partition("## The table")[2].splitlines()
+    lines = PAGE.partition("## Support table")[2].splitlines()
     header, _, *rows = [
         [cell.strip("` ") for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")
     ]

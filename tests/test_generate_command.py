@@ -16,6 +16,7 @@ from pathlib import Path
 import launch
 import oracle
 import pytest
+import recipes
 import torch
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
@@ -815,9 +816,8 @@ def test_a_killed_run_leaves_no_file(folder, tmp_path):
 @pytest.fixture
 def shell(tmp_path):
     """Runs a shell script with stand-ins for `python` and `deepspeed` that print their words -> (exit code, output)."""
-    for name in ("deepspeed", "python"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
-        (tmp_path / name).chmod(0o755)
+    recipes.program(tmp_path, "deepspeed", '#!/bin/sh\necho deepspeed "$@"\n')
+    recipes.program_python(tmp_path, 'echo python "$@"')
     settings = (
         "NPROC",
         "HOSTFILE",

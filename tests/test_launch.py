@@ -1,4 +1,4 @@
-"""What the shell launcher starts, seen through stand-ins for `deepspeed` and `torchrun` that print their words."""
+"""Recipes through the launcher: command lines, signals and restarts, with stand-ins for `deepspeed` and `torchrun`."""
 
 import contextlib
 import os
@@ -82,12 +82,13 @@ def test_several_nodes_by_torchrun_on_each(started):
     [
         ({"NNODES": "2"}, "NNODES=2 needs NODE_RANK"),
         ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}, "NNODES=2 needs NPROC"),
         ({"DTYPE": "int8"}, "error: DTYPE=int8 is not one of bf16, fp16, fp32"),
     ],
 )
 def test_what_is_missing_is_named(started, env, message):
     code, said = started(**env)
-    assert code
+    assert (code, said.count("\n")) == (2, 1)
     assert message in said
     assert "pretrain_intern.py" not in said
 

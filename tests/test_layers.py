@@ -43,7 +43,7 @@ TORCH_FREE = [
     "cli.validation",
     "cli.train_args",
 ]
-TORCH_FREE += ["inference.args", "inference.benchmark_report", "inference.stdin"]
+TORCH_FREE += ["cli.launch", "inference.args", "inference.benchmark_report", "inference.stdin"]
 MEGATRON = {
     "models.gpt",
     "models.lora.layers",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import launch
 import pytest
+import recipes
 from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 
@@ -134,8 +135,7 @@ def test_origin_of_what_is_none(began, tmp_path):
 
 # --- loss_parity.sh ---------------------------------------------------------------------------------------------------------
 
-PYTHON = """#!/usr/bin/env bash
-echo "python $*" >> "$WORK/said"
+PYTHON = """echo "python $*" >> "$WORK/said"
 case "$1" in *parity_origin.py) echo "$2" > "$(dirname "$2")/origin.json" ;; esac
 """
 LAUNCHER = """#!/usr/bin/env bash
@@ -147,10 +147,8 @@ while [ $# -gt 0 ]; do [ "$1" = --log-dir ] && { mkdir -p "$2"; echo run > "$2/t
 @pytest.fixture
 def shell(tmp_path):
     """Runs loss_parity.sh with stand-ins; returns its exit code, what it started, and what it said."""
-    for name, text in (("python", PYTHON), ("deepspeed", LAUNCHER)):
-        (tmp_path / "bin").mkdir(exist_ok=True)
-        (tmp_path / "bin" / name).write_text(text)
-        (tmp_path / "bin" / name).chmod(0o755)
+    recipes.program_python(tmp_path / "bin", PYTHON)
+    recipes.program(tmp_path / "bin", "deepspeed", LAUNCHER)
     work = tmp_path / "work"
     work.mkdir()
 

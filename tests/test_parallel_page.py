@@ -98,7 +98,7 @@ def test_activations_are_counted(cpu, name):
     )
 
 
-LAYOUTS = rows("what")
+LAYOUTS = rows("model, devices")
 
 
 @pytest.mark.parametrize("row", LAYOUTS, ids=lambda row: row[0])

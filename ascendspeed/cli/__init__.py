@@ -1,1 +1,1 @@
-"""Command line: flags to a validated `Run`."""
+"""Command lines: from flags and environment variables to a validated run, and the launch of its processes."""

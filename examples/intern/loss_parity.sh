@@ -23,17 +23,9 @@ WORK=${WORK:-.parity}                                   # folder of the runs and
 PROFILE=${PROFILE:-published}                           # published: mean below 2 %; strict: every step; bitwise
 REF=${REF:---deepspeed --zero-stage 2}                  # what makes the reference: any flags of pretrain_intern.py
 CAND=${CAND:---tensor-model-parallel-size 2 --pipeline-model-parallel-size 2}
-SEED=${SEED:-1234}
-rm -f "$WORK"/parity.{json,png,html}                    # an older verdict is none about these runs
+rm -f "$WORK"/parity.{json,png,html}                    # an older verdict is not about these runs
 
-MODEL=${MODEL:-internlm-tiny}
-DTYPE=${DTYPE:-fp32}                                    # fp32 shows whether it is the same function; bf16 what a real run will see
-MICRO_BATCH=${MICRO_BATCH:-2}
-GLOBAL_BATCH=${GLOBAL_BATCH:-8}
-SEQ_LENGTH=${SEQ_LENGTH:-128}
-TRAIN_ITERS=${TRAIN_ITERS:-20}
-LR=${LR:-1e-3}
-MIN_LR=${MIN_LR:-1e-4}
+value --model MODEL internlm-tiny
 
 if [ -z "${DATA:-}" ]; then  # a demonstration: real text, a tiny model with random weights
     source tools/setup.sh
@@ -48,39 +40,33 @@ if [ -z "${DATA:-}" ]; then  # a demonstration: real text, a tiny model with ran
     CHECKPOINT=$WORK/weights
     [ -d "$CHECKPOINT" ] || python tools/random_model.py --model "$MODEL" --tokenizer "$TOKENIZER_PATH" --output-dir "$CHECKPOINT"
 fi
-: "${CHECKPOINT?CHECKPOINT=folder of the weights; empty: random ones, which only devices of one kind draw alike from a seed}"
-: "${TOKENIZER_PATH?TOKENIZER_PATH=folder with tokenizer.model}"
+[ -n "${CHECKPOINT+set}" ] || fail "CHECKPOINT is not set: the folder of the weights; empty: random weights, equal only on devices of one kind"
+[ -n "${TOKENIZER_PATH+set}" ] || fail "TOKENIZER_PATH is not set: the folder of tokenizer.model"
+
+words --data-path DATA ""
+fixed --tokenizer-name-or-path "$TOKENIZER_PATH"
+optional --load CHECKPOINT ""
+value --seed SEED 1234
+value --micro-batch-size MICRO_BATCH 2
+value --global-batch-size GLOBAL_BATCH 8
+value --seq-length SEQ_LENGTH 128
+value --train-iters TRAIN_ITERS 20
+fixed --split 949,50,1
+value --lr LR 1e-3
+value --min-lr MIN_LR 1e-4
+fixed --lr-decay-style cosine --lr-warmup-fraction .01
+fixed --weight-decay 1e-2 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
+fixed --log-interval 1
+DTYPE=${DTYPE:-fp32}                                                    # fp32 shows that it is the same function; bf16 what a real run will see
 dtype=$(dtype_flag "$DTYPE")
 
-side() {  # side NAME NPROC FLAGS...: one run, and the hashes of what it began with
-    local name=$1 NPROC=$2
+side() {  # side NAME NPROC FLAGS...: one run, and the hashes of its seed, weights and data
+    local name=$1 processes=$2
     shift 2
     printf '\n== %s: %s\n' "$name" "$*"
     rm -f "$WORK/$name"/{train.log,origin.json}
-    # shellcheck disable=SC2086  # DATA and the dtype flag are words
-    (launch pretrain_intern.py \
-        --model "$MODEL" \
-        --data-path $DATA \
-        --tokenizer-name-or-path "$TOKENIZER_PATH" \
-        ${CHECKPOINT:+--load "$CHECKPOINT"} \
-        --seed "$SEED" \
-        --micro-batch-size "$MICRO_BATCH" \
-        --global-batch-size "$GLOBAL_BATCH" \
-        --seq-length "$SEQ_LENGTH" \
-        --train-iters "$TRAIN_ITERS" \
-        --split 949,50,1 \
-        --lr "$LR" \
-        --min-lr "$MIN_LR" \
-        --lr-decay-style cosine \
-        --lr-warmup-fraction .01 \
-        --weight-decay 1e-2 \
-        --clip-grad 1.0 \
-        --adam-beta1 0.9 \
-        --adam-beta2 0.95 \
-        --log-interval 1 \
-        --log-dir "$WORK/$name" \
-        $dtype \
-        "$@")
+    # shellcheck disable=SC2086  # the dtype flag is a word, or none
+    (NPROC=$processes && export NPROC && launch pretrain_intern.py "${flags[@]}" --log-dir "$WORK/$name" $dtype "$@")
     PYTHONWARNINGS=ignore python examples/intern/parity_origin.py "$WORK/$name/train.log"
 }
 
@@ -104,5 +90,5 @@ case $SIDE in
         side cand "${CAND_NPROC:-}" $CAND
         compare
         ;;
-    *) echo "error: SIDE=$SIDE is not one of ref, cand, ref2, compare, both" >&2; exit 2 ;;
+    *) fail "SIDE=$SIDE is not one of ref, cand, ref2, compare, both" ;;
 esac

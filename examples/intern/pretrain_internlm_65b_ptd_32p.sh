@@ -10,64 +10,37 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-MODEL=${MODEL:-internlm-65b}                            # any by name
-TOKENIZER_PATH=${TOKENIZER_PATH:-./dataset/internlm}    # directory with tokenizer.model: that of InternLM-7B
-DATA=${DATA:-./dataset/alpaca_text_document}            # prefix of the .bin/.idx pair; or weights and prefixes: "0.3 a 0.7 b"
-SAVE=${SAVE:-./ckpt}                                    # training checkpoints of 743 GiB; on storage that all nodes share
-CHECKPOINT=${CHECKPOINT-$SAVE}                          # the same: random weights while it is empty (65B was never public)
+SAVE=${SAVE:-./ckpt}                                                    # training checkpoints of 743 GiB; on storage that all nodes share
 
-DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
-TP=${TP:-8}                                             # tensor-parallel size: the devices of one node
-PP=${PP:-4}                                             # pipeline stages: the nodes; 20 layers each
-MICRO_BATCH=${MICRO_BATCH:-2}                           # samples per pass
-GLOBAL_BATCH=${GLOBAL_BATCH:-128}                       # samples per step: 0.26 M tokens in 64 passes; 256 in a later version
-SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per sample
-TRAIN_ITERS=${TRAIN_ITERS:-50000}
-LR=${LR:-1e-4}
-MIN_LR=${MIN_LR:-1e-5}
-LR_DECAY_ITERS=${LR_DECAY_ITERS:-50000}
-SAVE_INTERVAL=${SAVE_INTERVAL:-1000}                    # 7 hours at the published 24 s; --keep 3 at the end keeps the newest three
-EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
-EVAL_ITERS=${EVAL_ITERS:-10}                            # global batches per evaluation
-DEVICE_MEMORY=${DEVICE_MEMORY-55296}                    # MiB; all layers are recomputed, until there is a planner; empty: none
+value --model MODEL internlm-65b                                        # any name
+value --tensor-model-parallel-size TP 8                                 # the devices of one node
+value --pipeline-model-parallel-size PP 4                               # the nodes; 20 layers each
+fixed --sequence-parallel
+value --micro-batch-size MICRO_BATCH 2                                  # samples per pass
+value --global-batch-size GLOBAL_BATCH 128                              # samples per step: 0.26 M tokens, 64 passes; 256 in a later version
+value --seq-length SEQ_LENGTH 2048                                      # tokens per sample
+value --train-iters TRAIN_ITERS 50000
 
-dtype=$(dtype_flag "$DTYPE")
-# shellcheck disable=SC2086  # DATA and the dtype flag are words
-launch pretrain_intern.py \
-    --model "$MODEL" \
-    --tensor-model-parallel-size "$TP" \
-    --pipeline-model-parallel-size "$PP" \
-    --sequence-parallel \
-    --micro-batch-size "$MICRO_BATCH" \
-    --global-batch-size "$GLOBAL_BATCH" \
-    --seq-length "$SEQ_LENGTH" \
-    --train-iters "$TRAIN_ITERS" \
-    --data-path $DATA \
-    --tokenizer-name-or-path "$TOKENIZER_PATH" \
-    --split 949,50,1 \
-    ${CHECKPOINT:+--load "$CHECKPOINT"} \
-    --save "$SAVE" \
-    --save-interval "$SAVE_INTERVAL" \
-    --optimizer adam \
-    --lr "$LR" \
-    --min-lr "$MIN_LR" \
-    --lr-decay-style cosine \
-    --lr-decay-iters "$LR_DECAY_ITERS" \
-    --lr-warmup-fraction 0.01 \
-    --weight-decay 1e-2 \
-    --clip-grad 1.0 \
-    --adam-beta1 0.9 \
-    --adam-beta2 0.95 \
-    --adam-eps 1e-8 \
-    --initial-loss-scale 524288 \
-    ${DEVICE_MEMORY:+--auto-recompute-device-size "$DEVICE_MEMORY"} \
-    --eval-interval "$EVAL_INTERVAL" \
-    --eval-iters "$EVAL_ITERS" \
-    --log-interval 1 \
-    --use-flash-attn \
-    --use-fused-rmsnorm \
-    --use-fused-rotary-pos-emb \
-    --mlp-layer-fusion \
-    --distributed-backend nccl \
-    $dtype \
-    "$@"
+words --data-path DATA ./dataset/alpaca_text_document                   # prefix of .bin/.idx; or weights and prefixes: "0.3 a 0.7 b"
+value --tokenizer-name-or-path TOKENIZER_PATH ./dataset/internlm        # directory with tokenizer.model: that of InternLM-7B
+fixed --split 949,50,1
+optional --load CHECKPOINT "$SAVE"                                      # random weights while it is empty (65B was never public)
+fixed --save "$SAVE"
+value --save-interval SAVE_INTERVAL 1000                                # 7 hours at the published 24 s; --keep 3 keeps the newest three
+
+fixed --optimizer adam
+value --lr LR 1e-4
+value --min-lr MIN_LR 1e-5
+fixed --lr-decay-style cosine
+value --lr-decay-iters LR_DECAY_ITERS 50000
+fixed --lr-warmup-fraction 0.01 --weight-decay 1e-2 --clip-grad 1.0
+fixed --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
+fixed --initial-loss-scale 524288                                       # of fp16: 2^19
+optional --auto-recompute-device-size DEVICE_MEMORY 55296               # MiB; recomputes all layers, as no planner exists yet; empty: none
+
+value --eval-interval EVAL_INTERVAL 1000
+value --eval-iters EVAL_ITERS 10                                        # global batches per evaluation
+fixed --log-interval 1 --use-flash-attn
+DTYPE=${DTYPE:-bf16}                                                    # bf16, fp16 or fp32
+
+train "$@"

@@ -5,69 +5,42 @@
 #   NNODES=4 NODE_RANK=0 MASTER_ADDR=node0 NPROC=8 bash examples/intern/pretrain_internlm_65b_zero.sh         once on each of them
 #   sbatch examples/intern/pretrain_internlm_65b.sbatch examples/intern/pretrain_internlm_65b_zero.sh         by Slurm
 #
-# Per device, in bf16: 34.8 GiB of model states, 5.0 GiB of layer inputs, and what one layer and the logits need at a time.
+# Per device, in bf16: 34.8 GiB of model states, 5.0 GiB of layer inputs, and the memory of one layer and of the logits at a time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
-MODEL=${MODEL:-internlm-65b}                            # any by name
-TOKENIZER_PATH=${TOKENIZER_PATH:-./dataset/internlm}    # directory with tokenizer.model: that of InternLM-7B
-DATA=${DATA:-./dataset/alpaca_text_document}            # prefix of the .bin/.idx pair; or weights and prefixes: "0.3 a 0.7 b"
-SAVE=${SAVE:-./ckpt}                                    # training checkpoints of 743 GiB; on storage that all nodes share
-CHECKPOINT=${CHECKPOINT-$SAVE}                          # the same: random weights while it is empty (65B was never public)
+SAVE=${SAVE:-./ckpt}                                                    # training checkpoints of 743 GiB; on storage that all nodes share
 
-DTYPE=${DTYPE:-bf16}                                    # bf16, fp16 or fp32
-ZERO_STAGE=${ZERO_STAGE:-3}                             # stage 2 would need 154.7 GiB of model states
-TP=${TP:-1}                                             # tensor-parallel size
-MICRO_BATCH=${MICRO_BATCH:-2}                           # samples per device and pass
-GLOBAL_BATCH=${GLOBAL_BATCH:-128}                       # samples per step: 0.26 M tokens; 256 in a later version
-SEQ_LENGTH=${SEQ_LENGTH:-2048}                          # tokens per sample
-TRAIN_ITERS=${TRAIN_ITERS:-50000}
-LR=${LR:-1e-4}
-MIN_LR=${MIN_LR:-1e-5}
-LR_DECAY_ITERS=${LR_DECAY_ITERS:-50000}
-SAVE_INTERVAL=${SAVE_INTERVAL:-1000}                    # 7 hours at the published 24 s; --keep 3 at the end keeps the newest three
-EVAL_INTERVAL=${EVAL_INTERVAL:-1000}
-EVAL_ITERS=${EVAL_ITERS:-10}                            # global batches per evaluation
-RECOMPUTE=${RECOMPUTE:-full}                            # none would keep 134 GiB of activations
+fixed --deepspeed
+value --zero-stage ZERO_STAGE 3                                         # stage 2 would need 154.7 GiB of model states
+fixed --no-pipeline-parallel
+value --model MODEL internlm-65b                                        # any name
+value --tensor-model-parallel-size TP 1
+value --micro-batch-size MICRO_BATCH 2                                  # samples per device and pass
+value --global-batch-size GLOBAL_BATCH 128                              # samples per step: 0.26 M tokens; 256 in a later version
+value --seq-length SEQ_LENGTH 2048                                      # tokens per sample
+value --train-iters TRAIN_ITERS 50000
 
-dtype=$(dtype_flag "$DTYPE")
-# shellcheck disable=SC2086  # DATA and the dtype flag are words
-launch pretrain_intern.py \
-    --deepspeed \
-    --zero-stage "$ZERO_STAGE" \
-    --no-pipeline-parallel \
-    --model "$MODEL" \
-    --tensor-model-parallel-size "$TP" \
-    --micro-batch-size "$MICRO_BATCH" \
-    --global-batch-size "$GLOBAL_BATCH" \
-    --seq-length "$SEQ_LENGTH" \
-    --train-iters "$TRAIN_ITERS" \
-    --data-path $DATA \
-    --tokenizer-name-or-path "$TOKENIZER_PATH" \
-    --split 949,50,1 \
-    ${CHECKPOINT:+--load "$CHECKPOINT"} \
-    --save "$SAVE" \
-    --save-interval "$SAVE_INTERVAL" \
-    --optimizer adam \
-    --lr "$LR" \
-    --min-lr "$MIN_LR" \
-    --lr-decay-style cosine \
-    --lr-decay-iters "$LR_DECAY_ITERS" \
-    --lr-warmup-fraction 0.01 \
-    --weight-decay 1e-2 \
-    --clip-grad 1.0 \
-    --adam-beta1 0.9 \
-    --adam-beta2 0.95 \
-    --adam-eps 1e-8 \
-    --initial-loss-scale 524288 \
-    --recompute-granularity "$RECOMPUTE" \
-    --eval-interval "$EVAL_INTERVAL" \
-    --eval-iters "$EVAL_ITERS" \
-    --log-interval 1 \
-    --use-flash-attn \
-    --use-fused-rmsnorm \
-    --use-fused-rotary-pos-emb \
-    --mlp-layer-fusion \
-    --distributed-backend nccl \
-    $dtype \
-    "$@"
+words --data-path DATA ./dataset/alpaca_text_document                   # prefix of .bin/.idx; or weights and prefixes: "0.3 a 0.7 b"
+value --tokenizer-name-or-path TOKENIZER_PATH ./dataset/internlm        # directory with tokenizer.model: that of InternLM-7B
+fixed --split 949,50,1
+optional --load CHECKPOINT "$SAVE"                                      # random weights while it is empty (65B was never public)
+fixed --save "$SAVE"
+value --save-interval SAVE_INTERVAL 1000                                # 7 hours at the published 24 s; --keep 3 keeps the newest three
+
+fixed --optimizer adam
+value --lr LR 1e-4
+value --min-lr MIN_LR 1e-5
+fixed --lr-decay-style cosine
+value --lr-decay-iters LR_DECAY_ITERS 50000
+fixed --lr-warmup-fraction 0.01 --weight-decay 1e-2 --clip-grad 1.0
+fixed --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
+fixed --initial-loss-scale 524288                                       # of fp16: 2^19
+value --recompute-granularity RECOMPUTE full                            # none would keep 134 GiB of activations
+
+value --eval-interval EVAL_INTERVAL 1000
+value --eval-iters EVAL_ITERS 10                                        # global batches per evaluation
+fixed --log-interval 1 --use-flash-attn
+DTYPE=${DTYPE:-bf16}                                                    # bf16, fp16 or fp32
+
+train "$@"

@@ -112,6 +112,7 @@ step "11/11 a turn of a chat, before and after (before, the model has read docst
 QUESTION=$(sed -n '1s/.*"instruction": "\([^"]*\)".*/\1/p' "$WORK/data/chat.jsonl")
 echo "$QUESTION"
 for model in ckpt ckpt_chat; do
-    echo "$QUESTION" | MODEL=internlm-tiny CHECKPOINT="$WORK/$model" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 NPROC=1 \
-        bash examples/intern/generate_internlm_7b_deepspeed.sh --task chat --chat-template v1 --max-new-tokens 32
+    # a here-string, not `echo |`: that would end by SIGPIPE if the command failed before it read the question
+    MODEL=internlm-tiny CHECKPOINT="$WORK/$model" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 NPROC=1 \
+        bash examples/intern/generate_internlm_7b_deepspeed.sh --task chat --chat-template v1 --max-new-tokens 32 <<< "$QUESTION"
 done

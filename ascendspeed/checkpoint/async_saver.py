@@ -54,9 +54,7 @@ class Saver:
         self._error: BaseException | None = None
         self._saved: list[Saved] = []
 
-    def save_checkpoint(
-        self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]
-    ) -> None:
+    def save(self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]) -> None:
         """Saves, or begins to; every rank calls this with its own. Raises as `save_checkpoint`, and what the last one met."""
         began = time.perf_counter()
         self.wait()

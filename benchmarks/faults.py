@@ -134,7 +134,7 @@ class Place:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         env = os.environ | quiet | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PATH": path}
         with open(self.folder / "said", "a") as said:
-            command = [sys.executable, *start, str(ROOT / "tests/fault_worker.py"), *words]
+            command = [sys.executable, *start, str(ROOT / "tests/helpers/fault_worker.py"), *words]
             return subprocess.Popen(
                 command,
                 env=env,

@@ -6,9 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch
 import pytest
 import torch
+from helpers import launch
 
 from ascendspeed.training.metrics_log import EvalLine, TrainLine, read
 

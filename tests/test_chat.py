@@ -7,7 +7,7 @@ import re
 import jinja2
 import pytest
 import sentencepiece
-from corpus import REAL, TRAPS, sentencepiece_dir, words
+from helpers.corpus import REAL, TRAPS, sentencepiece_dir, words
 
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import (

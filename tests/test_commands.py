@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import corpus
 import pytest
 import torch
+from helpers import corpus
 from safetensors.torch import load_file
 from test_convert import BASE, command, hugging_face
 from test_internevo import BIASED, directory

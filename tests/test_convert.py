@@ -13,9 +13,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import corpus
 import pytest
 import torch
+from helpers import corpus
 from safetensors.torch import load_file, save_file
 
 from ascendspeed.checkpoint.fragment import Fragment, TrainState
@@ -872,7 +872,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from safetensors.torch import load_file
-from ascendspeed import convert
+from ascendspeed.conversion import convert
 from ascendspeed.conversion.output_files import PieceFile
 
 def anonymous():

@@ -4,9 +4,9 @@ import subprocess
 import sys
 import types
 
-import launch
 import pytest
 import torch
+from helpers import launch
 
 from ascendspeed.distributed import device, fused_kernels
 from ascendspeed.utils.errors import UserError
@@ -114,7 +114,7 @@ def test_adapting_torch_leaves_transformers_alone(tmp_path):
     script = """
 import sys, torch
 if sys.argv[2] == "adapted":
-    from ascendspeed import device
+    from ascendspeed.distributed import device
     device.prepare("cpu")
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=50)

@@ -6,9 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import launch
-import oracle
 import pytest
+from helpers import launch, oracle
 
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
@@ -244,13 +243,13 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
 
 
 FP16 = """
-from ascendspeed import device
+from ascendspeed.distributed import device, process_groups
 here = device.prepare("cpu")
-import torch, oracle
+import torch
+from helpers import oracle
 from dataclasses import replace
 from deepspeed.accelerator import get_accelerator
 from test_engine_deepspeed import RUN
-from ascendspeed import parallel
 from ascendspeed.data.dataset import Batch
 from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 from ascendspeed.distributed.fused_kernels import Kernels
@@ -258,7 +257,7 @@ from ascendspeed.models.param_mapping import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible
 train, optim = replace(RUN.train, micro_batch_size=4), replace(RUN.optim, fp16=True, initial_loss_scale=4.0)
 run = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1), optim=optim, train=train)
-grid, weights = parallel.initialize(here, run.parallel, 1), random_tensors(run.model, 1)
+grid, weights = process_groups.initialize(here, run.parallel, 1), random_tensors(run.model, 1)
 engine = DeepSpeedEngine(run, grid, here, ds_config(run, 1), Kernels(), weights)
 next(engine.module.parameters()).register_hook(lambda g: g * float("nan"))
 batch = Batch(**oracle.batches(run.model.vocab_size, 1, 4, 32, 1)[0], position_ids=torch.arange(32).expand(4, -1))

@@ -9,9 +9,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launch
-import oracle
 import pytest
+from helpers import launch, oracle
 from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
 from test_moe import MODELS as MOE
 from test_moe import loaded

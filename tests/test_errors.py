@@ -8,8 +8,8 @@ import textwrap
 import time
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 
 from ascendspeed.utils import errors
 

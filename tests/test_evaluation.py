@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import launch
 import pytest
-from evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
+from helpers import launch
+from helpers.evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 

@@ -6,7 +6,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from evaluating import MAKERS, SAMPLE, mmlu, put_csv, put_jsonl, rows
+from helpers.evaluating import MAKERS, SAMPLE, mmlu, put_csv, put_jsonl, rows
 
 from ascendspeed.evaluation.args import resolve
 from ascendspeed.evaluation.loaders import OWN, TASKS, load

@@ -8,10 +8,10 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
 from conftest import SHARED
+from helpers import oracle
 from safetensors.torch import load_file, save_file
 from test_model import Case, under
 from transformers import LlamaForCausalLM

@@ -4,8 +4,8 @@ import os
 import subprocess
 import sys
 
-import launch
 import pytest
+from helpers import launch
 from test_chain import TrainLine, lines, must, recipe
 
 from ascendspeed.cli import validation

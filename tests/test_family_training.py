@@ -2,8 +2,8 @@
 
 from dataclasses import asdict
 
-import oracle
 import pytest
+from helpers import oracle
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_family_models import MODELS

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 
 from ascendspeed.checkpoint.discovery import find_checkpoint
 from ascendspeed.utils import errors
@@ -50,7 +50,7 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
     if "RANK_FOLDERS" in env:
         (own := Path(folder, str(number))).mkdir(exist_ok=True)
         os.chdir(own)
-    import fault_worker
+    from helpers import fault_worker
 
     sys.argv = ["fault_worker.py", *flags]
     errors.MOMENT = 0.5  # no launcher to wait for
@@ -126,7 +126,7 @@ def ready():
     """The fork server, with everything imported once."""
     environ = launch.environment()
     os.environ.update({name: environ[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")})
-    SERVER.set_forkserver_preload(["ready"])
+    SERVER.set_forkserver_preload(["helpers.ready"])
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 from test_chat import KINDS
 from test_preprocess_instructions import ROWS
 

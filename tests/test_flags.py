@@ -170,8 +170,10 @@ def test_a_run_from_the_recipes_flags():
 def test_a_program_ends_on_one_line(rank):
     code = (
         "import time; time.sleep = lambda s: None\n"
-        "from ascendspeed import errors, flags, config\n"
-        "def main():\n    flags.parse(config.TrainConfig, ['--trian-iters', '3'])\n"
+        "from ascendspeed.cli import parser\n"
+        "from ascendspeed.config import schema\n"
+        "from ascendspeed.utils import errors\n"
+        "def main():\n    parser.parse(schema.TrainConfig, ['--trian-iters', '3'])\n"
         "errors.run(main)"
     )
     done = subprocess.run(

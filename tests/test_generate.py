@@ -6,11 +6,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import launch
-import oracle
 import pytest
 import torch
-from generate_worker import answers
+from helpers import launch, oracle
+from helpers.generate_worker import answers
 from safetensors.torch import save_file
 from test_model import INTERNLM, ours, tensors_of
 

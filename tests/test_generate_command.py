@@ -13,11 +13,9 @@ import termios
 from dataclasses import replace
 from pathlib import Path
 
-import launch
-import oracle
 import pytest
-import recipes
 import torch
+from helpers import launch, oracle, recipes
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
 

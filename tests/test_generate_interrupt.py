@@ -12,8 +12,8 @@ import termios
 import time
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 from test_generate_command import folder, reference, run  # noqa: F401 - fixtures
 
 from ascendspeed.inference import args, stdin

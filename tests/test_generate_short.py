@@ -1,8 +1,8 @@
 """Where no gradient is wanted, linears, layers and a settled NormHead go a shorter way: to the same bits."""
 
-import launch
 import pytest
 import torch
+from helpers import launch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from test_family_models import MODELS
 from test_generate import language_model

@@ -13,11 +13,11 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import launch
 import numpy as np
 import pytest
 import torch
-from corpus import words
+from helpers import launch
+from helpers.corpus import words
 from test_chat import vocabulary
 from test_generate import logs_of, texts, theirs
 

@@ -2,11 +2,10 @@
 
 from dataclasses import replace
 
-import launch
-import oracle
 import pytest
 import test_segments as segments
 import torch
+from helpers import launch, oracle
 from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
 from ascendspeed.config import lr_schedule, schema

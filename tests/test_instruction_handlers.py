@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
-from corpus import sentencepiece_dir, words
+from helpers.corpus import sentencepiece_dir, words
 from hypothesis import given
 from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED

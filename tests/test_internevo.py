@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from evo_oracle import Shape, Trained, hugging_face, model_config, pairs, parts_of, save, save_config, states
+from helpers.evo_oracle import (
+    Shape,
+    Trained,
+    hugging_face,
+    model_config,
+    pairs,
+    parts_of,
+    save,
+    save_config,
+    states,
+)
 from safetensors.torch import load_file, save_file
 from test_convert import same
 

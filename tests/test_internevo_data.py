@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.launch import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
-from launch import ROOT
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.dataset import build_splits, files_of, open_path

@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 
 RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
 

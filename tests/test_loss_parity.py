@@ -8,9 +8,8 @@ import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import launch
 import pytest
-import recipes
+from helpers import launch, recipes
 from test_parity import CURVE, example_run, write_run
 from test_parity_logs import ours
 

@@ -9,10 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import oracle
 import peft
 import pytest
 import torch
+from helpers import oracle
 from safetensors.torch import load_file, save_file
 from test_convert import command
 

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import launch
-import oracle
 import pytest
 import torch
+from helpers import launch, oracle
 from safetensors.torch import load_file, save_file
 
 from ascendspeed.config import schema

@@ -5,9 +5,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from safetensors.torch import load_file, save_file
 from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
 from test_model import Case, ours, tokens_of, under

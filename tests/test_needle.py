@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import corpus
-import launch
 import pytest
+from helpers import corpus, launch
 
 from ascendspeed.evaluation import haystack
 from ascendspeed.evaluation.haystack import Cell, cells

@@ -12,10 +12,10 @@ from argparse import Namespace
 from enum import Enum
 from pathlib import Path
 
-import corpus
 import numpy as np
 import pytest
 import torch
+from helpers import corpus
 from safetensors.torch import load_file
 from torch import Tensor
 

@@ -4,9 +4,9 @@ import dataclasses
 import re
 from pathlib import Path
 
-import launch
 import pytest
 import torch
+from helpers import launch
 
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.distributed import fused_kernels

@@ -11,9 +11,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import launch
 import numpy as np
 import pytest
+from helpers import launch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_parity_logs import ours

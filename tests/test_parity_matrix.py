@@ -9,10 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import launch
-import oracle
 import pytest
 import torch
+from helpers import launch, oracle
 from test_layers import inner
 
 from ascendspeed.cli import validation
@@ -86,7 +85,7 @@ def test_the_reference_owes_nothing_to_our_model_or_engines():
     ours = {path: inner(ast.parse(Path(path).read_text())) for path in (reference.__file__, oracle.__file__)}
     assert set.union(*ours.values()) <= {"schedule", "weights", "config", "families"}
     assert "engines" in inner(
-        ast.parse((launch.ROOT / "tests/engine_worker.py").read_text())
+        ast.parse((launch.ROOT / "tests/helpers/engine_worker.py").read_text())
     )  # control: it would be seen
 
 

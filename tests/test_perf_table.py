@@ -6,8 +6,8 @@ import runpy
 import sys
 from dataclasses import asdict
 
-import launch
 import pytest
+from helpers import launch
 from test_parity import example_run
 from test_parity_logs import SAMPLES, ours
 

@@ -2,9 +2,9 @@
 
 import dataclasses
 
-import oracle
 import pytest
 import torch
+from helpers import oracle
 from transformers import AutoModelForCausalLM
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, padded_vocab_size

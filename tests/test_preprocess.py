@@ -14,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
-from corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
+from helpers.corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.data.indexed.megatron_pair import check_pair, file

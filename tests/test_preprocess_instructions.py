@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from corpus import sentencepiece_dir, words
+from helpers.corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from test_chat import KINDS
 from test_instruction_handlers import lost_by_hand

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from evaluating import MAKERS, harness_task
+from helpers.evaluating import MAKERS, harness_task
 
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
@@ -111,7 +111,7 @@ def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
 
 @pytest.mark.parametrize("task", ["mmlu", "ceval", "cmmlu"])
 def test_titles_of_all_subjects_are_lm_evals(task):
-    from evaluating import FILES, HARNESS, _yaml
+    from helpers.evaluating import FILES, HARNESS, _yaml
 
     for name, topic in TOPICS[task].items():
         theirs = _yaml(HARNESS / FILES[task].format(name))["description"]
@@ -141,7 +141,7 @@ class Letters:
 
 def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
     """White space goes to the answer, and the context keeps its own ids where the whole text would have others."""
-    import corpus
+    from helpers import corpus
     from lm_eval.api.model import TemplateLM
 
     from ascendspeed.tokenization import tokenizer

@@ -4,10 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import corpus
 import pytest
 import torch
-from evo_oracle import Trained, model_config, save_config
+from helpers import corpus
+from helpers.evo_oracle import Trained, model_config, save_config
 from safetensors.torch import load_file
 from test_convert import command, same
 from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal

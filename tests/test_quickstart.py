@@ -6,8 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import launch
 import pytest
+from helpers import launch
 
 from ascendspeed.training import metrics_log
 

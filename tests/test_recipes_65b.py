@@ -10,12 +10,10 @@ import sys
 import time
 from pathlib import Path
 
-import corpus
-import launch
 import numpy as np
 import pytest
-import recipes
-from recipes import INTERN, clean, program
+from helpers import corpus, launch, recipes
+from helpers.recipes import INTERN, clean, program
 
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import ParallelConfig, Run

@@ -1,7 +1,7 @@
 """The recipes of fine-tuning: their values on 8 devices, and on two nodes."""
 
 import pytest
-import recipes
+from helpers import recipes
 
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import LoraConfig, Run

@@ -6,7 +6,7 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from corpus import TRAPS
+from helpers.corpus import TRAPS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

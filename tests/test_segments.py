@@ -7,10 +7,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import launch
-import oracle
 import pytest
 import torch
+from helpers import launch, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file

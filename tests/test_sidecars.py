@@ -6,9 +6,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import corpus
 import pytest
 import torch
+from helpers import corpus
 from safetensors.torch import save_file
 from test_tokenizer_json import chat_files, folder_with, stock, trained
 

@@ -262,7 +262,7 @@ def test_another_model_in_the_checkpoint_is_an_error(start, saved):
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """A small pair made with a tokenizer of 600 pieces, and two tokenizers."""
-    from corpus import sentencepiece_dir
+    from helpers.corpus import sentencepiece_dir
 
     from ascendspeed.data.preprocess import Job, preprocess
 

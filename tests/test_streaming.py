@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import datasets
-import launch
 import numpy as np
 import pytest
 import torch
-from corpus import sentencepiece_dir, words
+from helpers import launch
+from helpers.corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.config.schema import DataConfig

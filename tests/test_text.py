@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import sentencepiece
 import tokenizers
-from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
+from helpers.corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
+from helpers.corpus import REAL, TRAPS, json_dir, sentencepiece_dir, words
 
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError

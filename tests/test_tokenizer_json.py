@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from corpus import REAL, TRAPS, words
+from helpers.corpus import REAL, TRAPS, words
 from sentencepiece import sentencepiece_model_pb2
 
 from ascendspeed.conversion.tokenizer import export, sentencepiece_bpe

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import oracle
 import torch
+from helpers import oracle
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import launch
+from helpers import launch
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launch
+from helpers import launch
 
 INTERN = launch.ROOT / "examples" / "intern"
 GIVEN = {

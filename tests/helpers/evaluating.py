@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import corpus
 import lm_eval
 import torch
 import yaml
@@ -19,9 +18,10 @@ from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.models import families, param_mapping
+from helpers import corpus
 
 HARNESS = Path(lm_eval.__file__).parent / "tasks"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT / "tasks/evaluation/sample_mmlu"
 POSITIONS = 1024
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import sentencepiece
 import tokenizers
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "fixtures" / "tokenizers"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "fixtures" / "tokenizers"
 
 TRAPS = [
     "plain words and 1234 digits",

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def free_port() -> int:
 
 
 def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: float = 300) -> Any:
-    """Runs tests/`script` on `world` ranks with `job` as its JSON input; returns what rank 0 wrote to job["out"].
+    """Runs tests/helpers/`script` on `world` ranks with `job` as its JSON input; returns what rank 0 wrote to job["out"].
 
     Raises AssertionError with every rank's last lines when one fails.
     """
@@ -54,7 +54,7 @@ def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: f
         env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
         logs.append(folder / f"rank{rank}.log")
         with open(logs[-1], "w") as log:
-            command = [sys.executable, str(ROOT / "tests" / script), str(folder / "job.json")]
+            command = [sys.executable, str(ROOT / "tests" / "helpers" / script), str(folder / "job.json")]
             processes.append(
                 subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
             )

@@ -17,10 +17,9 @@ import sys
 import threading
 from pathlib import Path
 
-import toy
-
 from ascendspeed.distributed import device
 from ascendspeed.utils import errors
+from helpers import toy
 
 RANK = int(os.environ.get("RANK", "0"))
 CHANGES = [(os, name) for name in ("rename", "replace", "unlink", "rmdir", "fsync")] + [

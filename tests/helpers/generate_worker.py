@@ -17,12 +17,12 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare("cpu")
 
-    from engine_worker import leave_groups
     from safetensors.torch import load_file
 
     from ascendspeed.distributed import process_groups
     from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models.gpt import gpt_model, layer_spec
+    from helpers.engine_worker import leave_groups
 
     found = {}
     for name, case in job["cases"].items():

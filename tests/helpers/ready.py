@@ -4,8 +4,6 @@ from ascendspeed.distributed import device
 
 device.prepare("cpu")
 
-import toy  # noqa: E402, F401
-
-from ascendspeed import checkpoint  # noqa: E402, F401
 from ascendspeed.distributed import process_groups  # noqa: E402, F401
 from ascendspeed.training import fault_tolerance, loop, setup  # noqa: E402, F401
+from helpers import toy  # noqa: E402, F401

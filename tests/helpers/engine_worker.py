@@ -25,7 +25,6 @@ def main() -> None:
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare(job.get("device", "cpu"))
 
-    import oracle
     import torch
     from safetensors.torch import load_file
 
@@ -36,6 +35,7 @@ def main() -> None:
     from ascendspeed.data.dataset import Batch
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.models.param_mapping import random_tensors
+    from helpers import oracle
 
     base, fused = schema.from_dict(job["run"]), fused_kernels.choose(here, varlen=here.kind != "cpu")
     plain = oracle.batches(

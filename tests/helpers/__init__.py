@@ -1,0 +1,1 @@
+"""Code that several test files share: oracles, sample data, launched ranks and recipes."""

@@ -1,0 +1,375 @@
+"""Documentation: both languages correspond; links, paths and flags exist."""
+
+import contextlib
+import io
+import re
+import runpy
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES += [ROOT / "examples/intern/README.md", ROOT / "benchmarks/README.md"]
+PAGES = [path for path in SOURCES if not path.stem.endswith("_zh")]
+"""English pages; each has a Chinese one, NAME_zh.md."""
+SINGLE = [ROOT / "CHANGELOG.md"]
+"""Pages in English only."""
+
+FOREIGN_FLAGS = {
+    "AscendSpeed, Megatron-LM and MindSpeed-LLM": {
+        "--ckpt-format",
+        "--ckpt-convert-format",
+        "--ckpt-convert-save",
+        "--num-layer-list",
+    },
+    "InternEvo": {"--launcher", "--config"},
+    "MindFormers": {
+        "--input-glob",
+        "--output-file",
+        "--model-file",
+        "--train-dataset",
+        "--load-checkpoint",
+        "--run-mode",
+        "--use-parallel",
+        "--qkv-concat",
+        "--pre-ckpt-path",
+    },
+    "launchers": {"--no-local-rank", "--signal", "--dependency"},
+    "tests/run.sh": {"--full"},
+}
+"""Flags of other programs that the pages name."""
+FOREIGN_PATHS = {"tools/alpaca_tokenizer.py"}
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SPAN = re.compile(r"`[^`\n]+`")
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
+PATH = re.compile(
+    r"(?<![\w/.])((?:ascendspeed|benchmarks|docs|examples|tasks|tests|tools)/[\w./-]*\w|pretrain_intern\.py)"
+)
+IMPORT = re.compile(r"^from (ascendspeed[\w.]*) import ([\w, ]+)$", re.MULTILINE)
+MODULE = re.compile(r"python -m (benchmarks\.\w+)")
+
+
+def chinese(page: Path) -> Path:
+    return page.with_name(f"{page.stem}_zh.md")
+
+
+def prose(text: str) -> str:
+    """The page without its fenced blocks."""
+    return FENCE.sub("", text)
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    return [(len(marks), title) for marks, title in re.findall(r"^(#+) +(.+)$", prose(text), re.MULTILINE)]
+
+
+def anchors(text: str) -> list[str]:
+    """The anchor of each heading, as GitHub derives it."""
+    found: list[str] = []
+    seen: Counter[str] = Counter()
+    for _, title in headings(text):
+        slug = re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
+        found.append(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        seen[slug] += 1
+    return found
+
+
+def links(text: str) -> list[str]:
+    return LINK.findall(SPAN.sub("``", prose(text)))
+
+
+def commands(text: str) -> list[str]:
+    """Lines of the bash blocks without comments; other blocks must be the same up to their words, so only bash is compared."""
+    lines = [
+        line for language, block in FENCE.findall(text) if language == "bash" for line in block.splitlines()
+    ]
+    return [line for line in (re.sub(r"(^|\s+)#\s.*$", "", line).rstrip() for line in lines) if line]
+
+
+def table_shapes(text: str) -> list[int]:
+    """The number of cells of each table row."""
+    rows = [line for line in prose(text).splitlines() if line.startswith("|")]
+    return [len(re.split(r"(?<!\\)\|", row)) for row in rows]
+
+
+def code_spans(text: str) -> set[str]:
+    return set(SPAN.findall(prose(text).replace("_zh.md", ".md")))
+
+
+def target(page: Path, link: str) -> tuple[str, int | None]:
+    """What a link leads to, the same for both languages: the file (or address), and the number of the heading."""
+    if "://" in link:
+        return link, None
+    name, _, anchor = link.partition("#")
+    path = (page.parent / name).resolve() if name else page
+    english = path.with_name(path.name.replace("_zh.md", ".md"))
+    found = anchors(path.read_text()) if anchor else []
+    return str(english.relative_to(ROOT)), found.index(anchor) if anchor else None
+
+
+def differences(page: Path, other: Path, texts: tuple[str, str] | None = None) -> list[str]:
+    """What the English `page` and the Chinese `other` do not have in common."""
+    ours, theirs = texts or (page.read_text(), other.read_text())
+    found = []
+    if [level for level, _ in headings(ours)] != [level for level, _ in headings(theirs)]:
+        found.append("headings")
+    if commands(ours) != commands(theirs):
+        found += [f"command: {line}" for line in sorted(set(commands(ours)) ^ set(commands(theirs)))] or [
+            "order of commands"
+        ]
+    if Counter(target(page, link) for link in links(ours)) != Counter(
+        target(other, link) for link in links(theirs)
+    ):
+        found.append("links")
+    if table_shapes(ours) != table_shapes(theirs):
+        found.append("tables")
+    found += [f"code: {span}" for span in sorted(code_spans(ours) ^ code_spans(theirs))]
+    return found
+
+
+def broken_links(page: Path, text: str) -> list[str]:
+    """Links without a target, and links of a Chinese page to an English one that has a Chinese version."""
+    found = []
+    for link in links(text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        path = page.parent / name
+        if name and not path.exists():
+            found.append(link)
+            continue
+        if anchor and anchor not in anchors(path.read_text() if name else text):
+            found.append(link)
+        is_language_switch = link == page.name.replace("_zh.md", ".md")
+        to_english = path.suffix == ".md" and not path.stem.endswith("_zh") and chinese(path).exists()
+        if page.stem.endswith("_zh") and to_english and not is_language_switch:
+            found.append(f"{link} (there is {chinese(path).name})")
+    return found
+
+
+def missing_paths(text: str) -> list[str]:
+    """Paths, imported modules and `python -m` modules of this repository that a page names and that do not exist."""
+    found = [name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS]
+    for package, names in IMPORT.findall(text):
+        folder = ROOT / package.replace(".", "/")
+        if folder.is_dir():
+            found += [
+                f"{package}.{x}"
+                for x in names.split(", ")
+                if not ((folder / x).is_dir() or (folder / f"{x}.py").exists())
+            ]
+        elif not folder.with_suffix(".py").exists():
+            found.append(package)
+    found += [
+        name
+        for name in MODULE.findall(text)
+        if not (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
+    ]
+    return found
+
+
+def hyphens(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+@cache
+def accepted(script: str) -> frozenset[str]:
+    """The flags in the `--help` of a script, which needs neither torch nor another process."""
+    out, argv, path = io.StringIO(), sys.argv, list(sys.path)
+    sys.argv, sys.path[:0] = [script, "--help"], [str((ROOT / script).parent)]
+    try:
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(out),
+            contextlib.suppress(SystemExit),
+        ):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = argv, path
+    return frozenset(FLAG.findall(out.getvalue()))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def wide_help() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "240")
+        yield
+
+
+SCRIPTS = [
+    path.relative_to(ROOT).as_posix()
+    for folder in ("tools", "tasks", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "__main__" in path.read_text()
+]
+
+
+@cache
+def flags_of(script: str) -> frozenset[str] | None:
+    """The flags of a Python script, or of the program that a shell recipe starts; None if it is neither."""
+    if script == "pretrain_intern.py":
+        return frozenset((ROOT / "tests/flags.txt").read_text().split())
+    if script in SCRIPTS:
+        return accepted(script)
+    if not script.endswith(".sh") or not (ROOT / script).exists():
+        return None
+    code = "\n".join(line for line in (ROOT / script).read_text().splitlines() if not line.startswith("#"))
+    if re.search(r"^train\b", code, re.MULTILINE):
+        return flags_of("pretrain_intern.py")
+    program = re.search(r"(pretrain_intern\.py|tasks/\w+/\w+\.py|examples/intern/generate\w+\.sh)", code)
+    return flags_of(program[1]) if program else None
+
+
+@cache
+def known_flags() -> frozenset[str]:
+    training = (ROOT / "tests/flags.txt").read_text().split()
+    return frozenset(training).union(*map(accepted, SCRIPTS), *FOREIGN_FLAGS.values())
+
+
+def unknown_flags(text: str) -> list[str]:
+    """Flags that no command has, and flags of a documented command that its script does not have."""
+    found = sorted({flag for flag in FLAG.findall(text) if hyphens(flag) not in known_flags()})
+    for line in "\n".join(commands(text)).replace("\\\n", " ").splitlines():
+        with contextlib.suppress(ValueError):  # an unbalanced quote: a line of a heredoc
+            words = shlex.split(line)
+            words = words[next((i for i, word in enumerate(words) if "=" not in word), 0) :]
+            flags = flags_of(words[1]) if len(words) > 1 and words[0] in ("python", "bash") else None
+            if flags is not None:
+                named = {hyphens(word.partition("=")[0]) for word in words[2:] if word.startswith("--")}
+                found += [f"{flag} of {words[1]}" for flag in sorted(named - flags)]
+    return found
+
+
+ALL = [*PAGES, *map(chinese, PAGES), *SINGLE]
+
+
+def named(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_languages_correspond(page):
+    assert differences(page, chinese(page)) == []
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_links_exist(page):
+    assert broken_links(page, page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_paths_exist(page):
+    assert missing_paths(page.read_text()) == []
+
+
+@pytest.mark.parametrize("page", ALL, ids=named)
+def test_flags_exist(page):
+    assert unknown_flags(page.read_text()) == []
+
+
+def test_index_lists_every_page():
+    index = ROOT / "docs/README.md"
+    listed = {(index.parent / link).resolve() for link in links(index.read_text()) if "://" not in link}
+    assert set(PAGES) - {index, ROOT / "README.md"} <= listed
+
+
+ENGLISH = """# Title
+
+See [memory](memory.md#if-it-does-not-fit) and `--tp`.
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```bash
+python tools/preprocess_data.py --input a    # text
+```
+"""
+CHINESE = (
+    ENGLISH.replace("Title", "标题")
+    .replace("# text", "# 文本")
+    .replace("memory.md#if-it-does-not-fit", "memory_zh.md#显存不足时")
+)
+
+
+def compare(changed: str) -> list[str]:
+    return differences(ROOT / "docs/x.md", ROOT / "docs/x_zh.md", (ENGLISH, changed))
+
+
+def test_control_the_same_page_in_two_languages():
+    assert compare(CHINESE) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "difference"),
+    [
+        ("# 标题", "## 标题", "headings"),
+        ("--input a", "--input b", "command: python tools/preprocess_data.py --input a"),
+        ("#显存不足时", "#其他模型或布局", "links"),
+        ("[memory](memory_zh.md#显存不足时)", "memory", "links"),
+        ("| 1 | 2 |", "| 1 |", "tables"),
+        ("`--tp`", "`--pp`", "code: `--pp`"),
+    ],
+)
+def test_controls_differences_are_seen(old, new, difference):
+    assert difference in compare(CHINESE.replace(old, new))
+
+
+@pytest.mark.parametrize("link", ["absent.md", "memory.md#absent", "#absent", "../benchmarks/absent.md"])
+def test_controls_broken_links_are_seen(link):
+    assert broken_links(ROOT / "docs/x.md", f"# Title\n[text]({link})") == [link]
+    assert (
+        broken_links(ROOT / "docs/x.md", "# Title\n[text](memory.md#if-it-does-not-fit) [here](#title)") == []
+    )
+
+
+def test_control_an_english_link_of_a_chinese_page_is_seen():
+    assert broken_links(ROOT / "docs/x_zh.md", "# 标题\n[显存](memory.md)") == [
+        "memory.md (there is memory_zh.md)"
+    ]
+    assert broken_links(ROOT / "docs/x_zh.md", "# 标题\n[显存](memory_zh.md)") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`tools/absent.py`",
+        "`ascendspeed/absent/`",
+        "from ascendspeed.absent import x",
+        "python -m benchmarks.absent",
+    ],
+)
+def test_controls_missing_paths_are_seen(text):
+    assert len(missing_paths(text)) == 1
+    assert missing_paths("`tools/random_model.py` from ascendspeed.data import dataset") == []
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("`--sequence-parallel-size`", ["--sequence-parallel-size"]),
+        ("```bash\npython tools/compare_loss.py A B --bf16\n```\n", ["--bf16 of tools/compare_loss.py"]),
+        (
+            "```bash\nX=1 python benchmarks/convert.py \\\n    --layers 6\n```\n",
+            ["--layers of benchmarks/convert.py"],
+        ),
+        (
+            "```bash\nTP=2 bash examples/intern/finetune_internlm2_lora.sh --task chat\n```\n",
+            ["--task of examples/intern/finetune_internlm2_lora.sh"],
+        ),
+        (
+            "```bash\nbash tasks/inference/run_pa.sh DIR --lora-rank 8\n```\n",
+            ["--lora-rank of tasks/inference/run_pa.sh"],
+        ),
+        ("`--micro_batch_size` ```bash\npython tools/compare_loss.py A B --out DIR\n```\n", []),
+    ],
+)
+def test_controls_unknown_flags_are_seen(text, flags):
+    assert unknown_flags(text) == flags

@@ -124,6 +124,20 @@ def test_imports_go_down(name):
             assert LAYERS.index(other) <= LAYERS.index(package), f"{name} imports {other}, a layer above"
 
 
+def documented_layers(page: str) -> list[tuple[int, str]]:
+    return [
+        (int(number), package)
+        for number, package in re.findall(r"^\| (\d+) \| `(\w+)` \|", page, re.MULTILINE)
+    ]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
+def test_contributing_has_the_same_layers(page):
+    text = (ROOT / page).read_text()
+    assert documented_layers(text) == list(enumerate(LAYERS))
+    assert documented_layers(text.replace("`data`", "`models`", 1)) != list(enumerate(LAYERS))  # control
+
+
 def test_packages_do_not_import_each_other():
     graph: dict[str, set[str]] = {}
     for name, tree in TREES.items():

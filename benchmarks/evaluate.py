@@ -303,9 +303,9 @@ def main() -> None:
     text = measure(options)
     print(text)
     if options.out:
-        from ascendspeed.utils.atomic import put
+        from ascendspeed.utils.atomic import write_file
 
-        put(options.out, text)
+        write_file(options.out, text)
 
 
 if __name__ == "__main__":

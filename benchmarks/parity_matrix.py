@@ -49,7 +49,7 @@ def main() -> int:
     here = device.prepare("cpu")
     importlib.import_module("torch").set_num_threads(1)  # as every rank has
 
-    from ascendspeed.utils.atomic import put
+    from ascendspeed.utils.atomic import write_file
     from benchmarks.parity import running, table
 
     facts = table.about(here.name)
@@ -59,8 +59,8 @@ def main() -> int:
     text = table.as_markdown(measured, facts)
     print(text)
     if options.out:
-        put(options.out, text)
-        put(options.out.with_suffix(".json"), table.as_json(measured, facts))
+        write_file(options.out, text)
+        write_file(options.out.with_suffix(".json"), table.as_json(measured, facts))
     return 0 if measured.good else 1
 
 

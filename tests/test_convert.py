@@ -22,9 +22,10 @@ from ascendspeed.checkpoint.fragment import Fragment, TrainState
 from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.output_files import PieceFile, staged
+from ascendspeed.conversion.output_files import PieceFile
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
+from ascendspeed.utils.atomic import staged_folder
 from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -824,9 +825,9 @@ def test_what_no_conversion_left_is_not_cleared(sources, tmp_path):
 
 
 def test_two_writers_of_one_target(tmp_path):
-    with staged(tmp_path / "out", 0) as draft:
+    with staged_folder(tmp_path / "out", 0) as draft:
         (draft / "file").touch()
-        with pytest.raises(UserError, match="another process"), staged(tmp_path / "out", 0):
+        with pytest.raises(UserError, match="another process"), staged_folder(tmp_path / "out", 0):
             pass
         assert (draft / "file").exists()
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["file"]

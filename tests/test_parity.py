@@ -496,10 +496,10 @@ def test_a_verdict_never_stands_beside_an_older_picture(tmp_path, monkeypatch):
 
 
 def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
-    atomic.put(tmp_path / "x", "old")
+    atomic.write_file(tmp_path / "x", "old")
     monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
-        atomic.put(tmp_path / "x", "new")
+        atomic.write_file(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "old"
 
 

@@ -12,7 +12,7 @@ from tyro.conf import Positional, arg
 from ascendspeed.cli import parser
 from ascendspeed.loss_compare import performance_table, read_logs
 from ascendspeed.utils import errors
-from ascendspeed.utils.atomic import put
+from ascendspeed.utils.atomic import write_file
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def main() -> None:
     text = performance_table.table([*performance_table.PUBLISHED, *rows], options.markdown)
     print(text)
     if options.out:
-        put(Path(options.out), text + "\n")
+        write_file(Path(options.out), text + "\n")
 
 
 if __name__ == "__main__":

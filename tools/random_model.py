@@ -53,16 +53,16 @@ def main() -> None:
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.output_files import unused
     from ascendspeed.conversion.source import Source, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
+    from ascendspeed.utils.atomic import require_empty_dir
 
     def make(name: str) -> "Tensor":
         return _with_noise(
             random_tensor(config, known[name], options.seed), name, options.seed, options.noise
         )
 
-    unused(options.output_dir)
+    require_empty_dir(options.output_dir)
     known = {parameter.name: parameter for parameter in parameters(config)}
     source = Source(
         kind="random weights",

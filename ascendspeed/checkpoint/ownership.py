@@ -7,7 +7,7 @@ import socket
 import time
 from pathlib import Path
 
-from ascendspeed.checkpoint import safetensors_io
+from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
 NAME = ".owner"
@@ -28,7 +28,7 @@ def claim_folder(folder: str | Path) -> str:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        safetensors_io.write_text(folder / NAME, json.dumps(who) + "\n")
+        atomic.replace_file(folder / NAME, json.dumps(who) + "\n")
     except OSError as error:
         raise UserError(
             f"--save {folder}: cannot save there: {error.strerror}; choose another --save"

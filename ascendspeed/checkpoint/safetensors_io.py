@@ -1,21 +1,20 @@
 """Files that are whole or not there, and safetensors written as a stream: hashed on the way, never a second copy in memory."""
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ascendspeed.utils import safetensors_header
+from ascendspeed.utils.atomic import sync_file
 from ascendspeed.utils.errors import UserError
 
 CHUNK = 4 << 20
 """Elements that leave the device, are hashed and are written at a time."""
-MAX_HEADER = 100_000_000
-"""Bytes of header that the safetensors library accepts."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,18 +42,9 @@ class Shard:
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.tensors = tensors
-        header, end = {"__metadata__": dict(metadata)}, 0
-        for key, t in tensors.items():
-            start, end = end, end + t.numel() * t.element_size()
-            header[key] = {"dtype": _NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        if len(text) > MAX_HEADER:
-            raise ValueError(
-                f"a shard of {len(tensors)} tensors has a header of {len(text)} bytes, more than safetensors allows"
-            )
-        self._header = len(text).to_bytes(8, "little") + text
-        self.size = len(self._header) + end
+        specs = {name: (_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+        self._header, header = safetensors_header.encode(specs, metadata)
+        self.size = header.file_size
 
     def write(self, path: Path) -> str:
         """Writes and fsyncs; returns the SHA-256 of what was meant to be written."""
@@ -66,30 +56,25 @@ class Shard:
                     data = memoryview(chunk.cpu().numpy()).cast("B")
                     sha.update(data)
                     file.write(data)
-            sync(file)
+            sync_file(file)
         return sha.hexdigest()
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
     """Metadata and entries of a safetensors file. Raises `UserError` when it is not one, or is cut off."""
     try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > MAX_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(file.read(length))
-        metadata, start, size = header.pop("__metadata__", {}), 8 + length, os.path.getsize(path)
+        header = safetensors_header.read(path)
         entries = {
-            k: Entry(DTYPES[e["dtype"]], tuple(e["shape"]), start + e["data_offsets"][0])
-            for k, e in header.items()
+            name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), header.offset(name))
+            for name, entry in header.tensors.items()
         }
-        if any(start + e["data_offsets"][1] > size for e in header.values()):
+        if header.file_size > os.path.getsize(path):
             raise ValueError("it is cut off")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from error
-    return metadata, entries
+    return header.metadata, entries
 
 
 def read_into(out: Tensor, path: Path, offset: int) -> None:
@@ -115,37 +100,3 @@ def digest(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file atomically and durably."""
-    stage_text(path, text)()
-
-
-def stage_text(path: Path, text: str) -> Callable[[], None]:
-    """Writes all that needs space beside `path`; calling the result puts it in place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        sync(file)
-
-    def commit() -> None:
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-
-    return commit
-
-
-def sync(file) -> None:
-    """Everything written so far is on the disk when this returns."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """The names in a folder are on the disk when this returns."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -19,6 +19,7 @@ from ascendspeed.checkpoint.load import RNG, Index, shard_name
 from ascendspeed.checkpoint.paths import MANIFEST, step_name
 from ascendspeed.config import schema
 from ascendspeed.config.schema import Run
+from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
 SLACK = 64 << 20
@@ -214,23 +215,23 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
         "train_state.json": dataclasses.asdict(state) | {"world": team.world},
     }
     for name, values in texts.items():
-        safetensors_io.write_text(temporary / name, json.dumps(values, indent=1) + "\n")
+        atomic.replace_file(temporary / name, json.dumps(values, indent=1) + "\n")
         listed[name] = {
             "size": (temporary / name).stat().st_size,
             "sha256": safetensors_io.digest(temporary / name),
         }
-    safetensors_io.write_text(temporary / MANIFEST, manifest.text(state.step, listed))
+    atomic.replace_file(temporary / MANIFEST, manifest.text(state.step, listed))
     for path in temporary.iterdir():
         if path.name not in listed and path.name != MANIFEST:
             path.unlink()
-    safetensors_io.sync_folder(temporary)
-    point = safetensors_io.stage_text(team.folder / "latest", final.name + "\n")
+    atomic.sync_path(temporary)
+    point = atomic.stage_file(team.folder / "latest", final.name + "\n")
     replaced = team.folder / f".{final.name}.old"
     team.check_owner()
     if final.exists():
         os.rename(final, replaced)  # `find` knows this name, should we be killed before the next line
     os.rename(temporary, final)
-    safetensors_io.sync_folder(team.folder)
+    atomic.sync_path(team.folder)
     point()
     shutil.rmtree(replaced, ignore_errors=True)
 

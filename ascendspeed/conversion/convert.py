@@ -18,12 +18,13 @@ from ascendspeed.conversion.formats.internevo import InternEvo
 from ascendspeed.conversion.formats.megatron import RankFiles
 from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.conversion.hf_assets import with_tokenizer
-from ascendspeed.conversion.output_files import staged, write_json
+from ascendspeed.conversion.output_files import write_json
 from ascendspeed.conversion.source import Source
 from ascendspeed.conversion.verify import compare
 from ascendspeed.conversion.write import File
+from ascendspeed.utils.atomic import staged_folder
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.progress import progress
+from ascendspeed.utils.progress import of_bytes, progress
 
 __all__ = [
     "DTYPES",
@@ -73,11 +74,11 @@ def convert(
     hf_assets.check(source)
     files = to.files(source, dtype)
     size = writing.size(source, files, dtype)
-    with staged(
+    with staged_folder(
         Path(target), size + 64 * 2**20
     ) as folder:  # and something for headers, indices and the tokenizer
-        with progress(f"writing {target}", size) as report:
-            writing.write(source, folder, files, dtype, report, allow_nan)
+        with progress(of_bytes(f"writing {target}"), size) as advance:
+            writing.write(source, folder, files, dtype, advance, allow_nan)
         to.finish(source, folder, dtype)
         if verify:
             write_json(folder / "conversion.json", verification.verify(source, open_source(folder), dtype))

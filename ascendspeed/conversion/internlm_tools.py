@@ -61,10 +61,10 @@ class ToInternEvo:
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
     """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.output_files import unused
     from ascendspeed.tokenization import tokenizer
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.tgt)
+    require_empty_dir(options.tgt)
     size = convert.parse_size(options.max_shard)
     defaults = not (Path(options.src) / "config.json").is_file()
     asked = Asked(
@@ -126,9 +126,9 @@ def to_internevo(
     from dataclasses import replace
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.tgt)
+    require_empty_dir(options.tgt)
     source = convert.open_source(options.src)
     if source.config.family not in families:
         raise UserError(

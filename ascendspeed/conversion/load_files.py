@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from ascendspeed.conversion.safe_pickle import stand_ins
+from ascendspeed.utils import safetensors_header
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked, parse_json, plain_name, read_json, read_table
+from ascendspeed.utils.safe_io import checked, plain_name, read_json, read_table
+from ascendspeed.utils.text import first_line
 
 __all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
 AGAIN = "download or copy it again"
-LONGEST_HEADER = 100_000_000
-"""Bytes that the library reads of a header."""
 NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
@@ -32,44 +32,22 @@ def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
     checked(path, root)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            _header(path)
+            safetensors_header.read(path)  # a name that stands there twice is a `ValueError`
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (
         Exception
     ) as error:  # also element types that the library knows and torch does not, in whatever words
         _check_length(path)
-        raise UserError(f"{path} is damaged or no safetensors file ({_first_line(error)}): {AGAIN}") from None
-
-
-def _header(path: Path) -> None:
-    """Raises `ValueError` when something stands twice in a header that the library has accepted."""
-    with open(path, "rb") as file:
-        parse_json(file.read(int.from_bytes(file.read(8), "little")))
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({first_line(error, 200)}): {AGAIN}"
+        ) from None
 
 
 def _check_length(path: Path) -> None:
-    """Raises `UserError` when a safetensors file is shorter than its own first bytes say."""
-    size, whole = path.stat().st_size, _length_said(path)
-    if whole and size < whole:
-        raise UserError(f"{path} is cut off, it has {size} of {whole} bytes: {AGAIN}")
-
-
-def _length_said(path: Path) -> int:
-    """Bytes of a safetensors file by its header, or by what there is of it; 0 where that makes no sense."""
-    with open(path, "rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-        if header > LONGEST_HEADER:
-            return 0
-        text = file.read(header)
-    if len(text) < header or not header:
-        return 8 + header
-    try:
-        end = max(
-            entry["data_offsets"][1] for name, entry in parse_json(text).items() if name != "__metadata__"
-        )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        return 0
-    return 8 + header + end if type(end) is int and end < 2**63 else 0
+    """Raises `UserError` when a safetensors file is shorter than its header declares."""
+    size, declared = path.stat().st_size, safetensors_header.declared_size(path)
+    if declared and size < declared:
+        raise UserError(f"{path} is cut off, it has {size} of {declared} bytes: {AGAIN}")
 
 
 def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NOTHING) -> Any:
@@ -103,7 +81,7 @@ def _reason(error: Exception) -> str:
     """Without torch's advice to load it all the same."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return f"{refused[1]} is no plain data" if refused else inner[1] if inner else _first_line(error)
+    return f"{refused[1]} is no plain data" if refused else inner[1] if inner else first_line(error, 200)
 
 
 def _records(path: Path) -> None:
@@ -123,7 +101,3 @@ def read_index(path: Path, root: Path | None = None) -> dict[str, str]:
         if not (path.parent / file).is_file():
             raise UserError(f"{path.parent} lacks {file}, which {path.name} names: {AGAIN}")
     return where
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.conversion.source import Source, check_names, from_maker, some
+from ascendspeed.conversion.source import Source, check_names, from_maker
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import Row
 from ascendspeed.models.families.internlm2 import INTERNLM2
@@ -21,6 +21,7 @@ from ascendspeed.models.lora import targets as adapters
 from ascendspeed.models.lora.targets import Target
 from ascendspeed.models.param_mapping import Parameter, Tile
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 
 class Pair(NamedTuple):
@@ -193,7 +194,7 @@ def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]
     best = max(range(len(ways)), key=lambda i: len(adapter.pairs.keys() & found[i].keys()))
     if left := sorted(adapter.pairs.keys() - found[best].keys()):
         raise UserError(
-            f"{adapter.where} has left over {some(left)}, which the model ({model.family}) has no matrix for"
+            f"{adapter.where} has left over {shorten_list(left)}, which the model ({model.family}) has no matrix for"
         )
     if not adapter.pairs:
         raise UserError(f"{adapter.where} holds no adapters")

@@ -1,15 +1,12 @@
 """Files that are written piece by piece and appear whole or not at all."""
 
-import fcntl
 import json
 import math
 import os
-import shutil
 import struct
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +14,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ascendspeed.utils.errors import UserError
+from ascendspeed.utils import safetensors_header
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 """The element types of weights, by their names in a safetensors header; others are refused."""
-
-MARK = ".unfinished"
-"""In a folder that is being written: says that it may be cleared."""
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 """What a file will hold: name -> (type, shape)."""
@@ -88,17 +82,12 @@ class PieceFile:
 
 def create_safetensors(path: Path, specs: Specs) -> PieceFile:
     """A safetensors file with its header and with room for the tensors."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in specs.items():
-        start, end = end, end + nbytes(dtype, shape)
-        header[name] = {"dtype": SAFETENSORS_TYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
+    named = {name: (SAFETENSORS_TYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
+    first_bytes, header = safetensors_header.encode(named, {"format": "pt"})
     with open(path, "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return PieceFile(path, specs, {name: 8 + len(text) + header[name]["data_offsets"][0] for name in specs})
+        file.write(first_bytes)
+        file.truncate(header.file_size)
+    return PieceFile(path, specs, {name: header.offset(name) for name in specs})
 
 
 def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], Any]) -> PieceFile:
@@ -131,94 +120,3 @@ def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             offsets[name] = info.header_offset + 30 + name_length + extra_length
     return offsets
-
-
-def unused(target: str | Path) -> Path:
-    """The absolute path of a folder to write. Raises `UserError` when something is there: to be asked before any other work too."""
-    target = Path(os.path.abspath(target))
-    if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
-        raise UserError(f"{target} exists and is not an empty directory: remove it, or choose another")
-    return target
-
-
-def draft_of(target: Path) -> Path:
-    """Where `staged` writes."""
-    return target.parent / f".{target.name}.partial"
-
-
-@contextmanager
-def staged(target: Path, needed: int) -> Iterator[Path]:
-    """A hidden folder beside `target` to write into; it becomes `target` when the block ends well, and goes away when not.
-
-    A killed writer leaves only the hidden folder, which the next one clears. Raises `UserError` when `target` holds something,
-    when another process is writing it, or when the disk has less than `needed` bytes left.
-    """
-    target = unused(target)
-    draft = draft_of(target)
-    if draft.is_symlink() or (
-        draft.exists() and not (draft.is_dir() and ((draft / MARK).exists() or not any(draft.iterdir())))
-    ):
-        raise UserError(
-            f"{draft} is in the way, and no conversion left it: move it away, or choose another target"
-        )
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-        lock = _lock(draft)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written: {error}") from error
-    try:
-        _clear(draft)
-        (draft / MARK).touch()
-        free = shutil.disk_usage(draft).free
-        if free < needed:
-            raise UserError(
-                f"{target} needs {needed / 1e9:.2f} GB, and the disk has {free / 1e9:.2f} GB free"
-            )
-        yield draft
-        (draft / MARK).unlink()
-        _sync(draft)
-        os.rename(draft, target)
-        _sync_one(target.parent)
-    except BaseException as error:
-        shutil.rmtree(draft, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"{target} cannot be written: {error}") from error
-        raise
-    finally:
-        os.close(lock)
-
-
-def _lock(draft: Path) -> int:
-    lock = os.open(draft, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino != draft.stat().st_ino:  # the other one has just finished, and renamed it
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
-        os.close(lock)
-        raise UserError(f"another process is writing {draft}: wait for it") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
-
-
-def _clear(draft: Path) -> None:
-    left = list(draft.iterdir())
-    if left:
-        print(f"starting again: {draft} was left by a conversion that was stopped", flush=True)
-    for path in sorted(
-        left, key=lambda path: path.name == MARK
-    ):  # the mark last: killed here, it is still ours
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync_one(path)
-    _sync_one(folder)
-
-
-def _sync_one(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

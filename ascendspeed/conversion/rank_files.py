@@ -21,12 +21,12 @@ from ascendspeed.conversion.source import (
     from_pieces,
     one_dtype,
     same_bits,
-    some,
 )
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import Row
 from ascendspeed.models.param_mapping import Parameter, Stored
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 PADDING = 128
 """Rows that a vocabulary is padded to a multiple of, times the tensor-parallel ranks, unless a user asked for another number."""
@@ -130,7 +130,7 @@ def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor
     tp, pp = _size(found)
     missing = [layout.path(t, p, pp) for t in range(tp) for p in range(pp) if (t, p) not in found]
     if missing:
-        raise UserError(f"{folder} lacks {some(missing)}: it was written for TP {tp} x PP {pp}")
+        raise UserError(f"{folder} lacks {shorten_list(missing)}: it was written for TP {tp} x PP {pp}")
     if len({len(chunks) for chunks in found.values()}) > 1:
         raise UserError(f"{folder}: the ranks hold different numbers of chunks of an interleaved pipeline")
     return {(t, v * pp + p): chunk for (t, p), chunks in found.items() for v, chunk in enumerate(chunks)}
@@ -176,7 +176,7 @@ def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, fou
     best = max(dialects, key=known)
     if not known(best):
         said = (
-            f"tensors of names that are not known here: {some(sorted(found[0, 0]))}"
+            f"tensors of names that are not known here: {shorten_list(sorted(found[0, 0]))}"
             if found[0, 0]
             else "no tensors"
         )

@@ -22,6 +22,7 @@ from ascendspeed.models.families import family_of
 from ascendspeed.models.param_mapping import Parameter, Tile
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.text import shorten_list
 
 THREADS = 4
 """That read from a source at the same time, at most."""
@@ -171,7 +172,9 @@ def check_names(
         name for name in found - expected if not any(re.fullmatch(pattern, name) for pattern in junk)
     )
     faults = [
-        f"{what} {some(names)}" for what, names in (("lacks", missing), ("has left over", extra)) if names
+        f"{what} {shorten_list(names)}"
+        for what, names in (("lacks", missing), ("has left over", extra))
+        if names
     ]
     if faults:
         raise UserError(f"{where} does not hold {of}: it {'; it '.join(faults)}")
@@ -202,8 +205,3 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     integers = {2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.uint8)
     pairs = zip(a.split(1024), b.split(1024), strict=True)
     return all(torch.equal(x.contiguous().view(integers), y.contiguous().view(integers)) for x, y in pairs)
-
-
-def some(names: list[str], most: int = 5) -> str:
-    """The first names of a list, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -27,7 +27,7 @@ from ascendspeed.models import estimates
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.param_mapping import Parameter, Tile, parameters
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.progress import Report, progress
+from ascendspeed.utils.progress import Advance, of_bytes, progress
 
 LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)
 """Of the shrunken model: at most so many layers and rows of vocabulary; sequences and their length."""
@@ -83,19 +83,22 @@ def compare(source: Source, result: Source, dtype: torch.dtype | None = None) ->
     if replace(result.config, family=source.config.family) != source.config:
         raise UserError(f"verification failed: the result is {result.config}, the source {source.config}")
     known = list(parameters(source.config))
-    with progress("verifying", source.size(dtype)) as report, ThreadPoolExecutor(write.workers()) as pool:
-        return dict(pool.map(lambda parameter: _same(source, result, parameter, dtype, report), known))
+    with (
+        progress(of_bytes("verifying"), source.size(dtype)) as advance,
+        ThreadPoolExecutor(write.workers()) as pool,
+    ):
+        return dict(pool.map(lambda parameter: _same(source, result, parameter, dtype, advance), known))
 
 
 def _same(
-    source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, report: Report
+    source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, advance: Advance
 ) -> tuple[str, str]:
     name, sums = parameter.name, (hashlib.sha256(), hashlib.sha256())
     for piece in write.pieces(_whole(parameter), source.dtypes[name]):
         a, b = source.block(name, piece), result.block(name, piece)
         for digest, block in zip(sums, (a.to(dtype or a.dtype), b), strict=True):
             digest.update(memoryview(block.contiguous().flatten().view(torch.uint8).numpy()))
-        report(b.nbytes)
+        advance(b.nbytes)
     if result.dtypes[name] != (dtype or source.dtypes[name]) or sums[0].digest() != sums[1].digest():
         raise UserError(f"verification failed: {name} is not what {source.where} holds; nothing was written")
     return name, sums[0].hexdigest()

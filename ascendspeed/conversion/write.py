@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ascendspeed.conversion.output_files import PieceFile, Specs, nbytes
-from ascendspeed.conversion.source import THREADS, Source, some
+from ascendspeed.conversion.source import THREADS, Source
 from ascendspeed.models.param_mapping import Stored, Tile
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.progress import Report
+from ascendspeed.utils.progress import Advance
+from ascendspeed.utils.text import shorten_list
 
 BLOCK = 1 << 22
 """Bytes that are read, checked and written at a time: a processor's cache holds them."""
@@ -61,7 +62,7 @@ def write(
     folder: Path,
     files: Sequence[File],
     dtype: torch.dtype | None,
-    report: Report,
+    advance: Advance,
     allow_nan: bool = False,
 ) -> None:
     """Writes every file; they are on the disk when this returns.
@@ -77,7 +78,7 @@ def write(
     pool = ThreadPoolExecutor(workers())
     try:
         jobs = [
-            pool.submit(_write_one, source, target, entry, report, seen)
+            pool.submit(_write_one, source, target, entry, advance, seen)
             for file, target in zip(files, opened, strict=True)
             for entry in file.holds
         ]
@@ -88,10 +89,10 @@ def write(
         for target in opened:
             target.close()
     if seen.infinite:
-        print(f"note: {source.where} holds infinity in {some(sorted(seen.infinite))}", flush=True)
+        print(f"note: {source.where} holds infinity in {shorten_list(sorted(seen.infinite))}", flush=True)
     if seen.nan and not allow_nan:
         raise UserError(
-            f"{source.where} holds NaN in {some(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)"
+            f"{source.where} holds NaN in {shorten_list(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)"
         )
 
 
@@ -100,7 +101,7 @@ def workers() -> int:
     return min(THREADS, os.cpu_count() or 1)
 
 
-def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report, seen: Seen) -> None:
+def _write_one(source: Source, target: PieceFile, entry: Stored, advance: Advance, seen: Seen) -> None:
     dtype = target.specs[entry.name][0]
     padding = nbytes(*target.specs[entry.name])
     for tile in entry.tiles:
@@ -109,10 +110,10 @@ def _write_one(source: Source, target: PieceFile, entry: Stored, report: Report,
             seen.look(entry.name, block)
             cast = _cast(entry.name, block, dtype)
             target.write(entry.name, piece.part_row, cast)
-            report(cast.nbytes)
+            advance(cast.nbytes)
             padding -= cast.nbytes
     target.done(entry.name)
-    report(padding)
+    advance(padding)
 
 
 def pieces(tile: Tile, dtype: torch.dtype) -> Iterable[Tile]:

@@ -5,8 +5,7 @@ import time
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from ascendspeed.utils.progress import bar
 
 
 class Meter:
@@ -15,14 +14,7 @@ class Meter:
     def __init__(self, interval: int) -> None:
         self.interval, self.documents, self.bytes, self.fraction = interval, 0, 0, 0.0
         self._began, self._said = time.monotonic(), 0
-        console = Console(file=sys.stderr)
-        columns = (
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %  {task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._live = console.is_terminal
+        self._bar = bar(sys.stderr)
         self._task = self._bar.add_task("", total=1.0)
 
     def update(self, documents: int, size: int, fraction: float) -> None:
@@ -31,7 +23,7 @@ class Meter:
         self.bytes += size
         self.fraction = fraction
         self._bar.update(self._task, completed=fraction, description=self.rates())
-        if not self._live and self.documents - self._said >= self.interval:
+        if self._bar.disable and self.documents - self._said >= self.interval:
             self._said = self.documents
             left = self.seconds * (1 - fraction) / max(fraction, 1e-9)
             print(f"{self.rates()}, {fraction:.0%} done, {_clock(left)} left", file=sys.stderr, flush=True)

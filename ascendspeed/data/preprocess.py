@@ -27,6 +27,7 @@ from ascendspeed.data.readers.shard import Shard
 from ascendspeed.data.shard_output import Gathered, Output, Result
 from ascendspeed.data.tokenize import Maker
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 __all__ = ["LONGEST", "Job", "preprocess"]
 
@@ -182,7 +183,7 @@ def _written(
 def _check_output(key: str, output: Output, files: Sequence[Path]) -> None:
     """Raises `UserError` when there is nothing to write."""
     if not output.rows:
-        raise UserError(f"no rows in {files[0]}{f' and {len(files) - 1:,} more' if len(files) > 1 else ''}")
+        raise UserError(f"no rows in {shorten_list(files, 1)}")
     if not output.writer.documents:
         why = "; ".join([output.said(), *output.faults.lines()[:1]])
         raise UserError(f"no document under {key!r} in {len(files)} files: {why}; nothing was written")
@@ -195,7 +196,7 @@ def _unread(made_by: Handler, files: Mapping[Path, Sequence[str]]) -> Iterator[s
         said.setdefault(unread(made_by, present), []).append(path)
     for what, paths in said.items():
         if what:
-            yield f"{paths[0]}{f' and {len(paths) - 1:,} more' if len(paths) > 1 else ''}: {what}"
+            yield f"{shorten_list(paths, 1)}: {what}"
 
 
 def _check_files(made_by: Handler, files: Mapping[Path, Sequence[str]], strict: bool) -> None:

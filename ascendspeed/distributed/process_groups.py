@@ -17,6 +17,7 @@ from ascendspeed.config.schema import ParallelConfig
 from ascendspeed.distributed import device as devices
 from ascendspeed.distributed.device import Device
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 SEEDS = 1_000_003
 """Between the seeds of two replicas; further than Megatron's own seeds of one are apart."""
@@ -129,7 +130,7 @@ def _join(device: Device, timeout_minutes: float) -> None:
         dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
     except dist.DistError as error:
         raise UserError(
-            f"rank {rank} of {world} did not meet the others at {host}:{port}: {str(error).splitlines()[0]}; choose another "
+            f"rank {rank} of {world} did not meet the others at {host}:{port}: {first_line(error)}; choose another "
             f"MASTER_PORT if it is taken, or more --distributed-timeout-minutes than {timeout_minutes:g} if the start takes long"
         ) from error
 

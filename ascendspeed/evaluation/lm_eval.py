@@ -16,9 +16,9 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
 from ascendspeed.evaluation.answer_cache import Answers, key_of
-from ascendspeed.evaluation.progress import Advance
 from ascendspeed.evaluation.prompts import Encoder, Prompt, clip
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import Advance
 
 Pair = tuple[Sequence[int], Sequence[int]]
 
@@ -43,7 +43,12 @@ class Adapter(TemplateLM):
     """A language model as lm-evaluation-harness sees one: asks the backend what is not answered yet, and keeps the answers."""
 
     def __init__(
-        self, backend: Backend, encoder: Encoder, room: int, answers: Answers, advance: Advance = lambda: None
+        self,
+        backend: Backend,
+        encoder: Encoder,
+        room: int,
+        answers: Answers,
+        advance: Advance = lambda amount: None,
     ) -> None:
         super().__init__()
         self.backend, self.encoder, self.room, self.answers, self.advance = (
@@ -123,7 +128,7 @@ class Adapter(TemplateLM):
         doc = request.doc
         about = {name: doc[name] for name in ("task", "id", "where", "shots", "cut")}
         self.answers.put({"key": key, **about, "answer": doc["answer"], **answer})
-        self.advance()
+        self.advance(1)
 
     @property
     def eot_token_id(self) -> int:

@@ -11,6 +11,7 @@ from ascendspeed.evaluation.questions import LETTERS, Benchmark, Question, Subje
 from ascendspeed.evaluation.readers import csv_rows, json_rows, parquet_rows, text_of
 from ascendspeed.evaluation.subjects import TOPICS, Topic, own
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 OWN = "subjects.csv"
 """Beside a set of one's own, in the shape of a published one: a headed CSV, subject,category."""
@@ -117,16 +118,16 @@ def _own_topics(path: Path) -> dict[str, Topic]:
 
 def _check_subjects(task: str, where: Path, names: Sequence[str], topics: dict[str, Topic]) -> None:
     missing, unknown = [n for n in topics if n not in names], [n for n in names if n not in topics]
-    faults = [f"{what} {_some(found)}" for what, found in (("lacks", missing), ("has", unknown)) if found]
+    faults = [
+        f"{what} {shorten_list(found, SHOWN)}"
+        for what, found in (("lacks", missing), ("has", unknown))
+        if found
+    ]
     if faults:
         what = "which it does not know" if unknown else f"of its {len(topics)} subjects"
         raise UserError(
             f"{where}: {task} {' and '.join(faults)}, {what}; a set of your own says its subjects in {OWN} (subject,category)"
         )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 Read = Callable[[str, str], Iterator[Question]]

@@ -17,6 +17,7 @@ from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import of_items, progress
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,6 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
     from ascendspeed.evaluation import fingerprint
     from ascendspeed.evaluation.answer_cache import open_together
-    from ascendspeed.evaluation.progress import progress
     from ascendspeed.inference.session import Session
 
     asked = job.asked
@@ -119,13 +119,15 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     for note in said:
         session.say(f"note: {note}")
     left = [cell for cell in job.cells if cell.key not in answers.known]
-    with progress(len(job.cells), len(job.cells) - len(left), quiet=not speaks) as advance:
+    with progress(
+        of_items("questions"), len(job.cells), len(job.cells) - len(left), quiet=not speaks
+    ) as advance:
         for cell in left:
             answers.put(
                 {"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell])
             )
             answers.flush()
-            advance()
+            advance(1)
     answers.close()
     if speaks:
         _report(job, answers.known, settings)
@@ -179,7 +181,7 @@ def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any
 
 
 def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
-    from ascendspeed.utils.atomic import put
+    from ascendspeed.utils.atomic import write_file
 
     lengths, depths = sorted(job.asked.lengths), sorted(job.asked.depths)
     shares = [[_share(job, known, length, depth) for length in lengths] for depth in depths]
@@ -194,8 +196,8 @@ def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]
         "trials": job.asked.trials,
         "found": shares,
     }
-    put(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    put(folder / "chart.png", _chart(lengths, depths, shares))
+    write_file(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "chart.png", _chart(lengths, depths, shares))
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
 
 

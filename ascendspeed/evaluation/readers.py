@@ -8,6 +8,7 @@ from typing import Any
 
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, parse_json
+from ascendspeed.utils.text import first_line
 
 Row = tuple[str, Any]
 """(file and line, what stands there)."""
@@ -89,7 +90,7 @@ def parquet_rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[
                 )
             rows = table.read(columns=list(names)).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+            raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         yield from (
             (f"{path}: row {number}", [row[name] for name in names]) for number, row in enumerate(rows)
         )

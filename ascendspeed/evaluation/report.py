@@ -10,7 +10,7 @@ from typing import Any
 from ascendspeed.evaluation.answer_cache import NAME, Record
 from ascendspeed.evaluation.lm_eval import Grade
 from ascendspeed.evaluation.metrics import Result
-from ascendspeed.utils.atomic import put
+from ascendspeed.utils.atomic import write_file
 
 COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
 
@@ -134,10 +134,10 @@ def write(
         result.benchmark.name: as_json(result, about["shots"][result.benchmark.name]) for result in results
     }
     whole = {name: value for name, value in about.items() if name != "shots"} | {"tasks": tasks}
-    put(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
-    put(folder / "results.csv", as_csv(results))
-    put(folder / "chart.png", chart(results, title))
+    write_file(folder / "results.json", json.dumps(whole, indent=1, ensure_ascii=False) + "\n")
+    write_file(folder / "results.csv", as_csv(results))
+    write_file(folder / "chart.png", chart(results, title))
     graded = [known[grade.key] | {"metrics": grade.metrics} for grade in grades]
     others = [record for key, record in known.items() if key not in {grade.key for grade in grades}]
     lines = [{"settings": about["settings"]}, *others, *graded]
-    put(folder / NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_file(folder / NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

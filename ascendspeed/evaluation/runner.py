@@ -14,12 +14,12 @@ from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
 from ascendspeed.evaluation.args import Job
-from ascendspeed.evaluation.progress import progress
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.detokenizer import Stream, cut
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.progress import of_items, progress
 
 
 class Model:
@@ -135,7 +135,7 @@ def _ask(
         flush=True,
     )
     grid = backend.model.grid
-    with progress(len(prompts), before, quiet=grid.rank != 0) as advance:
+    with progress(of_items("questions"), len(prompts), before, quiet=grid.rank != 0) as advance:
         adapter = lm_eval.Adapter(backend, encoder, room, answers, advance)
         grades = lm_eval.ask(adapter, prompts, job.new_tokens)
     if grid.rank != 0:

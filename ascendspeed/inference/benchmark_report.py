@@ -3,13 +3,13 @@
 import csv
 import io
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
 
 COLUMNS = (
@@ -175,12 +175,7 @@ def write(timings: Sequence[Timing], folder: Path, title: str) -> str:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, data in files.items():
-            other = folder / f".performance.{kind}"
-            with open(other, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(other, folder / f"performance.{kind}")
+            replace_file(folder / f"performance.{kind}", data)
     except OSError as error:
         raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
     return text

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ascendspeed.inference.args import partial_of
+from ascendspeed.utils.atomic import open_atomic
 from ascendspeed.utils.errors import UserError
 
 UNREAD = 128 + signal.SIGPIPE
@@ -59,17 +60,12 @@ class Results:
         """Gives the file its name. Raises `UserError`."""
         if self._file is None:
             return
-        ordered = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         try:
             self._file.close()
-            with open(ordered, "w", encoding="utf-8") as file:
-                file.writelines(self._lines[place] for place in sorted(self._lines))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(ordered, self._path)
+            with open_atomic(self._path, shared=True) as file:
+                file.writelines(self._lines[place].encode() for place in sorted(self._lines))
             self._partial.unlink()
         except OSError as error:
-            ordered.unlink(missing_ok=True)
             raise UserError(
                 f"{self._path} cannot be written: {error.strerror}; the answers are in {self._partial}"
             ) from None

@@ -13,7 +13,7 @@ from typing import Any
 from ascendspeed.config.schema import Run, from_dict
 from ascendspeed.loss_compare import console_logs
 from ascendspeed.utils import safe_io
-from ascendspeed.utils.atomic import put
+from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 
 NAME = "origin.json"
@@ -40,7 +40,7 @@ def of_log(log: str | Path) -> dict[str, str]:
 def write(log: str | Path) -> Path:
     """Leaves origin.json beside a log."""
     path = Path(log).parent / NAME
-    put(path, json.dumps(of_log(log), indent=2) + "\n")
+    write_file(path, json.dumps(of_log(log), indent=2) + "\n")
     return path
 
 

@@ -12,7 +12,7 @@ from ascendspeed.loss_compare.align import WORDS
 from ascendspeed.loss_compare.compare import Comparison
 from ascendspeed.loss_compare.curve import Curve
 from ascendspeed.loss_compare.metrics import Figures, definitions, percent
-from ascendspeed.utils.atomic import put, remove
+from ascendspeed.utils.atomic import remove_file, write_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
 ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical", "grad_norm_identical"}
@@ -27,14 +27,14 @@ def write(found: Comparison, out: str | Path) -> list[Path]:
     for path, content in zip(
         paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True
     ):
-        put(path, content)
+        write_file(path, content)
     return paths
 
 
 def forget(out: str | Path) -> None:
     """Removes an older comparison's files: a new one that is refused, or ends in the middle, leaves no verdict."""
     for name in reversed(NAMES):
-        remove(Path(out) / name)
+        remove_file(Path(out) / name)
 
 
 def title(found: Comparison) -> str:

@@ -18,6 +18,7 @@ import numpy as np
 
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, read_table
+from ascendspeed.utils.text import first_line
 
 NAMED = ("bos", "eos", "unk", "pad")
 FLAGS = ("single_word", "lstrip", "rstrip")
@@ -178,7 +179,7 @@ class SentencePieceTokenizer(Tokenizer):
             )
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"{path / 'tokenizer.model'} is not a sentencepiece model: {_first_line(error)}"
+                f"{path / 'tokenizer.model'} is not a sentencepiece model: {first_line(error)}"
             ) from error
         super().__init__(path, self._model.get_piece_size())
         if self.bos is None and self._model.bos_id() >= 0:
@@ -223,7 +224,7 @@ class JsonTokenizer(Tokenizer):
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {_first_line(error)}") from error
+            raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from error
         self._model.no_truncation()
         self._model.no_padding()
         # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of spaces, for
@@ -295,7 +296,3 @@ def _alphabet() -> dict[str, int]:
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -136,9 +136,9 @@ def main() -> None:
     typed = parser.typed(Options)
     _judge(options, typed)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.target)
+    require_empty_dir(options.target)
     to = _format(options)
     _judge_reading(options, typed)
     source = convert.with_tokenizer(

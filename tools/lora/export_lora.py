@@ -35,9 +35,9 @@ def main() -> None:
     )
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    target = unused(options.target)
+    target = require_empty_dir(options.target)
     opened = open_checkpoint(Path(options.source))
     adapter = of_checkpoint(opened)
     if options.names == "llama":

@@ -32,9 +32,9 @@ def main() -> None:
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_adapter import merged
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.save)
+    require_empty_dir(options.save)
     adapter = peft.open_adapter(options.adapter)
     base = convert.with_tokenizer(convert.open_source(options.base), None)
     peft.check_complete(adapter, base.config)

@@ -18,8 +18,9 @@ from torch import Tensor
 from ascendspeed.conversion import legacy_names, rank_files, support_matrix
 from ascendspeed.conversion.legacy_names import ATTENTION, LAYER, MLP
 from ascendspeed.conversion.rank_files import Dialect, Grid
-from ascendspeed.conversion.source import Source, read_config, some
+from ascendspeed.conversion.source import Source, read_config
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 TYPES = {"Float32": torch.float32, "Float16": torch.float16, "BFloat16": torch.bfloat16}
 """Of weights; tensors of other types (counters) are left where they are."""
@@ -72,7 +73,7 @@ def open_folder(folder: Path, config: Path) -> Source:
     fused = sorted(name for name in tensors if "w_qkv." in name or "w_gate_hidden." in name)
     if fused:
         said = "MindFormers has stored these in several orders, and they do not say in which: convert what they were fused from"
-        raise UserError(f"{files[0]} holds {some(fused, 2)}: {said}")
+        raise UserError(f"{files[0]} holds {shorten_list(fused, 2)}: {said}")
     held = {(0, 0): tensors}
     dialect = rank_files.recognise(files[0], DIALECTS, model, held)
     source = rank_files.source(

@@ -17,15 +17,15 @@ from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.conversion.output_files import (
     SAFETENSORS_TYPES,
     create_safetensors,
-    draft_of,
     nbytes,
-    staged,
     write_json,
 )
-from ascendspeed.conversion.source import check_names, some
+from ascendspeed.conversion.source import check_names
 from ascendspeed.models.lora import targets as adapters
+from ascendspeed.utils.atomic import draft_of, staged_folder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.text import shorten_list
 
 CONFIG, WEIGHTS = (
     "adapter_config.json",
@@ -91,7 +91,7 @@ def read(folder: Path) -> Adapter:
         else:
             halves[match[2]][match[1]] = tensor
     if odd:
-        raise UserError(f"{folder} holds what is no matrix of a LoRA adapter: {some(sorted(odd))}")
+        raise UserError(f"{folder} holds what is no matrix of a LoRA adapter: {shorten_list(sorted(odd))}")
     check_names(folder, halves["A"], halves["B"], of="an A and a B of every adapter")
     pairs = {
         name: Pair(a, halves["B"][name], _scale(folder, settings, name, len(a)))
@@ -108,7 +108,7 @@ def check_complete(adapter: Adapter, model: ModelConfig) -> None:
             said = [name for name in names if _targeted(adapter, name)]
             if missing := [name for name in said if name not in adapter.pairs]:
                 raise UserError(
-                    f"{adapter.where} lacks the adapters of {some(missing)}, which its {CONFIG} names"
+                    f"{adapter.where} lacks the adapters of {shorten_list(missing)}, which its {CONFIG} names"
                 )
 
 
@@ -134,7 +134,7 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     }
     specs = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-    with staged(target, sum(nbytes(*spec) for spec in specs.values()) + (1 << 20)) as folder:
+    with staged_folder(target, sum(nbytes(*spec) for spec in specs.values()) + (1 << 20)) as folder:
         file = create_safetensors(folder / "adapter_model.safetensors", specs)
         for name, x in tensors.items():
             file.write(name, 0, x)

@@ -30,6 +30,7 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
     read,
 )
 from ascendspeed.tokenization.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
+from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
 
 GENERIC = "PreTrainedTokenizerFast"
@@ -66,9 +67,7 @@ def write(folder: Path) -> str | None:
         )
     except Inexact as error:
         return f"tokenizer.model {error}"
-    part = folder / "tokenizer.json.partial"
-    part.write_text(text, encoding="utf-8")
-    part.replace(folder / "tokenizer.json")
+    replace_file(folder / "tokenizer.json", text)
     decoder = {
         str(i): {name: value for name, value in token.items() if name != "id"} for i, token in added.items()
     }

@@ -15,6 +15,7 @@ from ascendspeed.data.handlers.instruction import (
 from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler, GeneralPretrainHandler
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 __all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler", "unread"]
 
@@ -54,8 +55,7 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
 def unread(made_by: Handler, present: Sequence[str]) -> str:
     """What is said of columns that the handler does not read; empty when it reads all."""
     names = [str(name) for name in present if name not in made_by.columns]
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"columns not read: {', '.join(names[:LISTED])}{more}" if names else ""
+    return f"columns not read: {shorten_list(names, LISTED)}" if names else ""
 
 
 def check_columns(made_by: Handler, where: Any, present: Sequence[str]) -> None:

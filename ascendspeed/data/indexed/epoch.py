@@ -24,6 +24,7 @@ from megatron.core.datasets.gpt_dataset import (
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from ascendspeed.utils.atomic import publish_folder
 from ascendspeed.utils.errors import UserError
 
 CACHED_FROM = 4 << 20
@@ -122,12 +123,9 @@ def _write(folder: Path, arrays: Indices) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     for name, array in zip(INDICES, arrays, strict=True):
-        with (temporary / f"{name}.npy").open("wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-            stream.flush()
-            os.fsync(stream.fileno())
+        np.save(temporary / f"{name}.npy", array, allow_pickle=False)
     try:
-        temporary.rename(folder)
+        publish_folder(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
         if not folder.is_dir():  # else another machine was faster, with the same content

@@ -22,7 +22,9 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from ascendspeed.utils.atomic import sync_file, sync_path
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -89,8 +91,7 @@ def _prefixes(folder: Path) -> str:
     found = sorted(
         {re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names}
     )
-    more = f" and {len(found) - LISTED:,} more" if len(found) > LISTED else ""
-    return f"{', '.join(found[:LISTED]) or 'none'}{more}"
+    return shorten_list(found, LISTED) or "none"
 
 
 class PairWriter:
@@ -118,22 +119,23 @@ class PairWriter:
 
     def commit(self, facts: dict[str, Any]) -> None:
         """Puts the new pair, and `facts` as P.meta, in the place of an old one."""
-        _sync(self._bin)
+        folder = file(self.prefix, "bin").parent
+        sync_file(self._bin)
         with self._temporary("idx").open("wb") as index:
             for piece in self._index():
                 index.write(piece)
-            _sync(index)
+            sync_file(index)
         with self._temporary("meta").open("wb") as side:
             side.write((json.dumps(facts, indent=2) + "\n").encode())
-            _sync(side)
+            sync_file(side)
         file(self.prefix, "idx").unlink(missing_ok=True)
-        self._sync_folder()
+        sync_path(folder)
         for suffix in ("bin", "meta"):
             self._temporary(suffix).replace(file(self.prefix, suffix))
-        self._sync_folder()
+        sync_path(folder)
         self._temporary("idx").replace(file(self.prefix, "idx"))
         self._committed = True
-        self._sync_folder()
+        sync_path(folder)
 
     def __enter__(self) -> Self:
         return self
@@ -179,15 +181,3 @@ class PairWriter:
             before = int(ends[-1]) if len(ends) else before
         for start in range(0, self.documents + 1, 1 << 20):
             yield np.arange(start, min(start + (1 << 20), self.documents + 1), dtype="<i8").tobytes()
-
-    def _sync_folder(self) -> None:
-        folder = os.open(file(self.prefix, "bin").parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _sync(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())

@@ -16,6 +16,7 @@ from ascendspeed.data.readers.lines import BOM, json_row, text_row
 from ascendspeed.data.readers.parquet import values
 from ascendspeed.data.readers.shard import Batch, absent, batch_of, columns_of
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 CHUNK = 1 << 24
 SAVED = ("state.json", "dataset_info.json")
@@ -161,9 +162,8 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
         raise
     except Exception as error:  # the library and Arrow raise all kinds
         cause = error.__cause__ or error
-        said = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise UserError(
-            f"{path} cannot be read as a data set: {said}; tools/preprocess_data.py counts bad rows instead"
+            f"{path} cannot be read as a data set: {first_line(cause)}; tools/preprocess_data.py counts bad rows instead"
         ) from error
 
 

@@ -6,7 +6,6 @@ goes on need not tokenize all over again what it has seen.
 """
 
 import contextlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 
 from ascendspeed.data.document import Document
 from ascendspeed.data.packing.packed_dataset import Sample, row_of
+from ascendspeed.utils.atomic import open_atomic
 
 EVERY = 32
 """Samples of a stream between two places that are kept."""
@@ -111,17 +111,12 @@ class Places:
                     self._saved = len(self._known)
 
     def _write(self, path: Path) -> None:
-        temporary = path.with_name(f"{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
         try:
-            with temporary.open("wb") as file:
+            with open_atomic(path, shared=True) as file:
                 np.save(file, np.array(self._known, np.int64), allow_pickle=False)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
             self._saved = len(self._known)
         except OSError:  # a full disk: what is kept only spares work
             self._path = None
-            temporary.unlink(missing_ok=True)
 
 
 class Stream:

@@ -25,6 +25,7 @@ from ascendspeed.models.gpt import gpt_model as gpts
 from ascendspeed.models.gpt.kv_cache import Cache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 CHUNK = 2048
 """Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""
@@ -57,7 +58,7 @@ class LanguageModel:
             size = rows * capacity * self._token_bytes / 2**30
             raise NoMemory(
                 f"no memory for the keys and values of {rows} sequences of {capacity} tokens, {size:.1f} GiB on this rank: take a "
-                f"smaller --batch-size or --max-new-tokens, or more ranks ({str(error).splitlines()[0]})"
+                f"smaller --batch-size or --max-new-tokens, or more ranks ({first_line(error)})"
             ) from error
         self.cache.pin(lengths)
         return self.cache

@@ -16,6 +16,7 @@ from ascendspeed.models.gpt.layer_spec import Config, NormHead, block_spec
 from ascendspeed.models.gpt.linear import ColumnLinear
 from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
 
@@ -149,7 +150,4 @@ def fill(
                 if parameter.numel():
                     parameter.copy_(cut[name].part(full, rank))
     if mine:
-        raise UserError(
-            f"the weights lack {', '.join(sorted(mine)[:5])}"
-            + (f" and {len(mine) - 5} more" if len(mine) > 5 else "")
-        )
+        raise UserError(f"the weights lack {shorten_list(sorted(mine))}")

@@ -34,9 +34,9 @@ def main() -> None:
     """Parses, checks, splits."""
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.output_model_dir)
+    require_empty_dir(options.output_model_dir)
     source = convert.open_source(options.input_model_dir)
     options.claims.check(options.input_model_dir, source.config)
     convert.write_megatron(

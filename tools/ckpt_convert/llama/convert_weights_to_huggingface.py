@@ -43,9 +43,9 @@ def main() -> None:
     """Parses, checks, merges."""
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.output_model_dir)
+    require_empty_dir(options.output_model_dir)
     where = options.input_model_dir
     source = convert.with_tokenizer(convert.open_source(where, options.config), None)
     check_grid(where, options.tensor_model_parallel_size, options.pipeline_model_parallel_size, source.grid)

@@ -44,9 +44,9 @@ def main() -> None:
     """Parses, checks, cuts."""
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
-    from ascendspeed.conversion.output_files import unused
+    from ascendspeed.utils.atomic import require_empty_dir
 
-    unused(options.output_model_dir)
+    require_empty_dir(options.output_model_dir)
     where, tp, pp = (
         options.input_model_dir,
         options.tgt_tensor_model_parallel_size,

@@ -11,9 +11,9 @@ from torch import Tensor
 from ascendspeed.conversion import rank_files
 from ascendspeed.conversion.formats.internevo import config
 from ascendspeed.conversion.rank_files import Layout, Ranks
-from ascendspeed.conversion.source import some
 from ascendspeed.models.families.internevo_names import QKV, TABLES, Asked, ModelType, Style
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten_list
 
 KIND = "InternEvo training folder"
 TENSOR = Layout(KIND, "", ("model_tp{t}_pp{p}.pt",) * 2, r"model_tp(\d+)_pp(\d+)\.pt", "", {})
@@ -41,7 +41,7 @@ def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
     early = [match for name in names if (match := EARLY.fullmatch(name))]
     if len(forms) + bool(early) > 1:
         raise UserError(
-            f"{folder} has files of several parallel modes ({some(names)}): keep those of one save"
+            f"{folder} has files of several parallel modes ({shorten_list(names)}): keep those of one save"
         )
     if not early:
         return (forms[0], 0, 0) if forms else None
@@ -149,7 +149,7 @@ class Opened:
         if any("moe_layer" in name for name in self.names):
             raise UserError(f"{self.folder} holds {EXPERTS}")
         raise UserError(
-            f"{self.folder} holds tensors of names that are not known here: {some(sorted(self.names))}"
+            f"{self.folder} holds tensors of names that are not known here: {shorten_list(sorted(self.names))}"
         )
 
     def _version(self, asked: Asked) -> Literal[1, 2]:

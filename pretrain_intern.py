@@ -31,7 +31,7 @@ def main() -> int:
         Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
         Watch(run, grid, log.say) as watch,
     ):
-        fused = fused_kernels.choose(
+        fused = fused_kernels.select_kernels(
             device,
             rms_norm=run.train.use_fused_rmsnorm,
             rotary=run.train.use_fused_rotary_pos_emb,

@@ -148,7 +148,7 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     from ascendspeed.training.fault_tolerance import Stop
 
     grid = process_groups.initialize(here, ParallelConfig(), 1)
-    stop, took = Stop(grid, process_groups.beside(1)), []
+    stop, took = Stop(grid, process_groups.new_cpu_group(1)), []
     for _ in range(calls):
         began = time.perf_counter()
         stop.reason()

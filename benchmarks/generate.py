@@ -80,11 +80,11 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
 
     model, alone = model_of(options), ParallelConfig()
     grid = process_groups.initialize(here, alone, 1)
-    fused = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
-    built = gpt_model.build(
+    fused = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
+    built = gpt_model.build_model(
         model, alone, layer_spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused)
     )
-    gpt_model.fill(built, model, alone, param_mapping.random_tensors(model, 1, here.torch))
+    gpt_model.load_weights(built, model, alone, param_mapping.random_tensors(model, 1, here.torch))
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -104,7 +104,7 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
         strict=True,
     ):
         assert parameter.name == name
-        named |= param_mapping.part(replace(model, family="llama"), parameter, tensor)
+        named |= param_mapping.megatron_to_hf(replace(model, family="llama"), parameter, tensor)
     theirs.load_state_dict(named)
     return LanguageModel(built, model, grid, here), theirs
 

@@ -63,8 +63,8 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
 
     torch.set_num_threads(1)
     grid = process_groups.initialize(here, alone, 1)
-    built = gpt_model.build(MODEL, alone, layer_spec.transformer_config(MODEL, alone, TrainConfig()))
-    gpt_model.fill(built, MODEL, alone, param_mapping.random_tensors(MODEL, 1))
+    built = gpt_model.build_model(MODEL, alone, layer_spec.transformer_config(MODEL, alone, TrainConfig()))
+    gpt_model.load_weights(built, MODEL, alone, param_mapping.random_tensors(MODEL, 1))
     model = LanguageModel(built, MODEL, grid, here)
     sample(model, [[1, 2, 3]], Params(max_new_tokens=2))
     before = peak()

@@ -80,8 +80,8 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
     import torch
     from torch.nn import functional as F
 
-    from ascendspeed.distributed.device import fused
-    from ascendspeed.models.gpt.attention import attend_within
+    from ascendspeed.distributed.device import fused_kernel
+    from ascendspeed.models.gpt.attention import attend_packed
 
     begins = (segments.positions == 0).to(here.torch)
     ids, whole = begins.cumsum(1), segments.positions.size(1)
@@ -89,7 +89,7 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
         whole, whole, dtype=torch.bool, device=here.torch
     ).tril()
     takes, gives = groups_of([n for row in segments.lengths for n in row], here.torch)
-    kernel = fused(here, "varlen") if dtype == "bf16" else None
+    kernel = fused_kernel(here, "varlen") if dtype == "bf16" else None
 
     def flat(x: Any) -> Any:
         return x.transpose(1, 2).flatten(0, 1)
@@ -109,7 +109,7 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
         return rows(torch.cat(out)[gives])
 
     found = {
-        "documents": lambda q, k, v: attend_within(segments, q, k, v),
+        "documents": lambda q, k, v: attend_packed(segments, q, k, v),
         "grouped": grouped,
         "block mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, seen, enable_gqa=True),
         "whole row": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
@@ -145,7 +145,7 @@ def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dic
     """(dtype, median length) -> (documents, way -> what every turn took)."""
     import torch
 
-    from ascendspeed.models.gpt.packed_sequences import Segments
+    from ascendspeed.models.gpt.packed_sequences import PackedSequences
 
     found = {}
     for dtype in options.dtypes:
@@ -153,7 +153,7 @@ def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dic
             lengths = draw(options, median)
             positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
             took = turns(
-                ways(Segments(lengths=lengths, positions=positions), here, dtype), options, here, dtype
+                ways(PackedSequences(lengths=lengths, positions=positions), here, dtype), options, here, dtype
             )
             found[dtype, median] = sum(map(len, lengths)), took
             print(f"{dtype}, median {median}: {cells(took)}", flush=True)

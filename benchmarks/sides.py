@@ -95,10 +95,10 @@ def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     process_groups.initialize(here, run.parallel, run.train.seed)
-    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
     config = layer_spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
-    model = gpt_model.build(run.model, run.parallel, config)
-    gpt_model.fill(
+    model = gpt_model.build_model(run.model, run.parallel, config)
+    gpt_model.load_weights(
         model, run.model, run.parallel, param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     )
     batch, to = batch_of(run), here.torch
@@ -117,7 +117,7 @@ def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 
     grid = process_groups.initialize(here, run.parallel, run.train.seed)
-    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=True)
+    chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
     tensors = param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     engine = DeepSpeedEngine(run, grid, here, ds_config(run, grid.world), chosen, tensors)
     batch = batch_of(run)
@@ -188,7 +188,7 @@ def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
     tensors = param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     with torch.no_grad():
         for parameter, (_, tensor) in zip(param_mapping.parameters(llama), tensors, strict=True):
-            for name, part in param_mapping.part(llama, parameter, tensor).items():
+            for name, part in param_mapping.megatron_to_hf(llama, parameter, tensor).items():
                 model.get_parameter(name).copy_(part)
     batch, to = batch_of(run), here.torch
     return (

@@ -206,7 +206,7 @@ def table(measured: dict[Job, Measured], options: Options) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for job, found in measured.items():
-        peak = estimates.known_peak(found.hello.device) if job.dtype == "bf16" else None
+        peak = estimates.peak_tflops(found.hello.device) if job.dtype == "bf16" else None
         for side, took in found.took.items():
             seconds = statistics.median(t.wall for t in took)
             rate = tokens / seconds

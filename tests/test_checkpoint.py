@@ -32,7 +32,7 @@ from ascendspeed.checkpoint.ownership import claim_folder
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.models.param_mapping import Cut
+from ascendspeed.models.param_mapping import ShardSpec
 from ascendspeed.utils.errors import UserError
 
 RUN = Run(
@@ -76,17 +76,17 @@ class Model:
             (n, k): torch.randn(c.shape, generator=g) for n, c in self.cuts(Layout()).items() for k in KINDS
         }
 
-    def cuts(self, layout: Layout) -> dict[str, Cut]:
+    def cuts(self, layout: Layout) -> dict[str, ShardSpec]:
         tp, h, f = layout.tp, self.h, self.f
         rows = -(-self.vocab // tp) * tp + layout.padding * tp
         return {
-            "embedding": Cut((self.vocab, h), 0, 1, tp, rows),
-            "qkv": Cut((3 * f, h), 0, 1, tp),
-            "qkv.bias": Cut((3 * f,), 0, 1, tp),
-            "fc1": Cut((2 * f, h), 0, 2, tp),
-            "fc2": Cut((h, f), 1, 1, tp),
-            "proj.bias": Cut((h,)),
-            "scale": Cut(()),
+            "embedding": ShardSpec((self.vocab, h), 0, 1, tp, rows),
+            "qkv": ShardSpec((3 * f, h), 0, 1, tp),
+            "qkv.bias": ShardSpec((3 * f,), 0, 1, tp),
+            "fc1": ShardSpec((2 * f, h), 0, 2, tp),
+            "fc2": ShardSpec((h, f), 1, 1, tp),
+            "proj.bias": ShardSpec((h,)),
+            "scale": ShardSpec(()),
         }
 
     def fragments(
@@ -222,7 +222,7 @@ def test_any_range_under_any_layout(tmp_path, model, old, new, data):
 def test_gate_and_up_are_cut_one_by_one(tmp_path):
     """By hand, without `Cut.part`; and the control: the same bytes taken for one block are another tensor."""
     gate, up = torch.randn(6, 3), torch.randn(6, 3)
-    right, wrong = Cut((12, 3), 0, 2, 2), Cut((12, 3), 0, 1, 2)
+    right, wrong = ShardSpec((12, 3), 0, 2, 2), ShardSpec((12, 3), 0, 1, 2)
     for cut, folder in ((right, tmp_path / "right"), (wrong, tmp_path / "wrong")):
         for rank in (1, 0):
             local = torch.cat([gate[3 * rank : 3 * rank + 3], up[3 * rank : 3 * rank + 3]])
@@ -290,10 +290,10 @@ def test_wrong_questions_are_refused(tmp_path):
     save(tmp_path)
     opened = find_checkpoint(tmp_path, **QUIET)
     with pytest.raises(UserError, match="no master of lm_head"):
-        opened.read("lm_head", "master", Cut((4,)), 0, 0, 4)
+        opened.read("lm_head", "master", ShardSpec((4,)), 0, 0, 4)
     with pytest.raises(UserError, match=r"fc1 is \[24, 4\] there, but \[24, 5\]"):
-        opened.read("fc1", "master", Cut((24, 5)), 0, 0, 4)
-    fragment = Fragment("a", "master", Cut((4,)), 0, 0, torch.zeros(4, dtype=torch.bfloat16))
+        opened.read("fc1", "master", ShardSpec((24, 5)), 0, 0, 4)
+    fragment = Fragment("a", "master", ShardSpec((4,)), 0, 0, torch.zeros(4, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="fp32"):
         save_checkpoint(tmp_path, TrainState(1, 1, 1), RUN, [fragment], {}, 0, 1, lambda: None)
 
@@ -829,7 +829,7 @@ def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, mom
 
 def test_saving_copies_nothing_whole(tmp_path):
     """Peak memory while saving 128 MiB grows by a chunk or two."""
-    fragment = Fragment("w", "master", Cut((1 << 25,)), 0, 0, torch.randn(1 << 25))
+    fragment = Fragment("w", "master", ShardSpec((1 << 25,)), 0, 0, torch.randn(1 << 25))
 
     def high_water() -> int:
         return next(

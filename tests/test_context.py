@@ -13,11 +13,11 @@ LENGTH, HEADS, GROUPS, D = 24, 4, 2, 8
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
     """As megatron-core's own `get_batch_on_this_cp_rank` and TransformerEngine have it."""
-    from ascendspeed.models.gpt.context_parallel import Share
+    from ascendspeed.models.gpt.context_parallel import SequenceShard
 
     whole, seen = torch.arange(LENGTH), []
     for rank in range(size):
-        share = Share(rank, size)
+        share = SequenceShard(rank, size)
         mine, chunk = share.cut(whole, 0), LENGTH // (2 * size)
         seen.append(mine)
         if size == 1:
@@ -35,11 +35,11 @@ def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
     from ascendspeed.models.gpt import context_parallel
 
     whole = torch.randn(LENGTH, 2, 5)
-    shares = [context_parallel.Share(rank, size).cut(whole, 0) for rank in range(size)]
+    shares = [context_parallel.SequenceShard(rank, size).cut(whole, 0) for rank in range(size)]
     monkeypatch.setattr(
         context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares)
     )
-    assert context_parallel.gather(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
+    assert context_parallel.gather_sequence(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
 
 
 def tensors(length: int = LENGTH) -> list[torch.Tensor]:
@@ -64,7 +64,7 @@ def by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     """Outputs and gradients, grouped queries included."""
     from ascendspeed.models.gpt.attention import attend
-    from ascendspeed.models.gpt.context_parallel import Share
+    from ascendspeed.models.gpt.context_parallel import SequenceShard
 
     length -= length % (2 * size)
     inputs = tensors(length)
@@ -74,7 +74,7 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     q, k, v = inputs
     total = 0
     for rank in range(size):
-        share = Share(rank, size)
+        share = SequenceShard(rank, size)
         chunks = share.cut(q, 2).chunk(len(share.firsts(length)), 2)
         out = torch.cat(
             [attend(chunk, k, v, first) for chunk, first in zip(chunks, share.firsts(length), strict=True)], 2
@@ -152,7 +152,7 @@ def test_rope_has_the_positions_of_the_share(cpu):
 
     from test_model import INTERNLM
 
-    from ascendspeed.models.gpt.context_parallel import Share
+    from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.rope import Rope
 
     rope = Rope(
@@ -161,7 +161,7 @@ def test_rope_has_the_positions_of_the_share(cpu):
     where = (torch.float32, torch.device("cpu"))
     whole = rope.tables(64, *where)
     for rank in range(2):
-        share = Share(rank, 2)
+        share = SequenceShard(rank, 2)
         for mine, full in zip(rope.tables(64, *where, share), whole, strict=True):
             assert mine.equal(share.cut(full, 0))
     assert not rope.tables(64, *where)[0][:32].equal(rope.tables(32, *where)[0])

@@ -303,7 +303,7 @@ def training_checkpoint(
         kind: {n: torch.ones_like(t) for n, t in full.items()} for kind in ("exp_avg", "exp_avg_sq")
     }
     fragments = [
-        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.ShardSpec(tuple(t.shape)), 0, 0, t.flatten())
         for kind, tensors in kinds.items()
         for name, t in tensors.items()
     ]
@@ -386,7 +386,7 @@ def test_exported_llama_has_the_logits_of_its_source(oracle, tmp_path):
 
 def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch):
     folder, ids, expected = oracle
-    right = param_mapping.blocks
+    right = param_mapping.block_spans
 
     def plain(config, row):
         heads, groups, d = config.num_attention_heads, config.kv_heads, config.head_dim
@@ -394,7 +394,7 @@ def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch)
         return [[size] for size in sizes] if row.fuse == "qkv" else right(config, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(param_mapping, "blocks", plain)
+        patch.setattr(param_mapping, "block_spans", plain)
         to_ranks(convert.open_source(folder), tmp_path / "ranks", 2)
     to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     assert (logits_of(tmp_path / "hf", ids) - expected).abs().max() > 0.1

@@ -61,7 +61,7 @@ def test_an_npu_is_chosen_and_prepared_by_its_own_package(monkeypatch):
 def test_fused_kernels_of_an_npu(monkeypatch):
     fake_npu(monkeypatch)
     here = device.Device("npu", 0, "hccl", "stand-in")
-    chosen = fused_kernels.choose(here, rms_norm=True, rotary=True, swiglu=False)
+    chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=False)
     assert str(chosen) == "rms_norm: torch_npu.npu_rms_norm, rotary: torch_npu.npu_rotary_mul, swiglu: torch"
     x = torch.ones(2, 4)
     assert torch.equal(chosen.rms_norm(x, torch.full((4,), 2.0), 1e-6), x * 2)
@@ -97,7 +97,7 @@ def test_more_processes_than_devices_is_an_error(monkeypatch):
 
 
 def test_a_wanted_kernel_that_is_not_there_is_said(cpu):
-    chosen = fused_kernels.choose(cpu, rms_norm=True, rotary=False, swiglu=True)
+    chosen = fused_kernels.select_kernels(cpu, rms_norm=True, rotary=False, swiglu=True)
     assert str(chosen).startswith(
         "rms_norm: torch (no fused kernel is installed for this device), rotary: torch, swiglu: torch (no"
     )
@@ -106,7 +106,7 @@ def test_a_wanted_kernel_that_is_not_there_is_said(cpu):
 @pytest.mark.parametrize("operation", ["rms_norm", "rotary", "swiglu"])
 def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda name: None)
-    assert device.fused(device.Device("cuda", 0, "nccl", "x"), operation) is None
+    assert device.fused_kernel(device.Device("cuda", 0, "nccl", "x"), operation) is None
 
 
 def test_adapting_torch_leaves_transformers_alone(tmp_path):
@@ -141,5 +141,5 @@ def test_the_cpu_answers_what_megatron_core_asks_of_cuda(cpu):
     first = torch.rand(3)
     device.set_rng_state(state)
     assert torch.equal(torch.rand(3), first)
-    assert device.current() == torch.device("cpu")
+    assert device.current_device() == torch.device("cpu")
     assert cpu.peak_memory() > 1 << 20

@@ -54,7 +54,9 @@ def theirs(name: str):
     assert {n for p in param_mapping.parameters(model) for n in p.theirs} == set(
         published
     )  # names that are right, none left over
-    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
+    tensors = {
+        p.name: param_mapping.hf_to_megatron(model, p, published) for p in param_mapping.parameters(model)
+    }
     with torch.no_grad():
         logits = reference(tokens()[:, :-1]).logits
         losses = oracle.token_losses(reference, tokens()[:, :-1], tokens()[:, 1:])
@@ -70,10 +72,10 @@ def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt_model.build(
+    built = gpt_model.build_model(
         model, layout, layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)
     ).eval()
-    gpt_model.fill(built, model, layout, tensors.items())
+    gpt_model.load_weights(built, model, layout, tensors.items())
     with torch.no_grad():
         return built(tokens()[:, :-1].contiguous(), None, None)[..., :125]
 
@@ -189,7 +191,9 @@ def original(
     published = {
         n: t for shard in (SHARED / family).glob("model-*.safetensors") for n, t in load_file(shard).items()
     }
-    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
+    tensors = {
+        p.name: param_mapping.hf_to_megatron(model, p, published) for p in param_mapping.parameters(model)
+    }
     ids = {name: torch.atleast_2d(known[f"ids_{name}"]) for name in ("short", "full", "long")}
     return {
         n: (model, tensors, torch.cat([i, i[:, :1]], 1), known[f"logits_{n}"].view(*i.shape, -1))
@@ -250,10 +254,10 @@ def test_the_original_code_gives_the_same_logits(results, family, length):
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, tensors, ids, expected = original(family)[length]
-    built = gpt_model.build(
+    built = gpt_model.build_model(
         model, ParallelConfig(), layer_spec.transformer_config(model, ParallelConfig(), TrainConfig())
     ).eval()
-    gpt_model.fill(built, model, ParallelConfig(), tensors.items())
+    gpt_model.load_weights(built, model, ParallelConfig(), tensors.items())
     with torch.no_grad():
         alone = built(ids[:, :-1].contiguous(), None, None)[..., : model.vocab_size]
     for mine in (
@@ -325,7 +329,7 @@ def test_a_wrong_reading_of_the_checkpoint_is_seen(mistake):
         off(
             name,
             {
-                p.name: param_mapping.join(MODELS[name], p, wrong)
+                p.name: param_mapping.hf_to_megatron(MODELS[name], p, wrong)
                 for p in param_mapping.parameters(MODELS[name])
             },
         )

@@ -26,7 +26,7 @@ def expected(tmp_path_factory):
         reference, published = oracle.native(MODELS[name])
         save_file(
             {
-                p.name: param_mapping.join(MODELS[name], p, published).contiguous()
+                p.name: param_mapping.hf_to_megatron(MODELS[name], p, published).contiguous()
                 for p in param_mapping.parameters(MODELS[name])
             },
             folder / name,

@@ -64,7 +64,7 @@ def test_the_same_layout_resumes_bit_identically(tmp_path):
 @pytest.mark.parametrize("operation", ["rms_norm", "swiglu"])
 def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
     here = device.Device("cuda", 0, "nccl", "")
-    found = device.fused(here, operation)
+    found = device.fused_kernel(here, operation)
     if found is None:
         pytest.skip("no fused kernel is installed")
     x = torch.randn(64, 2, 512, device="cuda", requires_grad=True)
@@ -110,11 +110,11 @@ def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
 @pytest.mark.parametrize("groups", [8, 2])
 def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_masked(groups):
     """Against fp64: no coarser than SDPA on each document."""
-    found = device.fused(device.Device("cuda", 0, "nccl", ""), "varlen")
+    found = device.fused_kernel(device.Device("cuda", 0, "nccl", ""), "varlen")
     if found is None:
         pytest.skip("no kernel for sequences of various lengths is installed")
     ends = [1, 300, 301, 428, 1024]
-    bounds = device.Bounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
+    bounds = device.SequenceBounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
     q, k, v = (
         torch.randn(1024, heads, 128, device="cuda", dtype=torch.bfloat16) for heads in (8, groups, groups)
     )

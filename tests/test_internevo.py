@@ -26,7 +26,7 @@ from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats import internevo
 from ascendspeed.conversion.formats.internevo import config as evo_config
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.internevo_names import Asked, Style
+from ascendspeed.models.families.internevo_names import InternEvoOptions, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 BIASED, PLAIN, GROUPED = Shape(bias=True), Shape(), Shape(heads=16, kv=8)
@@ -90,7 +90,7 @@ def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
     return {
         n: t
         for p in param_mapping.parameters(config)
-        for n, t in param_mapping.part(config, p, full[p.name]).items()
+        for n, t in param_mapping.megatron_to_hf(config, p, full[p.name]).items()
     }
 
 
@@ -181,7 +181,7 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
         family = "internlm2"
     convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", to)
     assert equal(tmp_path / "out", shape, how)
-    source = convert.open_source(trained(tmp_path / "theirs", shape, how), asked=Asked(max_pos=32))
+    source = convert.open_source(trained(tmp_path / "theirs", shape, how), asked=InternEvoOptions(max_pos=32))
     assert right(source, family, shape)
     assert replace(source.config, family=family) == config_of(family, shape)
 
@@ -212,7 +212,9 @@ def test_whatever_trained_it_is_read(tmp_path, how):
     said = {"mlp_layer_fusion": how.fused_mlp} | (
         {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
     )
-    source = convert.open_source(trained(tmp_path / "evo", shape, how, **said), asked=Asked(max_pos=32))
+    source = convert.open_source(
+        trained(tmp_path / "evo", shape, how, **said), asked=InternEvoOptions(max_pos=32)
+    )
     family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
     assert right(source, family, shape)
 
@@ -224,10 +226,12 @@ def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
     """Control: no shape tells these, so the bits must."""
     how = Trained("LLAMA2", wp=2)
     assert right(
-        convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=Asked(max_pos=32)), "llama", GROUPED
+        convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=InternEvoOptions(max_pos=32)),
+        "llama",
+        GROUPED,
     )
     assert not right(
-        convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=Asked(max_pos=32)),
+        convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=InternEvoOptions(max_pos=32)),
         "llama",
         GROUPED,
     )
@@ -283,7 +287,7 @@ def test_the_folder_that_is_written(tmp_path):
         folder = tmp_path / str(i)
         folder.mkdir()
         config = ModelConfig("llama", hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=8)
-        evo_config.write(folder, config, Style("LLAMA2"), True, "bfloat16")
+        evo_config.write(folder, config, InternEvoStyle("LLAMA2"), True, "bfloat16")
         said = torch.load(folder / "model_config.pt", weights_only=True)
         width = said["multiple_of"] * math.ceil(int(hidden * said["mlp_ratio"]) / said["multiple_of"])
         assert width == ffn
@@ -303,7 +307,7 @@ def test_the_folder_that_is_written(tmp_path):
     assert ["blocks.0.mixer.out_proj.bias" in tensors for tensors in held] == [True, False]
 
 
-def read(folder: Path, asked: Asked | None = None, home: Path | None = None) -> convert.Source:
+def read(folder: Path, asked: InternEvoOptions | None = None, home: Path | None = None) -> convert.Source:
     return internevo.open_folder(folder, home, asked)
 
 
@@ -312,8 +316,8 @@ def test_what_a_folder_does_not_say_is_asked(tmp_path, capsys):
     folder = trained(tmp_path / "evo", GROUPED, how)
     with pytest.raises(UserError, match=r"--max_pos N"):
         read(folder)
-    assert read(folder, Asked(max_pos=16)).config.max_position_embeddings == 16
-    source = read(folder, Asked(max_pos=16, rotary_type="dynamic", scaling_factor=3.0))
+    assert read(folder, InternEvoOptions(max_pos=16)).config.max_position_embeddings == 16
+    source = read(folder, InternEvoOptions(max_pos=16, rotary_type="dynamic", scaling_factor=3.0))
     assert (source.config.rope_scaling_type, source.config.rope_scaling_factor) == ("dynamic", 3.0)
     assert not capsys.readouterr().out
     (folder / "model_config.pt").unlink()
@@ -322,8 +326,10 @@ def test_what_a_folder_does_not_say_is_asked(tmp_path, capsys):
     config_json(folder, "llama", GROUPED)  # it says all but one thing
     assert right(read(folder), "llama", GROUPED)
     assert "does not say qk_interleaved or adapt_hf" in capsys.readouterr().out
-    assert not right(read(folder, Asked(qk_interleaved="yes")), "llama", GROUPED)
-    assert read(folder, Asked(max_pos=16, rotary_type="origin")).config.max_position_embeddings == 16
+    assert not right(read(folder, InternEvoOptions(qk_interleaved="yes")), "llama", GROUPED)
+    assert (
+        read(folder, InternEvoOptions(max_pos=16, rotary_type="origin")).config.max_position_embeddings == 16
+    )
     (folder / "config.json").rename(tmp_path / "config.json")
     assert read(folder, home=tmp_path).beside == tmp_path
 
@@ -335,12 +341,12 @@ def test_versions_are_told_by_shapes(tmp_path):
         with pytest.raises(
             UserError, match=r"--version 1 \(w2 is up, w3 is down\) or --version 2 \(w3 is up"
         ):
-            read(folder, Asked(max_pos=32))
-        assert right(read(folder, Asked(version, max_pos=32)), "internlm", square)
-        assert not right(read(folder, Asked(3 - version, max_pos=32)), "internlm", square)
+            read(folder, InternEvoOptions(max_pos=32))
+        assert right(read(folder, InternEvoOptions(version, max_pos=32)), "internlm", square)
+        assert not right(read(folder, InternEvoOptions(3 - version, max_pos=32)), "internlm", square)
     folder = trained(tmp_path / "3", BIASED, Trained("INTERNLM", version=1))
     with pytest.raises(UserError, match="not of version 2, where w3 is up, w2 is down: it has w1"):
-        read(folder, Asked(2, max_pos=32))
+        read(folder, InternEvoOptions(2, max_pos=32))
 
 
 def test_old_and_new_words_for_the_same(tmp_path, capsys):
@@ -349,19 +355,19 @@ def test_old_and_new_words_for_the_same(tmp_path, capsys):
     table = model_config(GROUPED, Trained("LLAMA2", 2))
     del table["qk_interleaved"]
     save_config(folder / "model_config.pt", table | {"adapt_hf": False})
-    assert right(read(folder, Asked(max_pos=32)), "llama", GROUPED)
+    assert right(read(folder, InternEvoOptions(max_pos=32)), "llama", GROUPED)
     save_config(folder / "model_config.pt", table | {"adapt_hf": False, "qk_interleaved": False})
     with pytest.raises(UserError, match="adapt_hf = False, which is its opposite"):
-        read(folder, Asked(max_pos=32))
+        read(folder, InternEvoOptions(max_pos=32))
     hooked = trained(tmp_path / "hooked", GROUPED, Trained("LLAMA2", 2, save_hook=True))
-    assert not right(read(hooked, Asked(max_pos=32)), "internlm2", GROUPED)  # control
-    assert right(read(hooked, Asked(qkv_fused="yes", max_pos=32)), "internlm2", GROUPED)
+    assert not right(read(hooked, InternEvoOptions(max_pos=32)), "internlm2", GROUPED)  # control
+    assert right(read(hooked, InternEvoOptions(qkv_fused="yes", max_pos=32)), "internlm2", GROUPED)
     config_json(hooked, "internlm2", GROUPED)
     assert not right(read(hooked), "internlm2", GROUPED)
     assert "does not say enable_qkv_fusion" in capsys.readouterr().out
     (hooked / "config.json").unlink()
     torch.save('JOB_NAME = "7b"\nmodel_type = "INTERNLM2_PUBLIC"\n', hooked / "config_file.pt")
-    source = read(hooked, Asked(max_pos=32))
+    source = read(hooked, InternEvoOptions(max_pos=32))
     assert source.config.family == "internlm2"
     assert right(source, "internlm2", GROUPED)
 
@@ -369,14 +375,14 @@ def test_old_and_new_words_for_the_same(tmp_path, capsys):
 def test_a_save_that_was_cut_short(tmp_path, capsys):
     folder = trained(tmp_path / "evo", BIASED, Trained("INTERNLM", 2))
     (folder / "100.step").unlink()
-    assert right(read(folder, Asked(max_pos=32)), "internlm", BIASED)
+    assert right(read(folder, InternEvoOptions(max_pos=32)), "internlm", BIASED)
     assert "no STEP.step, which InternEvo writes last" in capsys.readouterr().out
     (folder / "model_tp1_pp0.pt").write_bytes((folder / "model_tp1_pp0.pt").read_bytes()[:2000])
     with pytest.raises(UserError, match=r"model_tp1_pp0\.pt"):
-        read(folder, Asked(max_pos=32))
+        read(folder, InternEvoOptions(max_pos=32))
     (folder / "model_tp1_pp0.pt").rename(folder / "model_tp2_pp0.pt")
     with pytest.raises(UserError):
-        read(folder, Asked(max_pos=32))
+        read(folder, InternEvoOptions(max_pos=32))
 
 
 def edit(folder: Path, name: str, change) -> None:
@@ -436,10 +442,10 @@ class Hostile:
 def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
     monkeypatch.chdir(tmp_path)
     folder = trained(tmp_path / "evo", BIASED, Trained("INTERNLM", 2, (2, 2)), rope_base=10000)
-    assert right(read(folder, Asked(max_pos=32)), "internlm", BIASED)
+    assert right(read(folder, InternEvoOptions(max_pos=32)), "internlm", BIASED)
     change(folder)
     with pytest.raises(UserError, match=said) as error:
-        convert.open_source(folder, asked=Asked(max_pos=32))
+        convert.open_source(folder, asked=InternEvoOptions(max_pos=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 

@@ -7,7 +7,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.distributed import fused_kernels
-from ascendspeed.distributed.device import Device, Fused
+from ascendspeed.distributed.device import Device, FusedKernel
 from ascendspeed.models.gpt.rope import Rope
 
 S, B, HEADS, D = 7, 3, 2, 8
@@ -105,9 +105,9 @@ def test_bf16_is_no_coarser_than_hugging_face(operation):
 
 
 def test_choose_says_what_runs(monkeypatch):
-    offered = {"rms_norm": Fused("somebody.rms_norm", lambda x, weight, eps: "theirs")}
-    monkeypatch.setattr(fused_kernels, "fused", lambda device, operation: offered.get(operation))
-    chosen = fused_kernels.choose(
+    offered = {"rms_norm": FusedKernel("somebody.rms_norm", lambda x, weight, eps: "theirs")}
+    monkeypatch.setattr(fused_kernels, "fused_kernel", lambda device, operation: offered.get(operation))
+    chosen = fused_kernels.select_kernels(
         Device("other", 0, "gloo", "a device"), rms_norm=True, rotary=True, swiglu=False
     )
     assert chosen.rms_norm(None, None, 0) == "theirs"
@@ -116,7 +116,7 @@ def test_choose_says_what_runs(monkeypatch):
     assert str(chosen) == (
         "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), swiglu: torch"
     )
-    chosen = fused_kernels.choose(
+    chosen = fused_kernels.select_kernels(
         Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False
     )
     assert chosen.rms_norm is fused_kernels.rms_norm  # there, but not asked for

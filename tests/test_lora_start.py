@@ -241,7 +241,7 @@ def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
     from ascendspeed.models import param_mapping
 
     fragments = [
-        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.ShardSpec(tuple(t.shape)), 0, 0, t.flatten())
         for name, t in tensors.items()
         for kind in KINDS
     ]

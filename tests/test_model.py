@@ -52,10 +52,10 @@ def ours(cpu, model: ModelConfig, tensors, dtype: str = "fp32", train: TrainConf
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
-    built = gpt_model.build(
+    built = gpt_model.build_model(
         model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype)
     )
-    gpt_model.fill(built, model, layout, tensors.items())
+    gpt_model.load_weights(built, model, layout, tensors.items())
     return built
 
 
@@ -114,7 +114,7 @@ def test_a_plainly_concatenated_qkv_is_seen(cpu):
     for parameter in param_mapping.parameters(INTERNLM):
         if parameter.row.fuse == "qkv":
             wrong[parameter.name] = torch.cat(
-                list(param_mapping.part(INTERNLM, parameter, tensors[parameter.name]).values())
+                list(param_mapping.megatron_to_hf(INTERNLM, parameter, tensors[parameter.name]).values())
             )
     expected = oracle.hugging_face(INTERNLM, tensors)(tokens).logits
     assert (ours(cpu, INTERNLM, wrong)(tokens, None, None)[..., :125] - expected).abs().max() > 0.1
@@ -200,7 +200,9 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, family):
         init_method_std=0.1,
     )
     reference, published = oracle.native(model)
-    tensors = {p.name: param_mapping.join(model, p, published) for p in param_mapping.parameters(model)}
+    tensors = {
+        p.name: param_mapping.hf_to_megatron(model, p, published) for p in param_mapping.parameters(model)
+    }
     tokens = tokens_of(model)
     with torch.no_grad():
         exact = reference(tokens).logits

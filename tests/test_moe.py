@@ -90,7 +90,7 @@ def loaded(model: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path):
     settings.save_pretrained(folder)
     theirs: dict[str, torch.Tensor] = {}
     for parameter in param_mapping.parameters(model):
-        theirs |= param_mapping.part(model, parameter, tensors[parameter.name])
+        theirs |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
     save_file(
         {name: tensor.contiguous() for name, tensor in theirs.items()},
         folder / "model.safetensors",

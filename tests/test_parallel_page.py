@@ -58,11 +58,11 @@ def test_sizes(name):
 def saved(model, layers: int, here) -> int:
     """Bytes that autograd keeps of a pass over 64 tokens, weights aside."""
     model = dataclasses.replace(model, num_layers=layers)
-    plain = fused_kernels.choose(here, rms_norm=False, rotary=False, swiglu=False)
+    plain = fused_kernels.select_kernels(here, rms_norm=False, rotary=False, swiglu=False)
     from ascendspeed.models.gpt import gpt_model
     from ascendspeed.models.gpt.layer_spec import transformer_config
 
-    built = gpt_model.build(
+    built = gpt_model.build_model(
         model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain)
     )
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}

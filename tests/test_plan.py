@@ -219,4 +219,4 @@ def test_model_states_follow_the_layout():
     ],
 )
 def test_known_peaks(device, peak):
-    assert estimates.known_peak(device) == peak
+    assert estimates.peak_tflops(device) == peak

@@ -134,7 +134,7 @@ def trained(
     moments = (
         {}
         if model.num_experts
-        else {p.name: param_mapping.join(model, p, held) for p in param_mapping.parameters(model)}
+        else {p.name: param_mapping.hf_to_megatron(model, p, held) for p in param_mapping.parameters(model)}
     )
     return oracle.train(OneByOne(theirs(model, folder / "all"), rows), data, lrs, vars(RUN.optim)), moments
 
@@ -299,10 +299,10 @@ def positions(*rows: list[int]) -> torch.Tensor:
 
 
 def test_position_ids_say_where_documents_begin(cpu):
-    from ascendspeed.models.gpt.packed_sequences import segments
+    from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 
-    assert segments(positions([8], [8])) is None
-    found = segments(positions([8], [3, 1, 4]))
+    assert packed_sequences_of(positions([8], [8])) is None
+    found = packed_sequences_of(positions([8], [3, 1, 4]))
     assert found.lengths == ((8,), (3, 1, 4))
     assert found.qkv_format == "sbhd"  # "thd" is megatron-core's own business
     bounds = found.bounds(torch.device("cpu"))
@@ -316,12 +316,12 @@ def test_position_ids_say_where_documents_begin(cpu):
 
 @pytest.mark.parametrize("wrong", [[0, 1, 3, 0], [1, 2, 3, 4], [0, 1, 0, 0, 2], [0, 1, 2, 2]], ids=str)
 def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
-    from ascendspeed.models.gpt.packed_sequences import segments
+    from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 
     with pytest.raises(
         UserError, match="position ids must count up, from 0 where a document begins: row 1 of the batch has"
     ):
-        segments(torch.stack([torch.arange(len(wrong)), torch.tensor(wrong)]))
+        packed_sequences_of(torch.stack([torch.arange(len(wrong)), torch.tensor(wrong)]))
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -356,19 +356,19 @@ ROWS = st.lists(
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
     """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents begin."""
-    from ascendspeed.models.gpt.attention import attend_within
-    from ascendspeed.models.gpt.context_parallel import Share
-    from ascendspeed.models.gpt.packed_sequences import Segments
+    from ascendspeed.models.gpt.attention import attend_packed
+    from ascendspeed.models.gpt.context_parallel import SequenceShard
+    from ascendspeed.models.gpt.packed_sequences import PackedSequences
 
     rows = [[b - a for a, b in pairwise(row)] for row in edges]
     (q, k, v), ids = inputs(rows)
-    segments = Segments(lengths=tuple(map(tuple, rows)), positions=positions(*rows))
+    segments = PackedSequences(lengths=tuple(map(tuple, rows)), positions=positions(*rows))
     expected = dense(q, k, v, ids)
     gradient = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     back = torch.autograd.grad(expected, (q, k, v), gradient)
     found = [torch.zeros_like(x) for x in back]
-    for share in (Share(rank, ranks) for rank in range(ranks)):
-        out = attend_within(segments, share.cut(q, 2), k, v, share, dropout)
+    for share in (SequenceShard(rank, ranks) for rank in range(ranks)):
+        out = attend_packed(segments, share.cut(q, 2), k, v, share, dropout)
         # In these blocks the softmax is fp32, as everywhere with dropout.
         torch.testing.assert_close(out, share.cut(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
         for sum_, part in zip(
@@ -382,21 +382,21 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
 @pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
 def test_documents_are_turned_as_if_alone(cpu, scaling):
     """And the tables are made once for all layers."""
-    from ascendspeed.models.gpt.context_parallel import ALONE, Share
-    from ascendspeed.models.gpt.packed_sequences import segments
+    from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
+    from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
     from ascendspeed.models.gpt.rope import Rope
 
     rope, rows = (
         Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)),
         ([40, 8], [3, 20, 24, 1]),
     )
-    found, here = segments(positions(*rows)), torch.device("cpu")
+    found, here = packed_sequences_of(positions(*rows)), torch.device("cpu")
     alone = [
         [torch.cat(parts) for parts in zip(*(rope.tables(n, torch.float32, here) for n in row), strict=True)]
         for row in rows
     ]
     whole = [torch.cat(column, 1) for column in zip(*alone, strict=True)]
-    for share in (ALONE, Share(0, 2), Share(1, 2)):
+    for share in (WHOLE_SEQUENCE, SequenceShard(0, 2), SequenceShard(1, 2)):
         mine = found.turns(rope, torch.float32, here, share)
         assert mine is found.turns(rope, torch.float32, here, share)
         for table, right in zip(mine, whole, strict=True):
@@ -418,11 +418,13 @@ def flat_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list
 def test_a_kernel_is_used_where_it_can_be(cpu):
     """In bf16, without dropout, when documents lie side by side; it gives what SDPA gives."""
     from ascendspeed.models.gpt import gpt_model, layer_spec
-    from ascendspeed.models.gpt.packed_sequences import segments
+    from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 
     calls, layout = [], ParallelConfig()
 
-    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: device.Bounds) -> torch.Tensor:
+    def varlen(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: device.SequenceBounds
+    ) -> torch.Tensor:
         calls.append(bounds)
         return flat_attention(q.float(), k.float(), v.float(), bounds.ends).to(q.dtype)
 
@@ -432,14 +434,14 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
     def logits(
         dtype: str, kernels: Kernels, train: TrainConfig | None = None, ids: torch.Tensor = ids
     ) -> torch.Tensor:
-        built = gpt_model.build(
+        built = gpt_model.build_model(
             GROUPED,
             layout,
             layer_spec.transformer_config(GROUPED, layout, train or TrainConfig(), dtype, kernels),
         )
-        gpt_model.fill(built, GROUPED, layout, tensors.items())
+        gpt_model.load_weights(built, GROUPED, layout, tensors.items())
         with torch.no_grad():
-            return built(tokens, ids, None, packed_seq_params=segments(ids))[..., :125].float()
+            return built(tokens, ids, None, packed_seq_params=packed_sequences_of(ids))[..., :125].float()
 
     own, sdpa = logits("bf16", Kernels(varlen=varlen)), logits("bf16", Kernels())
     assert len(calls) == GROUPED.num_layers
@@ -505,7 +507,7 @@ def cuda_kernels() -> dict[str, tuple[str, Any]]:
 def by_bounds(call: Any) -> None:
     """Asks a kernel for three sequences, and compares."""
     q, k, v = (torch.randn(12, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
-    bounds = device.Bounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
+    bounds = device.SequenceBounds([5, 6, 12], torch.tensor([0, 5, 6, 12], dtype=torch.int32), 6)
     torch.testing.assert_close(
         call(q, k, v, bounds), flat_attention(q, k, v, bounds.ends), rtol=0, atol=1e-12
     )
@@ -519,7 +521,7 @@ def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
         device.importlib.util, "find_spec", lambda asked: module if asked == package else None
     )
     monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
-    found = device.fused(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
+    found = device.fused_kernel(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
     assert found.source.startswith(package)
     by_bounds(found.call)
 
@@ -546,6 +548,6 @@ def test_the_npu_kernel_is_asked_as_its_pages_say(monkeypatch):
 
     module = SimpleNamespace(npu_fusion_attention=npu_fusion_attention)
     monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
-    found = device.fused(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
+    found = device.fused_kernel(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
     assert found.source == "torch_npu.npu_fusion_attention"
     by_bounds(found.call)

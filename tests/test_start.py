@@ -32,7 +32,7 @@ def saved(tmp_path):
     from ascendspeed.models import param_mapping
 
     fragments = [
-        Fragment(name, kind, param_mapping.Cut(tuple(t.shape)), 0, 0, t.flatten())
+        Fragment(name, kind, param_mapping.ShardSpec(tuple(t.shape)), 0, 0, t.flatten())
         for name, t in param_mapping.random_tensors(MODEL, 1)
         for kind in KINDS
     ]
@@ -223,10 +223,10 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
 
     from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
     from ascendspeed.checkpoint.save import save_checkpoint
-    from ascendspeed.models.param_mapping import Cut
+    from ascendspeed.models.param_mapping import ShardSpec
 
     small = replace(MODEL, num_layers=1)
-    fragments = [Fragment("w", kind, Cut((4,)), 0, 0, torch.ones(4)) for kind in KINDS]
+    fragments = [Fragment("w", kind, ShardSpec((4,)), 0, 0, torch.ones(4)) for kind in KINDS]
     ends, status = set(), 1
     for count in range(100):
         folder = tmp_path / str(count)

@@ -62,10 +62,10 @@ class Recorder:
 
     def fragments(self):
         from ascendspeed.checkpoint.fragment import KINDS, Fragment
-        from ascendspeed.models.param_mapping import Cut
+        from ascendspeed.models.param_mapping import ShardSpec
 
         for kind in KINDS:
-            yield Fragment("w", kind, Cut((4,)), 0, 0, torch.full((4,), float(self.updates)))
+            yield Fragment("w", kind, ShardSpec((4,)), 0, 0, torch.full((4,), float(self.updates)))
 
     def scalars(self):
         return {"updates": self.updates}

@@ -47,23 +47,25 @@ def parameter(suffix: str) -> param_mapping.Parameter:
 
 def fused_qkv() -> torch.Tensor:
     qkv_weight = parameter("layers.1.self_attention.linear_qkv.weight")
-    return param_mapping.join(CONFIG, qkv_weight, dict(zip(qkv_weight.theirs, qkv(), strict=True)))
+    return param_mapping.hf_to_megatron(CONFIG, qkv_weight, dict(zip(qkv_weight.theirs, qkv(), strict=True)))
 
 
 def test_qkv_is_fused_group_by_group():
     fused = fused_qkv()
     assert torch.equal(fused, fused_by_hand(8, 4, *qkv()))
     assert not torch.equal(fused, torch.cat(qkv()))  # control
-    back = param_mapping.part(CONFIG, parameter("layers.1.self_attention.linear_qkv.weight"), fused)
+    back = param_mapping.megatron_to_hf(CONFIG, parameter("layers.1.self_attention.linear_qkv.weight"), fused)
     assert all(torch.equal(a, b) for a, b in zip(back.values(), qkv(), strict=True))
 
 
 def test_one_name_holds_its_blocks_one_after_the_other():
     """Baichuan's W_pack, [gate; up] in one tensor, and what a rank of InternEvo holds: [q; k; v] of its own heads."""
     packed = replace(parameter("layers.1.self_attention.linear_qkv.weight"), theirs=("W_pack",))
-    assert torch.equal(param_mapping.join(CONFIG, packed, {"W_pack": torch.cat(qkv())}), fused_qkv())
+    assert torch.equal(
+        param_mapping.hf_to_megatron(CONFIG, packed, {"W_pack": torch.cat(qkv())}), fused_qkv()
+    )
     for rank in range(2):
-        (entry,) = param_mapping.stored(CONFIG, packed, 2, rank)
+        (entry,) = param_mapping.stored_tensors(CONFIG, packed, 2, rank)
         mine = torch.cat([t.chunk(2)[rank] for t in qkv()])
         assert entry.shape == tuple(mine.shape)
         for tile in entry.tiles:
@@ -75,7 +77,7 @@ def test_one_name_holds_its_blocks_one_after_the_other():
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
     fused = fused_qkv()
-    cut = param_mapping.Cut(tuple(fused.shape), 0, parts=tp)
+    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=tp)
     for rank in range(tp):
         mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
         assert torch.equal(cut.part(fused, rank), mine)
@@ -84,7 +86,7 @@ def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
 def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
     """Megatron gathers such a group from its ranks and takes it apart whole."""
     fused = fused_qkv()
-    cut = param_mapping.Cut(tuple(fused.shape), 0, parts=8)
+    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=8)
     assert torch.equal(torch.cat([cut.part(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
 
 
@@ -98,7 +100,7 @@ def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
     config_vocab = 256 * tp
     hits = torch.zeros(p.shape[0], math.prod(p.shape[1:]))
     for rank in range(1 if p.row.split == "replicated" else tp):
-        for entry in param_mapping.stored(CONFIG, p, tp, rank, config_vocab):
+        for entry in param_mapping.stored_tensors(CONFIG, p, tp, rank, config_vocab):
             part = torch.zeros(entry.shape[0], math.prod(entry.shape[1:]))
             for tile in entry.tiles:
                 hits[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1
@@ -113,21 +115,23 @@ def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
 def test_a_rectangle_is_gathered_from_tiles_or_seen_where_it_lies():
     full = torch.arange(60.0).view(10, 6)
     halves = [
-        (full[:, c : c + 3].contiguous(), list(param_mapping.cut_tiles([[(0, 10)]], 6, 1, 2, c // 3)))
+        (full[:, c : c + 3].contiguous(), list(param_mapping.shard_slices([[(0, 10)]], 6, 1, 2, c // 3)))
         for c in (0, 3)
     ]
-    assert torch.equal(param_mapping.gather(halves, param_mapping.Tile(2, 1, 0, 0, 5, 4)), full[2:7, 1:5])
-    inside = param_mapping.gather(halves, param_mapping.Tile(2, 3, 0, 0, 5, 2))
+    assert torch.equal(
+        param_mapping.assemble(halves, param_mapping.Slice2D(2, 1, 0, 0, 5, 4)), full[2:7, 1:5]
+    )
+    inside = param_mapping.assemble(halves, param_mapping.Slice2D(2, 3, 0, 0, 5, 2))
     assert inside.untyped_storage().data_ptr() == halves[1][0].untyped_storage().data_ptr()
     with pytest.raises(ValueError, match=r"10 elements .* in no tile"):
-        param_mapping.gather(halves[:1], param_mapping.Tile(2, 1, 0, 0, 5, 4))
+        param_mapping.assemble(halves[:1], param_mapping.Slice2D(2, 1, 0, 0, 5, 4))
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4, 8])
 def test_every_rank_has_its_gate_then_its_up(tp):
     gate, up = numbered(96), 100_000 + numbered(96)
     fc1 = parameter("layers.1.mlp.linear_fc1.weight")
-    fused = param_mapping.join(CONFIG, fc1, dict(zip(fc1.theirs, (gate, up), strict=True)))
+    fused = param_mapping.hf_to_megatron(CONFIG, fc1, dict(zip(fc1.theirs, (gate, up), strict=True)))
     cut = fc1.cut(tp, 0)
     parts = [cut.part(fused, rank) for rank in range(tp)]
     for rank, part in enumerate(parts):
@@ -141,7 +145,7 @@ def test_every_rank_has_its_gate_then_its_up(tp):
 @pytest.mark.parametrize(("tp", "padded"), [(1, 131), (1, 256), (4, 256), (8, 1024)])
 def test_padding_of_the_vocabulary_is_zero_and_goes_away(tp, padded):
     full = 1 + numbered(131)
-    cut = param_mapping.Cut((131, 64), 0, parts=tp, padded_rows=padded)
+    cut = param_mapping.ShardSpec((131, 64), 0, parts=tp, padded_rows=padded)
     parts = [cut.part(full, rank) for rank in range(tp)]
     whole = torch.cat(parts)
     assert {tuple(part.shape) for part in parts} == {cut.part_shape} == {(padded // tp, 64)}
@@ -182,7 +186,7 @@ def test_a_wrong_shape_is_named():
     fc1 = parameter("layers.0.mlp.linear_fc1.weight")
     gate, up = fc1.theirs
     with pytest.raises(UserError, match=r"up_proj.weight is \[95, 64\].*\[96, 64\]"):
-        param_mapping.join(CONFIG, fc1, {gate: torch.zeros(96, 64), up: torch.zeros(95, 64)})
+        param_mapping.hf_to_megatron(CONFIG, fc1, {gate: torch.zeros(96, 64), up: torch.zeros(95, 64)})
 
 
 def test_layouts_that_do_not_split_name_those_that_do():

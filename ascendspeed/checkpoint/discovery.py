@@ -13,7 +13,7 @@ from ascendspeed.checkpoint.paths import MANIFEST, STEP, latest, steps
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from ascendspeed.distributed.process_groups import Grid
+    from ascendspeed.distributed.process_groups import ProcessGrid
 
 Say = Callable[[str], None]
 Gather = Callable[[list[str]], list[str]]
@@ -40,7 +40,7 @@ class Readers:
     """Called on every rank with the same texts."""
 
     @classmethod
-    def of(cls, grid: "Grid", say: Say | None = None) -> "Readers":
+    def of(cls, grid: "ProcessGrid", say: Say | None = None) -> "Readers":
         """All ranks of a grid; None: rank 0 says it, to stderr."""
         say = say or (_aloud if grid.rank == 0 else lambda text: None)
         return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))), say)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.models.param_mapping import Cut
+from ascendspeed.models.param_mapping import ShardSpec
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 
@@ -35,7 +35,7 @@ class Fragment:
     """Ours, with the layer's number in the whole model."""
     kind: str
     """One of KINDS."""
-    cut: Cut
+    cut: ShardSpec
     """How tensor parallel cuts the parameter in this layout."""
     part: int
     """Tensor-parallel rank whose part this lies in; 0 if replicated."""
@@ -79,12 +79,12 @@ def owned(fragment: Fragment) -> tuple[Address, Tensor] | None:
     return Address(f.name, f.kind, f.part, f.start + a), f.tensor.detach().view(-1)[a:b]
 
 
-def part_count(cut: Cut) -> int:
+def part_count(cut: ShardSpec) -> int:
     """Parts that differ: 1 for a replicated parameter."""
     return 1 if cut.dim is None else cut.parts
 
 
-def extent(cut: Cut, part: int) -> int:
+def extent(cut: ShardSpec, part: int) -> int:
     """Elements of a part, without padding."""
     rows, *rest = cut.part_shape or (1,)
     if cut.padded_rows:

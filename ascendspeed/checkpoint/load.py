@@ -14,7 +14,7 @@ from ascendspeed.checkpoint import safetensors_io
 from ascendspeed.checkpoint.fragment import Address, Fragment, TrainState, extent, part_count, width
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
-from ascendspeed.models.param_mapping import Cut, Tile
+from ascendspeed.models.param_mapping import ShardSpec, Slice2D
 from ascendspeed.utils.errors import UserError
 
 RNG = "rng"
@@ -36,7 +36,7 @@ class Index:
     """Where everything lies in the shards of one save. Raises `UserError` unless they are one whole: no gap, no overlap."""
 
     def __init__(self, folder: Path, step: int, world: int) -> None:
-        self.cuts: dict[str, Cut] = {}
+        self.cuts: dict[str, ShardSpec] = {}
         self.kinds: dict[str, None] = {}
         self.rng: dict[int, dict[str, tuple[Path, safetensors_io.Entry]]] = defaultdict(dict)
         self._at: dict[tuple[str, str, int], list[_Stored]] = defaultdict(list)
@@ -56,7 +56,7 @@ class Index:
             raise UserError(f"{file}: belongs to another save ({'; '.join(wrong)})")
         try:
             cuts = {
-                name: Cut(**c | {"shape": tuple(c["shape"])})
+                name: ShardSpec(**c | {"shape": tuple(c["shape"])})
                 for name, c in json.loads(metadata["cuts"]).items()
             }
             for key, entry in entries.items():
@@ -143,10 +143,10 @@ class Checkpoint:
     def tensors(self, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
         """Every full, unpadded fp32 tensor, one at a time."""
         for name in self.names(kind):
-            whole = Cut(self._index.cuts[name].shape)
+            whole = ShardSpec(self._index.cuts[name].shape)
             yield name, self.read(name, kind, whole, 0, 0, extent(whole, 0)).view(whole.shape)
 
-    def read(self, name: str, kind: str, cut: Cut, part: int, start: int, numel: int) -> Tensor:
+    def read(self, name: str, kind: str, cut: ShardSpec, part: int, start: int, numel: int) -> Tensor:
         """Flat fp32 elements `start` to `start + numel` of a part under any `cut`; rows of padding are zero.
 
         Raises `UserError` when the checkpoint has no such parameter, or has it in another shape.
@@ -170,7 +170,9 @@ class Checkpoint:
                     self._copy(out, first, new, tile, name, kind, there)
         return out.view(-1)[start - first * columns :][:numel]
 
-    def _copy(self, out: Tensor, first: int, new: Tile, old: Tile, name: str, kind: str, part: int) -> None:
+    def _copy(
+        self, out: Tensor, first: int, new: Slice2D, old: Slice2D, name: str, kind: str, part: int
+    ) -> None:
         """What an old and a new tile share, into `out`, whose rows are the new part's from `first` on."""
         shift = new.row - new.part_row  # from rows of the new part to rows of the full tensor
         top = max(new.row, old.row, first + shift)

@@ -175,7 +175,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
         raise UserError(f"--swiglu: the model has the activation {model.activation}; drop the flag")
     if recipe.untie_embeddings_and_output_weights and model.tie_embeddings:
         raise UserError("--untie-embeddings-and-output-weights: the model ties its embeddings; drop the flag")
-    run = Run(model, parallel, optim, data, train, targets.check(model, command.lora))
+    run = Run(model, parallel, optim, data, train, targets.resolve_config(model, command.lora))
     validation.check(run, world)
     return run, said
 

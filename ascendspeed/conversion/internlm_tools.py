@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ascendspeed.models.families.internevo_names import Asked
+from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
 
@@ -67,7 +67,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
     require_empty_dir(options.tgt)
     size = convert.parse_size(options.max_shard)
     defaults = not (Path(options.src) / "config.json").is_file()
-    asked = Asked(
+    asked = InternEvoOptions(
         options.version,
         options.qk_interleaved,
         options.qkv_fused,

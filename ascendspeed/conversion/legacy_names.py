@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.rank_files import Dialect
-from ascendspeed.models.families import FAMILIES, Row
+from ascendspeed.models.families import FAMILIES, ParamMapping
 
 Names = Mapping[str, tuple[str, ...]]
 """Our name -> theirs: one for each block, or one that holds them all."""
@@ -20,7 +20,7 @@ TIED = ("word_embeddings_for_head.weight",)
 LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "self_attention.", "mlp."))
 
 
-def rows(config: ModelConfig, names: Names) -> Iterator[Row]:
+def rows(config: ModelConfig, names: Names) -> Iterator[ParamMapping]:
     """The rows of a model under `names`; what is not there keeps our name."""
     for row in FAMILIES[config.family].rows:
         theirs = names.get(row.ours, (row.ours,))

@@ -14,12 +14,12 @@ from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion.source import Source, check_names, from_maker
 from ascendspeed.models import param_mapping
-from ascendspeed.models.families.base import Row
+from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.models.families.internlm2 import INTERNLM2
-from ascendspeed.models.families.llama import ROWS as LLAMA
+from ascendspeed.models.families.llama import PARAM_MAPPINGS as LLAMA
 from ascendspeed.models.lora import targets as adapters
-from ascendspeed.models.lora.targets import Target
-from ascendspeed.models.param_mapping import Parameter, Tile
+from ascendspeed.models.lora.targets import LoraTarget
+from ascendspeed.models.param_mapping import Parameter, Slice2D
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -56,7 +56,7 @@ class Adapter:
 def initial(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
     """Fresh adapters, the same for every layout, by our names: A as peft draws it (uniform to 1 / sqrt(inputs)), B zero."""
     for layer in range(model.num_layers):
-        for target in adapters.chosen(model, lora):
+        for target in adapters.selected_targets(model, lora):
             name, shape = target.ours("A", layer), target.shape("A", lora.lora_rank)
             generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
             bound = 1 / math.sqrt(target.inputs)
@@ -72,7 +72,7 @@ def of_checkpoint(opened: Checkpoint) -> Adapter:
             f"{opened.path} holds all weights of a model, no adapters (it was trained without --lora-rank)"
         )
     tensors, pairs = dict(opened.tensors()), {}
-    for layer, target in _places(model, adapters.chosen(model, lora)):
+    for layer, target in _places(model, adapters.selected_targets(model, lora)):
         a, b = (tensors[target.ours(which, layer)] for which in "AB")
         pairs[target.theirs.format(l=layer)] = Pair(a, b, lora.lora_alpha / lora.lora_rank)
     settings = {
@@ -88,7 +88,7 @@ def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterat
     """Its matrices by our names, to train on. Raises `UserError` unless they are those that the run's flags ask for."""
     places = {
         target.theirs.format(l=layer): (layer, target)
-        for layer, target in _places(model, adapters.chosen(model, lora))
+        for layer, target in _places(model, adapters.selected_targets(model, lora))
     }
     check_names(
         adapter.where,
@@ -122,16 +122,16 @@ def merged(source: Source, adapter: Adapter) -> Source:
 
     def make(name: str) -> Tensor:
         parameter = parameters[name]
-        full = source.block(name, Tile(0, 0, 0, 0, *parameter.shape))
-        parts = param_mapping.part(source.config, parameter, full)
+        full = source.block(name, Slice2D(0, 0, 0, 0, *parameter.shape))
+        parts = param_mapping.megatron_to_hf(source.config, parameter, full)
         for theirs, part in parts.items():
             if pair := adapter.pairs.get(theirs.removesuffix(".weight")):
                 parts[theirs] = (part + pair.delta()).to(part.dtype)
-        return param_mapping.join(source.config, parameter, parts)
+        return param_mapping.hf_to_megatron(source.config, parameter, parts)
 
     made = from_maker(make)
 
-    def block(name: str, wanted: Tile) -> Tensor:
+    def block(name: str, wanted: Slice2D) -> Tensor:
         return (made if name in parameters else source.block)(name, wanted)
 
     return replace(source, kind=f"{source.kind} with adapters", block=block)
@@ -166,8 +166,8 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
         if len(mine) == 1 < len(theirs):
             a, b, scale = found[0]
             shape = (llama.shape[0], b.shape[1])
-            full = param_mapping.join(model, replace(own[llama.name], shape=shape), {mine[0]: b})
-            rows = param_mapping.part(model, replace(llama, shape=shape), full)
+            full = param_mapping.hf_to_megatron(model, replace(own[llama.name], shape=shape), {mine[0]: b})
+            rows = param_mapping.megatron_to_hf(model, replace(llama, shape=shape), full)
             found = [Pair(a.clone(), rows[name].contiguous(), scale) for name in theirs]
         pairs |= {
             name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair
@@ -178,7 +178,7 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
     return replace(adapter, pairs=pairs, settings=settings, base=adapter.base if same else None)
 
 
-def _places(model: ModelConfig, targets: Sequence[Target]) -> Iterator[tuple[int, Target]]:
+def _places(model: ModelConfig, targets: Sequence[LoraTarget]) -> Iterator[tuple[int, LoraTarget]]:
     for layer in range(model.num_layers):
         for target in targets:
             yield layer, target
@@ -186,7 +186,7 @@ def _places(model: ModelConfig, targets: Sequence[Target]) -> Iterator[tuple[int
 
 def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]:
     """Our name -> the parameter, named as the adapters are, of everything that they change."""
-    ways: list[Sequence[Row] | None] = [None, LLAMA, INTERNLM2.rows]
+    ways: list[Sequence[ParamMapping] | None] = [None, LLAMA, INTERNLM2.rows]
     found = [
         {t.theirs.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))}
         for rows in ways
@@ -204,7 +204,7 @@ def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]
     return {p.name: p for p in param_mapping.parameters(model, ways[best]) if touched & set(p.theirs)}
 
 
-def _check_shapes(adapter: Adapter, name: str, target: Target) -> None:
+def _check_shapes(adapter: Adapter, name: str, target: LoraTarget) -> None:
     a, b, _ = adapter.pairs[name]
     if (a.shape[1], b.shape[0]) != (target.inputs, target.outputs) or a.shape[0] != b.shape[1]:
         raise UserError(

@@ -23,8 +23,8 @@ from ascendspeed.conversion.source import (
     same_bits,
 )
 from ascendspeed.models import param_mapping
-from ascendspeed.models.families.base import Row
-from ascendspeed.models.param_mapping import Parameter, Stored
+from ascendspeed.models.families.base import ParamMapping
+from ascendspeed.models.param_mapping import Parameter, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -62,11 +62,11 @@ class Dialect:
     """The names that tensors have in rank files; layers count from 0 on every stage."""
 
     name: str
-    rows: Callable[[ModelConfig], Iterable[Row]]
+    rows: Callable[[ModelConfig], Iterable[ParamMapping]]
     """What they say for a model, one row for each of its parameters."""
     junk: tuple[str, ...] = ()
     """Regular expressions of what carries nothing."""
-    holds: Callable[[ModelConfig, Parameter, "Grid", int], Iterable[Stored]] | None = None
+    holds: Callable[[ModelConfig, Parameter, "Grid", int], Iterable[StoredTensor]] | None = None
     """What a rank's tensors hold of a parameter, by the names in its `theirs`; None: what its row says (`weights.stored`)."""
 
 
@@ -93,7 +93,9 @@ class Grid:
         return stage, parameter.layer - firsts[stage]
 
 
-def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: int) -> Iterator[Stored]:
+def stored(
+    config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: int
+) -> Iterator[StoredTensor]:
     """What one rank's file holds."""
     rows = list(dialect.rows(config))
     for parameter in param_mapping.parameters(config, rows):
@@ -109,7 +111,7 @@ def stored(config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: 
         if dialect.holds:
             yield from dialect.holds(config, local, grid, rank)
         else:
-            yield from param_mapping.stored(config, local, grid.tp, rank, grid.padded_vocab)
+            yield from param_mapping.stored_tensors(config, local, grid.tp, rank, grid.padded_vocab)
 
 
 def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
@@ -307,6 +309,6 @@ def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mappin
 def _are_the_last_rows(parts: list[Tensor], count: int, parameter: Parameter, pieces: list) -> bool:
     rows, columns = parameter.shape
     return count <= rows and same_bits(
-        param_mapping.gather(pieces, param_mapping.Tile(rows - count, 0, 0, 0, count, columns)),
+        param_mapping.assemble(pieces, param_mapping.Slice2D(rows - count, 0, 0, 0, count, columns)),
         torch.cat(parts),
     )

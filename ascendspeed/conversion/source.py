@@ -19,7 +19,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.output_files import SAFETENSORS_TYPES, nbytes
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import family_of
-from ascendspeed.models.param_mapping import Parameter, Tile
+from ascendspeed.models.param_mapping import Parameter, Slice2D
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_table
 from ascendspeed.utils.text import shorten_list
@@ -28,7 +28,7 @@ THREADS = 4
 """That read from a source at the same time, at most."""
 EDGE, SPREAD = 16, 8
 """Of a fingerprint: rows at each end of a vocabulary; parts of a matrix, where each begins a row is read."""
-Block = Callable[[str, Tile], Tensor]
+Block = Callable[[str, Slice2D], Tensor]
 """(our name, rectangle of the full tensor seen as a matrix) -> the matrix there; it may be a read-only view of a file."""
 
 
@@ -85,36 +85,36 @@ class Source:
             rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
             yield (
                 parameter.name,
-                self.block(parameter.name, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape),
+                self.block(parameter.name, Slice2D(0, 0, 0, 0, rows, columns)).reshape(parameter.shape),
             )
 
 
-def _fingers(parameter: Parameter) -> Iterator[Tile]:
+def _fingers(parameter: Parameter) -> Iterator[Slice2D]:
     """What a fingerprint reads: a whole vector; of a matrix the first and the last row, and some between at equal distances.
 
     Of a vocabulary (embedding, head) more rows at both ends, where the tokens lie that a model is given later.
     """
     if len(parameter.shape) == 1:
-        yield Tile(0, 0, 0, 0, parameter.shape[0], 1)
+        yield Slice2D(0, 0, 0, 0, parameter.shape[0], 1)
         return
     rows, columns = parameter.shape
     edge = min(rows, EDGE if parameter.row.split == "vocab" else 1)
-    yield Tile(0, 0, 0, 0, edge, columns)
+    yield Slice2D(0, 0, 0, 0, edge, columns)
     for part in range(1, SPREAD):
-        yield Tile(rows * part // SPREAD, 0, 0, 0, 1, columns)
-    yield Tile(rows - edge, 0, 0, 0, edge, columns)
+        yield Slice2D(rows * part // SPREAD, 0, 0, 0, 1, columns)
+    yield Slice2D(rows - edge, 0, 0, 0, edge, columns)
 
 
-def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Tile]]]]) -> Block:
+def from_pieces(pieces: Mapping[str, Sequence[tuple[Tensor, Sequence[Slice2D]]]]) -> Block:
     """Reads from stored tensors: our name -> the matrices that hold it, and what of it they hold."""
     begun: set[str] = set()
 
-    def block(name: str, wanted: Tile) -> Tensor:
+    def block(name: str, wanted: Slice2D) -> Tensor:
         if name not in begun:
             begun.add(name)
             for matrix, _ in pieces[name]:
                 _read_ahead(matrix)
-        return param_mapping.gather(pieces[name], wanted)
+        return param_mapping.assemble(pieces[name], wanted)
 
     return block
 
@@ -132,7 +132,7 @@ def from_maker(make: Callable[[str], Tensor]) -> Block:
     kept: dict[str, Tensor] = {}
     lock = threading.Lock()
 
-    def block(name: str, wanted: Tile) -> Tensor:
+    def block(name: str, wanted: Slice2D) -> Tensor:
         with lock:
             if name not in kept:
                 for oldest in list(kept)[: len(kept) + 1 - THREADS]:

@@ -25,7 +25,7 @@ from ascendspeed.conversion.formats import huggingface
 from ascendspeed.conversion.source import Source
 from ascendspeed.models import estimates
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.param_mapping import Parameter, Tile, parameters
+from ascendspeed.models.param_mapping import Parameter, Slice2D, parameters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance, of_bytes, progress
 
@@ -104,8 +104,8 @@ def _same(
     return name, sums[0].hexdigest()
 
 
-def _whole(parameter: Parameter) -> Tile:
-    return Tile(0, 0, 0, 0, parameter.shape[0], math.prod(parameter.shape[1:]))
+def _whole(parameter: Parameter) -> Slice2D:
+    return Slice2D(0, 0, 0, 0, parameter.shape[0], math.prod(parameter.shape[1:]))
 
 
 def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
@@ -211,12 +211,12 @@ def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dt
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     alone, config = ParallelConfig(), replace(small, family=end.config.family)
-    with process_groups.joined(here, alone, seed=1), torch.no_grad():
-        model = gpt_model.build(
+    with process_groups.initialized(here, alone, seed=1), torch.no_grad():
+        model = gpt_model.build_model(
             config, alone, layer_spec.transformer_config(config, alone, TrainConfig())
         ).eval()
         full = ((p, end.block(p.name, _whole(p)).reshape(p.shape)) for p in parameters(config))
-        gpt_model.fill(
+        gpt_model.load_weights(
             model, config, alone, ((p.name, tensor.to(dtype or tensor.dtype)) for p, tensor in full)
         )
         return model(tokens, None, None)[..., : config.vocab_size].float()

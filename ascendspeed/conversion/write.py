@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ascendspeed.conversion.output_files import PieceFile, Specs, nbytes
 from ascendspeed.conversion.source import THREADS, Source
-from ascendspeed.models.param_mapping import Stored, Tile
+from ascendspeed.models.param_mapping import Slice2D, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance
 from ascendspeed.utils.text import shorten_list
@@ -26,7 +26,7 @@ class File:
 
     path: str
     """Under the target's folder."""
-    holds: tuple[Stored, ...]
+    holds: tuple[StoredTensor, ...]
     create: Callable[[Path, Specs], PieceFile]
 
     def specs(self, source: Source, dtype: torch.dtype | None) -> Specs:
@@ -101,7 +101,7 @@ def workers() -> int:
     return min(THREADS, os.cpu_count() or 1)
 
 
-def _write_one(source: Source, target: PieceFile, entry: Stored, advance: Advance, seen: Seen) -> None:
+def _write_one(source: Source, target: PieceFile, entry: StoredTensor, advance: Advance, seen: Seen) -> None:
     dtype = target.specs[entry.name][0]
     padding = nbytes(*target.specs[entry.name])
     for tile in entry.tiles:
@@ -116,7 +116,7 @@ def _write_one(source: Source, target: PieceFile, entry: Stored, advance: Advanc
     advance(padding)
 
 
-def pieces(tile: Tile, dtype: torch.dtype) -> Iterable[Tile]:
+def pieces(tile: Slice2D, dtype: torch.dtype) -> Iterable[Slice2D]:
     """A tile in blocks of whole rows, of about BLOCK bytes each."""
     most = max(1, BLOCK // (tile.columns * dtype.itemsize))
     for at in range(0, tile.rows, most):

@@ -158,7 +158,7 @@ def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     return made
 
 
-def current() -> torch.device:
+def current_device() -> torch.device:
     """The device on which this process builds its tensors; after `prepare`."""
     here = torch.cuda.current_device()  # answered for every kind after `prepare`
     return here if isinstance(here, torch.device) else torch.device("cuda", here)
@@ -175,7 +175,7 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedKernel:
     """A fused kernel that the device offers."""
 
     source: str
@@ -183,7 +183,7 @@ class Fused:
     call: Callable[..., Any]
 
 
-class Bounds(NamedTuple):
+class SequenceBounds(NamedTuple):
     """Where sequences that lie one after the other begin and end."""
 
     ends: list[int]
@@ -194,7 +194,7 @@ class Bounds(NamedTuple):
     """Tokens of the longest sequence."""
 
 
-def fused(device: Device, operation: str) -> Fused | None:
+def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
     """The device's fused kernel for one of these, if one is installed; x is [s, b, ...]:
 
     - `rms_norm(x, weight, eps)`;
@@ -207,22 +207,24 @@ def fused(device: Device, operation: str) -> Fused | None:
     return maker(operation) if maker else None
 
 
-def _fused_npu(operation: str) -> Fused | None:
+def _fused_npu(operation: str) -> FusedKernel | None:
     npu = importlib.import_module("torch_npu")
     if operation == "varlen":
-        return Fused(
+        return FusedKernel(
             "torch_npu.npu_fusion_attention", functools.partial(_varlen_npu, npu.npu_fusion_attention)
         )
     return {
-        "rms_norm": Fused(
+        "rms_norm": FusedKernel(
             "torch_npu.npu_rms_norm", lambda x, weight, eps: npu.npu_rms_norm(x, weight, epsilon=eps)[0]
         ),
-        "rotary": Fused("torch_npu.npu_rotary_mul", lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin)),
-        "swiglu": Fused("torch_npu.npu_swiglu", lambda x: npu.npu_swiglu(x, dim=-1)),
+        "rotary": FusedKernel(
+            "torch_npu.npu_rotary_mul", lambda x, cos, sin: npu.npu_rotary_mul(x, cos, sin)
+        ),
+        "swiglu": FusedKernel("torch_npu.npu_swiglu", lambda x: npu.npu_swiglu(x, dim=-1)),
     }[operation]
 
 
-def _fused_cuda(operation: str) -> Fused | None:
+def _fused_cuda(operation: str) -> FusedKernel | None:
     """Liger's kernels, else Apex's RMSNorm; flash-attention's, else torch's own copy of it.
 
     No rotary: Liger's wants [b, heads, s, d] and turns q and k at once.
@@ -231,27 +233,27 @@ def _fused_cuda(operation: str) -> Fused | None:
         return _varlen_cuda()
     if importlib.util.find_spec("liger_kernel") and operation == "rms_norm":
         norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        return Fused(
+        return FusedKernel(
             "liger_kernel.ops.rms_norm",
             lambda x, weight, eps: norm.apply(x, weight, eps, 0.0, "llama", False),
         )
     if importlib.util.find_spec("liger_kernel") and operation == "swiglu":
         glu = importlib.import_module("liger_kernel.ops.swiglu").LigerSiLUMulFunction
-        return Fused(
+        return FusedKernel(
             "liger_kernel.ops.swiglu", lambda x: glu.apply(*(half.contiguous() for half in x.chunk(2, -1)))
         )
     if importlib.util.find_spec("apex") and operation == "rms_norm":
         affine = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
-        return Fused(
+        return FusedKernel(
             "apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps)
         )
     return None
 
 
-def _varlen_cuda() -> Fused | None:
+def _varlen_cuda() -> FusedKernel | None:
     if importlib.util.find_spec("flash_attn"):
         flash = importlib.import_module("flash_attn").flash_attn_varlen_func
-        return Fused(
+        return FusedKernel(
             "flash_attn.flash_attn_varlen_func",
             functools.partial(_varlen_flash, flash, {"causal": True}, True),
         )
@@ -261,7 +263,7 @@ def _varlen_cuda() -> Fused | None:
         words: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
         if "enable_gqa" in takes:
             words["enable_gqa"] = True
-        return Fused(
+        return FusedKernel(
             "torch.nn.attention.varlen",
             functools.partial(_varlen_flash, varlen, words, "enable_gqa" in takes),
         )
@@ -275,7 +277,7 @@ def _varlen_flash(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    bounds: Bounds,
+    bounds: SequenceBounds,
 ) -> torch.Tensor:
     """`groups`: whether the kernel takes fewer heads of keys than of queries."""
     if not groups:
@@ -284,7 +286,7 @@ def _varlen_flash(
 
 
 def _varlen_npu(
-    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: Bounds
+    kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SequenceBounds
 ) -> torch.Tensor:
     return kernel(
         *(q, k, v, q.size(1), "TND"),

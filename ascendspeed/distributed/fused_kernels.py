@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.distributed.device import Bounds, Device, fused
+from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -65,7 +65,7 @@ class Kernels:
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     swiglu: Callable[[Tensor], Tensor] = swiglu
     geglu: Callable[[Tensor], Tensor] = geglu
-    varlen: Callable[[Tensor, Tensor, Tensor, Bounds], Tensor] | None = None
+    varlen: Callable[[Tensor, Tensor, Tensor, SequenceBounds], Tensor] | None = None
     """Causal attention within each of many sequences; None: torch's SDPA, one after the other."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
@@ -73,9 +73,9 @@ class Kernels:
         return ", ".join(f"{operation}: {source}" for operation, source in self.sources)
 
 
-def choose(device: Device, **wanted: bool) -> Kernels:
+def select_kernels(device: Device, **wanted: bool) -> Kernels:
     """`choose(device, rms_norm=True, ...)`: the device's fused kernel for each that is wanted and there, torch for the others."""
-    found = {name: fused(device, name) if want else None for name, want in wanted.items()}
+    found = {name: fused_kernel(device, name) if want else None for name, want in wanted.items()}
     sources = tuple(
         (
             name,

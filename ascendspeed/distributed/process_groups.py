@@ -24,7 +24,7 @@ SEEDS = 1_000_003
 
 
 @dataclass(frozen=True)
-class Grid:
+class ProcessGrid:
     """This rank's place."""
 
     rank: int
@@ -71,7 +71,9 @@ class Grid:
         return values
 
 
-def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30) -> Grid:
+def initialize(
+    device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30
+) -> ProcessGrid:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the grid.
 
     Also seeds every generator: outside tensor-parallel regions one seed for the ranks of a tensor-parallel group, as they must draw
@@ -104,7 +106,7 @@ def initialize(device: Device, parallel: ParallelConfig, seed: int, timeout_minu
     )  # ranks of a tensor-parallel group adjoin
     torch.manual_seed(seed + SEEDS * replica)
     model_parallel_cuda_manual_seed(seed + SEEDS * replica)
-    return Grid(
+    return ProcessGrid(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
@@ -135,13 +137,13 @@ def _join(device: Device, timeout_minutes: float) -> None:
         ) from error
 
 
-def generators() -> dict[str, Tensor]:
+def rng_states() -> dict[str, Tensor]:
     """State (uint8) of this rank's random number generators: torch's, the device's, and those of the tensor-parallel regions."""
     tracked = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
     return {"torch": torch.get_rng_state(), "device": devices.rng_state(), **tracked}
 
 
-def set_generators(states: dict[str, Tensor]) -> None:
+def set_rng_states(states: dict[str, Tensor]) -> None:
     """Sets what `generators` gave."""
     torch.set_rng_state(states["torch"])
     devices.set_rng_state(states["device"])
@@ -151,13 +153,13 @@ def set_generators(states: dict[str, Tensor]) -> None:
     get_cuda_rng_tracker().set_states(tracked)
 
 
-def beside(timeout_minutes: float) -> Any:
+def new_cpu_group(timeout_minutes: float) -> Any:
     """A process group of all ranks beside the others, on the CPU: for a thread of its own, or for what no device needs to know."""
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 @contextmanager
-def joined(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[Grid]:
+def initialized(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[ProcessGrid]:
     """`initialize` for the time of a block; groups that were there before stay."""
     before = dist.is_initialized()
     try:

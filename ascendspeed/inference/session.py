@@ -16,7 +16,7 @@ from ascendspeed.conversion.formats.registry import open_source
 from ascendspeed.conversion.source import Source
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, Place
 from ascendspeed.tokenization import tokenizer
@@ -34,7 +34,7 @@ class Session:
 
     place: Place
     device: Device
-    grid: Grid
+    grid: ProcessGrid
     tokenizer: Tokenizer
     template: str | None = None
     """--chat-template."""
@@ -99,7 +99,7 @@ class Session:
     def model(self) -> engine.LanguageModel:
         """The model; reads the weights when it is first asked for."""
         where = self.place.where
-        fused = fused_kernels.choose(
+        fused = fused_kernels.select_kernels(
             self.device,
             rms_norm=where.use_fused_rmsnorm,
             rotary=where.use_fused_rotary_pos_emb,

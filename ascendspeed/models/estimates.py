@@ -8,7 +8,7 @@ from typing import Literal
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.base import Row, shape_of
+from ascendspeed.models.families.base import ParamMapping, param_shape
 from ascendspeed.models.lora import targets
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -125,14 +125,14 @@ def checkpoint_bytes(model: ModelConfig, lora: LoraConfig | None = None) -> int:
     )
 
 
-def known_peak(device_name: str) -> float | None:
+def peak_tflops(device_name: str) -> float | None:
     """Dense bf16 (and fp16) TFLOP/s of a device by the name that its driver gives; None where it is not surely known."""
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
 
 
-def _table(model: ModelConfig, active: bool = False) -> Iterator[tuple[Row, tuple[int, ...], int]]:
+def _table(model: ModelConfig, active: bool = False) -> Iterator[tuple[ParamMapping, tuple[int, ...], int]]:
     """Every row of the model's family, its full shape, and how often the model has it; `active`: how often a token meets it."""
     experts = model.moe_router_topk if active else model.num_experts or 0
     for row in FAMILIES[model.family].rows_of(model):
         copies = (model.num_layers if "{l}" in row.ours else 1) * (experts if "{e}" in row.ours else 1)
-        yield row, shape_of(model, row), copies
+        yield row, param_shape(model, row), copies

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.base import Row, Split, shape_of
+from ascendspeed.models.families.base import ParamMapping, Partition, param_shape
 from ascendspeed.utils.errors import UserError
 
 Span = tuple[int, int]
 """First row of the full tensor, and how many."""
 
 
-class Tile(NamedTuple):
+class Slice2D(NamedTuple):
     """A rectangle that a part shares with the full tensor, both seen as matrices [first dimension, all others]."""
 
     row: int
@@ -33,9 +33,9 @@ class Tile(NamedTuple):
     columns: int
 
 
-def blocks(config: ModelConfig, row: Row) -> list[list[Span]]:
+def block_spans(config: ModelConfig, row: ParamMapping) -> list[list[Span]]:
     """The blocks of a full parameter, each as the rows it has there: itself; q, k and v; gate and up."""
-    rows = shape_of(config, row)[0]
+    rows = param_shape(config, row)[0]
     if row.fuse == "glu":
         return [[(0, rows // 2)], [(rows // 2, rows // 2)]]
     if row.fuse == "qkv":
@@ -45,14 +45,14 @@ def blocks(config: ModelConfig, row: Row) -> list[list[Span]]:
     return [[(0, rows)]]
 
 
-def cut_tiles(
+def shard_slices(
     held: Sequence[Sequence[Span]],
     columns: int,
     dim: int | None,
     parts: int = 1,
     part: int = 0,
     padded: int = 0,
-) -> Iterator[Tile]:
+) -> Iterator[Slice2D]:
     """The tiles of one of `parts` parts: each block is cut along `dim` (None: not), and what comes off lies one after the other.
 
     `padded`: rows of a padded vocabulary; the rows of padding are in no tile.
@@ -66,17 +66,17 @@ def cut_tiles(
         for row, n in block:
             top, bottom = max(first, seen), min(last, seen + n)
             if top < bottom:
-                yield Tile(row + top - seen, left, at + top - first, 0, bottom - top, width)
+                yield Slice2D(row + top - seen, left, at + top - first, 0, bottom - top, width)
             seen += n
         at += last - first
 
 
-DIMENSION: dict[Split, int | None] = {"replicated": None, "rows": 0, "columns": 1, "vocab": 0}
+SHARD_DIM: dict[Partition, int | None] = {"replicated": None, "rows": 0, "columns": 1, "vocab": 0}
 """Along which a row's `split` cuts."""
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """How tensor parallel cuts one full tensor into `parts`."""
 
     shape: tuple[int, ...]
@@ -99,13 +99,13 @@ class Cut:
             shape[self.dim] //= self.parts
         return tuple(shape)
 
-    def tiles(self, rank: int) -> Iterator[Tile]:
+    def tiles(self, rank: int) -> Iterator[Slice2D]:
         """What the part of a rank shares with the full tensor."""
         rows = (self.shape or (1,))[0]
         held = [[(i * (rows // self.stride), rows // self.stride)] for i in range(self.stride)]
-        return cut_tiles(held, math.prod(self.shape[1:]), self.dim, self.parts, rank, self.padded_rows)
+        return shard_slices(held, math.prod(self.shape[1:]), self.dim, self.parts, rank, self.padded_rows)
 
-    def part(self, full: Tensor, rank: int) -> Tensor:
+    def megatron_to_hf(self, full: Tensor, rank: int) -> Tensor:
         """The part of rank `rank`, a view where it can be; rows of padding are zero."""
         if self.padded_rows:
             rows = self.padded_rows // self.parts
@@ -129,60 +129,60 @@ class Parameter:
     name: str
     """Ours, with the layer's number in the whole model."""
     theirs: tuple[str, ...]
-    row: Row
+    row: ParamMapping
     shape: tuple[int, ...]
     """Of the full, unpadded tensor."""
     layer: int | None = None
     expert: int | None = None
 
-    def cut(self, tensor_parallel: int, padded_vocab: int) -> Cut:
+    def cut(self, tensor_parallel: int, padded_vocab: int) -> ShardSpec:
         """How `tensor_parallel` ranks share it; `padded_vocab` is the padded vocabulary of that layout."""
-        dim = DIMENSION[self.row.split]
+        dim = SHARD_DIM[self.row.split]
         if dim is None:
-            return Cut(self.shape)
+            return ShardSpec(self.shape)
         rows = padded_vocab if self.row.split == "vocab" else 0
-        return Cut(self.shape, dim, 2 if self.row.fuse == "glu" else 1, tensor_parallel, rows)
+        return ShardSpec(self.shape, dim, 2 if self.row.fuse == "glu" else 1, tensor_parallel, rows)
 
 
-def parameters(config: ModelConfig, rows: Iterable[Row] | None = None) -> Iterator[Parameter]:
+def parameters(config: ModelConfig, rows: Iterable[ParamMapping] | None = None) -> Iterator[Parameter]:
     """Every parameter of the model, in order, by the rows of its family, or by others that name the same parameters."""
     for row in FAMILIES[config.family].rows_of(config, rows):
-        shape = shape_of(config, row)
+        shape = param_shape(config, row)
         for layer in range(config.num_layers) if "{l}" in row.ours else [None]:
             for expert in range(config.num_experts or 0) if "{e}" in row.ours else [None]:
                 ours, *theirs = (name.format(l=layer, e=expert) for name in (row.ours, *row.theirs))
                 yield Parameter(ours, tuple(theirs), row, shape, layer, expert)
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """One tensor of a file and what it holds of one of our parameters; rows that no tile names are padding."""
 
     name: str
     parameter: Parameter
     shape: tuple[int, ...]
-    tiles: tuple[Tile, ...]
+    tiles: tuple[Slice2D, ...]
 
 
-def stored(
+def stored_tensors(
     config: ModelConfig, parameter: Parameter, tp: int = 1, rank: int = 0, padded_vocab: int = 0
-) -> list[Stored]:
+) -> list[StoredTensor]:
     """The tensors that hold a parameter in the file of one of `tp` ranks, by the names of its row."""
-    row, found = parameter.row, blocks(config, parameter.row)
+    row, found = parameter.row, block_spans(config, parameter.row)
     held = [found] if len(parameter.theirs) == 1 else [[block] for block in found]
-    dim, columns = DIMENSION[row.split], math.prod(parameter.shape[1:])
+    dim, columns = SHARD_DIM[row.split], math.prod(parameter.shape[1:])
     padded = padded_vocab if row.split == "vocab" else 0
     entries = []
     for name, mine in zip(parameter.theirs, held, strict=True):
-        tiles = tuple(cut_tiles(mine, columns, dim, tp, rank, padded))
+        tiles = tuple(shard_slices(mine, columns, dim, tp, rank, padded))
         rows = sum((padded or sum(n for _, n in block)) // (tp if dim == 0 else 1) for block in mine)
         width = (columns // tp if dim == 1 else columns,) * (len(parameter.shape) - 1)
-        entries.append(Stored(name, parameter, (rows, *width), tiles))
+        entries.append(StoredTensor(name, parameter, (rows, *width), tiles))
     return entries
 
 
-def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
+def hf_to_megatron(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor]) -> Tensor:
     """Our full tensor from the Hugging Face ones. Raises `UserError` when a shape is not the configuration's."""
-    entries = stored(config, parameter)
+    entries = stored_tensors(config, parameter)
     for entry in entries:
         if tuple(tensors[entry.name].shape) != entry.shape:
             raise UserError(
@@ -190,13 +190,13 @@ def join(config: ModelConfig, parameter: Parameter, tensors: Mapping[str, Tensor
             )
     pieces = [(as_matrix(tensors[entry.name]), entry.tiles) for entry in entries]
     rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
-    return gather(pieces, Tile(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
+    return assemble(pieces, Slice2D(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
 
 
-def part(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, Tensor]:
+def megatron_to_hf(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, Tensor]:
     """The Hugging Face tensors of our full one; the exact inverse of `join`."""
     made = {}
-    for entry in stored(config, parameter):
+    for entry in stored_tensors(config, parameter):
         pieces = [as_matrix(full)[tile.row : tile.row + tile.rows] for tile in entry.tiles]
         made[entry.name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(entry.shape)
     return made
@@ -204,7 +204,7 @@ def part(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, T
 
 def shapes_of(config: ModelConfig, parameter: Parameter) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the Hugging Face tensors of one parameter."""
-    return {entry.name: entry.shape for entry in stored(config, parameter)}
+    return {entry.name: entry.shape for entry in stored_tensors(config, parameter)}
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(len(tensor), -1) if tensor.dim() != 2 else tensor
 
 
-def gather(pieces: Iterable[tuple[Tensor, Iterable[Tile]]], wanted: Tile) -> Tensor:
+def assemble(pieces: Iterable[tuple[Tensor, Iterable[Slice2D]]], wanted: Slice2D) -> Tensor:
     """A rectangle of the full tensor (`row`, `column`, `rows`, `columns` of `wanted`) from matrices that hold tiles of it.
 
     A view where one of them holds it all. Raises ValueError when something of it is nowhere.

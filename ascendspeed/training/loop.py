@@ -20,7 +20,7 @@ from ascendspeed.conversion.lora_adapter import of_checkpoint
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import estimates
 from ascendspeed.training.engines import Engine, StepResult
 from ascendspeed.training.fault_tolerance import Watch
@@ -39,7 +39,7 @@ class Window:
     results: list[StepResult] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
-    def line(self, run: Run, state: TrainState, lr: float, grid: Grid, device: Device) -> TrainLine:
+    def line(self, run: Run, state: TrainState, lr: float, grid: ProcessGrid, device: Device) -> TrainLine:
         """The log line, and a new window."""
         results, seconds = self.results, time.perf_counter() - self.began
         counted = [r for r in results if math.isfinite(r.loss)]
@@ -47,7 +47,7 @@ class Window:
         per_iteration = seconds / len(results)
         per_device = run.train.global_batch_size * run.data.seq_length / per_iteration / grid.world
         tflops = per_device * estimates.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
-        peak = estimates.known_peak(device.name) if run.optim.dtype != "fp32" else None
+        peak = estimates.peak_tflops(device.name) if run.optim.dtype != "fp32" else None
         self.results, self.began = [], time.perf_counter()
         return TrainLine(
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -74,7 +74,7 @@ class Window:
 
 def train(
     run: Run,
-    grid: Grid,
+    grid: ProcessGrid,
     device: Device,
     engine: Engine,
     batches: Batches,
@@ -149,14 +149,14 @@ def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> 
     return ""
 
 
-def _saver(run: Run, grid: Grid, start: Start, say: Callable[[str], None]) -> Saver | None:
+def _saver(run: Run, grid: ProcessGrid, start: Start, say: Callable[[str], None]) -> Saver | None:
     if not run.train.save:
         return None
     barrier = grid.barrier
     if (
         grid.world > 1
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
-        barrier = partial(dist.barrier, group=process_groups.beside(SAVE_MINUTES))
+        barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.gather(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
     return Saver(
         start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token

@@ -26,7 +26,7 @@ from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.distributed.device import Device
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import estimates
 from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.tokenization import tokenizer
@@ -65,7 +65,7 @@ class Start:
         return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
 
 
-def open_data(run: Run, grid: Grid, say: Say) -> tuple[Run, Batches]:
+def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
     """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of a replica see the
     same.
 
@@ -124,7 +124,7 @@ def _check_tokenizer(run: Run) -> None:
             )
 
 
-def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
+def find_start(run: Run, grid: ProcessGrid, device: Device, say: Say) -> Start:
     """What `--load` means: a training checkpoint to continue (or, with --finetune, its weights), weights, or nothing yet.
 
     Raises `UserError` when there is nothing where it points, when `--save` holds another run that would be overwritten or cannot be
@@ -159,7 +159,7 @@ def find_start(run: Run, grid: Grid, device: Device, say: Say) -> Start:
     return Start(random_tensors(run.model, run.train.seed, device.torch))
 
 
-def _check_views(run: Run, grid: Grid) -> None:
+def _check_views(run: Run, grid: ProcessGrid) -> None:
     """Whether all ranks would begin at the same place; where --auto-resume found a checkpoint on some only, --load differs."""
     load, save = run.train.load, run.train.save
     holds = {
@@ -180,7 +180,7 @@ def _names(holds: dict[str, bool]) -> str:
     return " and ".join(f"--{flag}" for flag, held in holds.items() if held) or "neither"
 
 
-def _try_disk(folder: Path, grid: Grid) -> None:
+def _try_disk(folder: Path, grid: ProcessGrid) -> None:
     """Every rank makes a file in --save, sees that of rank 0, and removes its own: what would fail at the first save, fails now."""
     made, wrong = None, ""
     try:
@@ -200,7 +200,7 @@ def _try_disk(folder: Path, grid: Grid) -> None:
         raise UserError(f"--save {folder}: rank {rank} cannot save there: {found[rank]}")
 
 
-def _check_disk(run: Run, grid: Grid, say: Say) -> None:
+def _check_disk(run: Run, grid: ProcessGrid, say: Say) -> None:
     """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
     size, train = estimates.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
@@ -236,7 +236,7 @@ def _from_weights(run: Run, source: Source, readers: Readers) -> Start:
     return Start(tensors, lora=lora)
 
 
-def _from_checkpoint(run: Run, found: Checkpoint, grid: Grid, readers: Readers) -> Start:
+def _from_checkpoint(run: Run, found: Checkpoint, grid: ProcessGrid, readers: Readers) -> Start:
     say = readers.say
     theirs = dataclasses.replace(found.config, init_method_std=run.model.init_method_std)
     if theirs != run.model:

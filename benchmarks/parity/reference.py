@@ -53,7 +53,10 @@ def reference(family: str, steps: int, mistakes: set[str], folder: Path) -> Refe
     model = rows.MODELS[family]
     _, start = oracle.native(model)
     start = {name: tensor.clone() for name, tensor in start.items()}
-    ours = {p.name: param_mapping.join(model, p, start).contiguous() for p in param_mapping.parameters(model)}
+    ours = {
+        p.name: param_mapping.hf_to_megatron(model, p, start).contiguous()
+        for p in param_mapping.parameters(model)
+    }
     files: dict[str | None, str] = {}
     for name in (None, *sorted(mistakes)):
         made = ours if name is None else {k: v.contiguous() for k, v in MIXED_UP[name](ours, model).items()}

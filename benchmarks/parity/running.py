@@ -167,5 +167,5 @@ def last_weights(folder: Path) -> Named:
     opened = open_checkpoint(folder, say=lambda text: None)
     tensors, found = dict(opened.tensors("master")), {}
     for parameter in param_mapping.parameters(opened.config):
-        found |= param_mapping.part(opened.config, parameter, tensors[parameter.name])
+        found |= param_mapping.megatron_to_hf(opened.config, parameter, tensors[parameter.name])
     return found

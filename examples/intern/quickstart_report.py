@@ -52,10 +52,10 @@ def our_loss(work: Path, samples: Any) -> float:
 
     found, alone = open_checkpoint(work / "ckpt"), ParallelConfig()
     process_groups.initialize(here, alone, seed=1)
-    model = gpt_model.build(
+    model = gpt_model.build_model(
         found.config, alone, layer_spec.transformer_config(found.config, alone, TrainConfig())
     ).eval()
-    gpt_model.fill(model, found.config, alone, found.tensors())
+    gpt_model.load_weights(model, found.config, alone, found.tensors())
     with torch.no_grad():
         losses = [model(part[:, :-1], None, None, labels=part[:, 1:]) for part in samples.split(8)]
     process_groups.destroy()

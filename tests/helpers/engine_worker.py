@@ -37,7 +37,7 @@ def main() -> None:
     from ascendspeed.models.param_mapping import random_tensors
     from helpers import oracle
 
-    base, fused = schema.from_dict(job["run"]), fused_kernels.choose(here, varlen=here.kind != "cpu")
+    base, fused = schema.from_dict(job["run"]), fused_kernels.select_kernels(here, varlen=here.kind != "cpu")
     plain = oracle.batches(
         base.model.vocab_size,
         job["steps"],
@@ -235,7 +235,7 @@ def without_documents():
     """To the end of the process: positions begin again at every document, but queries see the whole row before them."""
     from ascendspeed.models.gpt import attention
 
-    attention.attend_within = lambda segments, q, k, v, *_: attention.attend(q, k, v)
+    attention.attend_packed = lambda segments, q, k, v, *_: attention.attend(q, k, v)
 
 
 def without_adapters(mistake):

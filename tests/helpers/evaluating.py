@@ -174,7 +174,9 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
         noise = torch.randn(
             tensor.shape, generator=torch.Generator().manual_seed(len(parameter.name) * 7 + len(named))
         )
-        named |= param_mapping.part(model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor)
+        named |= param_mapping.megatron_to_hf(
+            model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor
+        )
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
     theirs = families.FAMILIES[model.family].write_config(model) | {"bos_token_id": 1, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(theirs))

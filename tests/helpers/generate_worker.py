@@ -32,8 +32,10 @@ def main() -> None:
         )
         leave_groups()
         grid, model = process_groups.initialize(here, layout, seed=1), ModelConfig(**case["model"])
-        built = gpt_model.build(model, layout, layer_spec.transformer_config(model, layout, TrainConfig()))
-        gpt_model.fill(built, model, layout, load_file(case["weights"]).items())
+        built = gpt_model.build_model(
+            model, layout, layer_spec.transformer_config(model, layout, TrainConfig())
+        )
+        gpt_model.load_weights(built, model, layout, load_file(case["weights"]).items())
         found[name] = answers(LanguageModel(built, model, grid, here), case)
         assert all(theirs == found[name] for theirs in grid.gather(found[name])), f"{name}: the ranks differ"
     if grid.rank == 0:

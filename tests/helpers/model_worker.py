@@ -31,10 +31,10 @@ def main() -> None:
         if layout != before:
             parallel_state.destroy_model_parallel()
         before, grid = layout, process_groups.initialize(here, run.parallel, seed=1)
-        model = gpt_model.build(
+        model = gpt_model.build_model(
             run.model, run.parallel, layer_spec.transformer_config(run.model, run.parallel, run.train)
         ).eval()
-        gpt_model.fill(model, run.model, run.parallel, load_file(case["weights"]).items())
+        gpt_model.load_weights(model, run.model, run.parallel, load_file(case["weights"]).items())
         tokens = torch.tensor(case["tokens"])
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         with torch.no_grad():

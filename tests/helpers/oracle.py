@@ -45,7 +45,7 @@ def hugging_face(
     )
     theirs: dict[str, Tensor] = {}
     for parameter in param_mapping.parameters(model):
-        theirs |= param_mapping.part(model, parameter, tensors[parameter.name])
+        theirs |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
     reference = LlamaForCausalLM(config)
     left = reference.load_state_dict(theirs, strict=False)
     assert not left.unexpected_keys, left

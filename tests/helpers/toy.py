@@ -62,7 +62,7 @@ def engine_of(run: Any, grid: Any) -> Any:
 
     from ascendspeed.checkpoint.fragment import KINDS, Fragment
     from ascendspeed.checkpoint.load import Checkpoint, load_fragments
-    from ascendspeed.models.param_mapping import Cut
+    from ascendspeed.models.param_mapping import ShardSpec
     from ascendspeed.training.engines import StepResult
 
     rows = [ROWS * (grid.rank + i) // grid.world for i in (0, 1)]
@@ -117,7 +117,7 @@ def engine_of(run: Any, grid: Any) -> Any:
 
         def fragments(self) -> Iterator[Fragment]:
             for kind, tensor in self.state.items():
-                yield Fragment("weight", kind, Cut((ROWS, WIDTH)), 0, rows[0] * WIDTH, tensor.view(-1))
+                yield Fragment("weight", kind, ShardSpec((ROWS, WIDTH)), 0, rows[0] * WIDTH, tensor.view(-1))
 
         def scalars(self) -> dict[str, Any]:
             return {"updates": self.updates}

@@ -12,7 +12,7 @@ from tyro.conf import arg
 
 from ascendspeed.cli import parser
 from ascendspeed.models import families
-from ascendspeed.models.families.internevo_names import Asked
+from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils import errors
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Options:
     """InternEvo folder to write: 1, w2 is up and w3 is down (releases before March 2024); 2, w3 is up and w2 is down."""
     embed_split: bool = True
     """InternEvo folder to write: cut the embedding along the hidden size, as embed_split_hidden=True; else along the vocabulary."""
-    asked: Asked = field(default_factory=Asked)
+    asked: InternEvoOptions = field(default_factory=InternEvoOptions)
 
 
 HF, RANKS, EVO = ("hf", "hf-llama"), ("megatron", "deepspeed"), ("internevo",)
@@ -73,7 +73,7 @@ MEANT = {
     "embed_split": EVO,
 }
 """Options that mean something for these formats only; one rank (--tp 1, --pp 1) is what every other format is written for."""
-READING = tuple(option.name for option in fields(Asked) if option.name != "family")
+READING = tuple(option.name for option in fields(InternEvoOptions) if option.name != "family")
 """Options that mean something for a training folder of InternEvo in --from only."""
 
 

@@ -47,7 +47,7 @@ def open_folder(folder: Path, config: Path) -> Source:
     if faults:
         raise UserError(f"{folder}: {'; '.join(faults)}")
     entries = {
-        parameter.name: param_mapping.stored(config, parameter)
+        parameter.name: param_mapping.stored_tensors(config, parameter)
         for parameter in param_mapping.parameters(config)
     }
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
@@ -135,10 +135,10 @@ class HuggingFace:
     def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
         """What will be written, filled in the model's order."""
         config = self._config(source)
-        shards: list[list[param_mapping.Stored]] = [[]]
+        shards: list[list[param_mapping.StoredTensor]] = [[]]
         room = self.max_shard_size
         for parameter in param_mapping.parameters(config):
-            for entry in param_mapping.stored(config, parameter):
+            for entry in param_mapping.stored_tensors(config, parameter):
                 size = nbytes(dtype or source.dtypes[parameter.name], entry.shape)
                 if size > room and shards[-1]:
                     shards.append([])

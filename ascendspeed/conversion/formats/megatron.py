@@ -23,7 +23,7 @@ from ascendspeed.conversion.rank_files import Dialect, Grid, Layout
 from ascendspeed.conversion.source import Source, read_config
 from ascendspeed.conversion.write import File
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.base import Row
+from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import plain_name
 
@@ -46,7 +46,7 @@ MEGATRON = Layout(
 )
 
 
-def _our_names(config: ModelConfig) -> Iterator[Row]:
+def _our_names(config: ModelConfig) -> Iterator[ParamMapping]:
     for row in FAMILIES[config.family].rows:
         yield replace(row, theirs=(row.ours,), fuse=row.fuse if row.fuse == "glu" else "one")
 

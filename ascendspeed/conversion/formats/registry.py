@@ -5,7 +5,7 @@ from pathlib import Path
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.conversion.formats import huggingface, internevo, megatron, mindformers, training_checkpoint
 from ascendspeed.conversion.source import Source
-from ascendspeed.models.families.internevo_names import Asked
+from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
 __all__ = ["MODULES", "open_source"]
@@ -22,7 +22,7 @@ MODULES = {
 def open_source(
     path: str | Path,
     config: str | Path | None = None,
-    asked: Asked | None = None,
+    asked: InternEvoOptions | None = None,
     readers: Readers | None = None,
 ) -> Source:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.

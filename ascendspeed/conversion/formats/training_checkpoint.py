@@ -12,7 +12,7 @@ from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
 from ascendspeed.conversion.source import Source, check_names, read_config
 from ascendspeed.models import param_mapping
-from ascendspeed.models.param_mapping import Cut, Tile
+from ascendspeed.models.param_mapping import ShardSpec, Slice2D
 from ascendspeed.utils.errors import UserError
 
 
@@ -72,12 +72,12 @@ def _whole(opened: Checkpoint) -> Source:
     beside = Path(tokenizer) if tokenizer else None
     theirs = read_config(beside)[0] if beside and (beside / "config.json").is_file() else {}
 
-    def block(name: str, wanted: Tile) -> Tensor:
+    def block(name: str, wanted: Slice2D) -> Tensor:
         shape = shapes[name]
         columns = math.prod(shape[1:])
-        rows = opened.read(name, "master", Cut(shape), 0, wanted.row * columns, wanted.rows * columns).view(
-            wanted.rows, columns
-        )
+        rows = opened.read(
+            name, "master", ShardSpec(shape), 0, wanted.row * columns, wanted.rows * columns
+        ).view(wanted.rows, columns)
         return rows[:, wanted.column : wanted.column + wanted.columns]
 
     return Source(

@@ -18,11 +18,11 @@ from ascendspeed.conversion.source import Source
 from ascendspeed.distributed import process_groups as ranks
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import families
 from ascendspeed.models.gpt import attention
 from ascendspeed.models.gpt import gpt_model as gpts
-from ascendspeed.models.gpt.kv_cache import Cache
+from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
@@ -38,10 +38,12 @@ class NoMemory(UserError):
 class LanguageModel:
     """This rank's part of a model, whose weights are its own and stay as they are, and what goes from rank to rank."""
 
-    def __init__(self, gpt: gpts.InternLM, model: ModelConfig, grid: Grid, device: Device) -> None:
+    def __init__(
+        self, gpt: gpts.GPTLanguageModel, model: ModelConfig, grid: ProcessGrid, device: Device
+    ) -> None:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.first, self.last = gpt.pre_process, gpt.post_process
-        self.cache: Cache | None = None
+        self.cache: KVCache | None = None
         if (
             self.last
             and isinstance(gpt.output_layer, NormHead)
@@ -49,11 +51,11 @@ class LanguageModel:
         ):
             gpt.output_layer.settle()
 
-    def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> Cache:
+    def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> KVCache:
         """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
         self.end()  # first: its memory is needed
         try:
-            self.cache = Cache(self.gpt, rows, capacity)
+            self.cache = KVCache(self.gpt, rows, capacity)
         except (RuntimeError, MemoryError) as error:
             size = rows * capacity * self._token_bytes / 2**30
             raise NoMemory(
@@ -66,7 +68,7 @@ class LanguageModel:
     def end(self) -> None:
         """Frees the cache, and what else was kept for a text of its length."""
         self.cache = None
-        attention.forget()
+        attention.clear_mask_cache()
 
     def read(
         self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None
@@ -209,8 +211,8 @@ def load(
             ranks.destroy()
         raise
     settings = transformer_config(source.config, layout, TrainConfig(), dtype, kernels)
-    gpt = gpts.build(source.config, layout, settings)
-    gpts.fill(gpt, source.config, layout, source.tensors())
+    gpt = gpts.build_model(source.config, layout, settings)
+    gpts.load_weights(gpt, source.config, layout, source.tensors())
     return LanguageModel(gpt, source.config, grid, device)
 
 

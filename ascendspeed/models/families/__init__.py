@@ -7,7 +7,7 @@ from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.baichuan import BAICHUAN
-from ascendspeed.models.families.base import Family, Row
+from ascendspeed.models.families.base import Family, ParamMapping
 from ascendspeed.models.families.gemma import GEMMA
 from ascendspeed.models.families.internlm import INTERNLM
 from ascendspeed.models.families.internlm2 import INTERNLM2
@@ -52,4 +52,4 @@ def read_config(path: Path) -> ModelConfig:
     return family_of(theirs).read_config(theirs)
 
 
-__all__ = ["FAMILIES", "PRESETS", "Family", "Row", "family_of", "preset", "read_config"]
+__all__ = ["FAMILIES", "PRESETS", "Family", "ParamMapping", "family_of", "preset", "read_config"]

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Row, adapt, swap
-from ascendspeed.models.families.llama import ATTENTION, KEYS, LAYER, MLP, ROWS, TINY
+from ascendspeed.models.families.base import Family, ParamMapping, override_keys, replace_mappings
+from ascendspeed.models.families.llama import ATTENTION, CONFIG_MAPPINGS, LAYER, MLP, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(
     "baichuan",
@@ -25,10 +25,12 @@ BIASES = (
 BAICHUAN = Family(
     name="baichuan",
     architecture="BaichuanForCausalLM",
-    keys=adapt(KEYS, without=("num_key_value_heads", "head_dim"), max_position_embeddings=4096),
-    rows=swap(
-        ROWS,
-        Row(ATTENTION + "linear_qkv.weight", (LAYER + "self_attn.W_pack.weight",), "qkv", "rows"),
+    keys=override_keys(
+        CONFIG_MAPPINGS, without=("num_key_value_heads", "head_dim"), max_position_embeddings=4096
+    ),
+    rows=replace_mappings(
+        PARAM_MAPPINGS,
+        ParamMapping(ATTENTION + "linear_qkv.weight", (LAYER + "self_attn.W_pack.weight",), "qkv", "rows"),
         without=BIASES,
     ),
     implied={"add_qkv_bias": False, "add_dense_bias": False, "normalize_head": True},

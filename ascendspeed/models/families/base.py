@@ -9,15 +9,15 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.rope_config import read_rope, write_rope
 from ascendspeed.utils.errors import UserError
 
-Fuse = Literal["one", "qkv", "glu"]
-Split = Literal["replicated", "rows", "columns", "vocab"]
+Fusion = Literal["one", "qkv", "glu"]
+Partition = Literal["replicated", "rows", "columns", "vocab"]
 REQUIRED = object()
-KINDS = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
+FIELD_TYPES = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
 """Type of every field of `ModelConfig`; those that may be None count something."""
 
 
 @dataclass(frozen=True)
-class Row:
+class ParamMapping:
     """One parameter of the Megatron-core model and the tensors of a checkpoint it is made of.
 
     `{l}` stands for the layer, `{e}` for the expert.
@@ -27,16 +27,16 @@ class Row:
     """Name in `GPTModel.named_parameters()`."""
     theirs: tuple[str, ...]
     """Names in the checkpoint: one for each block that `fuse` knows, or one that holds the blocks one after the other."""
-    fuse: Fuse = "one"
+    fuse: Fusion = "one"
     """The blocks of `ours`: itself; q, k and v; gate and up (`weights.blocks`)."""
-    split: Split = "replicated"
+    split: Partition = "replicated"
     """How tensor parallel cuts `ours`: not at all, along dimension 0, along dimension 1, or 0 with a padded vocabulary."""
     when: str = ""
     """A boolean of `ModelConfig` without which the model has no such parameter; `!name`: with which it has none."""
 
 
 @dataclass(frozen=True)
-class Key:
+class ConfigMapping:
     """One entry of config.json and the fields of `ModelConfig` that hold its value; null is the same as not there."""
 
     theirs: str
@@ -57,8 +57,8 @@ class Family:
     """`model_type` of config.json."""
     architecture: str
     """`architectures[0]` of config.json."""
-    keys: tuple[Key, ...]
-    rows: tuple[Row, ...]
+    keys: tuple[ConfigMapping, ...]
+    rows: tuple[ParamMapping, ...]
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -76,7 +76,9 @@ class Family:
     junk: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that carry nothing."""
 
-    def rows_of(self, config: ModelConfig, rows: Iterable[Row] | None = None) -> Iterator[Row]:
+    def rows_of(
+        self, config: ModelConfig, rows: Iterable[ParamMapping] | None = None
+    ) -> Iterator[ParamMapping]:
         """Those of the family's rows (or of others) that a model of this configuration has."""
         for row in self.rows if rows is None else rows:
             if not row.when or bool(getattr(config, row.when.lstrip("!"))) != row.when.startswith("!"):
@@ -96,13 +98,13 @@ class Family:
         for key in self.keys:
             value = self._read_key(key, theirs)
             values |= {name.lstrip("!"): not value if name.startswith("!") else value for name in key.ours}
-        check_layers(theirs)
+        check_layer_types(theirs)
         config = ModelConfig(family=self.name, **self.implied | values | read_rope(theirs, self.rope_default))
         check_heads(config)
         check_experts(config)
         return config
 
-    def _read_key(self, key: Key, theirs: Mapping[str, Any]) -> Any:
+    def _read_key(self, key: ConfigMapping, theirs: Mapping[str, Any]) -> Any:
         said = {name: theirs[name] for name in (key.theirs, *key.also) if theirs.get(name) is not None}
         value = next(iter(said.values()), None)
         if any(other != value for other in said.values()):
@@ -113,7 +115,7 @@ class Family:
             if key.default is REQUIRED:
                 raise UserError(f"config.json of a model of family {self.name} lacks {key.theirs!r}")
             return key.default
-        kind = KINDS[key.ours[0].lstrip("!")]
+        kind = FIELD_TYPES[key.ours[0].lstrip("!")]
         if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
@@ -136,7 +138,7 @@ class Family:
             )
         theirs |= write_rope(config, self.rope)
         back = self.read_config(theirs)
-        lost = [f for f in KINDS if f != "family" and getattr(back, f) != getattr(config, f)]
+        lost = [f for f in FIELD_TYPES if f != "family" and getattr(back, f) != getattr(config, f)]
         if lost:
             said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
             raise UserError(
@@ -145,7 +147,9 @@ class Family:
         return theirs
 
 
-def adapt(keys: Iterable[Key], without: Sequence[str] = (), **defaults: Any) -> tuple[Key, ...]:
+def override_keys(
+    keys: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
+) -> tuple[ConfigMapping, ...]:
     """Another family's keys: without some, and with other defaults (by the words of config.json)."""
     return tuple(
         replace(key, default=defaults[key.theirs]) if key.theirs in defaults else key
@@ -154,7 +158,9 @@ def adapt(keys: Iterable[Key], without: Sequence[str] = (), **defaults: Any) -> 
     )
 
 
-def swap(rows: Iterable[Row], *new: Row, without: Sequence[str] = ()) -> tuple[Row, ...]:
+def replace_mappings(
+    rows: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
+) -> tuple[ParamMapping, ...]:
     """Another family's rows: `new` take the place of those of the same parameter; `without` names parameters that are not there."""
     by_name = {row.ours: row for row in new}
     return tuple(by_name.get(row.ours, row) for row in rows if row.ours not in without)
@@ -192,7 +198,7 @@ def check_experts(config: ModelConfig) -> None:
         )
 
 
-def check_layers(theirs: Mapping[str, Any]) -> None:
+def check_layer_types(theirs: Mapping[str, Any]) -> None:
     """Raises `UserError` where a config.json says that layers do not attend to all that came before."""
     layers = theirs.get("layer_types") or []
     strange = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
@@ -200,7 +206,7 @@ def check_layers(theirs: Mapping[str, Any]) -> None:
         raise UserError(f"config.json: layer_types {strange[0]!r} is not supported, only 'full_attention'")
 
 
-def shape_of(config: ModelConfig, row: Row) -> tuple[int, ...]:
+def param_shape(config: ModelConfig, row: ParamMapping) -> tuple[int, ...]:
     """Shape of the full, unpadded parameter that a row describes."""
     h, d, ffn = config.hidden_size, config.head_dim, config.ffn_hidden_size
     if ".experts." in row.ours:

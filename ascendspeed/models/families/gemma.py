@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, adapt
-from ascendspeed.models.families.llama import KEYS, ROWS, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 SPECIAL = {"activation": "gelu-tanh", "zero_centered_norm": True, "scale_embeddings": True}
 BASE = ModelConfig(  # the 7B
@@ -28,10 +28,10 @@ GEMMA = Family(
     name="gemma",
     architecture="GemmaForCausalLM",
     keys=(
-        *adapt(KEYS, max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256),
-        Key("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
+        *override_keys(CONFIG_MAPPINGS, max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256),
+        ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
     ),
-    rows=ROWS,
+    rows=PARAM_MAPPINGS,
     implied=SPECIAL,
     fixed={
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # early config.json files say gelu and mean tanh's

@@ -6,12 +6,12 @@ from typing import Literal
 
 from tyro.conf import Suppress
 
-from ascendspeed.models.families.base import Row, swap
+from ascendspeed.models.families.base import ParamMapping, replace_mappings
 from ascendspeed.models.families.llama import ATTENTION, MLP
 
-ModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
+InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
 """Of InternEvo's configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
-TRAINS: dict[str, tuple[ModelType, ...]] = {
+TRAINS: dict[str, tuple[InternEvoModelType, ...]] = {
     "internlm": ("INTERNLM", "LLAMA2"),
     "internlm2": ("INTERNLM2", "LLAMA2"),
     "internlm3": ("LLAMA2",),
@@ -30,49 +30,51 @@ B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."
 QKV = ATTENTION + "linear_qkv."
 
 LLAMA2 = (
-    Row("embedding.word_embeddings.weight", ("tok_embeddings.weight",), split="columns"),
-    Row("decoder.layers.{l}.input_layernorm.weight", ("layers.{l}.attention_norm.weight",)),
-    Row(QKV + "weight", (A + "wq.weight", A + "wk.weight", A + "wv.weight"), "qkv", "rows"),
-    Row(QKV + "bias", (A + "wq.bias", A + "wk.bias", A + "wv.bias"), "qkv", "rows", when="add_qkv_bias"),
-    Row(ATTENTION + "linear_proj.weight", (A + "wo.weight",), split="columns"),
-    Row(ATTENTION + "linear_proj.bias", (A + "wo.bias",), when="add_dense_bias"),
-    Row("decoder.layers.{l}.pre_mlp_layernorm.weight", ("layers.{l}.ffn_norm.weight",)),
-    Row(MLP + "linear_fc1.weight", (F + "w1.weight", F + "w3.weight"), "glu", "rows"),
-    Row(MLP + "linear_fc2.weight", (F + "w2.weight",), split="columns"),
-    Row("decoder.final_layernorm.weight", ("norm.weight",)),
-    Row("output_layer.weight", ("output.weight",), split="rows"),
-)
-TABLES: dict[ModelType, tuple[Row, ...]] = {
-    "INTERNLM": (
-        Row("embedding.word_embeddings.weight", ("embedding.weight",), split="columns"),
-        Row("decoder.layers.{l}.input_layernorm.weight", (B + "norm1.weight",)),
-        Row(QKV + "weight", (B + "mixer.Wqkv.weight",), "qkv", "rows"),
-        Row(QKV + "bias", (B + "mixer.Wqkv.bias",), "qkv", "rows", when="add_qkv_bias"),
-        Row(ATTENTION + "linear_proj.weight", (B + "mixer.out_proj.weight",), split="columns"),
-        Row(ATTENTION + "linear_proj.bias", (B + "mixer.out_proj.bias",), when="add_dense_bias"),
-        Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (B + "norm2.weight",)),
-        Row(MLP + "linear_fc1.weight", (B + "mlp.w1.weight", B + "mlp.w3.weight"), "glu", "rows"),
-        Row(MLP + "linear_fc2.weight", (B + "mlp.w2.weight",), split="columns"),
-        Row("decoder.final_layernorm.weight", ("norm.weight",)),
-        Row("output_layer.weight", ("head.weight",), split="rows"),
+    ParamMapping("embedding.word_embeddings.weight", ("tok_embeddings.weight",), split="columns"),
+    ParamMapping("decoder.layers.{l}.input_layernorm.weight", ("layers.{l}.attention_norm.weight",)),
+    ParamMapping(QKV + "weight", (A + "wq.weight", A + "wk.weight", A + "wv.weight"), "qkv", "rows"),
+    ParamMapping(
+        QKV + "bias", (A + "wq.bias", A + "wk.bias", A + "wv.bias"), "qkv", "rows", when="add_qkv_bias"
     ),
-    "INTERNLM2": swap(  # wqkv lies per key/value group, as ours
+    ParamMapping(ATTENTION + "linear_proj.weight", (A + "wo.weight",), split="columns"),
+    ParamMapping(ATTENTION + "linear_proj.bias", (A + "wo.bias",), when="add_dense_bias"),
+    ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", ("layers.{l}.ffn_norm.weight",)),
+    ParamMapping(MLP + "linear_fc1.weight", (F + "w1.weight", F + "w3.weight"), "glu", "rows"),
+    ParamMapping(MLP + "linear_fc2.weight", (F + "w2.weight",), split="columns"),
+    ParamMapping("decoder.final_layernorm.weight", ("norm.weight",)),
+    ParamMapping("output_layer.weight", ("output.weight",), split="rows"),
+)
+PARAM_MAPPINGS: dict[InternEvoModelType, tuple[ParamMapping, ...]] = {
+    "INTERNLM": (
+        ParamMapping("embedding.word_embeddings.weight", ("embedding.weight",), split="columns"),
+        ParamMapping("decoder.layers.{l}.input_layernorm.weight", (B + "norm1.weight",)),
+        ParamMapping(QKV + "weight", (B + "mixer.Wqkv.weight",), "qkv", "rows"),
+        ParamMapping(QKV + "bias", (B + "mixer.Wqkv.bias",), "qkv", "rows", when="add_qkv_bias"),
+        ParamMapping(ATTENTION + "linear_proj.weight", (B + "mixer.out_proj.weight",), split="columns"),
+        ParamMapping(ATTENTION + "linear_proj.bias", (B + "mixer.out_proj.bias",), when="add_dense_bias"),
+        ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (B + "norm2.weight",)),
+        ParamMapping(MLP + "linear_fc1.weight", (B + "mlp.w1.weight", B + "mlp.w3.weight"), "glu", "rows"),
+        ParamMapping(MLP + "linear_fc2.weight", (B + "mlp.w2.weight",), split="columns"),
+        ParamMapping("decoder.final_layernorm.weight", ("norm.weight",)),
+        ParamMapping("output_layer.weight", ("head.weight",), split="rows"),
+    ),
+    "INTERNLM2": replace_mappings(  # wqkv lies per key/value group, as ours
         LLAMA2,
-        Row(QKV + "weight", (A + "wqkv.weight",), split="rows"),
-        Row(QKV + "bias", (A + "wqkv.bias",), split="rows", when="add_qkv_bias"),
+        ParamMapping(QKV + "weight", (A + "wqkv.weight",), split="rows"),
+        ParamMapping(QKV + "bias", (A + "wqkv.bias",), split="rows", when="add_qkv_bias"),
     ),
     "LLAMA2": LLAMA2,
 }
 """Names of version 2 (w3 is up, w2 is down) and of an embedding that is cut along the hidden size."""
-JUNK = (r".*\.inv_freq",)
+IGNORED_TENSORS = (r".*\.inv_freq",)
 """Regular expressions of tensors that carry nothing."""
 
 
 @dataclass(frozen=True)
-class Style:
+class InternEvoStyle:
     """How the tensors of one training folder are named and lie."""
 
-    model_type: ModelType
+    model_type: InternEvoModelType
     ranks: int = 1
     """That share every layer: tensor parallel, or weight parallel (isp)."""
     isp: bool = False
@@ -92,10 +94,10 @@ class Style:
     cut_glu: bool = False
     """w1 and w3 are only the halves of a rank's fused [w1; w3] (isp with `mlp_layer_fusion`)."""
 
-    def rows(self) -> Iterator[Row]:
+    def rows(self) -> Iterator[ParamMapping]:
         """The table in this folder's names."""
         swapped = {"w2.": "w3.", "w3.": "w2."} if self.version == 1 else {}
-        for row in TABLES[self.model_type]:
+        for row in PARAM_MAPPINGS[self.model_type]:
             if row.ours.startswith("embedding."):
                 name = (
                     row.theirs[0].replace(".weight", ".word_embeddings.weight")
@@ -129,7 +131,7 @@ def _exchange(name: str, words: dict[str, str]) -> str:
 
 
 @dataclass(frozen=True)
-class Asked:
+class InternEvoOptions:
     """What the files of a training folder may not say; where it is said, it goes before what config.json or model_config.pt say."""
 
     version: Literal[1, 2] | None = None

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, adapt
-from ascendspeed.models.families.llama import KEYS, ROWS, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(
     "internlm", rope_scaling_type="dynamic"
@@ -14,10 +14,10 @@ INTERNLM = Family(
     name="internlm",
     architecture="InternLMForCausalLM",
     keys=(
-        *adapt(KEYS, without=("num_key_value_heads", "head_dim")),
-        Key("bias", ("add_qkv_bias", "add_dense_bias"), True),
+        *override_keys(CONFIG_MAPPINGS, without=("num_key_value_heads", "head_dim")),
+        ConfigMapping("bias", ("add_qkv_bias", "add_dense_bias"), True),
     ),
-    rows=ROWS,
+    rows=PARAM_MAPPINGS,
     fixed={"hidden_act": "silu"},
     rope="rotary",
     rope_default={"base": 10000, "type": "dynamic", "factor": 1.0},

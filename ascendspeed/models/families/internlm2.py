@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, Row, adapt
-from ascendspeed.models.families.llama import ATTENTION, KEYS, LAYER, MLP, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping, override_keys
+from ascendspeed.models.families.llama import ATTENTION, CONFIG_MAPPINGS, LAYER, MLP, TINY
 
 W = LAYER + "feed_forward.w"
 BASE = ModelConfig(  # the 7B, 2 and 2.5
@@ -27,21 +27,24 @@ LARGE = replace(BASE, num_layers=48, hidden_size=6144, ffn_hidden_size=16384, nu
 INTERNLM2 = Family(
     name="internlm2",
     architecture="InternLM2ForCausalLM",
-    keys=(*adapt(KEYS, without=("head_dim",)), Key("bias", ("add_qkv_bias", "add_dense_bias"), True)),
+    keys=(
+        *override_keys(CONFIG_MAPPINGS, without=("head_dim",)),
+        ConfigMapping("bias", ("add_qkv_bias", "add_dense_bias"), True),
+    ),
     rows=(
-        Row("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), split="vocab"),
-        Row("decoder.layers.{l}.input_layernorm.weight", (LAYER + "attention_norm.weight",)),
-        Row(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), split="rows"),
-        Row(
+        ParamMapping("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), split="vocab"),
+        ParamMapping("decoder.layers.{l}.input_layernorm.weight", (LAYER + "attention_norm.weight",)),
+        ParamMapping(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), split="rows"),
+        ParamMapping(
             ATTENTION + "linear_qkv.bias", (LAYER + "attention.wqkv.bias",), split="rows", when="add_qkv_bias"
         ),
-        Row(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), split="columns"),
-        Row(ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), when="add_dense_bias"),
-        Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "ffn_norm.weight",)),
-        Row(MLP + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
-        Row(MLP + "linear_fc2.weight", (W + "2.weight",), split="columns"),
-        Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-        Row("output_layer.weight", ("output.weight",), split="vocab", when="!tie_embeddings"),
+        ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), split="columns"),
+        ParamMapping(ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), when="add_dense_bias"),
+        ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "ffn_norm.weight",)),
+        ParamMapping(MLP + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
+        ParamMapping(MLP + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+        ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+        ParamMapping("output_layer.weight", ("output.weight",), split="vocab", when="!tie_embeddings"),
     ),
     fixed={"hidden_act": "silu"},
     presets={

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, adapt
-from ascendspeed.models.families.llama import KEYS, ROWS, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(  # the 8B
     "internlm3",
@@ -25,13 +25,13 @@ INTERNLM3 = Family(
     name="internlm3",
     architecture="InternLM3ForCausalLM",
     keys=(
-        *adapt(KEYS, max_position_embeddings=32768),
-        Key(
+        *override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
+        ConfigMapping(
             "qkv_bias", ("add_qkv_bias",), False, also=("attention_bias",)
         ),  # the second names are those of transformers 5
-        Key("bias", ("add_dense_bias", "add_mlp_bias"), False, also=("mlp_bias",)),
+        ConfigMapping("bias", ("add_dense_bias", "add_mlp_bias"), False, also=("mlp_bias",)),
     ),
-    rows=ROWS,
+    rows=PARAM_MAPPINGS,
     fixed={"hidden_act": "silu"},
     presets={
         "internlm3-8b": BASE,

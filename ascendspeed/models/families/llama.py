@@ -3,24 +3,24 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, Row
+from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping
 
 ATTENTION, MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
 LAYER = "model.layers.{l}."
 QKV = tuple(LAYER + f"self_attn.{x}_proj." for x in "qkv")
 
-KEYS = (
-    Key("num_hidden_layers", ("num_layers",)),
-    Key("hidden_size", ("hidden_size",)),
-    Key("intermediate_size", ("ffn_hidden_size",)),
-    Key("num_attention_heads", ("num_attention_heads",)),
-    Key("num_key_value_heads", ("num_query_groups",), None, "kv_heads"),
-    Key("head_dim", ("kv_channels",), None, "head_dim"),
-    Key("vocab_size", ("vocab_size",)),
-    Key("max_position_embeddings", ("max_position_embeddings",), 2048),
-    Key("rms_norm_eps", ("norm_epsilon",), 1e-6),
-    Key("tie_word_embeddings", ("tie_embeddings",), False),
-    Key("initializer_range", ("init_method_std",), 0.02),
+CONFIG_MAPPINGS = (
+    ConfigMapping("num_hidden_layers", ("num_layers",)),
+    ConfigMapping("hidden_size", ("hidden_size",)),
+    ConfigMapping("intermediate_size", ("ffn_hidden_size",)),
+    ConfigMapping("num_attention_heads", ("num_attention_heads",)),
+    ConfigMapping("num_key_value_heads", ("num_query_groups",), None, "kv_heads"),
+    ConfigMapping("head_dim", ("kv_channels",), None, "head_dim"),
+    ConfigMapping("vocab_size", ("vocab_size",)),
+    ConfigMapping("max_position_embeddings", ("max_position_embeddings",), 2048),
+    ConfigMapping("rms_norm_eps", ("norm_epsilon",), 1e-6),
+    ConfigMapping("tie_word_embeddings", ("tie_embeddings",), False),
+    ConfigMapping("initializer_range", ("init_method_std",), 0.02),
 )
 
 TINY = {  # the sizes of every family's smallest preset, for trying things out
@@ -32,31 +32,33 @@ TINY = {  # the sizes of every family's smallest preset, for trying things out
     "max_position_embeddings": 256,
 }
 
-ROWS = (
-    Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split="vocab"),
-    Row("decoder.layers.{l}.input_layernorm.weight", (LAYER + "input_layernorm.weight",)),
-    Row(ATTENTION + "linear_qkv.weight", tuple(x + "weight" for x in QKV), "qkv", "rows"),
-    Row(ATTENTION + "linear_qkv.bias", tuple(x + "bias" for x in QKV), "qkv", "rows", when="add_qkv_bias"),
-    Row(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), split="columns"),
-    Row(ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), when="add_dense_bias"),
-    Row("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
-    Row(
+PARAM_MAPPINGS = (
+    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split="vocab"),
+    ParamMapping("decoder.layers.{l}.input_layernorm.weight", (LAYER + "input_layernorm.weight",)),
+    ParamMapping(ATTENTION + "linear_qkv.weight", tuple(x + "weight" for x in QKV), "qkv", "rows"),
+    ParamMapping(
+        ATTENTION + "linear_qkv.bias", tuple(x + "bias" for x in QKV), "qkv", "rows", when="add_qkv_bias"
+    ),
+    ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), split="columns"),
+    ParamMapping(ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), when="add_dense_bias"),
+    ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
+    ParamMapping(
         MLP + "linear_fc1.weight",
         (LAYER + "mlp.gate_proj.weight", LAYER + "mlp.up_proj.weight"),
         "glu",
         "rows",
     ),
-    Row(
+    ParamMapping(
         MLP + "linear_fc1.bias",
         (LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"),
         "glu",
         "rows",
         when="add_mlp_bias",
     ),
-    Row(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), split="columns"),
-    Row(MLP + "linear_fc2.bias", (LAYER + "mlp.down_proj.bias",), when="add_mlp_bias"),
-    Row("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    Row("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
+    ParamMapping(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), split="columns"),
+    ParamMapping(MLP + "linear_fc2.bias", (LAYER + "mlp.down_proj.bias",), when="add_mlp_bias"),
+    ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
+    ParamMapping("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
 )
 
 BASE = ModelConfig(
@@ -69,11 +71,11 @@ LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     keys=(
-        *KEYS,
-        Key("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
-        Key("mlp_bias", ("add_mlp_bias",), False),
+        *CONFIG_MAPPINGS,
+        ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
+        ConfigMapping("mlp_bias", ("add_mlp_bias",), False),
     ),
-    rows=ROWS,
+    rows=PARAM_MAPPINGS,
     fixed={"hidden_act": "silu"},
     presets={
         "llama-7b": BASE,

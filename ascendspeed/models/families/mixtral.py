@@ -3,16 +3,20 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, Row, adapt
-from ascendspeed.models.families.llama import KEYS, LAYER, MLP, ROWS, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, LAYER, MLP, PARAM_MAPPINGS, TINY
 
 EXPERT = MLP + "experts.local_experts.{e}."
 
 
-def sparse(*experts: Row) -> tuple[Row, ...]:
+def sparse(*experts: ParamMapping) -> tuple[ParamMapping, ...]:
     """Llama's rows with `experts` where the dense MLP was."""
-    at = next(i for i, row in enumerate(ROWS) if row.ours.startswith(MLP))
-    return (*ROWS[:at], *experts, *(row for row in ROWS[at:] if not row.ours.startswith(MLP)))
+    at = next(i for i, row in enumerate(PARAM_MAPPINGS) if row.ours.startswith(MLP))
+    return (
+        *PARAM_MAPPINGS[:at],
+        *experts,
+        *(row for row in PARAM_MAPPINGS[at:] if not row.ours.startswith(MLP)),
+    )
 
 
 W = LAYER + "block_sparse_moe.experts.{e}.w"
@@ -34,14 +38,16 @@ MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
     keys=(
-        *adapt(KEYS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5),
-        Key("num_local_experts", ("num_experts",), 8),
-        Key("num_experts_per_tok", ("moe_router_topk",), 2),
+        *override_keys(
+            CONFIG_MAPPINGS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5
+        ),
+        ConfigMapping("num_local_experts", ("num_experts",), 8),
+        ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 2),
     ),
     rows=sparse(
-        Row(MLP + "router.weight", (LAYER + "block_sparse_moe.gate.weight",)),
-        Row(EXPERT + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
-        Row(EXPERT + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+        ParamMapping(MLP + "router.weight", (LAYER + "block_sparse_moe.gate.weight",)),
+        ParamMapping(EXPERT + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
+        ParamMapping(EXPERT + "linear_fc2.weight", (W + "2.weight",), split="columns"),
     ),
     fixed={"hidden_act": "silu", "router_jitter_noise": 0.0},
     implied={"add_qkv_bias": False, "add_dense_bias": False},

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, adapt
-from ascendspeed.models.families.llama import KEYS, ROWS, TINY
+from ascendspeed.models.families.base import Family, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(  # Qwen2-7B
     "qwen2",
@@ -23,8 +23,8 @@ BASE = ModelConfig(  # Qwen2-7B
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    keys=adapt(KEYS, max_position_embeddings=32768),
-    rows=ROWS,
+    keys=override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
+    rows=PARAM_MAPPINGS,
     implied={"add_qkv_bias": True, "add_dense_bias": False},
     fixed={"hidden_act": "silu", "use_sliding_window": False},
     presets={

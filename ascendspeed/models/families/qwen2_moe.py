@@ -6,8 +6,8 @@ Only models whose layers all have experts; one with dense layers among them (`ml
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, Key, Row, adapt
-from ascendspeed.models.families.llama import KEYS, LAYER, MLP, TINY
+from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping, override_keys
+from ascendspeed.models.families.llama import CONFIG_MAPPINGS, LAYER, MLP, TINY
 from ascendspeed.models.families.mixtral import EXPERT, sparse
 
 SHARED = MLP + "shared_experts."
@@ -34,31 +34,33 @@ QWEN2_MOE = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     keys=(
-        *adapt(KEYS, without=["head_dim"], num_key_value_heads=16, max_position_embeddings=32768),
-        Key("qkv_bias", ("add_qkv_bias",), True),
-        Key("num_experts", ("num_experts",), 60),
-        Key("num_experts_per_tok", ("moe_router_topk",), 4),
-        Key("moe_intermediate_size", ("moe_ffn_hidden_size",), 1408, "expert_ffn"),
-        Key("shared_expert_intermediate_size", ("moe_shared_expert_intermediate_size",), 5632),
-        Key("norm_topk_prob", ("!moe_router_pre_softmax",), False),
+        *override_keys(
+            CONFIG_MAPPINGS, without=["head_dim"], num_key_value_heads=16, max_position_embeddings=32768
+        ),
+        ConfigMapping("qkv_bias", ("add_qkv_bias",), True),
+        ConfigMapping("num_experts", ("num_experts",), 60),
+        ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 4),
+        ConfigMapping("moe_intermediate_size", ("moe_ffn_hidden_size",), 1408, "expert_ffn"),
+        ConfigMapping("shared_expert_intermediate_size", ("moe_shared_expert_intermediate_size",), 5632),
+        ConfigMapping("norm_topk_prob", ("!moe_router_pre_softmax",), False),
     ),
     rows=sparse(
-        Row(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
-        Row(
+        ParamMapping(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
+        ParamMapping(
             EXPERT + "linear_fc1.weight",
             (THEIR_EXPERT + "gate_proj.weight", THEIR_EXPERT + "up_proj.weight"),
             "glu",
             "rows",
         ),
-        Row(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), split="columns"),
-        Row(
+        ParamMapping(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), split="columns"),
+        ParamMapping(
             SHARED + "linear_fc1.weight",
             (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"),
             "glu",
             "rows",
         ),
-        Row(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), split="columns"),
-        Row(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
+        ParamMapping(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), split="columns"),
+        ParamMapping(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
     ),
     fixed={
         "hidden_act": "silu",

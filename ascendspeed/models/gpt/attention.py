@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.models.gpt.context_parallel import ALONE, Share, gather
-from ascendspeed.models.gpt.packed_sequences import Segments
+from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard, gather_sequence
+from ascendspeed.models.gpt.packed_sequences import PackedSequences
 
 BLOCK = 128  # queries whose scores, or mask, exist at the same time
 
@@ -40,7 +40,7 @@ class RotaryAttention(MegatronModule):
         self.scale = softmax_scale  # None: 1 / sqrt(d)
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.group = pg_collection.cp
-        self.share = Share(self.group.rank(), self.group.size())
+        self.share = SequenceShard(self.group.rank(), self.group.size())
 
     def forward(
         self,
@@ -59,7 +59,7 @@ class RotaryAttention(MegatronModule):
         if (
             attention_mask is not None
             or attention_bias is not None
-            or not isinstance(packed_seq_params, Segments | None)
+            or not isinstance(packed_seq_params, PackedSequences | None)
         ):
             raise NotImplementedError("only causal attention, of whole rows or within `Segments`")
         length, segments = query.size(0) * self.share.size, packed_seq_params
@@ -75,7 +75,7 @@ class RotaryAttention(MegatronModule):
             out = self.config.kernels.varlen(q, k, v, segments.bounds(q.device))
             return out.unflatten(0, (-1, length)).transpose(0, 1).flatten(2)
         if self.share.size > 1:
-            key, value = gather(key, self.group), gather(value, self.group)
+            key, value = gather_sequence(key, self.group), gather_sequence(value, self.group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
         # change would make a recomputed pass draw others than the first.
@@ -87,7 +87,7 @@ class RotaryAttention(MegatronModule):
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
                 out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
             else:
-                out = [attend_within(segments, q, k, v, self.share, dropout, self.scale)]
+                out = [attend_packed(segments, q, k, v, self.share, dropout, self.scale)]
         return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
 
     def _fused(self, query: Tensor, dropout: float) -> bool:
@@ -151,12 +151,12 @@ def attend(
     return torch.cat(blocks, 2)
 
 
-def attend_within(
-    segments: Segments,
+def attend_packed(
+    segments: PackedSequences,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    share: Share = ALONE,
+    share: SequenceShard = WHOLE_SEQUENCE,
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
@@ -196,7 +196,7 @@ def _future(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
 
 
-def forget() -> None:
+def clear_mask_cache() -> None:
     """Frees the masks of queries that begin later than the keys, which are kept from call to call: of long texts they are large."""
     _future.cache_clear()
 

@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from torch import Tensor
 
 
-class Share(NamedTuple):
+class SequenceShard(NamedTuple):
     """Rank `rank` of the `size` that share a sequence."""
 
     rank: int
@@ -30,10 +30,10 @@ class Share(NamedTuple):
         return [0] if self.size == 1 else [self.rank * chunk, (2 * self.size - 1 - self.rank) * chunk]
 
 
-ALONE = Share(0, 1)
+WHOLE_SEQUENCE = SequenceShard(0, 1)
 
 
-def gather(x: Tensor, group: Any) -> Tensor:
+def gather_sequence(x: Tensor, group: Any) -> Tensor:
     """The whole sequence, in its own order, from every rank's share of it: [s / n, ...] -> [s, ...]; differentiable."""
     n = group.size()
     early, late = (

@@ -12,7 +12,7 @@ from torch import Tensor
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.models import param_mapping
 from ascendspeed.models.gpt.cross_entropy import cross_entropy
-from ascendspeed.models.gpt.layer_spec import Config, NormHead, block_spec
+from ascendspeed.models.gpt.layer_spec import GPTConfig, NormHead, block_spec
 from ascendspeed.models.gpt.linear import ColumnLinear
 from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
@@ -24,10 +24,10 @@ Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
-class InternLM(GPTModel):
+class GPTLanguageModel(GPTModel):
     """Megatron-core's GPTModel with our loss, and with what some families do to the embeddings and to the output layer."""
 
-    def __init__(self, config: Config, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: GPTConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if self.pre_process and config.scale_embeddings:
             self.embedding.register_forward_hook(_Scale(config.hidden_size**0.5, config.params_dtype))
@@ -39,13 +39,13 @@ class InternLM(GPTModel):
         return cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
 
 
-def build(
+def build_model(
     model: ModelConfig,
     parallel: ParallelConfig,
-    config: Config,
+    config: GPTConfig,
     virtual_stage: int | None = None,
     lora: LoraConfig | None = None,
-) -> InternLM:
+) -> GPTLanguageModel:
     """This rank's part of the model, or one of the pieces that it has of an interleaved pipeline; weights not yet written (`fill`).
 
     With `lora` only its adapters are to be trained.
@@ -55,7 +55,7 @@ def build(
     """
     padded = padded_vocab_size(model, parallel)
     place = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
-    gpt = InternLM(
+    gpt = GPTLanguageModel(
         config,
         block_spec(config, virtual_stage),
         padded,
@@ -117,17 +117,17 @@ def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
     return named
 
 
-def cuts(
+def shard_specs(
     model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None
-) -> dict[str, param_mapping.Cut]:
+) -> dict[str, param_mapping.ShardSpec]:
     """How every parameter of the model, and of its adapters, is cut in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
     own = {parameter.name: parameter.cut(tp, padded) for parameter in param_mapping.parameters(model)}
-    return own | adapters.cuts(model, parallel, lora or LoraConfig())
+    return own | adapters.shard_specs(model, parallel, lora or LoraConfig())
 
 
 @torch.no_grad()
-def fill(
+def load_weights(
     chunks: GPTModel | Sequence[GPTModel],
     model: ModelConfig,
     parallel: ParallelConfig,
@@ -141,7 +141,7 @@ def fill(
     """
     chunks = chunks if isinstance(chunks, Sequence) else [chunks]
     mine = {name: parameter for chunk in chunks for name, parameter in named_parameters(chunk).items()}
-    cut, rank = cuts(model, parallel, lora), parallel_state.get_tensor_model_parallel_rank()
+    cut, rank = shard_specs(model, parallel, lora), parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
         # A tied output layer on another stage than the embedding has a copy of it. What is neither here is another stage's.
         copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)

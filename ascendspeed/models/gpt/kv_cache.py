@@ -12,7 +12,7 @@ from ascendspeed.models.gpt.attention import attend
 from ascendspeed.models.gpt.rope import Rope
 
 
-class Cache:
+class KVCache:
     """Rotated keys, and values, of every layer that this rank has: [rows, groups / TP, capacity, d] each, allocated once.
 
     A row is a sequence and its slot i holds token i, so rows of any lengths lie side by side. Beyond a row's length there may be

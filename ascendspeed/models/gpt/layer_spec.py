@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.distributed.device import current
+from ascendspeed.distributed.device import current_device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models.gpt import moe
 from ascendspeed.models.gpt.attention import RotaryAttention
@@ -29,7 +29,7 @@ GELU = partial(F.gelu, approximate="tanh")
 
 
 @dataclass
-class Config(TransformerConfig):
+class GPTConfig(TransformerConfig):
     """Megatron-core's configuration and what our own modules read besides."""
 
     kernels: Kernels = field(default_factory=Kernels)
@@ -43,9 +43,11 @@ class Config(TransformerConfig):
 class RMSNorm(torch.nn.Module):
     """RMSNorm that sequence parallel knows: its weight's gradient is summed over the tensor-parallel ranks."""
 
-    def __init__(self, config: Config, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
+    def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype, device=current()))
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=current_device())
+        )
         self.weight.sequence_parallel = config.sequence_parallel
         self.eps, self.kernel = eps, config.kernels.rms_norm
 
@@ -65,14 +67,14 @@ class ZeroCenteredRMSNorm(RMSNorm):
 class DenseLinear(RowLinear):
     """The attention's output projection, whose bias is a choice of its own; megatron-core ties it to that of the MLP."""
 
-    def __init__(self, *args: object, bias: bool, config: Config, **kwargs: object) -> None:
+    def __init__(self, *args: object, bias: bool, config: GPTConfig, **kwargs: object) -> None:
         super().__init__(*args, bias=config.add_dense_bias, config=config, **kwargs)
 
 
 class GatedMLP(MLP):
     """The gated MLP without megatron-core's detours: fc1 -> activation(gate) * up -> fc2."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         own = copy(config)
         own.add_bias_linear = config.add_mlp_bias  # which megatron-core ties to the attention's biases
         super().__init__(
@@ -110,11 +112,11 @@ def transformer_config(
     train: TrainConfig,
     dtype: str = "fp32",
     kernels: Kernels | None = None,
-) -> Config:
+) -> GPTConfig:
     """Megatron-core's configuration of a run."""
     kind = DTYPES[dtype]
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
-    return Config(
+    return GPTConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         ffn_hidden_size=model.ffn_hidden_size,
@@ -183,7 +185,7 @@ def _recompute(train: TrainConfig) -> dict[str, object]:
     }
 
 
-def block_spec(config: Config, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
+def block_spec(config: GPTConfig, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage, or of one of its virtual stages."""
     norm = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     layer = ModuleSpec(

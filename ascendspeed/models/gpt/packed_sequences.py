@@ -12,13 +12,13 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 
-from ascendspeed.distributed.device import Bounds
-from ascendspeed.models.gpt.context_parallel import ALONE, Share
+from ascendspeed.distributed.device import SequenceBounds
+from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
 from ascendspeed.models.gpt.rope import Rope
 from ascendspeed.utils.errors import UserError
 
 
-class Piece(NamedTuple):
+class QueryBlock(NamedTuple):
     """Queries of one segment that a rank has, one after the other."""
 
     segment: int
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 @dataclass(eq=False)
-class Segments(PackedSeqParams):
+class PackedSequences(PackedSeqParams):
     """The segments of a batch [b, s]; megatron-core hands it, as it is, to every layer's attention.
 
     Megatron-core would unpack what calls itself "thd"; this calls itself "sbhd", and is left alone.
@@ -41,24 +41,24 @@ class Segments(PackedSeqParams):
     positions: Tensor | None = None
     """The position ids [b, s] of whole rows, on the CPU."""
     _turns: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
-    _bounds: dict[torch.device, Bounds] = field(default_factory=dict, repr=False)
+    _bounds: dict[torch.device, SequenceBounds] = field(default_factory=dict, repr=False)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest segment."""
         return max(map(max, self.lengths))
 
-    def bounds(self, device: torch.device) -> Bounds:
+    def bounds(self, device: torch.device) -> SequenceBounds:
         """Of all segments, the rows laid one after the other."""
         if device not in self._bounds:
             ends = list(accumulate(n for row in self.lengths for n in row))
-            self._bounds[device] = Bounds(
+            self._bounds[device] = SequenceBounds(
                 ends, torch.tensor([0, *ends], dtype=torch.int32, device=device), self.longest
             )
         return self._bounds[device]
 
     def turns(
-        self, rope: Rope, dtype: torch.dtype, device: torch.device, share: Share = ALONE
+        self, rope: Rope, dtype: torch.dtype, device: torch.device, share: SequenceShard = WHOLE_SEQUENCE
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] of the positions that `share` has; made once, for all layers."""
         key = (dtype, device, share)
@@ -67,7 +67,7 @@ class Segments(PackedSeqParams):
             self._turns[key] = rope.turns(positions, self._frequencies(rope, share).to(device), dtype)
         return self._turns[key]
 
-    def _frequencies(self, rope: Rope, share: Share) -> Tensor:
+    def _frequencies(self, rope: Rope, share: SequenceShard) -> Tensor:
         """[1, d/2] where all segments have the same, else of every position that `share` has: [s, b, d/2]."""
         of = {n: rope.inverse_frequencies(n) for n in {n for row in self.lengths for n in row}}
         first = next(iter(of.values()))
@@ -76,7 +76,7 @@ class Segments(PackedSeqParams):
         rows = [torch.cat([of[n].expand(n, -1) for n in row]) for row in self.lengths]
         return share.cut(torch.stack(rows, 1), 0)
 
-    def pieces(self, row: int, share: Share = ALONE) -> list[Piece]:
+    def pieces(self, row: int, share: SequenceShard = WHOLE_SEQUENCE) -> list[QueryBlock]:
         """The queries of a row that `share` has, in the order in which it has them."""
         whole, found = sum(self.lengths[row]), []
         chunk = whole // len(share.firsts(whole)) // share.size
@@ -85,12 +85,12 @@ class Segments(PackedSeqParams):
             for i, n in enumerate(self.lengths[row]):
                 start, stop = max(begin, first), min(begin + n, first + chunk)
                 if start < stop:
-                    found.append(Piece(i, start - begin, stop - start))
+                    found.append(QueryBlock(i, start - begin, stop - start))
                 begin += n
         return found
 
 
-def segments(position_ids: Tensor) -> Segments | None:
+def packed_sequences_of(position_ids: Tensor) -> PackedSequences | None:
     """The segments of a batch, from its position ids [b, s]; None where every row is one document.
 
     Raises `UserError` for position ids that do not count up from 0.
@@ -109,4 +109,4 @@ def segments(position_ids: Tensor) -> Segments | None:
         return None
     end = torch.tensor([length])
     lengths = tuple(tuple(row.nonzero().flatten().diff(append=end).tolist()) for row in begins)
-    return Segments(lengths=lengths, positions=position_ids)
+    return PackedSequences(lengths=lengths, positions=position_ids)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.gpt.context_parallel import ALONE, Share
+from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
 
 
 @dataclass(eq=False)
@@ -27,7 +27,7 @@ class Rope:
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
 
     def tables(
-        self, length: int, dtype: torch.dtype, device: torch.device, share: Share = ALONE
+        self, length: int, dtype: torch.dtype, device: torch.device, share: SequenceShard = WHOLE_SEQUENCE
     ) -> tuple[Tensor, Tensor]:
         """cos and sin for the positions 0 ... length - 1 that `share` has, computed in fp32: [positions, 1, 1, d] each."""
         key = (length, dtype, device, share)

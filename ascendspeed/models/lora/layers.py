@@ -25,31 +25,31 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.distributed.device import current
-from ascendspeed.models.lora.targets import Target, blocks, chosen
-from ascendspeed.models.param_mapping import Cut
+from ascendspeed.distributed.device import current_device
+from ascendspeed.models.lora.targets import LoraTarget, blocks, selected_targets
+from ascendspeed.models.param_mapping import ShardSpec
 
 
-def cuts(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig) -> dict[str, Cut]:
+def shard_specs(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig) -> dict[str, ShardSpec]:
     """How every A and B of the model is cut in this layout; nothing when LoRA is off."""
     tp = parallel.tensor_model_parallel_size
     return {
-        target.ours(which, layer): cut(model, target, which, lora.lora_rank, tp)
+        target.ours(which, layer): shard_spec(model, target, which, lora.lora_rank, tp)
         for layer in range(model.num_layers)
-        for target in chosen(model, lora)
+        for target in selected_targets(model, lora)
         for which in "AB"
     }
 
 
-def cut(model: ModelConfig, target: Target, which: str, rank: int, tp: int) -> Cut:
+def shard_spec(model: ModelConfig, target: LoraTarget, which: str, rank: int, tp: int) -> ShardSpec:
     """How A or B is cut by `tp` ranks."""
     shape = target.shape(which, rank)
     if target.row.split == "columns":
-        return Cut(shape, 1, 1, tp) if which == "A" else Cut(shape)
-    return Cut(shape) if which == "A" or _crosses(model, target, tp) else Cut(shape, 0, 1, tp)
+        return ShardSpec(shape, 1, 1, tp) if which == "A" else ShardSpec(shape)
+    return ShardSpec(shape) if which == "A" or _crosses(model, target, tp) else ShardSpec(shape, 0, 1, tp)
 
 
-def _crosses(model: ModelConfig, target: Target, tp: int) -> bool:
+def _crosses(model: ModelConfig, target: LoraTarget, tp: int) -> bool:
     """Whether a rank's rows of q, k and v are no even part of each: then every rank has all of B, and takes what is its own."""
     row = target.row
     return tp > 1 and row.fuse == "qkv" and (len(row.theirs) == 1 or model.kv_heads % tp > 0)
@@ -59,10 +59,10 @@ def attach(gpt: GPTModel, model: ModelConfig, lora: LoraConfig) -> None:
     """Freezes the model and gives its linears adapters, not yet written."""
     gpt.requires_grad_(False)
     for layer in gpt.decoder.layers:
-        for linear, targets in groupby(chosen(model, lora), lambda target: target.linear):
+        for linear, targets in groupby(selected_targets(model, lora), lambda target: target.linear):
             where = layer.self_attention if linear in ("linear_qkv", "linear_proj") else layer.mlp
             module = getattr(where, linear)
-            module.lora = Adapter(model, lora, list(targets), gpt.config)
+            module.lora = LinearAdapter(model, lora, list(targets), gpt.config)
             module.register_forward_hook(_add)
     if gpt.pre_process:
         gpt.embedding.register_forward_hook(_begin)
@@ -81,10 +81,12 @@ def _begin(embedding: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
         output.requires_grad_()
 
 
-class Adapter(torch.nn.Module):
+class LinearAdapter(torch.nn.Module):
     """What the adapters of one linear add to its output."""
 
-    def __init__(self, model: ModelConfig, lora: LoraConfig, targets: Sequence[Target], config: Any) -> None:
+    def __init__(
+        self, model: ModelConfig, lora: LoraConfig, targets: Sequence[LoraTarget], config: Any
+    ) -> None:
         super().__init__()
         self.targets, self.scale, self.dropout = targets, lora.lora_alpha / lora.lora_rank, lora.lora_dropout
         self.group = parallel_state.get_tensor_model_parallel_group()
@@ -97,9 +99,9 @@ class Adapter(torch.nn.Module):
         )  # groups that the blocks interleave in
         for target in targets:
             for which in "AB":
-                how = cut(model, target, which, lora.lora_rank, self.group.size())
+                how = shard_spec(model, target, which, lora.lora_rank, self.group.size())
                 weight = torch.nn.Parameter(
-                    torch.zeros(how.part_shape, dtype=config.params_dtype, device=current())
+                    torch.zeros(how.part_shape, dtype=config.params_dtype, device=current_device())
                 )
                 if how.dim is not None:
                     set_tensor_model_parallel_attributes(weight, True, how.dim, 1)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.base import Row, shape_of
-from ascendspeed.models.families.llama import ROWS as LLAMA
+from ascendspeed.models.families.base import ParamMapping, param_shape
+from ascendspeed.models.families.llama import PARAM_MAPPINGS as LLAMA
 from ascendspeed.utils.errors import UserError
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 """Megatron-core's linears of a layer, which may have adapters."""
-GROUPS = {  # Megatron's names, new and old, for all matrices in one of its linears
+MEGATRON_NAMES = {  # Megatron's names, new and old, for all matrices in one of its linears
     **{name: name for name in LINEARS},
     "query_key_value": "linear_qkv",
     "dense": "linear_proj",
@@ -27,10 +27,10 @@ ALL = "all-linear"
 
 
 @dataclass(frozen=True)
-class Target:
+class LoraTarget:
     """A matrix of every layer that has an adapter: A [rank, inputs] and B [outputs, rank]."""
 
-    row: Row
+    row: ParamMapping
     """Whose parameter it is, or is a block of."""
     theirs: str
     """Its module in the Hugging Face model, such as model.layers.{l}.self_attn.q_proj."""
@@ -56,29 +56,29 @@ class Target:
         return (rank, self.inputs) if which == "A" else (self.outputs, rank)
 
 
-def targets_of(model: ModelConfig, rows: Iterable[Row] | None = None) -> list[Target]:
+def targets_of(model: ModelConfig, rows: Iterable[ParamMapping] | None = None) -> list[LoraTarget]:
     """Every matrix that may have an adapter, in the model's order, by its family's rows or by others for the same parameters."""
     found = []
     for row in FAMILIES[model.family].rows_of(model, rows):
         *_, linear, kind = row.ours.split(".")
         if kind != "weight" or linear not in LINEARS or "{e}" in row.ours:
             continue
-        outputs, inputs = shape_of(model, row)
+        outputs, inputs = param_shape(model, row)
         sizes = blocks(model, row) if len(row.theirs) > 1 else [outputs]
         found += [
-            Target(row, name.removesuffix(".weight"), inputs, n)
+            LoraTarget(row, name.removesuffix(".weight"), inputs, n)
             for name, n in zip(row.theirs, sizes, strict=True)
         ]
     return found
 
 
-def blocks(model: ModelConfig, row: Row) -> list[int]:
+def blocks(model: ModelConfig, row: ParamMapping) -> list[int]:
     """Rows of each block of a parameter: all of them; q, k and v; gate and up."""
-    rows, kv = shape_of(model, row)[0], model.kv_heads * model.head_dim
+    rows, kv = param_shape(model, row)[0], model.kv_heads * model.head_dim
     return {"one": [rows], "glu": [rows // 2] * 2, "qkv": [rows - 2 * kv, kv, kv]}[row.fuse]
 
 
-def dialects(model: ModelConfig) -> Iterator[list[Target]]:
+def naming_schemes(model: ModelConfig) -> Iterator[list[LoraTarget]]:
     """The ways to name the matrices of a model: its family's own, and Llama's."""
     own = targets_of(model)
     yield own
@@ -87,34 +87,34 @@ def dialects(model: ModelConfig) -> Iterator[list[Target]]:
         yield llama
 
 
-def chosen(model: ModelConfig, lora: LoraConfig) -> list[Target]:
+def selected_targets(model: ModelConfig, lora: LoraConfig) -> list[LoraTarget]:
     """The matrices that have an adapter in a run, in the model's order; none when LoRA is off."""
     if not lora.lora_rank:
         return []
-    names = named(model, lora.lora_target_modules)
-    ways = ([target for target in targets if target.leaf in names] for targets in dialects(model))
+    names = target_names(model, lora.lora_target_modules)
+    ways = ([target for target in targets if target.leaf in names] for targets in naming_schemes(model))
     return next(way for way in ways if len(way) == len(names))
 
 
-def named(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
+def target_names(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
     """--lora-target-modules as the names of single matrices, in the model's order.
 
     Raises `UserError` for a name that does not exist, or for a mixture of a family's own names and Llama's.
     """
     words = [word for text in words for word in text.split(",") if word]
-    own, *others = ({target.leaf: target.linear for target in targets} for targets in dialects(model))
+    own, *others = ({target.leaf: target.linear for target in targets} for targets in naming_schemes(model))
     if not words:
         raise UserError(f"--lora-target-modules names nothing; there are {_known(own, others)}")
     for names in (own, *others):
-        if all(word == ALL or word in GROUPS or word in names for word in words):
-            linears = {GROUPS.get(word) for word in words}
+        if all(word == ALL or word in MEGATRON_NAMES or word in names for word in words):
+            linears = {MEGATRON_NAMES.get(word) for word in words}
             return tuple(
                 name for name, linear in names.items() if ALL in words or name in words or linear in linears
             )
     unknown = [
         word
         for word in words
-        if word not in (ALL, *GROUPS) and not any(word in names for names in (own, *others))
+        if word not in (ALL, *MEGATRON_NAMES) and not any(word in names for names in (own, *others))
     ]
     if unknown:
         raise UserError(
@@ -127,7 +127,7 @@ def named(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
 
 def _known(own: Iterable[str], others: Sequence[Iterable[str]]) -> str:
     ways = " or ".join(" ".join(names) for names in (own, *others))
-    return f"{ways} (or {ALL}, {' '.join(GROUPS)})"
+    return f"{ways} (or {ALL}, {' '.join(MEGATRON_NAMES)})"
 
 
 def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig | None = None) -> int:
@@ -135,14 +135,14 @@ def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConf
     tp, pp = (
         (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) if parallel else (1, 1)
     )
-    sizes = ((t.row.split == "columns", t.inputs, t.outputs) for t in chosen(model, lora))
+    sizes = ((t.row.split == "columns", t.inputs, t.outputs) for t in selected_targets(model, lora))
     widths = sum(
         inputs // tp + outputs if columns else inputs + outputs // tp for columns, inputs, outputs in sizes
     )
     return -(-model.num_layers // pp) * lora.lora_rank * widths
 
 
-def check(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
+def resolve_config(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
     """The same with its target modules as single names. Raises `UserError` for what means nothing or is not supported."""
     if not lora.lora_rank:
         if lora != LoraConfig():
@@ -154,4 +154,4 @@ def check(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
         raise UserError(
             f"--lora-rank {lora.lora_rank}: models with experts ({model.family}) cannot have adapters here"
         )
-    return replace(lora, lora_target_modules=named(model, lora.lora_target_modules))
+    return replace(lora, lora_target_modules=target_names(model, lora.lora_target_modules))

@@ -15,7 +15,7 @@ from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 
 Tensors = Iterable[tuple[str, Tensor]]
 """Weights by our names, full."""
@@ -69,7 +69,7 @@ class Engine(Protocol):
 
 
 def builder(
-    run: Run, grid: Grid, device: Device, kernels: Kernels, say: Callable[[str], None]
+    run: Run, grid: ProcessGrid, device: Device, kernels: Kernels, say: Callable[[str], None]
 ) -> Callable[[Tensors | None], Engine]:
     """The engine of a run, still to be given its weights (None: `restore` follows); says what it is.
 

@@ -27,10 +27,10 @@ from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.distributed.process_groups import MPU, Grid, generators, set_generators
+from ascendspeed.distributed.process_groups import MPU, ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
-from ascendspeed.models.gpt.packed_sequences import segments
+from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.training.engines import NOTHING, StepResult, Tensors
 from ascendspeed.utils.errors import UserError
 
@@ -145,7 +145,7 @@ class DeepSpeedEngine:
     def __init__(
         self,
         run: Run,
-        grid: Grid,
+        grid: ProcessGrid,
         device: Device,
         config: dict[str, Any],
         kernels: Kernels,
@@ -158,7 +158,7 @@ class DeepSpeedEngine:
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
         if tensors is not None:
-            gpt_model.fill(module, run.model, run.parallel, tensors, gather, run.lora)
+            gpt_model.load_weights(module, run.model, run.parallel, tensors, gather, run.lora)
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
@@ -173,14 +173,14 @@ class DeepSpeedEngine:
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # One replica has nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
             self.engine.enable_backward_allreduce = False
-        self.cuts = gpt_model.cuts(run.model, run.parallel, run.lora)
+        self.cuts = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
         run = self.run
         groups = {"data_parallel_group": self.grid.dp_group} if self.grid.tp > 1 else {}
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
             settings = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
-            return gpt_model.build(run.model, run.parallel, settings, lora=run.lora)
+            return gpt_model.build_model(run.model, run.parallel, settings, lora=run.lora)
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -258,7 +258,7 @@ class DeepSpeedEngine:
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         to = self.device.torch
-        documents = segments(batch.position_ids)
+        documents = packed_sequences_of(batch.position_ids)
         losses = self.engine(
             batch.tokens.to(to),
             batch.position_ids.to(to),
@@ -369,7 +369,7 @@ class DeepSpeedEngine:
 
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
-        return generators()
+        return rng_states()
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -384,7 +384,7 @@ class DeepSpeedEngine:
                 setattr(self.zero.loss_scaler, name, value)
         self._publish()
         if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
-            set_generators(checkpoint.rng(self.grid.rank))
+            set_rng_states(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:
         """Masters -> the weights that the forward pass uses; collective."""

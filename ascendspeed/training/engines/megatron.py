@@ -34,11 +34,11 @@ from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
-from ascendspeed.distributed.process_groups import Grid, generators, set_generators
+from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
-from ascendspeed.models.gpt.context_parallel import Share
+from ascendspeed.models.gpt.context_parallel import SequenceShard
 from ascendspeed.models.gpt.layer_spec import transformer_config
-from ascendspeed.models.gpt.packed_sequences import segments
+from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.training.engines import NOTHING, StepResult, Tensors
 
 
@@ -46,11 +46,11 @@ class MegatronEngine:
     """The Megatron-core side of `engines.Engine`."""
 
     def __init__(
-        self, run: Run, grid: Grid, device: Device, kernels: Kernels, tensors: Tensors | None
+        self, run: Run, grid: ProcessGrid, device: Device, kernels: Kernels, tensors: Tensors | None
     ) -> None:
         """Builds the model, fills it from `tensors` (our names, full; None: `restore` follows) and wraps it."""
         self.run, self.grid, self.device = run, grid, device
-        self.share, self.updates = Share(grid.cp_rank, grid.cp), 0
+        self.share, self.updates = SequenceShard(grid.cp_rank, grid.cp), 0
         self.config = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
         self.modules = self._build(tensors)
         self.chunks = self._wrap()
@@ -61,17 +61,17 @@ class MegatronEngine:
             part.optimizer = self._adamw(part.optimizer.param_groups)
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
-        self.cuts = gpt_model.cuts(run.model, run.parallel, run.lora)
+        self.cuts = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
-    def _build(self, tensors: Tensors | None) -> list[gpt_model.InternLM]:
+    def _build(self, tensors: Tensors | None) -> list[gpt_model.GPTLanguageModel]:
         run, virtual = self.run, self.run.parallel.num_virtual_stages_per_pipeline_rank
         stages = range(virtual) if virtual > 1 else [None]
         modules = [
-            gpt_model.build(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch)
+            gpt_model.build_model(run.model, run.parallel, self.config, stage, run.lora).to(self.device.torch)
             for stage in stages
         ]
         if tensors is not None:
-            gpt_model.fill(modules, run.model, run.parallel, tensors, lora=run.lora)
+            gpt_model.load_weights(modules, run.model, run.parallel, tensors, lora=run.lora)
         return modules
 
     def _wrap(self) -> list[DistributedDataParallel]:
@@ -217,7 +217,7 @@ class MegatronEngine:
             )
 
         return chunk(
-            tokens, positions, None, labels=labels, packed_seq_params=segments(batch.position_ids)
+            tokens, positions, None, labels=labels, packed_seq_params=packed_sequences_of(batch.position_ids)
         ), loss
 
     def _sum(self, values: Any, group: Any = None) -> Any:
@@ -273,7 +273,7 @@ class MegatronEngine:
 
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
-        return generators()
+        return rng_states()
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -292,7 +292,7 @@ class MegatronEngine:
                     setattr(part.grad_scaler, name, value)
         self._publish()
         if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
-            set_generators(checkpoint.rng(self.grid.rank))
+            set_rng_states(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:
         """Masters -> the weights that the forward pass uses; collective."""

@@ -15,7 +15,7 @@ from ascendspeed.checkpoint.ownership import Superseded
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import process_groups
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.fault_tolerance.heartbeat import Heartbeat
 from ascendspeed.training.fault_tolerance.loss_monitor import Health
 from ascendspeed.training.fault_tolerance.stop_signals import Reason, Stop
@@ -27,11 +27,13 @@ __all__ = ["Health", "Heartbeat", "Reason", "Stop", "Watch"]
 class Watch:
     """Signals, heartbeats and health of one run, inside `with`."""
 
-    def __init__(self, run: Run, grid: Grid, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, grid: ProcessGrid, say: Callable[[str], None]) -> None:
         """Collective."""
         minutes = run.train.distributed_timeout_minutes
         self.stop = Stop(
-            grid, process_groups.beside(minutes) if grid.world > 1 else None, run.train.exit_duration_in_mins
+            grid,
+            process_groups.new_cpu_group(minutes) if grid.world > 1 else None,
+            run.train.exit_duration_in_mins,
         )
         self.health = Health(run, grid, say)
         self.reason: Reason | None = None

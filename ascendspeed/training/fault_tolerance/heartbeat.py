@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import RankLost, UserError
 
@@ -43,7 +43,7 @@ class Heartbeat:
     """The signs of life of this rank, and what it knows of the others. Inside `with`, from a thread of its own."""
 
     def __init__(
-        self, grid: Grid, timeout_minutes: float, farewell: Callable[[], None] = lambda: None
+        self, grid: ProcessGrid, timeout_minutes: float, farewell: Callable[[], None] = lambda: None
     ) -> None:
         """Collective. After `timeout_minutes` without a sign of life a rank is taken for dead, and all others leave.
 
@@ -187,7 +187,7 @@ class Heartbeat:
             return None
 
 
-def _meet(grid: Grid) -> tuple[socket.socket, Any, str]:
+def _meet(grid: ProcessGrid) -> tuple[socket.socket, Any, str]:
     """This rank's socket, rank 0's address, and the word by which the ranks of this run know each other."""
     host = os.environ["MASTER_ADDR"]
     family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import rounds
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.engines import StepResult
 
 SMALL_SCALE = 128.0
@@ -26,7 +26,7 @@ NAMED = 8
 class Health:
     """Looks at every iteration's result. What it says, it says once, on rank 0."""
 
-    def __init__(self, run: Run, grid: Grid, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, grid: ProcessGrid, say: Callable[[str], None]) -> None:
         self._run, self._grid, self._say = run, grid, say
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._in_spike = False

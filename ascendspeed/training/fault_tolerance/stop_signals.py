@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ascendspeed.distributed.process_groups import Grid
+from ascendspeed.distributed.process_groups import ProcessGrid
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a scheduler, a launcher and Ctrl-C send."""
@@ -42,7 +42,7 @@ class Stop:
     Inside `with`, the signals no longer end the process but wait for the end of the iteration. A second Ctrl-C does end it.
     """
 
-    def __init__(self, grid: Grid, group: Any, minutes: float | None = None) -> None:
+    def __init__(self, grid: ProcessGrid, group: Any, minutes: float | None = None) -> None:
         """`group`: `parallel.beside`, used by nothing else; `minutes` from now on until the clock is a reason."""
         self._grid, self._group = grid, group
         self._deadline = time.monotonic() + minutes * 60 if minutes else None

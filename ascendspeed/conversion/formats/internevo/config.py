@@ -9,7 +9,7 @@ import torch
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt
-from ascendspeed.models.families.internevo_names import Style
+from ascendspeed.models.families.internevo_names import InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 NAME, WHOLE = "model_config.pt", "config_file.pt"
@@ -85,7 +85,7 @@ def interleaved(folder: Path, said: Mapping[str, Any], style_of: str) -> bool | 
     return bool(new) if new is not None else not old if old is not None else None
 
 
-def write(folder: Path, config: ModelConfig, style: Style, use_flash: bool, dtype: str) -> None:
+def write(folder: Path, config: ModelConfig, style: InternEvoStyle, use_flash: bool, dtype: str) -> None:
     """The table in plain values, so that it can be opened by anything."""
     table = {name: getattr(config, ours) for name, ours in SAME.items()}
     table |= {

@@ -11,7 +11,13 @@ from torch import Tensor
 from ascendspeed.conversion import rank_files
 from ascendspeed.conversion.formats.internevo import config
 from ascendspeed.conversion.rank_files import Layout, Ranks
-from ascendspeed.models.families.internevo_names import QKV, TABLES, Asked, ModelType, Style
+from ascendspeed.models.families.internevo_names import (
+    PARAM_MAPPINGS,
+    QKV,
+    InternEvoModelType,
+    InternEvoOptions,
+    InternEvoStyle,
+)
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -119,9 +125,9 @@ class Opened:
             raise UserError(f"{self.folder} lacks {name}")
         return tuple(tensor.shape)
 
-    def style(self, asked: Asked) -> Style:
+    def style(self, asked: InternEvoOptions) -> InternEvoStyle:
         """How the tensors are named and lie. Raises `UserError` when that cannot be told, or is not what was said."""
-        style = Style(self._model_type(), self.ranks, self.isp, self.outer, self._version(asked))
+        style = InternEvoStyle(self._model_type(), self.ranks, self.isp, self.outer, self._version(asked))
         style = replace(style, word_embeddings=style.named("word_embeddings.weight")[0] not in self.names)
         hidden, parts = self.shape(style.named("input_layernorm.weight")[0])[0], self.outer
         width = self.shape(style.named("word_embeddings.weight")[0])[-1]
@@ -137,8 +143,8 @@ class Opened:
             cut_glu=self.isp and self.said.get("mlp_layer_fusion") is True,
         )
 
-    def _model_type(self) -> ModelType:
-        for model_type, rows in TABLES.items():
+    def _model_type(self) -> InternEvoModelType:
+        for model_type, rows in PARAM_MAPPINGS.items():
             if any(
                 name.format(l=0) in self.names
                 for row in rows
@@ -152,7 +158,7 @@ class Opened:
             f"{self.folder} holds tensors of names that are not known here: {shorten_list(sorted(self.names))}"
         )
 
-    def _version(self, asked: Asked) -> Literal[1, 2]:
+    def _version(self, asked: InternEvoOptions) -> Literal[1, 2]:
         """By the shapes: up has that of gate (w1), down has not."""
         module = next(
             (name.removesuffix("1.weight") for name in sorted(self.names) if name.endswith(".w1.weight")), "w"
@@ -171,7 +177,7 @@ class Opened:
             raise UserError(f"{self.folder} has {shapes}, which do not tell up from down: say {choices}")
         return asked.version or fits[0]
 
-    def _interleaved(self, style: Style, asked: Asked) -> bool:
+    def _interleaved(self, style: InternEvoStyle, asked: InternEvoOptions) -> bool:
         if asked.qk_interleaved is not None:
             return asked.qk_interleaved == "yes"
         found = config.interleaved(self.folder, self.said, style.model_type)
@@ -183,7 +189,7 @@ class Opened:
             )
         return bool(found)
 
-    def fused(self, asked: Asked) -> bool | None:
+    def fused(self, asked: InternEvoOptions) -> bool | None:
         """Whether wq, wk and wv were one wqkv in training, which releases of 2024 saved as three pieces; None: nothing says it.
 
         While that could not be switched, InternLM2 was always fused, and Llama never.

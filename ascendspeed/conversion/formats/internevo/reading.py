@@ -12,7 +12,13 @@ from ascendspeed.conversion.formats.internevo.folder import KIND, TENSOR, Opened
 from ascendspeed.conversion.formats.internevo.tensors import stored
 from ascendspeed.conversion.rank_files import Dialect, Grid
 from ascendspeed.conversion.source import Source, read_config
-from ascendspeed.models.families.internevo_names import BELONGS, JUNK, TRAINS, Asked, Style
+from ascendspeed.models.families.internevo_names import (
+    BELONGS,
+    IGNORED_TENSORS,
+    TRAINS,
+    InternEvoOptions,
+    InternEvoStyle,
+)
 from ascendspeed.utils.errors import UserError
 
 
@@ -21,23 +27,23 @@ def is_one(folder: Path) -> bool:
     return folders.layout_of(folder) is not None
 
 
-def dialect(style: Style) -> Dialect:
+def dialect(style: InternEvoStyle) -> Dialect:
     """InternEvo's names and cuts as rank files know them."""
     rows = tuple(style.rows())
     return Dialect(
         style.model_type,
         lambda config: rows,
-        JUNK,
+        IGNORED_TENSORS,
         lambda config, p, grid, rank: stored(style, config, p, rank),
     )
 
 
-def open_folder(folder: Path, config: Path | None = None, asked: Asked | None = None) -> Source:
+def open_folder(folder: Path, config: Path | None = None, asked: InternEvoOptions | None = None) -> Source:
     """`config`: the folder that has config.json (used before model_config.pt) and the tokenizer; None: the same one.
 
     Raises `UserError` naming what is missing, left over, mis-shaped, damaged or not said; no tensor has been read by then.
     """
-    home, asked = config or folder, asked or Asked()
+    home, asked = config or folder, asked or InternEvoOptions()
     layout, parts, outer = folders.layout_of(folder) or (TENSOR, 0, 0)
     found = folders.read(folder, layout)
     files = 1 + max(t for t, _ in found)
@@ -65,7 +71,7 @@ def _note_unfinished(folder: Path) -> None:
 
 
 def _architecture(
-    opened: Opened, style: Style, home: Path, asked: Asked
+    opened: Opened, style: InternEvoStyle, home: Path, asked: InternEvoOptions
 ) -> tuple[dict[str, Any], ModelConfig]:
     """By config.json where there is one, else by model_config.pt and the tensors; what is said twice must agree."""
     there = (home / "config.json").is_file()
@@ -93,7 +99,7 @@ def _architecture(
     return theirs, model
 
 
-def _told_by_tensors(opened: Opened, style: Style, asked: Asked) -> ModelConfig:
+def _told_by_tensors(opened: Opened, style: InternEvoStyle, asked: InternEvoOptions) -> ModelConfig:
     """The architecture by model_config.pt, and by the tensors where it does not say or only roughly (`mlp_ratio`)."""
     said, parts = opened.said, opened.ranks
     heads, longest = said.get("num_attention_heads"), asked.max_pos or said.get("max_position_embeddings")

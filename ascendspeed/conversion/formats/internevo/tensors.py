@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import param_mapping
-from ascendspeed.models.families.base import Row
-from ascendspeed.models.families.internevo_names import Style
-from ascendspeed.models.param_mapping import DIMENSION, Parameter, Span, Stored, Tile
+from ascendspeed.models.families.base import ParamMapping
+from ascendspeed.models.families.internevo_names import InternEvoStyle
+from ascendspeed.models.param_mapping import SHARD_DIM, Parameter, Slice2D, Span, StoredTensor
 
 
-def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -> list[Stored]:
+def stored(style: InternEvoStyle, config: ModelConfig, parameter: Parameter, rank: int) -> list[StoredTensor]:
     """The tensors that hold a parameter in the files of one of `style.ranks` ranks, by the names in `theirs`; it may hold none."""
     row = parameter.row
     parts = style.outer if style.outer and parameter.layer is None else style.ranks
@@ -26,28 +26,28 @@ def stored(style: Style, config: ModelConfig, parameter: Parameter, rank: int) -
             for name, group in zip(parameter.theirs, groups, strict=True)
         ]
     together = _entry("", parameter, [[span for block in held for span in block]], dim, parts, part)
-    lengths = [_length(block) // parts for block in param_mapping.blocks(config, row)]
+    lengths = [_length(block) // parts for block in param_mapping.block_spans(config, row)]
     return list(_divide(together, parameter.theirs, lengths if len(row.theirs) > 1 else [sum(lengths)]))
 
 
-def _dimension(row: Row, style: Style) -> int | None:
+def _dimension(row: ParamMapping, style: InternEvoStyle) -> int | None:
     if not style.isp or row.ours.startswith("embedding."):
-        return DIMENSION[row.split]
+        return SHARD_DIM[row.split]
     return None if "norm" in row.ours else 0
 
 
-def _as_one(row: Row, style: Style) -> bool:
+def _as_one(row: ParamMapping, style: InternEvoStyle) -> bool:
     """Whether the blocks of a row were one tensor when the ranks' parts were cut off it."""
     if ".linear_qkv." in row.ours:
         return style.cut_qkv or (style.isp and len(row.theirs) == 1)
     return style.cut_glu and ".linear_fc1." in row.ours
 
 
-def _blocks(config: ModelConfig, row: Row, style: Style) -> list[list[Span]]:
+def _blocks(config: ModelConfig, row: ParamMapping, style: InternEvoStyle) -> list[list[Span]]:
     """Our rows in the order in which they lie there."""
     if ".linear_qkv." not in row.ours:
-        return param_mapping.blocks(config, row)
-    q, k, v = param_mapping.blocks(config, replace(row, fuse="qkv"))
+        return param_mapping.block_spans(config, row)
+    q, k, v = param_mapping.block_spans(config, replace(row, fuse="qkv"))
     heads = [
         [_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block]
         for block in (q, k)
@@ -74,16 +74,16 @@ def _length(block: Iterable[Span]) -> int:
 
 def _entry(
     name: str, parameter: Parameter, held: Sequence[Sequence[Span]], dim: int | None, parts: int, part: int
-) -> Stored:
+) -> StoredTensor:
     columns = math.prod(parameter.shape[1:])
     rows = sum(_length(block) // (parts if dim == 0 else 1) for block in held)
     width = (columns // parts if dim == 1 else columns,) * (len(parameter.shape) - 1)
-    return Stored(
-        name, parameter, (rows, *width), tuple(param_mapping.cut_tiles(held, columns, dim, parts, part))
+    return StoredTensor(
+        name, parameter, (rows, *width), tuple(param_mapping.shard_slices(held, columns, dim, parts, part))
     )
 
 
-def _divide(entry: Stored, names: Sequence[str], lengths: Sequence[int]) -> Iterator[Stored]:
+def _divide(entry: StoredTensor, names: Sequence[str], lengths: Sequence[int]) -> Iterator[StoredTensor]:
     """The pieces of a tensor that was saved under several names, one after the other."""
     at = 0
     for name, length in zip(names, lengths, strict=True):
@@ -92,7 +92,7 @@ def _divide(entry: Stored, names: Sequence[str], lengths: Sequence[int]) -> Iter
         at += length
 
 
-def _window(tiles: Iterable[Tile], first: int, last: int) -> Iterator[Tile]:
+def _window(tiles: Iterable[Slice2D], first: int, last: int) -> Iterator[Slice2D]:
     """What lies in the rows from `first` to `last` of a tensor, counted from there."""
     for tile in tiles:
         top, bottom = max(first, tile.part_row), min(last, tile.part_row + tile.rows)

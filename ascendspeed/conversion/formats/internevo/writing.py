@@ -15,7 +15,7 @@ from ascendspeed.conversion.output_files import create_pt
 from ascendspeed.conversion.rank_files import Grid
 from ascendspeed.conversion.source import Source
 from ascendspeed.conversion.write import File
-from ascendspeed.models.families.internevo_names import TRAINS, ModelType, Style
+from ascendspeed.models.families.internevo_names import TRAINS, InternEvoModelType, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 
@@ -27,7 +27,7 @@ class InternEvo:
     pp: int = 1
     wp: int = 0
     """Weight-parallel ranks (isp) instead of tensor-parallel ones; 0: tensor parallel."""
-    model_type: ModelType | None = None
+    model_type: InternEvoModelType | None = None
     """What InternEvo trains it as; None: the kind that fits."""
     version: int = 2
     """1: w2 is up and w3 is down; 2: w3 is up and w2 is down."""
@@ -91,7 +91,7 @@ class InternEvo:
             {"step": 0}, folder / "0.step"
         )  # 0: nothing was trained, and nothing resumes from it by itself
 
-    def kind(self, config: ModelConfig) -> ModelType:
+    def kind(self, config: ModelConfig) -> InternEvoModelType:
         """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
         fitting = [kind for kind in TRAINS.get(config.family, ()) if _holds(kind, config)]
         if not fitting or self.model_type not in (None, *fitting):
@@ -105,8 +105,8 @@ class InternEvo:
             )
         return self.model_type or fitting[0]
 
-    def _style(self, config: ModelConfig) -> Style:
-        return Style(
+    def _style(self, config: ModelConfig) -> InternEvoStyle:
+        return InternEvoStyle(
             self.kind(config),
             ranks=self.wp or self.tp,
             isp=bool(self.wp),
@@ -134,7 +134,7 @@ def _plain(config: ModelConfig) -> bool:
     )
 
 
-def _holds(kind: ModelType, config: ModelConfig) -> bool:
+def _holds(kind: InternEvoModelType, config: ModelConfig) -> bool:
     if kind == "INTERNLM":  # its biases and its one width of q, k and v are fixed
         return (
             _plain(config)
@@ -145,7 +145,7 @@ def _holds(kind: ModelType, config: ModelConfig) -> bool:
     return _plain(config)
 
 
-def _why(config: ModelConfig, kind: ModelType | None) -> str:
+def _why(config: ModelConfig, kind: InternEvoModelType | None) -> str:
     if config.family not in TRAINS:
         return f"there are {', '.join(TRAINS)}"
     if kind == "INTERNLM" and _plain(config):

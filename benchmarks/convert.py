@@ -69,13 +69,13 @@ def generate(folder: Path, model: str | None) -> None:
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import from_maker
+    from ascendspeed.conversion.checkpoint_reader import from_maker
     from ascendspeed.models import param_mapping
 
     config = architecture(model)
     parameters = {p.name: p for p in param_mapping.parameters(config)}
     noise = torch.randn(1 << 24, dtype=torch.bfloat16)  # the same for all: drawing 15 GB would take minutes
-    source = convert.Source(
+    source = convert.CheckpointReader(
         "random",
         folder,
         config,
@@ -104,14 +104,14 @@ def split(source: Path, target: Path, tp: int) -> None:
     """Hugging Face to rank files."""
     from ascendspeed.conversion import convert
 
-    convert.write_megatron(convert.open_source(source), target, tp)
+    convert.write_megatron(convert.open_reader(source), target, tp)
 
 
 def merge(source: Path, target: Path, shard: str) -> None:
     """Rank files back to Hugging Face."""
     from ascendspeed.conversion import convert
 
-    convert.write_hf(convert.open_source(source), target, max_shard_size=shard)
+    convert.write_hf(convert.open_reader(source), target, max_shard_size=shard)
 
 
 def _anonymous() -> int:

@@ -118,7 +118,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import Source, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     home, pieces = folder / "tokenizer", io.BytesIO()
@@ -155,10 +155,12 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     )
     known = {parameter.name: parameter for parameter in parameters(model)}
     make = from_maker(lambda name: random_tensor(model, known[name], 1))
-    source = Source("random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None)
+    source = CheckpointReader(
+        "random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None
+    )
     with contextlib.redirect_stdout(io.StringIO()):
         convert.convert(
-            convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFace("llama")
+            convert.with_tokenizer(source, str(home)), folder / "llama", convert.HuggingFaceWriter("llama")
         )
 
 

@@ -10,7 +10,7 @@ from test_convert import BASE, MODELS
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.config_check import contradictions
+from ascendspeed.conversion.config_check import config_mismatches
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
@@ -33,7 +33,7 @@ def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 @pytest.mark.parametrize("name", PRESETS)
 def test_control_nothing_is_said_of_a_model_that_agrees(name):
     small = replace(PRESETS[name], num_layers=2)
-    assert contradictions(small, shapes_of(small)) == []
+    assert config_mismatches(small, shapes_of(small)) == []
 
 
 CASES = [  # what the tensors are, what config.json says otherwise, what is said of it
@@ -128,28 +128,28 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
 
 @pytest.mark.parametrize(("tensors", "wrong", "said"), CASES)
 def test_one_contradiction_is_said_once(tensors, wrong, said):
-    found = contradictions(replace(tensors, **wrong), shapes_of(tensors))
+    found = config_mismatches(replace(tensors, **wrong), shapes_of(tensors))
     assert len(found) == 1
     assert found[0].startswith(said)
 
 
 def test_several_are_all_said():
-    found = contradictions(
+    found = config_mismatches(
         replace(LLAMA, num_layers=30, vocab_size=100, ffn_hidden_size=64), shapes_of(LLAMA)
     )
     assert [line.split()[2] for line in found] == ["num_hidden_layers", "vocab_size", "intermediate_size"]
 
 
 def test_what_cannot_be_told_is_not_said():
-    assert contradictions(LLAMA, {}) == []
+    assert config_mismatches(LLAMA, {}) == []
     assert (
-        contradictions(LLAMA, {"transformer.h.0.attn.weight": (3, 3)}) == []
+        config_mismatches(LLAMA, {"transformer.h.0.attn.weight": (3, 3)}) == []
     )  # another program's names: left over, and said so
     assert (
-        contradictions(replace(BASE, num_attention_heads=4), shapes_of(BASE)) == []
+        config_mismatches(replace(BASE, num_attention_heads=4), shapes_of(BASE)) == []
     )  # heads of 16 instead of 8: the same shapes
     strange = {name: shape[:1] for name, shape in shapes_of(LLAMA).items()}
-    assert contradictions(LLAMA, strange) == []  # checked one by one afterwards
+    assert config_mismatches(LLAMA, strange) == []  # checked one by one afterwards
 
 
 def test_a_directory_says_it_in_one_line(tmp_path):
@@ -158,13 +158,13 @@ def test_a_directory_says_it_in_one_line(tmp_path):
     theirs = FAMILIES["llama"].write_config(LLAMA)
     (tmp_path / "config.json").write_text(json.dumps(theirs | {"num_hidden_layers": 32}))
     with pytest.raises(UserError) as error:
-        convert.open_source(tmp_path)
+        convert.open_reader(tmp_path)
     assert (
         str(error.value)
         == f"{tmp_path}: config.json says num_hidden_layers = 32, but the tensors have 4 layers"
     )
     (tmp_path / "config.json").write_text(json.dumps(theirs))
-    convert.open_source(tmp_path)
+    convert.open_reader(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
@@ -175,10 +175,10 @@ def test_experts_as_transformers_hold_them(family, tmp_path):
     config = replace(PRESETS[f"{family}-tiny"], num_layers=1, vocab_size=32)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**FAMILIES[family].write_config(config)))
     model.save_pretrained(tmp_path)
-    assert convert.open_source(tmp_path).config == config  # control
+    assert convert.open_reader(tmp_path).config == config  # control
     (tmp_path / "model.safetensors").unlink()
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(
         UserError, match=r"gate_up_proj holds all experts of a layer, .*: write the model by save_pretrained$"
     ):
-        convert.open_source(tmp_path)
+        convert.open_reader(tmp_path)

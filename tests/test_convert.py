@@ -22,7 +22,7 @@ from ascendspeed.checkpoint.fragment import Fragment, TrainState
 from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.output_files import PieceFile
+from ascendspeed.conversion.output_files import PreallocatedFile
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.atomic import staged_folder
@@ -152,8 +152,8 @@ def sources(tmp_path_factory):
 
 
 def round_trip(folder: Path, tensors: dict[str, torch.Tensor], tp: int, pp: int, tmp: Path) -> None:
-    to_ranks(convert.open_source(folder), tmp / "ranks", tp, pp)
-    to_hf(convert.open_source(tmp / "ranks"), tmp / "back")
+    to_ranks(convert.open_reader(folder), tmp / "ranks", tp, pp)
+    to_hf(convert.open_reader(tmp / "ranks"), tmp / "back")
     assert same(written(tmp / "back"), tensors)
 
 
@@ -174,7 +174,7 @@ def test_round_trip_of_every_type(sources, tmp_path, model, kind, tp, pp):
 @pytest.mark.parametrize("tp", [1, 2, 8])
 def test_deepspeed_layout(sources, tmp_path, tp):
     folder, tensors = sources("internlm", "fp32")
-    to_ranks(convert.open_source(folder), tmp_path / "ranks", tp, deepspeed=True, verify=True)
+    to_ranks(convert.open_reader(folder), tmp_path / "ranks", tp, deepspeed=True, verify=True)
     assert (tmp_path / "ranks/latest").read_text() == "release"
     files = sorted(path.name for path in (tmp_path / "ranks/release").iterdir())
     assert files == [f"mp_rank_{t:02d}_model_states.pt" for t in range(tp)]
@@ -189,7 +189,7 @@ def test_deepspeed_layout(sources, tmp_path, tp):
 
 def test_stages_count_their_layers_from_0(sources, tmp_path):
     folder, tensors = sources("internlm", "fp32")
-    to_ranks(convert.open_source(folder), tmp_path / "ranks", 2, 2)
+    to_ranks(convert.open_reader(folder), tmp_path / "ranks", 2, 2)
     assert (tmp_path / "ranks/latest_checkpointed_iteration.txt").read_text() == "release"
     path = tmp_path / "ranks/release/mp_rank_01_001/model_optim_rng.pt"
     held = torch.load(path, weights_only=True)["model"]
@@ -204,7 +204,7 @@ def test_stages_count_their_layers_from_0(sources, tmp_path):
 
 def test_shards_index_and_sidecars(sources, tmp_path):
     folder, tensors = sources("internlm", "bf16")
-    to_hf(convert.open_source(folder), tmp_path / "hf", max_shard_size="60KB", verify=True)
+    to_hf(convert.open_reader(folder), tmp_path / "hf", max_shard_size="60KB", verify=True)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
     files = sorted(set(index["weight_map"].values()))
@@ -246,9 +246,9 @@ def test_another_type_on_request(tmp_path):
         tensor[tensor.isfinite() & ~tensor.bfloat16().isfinite()] = 1.0  # see the next test
     save_file(tensors, tmp_path / "source/model.safetensors")
     to_ranks(
-        convert.open_source(tmp_path / "source"), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True
+        convert.open_reader(tmp_path / "source"), tmp_path / "ranks", 2, dtype=torch.bfloat16, verify=True
     )
-    to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf")
+    to_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "hf")
     assert same(written(tmp_path / "hf"), {name: tensor.bfloat16() for name, tensor in tensors.items()})
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
 
@@ -265,7 +265,7 @@ def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp
     def write(*values: float) -> dict[str, torch.Tensor]:
         tensors[name][0, : len(values)] = torch.tensor(values, dtype=torch.float64).to(tensors[name].dtype)
         save_file(tensors, source / "model.safetensors")
-        opened = convert.open_source(source)
+        opened = convert.open_reader(source)
         if out == "hf":
             to_hf(opened, tmp_path / "out", dtype=target, verify=True)
         else:
@@ -282,7 +282,7 @@ def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
     kept = limit if stored == "fp32" else 65280.0  # the largest of both types
     write(kept, float("inf"), float("nan"))  # control: what fits is written, and what was infinite stays so
-    back = dict(convert.open_source(tmp_path / "out").tensors())["decoder.layers.2.mlp.linear_fc2.weight"]
+    back = dict(convert.open_reader(tmp_path / "out").tensors())["decoder.layers.2.mlp.linear_fc2.weight"]
     assert back[0, 0] == kept
     assert back[0, 1].isinf()
     assert back[0, 2].isnan()
@@ -314,8 +314,8 @@ def training_checkpoint(
 def test_training_checkpoint_becomes_a_model_directory(sources, tmp_path):
     folder, tensors = sources("internlm", "fp32")
     beside = shutil.copytree(folder, corpus.sentencepiece_dir(tmp_path / "beside", 100), dirs_exist_ok=True)
-    training_checkpoint(tmp_path / "ckpt", BASE, dict(convert.open_source(folder).tensors()), beside)
-    source = convert.open_source(tmp_path / "ckpt")
+    training_checkpoint(tmp_path / "ckpt", BASE, dict(convert.open_reader(folder).tensors()), beside)
+    source = convert.open_reader(tmp_path / "ckpt")
     assert (source.kind, source.config) == ("training checkpoint", BASE)
     to_hf(source, tmp_path / "hf", verify=True)
     assert same(written(tmp_path / "hf"), tensors)
@@ -379,8 +379,8 @@ def oracle(tmp_path_factory):
 
 def test_exported_llama_has_the_logits_of_its_source(oracle, tmp_path):
     folder, ids, expected = oracle
-    to_ranks(convert.open_source(folder), tmp_path / "ranks", 4, 2)
-    to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
+    to_ranks(convert.open_reader(folder), tmp_path / "ranks", 4, 2)
+    to_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     assert torch.equal(logits_of(tmp_path / "hf", ids), expected)
 
 
@@ -395,8 +395,8 @@ def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(param_mapping, "block_spans", plain)
-        to_ranks(convert.open_source(folder), tmp_path / "ranks", 2)
-    to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
+        to_ranks(convert.open_reader(folder), tmp_path / "ranks", 2)
+    to_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     assert (logits_of(tmp_path / "hf", ids) - expected).abs().max() > 0.1
 
 
@@ -406,9 +406,9 @@ def test_grouped_queries_as_transformers_saves_them(tmp_path):
     )
     model, ids = plain_llama(config), torch.arange(24)[None]
     model.save_pretrained(tmp_path / "hf", max_shard_size="50KB")
-    assert convert.open_source(tmp_path / "hf").config == config
-    to_ranks(convert.open_source(tmp_path / "hf"), tmp_path / "ranks", 8)
-    to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "back")
+    assert convert.open_reader(tmp_path / "hf").config == config
+    to_ranks(convert.open_reader(tmp_path / "hf"), tmp_path / "ranks", 8)
+    to_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "back")
     with torch.no_grad():
         assert torch.equal(logits_of(tmp_path / "back", ids), model(ids).logits)
 
@@ -419,8 +419,8 @@ def test_grouped_queries_as_transformers_saves_them(tmp_path):
 )
 def test_reference_logits(tmp_path):
     reference = load_file(FIXTURE / "reference.safetensors")
-    to_ranks(convert.open_source(FIXTURE), tmp_path / "ranks", 2, deepspeed=True)
-    to_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "hf", family="llama")
+    to_ranks(convert.open_reader(FIXTURE), tmp_path / "ranks", 2, deepspeed=True)
+    to_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "hf", family="llama")
     for kind in ("short", "full", "long"):  # long: 1.5 x max_position
         difference = (
             (logits_of(tmp_path / "hf", reference[f"ids_{kind}"]) - reference[f"logits_{kind}"]).abs().max()
@@ -435,14 +435,14 @@ def test_reference_logits(tmp_path):
 def hf(tmp_path) -> Path:
     """A good directory in three shards, to spoil."""
     hugging_face(tmp_path / "one", BASE)
-    to_hf(convert.open_source(tmp_path / "one"), tmp_path / "hf", max_shard_size="200KB")
+    to_hf(convert.open_reader(tmp_path / "one"), tmp_path / "hf", max_shard_size="200KB")
     return tmp_path / "hf"
 
 
 @pytest.fixture
 def ranks(tmp_path, hf) -> Path:
     """Good rank files for TP 2 x PP 2, to spoil."""
-    to_ranks(convert.open_source(hf), tmp_path / "ranks", 2, 2)
+    to_ranks(convert.open_reader(hf), tmp_path / "ranks", 2, 2)
     return tmp_path / "ranks"
 
 
@@ -466,7 +466,7 @@ def edit_json(path: Path, change) -> None:
 def refused(folder: Path, *said: str) -> None:
     """Opening it is a `UserError` of one line that says all of this, and a conversion writes nothing."""
     with pytest.raises(UserError) as caught:
-        to_ranks(convert.open_source(folder), folder.parent / "out", 1)
+        to_ranks(convert.open_reader(folder), folder.parent / "out", 1)
     assert all(text in str(caught.value) for text in said), str(caught.value)
     assert "\n" not in str(caught.value)
     assert not [path for path in folder.parent.iterdir() if "out" in path.name]
@@ -612,7 +612,7 @@ def test_rank_file_with_other_tensors(ranks):
         "decoder.final_layernorm._extra_state": torch.zeros(1),
     }
     torch.save(held, path)
-    assert len(convert.open_source(ranks).names()) == 35
+    assert len(convert.open_reader(ranks).names()) == 35
     held["model"]["decoder.final_layernorm.weight"] = final[:-1]
     torch.save(held, path)
     refused(ranks, "final_layernorm.weight is [63]")
@@ -627,9 +627,9 @@ def test_nothing_that_is_known(tmp_path):
     with pytest.raises(
         UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint; found a.txt"
     ):
-        convert.open_source(tmp_path)
+        convert.open_reader(tmp_path)
     with pytest.raises(UserError, match="is not a directory"):
-        convert.open_source(tmp_path / "b")
+        convert.open_reader(tmp_path / "b")
 
 
 def test_a_tied_model_may_hold_its_embedding_twice(tmp_path):
@@ -637,7 +637,7 @@ def test_a_tied_model_may_hold_its_embedding_twice(tmp_path):
     tensors = hugging_face(tmp_path / "hf", tied)
     embedding = tensors["model.embed_tokens.weight"]
     save_file(tensors | {"lm_head.weight": embedding.clone()}, tmp_path / "hf/model.safetensors")
-    to_hf(convert.open_source(tmp_path / "hf"), tmp_path / "back")
+    to_hf(convert.open_reader(tmp_path / "hf"), tmp_path / "back")
     assert same(written(tmp_path / "back"), tensors)
     other = embedding.clone()
     bits(other)[70, 3] ^= 1  # control
@@ -665,7 +665,7 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
     """Padding that holds something is said; more of it than padding can be (128 rows) is refused: config.json is a stale one."""
     config = replace(BASE, vocab_size=250)
     tensors = hugging_face(tmp_path / "hf", config)
-    to_ranks(convert.open_source(tmp_path / "hf"), tmp_path / "ranks", 1)
+    to_ranks(convert.open_reader(tmp_path / "hf"), tmp_path / "ranks", 1)
 
     def set_vocabulary(size: int) -> None:
         edit_json(tmp_path / "ranks/config.json", lambda values: values.update(vocab_size=size))
@@ -673,7 +673,7 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
     for size, said in ((250, False), (200, True)):
         set_vocabulary(size)
         capsys.readouterr()
-        convert.open_source(tmp_path / "ranks")
+        convert.open_reader(tmp_path / "ranks")
         note = f"{256 - size} rows of padding in embedding.word_embeddings.weight hold something"
         assert (note in capsys.readouterr().out) == said
     set_vocabulary(120)
@@ -690,7 +690,7 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
     torch.save(held, path)
     set_vocabulary(250)
     capsys.readouterr()
-    convert.open_source(tmp_path / "ranks")
+    convert.open_reader(tmp_path / "ranks")
     assert "padding" not in capsys.readouterr().out
 
 
@@ -704,33 +704,33 @@ def test_two_checkpoints_in_one_folder(ranks, hf):
         shutil.copy(path, ranks)
     refused(ranks, "holds rank files and Hugging Face weights: move one of them to a folder of its own")
     (ranks / "trainer_state.json").write_text("{}")
-    assert convert.open_source(ranks).kind == "Hugging Face directory"
+    assert convert.open_reader(ranks).kind == "Hugging Face directory"
 
 
 @pytest.mark.parametrize("name", ["..", "\u00b2", "a/b", ""])
 def test_a_tracker_that_leads_elsewhere(ranks, name):
     (ranks / "latest_checkpointed_iteration.txt").write_text(name)
     with pytest.raises(UserError, match=r"latest_checkpointed_iteration.txt|has no rank files"):
-        convert.open_source(ranks)
+        convert.open_reader(ranks)
 
 
 def test_infinity_is_said(sources, tmp_path, capsys):
     tensors = hugging_face(tmp_path / "hf", BASE, "finite")
     tensors["model.norm.weight"][3] = float("-inf")
     save_file(tensors, tmp_path / "hf/model.safetensors")
-    convert.write_megatron(convert.open_source(tmp_path / "hf"), tmp_path / "out", 2)
+    convert.write_megatron(convert.open_reader(tmp_path / "hf"), tmp_path / "out", 2)
     assert "holds infinity in decoder.final_layernorm.weight\n" in capsys.readouterr().out
     tensors["model.norm.weight"][3] = float("nan")
     save_file(tensors, tmp_path / "hf/model.safetensors")
     with pytest.raises(UserError, match=r"holds NaN in decoder.final_layernorm.weight; nothing was written"):
-        convert.write_megatron(convert.open_source(tmp_path / "hf"), tmp_path / "again", 2)
+        convert.write_megatron(convert.open_reader(tmp_path / "hf"), tmp_path / "again", 2)
 
 
 # --- the target -------------------------------------------------------------------------------------------------------------
 
 
 def test_layouts_that_cannot_be_written(sources, tmp_path):
-    source = convert.open_source(sources("internlm", "fp32")[0])
+    source = convert.open_reader(sources("internlm", "fp32")[0])
     for more, said in (
         ({"tp": 3}, "choose 1, 2, 4, 8"),
         ({"tp": 1, "pp": 3}, "choose 1, 2, 4"),
@@ -744,7 +744,7 @@ def test_layouts_that_cannot_be_written(sources, tmp_path):
 
 
 def test_target_that_holds_something(sources, tmp_path):
-    source = convert.open_source(sources("internlm", "fp32")[0])
+    source = convert.open_reader(sources("internlm", "fp32")[0])
     (tmp_path / "out").mkdir()
     to_hf(source, tmp_path / "out")  # empty: fine
     before = (tmp_path / "out/model.safetensors").stat().st_mtime_ns
@@ -756,13 +756,13 @@ def test_target_that_holds_something(sources, tmp_path):
 def test_full_disk_is_said_before_writing(sources, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
     with pytest.raises(UserError, match=r"needs 0.\d\d GB, and the disk has 0.00 GB"):
-        to_hf(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out")
+        to_hf(convert.open_reader(sources("internlm", "fp32")[0]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def stop_at(write: int, how) -> None:
     """From now on, the `write`-th block stops the process by `how()`."""
-    original, count = PieceFile.write, 0
+    original, count = PreallocatedFile.write, 0
 
     def stopping(self, name, row, block):
         nonlocal count
@@ -771,7 +771,7 @@ def stop_at(write: int, how) -> None:
             how()
         return original(self, name, row, block)
 
-    PieceFile.write = stopping
+    PreallocatedFile.write = stopping
 
 
 @pytest.mark.parametrize("layout", ["hf", "ranks"])
@@ -780,7 +780,7 @@ def test_killed_writer_leaves_nothing_that_looks_whole(sources, tmp_path, capfd,
     folder = sources("internlm", "fp32")[0]
 
     def work():
-        source = convert.open_source(folder)
+        source = convert.open_reader(folder)
         to_hf(source, tmp_path / "out") if layout == "hf" else to_ranks(source, tmp_path / "out", 2)
 
     child = os.fork()
@@ -791,25 +791,25 @@ def test_killed_writer_leaves_nothing_that_looks_whole(sources, tmp_path, capfd,
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".out.partial"]
     with pytest.raises(UserError):
-        convert.open_source(tmp_path / ".out.partial")
+        convert.open_reader(tmp_path / ".out.partial")
     work()  # again: from the start, and says so
     assert "starting again" in capfd.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    convert.compare(convert.open_source(tmp_path / "out"), convert.open_source(folder))
+    convert.compare(convert.open_reader(tmp_path / "out"), convert.open_reader(folder))
 
 
 def test_failing_writer_cleans_up(sources, tmp_path, monkeypatch):
     def full(self, name, row, block):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(PieceFile, "write", full)
+    monkeypatch.setattr(PreallocatedFile, "write", full)
     with pytest.raises(UserError, match="No space left"):
-        to_hf(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out")
+        to_hf(convert.open_reader(sources("internlm", "fp32")[0]), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_what_no_conversion_left_is_not_cleared(sources, tmp_path):
-    source = convert.open_source(sources("internlm", "fp32")[0])
+    source = convert.open_reader(sources("internlm", "fp32")[0])
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").touch()
@@ -834,7 +834,7 @@ def test_two_writers_of_one_target(tmp_path):
 
 
 def test_verification_sees_one_flipped_bit(sources, tmp_path, monkeypatch):
-    original = PieceFile.write
+    original = PreallocatedFile.write
 
     def flipping(self, name, row, block):
         if "linear_fc2" in name:
@@ -842,9 +842,9 @@ def test_verification_sees_one_flipped_bit(sources, tmp_path, monkeypatch):
             bits(block).view(torch.uint8).flatten()[0].bitwise_xor_(1)
         return original(self, name, row, block)
 
-    monkeypatch.setattr(PieceFile, "write", flipping)
+    monkeypatch.setattr(PreallocatedFile, "write", flipping)
     with pytest.raises(UserError, match=r"verification failed: decoder.layers.0.mlp.linear_fc2.weight"):
-        to_ranks(convert.open_source(sources("internlm", "fp32")[0]), tmp_path / "out", 2, verify=True)
+        to_ranks(convert.open_reader(sources("internlm", "fp32")[0]), tmp_path / "out", 2, verify=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -874,7 +874,7 @@ import sys
 from pathlib import Path
 from safetensors.torch import load_file
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.output_files import PieceFile
+from ascendspeed.conversion.output_files import PreallocatedFile
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
@@ -884,10 +884,10 @@ def watched(self, name, row, block):
     peak = max(peak, anonymous())
     return write(self, name, row, block)
 
-write, PieceFile.write, folder, peak = PieceFile.write, watched, Path(sys.argv[1]), 0
-convert.write_megatron(convert.open_source(folder / "hf"), folder / "first", 2, allow_nan=True)  # imports
-for source, target, to in (("hf", "ranks", convert.RankFiles(2)), ("ranks", "back", convert.HuggingFace())):
-    opened = convert.open_source(folder / source)
+write, PreallocatedFile.write, folder, peak = PreallocatedFile.write, watched, Path(sys.argv[1]), 0
+convert.write_megatron(convert.open_reader(folder / "hf"), folder / "first", 2, allow_nan=True)  # imports
+for source, target, to in (("hf", "ranks", convert.RankFileWriter(2)), ("ranks", "back", convert.HuggingFaceWriter())):
+    opened = convert.open_reader(folder / source)
     peak = before = anonymous()
     convert.convert(opened, folder / target, to, allow_nan=True)
     print("PEAK", peak - before)
@@ -948,9 +948,9 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     more = "--num_layers 4 --num_heads 8 --num_kv_heads 8 --hidden_size 64 --merge-mlp --added-token-num 0"
     split(folder, tmp_path / "out", *flags.split(), *more.split())
     assert "--merge-mlp changes nothing" in capsys.readouterr().out
-    source = convert.open_source(tmp_path / "out")
+    source = convert.open_reader(tmp_path / "out")
     assert source.kind == "DeepSpeed rank files for TP 2 x PP 1"
-    convert.compare(source, convert.open_source(folder))
+    convert.compare(source, convert.open_reader(folder))
 
 
 @pytest.mark.parametrize(
@@ -1026,7 +1026,7 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
     """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was started."""
     corpus.sentencepiece_dir(tmp_path / "home/words", 100)
     (tmp_path / "elsewhere").mkdir()
-    full = dict(convert.open_source(sources("internlm", "finite")[0]).tensors())
+    full = dict(convert.open_reader(sources("internlm", "finite")[0]).tensors())
     training_checkpoint(
         tmp_path / "ckpt", BASE, {name: tensor.float() for name, tensor in full.items()}, Path("words")
     )

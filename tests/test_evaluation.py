@@ -408,17 +408,17 @@ def test_means_by_hand(folders):
 
 def test_hashes_of_a_model(folders, tmp_path):
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
 
-    source = open_source(folders["ours"])
+    source = open_reader(folders["ours"])
     own = fingerprint.of_model(source)
-    convert.convert(source, tmp_path / "again", convert.HuggingFace(max_shard_size=100_000))
+    convert.convert(source, tmp_path / "again", convert.HuggingFaceWriter(max_shard_size=100_000))
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    assert fingerprint.of_model(open_source(tmp_path / "again")) == own
+    assert fingerprint.of_model(open_reader(tmp_path / "again")) == own
     convert.write_megatron(source, tmp_path / "ranks", 2, 1)
-    assert fingerprint.of_model(open_source(tmp_path / "ranks")) == own
+    assert fingerprint.of_model(open_reader(tmp_path / "ranks")) == own
     other = model_dir(tmp_path / "other", replace(MODEL, init_method_std=0.1))
-    assert fingerprint.of_model(open_source(other)) != own
+    assert fingerprint.of_model(open_reader(other)) != own
 
 
 def test_a_tokenizer_of_another_model(folders):

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.models import families, param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
@@ -104,8 +104,8 @@ def test_published_tensors_come_back_from_rank_files(name, tmp_path):
     """Hugging Face's directory -> ranks of TP 4 x PP 2 -> Hugging Face's directory: the same names, the same bits."""
     published = theirs(name)[0]
     source = directory(name, tmp_path / "hf")
-    convert.write_megatron(open_source(source), tmp_path / "ranks", 4, 2)
-    convert.write_hf(open_source(tmp_path / "ranks"), tmp_path / "back")
+    convert.write_megatron(open_reader(source), tmp_path / "ranks", 4, 2)
+    convert.write_hf(open_reader(tmp_path / "ranks"), tmp_path / "back")
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert set(back) == set(published)
     assert all(torch.equal(back[n], published[n]) for n in published)
@@ -116,7 +116,7 @@ def test_published_tensors_come_back_from_rank_files(name, tmp_path):
 )
 def test_the_internlm_families_are_llama_to_stock_transformers(name, tmp_path):
     """Beyond the trained length too. Llama has one switch for q, k, v and o: a model that needs two is refused."""
-    convert.write_hf(open_source(directory(name, tmp_path / "hf")), tmp_path / "llama", family="llama")
+    convert.write_hf(open_reader(directory(name, tmp_path / "hf")), tmp_path / "llama", family="llama")
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)(
             tokens()[:, :-1]
@@ -125,7 +125,7 @@ def test_the_internlm_families_are_llama_to_stock_transformers(name, tmp_path):
 
 
 def test_biases_that_llama_cannot_say_are_refused(tmp_path):
-    source = open_source(directory("internlm3-bias-but-qkv", tmp_path / "hf"))
+    source = open_reader(directory("internlm3-bias-but-qkv", tmp_path / "hf"))
     with pytest.raises(UserError, match="cannot say add_dense_bias = True"):
         convert.write_hf(source, tmp_path / "llama", family="llama")
     assert not (tmp_path / "llama").exists()

@@ -84,11 +84,11 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
         *(["--deepspeed"] if deepspeed else []),
     )
     kind = f"{'DeepSpeed' if deepspeed else 'Megatron'} rank files for TP {tp} x PP {pp}"
-    assert convert.open_source(tmp_path / "new").kind == kind
+    assert convert.open_reader(tmp_path / "new").kind == kind
     assert any(name.endswith("_proj.bias") for name in tensors)
     assert same(tmp_path / "new", tensors, tmp_path)
     cut_anew(*folders(tmp_path / "new", tmp_path / "again"), "--tgt-tensor-model-parallel-size", 8)
-    convert.compare(convert.open_source(tmp_path / "again"), convert.open_source(tmp_path / "old"))
+    convert.compare(convert.open_reader(tmp_path / "again"), convert.open_reader(tmp_path / "old"))
 
 
 @pytest.mark.parametrize(

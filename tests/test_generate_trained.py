@@ -225,12 +225,12 @@ def together(world: int, work) -> list:
 
 def test_ranks_share_the_reading(trained, hashed, monkeypatch):
     """Every file is hashed by one of them, every tensor's hash is made by one; the results are those of one process."""
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
     from ascendspeed.evaluation import fingerprint
 
-    alone = fingerprint.of_model(open_source(trained / "ckpt"))
+    alone = fingerprint.of_model(open_reader(trained / "ckpt"))
     hashed.clear()
-    sources = together(2, lambda readers: open_source(trained / "ckpt", readers=readers))
+    sources = together(2, lambda readers: open_reader(trained / "ckpt", readers=readers))
     assert sorted(hashed) == listed(trained)
     made, digest = [], fingerprint._digest
     monkeypatch.setattr(fingerprint, "_digest", lambda named: made.append(named[0]) or digest(named))

@@ -81,7 +81,7 @@ def trained(folder: Path, shape: Shape, how: Trained, **more) -> Path:
     return folder
 
 
-def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
+def back(source: convert.CheckpointReader, family: str) -> dict[str, torch.Tensor]:
     """What a source says, by the Hugging Face names of a family."""
     from ascendspeed.models import param_mapping
 
@@ -94,7 +94,7 @@ def back(source: convert.Source, family: str) -> dict[str, torch.Tensor]:
     }
 
 
-def right(source: convert.Source, family: str, shape: Shape) -> bool:
+def right(source: convert.CheckpointReader, family: str, shape: Shape) -> bool:
     """Whether a source holds the oracle's model, bit by bit."""
     return same(back(source, family), hugging_face(family, shape, parts_of(shape)))
 
@@ -110,12 +110,12 @@ def there_and_back(tmp_path: Path, kind: str, layouts: list[tuple[int, int]]) ->
     """Hugging Face -> InternEvo is the oracle's folder, and back byte for byte."""
     family, shape, model_type = KINDS[kind]
     tensors = directory(tmp_path / "hf", family, shape)
-    source = convert.open_source(tmp_path / "hf")
+    source = convert.open_reader(tmp_path / "hf")
     for tp, pp in layouts:
         out = tmp_path / f"{tp} {pp}"
-        convert.convert(source, out, convert.InternEvo(tp, pp, model_type=model_type))
+        convert.convert(source, out, convert.InternEvoWriter(tp, pp, model_type=model_type))
         assert equal(out, shape, Trained(model_type, tp, EVEN[pp]))
-        convert.write_hf(convert.open_source(out), tmp_path / f"back {tp} {pp}")
+        convert.write_hf(convert.open_reader(out), tmp_path / f"back {tp} {pp}")
         assert same(load_file(tmp_path / f"back {tp} {pp}/model.safetensors"), tensors)
 
 
@@ -135,9 +135,9 @@ def test_the_reference_checkpoints(reference, tmp_path, name):
     tensors = {
         n: t for path in (reference / name).glob("model-*.safetensors") for n, t in load_file(path).items()
     }
-    source = convert.open_source(reference / name)
-    convert.convert(source, tmp_path / "evo", convert.InternEvo(2, 2, qk_interleaved=True))
-    convert.write_hf(convert.open_source(tmp_path / "evo"), tmp_path / "back")
+    source = convert.open_reader(reference / name)
+    convert.convert(source, tmp_path / "evo", convert.InternEvoWriter(2, 2, qk_interleaved=True))
+    convert.write_hf(convert.open_reader(tmp_path / "evo"), tmp_path / "back")
     written = load_file(tmp_path / "back/model.safetensors")
     assert same(written, {n: tensors[n] for n in written})
     assert all("inv_freq" in n for n in tensors.keys() - written.keys())
@@ -172,16 +172,16 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
     )
     family = "internlm" if model_type == "INTERNLM" else "llama"
     directory(tmp_path / "hf", family, shape)
-    to = convert.InternEvo(
+    to = convert.InternEvoWriter(
         tp, 3, wp, version=version, embed_split=embed_split, qk_interleaved=interleaved, model_type=model_type
     )
     if model_type == "INTERNLM2":
         config_json(tmp_path / "hf", "internlm2", shape)
         save_file(hugging_face("internlm2", shape, parts_of(shape)), tmp_path / "hf/model.safetensors")
         family = "internlm2"
-    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", to)
+    convert.convert(convert.open_reader(tmp_path / "hf"), tmp_path / "out", to)
     assert equal(tmp_path / "out", shape, how)
-    source = convert.open_source(trained(tmp_path / "theirs", shape, how), asked=InternEvoOptions(max_pos=32))
+    source = convert.open_reader(trained(tmp_path / "theirs", shape, how), asked=InternEvoOptions(max_pos=32))
     assert right(source, family, shape)
     assert replace(source.config, family=family) == config_of(family, shape)
 
@@ -212,7 +212,7 @@ def test_whatever_trained_it_is_read(tmp_path, how):
     said = {"mlp_layer_fusion": how.fused_mlp} | (
         {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
     )
-    source = convert.open_source(
+    source = convert.open_reader(
         trained(tmp_path / "evo", shape, how, **said), asked=InternEvoOptions(max_pos=32)
     )
     family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
@@ -226,12 +226,12 @@ def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
     """Control: no shape tells these, so the bits must."""
     how = Trained("LLAMA2", wp=2)
     assert right(
-        convert.open_source(trained(tmp_path / "a", GROUPED, how), asked=InternEvoOptions(max_pos=32)),
+        convert.open_reader(trained(tmp_path / "a", GROUPED, how), asked=InternEvoOptions(max_pos=32)),
         "llama",
         GROUPED,
     )
     assert not right(
-        convert.open_source(trained(tmp_path / "b", GROUPED, how, **lie), asked=InternEvoOptions(max_pos=32)),
+        convert.open_reader(trained(tmp_path / "b", GROUPED, how, **lie), asked=InternEvoOptions(max_pos=32)),
         "llama",
         GROUPED,
     )
@@ -247,7 +247,7 @@ def test_parallel_modes_cut_differently(tmp_path):
     assert a.shape == b.shape
     assert not torch.equal(a, b)
     directory(tmp_path / "hf", "internlm", BIASED)
-    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", convert.InternEvo(2))
+    convert.convert(convert.open_reader(tmp_path / "hf"), tmp_path / "out", convert.InternEvoWriter(2))
     assert not equal(tmp_path / "out", BIASED, Trained("INTERNLM", wp=2))
     assert not equal(tmp_path / "out", BIASED, Trained("INTERNLM", 2, version=1))
 
@@ -292,7 +292,9 @@ def test_the_folder_that_is_written(tmp_path):
         width = said["multiple_of"] * math.ceil(int(hidden * said["mlp_ratio"]) / said["multiple_of"])
         assert width == ffn
     directory(tmp_path / "hf", "internlm", BIASED)
-    convert.convert(convert.open_source(tmp_path / "hf"), tmp_path / "out", convert.InternEvo(2), verify=True)
+    convert.convert(
+        convert.open_reader(tmp_path / "hf"), tmp_path / "out", convert.InternEvoWriter(2), verify=True
+    )
     said = torch.load(tmp_path / "out/model_config.pt", weights_only=True)
     assert all(isinstance(value, (int, float, str, bool)) for value in said.values())
     assert (said["no_bias"], said["qk_interleaved"], said["adapt_hf"], said["vocab_size"]) == (
@@ -307,7 +309,9 @@ def test_the_folder_that_is_written(tmp_path):
     assert ["blocks.0.mixer.out_proj.bias" in tensors for tensors in held] == [True, False]
 
 
-def read(folder: Path, asked: InternEvoOptions | None = None, home: Path | None = None) -> convert.Source:
+def read(
+    folder: Path, asked: InternEvoOptions | None = None, home: Path | None = None
+) -> convert.CheckpointReader:
     return internevo.open_folder(folder, home, asked)
 
 
@@ -445,7 +449,7 @@ def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
     assert right(read(folder, InternEvoOptions(max_pos=32)), "internlm", BIASED)
     change(folder)
     with pytest.raises(UserError, match=said) as error:
-        convert.open_source(folder, asked=InternEvoOptions(max_pos=32))
+        convert.open_reader(folder, asked=InternEvoOptions(max_pos=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 
@@ -453,18 +457,18 @@ def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
 @pytest.mark.parametrize(
     ("family", "shape", "to", "said"),
     [
-        ("internlm", BIASED, convert.InternEvo(3), "do not split over 3 ranks; choose 1, 2, 4, 8"),
-        ("llama", Shape(heads=8, kv=2), convert.InternEvo(4), "do not split over 4 ranks; choose 1, 2"),
-        ("internlm", BIASED, convert.InternEvo(1, 5), "4 layers do not give 5 stages"),
-        ("internlm", BIASED, convert.InternEvo(2, wp=2), "leave --tp 2 out"),
-        ("internlm", BIASED, convert.InternEvo(version=3), "--version 3 does not exist"),
-        ("internlm", PLAIN, convert.InternEvo(model_type="INTERNLM"), "always has biases"),
-        ("llama", GROUPED, convert.InternEvo(model_type="INTERNLM2"), "choose LLAMA2"),
-        ("gemma", Shape(), convert.InternEvo(), "gemma"),
+        ("internlm", BIASED, convert.InternEvoWriter(3), "do not split over 3 ranks; choose 1, 2, 4, 8"),
+        ("llama", Shape(heads=8, kv=2), convert.InternEvoWriter(4), "do not split over 4 ranks; choose 1, 2"),
+        ("internlm", BIASED, convert.InternEvoWriter(1, 5), "4 layers do not give 5 stages"),
+        ("internlm", BIASED, convert.InternEvoWriter(2, wp=2), "leave --tp 2 out"),
+        ("internlm", BIASED, convert.InternEvoWriter(version=3), "--version 3 does not exist"),
+        ("internlm", PLAIN, convert.InternEvoWriter(model_type="INTERNLM"), "always has biases"),
+        ("llama", GROUPED, convert.InternEvoWriter(model_type="INTERNLM2"), "choose LLAMA2"),
+        ("gemma", Shape(), convert.InternEvoWriter(), "gemma"),
     ],
 )
 def test_what_cannot_be_written(tmp_path, family, shape, to, said):
-    source = convert.Source(
+    source = convert.CheckpointReader(
         "test", tmp_path, config_of(family, shape), {}, {}, lambda name, tile: torch.ones(1), None
     )
     with pytest.raises(UserError, match=said):

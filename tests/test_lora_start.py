@@ -142,16 +142,16 @@ def test_memory_and_work():
 def bases(tmp_path_factory) -> dict[str, Path]:
     """The weights of one seed in several formats, and those of another."""
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import Source, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
     from ascendspeed.models import param_mapping
 
     folder = tmp_path_factory.mktemp("bases")
 
-    def source(seed: int) -> Source:
+    def source(seed: int) -> CheckpointReader:
         tensors = {
             name: tensor.bfloat16().float() for name, tensor in param_mapping.random_tensors(MODEL, seed)
         }
-        return Source(
+        return CheckpointReader(
             "random",
             folder,
             MODEL,
@@ -170,10 +170,10 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 
 
 def test_weights_are_known_in_every_format(bases):
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
 
-    found = {name: open_source(path).fingerprint() for name, path in bases.items() if name != "ranks"}
-    found["ranks"] = open_source(bases["ranks"], bases["hf"]).fingerprint()
+    found = {name: open_reader(path).fingerprint() for name, path in bases.items() if name != "ranks"}
+    found["ranks"] = open_reader(bases["ranks"], bases["hf"]).fingerprint()
     assert found.pop("other") not in found.values()
     assert len(set(found.values())) == 1
 
@@ -198,9 +198,9 @@ LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linea
     ],
 )
 def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
 
-    source = open_source(bases["hf"])
+    source = open_reader(bases["hf"])
 
     def changed(name: str, rows: slice) -> str:
         def block(which, tile):

@@ -41,7 +41,7 @@ def began(tmp_path):
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import Source, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     model = replace(
@@ -51,8 +51,10 @@ def began(tmp_path):
 
     def weights(name: str, seed: int = 1, kind=None, values=torch.float32, dtype=torch.float32) -> str:
         make = from_maker(lambda n: random_tensor(model, known[n], seed).to(values).float())
-        made = Source("random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None)
-        convert.convert(made, str(tmp_path / name), kind or convert.HuggingFace(), dtype)
+        made = CheckpointReader(
+            "random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None
+        )
+        convert.convert(made, str(tmp_path / name), kind or convert.HuggingFaceWriter(), dtype)
         if not (tmp_path / name / "config.json").exists():  # rank files do not bring one
             shutil.copyfile(tmp_path / "hf/config.json", tmp_path / name / "config.json")
         return str(tmp_path / name)
@@ -80,7 +82,7 @@ def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
     from ascendspeed.conversion import convert
 
     first = origin.of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
-    began.weights("tp2", kind=convert.RankFiles(tp=2, pp=2))
+    began.weights("tp2", kind=convert.RankFileWriter(tp=2, pp=2))
     assert first["seed"] == "1234"
     assert (
         origin.of_log(began(began.weights("same", values=torch.bfloat16))) == first

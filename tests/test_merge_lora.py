@@ -19,7 +19,7 @@ from test_convert import command
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion import lora_adapter as adapters
 from ascendspeed.conversion.formats import peft as directory
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
@@ -146,7 +146,7 @@ def test_what_is_written_peft_reads(tmp_path):
 def test_wqkv_by_llamas_names(tmp_path):
     """One A, and B's rows dealt out: the weights with the adapters in them are the same."""
     base("internlm2", tmp_path / "base")
-    source, model = open_source(tmp_path / "base"), MODELS["internlm2"]
+    source, model = open_reader(tmp_path / "base"), MODELS["internlm2"]
     lora = LoraConfig(4, 8.0, lora_target_modules=("wqkv", "wo", "w1", "w2"))
     generator = torch.Generator().manual_seed(2)
     pairs = {}
@@ -289,7 +289,7 @@ def test_damaged_and_missing_files(work):
 
 def test_the_weights_beneath_are_known(work, capsys):
     """Neither another model of the same architecture nor weights that have the adapters in them already."""
-    adapter, beneath = directory.open_adapter(work / "adapter"), open_source(work / "base")
+    adapter, beneath = directory.open_adapter(work / "adapter"), open_reader(work / "base")
     shutil.rmtree(work / "adapter")
     directory.write(replace(adapter, fingerprint=beneath.fingerprint()), work / "adapter")
     assert directory.open_adapter(work / "adapter").fingerprint == beneath.fingerprint()

@@ -111,7 +111,7 @@ def config_json(folder: Path, family: str) -> None:
 
 
 def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
-    convert.write_hf(convert.open_source(folder), tmp / "hf", allow_nan=True)
+    convert.write_hf(convert.open_reader(folder), tmp / "hf", allow_nan=True)
     back = load_file(tmp / "hf/model.safetensors")
     return back.keys() == tensors.keys() and all(
         back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8))
@@ -142,7 +142,7 @@ def test_internlm_and_llama(tmp_path, family, dtype):
     held = {renamed(name): tensor for name, tensor in tensors.items()}
     held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     write_ckpt(tmp_path / "mf/model.ckpt", held | {"adam_m.lm_head.weight": torch.ones(2)})
-    assert convert.open_source(tmp_path / "mf").kind == "MindFormers .ckpt"
+    assert convert.open_reader(tmp_path / "mf").kind == "MindFormers .ckpt"
     assert same(tmp_path / "mf", tensors, tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
         held = {new: part for name, tensor in held.items() for new, part in apart(name, tensor).items()}
     write_ckpt(tmp_path / "mf/model.ckpt", held, pieces)
     assert (
-        convert.open_source(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
+        convert.open_reader(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
     )
     assert same(tmp_path / "mf", tensors, tmp_path)
 
@@ -187,7 +187,7 @@ def test_what_is_not_read_is_said(tmp_path):
 
     def refused(said: str) -> None:
         with pytest.raises(UserError, match=said):
-            convert.open_source(tmp_path / "mf")
+            convert.open_reader(tmp_path / "mf")
 
     write_ckpt(path, tensors | {"model.layers.0.attention.w_qkv.weight": torch.ones(2, 2)})
     refused(r"w_qkv\.weight: MindFormers has stored these in several orders")

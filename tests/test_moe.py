@@ -16,7 +16,7 @@ from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.models import estimates, param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS, family_of
 from ascendspeed.utils.errors import UserError
@@ -126,7 +126,7 @@ def saved(tmp_path_factory):
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(open_source(folder).tensors())
+    return dict(open_reader(folder).tensors())
 
 
 def largest_difference(
@@ -149,7 +149,7 @@ def largest_difference(
 def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     """Its modules hold the experts of a layer as one tensor; its files, as all published ones, each by itself."""
     folder, reference = saved[name]
-    source = open_source(folder)
+    source = open_reader(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
     assert load_file(folder / "model.safetensors").keys() == {
         n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs
@@ -329,8 +329,8 @@ def test_training_equals_hugging_face_under_every_stage(tmp_path):
 @pytest.mark.parametrize("name", NAMES)
 def test_round_trip_is_bit_exact(saved, tmp_path, name):
     folder = saved[name][0]
-    convert.write_megatron(convert.open_source(folder), tmp_path / "ranks", 4, 2)
-    convert.write_hf(convert.open_source(tmp_path / "ranks"), tmp_path / "back")
+    convert.write_megatron(convert.open_reader(folder), tmp_path / "ranks", 4, 2)
+    convert.write_hf(convert.open_reader(tmp_path / "ranks"), tmp_path / "back")
     before, after = (
         load_file(folder / "model.safetensors"),
         load_file(tmp_path / "back" / "model.safetensors"),

@@ -238,7 +238,7 @@ def old_folder(
 
 def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
     """Whether Hugging Face's tensors come out of `folder`, byte by byte."""
-    convert.write_hf(convert.open_source(folder), tmp / "hf")
+    convert.write_hf(convert.open_reader(folder), tmp / "hf")
     back = load_file(tmp / "hf/model.safetensors")
     return back.keys() == tensors.keys() and all(
         back[n].dtype == t.dtype and torch.equal(back[n].view(torch.uint8), t.view(torch.uint8))
@@ -282,7 +282,7 @@ def test_deepspeed_layout(tmp_path, program, tp):
 def test_it_says_whose_names_they_are(tmp_path):
     for i, program in enumerate(PROGRAMS):
         old_folder(tmp_path / str(i), program, "internlm", 2, 2)
-        kind = convert.open_source(tmp_path / str(i)).kind
+        kind = convert.open_reader(tmp_path / str(i)).kind
         assert kind == "Megatron rank files for TP 2 x PP 2" + (
             f", names of {program}" if program != "Megatron-core" else ""
         )
@@ -315,7 +315,7 @@ def test_the_converted_model_is_the_model(tmp_path):
     from transformers import LlamaForCausalLM
 
     tensors = old_folder(tmp_path / "old", "AscendSpeed of 2023", "llama", 2, 2)
-    convert.write_hf(convert.open_source(tmp_path / "old"), tmp_path / "hf", family="llama")
+    convert.write_hf(convert.open_reader(tmp_path / "old"), tmp_path / "hf", family="llama")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
 
@@ -332,7 +332,7 @@ def test_the_converted_model_is_the_model(tmp_path):
 def test_grouped_queries_of_ascendspeed_are_doubted(tmp_path, capsys, program, model, tp, doubted):
     """Its converter of a few weeks ordered them otherwise, which the files do not show."""
     old_folder(tmp_path / "old", program, model, tp, 1)
-    convert.open_source(tmp_path / "old")
+    convert.open_reader(tmp_path / "old")
     assert ("note: " in capsys.readouterr().out) == doubted
 
 
@@ -396,7 +396,7 @@ def test_what_could_run_code_is_refused_by_name(tmp_path):
         UserError,
         match=r"model_optim_rng\.pt .*not loaded: it could run code.*: builtins\.exec is no plain data",
     ):
-        convert.open_source(tmp_path / "old")
+        convert.open_reader(tmp_path / "old")
     assert not (tmp_path / "ran").exists()
     pickle.loads(pickle.dumps(Bomb(tmp_path / "ran")))  # control: it is armed
     assert (tmp_path / "ran").exists()
@@ -419,7 +419,7 @@ def test_interleaved_pipeline(tmp_path):
     assert same(tmp_path / "old", tensors, tmp_path)
     torch.save({"checkpoint_version": 3.0, "model0": held[1]}, stages[1])
     with pytest.raises(UserError, match="different numbers of chunks"):
-        convert.open_source(tmp_path / "old")
+        convert.open_reader(tmp_path / "old")
 
 
 def test_config_of_another_folder_and_an_iteration_by_name(tmp_path):
@@ -431,12 +431,12 @@ def test_config_of_another_folder_and_an_iteration_by_name(tmp_path):
     with pytest.raises(
         UserError, match=r"old has no config\.json: copy .* or name its folder \(--config DIR\)"
     ):
-        convert.open_source(tmp_path / "old")
+        convert.open_reader(tmp_path / "old")
     for i, folder in enumerate(("old", "old/release")):
-        source = convert.open_source(tmp_path / folder, tmp_path / "model")
+        source = convert.open_reader(tmp_path / folder, tmp_path / "model")
         convert.write_megatron(source, tmp_path / f"{i}", 1)
         assert (tmp_path / f"{i}/tokenizer.model").read_bytes() == pieces.read_bytes()
-        convert.compare(convert.open_source(tmp_path / f"{i}"), source)
+        convert.compare(convert.open_reader(tmp_path / f"{i}"), source)
 
 
 def change(path: Path, **more) -> None:
@@ -446,7 +446,7 @@ def change(path: Path, **more) -> None:
 def test_what_is_not_read_is_said(tmp_path):
     def refused(said: str) -> None:
         with pytest.raises(UserError, match=said):
-            convert.open_source(tmp_path / "old")
+            convert.open_reader(tmp_path / "old")
 
     old_folder(tmp_path / "old", "Megatron-LM until 2023", "internlm", 1, 1)
     path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
@@ -471,4 +471,4 @@ def test_what_is_missing_or_left_over_is_named(tmp_path):
         UserError,
         match=r"rank 1.* lacks language_model\S+2\.mlp\.gate_proj\S+ it has left over \S+2\.mlp\.extra",
     ):
-        convert.open_source(tmp_path / "old")
+        convert.open_reader(tmp_path / "old")

@@ -122,7 +122,7 @@ def test_revert_pairs_the_rows_of_a_model_without_biases(tmp_path, adapt_hf):
         *more,
     )
     assert equal(tmp_path / "evo", shape, Trained("LLAMA2", 4, interleaved=not adapt_hf))
-    convert.write_hf(convert.open_source(tmp_path / "evo"), tmp_path / "back")
+    convert.write_hf(convert.open_reader(tmp_path / "evo"), tmp_path / "back")
     assert same(load_file(tmp_path / "back/model.safetensors"), tensors)
 
 

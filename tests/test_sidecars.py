@@ -65,9 +65,9 @@ def export(
     tokenizer: Path | None = None,
 ) -> Path:
     source = convert.with_tokenizer(
-        convert.open_source(folder), None if tokenizer is None else str(tokenizer)
+        convert.open_reader(folder), None if tokenizer is None else str(tokenizer)
     )
-    convert.convert(source, target, convert.HuggingFace(family, copy_code=copy_code))
+    convert.convert(source, target, convert.HuggingFaceWriter(family, copy_code=copy_code))
     return target
 
 
@@ -118,9 +118,9 @@ def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
     with pytest.raises(UserError, match="not that of a model of family llama: leave --copy-code out"):
         export(chat, tmp_path / "llama", family="llama", copy_code=True)
     (tmp_path / "bare").mkdir()
-    source = replace(convert.open_source(chat), beside=tmp_path / "bare")
+    source = replace(convert.open_reader(chat), beside=tmp_path / "bare")
     with pytest.raises(UserError, match=r"bare has no \*\.py"):
-        convert.convert(source, tmp_path / "x", convert.HuggingFace(copy_code=True))
+        convert.convert(source, tmp_path / "x", convert.HuggingFaceWriter(copy_code=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out"]
 
 
@@ -141,7 +141,7 @@ def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
 
 def test_rank_files_and_back(chat, tmp_path):
     """The tokenizer goes with rank files and comes back; the tokenizer.json is made where transformers look for it."""
-    convert.convert(convert.open_source(chat), tmp_path / "ranks", convert.RankFiles(2))
+    convert.convert(convert.open_reader(chat), tmp_path / "ranks", convert.RankFileWriter(2))
     assert (tmp_path / "ranks/tokenizer.model").exists()
     assert "auto_map" not in held(tmp_path / "ranks", "tokenizer_config")
     out = export(tmp_path / "ranks", tmp_path / "out")
@@ -205,7 +205,7 @@ def test_a_tokenizer_of_a_larger_vocabulary_is_an_error(chat, tmp_path):
     with pytest.raises(
         UserError, match=r"tokenizer\.model has 900 pieces, but the vocabulary of the model 899"
     ):
-        convert.convert(convert.open_source(small), tmp_path / "out", convert.RankFiles(1))
+        convert.convert(convert.open_reader(small), tmp_path / "out", convert.RankFileWriter(1))
     assert not (tmp_path / "out").exists()
     export(
         small, tmp_path / "out", tokenizer=corpus.sentencepiece_dir(tmp_path / "fits", 100)
@@ -224,11 +224,11 @@ def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
     values = held(source, "tokenizer")
     values["model"]["merges"].reverse()
     (source / "tokenizer.json").write_text(json.dumps(values))
-    for to in (convert.HuggingFace(), convert.RankFiles(2)):
+    for to in (convert.HuggingFaceWriter(), convert.RankFileWriter(2)):
         with pytest.raises(
             UserError, match=r"tokenizer\.model gives .* where tokenizer\.json gives .*: move the one away"
         ):
-            convert.convert(convert.open_source(source), tmp_path / "no", to)
+            convert.convert(convert.open_reader(source), tmp_path / "no", to)
     assert not (tmp_path / "no").exists()
     export(source, tmp_path / "fits", tokenizer=chat)
 
@@ -269,5 +269,7 @@ def test_links_out_of_the_directory_are_not_followed(chat, name, tmp_path):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(secret)
     with pytest.raises(UserError, match="is a link that leads out of"):
-        convert.convert(convert.open_source(folder), tmp_path / "out", convert.HuggingFace(copy_code=True))
+        convert.convert(
+            convert.open_reader(folder), tmp_path / "out", convert.HuggingFaceWriter(copy_code=True)
+        )
     assert not (tmp_path / "out").exists()

@@ -112,10 +112,10 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
 def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
     """--load equal to --save is a fresh start only when the folder is empty."""
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import Source, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
     from ascendspeed.models import param_mapping
 
-    source = Source(
+    source = CheckpointReader(
         "random",
         tmp_path,
         MODEL,

@@ -11,7 +11,7 @@ from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoin
 from test_mindformers import renamed, write_ckpt
 
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats.internevo import InternEvo
+from ascendspeed.conversion.formats.internevo import InternEvoWriter
 from ascendspeed.conversion.support_matrix import FORMATS
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
@@ -60,14 +60,14 @@ def to_old_names(folder: Path) -> None:
 
 def there(form: str, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
     """From a Hugging Face directory to the format, at `tmp_path / "there"`."""
-    source, target = convert.open_source(folder), tmp_path / "there"
+    source, target = convert.open_reader(folder), tmp_path / "there"
     formats = {
-        "hf": convert.HuggingFace(max_shard_size=50_000),
-        "hf-llama": convert.HuggingFace("llama"),
-        "megatron": convert.RankFiles(tp, pp),
-        "ascendspeed": convert.RankFiles(tp, pp),
-        "deepspeed": convert.RankFiles(tp, deepspeed=True),
-        "internevo": InternEvo(tp, pp),
+        "hf": convert.HuggingFaceWriter(max_shard_size=50_000),
+        "hf-llama": convert.HuggingFaceWriter("llama"),
+        "megatron": convert.RankFileWriter(tp, pp),
+        "ascendspeed": convert.RankFileWriter(tp, pp),
+        "deepspeed": convert.RankFileWriter(tp, deepspeed=True),
+        "internevo": InternEvoWriter(tp, pp),
     }
     if form == "mindformers":
         target.mkdir()
@@ -85,10 +85,10 @@ def there(form: str, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
 def round_trip(form: str, family: str, tp: int, pp: int, kind: str, tmp_path: Path) -> None:
     tensors = hugging_face(tmp_path / "hf", model(form, family), kind)
     there(form, tmp_path / "hf", tmp_path, tp, pp)
-    source = convert.open_source(tmp_path / "there")
+    source = convert.open_reader(tmp_path / "there")
     convert.write_hf(source, tmp_path / "back", family=family, allow_nan=True)
     assert same(written(tmp_path / "back"), tensors)
-    assert convert.open_source(tmp_path / "back").config == convert.open_source(tmp_path / "hf").config
+    assert convert.open_reader(tmp_path / "back").config == convert.open_reader(tmp_path / "hf").config
 
 
 PAIRS = [
@@ -138,7 +138,7 @@ def test_old_names_of_other_families_are_not_read(tmp_path, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
     there("ascendspeed", tmp_path / "hf", tmp_path, 1, 1)
     with pytest.raises(UserError, match=f"a model of family {family} cannot be read from ascendspeed"):
-        convert.open_source(tmp_path / "there")
+        convert.open_reader(tmp_path / "there")
 
 
 def test_control_a_name_that_is_not_renamed_is_seen(tmp_path):
@@ -154,4 +154,4 @@ def test_control_a_name_that_is_not_renamed_is_seen(tmp_path):
         UserError,
         match=r"lacks .*layers\.1\.mlp\.dense_h_to_4h\.weight; it has left over .*layers\.1\.mlp\.up",
     ):
-        convert.open_source(tmp_path / "there")
+        convert.open_reader(tmp_path / "there")

@@ -31,14 +31,17 @@ def directory(folder, config: ModelConfig, dtype: torch.dtype = torch.float32):
 
 
 def converted(source, target, to, **more) -> dict:
-    convert.convert(convert.open_source(source), target, to, verify=True, **more)
+    convert.convert(convert.open_reader(source), target, to, verify=True, **more)
     return json.loads((target / "conversion.json").read_text())
 
 
 def test_what_is_left_behind(cpu, tmp_path):
     config = replace(TINY["internlm"], num_layers=4)
     said = converted(
-        directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2, 2), dtype=torch.bfloat16
+        directory(tmp_path / "hf", config),
+        tmp_path / "ranks",
+        convert.RankFileWriter(2, 2),
+        dtype=torch.bfloat16,
     )
     assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16; logits equal"
     assert said["from"] == {
@@ -64,7 +67,9 @@ def test_what_is_left_behind(cpu, tmp_path):
 @pytest.mark.parametrize("name", TINY)
 def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=3)
-    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFiles(2))["logits"]
+    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFileWriter(2))[
+        "logits"
+    ]
     assert said["source"] == f"transformers' {STAND_INS.get(config.family, config.family)}"
     assert said["result"] == "our model"
     assert said["layers"] == 2
@@ -74,9 +79,9 @@ def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(
 @pytest.mark.parametrize("name", ["internlm", "internlm2", "internlm3"])
 def test_a_plain_llama_is_compared_by_transformers(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=2)
-    said = converted(directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFace("llama"))[
-        "logits"
-    ]
+    said = converted(
+        directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFaceWriter("llama")
+    )["logits"]
     assert said["result"] == "transformers' llama"
     assert said["difference"] <= 2e-5 * said["largest"]
 
@@ -88,16 +93,16 @@ def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch)
     wrong = tuple(replace(row, theirs=row.theirs[::-1]) if row.fuse == "glu" else row for row in family.rows)
     with monkeypatch.context() as patch:
         patch.setitem(FAMILIES, "llama", replace(family, rows=wrong))
-        convert.write_hf(convert.open_source(source), tmp_path / "back")
-        opened = convert.open_source(source)
+        convert.write_hf(convert.open_reader(source), tmp_path / "back")
+        opened = convert.open_reader(source)
         assert (
-            len(verify.compare(opened, convert.open_source(tmp_path / "back"))) == 35 - 8
+            len(verify.compare(opened, convert.open_reader(tmp_path / "back"))) == 35 - 8
         )  # no biases: bytes see nothing
         with pytest.raises(
             UserError,
             match=r"verification failed: logits of transformers' llama .* and our model .* differ by",
         ):
-            convert.convert(opened, tmp_path / "ranks", convert.RankFiles(2), verify=True)
+            convert.convert(opened, tmp_path / "ranks", convert.RankFileWriter(2), verify=True)
     assert not (tmp_path / "ranks").exists()
     assert (
         load_file(source / "model.safetensors").keys()
@@ -106,14 +111,16 @@ def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch)
 
 
 def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path):
-    source = convert.open_source(directory(tmp_path / "hf", TINY["internlm"]))
+    source = convert.open_reader(directory(tmp_path / "hf", TINY["internlm"]))
     with pytest.raises(UserError, match="is not what"):
         verify.compare(source, source, torch.bfloat16)
 
 
 def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(verify, "_available", lambda: 1000)
-    said = converted(directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFiles(2))
+    said = converted(
+        directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
+    )
     assert "GB of memory" in said["logits"]["skipped"]
     assert said["verdict"].startswith("exact: every byte of 35 parameters; logits not compared: ")
 
@@ -132,7 +139,7 @@ def test_what_transformers_saved_itself(cpu, tmp_path):
     }
     Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=5, **sizes)).save_pretrained(tmp_path / "hf")
     assert len(json.loads((tmp_path / "hf/config.json").read_text())["layer_types"]) == 5
-    said = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFiles(2))["logits"]
+    said = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFileWriter(2))["logits"]
     assert (said["source"], said["vocabulary"]) == ("transformers' qwen2", 256)
     assert said["difference"] <= 2e-5 * said["largest"]
 
@@ -147,7 +154,7 @@ def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch
         patch.setitem(FAMILIES, family.name, replace(family, rows=wrong))
         with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama"):
             convert.convert(
-                convert.open_source(source), tmp_path / "ranks", convert.RankFiles(2), verify=True
+                convert.open_reader(source), tmp_path / "ranks", convert.RankFileWriter(2), verify=True
             )
 
 
@@ -156,6 +163,8 @@ def test_logits_that_nobody_can_make_are_said_not_raised(cpu, tmp_path, monkeypa
         raise ValueError("no such class\nand more")
 
     monkeypatch.setattr(verify, "_their_logits", fails)
-    said = converted(directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFiles(2))
+    said = converted(
+        directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
+    )
     assert said["logits"] == {"skipped": "no logits: ValueError: no such class"}
     assert "logits not compared" in said["verdict"]

@@ -53,7 +53,7 @@ def main() -> None:
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.source import Source, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
     from ascendspeed.models.param_mapping import parameters, random_tensor
     from ascendspeed.utils.atomic import require_empty_dir
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     require_empty_dir(options.output_dir)
     known = {parameter.name: parameter for parameter in parameters(config)}
-    source = Source(
+    source = CheckpointReader(
         kind="random weights",
         where=Path(options.model),
         config=config,
@@ -76,7 +76,7 @@ def main() -> None:
         beside=None,
     )
     source = convert.with_tokenizer(source, options.tokenizer)
-    convert.convert(source, options.output_dir, convert.HuggingFace(), convert.DTYPES[options.dtype])
+    convert.convert(source, options.output_dir, convert.HuggingFaceWriter(), convert.DTYPES[options.dtype])
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ FUSED = (".experts.gate_up_proj", ".experts.down_proj")
 """How transformers 5 hold the experts of a layer in memory; `save_pretrained` takes them apart."""
 
 
-class Seen(NamedTuple):
+class TensorInventory(NamedTuple):
     """What the tensors say."""
 
     layers: int
@@ -24,7 +24,7 @@ class Seen(NamedTuple):
     """Our name, with {l} and {e} -> the stored names of the first layer and expert that has it, and their shapes."""
 
 
-def contradictions(config: ModelConfig, shapes: Shapes) -> list[str]:
+def config_mismatches(config: ModelConfig, shapes: Shapes) -> list[str]:
     """What `config`, as read from a config.json, says otherwise than tensors of these names and shapes; a line each.
 
     Empty where shapes cannot tell (the number of heads, when each is hidden size / heads wide), and when no tensor is known at all.
@@ -41,7 +41,7 @@ def contradictions(config: ModelConfig, shapes: Shapes) -> list[str]:
     return [*_counts(family, config, seen), *_switches(family, config, seen), *_sizes(family, config, seen)]
 
 
-def _look(family: Family, shapes: Shapes) -> Seen:
+def _look(family: Family, shapes: Shapes) -> TensorInventory:
     """By the rows of the family, those that `config` does not want included."""
     patterns = [(row, _pattern(name)) for row in family.rows for name in row.theirs]
     numbers: dict[str, set[int]] = {"l": set(), "e": set()}
@@ -57,7 +57,7 @@ def _look(family: Family, shapes: Shapes) -> Seen:
                     numbers[letter].add(number)
                 found[row.ours][at.get("l", 0), at.get("e", 0)][name] = tuple(shape)
     first = {ours: by_place[min(by_place)] for ours, by_place in found.items()}
-    return Seen(*(max(numbers[letter], default=-1) + 1 for letter in "le"), first)
+    return TensorInventory(*(max(numbers[letter], default=-1) + 1 for letter in "le"), first)
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -65,7 +65,7 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def _counts(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
+def _counts(family: Family, config: ModelConfig, seen: TensorInventory) -> Iterator[str]:
     for field, count, what in (
         ("num_layers", seen.layers, "layers"),
         ("num_experts", seen.experts, "experts"),
@@ -74,7 +74,7 @@ def _counts(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
             yield f"{_says(family, field, getattr(config, field))}, but the tensors have {count} {what}"
 
 
-def _switches(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
+def _switches(family: Family, config: ModelConfig, seen: TensorInventory) -> Iterator[str]:
     """Tensors that are there, or not, against a boolean; an entry of config.json is named once."""
     said = set()
     for row in family.rows:
@@ -86,7 +86,7 @@ def _switches(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
             yield f"{_says(family, flag, getattr(config, flag))}, but the tensors have {'no' if wanted else 'a'} {name}"
 
 
-def _sizes(family: Family, config: ModelConfig, seen: Seen) -> Iterator[str]:
+def _sizes(family: Family, config: ModelConfig, seen: TensorInventory) -> Iterator[str]:
     """Widths, each judged with the ones before it as the tensors have them, so that one error is said once."""
     as_said = config.head_dim
     for field, suffix, dimension in SIZES:
@@ -119,7 +119,7 @@ def _fits(field: str, ours: str) -> bool:
     return wanted in ours if wanted else not any(place in ours for place in PLACES.values())
 
 
-def _heads(family: Family, config: ModelConfig, seen: Seen, widths: set[int]) -> Iterator[str]:
+def _heads(family: Family, config: ModelConfig, seen: TensorInventory, widths: set[int]) -> Iterator[str]:
     """The output projection is as wide as all query heads; what is left of q, k and v are the key/value heads, twice.
 
     `widths` of one head: as config.json says, and as it follows where the hidden size was found to be another.
@@ -142,7 +142,7 @@ def _heads(family: Family, config: ModelConfig, seen: Seen, widths: set[int]) ->
             yield f"config.json says {entry} = {number} of width {d}, but {what} of the tensors has {width} rows{many}"
 
 
-def _first(seen: Seen, suffix: str) -> Mapping[str, tuple[int, ...]]:
+def _first(seen: TensorInventory, suffix: str) -> Mapping[str, tuple[int, ...]]:
     return next((held for ours, held in seen.rows.items() if ours.endswith(suffix)), {})
 
 

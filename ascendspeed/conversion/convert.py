@@ -13,28 +13,28 @@ import torch
 from ascendspeed.conversion import hf_assets
 from ascendspeed.conversion import verify as verification
 from ascendspeed.conversion import write as writing
-from ascendspeed.conversion.formats.huggingface import HuggingFace
-from ascendspeed.conversion.formats.internevo import InternEvo
-from ascendspeed.conversion.formats.megatron import RankFiles
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
+from ascendspeed.conversion.formats.huggingface import HuggingFaceWriter
+from ascendspeed.conversion.formats.internevo import InternEvoWriter
+from ascendspeed.conversion.formats.megatron import RankFileWriter
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.hf_assets import with_tokenizer
 from ascendspeed.conversion.output_files import write_json
-from ascendspeed.conversion.source import Source
 from ascendspeed.conversion.verify import compare
-from ascendspeed.conversion.write import File
+from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.utils.atomic import staged_folder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_bytes, progress
 
 __all__ = [
     "DTYPES",
-    "HuggingFace",
-    "InternEvo",
-    "RankFiles",
-    "Source",
+    "CheckpointReader",
+    "HuggingFaceWriter",
+    "InternEvoWriter",
+    "RankFileWriter",
     "compare",
     "convert",
-    "open_source",
+    "open_reader",
     "parse_size",
     "with_tokenizer",
     "write_hf",
@@ -46,18 +46,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class Format(Protocol):
     """How to write a checkpoint."""
 
-    def check(self, source: Source) -> None:
+    def check(self, source: CheckpointReader) -> None:
         """Raises `UserError` when the source cannot be written so."""
 
-    def files(self, source: Source, dtype: torch.dtype | None) -> Sequence[File]:
+    def files(self, source: CheckpointReader, dtype: torch.dtype | None) -> Sequence[PlannedFile]:
         """The files of tensors that will be written."""
 
-    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    def finish(self, source: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes everything else; called last."""
 
 
 def convert(
-    source: Source,
+    source: CheckpointReader,
     target: str | Path,
     to: Format,
     dtype: torch.dtype | None = None,
@@ -81,11 +81,11 @@ def convert(
             writing.write(source, folder, files, dtype, advance, allow_nan)
         to.finish(source, folder, dtype)
         if verify:
-            write_json(folder / "conversion.json", verification.verify(source, open_source(folder), dtype))
+            write_json(folder / "conversion.json", verification.verify(source, open_reader(folder), dtype))
 
 
 def write_hf(
-    source: Source,
+    source: CheckpointReader,
     target: str | Path,
     family: str | None = None,
     dtype: torch.dtype | None = None,
@@ -94,11 +94,11 @@ def write_hf(
     allow_nan: bool = False,
 ) -> None:
     """Writes a Hugging Face directory: under the source's own names, or those of another `family` ("llama"). Raises `UserError`."""
-    convert(source, target, HuggingFace(family, parse_size(max_shard_size)), dtype, verify, allow_nan)
+    convert(source, target, HuggingFaceWriter(family, parse_size(max_shard_size)), dtype, verify, allow_nan)
 
 
 def write_megatron(
-    source: Source,
+    source: CheckpointReader,
     target: str | Path,
     tp: int,
     pp: int = 1,
@@ -110,7 +110,12 @@ def write_megatron(
 ) -> None:
     """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe. Raises `UserError`."""
     convert(
-        source, target, RankFiles(tp, pp, deepspeed, make_vocab_size_divisible_by), dtype, verify, allow_nan
+        source,
+        target,
+        RankFileWriter(tp, pp, deepspeed, make_vocab_size_divisible_by),
+        dtype,
+        verify,
+        allow_nan,
     )
 
 

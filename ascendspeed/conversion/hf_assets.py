@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.output_files import write_json
-from ascendspeed.conversion.source import Source
 from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
@@ -28,7 +28,7 @@ CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "PreTrainedToke
 """What stock transformers know of the families here; each may end in Fast."""
 
 
-def with_tokenizer(source: Source, folder: str | None) -> Source:
+def with_tokenizer(source: CheckpointReader, folder: str | None) -> CheckpointReader:
     """The source with the tokenizer in `folder` (None: its own), and with that one's token ids when it says none itself.
 
     A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or the tokenizer is damaged or too
@@ -52,7 +52,7 @@ def with_tokenizer(source: Source, folder: str | None) -> Source:
     return replace(source, beside=where, theirs=theirs)
 
 
-def check(source: Source) -> None:
+def check(source: CheckpointReader) -> None:
     """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
     if _has_tokenizer(source.beside):
         _load(source.beside, source.config)
@@ -77,7 +77,7 @@ def _check_ids(where: str, said: Mapping[str, Any], config: ModelConfig) -> None
                 )
 
 
-def check_code(source: Source, config: ModelConfig) -> None:
+def check_code(source: CheckpointReader, config: ModelConfig) -> None:
     """Raises `UserError` when the source has no code to copy, or has that of another family than `config`'s."""
     if not source.beside or not any(source.beside.glob("*.py")):
         raise UserError(f"{source.beside or source.where} has no *.py: leave --copy-code out")
@@ -90,7 +90,7 @@ def check_code(source: Source, config: ModelConfig) -> None:
 
 
 def write(
-    source: Source,
+    source: CheckpointReader,
     folder: Path,
     config: ModelConfig,
     dtype: torch.dtype | None,
@@ -141,7 +141,7 @@ def _load(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
     return tokenizer.load(folder)
 
 
-def _neighbours(source: Source, copy_code: bool = False) -> Iterator[Path]:
+def _neighbours(source: CheckpointReader, copy_code: bool = False) -> Iterator[Path]:
     """The files to copy as they are."""
     if source.beside:
         code = sorted(source.beside.glob("*.py")) if copy_code else []
@@ -149,7 +149,7 @@ def _neighbours(source: Source, copy_code: bool = False) -> Iterator[Path]:
         yield from (path for path in (*named, *code) if path.exists() or path.is_symlink())
 
 
-def _config_json(source: Source, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
+def _config_json(source: CheckpointReader, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
     """The source's own where it says the same; else ours, with what the source knows beyond it."""
     family = FAMILIES[config.family]
     if source.theirs.get("model_type") == family.name and family.read_config(source.theirs) == config:
@@ -159,12 +159,12 @@ def _config_json(source: Source, config: ModelConfig, copy_code: bool) -> dict[s
     return family.write_config(config) | {name: source.theirs[name] for name in kept if name in source.theirs}
 
 
-def _main_dtype(source: Source) -> torch.dtype:
+def _main_dtype(source: CheckpointReader) -> torch.dtype:
     kinds = list(source.dtypes.values())
     return max(kinds, key=kinds.count)
 
 
-def _write_tokenizer_config(source: Source, folder: Path, copy_code: bool) -> None:
+def _write_tokenizer_config(source: CheckpointReader, folder: Path, copy_code: bool) -> None:
     """The source's own, with a class that stock transformers have, and without what leads to code that is not there."""
     values = tokenizer.table(source.beside / "tokenizer_config.json") if source.beside else {}
     own_code = values.get("auto_map") is not None

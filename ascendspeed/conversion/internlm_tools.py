@@ -81,7 +81,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
             f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic",
             flush=True,
         )
-    source = convert.open_source(options.src, asked=asked)
+    source = convert.open_reader(options.src, asked=asked)
     if source.config.family != family:
         raise UserError(
             f"{options.src} is a model of family {source.config.family}, not {family}: use {other}"
@@ -129,12 +129,12 @@ def to_internevo(
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.tgt)
-    source = convert.open_source(options.src)
+    source = convert.open_reader(options.src)
     if source.config.family not in families:
         raise UserError(
             f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}"
         )
-    target = convert.InternEvo(
+    target = convert.InternEvoWriter(
         options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash
     )
     kind = target.kind(source.config)

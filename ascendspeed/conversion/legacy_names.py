@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion.rank_files import Dialect
+from ascendspeed.conversion.rank_files import NamingScheme
 from ascendspeed.models.families import FAMILIES, ParamMapping
 
 Names = Mapping[str, tuple[str, ...]]
@@ -31,9 +31,9 @@ def rows(config: ModelConfig, names: Names) -> Iterator[ParamMapping]:
         )
 
 
-def dialect(program: str, names: Names) -> Dialect:
+def naming_scheme(program: str, names: Names) -> NamingScheme:
     """The dialect that differs from ours in `names`."""
-    return Dialect(program, lambda config: rows(config, names), JUNK)
+    return NamingScheme(program, lambda config: rows(config, names), JUNK)
 
 
 def _names(
@@ -79,19 +79,21 @@ TRANSFORMER_ENGINE = {
     LAYER + "pre_mlp_layernorm.weight": (MLP + "linear_fc1.layer_norm_weight",),
 }
 OLD = (
-    dialect("Megatron-LM before Megatron-core, ModelLink", _nested("norm", "dense_h_to_4h")),
-    dialect("Megatron-LM until 2023", _nested("layernorm", "dense_h_to_4h")),
-    dialect("AscendSpeed and ModelLink around 2024", _nested("layernorm", "gate_proj", "dense_h_to_4h")),
-    dialect("AscendSpeed and ModelLink around 2024, --merge-mlp", _nested("layernorm", "proj")),
-    dialect("AscendSpeed of 2023", _flat("gate_proj", "up_proj")),
-    dialect("AscendSpeed of 2023, --merge-mlp", _flat("proj")),
+    naming_scheme("Megatron-LM before Megatron-core, ModelLink", _nested("norm", "dense_h_to_4h")),
+    naming_scheme("Megatron-LM until 2023", _nested("layernorm", "dense_h_to_4h")),
+    naming_scheme(
+        "AscendSpeed and ModelLink around 2024", _nested("layernorm", "gate_proj", "dense_h_to_4h")
+    ),
+    naming_scheme("AscendSpeed and ModelLink around 2024, --merge-mlp", _nested("layernorm", "proj")),
+    naming_scheme("AscendSpeed of 2023", _flat("gate_proj", "up_proj")),
+    naming_scheme("AscendSpeed of 2023, --merge-mlp", _flat("proj")),
 )
 """Of programs before Megatron-core, or built on those."""
-OTHERS = (dialect("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *OLD)
+OTHERS = (naming_scheme("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *OLD)
 """All dialects but Megatron-core's own; they are read, not written."""
 
 
-def doubt(dialect: Dialect, config: ModelConfig, tp: int) -> str:
+def doubt(dialect: NamingScheme, config: ModelConfig, tp: int) -> str:
     """What the names of a checkpoint let one fear and its tensors do not show; empty: nothing."""
     if "AscendSpeed" in dialect.name and config.num_attention_heads > config.kv_heads > tp:
         return (

@@ -12,7 +12,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from ascendspeed.conversion.safe_pickle import stand_ins
+from ascendspeed.conversion.safe_pickle import safe_globals
 from ascendspeed.utils import safetensors_header
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, plain_name, read_json, read_table
@@ -66,7 +66,7 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
         if is_zip:
             _records(path)
         with (
-            torch.serialization.safe_globals(stand_ins(path, known) if is_zip else []),
+            torch.serialization.safe_globals(safe_globals(path, known) if is_zip else []),
             warnings.catch_warnings(),
         ):
             warnings.simplefilter("ignore")  # of a pickle protocol that other programs write

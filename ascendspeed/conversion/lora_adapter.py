@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.conversion.source import Source, check_names, from_maker
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, from_maker
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.models.families.internlm2 import INTERNLM2
@@ -112,7 +112,7 @@ def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterat
         yield target.ours("B", layer), pair.b.float()
 
 
-def merged(source: Source, adapter: Adapter) -> Source:
+def merged(source: CheckpointReader, adapter: Adapter) -> CheckpointReader:
     """The weights with the adapters in them, as a source; every tensor is made when it is asked for.
 
     Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.

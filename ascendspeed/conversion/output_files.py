@@ -33,7 +33,7 @@ def write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-class PieceFile:
+class PreallocatedFile:
     """A file whose size and layout are known before its tensors are: rows are written in any order, by any thread."""
 
     def __init__(self, path: Path, specs: Specs, offsets: Mapping[str, int]) -> None:
@@ -80,17 +80,17 @@ class PieceFile:
             return self._descriptor
 
 
-def create_safetensors(path: Path, specs: Specs) -> PieceFile:
+def create_safetensors(path: Path, specs: Specs) -> PreallocatedFile:
     """A safetensors file with its header and with room for the tensors."""
     named = {name: (SAFETENSORS_TYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
     first_bytes, header = safetensors_header.encode(named, {"format": "pt"})
     with open(path, "wb") as file:
         file.write(first_bytes)
         file.truncate(header.file_size)
-    return PieceFile(path, specs, {name: header.offset(name) for name in specs})
+    return PreallocatedFile(path, specs, {name: header.offset(name) for name in specs})
 
 
-def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], Any]) -> PieceFile:
+def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], Any]) -> PreallocatedFile:
     """A file for `torch.load` that holds `around(tensors)`, with room for the tensors.
 
     Its pickle is made from tensors without storage. The zip's checksums stay 0: torch does not read them, `unzip` complains.
@@ -99,7 +99,7 @@ def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], An
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
         torch.save(around(tensors), path)
-    return PieceFile(path, specs, _record_offsets(path, specs))
+    return PreallocatedFile(path, specs, _record_offsets(path, specs))
 
 
 def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:

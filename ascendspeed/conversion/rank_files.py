@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion.load_files import load_pt
-from ascendspeed.conversion.source import (
-    Source,
+from ascendspeed.conversion.checkpoint_reader import (
+    CheckpointReader,
     check_names,
     check_tensor,
     from_pieces,
     one_dtype,
     same_bits,
 )
+from ascendspeed.conversion.load_files import load_pt
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.models.param_mapping import Parameter, StoredTensor
@@ -30,14 +30,14 @@ from ascendspeed.utils.text import shorten_list
 
 PADDING = 128
 """Rows that a vocabulary is padded to a multiple of, times the tensor-parallel ranks, unless a user asked for another number."""
-Ranks = Mapping[tuple[int, int], Mapping[str, Tensor]]
+RankTensors = Mapping[tuple[int, int], Mapping[str, Tensor]]
 """(tensor-parallel rank, pipeline stage) -> what its file holds."""
 OLDEST = 2.0
 """Version of Megatron's checkpoints since which a fused query_key_value is [q..., k, v] head by head."""
 
 
 @dataclass(frozen=True)
-class Layout:
+class RankFileNames:
     """One way of naming rank files and of wrapping what they hold."""
 
     kind: str
@@ -58,7 +58,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Dialect:
+class NamingScheme:
     """The names that tensors have in rank files; layers count from 0 on every stage."""
 
     name: str
@@ -66,12 +66,12 @@ class Dialect:
     """What they say for a model, one row for each of its parameters."""
     junk: tuple[str, ...] = ()
     """Regular expressions of what carries nothing."""
-    holds: Callable[[ModelConfig, Parameter, "Grid", int], Iterable[StoredTensor]] | None = None
+    holds: Callable[[ModelConfig, Parameter, "RankLayout", int], Iterable[StoredTensor]] | None = None
     """What a rank's tensors hold of a parameter, by the names in its `theirs`; None: what its row says (`weights.stored`)."""
 
 
 @dataclass(frozen=True)
-class Grid:
+class RankLayout:
     """Over how many ranks a model lies."""
 
     tp: int
@@ -94,7 +94,7 @@ class Grid:
 
 
 def stored(
-    config: ModelConfig, dialect: Dialect, grid: Grid, rank: int, stage: int
+    config: ModelConfig, dialect: NamingScheme, grid: RankLayout, rank: int, stage: int
 ) -> Iterator[StoredTensor]:
     """What one rank's file holds."""
     rows = list(dialect.rows(config))
@@ -114,7 +114,7 @@ def stored(
             yield from param_mapping.stored_tensors(config, local, grid.tp, rank, grid.padded_vocab)
 
 
-def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
+def read(folder: Path, layout: RankFileNames) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Every rank's tensors, memory-mapped. Raises `UserError` when a file is missing or is damaged.
 
     The chunks of an interleaved pipeline are stages of their own here: `v` of stage `p` is number `v` x stages + `p`.
@@ -138,7 +138,7 @@ def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor
     return {(t, v * pp + p): chunk for (t, p), chunks in found.items() for v, chunk in enumerate(chunks)}
 
 
-def _chunks(path: Path, layout: Layout) -> list[dict[str, Any]]:
+def _chunks(path: Path, layout: RankFileNames) -> list[dict[str, Any]]:
     """The tables of tensors in a file: one, or as many as it has chunks of an interleaved pipeline (`model0`, `model1`, ...)."""
     held = load_pt(path)
     tables = [held]
@@ -168,10 +168,12 @@ def _size(found: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return 1 + max(t for t, _ in found), 1 + max(p for _, p in found)
 
 
-def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, found: Ranks) -> Dialect:
+def detect_naming(
+    where: Path, dialects: Sequence[NamingScheme], config: ModelConfig, found: RankTensors
+) -> NamingScheme:
     """The dialect that the names of the first rank's tensors are of. Raises `UserError` when it is none."""
 
-    def known(dialect: Dialect) -> int:
+    def known(dialect: NamingScheme) -> int:
         names = {name.format(l=0, e=0) for row in dialect.rows(config) for name in row.theirs}
         return len(names & found[0, 0].keys())
 
@@ -186,7 +188,7 @@ def recognise(where: Path, dialects: Sequence[Dialect], config: ModelConfig, fou
     return best
 
 
-def check_layers(where: Path, dialect: Dialect, config: ModelConfig, found: Ranks) -> None:
+def check_layers(where: Path, dialect: NamingScheme, config: ModelConfig, found: RankTensors) -> None:
     """Raises `UserError` when the names in the files speak of another number of layers than the configuration."""
     template = next(name for row in dialect.rows(config) for name in row.theirs if "{l}" in name)
     pattern = re.compile(re.escape(template).replace(re.escape("{l}"), r"\d+").replace(re.escape("{e}"), "0"))
@@ -206,7 +208,7 @@ def check_layers(where: Path, dialect: Dialect, config: ModelConfig, found: Rank
         )
 
 
-def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> Grid:
+def grid_of(where: Path, layout: RankFileNames, found: RankTensors, config: ModelConfig) -> RankLayout:
     """The grid that the files were written for: equal stages, and as many rows of vocabulary as the embedding has."""
     tp, pp = _size(found)
     embedding = next(
@@ -217,7 +219,7 @@ def grid_of(where: Path, layout: Layout, found: Ranks, config: ModelConfig) -> G
     if rows < config.vocab_size:
         said = f"the embedding has {rows} rows, but config.json says {config.vocab_size}: is a rank's file missing?"
         raise UserError(f"{where}: {said}")
-    return Grid(tp, (config.num_layers // pp,) * pp, rows)
+    return RankLayout(tp, (config.num_layers // pp,) * pp, rows)
 
 
 def source(
@@ -225,10 +227,10 @@ def source(
     folder: Path,
     config: ModelConfig,
     theirs: dict[str, Any],
-    found: Ranks,
-    dialect: Dialect,
-    grid: Grid,
-) -> Source:
+    found: RankTensors,
+    dialect: NamingScheme,
+    grid: RankLayout,
+) -> CheckpointReader:
     """The source that reads rank files. Raises `UserError` naming what is missing, left over, mis-shaped or contradicts itself."""
     held: dict[str, list[tuple[str, Tensor]]] = {}
     pieces: dict[str, list] = {}
@@ -253,10 +255,12 @@ def source(
     _check_no_twins(folder, config, dialect, grid, found)
     _check_padding(folder, config, grid, pieces)
     dtypes = {p.name: one_dtype(folder, dict(held[p.name])) for p in param_mapping.parameters(config)}
-    return Source(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)
+    return CheckpointReader(kind, folder, config, theirs, dtypes, from_pieces(pieces), folder)
 
 
-def _check_no_twins(folder: Path, config: ModelConfig, dialect: Dialect, grid: Grid, found: Ranks) -> None:
+def _check_no_twins(
+    folder: Path, config: ModelConfig, dialect: NamingScheme, grid: RankLayout, found: RankTensors
+) -> None:
     """Raises `UserError` when two files that should hold different weights hold the same: one was copied over the other."""
     seen: dict[bytes, tuple[tuple, str]] = {}
     for (t, p), tensors in found.items():
@@ -277,7 +281,7 @@ def _check_no_twins(folder: Path, config: ModelConfig, dialect: Dialect, grid: G
             )
 
 
-def _check_padding(folder: Path, config: ModelConfig, grid: Grid, pieces: Mapping[str, list]) -> None:
+def _check_padding(folder: Path, config: ModelConfig, grid: RankLayout, pieces: Mapping[str, list]) -> None:
     """Rows beyond the vocabulary that hold something are said, and are an error when they are more than padding would be.
 
     Zeros are ours; AscendSpeed's converter padded with copies of the last real rows.

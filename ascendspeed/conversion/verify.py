@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion import write
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import huggingface
-from ascendspeed.conversion.source import Source
 from ascendspeed.models import estimates
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.param_mapping import Parameter, Slice2D, parameters
@@ -51,7 +51,9 @@ TOLERANCE = 1e-4
 """Between two implementations in fp32, of the largest logit; a wrong row is off by about 1."""
 
 
-def verify(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def verify(
+    source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """What was proven, for conversion.json. Raises `UserError` naming what is not the same (cast to `dtype`)."""
     hashes, logits = compare(source, result, dtype), compare_logits(source, result, dtype)
     said = f"logits not compared: {logits['skipped']}" if "skipped" in logits else "logits equal"
@@ -75,7 +77,9 @@ def _sizes(folder: Path) -> dict[str, int]:
     }
 
 
-def compare(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, str]:
+def compare(
+    source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
+) -> dict[str, str]:
     """SHA-256 of every full parameter (our name; row-major, little-endian, without padding), the same on both sides.
 
     Raises `UserError` naming the first that is not.
@@ -91,7 +95,11 @@ def compare(source: Source, result: Source, dtype: torch.dtype | None = None) ->
 
 
 def _same(
-    source: Source, result: Source, parameter: Parameter, dtype: torch.dtype | None, advance: Advance
+    source: CheckpointReader,
+    result: CheckpointReader,
+    parameter: Parameter,
+    dtype: torch.dtype | None,
+    advance: Advance,
 ) -> tuple[str, str]:
     name, sums = parameter.name, (hashlib.sha256(), hashlib.sha256())
     for piece in write.pieces(_whole(parameter), source.dtypes[name]):
@@ -108,7 +116,9 @@ def _whole(parameter: Parameter) -> Slice2D:
     return Slice2D(0, 0, 0, 0, parameter.shape[0], math.prod(parameter.shape[1:]))
 
 
-def compare_logits(source: Source, result: Source, dtype: torch.dtype | None = None) -> dict[str, Any]:
+def compare_logits(
+    source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Logits of both ends on fixed tokens, each in a model of a few layers and a small vocabulary.
 
     Raises `UserError` when they differ; says why where there was not enough memory, or nothing to compare.
@@ -159,7 +169,9 @@ def _available() -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
-def _logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
+def _logits(
+    end: CheckpointReader, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None
+) -> tuple[str, Tensor]:
     """Whose model it was, and its logits in fp32 [b, s, v], from the weights cast to `dtype` first."""
     theirs = _native_config(end) if end.kind == huggingface.KIND else None
     if theirs:
@@ -167,7 +179,7 @@ def _logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype 
     return "our model", _our_logits(end, small, tokens, dtype)
 
 
-def _native_config(end: Source) -> dict[str, Any] | None:
+def _native_config(end: CheckpointReader) -> dict[str, Any] | None:
     """The config.json of a directory whose tensors have the names of a class in transformers; None: they have not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -203,7 +215,9 @@ def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor
     }
 
 
-def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _our_logits(
+    end: CheckpointReader, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None
+) -> Tensor:
     from ascendspeed.distributed import device
 
     here = device.prepare("cpu")  # before Megatron is imported
@@ -223,7 +237,11 @@ def _our_logits(end: Source, small: ModelConfig, tokens: Tensor, dtype: torch.dt
 
 
 def _their_logits(
-    end: Source, theirs: dict[str, Any], small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None
+    end: CheckpointReader,
+    theirs: dict[str, Any],
+    small: ModelConfig,
+    tokens: Tensor,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """By transformers, from a directory with the first layers and rows of the one at this end, under its own names."""
     from safetensors.torch import save_file

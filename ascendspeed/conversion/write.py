@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ascendspeed.conversion.output_files import PieceFile, Specs, nbytes
-from ascendspeed.conversion.source import THREADS, Source
+from ascendspeed.conversion.checkpoint_reader import THREADS, CheckpointReader
+from ascendspeed.conversion.output_files import PreallocatedFile, Specs, nbytes
 from ascendspeed.models.param_mapping import Slice2D, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance
@@ -21,15 +21,15 @@ BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
-class File:
+class PlannedFile:
     """One file to write."""
 
     path: str
     """Under the target's folder."""
     holds: tuple[StoredTensor, ...]
-    create: Callable[[Path, Specs], PieceFile]
+    create: Callable[[Path, Specs], PreallocatedFile]
 
-    def specs(self, source: Source, dtype: torch.dtype | None) -> Specs:
+    def specs(self, source: CheckpointReader, dtype: torch.dtype | None) -> Specs:
         """Types and shapes of its tensors, cast to `dtype` when one is given."""
         return {
             entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds
@@ -37,7 +37,7 @@ class File:
 
 
 @dataclass(frozen=True)
-class Seen:
+class NonFiniteTensors:
     """Names of tensors that hold what is no number."""
 
     nan: set[str] = field(default_factory=set)
@@ -52,15 +52,15 @@ class Seen:
             self.infinite.add(name)
 
 
-def size(source: Source, files: Iterable[File], dtype: torch.dtype | None) -> int:
+def size(source: CheckpointReader, files: Iterable[PlannedFile], dtype: torch.dtype | None) -> int:
     """Bytes of all tensors in the files."""
     return sum(nbytes(*spec) for file in files for spec in file.specs(source, dtype).values())
 
 
 def write(
-    source: Source,
+    source: CheckpointReader,
     folder: Path,
-    files: Sequence[File],
+    files: Sequence[PlannedFile],
     dtype: torch.dtype | None,
     advance: Advance,
     allow_nan: bool = False,
@@ -70,7 +70,7 @@ def write(
     A note names tensors that hold infinity.
     Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one that is too large for `dtype`.
     """
-    seen = Seen()
+    seen = NonFiniteTensors()
     opened = []
     for file in files:
         (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
@@ -101,7 +101,13 @@ def workers() -> int:
     return min(THREADS, os.cpu_count() or 1)
 
 
-def _write_one(source: Source, target: PieceFile, entry: StoredTensor, advance: Advance, seen: Seen) -> None:
+def _write_one(
+    source: CheckpointReader,
+    target: PreallocatedFile,
+    entry: StoredTensor,
+    advance: Advance,
+    seen: NonFiniteTensors,
+) -> None:
     dtype = target.specs[entry.name][0]
     padding = nbytes(*target.specs[entry.name])
     for tile in entry.tiles:

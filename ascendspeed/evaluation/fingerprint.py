@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
-from ascendspeed.conversion.source import Source
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.models import param_mapping
 from ascendspeed.tokenization.tokenizer import FILES
 
 THREADS = 4
 
 
-def of_model(source: Source, readers: Readers | None = None) -> str:
+def of_model(source: CheckpointReader, readers: Readers | None = None) -> str:
     """SHA-256 of the architecture and of every tensor: equal for a Hugging Face directory and the rank files made of it.
 
     `readers`: the ranks that call this together, each reading its share of the tensors; None: this process reads all.

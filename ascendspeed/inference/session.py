@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion.formats.registry import open_source
-from ascendspeed.conversion.source import Source
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
@@ -68,9 +68,9 @@ class Session:
         return Readers.of(self.grid, self.say)
 
     @cached_property
-    def source(self) -> Source:
+    def source(self) -> CheckpointReader:
         """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
-        return open_source(self.place.where.load, readers=self.readers)
+        return open_reader(self.place.where.load, readers=self.readers)
 
     @cached_property
     def config(self) -> ModelConfig:

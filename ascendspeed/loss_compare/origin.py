@@ -83,14 +83,14 @@ def _weights(run: Run, generator: str) -> str:
     import torch
 
     from ascendspeed.checkpoint.paths import looks_like_checkpoint
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
 
     if looks_like_checkpoint(run.train.load) and not run.train.finetune:
         raise UserError(
             f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with --finetune"
         )
     sha = hashlib.sha256()
-    for name, tensor in open_source(run.train.load).tensors():
+    for name, tensor in open_reader(run.train.load).tensors():
         sha.update(f"{name} {list(tensor.shape)}\n".encode())
         for piece in tensor.reshape(-1).split(CHUNK):
             sha.update(memoryview(piece.to(torch.float32).contiguous().numpy()))

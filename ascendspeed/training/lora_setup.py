@@ -10,9 +10,9 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import peft, training_checkpoint
 from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
-from ascendspeed.conversion.source import Source
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 
@@ -20,7 +20,7 @@ Tensors = Iterable[tuple[str, Tensor]]
 SAME = ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
-def begin(run: Run, base: Source, readers: Readers) -> tuple[Tensors, LoraConfig]:
+def begin(run: Run, base: CheckpointReader, readers: Readers) -> tuple[Tensors, LoraConfig]:
     """Weights and fresh adapters, or those of --lora-load; what the run's checkpoints say of them."""
     lora, say = run.lora, readers.say
     if lora.lora_base:

@@ -18,10 +18,10 @@ from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.checkpoint.save import SLACK
 from ascendspeed.config import lr_schedule
 from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import training_checkpoint
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.lora_adapter import initial
-from ascendspeed.conversion.source import Source
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.streaming.prefetch import Prefetch
@@ -149,7 +149,7 @@ def find_start(run: Run, grid: ProcessGrid, device: Device, say: Say) -> Start:
     if load and looks_like_checkpoint(load):
         return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (same and _is_empty(Path(load))):
-        source = open_source(load)
+        source = open_reader(load)
         say(f"weights from {load} ({source.kind})")
         return _from_weights(run, source, readers)
     if run.lora.lora_rank:
@@ -229,7 +229,7 @@ def _is_empty(folder: Path) -> bool:
     )
 
 
-def _from_weights(run: Run, source: Source, readers: Readers) -> Start:
+def _from_weights(run: Run, source: CheckpointReader, readers: Readers) -> Start:
     if not run.lora.lora_rank:
         return Start(source.tensors())
     tensors, lora = lora_setup.begin(run, source, readers)

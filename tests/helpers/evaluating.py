@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats.registry import open_source
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.evaluation.subjects import TOPICS
 from ascendspeed.models import families, param_mapping
 from helpers import corpus
@@ -185,8 +185,8 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
 
 def exported(folder: Path, source: Path) -> Path:
     """The same as a plain Llama that transformers knows."""
-    made = open_source(source)
-    convert.convert(made, folder, convert.HuggingFace("llama"), convert.DTYPES["fp32"])
+    made = open_reader(source)
+    convert.convert(made, folder, convert.HuggingFaceWriter("llama"), convert.DTYPES["fp32"])
     return folder
 
 

@@ -116,16 +116,18 @@ def _format(options: Options) -> "Format":
 
     if options.format in HF:
         family = "llama" if options.format == "hf-llama" else options.to_family
-        return convert.HuggingFace(family, convert.parse_size(options.max_shard_size), options.copy_code)
+        return convert.HuggingFaceWriter(
+            family, convert.parse_size(options.max_shard_size), options.copy_code
+        )
     if options.format in EVO:
-        return convert.InternEvo(
+        return convert.InternEvoWriter(
             options.tp,
             options.pp,
             options.wp,
             version=options.internevo_version,
             embed_split=options.embed_split,
         )
-    return convert.RankFiles(
+    return convert.RankFileWriter(
         options.tp, options.pp, options.format == "deepspeed", options.make_vocab_size_divisible_by
     )
 
@@ -142,7 +144,7 @@ def main() -> None:
     to = _format(options)
     _judge_reading(options, typed)
     source = convert.with_tokenizer(
-        convert.open_source(options.source, options.config, options.asked), options.tokenizer
+        convert.open_reader(options.source, options.config, options.asked), options.tokenizer
     )
     print(f"from {source.where}: {source.kind}, {source.config.family}, {len(source.names())} parameters")
     convert.convert(

@@ -36,7 +36,7 @@ def main() -> None:
 
     require_empty_dir(options.save)
     adapter = peft.open_adapter(options.adapter)
-    base = convert.with_tokenizer(convert.open_source(options.base), None)
+    base = convert.with_tokenizer(convert.open_reader(options.base), None)
     peft.check_complete(adapter, base.config)
     source = merged(base, adapter)
     print(
@@ -46,7 +46,7 @@ def main() -> None:
         print(
             f"note: {adapter.where} does not say which weights it was trained on: {base.where} could not be checked"
         )
-    to = convert.HuggingFace(None, convert.parse_size(options.max_shard_size))
+    to = convert.HuggingFaceWriter(None, convert.parse_size(options.max_shard_size))
     convert.convert(source, options.save, to, convert.DTYPES.get(options.dtype))
     print(options.save)
 

@@ -10,11 +10,8 @@ from torch import Tensor
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import hf_assets, support_matrix
 from ascendspeed.conversion import write as writing
-from ascendspeed.conversion.config_check import contradictions
-from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
-from ascendspeed.conversion.output_files import create_safetensors, nbytes, write_json
-from ascendspeed.conversion.source import (
-    Source,
+from ascendspeed.conversion.checkpoint_reader import (
+    CheckpointReader,
     check_names,
     check_tensor,
     from_pieces,
@@ -22,7 +19,10 @@ from ascendspeed.conversion.source import (
     read_config,
     same_bits,
 )
-from ascendspeed.conversion.write import File
+from ascendspeed.conversion.config_check import config_mismatches
+from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
+from ascendspeed.conversion.output_files import create_safetensors, nbytes, write_json
+from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
@@ -37,11 +37,11 @@ def is_one(folder: Path) -> bool:
     return any((folder / name).exists() or (folder / f"{name}.index.json").exists() for name in WEIGHTS)
 
 
-def open_folder(folder: Path, config: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> CheckpointReader:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     theirs, config, beside = *read_config(config), config
     tensors = _without_tied_copy(tensors_in(folder), config)
-    faults = contradictions(
+    faults = config_mismatches(
         config, {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, Tensor)}
     )
     if faults:
@@ -62,7 +62,7 @@ def open_folder(folder: Path, config: Path) -> Source:
         ours: [(param_mapping.as_matrix(tensors[e.name]), e.tiles) for e in held]
         for ours, held in entries.items()
     }
-    return Source(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
+    return CheckpointReader(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
 
 
 def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -113,7 +113,7 @@ def _table(path: Path, held: Any) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class HuggingFace:
+class HuggingFaceWriter:
     """How to write a Hugging Face directory."""
 
     family: str | None = None
@@ -123,7 +123,7 @@ class HuggingFace:
     copy_code: bool = False
     """With the source's `*.py`, unexecuted, and with the entries of its JSON files that lead to them."""
 
-    def check(self, source: Source) -> None:
+    def check(self, source: CheckpointReader) -> None:
         """Raises `UserError` when the source cannot be written so."""
         if self.family == "llama":
             support_matrix.check("hf-llama", "writes", source.config.family)
@@ -132,7 +132,7 @@ class HuggingFace:
         if self.copy_code:
             hf_assets.check_code(source, config)
 
-    def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
+    def files(self, source: CheckpointReader, dtype: torch.dtype | None) -> list[PlannedFile]:
         """What will be written, filled in the model's order."""
         config = self._config(source)
         shards: list[list[param_mapping.StoredTensor]] = [[]]
@@ -146,11 +146,14 @@ class HuggingFace:
                 shards[-1].append(entry)
                 room -= size
         if len(shards) == 1:
-            return [File("model.safetensors", tuple(shards[0]), create_safetensors)]
+            return [PlannedFile("model.safetensors", tuple(shards[0]), create_safetensors)]
         names = (f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1))
-        return [File(name, tuple(held), create_safetensors) for name, held in zip(names, shards, strict=True)]
+        return [
+            PlannedFile(name, tuple(held), create_safetensors)
+            for name, held in zip(names, shards, strict=True)
+        ]
 
-    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    def finish(self, source: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes what stands beside the weights: the index, config.json, the tokenizer."""
         files = self.files(source, dtype)
         if len(files) > 1:
@@ -164,5 +167,5 @@ class HuggingFace:
             source, folder, self._config(source), dtype, for_transformers=True, copy_code=self.copy_code
         )
 
-    def _config(self, source: Source) -> ModelConfig:
+    def _config(self, source: CheckpointReader) -> ModelConfig:
         return replace(source.config, family=self.family or source.config.family)

@@ -18,17 +18,17 @@ from ascendspeed.config.schema import (
     padded_vocab_size,
 )
 from ascendspeed.conversion import hf_assets, legacy_names, rank_files, support_matrix
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.output_files import create_pt
-from ascendspeed.conversion.rank_files import Dialect, Grid, Layout
-from ascendspeed.conversion.source import Source, read_config
-from ascendspeed.conversion.write import File
+from ascendspeed.conversion.rank_files import NamingScheme, RankFileNames, RankLayout
+from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import plain_name
 
 RELEASE = "release"  # the name of an iteration that was converted, not trained
-DEEPSPEED = Layout(
+DEEPSPEED = RankFileNames(
     "DeepSpeed rank files",
     "latest",
     ("mp_rank_{t:02d}_model_states.pt",) * 2,
@@ -36,7 +36,7 @@ DEEPSPEED = Layout(
     "module",
     {"checkpoint_version": 3.0, "dp_world_size": 0},
 )
-MEGATRON = Layout(
+MEGATRON = RankFileNames(
     "Megatron rank files",
     "latest_checkpointed_iteration.txt",
     ("mp_rank_{t:02d}/model_optim_rng.pt", "mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt"),
@@ -51,7 +51,7 @@ def _our_names(config: ModelConfig) -> Iterator[ParamMapping]:
         yield replace(row, theirs=(row.ours,), fuse=row.fuse if row.fuse == "glu" else "one")
 
 
-MCORE = Dialect("Megatron-core", _our_names, junk=(r".*\._extra_state",))
+MCORE = NamingScheme("Megatron-core", _our_names, junk=(r".*\._extra_state",))
 DIALECTS = (MCORE, *legacy_names.OTHERS)
 """Names that rank files may have; the first is the one that is written."""
 
@@ -61,7 +61,7 @@ def is_one(folder: Path) -> bool:
     return _layout_of(folder) is not None
 
 
-def open_folder(folder: Path, config: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> CheckpointReader:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     layout = _layout_of(folder)
     iteration = _iteration(folder, layout)
@@ -70,7 +70,7 @@ def open_folder(folder: Path, config: Path) -> Source:
     theirs, config, beside = *read_config(config), config
     _check_sharded(iteration)
     held = rank_files.read(iteration, layout)
-    dialect = rank_files.recognise(iteration, DIALECTS, config, held)
+    dialect = rank_files.detect_naming(iteration, DIALECTS, config, held)
     rank_files.check_layers(iteration, dialect, config, held)
     grid = rank_files.grid_of(iteration, layout, held, config)
     check_tensor_parallel(config, grid.tp)
@@ -89,7 +89,7 @@ def open_folder(folder: Path, config: Path) -> Source:
     )
 
 
-def _layout_of(folder: Path) -> Layout | None:
+def _layout_of(folder: Path) -> RankFileNames | None:
     layouts = (MEGATRON, DEEPSPEED)
     marks = {(layout.tracker, *(layout.path(0, 0, pp) for pp in (1, 2))): layout for layout in layouts}
     return next(
@@ -106,7 +106,7 @@ def _check_sharded(iteration: Path) -> None:
         )
 
 
-def _iteration(folder: Path, layout: Layout) -> Path:
+def _iteration(folder: Path, layout: RankFileNames) -> Path:
     if not (folder / layout.tracker).exists():
         return folder
     try:
@@ -119,7 +119,7 @@ def _iteration(folder: Path, layout: Layout) -> Path:
 
 
 @dataclass(frozen=True)
-class RankFiles:
+class RankFileWriter:
     """How to write rank files."""
 
     tp: int = 1
@@ -128,7 +128,7 @@ class RankFiles:
     """In the layout of the DeepSpeed recipe, which knows no pipeline stages."""
     make_vocab_size_divisible_by: int = 128
 
-    def check(self, source: Source) -> None:
+    def check(self, source: CheckpointReader) -> None:
         """Raises `UserError` when the source cannot be written so."""
         if self.deepspeed and self.pp > 1:
             raise UserError(
@@ -139,16 +139,18 @@ class RankFiles:
         check_tensor_parallel(source.config, self.tp)
         check_pipeline_parallel(source.config, self.pp)
 
-    def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
+    def files(self, source: CheckpointReader, dtype: torch.dtype | None) -> list[PlannedFile]:
         """What will be written: a file for every rank."""
         layout, config = self._layout(), source.config
         parallel = ParallelConfig(
             self.tp, self.pp, make_vocab_size_divisible_by=self.make_vocab_size_divisible_by
         )
-        grid = Grid(self.tp, (config.num_layers // self.pp,) * self.pp, padded_vocab_size(config, parallel))
+        grid = RankLayout(
+            self.tp, (config.num_layers // self.pp,) * self.pp, padded_vocab_size(config, parallel)
+        )
         create = partial(create_pt, around=lambda tensors: {**layout.around, layout.key: tensors})
         return [
-            File(
+            PlannedFile(
                 f"{RELEASE}/{layout.path(t, p, self.pp)}",
                 tuple(rank_files.stored(config, MCORE, grid, t, p)),
                 create,
@@ -157,10 +159,10 @@ class RankFiles:
             for p in range(self.pp)
         ]
 
-    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    def finish(self, source: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes what stands beside the weights, and last the file that names their folder."""
         hf_assets.write(source, folder, source.config, dtype)
         (folder / self._layout().tracker).write_text(RELEASE)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> RankFileNames:
         return DEEPSPEED if self.deepspeed else MEGATRON

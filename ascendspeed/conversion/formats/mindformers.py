@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ascendspeed.conversion import legacy_names, rank_files, support_matrix
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.legacy_names import ATTENTION, LAYER, MLP
-from ascendspeed.conversion.rank_files import Dialect, Grid
-from ascendspeed.conversion.source import Source, read_config
+from ascendspeed.conversion.rank_files import NamingScheme, RankLayout
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -50,7 +50,7 @@ def _names(*qkv: str) -> Mapping[str, tuple[str, ...]]:
 
 
 DIALECTS = tuple(
-    Dialect(program, partial(legacy_names.rows, names=_names(*qkv)), JUNK)
+    NamingScheme(program, partial(legacy_names.rows, names=_names(*qkv)), JUNK)
     for program, qkv in (("MindFormers", ("wq", "wk", "wv")), ("MindFormers, --qkv_concat", ("w",)))
 )
 """InternLM2's `w` is Hugging Face's `wqkv` as it stands, per key/value group [q..., k, v]."""
@@ -61,7 +61,7 @@ def is_one(folder: Path) -> bool:
     return any(folder.glob("*.ckpt"))
 
 
-def open_folder(folder: Path, config: Path) -> Source:
+def open_folder(folder: Path, config: Path) -> CheckpointReader:
     """Raises `UserError` naming what is missing, left over, mis-shaped or damaged; no tensor has been read by then."""
     files = sorted(folder.glob("*.ckpt"))
     if len(files) > 1:
@@ -75,7 +75,7 @@ def open_folder(folder: Path, config: Path) -> Source:
         said = "MindFormers has stored these in several orders, and they do not say in which: convert what they were fused from"
         raise UserError(f"{files[0]} holds {shorten_list(fused, 2)}: {said}")
     held = {(0, 0): tensors}
-    dialect = rank_files.recognise(files[0], DIALECTS, model, held)
+    dialect = rank_files.detect_naming(files[0], DIALECTS, model, held)
     source = rank_files.source(
         f"{dialect.name} .ckpt",
         folder,
@@ -83,12 +83,12 @@ def open_folder(folder: Path, config: Path) -> Source:
         theirs,
         held,
         dialect,
-        Grid(1, (model.num_layers,), model.vocab_size),
+        RankLayout(1, (model.num_layers,), model.vocab_size),
     )
     return source if config == folder else replace(source, beside=config)
 
 
-class Value(NamedTuple):
+class TensorChunk(NamedTuple):
     """One value of a file: (a piece of) a tensor."""
 
     tag: str
@@ -103,7 +103,7 @@ def read(path: Path) -> dict[str, Tensor]:
     try:
         with open(path, "rb") as file:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        pieces: dict[str, list[Value]] = {}
+        pieces: dict[str, list[TensorChunk]] = {}
         for value in _values(view):
             pieces.setdefault(value.tag, []).append(value)
         return {tag: _tensor(view, values) for tag, values in pieces.items() if values[0].kind in TYPES}
@@ -111,7 +111,7 @@ def read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is damaged, encrypted or no .ckpt of MindSpore: {error}") from None
 
 
-def _tensor(view: mmap.mmap, values: list[Value]) -> Tensor:
+def _tensor(view: mmap.mmap, values: list[TensorChunk]) -> Tensor:
     tag, kind, shape = values[0][:3]
     size = math.prod(shape) * TYPES[kind].itemsize
     if sum(value.length for value in values) != size or any(value[:3] != values[0][:3] for value in values):
@@ -128,14 +128,14 @@ def _tensor(view: mmap.mmap, values: list[Value]) -> Tensor:
     return torch.cat(pieces).view(TYPES[kind]).view(shape)
 
 
-def _values(view: mmap.mmap) -> Iterator[Value]:
+def _values(view: mmap.mmap) -> Iterator[TensorChunk]:
     """Checkpoint { repeated Value value = 1 }, Value { string tag = 1; TensorProto tensor = 2 }."""
     for _, start, end in _fields(view, 0, len(view), {1: BYTES}):
         inner = {field: (a, b) for field, a, b in _fields(view, start, end, {1: BYTES, 2: BYTES})}
         yield _value(view, _text(view, *inner[1]), *inner[2])
 
 
-def _value(view: mmap.mmap, tag: str, start: int, end: int) -> Value:
+def _value(view: mmap.mmap, tag: str, start: int, end: int) -> TensorChunk:
     """TensorProto { repeated int64 dims = 1; string tensor_type = 2; bytes tensor_content = 3 }."""
     shape, kind, content = [], "", (end, end)
     for field, a, b in _fields(view, start, end, {1: NUMBER, 2: BYTES, 3: BYTES}):
@@ -145,7 +145,7 @@ def _value(view: mmap.mmap, tag: str, start: int, end: int) -> Value:
             kind = _text(view, a, b)
         else:
             content = (a, b)
-    return Value(tag, kind, tuple(shape), content[0], content[1] - content[0])
+    return TensorChunk(tag, kind, tuple(shape), content[0], content[1] - content[0])
 
 
 NUMBER, BYTES = 0, 2

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion.checkpoint_reader import check_names
 from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
@@ -20,7 +21,6 @@ from ascendspeed.conversion.output_files import (
     nbytes,
     write_json,
 )
-from ascendspeed.conversion.source import check_names
 from ascendspeed.models.lora import targets as adapters
 from ascendspeed.utils.atomic import draft_of, staged_folder
 from ascendspeed.utils.errors import UserError

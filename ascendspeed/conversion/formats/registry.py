@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import huggingface, internevo, megatron, mindformers, training_checkpoint
-from ascendspeed.conversion.source import Source
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
-__all__ = ["MODULES", "open_source"]
+__all__ = ["MODULES", "open_reader"]
 
 MODULES = {
     "a training checkpoint": training_checkpoint,
@@ -19,12 +19,12 @@ MODULES = {
 }
 
 
-def open_source(
+def open_reader(
     path: str | Path,
     config: str | Path | None = None,
     asked: InternEvoOptions | None = None,
     readers: Readers | None = None,
-) -> Source:
+) -> CheckpointReader:
     """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
 
     `config`: the folder that has its config.json and its tokenizer; None: the same one. `asked`: what an InternEvo

@@ -9,8 +9,8 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, read_config
 from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
-from ascendspeed.conversion.source import Source, check_names, read_config
 from ascendspeed.models import param_mapping
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
 from ascendspeed.utils.errors import UserError
@@ -21,7 +21,7 @@ def is_one(folder: Path) -> bool:
     return looks_like_checkpoint(folder)
 
 
-def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> Source:
+def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> CheckpointReader:
     """The newest good checkpoint in a folder, verified; tokenizer and token ids are those of the run's tokenizer folder.
 
     Of a checkpoint of adapters these are in the weights that they belong to.
@@ -34,7 +34,7 @@ def open_folder(folder: Path, config: Path, readers: Readers | None = None) -> S
     return source_of(readers.open(folder), readers)
 
 
-def source_of(opened: Checkpoint, readers: Readers | None = None) -> Source:
+def source_of(opened: Checkpoint, readers: Readers | None = None) -> CheckpointReader:
     """An opened checkpoint as a source."""
     return (
         merged(base_of(opened, readers=readers), of_checkpoint(opened))
@@ -43,12 +43,14 @@ def source_of(opened: Checkpoint, readers: Readers | None = None) -> Source:
     )
 
 
-def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | None = None) -> Source:
+def base_of(
+    opened: Checkpoint, moved_to: str | None = None, readers: Readers | None = None
+) -> CheckpointReader:
     """The weights that a checkpoint's adapters belong to, which lie where they lay or were `moved_to`. Raises `UserError`.
 
-    `readers`: as in `formats.open_source`.
+    `readers`: as in `formats.open_reader`.
     """
-    from ascendspeed.conversion.formats.registry import open_source
+    from ascendspeed.conversion.formats.registry import open_reader
 
     lora = opened.run.lora
     where = moved_to or lora.lora_base
@@ -57,7 +59,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
         raise UserError(
             f"{lost}; name their folder now: --lora-base to go on training, tools/lora/merge_lora.py --base for all else"
         )
-    source = open_source(where, readers=readers)
+    source = open_reader(where, readers=readers)
     if source.fingerprint() != lora.lora_base_fingerprint:
         raise UserError(
             f"{opened.path} holds adapters of other weights than those in {where} (trained on {lora.lora_base})"
@@ -65,7 +67,7 @@ def base_of(opened: Checkpoint, moved_to: str | None = None, readers: Readers | 
     return source
 
 
-def _whole(opened: Checkpoint) -> Source:
+def _whole(opened: Checkpoint) -> CheckpointReader:
     shapes = {parameter.name: parameter.shape for parameter in param_mapping.parameters(opened.config)}
     check_names(opened.path, shapes, opened.names(), of="the model of its run.json")
     tokenizer = opened.run.data.tokenizer_name_or_path
@@ -80,7 +82,7 @@ def _whole(opened: Checkpoint) -> Source:
         ).view(wanted.rows, columns)
         return rows[:, wanted.column : wanted.column + wanted.columns]
 
-    return Source(
+    return CheckpointReader(
         "training checkpoint",
         opened.path,
         opened.config,

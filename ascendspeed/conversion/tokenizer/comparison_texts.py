@@ -7,7 +7,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.conversion.tokenizer.sentencepiece_bpe import NORMAL, USER_DEFINED, Inexact, Merge
+from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
+    NORMAL,
+    USER_DEFINED,
+    InexactTokenizerError,
+    Merge,
+)
 
 LINES = (
     "",
@@ -94,12 +99,12 @@ def compare(path: Path, ours: Any, samples: Collection[str], found_raw: Collecti
     )
     for sample, mine, expected, (a, b) in zip(samples, encoded, ids, back, strict=True):
         if mine.ids != expected:
-            raise Inexact(
+            raise InexactTokenizerError(
                 f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {mine.ids[:8]}"
             )
         if (
             a != b and theirs.unk_id() not in expected
         ):  # sentencepiece shows what is unknown by a sign of its own
-            raise Inexact(
+            raise InexactTokenizerError(
                 f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, tokenizer.json as {b[:40]!r}"
             )

@@ -23,7 +23,7 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Inexact,
+    InexactTokenizerError,
     Merge,
     merges,
     parse,
@@ -65,7 +65,7 @@ def write(folder: Path) -> str | None:
             list(comparison_texts.texts(model.pieces, ranked)),
             _foreign(model.pieces, added),
         )
-    except Inexact as error:
+    except InexactTokenizerError as error:
         return f"tokenizer.model {error}"
     replace_file(folder / "tokenizer.json", text)
     decoder = {
@@ -92,7 +92,7 @@ def check(folder: Path) -> None:
         for name, number in ((name, token.number) for name, token in beside.items()):
             other = found.token_to_id(name)
             if number is not None and other not in (None, number):
-                raise Inexact(
+                raise InexactTokenizerError(
                     f"has neighbours that say that {name!r} is {number}, and tokenizer.json says {other}"
                 )
         pieces = read(path).pieces
@@ -104,7 +104,7 @@ def check(folder: Path) -> None:
         comparison_texts.compare(
             path, found, list(comparison_texts.texts(pieces, _ranked(pieces))), _foreign(pieces, known)
         )
-    except Inexact as error:
+    except InexactTokenizerError as error:
         raise UserError(
             f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them"
         ) from None
@@ -114,14 +114,14 @@ def _ranked(pieces: Any) -> list[Merge]:
     """Only to find texts where they compete."""
     try:
         return merges(pieces)
-    except Inexact:
+    except InexactTokenizerError:
         return []
 
 
 def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
     """What holds where tokenizer_config.json says nothing: the special tokens of the model."""
     if model.normalizer_spec.add_dummy_prefix and said.get("legacy") is False:
-        raise Inexact(
+        raise InexactTokenizerError(
             "begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens"
         )
     numbers = {f"{name}_token": getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
@@ -158,7 +158,7 @@ def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
             or (renamed and piece.type in (NORMAL, BYTE))
         ):
             also = taken.get(number) or (piece.piece if renamed else f"piece {numbers[name]}")
-            raise Inexact(
+            raise InexactTokenizerError(
                 f"does not go with its neighbours: they say that {name!r} is {number}, which is also {also!r}"
             )
         taken[number] = name

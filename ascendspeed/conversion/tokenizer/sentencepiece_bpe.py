@@ -13,7 +13,7 @@ from ascendspeed.utils.safe_io import checked
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
 
 
-class Inexact(Exception):
+class InexactTokenizerError(Exception):
     """What cannot be said in a tokenizer.json, in words."""
 
 
@@ -27,7 +27,7 @@ def read(path: Path) -> Any:
     try:
         model.ParseFromString(checked(path).read_bytes())
     except Exception as error:  # protobuf's own DecodeError, of whichever implementation
-        raise Inexact(f"is no sentencepiece model ({error})") from None
+        raise InexactTokenizerError(f"is no sentencepiece model ({error})") from None
     return model
 
 
@@ -49,7 +49,7 @@ def parse(path: Path) -> Any:
     }
     for fault, found in faults.items():
         if found:
-            raise Inexact(fault)
+            raise InexactTokenizerError(fault)
     return model
 
 
@@ -87,7 +87,7 @@ def _found(pieces: Any) -> list[Merge]:
             continue
         splits = [at for at in range(1, len(text)) if text[:at] in kinds and text[at:] in kinds]
         if kind == UNUSED and (splits or len(text) == 1):
-            raise Inexact(f"makes the unused piece {text!r} and takes it apart again")
+            raise InexactTokenizerError(f"makes the unused piece {text!r} and takes it apart again")
         found += [Merge(piece.score, number, text[:at], text[at:]) for at in splits]
     return sorted(found, key=lambda merge: (-merge.score, merge.made, -len(merge.left)))
 
@@ -118,5 +118,7 @@ def _leftmost_first(tied: list[Merge], pieces: Any) -> list[Merge]:
         rank = {made: i for i, made in enumerate(after.static_order())}
     except CycleError as error:
         names = ", ".join(repr(pieces[made].piece) for made in error.args[1][1:])
-        raise Inexact(f"gives {names} one score, so that their place in the text decides") from None
+        raise InexactTokenizerError(
+            f"gives {names} one score, so that their place in the text decides"
+        ) from None
     return sorted(tied, key=lambda merge: rank[merge.made])

@@ -13,8 +13,8 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
-from ascendspeed.conversion.formats.registry import open_source
-from ascendspeed.conversion.source import Source
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
+from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.distributed import process_groups as ranks
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
@@ -187,7 +187,7 @@ def _add(hidden: Tensor, more: tuple[Tensor, Tensor | None]) -> Tensor:
 
 
 def load(
-    path: str | Path | Source,
+    path: str | Path | CheckpointReader,
     *,
     parallel: ParallelConfig | None = None,
     dtype: str = "bf16",
@@ -197,14 +197,14 @@ def load(
 ) -> LanguageModel:
     """The model of a checkpoint of any format, over the TP x PP processes that the launcher started.
 
-    `path`: its folder, or what `formats.open_source` gave. `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be.
+    `path`: its folder, or what `formats.open_reader` gave. `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be.
     Raises `UserError` for what does not fit, before weights are read.
     """
     layout, joined = parallel or ParallelConfig(), dist.is_initialized()
     _check_layout(layout, int(os.environ.get("WORLD_SIZE", "1")))
     grid = ranks.initialize(device, layout, seed=1)
     try:
-        source = path if isinstance(path, Source) else open_source(path, readers=Readers.of(grid))
+        source = path if isinstance(path, CheckpointReader) else open_reader(path, readers=Readers.of(grid))
         _check_model(source, layout, model)
     except UserError:
         if not joined:
@@ -216,7 +216,7 @@ def load(
     return LanguageModel(gpt, source.config, grid, device)
 
 
-def _check_model(source: Source, layout: ParallelConfig, model: str | None) -> None:
+def _check_model(source: CheckpointReader, layout: ParallelConfig, model: str | None) -> None:
     if model and replace(families.preset(model), init_method_std=0.0) != replace(
         source.config, init_method_std=0.0
     ):

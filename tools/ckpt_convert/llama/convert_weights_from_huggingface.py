@@ -37,7 +37,7 @@ def main() -> None:
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.output_model_dir)
-    source = convert.open_source(options.input_model_dir)
+    source = convert.open_reader(options.input_model_dir)
     options.claims.check(options.input_model_dir, source.config)
     convert.write_megatron(
         source,

@@ -47,7 +47,7 @@ def main() -> None:
 
     require_empty_dir(options.output_model_dir)
     where = options.input_model_dir
-    source = convert.with_tokenizer(convert.open_source(where, options.config), None)
+    source = convert.with_tokenizer(convert.open_reader(where, options.config), None)
     check_grid(where, options.tensor_model_parallel_size, options.pipeline_model_parallel_size, source.grid)
     options.claims.check(where, source.config)
     convert.write_hf(

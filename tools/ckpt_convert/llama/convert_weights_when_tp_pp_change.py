@@ -52,7 +52,7 @@ def main() -> None:
         options.tgt_tensor_model_parallel_size,
         options.tgt_pipeline_model_parallel_size,
     )
-    source = convert.open_source(where, options.config)
+    source = convert.open_reader(where, options.config)
     check_grid(
         where, options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size, source.grid
     )

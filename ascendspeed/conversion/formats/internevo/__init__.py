@@ -6,6 +6,6 @@ own files (`optimizer_*`, `context.pt`, `schedulder.pt`, `sampler*.pt`, `topo_*`
 """
 
 from ascendspeed.conversion.formats.internevo.reading import is_one, open_folder
-from ascendspeed.conversion.formats.internevo.writing import InternEvo
+from ascendspeed.conversion.formats.internevo.writing import InternEvoWriter
 
-__all__ = ["InternEvo", "is_one", "open_folder"]
+__all__ = ["InternEvoWriter", "is_one", "open_folder"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ascendspeed.conversion import rank_files
 from ascendspeed.conversion.formats.internevo import config
-from ascendspeed.conversion.rank_files import Layout, Ranks
+from ascendspeed.conversion.rank_files import RankFileNames, RankTensors
 from ascendspeed.models.families.internevo_names import (
     PARAM_MAPPINGS,
     QKV,
@@ -22,8 +22,8 @@ from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
 KIND = "InternEvo training folder"
-TENSOR = Layout(KIND, "", ("model_tp{t}_pp{p}.pt",) * 2, r"model_tp(\d+)_pp(\d+)\.pt", "", {})
-WEIGHT = Layout(KIND, "", ("model_wp{t}_pp{p}.pt",) * 2, r"model_wp(\d+)_pp(\d+)\.pt", "", {})
+TENSOR = RankFileNames(KIND, "", ("model_tp{t}_pp{p}.pt",) * 2, r"model_tp(\d+)_pp(\d+)\.pt", "", {})
+WEIGHT = RankFileNames(KIND, "", ("model_wp{t}_pp{p}.pt",) * 2, r"model_wp(\d+)_pp(\d+)\.pt", "", {})
 EARLY = re.compile(r"model_tp(\d+)_wp(\d+)_pp\d+\.pt")
 EXPERTS = "experts: mixtures of experts are not read from InternEvo's folders"
 OTHER_FORMS = {
@@ -32,7 +32,7 @@ OTHER_FORMS = {
 }
 
 
-def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
+def layout_of(folder: Path) -> tuple[RankFileNames, int, int] | None:
     """How the files are named; over how many ranks layers lie, and embedding and head (0: as many as files). None: no such files.
 
     Raises `UserError` for files of several parallel modes, and for forms that are not read.
@@ -66,7 +66,7 @@ def layout_of(folder: Path) -> tuple[Layout, int, int] | None:
     )
 
 
-def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor]]:
+def read(folder: Path, layout: RankFileNames) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Every rank's tensors without the wrapper's prefix; every chunk of an interleaved pipeline is a stage of its own."""
     found = rank_files.read(folder, layout)
     stages: dict[tuple[int, int], dict[str, Tensor]] = {}
@@ -80,11 +80,11 @@ def read(folder: Path, layout: Layout) -> dict[tuple[int, int], dict[str, Tensor
 
 
 @dataclass(frozen=True)
-class Opened:
+class InternEvoFolder:
     """The files of a folder."""
 
     folder: Path
-    found: Ranks
+    found: RankTensors
     said: Mapping[str, Any]
     """model_config.pt."""
     isp: bool

@@ -6,12 +6,12 @@ from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import rank_files
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.internevo import config as model_config
 from ascendspeed.conversion.formats.internevo import folder as folders
-from ascendspeed.conversion.formats.internevo.folder import KIND, TENSOR, Opened
+from ascendspeed.conversion.formats.internevo.folder import KIND, TENSOR, InternEvoFolder
 from ascendspeed.conversion.formats.internevo.tensors import stored
-from ascendspeed.conversion.rank_files import Dialect, Grid
-from ascendspeed.conversion.source import Source, read_config
+from ascendspeed.conversion.rank_files import NamingScheme, RankLayout
 from ascendspeed.models.families.internevo_names import (
     BELONGS,
     IGNORED_TENSORS,
@@ -27,10 +27,10 @@ def is_one(folder: Path) -> bool:
     return folders.layout_of(folder) is not None
 
 
-def dialect(style: InternEvoStyle) -> Dialect:
+def dialect(style: InternEvoStyle) -> NamingScheme:
     """InternEvo's names and cuts as rank files know them."""
     rows = tuple(style.rows())
-    return Dialect(
+    return NamingScheme(
         style.model_type,
         lambda config: rows,
         IGNORED_TENSORS,
@@ -38,7 +38,9 @@ def dialect(style: InternEvoStyle) -> Dialect:
     )
 
 
-def open_folder(folder: Path, config: Path | None = None, asked: InternEvoOptions | None = None) -> Source:
+def open_folder(
+    folder: Path, config: Path | None = None, asked: InternEvoOptions | None = None
+) -> CheckpointReader:
     """`config`: the folder that has config.json (used before model_config.pt) and the tokenizer; None: the same one.
 
     Raises `UserError` naming what is missing, left over, mis-shaped, damaged or not said; no tensor has been read by then.
@@ -47,14 +49,14 @@ def open_folder(folder: Path, config: Path | None = None, asked: InternEvoOption
     layout, parts, outer = folders.layout_of(folder) or (TENSOR, 0, 0)
     found = folders.read(folder, layout)
     files = 1 + max(t for t, _ in found)
-    opened = Opened(
+    opened = InternEvoFolder(
         folder, found, model_config.read(folder), layout is not TENSOR, parts or files, outer or files
     )
     style, layers = opened.style(asked), opened.layers
     theirs, model = _architecture(opened, style, home, asked)
     kind = f"{KIND} for {'WP' if style.isp else 'TP'} {style.ranks} x PP {len(layers)}, names of {style.model_type}"
     source = rank_files.source(
-        kind, folder, model, theirs, found, dialect(style), Grid(style.ranks, layers, 0)
+        kind, folder, model, theirs, found, dialect(style), RankLayout(style.ranks, layers, 0)
     )
     _note_unfinished(folder)
     return replace(source, beside=home)
@@ -71,7 +73,7 @@ def _note_unfinished(folder: Path) -> None:
 
 
 def _architecture(
-    opened: Opened, style: InternEvoStyle, home: Path, asked: InternEvoOptions
+    opened: InternEvoFolder, style: InternEvoStyle, home: Path, asked: InternEvoOptions
 ) -> tuple[dict[str, Any], ModelConfig]:
     """By config.json where there is one, else by model_config.pt and the tensors; what is said twice must agree."""
     there = (home / "config.json").is_file()
@@ -99,7 +101,7 @@ def _architecture(
     return theirs, model
 
 
-def _told_by_tensors(opened: Opened, style: InternEvoStyle, asked: InternEvoOptions) -> ModelConfig:
+def _told_by_tensors(opened: InternEvoFolder, style: InternEvoStyle, asked: InternEvoOptions) -> ModelConfig:
     """The architecture by model_config.pt, and by the tensors where it does not say or only roughly (`mlp_ratio`)."""
     said, parts = opened.said, opened.ranks
     heads, longest = said.get("num_attention_heads"), asked.max_pos or said.get("max_position_embeddings")

@@ -8,19 +8,19 @@ import torch
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import hf_assets, rank_files
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.internevo import config as model_config
 from ascendspeed.conversion.formats.internevo.folder import TENSOR, WEIGHT
 from ascendspeed.conversion.formats.internevo.reading import dialect
 from ascendspeed.conversion.output_files import create_pt
-from ascendspeed.conversion.rank_files import Grid
-from ascendspeed.conversion.source import Source
-from ascendspeed.conversion.write import File
+from ascendspeed.conversion.rank_files import RankLayout
+from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models.families.internevo_names import TRAINS, InternEvoModelType, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class InternEvo:
+class InternEvoWriter:
     """How to write a training folder."""
 
     tp: int = 1
@@ -37,7 +37,7 @@ class InternEvo:
     use_flash: bool = True
     """`use_flash_attn`: whether an embedding along the vocabulary is flash-attention's, which has another name."""
 
-    def check(self, source: Source) -> None:
+    def check(self, source: CheckpointReader) -> None:
         """Raises `UserError` when the source cannot be written so."""
         config, style = source.config, self._style(source.config)
         if self.wp and self.tp > 1:
@@ -60,23 +60,25 @@ class InternEvo:
                 f"{sizes} (hidden size, MLP, vocabulary, heads) do not split over {style.ranks} ranks; choose {said}"
             )
 
-    def files(self, source: Source, dtype: torch.dtype | None) -> list[File]:
+    def files(self, source: CheckpointReader, dtype: torch.dtype | None) -> list[PlannedFile]:
         """What will be written: a file for every rank; the last stages have a layer more where they are not even."""
         config, style = source.config, self._style(source.config)
         each, more = divmod(config.num_layers, self.pp)
-        grid = Grid(style.ranks, tuple(each + (p >= self.pp - more) for p in range(self.pp)), 0)
+        grid = RankLayout(style.ranks, tuple(each + (p >= self.pp - more) for p in range(self.pp)), 0)
         create, layout, names = (
             partial(create_pt, around=lambda tensors: tensors),
             WEIGHT if style.isp else TENSOR,
             dialect(style),
         )
         return [
-            File(layout.path(t, p, self.pp), tuple(rank_files.stored(config, names, grid, t, p)), create)
+            PlannedFile(
+                layout.path(t, p, self.pp), tuple(rank_files.stored(config, names, grid, t, p)), create
+            )
             for t in range(style.ranks)
             for p in range(self.pp)
         ]
 
-    def finish(self, source: Source, folder: Path, dtype: torch.dtype | None) -> None:
+    def finish(self, source: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
         """Writes what stands beside the weights, and last the mark of a whole save."""
         kinds = [str(dtype or kind).removeprefix("torch.") for kind in source.dtypes.values()]
         model_config.write(

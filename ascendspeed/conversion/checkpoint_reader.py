@@ -33,7 +33,7 @@ Block = Callable[[str, Slice2D], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class CheckpointReader:
     """Opening one reads names, shapes and types only, and checks them all; the tensors are read block by block, by any thread."""
 
     kind: str

@@ -162,7 +162,7 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     model = AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32).eval()
     data = schema.DataConfig(data_path=(str(trained / "alpaca_text_document"),), seq_length=64)
     samples = dataset.build_splits(data, 1234, 2048, ["valid"])["valid"]
-    batches = [batch for i in range(2) for batch in dataset.batch(samples, 4 * i, 4, 4)]
+    batches = [batch for i in range(2) for batch in dataset.micro_batches(samples, 4 * i, 4, 4)]
     with torch.no_grad():
         logits = torch.cat([model(batch.tokens).logits for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])

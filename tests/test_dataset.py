@@ -11,10 +11,10 @@ from megatron.core.datasets.utils import Split
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import dataset
-from ascendspeed.data.dataset import batch, build_splits, parse_blend, split_documents
+from ascendspeed.data.dataset import build_splits, micro_batches, parse_blend, split_range
 from ascendspeed.data.indexed import epoch
-from ascendspeed.data.indexed.epoch import NoTokenizer, kept
-from ascendspeed.data.indexed.megatron_pair import PairWriter, file
+from ascendspeed.data.indexed.epoch import NoTokenizer, load_or_build
+from ascendspeed.data.indexed.megatron_pair import PairWriter, pair_file
 from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
@@ -131,27 +131,27 @@ def test_splits_are_megatrons(prefix, tmp_path):
 @pytest.mark.parametrize("split", ["949,50,1", "100", "0.8,0.2", "1,1,1", "0,0,5"])
 def test_every_document_is_in_one_split(split):
     for count in (1, 7, 200, 12345):
-        ranges = [split_documents(split, name, count) for name in dataset.SPLITS]
+        ranges = [split_range(split, name, count) for name in dataset.SPLITS]
         assert sorted(d for r in ranges for d in r) == list(range(count))
 
 
 def test_the_batch_at_a_step_depends_on_nothing_but_consumed_samples(prefix):
     walked = train(prefix)
-    steps = [tokens_of(batch(walked, consumed, 8, 2)) for consumed in range(0, 1000, 8)]
+    steps = [tokens_of(micro_batches(walked, consumed, 8, 2)) for consumed in range(0, 1000, 8)]
     assert 3 * len(walked) < 1000  # several epochs
     for step in (124, 3, 57, 0):  # a resumed run, forwards and backwards
-        assert tokens_of(batch(train(prefix), step * 8, 8, 2)) == steps[step]
-        assert tokens_of(batch(walked, step * 8, 8, 2)) == steps[step]
-    assert tokens_of(batch(train(prefix, seed=SEED + 100), 0, 8, 2)) != steps[0]
+        assert tokens_of(micro_batches(train(prefix), step * 8, 8, 2)) == steps[step]
+        assert tokens_of(micro_batches(walked, step * 8, 8, 2)) == steps[step]
+    assert tokens_of(micro_batches(train(prefix, seed=SEED + 100), 0, 8, 2)) != steps[0]
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_data_parallel_ranks_share_the_same_samples(prefix, micro):
     samples, consumed = train(prefix), len(train(prefix)) - 5  # over the edge of an epoch
-    alone = tokens_of(batch(samples, consumed, 16, micro))
+    alone = tokens_of(micro_batches(samples, consumed, 16, micro))
     assert alone == [samples.sample(consumed + i)[0].tolist() for i in range(16)]
     for size in (2, 4):
-        ranks = [batch(train(prefix), consumed, 16, micro, rank, size) for rank in range(size)]
+        ranks = [micro_batches(train(prefix), consumed, 16, micro, rank, size) for rank in range(size)]
         assert all(len(found) == 16 // micro // size for found in ranks)
         assert all(b.tokens.shape == b.loss_mask.shape == (micro, SEQ) for found in ranks for b in found)
         rounds = [
@@ -159,7 +159,7 @@ def test_data_parallel_ranks_share_the_same_samples(prefix, micro):
         ]
         assert rounds == alone
     with pytest.raises(UserError, match="16 is not a multiple of micro batch"):
-        batch(samples, 0, 16, micro, 0, 3)
+        micro_batches(samples, 0, 16, micro, 0, 3)
 
 
 def test_a_blend_follows_its_weights_and_skips_nothing(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
         build_splits(DataConfig(data_path=(prefix,), seq_length=9000), SEED, VOCAB, ("train",))
     for split in ("", "a,b", "0,0,0", "1,1,1,1", "-1,2", "1;2"):
         with pytest.raises(UserError, match="is not up to three shares"):
-            split_documents(split, "train", 100)
+            split_range(split, "train", 100)
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ def test_one_sample_needs_one_token_more_than_its_length(tmp_path):
 
 
 def test_ids_beyond_the_vocabulary(prefix):
-    highest = file(prefix, "bin").stat().st_size // 2 - 1  # ids are 0, 1, 2 and so on, in 16 bits
+    highest = pair_file(prefix, "bin").stat().st_size // 2 - 1  # ids are 0, 1, 2 and so on, in 16 bits
     data = DataConfig(data_path=(prefix,), seq_length=SEQ, split="1,0,0")
     build_splits(data, SEED, highest + 1, ("train",))
     with pytest.raises(UserError, match=f"token id {highest}, but the model's vocabulary has {highest} ids"):
         build_splits(data, SEED, highest, ("train",))  # known before the first step
-    file(prefix, "meta").unlink()
+    pair_file(prefix, "meta").unlink()
     samples = build_splits(data, SEED, highest, ("train",))[
         "train"
     ]  # data from another tool: known when it comes up
@@ -283,16 +283,16 @@ def test_eos_counts_though_it_is_the_pad_id_too(tmp_path):
 def test_large_indices_are_kept_in_files_and_are_the_same(prefix, tmp_path, monkeypatch):
     in_memory = [train(prefix).sample(i)[0].tolist() for i in range(500)]
     assert not (tmp_path / "index-cache").exists()
-    monkeypatch.setattr(epoch, "CACHED_FROM", 0)
+    monkeypatch.setattr(epoch, "MIN_CACHED", 0)
     for _ in range(2):  # made, then found
         samples = train(prefix)
         assert [samples.sample(i)[0].tolist() for i in range(500)] == in_memory
     folders = [p for p in (tmp_path / "index-cache").iterdir() if p.is_dir()]
     assert len(folders) == -(-500 // len(samples))
-    monkeypatch.setattr(epoch.Epoch, "_build", lambda *args: pytest.fail("was in the files"))
+    monkeypatch.setattr(epoch.EpochDataset, "_build", lambda *args: pytest.fail("was in the files"))
     assert train(prefix).sample(3)[0].tolist() == in_memory[3]
     monkeypatch.undo()
-    monkeypatch.setattr(epoch, "CACHED_FROM", 0)
+    monkeypatch.setattr(epoch, "MIN_CACHED", 0)
     write(prefix, 200, seed=5)  # other data under the same name
     assert train(prefix).sample(0)[0].tolist() != in_memory[0]
     assert train(prefix, data_cache_path=str(tmp_path / "elsewhere")).sample(0)
@@ -307,7 +307,9 @@ def test_one_builds_and_the_others_wait(tmp_path):
         threading.Event().wait(0.05)
         return np.arange(3), np.arange(6).reshape(3, 2), np.arange(3)
 
-    threads = [threading.Thread(target=lambda: found.append(kept(tmp_path / "k", build))) for _ in range(4)]
+    threads = [
+        threading.Thread(target=lambda: found.append(load_or_build(tmp_path / "k", build))) for _ in range(4)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -326,7 +328,7 @@ def test_nothing_in_a_cache_is_unpickled_and_a_cache_that_cannot_be_is_an_error(
             tmp_path / "k" / f"{name}.npy", np.array([{"any": "object"}], dtype=object), allow_pickle=True
         )
     with pytest.raises(UserError, match="choose another --data-cache-path"):
-        kept(tmp_path / "k", lambda: ())
+        load_or_build(tmp_path / "k", lambda: ())
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="choose another --data-cache-path"):
-        kept(tmp_path / "file" / "k", lambda: ())
+        load_or_build(tmp_path / "file" / "k", lambda: ())

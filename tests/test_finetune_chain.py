@@ -11,7 +11,7 @@ from test_chat import KINDS
 from test_preprocess_instructions import ROWS
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.handlers.base import Job
+from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.training.metrics_log import TrainLine, read
 
@@ -29,7 +29,9 @@ def work(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("finetune")
     KINDS["v2"](work / "tokenizer")
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:DOCUMENTS]))
-    job = Job(str(work / "tokenizer"), "SharegptStyleInstructionHandler", seq_length=SEQ, chat_template="v2")
+    job = EncoderConfig(
+        str(work / "tokenizer"), "SharegptStyleInstructionHandler", seq_length=SEQ, chat_template="v2"
+    )
     preprocess([work / "rows.jsonl"], str(work / "chat"), job)
     return work
 

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from ascendspeed.data.document import Document, Fault
-from ascendspeed.data.handlers.base import Job
-from ascendspeed.data.handlers.registry import HANDLERS, check_columns, handler
-from ascendspeed.data.readers.shard import Bad
+from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.handlers.registry import HANDLERS, check_columns, create_handler
+from ascendspeed.data.readers.shard import InvalidValue
 from ascendspeed.utils.errors import UserError
 
 
@@ -16,7 +16,7 @@ class Words:
 
 
 def named(name, keys=("text",), **options):
-    return handler(Job("", name, keys, **options), Words())
+    return create_handler(EncoderConfig("", name, keys, **options), Words())
 
 
 HEAD = (
@@ -43,9 +43,13 @@ def test_alpaca_prompt_is_the_published_one_without_its_none():
 def test_an_alpaca_row_without_instruction_or_output_is_none():
     alpaca = named("AlpacaPretrainHandler")
     made = alpaca.texts(
-        {"instruction": [None, "a", "a", Bad.MALFORMED], "input": ["b"] * 4, "output": ["c", None, " ", "c"]}
+        {
+            "instruction": [None, "a", "a", InvalidValue.MALFORMED],
+            "input": ["b"] * 4,
+            "output": ["c", None, " ", "c"],
+        }
     )
-    assert made["text"] == [None, None, " ", Bad.MALFORMED]
+    assert made["text"] == [None, None, " ", InvalidValue.MALFORMED]
 
 
 def test_general_takes_the_columns_of_json_keys():
@@ -81,7 +85,7 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
         "",
         " \n\t\u3000",
         7,
-        Bad.MALFORMED,
+        InvalidValue.MALFORMED,
         "caf\udce9",
         "\ud800",
         "x" * 11,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, dtype_for, file, read_facts
+from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, dtype_for, pair_file, read_facts
 from ascendspeed.utils.errors import UserError
 
 RANDOM = np.random.default_rng(0)
@@ -31,7 +31,9 @@ def test_the_files_are_megatrons_byte_for_byte(tmp_path, dtype):
         builder.add_document(torch.from_numpy(document), [len(document)])
     builder.finalize(str(tmp_path / "theirs.idx"))
     for suffix in ("bin", "idx"):
-        assert file(tmp_path / "v1.5", suffix).read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+        assert (
+            pair_file(tmp_path / "v1.5", suffix).read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+        )
     read = IndexedDataset(str(tmp_path / "v1.5"))
     assert [d.tolist() for d in read[0 : len(read)]] == [d.tolist() for d in DOCUMENTS]
     assert check_pair(tmp_path / "v1.5") == sum(map(len, DOCUMENTS))
@@ -128,17 +130,17 @@ def test_killed_between_any_two_steps_there_is_the_old_pair_or_none_or_the_new_o
         at = tmp_path / f"step{step}"
         shutil.copytree(old, at)
         died = killed_at(step, at / "p")
-        if not file(at / "p", "idx").exists():
+        if not pair_file(at / "p", "idx").exists():
             states.append("none")
             with pytest.raises(UserError, match="there is no"):
                 check_pair(at / "p")
         else:
-            same = {s.name: all(file(at / "p", x).read_bytes() == file(s / "p", x).read_bytes() for x in ("bin", "idx", "meta"))
+            same = {s.name: all(pair_file(at / "p", x).read_bytes() == pair_file(s / "p", x).read_bytes() for x in ("bin", "idx", "meta"))
                     for s in (old, new)}  # fmt: skip
             assert sum(same.values()) == 1
             states.append("old" if same["old"] else "new")
         write(at / "p", DOCUMENTS[:3])  # whatever is left over is no hindrance
-        assert file(at / "p", "bin").read_bytes() == file(new / "p", "bin").read_bytes()
+        assert pair_file(at / "p", "bin").read_bytes() == pair_file(new / "p", "bin").read_bytes()
         if not died:
             break
         step += 1
@@ -153,8 +155,8 @@ def test_what_is_not_a_pair_is_an_error(tmp_path):
 
     def broken(name, suffix, change):
         for x in ("bin", "idx"):
-            shutil.copy(file(tmp_path / "good", x), file(tmp_path / name, x))
-        path = file(tmp_path / name, suffix)
+            shutil.copy(pair_file(tmp_path / "good", x), pair_file(tmp_path / name, x))
+        path = pair_file(tmp_path / name, suffix)
         path.write_bytes(change(path.read_bytes()))
         return tmp_path / name
 
@@ -164,7 +166,7 @@ def test_what_is_not_a_pair_is_an_error(tmp_path):
         "tiny": (broken("tiny", "idx", lambda raw: raw[:7]), "not an index"),
         "magic": (broken("magic", "idx", lambda raw: b"X" + raw[1:]), "not an index"),
         "mixed": (
-            broken("mixed", "bin", lambda raw: file(tmp_path / "other", "bin").read_bytes()),
+            broken("mixed", "bin", lambda raw: pair_file(tmp_path / "other", "bin").read_bytes()),
             "not a pair",
         ),
         "gone": (tmp_path / "gone", r"there is no .*gone\.idx; prefixes here: .*good, "),
@@ -172,6 +174,6 @@ def test_what_is_not_a_pair_is_an_error(tmp_path):
     for prefix, said in cases.values():
         with pytest.raises(UserError, match=said):
             check_pair(prefix)
-    file(tmp_path / "good", "meta").write_text("{")
+    pair_file(tmp_path / "good", "meta").write_text("{")
     with pytest.raises(UserError, match="damaged"):
         read_facts(tmp_path / "good")

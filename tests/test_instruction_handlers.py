@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from test_chat import KINDS, UNUSED
 
 from ascendspeed.data.document import Document, Fault, Truncation
-from ascendspeed.data.handlers.base import Job
-from ascendspeed.data.readers.shard import Bad
-from ascendspeed.data.tokenize import Maker
+from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.readers.shard import InvalidValue
+from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.tokenization.chat import Message, Piece, PieceEncoder
 from ascendspeed.utils.errors import UserError
 
@@ -32,7 +32,7 @@ def folders(tmp_path_factory):
 def maker(folders, name, handler, **options):
     if name not in folders:
         pytest.skip("no real tokenizers beside the repository")
-    return Maker(Job(str(folders[name]), handler, **options))
+    return DocumentEncoder(EncoderConfig(str(folders[name]), handler, **options))
 
 
 def make(one, *rows):
@@ -259,7 +259,7 @@ def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    one = Maker(Job(str(tmp_path), "GeneralInstructionHandler"))
+    one = DocumentEncoder(EncoderConfig(str(tmp_path), "GeneralInstructionHandler"))
     for answer in ("Document 3 says", "x", "\nsays"):
         (document,) = make(one, {"instruction": "It ends", "input": "here.", "output": answer})
         check(document, published(one, "It ends\nhere.", answer))
@@ -500,11 +500,13 @@ def test_which_template_a_folder_takes(folders, tmp_path):
         KINDS["v2"](folder)
         if said:
             (folder / "config.json").write_text(json.dumps({"model_type": said}))
-        assert Maker(Job(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {
+        assert DocumentEncoder(EncoderConfig(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {
             "chat_template": template
         }
     with pytest.raises(UserError, match="no chat template is known for a model of family unknown"):
-        Maker(Job(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler"))
+        DocumentEncoder(
+            EncoderConfig(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler")
+        )
     with pytest.raises(UserError, match="--chat-template v9 does not exist"):
         maker(folders, "v2", "AlpacaStyleInstructionHandler", chat_template="v9")
 
@@ -540,7 +542,11 @@ KEYS = st.sampled_from(
     ["from", "value", "role", "content", "name", "tool_calls", "code", "weight", "arguments"]
 )
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | WORDS | st.sampled_from([Bad.MALFORMED, Bad.NOT_UTF8]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | WORDS
+    | st.sampled_from([InvalidValue.MALFORMED, InvalidValue.NOT_UTF8]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=12,
 )

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.dataset import build_splits, files_of, open_path
+from ascendspeed.data.dataset import build_splits, dataset_files, open_dataset
 from ascendspeed.data.document import Document
-from ascendspeed.data.indexed.internevo import Tokenized, convert
-from ascendspeed.data.indexed.masked_pair import Couple
+from ascendspeed.data.indexed.internevo import InternEvoDataset, convert
+from ascendspeed.data.indexed.masked_pair import MaskedPair
 from ascendspeed.data.packing.internevo import SEED as SHUFFLED_BY
-from ascendspeed.data.packing.internevo import cut, packer
-from ascendspeed.data.packing.packed_dataset import PackedSource
+from ascendspeed.data.packing.internevo import packer, split_contiguous
+from ascendspeed.data.packing.packed_dataset import PackedSamples
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB = 7, 1000
@@ -145,9 +145,9 @@ def test_packs_are_internevos(documents, segment, often, whole):
     source = (Held(documents), range(len(documents)), row, packer(options, ""), SEED)
     if not expected:
         with pytest.raises(UserError, match="none can be learnt from"):
-            PackedSource(*source)
+            PackedSamples(*source)
         return
-    found = PackedSource(*source)
+    found = PackedSamples(*source)
     assert found.samples_per_epoch == len(expected)
     assert found.filled == 1
     assert in_file_order(found, len(expected)) == expected
@@ -157,7 +157,7 @@ def test_controls():
     """Another order, and labels that stop at the end of a pack, are seen."""
     documents = [[10 * d + t for t in range(1, 9)] for d in range(9)]
     found = in_file_order(
-        PackedSource(Held(documents), range(9), 5, packer(DataConfig(seq_length=5), "internevo-cut"), SEED),
+        PackedSamples(Held(documents), range(9), 5, packer(DataConfig(seq_length=5), "internevo-cut"), SEED),
         14,
     )
     assert found == naive(documents, 5, 5, False)
@@ -180,7 +180,7 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
     ]  # sorted
     samples = train(tmp_path, 4)  # their packing is the default for their data
     assert in_file_order(samples, len(expected)) == expected
-    assert files_of(str(tmp_path))[0] == tmp_path / "cn" / "c.bin"
+    assert dataset_files(str(tmp_path))[0] == tmp_path / "cn" / "c.bin"
     assert [len(m) for m in samples.notes] == [len(samples.notes[0])]
     assert "3 tokens left out, as they fill no row" in samples.notes[0]  # 77 % 4 and 2
     linked = tmp_path.parent / f"{tmp_path.name}-linked"
@@ -203,7 +203,7 @@ def test_the_first_epoch_is_internevos_with_its_seed(tmp_path):
 def test_tokens_that_are_not_learnt(tmp_path):
     """Negative ones, and id 0, whose sign says nothing: InternEvo learns what is above 0."""
     path = write(tmp_path / "x.bin", [[1, -5, -6, 7, 0, 8, 2]])
-    one = Tokenized(path).document(0)
+    one = InternEvoDataset(path).document(0)
     assert one.tokens.tolist() == [1, 5, 6, 7, 0, 8, 2]
     assert one.loss_mask.tolist() == [True, False, False, True, False, True, True]
     for name in ("none", "first-fit", "internevo-cut"):
@@ -220,7 +220,7 @@ def test_three_columns_wherever_the_length_stands(tmp_path):
         write(tmp_path / "x.bin", documents, columns=3)
         table = np.load(tmp_path / "x.bin.meta")
         save(f"{tmp_path}/x.bin.meta", table[:, order])
-        found = Tokenized(str(tmp_path / "x.bin"))
+        found = InternEvoDataset(str(tmp_path / "x.bin"))
         assert found.lengths.tolist() == [3, 2]
         assert found.document(1).tokens.tolist() == [4, 5]
 
@@ -286,7 +286,7 @@ def test_converted_data_are_the_same(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "60 documents" in done.stdout
-    assert isinstance(open_path(prefix, CONFIG, 99), Couple)
+    assert isinstance(open_dataset(prefix, CONFIG, 99), MaskedPair)
     for name in ("internevo-cut", "internevo-whole", "first-fit", "none"):
         one, other = train(path, 16, packing=name), train(prefix, 16, packing=name)
         assert len(one) == len(other)
@@ -294,7 +294,7 @@ def test_converted_data_are_the_same(tmp_path):
             told(other.sample(n)) for n in range(2 * len(one))
         ]
     with pytest.raises(UserError, match=r"token id \d+, but the model's vocabulary has 50 ids"):
-        open_path(prefix, CONFIG, 50)
+        open_dataset(prefix, CONFIG, 50)
     again = subprocess.run([*command, "--min-length", "100"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
@@ -420,7 +420,7 @@ def test_flags_that_mean_nothing(tmp_path):
 def test_a_row_of_many_long_pieces_is_fast_to_pack():
     """No loop over tokens: a billion of them, in documents of any length."""
     lengths = np.random.default_rng(0).integers(1, 20_000, 100_000)
-    found = cut(lengths, 8192, 4096)
+    found = split_contiguous(lengths, 8192, 4096)
     assert found.tokens == len(found) * 8192 == int(lengths.sum()) // 8192 * 8192
     assert (found.stops - found.starts).max() <= 4096
     assert ((found.stops - found.starts) > 0).all()

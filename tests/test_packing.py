@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import dataset
-from ascendspeed.data.dataset import batch, build_splits, facts_of, files_of
+from ascendspeed.data.dataset import build_splits, dataset_facts, dataset_files, micro_batches
 from ascendspeed.data.indexed import masked_pair
-from ascendspeed.data.indexed.masked_pair import Couple, CoupleWriter
-from ascendspeed.data.indexed.megatron_pair import PairWriter, file
+from ascendspeed.data.indexed.masked_pair import MaskedPair, MaskedPairWriter
+from ascendspeed.data.indexed.megatron_pair import PairWriter, pair_file
 from ascendspeed.data.packing.algorithms import first_fit, one_each
 from ascendspeed.utils.errors import UserError
 
@@ -72,7 +72,7 @@ def write(prefix, count, longest=30, seed=0, start=0):
     lengths = random.integers(2, longest + 1, count).astype(np.int32)
     tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
     learnt = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
-    with CoupleWriter(prefix) as writer:
+    with MaskedPairWriter(prefix) as writer:
         writer.add(tokens, lengths, learnt)
         writer.commit({"tokens": writer.tokens, "max_token": int(tokens.max()), "vocab_size": VOCAB})
     cuts = np.cumsum(lengths)[:-1]
@@ -206,13 +206,13 @@ def test_batches_depend_on_consumed_samples_alone(tmp_path):
     def tokens(batches):
         return torch.cat([torch.cat([b.tokens, b.labels, b.position_ids], 1) for b in batches]).tolist()
 
-    steps = [tokens(batch(walked, consumed, 8, 2)) for consumed in range(0, 400, 8)]
+    steps = [tokens(micro_batches(walked, consumed, 8, 2)) for consumed in range(0, 400, 8)]
     assert 3 * len(walked) < 400
     for step in (49, 3, 22, 0):  # a resumed run
         again = build(tmp_path / "p")["train"]
-        assert tokens(batch(again, step * 8, 8, 2)) == steps[step]
+        assert tokens(micro_batches(again, step * 8, 8, 2)) == steps[step]
         for size in (2, 4):
-            ranks = [batch(again, step * 8, 8, 2, rank, size) for rank in range(size)]
+            ranks = [micro_batches(again, step * 8, 8, 2, rank, size) for rank in range(size)]
             assert [
                 row for n in range(len(ranks[0])) for rank in ranks for row in tokens([rank[n]])
             ] == steps[step]
@@ -261,15 +261,15 @@ def test_the_names_that_a_couple_goes_by(tmp_path):
     for name in ("p", "p_packed", "p_packed_input_ids_document"):
         samples = build(tmp_path / name)["train"]
         assert samples.sample(0)[0].tolist() == build(tmp_path / "p")["train"].sample(0)[0].tolist()
-        assert masked_pair.find(f"{tmp_path}/{name}") == (ids, labels)
-        assert {str(path) for path in files_of(f"{tmp_path}/{name}")} == {
+        assert masked_pair.find_pairs(f"{tmp_path}/{name}") == (ids, labels)
+        assert {str(path) for path in dataset_files(f"{tmp_path}/{name}")} == {
             f"{one}.{x}" for one in (ids, labels) for x in ("bin", "idx")
         }
-        assert facts_of(f"{tmp_path}/{name}")["vocab_size"] == VOCAB
+        assert dataset_facts(f"{tmp_path}/{name}")["vocab_size"] == VOCAB
     with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a plain pair of the very name goes first
         writer.add(np.arange(100), np.array([100], np.int32))
         writer.commit({})
-    assert masked_pair.find(f"{tmp_path}/p") is None
+    assert masked_pair.find_pairs(f"{tmp_path}/p") is None
     with pytest.raises(UserError, match="there is no"):
         build(tmp_path / "absent")
 
@@ -279,9 +279,9 @@ def test_data_of_the_published_tool(tmp_path):
     write(tmp_path / "p", 40)
     expected = [build(tmp_path / "p")["train"].sample(n)[1].tolist() for n in range(10)]
     for key in masked_pair.KEYS:
-        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
+        pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").unlink()
     for suffix in ("bin", "idx"):
-        source = file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), suffix).read_bytes()
+        source = pair_file(masked_pair.pair_prefix(tmp_path / "p", masked_pair.KEYS[0]), suffix).read_bytes()
         (tmp_path / f"p_packed_attention_mask_document.{suffix}").write_bytes(source)
     samples = build(tmp_path / "p", is_instruction_dataset=True)["train"]
     assert [samples.sample(n)[1].tolist() for n in range(10)] == expected
@@ -290,19 +290,19 @@ def test_data_of_the_published_tool(tmp_path):
 def test_two_pairs_that_do_not_belong_together(tmp_path):
     write(tmp_path / "a", 20, SEQ)
     write(tmp_path / "b", 20, SEQ, start=1)  # the same lengths, other ids
-    ids, labels = (masked_pair.pair(tmp_path / "a", key) for key in masked_pair.KEYS)
+    ids, labels = (masked_pair.pair_prefix(tmp_path / "a", key) for key in masked_pair.KEYS)
 
     def swap(suffixes):
         for suffix in suffixes:
-            file(labels, suffix).write_bytes(
-                file(masked_pair.pair(tmp_path / "b", masked_pair.KEYS[1]), suffix).read_bytes()
+            pair_file(labels, suffix).write_bytes(
+                pair_file(masked_pair.pair_prefix(tmp_path / "b", masked_pair.KEYS[1]), suffix).read_bytes()
             )
 
     swap(("bin", "idx", "meta"))
     with pytest.raises(UserError, match=r"are not of the same documents; was a run killed\?"):
         build(tmp_path / "a")
     for one in (ids, labels):
-        file(one, "meta").unlink()
+        pair_file(one, "meta").unlink()
     samples = build(tmp_path / "a")["train"]  # nothing says it, until a document is read
     with pytest.raises(UserError, match=r"document \d+ has labels that are neither its tokens nor -100"):
         samples.sample(0)
@@ -310,10 +310,10 @@ def test_two_pairs_that_do_not_belong_together(tmp_path):
     swap(("bin", "idx"))
     with pytest.raises(UserError, match="are not of the same documents"):
         build(tmp_path / "a")
-    file(labels, "bin").write_bytes(b"")
+    pair_file(labels, "bin").write_bytes(b"")
     with pytest.raises(UserError, match="not a pair, or a copy was cut off"):
         build(tmp_path / "a")
-    file(labels, "idx").unlink()
+    pair_file(labels, "idx").unlink()
     with pytest.raises(UserError, match=r"there is no .*labels_document\.idx"):
         build(tmp_path / "a")
 
@@ -344,7 +344,7 @@ def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_pa
 def test_both_metas_say_the_same(tmp_path):
     write(tmp_path / "p", 20)
     metas = [
-        json.loads(file(masked_pair.pair(tmp_path / "p", key), "meta").read_text())
+        json.loads(pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").read_text())
         for key in masked_pair.KEYS
     ]
     assert metas[0] == metas[1]
@@ -352,7 +352,9 @@ def test_both_metas_say_the_same(tmp_path):
     before = metas[0]["digest"]
     write(tmp_path / "p", 20, start=1)
     assert (
-        json.loads(file(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[0]), "meta").read_text())["digest"]
+        json.loads(
+            pair_file(masked_pair.pair_prefix(tmp_path / "p", masked_pair.KEYS[0]), "meta").read_text()
+        )["digest"]
         != before
     )
 
@@ -370,14 +372,14 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
         UserError, match=r"/p: valid has all of the 20 documents, of which none can be learnt from"
     ):
         build(tmp_path / "p", ("valid",), seq_length=1, valid_data_path=valid)
-    highest = facts_of(f"{tmp_path}/p")["max_token"]
+    highest = dataset_facts(f"{tmp_path}/p")["max_token"]
     data = DataConfig(data_path=(f"{tmp_path}/p",), seq_length=SEQ, split="1,0,0")
     with pytest.raises(
         UserError, match=f"p has the token id {highest}, but the model's vocabulary has {highest} ids"
     ):
         build_splits(data, SEED, highest, ("train",))
     for key in masked_pair.KEYS:
-        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
+        pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").unlink()
     samples = build_splits(data, SEED, highest, ("train",))["train"]
     with pytest.raises(UserError, match=f"p has the token id {highest}"):
         [samples.sample(n) for n in range(len(samples))]
@@ -390,12 +392,12 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
 
 def test_a_couple_is_documents(tmp_path):
     documents = write(tmp_path / "p", 30)
-    one = Couple("p", *masked_pair.find(f"{tmp_path}/p"))
+    one = MaskedPair("p", *masked_pair.find_pairs(f"{tmp_path}/p"))
     assert one.lengths.tolist() == [len(ids) for ids, _ in documents]
     for number, (ids, learnt) in enumerate(documents):
         found = one.document(number)
         assert (found.tokens.tolist(), found.loss_mask.tolist()) == (ids, learnt)
-    assert isinstance(dataset.open_path(f"{tmp_path}/p", DataConfig(), VOCAB), Couple)
+    assert isinstance(dataset.open_dataset(f"{tmp_path}/p", DataConfig(), VOCAB), MaskedPair)
 
 
 def test_no_pack_on_the_command_line():
@@ -414,15 +416,15 @@ MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, m
 def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, length, chunk):
     prefix = tmp_path_factory.mktemp("masks") / "p"
     lengths = np.array([len(mask) for mask in masks], np.int32)
-    with CoupleWriter(prefix) as writer:
+    with MaskedPairWriter(prefix) as writer:
         writer.add(np.arange(lengths.sum()), lengths, np.concatenate(masks))
         writer.commit({})
     for key in masked_pair.KEYS:
-        file(masked_pair.pair(prefix, key), "meta").unlink()
+        pair_file(masked_pair.pair_prefix(prefix, key), "meta").unlink()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masked_pair, "CHUNK", chunk)
         chosen = np.arange(len(masks))[::-2]
-        found = Couple(str(prefix), *masked_pair.find(str(prefix))).learnt(chosen, length)
+        found = MaskedPair(str(prefix), *masked_pair.find_pairs(str(prefix))).learnt(chosen, length)
     for place, number in enumerate(chosen):
         mask = masks[number]
         answers = "".join("x" if one else " " for one in mask)
@@ -445,7 +447,7 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
     lengths = np.array([len(mask) for mask in masks], np.int32)
 
     def made(learnt):
-        with CoupleWriter(tmp_path / "p") as writer:
+        with MaskedPairWriter(tmp_path / "p") as writer:
             writer.add(np.arange(lengths.sum()), lengths, learnt)
             writer.commit({})
 
@@ -465,7 +467,7 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
     with pytest.raises(UserError, match="p: no token of its 6 documents is to be learnt"):
         build(tmp_path / "p")
     for key in masked_pair.KEYS:  # of another tool
-        file(masked_pair.pair(tmp_path / "p", key), "meta").unlink()
+        pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").unlink()
     with pytest.raises(UserError, match="none can be learnt from"):
         build(tmp_path / "p")
 
@@ -492,8 +494,8 @@ def test_the_other_pairs_of_a_couple_are_none_to_train_on(tmp_path):
 
 def test_a_couple_that_is_being_written_is_left_alone(tmp_path):
     with (
-        PairWriter(masked_pair.pair(tmp_path / "p", masked_pair.KEYS[1]), np.dtype(np.int32)),
+        PairWriter(masked_pair.pair_prefix(tmp_path / "p", masked_pair.KEYS[1]), np.dtype(np.int32)),
         pytest.raises(UserError, match="another process is writing"),
     ):
-        CoupleWriter(tmp_path / "p")
+        MaskedPairWriter(tmp_path / "p")
     assert not list(tmp_path.iterdir())

@@ -17,8 +17,8 @@ import sentencepiece
 from helpers.corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from ascendspeed.data.indexed.megatron_pair import check_pair, file
-from ascendspeed.data.preprocess import Job, preprocess
+from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file
+from ascendspeed.data.preprocess import EncoderConfig, preprocess
 from ascendspeed.data.readers import lines, parquet, sequential
 from ascendspeed.utils.errors import UserError
 
@@ -33,7 +33,7 @@ def tokenizer(tmp_path):
 
 def made(prefix):
     """The bytes of all three files."""
-    return {suffix: file(prefix, suffix).read_bytes() for suffix in ("bin", "idx", "meta")}
+    return {suffix: pair_file(prefix, suffix).read_bytes() for suffix in ("bin", "idx", "meta")}
 
 
 def parquet_of(path, texts, **options):
@@ -50,7 +50,7 @@ def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
     facts = preprocess(
         [tmp_path / "a.parquet"],
         str(tmp_path / "p"),
-        Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True),
+        EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True),
     )
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
     read = IndexedDataset(str(tmp_path / "p_text_document"))
@@ -60,7 +60,9 @@ def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
     assert json.loads(made(tmp_path / "p_text_document")["meta"]) == facts["text"]
     assert facts["text"]["max_token"] == max(map(max, expected))
     assert facts["text"]["bytes"] == sum(len(t.encode()) for t in TEXTS)
-    preprocess([tmp_path / "a.parquet"], str(tmp_path / "q"), Job(str(tokenizer), "GeneralPretrainHandler"))
+    preprocess(
+        [tmp_path / "a.parquet"], str(tmp_path / "q"), EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
+    )
     bare = IndexedDataset(str(tmp_path / "q_text_document"))
     assert [d.tolist() for d in bare[0 : len(bare)]] == [ids[:-1] for ids in expected]
 
@@ -71,7 +73,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
     preprocess(
         [tmp_path / "a.parquet"],
         str(tmp_path / "p"),
-        Job(str(folder), "GeneralPretrainHandler", append_eod=True),
+        EncoderConfig(str(folder), "GeneralPretrainHandler", append_eod=True),
     )
     read = IndexedDataset(str(tmp_path / "p_text_document"))
     assert read.index.dtype == np.int32
@@ -94,7 +96,7 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
     inputs["jsonl"].write_text("\n".join(map(json.dumps, rows)))
     inputs["array"].write_text(json.dumps(rows))
     inputs["gz"].write_bytes(gzip.compress(inputs["jsonl"].read_bytes()))
-    job, found = Job(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
+    job, found = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
     for name, path in inputs.items():
         for workers in (1, 3) if name in ("one group", "gz") else (1,):
             preprocess([path], str(tmp_path / name), job, workers)
@@ -114,7 +116,7 @@ def test_several_files_and_keys(tmp_path, tokenizer):
     (data / "a.jsonl").write_text('{"text": "one", "title": "A"}\n{"text": "two", "title": null}\n')
     (data / "b.csv").write_text("title,text\nB,three\n")
     (data / "c.csv").write_text("")  # holds no rows and misses no column
-    job = Job(str(tokenizer), "GeneralPretrainHandler", ("text", "title"))
+    job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", ("text", "title"))
     preprocess([data], str(data / "new" / "p"), job)
     facts = preprocess(
         [data], str(data / "new" / "p"), job
@@ -139,7 +141,7 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
     ]
     path.write_bytes(b"\n".join(good + bad + [json.dumps({"text": "x" * 5000}).encode()] + good))
     said = []
-    job = Job(str(tokenizer), "GeneralPretrainHandler", longest=4000)
+    job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", longest=4000)
     facts = preprocess([path], str(tmp_path / "p"), job, say=said.append)
     assert facts["text"]["rows"] == 10
     assert facts["text"]["documents"] == 2
@@ -157,7 +159,7 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
 
 
 def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, tokenizer):
-    job = Job(str(tokenizer), "GeneralPretrainHandler")
+    job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
     preprocess([parquet_of(tmp_path / "a.parquet", ["old"])], str(tmp_path / "p"), job)
     before = made(tmp_path / "p_text_document")
     with pytest.raises(
@@ -184,16 +186,20 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
 def test_errors_before_anything_is_written(tmp_path, tokenizer):
     path = parquet_of(tmp_path / "a.parquet", ["text"])
     with pytest.raises(UserError, match="needs the column 'instruction'; there are: text"):
-        preprocess([path], str(tmp_path / "p"), Job(str(tokenizer), "AlpacaPretrainHandler"))
+        preprocess([path], str(tmp_path / "p"), EncoderConfig(str(tokenizer), "AlpacaPretrainHandler"))
     with pytest.raises(UserError, match="unknown handler"):
-        preprocess([path], str(tmp_path / "p"), Job(str(tokenizer), "Alpaca"))
+        preprocess([path], str(tmp_path / "p"), EncoderConfig(str(tokenizer), "Alpaca"))
     folder = big_vocabulary_dir(tmp_path / "no-eos", 10)
     (folder / "special_tokens_map.json").unlink()
     with pytest.raises(UserError, match="names no eos_token"):
-        preprocess([path], str(tmp_path / "p"), Job(str(folder), "GeneralPretrainHandler", append_eod=True))
+        preprocess(
+            [path], str(tmp_path / "p"), EncoderConfig(str(folder), "GeneralPretrainHandler", append_eod=True)
+        )
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file"):
-        preprocess([path], str(tmp_path / "file" / "p"), Job(str(tokenizer), "GeneralPretrainHandler"))
+        preprocess(
+            [path], str(tmp_path / "file" / "p"), EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
+        )
     assert not list(tmp_path.glob("p_*"))
 
 
@@ -204,7 +210,7 @@ def test_a_full_disk_is_known_early(tmp_path, tokenizer, monkeypatch):
         preprocess(
             [parquet_of(tmp_path / "a.parquet", TEXTS)],
             str(tmp_path / "p"),
-            Job(str(tokenizer), "GeneralPretrainHandler"),
+            EncoderConfig(str(tokenizer), "GeneralPretrainHandler"),
         )
     assert not list(tmp_path.glob("p_*"))
 
@@ -312,7 +318,7 @@ def kill_at_random(folder, tokenizer, times, seed):
         parquet_of(folder / "old.parquet", words(50)),
         parquet_of(folder / "new.parquet", words(20000), row_group_size=2000),
     )
-    job, prefix = Job(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
+    job, prefix = EncoderConfig(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
     preprocess([new], str(folder / "whole"), job)
     whole, found = made(folder / "whole_text_document"), []
     command = [
@@ -337,7 +343,7 @@ def kill_at_random(folder, tokenizer, times, seed):
         time.sleep(chance.uniform(0.3, 1.1) * duration)
         os.kill(tool.pid, signal.SIGKILL)
         tool.wait()
-        if file(prefix, "idx").exists():
+        if pair_file(prefix, "idx").exists():
             after = made(prefix)
             assert after in (before, whole)
             check_pair(prefix)

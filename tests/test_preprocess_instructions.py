@@ -18,11 +18,11 @@ from test_instruction_handlers import lost_by_hand
 from test_preprocess import TOOL, made
 
 from ascendspeed.data.document import Truncation
-from ascendspeed.data.handlers.base import Job
-from ascendspeed.data.indexed.masked_pair import KEYS, Couple, find, pair
+from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.indexed.masked_pair import KEYS, MaskedPair, find_pairs, pair_prefix
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.data.readers import lines, parquet, sequential
-from ascendspeed.data.tokenize import Maker
+from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 
 GENERAL, ALPACA, SHAREGPT, BELLE = (
@@ -73,21 +73,21 @@ def write(path, rows, **options):
 def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", strict=False, **options):
     """(facts, what was said)."""
     said = []
-    job = Job(str(tokenizer), handler, **options)
+    job = EncoderConfig(str(tokenizer), handler, **options)
     facts = preprocess(inputs, str(tmp_path / prefix), job, workers, say=said.append, strict=strict)
     return facts["packed"], said
 
 
 def couple(prefix):
-    return {key: made(pair(prefix, key)) for key in KEYS}
+    return {key: made(pair_prefix(prefix, key)) for key in KEYS}
 
 
 def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
     facts, said = run(tmp_path, [write(tmp_path / "a.jsonl", ROWS)], tokenizer)
-    ids, labels = (IndexedDataset(pair(tmp_path / "p", key)) for key in KEYS)
+    ids, labels = (IndexedDataset(pair_prefix(tmp_path / "p", key)) for key in KEYS)
     assert (tmp_path / "p_packed_input_ids_document.bin").is_file()
     assert (tmp_path / "p_packed_labels_document.idx").is_file()
-    maker = Maker(Job(str(tokenizer), SHAREGPT))
+    maker = DocumentEncoder(EncoderConfig(str(tokenizer), SHAREGPT))
     columns = {name: [row.get(name) for row in ROWS] for name in maker.handler.columns}
     documents = maker.make(columns)["packed"].documents
     assert len(ids) == len(labels) == len(documents) == 120
@@ -102,7 +102,7 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
         f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them to be learnt"
         in said[2]
     )
-    opened = Couple("p", *find(str(tmp_path / "p")))
+    opened = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     assert opened.document(7).tokens.tolist() == documents[7].tokens.tolist()
 
 
@@ -278,7 +278,7 @@ def test_text_that_is_not_utf8_deep_in_a_columnar_file(tmp_path, tokenizer):
 def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ROWS)
     assert not any("cut to" in line for line in run(tmp_path, [path], tokenizer)[1])
-    whole = Couple("p", *find(str(tmp_path / "p")))
+    whole = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     length = int(np.median(whole.lengths))
     documents = [whole.document(i) for i in range(120)]
     kept = [d for d in documents if len(d.tokens) <= length or d.loss_mask[1:length].any()]
@@ -292,7 +292,7 @@ def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
         f"{lost.documents} documents cut to --seq-length {length}: {lost.lost} answers lost, {lost.cut} cut"
         in said[2]
     )
-    cut = Couple("p", *find(str(tmp_path / "p")))
+    cut = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [
         d.tokens[:length].tolist() for d in kept
     ]
@@ -383,7 +383,7 @@ def test_columns_that_are_not_read(tmp_path, tokenizer):
 @pytest.mark.parametrize("handler", [ALPACA, "AlpacaPretrainHandler"])
 def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer, handler):
     (tmp_path / "a.csv").write_text("instruction,input,output\nq,x,a\nq,1, 2,3,a\nq,x,a\nq,a\n")
-    said, job = [], Job(str(tokenizer), handler)
+    said, job = [], EncoderConfig(str(tokenizer), handler)
     (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, say=said.append).values()
     assert facts["documents"] == 2
     assert facts["skipped"] == {"wrong number of cells": 2}

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ascendspeed.data.readers import lines, parquet, registry, sequential
-from ascendspeed.data.readers.shard import BATCH_ROWS, Bad
+from ascendspeed.data.readers.shard import BATCH_ROWS, InvalidValue
 from ascendspeed.utils.errors import UserError
 
 TEXTS = [f"{i}: {TRAPS[i % len(TRAPS)]}" for i in range(1200)]
@@ -129,7 +129,14 @@ def test_bad_bytes_and_bad_lines_are_handed_on(tmp_path):
         assert values(path)[0] == ["good", said], path
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 1}\n{broken\n[1]\n"text"\n{}\n' + "[" * 100_000)
-    assert values(path)[0] == [1, Bad.MALFORMED, Bad.MALFORMED, Bad.MALFORMED, None, Bad.MALFORMED]
+    assert values(path)[0] == [
+        1,
+        InvalidValue.MALFORMED,
+        InvalidValue.MALFORMED,
+        InvalidValue.MALFORMED,
+        None,
+        InvalidValue.MALFORMED,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -163,29 +170,31 @@ def test_find(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     at = [tmp_path / name for name in ("a.parquet", "b.jsonl", "c.csv.gz", "sub/d.txt")]
-    assert registry.find([tmp_path]) == at
-    assert registry.find([at[1], at[0]]) == [at[1], at[0]]
-    assert registry.find([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
+    assert registry.find_files([tmp_path]) == at
+    assert registry.find_files([at[1], at[0]]) == [at[1], at[0]]
+    assert registry.find_files([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
     for name, said in {
         "absent.json": "no such file",
         "notes.md": r"type \.md cannot be read; there are: \.parquet",
     }.items():
         with pytest.raises(UserError, match=said):
-            registry.find([tmp_path / name])
+            registry.find_files([tmp_path / name])
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_a_row_of_csv_with_other_cells_than_the_header(tmp_path, name):
     raw = b'text,other,third\na,1,x\n"b, c",2\n\nd,3,x,surplus,5\ne,4,\n'
     (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
-    few, many = (Bad("wrong number of cells", f"{count} cells, the header has 3") for count in (2, 5))
+    few, many = (
+        InvalidValue("wrong number of cells", f"{count} cells, the header has 3") for count in (2, 5)
+    )
     assert values(tmp_path / name)[0] == ["a", few, many, "e"]
     assert values(tmp_path / name, "third", ("text", "third"))[0] == ["x", few, many, ""]
 
 
 def test_a_column_that_is_much_like_one_that_is_missing(tmp_path):
     def said(wrong, right):
-        return Bad("misspelt column", f"{wrong!r} is not read; did you mean {right!r}?")
+        return InvalidValue("misspelt column", f"{wrong!r} is not read; did you mean {right!r}?")
 
     content = [{"instruction": "q", "inputs": "x", "text": "t"}]
     (tmp_path / "a.jsonl").write_text(

@@ -264,7 +264,7 @@ def data(tmp_path_factory):
     """A small pair made with a tokenizer of 600 pieces, and two tokenizers."""
     from helpers.corpus import sentencepiece_dir
 
-    from ascendspeed.data.preprocess import Job, preprocess
+    from ascendspeed.data.preprocess import EncoderConfig, preprocess
 
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text("one two three four five six seven eight nine ten\n" * 200)
@@ -272,7 +272,7 @@ def data(tmp_path_factory):
     preprocess(
         [folder / "text.txt"],
         str(folder / "p"),
-        Job(str(tokenizers[600]), "GeneralPretrainHandler"),
+        EncoderConfig(str(tokenizers[600]), "GeneralPretrainHandler"),
         say=lambda text: None,
     )
     return str(folder / "p_text_document"), tokenizers

@@ -18,9 +18,9 @@ from helpers.corpus import sentencepiece_dir, words
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.dataset import batch, build_splits, files_of, split_documents
-from ascendspeed.data.handlers.base import Job
-from ascendspeed.data.indexed.masked_pair import Couple, find
+from ascendspeed.data.dataset import build_splits, dataset_files, micro_batches, split_range
+from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.indexed.masked_pair import MaskedPair, find_pairs
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.data.readers import random_access
 from ascendspeed.data.streaming import stream
@@ -112,7 +112,7 @@ def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokeniz
     preprocess(
         [text],
         str(tmp_path / "p"),
-        Job(tokenizer, "GeneralPretrainHandler", append_eod=True),
+        EncoderConfig(tokenizer, "GeneralPretrainHandler", append_eod=True),
         say=lambda line: None,
     )
     good = iter(IndexedDataset(str(tmp_path / "p_text_document")))
@@ -154,9 +154,9 @@ def test_the_flags_of_conversations(chats, chat_tokenizer):
 def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_path, packing):
     rows = datasets.load_from_disk(chats)
     rows.to_json(tmp_path / "rows.jsonl")
-    job = Job(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG)
+    job = EncoderConfig(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG)
     preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job, say=lambda line: None)
-    couple = Couple("p", *find(str(tmp_path / "p")))
+    couple = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     samples = opened(
         chats,
         chat_tokenizer,
@@ -203,7 +203,7 @@ def test_what_is_cut_away_is_said(chats, chat_tokenizer):
 
 
 def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "EVERY", 4)
+    monkeypatch.setattr(stream, "SAVE_EVERY", 4)
     walked = opened(text, tokenizer)
     expected = [told(walked.sample(n)) for n in range(400)]
     kept = sorted((tmp_path / "index-cache").rglob("stream-*.npy"))
@@ -212,7 +212,9 @@ def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_pat
     assert [told(backwards.sample(n)) for n in range(399, -1, -7)] == expected[::-7]
     made = []
     monkeypatch.setattr(
-        stream.Stream, "_take", lambda self, take=stream.Stream._take: made.append(1) or take(self)
+        stream.SampleStream,
+        "_take",
+        lambda self, take=stream.SampleStream._take: made.append(1) or take(self),
     )
     for seed, distance in ((SEED, 4), (SEED + 1, 100)):
         made.clear()
@@ -228,14 +230,15 @@ def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_pat
 
 def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):
     alone = [
-        torch.cat([b.tokens for b in batch(opened(text, tokenizer), 40 + 8 * i, 8, 2)]) for i in range(3)
+        torch.cat([b.tokens for b in micro_batches(opened(text, tokenizer), 40 + 8 * i, 8, 2)])
+        for i in range(3)
     ]
     for size in (2, 4):
         ranks = [
             opened(text, tokenizer, data_cache_path=str(tmp_path / f"{size}.{rank}")) for rank in range(size)
         ]
         for i, expected in enumerate(alone):
-            found = [batch(one, 40 + 8 * i, 8, 2, rank, size) for rank, one in enumerate(ranks)]
+            found = [micro_batches(one, 40 + 8 * i, 8, 2, rank, size) for rank, one in enumerate(ranks)]
             rows = [
                 row for number in range(len(found[0])) for one in found for row in one[number].tokens.tolist()
             ]
@@ -247,8 +250,8 @@ def test_a_rank_tokenizes_its_own_streams_only(text, tokenizer):
     source = samples._sources[0]
     source._read, take = lambda rows: read.extend(rows) or take(rows), source._read
     for consumed in range(0, 64, 8):
-        batch(samples, consumed, 8, 2, 1, 2)  # samples 2 and 3 of every four: streams 2 and 3 of 4
-    count = len(split_documents("949,50,1", "train", ROWS))
+        micro_batches(samples, consumed, 8, 2, 1, 2)  # samples 2 and 3 of every four: streams 2 and 3 of 4
+    count = len(split_range("949,50,1", "train", ROWS))
     own = {row for which in (2, 3) for row in order_of(which, 4, count, 1)}
     assert read
     assert set(read) <= own
@@ -270,9 +273,9 @@ def test_changed_data_are_noticed(text, tokenizer, tmp_path):
 
 
 def test_a_long_way_is_announced(text, tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("ascendspeed.data.streaming.positions.SECONDS", -1)
+    monkeypatch.setattr("ascendspeed.data.streaming.positions.LOG_SECONDS", -1)
     said = []
-    opened(text, tokenizer, said.append).sample(4 * stream.EVERY + 4)
+    opened(text, tokenizer, said.append).sample(4 * stream.SAVE_EVERY + 4)
     assert any("the places where samples begin are not known (there are none in" in line for line in said)
     assert any("samples tokenized again" in line for line in said)
     (tmp_path / "file").touch()
@@ -342,7 +345,7 @@ def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
     expected = [told(found["saved"].sample(n)) for n in range(50)]
     for form, samples in found.items():
         assert [told(samples.sample(n)) for n in range(50)] == expected, form
-        assert files_of(str(tmp_path / form))
+        assert dataset_files(str(tmp_path / form))
     with pytest.raises(UserError, match="needs the column 'content'; there are: text, other"):
         opened(str(tmp_path / "saved"), tokenizer, json_keys=("content",))
     with pytest.raises(UserError, match="one column is streamed"):

@@ -13,7 +13,7 @@ import tyro
 
 from ascendspeed.cli import parser
 from ascendspeed.data.handlers.registry import HANDLERS
-from ascendspeed.data.preprocess import LONGEST, Job, preprocess
+from ascendspeed.data.preprocess import MAX_DOCUMENT_BYTES, EncoderConfig, preprocess
 from ascendspeed.utils import errors
 
 
@@ -48,7 +48,7 @@ class Options:
     ] = 0
     log_interval: int = 1000
     """Documents between two lines of progress in a log."""
-    max_document_mib: int = LONGEST >> 20
+    max_document_mib: int = MAX_DOCUMENT_BYTES >> 20
     """Longer documents are skipped and counted as huge."""
     tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
     """The tokenizer is that of a Hugging Face directory."""
@@ -99,7 +99,7 @@ def main() -> None:
         raise errors.UserError(
             f"--seq-length {options.seq_length}: there is nothing to learn in a document of one token"
         )
-    job = Job(
+    job = EncoderConfig(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,
         json_keys=options.json_keys,

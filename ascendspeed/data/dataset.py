@@ -22,15 +22,15 @@ from torch import Tensor
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.indexed import internevo, masked_pair
-from ascendspeed.data.indexed.epoch import Epoch
-from ascendspeed.data.indexed.internevo import Tokenized
-from ascendspeed.data.indexed.masked_pair import Couple
-from ascendspeed.data.indexed.megatron_pair import check_pair, file, read_facts
+from ascendspeed.data.indexed.epoch import EpochDataset
+from ascendspeed.data.indexed.internevo import InternEvoDataset
+from ascendspeed.data.indexed.masked_pair import MaskedPair
+from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file, read_facts
 from ascendspeed.data.packing.internevo import CUT, packer
-from ascendspeed.data.packing.packed_dataset import PackedSource, Sample
-from ascendspeed.data.splits import SPLITS, said_of, split_documents
+from ascendspeed.data.packing.packed_dataset import PackedSamples, Sample
+from ascendspeed.data.splits import SPLITS, describe_split, split_range
 from ascendspeed.data.streaming import hf_dataset
-from ascendspeed.data.streaming.hf_dataset import Streamed
+from ascendspeed.data.streaming.hf_dataset import StreamedDataset
 from ascendspeed.utils.errors import UserError
 
 PERIOD = 1 << 16
@@ -51,7 +51,7 @@ class Batch:
     """int64; 0 at position 0, and wherever else a document begins that is not to see those before it."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """The samples of one data set in one split, without end."""
 
     prefix: str
@@ -70,7 +70,7 @@ class Source(Protocol):
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
 
 
-class CutSource:
+class TextSamples:
     """Plain documents one after the other, cut into samples wherever these end: pre-training."""
 
     note = ""
@@ -87,10 +87,10 @@ class CutSource:
         self.samples_per_epoch = max(0, tokens - 1) // data.seq_length
         if not self.samples_per_epoch:
             raise UserError(
-                f"{self.prefix}: {said_of(data, split, len(documents), len(indexed))} with {tokens} tokens, and one sample of "
+                f"{self.prefix}: {describe_split(data, split, len(documents), len(indexed))} with {tokens} tokens, and one sample of "
                 f"--seq-length {data.seq_length} takes {data.seq_length + 1}"
             )
-        self._epochs: dict[int, Epoch] = {}
+        self._epochs: dict[int, EpochDataset] = {}
 
     def sample(self, number: int) -> Sample:
         """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
@@ -98,13 +98,13 @@ class CutSource:
         found = self._epoch(epoch)[place]
         return found["tokens"], found["labels"], found["loss_mask"], found["position_ids"]
 
-    def _epoch(self, number: int) -> Epoch:
+    def _epoch(self, number: int) -> EpochDataset:
         if number not in self._epochs:
             self._epochs = {
                 n: e for n, e in self._epochs.items() if n == number - 1
             }  # a batch may reach over an edge
             cache = self._data.data_cache_path or Path(self.prefix).parent / "index-cache"
-            self._epochs[number] = Epoch(
+            self._epochs[number] = EpochDataset(
                 self._indexed,
                 self._documents,
                 self._split,
@@ -115,10 +115,10 @@ class CutSource:
         return self._epochs[number]
 
 
-class Samples:
+class BlendedSamples:
     """The samples of a split over all data sets, without end."""
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], vocab_size: int) -> None:
+    def __init__(self, sources: Sequence[SampleSource], weights: Sequence[float], vocab_size: int) -> None:
         self._sources, self._vocab_size = sources, vocab_size
         self._which, self._place = np.zeros(PERIOD, np.int16), np.zeros(PERIOD, np.int64)
         share = np.array(weights, np.float64) / sum(weights)
@@ -165,7 +165,7 @@ def build_splits(
     vocab_size: int,
     names: Sequence[str] = SPLITS,
     say: Callable[[str], None] = print,
-) -> dict[str, Samples]:
+) -> dict[str, BlendedSamples]:
     """Name -> samples, for the splits that will be used, of `train`, `valid` and `test`.
 
     `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated. `say` gets what there is to say
@@ -187,13 +187,13 @@ def build_splits(
     return {name: _samples(opened, name, named[name], seed, vocab_size) for name, opened in found.items()}
 
 
-Opened = IndexedDataset | Couple | Tokenized | Streamed
+Opened = IndexedDataset | MaskedPair | InternEvoDataset | StreamedDataset
 
 
 def _opened(
     paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]
 ) -> list[tuple[float, Opened]]:
-    found = [(weight, open_path(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
+    found = [(weight, open_dataset(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
     for _, one in found:
         if _masked(one):
             continue
@@ -209,14 +209,18 @@ def _opened(
 
 def _masked(opened: Opened) -> bool:
     """Whether its documents have masks, so that they are packed."""
-    return opened.learns_answers if isinstance(opened, Streamed) else not isinstance(opened, IndexedDataset)
+    return (
+        opened.learns_answers
+        if isinstance(opened, StreamedDataset)
+        else not isinstance(opened, IndexedDataset)
+    )
 
 
 def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> None:
     """Raises `UserError` for a flag that means nothing to any of the data."""
     kinds = {
-        Streamed: ("data that are tokenized in training", hf_dataset.FLAGS),
-        Tokenized: ("InternEvo's data", ("min_length",)),
+        StreamedDataset: ("data that are tokenized in training", hf_dataset.FLAGS),
+        InternEvoDataset: ("InternEvo's data", ("min_length",)),
     }
     for kind, (whose, names) in kinds.items():
         for name in () if any(isinstance(one, kind) for _, one in opened) else names:
@@ -229,7 +233,9 @@ def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> No
         raise UserError(
             f"--packing {data.packing}{unpacked} is for data with masks, and these are plain text; leave it out"
         )
-    if data.max_segment_length and not any(isinstance(one, Couple | Tokenized) for _, one in opened):
+    if data.max_segment_length and not any(
+        isinstance(one, MaskedPair | InternEvoDataset) for _, one in opened
+    ):
         raise UserError(
             f"--max-segment-length {data.max_segment_length} is for InternEvo's packings of .bin files; leave it out"
         )
@@ -237,30 +243,35 @@ def _check_flags(data: DataConfig, opened: Sequence[tuple[float, Opened]]) -> No
 
 def _samples(
     opened: Sequence[tuple[float, Opened]], name: str, data: DataConfig, seed: int, vocab_size: int
-) -> Samples:
-    return Samples(
+) -> BlendedSamples:
+    return BlendedSamples(
         [_source(one, name, data, seed) for _, one in opened], [weight for weight, _ in opened], vocab_size
     )
 
 
-def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> Source:
-    if isinstance(opened, Streamed):
-        return opened.source(split_documents(data.split, name, len(opened)), name, data, seed)
+def _source(opened: Opened, name: str, data: DataConfig, seed: int) -> SampleSource:
+    if isinstance(opened, StreamedDataset):
+        return opened.source(split_range(data.split, name, len(opened)), name, data, seed)
     if isinstance(opened, IndexedDataset):
-        return CutSource(opened, split_documents(data.split, name, len(opened)), name, data, seed)
+        return TextSamples(opened, split_range(data.split, name, len(opened)), name, data, seed)
     parts = [
-        start + np.array(split_documents(data.split, name, stop - start), int)
+        start + np.array(split_range(data.split, name, stop - start), int)
         for start, stop in pairwise(opened.files)
     ]
     chosen = np.concatenate(parts)
-    pack = packer(data, CUT if isinstance(opened, Tokenized) else "first-fit")
-    return PackedSource(
-        opened, chosen, data.seq_length, pack, seed, said_of(data, name, len(chosen), len(opened))
+    pack = packer(data, CUT if isinstance(opened, InternEvoDataset) else "first-fit")
+    return PackedSamples(
+        opened, chosen, data.seq_length, pack, seed, describe_split(data, name, len(chosen), len(opened))
     )
 
 
-def batch(
-    samples: Samples, consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+def micro_batches(
+    samples: BlendedSamples,
+    consumed: int,
+    global_batch: int,
+    micro_batch: int,
+    dp_rank: int = 0,
+    dp_size: int = 1,
 ) -> list[Batch]:
     """The micro-batches of one data-parallel rank, of the global batch that begins after `consumed` samples.
 
@@ -271,13 +282,15 @@ def batch(
         raise UserError(
             f"--global-batch-size {global_batch} is not a multiple of micro batch {micro_batch} x {dp_size} ranks"
         )
-    starts = rounds(consumed, global_batch, micro_batch, dp_rank, dp_size)
+    starts = micro_batch_starts(consumed, global_batch, micro_batch, dp_rank, dp_size)
     return [
         _stack([samples.sample(number) for number in range(start, start + micro_batch)]) for start in starts
     ]
 
 
-def rounds(consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1) -> range:
+def micro_batch_starts(
+    consumed: int, global_batch: int, micro_batch: int, dp_rank: int = 0, dp_size: int = 1
+) -> range:
     """The first sample of each of a rank's micro-batches."""
     return range(consumed + dp_rank * micro_batch, consumed + global_batch, micro_batch * dp_size)
 
@@ -313,32 +326,32 @@ def _weight(word: str) -> float:
     return weight
 
 
-def open_path(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:
+def open_dataset(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:
     """What --data-path names, checked: whole, belonging together, with ids that the vocabulary has. `say`: as of `build_splits`."""
     pairs = pairs_of(path)
-    if not pairs and internevo.find(path):
-        found = Tokenized(path, data.min_length, vocab_size)
+    if not pairs and internevo.find_files(path):
+        found = InternEvoDataset(path, data.min_length, vocab_size)
         say(found.note)
         return found
-    if not pairs and (files := hf_dataset.find(path)):
-        return Streamed(path, files, data, say)
-    pair = Couple(path, *pairs) if len(pairs) > 1 else None
+    if not pairs and (files := hf_dataset.find_files(path)):
+        return StreamedDataset(path, files, data, say)
+    pair = MaskedPair(path, *pairs) if len(pairs) > 1 else None
     tokens = pair.tokens if pair else check_pair(path)
-    facts = facts_of(path)
+    facts = dataset_facts(path)
     if facts.get("tokens") == tokens and facts["max_token"] >= vocab_size:
         raise UserError(_foreign(path, facts["max_token"], vocab_size))
     return pair or IndexedDataset(path)
 
 
-def files_of(path: str) -> list[Path]:
+def dataset_files(path: str) -> list[Path]:
     """All files of what --data-path names."""
     if pairs := pairs_of(path):
-        return [file(prefix, suffix) for prefix in pairs for suffix in ("bin", "idx")]
-    found = [part for one in internevo.find(path) for part in (one, Path(f"{one}{internevo.META}"))]
-    return found or hf_dataset.find(path) or [file(path, "bin"), file(path, "idx")]
+        return [pair_file(prefix, suffix) for prefix in pairs for suffix in ("bin", "idx")]
+    found = [part for one in internevo.find_files(path) for part in (one, Path(f"{one}{internevo.META}"))]
+    return found or hf_dataset.find_files(path) or [pair_file(path, "bin"), pair_file(path, "idx")]
 
 
-def facts_of(path: str) -> dict[str, Any]:
+def dataset_facts(path: str) -> dict[str, Any]:
     """What preprocessing wrote about the data of `--data-path`; empty where it wrote nothing."""
     pairs = pairs_of(path)
     return read_facts(pairs[0]) if pairs else {}
@@ -346,7 +359,7 @@ def facts_of(path: str) -> dict[str, Any]:
 
 def pairs_of(path: str) -> tuple[str, ...]:
     """Prefixes of the .bin/.idx pairs that a path means; none when it means none, or nothing."""
-    return masked_pair.find(path) or ((path,) if file(path, "idx").is_file() else ())
+    return masked_pair.find_pairs(path) or ((path,) if pair_file(path, "idx").is_file() else ())
 
 
 def _foreign(prefix: str, number: int, vocab_size: int) -> str:

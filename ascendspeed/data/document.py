@@ -42,7 +42,7 @@ class Documents(Protocol):
     def document(self, number: int) -> Document:
         """Document `number`, whole. Raises `UserError` when it is damaged."""
 
-    def learnt(self, numbers: np.ndarray, length: int) -> "Learnt":
+    def learnt(self, numbers: np.ndarray, length: int) -> "Supervision":
         """Of the first `length` tokens of each of the documents `numbers`."""
 
 
@@ -65,7 +65,7 @@ class Truncation:
 
 
 @dataclass
-class Made:
+class EncodedRows:
     """What rows became, one for each row and in their order."""
 
     documents: list[Document | Fault]
@@ -75,7 +75,7 @@ class Made:
 
 
 @dataclass(frozen=True)
-class Learnt:
+class Supervision:
     """What is to be learnt of documents of which the first tokens are taken, up to a length. An answer is a run of tokens to be
     learnt."""
 
@@ -89,7 +89,7 @@ class Learnt:
     """False: documents that are taken whole were not read, and `tokens` says how many there could be."""
 
 
-def learnt_of(mask: np.ndarray, lengths: np.ndarray, length: int) -> Learnt:
+def count_supervised(mask: np.ndarray, lengths: np.ndarray, length: int) -> Supervision:
     """`mask` [tokens] bool, of documents one after the other; their `lengths` [documents]; `length`: tokens taken of each."""
     ends = np.cumsum(lengths, dtype=np.int64)
     begins = ends - lengths
@@ -105,7 +105,7 @@ def learnt_of(mask: np.ndarray, lengths: np.ndarray, length: int) -> Learnt:
         answers = _running(opens)
         lost[long] = (answers[ends] - answers[stops])[long]
         cut[long] = (mask[stops[long] - 1] & mask[stops[long]]).astype(np.int64)
-    return Learnt(tokens, lost, cut)
+    return Supervision(tokens, lost, cut)
 
 
 def _running(mask: np.ndarray) -> np.ndarray:

@@ -18,33 +18,33 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.data.document_progress import Meter
-from ascendspeed.data.handlers.base import LONGEST, Handler, Job
-from ascendspeed.data.handlers.registry import check_columns, unread
-from ascendspeed.data.indexed.masked_pair import DTYPE, CoupleWriter
+from ascendspeed.data.handlers.base import MAX_DOCUMENT_BYTES, EncoderConfig, Handler
+from ascendspeed.data.handlers.registry import check_columns, unread_columns
+from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter, dtype_for
 from ascendspeed.data.readers import registry
 from ascendspeed.data.readers.shard import Shard
-from ascendspeed.data.shard_output import Gathered, Output, Result
-from ascendspeed.data.tokenize import Maker
+from ascendspeed.data.shard_output import DatasetOutput, Gathered, ShardDocuments
+from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
-__all__ = ["LONGEST", "Job", "preprocess"]
+__all__ = ["MAX_DOCUMENT_BYTES", "EncoderConfig", "preprocess"]
 
 FLAT = (".csv", ".txt", ".csv.gz", ".txt.gz")
 """Files whose rows hold nothing but text."""
 
 
-class Encoder:
+class ShardEncoder:
     """Turns shards into results; one per process."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.maker = job, Maker(job)
+    def __init__(self, job: EncoderConfig) -> None:
+        self.job, self.maker = job, DocumentEncoder(job)
         self.handler = self.maker.handler
         self.masked = self.handler.learns_answers
         self.dtype = DTYPE if self.masked else dtype_for(self.maker.tokenizer.vocab_size)
 
-    def encode(self, shard: Shard) -> dict[str, Result]:
+    def encode(self, shard: Shard) -> dict[str, ShardDocuments]:
         """Key -> what the rows of the shard make."""
         gathered = {key: Gathered(shard.path, self.dtype, self.masked) for key in self.handler.keys}
         for batch in registry.read(shard, self.handler.columns):
@@ -52,9 +52,9 @@ class Encoder:
                 gathered[key].add(made, batch.places)
         return {key: one.result() for key, one in gathered.items()}
 
-    def writer(self, prefix: str, key: str) -> PairWriter | CoupleWriter:
+    def writer(self, prefix: str, key: str) -> PairWriter | MaskedPairWriter:
         """Of the files under a key."""
-        return CoupleWriter(prefix) if self.masked else PairWriter(f"{prefix}_{key}_document", self.dtype)
+        return MaskedPairWriter(prefix) if self.masked else PairWriter(f"{prefix}_{key}_document", self.dtype)
 
     def facts(self) -> dict[str, Any]:
         """How the documents were made, for P.meta."""
@@ -69,27 +69,27 @@ class Encoder:
         return facts | self.handler.facts | ({"seq_length": self.job.seq_length} if self.masked else {})
 
 
-_encoder: Encoder | None = None  # of this process, when it is one of the pool
+_encoder: ShardEncoder | None = None  # of this process, when it is one of the pool
 
 
-def _begin(job: Job) -> None:
+def _begin(job: EncoderConfig) -> None:
     """A process of the pool: ends with its parent, even one that is killed, instead of waiting for work for ever."""
     global _encoder
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
-    _encoder = Encoder(job)
+    _encoder = ShardEncoder(job)
 
 
-def _encode(shard: Shard) -> dict[str, Result]:
+def _encode(shard: Shard) -> dict[str, ShardDocuments]:
     assert _encoder is not None
     return _encoder.encode(shard)
 
 
 def _in_order(
-    encoder: Encoder, shards: Iterator[tuple[Shard, float]], workers: int
-) -> Iterator[tuple[dict[str, Result], float]]:
+    encoder: ShardEncoder, shards: Iterator[tuple[Shard, float]], workers: int
+) -> Iterator[tuple[dict[str, ShardDocuments], float]]:
     """(result, share of the input done) of every shard in order, made by `workers` processes."""
     if workers == 1:
         for shard, done in shards:
@@ -97,7 +97,7 @@ def _in_order(
         return
     # Started afresh, not forked: a fork of a process with threads (Arrow's) may hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin, (encoder.job,))
-    waiting: deque[tuple[Future[dict[str, Result]], float]] = deque()
+    waiting: deque[tuple[Future[dict[str, ShardDocuments]], float]] = deque()
     try:
         for shard, done in shards:
             waiting.append((pool.submit(_encode, shard), done))
@@ -111,7 +111,9 @@ def _in_order(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _first(waiting: deque[tuple[Future[dict[str, Result]], float]]) -> tuple[dict[str, Result], float]:
+def _first(
+    waiting: deque[tuple[Future[dict[str, ShardDocuments]], float]],
+) -> tuple[dict[str, ShardDocuments], float]:
     future, done = waiting.popleft()
     return future.result(), done
 
@@ -129,7 +131,7 @@ def _shards(files: Sequence[Path], made_by: Handler) -> Iterator[tuple[Shard, fl
 def preprocess(
     inputs: Sequence[str | Path],
     prefix: str,
-    job: Job,
+    job: EncoderConfig,
     workers: int = 1,
     log_interval: int = 1000,
     say: Callable[[str], None] = print,
@@ -140,8 +142,8 @@ def preprocess(
     `strict`: the first row that makes no document is an error. Raises `UserError` for bad input, before anything is written where
     that can be known, and leaves old files as they are then.
     """
-    encoder = Encoder(job)
-    files = registry.find(inputs)
+    encoder = ShardEncoder(job)
+    files = registry.find_files(inputs)
     present = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, present, strict)
     for note in (*encoder.handler.notes, *_unread(encoder.handler, present)):
@@ -158,12 +160,14 @@ def preprocess(
 
 
 def _written(
-    encoder: Encoder, files: Sequence[Path], prefix: str, workers: int, log_interval: int, strict: bool
-) -> tuple[dict[str, Output], dict[str, dict[str, Any]], Meter]:
+    encoder: ShardEncoder, files: Sequence[Path], prefix: str, workers: int, log_interval: int, strict: bool
+) -> tuple[dict[str, DatasetOutput], dict[str, dict[str, Any]], Meter]:
     """(what was made, what the .meta files say of it, how long it took), all committed."""
     with ExitStack() as stack:
         writers = {key: stack.enter_context(encoder.writer(prefix, key)) for key in encoder.handler.keys}
-        outputs = {key: Output(writer, strict, encoder.job.seq_length) for key, writer in writers.items()}
+        outputs = {
+            key: DatasetOutput(writer, strict, encoder.job.seq_length) for key, writer in writers.items()
+        }
         meter = stack.enter_context(Meter(log_interval))
         for results, done in _in_order(encoder, _shards(files, encoder.handler), workers):
             for key, result in results.items():
@@ -180,7 +184,7 @@ def _written(
     return outputs, facts, meter
 
 
-def _check_output(key: str, output: Output, files: Sequence[Path]) -> None:
+def _check_output(key: str, output: DatasetOutput, files: Sequence[Path]) -> None:
     """Raises `UserError` when there is nothing to write."""
     if not output.rows:
         raise UserError(f"no rows in {shorten_list(files, 1)}")
@@ -193,7 +197,7 @@ def _unread(made_by: Handler, files: Mapping[Path, Sequence[str]]) -> Iterator[s
     """Columns that are not read, once for all files that have the same."""
     said: dict[str, list[Path]] = {}
     for path, present in files.items():
-        said.setdefault(unread(made_by, present), []).append(path)
+        said.setdefault(unread_columns(made_by, present), []).append(path)
     for what, paths in said.items():
         if what:
             yield f"{shorten_list(paths, 1)}: {what}"

@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.data.document import Document, Fault, Made, Truncation
+from ascendspeed.data.document import Document, EncodedRows, Fault, Truncation
 from ascendspeed.data.indexed import masked_pair
-from ascendspeed.data.indexed.masked_pair import CoupleWriter
+from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter
-from ascendspeed.data.skipped_rows import Faults, Seen
+from ascendspeed.data.skipped_rows import SkippedRow, SkippedRows
 from ascendspeed.utils.errors import UserError
 
 
 @dataclass
-class Result:
+class ShardDocuments:
     """What one shard makes under one key."""
 
     tokens: np.ndarray
@@ -29,7 +29,7 @@ class Result:
     """Of the tokenized text, in UTF-8."""
     rows: int = 0
     truncated: Truncation = field(default_factory=Truncation)
-    faults: Faults = field(default_factory=Faults)
+    faults: SkippedRows = field(default_factory=SkippedRows)
 
 
 class Gathered:
@@ -38,20 +38,22 @@ class Gathered:
     def __init__(self, path: Path, dtype: np.dtype, masked: bool) -> None:
         self._path, self._dtype, self._masked = path, dtype, masked
         self._documents: list[Document] = []
-        self._result = Result(
+        self._result = ShardDocuments(
             np.zeros(0, dtype), np.zeros(0, np.int32), np.zeros(0, bool) if masked else None
         )
 
-    def add(self, made: Made, places: Sequence[int]) -> None:
+    def add(self, made: EncodedRows, places: Sequence[int]) -> None:
         """What rows at `places` became."""
         both = list(zip(places, made.documents, strict=True))
-        self._result.faults.add(Seen(self._path, place, one) for place, one in both if isinstance(one, Fault))
+        self._result.faults.add(
+            SkippedRow(self._path, place, one) for place, one in both if isinstance(one, Fault)
+        )
         self._documents += [one for _, one in both if isinstance(one, Document)]
         self._result.rows += len(both)
         self._result.bytes += made.bytes
         self._result.truncated += made.truncated
 
-    def result(self) -> Result:
+    def result(self) -> ShardDocuments:
         """All of it."""
         found, documents = self._result, self._documents
         if documents:
@@ -63,10 +65,10 @@ class Gathered:
 
 
 @dataclass
-class Output:
+class DatasetOutput:
     """What all shards make under one key."""
 
-    writer: PairWriter | CoupleWriter
+    writer: PairWriter | MaskedPairWriter
     strict: bool = False
     """The first row that makes no document is an error."""
     length: int | None = None
@@ -76,14 +78,14 @@ class Output:
     truncated: Truncation = field(default_factory=Truncation)
     highest: int = 0
     """Id."""
-    faults: Faults = field(default_factory=Faults)
+    faults: SkippedRows = field(default_factory=SkippedRows)
 
-    def add(self, result: Result) -> None:
+    def add(self, result: ShardDocuments) -> None:
         """The next shard's. Raises `UserError`."""
         if self.strict and result.faults.first:
             first = result.faults.first
             raise UserError(f"--strict: {first.where}: {first.fault}; nothing was written")
-        if isinstance(self.writer, CoupleWriter):
+        if isinstance(self.writer, MaskedPairWriter):
             self.writer.add(result.tokens, result.lengths, result.learnt)  # type: ignore[arg-type]
         else:
             self.writer.add(result.tokens, result.lengths)
@@ -97,8 +99,8 @@ class Output:
         """One line for a person."""
         writer = self.writer
         made = f"{writer.prefix}.bin, .idx: {writer.documents:,} documents, {writer.tokens:,} tokens"
-        if isinstance(writer, CoupleWriter):
-            names = " and ".join(f"{masked_pair.pair('', key)}" for key in masked_pair.KEYS)
+        if isinstance(writer, MaskedPairWriter):
+            names = " and ".join(f"{masked_pair.pair_prefix('', key)}" for key in masked_pair.KEYS)
             made = f"{writer.prefix} ({names}): {writer.documents:,} documents, {writer.tokens:,} tokens"
             made += f", {writer.learnt:,} of them to be learnt"
             made += f", {self.truncated.said(self.length)}" if self.length else ""
@@ -115,4 +117,4 @@ class Output:
             "rows": self.rows,
             "skipped": dict(sorted(self.faults.counts.items())),
             "max_token": self.highest,
-        } | (cut if isinstance(self.writer, CoupleWriter) else {})
+        } | (cut if isinstance(self.writer, MaskedPairWriter) else {})

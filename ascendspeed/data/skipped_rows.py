@@ -12,7 +12,7 @@ SHOWN = 3
 
 
 @dataclass(frozen=True)
-class Seen:
+class SkippedRow:
     """One such row."""
 
     path: Path
@@ -22,22 +22,22 @@ class Seen:
     @property
     def where(self) -> str:
         """File and line or row."""
-        return f"{self.path}, {registry.where(self.path, self.place)}"
+        return f"{self.path}, {registry.describe_location(self.path, self.place)}"
 
     def __str__(self) -> str:
         return f"{self.where}: {self.fault.detail or self.fault.kind}"
 
 
 @dataclass
-class Faults:
+class SkippedRows:
     """Those of a part of the input, in its order."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    seen: dict[str, list[Seen]] = field(default_factory=dict)
+    seen: dict[str, list[SkippedRow]] = field(default_factory=dict)
     """Kind -> the first `SHOWN` of it."""
-    first: Seen | None = None
+    first: SkippedRow | None = None
 
-    def add(self, found: Iterable[Seen]) -> None:
+    def add(self, found: Iterable[SkippedRow]) -> None:
         """More, that come after these."""
         for one in found:
             kind = one.fault.kind
@@ -46,7 +46,7 @@ class Faults:
                 kept.append(one)
             self.first = self.first or one
 
-    def update(self, others: "Faults") -> None:
+    def update(self, others: "SkippedRows") -> None:
         """Those of the next part."""
         self.counts.update(others.counts)
         for kind, found in others.seen.items():

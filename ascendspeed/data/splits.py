@@ -14,7 +14,7 @@ from ascendspeed.utils.errors import UserError
 SPLITS = tuple(split.name for split in Split)  # train, valid, test
 
 
-def split_documents(split: str, name: str, count: int) -> range:
+def split_range(split: str, name: str, count: int) -> range:
     """The documents, of `count`, that `--split` gives to the split `name`. Raises `UserError` for what are no shares."""
     if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(,(\d+\.?\d*|\.\d+)){0,2}", split) or not any(
         map(float, split.split(","))
@@ -24,7 +24,7 @@ def split_documents(split: str, name: str, count: int) -> range:
     return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
 
 
-def said_of(data: DataConfig, name: str, chosen: int, count: int, things: str = "documents") -> str:
+def describe_split(data: DataConfig, name: str, chosen: int, count: int, things: str = "documents") -> str:
     """What a split has, for messages: where it has data of its own, no --split is at work."""
     if data.valid_data_path:
         return f"{name} has all of the {count:,} {things}"

@@ -98,12 +98,12 @@ def _weights(run: Run, generator: str) -> str:
 
 
 def _data(run: Run) -> str:
-    from ascendspeed.data.dataset import files_of, parse_blend
+    from ascendspeed.data.dataset import dataset_files, parse_blend
 
     sha = hashlib.sha256()
     for weight, prefix in parse_blend(run.data.data_path):
         sha.update(f"{weight}\n".encode())
-        for path in files_of(prefix):
+        for path in dataset_files(prefix):
             try:
                 with open(path, "rb") as file:
                     sha.update(hashlib.file_digest(file, "sha256").digest())

@@ -102,7 +102,7 @@ def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
     micro = run.train.micro_batch_size
 
     def batches(split: str, consumed: int) -> list[Batch]:
-        return dataset.batch(splits[split], consumed, size, micro, grid.dp_rank, grid.dp)
+        return dataset.micro_batches(splits[split], consumed, size, micro, grid.dp_rank, grid.dp)
 
     return run, Prefetch(batches, size) if any(one.estimated for one in splits.values()) else batches
 
@@ -117,7 +117,7 @@ def _check_tokenizer(run: Run) -> None:
     for _, prefix in chain(
         *(dataset.parse_blend(paths) for paths in (run.data.data_path, run.data.valid_data_path) if paths)
     ):
-        made = dataset.facts_of(prefix).get("vocab_size", ids)
+        made = dataset.dataset_facts(prefix).get("vocab_size", ids)
         if made != ids:
             raise UserError(
                 f"{prefix} was made with a tokenizer of {made} ids, but --tokenizer-name-or-path {path} has {ids}"

@@ -29,7 +29,7 @@ def main(flags: Sequence[str]) -> int:
     run, notes = resolve([*FLAGS, *flags], world_size())
     device = devices.prepare("cpu", "auto")
 
-    from ascendspeed.data.dataset import rounds
+    from ascendspeed.data.dataset import micro_batch_starts
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import loop, setup
     from ascendspeed.training.fault_tolerance import Watch
@@ -48,7 +48,10 @@ def main(flags: Sequence[str]) -> int:
         size, whole = run.train.micro_batch_size, run.train.global_batch_size
 
         def batches(split: str, consumed: int) -> list[list[int]]:
-            return [list(range(a, a + size)) for a in rounds(consumed, whole, size, grid.dp_rank, grid.dp)]
+            return [
+                list(range(a, a + size))
+                for a in micro_batch_starts(consumed, whole, size, grid.dp_rank, grid.dp)
+            ]
 
         loop.train(run, grid, device, engine, batches, log, begin, watch)
     process_groups.destroy()

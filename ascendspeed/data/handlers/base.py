@@ -5,22 +5,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from ascendspeed.data.document import Fault, Made
-from ascendspeed.data.readers.shard import Bad, Batch
+from ascendspeed.data.document import EncodedRows, Fault
+from ascendspeed.data.readers.shard import InvalidValue, RowBatch
 
-LONGEST = 16 << 20
+MAX_DOCUMENT_BYTES = 16 << 20
 """Bytes; a longer document is skipped as huge. One of this size takes a quarter of a minute and 600 MiB."""
 
 
 @dataclass(frozen=True)
-class Job:
+class EncoderConfig:
     """How rows are made documents; small and picklable."""
 
     tokenizer_path: str
     handler_name: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
-    longest: int = LONGEST
+    longest: int = MAX_DOCUMENT_BYTES
     """Bytes of text of a document."""
     seq_length: int | None = None
     """Longer documents are cut to this many tokens, where the handler says so; None: they stay whole."""
@@ -67,13 +67,13 @@ class Handler(ABC):
         return {}
 
     @abstractmethod
-    def make(self, rows: Batch) -> dict[str, Made]:
+    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
         """Key -> the documents of the rows, as long as they are and without an eos at the end."""
 
 
-def weigh(value: Any, longest: int) -> int | Fault:
+def text_size(value: Any, longest: int) -> int | Fault:
     """The size of a text in bytes, or what is wrong with it."""
-    if isinstance(value, Bad):
+    if isinstance(value, InvalidValue):
         return Fault(value.kind, value.detail)
     if not isinstance(value, str):
         return Fault("null" if value is None else "not text")

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ascendspeed.data.document import Document, Fault, Made
-from ascendspeed.data.handlers.base import Handler, Job
-from ascendspeed.data.readers.shard import MISSPELT, Bad, Batch
+from ascendspeed.data.document import Document, EncodedRows, Fault
+from ascendspeed.data.handlers.base import EncoderConfig, Handler
+from ascendspeed.data.readers.shard import MISSPELLED, InvalidValue, RowBatch
 from ascendspeed.tokenization.chat import (
     Chat,
     Message,
@@ -37,14 +37,14 @@ class InstructionHandler(Handler):
     learns_answers = True
     encode: PieceEncoder
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         self._longest = job.longest
 
     @abstractmethod
     def pieces(self, row: Row) -> list[Piece]:
         """What to learn from a row. Raises `WrongMessage` with what it is counted under."""
 
-    def make(self, rows: Batch) -> dict[str, Made]:
+    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
         names = self.columns
         found = [
             self._read(dict(zip(names, values, strict=True)))
@@ -53,11 +53,11 @@ class InstructionHandler(Handler):
         good = [one for one in found if not isinstance(one, Fault)]
         encoded = iter(self.encode([pieces for pieces, _ in good]))
         documents = [one if isinstance(one, Fault) else Document(*next(encoded)) for one in found]
-        return {"packed": Made(documents, sum(size for _, size in good))}
+        return {"packed": EncodedRows(documents, sum(size for _, size in good))}
 
     def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
         """Pieces and the bytes of their text."""
-        bad = next((value for value in row.values() if isinstance(value, Bad)), None)
+        bad = next((value for value in row.values() if isinstance(value, InvalidValue)), None)
         if bad:
             return Fault(bad.kind, bad.detail)
         try:
@@ -82,7 +82,7 @@ class GeneralInstructionHandler(InstructionHandler):
         "Please note that you need to think through your response logically and step by step.\n"
     )
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
         begins = tokenizer.bos is not None and adds_bos(declared(tokenizer.path)[0])
         self._begin = [Piece(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
@@ -142,7 +142,7 @@ class ChatHandler(InstructionHandler):
 
     takes = ("chat_template", "system", "loss_on")
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
         self.chat = Chat(tokenizer, _family(tokenizer.path), job.chat_template)
         self.encode = self.chat.encode_pieces
@@ -211,9 +211,11 @@ class SharegptStyleInstructionHandler(ChatHandler):
 
     def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
         """One of the two names is enough: what is much like the other one may stand beside it."""
-        said = any(row[name] and not isinstance(row[name], Bad) for name in self.LISTS)
+        said = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
         near = [
-            name for name in self.LISTS if said and isinstance(row[name], Bad) and row[name].kind == MISSPELT
+            name
+            for name in self.LISTS
+            if said and isinstance(row[name], InvalidValue) and row[name].kind == MISSPELLED
         ]
         return super()._read({**row, **dict.fromkeys(near)})
 

@@ -3,31 +3,31 @@
 from abc import abstractmethod
 from typing import Any, ClassVar
 
-from ascendspeed.data.document import Document, Fault, Made
-from ascendspeed.data.handlers.base import Handler, Job, weigh
-from ascendspeed.data.readers.shard import Batch
+from ascendspeed.data.document import Document, EncodedRows, Fault
+from ascendspeed.data.handlers.base import EncoderConfig, Handler, text_size
+from ascendspeed.data.readers.shard import RowBatch
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
 
 class TextHandler(Handler):
     """Rows -> texts -> documents."""
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         self._longest, self._tokenizer = job.longest, tokenizer
 
     @abstractmethod
-    def texts(self, rows: Batch) -> dict[str, list[Any]]:
+    def texts(self, rows: RowBatch) -> dict[str, list[Any]]:
         """Key -> one value per row: the text, or what stands in its place (None, a `Bad`, whatever is not text)."""
 
-    def make(self, rows: Batch) -> dict[str, Made]:
+    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
         return {key: self._made(values) for key, values in self.texts(rows).items()}
 
-    def _made(self, values: list[Any]) -> Made:
-        weighed = [weigh(value, self._longest) for value in values]
+    def _made(self, values: list[Any]) -> EncodedRows:
+        weighed = [text_size(value, self._longest) for value in values]
         good = [value for value, one in zip(values, weighed, strict=True) if not isinstance(one, Fault)]
         encoded = iter(self._tokenizer.encode_batch(good))
         documents = [one if isinstance(one, Fault) else self._document(next(encoded)) for one in weighed]
-        return Made(documents, sum(one for one in weighed if not isinstance(one, Fault)))
+        return EncodedRows(documents, sum(one for one in weighed if not isinstance(one, Fault)))
 
     def _document(self, ids: Any) -> Document | Fault:
         return Document(ids) if len(ids) else Fault("without tokens")
@@ -38,11 +38,11 @@ class GeneralPretrainHandler(TextHandler):
 
     takes = ("json_keys",)
 
-    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
         self.keys = self.required = tuple(dict.fromkeys(job.json_keys))
 
-    def texts(self, rows: Batch) -> dict[str, list[Any]]:
+    def texts(self, rows: RowBatch) -> dict[str, list[Any]]:
         return {key: rows[key] for key in self.keys}
 
 
@@ -62,7 +62,7 @@ class AlpacaPretrainHandler(TextHandler):
     )
     SECTION: ClassVar[str] = "### Input:\n{input}\n\n"
 
-    def texts(self, rows: Batch) -> dict[str, list[Any]]:
+    def texts(self, rows: RowBatch) -> dict[str, list[Any]]:
         return {
             "text": [self._text(*row) for row in zip(*(rows[name] for name in self.columns), strict=True)]
         }

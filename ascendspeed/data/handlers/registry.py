@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ascendspeed.data.document import Document
-from ascendspeed.data.handlers.base import Handler, Job
+from ascendspeed.data.handlers.base import EncoderConfig, Handler
 from ascendspeed.data.handlers.instruction import (
     AlpacaStyleInstructionHandler,
     BelleMultiTurnInstructionHandler,
@@ -17,9 +17,9 @@ from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
-__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "handler", "unread"]
+__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "create_handler", "unread_columns"]
 
-KINDS: tuple[type[Handler], ...] = (
+HANDLER_CLASSES: tuple[type[Handler], ...] = (
     GeneralPretrainHandler,
     AlpacaPretrainHandler,
     GeneralInstructionHandler,
@@ -27,14 +27,14 @@ KINDS: tuple[type[Handler], ...] = (
     SharegptStyleInstructionHandler,
     BelleMultiTurnInstructionHandler,
 )
-HANDLERS: dict[str, type[Handler]] = {kind.__name__: kind for kind in KINDS}
-SETTINGS = ("chat_template", "system", "loss_on")
+HANDLERS: dict[str, type[Handler]] = {kind.__name__: kind for kind in HANDLER_CLASSES}
+HANDLER_SETTINGS = ("chat_template", "system", "loss_on")
 """Of a `Job`, that only some handlers take."""
-LISTED = 12
+MAX_LISTED = 12
 """Names of columns that are said."""
 
 
-def handler(job: Job, tokenizer: Tokenizer) -> Handler:
+def create_handler(job: EncoderConfig, tokenizer: Tokenizer) -> Handler:
     """The handler of `--handler-name`. Raises `UserError`: listing what there is, or for a setting that means nothing to it."""
     name = job.handler_name
     if name not in HANDLERS:
@@ -43,7 +43,7 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UserError(f"unknown handler {name!r}; {hint}There are: {', '.join(HANDLERS)}")
     kind = HANDLERS[name]
-    for setting in SETTINGS:
+    for setting in HANDLER_SETTINGS:
         if getattr(job, setting) is not None and setting not in kind.takes:
             others = ", ".join(other for other, one in HANDLERS.items() if setting in one.takes)
             raise UserError(
@@ -52,10 +52,10 @@ def handler(job: Job, tokenizer: Tokenizer) -> Handler:
     return kind(job, tokenizer)  # type: ignore[call-arg]
 
 
-def unread(made_by: Handler, present: Sequence[str]) -> str:
+def unread_columns(made_by: Handler, present: Sequence[str]) -> str:
     """What is said of columns that the handler does not read; empty when it reads all."""
     names = [str(name) for name in present if name not in made_by.columns]
-    return f"columns not read: {shorten_list(names, LISTED)}" if names else ""
+    return f"columns not read: {shorten_list(names, MAX_LISTED)}" if names else ""
 
 
 def check_columns(made_by: Handler, where: Any, present: Sequence[str]) -> None:

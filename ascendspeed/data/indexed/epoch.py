@@ -27,7 +27,7 @@ from megatron.core.datasets.utils import Split
 from ascendspeed.utils.atomic import publish_folder
 from ascendspeed.utils.errors import UserError
 
-CACHED_FROM = 4 << 20
+MIN_CACHED = 4 << 20
 """Documents and samples from which on the indices of an epoch are kept in files, shared by the ranks; below, every rank makes
 its own in less than a second."""
 INDICES = ("documents", "samples", "shuffle")
@@ -46,7 +46,7 @@ class NoTokenizer:
     unique_identifiers: tuple[str, ...] = ()
 
 
-class Epoch(GPTDataset):
+class EpochDataset(GPTDataset):
     """Epoch number `epoch` of `documents` [n] int32 of an indexed data set: samples of `seq_length` tokens, all full."""
 
     def __init__(
@@ -73,7 +73,7 @@ class Epoch(GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> Indices:
         tokens = self._get_num_tokens_per_epoch()
-        if self._cache is None or len(self.indices) + tokens // self.config.sequence_length < CACHED_FROM:
+        if self._cache is None or len(self.indices) + tokens // self.config.sequence_length < MIN_CACHED:
             return self._build(tokens)
         said = (
             *(
@@ -83,7 +83,7 @@ class Epoch(GPTDataset):
             *(self.indices[0], self.indices[-1], self.config.sequence_length, self.config.random_seed),
         )
         digest = hashlib.sha256(" ".join(map(str, said)).encode()).hexdigest()[:16]
-        return kept(
+        return load_or_build(
             self._cache / f"{Path(self.dataset.path_prefix).name}-{digest}", lambda: self._build(tokens)
         )
 
@@ -98,7 +98,7 @@ class Epoch(GPTDataset):
         return documents, samples, _build_shuffle_index(count, count, random)
 
 
-def kept(folder: Path, build: Callable[[], Indices]) -> Indices:
+def load_or_build(folder: Path, build: Callable[[], Indices]) -> Indices:
     """The arrays in `folder`, mapped; made first if they are not there.
 
     Whoever comes first builds, the others on the machine wait for it. The folder appears whole; should the lock mean nothing

@@ -14,20 +14,20 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from ascendspeed.data.document import Document, Learnt, learnt_of
-from ascendspeed.data.indexed.masked_pair import CoupleWriter
+from ascendspeed.data.document import Document, Supervision, count_supervised
+from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
 from ascendspeed.utils.errors import UserError
 
 META = ".meta"
-LOOKED_AT = 8
+CHECKED_LINES = 8
 """Lines of every file that are read when it is opened."""
-AT_ONCE = 1024
+DOCUMENTS_PER_WRITE = 1024
 """Documents that a conversion writes at once."""
-KEPT = 8
+CACHED_DOCUMENTS = 8
 """Documents that were read last; a long one goes on in the next row."""
 
 
-def find(path: str | Path) -> list[Path]:
+def find_files(path: str | Path) -> list[Path]:
     """The .bin files that a path means: one, or all below a folder, sorted; none where it holds no such data."""
     path = Path(path)
     if path.is_file():
@@ -48,7 +48,7 @@ def _below(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in sorted(files))
 
 
-class BinFile:
+class InternEvoFile:
     """One .bin and its .meta."""
 
     def __init__(self, path: Path, min_length: int, limit: int) -> None:
@@ -149,16 +149,16 @@ class BinFile:
 
 def _spread(count: int) -> list[int]:
     """A few numbers below `count`, first and last among them."""
-    return sorted({int(number) for number in np.linspace(0, count - 1, min(count, LOOKED_AT))})
+    return sorted({int(number) for number in np.linspace(0, count - 1, min(count, CHECKED_LINES))})
 
 
-class Tokenized:
+class InternEvoDataset:
     """All documents of one path, file by file: `Documents`."""
 
     def __init__(self, path: str, min_length: int = 0, limit: int = 1 << 31) -> None:
         """`min_length`: shorter documents are left out; `limit`: ids must be below. Raises `UserError` for damaged data."""
         self.prefix = path
-        self._files = [BinFile(one, min_length, limit) for one in find(path)]
+        self._files = [InternEvoFile(one, min_length, limit) for one in find_files(path)]
         self.lengths = np.concatenate([file.lengths for file in self._files])
         self.files = np.cumsum([0, *(len(file.lengths) for file in self._files)])
         self.left_out = sum(file.documents for file in self._files) - len(self.lengths)
@@ -166,7 +166,7 @@ class Tokenized:
             raise UserError(
                 f"{path}: none of its {self.left_out} documents has {max(min_length, 1)} tokens; lower --min-length"
             )
-        self._read = functools.lru_cache(KEPT)(self._document)
+        self._read = functools.lru_cache(CACHED_DOCUMENTS)(self._document)
 
     @property
     def note(self) -> str:
@@ -178,15 +178,15 @@ class Tokenized:
         """Raises `UserError` with file and byte when its line is damaged."""
         return self._read(number)
 
-    def learnt(self, numbers: np.ndarray, length: int) -> Learnt:
+    def learnt(self, numbers: np.ndarray, length: int) -> Supervision:
         """As `Documents` says, but the lines of documents that are taken whole are not read."""
         lengths = self.lengths[numbers]
         tokens, (lost, cut) = np.maximum(lengths - 1, 0), np.zeros((2, len(numbers)), np.int64)
         for place in np.flatnonzero(lengths > length):
             mask = self._document(int(numbers[place])).loss_mask
-            found = learnt_of(mask, lengths[place : place + 1], length)  # type: ignore[arg-type]
+            found = count_supervised(mask, lengths[place : place + 1], length)  # type: ignore[arg-type]
             tokens[place], lost[place], cut[place] = found.tokens[0], found.lost[0], found.cut[0]
-        return Learnt(tokens, lost, cut, exact=False)
+        return Supervision(tokens, lost, cut, exact=False)
 
     def _document(self, number: int) -> Document:
         which = int(np.searchsorted(self.files, number, side="right")) - 1
@@ -204,19 +204,22 @@ def convert(
 
     Every line is read. Raises `UserError` for damaged data, and leaves old files as they are then.
     """
-    if not find(path):
+    if not find_files(path):
         raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
-    found = Tokenized(path, min_length)
+    found = InternEvoDataset(path, min_length)
     say(found.note)
-    with CoupleWriter(prefix) as writer:
+    with MaskedPairWriter(prefix) as writer:
         highest = 0
-        for start in range(0, len(found), AT_ONCE):
-            held = [found.document(number) for number in range(start, min(start + AT_ONCE, len(found)))]
+        for start in range(0, len(found), DOCUMENTS_PER_WRITE):
+            held = [
+                found.document(number)
+                for number in range(start, min(start + DOCUMENTS_PER_WRITE, len(found)))
+            ]
             tokens, learnt = (
                 np.concatenate(column)
                 for column in zip(*((one.tokens, one.loss_mask) for one in held), strict=True)
             )
-            writer.add(tokens, found.lengths[start : start + AT_ONCE].astype(np.int32), learnt)
+            writer.add(tokens, found.lengths[start : start + DOCUMENTS_PER_WRITE].astype(np.int32), learnt)
             highest = max(highest, int(tokens.max()))
         facts = {
             "documents": writer.documents,

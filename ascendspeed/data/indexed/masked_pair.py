@@ -15,40 +15,40 @@ from typing import Any, Self
 
 import numpy as np
 
-from ascendspeed.data.document import Document, Learnt, learnt_of
-from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, file, read_facts
+from ascendspeed.data.document import Document, Supervision, count_supervised
+from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, pair_file, read_facts
 from ascendspeed.utils.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")
-OTHERS = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}
+UNTRAINABLE = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}
 IGNORED = -100
 DTYPE = np.dtype(np.int32)
 CHUNK = 1 << 20
 """Labels that are looked at together."""
 
 
-def pair(prefix: str | Path, key: str) -> str:
+def pair_prefix(prefix: str | Path, key: str) -> str:
     """Prefix of the pair that is kept under a key."""
     return f"{prefix}_{key}_document"
 
 
-def find(prefix: str) -> tuple[str, str] | None:
+def find_pairs(prefix: str) -> tuple[str, str] | None:
     """(ids, labels) of the couple that `--data-path` means; None when it means something else.
 
     It may be named by `P`, as given to preprocessing, by `P_packed`, or by its ids. Raises `UserError` for the name of another pair
     of the couple, which is none to train on.
     """
-    for key, what in OTHERS.items():
+    for key, what in UNTRAINABLE.items():
         if prefix.endswith(f"_{key}_document"):
             raise UserError(f"{prefix}: these are {what}; give {prefix.removesuffix(f'_{key}_document')}")
     for name in (prefix, prefix.removesuffix("_packed"), prefix.removesuffix(f"_{KEYS[0]}_document")):
-        ids, labels = (pair(name, key) for key in KEYS)
-        if file(ids, "idx").is_file() and (name != prefix or not file(prefix, "idx").is_file()):
+        ids, labels = (pair_prefix(name, key) for key in KEYS)
+        if pair_file(ids, "idx").is_file() and (name != prefix or not pair_file(prefix, "idx").is_file()):
             return ids, labels
     return None
 
 
-class Couple:
+class MaskedPair:
     """A couple that was opened: `Documents`."""
 
     def __init__(self, prefix: str, ids: str, labels: str) -> None:
@@ -82,13 +82,13 @@ class Couple:
             )
         return Document(tokens, learnt)
 
-    def learnt(self, numbers: np.ndarray, length: int) -> Learnt:
+    def learnt(self, numbers: np.ndarray, length: int) -> Supervision:
         """As `Documents` says. All labels are looked at, once, in parts that memory does not notice."""
         found = self._learnt(length)
-        return Learnt(found.tokens[numbers], found.lost[numbers], found.cut[numbers])
+        return Supervision(found.tokens[numbers], found.lost[numbers], found.cut[numbers])
 
-    def _looked_through(self, length: int) -> Learnt:
-        labels = np.memmap(file(self._labels.path_prefix, "bin"), self._labels.index.dtype, "r")
+    def _looked_through(self, length: int) -> Supervision:
+        labels = np.memmap(pair_file(self._labels.path_prefix, "bin"), self._labels.index.dtype, "r")
         ends = np.cumsum(self.lengths, dtype=np.int64)
         firsts = np.searchsorted(
             ends, np.arange(0, len(labels), CHUNK), side="right"
@@ -97,8 +97,8 @@ class Couple:
         for first, last in pairwise(np.unique([0, *firsts, len(ends)]).tolist()):
             lengths = self.lengths[first:last]
             begin = int(ends[first]) - int(lengths[0])
-            parts.append(learnt_of(labels[begin : int(ends[last - 1])] != IGNORED, lengths, length))
-        return Learnt(
+            parts.append(count_supervised(labels[begin : int(ends[last - 1])] != IGNORED, lengths, length))
+        return Supervision(
             *(
                 np.concatenate(column)
                 for column in zip(*((p.tokens, p.lost, p.cut) for p in parts), strict=True)
@@ -109,7 +109,7 @@ class Couple:
         return len(self.lengths)
 
 
-class CoupleWriter:
+class MaskedPairWriter:
     """Writes a couple, as `PairWriter` writes a pair."""
 
     def __init__(self, prefix: str | Path) -> None:
@@ -117,7 +117,7 @@ class CoupleWriter:
         self.learnt = 0
         with ExitStack() as stack:
             self._ids, self._labels = (
-                stack.enter_context(PairWriter(pair(prefix, key), DTYPE)) for key in KEYS
+                stack.enter_context(PairWriter(pair_prefix(prefix, key), DTYPE)) for key in KEYS
             )
             self._stack = stack.pop_all()  # both, or none
         self._digests = [

@@ -30,7 +30,7 @@ MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes of one id for every integer type code that Megatron knows."""
-LISTED = 10
+MAX_LISTED = 10
 """Prefixes that are said."""
 UINT16_BELOW = 65500
 """Megatron's bound, not 65,536: the same vocabulary gives the same files."""
@@ -41,14 +41,14 @@ def dtype_for(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < UINT16_BELOW else np.int32)
 
 
-def file(prefix: str | Path, suffix: str) -> Path:
+def pair_file(prefix: str | Path, suffix: str) -> Path:
     """P.bin, P.idx or P.meta of a prefix, which may have dots in it."""
     return Path(f"{prefix}.{suffix}")
 
 
 def read_facts(prefix: str | Path) -> dict[str, Any]:
     """What preprocessing wrote about a pair; empty where it wrote nothing (data from other tools)."""
-    path = file(prefix, "meta")
+    path = pair_file(prefix, "meta")
     try:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -57,7 +57,7 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
 
 def check_pair(prefix: str | Path) -> int:
     """The number of tokens of a pair. Raises `UserError` unless both files are there, whole, and belong together."""
-    index, tokens = file(prefix, "idx"), file(prefix, "bin")
+    index, tokens = pair_file(prefix, "idx"), pair_file(prefix, "bin")
     for path in (index, tokens):
         if not path.is_file():
             raise UserError(f"{prefix}: there is no {path}; prefixes here: {_prefixes(path.parent)}")
@@ -91,7 +91,7 @@ def _prefixes(folder: Path) -> str:
     found = sorted(
         {re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names}
     )
-    return shorten_list(found, LISTED) or "none"
+    return shorten_list(found, MAX_LISTED) or "none"
 
 
 class PairWriter:
@@ -101,7 +101,7 @@ class PairWriter:
         self.prefix, self.dtype = prefix, dtype
         self.documents = self.tokens = 0
         self._lengths: list[np.ndarray] = []
-        file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
+        pair_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
         self._committed = False
         self._bin = self._claim()
 
@@ -119,7 +119,7 @@ class PairWriter:
 
     def commit(self, facts: dict[str, Any]) -> None:
         """Puts the new pair, and `facts` as P.meta, in the place of an old one."""
-        folder = file(self.prefix, "bin").parent
+        folder = pair_file(self.prefix, "bin").parent
         sync_file(self._bin)
         with self._temporary("idx").open("wb") as index:
             for piece in self._index():
@@ -128,12 +128,12 @@ class PairWriter:
         with self._temporary("meta").open("wb") as side:
             side.write((json.dumps(facts, indent=2) + "\n").encode())
             sync_file(side)
-        file(self.prefix, "idx").unlink(missing_ok=True)
+        pair_file(self.prefix, "idx").unlink(missing_ok=True)
         sync_path(folder)
         for suffix in ("bin", "meta"):
-            self._temporary(suffix).replace(file(self.prefix, suffix))
+            self._temporary(suffix).replace(pair_file(self.prefix, suffix))
         sync_path(folder)
-        self._temporary("idx").replace(file(self.prefix, "idx"))
+        self._temporary("idx").replace(pair_file(self.prefix, "idx"))
         self._committed = True
         sync_path(folder)
 

@@ -29,7 +29,7 @@ class Packing:
         return int((self.stops - self.starts).sum())
 
 
-def joined(packings: Sequence[Packing], counts: Sequence[int]) -> Packing:
+def concatenate(packings: Sequence[Packing], counts: Sequence[int]) -> Packing:
     """The rows of several sets of documents; `counts`: how many documents each set has."""
     first = np.cumsum([0, *counts])
     pieces = np.cumsum([0, *(len(one.documents) for one in packings)])

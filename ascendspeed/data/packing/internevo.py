@@ -29,15 +29,17 @@ def packer(data: DataConfig, default: str) -> Packer:
         return PACKERS[name]
     segment = segment or data.seq_length
     if name == CUT:
-        return Packer(partial(cut, segment=segment), goes_on=True, keeps=True, seed=SEED, apart=True)
+        return Packer(
+            partial(split_contiguous, segment=segment), goes_on=True, keeps=True, seed=SEED, apart=True
+        )
     if data.seq_length % segment:
         raise UserError(
             f"--packing {WHOLE}: --seq-length {data.seq_length} is not a multiple of --max-segment-length {segment}"
         )
-    return Packer(cut, keeps=True, segment=segment, seed=SEED, apart=True)
+    return Packer(split_contiguous, keeps=True, segment=segment, seed=SEED, apart=True)
 
 
-def cut(lengths: np.ndarray, row: int, segment: int | None = None) -> Packing:
+def split_contiguous(lengths: np.ndarray, row: int, segment: int | None = None) -> Packing:
     """Documents one after the other, cut where a row ends, and their parts in a row after every `segment` tokens.
 
     `lengths`: [documents], above 0; `row`: tokens of a row. A last row that is not full is left out.

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ascendspeed.data.document import Document, Documents, Truncation
-from ascendspeed.data.packing.algorithms import Packer, Packing, joined
+from ascendspeed.data.packing.algorithms import Packer, Packing, concatenate
 from ascendspeed.utils.errors import UserError
 
 Sample = tuple[Tensor, Tensor, Tensor, Tensor]
 """tokens, labels, loss_mask, position_ids, each [s]; int64, but the mask float32."""
 
 
-class PackedSource:
+class PackedSamples:
     """The rows of one origin's documents in one split. They are packed once, by the run's seed; an epoch shuffles the rows."""
 
     estimated = False
@@ -42,7 +42,7 @@ class PackedSource:
         edges = np.searchsorted(chosen, documents.files[1:-1]) if pack.apart else []
         found = [self._packed(part) for part in np.split(chosen, edges)]
         self._numbers = np.concatenate([numbers for numbers, _ in found])
-        self._packing = joined([packing for _, packing in found], [len(numbers) for numbers, _ in found])
+        self._packing = concatenate([packing for _, packing in found], [len(numbers) for numbers, _ in found])
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
             why = f", of which none can be learnt from at --seq-length {seq_length}" if len(chosen) else ""
@@ -101,7 +101,7 @@ class PackedSource:
         found = slice(*packing.bounds[number : number + 2])
         documents = (self._documents.document(int(self._numbers[one])) for one in packing.documents[found])
         pieces = zip(documents, packing.starts[found].tolist(), packing.stops[found].tolist(), strict=True)
-        return row_of(pieces, self._seq_length, self._pack.goes_on, self._pack.segment)
+        return assemble_row(pieces, self._seq_length, self._pack.goes_on, self._pack.segment)
 
     def _answered(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
         """[documents] bool: those of which a row would hold something to be learnt. What is lost of the others is counted."""
@@ -118,7 +118,7 @@ class PackedSource:
         return keep
 
 
-def row_of(
+def assemble_row(
     pieces: Iterable[tuple[Document, int, int]],
     length: int,
     goes_on: bool = False,

@@ -9,14 +9,14 @@ from typing import Any
 from ascendspeed.data.readers.shard import (
     BATCH_ROWS,
     SHARD_BYTES,
-    Bad,
-    Batch,
-    Format,
+    FileReader,
+    InvalidValue,
+    RowBatch,
     Shard,
-    batch_of,
-    columns_of,
-    cut,
+    column_names,
     decode,
+    rows_to_batch,
+    split_evenly,
 )
 
 CHUNK = 1 << 20
@@ -30,8 +30,8 @@ def json_row(line: bytes) -> Any:
     try:
         row = json.loads(decode(line))
     except (ValueError, RecursionError):
-        return Bad.MALFORMED
-    return row if isinstance(row, dict) else Bad.MALFORMED
+        return InvalidValue.MALFORMED
+    return row if isinstance(row, dict) else InvalidValue.MALFORMED
 
 
 def text_row(line: bytes) -> Any:
@@ -55,7 +55,7 @@ def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
 
 def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
     size = path.stat().st_size
-    for start, stop in cut(size, max(1, -(-size // SHARD_BYTES))):
+    for start, stop in split_evenly(size, max(1, -(-size // SHARD_BYTES))):
         yield Shard(path, start, stop, weight=(stop - start) / size)
 
 
@@ -71,7 +71,7 @@ def _grouped(rows: Iterator[Any]) -> Iterator[list[Any]]:
         yield group
 
 
-def lines(parse: Callable[[bytes], Any]) -> Format:
+def line_reader(parse: Callable[[bytes], Any]) -> FileReader:
     """A format of lines, each read by `parse`."""
 
     def rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, Any]]:
@@ -79,13 +79,13 @@ def lines(parse: Callable[[bytes], Any]) -> Format:
         return ((at, row) for at, row in parsed if row is not None)
 
     def columns(path: Path) -> list[str]:
-        return columns_of(row for _, row in islice(rows(path, 0, path.stat().st_size), 1000))
+        return column_names(row for _, row in islice(rows(path, 0, path.stat().st_size), 1000))
 
-    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
+    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
         for group in _grouped(rows(shard.path, shard.start, shard.stop)):
-            yield batch_of(group, wanted)
+            yield rows_to_batch(group, wanted)
 
-    return Format(columns, _shards, read, _where)
+    return FileReader(columns, _shards, read, _where)
 
 
-JSONL, TXT = lines(json_row), lines(text_row)
+JSONL, TXT = line_reader(json_row), line_reader(text_row)

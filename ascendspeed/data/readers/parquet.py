@@ -11,13 +11,13 @@ import pyarrow.parquet
 from ascendspeed.data.readers.shard import (
     BATCH_ROWS,
     SHARD_BYTES,
-    Bad,
-    Batch,
-    Format,
+    FileReader,
+    InvalidValue,
+    RowBatch,
     Shard,
-    absent,
-    cut,
     decode,
+    missing_value,
+    split_evenly,
 )
 from ascendspeed.utils.errors import UserError
 
@@ -48,15 +48,15 @@ def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
         rows = meta.row_group(group)
         chunks = [rows.column(i) for i in range(rows.num_columns)]
         size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
-        for start, stop in cut(rows.num_rows, min(SLICES, -(-size // SHARD_BYTES)) or 1):
+        for start, stop in split_evenly(rows.num_rows, min(SLICES, -(-size // SHARD_BYTES)) or 1):
             yield Shard(path, start, stop, group, weight=(stop - start) / meta.num_rows)
 
 
-def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
+def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
     at, before = 0, _before(shard)
     there = tuple(_columns(shard.path))
     present = [name for name in wanted if name in there]
-    missing = {name: absent(name, there, tuple(wanted)) for name in wanted if name not in there}
+    missing = {name: missing_value(name, there, tuple(wanted)) for name in wanted if name not in there}
     try:
         groups = _open(shard.path).iter_batches(
             BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False
@@ -66,10 +66,10 @@ def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
             part = batch[first : max(shard.stop - at, 0)]
             if part.num_rows:
                 columns = {
-                    name: values(part[name]) if name in present else [missing[name]] * part.num_rows
+                    name: to_python(part[name]) if name in present else [missing[name]] * part.num_rows
                     for name in wanted
                 }
-                yield Batch.at(range(before + at + first, before + at + first + part.num_rows), columns)
+                yield RowBatch.at(range(before + at + first, before + at + first + part.num_rows), columns)
             at += batch.num_rows
             if at >= shard.stop:
                 return
@@ -83,7 +83,7 @@ def _before(shard: Shard) -> int:
     return sum(meta.row_group(group).num_rows for group in range(shard.group))
 
 
-def values(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
+def to_python(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
     """Python values of an Arrow array; binary ones are taken as text."""
     try:
         values = column.to_pylist()
@@ -97,7 +97,7 @@ def _value(scalar: pyarrow.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        return Bad.NOT_UTF8
+        return InvalidValue.NOT_UTF8
 
 
-PARQUET = Format(_columns, _shards, _read, lambda path, place: f"row {place + 1}")
+PARQUET = FileReader(_columns, _shards, _read, lambda path, place: f"row {place + 1}")

@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 
 from ascendspeed.data.readers.lines import BOM, json_row, text_row
-from ascendspeed.data.readers.parquet import values
-from ascendspeed.data.readers.shard import Batch, absent, batch_of, columns_of
+from ascendspeed.data.readers.parquet import to_python
+from ascendspeed.data.readers.shard import RowBatch, column_names, missing_value, rows_to_batch
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
 CHUNK = 1 << 24
-SAVED = ("state.json", "dataset_info.json")
+SAVED_FILES = ("state.json", "dataset_info.json")
 """Files of a folder that `save_to_disk` wrote."""
-FIRST = 1000
+ROWS_FOR_COLUMNS = 1000
 """Rows that are looked at for the names of columns."""
 
 
@@ -34,7 +34,7 @@ class Table(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> Batch:
+    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
         """The rows `numbers` [n] with exactly the columns `wanted`; blank lines are left out. Places are the rows' numbers."""
 
     @abstractmethod
@@ -53,15 +53,15 @@ class LineTable(Table):
         ]
         self._first = np.cumsum([0, *map(len, begins)])
         self._parse = text_row if self._files[0].suffix == ".txt" else json_row
-        rows = (self._row(number) for number in range(min(FIRST, len(self))))
-        self.columns = columns_of(row for row in rows if row is not None)
+        rows = (self._row(number) for number in range(min(ROWS_FOR_COLUMNS, len(self))))
+        self.columns = column_names(row for row in rows if row is not None)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> Batch:
+    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
         rows = ((int(number), self._row(int(number))) for number in numbers)
-        return batch_of([(number, row) for number, row in rows if row is not None], wanted)
+        return rows_to_batch([(number, row) for number, row in rows if row is not None], wanted)
 
     def where(self, number: int) -> str:
         which, line = self._place(number)
@@ -102,7 +102,7 @@ class ArrowTable(Table):
     def __len__(self) -> int:
         return len(self._data)
 
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> Batch:
+    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
         present = tuple(name for name in wanted if name in self.columns)
         if present not in self._selected:
             self._selected[present] = self._data.select_columns(list(present))
@@ -110,9 +110,13 @@ class ArrowTable(Table):
         there, asked = tuple(self.columns), tuple(wanted)
 
         def column(name: str) -> list[Any]:
-            return values(table[name]) if name in present else [absent(name, there, asked)] * len(numbers)
+            return (
+                to_python(table[name])
+                if name in present
+                else [missing_value(name, there, asked)] * len(numbers)
+            )
 
-        return Batch.at(numbers.tolist(), {name: column(name) for name in wanted})
+        return RowBatch.at(numbers.tolist(), {name: column(name) for name in wanted})
 
     def where(self, number: int) -> str:
         return f"{self._path}, row {number + 1}"
@@ -148,7 +152,7 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
     datasets.disable_progress_bars()
     names, kept = [str(file) for file in files], {"cache_dir": str(cache)} if cache else {}
     try:
-        if (files[0].parent / SAVED[0]).is_file():
+        if (files[0].parent / SAVED_FILES[0]).is_file():
             return datasets.load_from_disk(str(files[0].parent))
         if files[0].suffix == ".arrow":
             return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])

@@ -12,10 +12,10 @@ from pathlib import Path
 from ascendspeed.data.readers.lines import JSONL, TXT
 from ascendspeed.data.readers.parquet import PARQUET
 from ascendspeed.data.readers.sequential import CSV, GZ_JSON, GZ_TEXT, JSON
-from ascendspeed.data.readers.shard import Batch, Format, Shard
+from ascendspeed.data.readers.shard import FileReader, RowBatch, Shard
 from ascendspeed.utils.errors import UserError
 
-FORMATS: dict[str, Format] = {
+READERS: dict[str, FileReader] = {
     ".parquet": PARQUET,
     ".jsonl": JSONL,
     ".json": JSON,
@@ -28,7 +28,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def find(inputs: Iterable[str | Path]) -> list[Path]:
+def find_files(inputs: Iterable[str | Path]) -> list[Path]:
     """Files named by paths, globs and directories (every known file below, sorted). Raises `UserError` if one names nothing."""
     found: list[Path] = []
     for name in map(str, inputs):
@@ -36,14 +36,14 @@ def find(inputs: Iterable[str | Path]) -> list[Path]:
             files = sorted(
                 p
                 for p in Path(name).rglob("*")
-                if p.is_file() and _suffix(p) in FORMATS and p.name[0] not in "._"
+                if p.is_file() and _suffix(p) in READERS and p.name[0] not in "._"
             )
         else:
             named = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
             files = [p for p in map(Path, named) if p.is_file()]
         if not files:
             raise UserError(
-                f"--input {name}: there is no such file or folder, or it holds no {', '.join(FORMATS)}"
+                f"--input {name}: there is no such file or folder, or it holds no {', '.join(READERS)}"
             )
         found.extend(files)
     for path in found:
@@ -61,12 +61,12 @@ def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
     return _format(path).shards(path, wanted)
 
 
-def read(shard: Shard, wanted: Sequence[str]) -> Iterator[Batch]:
+def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
     """The rows of a shard in batches with exactly the columns `wanted`."""
     return _format(shard.path).read(shard, wanted)
 
 
-def where(path: Path, place: int) -> str:
+def describe_location(path: Path, place: int) -> str:
     """The place of a row of a file in words."""
     return _format(path).where(path, place)
 
@@ -77,10 +77,10 @@ def _suffix(path: Path) -> str:
     return "".join(name.suffixes[-2:]) if name.suffix == ".gz" else name.suffix
 
 
-def _format(path: Path) -> Format:
+def _format(path: Path) -> FileReader:
     suffix = _suffix(path)
-    if suffix not in FORMATS:
+    if suffix not in READERS:
         raise UserError(
-            f"{path}: files of type {suffix or 'no suffix'} cannot be read; there are: {', '.join(FORMATS)}"
+            f"{path}: files of type {suffix or 'no suffix'} cannot be read; there are: {', '.join(READERS)}"
         )
-    return FORMATS[suffix]
+    return READERS[suffix]

@@ -15,23 +15,23 @@ from typing import Any, BinaryIO
 from ascendspeed.data.readers.lines import BOM, JSONL, json_row, text_row
 from ascendspeed.data.readers.shard import (
     SHARD_BYTES,
-    Bad,
-    Batch,
-    Format,
+    FileReader,
+    InvalidValue,
+    RowBatch,
     Shard,
-    batch_of,
-    columns_of,
-    picked_of,
-    slices,
+    column_names,
+    rows_to_batch,
+    select_columns,
+    split_batch,
 )
 from ascendspeed.utils.errors import UserError
 
-Numbered = Iterator[tuple[int, Any]]
+NumberedRows = Iterator[tuple[int, Any]]
 """Rows and their numbers, from 1 on."""
-Reader = Callable[[BinaryIO], Numbered]
+RowParser = Callable[[BinaryIO], NumberedRows]
 
 
-def csv_rows(file: BinaryIO) -> Numbered:
+def csv_rows(file: BinaryIO) -> NumberedRows:
     """Rows of a csv file with a header, which is none; one with more or fewer cells is `Bad`: which is which cannot be known."""
     csv.field_size_limit(sys.maxsize)
     found = (
@@ -45,14 +45,14 @@ def csv_rows(file: BinaryIO) -> Numbered:
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
-        return Bad("wrong number of cells", f"{len(cells)} cells, the header has {len(header)}")
+        return InvalidValue("wrong number of cells", f"{len(cells)} cells, the header has {len(header)}")
     return dict(zip(header, cells, strict=True))
 
 
-def line_rows(parse: Callable[[bytes], Any]) -> Reader:
+def line_rows(parse: Callable[[bytes], Any]) -> RowParser:
     """Lines, each read by `parse`."""
 
-    def rows(file: BinaryIO) -> Numbered:
+    def rows(file: BinaryIO) -> NumberedRows:
         parsed = (
             (number, parse(line.removeprefix(BOM) if number == 1 else line))
             for number, line in enumerate(file, 1)
@@ -76,18 +76,18 @@ def array_rows(file: BinaryIO) -> Iterator[Any]:
             except (ValueError, RecursionError):
                 break  # the rest of this element is not read yet, or the file is damaged: then it never comes
             last = ""
-            yield row if isinstance(row, dict) else Bad.MALFORMED
+            yield row if isinstance(row, dict) else InvalidValue.MALFORMED
         step = max(step, 2 * (len(rest) - at))  # doubling keeps a huge element from being parsed too often
     if rest[at:] or last != "]":
         raise ValueError(f"the array does not end, or no JSON value begins at {rest[at : at + 40]!r}")
 
 
-def numbered_array(file: BinaryIO) -> Numbered:
+def numbered_array(file: BinaryIO) -> NumberedRows:
     """The same with numbers."""
     return enumerate(array_rows(file), 1)
 
 
-def json_rows(file: BinaryIO) -> Numbered:
+def json_rows(file: BinaryIO) -> NumberedRows:
     """A JSON array or lines of objects: both are called .json."""
     return numbered_array(file) if _is_array(file.peek(1 << 12)) else line_rows(json_row)(file)  # type: ignore[attr-defined]
 
@@ -108,7 +108,7 @@ def _where(path: Path, number: int) -> str:
     return f"row {number}"
 
 
-def in_order(reader: Reader) -> Format:
+def sequential_reader(reader: RowParser) -> FileReader:
     """A format that is read by one process."""
 
     def rows(path: Path) -> Iterator[tuple[int, Any, float]]:
@@ -123,38 +123,38 @@ def in_order(reader: Reader) -> Format:
             raise UserError(f"{path} is damaged: {error}") from error
 
     def columns(path: Path) -> list[str]:
-        return columns_of(row for _, row, _ in islice(rows(path), 1000))
+        return column_names(row for _, row, _ in islice(rows(path), 1000))
 
     def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
         held: list[tuple[int, Any]] = []
         size, before = 0, 0.0
         for number, row, at in rows(path):
-            kept = picked_of(row, wanted) if isinstance(row, dict) else row
+            kept = select_columns(row, wanted) if isinstance(row, dict) else row
             held.append((number, kept))
             size += 64 + _size(kept)
             if size >= SHARD_BYTES:
-                yield Shard(path, held=batch_of(held, wanted), weight=at - before)
+                yield Shard(path, held=rows_to_batch(held, wanted), weight=at - before)
                 held, size, before = [], 0, at
         if held:
-            yield Shard(path, held=batch_of(held, wanted), weight=1 - before)
+            yield Shard(path, held=rows_to_batch(held, wanted), weight=1 - before)
 
-    return Format(columns, shards, lambda shard, wanted: slices(shard.held or Batch()), _where)
+    return FileReader(columns, shards, lambda shard, wanted: split_batch(shard.held or RowBatch()), _where)
 
 
 CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = (
-    in_order(csv_rows),
-    in_order(json_rows),
-    in_order(line_rows(text_row)),
-    in_order(numbered_array),
+    sequential_reader(csv_rows),
+    sequential_reader(json_rows),
+    sequential_reader(line_rows(text_row)),
+    sequential_reader(numbered_array),
 )
 
 
-def _json(path: Path) -> Format:
+def _json(path: Path) -> FileReader:
     with path.open("rb") as file:
         return JSON_ARRAY if _is_array(file.read(1 << 12)) else JSONL
 
 
-JSON = Format(
+JSON = FileReader(
     lambda path: _json(path).columns(path),
     lambda path, wanted: _json(path).shards(path, wanted),
     lambda shard, wanted: (JSONL if shard.held is None else JSON_ARRAY).read(shard, wanted),

@@ -13,7 +13,7 @@ SHARD_BYTES = 8 << 20
 BATCH_ROWS = 512
 
 
-class Batch(dict[str, list[Any]]):
+class RowBatch(dict[str, list[Any]]):
     """Columns of equal length."""
 
     places: Sequence[int] = ()
@@ -28,7 +28,7 @@ class Batch(dict[str, list[Any]]):
 
 
 @dataclass(frozen=True)
-class Bad:
+class InvalidValue:
     """Stands in place of a value that could not be read."""
 
     kind: str
@@ -36,14 +36,14 @@ class Bad:
     detail: str = ""
     """What is wrong with this one."""
 
-    MALFORMED: ClassVar["Bad"]
-    NOT_UTF8: ClassVar["Bad"]
+    MALFORMED: ClassVar["InvalidValue"]
+    NOT_UTF8: ClassVar["InvalidValue"]
 
 
-Bad.MALFORMED = Bad("malformed", "not a JSON object")
-Bad.NOT_UTF8 = Bad("invalid UTF-8")
-MISSPELT = "misspelt column"
-NEAR = 0.8
+InvalidValue.MALFORMED = InvalidValue("malformed", "not a JSON object")
+InvalidValue.NOT_UTF8 = InvalidValue("invalid UTF-8")
+MISSPELLED = "misspelt column"
+SIMILARITY = 0.8
 """Of difflib's ratio, from where on a name is a misspelt one: `inputs` is at 0.91 from `input`, `output` at 0.55."""
 
 
@@ -56,26 +56,26 @@ class Shard:
     stop: int = 0
     group: int = 0
     """Parquet row group."""
-    held: Batch | None = None
+    held: RowBatch | None = None
     weight: float = 0
     """Share of the file that this is, for progress."""
 
 
 @dataclass(frozen=True)
-class Format:
+class FileReader:
     """How one kind of file is read. `wanted` are the columns that are needed; a batch has exactly these."""
 
     columns: Callable[[Path], list[str]]
     """Names of what its rows hold (of json: the keys of the first thousand); nothing for a file without rows."""
     shards: Callable[[Path, Sequence[str]], Iterator[Shard]]
     """The file in order, cut by its content alone."""
-    read: Callable[[Shard, Sequence[str]], Iterator[Batch]]
+    read: Callable[[Shard, Sequence[str]], Iterator[RowBatch]]
     """The rows of a shard."""
     where: Callable[[Path, int], str]
     """The place of a row in words: line 7."""
 
 
-def cut(size: int, parts: int) -> list[tuple[int, int]]:
+def split_evenly(size: int, parts: int) -> list[tuple[int, int]]:
     """[0, size) in at most `parts` ranges that are not empty."""
     edges = [size * i // parts for i in range(parts + 1)]
     return [(a, b) for a, b in pairwise(edges) if a < b]
@@ -86,37 +86,40 @@ def decode(raw: bytes) -> str:
     return raw.decode("utf-8", "surrogateescape")
 
 
-def columns_of(rows: Iterable[Any]) -> list[str]:
+def column_names(rows: Iterable[Any]) -> list[str]:
     """Keys of rows, of those that are objects, in the order in which they come up."""
     return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
-def batch_of(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> Batch:
+def rows_to_batch(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> RowBatch:
     """Places and rows -> columns; a missing key is as `absent` says, a row that is not an object is itself in every column."""
     picked = [
-        picked_of(row, wanted) if isinstance(row, dict) else dict.fromkeys(wanted, row) for _, row in rows
+        select_columns(row, wanted) if isinstance(row, dict) else dict.fromkeys(wanted, row)
+        for _, row in rows
     ]
-    return Batch.at([place for place, _ in rows], {name: [row[name] for row in picked] for name in wanted})
+    return RowBatch.at([place for place, _ in rows], {name: [row[name] for row in picked] for name in wanted})
 
 
-def picked_of(row: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
+def select_columns(row: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
     """What is wanted of a row."""
     keys, names = tuple(row), tuple(wanted)
-    return {name: row[name] if name in row else absent(name, keys, names) for name in wanted}
+    return {name: row[name] if name in row else missing_value(name, keys, names) for name in wanted}
 
 
 @lru_cache(1 << 12)
-def absent(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> Bad | None:
+def missing_value(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> InvalidValue | None:
     """What stands where the column `name` is not among those `present`: None, or `Bad` where one that nobody wants is much like it,
     as its values would be lost without a word."""
     unread = {str(other).casefold().strip(): other for other in present if other not in wanted}
-    near = difflib.get_close_matches(name.casefold(), unread, 1, NEAR)
-    return Bad(MISSPELT, f"{unread[near[0]]!r} is not read; did you mean {name!r}?") if near else None
+    near = difflib.get_close_matches(name.casefold(), unread, 1, SIMILARITY)
+    return (
+        InvalidValue(MISSPELLED, f"{unread[near[0]]!r} is not read; did you mean {name!r}?") if near else None
+    )
 
 
-def slices(rows: Batch) -> Iterator[Batch]:
+def split_batch(rows: RowBatch) -> Iterator[RowBatch]:
     """A large batch in batches of at most `BATCH_ROWS`."""
     count = len(next(iter(rows.values()), []))
     for start in range(0, count, BATCH_ROWS):
         part = slice(start, start + BATCH_ROWS)
-        yield Batch.at(rows.places[part], {name: values[part] for name, values in rows.items()})
+        yield RowBatch.at(rows.places[part], {name: values[part] for name, values in rows.items()})

@@ -17,36 +17,43 @@ from pathlib import Path
 import numpy as np
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.document import Document, Fault, Made, Truncation
-from ascendspeed.data.handlers.base import Job
-from ascendspeed.data.handlers.registry import HANDLERS, SETTINGS, check_columns, unread
+from ascendspeed.data.document import Document, EncodedRows, Fault, Truncation
+from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.handlers.registry import HANDLER_SETTINGS, HANDLERS, check_columns, unread_columns
 from ascendspeed.data.packing.packed_dataset import Sample
 from ascendspeed.data.readers import random_access
-from ascendspeed.data.skipped_rows import Faults
-from ascendspeed.data.splits import said_of
+from ascendspeed.data.skipped_rows import SkippedRows
+from ascendspeed.data.splits import describe_split
 from ascendspeed.data.streaming.permutation import Permutation
-from ascendspeed.data.streaming.positions import Restoring
-from ascendspeed.data.streaming.stream import Filler, Places, Stream, cut_text, next_fit, one_each
-from ascendspeed.data.tokenize import Maker
+from ascendspeed.data.streaming.positions import PositionCache
+from ascendspeed.data.streaming.stream import (
+    Filler,
+    SamplePositions,
+    SampleStream,
+    cut_text,
+    next_fit,
+    one_each,
+)
+from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 
 STREAMS = 64
-ROWS_OF_A_STREAM = 64
+MIN_ROWS_PER_STREAM = 64
 """A small set has fewer streams, so that each of them has this many rows."""
-FLAGS = ("handler_name", "json_keys", *SETTINGS, "strict")
+FLAGS = ("handler_name", "json_keys", *HANDLER_SETTINGS, "strict")
 """Of `DataConfig`, that mean something here only."""
-LOOKED_AT = 128
+PROBED_ROWS = 128
 """Rows from which the number of samples is estimated."""
-AHEAD = 4
+SAMPLES_AHEAD = 4
 """Samples for which a stream tokenizes rows at once: tokenizers are faster with more, and begin sooner with fewer."""
-AT_ONCE = 64
+MAX_ROWS_AT_ONCE = 64
 """Rows that are tokenized together, at most."""
-KINDS = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
+SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
 SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval"}
 Say = Callable[[str], None]
 
 
-def find(path: str) -> list[Path]:
+def find_files(path: str) -> list[Path]:
     """The files that a path means: one, those of a pattern, or those of a folder; none where it holds no such data.
 
     Raises `UserError` for a folder with several splits.
@@ -61,10 +68,10 @@ def find(path: str) -> list[Path]:
             else []
         )
         return _of_one_kind(named)
-    if all((folder / name).is_file() for name in random_access.SAVED):
+    if all((folder / name).is_file() for name in random_access.SAVED_FILES):
         return sorted(folder.glob("*.arrow"))
     if (folder / "dataset_dict.json").is_file():
-        parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED[0]).is_file())
+        parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED_FILES[0]).is_file())
         if len(parts) != 1:
             raise UserError(
                 f"{path} holds several data sets; name one of them: {', '.join(map(str, parts)) or 'there is none'}"
@@ -84,7 +91,7 @@ def find(path: str) -> list[Path]:
 def _of_one_kind(files: Sequence[Path]) -> list[Path]:
     """Those of the first of `KINDS` that is there; what the hub puts beside data is none."""
     data = [file for file in files if not file.name.startswith("dataset_info")]
-    return next((found for kind in KINDS if (found := [file for file in data if file.suffix == kind])), [])
+    return next((found for kind in SUFFIXES if (found := [file for file in data if file.suffix == kind])), [])
 
 
 def _split(file: Path) -> str:
@@ -93,7 +100,7 @@ def _split(file: Path) -> str:
     return next((split for split, names in SPLITS.items() if words & set(names.split())), "")
 
 
-class Streamed:
+class StreamedDataset:
     """Such a data set, opened."""
 
     def __init__(self, path: str, files: Sequence[Path], data: DataConfig, say: Say) -> None:
@@ -113,8 +120,8 @@ class Streamed:
             and "json_keys" not in HANDLERS[name].takes
         ):
             raise UserError(f"--json-keys means nothing to {name}; leave it out")
-        given = {setting: getattr(data, setting) for setting in SETTINGS}
-        job = Job(
+        given = {setting: getattr(data, setting) for setting in HANDLER_SETTINGS}
+        job = EncoderConfig(
             data.tokenizer_name_or_path,
             name,
             data.json_keys,
@@ -122,7 +129,7 @@ class Streamed:
             seq_length=data.seq_length,
             **given,
         )
-        self.maker = Maker(job)
+        self.maker = DocumentEncoder(job)
         self.learns_answers = self.maker.handler.learns_answers
         if len(self.maker.handler.keys) > 1:
             raise UserError(
@@ -133,7 +140,9 @@ class Streamed:
         if not len(self.table):
             raise UserError(f"{path}: there is no row in it")
         check_columns(self.maker.handler, path, self.table.columns)
-        for note in filter(None, (*self.maker.handler.notes, unread(self.maker.handler, self.table.columns))):
+        for note in filter(
+            None, (*self.maker.handler.notes, unread_columns(self.maker.handler, self.table.columns))
+        ):
             say(f"{path}: {note}")
         self.cache = cache or Path(path).absolute().parent / "index-cache"
         vocabulary = [
@@ -149,22 +158,24 @@ class Streamed:
     def documents(self, numbers: np.ndarray) -> tuple[dict[int, Document | Fault], Truncation]:
         """Row -> what it makes, nothing for a blank line; and what was cut away."""
         batch = self.table.read(numbers, self.maker.handler.columns)
-        made: Made = next(iter(self.maker.make(batch).values()))
+        made: EncodedRows = next(iter(self.maker.make(batch).values()))
         return dict(zip(batch.places, made.documents, strict=True)), made.truncated
 
-    def source(self, chosen: range, name: str, data: DataConfig, seed: int) -> "StreamSource":
+    def source(self, chosen: range, name: str, data: DataConfig, seed: int) -> "StreamedSamples":
         """The samples of the rows `chosen`, those of the split `name`."""
-        return StreamSource(self, chosen, name, data, seed)
+        return StreamedSamples(self, chosen, name, data, seed)
 
 
-class StreamSource:
+class StreamedSamples:
     """The samples of one split: a `Source`."""
 
     estimated = True
 
-    def __init__(self, data: Streamed, chosen: range, name: str, config: DataConfig, seed: int) -> None:
+    def __init__(
+        self, data: StreamedDataset, chosen: range, name: str, config: DataConfig, seed: int
+    ) -> None:
         if not len(chosen):
-            raise UserError(f"{data.prefix}: {said_of(config, name, 0, len(data), 'rows')}")
+            raise UserError(f"{data.prefix}: {describe_split(config, name, 0, len(data), 'rows')}")
         self.prefix, self._data, self._chosen, self._seed, self._strict = (
             data.prefix,
             data,
@@ -172,7 +183,10 @@ class StreamSource:
             seed,
             config.strict,
         )
-        self._length, self._count = config.seq_length, max(1, min(STREAMS, len(chosen) // ROWS_OF_A_STREAM))
+        self._length, self._count = (
+            config.seq_length,
+            max(1, min(STREAMS, len(chosen) // MIN_ROWS_PER_STREAM)),
+        )
         self._fill, self._how = self._filler(config.packing)
         self._faults, self._reported = _Report(data, config.strict), 0
         self._truncated = Truncation()
@@ -181,10 +195,10 @@ class StreamSource:
         samples = len(chosen) if self._fill is one_each else len(chosen) * self._tokens / self._length
         self.samples_per_epoch = max(1, round(samples))
         said = [1, data.said, chosen.start, chosen.stop, seed, self._length, self._count, self._how]
-        self._restoring = Restoring(
+        self._restoring = PositionCache(
             data.cache, Path(data.prefix.rstrip("/")).name, name, json.dumps(said, default=str), data.say
         )
-        self._streams: dict[int, Stream] = {}
+        self._streams: dict[int, SampleStream] = {}
 
     @property
     def note(self) -> str:
@@ -200,8 +214,8 @@ class StreamSource:
             rows = _Rows(
                 lambda rows: self._numbers(which, rows), self._read, self._at_once, self._epoch_of(which)
             )
-            self._streams[which] = Stream(
-                rows.get, self._fill, self._length, Places(self._restoring.file(which))
+            self._streams[which] = SampleStream(
+                rows.get, self._fill, self._length, SamplePositions(self._restoring.file(which))
             )
         stream = self._streams[which]
         return stream.sample(place, self._restoring.passing(stream.missing(place), self._count))
@@ -219,7 +233,7 @@ class StreamSource:
 
     @property
     def _at_once(self) -> int:
-        return int(min(AT_ONCE, max(1, AHEAD * self._length // max(self._tokens, 1))))
+        return int(min(MAX_ROWS_AT_ONCE, max(1, SAMPLES_AHEAD * self._length // max(self._tokens, 1))))
 
     def _epoch_of(self, stream: int) -> int:
         """Rows of a stream in one epoch."""
@@ -244,7 +258,7 @@ class StreamSource:
     def _looked_at(self) -> float:
         """Tokens of a row on average. Raises `UserError` when no row that was looked at makes a document."""
         numbers = np.unique(
-            np.linspace(self._chosen.start, self._chosen.stop - 1, LOOKED_AT).astype(np.int64)
+            np.linspace(self._chosen.start, self._chosen.stop - 1, PROBED_ROWS).astype(np.int64)
         )
         self._looked = len(numbers)
         documents = self._read(numbers.tolist())
@@ -299,8 +313,8 @@ class _Row:
 class _Report:
     """Says which rows make no document, each once: the first of every kind, and the counts whenever these have doubled."""
 
-    def __init__(self, data: Streamed, strict: bool) -> None:
-        self._data, self._strict, self._faults = data, strict, Faults()
+    def __init__(self, data: StreamedDataset, strict: bool) -> None:
+        self._data, self._strict, self._faults = data, strict, SkippedRows()
         self._known: set[int] = set()
         self._next = 1
 

@@ -5,13 +5,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ascendspeed.data.streaming.stream import EVERY
+from ascendspeed.data.streaming.stream import SAVE_EVERY
 
-SECONDS = 10
+LOG_SECONDS = 10
 """Between two lines of progress."""
 
 
-class Restoring:
+class PositionCache:
     """The folder of one split's places."""
 
     def __init__(self, cache: Path, name: str, split: str, said: str, say: Callable[[str], None]) -> None:
@@ -42,7 +42,7 @@ class Restoring:
 
     def passing(self, missing: int, streams: int) -> Callable[[], None]:
         """What to call for each of the `missing` samples that a stream must make again."""
-        if missing <= EVERY:
+        if missing <= SAVE_EVERY:
             return lambda: None
         if not self._told:
             where = f"there are none in {self.folder}" if self.folder else "none are kept"
@@ -53,7 +53,7 @@ class Restoring:
 
         def passed() -> None:
             self._done += 1
-            if time.monotonic() - self._told > SECONDS:
+            if time.monotonic() - self._told > LOG_SECONDS:
                 self._told = time.monotonic()
                 self._say(f"{self._done:,} samples tokenized again")
 

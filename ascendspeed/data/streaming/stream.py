@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from ascendspeed.data.document import Document
-from ascendspeed.data.packing.packed_dataset import Sample, row_of
+from ascendspeed.data.packing.packed_dataset import Sample, assemble_row
 from ascendspeed.utils.atomic import open_atomic
 
-EVERY = 32
+SAVE_EVERY = 32
 """Samples of a stream between two places that are kept."""
 
 
-class Place(NamedTuple):
+class StreamPosition(NamedTuple):
     """Where a sample begins."""
 
     row: int
@@ -32,11 +32,11 @@ class Place(NamedTuple):
 
 Get = Callable[[int], tuple[int, Document]]
 """Row of a stream -> the first row from there on that makes a document, and this."""
-Filler = Callable[[Get, Place, int], tuple[Sample, Place]]
+Filler = Callable[[Get, StreamPosition, int], tuple[Sample, StreamPosition]]
 """(documents, where to begin, positions of a sample) -> sample, where the next one begins."""
 
 
-def cut_text(get: Get, place: Place, length: int) -> tuple[Sample, Place]:
+def cut_text(get: Get, place: StreamPosition, length: int) -> tuple[Sample, StreamPosition]:
     """Documents one after the other, cut wherever a sample ends; all is learnt. The next sample begins with the last label."""
     pieces, need, (row, offset) = [], length + 1, place
     while True:
@@ -49,10 +49,10 @@ def cut_text(get: Get, place: Place, length: int) -> tuple[Sample, Place]:
         row, offset = row + 1, 0
     tokens = torch.from_numpy(np.concatenate(pieces).astype(np.int64))
     sample = tokens[:-1], tokens[1:], torch.ones(length), torch.arange(length)
-    return sample, Place(row, offset + len(pieces[-1]) - 1)
+    return sample, StreamPosition(row, offset + len(pieces[-1]) - 1)
 
 
-def next_fit(get: Get, place: Place, length: int) -> tuple[Sample, Place]:
+def next_fit(get: Get, place: StreamPosition, length: int) -> tuple[Sample, StreamPosition]:
     """As many documents, in order, as a sample has room for; none is longer than a sample."""
     held, room, row = [], length, place.row
     while room:
@@ -62,35 +62,35 @@ def next_fit(get: Get, place: Place, length: int) -> tuple[Sample, Place]:
         held.append(document)
         room -= len(document.tokens)
         row = found + 1
-    return _row(held, length), Place(row, 0)
+    return _row(held, length), StreamPosition(row, 0)
 
 
-def one_each(get: Get, place: Place, length: int) -> tuple[Sample, Place]:
+def one_each(get: Get, place: StreamPosition, length: int) -> tuple[Sample, StreamPosition]:
     """One document."""
     row, document = get(place.row)
-    return _row([document], length), Place(row + 1, 0)
+    return _row([document], length), StreamPosition(row + 1, 0)
 
 
 def _row(documents: list[Document], length: int) -> Sample:
-    return row_of([(document, 0, len(document.tokens)) for document in documents], length)
+    return assemble_row([(document, 0, len(document.tokens)) for document in documents], length)
 
 
-class Places:
+class SamplePositions:
     """The places of samples 0, EVERY, 2 EVERY ... of a stream, in memory and in a file."""
 
     def __init__(self, path: Path | None) -> None:
-        self._path, self._known = path, [Place(0, 0)]
+        self._path, self._known = path, [StreamPosition(0, 0)]
         self._saved = 0
         self._read()
 
-    def before(self, sample: int) -> tuple[int, Place]:
+    def before(self, sample: int) -> tuple[int, StreamPosition]:
         """The last sample at or before `sample` whose place is known, and that."""
-        which = min(sample // EVERY, len(self._known) - 1)
-        return which * EVERY, self._known[which]
+        which = min(sample // SAVE_EVERY, len(self._known) - 1)
+        return which * SAVE_EVERY, self._known[which]
 
-    def note(self, sample: int, place: Place) -> None:
+    def note(self, sample: int, place: StreamPosition) -> None:
         """Where a sample begins; samples come in order from one whose place is known."""
-        if sample != len(self._known) * EVERY:
+        if sample != len(self._known) * SAVE_EVERY:
             return
         self._known.append(place)
         if self._path and len(self._known) > self._saved:
@@ -107,7 +107,7 @@ class Places:
                     and found.dtype == np.int64
                     and len(found) > len(self._known)
                 ):
-                    self._known = [Place(*row) for row in found.tolist()]
+                    self._known = [StreamPosition(*row) for row in found.tolist()]
                     self._saved = len(self._known)
 
     def _write(self, path: Path) -> None:
@@ -119,15 +119,19 @@ class Places:
             self._path = None
 
 
-class Stream:
+class SampleStream:
     """The samples of one stream."""
 
     def __init__(
-        self, get: Callable[[int, int], tuple[int, Document]], fill: Filler, length: int, places: Places
+        self,
+        get: Callable[[int, int], tuple[int, Document]],
+        fill: Filler,
+        length: int,
+        places: SamplePositions,
     ) -> None:
         """`get`: (row, first row that is still wanted) -> as `Get`."""
         self._get, self._fill, self._length, self._places = get, fill, length, places
-        self._next, self._place = 0, Place(0, 0)
+        self._next, self._place = 0, StreamPosition(0, 0)
 
     def missing(self, number: int) -> int:
         """Samples that must be made before sample `number`."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.config.schema import Run
-from ascendspeed.data.dataset import rounds
+from ascendspeed.data.dataset import micro_batch_starts
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.engines import StepResult
 
@@ -51,7 +51,7 @@ class Health:
     def _blame(self, before: TrainState, result: StepResult) -> str:
         """Ranks and samples, of a skipped iteration: those with a loss that is not finite, or else all of them."""
         size = self._run.train.micro_batch_size
-        starts = rounds(
+        starts = micro_batch_starts(
             before.samples, self._run.train.global_batch_size, size, self._grid.dp_rank, self._grid.dp
         )
         mine = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]

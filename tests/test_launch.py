@@ -2,12 +2,14 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
+import recipes
 from helpers import launch
 
 RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
@@ -15,31 +17,30 @@ RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
 
 @pytest.fixture
 def started(tmp_path):
-    """Runs the recipe; returns its exit code and what it would have started."""
+    """Runs the recipe; returns its exit code and the command line that it would have started."""
     for name in ("deepspeed", "torchrun"):
         path = tmp_path / name
         path.write_text(f'#!/bin/sh\necho {name} "$@"\n')
         path.chmod(0o755)
 
     def go(*flags: str, **env: str) -> tuple[int, str]:
-        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
-        bare = {
-            k: v
-            for k, v in launch.environment().items()
-            if k not in ("NPROC", "HOSTFILE", "NNODES", "MODEL", "DATA", "SAVE")
-        }
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", RECIPE, *flags], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+            ["bash", RECIPE, *flags],
+            env=recipes.clean(PATH=path, **env),
+            cwd=launch.ROOT,
+            capture_output=True,
+            text=True,
         )
         return done.returncode, done.stdout + done.stderr
 
     return go
 
 
-def test_as_it_stands_it_is_the_published_run_on_every_device(started):
-    code, said = started()
+def test_defaults_are_the_published_run_on_every_device(started):
+    code, output = started()
     assert code == 0
-    assert said.startswith(
+    assert output.startswith(
         "deepspeed --no_local_rank --master_port 29500 pretrain_intern.py --deepspeed --zero-stage 2 "
     )
     for words in (
@@ -50,31 +51,31 @@ def test_as_it_stands_it_is_the_published_run_on_every_device(started):
         "--load ./model_weights",
         "--save ./ckpt",
     ):
-        assert words in said
+        assert words in output
 
 
 def test_values_from_the_environment_and_flags_at_the_end(started):
-    _, said = started(
+    _, output = started(
         "--train-iters", "7", NPROC="4", DTYPE="fp32", CHECKPOINT="", DATA="0.3 a 0.7 b", MASTER_PORT="1234"
     )
-    assert "--master_port 1234 --num_accelerators 4 pretrain_intern.py" in said
-    assert "--bf16" not in said
-    assert "--load" not in said
-    assert "--data-path 0.3 a 0.7 b --tokenizer" in said
-    assert said.rstrip().endswith("--train-iters 7")
+    assert "--master_port 1234 --num_accelerators 4 pretrain_intern.py" in output
+    assert "--bf16" not in output
+    assert "--load" not in output
+    assert "--data-path 0.3 a 0.7 b --tokenizer" in output
+    assert output.rstrip().endswith("--train-iters 7")
 
 
 def test_several_nodes_by_a_hostfile(started):
-    _, said = started(HOSTFILE="hosts")
-    assert said.startswith(
+    _, output = started(HOSTFILE="hosts")
+    assert output.startswith(
         "deepspeed --no_local_rank --master_port 29500 --hostfile hosts pretrain_intern.py"
     )
 
 
 def test_several_nodes_by_torchrun_on_each(started):
-    _, said = started(NNODES="4", NODE_RANK="1", MASTER_ADDR="node0", NPROC="8")
-    wanted = "torchrun --nnodes 4 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 29500 -- pretrain_intern.py"
-    assert said.startswith(wanted)
+    _, output = started(NNODES="4", NODE_RANK="1", MASTER_ADDR="node0", NPROC="8")
+    expected = "torchrun --nnodes 4 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 29500 -- pretrain_intern.py"
+    assert output.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -86,27 +87,27 @@ def test_several_nodes_by_torchrun_on_each(started):
         ({"DTYPE": "int8"}, "error: DTYPE=int8 is not one of bf16, fp16, fp32"),
     ],
 )
-def test_what_is_missing_is_named(started, env, message):
-    code, said = started(**env)
-    assert (code, said.count("\n")) == (2, 1)
-    assert message in said
-    assert "pretrain_intern.py" not in said
+def test_missing_variables_are_named(started, env, message):
+    code, output = started(**env)
+    assert (code, output.count("\n")) == (2, 1)
+    assert message in output
+    assert "pretrain_intern.py" not in output
 
 
 # -- signals and restarts -----------------------------------------------------------------------------------------------------
 
 LAUNCHER = """#!/usr/bin/env bash
-# Like DeepSpeed's: it does not pass SIGTERM on; its rank takes a moment to save, and ends with a code of its own.
-echo "$@" >> "$SAID"
+# Like DeepSpeed's launcher: it does not forward SIGTERM, and its rank exits with a code of its own.
+echo "$@" >> "$LOG"
 RANK=0 bash -c '
-    trap "echo told >> $SAID; exit 75" TERM
-    trap "echo usr1 >> $SAID; exit 75" USR1
-    echo ready >> $SAID
+    trap "echo term >> $LOG; exit 75" TERM
+    trap "echo usr1 >> $LOG; exit 75" USR1
+    echo ready >> $LOG
     for i in {1..600}; do sleep 0.05; done
 ' &
 if [ -n "${CODES:-}" ]; then
     kill -9 $!
-    n=$(grep -c pretrain "$SAID")
+    n=$(grep -c pretrain "$LOG")
     code=$(cut -d' ' -f"$n" <<< "$CODES")
     [ -z "${HIDES:-}" ] || { echo "$code" > "$EXIT_CODE_FILE"; code=1; }
     exit "$code"
@@ -118,35 +119,35 @@ exit $?
 
 @pytest.fixture
 def recipe(tmp_path):
-    """Starts the recipe over a stand-in for `deepspeed`; what that was told stands in said."""
+    """Starts the recipe over a stand-in for `deepspeed`; its arguments and signals are lines of `go.log`."""
     (tmp_path / "deepspeed").write_text(LAUNCHER)
     (tmp_path / "deepspeed").chmod(0o755)
 
     def go(*flags: str, **env: str) -> subprocess.Popen:
-        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SAID": str(go.said), **env}
+        environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(go.log), **env}
         return subprocess.Popen(
             ["bash", RECIPE, *flags],
-            env=launch.environment() | own,
+            env=launch.environment() | environment,
             cwd=launch.ROOT,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    go.said = tmp_path / "said"
+    go.log = tmp_path / "log"
     return go
 
 
 @pytest.mark.parametrize(
-    ("number", "word"), [(signal.SIGTERM, "told"), (signal.SIGUSR1, "usr1"), (signal.SIGINT, "told")]
+    ("number", "word"), [(signal.SIGTERM, "term"), (signal.SIGUSR1, "usr1"), (signal.SIGINT, "term")]
 )
 def test_a_signal_to_the_recipe_reaches_the_ranks(recipe, number, word):
     """And only them: the launcher waits for them, and their code comes out; no restart after that."""
     process = recipe(RESTARTS="3")
-    while not recipe.said.exists() or "ready" not in recipe.said.read_text():
+    while not recipe.log.exists() or "ready" not in recipe.log.read_text():
         time.sleep(0.05)
     process.send_signal(number)
     assert process.wait(60) == 75
-    lines = recipe.said.read_text().splitlines()
+    lines = recipe.log.read_text().splitlines()
     assert lines[1:] == ["ready", word]
 
 
@@ -167,7 +168,7 @@ def test_restarts(recipe, codes, restarts, code, starts, hides):
         code = 75 if code == 0 else code
     process = recipe("--lr", "1", CODES=codes, RESTARTS=restarts, HIDES=hides)
     assert process.wait(60) == code
-    lines = [line for line in recipe.said.read_text().splitlines() if "pretrain" in line]
+    lines = [line for line in recipe.log.read_text().splitlines() if "pretrain" in line]
     assert len(lines) == starts
     assert [line.endswith(" --auto-resume") for line in lines] == [False] + [True] * (starts - 1)
     assert all(line.count("--auto-resume") <= 1 for line in lines)
@@ -176,13 +177,13 @@ def test_restarts(recipe, codes, restarts, code, starts, hides):
 # -- before there are ranks ---------------------------------------------------------------------------------------------------
 
 SLOW = """#!/usr/bin/env bash
-# Like DeepSpeed's: a runner that imports, then a launcher that imports, then the ranks; none of them passes a signal on.
-echo runner >> "$SAID"
+# Like DeepSpeed's: a runner that imports, then a launcher that imports, then the ranks; none forwards a signal.
+echo runner >> "$LOG"
 sleep "$FIRST"
 bash -c '
-    echo launcher >> "$SAID"
+    echo launcher >> "$LOG"
     sleep "$SECOND"
-    RANK=0 bash -c "trap \\"\\" HUP; echo rank >> \\"\\$SAID\\"; exec sleep 600" &
+    RANK=0 bash -c "trap \\"\\" HUP; echo rank >> \\"\\$LOG\\"; exec sleep 600" &
     wait
 ' &
 wait
@@ -190,46 +191,47 @@ wait
 GENERATION = "examples/intern/generate_internlm_7b_deepspeed.sh"
 
 
-def alive(said) -> list[str]:
+def alive(log) -> list[str]:
     """Processes that have this file in their environment."""
-    mark, found = f"SAID={said}".encode(), []
-    for place in Path("/proc").glob("[0-9]*/environ"):
+    mark = f"LOG={log}".encode()
+    processes = []
+    for environment in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if mark in place.read_bytes().split(b"\0"):
-                found.append(place.parent.name)
-    return found
+            if mark in environment.read_bytes().split(b"\0"):
+                processes.append(environment.parent.name)
+    return processes
 
 
 @pytest.fixture
 def slow(tmp_path):
-    """Starts a script over a `deepspeed` that takes its time; waits until a word stands in `said`."""
+    """Starts a script over a `deepspeed` that takes its time; waits until a word is in the log."""
     (tmp_path / "deepspeed").write_text(SLOW)
     (tmp_path / "deepspeed").chmod(0o755)
-    said = tmp_path / "said"
+    log = tmp_path / "log"
 
     def go(script: str, until: str, **env: str) -> subprocess.Popen:
-        own = {
+        environment = {
             "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
-            "SAID": str(said),
+            "LOG": str(log),
             "NPROC": "2",
             "FIRST": "0",
             "SECOND": "0",
         }
         process = subprocess.Popen(
             ["bash", script],
-            env=launch.environment() | own | env,
+            env=launch.environment() | environment | env,
             cwd=launch.ROOT,
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
         )
-        while not said.exists() or until not in said.read_text():
+        while not log.exists() or until not in log.read_text():
             time.sleep(0.02)
         return process
 
-    go.said = said
+    go.log = log
     yield go
-    for pid in alive(said):
+    for pid in alive(log):
         os.kill(int(pid), signal.SIGKILL)
 
 
@@ -238,23 +240,23 @@ def slow(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_there_are_ranks_ends_all(slow, script, until, env, number):
     process = slow(script, until, **env)
-    assert alive(slow.said)  # control: it is seen
+    assert alive(slow.log)  # control: it is seen
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     interrupted = script == GENERATION and number == signal.SIGINT
-    assert (process.returncode, said.count("interrupted")) == ((130, 1) if interrupted else (143, 0))
+    assert (process.returncode, errors.count("interrupted")) == ((130, 1) if interrupted else (143, 0))
     time.sleep(1.2)  # in which ranks would have come
-    assert alive(slow.said) == []
-    assert "rank" not in slow.said.read_text()
+    assert alive(slow.log) == []
+    assert "rank" not in slow.log.read_text()
 
 
 def test_ctrl_c_of_answers_that_nobody_can_cut_short(slow):
     """A rank that does not listen to it ends; so does all, as interrupted."""
     process = slow(GENERATION, "rank")
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, "interrupted\n")
-    assert alive(slow.said) == []
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "interrupted\n")
+    assert alive(slow.log) == []
 
 
 def test_a_killed_shell_leaves_no_answers_behind(slow):
@@ -263,6 +265,31 @@ def test_a_killed_shell_leaves_no_answers_behind(slow):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     end = time.monotonic() + 30
-    while alive(slow.said):
+    while alive(slow.log):
         assert time.monotonic() < end
         time.sleep(0.1)
+
+
+# -- pipes ---------------------------------------------------------------------------------------------------------------------
+
+SCRIPTS = [
+    path
+    for pattern in ("*.sh", "*.sbatch")
+    for path in launch.ROOT.rglob(pattern)
+    if ".venv" not in path.parts
+]
+RACES = re.compile(r"\b(echo|printf|yes)\b[^|\n]*\|(?!\|)|\|\s*(head|grep -q)\b")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_no_pipe_can_end_a_script_by_sigpipe(script):
+    """Under pipefail a writer whose reader ends first fails the script with 141: here-strings and variables do not."""
+    lines = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
+    code = [re.sub(r"\s{2,}#.*|\bcase\b.*", "", line) for line in lines]
+    assert not [line for line in code if RACES.search(line)]
+
+
+def test_a_race_is_recognised():
+    assert RACES.search('echo "$QUESTION" | MODEL=x bash run.sh')
+    assert RACES.search("scontrol show hostnames | head -n 1")
+    assert not RACES.search('cmd <<< "$TEXT" || echo failed')

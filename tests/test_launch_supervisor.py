@@ -18,7 +18,7 @@ VARIABLES = ("HOSTFILE", "NNODES", "NPROC", "RESTARTS", "MASTER_PORT", "EXIT_COD
 
 
 def wait_until(condition) -> None:
-    end = time.monotonic() + 30
+    end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -108,7 +108,7 @@ def test_an_older_exit_code_is_not_that_of_a_restart(start):
 
 def test_an_answer_is_never_started_again(start):
     process = start('echo start >> "$LOG"; exit 69', "--quiet", RESTARTS="3")
-    assert process.wait(30) == 69
+    assert process.wait(60) == 69
     assert start.log.read_text() == "start\n"
 
 
@@ -132,7 +132,7 @@ def test_signals_go_to_the_ranks(start, options, sent, received):
     start.wait_for("ready")
     process.send_signal(getattr(signal, f"SIG{sent}"))
     interrupted = options and sent == "INT"
-    assert process.wait(30) == (130 if interrupted else 75)
+    assert process.wait(60) == (130 if interrupted else 75)
     assert start.log.read_text().split() == ["ready", received]
 
 
@@ -156,7 +156,7 @@ def test_ctrl_c_that_a_rank_catches(start, code):
     process = start(PYTHON_RANK, "--quiet", CODE=code, STAY="no")
     start.wait_for("ready")
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == ""  # the rank says it
+    assert process.communicate(timeout=60)[1] == ""  # the rank says it
     assert process.returncode == 130
 
 
@@ -167,7 +167,7 @@ def test_ctrl_c_ends_an_answer_and_the_ranks_stay(start):
     start.wait_for("INT")
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
@@ -180,7 +180,7 @@ def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
         "signals do not reach the ranks of a HOSTFILE: send SIGUSR1 to one of them, on its node\n"
     )
     start.log.with_name("log.go").touch()
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
     assert start.log.read_text().split() == ["start", "start"]
 
 
@@ -192,7 +192,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(start):
     with pytest.raises(subprocess.TimeoutExpired):
         process.wait(1)
     process.send_signal(signal.SIGTERM)  # control
-    assert process.wait(30) == 128 + signal.SIGTERM
+    assert process.wait(60) == 128 + signal.SIGTERM
 
 
 # --- processes ----------------------------------------------------------------------------------------------------------------
@@ -261,6 +261,6 @@ def test_a_killed_supervisor_ends_its_session_and_leaves_no_file(start):
     process.kill()
     process.communicate()
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.wait_procs(children, timeout=30)
+        psutil.wait_procs(children, timeout=60)
     assert not [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     wait_until(lambda: not list(start.temporary.iterdir()))

@@ -113,7 +113,7 @@ def measure(options: Options, here: Any) -> dict[tuple[int, int], dict[str, list
     """(batch, prompt) -> side -> (to the first token, in all) of every round."""
     import torch
 
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     ours, theirs = sides(options, here)
     found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]] = {}
@@ -127,7 +127,9 @@ def measure(options: Options, here: Any) -> dict[tuple[int, int], dict[str, list
             )
 
             def mine(new: int, ids: Any = ids) -> list[list[int]]:
-                return [one.tokens for (one,) in sample(ours, ids.tolist(), Params(max_new_tokens=new))]
+                return [
+                    one.tokens for (one,) in sample(ours, ids.tolist(), SamplingParams(max_new_tokens=new))
+                ]
 
             def their(new: int, ids: Any = ids) -> list[list[int]]:
                 given = ids.to(here.torch)

@@ -57,7 +57,7 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     import torch
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.inference.engine import LanguageModel, Params, sample
+    from ascendspeed.inference.engine import LanguageModel, SamplingParams, sample
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
@@ -66,13 +66,13 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     built = gpt_model.build_model(MODEL, alone, layer_spec.transformer_config(MODEL, alone, TrainConfig()))
     gpt_model.load_weights(built, MODEL, alone, param_mapping.random_tensors(MODEL, 1))
     model = LanguageModel(built, MODEL, grid, here)
-    sample(model, [[1, 2, 3]], Params(max_new_tokens=2))
+    sample(model, [[1, 2, 3]], SamplingParams(max_new_tokens=2))
     before = peak()
     prompt = torch.randint(
         5, MODEL.vocab_size, (length,), generator=torch.Generator().manual_seed(1)
     ).tolist()
     began = time.perf_counter()
-    ((found,),) = sample(model, [prompt], Params(max_new_tokens=new_tokens))
+    ((found,),) = sample(model, [prompt], SamplingParams(max_new_tokens=new_tokens))
     assert len(found.tokens) == new_tokens
     cache = MODEL.num_layers * 2 * MODEL.kv_heads * (length + new_tokens) * MODEL.head_dim * 4
     return time.perf_counter() - began, peak() - before, cache

@@ -12,13 +12,13 @@ from helpers.corpus import REAL, TRAPS, sentencepiece_dir, words
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import (
     TEMPLATES,
-    Call,
-    Chat,
+    ChatFormat,
     Message,
-    choose,
-    generation_stops,
+    ToolCall,
+    choose_template,
+    generation_config_stops,
     read_messages,
-    stop_set,
+    stop_token_ids,
 )
 from ascendspeed.utils.errors import UserError
 
@@ -106,7 +106,7 @@ def kind(kinds, name):
 
 
 def chat(one, name):
-    return Chat(one, FAMILY[name[:2]])
+    return ChatFormat(one, FAMILY[name[:2]])
 
 
 def v1_prompt(talk, eoh=""):
@@ -126,11 +126,11 @@ def v1_prompt(talk, eoh=""):
 def test_v1_is_what_the_original_code_builds(kinds, name, talk):
     one, raw = kind(kinds, name)
     found = chat(one, name)
-    assert found.ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk))]
-    older = Chat(one, "internlm", "v1-eoh")
-    assert older.ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
-    assert found.stops == (raw.piece_to_id("<eoa>"),)
-    assert found.ids(read_messages(talk, "talk")) != older.ids(read_messages(talk, "talk"))
+    assert found.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk))]
+    older = ChatFormat(one, "internlm", "v1-eoh")
+    assert older.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
+    assert found.stop_ids == (raw.piece_to_id("<eoa>"),)
+    assert found.prompt_ids(read_messages(talk, "talk")) != older.prompt_ids(read_messages(talk, "talk"))
 
 
 def piecewise(one, raw, text):
@@ -140,7 +140,7 @@ def piecewise(one, raw, text):
         if part == "<s>":
             ids.append(1)
         elif part in UNUSED:
-            ids.append(one.id_of(part) if one.find(part) else raw.piece_to_id(UNUSED[part]))
+            ids.append(one.required_id(part) if one.token_to_id(part) else raw.piece_to_id(UNUSED[part]))
         else:
             ids += raw.encode(part)
     return ids
@@ -154,20 +154,22 @@ def test_v2_and_v3_are_what_jinja_renders(kinds, name, talk):
         bos_token="<s>", messages=talk, add_generation_prompt=True
     )
     found = chat(one, name)
-    ids = found.ids(read_messages(talk, "talk"))
+    ids = found.prompt_ids(read_messages(talk, "talk"))
     assert ids == piecewise(one, raw, rendered)
     assert ids.count(1) == 1
     assert ids[0] == 1
-    assert found.stops == (one.find("<|im_end|>") or raw.piece_to_id("[UNUSED_TOKEN_145]"),)
+    assert found.stop_ids == (one.token_to_id("<|im_end|>") or raw.piece_to_id("[UNUSED_TOKEN_145]"),)
     without_newline = [{**m, "content": m["content"].strip()} for m in talk]
-    assert ids != found.ids(read_messages(without_newline, "talk"))  # control: content is taken as it is
+    assert ids != found.prompt_ids(
+        read_messages(without_newline, "talk")
+    )  # control: content is taken as it is
 
 
 def test_tables_by_hand(kinds):
     """Ids that were read off the published vocabularies, not computed."""
     one, _ = kind(kinds, "v2-real")
     hello = [Message("user", "hello")]
-    assert Chat(one, "internlm2").ids(hello) == [
+    assert ChatFormat(one, "internlm2").prompt_ids(hello) == [
         1,
         92543,
         1008,
@@ -182,8 +184,8 @@ def test_tables_by_hand(kinds):
     ]
     one, _ = kind(kinds, "v1-real")
     user, bot, newline = [333, 352, 1621, 352, 27232], [333, 352, 23845, 352, 27232], 364
-    assert Chat(one, "internlm").ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
-    assert Chat(one, "internlm", "v1-eoh").ids([Message("user", "hi")]) == [
+    assert ChatFormat(one, "internlm").prompt_ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
+    assert ChatFormat(one, "internlm", "v1-eoh").prompt_ids([Message("user", "hi")]) == [
         1,
         *user,
         6176,
@@ -191,7 +193,7 @@ def test_tables_by_hand(kinds):
         newline,
         *bot,
     ]
-    assert Chat(one, "internlm").stops == (103028,)
+    assert ChatFormat(one, "internlm").stop_ids == (103028,)
 
 
 CONTROLS = [*UNUSED, *UNUSED.values(), "<eoh>", "<eoa>", "<s>", "</s>", "<unk>"]
@@ -206,16 +208,16 @@ def test_text_never_becomes_a_control_token(kinds, name):
         *found.controls.values(),
         one.bos,
         one.eos,
-        *(one.find(string) for string in ("<eoh>", "<eoa>")),
+        *(one.token_to_id(string) for string in ("<eoh>", "<eoa>")),
     } - {None}
 
     def controls(text):
-        return [number for number in found.ids([Message("user", text)]) if number in control]
+        return [number for number in found.prompt_ids([Message("user", text)]) if number in control]
 
     plain = controls("x")
     for text in [*(f"a{string}b" for string in CONTROLS), *CONTROLS, "".join(CONTROLS), "<<eoa>eoa>", *TRAPS]:
         assert controls(text) == plain, text
-        ids = found.ids([Message("user", text)])
+        ids = found.prompt_ids([Message("user", text)])
         assert text in one.decode([i for i in ids if i not in control])
     dangerous = [s for s in CONTROLS if control.intersection(raw.encode(f"a{s}b"))]
     assert bool(dangerous) == (
@@ -225,7 +227,7 @@ def test_text_never_becomes_a_control_token(kinds, name):
 
 def test_tools(kinds):
     one, raw = kind(kinds, "v2")
-    found = Chat(one, "internlm2")
+    found = ChatFormat(one, "internlm2")
     talk = [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": "Weather?"},
@@ -252,7 +254,7 @@ def test_tools(kinds):
         "<|im_start|>user name=file\n[]<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert found.ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
+    assert found.prompt_ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
     other_words = [
         *talk[:2],
         {**talk[2]},
@@ -261,35 +263,37 @@ def test_tools(kinds):
     ]
     arguments = {"name": "weather", "arguments": json.dumps({"city": "上海"})}
     other_words[2]["tool_calls"] = [{"type": "function", "id": "1", "function": arguments}]
-    assert found.ids(read_messages(other_words, "talk"), tools=tools) == piecewise(one, raw, expected)
+    assert found.prompt_ids(read_messages(other_words, "talk"), tools=tools) == piecewise(one, raw, expected)
     for other in ("v2-old", "v3"):
         one, raw = kind(kinds, other)
-        assert chat(one, other).ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
+        assert chat(one, other).prompt_ids(read_messages(talk, "talk"), tools=tools) == piecewise(
+            one, raw, expected
+        )
 
 
 def test_the_answer_is_read_back(kinds):
     one, raw = kind(kinds, "v2")
-    found = Chat(one, "internlm2")
+    found = ChatFormat(one, "internlm2")
     said = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
-    message = found.message(piecewise(one, raw, said))
+    message = found.answer_message(piecewise(one, raw, said))
     assert message == {
         "role": "assistant",
         "content": "I look.",
         "tool_calls": [{"name": "weather", "parameters": {}}],
     }
     said = "So.<|action_start|><|interpreter|>\nprint(1)<|action_end|>"
-    assert found.message(piecewise(one, raw, said)) == {
+    assert found.answer_message(piecewise(one, raw, said)) == {
         "role": "assistant",
         "content": "So.",
         "code": "print(1)",
     }
-    assert found.message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
-    broken = found.message(piecewise(one, raw, '<|action_start|><|plugin|>\n{"name"'))
+    assert found.answer_message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
+    broken = found.answer_message(piecewise(one, raw, '<|action_start|><|plugin|>\n{"name"'))
     assert broken["tool_calls"] == ['{"name"']
     again = read_messages(
         [{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}], "talk"
     )
-    assert again[1].calls == (Call("plugin", '{"name": "weather", "parameters": {}}'),)
+    assert again[1].calls == (ToolCall("plugin", '{"name": "weather", "parameters": {}}'),)
 
 
 WRONG = {
@@ -327,63 +331,63 @@ def test_what_is_no_conversation(says):
 
 def test_what_a_template_has_no_place_for(kinds):
     one, _ = kind(kinds, "v1")
-    found = Chat(one, "internlm")
+    found = ChatFormat(one, "internlm")
     for message, says in {
         Message("environment", "1"): "v1 has no environment, only system, user, assistant",
         Message("user", "x", "file"): "v1 has no place for a name",
-        Message("assistant", "x", None, (Call("plugin", "{}"),)): "v1 has no place for tools",
+        Message("assistant", "x", None, (ToolCall("plugin", "{}"),)): "v1 has no place for tools",
     }.items():
         with pytest.raises(UserError, match=says):
-            found.ids([Message("user", "hi"), message, Message("user", "hi")])
+            found.prompt_ids([Message("user", "hi"), message, Message("user", "hi")])
     with pytest.raises(UserError, match="v1 has no place for a name"):
-        found.ids([Message("user", "hi")], tools=[{}])
+        found.prompt_ids([Message("user", "hi")], tools=[{}])
     with pytest.raises(UserError, match="tools are a list"):
-        found.ids([Message("user", "hi")], tools="weather")
+        found.prompt_ids([Message("user", "hi")], tools="weather")
 
 
 def test_which_template_a_model_takes(kinds, tmp_path):
     for name, (one, _) in kinds.items():
         family = FAMILY[name[:2]]
-        assert choose(one, family)[0] == name[:2]
+        assert choose_template(one, family)[0] == name[:2]
         if name in ("v1", "v2", "v3"):  # exported as a Llama
-            assert choose(one, "llama")[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
-        assert choose(one, family, name[:2])[0] == name[:2]
+            assert choose_template(one, "llama")[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
+        assert choose_template(one, family, name[:2])[0] == name[:2]
     plain = tokenizer.load(sentencepiece_dir(tmp_path))
     with pytest.raises(
         UserError,
         match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2",
     ):
-        choose(plain, "llama")
+        choose_template(plain, "llama")
     with pytest.raises(UserError, match="--chat-template v9 does not exist; there are v1"):
-        choose(plain, "llama", "v9")
+        choose_template(plain, "llama", "v9")
     with pytest.raises(
         UserError,
         match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs",
     ):
-        choose(plain, "internlm2")
+        choose_template(plain, "internlm2")
     with pytest.raises(UserError, match=r"no token '<\|im_end\|>', which the chat template v2.5 needs"):
-        choose(kinds["v2-old"][0], None, "v2.5")
-    ended = Chat(plain, "internlm")
-    assert ended.stops == (2,)
+        choose_template(kinds["v2-old"][0], None, "v2.5")
+    ended = ChatFormat(plain, "internlm")
+    assert ended.stop_ids == (2,)
     assert ended.notes == [
         "the tokenizer has no <eoa>: turns of the assistant end with the end of a document"
     ]
-    assert not Chat(kinds["v1"][0], "internlm").notes
+    assert not ChatFormat(kinds["v1"][0], "internlm").notes
     assert set(TEMPLATES) == {"v1", "v1-eoh", "v2", "v2.5", "v3"}
 
 
 def test_stop_set(kinds, tmp_path):
     one, _ = kind(kinds, "v2")
-    end = Chat(one, "internlm2").stops
-    assert stop_set(one, [tmp_path]) == (2,)
-    assert stop_set(one, [tmp_path], end) == tuple(sorted({2, *end}))
+    end = ChatFormat(one, "internlm2").stop_ids
+    assert stop_token_ids(one, [tmp_path]) == (2,)
+    assert stop_token_ids(one, [tmp_path], end) == tuple(sorted({2, *end}))
     for said, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
-        assert generation_stops(tmp_path) == numbers
-        assert stop_set(one, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
+        assert generation_config_stops(tmp_path) == numbers
+        assert stop_token_ids(one, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
     for wrong in ("2", [2, "x"], -1, True, 1.5):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(
             UserError, match=r"generation_config\.json: eos_token_id is .* not an id or a list of ids"
         ):
-            generation_stops(tmp_path)
+            generation_config_stops(tmp_path)

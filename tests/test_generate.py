@@ -171,7 +171,7 @@ def test_equals_hugging_face(cpu, name):
 
 
 def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Path) -> None:
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     cases = {}
     for name in names:
@@ -198,7 +198,7 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
         name = case.split()[0]
         tensors = tensors_of(MODELS[name])
         drawn = [[tokens for tokens, _, _ in each] for each in answer["texts"].pop("drawn")]
-        alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, Params(**DRAWS))
+        alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, SamplingParams(**DRAWS))
         assert drawn == texts(alone), case  # the same seed, the same text
         check(hugging_face(MODELS[name], tensors, rope_of(MODELS[name])), answer)
 
@@ -277,7 +277,7 @@ LONG = [[1, *range(2, 100)], [1, *range(30, 60)], [1, *range(5, 79)], [1, 7, 7, 
 
 def test_rows_that_finish_leave_the_others_their_rope(cpu):
     """Stop tokens, several draws, beams and a penalty, beyond the trained length: as each prompt alone."""
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, _ = asked_of(cpu, "v3")
     for more in (
@@ -291,7 +291,7 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
         },
         {"num_beams": 3, "stop_ids": STOPS},
     ):
-        params = Params(max_new_tokens=16, **more)
+        params = SamplingParams(max_new_tokens=16, **more)
         together = texts(sample(asked, LONG, params))
         assert together == [
             texts(sample(asked, [prompt], params, numbers=[i]))[0] for i, prompt in enumerate(LONG)
@@ -301,12 +301,12 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
 def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
     from ascendspeed.inference.engine import language_model as model
 
-    monkeypatch.setattr(model, "CHUNK", 40)  # several chunks
+    monkeypatch.setattr(model, "PREFILL_CHUNK", 40)  # several chunks
     asked, dynamic = asked_of(cpu, name)
-    found = [one.tokens for (one,) in sample(asked, LONG, Params(max_new_tokens=24))]
+    found = [one.tokens for (one,) in sample(asked, LONG, SamplingParams(max_new_tokens=24))]
     for prompt, mine in zip(LONG, found, strict=True):
         assert mine == uncached(pinned(name, len(prompt)), prompt, 24)
     # Control: the base of every length anew, as without a cache, is another function.
@@ -317,11 +317,11 @@ def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
     """Each row with the base of its own length (Hugging Face's model keeps the longest it met); short ones share what is common."""
-    from ascendspeed.inference.engine import score
+    from ascendspeed.inference.engine import score_continuations
 
     asked, _ = asked_of(cpu, name)
     requests = [(LONG[0][:n], [7, 8]) for n in (30, 31, 70, 80, 90)] + [(LONG[0][:90], [9]), (LONG[0], [3])]
-    for (context, continuation), one in zip(requests, score(asked, requests), strict=True):
+    for (context, continuation), one in zip(requests, score_continuations(asked, requests), strict=True):
         text = [*context, *continuation[:-1]]
         logs = logs_of(pinned(name, len(text)), text)[len(context) - 1 :]
         assert one.logprob == pytest.approx(
@@ -335,8 +335,8 @@ def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
 def test_warping_is_hugging_faces():
     from transformers.generation import logits_process as hf
 
-    from ascendspeed.inference.engine.logits_processors import penalized, warped
-    from ascendspeed.inference.engine.sampling_params import Params
+    from ascendspeed.inference.engine.logits_processors import apply_repetition_penalty, warp_logits
+    from ascendspeed.inference.engine.sampling_params import SamplingParams
 
     scores = torch.randn(5, 200, generator=torch.Generator().manual_seed(1)) * 3
     seen = torch.tensor([[1, 2, 3], [4, 4, 4], [0, 9, 199], [7, 8, 9], [50, 60, 70]])
@@ -353,16 +353,16 @@ def test_warping_is_hugging_faces():
         wanted = hf.TopKLogitsWarper(k)(seen, wanted) if k else wanted
         wanted = hf.TopPLogitsWarper(p)(seen, wanted) if p < 1 else wanted
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, seen, True) if penalty != 1 else None
-        found = warped(
-            penalized(scores, mask, penalty),
-            Params(do_sample=True, temperature=temperature, top_k=k, top_p=p),
+        found = warp_logits(
+            apply_repetition_penalty(scores, mask, penalty),
+            SamplingParams(do_sample=True, temperature=temperature, top_k=k, top_p=p),
         )
         assert torch.equal(found, wanted)
 
 
 def test_draws_follow_the_probabilities():
     """Chi-square of 20,000 draws, of one at a time and of several; never what is -inf. A control is far off."""
-    from ascendspeed.inference.engine.logits_processors import draw, draw_several
+    from ascendspeed.inference.engine.logits_processors import sample_from_logits, sample_without_replacement
 
     scores, n = torch.tensor([[0.0, 1.0, float("-inf"), 2.0, -1.0, float("-inf")]]), 20_000
     generator = torch.Generator().manual_seed(2)
@@ -374,22 +374,22 @@ def test_draws_follow_the_probabilities():
         return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
 
     uniforms = torch.rand(n, generator=generator, dtype=torch.float64)
-    counts = draw(scores.expand(n, -1), uniforms).bincount(minlength=6).double()
+    counts = sample_from_logits(scores.expand(n, -1), uniforms).bincount(minlength=6).double()
     assert far(counts, wanted) < 16.3  # 3 degrees of freedom: 0.1 %
     assert far(counts, (scores * 1.1).softmax(-1)[0].double() * n) > 16.3
     noise = torch.rand(n, 6, generator=generator, dtype=torch.float64)
-    values, at = draw_several(scores.expand(n, -1), noise, 2)
+    values, at = sample_without_replacement(scores.expand(n, -1), noise, 2)
     assert far(at[:, 0].bincount(minlength=6).double(), wanted) < 16.3
     assert (at[:, 0] != at[:, 1]).all()
     assert torch.equal(values, scores[0][at])
-    assert draw(scores, torch.tensor([1.0 - 2**-53], dtype=torch.float64)).item() == 4
+    assert sample_from_logits(scores, torch.tensor([1.0 - 2**-53], dtype=torch.float64)).item() == 4
 
 
 def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, _ = asked_of(cpu, "v2")
-    params = Params(do_sample=True, max_new_tokens=20, temperature=1.5, top_k=40, seed=7)
+    params = SamplingParams(do_sample=True, max_new_tokens=20, temperature=1.5, top_k=40, seed=7)
     together = sample(asked, PROMPTS, params)
     assert texts(sample(asked, PROMPTS[:1], params)) == texts(together[:1])
     assert together[3][0].tokens != together[4][0].tokens  # equal prompts have streams of their own
@@ -404,50 +404,57 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
 
 @pytest.mark.parametrize("seed", [-1, -2, 2**63, 2**63 + 1, 2**64 - 3])
 def test_seeds_have_streams_of_their_own(seed):
-    from ascendspeed.inference.engine.logits_processors import stream
+    from ascendspeed.inference.engine.logits_processors import random_stream
 
     others = [
-        stream(other, 0).random()
+        random_stream(other, 0).random()
         for other in (-1, -2, -1000, 0, 1, 2**63, 2**63 + 1, 2**64 - 3)
         if other != seed
     ]
-    assert stream(seed, 0).random() not in others
-    assert stream(seed, 0).random() == stream(seed, 0).random() != stream(seed, 1).random()
+    assert random_stream(seed, 0).random() not in others
+    assert (
+        random_stream(seed, 0).random() == random_stream(seed, 0).random() != random_stream(seed, 1).random()
+    )
 
 
 # ---------------------------------------------------------------- what is shared
 
 
 def rows_of(*tokens: list[int]):
-    from ascendspeed.inference.engine.loglikelihood import Input
+    from ascendspeed.inference.engine.loglikelihood import ScoringRow
 
-    return [Input(tuple(row), len(row) - 1, [i]) for i, row in enumerate(sorted(tokens))]
+    return [ScoringRow(tuple(row), len(row) - 1, [i]) for i, row in enumerate(sorted(tokens))]
 
 
 def test_groups_share_what_saves_more_than_it_costs():
-    from ascendspeed.inference.engine.loglikelihood import groups
+    from ascendspeed.inference.engine.loglikelihood import group_by_prefix
 
     few = [*range(50)]
     questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
     model = replace(MODELS["v2.5"], max_position_embeddings=64)
-    found = {group.shared: [row.tokens for row in group.inputs] for group in groups(questions, model)}
+    found = {
+        group.shared: [row.tokens for row in group.inputs] for group in group_by_prefix(questions, model)
+    }
     assert set(found) == {0, 50}
     assert len(found[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
     assert len(found[0]) == 2
     # One more token of the same: nothing of what is asked about is shared.
-    assert {group.shared for group in groups(rows_of([*few, 60], [*few, 60, 62]), model)} == {50}
+    assert {group.shared for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {50}
     # Rows beyond the trained length of a model with dynamic scaling are alone.
     dynamic = replace(MODELS["v2"], max_position_embeddings=51)
-    assert [(group.shared, len(group.inputs)) for group in groups(questions, dynamic)] == [(0, 2), (0, 3)]
+    assert [(group.shared, len(group.inputs)) for group in group_by_prefix(questions, dynamic)] == [
+        (0, 2),
+        (0, 3),
+    ]
 
 
 def test_shared_rows_are_read_once(cpu, monkeypatch):
-    from ascendspeed.inference.engine import score
+    from ascendspeed.inference.engine import score_continuations
 
     asked, _ = asked_of(cpu, "v2.5")
-    sizes, run = [], asked._pass
-    monkeypatch.setattr(asked, "_pass", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
-    score(asked, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
+    sizes, run = [], asked._forward
+    monkeypatch.setattr(asked, "_forward", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
+    score_continuations(asked, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
     assert sizes == [(1, 39), (4, 2), (2, 2)]
 
 
@@ -456,11 +463,11 @@ def test_shared_rows_are_read_once(cpu, monkeypatch):
 
 def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
     """Whatever happened, and the masks of chunks too; then the model trains as before."""
-    from ascendspeed.inference.engine import Params, logprobs, sample, score
+    from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs
     from ascendspeed.inference.engine import language_model as model
     from ascendspeed.models.gpt.attention import _future
 
-    monkeypatch.setattr(model, "CHUNK", 4)
+    monkeypatch.setattr(model, "PREFILL_CHUNK", 4)
     asked, _ = asked_of(cpu, "v2")
     plain = asked.gpt(torch.tensor([PROMPTS[0]]), None, None)
 
@@ -468,81 +475,85 @@ def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
         raise KeyError
 
     for ask in (
-        lambda: sample(asked, PROMPTS, Params(max_new_tokens=2), fails),
-        lambda: score(asked, REQUESTS, got=fails),
+        lambda: sample(asked, PROMPTS, SamplingParams(max_new_tokens=2), fails),
+        lambda: score_continuations(asked, REQUESTS, got=fails),
     ):
         with pytest.raises(KeyError):
             ask()
         assert asked.cache is None
         assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
-    cache = weakref.ref(asked.begin(2, 30, [3]))
-    sample(asked, PROMPTS, Params(max_new_tokens=2))
-    logprobs(asked, PROMPTS)
+    cache = weakref.ref(asked.allocate_cache(2, 30, [3]))
+    sample(asked, PROMPTS, SamplingParams(max_new_tokens=2))
+    token_logprobs(asked, PROMPTS)
     assert cache() is None
-    asked.begin(1, 30, [9])
-    asked.read([list(range(9))])
+    asked.allocate_cache(1, 30, [9])
+    asked.prefill([list(range(9))])
     assert _future.cache_info().currsize
-    asked.end()
+    asked.free_cache()
     assert not _future.cache_info().currsize
     assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
 
 
 @pytest.mark.parametrize("more", [{}, {"do_sample": True}, {"num_beams": 2}, None])
 def test_nan_is_an_error(cpu, more):
-    from ascendspeed.inference.engine import Params, sample, score
+    from ascendspeed.inference.engine import SamplingParams, sample, score_continuations
 
     asked, _ = asked_of(cpu, "v2")
     with torch.no_grad():
         asked.gpt.decoder.final_layernorm.weight[0] = float("nan")
     with pytest.raises(UserError, match="the model gives NaN"):
-        score(asked, REQUESTS) if more is None else sample(asked, PROMPTS, Params(max_new_tokens=3, **more))
+        score_continuations(asked, REQUESTS) if more is None else sample(
+            asked, PROMPTS, SamplingParams(max_new_tokens=3, **more)
+        )
 
 
 def test_no_memory_is_an_error(cpu):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, reference = asked_of(cpu, "v2")
     with pytest.raises(
         UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"
     ):
-        sample(asked, PROMPTS, Params(max_new_tokens=2 * 10**12 - 1))
-    assert texts(sample(asked, PROMPTS[:1], Params(max_new_tokens=5)))[0] == theirs(
+        sample(asked, PROMPTS, SamplingParams(max_new_tokens=2 * 10**12 - 1))
+    assert texts(sample(asked, PROMPTS[:1], SamplingParams(max_new_tokens=5)))[0] == theirs(
         reference, PROMPTS[0], max_new_tokens=5
     )
 
 
 def test_beams_that_never_were_are_no_answers(cpu):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, _ = asked_of(cpu, "v2")
     for each in sample(
-        asked, PROMPTS, Params(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)
+        asked, PROMPTS, SamplingParams(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)
     ):
         assert [one.tokens for one in each] in ([[0], [1]], [[1], [0]])
         assert all(one.score > -100 for one in each)
 
 
 def test_more_stops_than_there_are_tokens(cpu):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, _ = asked_of(cpu, "v2")
-    assert sample(asked, PROMPTS, Params(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
+    assert sample(asked, PROMPTS, SamplingParams(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
 
 
 def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
     """`watch` ends rows one after the other: every step has the rows that are left, and these are as if they were alone."""
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, _ = asked_of(cpu, "v2")
-    whole = sample(asked, PROMPTS, Params(max_new_tokens=12))
-    sizes, step, heard = [], asked.step, []
-    monkeypatch.setattr(asked, "step", lambda tokens, slots: sizes.append(len(tokens)) or step(tokens, slots))
+    whole = sample(asked, PROMPTS, SamplingParams(max_new_tokens=12))
+    sizes, step, heard = [], asked.decode_step, []
+    monkeypatch.setattr(
+        asked, "decode_step", lambda tokens, slots: sizes.append(len(tokens)) or step(tokens, slots)
+    )
 
     def watch(row: int, token: int) -> bool:
         heard.append((row, token))
         return sum(r == row for r, _ in heard) == 2 * row + 1
 
-    found = sample(asked, PROMPTS, Params(max_new_tokens=12), watch)
+    found = sample(asked, PROMPTS, SamplingParams(max_new_tokens=12), watch)
     for row, ((one,), (full,)) in enumerate(zip(found, whole, strict=True)):
         assert one.tokens == full.tokens[: 2 * row + 1] == [token for r, token in heard if r == row]
         assert one.reason == "stop"
@@ -550,24 +561,24 @@ def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen(cpu):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     asked, reference = asked_of(cpu, "v1")
     for more in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
-        for each in sample(asked, PROMPTS, Params(max_new_tokens=20, vocab_size=30, **more)):
+        for each in sample(asked, PROMPTS, SamplingParams(max_new_tokens=20, vocab_size=30, **more)):
             assert max(each[0].tokens) < 30
     assert max(theirs(reference, PROMPTS[0], max_new_tokens=20)[0]) >= 30
 
 
 def test_bf16_follows_hugging_face(cpu):
     """Log-probabilities within bf16's rounding of the fp32 ones, as theirs are."""
-    from ascendspeed.inference.engine import LanguageModel, logprobs
+    from ascendspeed.inference.engine import LanguageModel, token_logprobs
 
     tensors = tensors_of(MODELS["v2"])
     fp32 = hugging_face(MODELS["v2"], tensors, rope_of(MODELS["v2"]))
     grid = language_model(cpu, MODELS["v2"], tensors).grid
     asked = LanguageModel(ours(cpu, MODELS["v2"], tensors, "bf16"), MODELS["v2"], grid, cpu)
-    for text, mine in zip(PROMPTS, logprobs(asked, PROMPTS), strict=True):
+    for text, mine in zip(PROMPTS, token_logprobs(asked, PROMPTS), strict=True):
         wanted = logs_of(fp32, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
         assert 1e-5 < (mine - wanted).abs().max() < 0.05
 
@@ -586,7 +597,7 @@ def test_bf16_follows_hugging_face(cpu):
     ],
 )
 def test_params_that_mean_nothing(params, says):
-    from ascendspeed.inference.engine.sampling_params import Params
+    from ascendspeed.inference.engine.sampling_params import SamplingParams
 
     with pytest.raises(UserError, match=says.replace("(", r"\(")):
-        Params(**params).check()
+        SamplingParams(**params).check()

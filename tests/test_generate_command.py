@@ -21,12 +21,18 @@ from test_chat import UNUSED, piecewise, vocabulary
 
 from ascendspeed.inference import args, benchmark_report, prompts
 from ascendspeed.inference import stdin as questions
-from ascendspeed.inference.benchmark_report import Clock, OutOfMemory, Timing, largest, read_pairs
-from ascendspeed.inference.output import Results
+from ascendspeed.inference.benchmark_report import (
+    BatchOutOfMemory,
+    GenerationTimer,
+    GenerationTiming,
+    largest_batch,
+    parse_pairs,
+)
+from ascendspeed.inference.output import AnswerWriter
 from ascendspeed.models import families
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.chat import Chat, Message
+from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
 
 MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
@@ -174,7 +180,7 @@ LINES = {
 def test_lines_of_an_input_file(tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b"\n\n".join(LINES) + b"\n")
-    found = prompts.from_file(str(file))
+    found = prompts.prompts_from_file(str(file))
     assert [one.text if one.text is not None else one.messages for one in found] == list(LINES.values())
     assert [one.where for one in found] == [f"{file}, line {n}" for n in (1, 3, 5, 7, 9)]
     assert found[-1].tools == [{"name": "f"}]
@@ -189,39 +195,43 @@ def test_lines_of_an_input_file(tmp_path):
         b'{"prompt": "a", "prompt": "b"}': "line 2 is not JSON: it says 'prompt' twice",
     }.items():
         with pytest.raises(UserError) as error:
-            prompts.from_lines(b'"fine"\n' + line, "in")
+            prompts.prompts_from_json_lines(b'"fine"\n' + line, "in")
         assert says in str(error.value)
     with pytest.raises(UserError, match="cannot be read: No such file"):
-        prompts.from_file(str(tmp_path / "absent"))
+        prompts.prompts_from_file(str(tmp_path / "absent"))
     with pytest.raises(UserError, match="holds no prompts"):
-        prompts.from_lines(b"\n \n", "in")
+        prompts.prompts_from_json_lines(b"\n \n", "in")
     assert [
         one.text
-        for one in prompts.from_lines(b'\xef\xbb\xbf"x"', "in") + prompts.from_text(b"\xef\xbb\xbfx", "in")
+        for one in prompts.prompts_from_json_lines(b'\xef\xbb\xbf"x"', "in")
+        + prompts.prompts_from_text(b"\xef\xbb\xbfx", "in")
     ] == ["x"] * 2
-    assert [one.text for one in prompts.from_text("one\r\n\n 中 \n".encode(), "stdin")] == ["one", " 中 "]
+    assert [one.text for one in prompts.prompts_from_text("one\r\n\n 中 \n".encode(), "stdin")] == [
+        "one",
+        " 中 ",
+    ]
     with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
-        prompts.typed(args.Generation(prompt=("fine", "\udcff")))
+        prompts.prompts_from_flags(args.Generation(prompt=("fine", "\udcff")))
     with pytest.raises(UserError, match="stdin is not UTF-8"):
-        prompts.from_text(b"\xff", "stdin")
+        prompts.prompts_from_text(b"\xff", "stdin")
 
 
 def test_one_bos(folder):
     one = tokenizer.load(folder)
-    text = prompts.Prompt("here", "<s>hello")
-    assert prompts.encode(text, one, None).count(1) == 1
-    assert prompts.encode(text, one, None, add_bos=False).count(1) == 0
-    assert prompts.encode(prompts.Prompt("here", ""), one, None) == [1]
+    text = prompts.InputPrompt("here", "<s>hello")
+    assert prompts.encode_prompt(text, one, None).count(1) == 1
+    assert prompts.encode_prompt(text, one, None, add_bos=False).count(1) == 0
+    assert prompts.encode_prompt(prompts.InputPrompt("here", ""), one, None) == [1]
     with pytest.raises(UserError, match="here is empty"):
-        prompts.encode(prompts.Prompt("here", ""), one, None, add_bos=False)
-    assert tokenizer.adds_bos({})
-    assert tokenizer.adds_bos({"add_bos_token": True})
-    assert not tokenizer.adds_bos({"add_bos_token": False})
+        prompts.encode_prompt(prompts.InputPrompt("here", ""), one, None, add_bos=False)
+    assert tokenizer.adds_bos_token({})
+    assert tokenizer.adds_bos_token({"add_bos_token": True})
+    assert not tokenizer.adds_bos_token({"add_bos_token": False})
 
 
 def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.jsonl"
-    results = Results(str(path), True)
+    results = AnswerWriter(str(path), True)
     for place in ((0, 2), (0, 0), (1, 0), (0, 1)):
         results.add(place, {"place": place, "text": "中"}, "shown")
         assert not path.exists()
@@ -238,7 +248,7 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
             results.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.partial"]
     kept = (tmp_path / "out.jsonl.partial").read_text()
-    results = Results(str(path), True)  # the command line refuses this; even so nothing is lost
+    results = AnswerWriter(str(path), True)  # the command line refuses this; even so nothing is lost
     assert (tmp_path / "out.jsonl.partial").read_text() == kept
     for place in ((0, 1), (0, 0)):
         results.add(place, {"place": place}, None)
@@ -249,11 +259,11 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
 
 
 def test_shown_in_the_order_of_the_prompts(capsys):
-    results = Results(None, True)
+    results = AnswerWriter(None, True)
     for place in ((0, 1), (0, 0), (0, 2)):
         results.add(place, {}, f"{place[1]}")
     assert capsys.readouterr().out == "0\n1\n2\n"
-    silent = Results(None, False)
+    silent = AnswerWriter(None, False)
     silent.add((0, 0), {}, "x")
     assert capsys.readouterr().out == ""
 
@@ -426,7 +436,7 @@ def spoken(folder, reference, talk, count):
     """What the model says next by Hugging Face, in the original chat format."""
     one = tokenizer.load(folder)
     ids = [1, *one._model.encode("".join(talk) + "<|Bot|>:")]  # sentencepiece itself makes <eoa> a token
-    end = one.id_of("<eoa>")
+    end = one.required_id("<eoa>")
     never = list(range(one.vocab_size, MODEL.vocab_size))
     out = theirs(reference, ids, max_new_tokens=count, eos_token_id=[2, end], suppress_tokens=never)
     ends = [i for i, token in enumerate(out) if token in (2, end)]
@@ -527,7 +537,7 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
         asked.extend(prompts)
         return [[batching.Answer("", tokens, "stop", 0.0)] for tokens in (said, one.encode("No.").tolist())]
 
-    monkeypatch.setattr(runner, "answer", answer)
+    monkeypatch.setattr(runner, "generate_answers", answer)
     monkeypatch.setattr(runner.Session, "model", None)
     talk = [{"role": "user", "content": "hi"}]
     (tmp_path / "in").write_text(
@@ -579,7 +589,7 @@ def test_every_question_is_drawn_for_anew(run):
 def test_a_terminal_gets_its_echo_back():
     """After SIGTERM, which is what the launcher makes of Ctrl-C."""
     master, slave = pty.openpty()
-    asks = "from ascendspeed.inference.stdin import from_stdin; from_stdin()"
+    asks = "from ascendspeed.inference.stdin import read_stdin_message; read_stdin_message()"
     command, env = [sys.executable, "-c", asks], launch.environment(TERM="xterm")
     process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=env, cwd=launch.ROOT)
     try:
@@ -610,18 +620,18 @@ def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
         return found
 
     monkeypatch.setattr("builtins.input", line)
-    assert questions._from_terminal() == questions.Said("new\nmore", quoted=True)
+    assert questions._from_terminal() == questions.UserMessage("new\nmore", quoted=True)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
     assert questions._from_terminal() is None
 
 
 def test_what_is_remembered(cpu, folder):
-    from ascendspeed.inference.chat import Talk
+    from ascendspeed.inference.chat import Conversation
 
     one = tokenizer.load(folder)
 
     def after(turns=None, longest=None):
-        talk = Talk(Chat(one, "internlm"), "S", turns, longest)
+        talk = Conversation(ChatFormat(one, "internlm"), "S", turns, longest)
         for n in range(4):
             talk.ask(f"question {n}")
             talk.answered(one.encode(f"answer {n}").tolist())
@@ -651,11 +661,14 @@ CALLS = [
 
 def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
     """Right or wrong, a conversation goes on from it."""
-    from ascendspeed.inference.chat import Talk
+    from ascendspeed.inference.chat import Conversation
 
     one = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
     for call in CALLS:
-        talk, said = Talk(Chat(one, "internlm2")), f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>"
+        talk, said = (
+            Conversation(ChatFormat(one, "internlm2")),
+            f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>",
+        )
         talk.ask("x")
         talk.answered(piecewise(one, one._model, said))
         turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
@@ -664,12 +677,14 @@ def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
 
 def test_clock_and_table(tmp_path):
     ticks = iter([0.0, 0.5, 2.5])
-    clock = Clock(lambda: next(ticks))
+    clock = GenerationTimer(lambda: next(ticks))
     assert not any(clock.watch(row, 1) for _ in range(3) for row in range(4))
     timing = clock.timing(4, 100, 5)
     assert timing.row == (4, 100, 5, 2.5, 500.0, 500.0, 8.0, 8.0)
-    assert Timing(1, 8, 1, 0.5, 0.5).row[5:] == (0.0, 0.0, 2.0)
-    text = benchmark_report.write([timing, Timing(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32")
+    assert GenerationTiming(1, 8, 1, 0.5, 0.5).row[5:] == (0.0, 0.0, 2.0)
+    text = benchmark_report.write_report(
+        [timing, GenerationTiming(2, 8, 2, 0.25, 0.125)], tmp_path / "new", "tiny, fp32"
+    )
     assert text.splitlines()[0] == "tiny, fp32"
     assert text.splitlines()[2].split() == ["4", "100", "5", "2.50", "500.00", "500.00", "8.00", "8.00"]
     assert (tmp_path / "new/performance.csv").read_text().splitlines()[
@@ -689,10 +704,10 @@ def test_the_largest_batch(low, high):
             def measure(batch, memory=memory, tried=tried):
                 tried.append(batch)
                 if batch > memory:
-                    raise OutOfMemory
-                return Timing(batch, 8, 3, 0.0 + 2 * batch, 0.0)
+                    raise BatchOutOfMemory
+                return GenerationTiming(batch, 8, 3, 0.0 + 2 * batch, 0.0)
 
-            best = largest(low, high, fits, measure, said.append)
+            best = largest_batch(low, high, fits, measure, said.append)
             expected = min(fits, memory, high)
             assert (best.batch if best else None) == (expected if expected >= low else None)
             assert len(tried) == len(set(tried)) <= 2 * max(1, high.bit_length())
@@ -700,7 +715,7 @@ def test_the_largest_batch(low, high):
 
 
 def test_pairs():
-    assert read_pairs("[[2048,2048],[256, 1]]", "x") == [(2048, 2048), (256, 1)]
+    assert parse_pairs("[[2048,2048],[256, 1]]", "x") == [(2048, 2048), (256, 1)]
     for wrong in (
         "",
         "[]",
@@ -715,7 +730,7 @@ def test_pairs():
         "5",
     ):
         with pytest.raises(UserError, match=r"--performance .* is not a list of pairs of numbers"):
-            read_pairs(wrong, "--performance")
+            parse_pairs(wrong, "--performance")
 
 
 def started(folder, world, flags, stdin, tp=1, pp=1):

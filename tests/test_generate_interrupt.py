@@ -35,7 +35,7 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
             return True
 
     def read():
-        return stdin.Said(words.pop(0)) if words else None
+        return stdin.UserMessage(words.pop(0)) if words else None
 
     def show(text):
         pieces.append(text)
@@ -43,9 +43,9 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
 
     words = ["hi", "again"]
     monkeypatch.setattr(sys, "stdin", Terminal)
-    monkeypatch.setattr(chat, "write", show)
-    monkeypatch.setattr(runner, "from_stdin", read)
-    monkeypatch.setattr(runner, "Talk", lambda *a: talks.append(chat.Talk(*a)) or talks[0])
+    monkeypatch.setattr(chat, "write_stdout", show)
+    monkeypatch.setattr(runner, "read_stdin_message", read)
+    monkeypatch.setattr(runner, "Conversation", lambda *a: talks.append(chat.Conversation(*a)) or talks[0])
     job, notes = args.resolve(
         ["--load", str(folder), "--device", "cpu", "--task", "chat", "--max-new-tokens", "12"], 1
     )

@@ -105,10 +105,10 @@ PARAMS = {
 
 
 def test_token_for_token(asked, reference, prompts):
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     for name, params in PARAMS.items():
-        found = texts(sample(asked, prompts, Params(**params)))
+        found = texts(sample(asked, prompts, SamplingParams(**params)))
         assert found == [theirs(reference, prompt, **params) for prompt in prompts], name
         if name == "greedy, stops":
             assert any(len(one) < 40 for (one,) in found)  # it has learnt where a document ends
@@ -125,18 +125,22 @@ def gaps_of(reference, prompt: list[int], steps: int) -> list[float]:
 
 def test_log_probabilities(asked, reference, prompts, trained):
     """Control: rope by a base that is 1 % off."""
-    from ascendspeed.inference.engine import logprobs
+    from ascendspeed.inference.engine import token_logprobs
 
     held_out = tokenizer.load(trained / "tokenizer").encode(words(1, start=900)[0]).tolist()
     rows = [*prompts, [1, *held_out]]
-    off = max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True))
+    off = max(
+        largest(reference, row, mine) for row, mine in zip(rows, token_logprobs(asked, rows), strict=True)
+    )
     assert off < ROUNDING
-    mean = float(logprobs(asked, rows[-1:])[0].mean())
+    mean = float(token_logprobs(asked, rows[-1:])[0].mean())
     assert -mean < math.log(420) / 2  # it was trained: half of what knowing nothing costs
     reference.model.rotary_emb.inv_freq *= 0.99
     reference.model.rotary_emb.original_inv_freq = reference.model.rotary_emb.inv_freq
     assert (
-        max(largest(reference, row, mine) for row, mine in zip(rows, logprobs(asked, rows), strict=True))
+        max(
+            largest(reference, row, mine) for row, mine in zip(rows, token_logprobs(asked, rows), strict=True)
+        )
         > 10 * ROUNDING
     )
 
@@ -148,11 +152,11 @@ def largest(reference, row: list[int], mine: torch.Tensor) -> float:
 
 def test_gate_and_up_changed_over_show(asked, reference, prompts):
     """The control of the texts."""
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
     for layer in reference.model.layers:
         layer.mlp.gate_proj, layer.mlp.up_proj = layer.mlp.up_proj, layer.mlp.gate_proj
-    found = texts(sample(asked, prompts, Params(max_new_tokens=40)))
+    found = texts(sample(asked, prompts, SamplingParams(max_new_tokens=40)))
     assert found != [theirs(reference, prompt, max_new_tokens=40) for prompt in prompts]
 
 

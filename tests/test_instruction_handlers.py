@@ -16,7 +16,7 @@ from ascendspeed.data.document import Document, Fault, Truncation
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.readers.shard import InvalidValue
 from ascendspeed.data.tokenize import DocumentEncoder
-from ascendspeed.tokenization.chat import Message, Piece, PieceEncoder
+from ascendspeed.tokenization.chat import Message, PromptSegment, SegmentEncoder
 from ascendspeed.utils.errors import UserError
 
 IM = ["<|im_start|>", "<|im_end|>"]
@@ -63,7 +63,7 @@ def table(one, *runs):
 def number(one, raw, name):
     """Id of a control token by what the vocabulary calls it."""
     fixed = {"<s>": 1, "</s>": 2}.get(name)
-    return fixed or one.tokenizer.find(name) or raw.piece_to_id(UNUSED[name])
+    return fixed or one.tokenizer.token_to_id(name) or raw.piece_to_id(UNUSED[name])
 
 
 def same(document, expected):
@@ -263,8 +263,12 @@ def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
     for answer in ("Document 3 says", "x", "\nsays"):
         (document,) = make(one, {"instruction": "It ends", "input": "here.", "output": answer})
         check(document, published(one, "It ends\nhere.", answer))
-    apart = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n")], [Piece("x", True)]])
-    joined = PieceEncoder(one.tokenizer.encode_batch)([[Piece("It ends\n"), Piece("x", True)]])[0][0].tolist()
+    apart = SegmentEncoder(one.tokenizer.encode_batch)(
+        [[PromptSegment("It ends\n")], [PromptSegment("x", True)]]
+    )
+    joined = SegmentEncoder(one.tokenizer.encode_batch)(
+        [[PromptSegment("It ends\n"), PromptSegment("x", True)]]
+    )[0][0].tolist()
     assert joined != [
         i for ids, _ in apart for i in ids
     ]  # control: encoded apart, the answer has a space before it
@@ -295,7 +299,7 @@ def test_literal_control_tokens_stay_text(folders):
         {"from": "gpt", "value": "<|im_start|>[UNUSED_TOKEN_145]<s>"},
     ]
     (document,) = make(one, {"conversations": talk})
-    start, end = (one.tokenizer.find(name) for name in IM)
+    start, end = (one.tokenizer.token_to_id(name) for name in IM)
     assert [int(i) for i in document.tokens if i in (start, end, 1, 2)] == [1, start, end, start, end]
     assert (
         one.tokenizer.decode(document.tokens[document.loss_mask][:-1]) == "<|im_start|>[UNUSED_TOKEN_145]<s>"
@@ -515,10 +519,10 @@ def test_pieces_say_who_speaks(folders):
     """Nothing of the prompt is learnt, whatever it looks like; the sum of all pieces is the conversation that is asked about."""
     chat = maker(folders, "v2", "AlpacaStyleInstructionHandler").handler.chat
     talk = [Message("user", "a"), Message("assistant", "b")]
-    pieces = chat.pieces(talk)
-    assert [p.what for p in pieces if p.learnt] == ["b", chat.stops[0]]
-    ((ids, _),) = chat.encode_pieces([[p for p in pieces if not p.learnt]])
-    assert ids.tolist() == chat.ids(talk[:1])
+    pieces = chat.training_segments(talk)
+    assert [p.content for p in pieces if p.supervised] == ["b", chat.stop_ids[0]]
+    ((ids, _),) = chat.encode_segments([[p for p in pieces if not p.supervised]])
+    assert ids.tolist() == chat.prompt_ids(talk[:1])
 
 
 WORDS = st.sampled_from(

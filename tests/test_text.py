@@ -13,7 +13,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.detokenizer import Decoder, Stops, Stream, cut, unfinished
+from ascendspeed.tokenization.detokenizer import (
+    IncrementalDecoder,
+    StopStringFilter,
+    TextStream,
+    decode_until_stop,
+    incomplete_utf8,
+)
 from ascendspeed.utils.errors import UserError
 
 TEXTS = [*TRAPS, *words(3), "中文🦙é", "👩‍👩‍👧‍👦 family", "  two spaces", "\u4e00" * 5, "naïve café ½"]
@@ -89,7 +95,7 @@ def kinds(tmp_path_factory):
 
 
 def streamed(one, ids):
-    decoder = Decoder(one)
+    decoder = IncrementalDecoder(one)
     return "".join([*(decoder.push(i) for i in ids), decoder.finish()])
 
 
@@ -138,7 +144,8 @@ def test_spaces_where_a_text_begins(kinds, name):
     """A space is dropped at the beginning, and after an added token again where the decoder begins anew there."""
     one = kinds[name]
     space, word, tool, end = (
-        one.find(piece) for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>")
+        one.token_to_id(piece)
+        for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>")
     )
     assert None not in (space, word, tool, end)
     expected = set()
@@ -156,24 +163,24 @@ def test_spaces_where_a_text_begins(kinds, name):
 
 def test_half_a_character_is_held_back(kinds):
     one = kinds["internlm-like"]
-    decoder = Decoder(one)
+    decoder = IncrementalDecoder(one)
     shown = [decoder.push(3 + byte) for byte in "中é".encode()]
     assert shown == ["", "", "中", "", "é"]
     assert decoder.finish() == ""
-    broken = Decoder(one)
+    broken = IncrementalDecoder(one)
     assert [broken.push(3 + byte) for byte in "中".encode()[:2]] == ["", ""]
     assert broken.push(3 + ord("a")) == one.decode([3 + 0xE4, 3 + 0xB8]) + "a"
 
 
 def test_unfinished():
-    assert unfinished(b"") == unfinished(b"abc") == unfinished("中".encode()) == b""
-    assert unfinished(b"a\xe4\xb8") == b"\xe4\xb8"
-    assert unfinished(b"\xf0\x9f\xa6") == b"\xf0\x9f\xa6"
-    assert unfinished(b"\xff") == unfinished(b"\x80\x80\x80\x80") == b""
+    assert incomplete_utf8(b"") == incomplete_utf8(b"abc") == incomplete_utf8("中".encode()) == b""
+    assert incomplete_utf8(b"a\xe4\xb8") == b"\xe4\xb8"
+    assert incomplete_utf8(b"\xf0\x9f\xa6") == b"\xf0\x9f\xa6"
+    assert incomplete_utf8(b"\xff") == incomplete_utf8(b"\x80\x80\x80\x80") == b""
 
 
 def test_an_id_that_is_no_token(kinds):
-    decoder = Decoder(kinds["internlm-like"])
+    decoder = IncrementalDecoder(kinds["internlm-like"])
     with pytest.raises(UserError, match="no token has the id 99999"):
         decoder.push(99999)
 
@@ -196,7 +203,7 @@ STOPS = st.lists(st.text("ab\n中", min_size=1, max_size=4), min_size=1, max_siz
 @given(text=st.text("ab\n中c", max_size=20), stops=STOPS, cuts=st.lists(st.integers(0, 20), max_size=8))
 def test_stop_strings_however_the_text_is_cut(text, stops, cuts):
     ends = sorted({0, len(text), *(c for c in cuts if c <= len(text))})
-    found = Stops(stops)
+    found = StopStringFilter(stops)
     shown = "".join([*(found.push(text[a:b]) for a, b in pairwise(ends)), found.finish()])
     # by hand: the shortest beginning of the text that ends in a stop string, without the longest such string
     for end in range(len(text) + 1):
@@ -209,7 +216,7 @@ def test_stop_strings_however_the_text_is_cut(text, stops, cuts):
 
 
 def test_the_beginning_of_a_stop_string_is_held_back():
-    found = Stops(["END", "\n\n"])
+    found = StopStringFilter(["END", "\n\n"])
     assert [found.push(piece) for piece in ("a E", "N", "x\n", "b", "EN", "D and more")] == [
         "a ",
         "",
@@ -220,7 +227,7 @@ def test_the_beginning_of_a_stop_string_is_held_back():
     ]
     assert found.stopped
     assert found.push("more") == found.finish() == ""
-    free = Stops([])
+    free = StopStringFilter([])
     assert free.push("END") == "END"
 
 
@@ -233,13 +240,13 @@ def test_stop_string_over_tokens(kinds, name):
     for start in range(1, len(text)):
         for length in (1, 3, 7):
             stop = text[start : start + length]
-            stream = Stream(one, [stop])
+            stream = TextStream(one, [stop])
             used = next(
                 (n for n, i in enumerate(ids, 1) if stream.push(i) is not None and stream.stopped), None
             )
             stream.finish()
             assert stream.text == text[: text.index(stop)]
             assert used is not None
-            assert stop not in cut(one, ids[: used - 1], [stop])[0]
-            assert cut(one, ids, [stop]) == (stream.text, True)
-    assert cut(one, ids, ["absent"]) == (text, False)
+            assert stop not in decode_until_stop(one, ids[: used - 1], [stop])[0]
+            assert decode_until_stop(one, ids, [stop]) == (stream.text, True)
+    assert decode_until_stop(one, ids, ["absent"]) == (text, False)

@@ -46,7 +46,7 @@ def test_control_tokens_in_text_stay_text(folder):
     "internlm2" not in REAL_ONES, reason="needs the real tokenizer; the lookup itself is tested below"
 )
 def test_ids_by_name_of_the_real_v2():
-    assert tokenizer.load(REAL / "internlm2").id_of("[UNUSED_TOKEN_145]") == 92542
+    assert tokenizer.load(REAL / "internlm2").required_id("[UNUSED_TOKEN_145]") == 92542
 
 
 def test_a_token_is_found_by_its_string_added_ones_first(tmp_path):
@@ -56,11 +56,11 @@ def test_a_token_is_found_by_its_string_added_ones_first(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps({"<|beyond|>": 9999}))
     ours = tokenizer.load(folder)
-    assert ours.id_of("<|im_end|>") == 7
-    assert ours.id_of("</s>") == 2
+    assert ours.required_id("<|im_end|>") == 7
+    assert ours.required_id("</s>") == 2
     assert ours.vocab_size == 10000
     with pytest.raises(UserError, match=r"no token '<\|nobody\|>'"):
-        ours.id_of("<|nobody|>")
+        ours.required_id("<|nobody|>")
     with pytest.raises(UserError, match="id 10000"):
         ours.decode([3, 10000])
 
@@ -75,7 +75,7 @@ def test_tokenizer_json(tmp_path):
     text = "<s>a</s> ordinary_added"
     ids = ours.encode(text).tolist()
     assert not {ours.bos, ours.eos} & set(ids)
-    assert ours.id_of("ordinary_added") in ids
+    assert ours.required_id("ordinary_added") in ids
     assert (
         ours.bos in theirs.encode(text).ids
     )  # control: left alone, the library makes a control token of the text
@@ -96,7 +96,7 @@ def test_what_is_not_a_tokenizer(tmp_path):
         UserError, match=r"tokenizer\.model and tokenizer\.json, but the folder holds nothing"
     ):
         tokenizer.load(tmp_path)
-    for name in tokenizer.FILES:
+    for name in tokenizer.TOKENIZER_CLASSES:
         (tmp_path / name).write_bytes(b"not a tokenizer")
         with pytest.raises(UserError, match=f"{name} is not"):
             tokenizer.load(tmp_path)

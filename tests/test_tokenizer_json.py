@@ -266,7 +266,7 @@ def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
     assert {size, size + 1, size + 3} < set(expected)
     ours = tokenizer.load(folder)
     assert ours.decode([size + 1, *ours.encode("a b"), 2, size + 3]) == "二 wordsa b"
-    assert (ours.pieces, ours.vocab_size) == (size, size + 4)
+    assert (ours.base_vocab_size, ours.vocab_size) == (size, size + 4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -56,7 +56,7 @@ def check(source: CheckpointReader) -> None:
     """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
     if _has_tokenizer(source.beside):
         _load(source.beside, source.config)
-        if all((source.beside / name).exists() for name in tokenizer.FILES):
+        if all((source.beside / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
             export.check(source.beside)
     _check_ids(f"{source.where}, by its config.json or its tokenizer", source.theirs, source.config)
     for path in _neighbours(source):
@@ -125,17 +125,17 @@ def write(
 
 
 def _has_tokenizer(folder: Path | None) -> bool:
-    return folder is not None and any((folder / name).exists() for name in tokenizer.FILES)
+    return folder is not None and any((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES)
 
 
 def _load(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
     """Reads every tokenizer of the folder: none is copied unread. Raises `UserError`."""
-    for name, kind in tokenizer.FILES.items():
+    for name, kind in tokenizer.TOKENIZER_CLASSES.items():
         if (folder / name).exists():
             found = kind(folder)
-            if found.pieces > config.vocab_size:
+            if found.base_vocab_size > config.vocab_size:
                 raise UserError(
-                    f"{folder / name} has {found.pieces} pieces, but the vocabulary of the model {config.vocab_size}: "
+                    f"{folder / name} has {found.base_vocab_size} pieces, but the vocabulary of the model {config.vocab_size}: "
                     "it is another model's (give --tokenizer DIR)"
                 )
     return tokenizer.load(folder)
@@ -166,7 +166,7 @@ def _main_dtype(source: CheckpointReader) -> torch.dtype:
 
 def _write_tokenizer_config(source: CheckpointReader, folder: Path, copy_code: bool) -> None:
     """The source's own, with a class that stock transformers have, and without what leads to code that is not there."""
-    values = tokenizer.table(source.beside / "tokenizer_config.json") if source.beside else {}
+    values = tokenizer.read_optional_json(source.beside / "tokenizer_config.json") if source.beside else {}
     own_code = values.get("auto_map") is not None
     if not copy_code:
         values.pop("auto_map", None)

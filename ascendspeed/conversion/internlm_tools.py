@@ -87,7 +87,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
             f"{options.src} is a model of family {source.config.family}, not {family}: use {other}"
         )
     if options.tokenizer is None and not any(
-        (Path(options.src) / name).is_file() for name in tokenizer.FILES
+        (Path(options.src) / name).is_file() for name in tokenizer.TOKENIZER_CLASSES
     ):
         raise UserError(
             f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)"

@@ -13,7 +13,7 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.models import param_mapping
-from ascendspeed.tokenization.tokenizer import FILES
+from ascendspeed.tokenization.tokenizer import TOKENIZER_CLASSES
 
 THREADS = 4
 
@@ -48,5 +48,5 @@ def _digest(named: tuple[str, Tensor]) -> list[str]:
 
 def of_tokenizer(folder: Path) -> str:
     """SHA-256 of the vocabulary that is read there."""
-    name = next(name for name in FILES if (folder / name).is_file())
+    name = next(name for name in TOKENIZER_CLASSES if (folder / name).is_file())
     return hashlib.sha256((folder / name).read_bytes()).hexdigest()

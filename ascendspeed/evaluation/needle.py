@@ -94,7 +94,7 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     asked = job.asked
     session = Session.open(job.place, device, asked.chat_template)
     prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
-    session.measure("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
+    session.warn_if_too_long("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
     settings = {
         name: getattr(asked, name)
         for name in (
@@ -150,8 +150,8 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
     def encoded(room: int) -> list[int]:
         text = texts.text(cell, _hidden(job, cell)[0], job.hay, sizes, room)
         if job.asked.chat:
-            return session.chat.ids([Message("user", f"{text}\n\n{job.asked.question}")])
-        bos = [session.tokenizer.bos] if session.add_bos and session.tokenizer.bos is not None else []
+            return session.chat_format.prompt_ids([Message("user", f"{text}\n\n{job.asked.question}")])
+        bos = [session.tokenizer.bos] if session.adds_bos and session.tokenizer.bos is not None else []
         return bos + session.tokenizer.encode(f"{text}\n\nQuestion: {job.asked.question}\nAnswer:").tolist()
 
     room = cell.length - len(encoded(0))
@@ -167,14 +167,14 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
 
 
 def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
-    from ascendspeed.inference.engine import Params, sample
+    from ascendspeed.inference.engine import SamplingParams, sample
 
-    stops = session.stops(job.asked.chat)
+    stops = session.stop_ids(job.asked.chat)
     tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)
     ((answer,),) = sample(
         session.model,
         [prompt],
-        Params(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens),
+        SamplingParams(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens),
     )
     text, wanted = session.tokenizer.decode(answer.tokens), _hidden(job, cell)[1]
     return {"answer": text, "wanted": wanted, "found": texts.found(text, wanted)}

@@ -16,7 +16,7 @@ from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
 from ascendspeed.evaluation.args import Job
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.args import SPARE
-from ascendspeed.tokenization.detokenizer import Stream, cut
+from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
@@ -32,7 +32,7 @@ class Model:
         """As `harness.Backend` says."""
         from ascendspeed.inference import engine
 
-        engine.score(
+        engine.score_continuations(
             self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy)
         )
 
@@ -42,21 +42,21 @@ class Model:
         """As `harness.Backend` says."""
         from ascendspeed.inference import engine
 
-        params = engine.Params(
+        params = engine.SamplingParams(
             max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size
         )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
             batch = order[start : start + self.batch_size]
-            streams = [Stream(self.tokenizer, until) for _ in batch]
+            streams = [TextStream(self.tokenizer, until) for _ in batch]
 
-            def ends(row: int, token: int, streams: list[Stream] = streams) -> bool:
+            def ends(row: int, token: int, streams: list[TextStream] = streams) -> bool:
                 streams[row].push(token)
                 return streams[row].stopped
 
             done = engine.sample(self.model, [prompts[i] for i in batch], params, ends)
             for i, completions in zip(batch, done, strict=True):
-                got(i, cut(self.tokenizer, completions[0].tokens, until)[0])
+                got(i, decode_until_stop(self.tokenizer, completions[0].tokens, until)[0])
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import Generation
-from ascendspeed.inference.engine import Params
+from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.session import Session
-from ascendspeed.tokenization.detokenizer import Stream, cut
+from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 
 DEMONSTRATED = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
 """How the published script drew its demonstration."""
@@ -28,14 +28,14 @@ class Answer:
     """Sum of log-probabilities; of a beam: / length ** penalty."""
 
 
-def params_of(
+def sampling_params_of(
     task: str,
     asked: Generation,
     typed: frozenset[str],
     stops: tuple[int, ...],
     tokens: int,
     show: bool = False,
-) -> Params:
+) -> SamplingParams:
     """How a task chooses tokens. `tokens`: ids that the tokenizer has; `show`: the demonstration. Raises `UserError`."""
     draws = task in DRAWING or (task == "chat" and bool({"temperature", "top_k", "top_p"} & typed))
     names = ("temperature", "top_k", "top_p") if draws else ()
@@ -43,7 +43,7 @@ def params_of(
         name: DEMONSTRATED[name] if show and name not in typed else getattr(asked, name) for name in names
     }
     beams = task in ("beam", "beam-sample")
-    params = Params(
+    params = SamplingParams(
         max_new_tokens=asked.max_new_tokens,
         do_sample=draws,
         repetition_penalty=asked.repetition_penalty,
@@ -59,18 +59,18 @@ def params_of(
     return params
 
 
-def batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+def length_sorted_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
     """Numbers of the prompts, longest first: equal lengths lie together, and what does not fit into memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
 
 
-def answer(
+def generate_answers(
     session: Session,
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int],
-    params: Params,
+    params: SamplingParams,
     stops: Sequence[str] = (),
     show: Callable[[str], None] | None = None,
     end: Callable[[], bool] | None = None,
@@ -79,10 +79,10 @@ def answer(
 
     `show` gets the text of the only prompt's answer as it comes, on every rank. `end`: see `generate.sample`.
     """
-    streams: dict[int, Stream] = {}
+    streams: dict[int, TextStream] = {}
 
     def watch(row: int, token: int) -> bool:
-        stream = streams.setdefault(row, Stream(session.tokenizer, stops))
+        stream = streams.setdefault(row, TextStream(session.tokenizer, stops))
         piece = stream.push(token)
         if show and piece:
             show(piece)
@@ -96,5 +96,5 @@ def answer(
 
 
 def _answer(session: Session, found: engine.Completion, stops: Sequence[str]) -> Answer:
-    text, stopped = cut(session.tokenizer, found.tokens, stops)
+    text, stopped = decode_until_stop(session.tokenizer, found.tokens, stops)
     return Answer(text, found.tokens, "stop" if stopped else found.reason, found.score)

@@ -4,17 +4,22 @@ from collections.abc import Callable
 
 import torch
 
-from ascendspeed.inference.benchmark_report import Clock, OutOfMemory, Timing, largest
-from ascendspeed.inference.engine import LanguageModel, NoMemory, Params, sample
+from ascendspeed.inference.benchmark_report import (
+    BatchOutOfMemory,
+    GenerationTimer,
+    GenerationTiming,
+    largest_batch,
+)
+from ascendspeed.inference.engine import CacheOutOfMemory, LanguageModel, SamplingParams, sample
 from ascendspeed.utils.errors import UserError
 
 Pairs = list[tuple[int, int]]
 Say = Callable[[str], None]
 
 
-def timings(
+def run_cases(
     model: LanguageModel, cases: Pairs, ranges: Pairs, batch: int, limit: float, say: Callable[[str], None]
-) -> list[Timing]:
+) -> list[GenerationTiming]:
     """One for each (input, output) of `cases`: at `batch`, or where there are `ranges` at the largest within `limit` seconds.
 
     Collective. Raises `UserError` when nothing could be measured.
@@ -25,7 +30,7 @@ def timings(
         say(f"input {inputs}, output {outputs}")
         if ranges:
             low, high = ranges[number]
-            best = largest(
+            best = largest_batch(
                 low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b), say
             )
             if best is None:
@@ -34,26 +39,26 @@ def timings(
             continue
         try:
             found.append(measure(model, batch, inputs, outputs))
-        except OutOfMemory:
+        except BatchOutOfMemory:
             say(f"batch {batch}: out of memory")
     if not found:
         raise UserError("nothing was measured: every batch is out of memory, or above the limit")
     return found
 
 
-def measure(model: LanguageModel, batch: int, inputs: int, outputs: int) -> Timing:
+def measure(model: LanguageModel, batch: int, inputs: int, outputs: int) -> GenerationTiming:
     """By rank 0's clock, on every rank. Raises `OutOfMemory` where memory does not suffice, as it usually does on no rank then."""
     generator = torch.Generator().manual_seed(batch)
     prompts = torch.randint(0, model.config.vocab_size, (batch, inputs), generator=generator).tolist()
     model.grid.barrier()
-    clock = Clock()
+    clock = GenerationTimer()
     try:
-        sample(model, prompts, Params(max_new_tokens=outputs), clock.watch)
-    except (MemoryError, torch.OutOfMemoryError, NoMemory) as error:
+        sample(model, prompts, SamplingParams(max_new_tokens=outputs), clock.watch)
+    except (MemoryError, torch.OutOfMemoryError, CacheOutOfMemory) as error:
         model.device.empty_cache()
-        raise OutOfMemory from error
+        raise BatchOutOfMemory from error
     except RuntimeError as error:
         if "can't allocate memory" not in str(error):  # the CPU's allocator
             raise
-        raise OutOfMemory from error
+        raise BatchOutOfMemory from error
     return model.grid.gather(clock.timing(batch, inputs, outputs))[0]

@@ -25,7 +25,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Timing:
+class GenerationTiming:
     """One measurement: `batch` prompts of `inputs` tokens, `outputs` new tokens each."""
 
     batch: int
@@ -58,11 +58,11 @@ class Timing:
         )
 
 
-class OutOfMemory(Exception):
+class BatchOutOfMemory(Exception):
     """A batch that does not fit."""
 
 
-class Clock:
+class GenerationTimer:
     """Takes the times of a generation, asked at each new token of each row."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
@@ -74,12 +74,12 @@ class Clock:
             self._first = self._now()
         return False
 
-    def timing(self, batch: int, inputs: int, outputs: int) -> Timing:
+    def timing(self, batch: int, inputs: int, outputs: int) -> GenerationTiming:
         """After the last token."""
-        return Timing(batch, inputs, outputs, self._now() - self._begin, self._first - self._begin)
+        return GenerationTiming(batch, inputs, outputs, self._now() - self._begin, self._first - self._begin)
 
 
-def read_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
+def parse_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
     """`[[256,256],[512,512]]` -> pairs of numbers. Raises `UserError`."""
     try:
         said = json.loads(text)
@@ -93,18 +93,18 @@ def read_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
     return [(pair[0], pair[1]) for pair in said]
 
 
-def largest(
-    low: int, high: int, limit: float, measure: Callable[[int], Timing], say: Callable[[str], None]
-) -> Timing | None:
+def largest_batch(
+    low: int, high: int, limit: float, measure: Callable[[int], GenerationTiming], say: Callable[[str], None]
+) -> GenerationTiming | None:
     """The measurement of the largest batch in [low, high] whose further tokens take at most `limit` seconds; None: not even `low`.
 
     A binary search: times grow with the batch. Out of memory counts as too slow, and is said.
     """
 
-    def fits(batch: int) -> Timing | None:
+    def fits(batch: int) -> GenerationTiming | None:
         try:
             found = measure(batch)
-        except OutOfMemory:
+        except BatchOutOfMemory:
             say(f"batch {batch}: out of memory")
             return None
         good = found.other <= limit
@@ -127,7 +127,7 @@ def largest(
     return best
 
 
-def table(timings: Sequence[Timing]) -> str:
+def format_table(timings: Sequence[GenerationTiming]) -> str:
     """As text, columns aligned."""
     cells = [
         list(COLUMNS),
@@ -139,7 +139,7 @@ def table(timings: Sequence[Timing]) -> str:
     )
 
 
-def as_csv(timings: Sequence[Timing]) -> str:
+def to_csv(timings: Sequence[GenerationTiming]) -> str:
     """The same with all digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -148,7 +148,7 @@ def as_csv(timings: Sequence[Timing]) -> str:
     return out.getvalue()
 
 
-def picture(timings: Sequence[Timing], title: str) -> bytes:
+def plot_timings(timings: Sequence[GenerationTiming], title: str) -> bytes:
     """A PNG: time to the first token, time of the others and tokens/s, for each measurement."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -168,10 +168,10 @@ def picture(timings: Sequence[Timing], title: str) -> bytes:
     return out.getvalue()
 
 
-def write(timings: Sequence[Timing], folder: Path, title: str) -> str:
+def write_report(timings: Sequence[GenerationTiming], folder: Path, title: str) -> str:
     """performance.txt, .csv and .png in a folder, each as a whole; gives the text. Raises `UserError`."""
-    text = f"{title}\n{table(timings)}\n"
-    files = {"txt": text.encode(), "csv": as_csv(timings).encode(), "png": picture(timings, title)}
+    text = f"{title}\n{format_table(timings)}\n"
+    files = {"txt": text.encode(), "csv": to_csv(timings).encode(), "png": plot_timings(timings, title)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for kind, data in files.items():

@@ -5,28 +5,28 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
-from ascendspeed.inference.batching import answer
-from ascendspeed.inference.engine import Params
-from ascendspeed.inference.interrupt import Interruption
-from ascendspeed.inference.output import write
+from ascendspeed.inference.batching import generate_answers
+from ascendspeed.inference.engine import SamplingParams
+from ascendspeed.inference.interrupt import InterruptHandler
+from ascendspeed.inference.output import write_stdout
 from ascendspeed.inference.session import Session
-from ascendspeed.inference.stdin import QUOTES, Said
-from ascendspeed.tokenization.chat import Chat, Message
+from ascendspeed.inference.stdin import QUOTES, UserMessage
+from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
 
-LEAVE = ("q", "quit", "exit")
-FORGET = ("clear", "new")
+QUIT_WORDS = ("q", "quit", "exit")
+RESET_WORDS = ("clear", "new")
 HELP = (
-    f"{', '.join(LEAVE)}: leave; {' or '.join(FORGET)}: start anew; several lines stand between two lines of {QUOTES}; "
+    f"{', '.join(QUIT_WORDS)}: leave; {' or '.join(RESET_WORDS)}: start anew; several lines stand between two lines of {QUOTES}; "
     "Ctrl-C: end the answer, or leave"
 )
 
 
 @dataclass
-class Talk:
+class Conversation:
     """What has been said, and how much of it is remembered."""
 
-    chat: Chat
+    chat_format: ChatFormat
     system: str | None = None
     turns: int | None = None
     """Questions with their answers, before the one that is asked; None: all."""
@@ -41,7 +41,9 @@ class Talk:
         kept = len(self.history) if self.turns is None else min(2 * self.turns, len(self.history))
         system = [Message("system", self.system)] if self.system is not None else []
         while True:
-            ids = self.chat.ids([*system, *self.history[len(self.history) - kept :], Message("user", text)])
+            ids = self.chat_format.prompt_ids(
+                [*system, *self.history[len(self.history) - kept :], Message("user", text)]
+            )
             if self.longest is None or len(ids) <= self.longest:
                 break
             if not kept:
@@ -55,30 +57,34 @@ class Talk:
 
     def answered(self, tokens: list[int]) -> None:
         """The answer to the last question."""
-        self.history.append(self.chat.heard(tokens))
+        self.history.append(self.chat_format.parse_answer(tokens))
 
     def clear(self) -> None:
         """Forgets all of it."""
         self.history = []
 
 
-def converse(
-    session: Session, talk: Talk, params: Params, stops: tuple[str, ...], read: Callable[[], Said | None]
+def run_chat(
+    session: Session,
+    talk: Conversation,
+    params: SamplingParams,
+    stops: tuple[str, ...],
+    read: Callable[[], UserMessage | None],
 ) -> None:
     """Until the end of the input or a word to leave. `read` gives the next message on rank 0. Collective."""
-    terminal = session.share(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
-    show = write if session.grid.rank == 0 else lambda text: None
+    terminal = session.broadcast_bytes(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
+    show = write_stdout if session.grid.rank == 0 else lambda text: None
     session.model  # noqa: B018 - is read before the first question
     if terminal:
         session.say(HELP)
-    interruption = Interruption()
+    interruption = InterruptHandler()
     with interruption if terminal else nullcontext():
         while (data := _next(session, read, interruption)) is not None:
             text = data[1:].decode()
             word = "" if data.startswith(b'"') else text.strip()
-            if word in LEAVE:
+            if word in QUIT_WORDS:
                 return
-            if word in FORGET:
+            if word in RESET_WORDS:
                 talk.clear()
             elif text.strip():
                 try:
@@ -88,10 +94,10 @@ def converse(
                         raise
                     session.say(f"error: {error}")
                     continue
-                session.measure("the conversation", len(ids) + params.max_new_tokens)
-                found = answer(session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked)[
-                    0
-                ][0]
+                session.warn_if_too_long("the conversation", len(ids) + params.max_new_tokens)
+                found = generate_answers(
+                    session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked
+                )[0][0]
                 show("\n")
                 talk.answered(
                     found.tokens
@@ -100,7 +106,9 @@ def converse(
                 )
 
 
-def _next(session: Session, read: Callable[[], Said | None], interruption: Interruption) -> bytes | None:
+def _next(
+    session: Session, read: Callable[[], UserMessage | None], interruption: InterruptHandler
+) -> bytes | None:
     """The next message, on every rank; None at the end. Who leaves by Ctrl-C lets the other ranks leave first."""
     left: list[KeyboardInterrupt] = []
 
@@ -112,7 +120,7 @@ def _next(session: Session, read: Callable[[], Said | None], interruption: Inter
             left.append(leave)
             return None
 
-    data = session.share(get)
+    data = session.broadcast_bytes(get)
     if left:
         raise left[0]
     interruption.asked = False
@@ -124,5 +132,5 @@ def _plain(session: Session, text: str) -> list[int]:
     return session.tokenizer.encode(text).tolist()
 
 
-def _packed(said: Said | None) -> bytes | None:
+def _packed(said: UserMessage | None) -> bytes | None:
     return None if said is None else (b'"' if said.quoted else b" ") + said.text.encode("utf-8", "replace")

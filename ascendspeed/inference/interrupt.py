@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Self
 
 
-class Interruption:
+class InterruptHandler:
     """Listens to SIGINT between `with` and its end, also where a shell has had it ignored.
 
     The ranks are interrupted a moment apart: which token is an answer's last one is decided where tokens are chosen.

@@ -11,11 +11,11 @@ from ascendspeed.inference.args import partial_of
 from ascendspeed.utils.atomic import open_atomic
 from ascendspeed.utils.errors import UserError
 
-UNREAD = 128 + signal.SIGPIPE
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 """Exit code of a program whose answers nobody reads: 141, as every program of a shell."""
 
 
-class Results:
+class AnswerWriter:
     """Takes records in any order. In a file they stand in that of the prompts; on stdout they are shown in it, as far as they go.
 
     While the command runs, the file is NAME.partial, a line for each answer as it comes; NAME is there when all of them are.
@@ -79,11 +79,11 @@ class Results:
     def _show(self, place: tuple[int, int], shown: str) -> None:
         self._waiting[place] = shown
         while self._next in self._waiting:
-            write(self._waiting.pop(self._next) + "\n")
+            write_stdout(self._waiting.pop(self._next) + "\n")
             self._next = (self._next[0], self._next[1] + 1)
 
 
-def write(text: str) -> None:
+def write_stdout(text: str) -> None:
     """To stdout, at once, in UTF-8 whatever the locale. Where nobody reads it any more (`| head -1`) this ends the program."""
     try:
         sys.stdout.flush()
@@ -93,4 +93,4 @@ def write(text: str) -> None:
         os.dup2(
             os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
         )  # or Python would fail once more as it ends
-        sys.exit(UNREAD)
+        sys.exit(EXIT_BROKEN_PIPE)

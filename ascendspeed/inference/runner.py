@@ -9,13 +9,13 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.inference import engine
 from ascendspeed.inference import prompts as reading
 from ascendspeed.inference.args import Job
-from ascendspeed.inference.batching import Answer, answer, batches, params_of
-from ascendspeed.inference.chat import Talk, converse
-from ascendspeed.inference.engine import Params
-from ascendspeed.inference.output import Results, write
-from ascendspeed.inference.prompts import Prompt
+from ascendspeed.inference.batching import Answer, generate_answers, length_sorted_batches, sampling_params_of
+from ascendspeed.inference.chat import Conversation, run_chat
+from ascendspeed.inference.engine import SamplingParams
+from ascendspeed.inference.output import AnswerWriter, write_stdout
+from ascendspeed.inference.prompts import InputPrompt
 from ascendspeed.inference.session import Session
-from ascendspeed.inference.stdin import from_stdin
+from ascendspeed.inference.stdin import read_stdin_message
 from ascendspeed.utils.errors import UserError
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
@@ -23,13 +23,13 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Plan:
+class TaskPlan:
     """A task with its prompts, encoded."""
 
     task: str
-    prompts: list[Prompt]
+    prompts: list[InputPrompt]
     ids: list[list[int]]
-    params: Params | None
+    params: SamplingParams | None
     """None for log-probabilities."""
 
 
@@ -47,62 +47,76 @@ def run(job: Job, device: Device, notes: Sequence[str]) -> None:
     if not job.tasks:
         work = list(DEMONSTRATED if demonstration else ("greedy",))
     # Everything is encoded and judged before the weights are read.
-    prompts = given or [Prompt(f"demonstration {i}", text) for i, text in enumerate(reading.DEMONSTRATION, 1)]
+    prompts = given or [
+        InputPrompt(f"demonstration {i}", text) for i, text in enumerate(reading.DEMONSTRATION, 1)
+    ]
     plans = [_plan(session, job, task, prompts, demonstration) for task in work]
-    talk = Talk(session.chat, asked.system, asked.history_turns, asked.max_input_length) if talks else None
-    params = params_of("chat", asked, job.typed, session.stops(True), _tokens(session)) if talks else None
-    results = Results(asked.output_file, session.grid.rank == 0)
+    talk = (
+        Conversation(session.chat_format, asked.system, asked.history_turns, asked.max_input_length)
+        if talks
+        else None
+    )
+    params = (
+        sampling_params_of("chat", asked, job.typed, session.stop_ids(True), _tokens(session))
+        if talks
+        else None
+    )
+    results = AnswerWriter(asked.output_file, session.grid.rank == 0)
     for number, plan in enumerate(plans):
         _do(session, job, number, plan, results)
     results.finish()
     if talk and params:
-        converse(session, talk, params, asked.stop, from_stdin)
+        run_chat(session, talk, params, asked.stop, read_stdin_message)
 
 
-def _given(job: Job) -> list[Prompt]:
+def _given(job: Job) -> list[InputPrompt]:
     file = job.generation.input_file
-    return reading.typed(job.generation) + (reading.from_file(file) if file not in (None, "-") else [])
+    return reading.prompts_from_flags(job.generation) + (
+        reading.prompts_from_file(file) if file not in (None, "-") else []
+    )
 
 
-def _from_stdin(session: Session, lines_are_json: bool) -> list[Prompt]:
-    data = session.share(reading.stdin) or b""
+def _from_stdin(session: Session, lines_are_json: bool) -> list[InputPrompt]:
+    data = session.broadcast_bytes(reading.read_stdin) or b""
     if not lines_are_json:
-        return reading.from_text(data, "stdin")
-    return reading.from_lines(data, "stdin")
+        return reading.prompts_from_text(data, "stdin")
+    return reading.prompts_from_json_lines(data, "stdin")
 
 
 def _tokens(session: Session) -> int:
     return min(session.tokenizer.vocab_size, session.config.vocab_size)
 
 
-def _plan(session: Session, job: Job, task: str, prompts: list[Prompt], demonstration: bool) -> Plan:
+def _plan(session: Session, job: Job, task: str, prompts: list[InputPrompt], demonstration: bool) -> TaskPlan:
     asked = job.generation
     if task == "chat":
-        prompts = [reading.conversation(prompt, asked.system) for prompt in prompts]
+        prompts = [reading.as_conversation(prompt, asked.system) for prompt in prompts]
     talks = any(prompt.messages for prompt in prompts)
-    chat = session.chat if talks else None
-    ids = [reading.encode(prompt, session.tokenizer, chat, session.add_bos) for prompt in prompts]
+    chat = session.chat_format if talks else None
+    ids = [reading.encode_prompt(prompt, session.tokenizer, chat, session.adds_bos) for prompt in prompts]
     reading.check_lengths(prompts, ids, asked.max_input_length)
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    session.measure(
+    session.warn_if_too_long(
         prompts[longest].where, len(ids[longest]) + (asked.max_new_tokens if task != "logprobs" else 0)
     )
     if task == "logprobs":
         for prompt, tokens in zip(prompts, ids, strict=True):
             if len(tokens) < 2:
                 raise UserError(f"{prompt.where} has {len(tokens)} token: there is none to follow it")
-        return Plan(task, prompts, ids, None)
-    params = params_of(task, asked, job.typed, session.stops(talks), _tokens(session), demonstration)
-    return Plan(task, prompts, ids, params)
+        return TaskPlan(task, prompts, ids, None)
+    params = sampling_params_of(
+        task, asked, job.typed, session.stop_ids(talks), _tokens(session), demonstration
+    )
+    return TaskPlan(task, prompts, ids, params)
 
 
-def _do(session: Session, job: Job, number: int, plan: Plan, results: Results) -> None:
+def _do(session: Session, job: Job, number: int, plan: TaskPlan, results: AnswerWriter) -> None:
     asked, total = job.generation, len(plan.prompts)
     streams = asked.stream and plan.params is not None
     size = 1 if streams else asked.batch_size
     session.model  # noqa: B018 - its loading is no part of the speed
     done, tokens, begin = 0, 0, time.monotonic()
-    for batch in batches(plan.ids, size):
+    for batch in length_sorted_batches(plan.ids, size):
         if plan.params is None:
             records = _likely(session, plan, batch)
         else:
@@ -111,7 +125,7 @@ def _do(session: Session, job: Job, number: int, plan: Plan, results: Results) -
                 session,
                 plan,
                 batch,
-                answer(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show),
+                generate_answers(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show),
             )
             tokens += sum(record["new_tokens"] for record, _ in records)
             if show:
@@ -125,15 +139,15 @@ def _do(session: Session, job: Job, number: int, plan: Plan, results: Results) -
     results.task_done(number)
 
 
-def _streaming(session: Session, plan: Plan, i: int) -> Callable[[str], None]:
+def _streaming(session: Session, plan: TaskPlan, i: int) -> Callable[[str], None]:
     """Shows the answer to one prompt as it comes, on rank 0."""
     if session.grid.rank:
         return lambda text: None
-    write(_heading(plan, i, {}) + "-> ")
-    return write
+    write_stdout(_heading(plan, i, {}) + "-> ")
+    return write_stdout
 
 
-def _heading(plan: Plan, i: int, record: Record) -> str:
+def _heading(plan: TaskPlan, i: int, record: Record) -> str:
     prompt = plan.prompts[i]
     ended = ", ".join(f"{one['reason']} after {one['tokens']} tokens" for one in record.get("answers", []))
     asked = (
@@ -144,8 +158,8 @@ def _heading(plan: Plan, i: int, record: Record) -> str:
     return f"== {plan.task} {i + 1}/{len(plan.prompts)}{': ' if ended else ''}{ended}\n{asked}\n"
 
 
-def _record(plan: Plan, i: int, new_tokens: int) -> Record:
-    prompt = reading.shown(plan.prompts[i])
+def _record(plan: TaskPlan, i: int, new_tokens: int) -> Record:
+    prompt = reading.prompt_as_json(plan.prompts[i])
     return {
         "task": plan.task,
         "number": i + 1,
@@ -156,7 +170,7 @@ def _record(plan: Plan, i: int, new_tokens: int) -> Record:
 
 
 def _answered(
-    session: Session, plan: Plan, batch: list[int], answers: list[list[Answer]]
+    session: Session, plan: TaskPlan, batch: list[int], answers: list[list[Answer]]
 ) -> list[tuple[Record, str]]:
     """A record and how it is shown, for each prompt of a batch."""
     found = []
@@ -166,18 +180,18 @@ def _answered(
         ]
         if plan.prompts[i].messages:
             for entry, one in zip(entries, several, strict=True):
-                message = session.chat.message(one.tokens)
+                message = session.chat_format.answer_message(one.tokens)
                 entry |= {"message": message} if len(message) > 2 else {}  # it calls tools
         record = _record(plan, i, sum(len(one.tokens) for one in several)) | {"answers": entries}
         found.append((record, "\n".join(f"-> {one.text}" for one in several)))
     return found
 
 
-def _likely(session: Session, plan: Plan, batch: list[int]) -> list[tuple[Record, str]]:
+def _likely(session: Session, plan: TaskPlan, batch: list[int]) -> list[tuple[Record, str]]:
     """The same for log-probabilities."""
     found = []
     for i, values in zip(
-        batch, engine.logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True
+        batch, engine.token_logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True
     ):
         ids, each = plan.ids[i][1:], values.tolist()
         pieces = [session.tokenizer.decode([token]) for token in ids]

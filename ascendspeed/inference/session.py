@@ -20,7 +20,7 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, Place
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.chat import Chat, stop_set
+from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
@@ -78,22 +78,22 @@ class Session:
         return self.place.model or self.source.config
 
     @cached_property
-    def chat(self) -> Chat:
+    def chat_format(self) -> ChatFormat:
         """The chat format. Raises `UserError` where there is none."""
-        found = Chat(self.tokenizer, self.config.family, self.template)
+        found = ChatFormat(self.tokenizer, self.config.family, self.template)
         for note in found.notes:
             self.say(f"note: {note}")
         return found
 
     @cached_property
-    def add_bos(self) -> bool:
+    def adds_bos(self) -> bool:
         """Whether a text begins with BOS."""
-        return tokenizer.adds_bos(tokenizer.declared(self.tokenizer.path)[0])
+        return tokenizer.adds_bos_token(tokenizer.declared_tokens(self.tokenizer.path)[0])
 
-    def stops(self, talks: bool) -> tuple[int, ...]:
+    def stop_ids(self, talks: bool) -> tuple[int, ...]:
         """Ids that end an answer, in a conversation or not."""
         folders = {Path(self.place.where.load or "."), Path(self.place.tokenizer)}
-        return stop_set(self.tokenizer, folders, self.chat.stops if talks else ())
+        return stop_token_ids(self.tokenizer, folders, self.chat_format.stop_ids if talks else ())
 
     @cached_property
     def model(self) -> engine.LanguageModel:
@@ -113,7 +113,7 @@ class Session:
         )
         return model
 
-    def measure(self, where: str, tokens: int) -> None:
+    def warn_if_too_long(self, where: str, tokens: int) -> None:
         """Says once that a prompt with its answer is longer than what the model has been trained on, and what becomes of it."""
         trained, kind = self.config.max_position_embeddings, self.config.rope_scaling_type
         if tokens <= trained or self.told or kind == "linear":
@@ -133,7 +133,7 @@ class Session:
         if self.grid.rank == 0:
             print(line, file=sys.stderr, flush=True)
 
-    def share(self, get: Callable[[], bytes | None]) -> bytes | None:
+    def broadcast_bytes(self, get: Callable[[], bytes | None]) -> bytes | None:
         """What `get` gives on rank 0, on every rank; an error there is one everywhere. Collective."""
         value, error = None, None
         if self.grid.rank == 0:

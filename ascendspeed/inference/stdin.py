@@ -13,7 +13,7 @@ QUOTES = '"""'
 
 
 @dataclass(frozen=True)
-class Said:
+class UserMessage:
     """One message."""
 
     text: str
@@ -21,7 +21,7 @@ class Said:
     """Whether it stood between two lines of quotes: then it is a message, whatever it says."""
 
 
-def from_stdin() -> Said | None:
+def read_stdin_message() -> UserMessage | None:
     """The next message, None at the end; at a terminal with a line that can be edited. Raises `UserError`."""
     if sys.stdin is None:
         return None
@@ -32,20 +32,20 @@ def from_stdin() -> Said | None:
     return _from_terminal()
 
 
-def read_message(file: BinaryIO) -> Said | None:
+def read_message(file: BinaryIO) -> UserMessage | None:
     """The same of a file. Raises `UserError`."""
     return _message(lambda begins: _text(line) if (line := file.readline()) else None)
 
 
-def _message(read: Callable[[bool], str | None]) -> Said | None:
+def _message(read: Callable[[bool], str | None]) -> UserMessage | None:
     """`read` gets whether a message begins, and gives a line without its end; None when there is none."""
     line = read(True)
     if line is None or line.strip() != QUOTES:
-        return None if line is None else Said(line)
+        return None if line is None else UserMessage(line)
     lines: list[str] = []
     while (line := read(False)) is not None and line.strip() != QUOTES:
         lines.append(line)
-    return Said("\n".join(lines), quoted=True)
+    return UserMessage("\n".join(lines), quoted=True)
 
 
 def _text(line: bytes) -> str:
@@ -61,7 +61,7 @@ class _Ended(BaseException):
     """SIGTERM while somebody types."""
 
 
-def _from_terminal() -> Said | None:
+def _from_terminal() -> UserMessage | None:
     """SIGTERM ends the program as ever, but leaves `input` by an exception first, which gives the terminal its echo back."""
     before = signal.signal(signal.SIGTERM, _end)
     try:

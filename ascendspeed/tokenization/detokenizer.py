@@ -7,11 +7,11 @@ from collections.abc import Iterable, Sequence
 
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
-LEADS = ((0xF8, 1), (0xF0, 4), (0xE0, 3), (0xC0, 2), (0x00, 1))
+UTF8_LENGTHS = ((0xF8, 1), (0xF0, 4), (0xE0, 3), (0xC0, 2), (0x00, 1))
 """Lowest first byte of a character in UTF-8 -> how many bytes it has."""
 
 
-class Decoder:
+class IncrementalDecoder:
     """Pushed one id after the other, gives the text that can no longer change; in all, `tokenizer.decode` of the ids.
 
     The work per token does not depend on how many came before.
@@ -29,16 +29,16 @@ class Decoder:
 
     def push(self, token: int) -> str:
         """The text that has become certain with this id, often empty. Raises `UserError` for an id that is no token."""
-        raw = self._tokenizer.raw(token) if 0 <= token < self._tokenizer.vocab_size else None
+        raw = self._tokenizer.token_bytes(token) if 0 <= token < self._tokenizer.vocab_size else None
         if raw == b"":
             return ""
         self._held.append(token)
         if raw is None:
             self._open, self._sizes = b"", []
             return self._give(len(self._held))
-        if self._tokenizer.whole_runs:
+        if self._tokenizer.decodes_byte_runs:
             return ""  # until an id that adds no bytes ends the run
-        self._open = unfinished(self._open + raw)
+        self._open = incomplete_utf8(self._open + raw)
         self._sizes.append(len(raw))
         return self._give(len(self._held) - waiting) if (waiting := self._waiting()) is not None else ""
 
@@ -64,7 +64,7 @@ class Decoder:
         if not text and self._begins:
             return ""
         self._held, self._sizes = rest, self._sizes[len(self._sizes) - len(rest) :]
-        self._begins = self._tokenizer.restarts(ids[-1])
+        self._begins = self._tokenizer.resets_decoder(ids[-1])
         return text
 
     def _after_text(self, ids: Sequence[int]) -> str:
@@ -77,7 +77,7 @@ class Decoder:
         return self._tokenizer.decode([token, *ids])[len(text) :]
 
 
-def unfinished(data: bytes) -> bytes:
+def incomplete_utf8(data: bytes) -> bytes:
     """What at the end of some bytes may be the beginning of a character: at most three bytes.
 
     Whatever a decoder makes of wrong bytes, it makes it of those before this end on their own.
@@ -86,21 +86,23 @@ def unfinished(data: bytes) -> bytes:
         first = data[-size]
         if first >= 0x80 and first & 0xC0 == 0x80:
             continue  # inside a character
-        return data[-size:] if size < next(length for lowest, length in LEADS if first >= lowest) else b""
+        return (
+            data[-size:] if size < next(length for lowest, length in UTF8_LENGTHS if first >= lowest) else b""
+        )
     return b""
 
 
 def _anchor(tokenizer: Tokenizer) -> tuple[int, str]:
     """A token and its text, plain letters, to decode others after."""
     for token in range(tokenizer.vocab_size):
-        if tokenizer.raw(token) != b"" and not tokenizer.restarts(token):
+        if tokenizer.token_bytes(token) != b"" and not tokenizer.resets_decoder(token):
             text = tokenizer.decode([token])
             if text.isascii() and text.isalnum():
                 return token, text
     return 0, tokenizer.decode([0])
 
 
-class Stops:
+class StopStringFilter:
     """Text as it comes -> the text before the stop string that is complete first (of two, the longer one), however it is cut."""
 
     def __init__(self, strings: Iterable[str]) -> None:
@@ -134,11 +136,11 @@ def _overlap(text: str, string: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
 
-class Stream:
+class TextStream:
     """Tokens -> text, up to a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
-        self._decoder, self._stops = Decoder(tokenizer), Stops(stops)
+        self._decoder, self._stops = IncrementalDecoder(tokenizer), StopStringFilter(stops)
         self._given: list[str] = []
 
     @property
@@ -165,9 +167,11 @@ class Stream:
         return text
 
 
-def cut(tokenizer: Tokenizer, tokens: Iterable[int], stops: Iterable[str] = ()) -> tuple[str, bool]:
+def decode_until_stop(
+    tokenizer: Tokenizer, tokens: Iterable[int], stops: Iterable[str] = ()
+) -> tuple[str, bool]:
     """Text of tokens up to the first stop string, and whether there was one."""
-    stream = Stream(tokenizer, stops)
+    stream = TextStream(tokenizer, stops)
     for token in tokens:
         stream.push(token)
         if stream.stopped:

@@ -2,7 +2,7 @@
 
 `tokenizer.model` (sentencepiece) is taken before `tokenizer.json`: it is what the model was trained with, and its ids are the
 original's own, while a `tokenizer.json` beside it is a conversion. Text is always only text: a literal `<s>` in it is encoded as
-the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `id_of`).
+the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `required_id`).
 """
 
 import json
@@ -20,12 +20,12 @@ from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, read_table
 from ascendspeed.utils.text import first_line
 
-NAMED = ("bos", "eos", "unk", "pad")
-FLAGS = ("single_word", "lstrip", "rstrip")
+CONTROL_TOKEN_NAMES = ("bos", "eos", "unk", "pad")
+ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
 
 
 @dataclass(frozen=True)
-class Token:
+class DeclaredToken:
     """A string that the JSON files beside a vocabulary declare to be one token."""
 
     number: int | None
@@ -36,7 +36,7 @@ class Token:
     """What of its surroundings it takes with it (`FLAGS`)."""
 
 
-def declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
+def declared_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
     """(tokenizer_config.json with what special_tokens_map.json adds, the tokens that they and added_tokens.json declare by string).
 
     Where files differ, the same one is believed as by transformers. Raises `UserError`.
@@ -49,30 +49,32 @@ def declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
         ) from None
 
 
-def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, Token]]:
-    config, names = (table(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map"))
+def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
+    config, names = (
+        read_optional_json(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map")
+    )
     said = names | config if config.get("added_tokens_decoder") else config | names
     listed = (said.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens"))
     more = [
         token for tokens in listed for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)
     ]
-    named = [said[f"{name}_token"] for name in NAMED if said.get(f"{name}_token") is not None]
-    special = [text_of(token) for token in (*named, *more)]
-    tokens = {text: Token(None, True, {}) for text in special}
-    for text, number in table(folder / "added_tokens.json").items():
-        tokens[text] = Token(_number(number), text in special, {})
+    named = [said[f"{name}_token"] for name in CONTROL_TOKEN_NAMES if said.get(f"{name}_token") is not None]
+    special = [token_text(token) for token in (*named, *more)]
+    tokens = {text: DeclaredToken(None, True, {}) for text in special}
+    for text, number in read_optional_json(folder / "added_tokens.json").items():
+        tokens[text] = DeclaredToken(_number(number), text in special, {})
     for number, token in (said.get("added_tokens_decoder") or {}).items():
-        text, flags = text_of(token), {name: bool(token.get(name)) for name in FLAGS}
-        tokens[text] = Token(_number(number), bool(token.get("special")) or text in special, flags)
+        text, flags = token_text(token), {name: bool(token.get(name)) for name in ADDED_TOKEN_FLAGS}
+        tokens[text] = DeclaredToken(_number(number), bool(token.get("special")) or text in special, flags)
     return said, tokens
 
 
-def adds_bos(table: Mapping[str, Any]) -> bool:
+def adds_bos_token(table: Mapping[str, Any]) -> bool:
     """What tokenizer_config.json says about text; InternLM's says yes, and so does one that says nothing."""
     return table.get("add_bos_token") is not False
 
 
-def text_of(token: Any) -> str:
+def token_text(token: Any) -> str:
     """The JSON files write a token as a string or as {"content": string}. Raises `ValueError`."""
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str) or not text:
@@ -89,7 +91,7 @@ def _number(number: Any) -> int:
 class Tokenizer(ABC):
     """Ids of text, and the ids of the control tokens, found by their names in the directory's JSON files."""
 
-    pieces: int
+    base_vocab_size: int
     """Size of the vocabulary itself."""
     vocab_size: int
     """Number of ids, added tokens included; the model may have more rows."""
@@ -101,8 +103,8 @@ class Tokenizer(ABC):
     """Id that fills a batch; `eos` where none is named."""
 
     def __init__(self, path: Path, size: int) -> None:
-        self.path, self.pieces = path, size
-        said, tokens = declared(path)
+        self.path, self.base_vocab_size = path, size
+        said, tokens = declared_tokens(path)
         self._added = {content: token.number for content, token in tokens.items() if token.number is not None}
         self._special = {number for content, number in self._added.items() if tokens[content].special}
         self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
@@ -119,7 +121,7 @@ class Tokenizer(ABC):
         """Text of ids; control tokens are left out. Raises `UserError` for an id that the tokenizer does not have."""
 
     @abstractmethod
-    def _find(self, piece: str) -> int | None:
+    def _base_token_to_id(self, piece: str) -> int | None:
         """Id of a piece of the vocabulary itself."""
 
     def encode(self, text: str) -> np.ndarray:
@@ -127,32 +129,32 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     @abstractmethod
-    def raw(self, number: int) -> bytes | None:
+    def token_bytes(self, number: int) -> bytes | None:
         """The bytes that an id adds to those of its neighbours in decoded text; None: its text does not depend on them so.
 
         b"" for a control token, which decoded text leaves out.
         """
 
-    whole_runs = False
+    decodes_byte_runs = False
     """Whether one wrong byte spoils all the bytes beside it in decoded text (otherwise only its own character)."""
 
-    def restarts(self, number: int) -> bool:
+    def resets_decoder(self, number: int) -> bool:
         """Whether text after this id is decoded as if it began there."""
         return False
 
-    def find(self, piece: str) -> int | None:
+    def token_to_id(self, piece: str) -> int | None:
         """Id of a token by its string; None when there is none."""
-        return self._added.get(piece, self._find(piece))
+        return self._added.get(piece, self._base_token_to_id(piece))
 
-    def id_of(self, piece: str) -> int:
+    def required_id(self, piece: str) -> int:
         """The same. Raises `UserError` when there is none."""
-        number = self.find(piece)
+        number = self.token_to_id(piece)
         if number is None:
             raise UserError(f"{self.path}: the tokenizer has no token {piece!r}")
         return number
 
     def _named(self, token: str | dict[str, Any] | None) -> int | None:
-        return None if token is None else self.id_of(text_of(token))
+        return None if token is None else self.required_id(token_text(token))
 
     def _known(self, ids: Iterable[int]) -> list[int]:
         numbers = [int(i) for i in ids]
@@ -192,23 +194,29 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode_as_numpy(list(texts), num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        beyond = {number: content for content, number in self._added.items() if number >= self.pieces}
-        kept = [i for i in self._known(ids) if i not in self._special and (i < self.pieces or i in beyond)]
+        beyond = {
+            number: content for content, number in self._added.items() if number >= self.base_vocab_size
+        }
+        kept = [
+            i
+            for i in self._known(ids)
+            if i not in self._special and (i < self.base_vocab_size or i in beyond)
+        ]
         runs = ((added, list(run)) for added, run in groupby(kept, beyond.__contains__))
         return "".join(
             "".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs
         )
 
-    def raw(self, number: int) -> bytes | None:
+    def token_bytes(self, number: int) -> bytes | None:
         if number in self._special:
             return b""
-        is_byte = number < self.pieces and self._model.is_byte(number)
+        is_byte = number < self.base_vocab_size and self._model.is_byte(number)
         return bytes([int(self._model.id_to_piece(number)[3:5], 16)]) if is_byte else None  # <0x41>
 
-    def restarts(self, number: int) -> bool:
-        return number >= self.pieces and number not in self._special
+    def resets_decoder(self, number: int) -> bool:
+        return number >= self.base_vocab_size and number not in self._special
 
-    def _find(self, piece: str) -> int | None:
+    def _base_token_to_id(self, piece: str) -> int | None:
         number = self._model.piece_to_id(piece)
         return number if self._model.id_to_piece(number) == piece else None
 
@@ -234,7 +242,7 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
         self.pad = self.eos if self.pad is None else self.pad
         kinds = _decoders(self._model.decoder)
-        self.whole_runs = "ByteFallback" in kinds
+        self.decodes_byte_runs = "ByteFallback" in kinds
         self._alphabet = _alphabet() if "ByteLevel" in kinds else None
         tokens = self._model.get_added_tokens_decoder()
         self._special |= {number for number, token in tokens.items() if token.special}
@@ -246,7 +254,7 @@ class JsonTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(self._known(ids), skip_special_tokens=True)
 
-    def raw(self, number: int) -> bytes | None:
+    def token_bytes(self, number: int) -> bytes | None:
         piece = self._model.id_to_token(number)
         if piece is None or number in self._special:
             return b""
@@ -255,15 +263,15 @@ class JsonTokenizer(Tokenizer):
             return piece.encode() if None in mapped else bytes(mapped)
         return (
             bytes([int(piece[3:5], 16)])
-            if self.whole_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
+            if self.decodes_byte_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
             else None
         )
 
-    def _find(self, piece: str) -> int | None:
+    def _base_token_to_id(self, piece: str) -> int | None:
         return self._model.token_to_id(piece)
 
 
-FILES: dict[str, type[Tokenizer]] = {
+TOKENIZER_CLASSES: dict[str, type[Tokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": JsonTokenizer,
 }
@@ -272,15 +280,15 @@ FILES: dict[str, type[Tokenizer]] = {
 def load(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face directory. Raises `UserError` if there is none, or it is damaged."""
     folder = Path(path)
-    for name, kind in FILES.items():
+    for name, kind in TOKENIZER_CLASSES.items():
         if (folder / name).is_file():
             return kind(folder)
     held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
     found = f"the folder holds {held or 'nothing'}" if folder.is_dir() else "there is no such folder"
-    raise UserError(f"{folder}: no tokenizer here; looked for {' and '.join(FILES)}, but {found}")
+    raise UserError(f"{folder}: no tokenizer here; looked for {' and '.join(TOKENIZER_CLASSES)}, but {found}")
 
 
-def table(path: Path) -> dict[str, Any]:
+def read_optional_json(path: Path) -> dict[str, Any]:
     """What a JSON file says that need not be there. Raises `UserError`."""
     return read_table(path) if path.exists() or path.is_symlink() else {}
 

@@ -69,9 +69,9 @@ def main() -> None:
     say = functools.partial(print, file=sys.stderr, flush=True) if model.grid.rank == 0 else lambda line: None
     for note in notes(typed):
         say(f"note: {note}")
-    found = benchmark.timings(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
+    found = benchmark.run_cases(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
     if model.grid.rank == 0:
-        text = benchmark_report.write(
+        text = benchmark_report.write_report(
             found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})")
         )
         print(text, end="", flush=True)
@@ -89,13 +89,13 @@ def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int
             f"--batch-size {options.batch_size} and --limit-ms {options.limit_ms} must be above 0"
         )
     if options.performance is not None:
-        return benchmark_report.read_pairs(options.performance, "--performance"), []
-    cases = benchmark_report.read_pairs(options.performance_maxbs or "", "--performance-maxbs")
+        return benchmark_report.parse_pairs(options.performance, "--performance"), []
+    cases = benchmark_report.parse_pairs(options.performance_maxbs or "", "--performance-maxbs")
     if any(outputs < 2 for _, outputs in cases):
         raise UserError(
             "--performance-maxbs needs outputs of at least 2 tokens: the first one is not counted"
         )
-    ranges = benchmark_report.read_pairs(options.ranges or "null", "--ranges")
+    ranges = benchmark_report.parse_pairs(options.ranges or "null", "--ranges")
     if len(ranges) != len(cases) or any(low > high for low, high in ranges):
         raise UserError(
             f"--ranges {options.ranges} must have a pair, smallest and largest batch, for each of the {len(cases)} lengths"

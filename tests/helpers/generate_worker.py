@@ -45,20 +45,22 @@ def main() -> None:
 
 def answers(asked, case):
     """Everything that the case asks of a model, as JSON holds it."""
-    from ascendspeed.inference.engine import Params, logprobs, sample, score
+    from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs
 
     texts = {
         name: [
             [[one.tokens, one.reason, one.score] for one in each]
-            for each in sample(asked, case["prompts"], Params(**params))
+            for each in sample(asked, case["prompts"], SamplingParams(**params))
         ]
         for name, params in case["params"].items()
     }
-    scores = [[one.logprob, one.greedy, one.tokens] for one in score(asked, case["requests"], 3)]
+    scores = [
+        [one.logprob, one.greedy, one.tokens] for one in score_continuations(asked, case["requests"], 3)
+    ]
     return {
         "texts": texts,
         "scores": scores,
-        "logprobs": [each.tolist() for each in logprobs(asked, case["prompts"], 2)],
+        "logprobs": [each.tolist() for each in token_logprobs(asked, case["prompts"], 2)],
     }
 
 

@@ -29,7 +29,14 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
     parse,
     read,
 )
-from ascendspeed.tokenization.tokenizer import FLAGS, NAMED, Token, declared, table, text_of
+from ascendspeed.tokenization.tokenizer import (
+    ADDED_TOKEN_FLAGS,
+    CONTROL_TOKEN_NAMES,
+    DeclaredToken,
+    declared_tokens,
+    read_optional_json,
+    token_text,
+)
 from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
 
@@ -49,12 +56,12 @@ def write(folder: Path) -> str | None:
     import tokenizers
 
     path = folder / "tokenizer.model"
-    kind = table(folder / "config.json").get("model_type")
+    kind = read_optional_json(folder / "config.json").get("model_type")
     if kind in OWN_CLASS:
         return f"transformers use no tokenizer but {OWN_CLASS[kind]} for a model of the type {kind}"
     try:
         model = parse(path)
-        said, tokens = declared(folder)
+        said, tokens = declared_tokens(folder)
         settings = _defaults(model, said) | said
         added = _added(model.pieces, _named(settings) | tokens)
         ranked = merges(model.pieces)
@@ -87,7 +94,7 @@ def check(folder: Path) -> None:
 
     path = folder / "tokenizer.model"
     found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    beside = declared(folder)[1]
+    beside = declared_tokens(folder)[1]
     try:
         for name, number in ((name, token.number) for name, token in beside.items()):
             other = found.token_to_id(name)
@@ -97,7 +104,7 @@ def check(folder: Path) -> None:
                 )
         pieces = read(path).pieces
         own = {
-            token.content: Token(i, token.special, {})
+            token.content: DeclaredToken(i, token.special, {})
             for i, token in found.get_added_tokens_decoder().items()
         }
         known = {i: entry for i, entry in _added(pieces, own).items() if entry["content"] in beside}
@@ -132,16 +139,16 @@ def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, Token]:
-    names = (settings.get(f"{name}_token") for name in NAMED)
-    return {text_of(token): Token(None, True, {}) for token in names if token is not None}
+def _named(settings: Mapping[str, Any]) -> dict[str, DeclaredToken]:
+    names = (settings.get(f"{name}_token") for name in CONTROL_TOKEN_NAMES)
+    return {token_text(token): DeclaredToken(None, True, {}) for token in names if token is not None}
 
 
-def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
+def _added(pieces: Any, tokens: Mapping[str, DeclaredToken]) -> Added:
     """What is declared, and the user-defined pieces. Raises `Inexact` for an id of two names, or a name of two ids."""
     numbers = {piece.piece: i for i, piece in enumerate(pieces)}
     added = {
-        i: _entry(i, piece.piece, Token(i, False, {}), True)
+        i: _entry(i, piece.piece, DeclaredToken(i, False, {}), True)
         for i, piece in enumerate(pieces)
         if piece.type == USER_DEFINED
     }
@@ -166,9 +173,9 @@ def _added(pieces: Any, tokens: Mapping[str, Token]) -> Added:
     return dict(sorted(added.items()))
 
 
-def _entry(number: int, name: str, token: Token, normalized: bool) -> dict[str, Any]:
+def _entry(number: int, name: str, token: DeclaredToken, normalized: bool) -> dict[str, Any]:
     """`normalized`: looked for when spaces are ▁ already, as sentencepiece does with user-defined pieces; else before."""
-    flags = {flag: token.flags.get(flag, False) for flag in FLAGS}
+    flags = {flag: token.flags.get(flag, False) for flag in ADDED_TOKEN_FLAGS}
     return {"id": number, "content": name, **flags, "normalized": normalized, "special": token.special}
 
 
@@ -241,7 +248,7 @@ def _template(settings: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[s
     """Which special tokens stand around a text, and around each of two."""
     names = {"bos": settings.get("add_bos_token", True), "eos": settings.get("add_eos_token", False)}
     used = {
-        name: text_of(settings[f"{name}_token"])
+        name: token_text(settings[f"{name}_token"])
         for name, wanted in names.items()
         if wanted and settings.get(f"{name}_token")
     }

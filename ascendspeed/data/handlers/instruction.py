@@ -15,15 +15,15 @@ from ascendspeed.data.document import Document, EncodedRows, Fault
 from ascendspeed.data.handlers.base import EncoderConfig, Handler
 from ascendspeed.data.readers.shard import MISSPELLED, InvalidValue, RowBatch
 from ascendspeed.tokenization.chat import (
-    Chat,
+    ChatFormat,
+    InvalidConversation,
     Message,
-    Piece,
-    PieceEncoder,
-    WrongMessage,
-    read_answered,
-    short,
+    PromptSegment,
+    SegmentEncoder,
+    read_training_messages,
+    shorten,
 )
-from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos, declared
+from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos_token, declared_tokens
 from ascendspeed.utils.safe_io import read_table
 
 Row = Mapping[str, Any]
@@ -35,13 +35,13 @@ class InstructionHandler(Handler):
 
     keys = ("packed",)
     learns_answers = True
-    encode: PieceEncoder
+    encode: SegmentEncoder
 
     def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         self._longest = job.longest
 
     @abstractmethod
-    def pieces(self, row: Row) -> list[Piece]:
+    def pieces(self, row: Row) -> list[PromptSegment]:
         """What to learn from a row. Raises `WrongMessage` with what it is counted under."""
 
     def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
@@ -55,15 +55,15 @@ class InstructionHandler(Handler):
         documents = [one if isinstance(one, Fault) else Document(*next(encoded)) for one in found]
         return {"packed": EncodedRows(documents, sum(size for _, size in good))}
 
-    def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
+    def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
         """Pieces and the bytes of their text."""
         bad = next((value for value in row.values() if isinstance(value, InvalidValue)), None)
         if bad:
             return Fault(bad.kind, bad.detail)
         try:
             pieces = self.pieces(row)
-            size = sum(len(piece.what.encode()) for piece in pieces if isinstance(piece.what, str))
-        except WrongMessage as error:
+            size = sum(len(piece.content.encode()) for piece in pieces if isinstance(piece.content, str))
+        except InvalidConversation as error:
             return Fault(error.kind, str(error))
         except UnicodeEncodeError:
             return Fault("invalid UTF-8")
@@ -84,17 +84,17 @@ class GeneralInstructionHandler(InstructionHandler):
 
     def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
-        begins = tokenizer.bos is not None and adds_bos(declared(tokenizer.path)[0])
-        self._begin = [Piece(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
+        begins = tokenizer.bos is not None and adds_bos_token(declared_tokens(tokenizer.path)[0])
+        self._begin = [PromptSegment(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
         self._every, self._ends = job.loss_on == "all", job.append_eod
-        self.encode = PieceEncoder(tokenizer.encode_batch)
+        self.encode = SegmentEncoder(tokenizer.encode_batch)
 
-    def pieces(self, row: Row) -> list[Piece]:
-        found = [*self._begin, Piece(self.HEAD)]
+    def pieces(self, row: Row) -> list[PromptSegment]:
+        found = [*self._begin, PromptSegment(self.HEAD)]
         turns = self.turns(row)
         for place, (question, answer) in enumerate(turns, 1):
-            found += [Piece(f"### Instruction:\n{question}\n### Response:\n")]
-            found += [Piece(f"{answer}\n", self._every or place == len(turns))]
+            found += [PromptSegment(f"### Instruction:\n{question}\n### Response:\n")]
+            found += [PromptSegment(f"{answer}\n", self._every or place == len(turns))]
         return found
 
     @property
@@ -129,11 +129,13 @@ class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
         speakers, texts = said[::2], [text.strip() for text in said[1::2]]
         if before.strip() or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
             what = "a text before the first Human:" if before.strip() else ", ".join(speakers[:8])
-            raise WrongMessage("wrong order", f"instruction: Human: and Assistant: do not take turns: {what}")
+            raise InvalidConversation(
+                "wrong order", f"instruction: Human: and Assistant: do not take turns: {what}"
+            )
         for speaker, text in zip(speakers, texts, strict=True):
             if not text:
                 kind = "empty answer" if speaker == "Assistant" else "empty question"
-                raise WrongMessage(kind, f"instruction: the {speaker} says nothing")
+                raise InvalidConversation(kind, f"instruction: the {speaker} says nothing")
         return list(zip(texts[::2], texts[1::2], strict=True))
 
 
@@ -144,19 +146,19 @@ class ChatHandler(InstructionHandler):
 
     def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
-        self.chat = Chat(tokenizer, _family(tokenizer.path), job.chat_template)
-        self.encode = self.chat.encode_pieces
+        self.chat = ChatFormat(tokenizer, _family(tokenizer.path), job.chat_template)
+        self.encode = self.chat.encode_segments
         self._system, self._last_only = job.system, job.loss_on == "last"
 
-    def pieces(self, row: Row) -> list[Piece]:
-        messages = read_answered(self.messages(row), WHERE)
+    def pieces(self, row: Row) -> list[PromptSegment]:
+        messages = read_training_messages(self.messages(row), WHERE)
         column, first = _optional(row, "system"), messages[0]
         if first.role != "system" or first.name is not None:  # one with a name describes tools
             messages[:0] = [Message("system", system)] if (system := column or self._system) else []
         elif column and column.strip() != first.content.strip():
-            what = f"the column is {short(column)}, the conversation begins with {short(first.content)}"
-            raise WrongMessage("two system messages", f"'system': {what}")
-        return self.chat.pieces(messages, WHERE, _tools(row.get("tools")), self._last_only)
+            what = f"the column is {shorten(column)}, the conversation begins with {shorten(first.content)}"
+            raise InvalidConversation("two system messages", f"'system': {what}")
+        return self.chat.training_segments(messages, WHERE, _tools(row.get("tools")), self._last_only)
 
     @property
     def notes(self) -> list[str]:
@@ -209,7 +211,7 @@ class SharegptStyleInstructionHandler(ChatHandler):
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
 
-    def _read(self, row: Row) -> tuple[list[Piece], int] | Fault:
+    def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
         """One of the two names is enough: what is much like the other one may stand beside it."""
         said = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
         near = [
@@ -223,8 +225,8 @@ class SharegptStyleInstructionHandler(ChatHandler):
         held = [row[name] for name in self.LISTS if row[name] is not None]
         items = next((one for one in held if one), held[0] if held else None)
         if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-            raise WrongMessage(
-                "no conversation", f"{' or '.join(self.LISTS)} is {short(items)}, not a list of messages"
+            raise InvalidConversation(
+                "no conversation", f"{' or '.join(self.LISTS)} is {shorten(items)}, not a list of messages"
             )
         return [self._message(item) for item in items]
 
@@ -249,26 +251,28 @@ def _text(row: Row, name: str) -> str:
     """What a row must have."""
     value = row[name]
     if value is None:
-        raise WrongMessage(f"no {name!r}", f"{name!r} is missing or null")
+        raise InvalidConversation(f"no {name!r}", f"{name!r} is missing or null")
     if not isinstance(value, str):
-        raise WrongMessage("not text", f"{name!r} is {short(value)}, not a text")
+        raise InvalidConversation("not text", f"{name!r} is {shorten(value)}, not a text")
     if not value.strip():
-        raise WrongMessage("empty answer" if name == "output" else "empty question", f"{name!r} says nothing")
+        raise InvalidConversation(
+            "empty answer" if name == "output" else "empty question", f"{name!r} says nothing"
+        )
     return value
 
 
 def _optional(row: Row, name: str) -> str | None:
     value = row.get(name)
     if value is not None and not isinstance(value, str):
-        raise WrongMessage("not text", f"{name!r} is {short(value)}, not a text")
+        raise InvalidConversation("not text", f"{name!r} is {shorten(value)}, not a text")
     return value
 
 
 def _history(value: Any) -> list[Sequence[str]]:
     turns = [] if value is None else value
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
-        raise WrongMessage(
-            "wrong history", f"'history' is {short(value)}, not a list of questions and answers"
+        raise InvalidConversation(
+            "wrong history", f"'history' is {shorten(value)}, not a list of questions and answers"
         )
     return turns
 
@@ -282,7 +286,7 @@ def _json(text: Any, kind: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):
-        raise WrongMessage(kind, f"{short(text)} is not JSON") from None
+        raise InvalidConversation(kind, f"{shorten(text)} is not JSON") from None
 
 
 def _family(folder: Path) -> str | None:

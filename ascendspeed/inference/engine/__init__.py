@@ -4,19 +4,19 @@ Every rank calls the same functions with the same arguments, and gets the same r
 rank and told to the others: so they cannot part.
 """
 
-from ascendspeed.inference.engine.language_model import LanguageModel, NoMemory, load
-from ascendspeed.inference.engine.loglikelihood import Score, logprobs, score
+from ascendspeed.inference.engine.language_model import CacheOutOfMemory, LanguageModel, load
+from ascendspeed.inference.engine.loglikelihood import ContinuationScore, score_continuations, token_logprobs
 from ascendspeed.inference.engine.sampling import sample
-from ascendspeed.inference.engine.sampling_params import Completion, Params
+from ascendspeed.inference.engine.sampling_params import Completion, SamplingParams
 
 __all__ = [
+    "CacheOutOfMemory",
     "Completion",
+    "ContinuationScore",
     "LanguageModel",
-    "NoMemory",
-    "Params",
-    "Score",
+    "SamplingParams",
     "load",
-    "logprobs",
     "sample",
-    "score",
+    "score_continuations",
+    "token_logprobs",
 ]

@@ -13,10 +13,15 @@ from numpy.random import Generator
 from torch import Tensor
 
 from ascendspeed.inference.engine.language_model import LanguageModel
-from ascendspeed.inference.engine.logits_processors import draw_several, penalized, stream, warped
-from ascendspeed.inference.engine.sampling_params import Completion, Params
+from ascendspeed.inference.engine.logits_processors import (
+    apply_repetition_penalty,
+    random_stream,
+    sample_without_replacement,
+    warp_logits,
+)
+from ascendspeed.inference.engine.sampling_params import Completion, SamplingParams
 
-NEVER = -1e9
+UNUSED_BEAM_SCORE = -1e9
 
 
 @dataclass
@@ -31,7 +36,7 @@ class Beam:
 
 
 @dataclass
-class Search:
+class PromptBeams:
     """One prompt."""
 
     number: int
@@ -42,7 +47,7 @@ class Search:
     beams: list[Beam]
     finished: list[Completion] = field(default_factory=list)
 
-    def advance(self, offered: list[tuple[float, int, int]], params: Params) -> bool:
+    def advance(self, offered: list[tuple[float, int, int]], params: SamplingParams) -> bool:
         """Takes the offered (score, beam, token), best first; whether the prompt is done."""
         beams = params.num_beams
         size = len(self.beams[0].tokens) + 1
@@ -51,7 +56,7 @@ class Search:
         for rank, (score, parent, token) in enumerate(offered):
             old, stops = self.beams[parent], token in params.stop_ids
             if stops or at_end:
-                if rank < beams and score > NEVER / 2:
+                if rank < beams and score > UNUSED_BEAM_SCORE / 2:
                     tokens = old.tokens if stops else [*old.tokens, token]
                     self.finished.append(
                         Completion(tokens, "stop" if stops else "length", score / size**params.length_penalty)
@@ -68,26 +73,26 @@ class Search:
         return full and going[0].score / size**params.length_penalty <= self.finished[-1].score
 
 
-def search(
+def beam_search(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     order: list[int],
-    params: Params,
+    params: SamplingParams,
     numbers: Sequence[int],
 ) -> list[list[Completion]]:
     """The best `num_return_sequences` continuations of every prompt; `order`: the longest first; `numbers`: see `sample`."""
     beams, lengths = params.num_beams, [len(prompts[i]) for i in order]
-    cache = model.begin(len(prompts) * beams, lengths[0] + params.max_new_tokens, lengths)
-    last = model.read([prompts[i] for i in order])
-    hidden = torch.cat(last).repeat_interleave(beams, 0) if model.last else None
+    cache = model.allocate_cache(len(prompts) * beams, lengths[0] + params.max_new_tokens, lengths)
+    last = model.prefill([prompts[i] for i in order])
+    hidden = torch.cat(last).repeat_interleave(beams, 0) if model.is_last_stage else None
     cache.select([i // beams for i in range(len(prompts) * beams)], lengths[0])
     # The beams of a prompt begin equal: only the first counts.
     live = [
-        Search(
+        PromptBeams(
             i,
             len(prompts[i]),
-            stream(params.seed, numbers[i]),
-            [Beam(0.0 if not j else NEVER) for j in range(beams)],
+            random_stream(params.seed, numbers[i]),
+            [Beam(0.0 if not j else UNUSED_BEAM_SCORE) for j in range(beams)],
         )
         for i in order
     ]
@@ -108,7 +113,7 @@ def search(
         for at, beam in enumerate(rows):
             beam.row = at
         tokens = torch.tensor([beam.tokens[-1] for beam in rows], device=model.device.torch)
-        hidden = model.step(tokens, [one.length + size - 1 for one in live for _ in one.beams])
+        hidden = model.decode_step(tokens, [one.length + size - 1 for one in live for _ in one.beams])
     return [done[i] for i in range(len(prompts))]
 
 
@@ -116,17 +121,17 @@ def _offers(
     model: LanguageModel,
     hidden: Tensor | None,
     prompts: Sequence[Sequence[int]],
-    live: list[Search],
-    params: Params,
+    live: list[PromptBeams],
+    params: SamplingParams,
 ) -> list[list[tuple[float, int, int]]]:
     """For each prompt the (score, beam, token) that its beams may go on with, best first."""
     count = min(max(2, 1 + len(params.stop_ids)), model.config.vocab_size) * params.num_beams
     packed = None
-    if model.last:
+    if model.is_last_stage:
         scores = model.logits(hidden).log_softmax(-1)
-        if model.decides:
+        if model.is_sampling_rank:
             packed = _best(scores, prompts, live, params, count)
-    packed = model.tell(packed, (2, len(live), count))
+    packed = model.broadcast(packed, (2, len(live), count))
     vocabulary = model.config.vocab_size
     return [
         [
@@ -138,7 +143,11 @@ def _offers(
 
 
 def _best(
-    scores: Tensor, prompts: Sequence[Sequence[int]], live: list[Search], params: Params, count: int
+    scores: Tensor,
+    prompts: Sequence[Sequence[int]],
+    live: list[PromptBeams],
+    params: SamplingParams,
+    count: int,
 ) -> Tensor:
     """scores [rows, V] -> [2, prompts, count]: sums of log-probabilities and beam * V + token."""
     seen = None
@@ -147,11 +156,11 @@ def _best(
         texts = [[*prompts[one.number], *beam.tokens] for one in live for beam in one.beams]
         for row, text in zip(seen, texts, strict=True):
             row[torch.tensor(text, device=row.device)] = True
-    scores = penalized(scores, seen, params.repetition_penalty)
+    scores = apply_repetition_penalty(scores, seen, params.repetition_penalty)
     if params.vocab_size is not None:
         scores[:, params.vocab_size :] = float("-inf")
     if params.do_sample:
-        scores = warped(scores, params)
+        scores = warp_logits(scores, params)
     sums = torch.tensor(
         [[beam.score for beam in one.beams] for one in live], device=scores.device, dtype=scores.dtype
     )
@@ -160,7 +169,7 @@ def _best(
         noise = torch.stack([torch.from_numpy(one.draws.random(offered.size(1))) for one in live]).to(
             offered.device
         )
-        best, at = draw_several(offered, noise, count)
+        best, at = sample_without_replacement(offered, noise, count)
     else:
         best, at = offered.topk(count)
     return torch.stack((best.double(), at.double()))

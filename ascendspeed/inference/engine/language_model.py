@@ -27,11 +27,11 @@ from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
-CHUNK = 2048
+PREFILL_CHUNK = 2048
 """Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""
 
 
-class NoMemory(UserError):
+class CacheOutOfMemory(UserError):
     """The cache does not fit."""
 
 
@@ -42,35 +42,35 @@ class LanguageModel:
         self, gpt: gpts.GPTLanguageModel, model: ModelConfig, grid: ProcessGrid, device: Device
     ) -> None:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
-        self.first, self.last = gpt.pre_process, gpt.post_process
+        self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
         self.cache: KVCache | None = None
         if (
-            self.last
+            self.is_last_stage
             and isinstance(gpt.output_layer, NormHead)
             and not gpt.share_embeddings_and_output_weights
         ):
             gpt.output_layer.settle()
 
-    def begin(self, rows: int, capacity: int, lengths: Sequence[int]) -> KVCache:
+    def allocate_cache(self, rows: int, capacity: int, lengths: Sequence[int]) -> KVCache:
         """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
-        self.end()  # first: its memory is needed
+        self.free_cache()  # first: its memory is needed
         try:
             self.cache = KVCache(self.gpt, rows, capacity)
         except (RuntimeError, MemoryError) as error:
             size = rows * capacity * self._token_bytes / 2**30
-            raise NoMemory(
+            raise CacheOutOfMemory(
                 f"no memory for the keys and values of {rows} sequences of {capacity} tokens, {size:.1f} GiB on this rank: take a "
                 f"smaller --batch-size or --max-new-tokens, or more ranks ({first_line(error)})"
             ) from error
         self.cache.pin(lengths)
         return self.cache
 
-    def end(self) -> None:
+    def free_cache(self) -> None:
         """Frees the cache, and what else was kept for a text of its length."""
         self.cache = None
         attention.clear_mask_cache()
 
-    def read(
+    def prefill(
         self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None
     ) -> list[Tensor]:
         """Reads rows, longest first, into the cache from slot `first` on, chunk by chunk.
@@ -82,8 +82,8 @@ class LanguageModel:
         assert lengths == sorted(lengths, reverse=True)
         wanted = [[length - 1] for length in lengths] if wanted is None else wanted
         found: list[list[Tensor]] = [[] for _ in tokens]
-        for start in range(0, lengths[0], CHUNK):
-            end = min(start + CHUNK, lengths[0])
+        for start in range(0, lengths[0], PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, lengths[0])
             rows = sum(length > start for length in lengths)
             piece = torch.zeros(
                 rows, end - start, dtype=torch.long
@@ -92,24 +92,24 @@ class LanguageModel:
                 part = row[start:end]
                 piece[i, : len(part)] = torch.as_tensor(part)
             self.cache.chunk(first + start, end - start, rows)
-            hidden = self._pass(piece.to(self.device.torch))
-            if self.last:
+            hidden = self._forward(piece.to(self.device.torch))
+            if self.is_last_stage:
                 for i in range(rows):
                     here = [position - start for position in wanted[i] if start <= position < end]
                     found[i].append(hidden[here, i])
-        return [torch.cat(parts) for parts in found] if self.last else []
+        return [torch.cat(parts) for parts in found] if self.is_last_stage else []
 
-    def step(self, tokens: Tensor, slots: Sequence[int]) -> Tensor | None:
+    def decode_step(self, tokens: Tensor, slots: Sequence[int]) -> Tensor | None:
         """One token of every row, [n], each at its slot -> the final hidden states [n, h] on the last stage."""
         self.cache.step(slots)
-        hidden = self._pass(tokens[:, None])
-        return hidden[0] if self.last else None
+        hidden = self._forward(tokens[:, None])
+        return hidden[0] if self.is_last_stage else None
 
-    def _pass(self, tokens: Tensor) -> Tensor | None:
+    def _forward(self, tokens: Tensor) -> Tensor | None:
         """tokens [b, s] through all stages -> [s, b, h] on the last one."""
         gpt, rank = self.gpt, self.grid.rank
         hidden = None
-        if self.first:
+        if self.is_first_stage:
             hidden = gpt.embedding(tokens, None)
         else:
             hidden = torch.empty(
@@ -121,13 +121,13 @@ class LanguageModel:
             )
             dist.recv(hidden, rank - self.grid.tp)
         for layer in gpt.decoder.layers:
-            hidden = self._through(layer, hidden)
-        if not self.last:
+            hidden = self._layer_forward(layer, hidden)
+        if not self.is_last_stage:
             dist.send(hidden.contiguous(), rank + self.grid.tp)
             return None
         return gpt.decoder.final_layernorm(hidden)
 
-    def _through(self, layer: TransformerLayer, hidden: Tensor) -> Tensor:
+    def _layer_forward(self, layer: TransformerLayer, hidden: Tensor) -> Tensor:
         """hidden [s, b, h] through a layer whose attention is the cache's.
 
         Megatron-core's own way through the same modules asks at every token what could be otherwise: a tenth of the time.
@@ -159,17 +159,17 @@ class LanguageModel:
         )
 
     @property
-    def decides(self) -> bool:
+    def is_sampling_rank(self) -> bool:
         """Whether this rank is the one that chooses."""
         return self.grid.rank == self.grid.world - self.grid.tp
 
-    def tell(self, value: Tensor | None, shape: Sequence[int]) -> Tensor:
+    def broadcast(self, value: Tensor | None, shape: Sequence[int]) -> Tensor:
         """What the choosing rank has (fp64), on all of them. Raises `UserError` on all of them when there is a NaN in it."""
         told = value
         if self.grid.world > 1:
             told = (
                 value.contiguous()
-                if self.decides
+                if self.is_sampling_rank
                 else torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
             )
             dist.broadcast(told, self.grid.world - self.grid.tp)

@@ -5,22 +5,22 @@ import torch
 from numpy.random import Generator, Philox
 from torch import Tensor
 
-from ascendspeed.inference.engine.sampling_params import Params
+from ascendspeed.inference.engine.sampling_params import SamplingParams
 
 
-def stream(seed: int, number: int) -> Generator:
+def random_stream(seed: int, number: int) -> Generator:
     """Random numbers of each (seed, number) alone."""
     return Generator(Philox(key=np.array([seed & (2**64 - 1), number], dtype=np.uint64)))
 
 
-def penalized(scores: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
+def apply_repetition_penalty(scores: Tensor, seen: Tensor | None, penalty: float) -> Tensor:
     """scores [n, V] of tokens that were there (`seen`, bool): divided by the penalty, or multiplied where negative. A copy."""
     if seen is None:
         return scores.clone()
     return torch.where(seen, torch.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
-def warped(scores: Tensor, params: Params) -> Tensor:
+def warp_logits(scores: Tensor, params: SamplingParams) -> Tensor:
     """scores [n, V] after temperature, top-k and top-p: what is not to be drawn is -inf."""
     scores = scores / params.temperature
     if 0 < params.top_k < scores.size(-1):
@@ -33,7 +33,7 @@ def warped(scores: Tensor, params: Params) -> Tensor:
     return scores
 
 
-def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
+def sample_from_logits(scores: Tensor, uniforms: Tensor) -> Tensor:
     """Of each row the first id at which the sum of softmax(scores [n, V]) passes `uniforms` [n] in [0, 1): [n]."""
     sums = scores.double().softmax(-1).cumsum(-1)
     wanted = (uniforms.clamp(max=1 - 1e-12) * sums[:, -1])[:, None]  # never past the last id that has any
@@ -42,7 +42,7 @@ def draw(scores: Tensor, uniforms: Tensor) -> Tensor:
     )  # where scores are NaN
 
 
-def draw_several(scores: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def sample_without_replacement(scores: Tensor, uniforms: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """`count` different ids of each row by softmax(scores [n, V]), the first drawn first: their scores and themselves, [n, count].
 
     By exponential races (Efraimidis and Spirakis 2006): the ids with the largest log(p) - log(-log(u)).

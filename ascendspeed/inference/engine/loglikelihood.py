@@ -15,7 +15,7 @@ Tokens = Sequence[int]
 
 
 @dataclass(frozen=True)
-class Score:
+class ContinuationScore:
     """Of a continuation."""
 
     logprob: float
@@ -26,7 +26,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Input:
+class ScoringRow:
     """A row for the model, and who asked for it."""
 
     tokens: tuple[int, ...]
@@ -36,18 +36,18 @@ class Input:
 
 
 @dataclass(frozen=True)
-class Group:
+class PrefixGroup:
     """Inputs that begin with the same `shared` tokens."""
 
     shared: int
-    inputs: list[Input]
+    unique_rows: list[ScoringRow]
 
 
-LOGITS = 1 << 26
+MAX_LOGITS = 1 << 26
 """At a time, on the way to log-probabilities."""
 
 
-def logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 16) -> list[Tensor]:
+def token_logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 16) -> list[Tensor]:
     """Of each sequence every token's log-probability after those before it: [n - 1], fp32, on the CPU. Collective."""
     found = [torch.empty(0)] * len(tokens)
     order = sorted((i for i in range(len(tokens)) if len(tokens[i]) > 1), key=lambda i: -len(tokens[i]))
@@ -55,8 +55,8 @@ def logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 1
         for batch in batches(order, batch_size):
             rows = [tokens[i][:-1] for i in batch]
             lengths = [len(row) for row in rows]
-            model.begin(len(rows), lengths[0], lengths)
-            hidden = model.read(rows, wanted=[range(length) for length in lengths])
+            model.allocate_cache(len(rows), lengths[0], lengths)
+            hidden = model.prefill(rows, wanted=[range(length) for length in lengths])
             told = _ask(
                 model, hidden, range(sum(lengths)), [token for i in batch for token in tokens[i][1:]]
             )[0]
@@ -71,15 +71,15 @@ def _freeing(model: LanguageModel) -> Iterator[None]:
     try:
         yield
     finally:
-        model.end()
+        model.free_cache()
 
 
-def score(
+def score_continuations(
     model: LanguageModel,
     requests: Sequence[tuple[Tokens, Tokens]],
     batch_size: int = 16,
-    got: Callable[[int, Score], None] | None = None,
-) -> list[Score]:
+    got: Callable[[int, ContinuationScore], None] | None = None,
+) -> list[ContinuationScore]:
     """The scores of (context, continuation) pairs, neither of them empty. Collective.
 
     Requests with the same input (a question and its one-token answers) are one row; rows that begin with the same tokens (the
@@ -88,9 +88,9 @@ def score(
     assert all(context and continuation for context, continuation in requests), (
         "neither context nor continuation may be empty"
     )
-    found: dict[int, Score] = {}
+    found: dict[int, ContinuationScore] = {}
     with torch.inference_mode(), _freeing(model):
-        for group in groups(inputs(requests), model.config):
+        for group in group_by_prefix(unique_rows(requests), model.config):
             for batch in _batches(model, group, batch_size):
                 for i, one in _scores(model, requests, group, batch):
                     found[i] = one
@@ -99,22 +99,23 @@ def score(
     return [found[i] for i in range(len(requests))]
 
 
-def inputs(requests: Sequence[tuple[Tokens, Tokens]]) -> list[Input]:
+def unique_rows(requests: Sequence[tuple[Tokens, Tokens]]) -> list[ScoringRow]:
     """The different rows that the requests need, sorted by their tokens."""
     asked: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
         asked.setdefault((*context, *continuation[:-1]), []).append(i)
     return [
-        Input(tokens, min(len(requests[i][0]) for i in who) - 1, who) for tokens, who in sorted(asked.items())
+        ScoringRow(tokens, min(len(requests[i][0]) for i in who) - 1, who)
+        for tokens, who in sorted(asked.items())
     ]
 
 
-def groups(rows: Sequence[Input], config: ModelConfig) -> list[Group]:
+def group_by_prefix(rows: Sequence[ScoringRow], config: ModelConfig) -> list[PrefixGroup]:
     """Cuts sorted rows into groups with a common beginning, where sharing it saves more tokens than the shorter beginning costs.
 
     What is asked about is not shared; nor are rows that dynamic rope scaling turns each by a base of its own.
     """
-    found: list[Group] = []
+    found: list[PrefixGroup] = []
     longest = config.max_position_embeddings if config.rope_scaling_type == "dynamic" else math.inf
     alone = [row for row in rows if len(row.tokens) > longest]
     for row in (row for row in rows if len(row.tokens) <= longest):
@@ -122,12 +123,12 @@ def groups(rows: Sequence[Input], config: ModelConfig) -> list[Group]:
             group = found[-1]
             common = min(_common(group.inputs[0].tokens[: group.shared], row.tokens), row.start)
             if (group.shared - common) * len(group.inputs) < common:
-                found[-1] = Group(common, [*group.inputs, row])
+                found[-1] = PrefixGroup(common, [*group.inputs, row])
                 continue
-        found.append(Group(row.start, [row]))
+        found.append(PrefixGroup(row.start, [row]))
     single = [group.inputs[0] for group in found if len(group.inputs) == 1]
     found = [group for group in found if len(group.inputs) > 1]
-    return found + [Group(0, rest) for rest in (single, alone) if rest]
+    return found + [PrefixGroup(0, rest) for rest in (single, alone) if rest]
 
 
 def _common(a: Tokens, b: Tokens) -> int:
@@ -139,26 +140,29 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _batches(model: LanguageModel, group: Group, batch_size: int) -> Iterator[Sequence[Input]]:
+def _batches(model: LanguageModel, group: PrefixGroup, batch_size: int) -> Iterator[Sequence[ScoringRow]]:
     """The group's rows, longest first, with what they share in the cache of every one of them."""
     rows = sorted(group.inputs, key=lambda row: -len(row.tokens))
     count = min(batch_size, len(rows))
     if group.shared:
-        cache = model.begin(count, len(rows[0].tokens), [0])
-        model.read([rows[0].tokens[: group.shared]], wanted=[[]])
+        cache = model.allocate_cache(count, len(rows[0].tokens), [0])
+        model.prefill([rows[0].tokens[: group.shared]], wanted=[[]])
         cache.select([0] * count, group.shared)
     for batch in batches(rows, batch_size):
         if not group.shared:
             lengths = [len(row.tokens) for row in batch]
-            model.begin(len(batch), lengths[0], lengths)
+            model.allocate_cache(len(batch), lengths[0], lengths)
         yield batch
 
 
 def _scores(
-    model: LanguageModel, requests: Sequence[tuple[Tokens, Tokens]], group: Group, batch: Sequence[Input]
-) -> Iterator[tuple[int, Score]]:
+    model: LanguageModel,
+    requests: Sequence[tuple[Tokens, Tokens]],
+    group: PrefixGroup,
+    batch: Sequence[ScoringRow],
+) -> Iterator[tuple[int, ContinuationScore]]:
     wanted = [range(row.start - group.shared, len(row.tokens) - group.shared) for row in batch]
-    hidden = model.read([row.tokens[group.shared :] for row in batch], group.shared, wanted)
+    hidden = model.prefill([row.tokens[group.shared :] for row in batch], group.shared, wanted)
     places, tokens, sizes = [], [], []
     begin = 0  # of a row among the wanted positions of all
     for row, positions in zip(batch, wanted, strict=True):
@@ -173,14 +177,14 @@ def _scores(
     for (i, size), (values, best) in zip(
         sizes, zip(*(x.split([n for _, n in sizes]) for x in told), strict=True), strict=True
     ):
-        yield i, Score(float(values.sum()), bool(best.all()), size)
+        yield i, ContinuationScore(float(values.sum()), bool(best.all()), size)
 
 
 def _ask(model: LanguageModel, hidden: list[Tensor], places: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """Of tokens[i] after hidden state places[i]: log-probability, and whether it is the most likely one; [2, n], on every rank."""
     told = None
-    if model.last:
-        states, size = torch.cat(hidden), max(1, LOGITS // model.config.vocab_size)
+    if model.is_last_stage:
+        states, size = torch.cat(hidden), max(1, MAX_LOGITS // model.config.vocab_size)
         at, wanted = (torch.tensor(x, device=states.device) for x in (list(places), list(tokens)))
         told = torch.empty(2, len(tokens), dtype=torch.float64, device=states.device)
         for start in range(0, len(states), size):
@@ -190,4 +194,4 @@ def _ask(model: LanguageModel, hidden: list[Tensor], places: Sequence[int], toke
             values = logits[rows, wanted[mine]]
             told[0, mine] = (values - logits.logsumexp(-1)[rows]).double()
             told[1, mine] = (values == logits.amax(-1)[rows]).double()
-    return model.tell(told, (2, len(tokens))).cpu()
+    return model.broadcast(told, (2, len(tokens))).cpu()

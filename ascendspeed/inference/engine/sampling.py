@@ -9,18 +9,23 @@ from torch import Tensor
 
 from ascendspeed.inference.engine import beam_search
 from ascendspeed.inference.engine.language_model import LanguageModel
-from ascendspeed.inference.engine.logits_processors import draw, penalized, stream, warped
-from ascendspeed.inference.engine.sampling_params import Completion, Params
+from ascendspeed.inference.engine.logits_processors import (
+    apply_repetition_penalty,
+    random_stream,
+    sample_from_logits,
+    warp_logits,
+)
+from ascendspeed.inference.engine.sampling_params import Completion, SamplingParams
 
-Watch = Callable[[int, int], bool]
+StopCallback = Callable[[int, int], bool]
 """(row, new token) -> whether the row ends with it; row = prompt * num_return_sequences + i. Asked on every rank, in one order."""
 
 
 def sample(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    params: Params,
-    watch: Watch | None = None,
+    params: SamplingParams,
+    watch: StopCallback | None = None,
     numbers: Sequence[int] | None = None,
     end: Callable[[], bool] | None = None,
 ) -> list[list[Completion]]:
@@ -40,7 +45,7 @@ def sample(
     with torch.inference_mode():
         try:
             if params.num_beams > 1:
-                return beam_search.search(model, prompts, order, params, numbers)
+                return beam_search.beam_search(model, prompts, order, params, numbers)
             return _sample(
                 model,
                 prompts,
@@ -51,11 +56,11 @@ def sample(
                 end or (lambda: False),
             )
         finally:
-            model.end()
+            model.free_cache()
 
 
 @dataclass
-class Row:
+class SequenceState:
     """A sequence under way."""
 
     number: int
@@ -72,22 +77,22 @@ def _sample(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     order: list[int],
-    params: Params,
-    watch: Watch,
+    params: SamplingParams,
+    watch: StopCallback,
     numbers: Sequence[int],
     end: Callable[[], bool],
 ) -> list[list[Completion]]:
     each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
     rows = [
-        Row(i * each + j, len(prompts[i]), stream(params.seed, numbers[i] * each + j))
+        SequenceState(i * each + j, len(prompts[i]), random_stream(params.seed, numbers[i] * each + j))
         for i in order
         for j in range(each)
     ]
-    cache = model.begin(len(rows), lengths[0] + params.max_new_tokens, lengths)
-    last = model.read([prompts[i] for i in order])
-    hidden = torch.cat(last).repeat_interleave(each, 0) if model.last else None
+    cache = model.allocate_cache(len(rows), lengths[0] + params.max_new_tokens, lengths)
+    last = model.prefill([prompts[i] for i in order])
+    hidden = torch.cat(last).repeat_interleave(each, 0) if model.is_last_stage else None
     cache.select([i // each for i in range(len(rows))], lengths[0])
-    seen = Seen(model, params, [prompts[row.number // each] for row in rows])
+    seen = SeenTokens(model, params, [prompts[row.number // each] for row in rows])
     done: dict[int, Completion] = {}
     while True:
         chosen = _choose(model, hidden, params, rows, seen, end)
@@ -106,17 +111,17 @@ def _sample(
         if not kept:
             return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
         if len(kept) < len(rows):  # a finished row gives its place to the last one, and costs nothing more
-            kept = compact(kept, len(rows))
+            kept = compact_rows(kept, len(rows))
             cache.select(kept, max(row.length for row in rows))
             rows, tokens = [rows[i] for i in kept], tokens[kept]
             seen.select(kept)
         seen.add(tokens)
-        hidden = model.step(tokens, [row.length for row in rows])
+        hidden = model.decode_step(tokens, [row.length for row in rows])
         for row in rows:
             row.length += 1
 
 
-def _ended(row: Row, token: int, params: Params, watch: Watch) -> str | None:
+def _ended(row: SequenceState, token: int, params: SamplingParams, watch: StopCallback) -> str | None:
     if token in params.stop_ids:
         return "stop"
     row.tokens.append(token)
@@ -125,7 +130,7 @@ def _ended(row: Row, token: int, params: Params, watch: Watch) -> str | None:
     return "length" if len(row.tokens) == params.max_new_tokens else None
 
 
-def compact(kept: list[int], size: int) -> list[int]:
+def compact_rows(kept: list[int], size: int) -> list[int]:
     """The rows to keep, those from the end moved to where others went: as few as possible move."""
     holes = sorted(set(range(len(kept))) - set(kept))
     movers = [row for row in kept if row >= len(kept)]
@@ -133,12 +138,14 @@ def compact(kept: list[int], size: int) -> list[int]:
     return [moved.get(i, i) for i in range(len(kept))]
 
 
-class Seen:
+class SeenTokens:
     """Which tokens each row has had, for the repetition penalty; kept on the choosing rank, and only where there is one."""
 
-    def __init__(self, model: LanguageModel, params: Params, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self, model: LanguageModel, params: SamplingParams, prompts: Sequence[Sequence[int]]
+    ) -> None:
         self.mask: Tensor | None = None
-        if model.decides and params.repetition_penalty != 1:
+        if model.is_sampling_rank and params.repetition_penalty != 1:
             self.mask = torch.zeros(
                 len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device.torch
             )
@@ -159,29 +166,29 @@ class Seen:
 def _choose(
     model: LanguageModel,
     hidden: Tensor | None,
-    params: Params,
-    rows: list[Row],
-    seen: Seen,
+    params: SamplingParams,
+    rows: list[SequenceState],
+    seen: SeenTokens,
     end: Callable[[], bool],
 ) -> tuple[Tensor, Tensor] | None:
     """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device. None: it is to end."""
     packed = None
-    if model.last:
+    if model.is_last_stage:
         logits = model.logits(hidden)
-        if model.decides:
-            choices = penalized(logits, seen.mask, params.repetition_penalty)
+        if model.is_sampling_rank:
+            choices = apply_repetition_penalty(logits, seen.mask, params.repetition_penalty)
             if params.vocab_size is not None:
                 choices[:, params.vocab_size :] = float("-inf")
             if params.do_sample:
                 draws = torch.tensor(
                     [row.draws.random() for row in rows], dtype=torch.float64, device=logits.device
                 )
-                tokens = draw(warped(choices, params), draws)
+                tokens = sample_from_logits(warp_logits(choices, params), draws)
             else:
                 tokens = choices.argmax(-1)
             scores = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
             packed = torch.stack((tokens.double(), scores.double()))
             if end():
                 packed[0] = -1
-    packed = model.tell(packed, (2, len(rows)))
+    packed = model.broadcast(packed, (2, len(rows)))
     return None if packed[0, 0] < 0 else (packed[0].long(), packed[1])

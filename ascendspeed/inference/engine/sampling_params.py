@@ -7,7 +7,7 @@ from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Params:
+class SamplingParams:
     """How to choose tokens. The defaults are greedy."""
 
     max_new_tokens: int = 64

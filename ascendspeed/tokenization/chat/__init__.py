@@ -1,31 +1,31 @@
 """Conversations -> token ids, by templates that are data; control tokens are put by id, text is only ever text."""
 
-from ascendspeed.tokenization.chat.chat_format import Chat
+from ascendspeed.tokenization.chat.chat_format import ChatFormat
 from ascendspeed.tokenization.chat.messages import (
-    Call,
+    InvalidConversation,
     Message,
-    WrongMessage,
-    read_answered,
+    ToolCall,
     read_messages,
-    short,
+    read_training_messages,
+    shorten,
 )
-from ascendspeed.tokenization.chat.segments import Piece, PieceEncoder
-from ascendspeed.tokenization.chat.stop_tokens import generation_stops, stop_set
-from ascendspeed.tokenization.chat.templates import TEMPLATES, Template, choose
+from ascendspeed.tokenization.chat.segments import PromptSegment, SegmentEncoder
+from ascendspeed.tokenization.chat.stop_tokens import generation_config_stops, stop_token_ids
+from ascendspeed.tokenization.chat.templates import TEMPLATES, ChatTemplate, choose_template
 
 __all__ = [
     "TEMPLATES",
-    "Call",
-    "Chat",
+    "ChatFormat",
+    "ChatTemplate",
+    "InvalidConversation",
     "Message",
-    "Piece",
-    "PieceEncoder",
-    "Template",
-    "WrongMessage",
-    "choose",
-    "generation_stops",
-    "read_answered",
+    "PromptSegment",
+    "SegmentEncoder",
+    "ToolCall",
+    "choose_template",
+    "generation_config_stops",
     "read_messages",
-    "short",
-    "stop_set",
+    "read_training_messages",
+    "shorten",
+    "stop_token_ids",
 ]

@@ -9,9 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from ascendspeed.tokenization.chat.messages import TOOLS, Call, Message, WrongMessage, tools_message
-from ascendspeed.tokenization.chat.segments import Piece, PieceEncoder
-from ascendspeed.tokenization.chat.templates import EOS, choose, find
+from ascendspeed.tokenization.chat.messages import (
+    TOOLS,
+    InvalidConversation,
+    Message,
+    ToolCall,
+    tools_message,
+)
+from ascendspeed.tokenization.chat.segments import PromptSegment, SegmentEncoder
+from ascendspeed.tokenization.chat.templates import EOS, choose_template, first_token_id
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
@@ -20,33 +26,33 @@ BRACES = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
-class Control:
+class ControlToken:
     """A control token by its name in the template."""
 
     name: str
 
 
-Part = str | Control
+Part = str | ControlToken
 Said = tuple[Part, bool]
 """A part, and whether it is what a turn says: its content and the token that ends it, not who speaks."""
 
 
-class Chat:
+class ChatFormat:
     """The chat format of a model."""
 
     def __init__(self, tokenizer: Tokenizer, family: str | None = None, name: str | None = None) -> None:
         """`family` of the model; `name`: the template, when it is asked for. Raises `UserError`: see `templates.choose`."""
         self.tokenizer = tokenizer
-        self.name, self.template = choose(tokenizer, family, name)
-        found = {name: find(tokenizer, strings) for name, strings in self.template.controls.items()}
+        self.name, self.template = choose_template(tokenizer, family, name)
+        found = {name: first_token_id(tokenizer, strings) for name, strings in self.template.controls.items()}
         self.controls = {name: number for name, number in found.items() if number is not None}
         """Name of a control token -> id, of those that the tokenizer has."""
-        guarded = {string: tokenizer.find(string) for string in self.template.guarded}
+        guarded = {string: tokenizer.token_to_id(string) for string in self.template.guarded}
         self._forbidden = {*self.controls.values(), *guarded.values()} - {None}
         self._strings = {string for string, number in guarded.items() if number is not None}
 
     @property
-    def stops(self) -> tuple[int, ...]:
+    def stop_ids(self) -> tuple[int, ...]:
         """Ids that end the assistant's turn."""
         return tuple(self.controls[name] for name in self.template.stops)
 
@@ -54,13 +60,15 @@ class Chat:
     def notes(self) -> list[str]:
         """What the user should know about this format."""
         named = {name: strings[0] for name, strings in self.template.controls.items() if EOS in strings}
-        missing = [string for string in named.values() if self.tokenizer.find(string) is None]
+        missing = [string for string in named.values() if self.tokenizer.token_to_id(string) is None]
         return [
             f"the tokenizer has no {string}: turns of the assistant end with the end of a document"
             for string in missing
         ]
 
-    def ids(self, messages: Sequence[Message], where: str = "conversation", tools: Any = None) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], where: str = "conversation", tools: Any = None
+    ) -> list[int]:
         """Ids of a conversation, from its one BOS to what opens the assistant's answer.
 
         `tools`: descriptions of functions, told to the model after its system message. Raises `UserError`, beginning with
@@ -71,35 +79,35 @@ class Chat:
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return bos + list(self._encoded(parts))
 
-    def pieces(
+    def training_segments(
         self,
         messages: Sequence[Message],
         where: str = "conversation",
         tools: Any = None,
         last_only: bool = False,
-    ) -> list[Piece]:
-        """A conversation to learn from, to be encoded by `encode_pieces`: to be learnt is what the assistant says (with
-        `last_only`, in its last turn) and the token that ends its turn. It ends there. Raises `UserError`: see `ids`."""
+    ) -> list[PromptSegment]:
+        """A conversation to learn from, to be encoded by `encode_segments`: to be learnt is what the assistant says (with
+        `last_only`, in its last turn) and the token that ends its turn. It ends there. Raises `UserError`: see `prompt_ids`."""
         turns = self._turns(messages, where, tools)
         answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
         learnt = set(answers[-1:] if last_only else answers)
-        found = [] if self.tokenizer.bos is None else [Piece(self.tokenizer.bos)]
+        found = [] if self.tokenizer.bos is None else [PromptSegment(self.tokenizer.bos)]
         for place, (_, turn) in enumerate(turns):
-            found += [Piece(self._what(part), said and place in learnt) for part, said in turn]
-        while found and not found[-1].learnt:
+            found += [PromptSegment(self._what(part), said and place in learnt) for part, said in turn]
+        while found and not found[-1].supervised:
             found.pop()
         return found
 
     @cached_property
-    def encode_pieces(self) -> PieceEncoder:
+    def encode_segments(self) -> SegmentEncoder:
         """Pieces -> ids and what of them is to be learnt; text becomes no control token."""
-        return PieceEncoder(self._texts)
+        return SegmentEncoder(self._texts)
 
-    def message(self, tokens: Iterable[int]) -> dict[str, Any]:
+    def answer_message(self, tokens: Iterable[int]) -> dict[str, Any]:
         """The assistant's new tokens -> {"role", "content"} and, where it calls tools, "tool_calls" and "code"."""
-        return _spoken(self.heard(tokens))
+        return _spoken(self.parse_answer(tokens))
 
-    def heard(self, tokens: Iterable[int]) -> Message:
+    def parse_answer(self, tokens: Iterable[int]) -> Message:
         """The same as a turn to go on from: its calls are kept as the model wrote them, wrong ones too."""
         names = {number: name for name, number in self.controls.items()}
         content: list[int] = []
@@ -121,7 +129,7 @@ class Chat:
             "assistant",
             decode(content),
             None,
-            tuple(Call(kind, decode(held).strip("\n")) for kind, held in calls),
+            tuple(ToolCall(kind, decode(held).strip("\n")) for kind, held in calls),
         )
 
     def _turns(self, messages: Sequence[Message], where: str, tools: Any) -> list[tuple[str, list[Said]]]:
@@ -138,28 +146,30 @@ class Chat:
         template = self.template
         if message.role not in template.turns:
             there = f"no {message.role}, only {', '.join(template.turns)}"
-            raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has {there}")
+            raise InvalidConversation(NO_PLACE, f"{where}: the chat template {self.name} has {there}")
         if message.name is not None and not template.name:
-            raise WrongMessage(
+            raise InvalidConversation(
                 NO_PLACE, f"{where}: the chat template {self.name} has no place for a name ({message.name!r})"
             )
         content: list[Part] = [message.content]
         for call in message.calls:
             if call.kind not in template.calls:
-                raise WrongMessage(NO_PLACE, f"{where}: the chat template {self.name} has no place for tools")
+                raise InvalidConversation(
+                    NO_PLACE, f"{where}: the chat template {self.name} has no place for tools"
+                )
             content += [
                 part for part, _ in self._filled(template.calls[call.kind], {"content": [call.content]})
             ]
         name: list[Part] = []
         if message.name is not None:
-            speaker = Control(message.name) if message.name in TOOLS else message.name
+            speaker = ControlToken(message.name) if message.name in TOOLS else message.name
             name = [part for part, _ in self._filled(template.name, {"name": [speaker]})]
         return self._filled(template.turns[message.role], {"content": content, "name": name})
 
     def _filled(self, pattern: str, values: dict[str, list[Part]]) -> list[Said]:
         found: list[Said] = []
         for index, piece in enumerate(BRACES.split(pattern)):
-            parts = [piece] if index % 2 == 0 else values.get(piece, [Control(piece)])
+            parts = [piece] if index % 2 == 0 else values.get(piece, [ControlToken(piece)])
             said = index % 2 == 1 and (piece == "content" or piece in self.template.stops)
             found += [(part, said) for part in parts]
         return found
@@ -170,7 +180,9 @@ class Chat:
             return part
         if part.name not in self.controls:
             wanted = self.template.controls[part.name][0]
-            raise WrongMessage(NO_PLACE, f"{self.tokenizer.path}: the tokenizer has no token {wanted!r}")
+            raise InvalidConversation(
+                NO_PLACE, f"{self.tokenizer.path}: the tokenizer has no token {wanted!r}"
+            )
         return self.controls[part.name]
 
     def _encoded(self, parts: Iterable[Part]) -> Iterator[int]:

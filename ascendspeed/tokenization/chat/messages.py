@@ -8,14 +8,14 @@ from typing import Any
 from ascendspeed.utils.errors import UserError
 
 ROLES = ("system", "user", "assistant", "environment")
-RESULTS = ("environment", "tool", "function")
+TOOL_RESULT_ROLES = ("environment", "tool", "function")
 """Roles of what a tool answered; the last two are other programs' words."""
-ALL_ROLES = tuple(dict.fromkeys((*ROLES, *RESULTS)))
-KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "code"}
+ACCEPTED_ROLES = tuple(dict.fromkeys((*ROLES, *TOOL_RESULT_ROLES)))
+MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "code"}
 TOOLS = ("plugin", "interpreter")
 
 
-class WrongMessage(UserError):
+class InvalidConversation(UserError):
     """A conversation that is none."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -25,7 +25,7 @@ class WrongMessage(UserError):
 
 
 @dataclass(frozen=True)
-class Call:
+class ToolCall:
     """A tool that the assistant calls."""
 
     kind: str
@@ -42,7 +42,7 @@ class Message:
     content: str = ""
     name: str | None = None
     """Who speaks: plugin and interpreter are control tokens, anything else is text (`user name=file`)."""
-    calls: tuple[Call, ...] = ()
+    calls: tuple[ToolCall, ...] = ()
 
 
 def read_messages(items: Any, where: str) -> list[Message]:
@@ -50,11 +50,13 @@ def read_messages(items: Any, where: str) -> list[Message]:
     found = _messages(items, where)
     if found[-1].role not in ("user", "environment"):
         last = f"the last message is the {found[-1].role}'s"
-        raise WrongMessage("wrong order", f"{where}: {last}, so nothing is asked; end with one of the user's")
+        raise InvalidConversation(
+            "wrong order", f"{where}: {last}, so nothing is asked; end with one of the user's"
+        )
     return found
 
 
-def read_answered(items: Any, where: str) -> list[Message]:
+def read_training_messages(items: Any, where: str) -> list[Message]:
     """Checked messages to learn from: the assistant answers, and last of all. Raises `WrongMessage` beginning with `where`."""
     found = _messages(items, where)
     before: Message | None = None
@@ -62,17 +64,17 @@ def read_answered(items: Any, where: str) -> list[Message]:
         place = f"{where}, message {number}"
         if message.role == "assistant" and (before is None or before.role in ("system", "assistant")):
             why = f"after the {before.role}'s" if before else "at the beginning"
-            raise WrongMessage(
+            raise InvalidConversation(
                 "wrong order", f"{place}: the assistant speaks {why}; it answers a user or a tool"
             )
         if before and message.role == before.role == "user" and message.name == before.name:
-            raise WrongMessage("wrong order", f"{place}: the user speaks again before an answer")
+            raise InvalidConversation("wrong order", f"{place}: the user speaks again before an answer")
         if not message.content.strip() and not message.calls and message.role in ("user", "assistant"):
             kind = "empty answer" if message.role == "assistant" else "empty question"
-            raise WrongMessage(kind, f"{place}: the {message.role} says nothing")
+            raise InvalidConversation(kind, f"{place}: the {message.role} says nothing")
         before = message
     if found[-1].role != "assistant":
-        raise WrongMessage(
+        raise InvalidConversation(
             "wrong order", f"{where}: the last message is the {found[-1].role}'s, and has no answer"
         )
     return found
@@ -80,13 +82,15 @@ def read_answered(items: Any, where: str) -> list[Message]:
 
 def _messages(items: Any, where: str) -> list[Message]:
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
-        what = f"a conversation is a list of at least one role and content, not {short(items)}"
-        raise WrongMessage("no conversation", f"{where}: {what}")
+        what = f"a conversation is a list of at least one role and content, not {shorten(items)}"
+        raise InvalidConversation("no conversation", f"{where}: {what}")
     found = [_message(item, f"{where}, message {number}") for number, item in enumerate(items, 1)]
     for number, message in enumerate(found[1:], 2):
         if message.role == "system" and message.name is None:
             why = "there is one already" if found[0].role == "system" else "it must come first"
-            raise WrongMessage("wrong order", f"{where}, message {number}: a system message here: {why}")
+            raise InvalidConversation(
+                "wrong order", f"{where}, message {number}: a system message here: {why}"
+            )
     return found
 
 
@@ -97,47 +101,50 @@ def tools_message(tools: Any, where: str) -> Message:
         or isinstance(tools, str)
         or not all(isinstance(tool, Mapping) for tool in tools)
     ):
-        raise WrongMessage(
-            "wrong tools", f"{where}: tools are a list of tables that describe functions, not {short(tools)}"
+        raise InvalidConversation(
+            "wrong tools",
+            f"{where}: tools are a list of tables that describe functions, not {shorten(tools)}",
         )
     return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
 
 
 def _message(item: Any, where: str) -> Message:
     if not isinstance(item, Mapping):
-        raise WrongMessage(
-            "no conversation", f"{where}: a message has a role and a content, and {short(item)} has not"
+        raise InvalidConversation(
+            "no conversation", f"{where}: a message has a role and a content, and {shorten(item)} has not"
         )
     role, content, name = (item.get(key) for key in ("role", "content", "name"))
-    if role not in ALL_ROLES:
-        there = f"there are {', '.join(ALL_ROLES)}"
-        raise WrongMessage("wrong role", f"{where}: the role {short(role)} does not exist; {there}")
+    if role not in ACCEPTED_ROLES:
+        there = f"there are {', '.join(ACCEPTED_ROLES)}"
+        raise InvalidConversation("wrong role", f"{where}: the role {shorten(role)} does not exist; {there}")
     for key in item:
-        if key not in KEYS:
-            known = f"a message has {', '.join(sorted(KEYS))}"
-            raise WrongMessage("unknown field", f"{where}: {short(key)} is not understood; {known}")
+        if key not in MESSAGE_KEYS:
+            known = f"a message has {', '.join(sorted(MESSAGE_KEYS))}"
+            raise InvalidConversation("unknown field", f"{where}: {shorten(key)} is not understood; {known}")
     calls = _calls(item, role, where)
     if not isinstance(content, str) and (content is not None or not calls):
-        what = "missing" if content is None else f"{short(content)}, not a text"
-        raise WrongMessage("wrong content", f"{where}: the content is {what}")
+        what = "missing" if content is None else f"{shorten(content)}, not a text"
+        raise InvalidConversation("wrong content", f"{where}: the content is {what}")
     if name is not None and (not isinstance(name, str) or not name or "\n" in name):
-        raise WrongMessage("wrong content", f"{where}: {short(name)} is no name")
-    if role in RESULTS:
+        raise InvalidConversation("wrong content", f"{where}: {shorten(name)} is no name")
+    if role in TOOL_RESULT_ROLES:
         role, name = "environment", name if name in TOOLS or role == "environment" else "plugin"
     return Message(role, content or "", name, calls)
 
 
-def _calls(item: Mapping[str, Any], role: str, where: str) -> tuple[Call, ...]:
+def _calls(item: Mapping[str, Any], role: str, where: str) -> tuple[ToolCall, ...]:
     said, code = item.get("tool_calls") or (), item.get("code")
     if (said or code) and role != "assistant":
-        raise WrongMessage("wrong tool call", f"{where}: only the assistant calls tools, not the {role}")
+        raise InvalidConversation(
+            "wrong tool call", f"{where}: only the assistant calls tools, not the {role}"
+        )
     if not isinstance(said, Sequence) or isinstance(said, str):
-        raise WrongMessage("wrong tool call", f"{where}: tool_calls is a list, not {short(said)}")
-    calls = [Call("plugin", _function(call, where)) for call in said]
+        raise InvalidConversation("wrong tool call", f"{where}: tool_calls is a list, not {shorten(said)}")
+    calls = [ToolCall("plugin", _function(call, where)) for call in said]
     if code is not None:
         if not isinstance(code, str):
-            raise WrongMessage("wrong tool call", f"{where}: code is {short(code)}, not a text")
-        calls.append(Call("interpreter", code))
+            raise InvalidConversation("wrong tool call", f"{where}: code is {shorten(code)}, not a text")
+        calls.append(ToolCall("interpreter", code))
     return tuple(calls)
 
 
@@ -145,20 +152,20 @@ def _function(call: Any, where: str) -> str:
     """JSON of name and parameters, from {"name", "parameters"} or from {"type": "function", "function": {"name", "arguments"}}."""
     table = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(table, Mapping) or not isinstance(table.get("name"), str):
-        raise WrongMessage(
-            "wrong tool call", f"{where}: a tool call has a name and parameters, and {short(call)} has not"
+        raise InvalidConversation(
+            "wrong tool call", f"{where}: a tool call has a name and parameters, and {shorten(call)} has not"
         )
     parameters = table.get("parameters", table.get("arguments", {}))
     if isinstance(parameters, str):  # as some programs keep them
         try:
             parameters = json.loads(parameters)
         except ValueError:
-            what = f"the arguments of {table['name']} are not JSON: {short(parameters)}"
-            raise WrongMessage("wrong tool call", f"{where}: {what}") from None
+            what = f"the arguments of {table['name']} are not JSON: {shorten(parameters)}"
+            raise InvalidConversation("wrong tool call", f"{where}: {what}") from None
     return json.dumps({"name": table["name"], "parameters": parameters}, ensure_ascii=False)
 
 
-def short(value: Any) -> str:
+def shorten(value: Any) -> str:
     """A value as it is said in messages: its beginning, if it is long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -12,14 +12,14 @@ Place = tuple[str, bool]
 
 
 @dataclass(frozen=True)
-class Piece:
+class PromptSegment:
     """A run of text, or a token by its id."""
 
-    what: str | int
-    learnt: bool = False
+    content: str | int
+    supervised: bool = False
 
 
-class PieceEncoder:
+class SegmentEncoder:
     """Pieces -> ids, by a tokenizer.
 
     What is learnt is encoded apart from what stands before it: an answer's tokens are those that follow the prompt's, as they do
@@ -32,7 +32,7 @@ class PieceEncoder:
         # Some tokenizers put a space before every text. Where text follows text there is none, so it is encoded behind this one.
         self._lead = None if np.array_equal(both[len(lead) :], alone) else np.asarray(lead)
 
-    def __call__(self, many: Iterable[Sequence[Piece]]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __call__(self, many: Iterable[Sequence[PromptSegment]]) -> list[tuple[np.ndarray, np.ndarray]]:
         """(ids [n] int32, learnt [n] bool) of every sequence of pieces; all texts are encoded at once."""
         joined = [_joined(pieces) for pieces in many]
         places = [_places(pieces) for pieces in joined]
@@ -59,36 +59,39 @@ class PieceEncoder:
         return ids[size:] if np.array_equal(ids[:size], self._lead) else np.asarray(self._encode([text])[0])
 
     def _document(
-        self, pieces: Sequence[Piece], texts: Sequence[np.ndarray | None]
+        self, pieces: Sequence[PromptSegment], texts: Sequence[np.ndarray | None]
     ) -> tuple[np.ndarray, np.ndarray]:
         parts = [
-            np.array([piece.what]) if ids is None else ids for piece, ids in zip(pieces, texts, strict=True)
+            np.array([piece.content]) if ids is None else ids
+            for piece, ids in zip(pieces, texts, strict=True)
         ]
         lengths = [len(part) for part in parts]
-        learnt = np.repeat([piece.learnt for piece in pieces], lengths)
+        learnt = np.repeat([piece.supervised for piece in pieces], lengths)
         return np.concatenate(parts).astype(np.int32), learnt.astype(bool)
 
 
-def _joined(pieces: Sequence[Piece]) -> list[Piece]:
+def _joined(pieces: Sequence[PromptSegment]) -> list[PromptSegment]:
     """Without empty text, and neighbouring texts that are alike as one."""
-    found: list[Piece] = []
+    found: list[PromptSegment] = []
     for piece in pieces:
         last = found[-1] if found else None
         if (
             last
-            and isinstance(last.what, str)
-            and isinstance(piece.what, str)
-            and last.learnt == piece.learnt
+            and isinstance(last.content, str)
+            and isinstance(piece.content, str)
+            and last.supervised == piece.supervised
         ):
-            found[-1] = Piece(last.what + piece.what, piece.learnt)
-        elif piece.what != "":
+            found[-1] = PromptSegment(last.content + piece.content, piece.supervised)
+        elif piece.content != "":
             found.append(piece)
     return found
 
 
-def _places(pieces: Sequence[Piece]) -> list[Place | None]:
-    before: Sequence[Piece | None] = [None, *pieces[:-1]]
+def _places(pieces: Sequence[PromptSegment]) -> list[Place | None]:
+    before: Sequence[PromptSegment | None] = [None, *pieces[:-1]]
     return [
-        (piece.what, bool(last) and isinstance(last.what, str)) if isinstance(piece.what, str) else None
+        (piece.content, bool(last) and isinstance(last.content, str))
+        if isinstance(piece.content, str)
+        else None
         for last, piece in zip(before, pieces, strict=True)
     ]

@@ -10,15 +10,15 @@ from ascendspeed.utils.safe_io import read_table
 FILE = "generation_config.json"
 
 
-def stop_set(
+def stop_token_ids(
     tokenizer: Tokenizer, folders: Iterable[str | Path], template: Iterable[int] = ()
 ) -> tuple[int, ...]:
     """Ids, sorted. `folders`: where a generation_config.json may lie; `template`: those of the chat format. Raises `UserError`."""
-    found = {*template, *(number for folder in folders for number in generation_stops(Path(folder)))}
+    found = {*template, *(number for folder in folders for number in generation_config_stops(Path(folder)))}
     return tuple(sorted(found | ({tokenizer.eos} if tokenizer.eos is not None else set())))
 
 
-def generation_stops(folder: Path) -> tuple[int, ...]:
+def generation_config_stops(folder: Path) -> tuple[int, ...]:
     """`eos_token_id` of generation_config.json: a number, a list, or nothing. Raises `UserError` for anything else."""
     path = folder / FILE
     if not path.is_file():

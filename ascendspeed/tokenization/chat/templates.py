@@ -15,7 +15,7 @@ EOS = "eos"
 
 
 @dataclass(frozen=True)
-class Template:
+class ChatTemplate:
     """One way to write a conversation down, after the one BOS that begins it."""
 
     turns: Mapping[str, str]
@@ -34,7 +34,7 @@ class Template:
     """Strings that are pieces of some of these vocabularies, and that text must not become."""
 
 
-V1 = Template(
+V1 = ChatTemplate(
     # The newest `build_inputs` of the original model code: no <eoh>. `<|User|>` and its like are plain text in this vocabulary.
     turns={
         "system": "<|System|>:{content}\n",
@@ -56,7 +56,7 @@ NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_st
 UNUSED = {name: f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}
 """What the tokens are called where a vocabulary's JSON files do not name them yet."""
 
-V25 = Template(
+V25 = ChatTemplate(
     turns={
         role: "{im_start}" + role + "{name}\n{content}{im_end}\n"
         for role in ("system", "user", "assistant", "environment")
@@ -70,11 +70,13 @@ V25 = Template(
 )
 V2 = replace(V25, controls={name: (f"<|{name}|>", UNUSED[name]) for name in NAMES})
 
-TEMPLATES: dict[str, Template] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.5": V25, "v3": V25}
+TEMPLATES: dict[str, ChatTemplate] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.5": V25, "v3": V25}
 OF_FAMILY = {"internlm": "v1", "internlm2": "v2", "internlm3": "v3"}
 
 
-def choose(tokenizer: Tokenizer, family: str | None = None, name: str | None = None) -> tuple[str, Template]:
+def choose_template(
+    tokenizer: Tokenizer, family: str | None = None, name: str | None = None
+) -> tuple[str, ChatTemplate]:
     """(name, template): the one that is asked for by name, else that of the model's family, else what the tokenizer tells.
 
     An InternLM that was exported as a Llama is known by its tokenizer. Raises `UserError` when there is no telling, or the
@@ -92,7 +94,7 @@ def choose(tokenizer: Tokenizer, family: str | None = None, name: str | None = N
     patterns = "".join((*template.turns.values(), template.answer))
     needed = {control for control in template.controls if f"{{{control}}}" in patterns}
     for control in sorted(needed):
-        if find(tokenizer, template.controls[control]) is None:
+        if first_token_id(tokenizer, template.controls[control]) is None:
             there = " nor ".join(repr(string) for string in template.controls[control])
             raise UserError(
                 f"{tokenizer.path}: the tokenizer has no token {there}, which the chat template {found} needs; "
@@ -105,19 +107,19 @@ def _told_by(tokenizer: Tokenizer) -> str | None:
     for name in ("v2.5", "v2"):
         controls = TEMPLATES[name].controls
         if all(
-            find(tokenizer, controls[control]) is not None
+            first_token_id(tokenizer, controls[control]) is not None
             for control in ("im_start", "im_end", "action_start")
         ):
             return name
-    if all(find(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
+    if all(first_token_id(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
         return "v1"
     return None
 
 
-def find(tokenizer: Tokenizer, strings: tuple[str, ...]) -> int | None:
+def first_token_id(tokenizer: Tokenizer, strings: tuple[str, ...]) -> int | None:
     """Id of the first of the strings that is a token."""
     for string in strings:
-        number = tokenizer.eos if string == EOS else tokenizer.find(string)
+        number = tokenizer.eos if string == EOS else tokenizer.token_to_id(string)
         if number is not None:
             return number
     return None

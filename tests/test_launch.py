@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-import recipes
-from helpers import launch
+from helpers import launch, recipes
 
 RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
 

@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Proves that two runs have the same loss: a reference and a candidate of another device, layout or engine, with the same seed,
-# weights and data (their hashes are compared, not believed). Leaves parity.json, parity.png and parity.html; exit code 0 is parity.
+# Compares the loss of two runs: a reference, and a candidate on another device, layout or engine. Seed, weights and data must
+# be the same (their hashes are compared). Writes parity.json, parity.png and parity.html; exit code 0 means parity.
 #
-#   bash examples/intern/loss_parity.sh        here, a tiny model on the CPU: ZeRO-2 against TP 2 x PP 2
+#   bash examples/intern/loss_parity.sh        demonstration with a tiny model on the CPU: ZeRO-2 against TP 2 x PP 2
 #   CAND="--deepspeed --zero-stage 3" CAND_NPROC=2 PROFILE=strict bash examples/intern/loss_parity.sh
 #
-# On a cluster, a GPU against an NPU, as the published page did it; the two halves need share nothing but the files that are named:
+# On a cluster, a GPU against an NPU, as on the published page; the two halves share only the files that are named:
 #
 #   export DATA=./dataset/alpaca_text_document CHECKPOINT=./model_weights TOKENIZER_PATH=./dataset/internlm MODEL=internlm-7b
 #   export DTYPE=bf16 SEQ_LENGTH=2048 MICRO_BATCH=2 GLOBAL_BATCH=64 TRAIN_ITERS=5000 LR=1e-6 MIN_LR=1e-6
 #   SIDE=ref REF_NPROC=8 bash examples/intern/loss_parity.sh                                            on the GPU machine
 #   SIDE=cand CAND="--deepspeed --zero-stage 2" CAND_NPROC=8 bash examples/intern/loss_parity.sh        on the NPU machine
-#   SIDE=compare bash examples/intern/loss_parity.sh                          where $WORK/ref and $WORK/cand were brought together
+#   SIDE=compare bash examples/intern/loss_parity.sh                          where both $WORK/ref and $WORK/cand are
 #
-# SIDE=ref2 runs the reference once more: how far two equal runs are apart is then drawn as a band.
+# SIDE=ref2 runs the reference once more: the distance of two equal runs is then drawn as a band.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 source examples/intern/launch.sh
@@ -21,7 +21,7 @@ source examples/intern/launch.sh
 SIDE=${SIDE:-both}                                      # ref, cand, ref2, compare, or both: ref, cand, compare
 WORK=${WORK:-.parity}                                   # folder of the runs and of the report
 PROFILE=${PROFILE:-published}                           # published: mean below 2 %; strict: every step; bitwise
-REF=${REF:---deepspeed --zero-stage 2}                  # what makes the reference: any flags of pretrain_intern.py
+REF=${REF:---deepspeed --zero-stage 2}                  # flags of the reference: any of pretrain_intern.py
 CAND=${CAND:---tensor-model-parallel-size 2 --pipeline-model-parallel-size 2}
 rm -f "$WORK"/parity.{json,png,html}                    # an older verdict is not about these runs
 

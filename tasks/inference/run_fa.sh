@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# MindIE's other front; attention is the same here.
+# MindIE's run_fa.sh (FlashAttention); here the same command as run_pa.sh.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/run_pa.sh" "$@"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# MindIE's front: weights, and whether to talk. Its flags are understood: --input_texts --input_file --max_input_length
-# --max_output_length --max_batch_size.
+# Generates text or chats with the arguments of MindIE's run_pa.sh. Its flags are accepted: --input_texts --input_file
+# --max_input_length --max_output_length --max_batch_size.
 #
 #   bash tasks/inference/run_pa.sh WEIGHTS [chat] [FLAGS...]
 #   TP=8 bash tasks/inference/run_pa.sh ./model_from_hf/internlm2-chat-7b chat --input_file text_200K.jsonl --max_input_length 210000

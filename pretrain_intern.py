@@ -1,10 +1,13 @@
 """Pre-trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model ...`, or `torchrun` without --deepspeed; see `--help`."""
 
 import json
+import logging
 import sys
 
 from ascendspeed.cli.train_args import resolve, world_size
 from ascendspeed.utils import errors
+
+logger = logging.getLogger("ascendspeed.pretrain")
 
 
 def main() -> int:
@@ -29,7 +32,7 @@ def main() -> int:
     )
     with (
         Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
-        Watch(run, grid, log.say) as watch,
+        Watch(run, grid) as watch,
     ):
         fused = fused_kernels.select_kernels(
             device,
@@ -40,14 +43,14 @@ def main() -> int:
             and not run.train.attention_dropout
             and run.parallel.context_parallel_size == 1,
         )
-        log.say(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
-        log.say(f"kernels: {fused}; attention: torch SDPA")
+        logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
+        logger.info(f"kernels: {fused}; attention: torch SDPA")
         for note in notes:
-            log.say(f"note: {note}")
-        run, batches = setup.open_data(run, grid, log.say)
-        log.say(f"run: {json.dumps(to_dict(run))}")
-        build = engines.builder(run, grid, device, fused, log.say)
-        begin = setup.find_start(run, grid, device, log.say)
+            logger.info(f"note: {note}")
+        run, batches = setup.open_data(run, grid)
+        logger.info(f"run: {json.dumps(to_dict(run))}")
+        build = engines.builder(run, grid, device, fused)
+        begin = setup.find_start(run, grid, device)
         engine = build(begin.tensors)
         if begin.resume:
             engine.restore(begin.resume)

@@ -17,6 +17,16 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
+@pytest.fixture(autouse=True)
+def console():
+    """Log lines go to the console as in a command, and what a test configures does not reach the next one."""
+    from ascendspeed.utils import logging as logs
+
+    logs.configure(rank=0)
+    yield
+    logs.configure(rank=0)
+
+
 @pytest.fixture(scope="session")
 def cpu():
     """The CPU as the device, prepared before Megatron-core is imported, in a world of one."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.log_lines import log_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -42,7 +43,6 @@ RUN = Run(
     DataConfig(data_path=("a", "b")),
     TrainConfig(),
 )
-QUIET = {"say": lambda text: None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +178,7 @@ def test_every_layout_reads_every_other(tmp_path, old):
     path = save(tmp_path, layout=old)
     assert path == tmp_path / "step_0000010"
     assert (tmp_path / "latest").read_text() == "step_0000010\n"
-    opened = find_checkpoint(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path)
     for new in LAYOUTS:
         check(opened, layout=new)
     for kind in KINDS:
@@ -229,8 +229,8 @@ def test_gate_and_up_are_cut_one_by_one(tmp_path):
             fragments = [Fragment("fc1", "master", cut, rank, 0, local.view(-1))]
             save_checkpoint(folder, TrainState(1, 1, 1), RUN, fragments, {}, rank, 2, lambda: None)
     whole = torch.cat([gate, up])
-    assert torch.equal(dict(find_checkpoint(tmp_path / "right", **QUIET).tensors())["fc1"], whole)
-    assert not torch.equal(dict(find_checkpoint(tmp_path / "wrong", **QUIET).tensors())["fc1"], whole)
+    assert torch.equal(dict(find_checkpoint(tmp_path / "right").tensors())["fc1"], whole)
+    assert not torch.equal(dict(find_checkpoint(tmp_path / "wrong").tensors())["fc1"], whole)
 
 
 def test_padding_is_never_written(tmp_path):
@@ -268,7 +268,7 @@ def test_shards_are_plain_safetensors(tmp_path):
 
 def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
     save(tmp_path, layout=Layout(tp=2, dp=2))
-    opened, read = find_checkpoint(tmp_path, **QUIET), []
+    opened, read = find_checkpoint(tmp_path), []
     real = safetensors_io.read_into
     monkeypatch.setattr(
         safetensors_io, "read_into", lambda out, *where: (read.append(out.numel()), real(out, *where))
@@ -288,7 +288,7 @@ def test_reads_no_more_than_it_needs(tmp_path, monkeypatch):
 
 def test_wrong_questions_are_refused(tmp_path):
     save(tmp_path)
-    opened = find_checkpoint(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no master of lm_head"):
         opened.read("lm_head", "master", ShardSpec((4,)), 0, 0, 4)
     with pytest.raises(UserError, match=r"fc1 is \[24, 4\] there, but \[24, 5\]"):
@@ -314,7 +314,7 @@ def test_a_save_that_would_not_load_is_not_published(tmp_path, spoil, said):
     fragments = Model().fragments(Layout(), 0, Model().full())
     with pytest.raises((UserError, ValueError), match=said):
         save_checkpoint(tmp_path, TrainState(6, 1, 1), RUN, spoil(fragments), {}, 0, 1, lambda: None)
-    check(find_checkpoint(tmp_path, **QUIET), 5)
+    check(find_checkpoint(tmp_path), 5)
 
 
 def gloo_worker(rank: int, folder: Path) -> None:
@@ -330,7 +330,7 @@ def gloo_worker(rank: int, folder: Path) -> None:
     model, old, new = Model(), Layout(tp=2), Layout(dp=2)
     fragments = model.fragments(old, rank, model.full(3))
     save_checkpoint(folder / "ckpt", TrainState(3, 3, 3), RUN, fragments, {}, rank, 2, dist.barrier)
-    opened = find_checkpoint(folder / "ckpt", rank, 2, gather, say=lambda text: None)
+    opened = find_checkpoint(folder / "ckpt", rank, 2, gather)
     mine = model.fragments(new, rank, {k: torch.zeros_like(t) for k, t in model.full().items()})
     load_fragments(opened, mine)
     same = all(
@@ -400,7 +400,7 @@ DAMAGE = {
 
 def find_with(folder, world: int):
     """All ranks find together, as they would over a process group; returns the checkpoint and rank 0's words."""
-    barrier, boxes, said = threading.Barrier(world), [[] for _ in range(world)], []
+    barrier, boxes = threading.Barrier(world), [[] for _ in range(world)]
 
     def one(rank):
         def gather(mine):
@@ -410,11 +410,13 @@ def find_with(folder, world: int):
             barrier.wait()
             return everyone
 
-        return find_checkpoint(folder, rank, world, gather, said.append if rank == 0 else lambda text: None)
+        return find_checkpoint(folder, rank, world, gather)
 
-    found = every_rank(world, one)
+    with log_lines() as lines:
+        found = every_rank(world, one)
     assert len({getattr(f, "path", None) for f in found}) == 1
-    return found[0], said
+    assert all(lines.count(line) == world for line in lines)  # every rank logs the same
+    return found[0], list(dict.fromkeys(lines))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -442,7 +444,7 @@ def test_control_undamaged_is_taken(ckpt):
         opened, said = find_with(ckpt, world)
         assert opened.path.name == "step_0000020"
         assert not any("warning" in text for text in said)
-    assert open_checkpoint(ckpt, **QUIET).path.name == "step_0000020"
+    assert open_checkpoint(ckpt).path.name == "step_0000020"
     assert open_checkpoint(ckpt / "step_0000010").path.name == "step_0000010"
     renamed = ckpt.rename(ckpt.with_name("elsewhere")) / "step_0000010"
     check(open_checkpoint(renamed.rename(renamed.with_name("exported"))), 10)
@@ -503,7 +505,7 @@ def test_nothing_good(ckpt):
     for step in ("step_0000010", "step_0000020"):
         flip(ckpt / step / SHARDS[1], 900)
     with pytest.raises(UserError, match="no checkpoint there is whole") as error:
-        find_checkpoint(ckpt, **QUIET)
+        find_checkpoint(ckpt)
     assert str(error.value).count(SHARDS[1]) == 2
 
 
@@ -532,7 +534,7 @@ def test_what_looks_like_a_checkpoint(ckpt, tmp_path):
 
 def test_ranks_that_see_different_files(ckpt):
     with pytest.raises(UserError, match="do not see the same files"):
-        find_checkpoint(ckpt, 0, 2, lambda mine: [*mine, "None []"], **QUIET)
+        find_checkpoint(ckpt, 0, 2, lambda mine: [*mine, "None []"])
 
 
 def test_a_pickle_is_never_opened(ckpt):
@@ -574,7 +576,7 @@ def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     assert len(set(errors)) == 1  # the same words on every rank
     assert "it takes 0.00 GiB and 0.06 GiB are free" in errors[0]
     monkeypatch.undo()
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)
 
 
 @pytest.mark.parametrize("bad", [0, 1])
@@ -593,10 +595,10 @@ def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
     with pytest.raises(UserError, match=f"step_0000002 was not saved: rank {bad}: .*No space left on device"):
         save(tmp_path, 2, TWO)
     assert not list(tmp_path.rglob(".step_*/shard-*"))  # the space is free again
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)
     monkeypatch.undo()
     save(tmp_path, 2, TWO)
-    check(find_checkpoint(tmp_path, **QUIET), 2)
+    check(find_checkpoint(tmp_path), 2)
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000002"]
 
 
@@ -622,9 +624,9 @@ def test_file_size_limit_leaves_the_last_one(tmp_path, limit):
         save(tmp_path, 2)
 
     assert os.waitstatus_to_exitcode(in_child(limited)) == 2
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)
     save(tmp_path, 2)
-    check(find_checkpoint(tmp_path, **QUIET), 2)
+    check(find_checkpoint(tmp_path), 2)
 
 
 def die_at(count: int, monkeypatch) -> None:
@@ -662,7 +664,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, again):
             save(folder, new, model=small, keep=1)
 
         status = in_child(killed)
-        opened = find_checkpoint(folder, **QUIET)
+        opened = find_checkpoint(folder)
         ends.append(opened.state.step)
         assert opened.state.step in (1 - again, new)
         check(opened, opened.state.step, model=small)
@@ -671,7 +673,7 @@ def test_killed_at_every_file_operation(tmp_path, monkeypatch, again):
             "latest",
             "step_0000003",
         ]
-        check(find_checkpoint(folder, **QUIET), 3, model=small)
+        check(find_checkpoint(folder), 3, model=small)
         if status == 0:
             break
     assert status == 0
@@ -695,10 +697,10 @@ def test_killed_at_a_random_moment(tmp_path, seed):
     time.sleep(steps.uniform(0.02, 0.3))
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
-    opened = find_checkpoint(tmp_path, **QUIET)
+    opened = find_checkpoint(tmp_path)
     check(opened, opened.state.step, model=big)
     save(tmp_path, opened.state.step + 1, model=big, keep=1)
-    check(find_checkpoint(tmp_path, **QUIET), opened.state.step + 1, model=big)
+    check(find_checkpoint(tmp_path), opened.state.step + 1, model=big)
 
 
 def test_a_leftover_of_a_larger_run_is_not_taken_along(tmp_path):
@@ -723,13 +725,13 @@ def test_keep(tmp_path):
         save(tmp_path, step)
     save(tmp_path, 4, keep=2)  # gone back to 3: the abandoned 9 is not ours to remove
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003", "step_0000004", "step_0000009"]
-    assert find_checkpoint(tmp_path, **QUIET).state.step == 4
+    assert find_checkpoint(tmp_path).state.step == 4
 
 
 def test_an_old_one_that_stays_is_a_warning_on_rank_0(tmp_path, monkeypatch):
     for step in (1, 2, 3, 4):
         save(tmp_path, step)
-    real, said = os.rename, []
+    real = os.rename
 
     def rename(old, new):
         if Path(old).name == "step_0000001":
@@ -739,10 +741,11 @@ def test_an_old_one_that_stays_is_a_warning_on_rank_0(tmp_path, monkeypatch):
         real(old, new)
 
     monkeypatch.setattr(os, "rename", rename)
-    assert save(tmp_path, 5, TWO, keep=2, say=said.append) == tmp_path / "step_0000005"
+    with log_lines() as said:
+        assert save(tmp_path, 5, TWO, keep=2) == tmp_path / "step_0000005"
     assert said == [f"warning: {tmp_path}/step_0000001: Operation not permitted; this older checkpoint stays"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000004", "step_0000005"]
-    check(find_checkpoint(tmp_path, **QUIET), 5)
+    check(find_checkpoint(tmp_path), 5)
 
 
 def fails_on_both(folder, step) -> str:
@@ -817,7 +820,7 @@ def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, mom
     with pytest.raises(UserError, match=f"step_0000002 was not saved: .*another run saves in {tmp_path}"):
         save(tmp_path, 2, TWO, token=mine)
     assert len(claims) == (moment == "before")  # then not a byte is written
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)
     assert not (tmp_path / "step_0000002").exists()
     monkeypatch.undo()
     newest = claim_folder(tmp_path)
@@ -894,8 +897,8 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
             layout.world,
             lambda rank, ours=all_savers, at=folder, c=copies, go=allowed: work(ours[rank], rank, at, c, go),
         )
-    check(find_checkpoint(tmp_path / "right", **QUIET), 4)
-    assert all((t == -1).all() for _, t in find_checkpoint(tmp_path / "wrong", **QUIET).tensors())
+    check(find_checkpoint(tmp_path / "right"), 4)
+    assert all((t == -1).all() for _, t in find_checkpoint(tmp_path / "wrong").tensors())
 
 
 def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
@@ -909,7 +912,7 @@ def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
     assert {name: t.data_ptr() for name, t in saver._host.items()} == where
     assert [saved.path.name[-1] for saved in saver.news()] == ["1", "2", "3", "4"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003", "step_0000004"]
-    check(find_checkpoint(tmp_path, **QUIET), 4)
+    check(find_checkpoint(tmp_path), 4)
 
 
 def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
@@ -938,10 +941,10 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
 
     every_rank(2, fails)
     assert len(set(said)) == 1
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)
     monkeypatch.undo()
     every_rank(2, lambda rank: (begin(both[rank], 4, rank, TWO), both[rank].wait()))
-    check(find_checkpoint(tmp_path, **QUIET), 4)
+    check(find_checkpoint(tmp_path), 4)
 
 
 def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
@@ -957,7 +960,7 @@ def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
             saver.wait()
 
         status = in_child(killed)
-        opened = find_checkpoint(folder, **QUIET)
+        opened = find_checkpoint(folder)
         ends.append(opened.state.step)
         check(opened, opened.state.step, model=small)
         if status == 0:
@@ -972,4 +975,4 @@ def test_saving_at_once_leaves_nothing_behind(tmp_path):
     (saved,) = saver.news()
     assert saved.stall == saved.seconds
     assert (saver._thread, saver._host) == (None, {})
-    check(find_checkpoint(tmp_path, **QUIET), 1)
+    check(find_checkpoint(tmp_path), 1)

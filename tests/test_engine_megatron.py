@@ -290,7 +290,7 @@ def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
 
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every full tensor in a checkpoint."""
-    opened = open_checkpoint(folder, say=lambda text: None)
+    opened = open_checkpoint(folder)
     found = {}
     for kind in KINDS:
         for name, tensor in opened.tensors(kind):

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import launch, oracle, recipes
+from helpers.log_lines import log_lines
 from safetensors.torch import save_file
 from test_chat import UNUSED, piecewise, vocabulary
 
@@ -699,7 +700,7 @@ def test_the_largest_batch(low, high):
     """Against trying all of them, for every limit; without memory from some batch on."""
     for fits in (0, 1, 2, 5, 6, 7, 31, 64, 100):
         for memory in (4, 50, 5000):
-            tried, said = [], []
+            tried = []
 
             def measure(batch, memory=memory, tried=tried):
                 tried.append(batch)
@@ -707,7 +708,8 @@ def test_the_largest_batch(low, high):
                     raise BatchOutOfMemory
                 return GenerationTiming(batch, 8, 3, 0.0 + 2 * batch, 0.0)
 
-            best = largest_batch(low, high, fits, measure, said.append)
+            with log_lines() as said:
+                best = largest_batch(low, high, fits, measure)
             expected = min(fits, memory, high)
             assert (best.batch if best else None) == (expected if expected >= low else None)
             assert len(tried) == len(set(tried)) <= 2 * max(1, high.bit_length())

@@ -339,7 +339,7 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
             expected,
         )
         compare({"control: moments lost": curves["control: moments lost"]}, expected[8:])
-        names = open_checkpoint(at["c"], say=lambda text: None).names()
+        names = open_checkpoint(at["c"]).names()
         assert len(names) == 2 * len(ALL) * biases.model.num_layers
         assert all(".lora." in name for name in names)
 

@@ -13,6 +13,7 @@ import peft
 import pytest
 import torch
 from helpers import launch, oracle
+from helpers.log_lines import log_lines
 from safetensors.torch import load_file
 from test_convert import command as tool
 
@@ -229,8 +230,9 @@ def start(cpu):
         run = replace(
             RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA
         )
-        said = []
-        return room.find_start(run, grid, cpu, said.append), "\n".join(said)
+        with log_lines() as lines:
+            begin = room.find_start(run, grid, cpu)
+        return begin, "\n".join(lines)
 
     return go
 

@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 import sentencepiece
 from helpers.corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
+from helpers.log_lines import log_lines
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file
@@ -140,9 +141,9 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
         b'{"text": "\\ud800"}',
     ]
     path.write_bytes(b"\n".join(good + bad + [json.dumps({"text": "x" * 5000}).encode()] + good))
-    said = []
     job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", longest=4000)
-    facts = preprocess([path], str(tmp_path / "p"), job, say=said.append)
+    with log_lines() as said:
+        facts = preprocess([path], str(tmp_path / "p"), job)
     assert facts["text"]["rows"] == 10
     assert facts["text"]["documents"] == 2
     expected = {

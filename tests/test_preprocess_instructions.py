@@ -12,6 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from helpers.corpus import sentencepiece_dir, words
+from helpers.log_lines import log_lines
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from test_chat import KINDS
 from test_instruction_handlers import lost_by_hand
@@ -72,9 +73,9 @@ def write(path, rows, **options):
 
 def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", strict=False, **options):
     """(facts, what was said)."""
-    said = []
     job = EncoderConfig(str(tokenizer), handler, **options)
-    facts = preprocess(inputs, str(tmp_path / prefix), job, workers, say=said.append, strict=strict)
+    with log_lines() as said:
+        facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict)
     return facts["packed"], said
 
 
@@ -383,8 +384,9 @@ def test_columns_that_are_not_read(tmp_path, tokenizer):
 @pytest.mark.parametrize("handler", [ALPACA, "AlpacaPretrainHandler"])
 def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer, handler):
     (tmp_path / "a.csv").write_text("instruction,input,output\nq,x,a\nq,1, 2,3,a\nq,x,a\nq,a\n")
-    said, job = [], EncoderConfig(str(tokenizer), handler)
-    (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, say=said.append).values()
+    job = EncoderConfig(str(tokenizer), handler)
+    with log_lines() as said:
+        (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job).values()
     assert facts["documents"] == 2
     assert facts["skipped"] == {"wrong number of cells": 2}
     assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in said

@@ -256,7 +256,7 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
     checkpoints = list(folder.glob("ckpt/*"))
     assert len(checkpoints) == sum(name.endswith("first step") for name in curves)
     for saved in checkpoints:
-        opened = open_checkpoint(saved, say=lambda text: None)
+        opened = open_checkpoint(saved)
         found = dict(opened.tensors("exp_avg"))
         assert found.keys() == moments.keys()
         for name, moment in moments.items():

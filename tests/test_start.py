@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.log_lines import log_lines
 
 from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
@@ -52,8 +53,9 @@ def start(cpu):
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run):
-        said = []
-        return room.find_start(run, grid, cpu, said.append), "\n".join(said)
+        with log_lines() as lines:
+            begin = room.find_start(run, grid, cpu)
+        return begin, "\n".join(lines)
 
     return go
 
@@ -273,7 +275,6 @@ def data(tmp_path_factory):
         [folder / "text.txt"],
         str(folder / "p"),
         EncoderConfig(str(tokenizers[600]), "GeneralPretrainHandler"),
-        say=lambda text: None,
     )
     return str(folder / "p_text_document"), tokenizers
 
@@ -283,15 +284,14 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
     from ascendspeed.training import setup as room
 
     prefix, tokenizers = data
-    grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def with_tokenizer(size, vocab=2048):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
-        return room.open_data(
-            replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid, said.append
-        )
+        return room.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid)
 
-    run, batches = with_tokenizer(600)
+    with log_lines() as said:
+        run, batches = with_tokenizer(600)
     assert batches("train", 0)
     assert "train data: " in said[0]
     assert run.train == RUN.train
@@ -316,12 +316,12 @@ def test_epochs_are_iterations(cpu, data):
         RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5)
     )
     samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
-    said = []
-    resolved, _ = room.open_data(run, grid, said.append)
+    with log_lines() as said:
+        resolved, _ = room.open_data(run, grid)
     assert resolved.train.train_iters == -(
         -samples * 5 // (2 * 4)
     )  # 4 samples an iteration; the last one is whole
     assert resolved.train.train_iters * 4 >= 2.5 * samples > (resolved.train.train_iters - 1) * 4
     assert said[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
     with pytest.raises(UserError, match="must be below --train-iters"):
-        room.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid, said.append)
+        room.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import launch
 from helpers.corpus import sentencepiece_dir, words
+from helpers.log_lines import log_lines
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.config.schema import DataConfig
@@ -71,8 +72,8 @@ def config(path, tokenizer, **options):
     )
 
 
-def opened(path, tokenizer, say=lambda line: None, name="train", seed=SEED, **options):
-    return build_splits(config(path, tokenizer, **options), seed, VOCAB, (name,), say)[name]
+def opened(path, tokenizer, name="train", seed=SEED, **options):
+    return build_splits(config(path, tokenizer, **options), seed, VOCAB, (name,))[name]
 
 
 def told(sample):
@@ -113,7 +114,6 @@ def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokeniz
         [text],
         str(tmp_path / "p"),
         EncoderConfig(tokenizer, "GeneralPretrainHandler", append_eod=True),
-        say=lambda line: None,
     )
     good = iter(IndexedDataset(str(tmp_path / "p_text_document")))
     count, streams = ROWS, 300 // 64
@@ -155,7 +155,7 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
     rows = datasets.load_from_disk(chats)
     rows.to_json(tmp_path / "rows.jsonl")
     job = EncoderConfig(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG)
-    preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job, say=lambda line: None)
+    preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job)
     couple = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     samples = opened(
         chats,
@@ -258,13 +258,14 @@ def test_a_rank_tokenizes_its_own_streams_only(text, tokenizer):
 
 
 def test_changed_data_are_noticed(text, tokenizer, tmp_path):
-    said = []
-    before = told(opened(text, tokenizer, said.append).sample(100))
+    with log_lines() as said:
+        before = told(opened(text, tokenizer).sample(100))
     assert not any("other data" in line for line in said)
     os.utime(text, ns=(1, 1))
     with open(text, "r+") as file:
         file.write(json.dumps({"text": "A change of the same len"[: len(words(1)[0])]}))
-    after = told(opened(text, tokenizer, said.append).sample(100))
+    with log_lines() as said:
+        after = told(opened(text, tokenizer).sample(100))
     assert any(
         re.search(r"a\.jsonl-train-\w+ is of other data or settings than these", line) for line in said
     )
@@ -274,21 +275,21 @@ def test_changed_data_are_noticed(text, tokenizer, tmp_path):
 
 def test_a_long_way_is_announced(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("ascendspeed.data.streaming.positions.LOG_SECONDS", -1)
-    said = []
-    opened(text, tokenizer, said.append).sample(4 * stream.SAVE_EVERY + 4)
+    with log_lines() as said:
+        opened(text, tokenizer).sample(4 * stream.SAVE_EVERY + 4)
     assert any("the places where samples begin are not known (there are none in" in line for line in said)
     assert any("samples tokenized again" in line for line in said)
     (tmp_path / "file").touch()
-    said.clear()
-    samples = opened(text, tokenizer, said.append, data_cache_path=str(tmp_path / "file"))
-    assert samples.sample(0)
+    with log_lines() as said:
+        samples = opened(text, tokenizer, data_cache_path=str(tmp_path / "file"))
+        assert samples.sample(0)
     assert any("places cannot be kept there" in line for line in said)
 
 
 def test_bad_rows_are_counted_once_and_said(text, tokenizer):
-    said = []
-    samples = opened(text, tokenizer, said.append, split="1,0,0")
-    [samples.sample(n) for n in range(3 * len(samples))]  # three epochs
+    with log_lines() as said:
+        samples = opened(text, tokenizer, split="1,0,0")
+        [samples.sample(n) for n in range(3 * len(samples))]  # three epochs
     skipped = [line for line in said if line.startswith("skipped")]
     assert sorted(skipped) == sorted(
         [
@@ -365,7 +366,6 @@ def test_splits_must_be_named(tokenizer, tmp_path):
         SEED,
         VOCAB,
         ("train", "valid"),
-        lambda line: None,
     )
     assert all(one.sample(0) for one in found.values())
     (tmp_path / "hub" / "data").mkdir(parents=True)
@@ -454,14 +454,15 @@ def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
     from ascendspeed.training import setup
 
     given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
-    grid, said = process_groups.initialize(cpu, RUN.parallel, seed=1), []
-    _, batches = setup.open_data(given, grid, said.append)
+    grid = process_groups.initialize(cpu, RUN.parallel, seed=1)
+    with log_lines() as said:
+        _, batches = setup.open_data(given, grid)
     assert any(line.startswith("train data: about ") for line in said)
     assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
         told(opened(text, tokenizer, seed=1234).sample(0))
     ]
     with pytest.raises(UserError, match="give --train-iters"):
-        setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid, said.append)
+        setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid)
 
 
 def run(folder, text, tokenizer, world, *flags):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.log_lines import log_lines
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine, read
@@ -87,7 +88,7 @@ def loop(cpu, tmp_path):
     def go(run, engine=None, start=None):
         engine = engine or Recorder()
         begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None, named=lambda run: run)
-        with Logger(0, tmp_path / "logs") as log, Watch(run, grid, log.say) as go.watch:
+        with Logger(0, tmp_path / "logs") as log, Watch(run, grid) as go.watch:
             state = train.train(
                 run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch
             )
@@ -282,11 +283,11 @@ def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
     from ascendspeed.training.fault_tolerance import Watch
 
     (tmp_path / "step_0000001").mkdir()
-    grid, said = process_groups.initialize(cpu, ParallelConfig(), seed=1), []
+    grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     for begun in (False, True):  # the second is the control
-        watch = Watch(changed(save=str(tmp_path)), grid, said.append)
+        watch = Watch(changed(save=str(tmp_path)), grid)
         watch.begun = begun
-        with pytest.raises(UserError), watch:
+        with log_lines() as said, pytest.raises(UserError), watch:
             raise UserError("--save already holds checkpoints")
         assert bool(said) == begun
 
@@ -313,9 +314,7 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000002"]
     assert (tmp_path / "ckpt" / "latest").read_text() == "step_0000002\n"
     assert "to continue" not in capsys.readouterr().out
-    start = find_checkpoint(
-        tmp_path / "ckpt", say=str
-    ).state  # the restart of a killed run: the newest takes over
+    start = find_checkpoint(tmp_path / "ckpt").state  # the restart of a killed run: the newest takes over
     assert loop(run, start=start)[0].step == 10
 
 

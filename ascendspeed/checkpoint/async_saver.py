@@ -40,15 +40,14 @@ class Saver:
         world: int,
         barrier: Callable[[], None],
         last: Path | None = None,
-        say: Callable[[str], None] = print,
         token: str = "",
     ) -> None:
-        """`barrier`: used by nothing else while a save goes on; `last`: the checkpoint that the run continues; `say`: warnings;
+        """`barrier`: used by nothing else while a save goes on; `last`: the checkpoint that the run continues;
         `token`: of `owner.claim`, the same on every rank.
         """
         self.last = last
         """The newest checkpoint of this run that is whole."""
-        self._run, self._place, self._say, self._token = run, (rank, world, barrier), say, token
+        self._run, self._place, self._token = run, (rank, world, barrier), token
         self._host: dict[str, Tensor] = {}  # the copies' memory, kept: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -109,7 +108,6 @@ class Saver:
                 rng,
                 *self._place,
                 keep=train.keep,
-                say=self._say,
                 token=self._token,
             )
         except BaseException as error:

@@ -1,6 +1,6 @@
 """Finds the newest checkpoint that is whole. All ranks call this together and get the same answer."""
 
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -15,18 +15,14 @@ from ascendspeed.utils.errors import UserError
 if TYPE_CHECKING:
     from ascendspeed.distributed.process_groups import ProcessGrid
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Gather = Callable[[list[str]], list[str]]
 """Takes this rank's texts, returns those of all ranks, rank after rank, the same on every rank."""
 
 
 def _alone(mine: list[str]) -> list[str]:
     return mine
-
-
-def _aloud(text: str) -> None:
-    """To stderr: stdout may be a program's answer."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -36,30 +32,25 @@ class Readers:
     rank: int = 0
     world: int = 1
     gather: Gather = _alone
-    say: Say = _aloud
-    """Called on every rank with the same texts."""
 
     @classmethod
-    def of(cls, grid: "ProcessGrid", say: Say | None = None) -> "Readers":
-        """All ranks of a grid; None: rank 0 says it, to stderr."""
-        say = say or (_aloud if grid.rank == 0 else lambda text: None)
-        return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))), say)
+    def of(cls, grid: "ProcessGrid") -> "Readers":
+        """All ranks of a grid."""
+        return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))))
 
     def open(self, path: str | Path) -> Checkpoint:
         """`open_checkpoint` by these ranks."""
-        return open_checkpoint(path, self.rank, self.world, self.gather, self.say)
+        return open_checkpoint(path, self.rank, self.world, self.gather)
 
 
-def open_checkpoint(
-    path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud
-) -> Checkpoint:
+def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone) -> Checkpoint:
     """The checkpoint in a step's folder, or the newest good one in a folder of steps, verified.
 
     Raises `UserError` when there is none, or when the step that was asked for is damaged.
     """
     path = Path(path)
     if not ((path / MANIFEST).exists() or STEP.fullmatch(path.name)):
-        if (found := find_checkpoint(path, rank, world, gather, say)) is None:
+        if (found := find_checkpoint(path, rank, world, gather)) is None:
             raise UserError(f"{path}: no training checkpoint lies there (no step_* folder)")
         return found
     checkpoint, wrong = _examine(path, rank, world, gather)
@@ -69,11 +60,11 @@ def open_checkpoint(
 
 
 def find_checkpoint(
-    save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone, say: Say = _aloud
+    save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone
 ) -> Checkpoint | None:
     """The checkpoint that `latest` names, or else the next older good one, with a warning that names what is wrong.
 
-    `say` is called on every rank with the same texts: let only one print. Returns None when nothing lies there at all.
+    Every rank logs the same lines. Returns None when nothing lies there at all.
     Raises `UserError` when something does and nothing of it is good, or when the ranks do not see the same files.
     """
     folder = Path(save_dir)
@@ -88,21 +79,21 @@ def find_checkpoint(
         raise UserError(
             f"{folder}/latest {f'names {newest}' if newest else 'is empty'}, but no step_* folder lies there"
         )
-    order = _order(folder, newest, sorted(there, reverse=True), say)
+    order = _order(folder, newest, sorted(there, reverse=True))
     wrongs = []
     for name in order:
-        say(
+        logger.info(
             f"verifying {there[name]}: {manifest.size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}"
         )
         checkpoint, wrong = _examine(there[name], rank, world, gather)
         if checkpoint is not None:
             return checkpoint
         wrongs.append(f"{there[name]} is damaged: {'; '.join(wrong)}")
-        say(f"warning: {wrongs[-1]}; trying the next one")
+        logger.warning(f"{wrongs[-1]}; trying the next one")
     raise UserError(f"{folder}: no checkpoint there is whole: {' | '.join(wrongs)}")
 
 
-def _order(folder: Path, newest: str | None, newest_first: list[str], say: Say) -> list[str]:
+def _order(folder: Path, newest: str | None, newest_first: list[str]) -> list[str]:
     """Steps in the order in which to try them: what `latest` names, the older ones, and at last the newer ones."""
     if newest in newest_first:
         at = newest_first.index(newest)
@@ -114,7 +105,7 @@ def _order(folder: Path, newest: str | None, newest_first: list[str], say: Say) 
         if not newest
         else f"says {newest[:80]!r}, which is not there"
     )
-    say(f"warning: {folder}/latest {wrong}; taking the newest step that is whole")
+    logger.warning(f"{folder}/latest {wrong}; taking the newest step that is whole")
     return newest_first
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import re
 import shutil
@@ -22,6 +23,8 @@ from ascendspeed.config.schema import Run
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 SLACK = 64 << 20
 """Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
 
@@ -36,13 +39,12 @@ def save_checkpoint(
     world: int,
     barrier: Callable[[], None],
     keep: int | None = None,
-    say: Callable[[str], None] = print,
     token: str = "",
 ) -> Path:
     """Writes `folder`/step_XXXXXXX and points `folder`/latest at it; every rank calls this with its own fragments.
 
     What exists is not touched until the new checkpoint is whole and on the disk. `keep`: how many of the newest steps up to
-    this one to keep; one that cannot be removed is a warning to `say`, on rank 0. Raises the same `UserError` on every rank
+    this one to keep; one that cannot be removed is a warning of rank 0. Raises the same `UserError` on every rank
     when a rank could not write, the disk is too small, or (with the `token` of `owner.claim`) another run saves there by now.
     """
     team = _Team(Path(folder), step_name(state.step), rank, world, barrier, token)
@@ -65,7 +67,7 @@ def save_checkpoint(
             team.shard.unlink(missing_ok=True)
         raise
     if keep and rank == 0:  # not before all know that it is saved: an old one that stays is no reason to stop
-        _prune(team.folder, team.final.name, keep, say)
+        _prune(team.folder, team.final.name, keep)
     return team.final
 
 
@@ -236,14 +238,14 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def _prune(folder: Path, newest: str, keep: int, say: Callable[[str], None]) -> None:
+def _prune(folder: Path, newest: str, keep: int) -> None:
     """Removes all but the `keep` newest steps up to `newest`; later ones, of a run that was given up, are left alone."""
     try:
         steps = sorted(
             p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest
         )
     except OSError as error:
-        say(f"warning: {_reason(error)}; older checkpoints stay")
+        logger.warning(f"{_reason(error)}; older checkpoints stay")
         return
     for name in steps[:-keep]:
         gone = folder / f".{name}.tmp"
@@ -254,7 +256,7 @@ def _prune(folder: Path, newest: str, keep: int, say: Callable[[str], None]) -> 
         except FileNotFoundError:
             continue  # somebody else removed it
         except OSError as error:
-            say(f"warning: {_reason(error)}; this older checkpoint stays")
+            logger.warning(f"{_reason(error)}; this older checkpoint stays")
         shutil.rmtree(gone, ignore_errors=True)
 
 

@@ -1,5 +1,6 @@
 """What lies beside the weights: config.json, generation settings, the tokenizer. Code is copied when asked for, and never run."""
 
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -16,6 +17,8 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked, read_table
+
+logger = logging.getLogger(__name__)
 
 GENERATION = "generation_config.json"
 TABLES = (GENERATION, "special_tokens_map.json", "added_tokens.json", "vocab.json")
@@ -36,9 +39,8 @@ def with_tokenizer(source: CheckpointReader, folder: str | None) -> CheckpointRe
     """
     where = Path(folder) if folder is not None else source.beside
     if folder is None and not _has_tokenizer(where):
-        print(
-            f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)",
-            flush=True,
+        logger.info(
+            f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)"
         )
         return source
     found = _load(where, source.config)
@@ -118,9 +120,8 @@ def write(
     ):
         why_not = export.write(folder)
         if why_not:
-            print(
-                f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should",
-                flush=True,
+            logger.info(
+                f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should"
             )
 
 

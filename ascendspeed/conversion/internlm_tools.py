@@ -1,5 +1,6 @@
 """The commands that InternLM published for InternEvo's training folders: their flags and defaults, and what they do now."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Literal
 
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,8 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
         family,
     )
     if "scaling_factor" in typed and asked.rotary_type != "dynamic":
-        print(
-            f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic",
-            flush=True,
+        logger.info(
+            f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic"
         )
     source = convert.open_reader(options.src, asked=asked)
     if source.config.family != family:

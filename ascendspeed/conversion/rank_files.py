@@ -1,6 +1,7 @@
 """Files of tensor- and pipeline-parallel ranks, whatever their names: how they are read, and what each of them holds."""
 
 import hashlib
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.models.param_mapping import Parameter, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
+
+logger = logging.getLogger(__name__)
 
 PADDING = 128
 """Rows that a vocabulary is padded to a multiple of, times the tensor-parallel ranks, unless a user asked for another number."""
@@ -304,9 +307,8 @@ def _check_padding(folder: Path, config: ModelConfig, grid: RankLayout, pieces: 
                 f"{folder}: {parameter.name} has {count} rows beyond the vocab_size = {config.vocab_size} of config.json, and they "
                 "hold something that would be lost: correct vocab_size"
             )
-        print(
-            f"note: {folder}: {count} rows of padding in {parameter.name} hold something; they are left out",
-            flush=True,
+        logger.info(
+            f"note: {folder}: {count} rows of padding in {parameter.name} hold something; they are left out"
         )
 
 

@@ -1,5 +1,6 @@
 """Writes a source into files, by what each of their tensors holds of ours: block by block, several at a time."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -15,6 +16,8 @@ from ascendspeed.models.param_mapping import Slice2D, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance
 from ascendspeed.utils.text import shorten_list
+
+logger = logging.getLogger(__name__)
 
 BLOCK = 1 << 22
 """Bytes that are read, checked and written at a time: a processor's cache holds them."""
@@ -89,7 +92,7 @@ def write(
         for target in opened:
             target.close()
     if seen.infinite:
-        print(f"note: {source.where} holds infinity in {shorten_list(sorted(seen.infinite))}", flush=True)
+        logger.info(f"note: {source.where} holds infinity in {shorten_list(sorted(seen.infinite))}")
     if seen.nan and not allow_nan:
         raise UserError(
             f"{source.where} holds NaN in {shorten_list(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)"

@@ -6,8 +6,9 @@ Megatron's greedy rule over `PERIOD` samples, repeated for ever, which makes any
 """
 
 import dataclasses
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +33,8 @@ from ascendspeed.data.splits import SPLITS, describe_split, split_range
 from ascendspeed.data.streaming import hf_dataset
 from ascendspeed.data.streaming.hf_dataset import StreamedDataset
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 PERIOD = 1 << 16
 """Samples after which a blend repeats; weights count to this precision."""
@@ -164,16 +167,14 @@ def build_splits(
     seed: int,
     vocab_size: int,
     names: Sequence[str] = SPLITS,
-    say: Callable[[str], None] = print,
 ) -> dict[str, BlendedSamples]:
     """Name -> samples, for the splits that will be used, of `train`, `valid` and `test`.
 
-    `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated. `say` gets what there is to say
-    while the data are read.
+    `vocab_size` is the model's, without padding. Every rank may call it; nothing is communicated.
     Raises `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split without a sample.
     """
     if not data.valid_data_path:
-        opened = _opened(data.data_path, data, vocab_size, say)
+        opened = _opened(data.data_path, data, vocab_size)
         _check_flags(data, opened)
         return {name: _samples(opened, name, data, seed, vocab_size) for name in names}
     own = {"train": (data.data_path, "1,0,0"), "valid": (data.valid_data_path, "0,1,0")}
@@ -181,7 +182,7 @@ def build_splits(
         raise UserError(
             f"--valid-data-path: there is no {absent[0]} split then; leave it out and give --split"
         )
-    found = {name: _opened(own[name][0], data, vocab_size, say) for name in names}
+    found = {name: _opened(own[name][0], data, vocab_size) for name in names}
     _check_flags(data, [one for opened in found.values() for one in opened])
     named = {name: dataclasses.replace(data, data_path=own[name][0], split=own[name][1]) for name in names}
     return {name: _samples(opened, name, named[name], seed, vocab_size) for name, opened in found.items()}
@@ -190,10 +191,8 @@ def build_splits(
 Opened = IndexedDataset | MaskedPair | InternEvoDataset | StreamedDataset
 
 
-def _opened(
-    paths: Sequence[str], data: DataConfig, vocab_size: int, say: Callable[[str], None]
-) -> list[tuple[float, Opened]]:
-    found = [(weight, open_dataset(path, data, vocab_size, say)) for weight, path in parse_blend(paths)]
+def _opened(paths: Sequence[str], data: DataConfig, vocab_size: int) -> list[tuple[float, Opened]]:
+    found = [(weight, open_dataset(path, data, vocab_size)) for weight, path in parse_blend(paths)]
     for _, one in found:
         if _masked(one):
             continue
@@ -203,7 +202,9 @@ def _opened(
                 f"--is-instruction-dataset: {name} is plain text without labels; leave the flag out"
             )
         if data.packing:
-            say(f"{name}: plain text, cut where a sample ends; --packing {data.packing} means nothing to it")
+            logger.info(
+                f"{name}: plain text, cut where a sample ends; --packing {data.packing} means nothing to it"
+            )
     return found
 
 
@@ -326,15 +327,15 @@ def _weight(word: str) -> float:
     return weight
 
 
-def open_dataset(path: str, data: DataConfig, vocab_size: int, say: Callable[[str], None] = print) -> Opened:
-    """What --data-path names, checked: whole, belonging together, with ids that the vocabulary has. `say`: as of `build_splits`."""
+def open_dataset(path: str, data: DataConfig, vocab_size: int) -> Opened:
+    """What --data-path names, checked: whole, belonging together, with ids that the vocabulary has."""
     pairs = pairs_of(path)
     if not pairs and internevo.find_files(path):
         found = InternEvoDataset(path, data.min_length, vocab_size)
-        say(found.note)
+        logger.info(found.note)
         return found
     if not pairs and (files := hf_dataset.find_files(path)):
-        return StreamedDataset(path, files, data, say)
+        return StreamedDataset(path, files, data)
     pair = MaskedPair(path, *pairs) if len(pairs) > 1 else None
     tokens = pair.tokens if pair else check_pair(path)
     facts = dataset_facts(path)

@@ -4,12 +4,13 @@ The input is cut into shards that do not depend on the number of processes; each
 and the results are written in the order of the shards. No more shards are under way than a few per process, which bounds memory.
 """
 
+import logging
 import os
 import shutil
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ from ascendspeed.data.shard_output import DatasetOutput, Gathered, ShardDocument
 from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["MAX_DOCUMENT_BYTES", "EncoderConfig", "preprocess"]
 
@@ -134,7 +137,6 @@ def preprocess(
     job: EncoderConfig,
     workers: int = 1,
     log_interval: int = 1000,
-    say: Callable[[str], None] = print,
     strict: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Writes `<prefix>_<key>_document.{bin,idx,meta}` for every key and returns the facts in the .meta files, by key.
@@ -147,15 +149,15 @@ def preprocess(
     present = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, present, strict)
     for note in (*encoder.handler.notes, *_unread(encoder.handler, present)):
-        say(f"note: {note}")
+        logger.info(f"note: {note}")
     try:
         outputs, facts, meter = _written(encoder, files, prefix, workers, log_interval, strict)
     except OSError as error:  # a full disk, a folder that may not be written
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
     for output in outputs.values():
         for line in (output.said(), *output.faults.lines()):
-            say(line)
-    say(f"{meter.rates()} in {meter.seconds:.1f} s, {workers} processes")
+            logger.info(line)
+    logger.info(f"{meter.rates()} in {meter.seconds:.1f} s, {workers} processes")
     return facts
 
 

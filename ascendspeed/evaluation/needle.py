@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
     }
     answers = open_together(Path(asked.output_dir), settings, session.grid)
     for note in said:
-        session.say(f"note: {note}")
+        logger.info(f"note: {note}")
     left = [cell for cell in job.cells if cell.key not in answers.known]
     with progress(
         of_items("questions"), len(job.cells), len(job.cells) - len(left), quiet=not speaks

@@ -1,5 +1,6 @@
 """A job from the first rank's greeting to the files that it leaves. Imported after the command line was found good."""
 
+import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,8 @@ from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
+
+logger = logging.getLogger(__name__)
 
 
 class Model:
@@ -79,9 +82,8 @@ def run(job: Job, notes: Sequence[str]) -> None:
     session = Session.open(job.place, device)
     tokenizer, grid = session.tokenizer, session.grid
     check_vocabulary(tokenizer, session.config)
-    say = print if grid.rank == 0 else lambda *_, **__: None
     for note in notes:
-        say(f"note: {note}")
+        logger.info(f"note: {note}")
     room = job.evaluation.max_input_length or session.config.max_position_embeddings
     written = [one.name for one, style in job.benchmarks if style.until]
     if written and room <= job.new_tokens:
@@ -94,7 +96,7 @@ def run(job: Job, notes: Sequence[str]) -> None:
     folder = Path(job.evaluation.output_dir)
     answers = open_together(folder, settings, grid)
     try:
-        _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, say, device)
+        _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, device)
     finally:
         answers.close()
     process_groups.destroy()
@@ -120,7 +122,6 @@ def _ask(
     answers: Answers,
     tokenizer: Tokenizer,
     room: int,
-    say: Callable[..., None],
     device: Any,
 ) -> None:
     from ascendspeed.evaluation import lm_eval, metrics, report  # lm-eval: after the device was prepared
@@ -130,9 +131,8 @@ def _ask(
     keys = lm_eval.keys_of(prompts, answers.settings)
     before = sum(key in answers.known for key in keys)
     limited = f", the first {job.evaluation.limit} of each subject only" if job.evaluation.limit else ""
-    say(
-        f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})",
-        flush=True,
+    logger.info(
+        f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})"
     )
     grid = backend.model.grid
     with progress(of_items("questions"), len(prompts), before, quiet=grid.rank != 0) as advance:
@@ -147,7 +147,7 @@ def _ask(
     ]
     for result in results:
         shots = job.shots[result.benchmark.name]
-        say(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))
+        logger.info(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))
     about = {
         "model": {
             "path": str(job.place.where.load),
@@ -165,7 +165,7 @@ def _ask(
     }
     folder = Path(job.evaluation.output_dir)
     report.write(folder, results, about, grades, answers.known)
-    say(f"wrote {folder}/results.json, results.csv, chart.png and {NAME}", flush=True)
+    logger.info(f"wrote {folder}/results.json, results.csv, chart.png and {NAME}")
 
 
 def _versions() -> dict[str, str]:

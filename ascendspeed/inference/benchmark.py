@@ -1,6 +1,6 @@
 """Times real answers: what `performance` needs measured."""
 
-from collections.abc import Callable
+import logging
 
 import torch
 
@@ -13,12 +13,13 @@ from ascendspeed.inference.benchmark_report import (
 from ascendspeed.inference.engine import CacheOutOfMemory, LanguageModel, SamplingParams, sample
 from ascendspeed.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 Pairs = list[tuple[int, int]]
-Say = Callable[[str], None]
 
 
 def run_cases(
-    model: LanguageModel, cases: Pairs, ranges: Pairs, batch: int, limit: float, say: Callable[[str], None]
+    model: LanguageModel, cases: Pairs, ranges: Pairs, batch: int, limit: float
 ) -> list[GenerationTiming]:
     """One for each (input, output) of `cases`: at `batch`, or where there are `ranges` at the largest within `limit` seconds.
 
@@ -27,20 +28,20 @@ def run_cases(
     measure(model, 1, min(16, cases[0][0]), 2)  # warms up
     found = []
     for number, (inputs, outputs) in enumerate(cases):
-        say(f"input {inputs}, output {outputs}")
+        logger.info(f"input {inputs}, output {outputs}")
         if ranges:
             low, high = ranges[number]
             best = largest_batch(
-                low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b), say
+                low, high, limit, lambda batch, a=inputs, b=outputs: measure(model, batch, a, b)
             )
             if best is None:
-                say(f"not even a batch of {low} stays within {limit * 1e3:g} ms")
+                logger.info(f"not even a batch of {low} stays within {limit * 1e3:g} ms")
             found += [best] if best else []
             continue
         try:
             found.append(measure(model, batch, inputs, outputs))
         except BatchOutOfMemory:
-            say(f"batch {batch}: out of memory")
+            logger.info(f"batch {batch}: out of memory")
     if not found:
         raise UserError("nothing was measured: every batch is out of memory, or above the limit")
     return found

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 
 from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = (
     "batch",
@@ -94,7 +97,7 @@ def parse_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
 
 
 def largest_batch(
-    low: int, high: int, limit: float, measure: Callable[[int], GenerationTiming], say: Callable[[str], None]
+    low: int, high: int, limit: float, measure: Callable[[int], GenerationTiming]
 ) -> GenerationTiming | None:
     """The measurement of the largest batch in [low, high] whose further tokens take at most `limit` seconds; None: not even `low`.
 
@@ -105,10 +108,10 @@ def largest_batch(
         try:
             found = measure(batch)
         except BatchOutOfMemory:
-            say(f"batch {batch}: out of memory")
+            logger.info(f"batch {batch}: out of memory")
             return None
         good = found.other <= limit
-        say(
+        logger.info(
             f"batch {batch}: {found.other * 1e3:.2f} ms per token, {'within' if good else 'above'} {limit * 1e3:g} ms"
         )
         return found if good else None

@@ -1,5 +1,6 @@
 """A conversation, at a terminal or through a pipe: rank 0 reads and writes, all ranks answer."""
 
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,6 +14,8 @@ from ascendspeed.inference.session import Session
 from ascendspeed.inference.stdin import QUOTES, UserMessage
 from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 QUIT_WORDS = ("q", "quit", "exit")
 RESET_WORDS = ("clear", "new")
@@ -76,7 +79,7 @@ def run_chat(
     show = write_stdout if session.grid.rank == 0 else lambda text: None
     session.model  # noqa: B018 - is read before the first question
     if terminal:
-        session.say(HELP)
+        logger.info(HELP)
     interruption = InterruptHandler()
     with interruption if terminal else nullcontext():
         while (data := _next(session, read, interruption)) is not None:
@@ -92,7 +95,7 @@ def run_chat(
                 except UserError as error:
                     if not terminal:
                         raise
-                    session.say(f"error: {error}")
+                    logger.info(f"error: {error}")
                     continue
                 session.warn_if_too_long("the conversation", len(ids) + params.max_new_tokens)
                 found = generate_answers(

@@ -1,5 +1,6 @@
 """A checked job -> answers: every task over all prompts, then the conversation where one is asked for."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ascendspeed.inference.prompts import InputPrompt
 from ascendspeed.inference.session import Session
 from ascendspeed.inference.stdin import read_stdin_message
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
 Record = dict[str, Any]
@@ -39,7 +42,7 @@ def run(job: Job, device: Device, notes: Sequence[str]) -> None:
     talks = "chat" in job.tasks and not given and asked.input_file is None
     session = Session.open(job.place, device, asked.chat_template, patient=talks)
     for note in notes:
-        session.say(f"note: {note}")
+        logger.info(f"note: {note}")
     if asked.input_file == "-" or (not given and not talks):
         given = _from_stdin(session, asked.input_file == "-")
     demonstration = not given
@@ -135,7 +138,7 @@ def _do(session: Session, job: Job, number: int, plan: TaskPlan, results: Answer
         done += len(batch)
         if total > size and not streams:
             speed = f", {tokens / max(time.monotonic() - begin, 1e-9):.1f} tokens/s" if tokens else ""
-            session.say(f"{plan.task}: {done}/{total} prompts{speed}")
+            logger.info(f"{plan.task}: {done}/{total} prompts{speed}")
     results.task_done(number)
 
 

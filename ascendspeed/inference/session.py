@@ -1,7 +1,7 @@
 """A model that is ready to be asked, with its tokenizer and chat format; what is wrong is said before its weights are read."""
 
 import filecmp
-import sys
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,10 @@ from ascendspeed.inference.args import SPARE, Place
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
+from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 WEEK = 7 * 24 * 60
 """Minutes that ranks wait for a person to type."""
@@ -50,6 +53,7 @@ class Session:
             raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
         found = _tokenizer(place)
         grid = process_groups.initialize(device, place.where.layout, 1, WEEK if patient else 30)
+        logs.configure(grid.rank, logs.TO_STDERR)  # stdout is for answers
         session = cls(place, device, grid, found, template)
         config = session.config
         if found.vocab_size > config.vocab_size:
@@ -59,13 +63,13 @@ class Session:
             )
         _check_typed(place, config)
         for note in _doubts(place, found, config):
-            session.say(f"note: {note}")
+            logger.info(f"note: {note}")
         return session
 
     @property
     def readers(self) -> Readers:
         """All ranks, to open a checkpoint together."""
-        return Readers.of(self.grid, self.say)
+        return Readers.of(self.grid)
 
     @cached_property
     def source(self) -> CheckpointReader:
@@ -82,7 +86,7 @@ class Session:
         """The chat format. Raises `UserError` where there is none."""
         found = ChatFormat(self.tokenizer, self.config.family, self.template)
         for note in found.notes:
-            self.say(f"note: {note}")
+            logger.info(f"note: {note}")
         return found
 
     @cached_property
@@ -108,7 +112,7 @@ class Session:
         model = engine.load(
             self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused
         )
-        self.say(
+        logger.info(
             f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}"
         )
         return model
@@ -124,14 +128,9 @@ class Session:
             if kind == "dynamic"
             else "it has no rope scaling: expect nonsense beyond"
         )
-        self.say(
+        logger.info(
             f"note: {where} and its answer may have {tokens} tokens; the model was trained on {trained}, and {what}"
         )
-
-    def say(self, line: str) -> None:
-        """To stderr, once: stdout is for answers."""
-        if self.grid.rank == 0:
-            print(line, file=sys.stderr, flush=True)
 
     def broadcast_bytes(self, get: Callable[[], bytes | None]) -> bytes | None:
         """What `get` gives on rank 0, on every rank; an error there is one everywhere. Collective."""

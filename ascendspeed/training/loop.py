@@ -1,8 +1,9 @@
 """The training loop: what it does every iteration, what it says and keeps."""
 
+import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,8 @@ from ascendspeed.training.fault_tolerance import Watch
 from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine
 from ascendspeed.training.setup import Batches, Start
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 SAVE_MINUTES = 24 * 60
 """What the ranks wait for each other while saving."""
@@ -86,12 +89,12 @@ def train(
 
     Raises `UserError` after `--max-skipped-steps` skipped iterations in a row, and when a checkpoint cannot be saved.
     """
-    state, window, saver = start.state, Window(), _saver(run, grid, start, log.say)
+    state, window, saver = start.state, Window(), _saver(run, grid, start)
     if state.step >= run.train.train_iters:
-        log.say(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
+        logger.info(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
     watch.begun = True
     if not saver:
-        log.say("note: no --save, so no checkpoint will be kept")
+        logger.info("note: no --save, so no checkpoint will be kept")
     leaving = ""
     while state.step < run.train.train_iters and not leaving:
         before, lr = state, lr_at(engine.updates, run.optim, run.train.train_iters)
@@ -122,15 +125,15 @@ def train(
             behind = (
                 f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
             )
-            log.say(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
+            logger.info(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
         window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time
     if leaving:
-        log.say(f"{leaving}: stopped after iteration {state.step}")
+        logger.info(f"{leaving}: stopped after iteration {state.step}")
     watch.done = state.step >= run.train.train_iters
     if watch.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
         adapter = Path(run.train.save, "adapter")
         peft.replace_with(of_checkpoint(Checkpoint(saver.last)), adapter)
-        log.say(f" adapters for peft in {adapter}")
+        logger.info(f" adapters for peft in {adapter}")
     return state
 
 
@@ -149,7 +152,7 @@ def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> 
     return ""
 
 
-def _saver(run: Run, grid: ProcessGrid, start: Start, say: Callable[[str], None]) -> Saver | None:
+def _saver(run: Run, grid: ProcessGrid, start: Start) -> Saver | None:
     if not run.train.save:
         return None
     barrier = grid.barrier
@@ -158,9 +161,7 @@ def _saver(run: Run, grid: ProcessGrid, start: Start, say: Callable[[str], None]
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.gather(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
-    return Saver(
-        start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, say, token
-    )
+    return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token)
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:

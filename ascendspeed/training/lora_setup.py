@@ -1,5 +1,6 @@
 """Where a run of adapters begins: the weights that they belong to, and the adapters."""
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import chain
@@ -16,27 +17,29 @@ from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 Tensors = Iterable[tuple[str, Tensor]]
 SAME = ("lora_rank", "lora_alpha", "lora_target_modules")
 
 
 def begin(run: Run, base: CheckpointReader, readers: Readers) -> tuple[Tensors, LoraConfig]:
     """Weights and fresh adapters, or those of --lora-load; what the run's checkpoints say of them."""
-    lora, say = run.lora, readers.say
+    lora = run.lora
     if lora.lora_base:
         raise UserError(
             f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights"
         )
     lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
     count = targets.parameter_count(run.model, lora)
-    say(
+    logger.info(
         f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained"
     )
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
     found = peft.open_adapter(lora.lora_load, readers)
     check_base(found, f"--load {run.train.load}", lora.lora_base_fingerprint)
-    say(
+    logger.info(
         f"adapters from {lora.lora_load}{'' if found.fingerprint else ', which do not say whether they belong to these weights'}"
     )
     return chain(base.tensors(), list(tensors_of(found, run.model, lora))), lora
@@ -68,13 +71,12 @@ def check_kind(run: Run, found: Checkpoint) -> None:
 
 def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:
     """The weights that a checkpoint's adapters belong to, and what the run's checkpoints say of them."""
-    say = readers.say
     if run.lora.lora_load:
-        say(
+        logger.info(
             f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}"
         )
     base = training_checkpoint.base_of(found, run.lora.lora_base, readers)
-    say(f"weights beneath the adapters from {base.where} ({base.kind})")
+    logger.info(f"weights beneath the adapters from {base.where} ({base.kind})")
     where = str(Path(base.where).resolve())
     return base.tensors(), replace(
         run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint

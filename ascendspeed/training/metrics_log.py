@@ -1,6 +1,7 @@
 """The one format of a training log line, in Megatron's look: writes it and parses it back. And who writes it where. No torch."""
 
 import contextlib
+import logging
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
 
 
@@ -201,10 +203,26 @@ class Logger:
         self._file = self._board = None
 
     def __enter__(self) -> "Logger":
+        """Takes the log lines of the library's modules until it is closed."""
+        self._taking = logs.handled_by(_LineHandler(self))
+        self._taking.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
+        self._taking.__exit__(None, None, None)
         self.close()
+
+
+class _LineHandler(logging.Handler):
+    """Passes log records to a `Logger`."""
+
+    def __init__(self, log: Logger) -> None:
+        super().__init__()
+        self.setFormatter(logs.LineFormatter())
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._log.say(self.format(record))
 
 
 def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:

@@ -1,6 +1,7 @@
 """Where a run begins: its data, and the weights or the checkpoint that `--load` means."""
 
 import dataclasses
+import logging
 import math
 import shutil
 from collections.abc import Callable, Iterable
@@ -33,7 +34,8 @@ from ascendspeed.tokenization import tokenizer
 from ascendspeed.training import lora_setup
 from ascendspeed.utils.errors import UserError
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Batches = Callable[[str, int], list[Batch]]
 """(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
 UNWATCHED = {
@@ -65,7 +67,7 @@ class Start:
         return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
 
 
-def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
+def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, Batches]:
     """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of a replica see the
     same.
 
@@ -75,7 +77,7 @@ def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
     size, wanted = run.train.global_batch_size, {"train": run.train.train_iters}
     if run.train.eval_interval:
         wanted["valid"] = run.train.eval_iters
-    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted), say)
+    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted))
     if run.train.train_epochs:
         if splits["train"].estimated:
             raise UserError(
@@ -88,7 +90,7 @@ def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
         wanted["train"] = math.ceil(run.train.train_epochs * len(splits["train"]) / size)
         run = dataclasses.replace(run, train=dataclasses.replace(run.train, train_iters=wanted["train"]))
         lr_schedule.check(run.optim, run.train.train_iters)
-        say(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
+        logger.info(f"--train-epochs {run.train.train_epochs:g}: {run.train.train_iters} iterations")
     for name, iterations in wanted.items():
         samples = len(splits[name])
         passes = [
@@ -96,9 +98,9 @@ def open_data(run: Run, grid: ProcessGrid, say: Say) -> tuple[Run, Batches]:
         ]
         often = f"{iterations} x {size} samples are {', '.join(passes)}"
         about = "about " if splits[name].estimated else ""
-        say(f"{name} data: {about}{samples} samples of {run.data.seq_length} tokens; {often}")
+        logger.info(f"{name} data: {about}{samples} samples of {run.data.seq_length} tokens; {often}")
         for note in splits[name].notes:
-            say(f"{name} data: {note}")
+            logger.info(f"{name} data: {note}")
     micro = run.train.micro_batch_size
 
     def batches(split: str, consumed: int) -> list[Batch]:
@@ -124,7 +126,7 @@ def _check_tokenizer(run: Run) -> None:
             )
 
 
-def find_start(run: Run, grid: ProcessGrid, device: Device, say: Say) -> Start:
+def find_start(run: Run, grid: ProcessGrid, device: Device) -> Start:
     """What `--load` means: a training checkpoint to continue (or, with --finetune, its weights), weights, or nothing yet.
 
     Raises `UserError` when there is nothing where it points, when `--save` holds another run that would be overwritten or cannot be
@@ -133,7 +135,7 @@ def find_start(run: Run, grid: ProcessGrid, device: Device, say: Say) -> Start:
     load, save = run.train.load, run.train.save
     _check_views(run, grid)
     if save:
-        _check_disk(run, grid, say)
+        _check_disk(run, grid)
         _try_disk(Path(save), grid)
     same = bool(load and save) and Path(load).resolve() == Path(save).resolve()
     if save and looks_like_checkpoint(save):
@@ -145,17 +147,17 @@ def find_start(run: Run, grid: ProcessGrid, device: Device, say: Say) -> Start:
             raise UserError(
                 f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder"
             )
-    readers = Readers.of(grid, say)
+    readers = Readers.of(grid)
     if load and looks_like_checkpoint(load):
         return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (same and _is_empty(Path(load))):
         source = open_reader(load)
-        say(f"weights from {load} ({source.kind})")
+        logger.info(f"weights from {load} ({source.kind})")
         return _from_weights(run, source, readers)
     if run.lora.lora_rank:
         raise UserError(f"--lora-rank {run.lora.lora_rank}: adapters belong to weights; name these by --load")
     why = f"--load {load} is empty: a fresh start from" if load else "no --load:"
-    say(f"{why} random weights, seed {run.train.seed}")
+    logger.info(f"{why} random weights, seed {run.train.seed}")
     return Start(random_tensors(run.model, run.train.seed, device.torch))
 
 
@@ -200,7 +202,7 @@ def _try_disk(folder: Path, grid: ProcessGrid) -> None:
         raise UserError(f"--save {folder}: rank {rank} cannot save there: {found[rank]}")
 
 
-def _check_disk(run: Run, grid: ProcessGrid, say: Say) -> None:
+def _check_disk(run: Run, grid: ProcessGrid) -> None:
     """Whether --save has room for a checkpoint, by its estimated size; a note when it has none for all that will be kept."""
     size, train = estimates.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
@@ -217,7 +219,7 @@ def _check_disk(run: Run, grid: ProcessGrid, say: Say) -> None:
     kept = ends // (train.save_interval or ends) + bool(ends % (train.save_interval or ends))
     kept = min(kept, (train.keep or kept) + 1)  # an old one goes when the new one is whole
     if kept * size + SLACK > free:
-        say(
+        logger.info(
             f"note: {numbers}, which is not enough for the {kept} that will lie there at a time; see --keep and --save-interval"
         )
 
@@ -237,14 +239,13 @@ def _from_weights(run: Run, source: CheckpointReader, readers: Readers) -> Start
 
 
 def _from_checkpoint(run: Run, found: Checkpoint, grid: ProcessGrid, readers: Readers) -> Start:
-    say = readers.say
     theirs = dataclasses.replace(found.config, init_method_std=run.model.init_method_std)
     if theirs != run.model:
         raise UserError(f"{found.path} holds another model than this run: {theirs}, not {run.model}")
     adapted = bool(run.lora.lora_rank)
     lora_setup.check_kind(run, found)
     if run.train.finetune and not (adapted and found.run.lora.lora_rank):
-        say(f"weights from {found.path}; optimizer and position start anew (--finetune)")
+        logger.info(f"weights from {found.path}; optimizer and position start anew (--finetune)")
         either = adapted or found.run.lora.lora_rank
         return (
             _from_weights(run, training_checkpoint.source_of(found, readers), readers)
@@ -253,21 +254,25 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: ProcessGrid, readers: Re
         )
     tensors, lora = lora_setup.go_on(run, found, readers) if adapted else (None, None)
     if run.train.finetune:
-        say(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
+        logger.info(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
         return Start(chain(tensors, found.tensors()), lora=lora)
-    _announce_changes(run, found.run, say)
+    _announce_changes(run, found.run)
     moved = (found.world, found.run.parallel.places) != (grid.world, run.parallel.places)
     if moved and (
         run.train.attention_dropout or run.train.hidden_dropout or (adapted and run.lora.lora_dropout)
     ):
-        say("note: in another layout than that of the checkpoint, the dropout masks start anew from --seed")
-    say(f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed")
+        logger.info(
+            "note: in another layout than that of the checkpoint, the dropout masks start anew from --seed"
+        )
+    logger.info(
+        f"resumes from {found.path}: iteration {found.state.step}, {found.state.samples} samples consumed"
+    )
     if adapted:  # the engine asks for all its weights; the checkpoint then brings the adapters
         tensors = chain(tensors, initial(run.model, run.lora, run.train.seed))
     return Start(tensors, found, lora)
 
 
-def _announce_changes(run: Run, before: Run, say: Say) -> None:
+def _announce_changes(run: Run, before: Run) -> None:
     """What changes the curve of a resumed run is said aloud; a new layout is not among it."""
     watched = [
         (group, f.name) for group in ("data", "optim") for f in dataclasses.fields(getattr(run, group))
@@ -275,4 +280,4 @@ def _announce_changes(run: Run, before: Run, say: Say) -> None:
     for group, name in [*watched, *(("train", name) for name in WATCHED_TRAIN), ("lora", "lora_dropout")]:
         old, new = getattr(getattr(before, group), name), getattr(getattr(run, group), name)
         if old != new and name not in UNWATCHED:
-            say(f"note: {name} was {old} when the checkpoint was saved and is {new} now")
+            logger.info(f"note: {name} was {old} when the checkpoint was saved and is {new} now")

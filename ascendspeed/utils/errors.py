@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from ascendspeed.utils import logging
+
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 69
 """A process of the run died, was stopped or left; training can be started again (EX_UNAVAILABLE of sysexits.h)."""
@@ -40,6 +42,7 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
     `clean_up`: SIGTERM too leaves `main` by an exception, so that what it has begun to write goes away. Training, which
     waits for the end of the iteration instead (`watch`), does without.
     """
+    logging.configure()
     if clean_up:
         signal.signal(signal.SIGTERM, _leave)
     try:

@@ -164,7 +164,7 @@ def watching(log: Path, titles: set[str], tell: Say) -> Iterator[None]:
 
 def last_weights(folder: Path) -> Named:
     """Of the checkpoint that a row left, by the names of the family's published ones."""
-    opened = open_checkpoint(folder, say=lambda text: None)
+    opened = open_checkpoint(folder)
     tensors, found = dict(opened.tensors("master")), {}
     for parameter in param_mapping.parameters(opened.config):
         found |= param_mapping.megatron_to_hf(opened.config, parameter, tensors[parameter.name])

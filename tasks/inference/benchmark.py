@@ -4,7 +4,7 @@ python tasks/inference/benchmark.py --load DIR --performance [[256,256],[512,512
 python tasks/inference/benchmark.py --load DIR --performance-maxbs [[256,256]] --ranges [[1,64]] --limit-ms 50
 """
 
-import functools
+import logging
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,10 @@ from ascendspeed.inference import benchmark_report
 from ascendspeed.inference.args import Place, Where, find_place, notes
 from ascendspeed.models import families
 from ascendspeed.utils import errors
+from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,11 +68,11 @@ def main() -> None:
 
     if place.where.fp16 and device.kind == "cpu":
         raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+    logs.configure(streams=logs.TO_STDERR)
     model = engine.load(place.where.load, parallel=place.where.layout, dtype=place.where.dtype, device=device)
-    say = functools.partial(print, file=sys.stderr, flush=True) if model.grid.rank == 0 else lambda line: None
     for note in notes(typed):
-        say(f"note: {note}")
-    found = benchmark.run_cases(model, cases, ranges, options.batch_size, options.limit_ms / 1e3, say)
+        logger.info(f"note: {note}")
+    found = benchmark.run_cases(model, cases, ranges, options.batch_size, options.limit_ms / 1e3)
     if model.grid.rank == 0:
         text = benchmark_report.write_report(
             found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})")

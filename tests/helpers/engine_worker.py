@@ -98,7 +98,7 @@ def main() -> None:
         else:
             engine = megatron_engine(case.get("break"))(run, grid, here, fused, tensors)
         if case.get("load"):
-            engine.restore(open_checkpoint(case["load"], say=lambda text: None))
+            engine.restore(open_checkpoint(case["load"]))
         if case.get("resave"):
             save(case["resave"], case.get("first", 0), engine, run, grid)
         if case.get("break") == "moments":

@@ -38,10 +38,10 @@ def main(flags: Sequence[str]) -> int:
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
-    with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid, log.say) as watch:
+    with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid) as watch:
         for note in notes:
             log.say(f"note: {note}")
-        begin = setup.find_start(run, grid, device, log.say)
+        begin = setup.find_start(run, grid, device)
         engine = engine_of(run, grid)
         if begin.resume:
             engine.restore(begin.resume)

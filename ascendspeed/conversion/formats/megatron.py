@@ -3,6 +3,7 @@
 The names in a file are those of `GPTModel.named_parameters()` on that rank: layers count from 0 on every pipeline stage.
 """
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,8 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import plain_name
+
+logger = logging.getLogger(__name__)
 
 RELEASE = "release"  # the name of an iteration that was converted, not trained
 DEEPSPEED = RankFileNames(
@@ -78,7 +81,7 @@ def open_folder(folder: Path, config: Path) -> CheckpointReader:
     if dialect in legacy_names.OLD:
         support_matrix.check("ascendspeed", "reads", config.family)
     if doubt := legacy_names.doubt(dialect, config, grid.tp):
-        print(f"note: {folder}: {doubt}", flush=True)
+        logger.info(f"note: {folder}: {doubt}")
     kind = f"{layout.kind} for TP {grid.tp} x PP {grid.pp}" + (
         f", names of {dialect.name}" if dialect is not MCORE else ""
     )

@@ -7,8 +7,9 @@ tokens), and from some tools a third column. Nothing of it is believed before th
 
 import functools
 import json
+import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,6 +18,8 @@ import numpy as np
 from ascendspeed.data.document import Document, Supervision, count_supervised
 from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 META = ".meta"
 CHECKED_LINES = 8
@@ -197,9 +200,7 @@ class InternEvoDataset:
         return len(self.lengths)
 
 
-def convert(
-    path: str, prefix: str, min_length: int = 0, say: Callable[[str], None] = print
-) -> dict[str, Any]:
+def convert(path: str, prefix: str, min_length: int = 0) -> dict[str, Any]:
     """The documents of a path as a couple of .bin/.idx pairs (`couple`), in their order; returns what P.meta says.
 
     Every line is read. Raises `UserError` for damaged data, and leaves old files as they are then.
@@ -207,7 +208,7 @@ def convert(
     if not find_files(path):
         raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
     found = InternEvoDataset(path, min_length)
-    say(found.note)
+    logger.info(found.note)
     with MaskedPairWriter(prefix) as writer:
         highest = 0
         for start in range(0, len(found), DOCUMENTS_PER_WRITE):
@@ -228,7 +229,7 @@ def convert(
             "left_out": found.left_out,
         }
         writer.commit(facts)
-    say(
+    logger.info(
         f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.learnt:,} of them to be learnt"
     )
     return facts

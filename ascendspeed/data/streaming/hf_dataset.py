@@ -9,6 +9,7 @@ needs it tokenizes one stream, not all of them.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -37,6 +38,8 @@ from ascendspeed.data.streaming.stream import (
 from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 STREAMS = 64
 MIN_ROWS_PER_STREAM = 64
 """A small set has fewer streams, so that each of them has this many rows."""
@@ -50,7 +53,6 @@ MAX_ROWS_AT_ONCE = 64
 """Rows that are tokenized together, at most."""
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
 SPLITS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval"}
-Say = Callable[[str], None]
 
 
 def find_files(path: str) -> list[Path]:
@@ -103,9 +105,9 @@ def _split(file: Path) -> str:
 class StreamedDataset:
     """Such a data set, opened."""
 
-    def __init__(self, path: str, files: Sequence[Path], data: DataConfig, say: Say) -> None:
+    def __init__(self, path: str, files: Sequence[Path], data: DataConfig) -> None:
         """Raises `UserError` for a tokenizer, handler or column that is not there, and damaged files."""
-        self.prefix, self.say = path, say
+        self.prefix = path
         if not data.tokenizer_name_or_path:
             raise UserError(
                 f"{path} is text: give --tokenizer-name-or-path, or make .bin/.idx of it by tools/preprocess_data.py"
@@ -143,7 +145,7 @@ class StreamedDataset:
         for note in filter(
             None, (*self.maker.handler.notes, unread_columns(self.maker.handler, self.table.columns))
         ):
-            say(f"{path}: {note}")
+            logger.info(f"{path}: {note}")
         self.cache = cache or Path(path).absolute().parent / "index-cache"
         vocabulary = [
             p for p in sorted(self.maker.tokenizer.path.glob("*")) if p.suffix in (".json", ".model")
@@ -196,7 +198,7 @@ class StreamedSamples:
         self.samples_per_epoch = max(1, round(samples))
         said = [1, data.said, chosen.start, chosen.stop, seed, self._length, self._count, self._how]
         self._restoring = PositionCache(
-            data.cache, Path(data.prefix.rstrip("/")).name, name, json.dumps(said, default=str), data.say
+            data.cache, Path(data.prefix.rstrip("/")).name, name, json.dumps(said, default=str)
         )
         self._streams: dict[int, SampleStream] = {}
 
@@ -333,10 +335,10 @@ class _Report:
             before = len(self._faults.seen.get(fault.kind, []))
             self._faults.add([row])  # type: ignore[list-item]
             if len(self._faults.seen[fault.kind]) > before:
-                self._data.say(f"skipped, {fault.kind}: {row}")
+                logger.info(f"skipped, {fault.kind}: {row}")
         if (total := self._faults.counts.total()) >= self._next:
             self._next = 2 * total
-            self._data.say(f"{self._data.prefix}: rows skipped so far: {self.said()}")
+            logger.info(f"{self._data.prefix}: rows skipped so far: {self.said()}")
 
     def said(self) -> str:
         """Counts by kind."""

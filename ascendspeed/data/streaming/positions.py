@@ -1,11 +1,14 @@
 """Where the places of streams are kept, and what is said when there are none and a run has to go a long way again."""
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ascendspeed.data.streaming.stream import SAVE_EVERY
+
+logger = logging.getLogger(__name__)
 
 LOG_SECONDS = 10
 """Between two lines of progress."""
@@ -14,9 +17,9 @@ LOG_SECONDS = 10
 class PositionCache:
     """The folder of one split's places."""
 
-    def __init__(self, cache: Path, name: str, split: str, said: str, say: Callable[[str], None]) -> None:
+    def __init__(self, cache: Path, name: str, split: str, said: str) -> None:
         """`said`: all that decides where samples begin."""
-        self._say, self._done, self._told = say, 0, 0.0
+        self._done, self._told = 0, 0.0
         digest = hashlib.sha256(said.encode()).hexdigest()[:16]
         self.folder: Path | None = cache / f"{name}-{split}-{digest}"
         others = (
@@ -25,13 +28,13 @@ class PositionCache:
             else []
         )
         if others and not self.folder.is_dir():
-            say(
+            logger.info(
                 f"{others[0]} is of other data or settings than these; it is left alone, and places are kept in {self.folder.name}"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            say(
+            logger.info(
                 f"note: {cache}: places cannot be kept there ({error.strerror}); give --data-cache-path, or a resumed run is slow"
             )
             self.folder = None
@@ -46,7 +49,7 @@ class PositionCache:
             return lambda: None
         if not self._told:
             where = f"there are none in {self.folder}" if self.folder else "none are kept"
-            self._say(
+            logger.info(
                 f"the places where samples begin are not known ({where}): about {missing * streams:,} are tokenized again"
             )
             self._told = time.monotonic()
@@ -55,6 +58,6 @@ class PositionCache:
             self._done += 1
             if time.monotonic() - self._told > LOG_SECONDS:
                 self._told = time.monotonic()
-                self._say(f"{self._done:,} samples tokenized again")
+                logger.info(f"{self._done:,} samples tokenized again")
 
         return passed

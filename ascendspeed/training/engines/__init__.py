@@ -1,6 +1,7 @@
 """The engines: one protocol, same loss. `deepspeed` has ZeRO 0-3, `megatron` pipelines, context and expert parallel."""
 
 import json
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import ProcessGrid
+
+logger = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, Tensor]]
 """Weights by our names, full."""
@@ -69,23 +72,23 @@ class Engine(Protocol):
 
 
 def builder(
-    run: Run, grid: ProcessGrid, device: Device, kernels: Kernels, say: Callable[[str], None]
+    run: Run, grid: ProcessGrid, device: Device, kernels: Kernels
 ) -> Callable[[Tensors | None], Engine]:
-    """The engine of a run, still to be given its weights (None: `restore` follows); says what it is.
+    """The engine of a run, still to be given its weights (None: `restore` follows).
 
     Raises `UserError` when --deepspeed_config contradicts the flags.
     """
     if not run.parallel.deepspeed:
         from ascendspeed.training.engines.megatron import MegatronEngine
 
-        say(
+        logger.info(
             f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
         )
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 
     config = ds_config(run, grid.world)
-    say(f"DeepSpeed config: {json.dumps(config)}")
+    logger.info(f"DeepSpeed config: {json.dumps(config)}")
     if grid.rank == 0:
         Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
     return lambda tensors: DeepSpeedEngine(run, grid, device, config, kernels, tensors)

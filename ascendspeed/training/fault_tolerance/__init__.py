@@ -4,10 +4,10 @@ A run ends with exit code 0 (done, or stopped as --exit-interval or --exit-durat
 is lost), 75 (a signal asked: saved and stopped) or 1 (a mistake in the program). After 69 and 75, --auto-resume continues it.
 """
 
+import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -21,13 +21,15 @@ from ascendspeed.training.fault_tolerance.loss_monitor import Health
 from ascendspeed.training.fault_tolerance.stop_signals import Reason, Stop
 from ascendspeed.utils import errors
 
+logger = logging.getLogger(__name__)
+
 __all__ = ["Health", "Heartbeat", "Reason", "Stop", "Watch"]
 
 
 class Watch:
     """Signals, heartbeats and health of one run, inside `with`."""
 
-    def __init__(self, run: Run, grid: ProcessGrid, say: Callable[[str], None]) -> None:
+    def __init__(self, run: Run, grid: ProcessGrid) -> None:
         """Collective."""
         minutes = run.train.distributed_timeout_minutes
         self.stop = Stop(
@@ -35,14 +37,14 @@ class Watch:
             process_groups.new_cpu_group(minutes) if grid.world > 1 else None,
             run.train.exit_duration_in_mins,
         )
-        self.health = Health(run, grid, say)
+        self.health = Health(run, grid)
         self.reason: Reason | None = None
         """Why training stopped before its end, if it did."""
         self.begun = False
         """Training has: what ended before is not mended by going on."""
         self.done = False
         """The last iteration is over: there is nothing to continue."""
-        self._run, self._say, self._inside = run, say, ExitStack()
+        self._run, self._inside = run, ExitStack()
         self._heartbeat = Heartbeat(grid, minutes, self._farewell)
 
     def __enter__(self) -> "Watch":
@@ -64,7 +66,7 @@ class Watch:
             and self._run.train.save
             and looks_like_checkpoint(self._run.train.save)
         ):
-            self._say(f"to continue: {how_to_continue()}")
+            logger.info(f"to continue: {how_to_continue()}")
 
     @property
     def exit_code(self) -> int:

@@ -1,15 +1,17 @@
 """Whether training goes well: iterations that were skipped, by whom and on which samples; losses that jump."""
 
+import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable
 
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import micro_batch_starts
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.engines import StepResult
+
+logger = logging.getLogger(__name__)
 
 SMALL_SCALE = 128.0
 """A loss scale that is still above it may fall further; overflows there are how fp16 finds its scale, and no failure."""
@@ -26,8 +28,8 @@ NAMED = 8
 class Health:
     """Looks at every iteration's result. What it says, it says once, on rank 0."""
 
-    def __init__(self, run: Run, grid: ProcessGrid, say: Callable[[str], None]) -> None:
-        self._run, self._grid, self._say = run, grid, say
+    def __init__(self, run: Run, grid: ProcessGrid) -> None:
+        self._run, self._grid = run, grid
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._in_spike = False
         self.skipped_in_a_row = 0
@@ -37,7 +39,7 @@ class Health:
         if result.skipped:
             finding = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
             self.skipped_in_a_row += not finding
-            self._say(
+            logger.info(
                 f" iteration {before.step + 1} skipped, nothing was updated: {self._blame(before, result)}"
             )
             return
@@ -81,8 +83,8 @@ class Health:
             height = (loss - median) / max(spread, LEAST * abs(median), math.ulp(1.0))
             if height > SPIKE and not self._in_spike:
                 last = before.samples + self._run.train.global_batch_size - 1
-                self._say(
-                    f"warning: iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations above the "
+                logger.warning(
+                    f"iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations above the "
                     f"median {median:.4f} of the last {len(self._losses)}; samples {before.samples}-{last}"
                 )
             self._in_spike = height > SPIKE

@@ -1,5 +1,6 @@
 """What can be told of a training folder from the names and shapes in its files: parallel mode, stages, and how its tensors lie."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +21,8 @@ from ascendspeed.models.families.internevo_names import (
 )
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
+
+logger = logging.getLogger(__name__)
 
 KIND = "InternEvo training folder"
 TENSOR = RankFileNames(KIND, "", ("model_tp{t}_pp{p}.pt",) * 2, r"model_tp(\d+)_pp(\d+)\.pt", "", {})
@@ -182,10 +185,9 @@ class InternEvoFolder:
             return asked.qk_interleaved == "yes"
         found = config.interleaved(self.folder, self.said, style.model_type)
         if found is None and style.model_type != "INTERNLM":
-            print(
+            logger.info(
                 f"note: {self.folder} does not say qk_interleaved or adapt_hf: q and k are taken as not interleaved, InternEvo's "
-                "default; say --qk-interleaved yes if training had adapt_hf=False",
-                flush=True,
+                "default; say --qk-interleaved yes if training had adapt_hf=False"
             )
         return bool(found)
 

@@ -1,5 +1,6 @@
 """Reads a training folder of InternEvo."""
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from ascendspeed.models.families.internevo_names import (
     InternEvoStyle,
 )
 from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def is_one(folder: Path) -> bool:
@@ -66,9 +69,8 @@ def _note_unfinished(folder: Path) -> None:
     """A save ends with a file named by its step. All weights are there by now, but a save that was cut short may mix two steps."""
     trained = (folder / "context.pt").exists() or any(folder.glob("optimizer_*.pt"))
     if trained and not any(folder.glob("*.step")):
-        print(
-            f"note: {folder} has no STEP.step, which InternEvo writes last: its save may have been cut short",
-            flush=True,
+        logger.info(
+            f"note: {folder} has no STEP.step, which InternEvo writes last: its save may have been cut short"
         )
 
 
@@ -88,10 +90,9 @@ def _architecture(
         )
     model_config.check(opened.folder, opened.said, model, "config.json" if there else "the tensors")
     if model.family == "internlm2" and style.model_type == "LLAMA2" and opened.fused(asked) is None:
-        print(
+        logger.info(
             f"note: {opened.folder} does not say enable_qkv_fusion: wq, wk and wv are taken as trained apart; say --qkv-fused yes "
-            "if a release of 2024 saved a fused wqkv so",
-            flush=True,
+            "if a release of 2024 saved a fused wqkv so"
         )
     if asked.max_pos is not None:
         model = replace(model, max_position_embeddings=asked.max_pos)

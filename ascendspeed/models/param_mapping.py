@@ -105,7 +105,7 @@ class ShardSpec:
         held = [[(i * (rows // self.stride), rows // self.stride)] for i in range(self.stride)]
         return shard_slices(held, math.prod(self.shape[1:]), self.dim, self.parts, rank, self.padded_rows)
 
-    def megatron_to_hf(self, full: Tensor, rank: int) -> Tensor:
+    def part(self, full: Tensor, rank: int) -> Tensor:
         """The part of rank `rank`, a view where it can be; rows of padding are zero."""
         if self.padded_rows:
             rows = self.padded_rows // self.parts

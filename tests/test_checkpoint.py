@@ -97,7 +97,7 @@ class Model:
         found = []
         for (name, kind), whole in full.items():
             cut = self.cuts(layout)[name]
-            flat = cut.part(whole, tensor).reshape(-1)
+            flat = cut.shard(whole, tensor).reshape(-1)
             a, b = (
                 flat.numel() * (data + i) // layout.dp if layout.zero else i * flat.numel() for i in (0, 1)
             )
@@ -212,15 +212,15 @@ def test_any_range_under_any_layout(tmp_path, model, old, new, data):
     opened = Checkpoint(save(tmp_path, 1, old, model))
     check(opened, 1, new, model)
     name, cut = data.draw(st.sampled_from(sorted(model.cuts(new).items(), key=str)))
-    part = data.draw(st.integers(0, (cut.parts if cut.dim is not None else 1) - 1))
-    whole = cut.part(model.full(1)[name, "exp_avg"], part).reshape(-1)
+    part = data.draw(st.integers(0, (cut.num_shards if cut.dim is not None else 1) - 1))
+    whole = cut.shard(model.full(1)[name, "exp_avg"], part).reshape(-1)
     a = data.draw(st.integers(0, whole.numel()))
     b = data.draw(st.integers(a, whole.numel()))
     assert torch.equal(opened.read(name, "exp_avg", cut, part, a, b - a), whole[a:b])
 
 
 def test_gate_and_up_are_cut_one_by_one(tmp_path):
-    """By hand, without `Cut.part`; and the control: the same bytes taken for one block are another tensor."""
+    """By hand, without `ShardSpec.shard`; and the control: the same bytes taken for one block are another tensor."""
     gate, up = torch.randn(6, 3), torch.randn(6, 3)
     right, wrong = ShardSpec((12, 3), 0, 2, 2), ShardSpec((12, 3), 0, 1, 2)
     for cut, folder in ((right, tmp_path / "right"), (wrong, tmp_path / "wrong")):
@@ -260,7 +260,7 @@ def test_shards_are_plain_safetensors(tmp_path):
         assert shard.pop("rng|counter").item() == rank
         for key, tensor in shard.items():
             name, kind, part, start = key.split("|")
-            flat = model.cuts(Layout(tp=2))[name].part(model.full(10)[name, kind], int(part)).reshape(-1)
+            flat = model.cuts(Layout(tp=2))[name].shard(model.full(10)[name, kind], int(part)).reshape(-1)
             assert torch.equal(tensor, flat[int(start) : int(start) + len(tensor)])
             total += tensor.numel()
     assert total == sum(t.numel() for t in model.full().values())

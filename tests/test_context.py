@@ -18,15 +18,15 @@ def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
     whole, seen = torch.arange(LENGTH), []
     for rank in range(size):
         share = SequenceShard(rank, size)
-        mine, chunk = share.cut(whole, 0), LENGTH // (2 * size)
+        mine, chunk = share.take(whole, 0), LENGTH // (2 * size)
         seen.append(mine)
         if size == 1:
             assert mine.equal(whole)
-            assert share.firsts(LENGTH) == [0]
+            assert share.chunk_starts(LENGTH) == [0]
             continue
         first, last = rank * chunk, (2 * size - 1 - rank) * chunk
         assert mine.tolist() == [*range(first, first + chunk), *range(last, last + chunk)]
-        assert share.firsts(LENGTH) == [first, last]
+        assert share.chunk_starts(LENGTH) == [first, last]
     assert torch.cat(seen).sort().values.equal(whole)
 
 
@@ -35,7 +35,7 @@ def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
     from ascendspeed.models.gpt import context_parallel
 
     whole = torch.randn(LENGTH, 2, 5)
-    shares = [context_parallel.SequenceShard(rank, size).cut(whole, 0) for rank in range(size)]
+    shares = [context_parallel.SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
     monkeypatch.setattr(
         context_parallel, "gather_from_sequence_parallel_region", lambda x, group: torch.cat(shares)
     )
@@ -75,18 +75,22 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
     total = 0
     for rank in range(size):
         share = SequenceShard(rank, size)
-        chunks = share.cut(q, 2).chunk(len(share.firsts(length)), 2)
+        chunks = share.take(q, 2).chunk(len(share.chunk_starts(length)), 2)
         out = torch.cat(
-            [attend(chunk, k, v, first) for chunk, first in zip(chunks, share.firsts(length), strict=True)], 2
+            [
+                attend(chunk, k, v, first)
+                for chunk, first in zip(chunks, share.chunk_starts(length), strict=True)
+            ],
+            2,
         )
-        assert (out - share.cut(wanted, 2)).abs().max() < 1e-12
-        total = total + (out * share.cut(weight, 2)).sum()
+        assert (out - share.take(wanted, 2)).abs().max() < 1e-12
+        total = total + (out * share.take(weight, 2)).sum()
     for mine, theirs in zip(torch.autograd.grad(total, inputs), gradients, strict=True):
         assert (mine - theirs).abs().max() < 1e-11
     if size > 1:  # control: chunks at other places than their own
         assert (
-            attend(chunks[1], k, v, share.firsts(length)[0])
-            - share.cut(wanted, 2)[:, :, length // (2 * size) :]
+            attend(chunks[1], k, v, share.chunk_starts(length)[0])
+            - share.take(wanted, 2)[:, :, length // (2 * size) :]
         ).abs().max() > 0.1
 
 
@@ -163,5 +167,5 @@ def test_rope_has_the_positions_of_the_share(cpu):
     for rank in range(2):
         share = SequenceShard(rank, 2)
         for mine, full in zip(rope.tables(64, *where, share), whole, strict=True):
-            assert mine.equal(share.cut(full, 0))
+            assert mine.equal(share.take(full, 0))
     assert not rope.tables(64, *where)[0][:32].equal(rope.tables(32, *where)[0])

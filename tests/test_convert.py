@@ -391,7 +391,7 @@ def test_control_plainly_concatenated_qkv_is_seen(oracle, tmp_path, monkeypatch)
     def plain(config, row):
         heads, groups, d = config.num_attention_heads, config.kv_heads, config.head_dim
         sizes = ((0, heads * d), (heads * d, groups * d), ((heads + groups) * d, groups * d))
-        return [[size] for size in sizes] if row.fuse == "qkv" else right(config, row)
+        return [[size] for size in sizes] if row.fusion == "qkv" else right(config, row)
 
     with monkeypatch.context() as patch:
         patch.setattr(param_mapping, "block_spans", plain)

@@ -338,7 +338,7 @@ class Ranks:
     def __init__(self, rank: int, meet: threading.Barrier, given: list) -> None:
         self.rank, self.meet, self.given = rank, meet, given
 
-    def gather(self, value):
+    def all_gather_object(self, value):
         self.given[self.rank] = value
         self.meet.wait()
         every = list(self.given)

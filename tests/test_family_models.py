@@ -51,7 +51,7 @@ def theirs(name: str):
     """Hugging Face's model, our tensors made of its checkpoint, and what it says: logits and losses."""
     model = MODELS[name]
     reference, published = oracle.native(model)
-    assert {n for p in param_mapping.parameters(model) for n in p.theirs} == set(
+    assert {n for p in param_mapping.parameters(model) for n in p.hf_names} == set(
         published
     )  # names that are right, none left over
     tensors = {
@@ -240,10 +240,10 @@ def test_parameters_are_those_of_the_rows(results, name, layout):
     facts, model = results[f"{name}.{layout}"][3], MODELS[name]
     parallel = next(layouts[layout] for layouts in LAYOUTS.values() if layout in layouts)
     tp, padded = parallel.tensor_model_parallel_size, schema.padded_vocab_size(model, parallel)
-    cuts = {p.name: p.cut(tp, padded) for p in param_mapping.parameters(model)}
+    cuts = {p.name: p.shard_spec(tp, padded) for p in param_mapping.parameters(model)}
     if model.tie_embeddings and parallel.pipeline_model_parallel_size > 1:
         cuts["output_layer.weight"] = cuts["embedding.word_embeddings.weight"]  # the last stage's copy
-    assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}
+    assert facts["shapes"] == {n: list(cut.shard_shape) for n, cut in cuts.items()}
     assert facts["cuts"] == {n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()}
 
 

@@ -112,7 +112,7 @@ def test_a_plainly_concatenated_qkv_is_seen(cpu):
     tensors, tokens = tensors_of(INTERNLM), tokens_of(INTERNLM)
     wrong = dict(tensors)
     for parameter in param_mapping.parameters(INTERNLM):
-        if parameter.row.fuse == "qkv":
+        if parameter.mapping.fusion == "qkv":
             wrong[parameter.name] = torch.cat(
                 list(param_mapping.megatron_to_hf(INTERNLM, parameter, tensors[parameter.name]).values())
             )

@@ -152,7 +152,7 @@ def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
     source = open_reader(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
     assert load_file(folder / "model.safetensors").keys() == {
-        n for p in param_mapping.parameters(MODELS[name]) for n in p.theirs
+        n for p in param_mapping.parameters(MODELS[name]) for n in p.hf_names
     }
     assert reference(tokens_of(MODELS[name])).logits.std() > 0.3
     assert largest_difference(cpu, name, MODELS[name], dict(source.tensors()), reference) < 2e-5
@@ -253,10 +253,10 @@ def test_layouts_equal_hugging_face(saved, world, tmp_path):
             ).abs().max() < 2e-5, case
         padded = schema.padded_vocab_size(model, parallel)
         cuts = {
-            p.name: p.cut(parallel.tensor_model_parallel_size, padded)
+            p.name: p.shard_spec(parallel.tensor_model_parallel_size, padded)
             for p in param_mapping.parameters(model)
         }
-        assert facts["shapes"] == {n: list(cut.part_shape) for n, cut in cuts.items()}, case
+        assert facts["shapes"] == {n: list(cut.shard_shape) for n, cut in cuts.items()}, case
         assert facts["cuts"] == {
             n: None if cut.dim is None else [cut.dim, cut.stride] for n, cut in cuts.items()
         }, case

@@ -107,9 +107,9 @@ def test_active_parameters():
 @pytest.mark.parametrize("name", ["internlm-7b", "gqa", "gemma-2b", "mixtral-8x7b"])
 def test_parameters_of_one_rank(name, tp):
     model, parallel = SHAPES[name], ParallelConfig(tensor_model_parallel_size=tp)
-    cuts = (p.cut(tp, padded_vocab_size(model, parallel)) for p in param_mapping.parameters(model))
+    cuts = (p.shard_spec(tp, padded_vocab_size(model, parallel)) for p in param_mapping.parameters(model))
     assert estimates.parameters_per_device(model, parallel) == sum(
-        torch.Size(cut.part_shape).numel() for cut in cuts
+        torch.Size(cut.shard_shape).numel() for cut in cuts
     )
 
 
@@ -128,7 +128,7 @@ def test_the_fullest_pipeline_stage(name):
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
     )
     sizes = {
-        p.name: torch.Size(p.cut(2, padded_vocab_size(model, parallel)).part_shape).numel()
+        p.name: torch.Size(p.shard_spec(2, padded_vocab_size(model, parallel)).shard_shape).numel()
         for p in param_mapping.parameters(model)
     }
     layers = sum(size for n, size in sizes.items() if n.startswith("decoder.layers.")) // 2

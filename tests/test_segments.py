@@ -368,11 +368,11 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
     back = torch.autograd.grad(expected, (q, k, v), gradient)
     found = [torch.zeros_like(x) for x in back]
     for share in (SequenceShard(rank, ranks) for rank in range(ranks)):
-        out = attend_packed(segments, share.cut(q, 2), k, v, share, dropout)
+        out = attend_packed(segments, share.take(q, 2), k, v, share, dropout)
         # In these blocks the softmax is fp32, as everywhere with dropout.
-        torch.testing.assert_close(out, share.cut(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
+        torch.testing.assert_close(out, share.take(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
         for sum_, part in zip(
-            found, torch.autograd.grad(out, (q, k, v), share.cut(gradient, 2)), strict=True
+            found, torch.autograd.grad(out, (q, k, v), share.take(gradient, 2)), strict=True
         ):
             sum_ += part
     for mine, right in zip(found, back, strict=True):
@@ -397,10 +397,10 @@ def test_documents_are_turned_as_if_alone(cpu, scaling):
     ]
     whole = [torch.cat(column, 1) for column in zip(*alone, strict=True)]
     for share in (WHOLE_SEQUENCE, SequenceShard(0, 2), SequenceShard(1, 2)):
-        mine = found.turns(rope, torch.float32, here, share)
-        assert mine is found.turns(rope, torch.float32, here, share)
+        mine = found.cos_sin(rope, torch.float32, here, share)
+        assert mine is found.cos_sin(rope, torch.float32, here, share)
         for table, right in zip(mine, whole, strict=True):
-            assert torch.equal(table.expand(-1, 2, -1, -1), share.cut(right, 0))
+            assert torch.equal(table.expand(-1, 2, -1, -1), share.take(right, 0))
     assert (
         rope.tables(40, torch.float32, here)[0][:20] != rope.tables(20, torch.float32, here)[0]
     ).any() == (scaling == "dynamic")

@@ -186,7 +186,7 @@ class Two:
     def __init__(self, *others):
         self.others = list(others)
 
-    def gather(self, mine):
+    def all_gather_object(self, mine):
         return [self.others.pop(0), mine]
 
 

@@ -90,7 +90,10 @@ def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch)
     """Gate and up swapped in the table: every byte survives the round trip, and the model is another one."""
     source = directory(tmp_path / "hf", TINY["llama"])
     family = FAMILIES["llama"]
-    wrong = tuple(replace(row, theirs=row.theirs[::-1]) if row.fuse == "glu" else row for row in family.rows)
+    wrong = tuple(
+        replace(row, hf_params=row.hf_params[::-1]) if row.fusion == "glu" else row
+        for row in family.param_mappings
+    )
     with monkeypatch.context() as patch:
         patch.setitem(FAMILIES, "llama", replace(family, rows=wrong))
         convert.write_hf(convert.open_reader(source), tmp_path / "back")
@@ -149,7 +152,10 @@ def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch
     """Our rows may be wrong both ways round: the names that the stand-in goes by are said apart from them."""
     source = directory(tmp_path / "hf", replace(TINY[name], num_layers=2))
     family = FAMILIES[TINY[name].family]
-    wrong = tuple(replace(row, theirs=row.theirs[::-1]) if row.fuse == "glu" else row for row in family.rows)
+    wrong = tuple(
+        replace(row, hf_params=row.hf_params[::-1]) if row.fusion == "glu" else row
+        for row in family.param_mappings
+    )
     with monkeypatch.context() as patch:
         patch.setitem(FAMILIES, family.name, replace(family, rows=wrong))
         with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama"):

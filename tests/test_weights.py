@@ -47,7 +47,9 @@ def parameter(suffix: str) -> param_mapping.Parameter:
 
 def fused_qkv() -> torch.Tensor:
     qkv_weight = parameter("layers.1.self_attention.linear_qkv.weight")
-    return param_mapping.hf_to_megatron(CONFIG, qkv_weight, dict(zip(qkv_weight.theirs, qkv(), strict=True)))
+    return param_mapping.hf_to_megatron(
+        CONFIG, qkv_weight, dict(zip(qkv_weight.hf_names, qkv(), strict=True))
+    )
 
 
 def test_qkv_is_fused_group_by_group():
@@ -60,7 +62,7 @@ def test_qkv_is_fused_group_by_group():
 
 def test_one_name_holds_its_blocks_one_after_the_other():
     """Baichuan's W_pack, [gate; up] in one tensor, and what a rank of InternEvo holds: [q; k; v] of its own heads."""
-    packed = replace(parameter("layers.1.self_attention.linear_qkv.weight"), theirs=("W_pack",))
+    packed = replace(parameter("layers.1.self_attention.linear_qkv.weight"), hf_names=("W_pack",))
     assert torch.equal(
         param_mapping.hf_to_megatron(CONFIG, packed, {"W_pack": torch.cat(qkv())}), fused_qkv()
     )
@@ -68,9 +70,10 @@ def test_one_name_holds_its_blocks_one_after_the_other():
         (entry,) = param_mapping.stored_tensors(CONFIG, packed, 2, rank)
         mine = torch.cat([t.chunk(2)[rank] for t in qkv()])
         assert entry.shape == tuple(mine.shape)
-        for tile in entry.tiles:
+        for tile in entry.slices:
             assert torch.equal(
-                fused_qkv()[tile.row : tile.row + tile.rows], mine[tile.part_row : tile.part_row + tile.rows]
+                fused_qkv()[tile.row : tile.row + tile.rows],
+                mine[tile.local_row : tile.local_row + tile.rows],
             )
 
 
@@ -80,14 +83,14 @@ def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
     cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=tp)
     for rank in range(tp):
         mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
-        assert torch.equal(cut.part(fused, rank), mine)
+        assert torch.equal(cut.shard(fused, rank), mine)
 
 
 def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
     """Megatron gathers such a group from its ranks and takes it apart whole."""
     fused = fused_qkv()
     cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=8)
-    assert torch.equal(torch.cat([cut.part(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
+    assert torch.equal(torch.cat([cut.shard(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
@@ -99,16 +102,16 @@ def test_tiles_of_all_ranks_are_the_full_tensor_once(tp, suffix):
     p = parameter(suffix)
     config_vocab = 256 * tp
     hits = torch.zeros(p.shape[0], math.prod(p.shape[1:]))
-    for rank in range(1 if p.row.split == "replicated" else tp):
+    for rank in range(1 if p.mapping.partition == "replicated" else tp):
         for entry in param_mapping.stored_tensors(CONFIG, p, tp, rank, config_vocab):
             part = torch.zeros(entry.shape[0], math.prod(entry.shape[1:]))
-            for tile in entry.tiles:
+            for tile in entry.slices:
                 hits[tile.row : tile.row + tile.rows, tile.column : tile.column + tile.columns] += 1
                 part[
-                    tile.part_row : tile.part_row + tile.rows,
-                    tile.part_column : tile.part_column + tile.columns,
+                    tile.local_row : tile.local_row + tile.rows,
+                    tile.local_column : tile.local_column + tile.columns,
                 ] += 1
-            assert p.row.split == "vocab" or part.eq(1).all()
+            assert p.mapping.partition == "vocab" or part.eq(1).all()
     assert hits.eq(1).all()
 
 
@@ -131,12 +134,12 @@ def test_a_rectangle_is_gathered_from_tiles_or_seen_where_it_lies():
 def test_every_rank_has_its_gate_then_its_up(tp):
     gate, up = numbered(96), 100_000 + numbered(96)
     fc1 = parameter("layers.1.mlp.linear_fc1.weight")
-    fused = param_mapping.hf_to_megatron(CONFIG, fc1, dict(zip(fc1.theirs, (gate, up), strict=True)))
-    cut = fc1.cut(tp, 0)
-    parts = [cut.part(fused, rank) for rank in range(tp)]
+    fused = param_mapping.hf_to_megatron(CONFIG, fc1, dict(zip(fc1.hf_names, (gate, up), strict=True)))
+    cut = fc1.shard_spec(tp, 0)
+    parts = [cut.shard(fused, rank) for rank in range(tp)]
     for rank, part in enumerate(parts):
         assert torch.equal(part, torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]]))
-        assert tuple(part.shape) == cut.part_shape
+        assert tuple(part.shape) == cut.shard_shape
     assert torch.equal(torch.cat([part.chunk(2)[i] for i in range(2) for part in parts]), fused)
     if tp > 1:
         assert not torch.equal(parts[0], fused.chunk(tp)[0])  # control: cut as one block
@@ -146,9 +149,9 @@ def test_every_rank_has_its_gate_then_its_up(tp):
 def test_padding_of_the_vocabulary_is_zero_and_goes_away(tp, padded):
     full = 1 + numbered(131)
     cut = param_mapping.ShardSpec((131, 64), 0, parts=tp, padded_rows=padded)
-    parts = [cut.part(full, rank) for rank in range(tp)]
+    parts = [cut.shard(full, rank) for rank in range(tp)]
     whole = torch.cat(parts)
-    assert {tuple(part.shape) for part in parts} == {cut.part_shape} == {(padded // tp, 64)}
+    assert {tuple(part.shape) for part in parts} == {cut.shard_shape} == {(padded // tp, 64)}
     assert torch.equal(whole[:131], full)
     assert not whole[131:].any()
 
@@ -184,7 +187,7 @@ def test_shapes_come_from_the_fusions(name):
 
 def test_a_wrong_shape_is_named():
     fc1 = parameter("layers.0.mlp.linear_fc1.weight")
-    gate, up = fc1.theirs
+    gate, up = fc1.hf_names
     with pytest.raises(UserError, match=r"up_proj.weight is \[95, 64\].*\[96, 64\]"):
         param_mapping.hf_to_megatron(CONFIG, fc1, {gate: torch.zeros(96, 64), up: torch.zeros(95, 64)})
 

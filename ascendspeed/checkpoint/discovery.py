@@ -36,7 +36,7 @@ class Readers:
     @classmethod
     def of(cls, grid: "ProcessGrid") -> "Readers":
         """All ranks of a grid."""
-        return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.gather(mine))))
+        return cls(grid.rank, grid.world, lambda mine: list(chain(*grid.all_gather_object(mine))))
 
     def open(self, path: str | Path) -> Checkpoint:
         """`open_checkpoint` by these ranks."""

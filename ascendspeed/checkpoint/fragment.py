@@ -81,12 +81,12 @@ def owned(fragment: Fragment) -> tuple[Address, Tensor] | None:
 
 def part_count(cut: ShardSpec) -> int:
     """Parts that differ: 1 for a replicated parameter."""
-    return 1 if cut.dim is None else cut.parts
+    return 1 if cut.dim is None else cut.num_shards
 
 
 def extent(cut: ShardSpec, part: int) -> int:
     """Elements of a part, without padding."""
-    rows, *rest = cut.part_shape or (1,)
+    rows, *rest = cut.shard_shape or (1,)
     if cut.padded_rows:
         rows = min(rows, max(0, cut.shape[0] - part * rows))
     return rows * prod(rest)

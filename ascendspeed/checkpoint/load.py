@@ -161,12 +161,12 @@ class Checkpoint:
         if old == cut:
             self._index.fill(out := torch.zeros(numel), name, kind, part, start)
             return out
-        columns = width(cut.part_shape)
+        columns = width(cut.shard_shape)
         first, last = start // columns, -(-(start + numel) // columns)  # whole rows
         out = torch.zeros(last - first, columns)
-        for new in cut.tiles(part):
+        for new in cut.slices(part):
             for there in range(part_count(old)):
-                for tile in old.tiles(there):
+                for tile in old.slices(there):
                     self._copy(out, first, new, tile, name, kind, there)
         return out.view(-1)[start - first * columns :][:numel]
 
@@ -174,17 +174,17 @@ class Checkpoint:
         self, out: Tensor, first: int, new: Slice2D, old: Slice2D, name: str, kind: str, part: int
     ) -> None:
         """What an old and a new tile share, into `out`, whose rows are the new part's from `first` on."""
-        shift = new.row - new.part_row  # from rows of the new part to rows of the full tensor
+        shift = new.row - new.local_row  # from rows of the new part to rows of the full tensor
         top = max(new.row, old.row, first + shift)
         bottom = min(new.row + new.rows, old.row + old.rows, first + len(out) + shift)
         left, right = max(new.column, old.column), min(new.column + new.columns, old.column + old.columns)
         if top >= bottom or left >= right:
             return
-        columns = width(self._index.cuts[name].part_shape)
+        columns = width(self._index.cuts[name].shard_shape)
         source = torch.empty(bottom - top, columns)
-        self._index.fill(source.view(-1), name, kind, part, (top - old.row + old.part_row) * columns)
-        taken = source[:, left - old.column + old.part_column :][:, : right - left]
-        out[top - shift - first : bottom - shift - first, left - new.column + new.part_column :][
+        self._index.fill(source.view(-1), name, kind, part, (top - old.row + old.local_row) * columns)
+        taken = source[:, left - old.column + old.local_column :][:, : right - left]
+        out[top - shift - first : bottom - shift - first, left - new.column + new.local_column :][
             :, : right - left
         ] = taken
 

@@ -96,7 +96,9 @@ def _check_model(run: Run) -> None:
 def _check_experts(run: Run) -> None:
     model, parallel, ranks = run.model, run.parallel, run.parallel.expert_model_parallel_size
     check_experts(model)
-    if (model.num_experts is not None) != any("{e}" in row.ours for row in FAMILIES[model.family].rows):
+    if (model.num_experts is not None) != any(
+        "{e}" in row.megatron_param for row in FAMILIES[model.family].param_mappings
+    ):
         has = "always has" if model.num_experts is None else "never has"
         raise UserError(
             f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts"
@@ -115,7 +117,9 @@ def _check_experts(run: Run) -> None:
 def _check_biases(model: ModelConfig) -> None:
     """A family whose checkpoints have no name for a bias cannot be trained with it: it could be neither loaded nor exported."""
     for name in ("add_qkv_bias", "add_dense_bias", "add_mlp_bias"):
-        if getattr(model, name) and not any(row.when == name for row in FAMILIES[model.family].rows):
+        if getattr(model, name) and not any(
+            row.condition == name for row in FAMILIES[model.family].param_mappings
+        ):
             raise UserError(
                 f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out"
             )

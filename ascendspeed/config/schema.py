@@ -157,7 +157,7 @@ class ParallelConfig:
         )
 
     @property
-    def places(self) -> tuple[int, ...]:
+    def layout_key(self) -> tuple[int, ...]:
         """What decides which part of the work a rank does: with equal places and as many ranks, runs draw equal random numbers."""
         return (
             self.tensor_model_parallel_size,

@@ -98,7 +98,7 @@ def _fingers(parameter: Parameter) -> Iterator[Slice2D]:
         yield Slice2D(0, 0, 0, 0, parameter.shape[0], 1)
         return
     rows, columns = parameter.shape
-    edge = min(rows, EDGE if parameter.row.split == "vocab" else 1)
+    edge = min(rows, EDGE if parameter.mapping.partition == "vocab" else 1)
     yield Slice2D(0, 0, 0, 0, edge, columns)
     for part in range(1, SPREAD):
         yield Slice2D(rows * part // SPREAD, 0, 0, 0, 1, columns)

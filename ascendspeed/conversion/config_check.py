@@ -43,7 +43,7 @@ def config_mismatches(config: ModelConfig, shapes: Shapes) -> list[str]:
 
 def _look(family: Family, shapes: Shapes) -> TensorInventory:
     """By the rows of the family, those that `config` does not want included."""
-    patterns = [(row, _pattern(name)) for row in family.rows for name in row.theirs]
+    patterns = [(row, _pattern(name)) for row in family.param_mappings for name in row.hf_params]
     numbers: dict[str, set[int]] = {"l": set(), "e": set()}
     found: dict[str, dict[tuple[int, int], dict[str, tuple[int, ...]]]] = defaultdict(
         lambda: defaultdict(dict)
@@ -55,7 +55,7 @@ def _look(family: Family, shapes: Shapes) -> TensorInventory:
                 at = {letter: int(number) for letter, number in match.groupdict().items()}
                 for letter, number in at.items():
                     numbers[letter].add(number)
-                found[row.ours][at.get("l", 0), at.get("e", 0)][name] = tuple(shape)
+                found[row.megatron_param][at.get("l", 0), at.get("e", 0)][name] = tuple(shape)
     first = {ours: by_place[min(by_place)] for ours, by_place in found.items()}
     return TensorInventory(*(max(numbers[letter], default=-1) + 1 for letter in "le"), first)
 
@@ -77,12 +77,12 @@ def _counts(family: Family, config: ModelConfig, seen: TensorInventory) -> Itera
 def _switches(family: Family, config: ModelConfig, seen: TensorInventory) -> Iterator[str]:
     """Tensors that are there, or not, against a boolean; an entry of config.json is named once."""
     said = set()
-    for row in family.rows:
-        flag, wanted = row.when.lstrip("!"), row in tuple(family.rows_of(config))
+    for row in family.param_mappings:
+        flag, wanted = row.condition.lstrip("!"), row in tuple(family.mappings_of(config))
         entry = _entry(family, flag)
-        if flag and wanted != (row.ours in seen.rows) and entry not in said:
+        if flag and wanted != (row.megatron_param in seen.rows) and entry not in said:
             said.add(entry)
-            name = row.theirs[0].format(l=0, e=0)
+            name = row.hf_params[0].format(l=0, e=0)
             yield f"{_says(family, flag, getattr(config, flag))}, but the tensors have {'no' if wanted else 'a'} {name}"
 
 
@@ -148,14 +148,14 @@ def _first(seen: TensorInventory, suffix: str) -> Mapping[str, tuple[int, ...]]:
 
 def _says(family: Family, field: str, value: Any) -> str:
     entry = _entry(family, field)
-    if any(entry == key.theirs for key in family.keys):
+    if any(entry == key.hf_key for key in family.config_mappings):
         return f"config.json says {entry} = {json.dumps(value)}"
     return f"a model of family {family.name} has {entry} = {json.dumps(value)}"
 
 
 def _entry(family: Family, field: str) -> str:
     """The field in the words of config.json."""
-    keys = (key.theirs for key in family.keys if field in key.ours)
+    keys = (key.hf_key for key in family.config_mappings if field in key.fields)
     return next(keys, IMPLICIT.get(field, field))
 
 

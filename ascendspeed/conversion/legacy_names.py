@@ -22,12 +22,18 @@ LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "se
 
 def rows(config: ModelConfig, names: Names) -> Iterator[ParamMapping]:
     """The rows of a model under `names`; what is not there keeps our name."""
-    for row in FAMILIES[config.family].rows:
-        theirs = names.get(row.ours, (row.ours,))
-        if row.ours == "output_layer.weight" and row.ours in names and config.tie_embeddings:
+    for row in FAMILIES[config.family].param_mappings:
+        theirs = names.get(row.megatron_param, (row.megatron_param,))
+        if (
+            row.megatron_param == "output_layer.weight"
+            and row.megatron_param in names
+            and config.tie_embeddings
+        ):
             theirs = TIED
         yield replace(
-            row, theirs=theirs, fuse="qkv" if len(theirs) == 3 else "glu" if row.fuse == "glu" else "one"
+            row,
+            hf_params=theirs,
+            fusion="qkv" if len(theirs) == 3 else "glu" if row.fusion == "glu" else "one",
         )
 
 

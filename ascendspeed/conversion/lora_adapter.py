@@ -57,11 +57,11 @@ def initial(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[s
     """Fresh adapters, the same for every layout, by our names: A as peft draws it (uniform to 1 / sqrt(inputs)), B zero."""
     for layer in range(model.num_layers):
         for target in adapters.selected_targets(model, lora):
-            name, shape = target.ours("A", layer), target.shape("A", lora.lora_rank)
+            name, shape = target.megatron_name("A", layer), target.shape("A", lora.lora_rank)
             generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
             bound = 1 / math.sqrt(target.inputs)
             yield name, torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            yield target.ours("B", layer), torch.zeros(target.shape("B", lora.lora_rank))
+            yield target.megatron_name("B", layer), torch.zeros(target.shape("B", lora.lora_rank))
 
 
 def of_checkpoint(opened: Checkpoint) -> Adapter:
@@ -73,8 +73,8 @@ def of_checkpoint(opened: Checkpoint) -> Adapter:
         )
     tensors, pairs = dict(opened.tensors()), {}
     for layer, target in _places(model, adapters.selected_targets(model, lora)):
-        a, b = (tensors[target.ours(which, layer)] for which in "AB")
-        pairs[target.theirs.format(l=layer)] = Pair(a, b, lora.lora_alpha / lora.lora_rank)
+        a, b = (tensors[target.megatron_name(which, layer)] for which in "AB")
+        pairs[target.hf_module.format(l=layer)] = Pair(a, b, lora.lora_alpha / lora.lora_rank)
     settings = {
         "r": lora.lora_rank,
         "lora_alpha": lora.lora_alpha,
@@ -87,7 +87,7 @@ def of_checkpoint(opened: Checkpoint) -> Adapter:
 def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterator[tuple[str, Tensor]]:
     """Its matrices by our names, to train on. Raises `UserError` unless they are those that the run's flags ask for."""
     places = {
-        target.theirs.format(l=layer): (layer, target)
+        target.hf_module.format(l=layer): (layer, target)
         for layer, target in _places(model, adapters.selected_targets(model, lora))
     }
     check_names(
@@ -108,8 +108,8 @@ def tensors_of(adapter: Adapter, model: ModelConfig, lora: LoraConfig) -> Iterat
                 f"{adapter.where}: {name} has an alpha of {alpha}, but --lora-alpha is {lora.lora_alpha:g}; give that one"
             )
         _check_shapes(adapter, name, target)
-        yield target.ours("A", layer), pair.a.float()
-        yield target.ours("B", layer), pair.b.float()
+        yield target.megatron_name("A", layer), pair.a.float()
+        yield target.megatron_name("B", layer), pair.b.float()
 
 
 def merged(source: CheckpointReader, adapter: Adapter) -> CheckpointReader:
@@ -159,7 +159,7 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
     own = {p.name: p for p in param_mapping.parameters(model)}
     pairs, same = {}, True
     for llama in param_mapping.parameters(model, LLAMA):
-        mine, theirs = own[llama.name].theirs, llama.theirs
+        mine, theirs = own[llama.name].hf_names, llama.hf_names
         found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
         if not any(found):  # no adapters here, or adapters that have these names already
             mine, found = theirs, [adapter.pairs.get(name.removesuffix(".weight")) for name in theirs]
@@ -172,7 +172,7 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
         pairs |= {
             name.removesuffix(".weight"): pair for name, pair in zip(theirs, found, strict=True) if pair
         }
-        same &= not any(found) or own[llama.name].theirs == theirs
+        same &= not any(found) or own[llama.name].hf_names == theirs
     leaves = {name.rpartition(".")[2]: None for name in pairs}
     settings = {**adapter.settings, "target_modules": list(leaves)}
     return replace(adapter, pairs=pairs, settings=settings, base=adapter.base if same else None)
@@ -186,9 +186,9 @@ def _places(model: ModelConfig, targets: Sequence[LoraTarget]) -> Iterator[tuple
 
 def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]:
     """Our name -> the parameter, named as the adapters are, of everything that they change."""
-    ways: list[Sequence[ParamMapping] | None] = [None, LLAMA, INTERNLM2.rows]
+    ways: list[Sequence[ParamMapping] | None] = [None, LLAMA, INTERNLM2.param_mappings]
     found = [
-        {t.theirs.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))}
+        {t.hf_module.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))}
         for rows in ways
     ]
     best = max(range(len(ways)), key=lambda i: len(adapter.pairs.keys() & found[i].keys()))
@@ -201,7 +201,7 @@ def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]
     for name in adapter.pairs:
         _check_shapes(adapter, name, found[best][name])
     touched = {name + ".weight" for name in adapter.pairs}
-    return {p.name: p for p in param_mapping.parameters(model, ways[best]) if touched & set(p.theirs)}
+    return {p.name: p for p in param_mapping.parameters(model, ways[best]) if touched & set(p.hf_names)}
 
 
 def _check_shapes(adapter: Adapter, name: str, target: LoraTarget) -> None:

@@ -103,14 +103,14 @@ def stored(
     rows = list(dialect.rows(config))
     for parameter in param_mapping.parameters(config, rows):
         where, layer = grid.find(parameter)
-        names = parameter.row.theirs
+        names = parameter.mapping.hf_params
         if config.tie_embeddings and where == 0 and stage == grid.pp - 1 > 0 and parameter.layer is None:
             names = next(
-                row.theirs for row in rows if row.ours == "output_layer.weight"
+                row.hf_params for row in rows if row.megatron_param == "output_layer.weight"
             )  # the last stage has a copy
         elif where != stage:
             continue
-        local = replace(parameter, theirs=tuple(name.format(l=layer, e=parameter.expert) for name in names))
+        local = replace(parameter, hf_names=tuple(name.format(l=layer, e=parameter.expert) for name in names))
         if dialect.holds:
             yield from dialect.holds(config, local, grid, rank)
         else:
@@ -177,7 +177,7 @@ def detect_naming(
     """The dialect that the names of the first rank's tensors are of. Raises `UserError` when it is none."""
 
     def known(dialect: NamingScheme) -> int:
-        names = {name.format(l=0, e=0) for row in dialect.rows(config) for name in row.theirs}
+        names = {name.format(l=0, e=0) for row in dialect.rows(config) for name in row.hf_params}
         return len(names & found[0, 0].keys())
 
     best = max(dialects, key=known)
@@ -193,7 +193,7 @@ def detect_naming(
 
 def check_layers(where: Path, dialect: NamingScheme, config: ModelConfig, found: RankTensors) -> None:
     """Raises `UserError` when the names in the files speak of another number of layers than the configuration."""
-    template = next(name for row in dialect.rows(config) for name in row.theirs if "{l}" in name)
+    template = next(name for row in dialect.rows(config) for name in row.hf_params if "{l}" in name)
     pattern = re.compile(re.escape(template).replace(re.escape("{l}"), r"\d+").replace(re.escape("{e}"), "0"))
     stages = {
         p: sum(bool(pattern.fullmatch(name)) for name in tensors)
@@ -248,9 +248,9 @@ def source(
             tensor, ours = tensors[entry.name], entry.parameter.name
             check_tensor(where, entry.name, tensor, entry.shape)
             held.setdefault(ours, []).append((f"{entry.name} of rank {t}, stage {p}", tensor))
-            first = firsts.setdefault((ours, entry.tiles), tensor)
-            if first is tensor or not entry.tiles:  # a rank may hold nothing but padding, which is no copy
-                pieces.setdefault(ours, []).append((param_mapping.as_matrix(tensor), entry.tiles))
+            first = firsts.setdefault((ours, entry.slices), tensor)
+            if first is tensor or not entry.slices:  # a rank may hold nothing but padding, which is no copy
+                pieces.setdefault(ours, []).append((param_mapping.as_matrix(tensor), entry.slices))
             elif not same_bits(tensor, first):
                 raise UserError(
                     f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be"
@@ -272,13 +272,13 @@ def _check_no_twins(
             for e in stored(config, dialect, grid, t, p)
             if e.parameter.layer is not None and len(e.shape) == 2
         )
-        entry = next((e for e in entries if e.parameter.row.split != "replicated"), None)
+        entry = next((e for e in entries if e.parameter.mapping.partition != "replicated"), None)
         cut = tensors[entry.name] if entry else torch.zeros(1, 1)
         if entry is None or bool((cut[:64] == cut[0, 0]).all()):
             continue  # nothing to tell ranks apart by: a stage without layers, weights that were never set
         mark = hashlib.sha256(memoryview(cut[:64].contiguous().flatten().view(torch.uint8).numpy())).digest()
-        part, other = seen.setdefault(mark, ((entry.parameter.name, entry.tiles), f"rank {t}, stage {p}"))
-        if part != (entry.parameter.name, entry.tiles):
+        part, other = seen.setdefault(mark, ((entry.parameter.name, entry.slices), f"rank {t}, stage {p}"))
+        if part != (entry.parameter.name, entry.slices):
             raise UserError(
                 f"{folder}: rank {t}, stage {p} holds the weights of {other}: was one file copied over the other?"
             )
@@ -292,7 +292,7 @@ def _check_padding(folder: Path, config: ModelConfig, grid: RankLayout, pieces: 
     for parameter in param_mapping.parameters(config):
         if (
             parameter.layer is not None
-            or parameter.row.split != "vocab"
+            or parameter.mapping.partition != "vocab"
             or grid.padded_vocab <= config.vocab_size
         ):
             continue

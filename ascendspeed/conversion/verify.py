@@ -249,7 +249,10 @@ def _their_logits(
 
     kept: dict[str, Tensor] = {}
     vocabulary = {
-        name for row in FAMILIES[end.config.family].rows if row.split == "vocab" for name in row.theirs
+        name
+        for row in FAMILIES[end.config.family].param_mappings
+        if row.partition == "vocab"
+        for name in row.hf_params
     }
     for name, tensor in huggingface.tensors_in(end.where).items():
         layer = re.search(r"\.layers\.(\d+)\.", name)

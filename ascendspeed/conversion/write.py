@@ -113,12 +113,12 @@ def _write_one(
 ) -> None:
     dtype = target.specs[entry.name][0]
     padding = nbytes(*target.specs[entry.name])
-    for tile in entry.tiles:
+    for tile in entry.slices:
         for piece in pieces(tile, source.dtypes[entry.parameter.name]):
             block = source.block(entry.parameter.name, piece).contiguous()
             seen.look(entry.name, block)
             cast = _cast(entry.name, block, dtype)
-            target.write(entry.name, piece.part_row, cast)
+            target.write(entry.name, piece.local_row, cast)
             advance(cast.nbytes)
             padding -= cast.nbytes
     target.done(entry.name)
@@ -129,7 +129,7 @@ def pieces(tile: Slice2D, dtype: torch.dtype) -> Iterable[Slice2D]:
     """A tile in blocks of whole rows, of about BLOCK bytes each."""
     most = max(1, BLOCK // (tile.columns * dtype.itemsize))
     for at in range(0, tile.rows, most):
-        yield tile._replace(row=tile.row + at, part_row=tile.part_row + at, rows=min(most, tile.rows - at))
+        yield tile._replace(row=tile.row + at, local_row=tile.local_row + at, rows=min(most, tile.rows - at))
 
 
 def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:

@@ -64,7 +64,7 @@ class ProcessGrid:
         if self.world > 1:
             dist.barrier()
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's (small, picklable) value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)

@@ -29,7 +29,7 @@ def open_together(folder: Path, settings: Record, grid: Any) -> "Answers":
             opened = Answers(folder, settings)
         except UserError as error:
             fault = str(error)
-    fault, known = grid.gather((fault, opened.known if opened else {}))[0]
+    fault, known = grid.all_gather_object((fault, opened.known if opened else {}))[0]
     if fault:
         raise UserError(fault)
     if opened is None:

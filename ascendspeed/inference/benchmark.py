@@ -62,4 +62,4 @@ def measure(model: LanguageModel, batch: int, inputs: int, outputs: int) -> Gene
         if "can't allocate memory" not in str(error):  # the CPU's allocator
             raise
         raise BatchOutOfMemory from error
-    return model.grid.gather(clock.timing(batch, inputs, outputs))[0]
+    return model.grid.all_gather_object(clock.timing(batch, inputs, outputs))[0]

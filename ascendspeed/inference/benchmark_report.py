@@ -147,7 +147,7 @@ def to_csv(timings: Sequence[GenerationTiming]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(t.row for t in timings)
+    writer.writerows(t.mapping for t in timings)
     return out.getvalue()
 
 

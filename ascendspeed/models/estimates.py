@@ -62,11 +62,11 @@ def parameters_per_device(model: ModelConfig, parallel: ParallelConfig) -> int:
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     layers = first = last = 0
     for row, shape, copies in _table(model):
-        shape = (padded_vocab_size(model, parallel), *shape[1:]) if row.split == "vocab" else shape
-        size = copies * math.prod(shape) // (1 if row.split == "replicated" else tp)
-        if "{l}" in row.ours:
+        shape = (padded_vocab_size(model, parallel), *shape[1:]) if row.partition == "vocab" else shape
+        size = copies * math.prod(shape) // (1 if row.partition == "replicated" else tp)
+        if "{l}" in row.megatron_param:
             layers += size // model.num_layers * -(-model.num_layers // pp)
-        elif row.ours == EMBEDDING:
+        elif row.megatron_param == EMBEDDING:
             first += size
             last += size if pp > 1 and model.tie_embeddings else 0  # the output layer's copy
         else:
@@ -86,7 +86,7 @@ def flops_per_token(model: ModelConfig, seq_length: int, lora: LoraConfig | None
     weights = sum(
         math.prod(shape) * copies
         for row, shape, copies in _table(model, active=True)
-        if len(shape) == 2 and (tied or row.ours != EMBEDDING)
+        if len(shape) == 2 and (tied or row.megatron_param != EMBEDDING)
     )
     attention = 6.0 * model.num_layers * model.num_attention_heads * model.head_dim * seq_length
     return (4.0 if adapted else 6.0) * weights + more + attention
@@ -133,6 +133,8 @@ def peak_tflops(device_name: str) -> float | None:
 def _table(model: ModelConfig, active: bool = False) -> Iterator[tuple[ParamMapping, tuple[int, ...], int]]:
     """Every row of the model's family, its full shape, and how often the model has it; `active`: how often a token meets it."""
     experts = model.moe_router_topk if active else model.num_experts or 0
-    for row in FAMILIES[model.family].rows_of(model):
-        copies = (model.num_layers if "{l}" in row.ours else 1) * (experts if "{e}" in row.ours else 1)
+    for row in FAMILIES[model.family].mappings_of(model):
+        copies = (model.num_layers if "{l}" in row.megatron_param else 1) * (
+            experts if "{e}" in row.megatron_param else 1
+        )
         yield row, param_shape(model, row), copies

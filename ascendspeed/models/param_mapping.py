@@ -27,8 +27,8 @@ class Slice2D(NamedTuple):
 
     row: int
     column: int
-    part_row: int
-    part_column: int
+    local_row: int
+    local_column: int
     rows: int
     columns: int
 
@@ -36,9 +36,9 @@ class Slice2D(NamedTuple):
 def block_spans(config: ModelConfig, row: ParamMapping) -> list[list[Span]]:
     """The blocks of a full parameter, each as the rows it has there: itself; q, k and v; gate and up."""
     rows = param_shape(config, row)[0]
-    if row.fuse == "glu":
+    if row.fusion == "glu":
         return [[(0, rows // 2)], [(rows // 2, rows // 2)]]
-    if row.fuse == "qkv":
+    if row.fusion == "qkv":
         groups, d = config.kv_heads, config.head_dim
         q, group = config.num_attention_heads // groups * d, rows // groups
         return [[(i * group + at, n) for i in range(groups)] for at, n in ((0, q), (q, d), (q + d, d))]
@@ -85,40 +85,42 @@ class ShardSpec:
     """Along which it is cut; None: every rank has the whole."""
     stride: int = 1
     """Blocks along `dim` that are cut one by one ([gate; up])."""
-    parts: int = 1
+    num_shards: int = 1
     padded_rows: int = 0
     """Rows of the padded vocabulary; 0: not a vocabulary."""
 
     @property
-    def part_shape(self) -> tuple[int, ...]:
+    def shard_shape(self) -> tuple[int, ...]:
         """Of one rank's part."""
         shape = list(self.shape)
         if self.padded_rows:
             shape[0] = self.padded_rows
         if self.dim is not None:
-            shape[self.dim] //= self.parts
+            shape[self.dim] //= self.num_shards
         return tuple(shape)
 
-    def tiles(self, rank: int) -> Iterator[Slice2D]:
+    def slices(self, rank: int) -> Iterator[Slice2D]:
         """What the part of a rank shares with the full tensor."""
         rows = (self.shape or (1,))[0]
         held = [[(i * (rows // self.stride), rows // self.stride)] for i in range(self.stride)]
-        return shard_slices(held, math.prod(self.shape[1:]), self.dim, self.parts, rank, self.padded_rows)
+        return shard_slices(
+            held, math.prod(self.shape[1:]), self.dim, self.num_shards, rank, self.padded_rows
+        )
 
     def part(self, full: Tensor, rank: int) -> Tensor:
         """The part of rank `rank`, a view where it can be; rows of padding are zero."""
         if self.padded_rows:
-            rows = self.padded_rows // self.parts
+            rows = self.padded_rows // self.num_shards
             mine = full[rank * rows : (rank + 1) * rows]
             return (
                 mine
                 if len(mine) == rows
                 else torch.cat([mine, full.new_zeros(rows - len(mine), *full.shape[1:])])
             )
-        if self.dim is None or self.parts == 1:
+        if self.dim is None or self.num_shards == 1:
             return full
         blocks = full.chunk(self.stride, self.dim)
-        pieces = [block.chunk(self.parts, self.dim)[rank] for block in blocks]
+        pieces = [block.chunk(self.num_shards, self.dim)[rank] for block in blocks]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, self.dim)
 
 
@@ -128,29 +130,31 @@ class Parameter:
 
     name: str
     """Ours, with the layer's number in the whole model."""
-    theirs: tuple[str, ...]
-    row: ParamMapping
+    hf_names: tuple[str, ...]
+    mapping: ParamMapping
     shape: tuple[int, ...]
     """Of the full, unpadded tensor."""
     layer: int | None = None
     expert: int | None = None
 
-    def cut(self, tensor_parallel: int, padded_vocab: int) -> ShardSpec:
+    def shard_spec(self, tensor_parallel: int, padded_vocab: int) -> ShardSpec:
         """How `tensor_parallel` ranks share it; `padded_vocab` is the padded vocabulary of that layout."""
-        dim = SHARD_DIM[self.row.split]
+        dim = SHARD_DIM[self.mapping.partition]
         if dim is None:
             return ShardSpec(self.shape)
-        rows = padded_vocab if self.row.split == "vocab" else 0
-        return ShardSpec(self.shape, dim, 2 if self.row.fuse == "glu" else 1, tensor_parallel, rows)
+        rows = padded_vocab if self.mapping.partition == "vocab" else 0
+        return ShardSpec(self.shape, dim, 2 if self.mapping.fusion == "glu" else 1, tensor_parallel, rows)
 
 
 def parameters(config: ModelConfig, rows: Iterable[ParamMapping] | None = None) -> Iterator[Parameter]:
     """Every parameter of the model, in order, by the rows of its family, or by others that name the same parameters."""
-    for row in FAMILIES[config.family].rows_of(config, rows):
+    for row in FAMILIES[config.family].mappings_of(config, rows):
         shape = param_shape(config, row)
-        for layer in range(config.num_layers) if "{l}" in row.ours else [None]:
-            for expert in range(config.num_experts or 0) if "{e}" in row.ours else [None]:
-                ours, *theirs = (name.format(l=layer, e=expert) for name in (row.ours, *row.theirs))
+        for layer in range(config.num_layers) if "{l}" in row.megatron_param else [None]:
+            for expert in range(config.num_experts or 0) if "{e}" in row.megatron_param else [None]:
+                ours, *theirs = (
+                    name.format(l=layer, e=expert) for name in (row.megatron_param, *row.hf_params)
+                )
                 yield Parameter(ours, tuple(theirs), row, shape, layer, expert)
 
 
@@ -160,19 +164,19 @@ class StoredTensor(NamedTuple):
     name: str
     parameter: Parameter
     shape: tuple[int, ...]
-    tiles: tuple[Slice2D, ...]
+    slices: tuple[Slice2D, ...]
 
 
 def stored_tensors(
     config: ModelConfig, parameter: Parameter, tp: int = 1, rank: int = 0, padded_vocab: int = 0
 ) -> list[StoredTensor]:
     """The tensors that hold a parameter in the file of one of `tp` ranks, by the names of its row."""
-    row, found = parameter.row, block_spans(config, parameter.row)
-    held = [found] if len(parameter.theirs) == 1 else [[block] for block in found]
-    dim, columns = SHARD_DIM[row.split], math.prod(parameter.shape[1:])
-    padded = padded_vocab if row.split == "vocab" else 0
+    row, found = parameter.mapping, block_spans(config, parameter.mapping)
+    held = [found] if len(parameter.hf_names) == 1 else [[block] for block in found]
+    dim, columns = SHARD_DIM[row.partition], math.prod(parameter.shape[1:])
+    padded = padded_vocab if row.partition == "vocab" else 0
     entries = []
-    for name, mine in zip(parameter.theirs, held, strict=True):
+    for name, mine in zip(parameter.hf_names, held, strict=True):
         tiles = tuple(shard_slices(mine, columns, dim, tp, rank, padded))
         rows = sum((padded or sum(n for _, n in block)) // (tp if dim == 0 else 1) for block in mine)
         width = (columns // tp if dim == 1 else columns,) * (len(parameter.shape) - 1)
@@ -188,7 +192,7 @@ def hf_to_megatron(config: ModelConfig, parameter: Parameter, tensors: Mapping[s
             raise UserError(
                 f"{entry.name} is {list(tensors[entry.name].shape)}, but config.json says {list(entry.shape)}"
             )
-    pieces = [(as_matrix(tensors[entry.name]), entry.tiles) for entry in entries]
+    pieces = [(as_matrix(tensors[entry.name]), entry.slices) for entry in entries]
     rows, columns = parameter.shape[0], math.prod(parameter.shape[1:])
     return assemble(pieces, Slice2D(0, 0, 0, 0, rows, columns)).reshape(parameter.shape)
 
@@ -197,7 +201,7 @@ def megatron_to_hf(config: ModelConfig, parameter: Parameter, full: Tensor) -> d
     """The Hugging Face tensors of our full one; the exact inverse of `join`."""
     made = {}
     for entry in stored_tensors(config, parameter):
-        pieces = [as_matrix(full)[tile.row : tile.row + tile.rows] for tile in entry.tiles]
+        pieces = [as_matrix(full)[tile.row : tile.row + tile.rows] for tile in entry.slices]
         made[entry.name] = (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).view(entry.shape)
     return made
 
@@ -227,7 +231,7 @@ def assemble(pieces: Iterable[tuple[Tensor, Iterable[Slice2D]]], wanted: Slice2D
             )
             if top >= bottom or left >= right:
                 continue
-            y, x = top - tile.row + tile.part_row, left - tile.column + tile.part_column
+            y, x = top - tile.row + tile.local_row, left - tile.column + tile.local_column
             found = matrix[y : y + bottom - top, x : x + right - left]
             if (bottom - top, right - left) == (wanted.rows, wanted.columns):
                 return found
@@ -262,5 +266,7 @@ def random_tensor(
     if len(parameter.shape) == 1:
         return torch.full(parameter.shape, 0.0 if model.zero_centered_norm else 1.0, device=device)
     generator = torch.Generator(device).manual_seed(crc32(f"{seed} {parameter.name}".encode()))
-    std = model.init_method_std / (math.sqrt(2 * model.num_layers) if parameter.row.split == "columns" else 1)
+    std = model.init_method_std / (
+        math.sqrt(2 * model.num_layers) if parameter.mapping.partition == "columns" else 1
+    )
     return torch.randn(parameter.shape, generator=generator, device=device).mul_(std)

@@ -160,7 +160,7 @@ def _saver(run: Run, grid: ProcessGrid, start: Start) -> Saver | None:
         grid.world > 1
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
-    token = grid.gather(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
+    token = grid.all_gather_object(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
     return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token)
 
 

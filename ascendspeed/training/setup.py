@@ -167,7 +167,7 @@ def _check_views(run: Run, grid: ProcessGrid) -> None:
     holds = {
         flag: bool(path) and looks_like_checkpoint(path) for flag, path in (("load", load), ("save", save))
     }
-    views = grid.gather((load, run.train.finetune, holds))
+    views = grid.all_gather_object((load, run.train.finetune, holds))
     other = next((rank for rank, view in enumerate(views) if view != views[0]), None)
     if other is not None:
         told = "; ".join(
@@ -191,10 +191,10 @@ def _try_disk(folder: Path, grid: ProcessGrid) -> None:
         made.write(b"x")
     except OSError as error:
         wrong = f"{error.strerror}; choose another --save"
-    first = grid.gather(made and Path(made.name).name)[0]
+    first = grid.all_gather_object(made and Path(made.name).name)[0]
     if not wrong and first and not (folder / first).exists():
         wrong = "a file that rank 0 made is not seen; use storage that all nodes share"
-    found = grid.gather(wrong)
+    found = grid.all_gather_object(wrong)
     if made:
         made.close()
     if any(found):
@@ -207,7 +207,7 @@ def _check_disk(run: Run, grid: ProcessGrid) -> None:
     size, train = estimates.checkpoint_bytes(run.model, run.lora), run.train
     folder = Path(train.save).resolve()
     disk = next(p for p in (folder, *folder.parents) if p.is_dir())
-    free = grid.gather(shutil.disk_usage(disk).free)[
+    free = grid.all_gather_object(shutil.disk_usage(disk).free)[
         0
     ]  # one answer for all ranks, though others write there too
     numbers = (
@@ -257,7 +257,7 @@ def _from_checkpoint(run: Run, found: Checkpoint, grid: ProcessGrid, readers: Re
         logger.info(f"adapters from {found.path}; optimizer and position start anew (--finetune)")
         return Start(chain(tensors, found.tensors()), lora=lora)
     _announce_changes(run, found.run)
-    moved = (found.world, found.run.parallel.places) != (grid.world, run.parallel.places)
+    moved = (found.world, found.run.parallel.layout_key) != (grid.world, run.parallel.layout_key)
     if moved and (
         run.train.attention_dropout or run.train.hidden_dropout or (adapted and run.lora.lora_dropout)
     ):

@@ -77,10 +77,10 @@ def main() -> None:
         data = batches_of(case["data"]) if case.get("data") else plain
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
-        if places != run.parallel.places:
+        if places != run.parallel.layout_key:
             leave_groups()
         places, grid = (
-            run.parallel.places,
+            run.parallel.layout_key,
             process_groups.initialize(here, run.parallel, run.train.seed),
         )  # the generators start anew
         given = (
@@ -166,7 +166,7 @@ def check_replicas(engine, grid):
             digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             assert mine.setdefault((name, part), digest) == digest, name
     seen = {}
-    for theirs in grid.gather(mine):
+    for theirs in grid.all_gather_object(mine):
         for key, digest in theirs.items():
             assert seen.setdefault(key, digest) == digest, f"{key} differs between ranks"
     assert {name for name, _ in seen} == set(engine.cuts)
@@ -256,7 +256,7 @@ class InARow:
     def __init__(self, rank, size):
         self.rank, self.size = rank, size
 
-    def cut(self, whole, dim):
+    def take(self, whole, dim):
         return whole.chunk(self.size, dim)[self.rank]
 
 

@@ -43,7 +43,7 @@ def main() -> None:
         backward(model, given, losses)
         tensors |= {f"{name}.logits": logits.contiguous(), f"{name}.losses": losses.detach().contiguous()}
         facts[name] = facts_of(gpt_model.named_parameters(model))
-    everyone = grid.gather(facts)
+    everyone = grid.all_gather_object(facts)
     if grid.rank == grid.world - 1:
         save_file(tensors, job["out"] + ".safetensors")
         Path(job["out"]).write_text(

@@ -51,7 +51,7 @@ def open_folder(folder: Path, config: Path) -> CheckpointReader:
         for parameter in param_mapping.parameters(config)
     }
     expected = {entry.name: entry.shape for held in entries.values() for entry in held}
-    check_names(folder, expected, tensors, FAMILIES[config.family].junk)
+    check_names(folder, expected, tensors, FAMILIES[config.family].ignored_tensors)
     for name, shape in expected.items():
         check_tensor(folder, name, tensors[name], shape)
     dtypes = {
@@ -59,7 +59,7 @@ def open_folder(folder: Path, config: Path) -> CheckpointReader:
         for ours, held in entries.items()
     }
     pieces = {
-        ours: [(param_mapping.as_matrix(tensors[e.name]), e.tiles) for e in held]
+        ours: [(param_mapping.as_matrix(tensors[e.name]), e.slices) for e in held]
         for ours, held in entries.items()
     }
     return CheckpointReader(KIND, folder, config, theirs, dtypes, from_pieces(pieces), beside)
@@ -67,7 +67,7 @@ def open_folder(folder: Path, config: Path) -> CheckpointReader:
 
 def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Some programs save the output layer of a tied model too; one with other bits than the embedding stays, to be refused."""
-    names = {row.ours: row.theirs[0] for row in FAMILIES[config.family].rows}
+    names = {row.megatron_param: row.hf_params[0] for row in FAMILIES[config.family].param_mappings}
     head, embedding = (
         tensors.get(names[ours]) for ours in ("output_layer.weight", "embedding.word_embeddings.weight")
     )

@@ -50,8 +50,10 @@ MEGATRON = RankFileNames(
 
 
 def _our_names(config: ModelConfig) -> Iterator[ParamMapping]:
-    for row in FAMILIES[config.family].rows:
-        yield replace(row, theirs=(row.ours,), fuse=row.fuse if row.fuse == "glu" else "one")
+    for row in FAMILIES[config.family].param_mappings:
+        yield replace(
+            row, hf_params=(row.megatron_param,), fusion=row.fusion if row.fusion == "glu" else "one"
+        )
 
 
 MCORE = NamingScheme("Megatron-core", _our_names, junk=(r".*\._extra_state",))

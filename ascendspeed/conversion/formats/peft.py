@@ -103,7 +103,7 @@ def read(folder: Path) -> Adapter:
 def check_complete(adapter: Adapter, model: ModelConfig) -> None:
     """Raises `UserError` when adapters are missing that adapter_config.json says there are."""
     for targets in adapters.naming_schemes(model):
-        names = [target.theirs.format(l=layer) for layer in range(model.num_layers) for target in targets]
+        names = [target.hf_module.format(l=layer) for layer in range(model.num_layers) for target in targets]
         if adapter.pairs.keys() & set(names):
             said = [name for name in names if _targeted(adapter, name)]
             if missing := [name for name in said if name not in adapter.pairs]:

@@ -85,7 +85,7 @@ def beam_search(
     cache = model.allocate_cache(len(prompts) * beams, lengths[0] + params.max_new_tokens, lengths)
     last = model.prefill([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(beams, 0) if model.is_last_stage else None
-    cache.select([i // beams for i in range(len(prompts) * beams)], lengths[0])
+    cache.reorder([i // beams for i in range(len(prompts) * beams)], lengths[0])
     # The beams of a prompt begin equal: only the first counts.
     live = [
         PromptBeams(
@@ -109,7 +109,7 @@ def beam_search(
         if not live:
             break
         rows = [beam for one in live for beam in one.beams]
-        cache.select([beam.row for beam in rows], max(one.length for one in live) + size - 1)
+        cache.reorder([beam.row for beam in rows], max(one.length for one in live) + size - 1)
         for at, beam in enumerate(rows):
             beam.row = at
         tokens = torch.tensor([beam.tokens[-1] for beam in rows], device=model.device.torch)

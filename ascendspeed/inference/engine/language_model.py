@@ -49,7 +49,7 @@ class LanguageModel:
             and isinstance(gpt.output_layer, NormHead)
             and not gpt.share_embeddings_and_output_weights
         ):
-            gpt.output_layer.settle()
+            gpt.output_layer.fold_normalization()
 
     def allocate_cache(self, rows: int, capacity: int, lengths: Sequence[int]) -> KVCache:
         """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
@@ -62,7 +62,7 @@ class LanguageModel:
                 f"no memory for the keys and values of {rows} sequences of {capacity} tokens, {size:.1f} GiB on this rank: take a "
                 f"smaller --batch-size or --max-new-tokens, or more ranks ({first_line(error)})"
             ) from error
-        self.cache.pin(lengths)
+        self.cache.set_rope_lengths(lengths)
         return self.cache
 
     def free_cache(self) -> None:
@@ -91,7 +91,7 @@ class LanguageModel:
             for i, row in enumerate(tokens[:rows]):
                 part = row[start:end]
                 piece[i, : len(part)] = torch.as_tensor(part)
-            self.cache.chunk(first + start, end - start, rows)
+            self.cache.begin_prefill(first + start, end - start, rows)
             hidden = self._forward(piece.to(self.device.torch))
             if self.is_last_stage:
                 for i in range(rows):
@@ -101,7 +101,7 @@ class LanguageModel:
 
     def decode_step(self, tokens: Tensor, slots: Sequence[int]) -> Tensor | None:
         """One token of every row, [n], each at its slot -> the final hidden states [n, h] on the last stage."""
-        self.cache.step(slots)
+        self.cache.begin_decode(slots)
         hidden = self._forward(tokens[:, None])
         return hidden[0] if self.is_last_stage else None
 
@@ -230,7 +230,7 @@ def _check_model(source: CheckpointReader, layout: ParallelConfig, model: str | 
 def _check_layout(layout: ParallelConfig, world: int) -> None:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     generates = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    if layout.places != generates.places:
+    if layout.layout_key != generates.layout_key:
         raise UserError(
             "generation shares layers (TP) and the stack of them (PP) only: leave sequence_parallel, virtual stages, context and "
             "expert parallel out"

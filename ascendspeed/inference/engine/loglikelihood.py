@@ -147,7 +147,7 @@ def _batches(model: LanguageModel, group: PrefixGroup, batch_size: int) -> Itera
     if group.shared:
         cache = model.allocate_cache(count, len(rows[0].tokens), [0])
         model.prefill([rows[0].tokens[: group.shared]], wanted=[[]])
-        cache.select([0] * count, group.shared)
+        cache.reorder([0] * count, group.shared)
     for batch in batches(rows, batch_size):
         if not group.shared:
             lengths = [len(row.tokens) for row in batch]

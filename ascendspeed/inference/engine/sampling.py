@@ -91,7 +91,7 @@ def _sample(
     cache = model.allocate_cache(len(rows), lengths[0] + params.max_new_tokens, lengths)
     last = model.prefill([prompts[i] for i in order])
     hidden = torch.cat(last).repeat_interleave(each, 0) if model.is_last_stage else None
-    cache.select([i // each for i in range(len(rows))], lengths[0])
+    cache.reorder([i // each for i in range(len(rows))], lengths[0])
     seen = SeenTokens(model, params, [prompts[row.number // each] for row in rows])
     done: dict[int, Completion] = {}
     while True:
@@ -112,7 +112,7 @@ def _sample(
             return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
         if len(kept) < len(rows):  # a finished row gives its place to the last one, and costs nothing more
             kept = compact_rows(kept, len(rows))
-            cache.select(kept, max(row.length for row in rows))
+            cache.reorder(kept, max(row.length for row in rows))
             rows, tokens = [rows[i] for i in kept], tokens[kept]
             seen.select(kept)
         seen.add(tokens)

@@ -25,17 +25,17 @@ BIASES = (
 BAICHUAN = Family(
     name="baichuan",
     architecture="BaichuanForCausalLM",
-    keys=override_keys(
+    config_mappings=override_keys(
         CONFIG_MAPPINGS, without=("num_key_value_heads", "head_dim"), max_position_embeddings=4096
     ),
-    rows=replace_mappings(
+    param_mappings=replace_mappings(
         PARAM_MAPPINGS,
         ParamMapping(ATTENTION + "linear_qkv.weight", (LAYER + "self_attn.W_pack.weight",), "qkv", "rows"),
         without=BIASES,
     ),
-    implied={"add_qkv_bias": False, "add_dense_bias": False, "normalize_head": True},
-    fixed={"hidden_act": "silu"},
-    unlike=(
+    implicit_config={"add_qkv_bias": False, "add_dense_bias": False, "normalize_head": True},
+    required_values={"hidden_act": "silu"},
+    unsupported=(
         ({"vocab_size": 64000}, "Baichuan 1 is not supported, only Baichuan 2 7B"),
         (
             {"hidden_size": 5120},

@@ -23,15 +23,15 @@ class ParamMapping:
     `{l}` stands for the layer, `{e}` for the expert.
     """
 
-    ours: str
+    megatron_param: str
     """Name in `GPTModel.named_parameters()`."""
-    theirs: tuple[str, ...]
+    hf_params: tuple[str, ...]
     """Names in the checkpoint: one for each block that `fuse` knows, or one that holds the blocks one after the other."""
-    fuse: Fusion = "one"
+    fusion: Fusion = "one"
     """The blocks of `ours`: itself; q, k and v; gate and up (`weights.blocks`)."""
-    split: Partition = "replicated"
+    partition: Partition = "replicated"
     """How tensor parallel cuts `ours`: not at all, along dimension 0, along dimension 1, or 0 with a padded vocabulary."""
-    when: str = ""
+    condition: str = ""
     """A boolean of `ModelConfig` without which the model has no such parameter; `!name`: with which it has none."""
 
 
@@ -39,13 +39,13 @@ class ParamMapping:
 class ConfigMapping:
     """One entry of config.json and the fields of `ModelConfig` that hold its value; null is the same as not there."""
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_key: str
+    fields: tuple[str, ...]
     """`!name`: a boolean that is true where theirs is false."""
     default: Any = REQUIRED
-    written: str = ""
+    written_attribute: str = ""
     """Attribute of `ModelConfig` to write where the field itself may be None."""
-    also: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     """Other spellings that are read."""
 
 
@@ -57,55 +57,59 @@ class Family:
     """`model_type` of config.json."""
     architecture: str
     """`architectures[0]` of config.json."""
-    keys: tuple[ConfigMapping, ...]
-    rows: tuple[ParamMapping, ...]
+    config_mappings: tuple[ConfigMapping, ...]
+    param_mappings: tuple[ParamMapping, ...]
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
-    fixed: Mapping[str, Any] = field(default_factory=dict)
+    required_values: Mapping[str, Any] = field(default_factory=dict)
     """What the family always is; another value in a config.json is refused. Of a tuple each is read, the first is written."""
-    unlike: tuple[tuple[Mapping[str, Any], str], ...] = ()
+    unsupported: tuple[tuple[Mapping[str, Any], str], ...] = ()
     """Other models of the same `model_type`: what their config.json holds, and why they are refused."""
-    implied: Mapping[str, Any] = field(default_factory=dict)
+    implicit_config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig` that the family always has and no entry of config.json says."""
-    rope: Literal["rotary", "rope_scaling"] = "rope_scaling"
+    rope_spelling: Literal["rotary", "rope_scaling"] = "rope_scaling"
     """How config.json spells the rotary embedding when it is written; every spelling is read."""
     rope_default: Mapping[str, Any] = field(default_factory=dict)
     """The family's rope where config.json says nothing."""
-    refused: tuple[str, ...] = ("quantization_config",)
+    refused_keys: tuple[str, ...] = ("quantization_config",)
     """Entries of config.json that change what the tensors mean; one that holds something is refused."""
-    junk: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
+    ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that carry nothing."""
 
-    def rows_of(
+    def mappings_of(
         self, config: ModelConfig, rows: Iterable[ParamMapping] | None = None
     ) -> Iterator[ParamMapping]:
         """Those of the family's rows (or of others) that a model of this configuration has."""
-        for row in self.rows if rows is None else rows:
-            if not row.when or bool(getattr(config, row.when.lstrip("!"))) != row.when.startswith("!"):
+        for row in self.param_mappings if rows is None else rows:
+            if not row.condition or bool(
+                getattr(config, row.condition.lstrip("!"))
+            ) != row.condition.startswith("!"):
                 yield row
 
     def read_config(self, theirs: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig. Raises `UserError` for what is missing, of the wrong kind or cannot be expressed."""
-        for name, value in (self.fixed | dict.fromkeys(self.refused)).items():
+        for name, value in (self.required_values | dict.fromkeys(self.refused_keys)).items():
             if theirs.get(name) not in (*_choices(value), None):
                 raise UserError(
                     f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {_choices(value)[0]!r}"
                 )
-        for marks, why in self.unlike:
+        for marks, why in self.unsupported:
             if all(theirs.get(name) == value for name, value in marks.items()):
                 raise UserError(f"config.json: {', '.join(f'{n} = {v!r}' for n, v in marks.items())}: {why}")
         values: dict[str, Any] = {}
-        for key in self.keys:
+        for key in self.config_mappings:
             value = self._read_key(key, theirs)
-            values |= {name.lstrip("!"): not value if name.startswith("!") else value for name in key.ours}
+            values |= {name.lstrip("!"): not value if name.startswith("!") else value for name in key.fields}
         check_layer_types(theirs)
-        config = ModelConfig(family=self.name, **self.implied | values | read_rope(theirs, self.rope_default))
+        config = ModelConfig(
+            family=self.name, **self.implicit_config | values | read_rope(theirs, self.rope_default)
+        )
         check_heads(config)
         check_experts(config)
         return config
 
     def _read_key(self, key: ConfigMapping, theirs: Mapping[str, Any]) -> Any:
-        said = {name: theirs[name] for name in (key.theirs, *key.also) if theirs.get(name) is not None}
+        said = {name: theirs[name] for name in (key.hf_key, *key.aliases) if theirs.get(name) is not None}
         value = next(iter(said.values()), None)
         if any(other != value for other in said.values()):
             raise UserError(
@@ -113,14 +117,14 @@ class Family:
             )
         if value is None:
             if key.default is REQUIRED:
-                raise UserError(f"config.json of a model of family {self.name} lacks {key.theirs!r}")
+                raise UserError(f"config.json of a model of family {self.name} lacks {key.hf_key!r}")
             return key.default
-        kind = FIELD_TYPES[key.ours[0].lstrip("!")]
+        kind = FIELD_TYPES[key.fields[0].lstrip("!")]
         if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
             raise UserError(
-                f"config.json: {key.theirs} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}"
+                f"config.json: {key.hf_key} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}"
             )
         return value
 
@@ -130,13 +134,13 @@ class Family:
         Raises `UserError` for a configuration that this family's config.json has no words for.
         """
         theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
-        theirs |= {name: _choices(value)[0] for name, value in self.fixed.items()}
-        for key in self.keys:
-            name = key.written or key.ours[0]
-            theirs[key.theirs] = (
+        theirs |= {name: _choices(value)[0] for name, value in self.required_values.items()}
+        for key in self.config_mappings:
+            name = key.written_attribute or key.fields[0]
+            theirs[key.hf_key] = (
                 not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
             )
-        theirs |= write_rope(config, self.rope)
+        theirs |= write_rope(config, self.rope_spelling)
         back = self.read_config(theirs)
         lost = [f for f in FIELD_TYPES if f != "family" and getattr(back, f) != getattr(config, f)]
         if lost:
@@ -148,22 +152,22 @@ class Family:
 
 
 def override_keys(
-    keys: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
+    config_mappings: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
 ) -> tuple[ConfigMapping, ...]:
     """Another family's keys: without some, and with other defaults (by the words of config.json)."""
     return tuple(
-        replace(key, default=defaults[key.theirs]) if key.theirs in defaults else key
+        replace(key, default=defaults[key.hf_key]) if key.hf_key in defaults else key
         for key in keys
-        if key.theirs not in without
+        if key.hf_key not in without
     )
 
 
 def replace_mappings(
-    rows: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
+    param_mappings: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
 ) -> tuple[ParamMapping, ...]:
     """Another family's rows: `new` take the place of those of the same parameter; `without` names parameters that are not there."""
-    by_name = {row.ours: row for row in new}
-    return tuple(by_name.get(row.ours, row) for row in rows if row.ours not in without)
+    by_name = {row.megatron_param: row for row in new}
+    return tuple(by_name.get(row.megatron_param, row) for row in rows if row.megatron_param not in without)
 
 
 def _choices(fixed: Any) -> tuple[Any, ...]:
@@ -209,11 +213,11 @@ def check_layer_types(theirs: Mapping[str, Any]) -> None:
 def param_shape(config: ModelConfig, row: ParamMapping) -> tuple[int, ...]:
     """Shape of the full, unpadded parameter that a row describes."""
     h, d, ffn = config.hidden_size, config.head_dim, config.ffn_hidden_size
-    if ".experts." in row.ours:
+    if ".experts." in row.megatron_param:
         ffn = config.expert_ffn
-    elif ".shared_experts." in row.ours:
+    elif ".shared_experts." in row.megatron_param:
         ffn = config.moe_shared_expert_intermediate_size or 0
-    module, kind = row.ours.split(".")[-2:]
+    module, kind = row.megatron_param.split(".")[-2:]
     q, qkv = config.num_attention_heads * d, (config.num_attention_heads + 2 * config.kv_heads) * d
     shapes = {
         "word_embeddings.weight": (config.vocab_size, h),

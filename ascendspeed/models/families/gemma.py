@@ -27,13 +27,13 @@ ONE_GROUP = replace(BASE, num_attention_heads=8, num_query_groups=1)
 GEMMA = Family(
     name="gemma",
     architecture="GemmaForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(CONFIG_MAPPINGS, max_position_embeddings=8192, tie_word_embeddings=True, head_dim=256),
         ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
     ),
-    rows=PARAM_MAPPINGS,
-    implied=SPECIAL,
-    fixed={
+    param_mappings=PARAM_MAPPINGS,
+    implicit_config=SPECIAL,
+    required_values={
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # early config.json files say gelu and mean tanh's
         "hidden_activation": "gelu_pytorch_tanh",
         "use_bidirectional_attention": False,

@@ -30,38 +30,40 @@ B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."
 QKV = ATTENTION + "linear_qkv."
 
 LLAMA2 = (
-    ParamMapping("embedding.word_embeddings.weight", ("tok_embeddings.weight",), split="columns"),
+    ParamMapping("embedding.word_embeddings.weight", ("tok_embeddings.weight",), partition="columns"),
     ParamMapping("decoder.layers.{l}.input_layernorm.weight", ("layers.{l}.attention_norm.weight",)),
     ParamMapping(QKV + "weight", (A + "wq.weight", A + "wk.weight", A + "wv.weight"), "qkv", "rows"),
     ParamMapping(
-        QKV + "bias", (A + "wq.bias", A + "wk.bias", A + "wv.bias"), "qkv", "rows", when="add_qkv_bias"
+        QKV + "bias", (A + "wq.bias", A + "wk.bias", A + "wv.bias"), "qkv", "rows", condition="add_qkv_bias"
     ),
-    ParamMapping(ATTENTION + "linear_proj.weight", (A + "wo.weight",), split="columns"),
-    ParamMapping(ATTENTION + "linear_proj.bias", (A + "wo.bias",), when="add_dense_bias"),
+    ParamMapping(ATTENTION + "linear_proj.weight", (A + "wo.weight",), partition="columns"),
+    ParamMapping(ATTENTION + "linear_proj.bias", (A + "wo.bias",), condition="add_dense_bias"),
     ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", ("layers.{l}.ffn_norm.weight",)),
     ParamMapping(MLP + "linear_fc1.weight", (F + "w1.weight", F + "w3.weight"), "glu", "rows"),
-    ParamMapping(MLP + "linear_fc2.weight", (F + "w2.weight",), split="columns"),
+    ParamMapping(MLP + "linear_fc2.weight", (F + "w2.weight",), partition="columns"),
     ParamMapping("decoder.final_layernorm.weight", ("norm.weight",)),
-    ParamMapping("output_layer.weight", ("output.weight",), split="rows"),
+    ParamMapping("output_layer.weight", ("output.weight",), partition="rows"),
 )
 PARAM_MAPPINGS: dict[InternEvoModelType, tuple[ParamMapping, ...]] = {
     "INTERNLM": (
-        ParamMapping("embedding.word_embeddings.weight", ("embedding.weight",), split="columns"),
+        ParamMapping("embedding.word_embeddings.weight", ("embedding.weight",), partition="columns"),
         ParamMapping("decoder.layers.{l}.input_layernorm.weight", (B + "norm1.weight",)),
         ParamMapping(QKV + "weight", (B + "mixer.Wqkv.weight",), "qkv", "rows"),
-        ParamMapping(QKV + "bias", (B + "mixer.Wqkv.bias",), "qkv", "rows", when="add_qkv_bias"),
-        ParamMapping(ATTENTION + "linear_proj.weight", (B + "mixer.out_proj.weight",), split="columns"),
-        ParamMapping(ATTENTION + "linear_proj.bias", (B + "mixer.out_proj.bias",), when="add_dense_bias"),
+        ParamMapping(QKV + "bias", (B + "mixer.Wqkv.bias",), "qkv", "rows", condition="add_qkv_bias"),
+        ParamMapping(ATTENTION + "linear_proj.weight", (B + "mixer.out_proj.weight",), partition="columns"),
+        ParamMapping(
+            ATTENTION + "linear_proj.bias", (B + "mixer.out_proj.bias",), condition="add_dense_bias"
+        ),
         ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (B + "norm2.weight",)),
         ParamMapping(MLP + "linear_fc1.weight", (B + "mlp.w1.weight", B + "mlp.w3.weight"), "glu", "rows"),
-        ParamMapping(MLP + "linear_fc2.weight", (B + "mlp.w2.weight",), split="columns"),
+        ParamMapping(MLP + "linear_fc2.weight", (B + "mlp.w2.weight",), partition="columns"),
         ParamMapping("decoder.final_layernorm.weight", ("norm.weight",)),
-        ParamMapping("output_layer.weight", ("head.weight",), split="rows"),
+        ParamMapping("output_layer.weight", ("head.weight",), partition="rows"),
     ),
     "INTERNLM2": replace_mappings(  # wqkv lies per key/value group, as ours
         LLAMA2,
-        ParamMapping(QKV + "weight", (A + "wqkv.weight",), split="rows"),
-        ParamMapping(QKV + "bias", (A + "wqkv.bias",), split="rows", when="add_qkv_bias"),
+        ParamMapping(QKV + "weight", (A + "wqkv.weight",), partition="rows"),
+        ParamMapping(QKV + "bias", (A + "wqkv.bias",), partition="rows", condition="add_qkv_bias"),
     ),
     "LLAMA2": LLAMA2,
 }
@@ -98,22 +100,24 @@ class InternEvoStyle:
         """The table in this folder's names."""
         swapped = {"w2.": "w3.", "w3.": "w2."} if self.version == 1 else {}
         for row in PARAM_MAPPINGS[self.model_type]:
-            if row.ours.startswith("embedding."):
+            if row.megatron_param.startswith("embedding."):
                 name = (
-                    row.theirs[0].replace(".weight", ".word_embeddings.weight")
+                    row.hf_params[0].replace(".weight", ".word_embeddings.weight")
                     if self.word_embeddings
-                    else row.theirs[0]
+                    else row.hf_params[0]
                 )
-                yield replace(row, theirs=(name,), split="columns" if self.embed_split else "rows")
-            elif swapped and ".mlp." in row.ours:
-                yield replace(row, theirs=tuple(_exchange(name, swapped) for name in row.theirs))
+                yield replace(row, hf_params=(name,), partition="columns" if self.embed_split else "rows")
+            elif swapped and ".mlp." in row.megatron_param:
+                yield replace(row, hf_params=tuple(_exchange(name, swapped) for name in row.hf_params))
             else:
                 yield row
 
     def named(self, ours: str) -> tuple[str, ...]:
         """The names of one of our parameters there, in the first layer."""
         return next(
-            tuple(name.format(l=0) for name in row.theirs) for row in self.rows() if row.ours.endswith(ours)
+            tuple(name.format(l=0) for name in row.hf_params)
+            for row in self.rows()
+            if row.megatron_param.endswith(ours)
         )
 
     @property

@@ -13,13 +13,13 @@ BASE = ModelConfig(
 INTERNLM = Family(
     name="internlm",
     architecture="InternLMForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(CONFIG_MAPPINGS, without=("num_key_value_heads", "head_dim")),
         ConfigMapping("bias", ("add_qkv_bias", "add_dense_bias"), True),
     ),
-    rows=PARAM_MAPPINGS,
-    fixed={"hidden_act": "silu"},
-    rope="rotary",
+    param_mappings=PARAM_MAPPINGS,
+    required_values={"hidden_act": "silu"},
+    rope_spelling="rotary",
     rope_default={"base": 10000, "type": "dynamic", "factor": 1.0},
     presets={
         "internlm-7b": BASE,

@@ -27,26 +27,33 @@ LARGE = replace(BASE, num_layers=48, hidden_size=6144, ffn_hidden_size=16384, nu
 INTERNLM2 = Family(
     name="internlm2",
     architecture="InternLM2ForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(CONFIG_MAPPINGS, without=("head_dim",)),
         ConfigMapping("bias", ("add_qkv_bias", "add_dense_bias"), True),
     ),
-    rows=(
-        ParamMapping("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), split="vocab"),
+    param_mappings=(
+        ParamMapping("embedding.word_embeddings.weight", ("model.tok_embeddings.weight",), partition="vocab"),
         ParamMapping("decoder.layers.{l}.input_layernorm.weight", (LAYER + "attention_norm.weight",)),
-        ParamMapping(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), split="rows"),
+        ParamMapping(ATTENTION + "linear_qkv.weight", (LAYER + "attention.wqkv.weight",), partition="rows"),
         ParamMapping(
-            ATTENTION + "linear_qkv.bias", (LAYER + "attention.wqkv.bias",), split="rows", when="add_qkv_bias"
+            ATTENTION + "linear_qkv.bias",
+            (LAYER + "attention.wqkv.bias",),
+            partition="rows",
+            condition="add_qkv_bias",
         ),
-        ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), split="columns"),
-        ParamMapping(ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), when="add_dense_bias"),
+        ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "attention.wo.weight",), partition="columns"),
+        ParamMapping(
+            ATTENTION + "linear_proj.bias", (LAYER + "attention.wo.bias",), condition="add_dense_bias"
+        ),
         ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "ffn_norm.weight",)),
         ParamMapping(MLP + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
-        ParamMapping(MLP + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+        ParamMapping(MLP + "linear_fc2.weight", (W + "2.weight",), partition="columns"),
         ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
-        ParamMapping("output_layer.weight", ("output.weight",), split="vocab", when="!tie_embeddings"),
+        ParamMapping(
+            "output_layer.weight", ("output.weight",), partition="vocab", condition="!tie_embeddings"
+        ),
     ),
-    fixed={"hidden_act": "silu"},
+    required_values={"hidden_act": "silu"},
     presets={
         "internlm2-1.8b": SMALL,
         "internlm2-7b": BASE,

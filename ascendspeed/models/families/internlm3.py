@@ -24,15 +24,15 @@ BASE = ModelConfig(  # the 8B
 INTERNLM3 = Family(
     name="internlm3",
     architecture="InternLM3ForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
         ConfigMapping(
-            "qkv_bias", ("add_qkv_bias",), False, also=("attention_bias",)
+            "qkv_bias", ("add_qkv_bias",), False, aliases=("attention_bias",)
         ),  # the second names are those of transformers 5
-        ConfigMapping("bias", ("add_dense_bias", "add_mlp_bias"), False, also=("mlp_bias",)),
+        ConfigMapping("bias", ("add_dense_bias", "add_mlp_bias"), False, aliases=("mlp_bias",)),
     ),
-    rows=PARAM_MAPPINGS,
-    fixed={"hidden_act": "silu"},
+    param_mappings=PARAM_MAPPINGS,
+    required_values={"hidden_act": "silu"},
     presets={
         "internlm3-8b": BASE,
         "internlm3-tiny": replace(BASE, **TINY, num_query_groups=2, kv_channels=32),

@@ -33,14 +33,16 @@ TINY = {  # the sizes of every family's smallest preset, for trying things out
 }
 
 PARAM_MAPPINGS = (
-    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), split="vocab"),
+    ParamMapping("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), partition="vocab"),
     ParamMapping("decoder.layers.{l}.input_layernorm.weight", (LAYER + "input_layernorm.weight",)),
     ParamMapping(ATTENTION + "linear_qkv.weight", tuple(x + "weight" for x in QKV), "qkv", "rows"),
     ParamMapping(
-        ATTENTION + "linear_qkv.bias", tuple(x + "bias" for x in QKV), "qkv", "rows", when="add_qkv_bias"
+        ATTENTION + "linear_qkv.bias", tuple(x + "bias" for x in QKV), "qkv", "rows", condition="add_qkv_bias"
     ),
-    ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), split="columns"),
-    ParamMapping(ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), when="add_dense_bias"),
+    ParamMapping(ATTENTION + "linear_proj.weight", (LAYER + "self_attn.o_proj.weight",), partition="columns"),
+    ParamMapping(
+        ATTENTION + "linear_proj.bias", (LAYER + "self_attn.o_proj.bias",), condition="add_dense_bias"
+    ),
     ParamMapping("decoder.layers.{l}.pre_mlp_layernorm.weight", (LAYER + "post_attention_layernorm.weight",)),
     ParamMapping(
         MLP + "linear_fc1.weight",
@@ -53,12 +55,12 @@ PARAM_MAPPINGS = (
         (LAYER + "mlp.gate_proj.bias", LAYER + "mlp.up_proj.bias"),
         "glu",
         "rows",
-        when="add_mlp_bias",
+        condition="add_mlp_bias",
     ),
-    ParamMapping(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), split="columns"),
-    ParamMapping(MLP + "linear_fc2.bias", (LAYER + "mlp.down_proj.bias",), when="add_mlp_bias"),
+    ParamMapping(MLP + "linear_fc2.weight", (LAYER + "mlp.down_proj.weight",), partition="columns"),
+    ParamMapping(MLP + "linear_fc2.bias", (LAYER + "mlp.down_proj.bias",), condition="add_mlp_bias"),
     ParamMapping("decoder.final_layernorm.weight", ("model.norm.weight",)),
-    ParamMapping("output_layer.weight", ("lm_head.weight",), split="vocab", when="!tie_embeddings"),
+    ParamMapping("output_layer.weight", ("lm_head.weight",), partition="vocab", condition="!tie_embeddings"),
 )
 
 BASE = ModelConfig(
@@ -70,13 +72,13 @@ B13 = {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 13824, "num_att
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    keys=(
+    config_mappings=(
         *CONFIG_MAPPINGS,
         ConfigMapping("attention_bias", ("add_qkv_bias", "add_dense_bias"), False),
         ConfigMapping("mlp_bias", ("add_mlp_bias",), False),
     ),
-    rows=PARAM_MAPPINGS,
-    fixed={"hidden_act": "silu"},
+    param_mappings=PARAM_MAPPINGS,
+    required_values={"hidden_act": "silu"},
     presets={
         "llama-7b": BASE,
         "llama-13b": replace(BASE, **B13),

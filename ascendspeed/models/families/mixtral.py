@@ -11,11 +11,11 @@ EXPERT = MLP + "experts.local_experts.{e}."
 
 def sparse(*experts: ParamMapping) -> tuple[ParamMapping, ...]:
     """Llama's rows with `experts` where the dense MLP was."""
-    at = next(i for i, row in enumerate(PARAM_MAPPINGS) if row.ours.startswith(MLP))
+    at = next(i for i, row in enumerate(PARAM_MAPPINGS) if row.megatron_param.startswith(MLP))
     return (
         *PARAM_MAPPINGS[:at],
         *experts,
-        *(row for row in PARAM_MAPPINGS[at:] if not row.ours.startswith(MLP)),
+        *(row for row in PARAM_MAPPINGS[at:] if not row.megatron_param.startswith(MLP)),
     )
 
 
@@ -37,22 +37,22 @@ BASE = ModelConfig(  # the 8x7B
 MIXTRAL = Family(
     name="mixtral",
     architecture="MixtralForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(
             CONFIG_MAPPINGS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5
         ),
         ConfigMapping("num_local_experts", ("num_experts",), 8),
         ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 2),
     ),
-    rows=sparse(
+    param_mappings=sparse(
         ParamMapping(MLP + "router.weight", (LAYER + "block_sparse_moe.gate.weight",)),
         ParamMapping(EXPERT + "linear_fc1.weight", (W + "1.weight", W + "3.weight"), "glu", "rows"),
-        ParamMapping(EXPERT + "linear_fc2.weight", (W + "2.weight",), split="columns"),
+        ParamMapping(EXPERT + "linear_fc2.weight", (W + "2.weight",), partition="columns"),
     ),
-    fixed={"hidden_act": "silu", "router_jitter_noise": 0.0},
-    implied={"add_qkv_bias": False, "add_dense_bias": False},
+    required_values={"hidden_act": "silu", "router_jitter_noise": 0.0},
+    implicit_config={"add_qkv_bias": False, "add_dense_bias": False},
     rope_default={"base": 1e6},
-    refused=("quantization_config", "sliding_window"),
+    refused_keys=("quantization_config", "sliding_window"),
     presets={
         "mixtral-8x7b": BASE,
         "mixtral-8x22b": replace(

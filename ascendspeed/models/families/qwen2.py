@@ -23,10 +23,10 @@ BASE = ModelConfig(  # Qwen2-7B
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    keys=override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
-    rows=PARAM_MAPPINGS,
-    implied={"add_qkv_bias": True, "add_dense_bias": False},
-    fixed={"hidden_act": "silu", "use_sliding_window": False},
+    config_mappings=override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
+    param_mappings=PARAM_MAPPINGS,
+    implicit_config={"add_qkv_bias": True, "add_dense_bias": False},
+    required_values={"hidden_act": "silu", "use_sliding_window": False},
     presets={
         "qwen2-0.5b": replace(
             BASE,

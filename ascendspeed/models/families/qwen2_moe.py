@@ -33,7 +33,7 @@ BASE = ModelConfig(  # Qwen1.5-MoE-A2.7B
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    keys=(
+    config_mappings=(
         *override_keys(
             CONFIG_MAPPINGS, without=["head_dim"], num_key_value_heads=16, max_position_embeddings=32768
         ),
@@ -44,7 +44,7 @@ QWEN2_MOE = Family(
         ConfigMapping("shared_expert_intermediate_size", ("moe_shared_expert_intermediate_size",), 5632),
         ConfigMapping("norm_topk_prob", ("!moe_router_pre_softmax",), False),
     ),
-    rows=sparse(
+    param_mappings=sparse(
         ParamMapping(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
         ParamMapping(
             EXPERT + "linear_fc1.weight",
@@ -52,23 +52,23 @@ QWEN2_MOE = Family(
             "glu",
             "rows",
         ),
-        ParamMapping(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), split="columns"),
+        ParamMapping(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), partition="columns"),
         ParamMapping(
             SHARED + "linear_fc1.weight",
             (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"),
             "glu",
             "rows",
         ),
-        ParamMapping(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), split="columns"),
+        ParamMapping(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), partition="columns"),
         ParamMapping(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
     ),
-    fixed={
+    required_values={
         "hidden_act": "silu",
         "use_sliding_window": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     },
-    implied={"add_dense_bias": False},
+    implicit_config={"add_dense_bias": False},
     presets={
         "qwen1.5-moe-a2.7b": BASE,
         "qwen2-57b-a14b": replace(

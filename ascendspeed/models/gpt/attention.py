@@ -66,7 +66,7 @@ class RotaryAttention(MegatronModule):
         if segments is None:
             cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
         else:
-            cos, sin = segments.turns(self.config.rope, query.dtype, query.device, self.share)
+            cos, sin = segments.cos_sin(self.config.rope, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         dropout = self.dropout if self.training else 0.0
@@ -83,7 +83,7 @@ class RotaryAttention(MegatronModule):
             get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
         ):
             if segments is None:
-                firsts = self.share.firsts(length)
+                firsts = self.share.chunk_starts(length)
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
                 out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
             else:
@@ -167,14 +167,14 @@ def attend_packed(
     for row, (lengths, *qkv) in enumerate(
         zip(segments.lengths, q.split(1), k.split(1), v.split(1), strict=True)
     ):
-        pieces = segments.pieces(row, share)
+        pieces = segments.query_blocks(row, share)
         sizes = [piece.count for piece in pieces], lengths, lengths
         queries, keys, values = (x.split(size, 2) for x, size in zip(qkv, sizes, strict=True))
         out = [
             attend(
                 query,
-                keys[piece.segment],
-                values[piece.segment],
+                keys[piece.sequence],
+                values[piece.sequence],
                 piece.first,
                 dropout,
                 scale,

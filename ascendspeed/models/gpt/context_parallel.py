@@ -17,14 +17,14 @@ class SequenceShard(NamedTuple):
     rank: int
     size: int
 
-    def cut(self, whole: Tensor, dim: int) -> Tensor:
+    def take(self, whole: Tensor, dim: int) -> Tensor:
         """This rank's two chunks of a whole sequence, which lies along `dim`; all of it for a rank that is alone."""
         if self.size == 1:
             return whole
         chunks = whole.chunk(2 * self.size, dim)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
-    def firsts(self, length: int) -> list[int]:
+    def chunk_starts(self, length: int) -> list[int]:
         """Where this rank's chunks begin in a whole sequence of `length`."""
         chunk = length // (2 * self.size)
         return [0] if self.size == 1 else [self.rank * chunk, (2 * self.size - 1 - self.rank) * chunk]

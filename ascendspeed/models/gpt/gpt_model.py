@@ -122,7 +122,7 @@ def shard_specs(
 ) -> dict[str, param_mapping.ShardSpec]:
     """How every parameter of the model, and of its adapters, is cut in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
-    own = {parameter.name: parameter.cut(tp, padded) for parameter in param_mapping.parameters(model)}
+    own = {parameter.name: parameter.shard_spec(tp, padded) for parameter in param_mapping.parameters(model)}
     return own | adapters.shard_specs(model, parallel, lora or LoraConfig())
 
 
@@ -148,6 +148,6 @@ def load_weights(
         for parameter in (mine.pop(own) for own in copies if own in mine):
             with gather(parameter):
                 if parameter.numel():
-                    parameter.copy_(cut[name].part(full, rank))
+                    parameter.copy_(cut[name].shard(full, rank))
     if mine:
         raise UserError(f"the weights lack {shorten_list(sorted(mine))}")

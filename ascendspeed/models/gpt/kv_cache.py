@@ -35,9 +35,9 @@ class KVCache:
             )
             self.layers[layer.layer_number] = key, value
         self.device, self.dtype = parameter.device, parameter.dtype
-        self.pin([0])
+        self.set_rope_lengths([0])
 
-    def pin(self, lengths: Sequence[int]) -> None:
+    def set_rope_lengths(self, lengths: Sequence[int]) -> None:
         """Fixes each row's rope by the length of its prompt; one length: that of every row.
 
         Dynamic NTK has another base for every length beyond the trained one. Keys that were rotated stay as they are, so a row
@@ -47,12 +47,12 @@ class KVCache:
         same = all(torch.equal(rows[0], row) for row in rows[1:])
         self._frequencies = torch.stack(rows[:1] if same else rows).to(self.device)
 
-    def chunk(self, first: int, count: int, rows: int) -> None:
+    def begin_prefill(self, first: int, count: int, rows: int) -> None:
         """The next pass takes tokens `first` ... `first + count - 1` of each of the first `rows` rows."""
         self._first, self._slots = first, None
         self._turn(torch.arange(first, first + count, dtype=torch.float32, device=self.device)[:, None], rows)
 
-    def step(self, slots: Sequence[int]) -> None:
+    def begin_decode(self, slots: Sequence[int]) -> None:
         """The next pass takes one token of each row, that of its slot."""
         self._first, self._end = min(slots), max(slots) + 1
         self._slots = torch.tensor(slots, device=self.device)
@@ -67,7 +67,7 @@ class KVCache:
     def _turn(self, positions: Tensor, rows: int) -> None:
         """Once for all layers: what this pass's queries and keys are turned by."""
         frequencies = self._frequencies[:rows] if len(self._frequencies) > 1 else self._frequencies
-        self._cos, self._sin = self.rope.turns(positions, frequencies, self.dtype)
+        self._cos, self._sin = self.rope.cos_sin(positions, frequencies, self.dtype)
         self._rotate = self.rotary if self._cos.size(1) == 1 else rotary  # the devices' kernels know no rows
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
@@ -93,7 +93,7 @@ class KVCache:
         )
         return out.flatten(1)[None]
 
-    def select(self, rows: Sequence[int], used: int) -> None:
+    def reorder(self, rows: Sequence[int], used: int) -> None:
         """Row i becomes what row `rows[i]` was, in its first `used` slots; there may be more rows than before."""
         if len(self._frequencies) > 1:
             self._frequencies = self._frequencies[list(rows)]

@@ -100,7 +100,7 @@ class NormHead(ColumnLinear):
         return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def fold_normalization(self) -> None:
         """The weight will not change any more: its rows are brought to length 1 once, instead of at every pass."""
         self.weight.copy_(F.normalize(self.weight))
         self.__class__ = ColumnLinear

@@ -21,7 +21,7 @@ from ascendspeed.utils.errors import UserError
 class QueryBlock(NamedTuple):
     """Queries of one segment that a rank has, one after the other."""
 
-    segment: int
+    sequence: int
     """Which of the row's segments."""
     first: int
     """The first one's position in its segment."""
@@ -57,14 +57,14 @@ class PackedSequences(PackedSeqParams):
             )
         return self._bounds[device]
 
-    def turns(
+    def cos_sin(
         self, rope: Rope, dtype: torch.dtype, device: torch.device, share: SequenceShard = WHOLE_SEQUENCE
     ) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] of the positions that `share` has; made once, for all layers."""
         key = (dtype, device, share)
         if key not in self._turns:
-            positions = share.cut(self.positions, 1).t().float().to(device)
-            self._turns[key] = rope.turns(positions, self._frequencies(rope, share).to(device), dtype)
+            positions = share.take(self.positions, 1).t().float().to(device)
+            self._turns[key] = rope.cos_sin(positions, self._frequencies(rope, share).to(device), dtype)
         return self._turns[key]
 
     def _frequencies(self, rope: Rope, share: SequenceShard) -> Tensor:
@@ -74,13 +74,13 @@ class PackedSequences(PackedSeqParams):
         if all(torch.equal(first, other) for other in of.values()):
             return first[None]
         rows = [torch.cat([of[n].expand(n, -1) for n in row]) for row in self.lengths]
-        return share.cut(torch.stack(rows, 1), 0)
+        return share.take(torch.stack(rows, 1), 0)
 
-    def pieces(self, row: int, share: SequenceShard = WHOLE_SEQUENCE) -> list[QueryBlock]:
+    def query_blocks(self, row: int, share: SequenceShard = WHOLE_SEQUENCE) -> list[QueryBlock]:
         """The queries of a row that `share` has, in the order in which it has them."""
         whole, found = sum(self.lengths[row]), []
-        chunk = whole // len(share.firsts(whole)) // share.size
-        for first in share.firsts(whole):
+        chunk = whole // len(share.chunk_starts(whole)) // share.size
+        for first in share.chunk_starts(whole):
             begin = 0
             for i, n in enumerate(self.lengths[row]):
                 start, stop = max(begin, first), min(begin + n, first + chunk)

@@ -34,13 +34,13 @@ class Rope:
         if key not in self._tables:
             if len(self._tables) >= 8:
                 self._tables.pop(next(iter(self._tables)))
-            positions = share.cut(torch.arange(length, dtype=torch.float32, device="cpu"), 0)
-            cos, sin = self.turns(positions[:, None], self.inverse_frequencies(length)[None], dtype)
+            positions = share.take(torch.arange(length, dtype=torch.float32, device="cpu"), 0)
+            cos, sin = self.cos_sin(positions[:, None], self.inverse_frequencies(length)[None], dtype)
             self._tables[key] = cos.to(device), sin.to(device)
         return self._tables[key]
 
     @staticmethod
-    def turns(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin [s, b, 1, d] for positions [s, b] and frequencies [b, d/2], fp32 both; either b may be 1."""
         angles = positions[..., None] * frequencies
         angles = torch.cat((angles, angles), -1)[:, :, None]

@@ -34,7 +34,7 @@ def shard_specs(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig) 
     """How every A and B of the model is cut in this layout; nothing when LoRA is off."""
     tp = parallel.tensor_model_parallel_size
     return {
-        target.ours(which, layer): shard_spec(model, target, which, lora.lora_rank, tp)
+        target.megatron_name(which, layer): shard_spec(model, target, which, lora.lora_rank, tp)
         for layer in range(model.num_layers)
         for target in selected_targets(model, lora)
         for which in "AB"
@@ -44,15 +44,15 @@ def shard_specs(model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig) 
 def shard_spec(model: ModelConfig, target: LoraTarget, which: str, rank: int, tp: int) -> ShardSpec:
     """How A or B is cut by `tp` ranks."""
     shape = target.shape(which, rank)
-    if target.row.split == "columns":
+    if target.mapping.partition == "columns":
         return ShardSpec(shape, 1, 1, tp) if which == "A" else ShardSpec(shape)
     return ShardSpec(shape) if which == "A" or _crosses(model, target, tp) else ShardSpec(shape, 0, 1, tp)
 
 
 def _crosses(model: ModelConfig, target: LoraTarget, tp: int) -> bool:
     """Whether a rank's rows of q, k and v are no even part of each: then every rank has all of B, and takes what is its own."""
-    row = target.row
-    return tp > 1 and row.fuse == "qkv" and (len(row.theirs) == 1 or model.kv_heads % tp > 0)
+    row = target.mapping
+    return tp > 1 and row.fusion == "qkv" and (len(row.hf_params) == 1 or model.kv_heads % tp > 0)
 
 
 def attach(gpt: GPTModel, model: ModelConfig, lora: LoraConfig) -> None:
@@ -90,18 +90,18 @@ class LinearAdapter(torch.nn.Module):
         super().__init__()
         self.targets, self.scale, self.dropout = targets, lora.lora_alpha / lora.lora_rank, lora.lora_dropout
         self.group = parallel_state.get_tensor_model_parallel_group()
-        self.sequence, self.columns = config.sequence_parallel, targets[0].row.split == "columns"
+        self.sequence, self.columns = config.sequence_parallel, targets[0].mapping.partition == "columns"
         self.crosses = _crosses(model, targets[0], self.group.size())
-        row, parts = targets[0].row, 1 if self.crosses or self.columns else self.group.size()
+        row, parts = targets[0].mapping, 1 if self.crosses or self.columns else self.group.size()
         self.widths = [width // parts for width in blocks(model, row)]  # of the blocks in this rank's outputs
         self.heads = (
-            model.kv_heads // parts if row.fuse == "qkv" else 1
+            model.kv_heads // parts if row.fusion == "qkv" else 1
         )  # groups that the blocks interleave in
         for target in targets:
             for which in "AB":
                 how = shard_spec(model, target, which, lora.lora_rank, self.group.size())
                 weight = torch.nn.Parameter(
-                    torch.zeros(how.part_shape, dtype=config.params_dtype, device=current_device())
+                    torch.zeros(how.shard_shape, dtype=config.params_dtype, device=current_device())
                 )
                 if how.dim is not None:
                     set_tensor_model_parallel_attributes(weight, True, how.dim, 1)
@@ -167,9 +167,11 @@ class LinearAdapter(torch.nn.Module):
 
     def _spread(self, deltas: list[Tensor]) -> Sequence[Tensor]:
         """One tensor for each block of the linear's outputs."""
-        names = self.targets[0].row.theirs
+        names = self.targets[0].mapping.hf_params
         if len(names) == 1:  # a matrix that holds the blocks one after the other
             return deltas[0].split(self.widths, -1)
-        made = {f"{target.theirs}.weight": delta for target, delta in zip(self.targets, deltas, strict=True)}
+        made = {
+            f"{target.hf_module}.weight": delta for target, delta in zip(self.targets, deltas, strict=True)
+        }
         missing = (deltas[0].new_zeros(1).expand(*deltas[0].shape[:-1], width) for width in self.widths)
         return [made.get(name, zeros) for name, zeros in zip(names, missing, strict=True)]

@@ -30,9 +30,9 @@ ALL = "all-linear"
 class LoraTarget:
     """A matrix of every layer that has an adapter: A [rank, inputs] and B [outputs, rank]."""
 
-    row: ParamMapping
+    mapping: ParamMapping
     """Whose parameter it is, or is a block of."""
-    theirs: str
+    hf_module: str
     """Its module in the Hugging Face model, such as model.layers.{l}.self_attn.q_proj."""
     inputs: int
     outputs: int
@@ -40,16 +40,16 @@ class LoraTarget:
     @property
     def linear(self) -> str:
         """One of LINEARS."""
-        return self.row.ours.split(".")[-2]
+        return self.mapping.megatron_param.split(".")[-2]
 
     @property
     def leaf(self) -> str:
         """The last word of its name, which is that of --lora-target-modules."""
-        return self.theirs.rpartition(".")[2]
+        return self.hf_module.rpartition(".")[2]
 
-    def ours(self, which: str, layer: int) -> str:
+    def megatron_name(self, which: str, layer: int) -> str:
         """Our name of its A or B in a layer."""
-        return f"{self.row.ours.removesuffix('weight').format(l=layer)}lora.{self.leaf}_{which}"
+        return f"{self.mapping.megatron_param.removesuffix('weight').format(l=layer)}lora.{self.leaf}_{which}"
 
     def shape(self, which: str, rank: int) -> tuple[int, int]:
         """Of its A or B."""
@@ -59,15 +59,15 @@ class LoraTarget:
 def targets_of(model: ModelConfig, rows: Iterable[ParamMapping] | None = None) -> list[LoraTarget]:
     """Every matrix that may have an adapter, in the model's order, by its family's rows or by others for the same parameters."""
     found = []
-    for row in FAMILIES[model.family].rows_of(model, rows):
-        *_, linear, kind = row.ours.split(".")
-        if kind != "weight" or linear not in LINEARS or "{e}" in row.ours:
+    for row in FAMILIES[model.family].mappings_of(model, rows):
+        *_, linear, kind = row.megatron_param.split(".")
+        if kind != "weight" or linear not in LINEARS or "{e}" in row.megatron_param:
             continue
         outputs, inputs = param_shape(model, row)
-        sizes = blocks(model, row) if len(row.theirs) > 1 else [outputs]
+        sizes = blocks(model, row) if len(row.hf_params) > 1 else [outputs]
         found += [
             LoraTarget(row, name.removesuffix(".weight"), inputs, n)
-            for name, n in zip(row.theirs, sizes, strict=True)
+            for name, n in zip(row.hf_params, sizes, strict=True)
         ]
     return found
 
@@ -75,7 +75,7 @@ def targets_of(model: ModelConfig, rows: Iterable[ParamMapping] | None = None) -
 def blocks(model: ModelConfig, row: ParamMapping) -> list[int]:
     """Rows of each block of a parameter: all of them; q, k and v; gate and up."""
     rows, kv = param_shape(model, row)[0], model.kv_heads * model.head_dim
-    return {"one": [rows], "glu": [rows // 2] * 2, "qkv": [rows - 2 * kv, kv, kv]}[row.fuse]
+    return {"one": [rows], "glu": [rows // 2] * 2, "qkv": [rows - 2 * kv, kv, kv]}[row.fusion]
 
 
 def naming_schemes(model: ModelConfig) -> Iterator[list[LoraTarget]]:
@@ -83,7 +83,7 @@ def naming_schemes(model: ModelConfig) -> Iterator[list[LoraTarget]]:
     own = targets_of(model)
     yield own
     llama = targets_of(model, LLAMA)
-    if {t.theirs for t in llama} != {t.theirs for t in own}:
+    if {t.hf_module for t in llama} != {t.hf_module for t in own}:
         yield llama
 
 
@@ -135,7 +135,7 @@ def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConf
     tp, pp = (
         (parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size) if parallel else (1, 1)
     )
-    sizes = ((t.row.split == "columns", t.inputs, t.outputs) for t in selected_targets(model, lora))
+    sizes = ((t.mapping.partition == "columns", t.inputs, t.outputs) for t in selected_targets(model, lora))
     widths = sum(
         inputs // tp + outputs if columns else inputs + outputs // tp for columns, inputs, outputs in sizes
     )

@@ -383,7 +383,10 @@ class DeepSpeedEngine:
             for name, value in scalars.get("loss_scaler", {}).items():  # the other engine keeps other things
                 setattr(self.zero.loss_scaler, name, value)
         self._publish()
-        if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
+        if (checkpoint.world, checkpoint.run.parallel.layout_key) == (
+            self.grid.world,
+            self.run.parallel.layout_key,
+        ):
             set_rng_states(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:

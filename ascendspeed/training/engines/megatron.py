@@ -203,7 +203,7 @@ class MegatronEngine:
         """One micro-batch through one piece of the model -> its output, and what the last stage makes the loss of it with."""
         batch = next(batches)
         tokens, labels, mask, positions = (
-            self.share.cut(x, 1).to(self.device.torch)
+            self.share.take(x, 1).to(self.device.torch)
             for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
 
@@ -291,7 +291,10 @@ class MegatronEngine:
                 ).items():  # the other engine keeps other things
                     setattr(part.grad_scaler, name, value)
         self._publish()
-        if (checkpoint.world, checkpoint.run.parallel.places) == (self.grid.world, self.run.parallel.places):
+        if (checkpoint.world, checkpoint.run.parallel.layout_key) == (
+            self.grid.world,
+            self.run.parallel.layout_key,
+        ):
             set_rng_states(checkpoint.rng(self.grid.rank))
 
     def _publish(self) -> None:

@@ -193,7 +193,7 @@ def _meet(grid: ProcessGrid) -> tuple[socket.socket, Any, str]:
     family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
     own = socket.socket(family, kind)
     own.bind(("", 0))
-    port, token = grid.gather((own.getsockname()[1], secrets.token_hex(8)))[0]
+    port, token = grid.all_gather_object((own.getsockname()[1], secrets.token_hex(8)))[0]
     return own, (address[0], port, *address[2:]), token
 
 

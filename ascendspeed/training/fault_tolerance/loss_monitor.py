@@ -59,7 +59,7 @@ class Health:
         mine = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
         guilty = [
             f"rank {rank}: samples {', '.join(bad)}"
-            for rank, bad in enumerate(self._grid.gather(mine))
+            for rank, bad in enumerate(self._grid.all_gather_object(mine))
             if bad
         ]
         scale = f"loss scale {result.loss_scale:g}"

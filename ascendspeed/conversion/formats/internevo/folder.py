@@ -151,8 +151,8 @@ class InternEvoFolder:
             if any(
                 name.format(l=0) in self.names
                 for row in rows
-                if row.ours == QKV + "weight"
-                for name in row.theirs
+                if row.megatron_param == QKV + "weight"
+                for name in row.hf_params
             ):
                 return model_type
         if any("moe_layer" in name for name in self.names):

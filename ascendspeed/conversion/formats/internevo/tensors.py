@@ -13,47 +13,47 @@ from ascendspeed.models.param_mapping import SHARD_DIM, Parameter, Slice2D, Span
 
 def stored(style: InternEvoStyle, config: ModelConfig, parameter: Parameter, rank: int) -> list[StoredTensor]:
     """The tensors that hold a parameter in the files of one of `style.ranks` ranks, by the names in `theirs`; it may hold none."""
-    row = parameter.row
+    row = parameter.mapping
     parts = style.outer if style.outer and parameter.layer is None else style.ranks
     dim, part = _dimension(row, style), rank % parts
-    if rank and row.ours.endswith("linear_proj.bias") and not style.isp:
+    if rank and row.megatron_param.endswith("linear_proj.bias") and not style.isp:
         return []  # it is added to the sum over the ranks: only the first one has it
     held = _blocks(config, row, style)
     if not _as_one(row, style):
-        groups = [held] if len(row.theirs) == 1 else [[block] for block in held]
+        groups = [held] if len(row.hf_params) == 1 else [[block] for block in held]
         return [
             _entry(name, parameter, group, dim, parts, part)
-            for name, group in zip(parameter.theirs, groups, strict=True)
+            for name, group in zip(parameter.hf_names, groups, strict=True)
         ]
     together = _entry("", parameter, [[span for block in held for span in block]], dim, parts, part)
     lengths = [_length(block) // parts for block in param_mapping.block_spans(config, row)]
-    return list(_divide(together, parameter.theirs, lengths if len(row.theirs) > 1 else [sum(lengths)]))
+    return list(_divide(together, parameter.hf_names, lengths if len(row.hf_params) > 1 else [sum(lengths)]))
 
 
 def _dimension(row: ParamMapping, style: InternEvoStyle) -> int | None:
-    if not style.isp or row.ours.startswith("embedding."):
-        return SHARD_DIM[row.split]
-    return None if "norm" in row.ours else 0
+    if not style.isp or row.megatron_param.startswith("embedding."):
+        return SHARD_DIM[row.partition]
+    return None if "norm" in row.megatron_param else 0
 
 
 def _as_one(row: ParamMapping, style: InternEvoStyle) -> bool:
     """Whether the blocks of a row were one tensor when the ranks' parts were cut off it."""
-    if ".linear_qkv." in row.ours:
-        return style.cut_qkv or (style.isp and len(row.theirs) == 1)
-    return style.cut_glu and ".linear_fc1." in row.ours
+    if ".linear_qkv." in row.megatron_param:
+        return style.cut_qkv or (style.isp and len(row.hf_params) == 1)
+    return style.cut_glu and ".linear_fc1." in row.megatron_param
 
 
 def _blocks(config: ModelConfig, row: ParamMapping, style: InternEvoStyle) -> list[list[Span]]:
     """Our rows in the order in which they lie there."""
-    if ".linear_qkv." not in row.ours:
+    if ".linear_qkv." not in row.megatron_param:
         return param_mapping.block_spans(config, row)
-    q, k, v = param_mapping.block_spans(config, replace(row, fuse="qkv"))
+    q, k, v = param_mapping.block_spans(config, replace(row, fusion="qkv"))
     heads = [
         [_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block]
         for block in (q, k)
     ]
     heads.append([[span] for span in v])
-    if row.fuse == "qkv" and not style.cut_qkv:
+    if row.fusion == "qkv" and not style.cut_qkv:
         return [[span for group in block for span in group] for block in heads]
     return [[span for group in zip(*heads, strict=True) for block in group for span in block]]
 
@@ -87,7 +87,7 @@ def _divide(entry: StoredTensor, names: Sequence[str], lengths: Sequence[int]) -
     """The pieces of a tensor that was saved under several names, one after the other."""
     at = 0
     for name, length in zip(names, lengths, strict=True):
-        tiles = tuple(_window(entry.tiles, at, at + length))
+        tiles = tuple(_window(entry.slices, at, at + length))
         yield entry._replace(name=name, shape=(length, *entry.shape[1:]), tiles=tiles)
         at += length
 
@@ -95,6 +95,6 @@ def _divide(entry: StoredTensor, names: Sequence[str], lengths: Sequence[int]) -
 def _window(tiles: Iterable[Slice2D], first: int, last: int) -> Iterator[Slice2D]:
     """What lies in the rows from `first` to `last` of a tensor, counted from there."""
     for tile in tiles:
-        top, bottom = max(first, tile.part_row), min(last, tile.part_row + tile.rows)
+        top, bottom = max(first, tile.local_row), min(last, tile.local_row + tile.rows)
         if top < bottom:
-            yield tile._replace(row=tile.row + top - tile.part_row, part_row=top - first, rows=bottom - top)
+            yield tile._replace(row=tile.row + top - tile.local_row, local_row=top - first, rows=bottom - top)

@@ -95,7 +95,7 @@ def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch)
         for row in family.param_mappings
     )
     with monkeypatch.context() as patch:
-        patch.setitem(FAMILIES, "llama", replace(family, rows=wrong))
+        patch.setitem(FAMILIES, "llama", replace(family, param_mappings=wrong))
         convert.write_hf(convert.open_reader(source), tmp_path / "back")
         opened = convert.open_reader(source)
         assert (
@@ -157,7 +157,7 @@ def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch
         for row in family.param_mappings
     )
     with monkeypatch.context() as patch:
-        patch.setitem(FAMILIES, family.name, replace(family, rows=wrong))
+        patch.setitem(FAMILIES, family.name, replace(family, param_mappings=wrong))
         with pytest.raises(UserError, match=r"verification failed: logits of transformers' llama"):
             convert.convert(
                 convert.open_reader(source), tmp_path / "ranks", convert.RankFileWriter(2), verify=True

@@ -80,7 +80,7 @@ def test_one_name_holds_its_blocks_one_after_the_other():
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
     fused = fused_qkv()
-    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=tp)
+    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, num_shards=tp)
     for rank in range(tp):
         mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
         assert torch.equal(cut.shard(fused, rank), mine)
@@ -89,7 +89,7 @@ def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
 def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():
     """Megatron gathers such a group from its ranks and takes it apart whole."""
     fused = fused_qkv()
-    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, parts=8)
+    cut = param_mapping.ShardSpec(tuple(fused.shape), 0, num_shards=8)
     assert torch.equal(torch.cat([cut.shard(fused, rank) for rank in (2, 3)]), fused.chunk(4)[1])
 
 
@@ -148,7 +148,7 @@ def test_every_rank_has_its_gate_then_its_up(tp):
 @pytest.mark.parametrize(("tp", "padded"), [(1, 131), (1, 256), (4, 256), (8, 1024)])
 def test_padding_of_the_vocabulary_is_zero_and_goes_away(tp, padded):
     full = 1 + numbered(131)
-    cut = param_mapping.ShardSpec((131, 64), 0, parts=tp, padded_rows=padded)
+    cut = param_mapping.ShardSpec((131, 64), 0, num_shards=tp, padded_rows=padded)
     parts = [cut.shard(full, rank) for rank in range(tp)]
     whole = torch.cat(parts)
     assert {tuple(part.shape) for part in parts} == {cut.shard_shape} == {(padded // tp, 64)}

@@ -107,7 +107,7 @@ class ShardSpec:
             held, math.prod(self.shape[1:]), self.dim, self.num_shards, rank, self.padded_rows
         )
 
-    def part(self, full: Tensor, rank: int) -> Tensor:
+    def shard(self, full: Tensor, rank: int) -> Tensor:
         """The part of rank `rank`, a view where it can be; rows of padding are zero."""
         if self.padded_rows:
             rows = self.padded_rows // self.num_shards

@@ -152,7 +152,7 @@ class Family:
 
 
 def override_keys(
-    config_mappings: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
+    keys: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
 ) -> tuple[ConfigMapping, ...]:
     """Another family's keys: without some, and with other defaults (by the words of config.json)."""
     return tuple(
@@ -163,7 +163,7 @@ def override_keys(
 
 
 def replace_mappings(
-    param_mappings: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
+    rows: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
 ) -> tuple[ParamMapping, ...]:
     """Another family's rows: `new` take the place of those of the same parameter; `without` names parameters that are not there."""
     by_name = {row.megatron_param: row for row in new}

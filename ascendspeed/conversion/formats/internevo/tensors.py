@@ -88,7 +88,7 @@ def _divide(entry: StoredTensor, names: Sequence[str], lengths: Sequence[int]) -
     at = 0
     for name, length in zip(names, lengths, strict=True):
         tiles = tuple(_window(entry.slices, at, at + length))
-        yield entry._replace(name=name, shape=(length, *entry.shape[1:]), tiles=tiles)
+        yield entry._replace(name=name, shape=(length, *entry.shape[1:]), slices=tiles)
         at += length
 
 

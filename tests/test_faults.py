@@ -6,7 +6,6 @@ real launcher, with the real engine, and killed at random moments a hundred time
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from helpers import launch
+from helpers import forkserver, launch
 
 from ascendspeed.checkpoint.discovery import find_checkpoint
 from ascendspeed.utils import errors
@@ -29,7 +28,6 @@ from ascendspeed.utils import errors
 ITERS, WORLD = 12, 2
 KILLED = -signal.SIGKILL
 SLOW = pytest.mark.slow
-SERVER = multiprocessing.get_context("forkserver")
 
 
 def rank(number: int, world: int, port: int, folder: str, flags: list[str], env: dict[str, str]) -> None:
@@ -81,12 +79,10 @@ class Job:
         ]
         env, port = {"FAULTS": json.dumps(self.faults)} | self.env, self.port or launch.free_port()
         self.folder.mkdir(exist_ok=True)
-        ranks = [
-            SERVER.Process(target=rank, args=(r, self.world, port, str(self.folder), words, env))
+        return [
+            forkserver.start(rank, (r, self.world, port, str(self.folder), words, env), launch.environment())
             for r in range(self.world)
         ]
-        [process.start() for process in ranks]
-        return ranks
 
     def run(self, *more: str) -> list[int]:
         """Exit codes. Ranks that do not end are killed, and the test fails."""
@@ -121,16 +117,8 @@ def ended(ranks: list, job: Job, seconds: float = 60) -> list[int]:
     return codes
 
 
-@pytest.fixture(scope="session", autouse=True)
-def ready():
-    """The fork server, with everything imported once."""
-    environ = launch.environment()
-    os.environ.update({name: environ[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")})
-    SERVER.set_forkserver_preload(["helpers.ready"])
-
-
 @pytest.fixture(scope="session")
-def whole(ready, tmp_path_factory) -> dict[int, str]:
+def whole(tmp_path_factory) -> dict[int, str]:
     """The curve of a run that nothing happens to."""
     job = Job(tmp_path_factory.mktemp("whole"))
     assert job.run() == [0, 0], job.said()
@@ -196,7 +184,7 @@ LONG = ("--train-iters", "60", "--save-interval", "2", "--keep", "3", "--distrib
 
 
 @pytest.fixture(scope="module")
-def whole_long(ready, tmp_path_factory) -> dict[int, str]:
+def whole_long(tmp_path_factory) -> dict[int, str]:
     """The curve of an untouched run that is long enough for many kills."""
     job = Job(tmp_path_factory.mktemp("long"), LONG)
     assert job.run() == [0, 0], job.said()
@@ -256,7 +244,7 @@ def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
     return hit, hit and saving()
 
 
-def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(ready, tmp_path):
+def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_path):
     """Every rank in a folder of its own, as --save ./ckpt on the nodes' own disks: empty ones, then one that holds a checkpoint."""
     job = Job(tmp_path / "job", ("--save", "ckpt"), env={"RANK_FOLDERS": "1"})
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
@@ -322,7 +310,7 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
 @pytest.mark.parametrize(
     ("what", "who"), [("kill", 1), *(pytest.param(w, r, marks=SLOW) for w, r in [("kill", 0), ("stop", 2)])]
 )
-def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(ready, tmp_path, what, who):
+def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     """Four of them: signs of life go by way of rank 0, and so does the word that one is gone."""
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}], world=4)
     ranks = job.start("--distributed-timeout-minutes", "0.1")
@@ -359,7 +347,7 @@ def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
     finish(job, whole)
 
 
-def test_a_port_that_is_taken_is_named(ready, tmp_path):
+def test_a_port_that_is_taken_is_named(tmp_path):
     job = Job(tmp_path / "job")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -390,7 +378,7 @@ def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
     job = Job(
         tmp_path / "job",
         ("--async-save",) if behind else (),
-        faults=[{"what": what, "rank": 1, "step": 6, **more}],
+        faults=[{"what": what, "rank": 1, "step": 6, "after": "step_0000003", **more}],
     )
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
     assert re.search(
@@ -420,7 +408,7 @@ def test_every_skip_names_rank_and_samples(whole, tmp_path):
     }
 
 
-def test_too_many_skips_stop_and_name_the_last_good_checkpoint(ready, tmp_path):
+def test_too_many_skips_stop_and_name_the_last_good_checkpoint(tmp_path):
     job = Job(
         tmp_path / "job",
         ("--async-save", "--max-skipped-steps", "3"),

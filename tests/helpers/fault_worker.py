@@ -15,6 +15,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 from ascendspeed.distributed import device
@@ -55,11 +56,20 @@ FAULTS = {
 }
 
 
+def wait_for_checkpoint(name: str) -> None:
+    """Returns once a checkpoint is published: a save in the background may still be under way when the next step begins."""
+    latest = Path(os.environ["FAULT_DIR"], "ckpt", "latest")
+    while not (latest.exists() and latest.read_text().strip() == name):
+        time.sleep(0.01)
+
+
 def happen(fault: dict) -> None:
     """Now, or at the n-th change of a file from now on."""
     mark = Path(os.environ["FAULT_DIR"], "happened " + json.dumps(fault).replace("/", " "))
     if mark.exists():
         return
+    if "after" in fault:
+        wait_for_checkpoint(fault["after"])
     act = FAULTS[fault["what"]]
 
     def now() -> None:

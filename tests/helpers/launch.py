@@ -3,10 +3,11 @@
 import json
 import os
 import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from helpers import forkserver
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,27 +43,31 @@ def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: f
     folder.mkdir(parents=True, exist_ok=True)
     job = {**job, "out": str(folder / "out.json")}
     (folder / "job.json").write_text(json.dumps(job))
+    program = ROOT / "tests" / "helpers" / script
+    on_cpu = job.get("device", "cpu") == "cpu"
+    start = (
+        forkserver.start_script if on_cpu else forkserver.start_interpreter
+    )  # the server has torch prepared for the CPU
     port = str(free_port())
     processes, logs = [], []
     for rank in range(world):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-        }
-        env = environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        env = environment(
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            **{name: str(value) for name, value in variables.items()},
+        )
         logs.append(folder / f"rank{rank}.log")
-        with open(logs[-1], "w") as log:
-            command = [sys.executable, str(ROOT / "tests" / "helpers" / script), str(folder / "job.json")]
-            processes.append(
-                subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
-            )
+        logs[-1].unlink(missing_ok=True)
+        processes.append(start(program, [str(folder / "job.json")], env, logs[-1], folder))
+    deadline = time.monotonic() + timeout
     try:
-        codes = [process.wait(timeout) for process in processes]
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        codes = [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
-    said = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
-    assert not any(codes), f"exit codes {codes}\n{said}"
+    output = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
+    assert not any(code is None or code for code in codes), f"exit codes {codes}\n{output}"
     return json.loads((folder / "out.json").read_text())

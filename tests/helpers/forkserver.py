@@ -1,0 +1,75 @@
+"""Child processes that start at once: forked from a server that has imported torch, Megatron-core, DeepSpeed and transformers.
+
+A fresh interpreter spends several seconds of CPU time on these imports, and a test of eight ranks pays them eight times.
+A forked child has a process of its own, its own environment, working directory and files, so that ranks are as real as before.
+"""
+
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["helpers.preloaded"])
+SERVER_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "PYTHONPATH",
+    "PYTHONWARNINGS",
+    "HF_HUB_OFFLINE",
+    "TOKENIZERS_PARALLELISM",
+)
+"""Variables that act on import: the server, which starts with the first child, takes them from that child."""
+
+
+def start(target: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> BaseProcess:
+    """Calls `target` in a forked process that has exactly this environment."""
+    before = {name: os.environ.get(name) for name in SERVER_VARIABLES}
+    os.environ.update({name: environment[name] for name in SERVER_VARIABLES if name in environment})
+    process = SERVER.Process(target=_call, args=(target, arguments, environment))
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+    return process
+
+
+def start_script(
+    script: Path, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
+) -> BaseProcess:
+    """Runs a script as `__main__` in a forked process, with stdout and stderr in `log` and `folder` as working directory."""
+    return start(run_script, (str(script), arguments, str(log), str(folder)), environment)
+
+
+def start_interpreter(
+    script: Path, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
+) -> BaseProcess:
+    """`start_script` in a fresh interpreter, for a device other than the CPU."""
+    words = (run_script, (str(script), arguments, str(log), str(folder)), environment)
+    process = multiprocessing.get_context("spawn").Process(target=_call, args=words)
+    process.start()
+    return process
+
+
+def run_script(script: str, arguments: list[str], log: str, folder: str) -> None:
+    """Runs a script in this process, which is a child of a test."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.chdir(folder)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
+
+def _call(target: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    target(*arguments)

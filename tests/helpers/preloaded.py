@@ -1,0 +1,15 @@
+"""Imports for the fork server: everything that a rank on the CPU needs, so that each rank starts at once. No process group yet."""
+
+from ascendspeed.distributed import device
+
+device.prepare("cpu")
+
+import deepspeed  # noqa: E402, F401
+import megatron.core.models.gpt  # noqa: E402, F401
+import transformers.models.llama.modeling_llama  # noqa: E402, F401
+
+from ascendspeed.inference.engine import language_model  # noqa: E402, F401
+from ascendspeed.training import fault_tolerance, loop, setup  # noqa: E402, F401
+from ascendspeed.training.engines import deepspeed as _deepspeed  # noqa: E402, F401
+from ascendspeed.training.engines import megatron as _megatron  # noqa: E402, F401
+from helpers import oracle, toy  # noqa: E402, F401

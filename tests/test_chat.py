@@ -297,24 +297,28 @@ def test_the_answer_is_read_back(kinds):
 
 
 WRONG = {
-    "a conversation is a list": [[], "text", {}, None, 3],
-    "message 1: a message has a role": [["text"]],
-    "message 1: the role 'boss' does not exist; there are system, user": [[{"role": "boss", "content": ""}]],
+    "a conversation is a list of at least one message": [[], "text", {}, None, 3],
+    "message 1: a message is an object with role and content": [["text"]],
+    "message 1: the role 'boss' does not exist; choose from system, user": [
+        [{"role": "boss", "content": ""}]
+    ],
     "message 1: the role None": [[{"content": "x"}]],
     "message 2: the content is missing": [[{"role": "user", "content": "x"}, {"role": "user"}]],
-    "message 1: the content is 5, not a text": [[{"role": "user", "content": 5}]],
-    "message 1: 'colour' is not understood": [[{"role": "user", "content": "x", "colour": "red"}]],
-    "message 2: a system message here: there is one already": [[TALK[0], TALK[0], TALK[1]]],
-    "message 2: a system message here: it must come first": [[TALK[1], TALK[0], TALK[1]]],
+    "message 1: the content is 5, not a string": [[{"role": "user", "content": 5}]],
+    "message 1: unknown field 'colour'": [[{"role": "user", "content": "x", "colour": "red"}]],
+    "message 2: a second system message": [[TALK[0], TALK[0], TALK[1]]],
+    "message 2: the system message must come first": [[TALK[1], TALK[0], TALK[1]]],
     "the last message is the assistant's": [TALK[:3]],
     "the last message is the system's": [TALK[:1]],
     "message 1: only the assistant calls tools": [[{"role": "user", "content": "x", "code": "1"}]],
-    "message 1: tool_calls is a list": [[{"role": "assistant", "content": "x", "tool_calls": "f"}]],
-    "message 1: a tool call has a name": [[{"role": "assistant", "content": "x", "tool_calls": [{}]}]],
+    "message 1: tool_calls must be a list": [[{"role": "assistant", "content": "x", "tool_calls": "f"}]],
+    "message 1: a tool call is an object with name": [
+        [{"role": "assistant", "content": "x", "tool_calls": [{}]}]
+    ],
     "message 1: the arguments of f are not JSON": [
         [{"role": "assistant", "content": "x", "tool_calls": [{"name": "f", "arguments": "{"}]}]
     ],
-    "message 1: '' is no name": [[{"role": "user", "content": "x", "name": ""}]],
+    "message 1: the name is '', not one line of text": [[{"role": "user", "content": "x", "name": ""}]],
 }
 
 
@@ -333,13 +337,13 @@ def test_what_a_template_has_no_place_for(kinds):
     one, _ = kind(kinds, "v1")
     found = ChatFormat(one, "internlm")
     for message, says in {
-        Message("environment", "1"): "v1 has no environment, only system, user, assistant",
-        Message("user", "x", "file"): "v1 has no place for a name",
-        Message("assistant", "x", None, (ToolCall("plugin", "{}"),)): "v1 has no place for tools",
+        Message("environment", "1"): "v1 has no role environment, only system, user, assistant",
+        Message("user", "x", "file"): "v1 does not support a name",
+        Message("assistant", "x", None, (ToolCall("plugin", "{}"),)): "v1 does not support tools",
     }.items():
         with pytest.raises(UserError, match=says):
             found.prompt_ids([Message("user", "hi"), message, Message("user", "hi")])
-    with pytest.raises(UserError, match="v1 has no place for a name"):
+    with pytest.raises(UserError, match="v1 does not support a name"):
         found.prompt_ids([Message("user", "hi")], tools=[{}])
     with pytest.raises(UserError, match="tools are a list"):
         found.prompt_ids([Message("user", "hi")], tools="weather")
@@ -358,7 +362,7 @@ def test_which_template_a_model_takes(kinds, tmp_path):
         match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2",
     ):
         choose_template(plain, "llama")
-    with pytest.raises(UserError, match="--chat-template v9 does not exist; there are v1"):
+    with pytest.raises(UserError, match="--chat-template v9 does not exist; choose from v1"):
         choose_template(plain, "llama", "v9")
     with pytest.raises(
         UserError,
@@ -370,7 +374,7 @@ def test_which_template_a_model_takes(kinds, tmp_path):
     ended = ChatFormat(plain, "internlm")
     assert ended.stop_ids == (2,)
     assert ended.notes == [
-        "the tokenizer has no <eoa>: turns of the assistant end with the end of a document"
+        "the tokenizer has no <eoa>: turns of the assistant end with the end-of-document token"
     ]
     assert not ChatFormat(kinds["v1"][0], "internlm").notes
     assert set(TEMPLATES) == {"v1", "v1-eoh", "v2", "v2.5", "v3"}

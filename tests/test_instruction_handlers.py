@@ -327,38 +327,46 @@ WRONG = {  # handler -> kind -> what the row says
         ("no conversation", "None, not a list", {}),
         ("no conversation", "'text', not a list", {"conversations": "text"}),
         ("no conversation", r"\[\], not a list", {"conversations": []}),
-        ("no conversation", "message 1: a message has a role", {"conversations": ["text", A]}),
+        (
+            "no conversation",
+            "message 1: a message is an object with role and content",
+            {"conversations": ["text", A]},
+        ),
         (
             "wrong role",
             "message 1: the role 'boss' does not exist",
             {"conversations": [H | {"from": "boss"}, A]},
         ),
-        ("wrong order", "message 1: the assistant speaks at the beginning", {"conversations": [A, H, A]}),
-        ("wrong order", "message 2: the user speaks again", {"conversations": [H, H, A]}),
+        ("wrong order", "message 1: an assistant message at the beginning", {"conversations": [A, H, A]}),
+        ("wrong order", "message 2: a second user message without an answer", {"conversations": [H, H, A]}),
         (
             "wrong order",
-            "message 3: the assistant speaks after the assistant's",
+            "message 3: an assistant message after the assistant's",
             {"conversations": [H, A, A]},
         ),
-        ("wrong order", "the last message is the user's, and has no answer", {"conversations": [H, A, H]}),
         (
             "wrong order",
-            "message 3: a system message here",
+            "the last message is the user's; it must be the assistant's",
+            {"conversations": [H, A, H]},
+        ),
+        (
+            "wrong order",
+            "message 3: the system message must come first",
             {"conversations": [H, A, H | {"from": "system"}]},
         ),
         (
             "empty answer",
-            "message 2: the assistant says nothing",
+            "message 2: the assistant message is empty",
             {"conversations": [H, A | {"value": " \n"}]},
         ),
-        ("empty question", "message 1: the user says nothing", {"conversations": [H | {"value": ""}, A]}),
+        ("empty question", "message 1: the user message is empty", {"conversations": [H | {"value": ""}, A]}),
         ("wrong content", "message 2: the content is missing", {"conversations": [H, {"from": "gpt"}]}),
         (
             "wrong content",
-            "message 2: the content is 4, not a text",
+            "message 2: the content is 4, not a string",
             {"conversations": [H, A | {"value": 4}]},
         ),
-        ("unknown field", "message 1: 'weight' is not understood", {"conversations": [H | {"weight": 1}, A]}),
+        ("unknown field", "message 1: unknown field 'weight'", {"conversations": [H | {"weight": 1}, A]}),
         (
             "wrong tool call",
             "'f\\(' is not JSON",
@@ -389,7 +397,7 @@ WRONG = {  # handler -> kind -> what the row says
         ("wrong history", "not a list", {"instruction": "q", "output": "a", "history": [["x"]]}),
         (
             "empty answer",
-            "message 2: the assistant says nothing",
+            "message 2: the assistant message is empty",
             {"instruction": "q", "output": "a", "history": [["x", ""]]},
         ),
     ],
@@ -441,7 +449,7 @@ def test_a_template_without_tools_says_so(folders):
     (found,) = make(one, {"conversations": [H, A, H | {"from": "observation"}, A]})
     assert found == Fault(
         "no place in the template",
-        "conversation, message 3: the chat template v1 has no environment, only system, user, assistant",
+        "conversation, message 3: the chat template v1 has no role environment, only system, user, assistant",
     )
 
 

@@ -1,6 +1,6 @@
-"""Tokens -> text as they come: what is shown piece by piece is, byte for byte, what decoding all of them at once would give.
+"""Incremental detokenization: text token by token, byte for byte equal to decoding all tokens at once.
 
-Held back are bytes of a character that is not complete yet, and text that may be the beginning of a stop string.
+Bytes of an incomplete character, and text that may begin a stop string, are held back.
 """
 
 from collections.abc import Iterable, Sequence
@@ -8,67 +8,80 @@ from collections.abc import Iterable, Sequence
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
 UTF8_LENGTHS = ((0xF8, 1), (0xF0, 4), (0xE0, 3), (0xC0, 2), (0x00, 1))
-"""Lowest first byte of a character in UTF-8 -> how many bytes it has."""
+"""(lowest first byte of a UTF-8 character, its number of bytes), highest first."""
 
 
 class IncrementalDecoder:
-    """Pushed one id after the other, gives the text that can no longer change; in all, `tokenizer.decode` of the ids.
+    """Decodes token by token and returns text as soon as it can no longer change; in total
+    `tokenizer.decode(ids)`.
 
-    The work per token does not depend on how many came before.
+    The work per token does not depend on the number of tokens before it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._held: list[int] = []  # ids whose text is not given out yet
-        self._sizes: list[int] = []  # of those that add bytes: how many
-        self._open = b""  # bytes at the end that need more
-        self._begins = (
-            True  # nothing has been given out of what decodes together: a leading space may be dropped there
-        )
+        self._pending: list[int] = []  # ids whose text has not been returned yet
+        self._pending_bytes: list[int] = []  # number of bytes of the pending ids that add bytes
+        self._incomplete = b""  # bytes of an unfinished character at the end
+        # True while nothing of the current decoding unit has been returned: a leading space may be dropped
+        # there.
+        self._at_start = True
         self._anchor: tuple[int, str] | None = None
 
     def push(self, token: int) -> str:
-        """The text that has become certain with this id, often empty. Raises `UserError` for an id that is no token."""
-        raw = self._tokenizer.token_bytes(token) if 0 <= token < self._tokenizer.vocab_size else None
-        if raw == b"":
+        """Returns the text that this id completes, often "".
+
+        Raises `UserError` for an id outside the vocabulary.
+        """
+        known = 0 <= token < self._tokenizer.vocab_size
+        data = self._tokenizer.token_bytes(token) if known else None
+        if data == b"":
             return ""
-        self._held.append(token)
-        if raw is None:
-            self._open, self._sizes = b"", []
-            return self._give(len(self._held))
+        self._pending.append(token)
+        if data is None:
+            self._incomplete, self._pending_bytes = b"", []
+            return self._take(len(self._pending))
         if self._tokenizer.decodes_byte_runs:
             return ""  # until an id that adds no bytes ends the run
-        self._open = incomplete_utf8(self._open + raw)
-        self._sizes.append(len(raw))
-        return self._give(len(self._held) - waiting) if (waiting := self._waiting()) is not None else ""
+        self._incomplete = incomplete_utf8(self._incomplete + data)
+        self._pending_bytes.append(len(data))
+        waiting = self._count_incomplete_ids()
+        return "" if waiting is None else self._take(len(self._pending) - waiting)
 
     def finish(self) -> str:
-        """The rest, when nothing follows."""
-        rest = self._tokenizer.decode(self._held) if self._begins else self._after_text(self._held)
-        self._held, self._sizes, self._open = [], [], b""
-        return rest
-
-    def _waiting(self) -> int | None:
-        """How many of the last ids are the open bytes; None when those begin inside an id."""
-        count, size = 0, 0
-        while size < len(self._open):
-            count, size = count + 1, size + self._sizes[-1 - count]
-        return count if size == len(self._open) else None
-
-    def _give(self, count: int) -> str:
-        """Text of the first held ids. Those that begin a text and have none stay: they decide on what becomes of the next ones."""
-        ids, rest = self._held[:count], self._held[count:]
-        if not ids:
-            return ""
-        text = self._tokenizer.decode(ids) if self._begins else self._after_text(ids)
-        if not text and self._begins:
-            return ""
-        self._held, self._sizes = rest, self._sizes[len(self._sizes) - len(rest) :]
-        self._begins = self._tokenizer.resets_decoder(ids[-1])
+        """Returns the remaining text after the last token."""
+        decode = self._tokenizer.decode if self._at_start else self._decode_continuation
+        text = decode(self._pending)
+        self._pending, self._pending_bytes, self._incomplete = [], [], b""
         return text
 
-    def _after_text(self, ids: Sequence[int]) -> str:
-        """As they decode in the middle of a text."""
+    def _count_incomplete_ids(self) -> int | None:
+        """Returns the number of last ids that form the incomplete bytes; None if these begin inside an id."""
+        count = 0
+        size = 0
+        while size < len(self._incomplete):
+            count += 1
+            size += self._pending_bytes[-count]
+        return count if size == len(self._incomplete) else None
+
+    def _take(self, count: int) -> str:
+        """Returns the text of the first `count` pending ids and forgets these.
+
+        Leading ids that decode to nothing are kept: they affect how the next ones decode.
+        """
+        ids, later = self._pending[:count], self._pending[count:]
+        if not ids:
+            return ""
+        text = self._tokenizer.decode(ids) if self._at_start else self._decode_continuation(ids)
+        if not text and self._at_start:
+            return ""
+        self._pending = later
+        self._pending_bytes = self._pending_bytes[len(self._pending_bytes) - len(later) :]
+        self._at_start = self._tokenizer.resets_decoder(ids[-1])
+        return text
+
+    def _decode_continuation(self, ids: Sequence[int]) -> str:
+        """Decodes ids as in the middle of a text."""
         if not ids:
             return ""
         if self._anchor is None:
@@ -78,22 +91,21 @@ class IncrementalDecoder:
 
 
 def incomplete_utf8(data: bytes) -> bytes:
-    """What at the end of some bytes may be the beginning of a character: at most three bytes.
+    """Returns the end of `data` that may begin a character: at most three bytes.
 
-    Whatever a decoder makes of wrong bytes, it makes it of those before this end on their own.
+    A decoder of malformed bytes treats those before this end independently of what follows.
     """
     for size in range(1, min(3, len(data)) + 1):
         first = data[-size]
-        if first >= 0x80 and first & 0xC0 == 0x80:
-            continue  # inside a character
-        return (
-            data[-size:] if size < next(length for lowest, length in UTF8_LENGTHS if first >= lowest) else b""
-        )
+        if first & 0xC0 == 0x80:
+            continue  # a continuation byte
+        length = next(length for lowest, length in UTF8_LENGTHS if first >= lowest)
+        return data[-size:] if size < length else b""
     return b""
 
 
 def _anchor(tokenizer: Tokenizer) -> tuple[int, str]:
-    """A token and its text, plain letters, to decode others after."""
+    """Returns a token of plain letters or digits and its text: other ids are decoded behind it."""
     for token in range(tokenizer.vocab_size):
         if tokenizer.token_bytes(token) != b"" and not tokenizer.resets_decoder(token):
             text = tokenizer.decode([token])
@@ -103,74 +115,83 @@ def _anchor(tokenizer: Tokenizer) -> tuple[int, str]:
 
 
 class StopStringFilter:
-    """Text as it comes -> the text before the stop string that is complete first (of two, the longer one), however it is cut."""
+    """Passes text on up to the stop string that is complete first (the longer of two), however the text is
+    split."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         self._strings = tuple(dict.fromkeys(string for string in strings if string))
-        self._held = ""
+        self._pending = ""
         self.stopped = False
-        """Whether a stop string has come; nothing is given out any more."""
+        """True once a stop string is complete; no more text is returned."""
 
     def push(self, text: str) -> str:
-        """What of the text so far can be no part of a stop string."""
+        """Returns the text that cannot be part of a stop string."""
         if self.stopped:
             return ""
-        self._held += text
-        found = [(at + len(s), at) for s in self._strings if (at := self._held.find(s)) >= 0]
-        if found:
-            given, self._held, self.stopped = self._held[: min(found)[1]], "", True
-            return given
-        keep = max((_overlap(self._held, s) for s in self._strings), default=0)
-        given, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return given
+        self._pending += text
+        matches = []
+        for string in self._strings:
+            start = self._pending.find(string)
+            if start >= 0:
+                matches.append((start + len(string), start))
+        if matches:
+            _, start = min(matches)
+            released = self._pending[:start]
+            self._pending, self.stopped = "", True
+            return released
+        overlap = max((_overlap(self._pending, string) for string in self._strings), default=0)
+        end = len(self._pending) - overlap
+        released, self._pending = self._pending[:end], self._pending[end:]
+        return released
 
     def finish(self) -> str:
-        """The rest, when nothing follows."""
-        rest, self._held = self._held, ""
-        return rest
+        """Returns the remaining text after the last push."""
+        text, self._pending = self._pending, ""
+        return text
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of the text with which the string begins, without being complete."""
+    """Returns the length of the longest end of `text` that is an incomplete beginning of `string`."""
     longest = min(len(text), len(string) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(string[:size])), 0)
 
 
 class TextStream:
-    """Tokens -> text, up to a stop string."""
+    """Decodes token by token up to a stop string."""
 
     def __init__(self, tokenizer: Tokenizer, stops: Iterable[str] = ()) -> None:
-        self._decoder, self._stops = IncrementalDecoder(tokenizer), StopStringFilter(stops)
-        self._given: list[str] = []
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stop_filter = StopStringFilter(stops)
+        self._parts: list[str] = []
 
     @property
     def text(self) -> str:
-        """All that has been given out."""
-        return "".join(self._given)
+        """All text returned so far."""
+        return "".join(self._parts)
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has come."""
-        return self._stops.stopped
+        """True once a stop string is complete."""
+        return self._stop_filter.stopped
 
     def push(self, token: int) -> str:
-        """The text that has become certain."""
-        return self._keep(self._stops.push(self._decoder.push(token)))
+        """Returns the text that this token completes."""
+        return self._record(self._stop_filter.push(self._decoder.push(token)))
 
     def finish(self) -> str:
-        """The rest, when no token follows; once."""
-        return self._keep(self._stops.push(self._decoder.finish()) + self._stops.finish())
+        """Returns the remaining text after the last token; call it once."""
+        return self._record(self._stop_filter.push(self._decoder.finish()) + self._stop_filter.finish())
 
-    def _keep(self, text: str) -> str:
+    def _record(self, text: str) -> str:
         if text:
-            self._given.append(text)
+            self._parts.append(text)
         return text
 
 
 def decode_until_stop(
     tokenizer: Tokenizer, tokens: Iterable[int], stops: Iterable[str] = ()
 ) -> tuple[str, bool]:
-    """Text of tokens up to the first stop string, and whether there was one."""
+    """Returns the text of `tokens` up to the first stop string, and whether there was one."""
     stream = TextStream(tokenizer, stops)
     for token in tokens:
         stream.push(token)

@@ -1,8 +1,9 @@
-"""Text <-> token ids, from a Hugging Face directory and without anybody's code.
+"""Tokenizers of a Hugging Face directory: `tokenizer.model` (sentencepiece) and `tokenizer.json`; no remote
+code runs.
 
-`tokenizer.model` (sentencepiece) is taken before `tokenizer.json`: it is what the model was trained with, and its ids are the
-original's own, while a `tokenizer.json` beside it is a conversion. Text is always only text: a literal `<s>` in it is encoded as
-the characters `<`, `s`, `>`, never as the control token. Who wants a control token puts its id there (`bos`, `eos`, `required_id`).
+`tokenizer.model` has priority: the model was trained with it, while a `tokenizer.json` beside it is a
+conversion. Text never becomes a control token: a literal `<s>` is encoded as the characters `<`, `s`, `>`.
+Callers insert control tokens by id (`bos`, `eos`, `required_id`).
 """
 
 import json
@@ -22,6 +23,7 @@ from ascendspeed.utils.text import first_line
 
 CONTROL_TOKEN_NAMES = ("bos", "eos", "unk", "pad")
 ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
+"""Fields of an added token: match whole words only; strip the whitespace to its left or right."""
 
 
 @dataclass(frozen=True)
@@ -29,134 +31,154 @@ class DeclaredToken:
     """A string that the JSON files beside a vocabulary declare to be one token."""
 
     number: int | None
-    """Its id; None: that of the piece of this name."""
+    """Token id; None: the id of the vocabulary entry with this string."""
     special: bool
-    """Left out of decoded text."""
+    """True if decoded text leaves it out."""
     flags: Mapping[str, bool]
-    """What of its surroundings it takes with it (`FLAGS`)."""
+    """Matching options, see `ADDED_TOKEN_FLAGS`."""
 
 
 def declared_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
-    """(tokenizer_config.json with what special_tokens_map.json adds, the tokens that they and added_tokens.json declare by string).
+    """Reads tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-    Where files differ, the same one is believed as by transformers. Raises `UserError`.
+    Returns the merged settings of the first two, and the declared tokens of all three by string. Where the
+    files contradict each other, the precedence is that of transformers. Raises `UserError`.
     """
     try:
-        return _declared(folder)
-    except (TypeError, AttributeError, ValueError) as error:  # a list where a table should be, and the like
+        return _declared_tokens(folder)
+    except (TypeError, AttributeError, ValueError) as error:  # e.g. a list where an object is expected
         raise UserError(
-            f"{folder}: the tokenizer's JSON files are not as transformers write them: {error}"
+            f"{folder}: the tokenizer's JSON files do not have the structure that transformers writes: "
+            f"{error}"
         ) from None
 
 
-def _declared(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
-    config, names = (
-        read_optional_json(folder / f"{name}.json") for name in ("tokenizer_config", "special_tokens_map")
-    )
-    said = names | config if config.get("added_tokens_decoder") else config | names
-    listed = (said.get(name) or () for name in ("additional_special_tokens", "extra_special_tokens"))
-    more = [
-        token for tokens in listed for token in (tokens.values() if isinstance(tokens, Mapping) else tokens)
-    ]
-    named = [said[f"{name}_token"] for name in CONTROL_TOKEN_NAMES if said.get(f"{name}_token") is not None]
-    special = [token_text(token) for token in (*named, *more)]
+def _declared_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
+    config = read_optional_json(folder / "tokenizer_config.json")
+    names = read_optional_json(folder / "special_tokens_map.json")
+    settings = names | config if config.get("added_tokens_decoder") else config | names
+    special = _special_strings(settings)
     tokens = {text: DeclaredToken(None, True, {}) for text in special}
     for text, number in read_optional_json(folder / "added_tokens.json").items():
-        tokens[text] = DeclaredToken(_number(number), text in special, {})
-    for number, token in (said.get("added_tokens_decoder") or {}).items():
-        text, flags = token_text(token), {name: bool(token.get(name)) for name in ADDED_TOKEN_FLAGS}
-        tokens[text] = DeclaredToken(_number(number), bool(token.get("special")) or text in special, flags)
-    return said, tokens
+        tokens[text] = DeclaredToken(_token_id(number), text in special, {})
+    for number, token in (settings.get("added_tokens_decoder") or {}).items():
+        text = token_text(token)
+        flags = {name: bool(token.get(name)) for name in ADDED_TOKEN_FLAGS}
+        tokens[text] = DeclaredToken(_token_id(number), bool(token.get("special")) or text in special, flags)
+    return settings, tokens
 
 
-def adds_bos_token(table: Mapping[str, Any]) -> bool:
-    """What tokenizer_config.json says about text; InternLM's says yes, and so does one that says nothing."""
-    return table.get("add_bos_token") is not False
+def _special_strings(settings: Mapping[str, Any]) -> list[str]:
+    """Returns the strings of the named control tokens and of the additional special tokens."""
+    tokens = [settings.get(f"{name}_token") for name in CONTROL_TOKEN_NAMES]
+    tokens = [token for token in tokens if token is not None]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        additional = settings.get(key) or ()
+        tokens += additional.values() if isinstance(additional, Mapping) else additional
+    return [token_text(token) for token in tokens]
+
+
+def adds_bos_token(settings: Mapping[str, Any]) -> bool:
+    """Returns `add_bos_token` of tokenizer_config.json; true, as for InternLM, where it is missing."""
+    return settings.get("add_bos_token") is not False
 
 
 def token_text(token: Any) -> str:
-    """The JSON files write a token as a string or as {"content": string}. Raises `ValueError`."""
+    """Returns the string of a token that a JSON file holds as a string or as {"content": string}.
+
+    Raises `ValueError`.
+    """
     text = token.get("content") if isinstance(token, Mapping) else token
     if not isinstance(text, str) or not text:
-        raise ValueError(f"{token!r} is no token")
+        raise ValueError(f"{token!r} is not a token")
     return text
 
 
-def _number(number: Any) -> int:
+def _token_id(number: Any) -> int:
     if not str(number).isdecimal() or int(number) >= 2**31:
-        raise ValueError(f"{number!r} is no id of a token")
+        raise ValueError(f"{number!r} is not a token id")
     return int(number)
 
 
 class Tokenizer(ABC):
-    """Ids of text, and the ids of the control tokens, found by their names in the directory's JSON files."""
+    """Encodes and decodes text; knows the ids of the control tokens that the directory's JSON files name."""
 
     base_vocab_size: int
-    """Size of the vocabulary itself."""
+    """Number of entries of the vocabulary file, without added tokens."""
     vocab_size: int
-    """Number of ids, added tokens included; the model may have more rows."""
+    """Number of ids with added tokens; the model's embedding may have more rows."""
     bos: int | None
     """Id that begins a text; None if the tokenizer has none."""
     eos: int | None
     """Id that ends a document."""
     pad: int | None
-    """Id that fills a batch; `eos` where none is named."""
+    """Id that fills a batch; `eos` if the files name none."""
 
     def __init__(self, path: Path, size: int) -> None:
+        """`size`: `base_vocab_size`."""
         self.path, self.base_vocab_size = path, size
-        said, tokens = declared_tokens(path)
-        self._added = {content: token.number for content, token in tokens.items() if token.number is not None}
-        self._special = {number for content, number in self._added.items() if tokens[content].special}
+        settings, tokens = declared_tokens(path)
+        self._added = {text: token.number for text, token in tokens.items() if token.number is not None}
+        self._special = {number for text, number in self._added.items() if tokens[text].special}
         self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
-        self.bos, self.eos, self.pad = (
-            self._named(said.get(f"{name}_token")) for name in ("bos", "eos", "pad")
-        )
+        self.bos = self._control_id(settings.get("bos_token"))
+        self.eos = self._control_id(settings.get("eos_token"))
+        self.pad = self._control_id(settings.get("pad_token"))
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids [n] int32 of every text, without bos or eos. One thread: processes are what preprocessing multiplies."""
+        """Returns ids [n] int32 of every text, without bos or eos.
+
+        Uses one thread: preprocessing starts several processes.
+        """
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of ids; control tokens are left out. Raises `UserError` for an id that the tokenizer does not have."""
+        """Returns the text of ids without control tokens.
+
+        Raises `UserError` for an id outside the vocabulary.
+        """
 
     @abstractmethod
-    def _base_token_to_id(self, piece: str) -> int | None:
-        """Id of a piece of the vocabulary itself."""
+    def _base_token_to_id(self, token: str) -> int | None:
+        """Returns the id of an entry of the vocabulary file."""
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids [n] int32 of one text."""
+        """Returns ids [n] int32 of one text, without bos or eos."""
         return self.encode_batch([text])[0]
 
     @abstractmethod
     def token_bytes(self, number: int) -> bytes | None:
-        """The bytes that an id adds to those of its neighbours in decoded text; None: its text does not depend on them so.
+        """Returns the bytes that an id adds to a run of such ids in decoded text; None if it does not take
+        part in runs.
 
         b"" for a control token, which decoded text leaves out.
         """
 
     decodes_byte_runs = False
-    """Whether one wrong byte spoils all the bytes beside it in decoded text (otherwise only its own character)."""
+    """True if one malformed byte changes how its whole run of bytes is decoded, false if only its own
+    character."""
 
     def resets_decoder(self, number: int) -> bool:
-        """Whether text after this id is decoded as if it began there."""
+        """Returns whether the text after this id is decoded as at the beginning of a text."""
         return False
 
-    def token_to_id(self, piece: str) -> int | None:
-        """Id of a token by its string; None when there is none."""
-        return self._added.get(piece, self._base_token_to_id(piece))
+    def token_to_id(self, token: str) -> int | None:
+        """Returns the id of a token by its string; None if there is no such token."""
+        return self._added.get(token, self._base_token_to_id(token))
 
-    def required_id(self, piece: str) -> int:
-        """The same. Raises `UserError` when there is none."""
-        number = self.token_to_id(piece)
+    def required_id(self, token: str) -> int:
+        """Returns the id of a token by its string. Raises `UserError` if there is no such token."""
+        number = self.token_to_id(token)
         if number is None:
-            raise UserError(f"{self.path}: the tokenizer has no token {piece!r}")
+            raise UserError(f"{self.path}: the tokenizer has no token {token!r}")
         return number
 
-    def _named(self, token: str | dict[str, Any] | None) -> int | None:
+    def _control_id(self, token: str | dict[str, Any] | None) -> int | None:
         return None if token is None else self.required_id(token_text(token))
 
-    def _known(self, ids: Iterable[int]) -> list[int]:
+    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
+        """Converts ids to int. Raises `UserError` for an id outside the vocabulary."""
         numbers = [int(i) for i in ids]
         for number in numbers:
             if not 0 <= number < self.vocab_size:
@@ -167,14 +189,13 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`: the ids of sentencepiece itself."""
+    """`tokenizer.model`, by the sentencepiece library."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
 
-        sentencepiece.set_min_log_level(
-            2
-        )  # InternLM's unused NUL piece would be warned about in every process
+        # Errors only: sentencepiece warns about InternLM's unused NUL piece in every process.
+        sentencepiece.set_min_log_level(2)
         try:
             self._model = sentencepiece.SentencePieceProcessor(
                 model_file=str(checked(path / "tokenizer.model"))
@@ -194,18 +215,17 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode_as_numpy(list(texts), num_threads=1)
 
     def decode(self, ids: Iterable[int]) -> str:
-        beyond = {
-            number: content for content, number in self._added.items() if number >= self.base_vocab_size
-        }
-        kept = [
+        added = {text_id: text for text, text_id in self._added.items() if text_id >= self.base_vocab_size}
+        visible = [
             i
-            for i in self._known(ids)
-            if i not in self._special and (i < self.base_vocab_size or i in beyond)
+            for i in self._checked_ids(ids)
+            if i not in self._special and (i < self.base_vocab_size or i in added)
         ]
-        runs = ((added, list(run)) for added, run in groupby(kept, beyond.__contains__))
-        return "".join(
-            "".join(map(beyond.get, run)) if added else self._model.decode(run) for added, run in runs
-        )
+        parts = []
+        for is_added, group in groupby(visible, added.__contains__):
+            run = list(group)
+            parts += [added[i] for i in run] if is_added else [self._model.decode(run)]
+        return "".join(parts)
 
     def token_bytes(self, number: int) -> bytes | None:
         if number in self._special:
@@ -216,9 +236,9 @@ class SentencePieceTokenizer(Tokenizer):
     def resets_decoder(self, number: int) -> bool:
         return number >= self.base_vocab_size and number not in self._special
 
-    def _base_token_to_id(self, piece: str) -> int | None:
-        number = self._model.piece_to_id(piece)
-        return number if self._model.id_to_piece(number) == piece else None
+    def _base_token_to_id(self, token: str) -> int | None:
+        number = self._model.piece_to_id(token)  # the id of <unk> for an unknown piece
+        return number if self._model.id_to_piece(number) == token else None
 
 
 class JsonTokenizer(Tokenizer):
@@ -235,72 +255,80 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of spaces, for
-        # example) and are found in text, as in training.
+        # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of
+        # spaces, for example) and are found in text, as in training.
         self._model.encode_special_tokens = True
         super().__init__(path, self._model.get_vocab_size(with_added_tokens=False))
         self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
         self.pad = self.eos if self.pad is None else self.pad
-        kinds = _decoders(self._model.decoder)
+        kinds = _decoder_kinds(self._model.decoder)
         self.decodes_byte_runs = "ByteFallback" in kinds
-        self._alphabet = _alphabet() if "ByteLevel" in kinds else None
+        self._byte_alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
         tokens = self._model.get_added_tokens_decoder()
         self._special |= {number for number, token in tokens.items() if token.special}
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        found = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.int32) for encoding in found]
+        encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
-        return self._model.decode(self._known(ids), skip_special_tokens=True)
+        return self._model.decode(self._checked_ids(ids), skip_special_tokens=True)
 
     def token_bytes(self, number: int) -> bytes | None:
-        piece = self._model.id_to_token(number)
-        if piece is None or number in self._special:
+        token = self._model.id_to_token(number)
+        if token is None or number in self._special:
             return b""
-        if self._alphabet:
-            mapped = [self._alphabet.get(letter) for letter in piece]
-            return piece.encode() if None in mapped else bytes(mapped)
-        return (
-            bytes([int(piece[3:5], 16)])
-            if self.decodes_byte_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", piece)
-            else None
-        )
+        if self._byte_alphabet:
+            values = [self._byte_alphabet.get(letter) for letter in token]
+            return token.encode() if None in values else bytes(values)
+        if self.decodes_byte_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return None
 
-    def _base_token_to_id(self, piece: str) -> int | None:
-        return self._model.token_to_id(piece)
+    def _base_token_to_id(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
 
 
 TOKENIZER_CLASSES: dict[str, type[Tokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": JsonTokenizer,
 }
+"""File name -> class, in the order of priority."""
 
 
 def load(path: str | Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face directory. Raises `UserError` if there is none, or it is damaged."""
+    """Loads the tokenizer of a Hugging Face directory.
+
+    Raises `UserError` if there is none or it is damaged.
+    """
     folder = Path(path)
-    for name, kind in TOKENIZER_CLASSES.items():
+    for name, tokenizer_class in TOKENIZER_CLASSES.items():
         if (folder / name).is_file():
-            return kind(folder)
-    held = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) if folder.is_dir() else ""
-    found = f"the folder holds {held or 'nothing'}" if folder.is_dir() else "there is no such folder"
-    raise UserError(f"{folder}: no tokenizer here; looked for {' and '.join(TOKENIZER_CLASSES)}, but {found}")
+            return tokenizer_class(folder)
+    if folder.is_dir():
+        names = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+        reason = f"the folder holds {names or 'nothing'}"
+    else:
+        reason = "there is no such folder"
+    raise UserError(
+        f"{folder}: no tokenizer here; looked for {' and '.join(TOKENIZER_CLASSES)}, but {reason}"
+    )
 
 
 def read_optional_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says that need not be there. Raises `UserError`."""
+    """Reads a JSON object from a file; returns {} if the file does not exist. Raises `UserError`."""
     return read_table(path) if path.exists() or path.is_symlink() else {}
 
 
-def _decoders(decoder: Any) -> set[str]:
-    """Kinds of a decoder of the `tokenizers` library and of all that it consists of."""
-    said = json.loads(decoder.__getstate__()) if decoder is not None else {}
-    return {said.get("type"), *(one.get("type") for one in said.get("decoders", []))}
+def _decoder_kinds(decoder: Any) -> set[str]:
+    """Returns the type of a decoder of the `tokenizers` library and of its parts."""
+    state = json.loads(decoder.__getstate__()) if decoder is not None else {}
+    return {state.get("type"), *(part.get("type") for part in state.get("decoders", []))}
 
 
-def _alphabet() -> dict[str, int]:
-    """Letter -> byte, as byte-level vocabularies write bytes down: printable ones as they are, the others from U+0100 on."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in plain]
-    return {chr(byte): byte for byte in plain} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+def _byte_alphabet() -> dict[str, int]:
+    """Returns letter -> byte of GPT-2's byte-level vocabularies: printable bytes are themselves, the others
+    from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}

@@ -1,4 +1,4 @@
-"""Conversations -> token ids, by templates that are data; control tokens are put by id, text is only ever text."""
+"""Chat formats: conversations to token ids by templates that are data; control tokens are inserted by id."""
 
 from ascendspeed.tokenization.chat.chat_format import ChatFormat
 from ascendspeed.tokenization.chat.messages import (

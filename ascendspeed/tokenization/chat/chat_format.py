@@ -1,4 +1,4 @@
-"""A template and a tokenizer -> the ids of a conversation, and the assistant's ids -> its message."""
+"""Renders conversations to token ids by a chat template and parses answers back into messages."""
 
 import json
 import re
@@ -21,8 +21,9 @@ from ascendspeed.tokenization.chat.templates import EOS, choose_template, first_
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
-NO_PLACE = "no place in the template"
-BRACES = re.compile(r"\{(\w+)\}")
+NOT_IN_TEMPLATE = "no place in the template"
+"""Category of conversations that the chat template cannot express."""
+PLACEHOLDER = re.compile(r"\{(\w+)\}")
 
 
 @dataclass(frozen=True)
@@ -32,24 +33,31 @@ class ControlToken:
     name: str
 
 
-Part = str | ControlToken
-Said = tuple[Part, bool]
-"""A part, and whether it is what a turn says: its content and the token that ends it, not who speaks."""
+TurnPart = str | ControlToken
+SpokenPart = tuple[TurnPart, bool]
+"""A part of a turn, and whether the speaker produces it: true for content and the token that ends it, false
+for the header."""
 
 
 class ChatFormat:
-    """The chat format of a model."""
+    """Chat template of a model, bound to its tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, family: str | None = None, name: str | None = None) -> None:
-        """`family` of the model; `name`: the template, when it is asked for. Raises `UserError`: see `templates.choose`."""
+        """`family`: model family; `name`: template of --chat-template.
+
+        Raises `UserError`, see `choose_template`.
+        """
         self.tokenizer = tokenizer
         self.name, self.template = choose_template(tokenizer, family, name)
-        found = {name: first_token_id(tokenizer, strings) for name, strings in self.template.controls.items()}
-        self.controls = {name: number for name, number in found.items() if number is not None}
-        """Name of a control token -> id, of those that the tokenizer has."""
+        self.controls: dict[str, int] = {}
+        """Name of a control token -> id, for those that the tokenizer has."""
+        for control, strings in self.template.controls.items():
+            number = first_token_id(tokenizer, strings)
+            if number is not None:
+                self.controls[control] = number
         guarded = {string: tokenizer.token_to_id(string) for string in self.template.guarded}
-        self._forbidden = {*self.controls.values(), *guarded.values()} - {None}
-        self._strings = {string for string, number in guarded.items() if number is not None}
+        self._guarded_strings = {string for string, number in guarded.items() if number is not None}
+        self._forbidden_ids = {*self.controls.values(), *guarded.values()} - {None}
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -58,26 +66,26 @@ class ChatFormat:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know about this format."""
-        named = {name: strings[0] for name, strings in self.template.controls.items() if EOS in strings}
-        missing = [string for string in named.values() if self.tokenizer.token_to_id(string) is None]
+        """Notes for the user about this format."""
+        with_fallback = [strings[0] for strings in self.template.controls.values() if EOS in strings]
         return [
-            f"the tokenizer has no {string}: turns of the assistant end with the end of a document"
-            for string in missing
+            f"the tokenizer has no {string}: turns of the assistant end with the end-of-document token"
+            for string in with_fallback
+            if self.tokenizer.token_to_id(string) is None
         ]
 
     def prompt_ids(
         self, messages: Sequence[Message], where: str = "conversation", tools: Any = None
     ) -> list[int]:
-        """Ids of a conversation, from its one BOS to what opens the assistant's answer.
+        """Returns the ids of a conversation, from BOS to the header of the assistant's answer.
 
-        `tools`: descriptions of functions, told to the model after its system message. Raises `UserError`, beginning with
-        `where`, for what the template has no place for.
+        `tools`: descriptions of functions, rendered after the system message. Raises `UserError`, its text
+        beginning with `where`, for a message that the template cannot express.
         """
         parts = [part for _, turn in self._turns(messages, where, tools) for part, _ in turn]
-        parts += [part for part, _ in self._filled(self.template.answer, {})]
+        parts += [part for part, _ in self._fill(self.template.answer, {})]
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-        return bos + list(self._encoded(parts))
+        return bos + list(self._encode_parts(parts))
 
     def training_segments(
         self,
@@ -86,152 +94,160 @@ class ChatFormat:
         tools: Any = None,
         last_only: bool = False,
     ) -> list[PromptSegment]:
-        """A conversation to learn from, to be encoded by `encode_segments`: to be learnt is what the assistant says (with
-        `last_only`, in its last turn) and the token that ends its turn. It ends there. Raises `UserError`: see `prompt_ids`."""
+        """Returns a conversation for training, as segments up to the last supervised one.
+
+        Supervised are the assistant's messages (only the last one with `last_only`) and the tokens that end
+        its turns. Raises `UserError`, see `prompt_ids`.
+        """
         turns = self._turns(messages, where, tools)
-        answers = [place for place, (role, _) in enumerate(turns) if role == "assistant"]
-        learnt = set(answers[-1:] if last_only else answers)
-        found = [] if self.tokenizer.bos is None else [PromptSegment(self.tokenizer.bos)]
-        for place, (_, turn) in enumerate(turns):
-            found += [PromptSegment(self._what(part), said and place in learnt) for part, said in turn]
-        while found and not found[-1].supervised:
-            found.pop()
-        return found
+        answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
+        supervised = set(answers[-1:] if last_only else answers)
+        segments = [] if self.tokenizer.bos is None else [PromptSegment(self.tokenizer.bos)]
+        for index, (_, turn) in enumerate(turns):
+            for part, spoken in turn:
+                segments.append(PromptSegment(self._resolve(part), spoken and index in supervised))
+        while segments and not segments[-1].supervised:
+            segments.pop()
+        return segments
 
     @cached_property
     def encode_segments(self) -> SegmentEncoder:
-        """Pieces -> ids and what of them is to be learnt; text becomes no control token."""
-        return SegmentEncoder(self._texts)
+        """Encoder of segments in which text never becomes a control token."""
+        return SegmentEncoder(self._encode_texts)
 
     def answer_message(self, tokens: Iterable[int]) -> dict[str, Any]:
-        """The assistant's new tokens -> {"role", "content"} and, where it calls tools, "tool_calls" and "code"."""
-        return _spoken(self.parse_answer(tokens))
+        """Parses an answer's tokens into {"role", "content"} and, for tool calls, "tool_calls" and "code"."""
+        return _as_dict(self.parse_answer(tokens))
 
     def parse_answer(self, tokens: Iterable[int]) -> Message:
-        """The same as a turn to go on from: its calls are kept as the model wrote them, wrong ones too."""
+        """Parses an answer's tokens into a `Message`; tool calls, even malformed ones, stay as written."""
         names = {number: name for name, number in self.controls.items()}
         content: list[int] = []
         calls: list[tuple[str, list[int]]] = []
-        inside = False
+        inside_call = False
         for token in tokens:
             control = names.get(token)
             if control == "action_start":
-                inside = True
+                inside_call = True
                 calls.append(("plugin", []))
             elif control == "action_end":
-                inside = False
-            elif inside and control in TOOLS:
+                inside_call = False
+            elif inside_call and control in TOOLS:
                 calls[-1] = (control, calls[-1][1])
             else:
-                (calls[-1][1] if inside else content).append(token)
+                (calls[-1][1] if inside_call else content).append(token)
         decode = self.tokenizer.decode
-        return Message(
-            "assistant",
-            decode(content),
-            None,
-            tuple(ToolCall(kind, decode(held).strip("\n")) for kind, held in calls),
-        )
+        tool_calls = tuple(ToolCall(kind, decode(ids).strip("\n")) for kind, ids in calls)
+        return Message("assistant", decode(content), None, tool_calls)
 
-    def _turns(self, messages: Sequence[Message], where: str, tools: Any) -> list[tuple[str, list[Said]]]:
-        """(role, its turn) of every message and of the tools."""
+    def _turns(
+        self, messages: Sequence[Message], where: str, tools: Any
+    ) -> list[tuple[str, list[SpokenPart]]]:
+        """Returns (role, parts of the turn) of every message; the description of the tools follows the system
+        message."""
         if tools:
             first = 1 if messages and messages[0].role == "system" else 0
             messages = [*messages[:first], tools_message(tools, where), *messages[first:]]
         return [
-            (message.role, self._turn(message, f"{where}, message {n}"))
-            for n, message in enumerate(messages, 1)
+            (message.role, self._turn(message, f"{where}, message {number}"))
+            for number, message in enumerate(messages, 1)
         ]
 
-    def _turn(self, message: Message, where: str) -> list[Said]:
+    def _turn(self, message: Message, where: str) -> list[SpokenPart]:
         template = self.template
+        prefix = f"{where}: the chat template {self.name}"
         if message.role not in template.turns:
-            there = f"no {message.role}, only {', '.join(template.turns)}"
-            raise InvalidConversation(NO_PLACE, f"{where}: the chat template {self.name} has {there}")
-        if message.name is not None and not template.name:
             raise InvalidConversation(
-                NO_PLACE, f"{where}: the chat template {self.name} has no place for a name ({message.name!r})"
+                NOT_IN_TEMPLATE, f"{prefix} has no role {message.role}, only {', '.join(template.turns)}"
             )
-        content: list[Part] = [message.content]
+        if message.name is not None and not template.name:
+            raise InvalidConversation(NOT_IN_TEMPLATE, f"{prefix} does not support a name ({message.name!r})")
+        content: list[TurnPart] = [message.content]
         for call in message.calls:
             if call.kind not in template.calls:
-                raise InvalidConversation(
-                    NO_PLACE, f"{where}: the chat template {self.name} has no place for tools"
-                )
-            content += [
-                part for part, _ in self._filled(template.calls[call.kind], {"content": [call.content]})
-            ]
-        name: list[Part] = []
+                raise InvalidConversation(NOT_IN_TEMPLATE, f"{prefix} does not support tools")
+            filled = self._fill(template.calls[call.kind], {"content": [call.content]})
+            content += [part for part, _ in filled]
+        name: list[TurnPart] = []
         if message.name is not None:
             speaker = ControlToken(message.name) if message.name in TOOLS else message.name
-            name = [part for part, _ in self._filled(template.name, {"name": [speaker]})]
-        return self._filled(template.turns[message.role], {"content": content, "name": name})
+            name = [part for part, _ in self._fill(template.name, {"name": [speaker]})]
+        return self._fill(template.turns[message.role], {"content": content, "name": name})
 
-    def _filled(self, pattern: str, values: dict[str, list[Part]]) -> list[Said]:
-        found: list[Said] = []
-        for index, piece in enumerate(BRACES.split(pattern)):
-            parts = [piece] if index % 2 == 0 else values.get(piece, [ControlToken(piece)])
-            said = index % 2 == 1 and (piece == "content" or piece in self.template.stops)
-            found += [(part, said) for part in parts]
-        return found
+    def _fill(self, pattern: str, values: dict[str, list[TurnPart]]) -> list[SpokenPart]:
+        """Replaces the placeholders of a pattern by `values` or by control tokens."""
+        filled: list[SpokenPart] = []
+        for index, word in enumerate(PLACEHOLDER.split(pattern)):
+            is_placeholder = index % 2 == 1
+            parts = values.get(word, [ControlToken(word)]) if is_placeholder else [word]
+            spoken = is_placeholder and (word == "content" or word in self.template.stops)
+            filled += [(part, spoken) for part in parts]
+        return filled
 
-    def _what(self, part: Part) -> str | int:
-        """Text, or the id of a control token."""
+    def _resolve(self, part: TurnPart) -> str | int:
+        """Returns text, or the id of a control token.
+
+        Raises `InvalidConversation` if the tokenizer has no such token.
+        """
         if isinstance(part, str):
             return part
         if part.name not in self.controls:
-            wanted = self.template.controls[part.name][0]
+            string = self.template.controls[part.name][0]
             raise InvalidConversation(
-                NO_PLACE, f"{self.tokenizer.path}: the tokenizer has no token {wanted!r}"
+                NOT_IN_TEMPLATE, f"{self.tokenizer.path}: the tokenizer has no token {string!r}"
             )
         return self.controls[part.name]
 
-    def _encoded(self, parts: Iterable[Part]) -> Iterator[int]:
-        """Text between two control tokens is encoded as one, as the original tokenizers do."""
+    def _encode_parts(self, parts: Iterable[TurnPart]) -> Iterator[int]:
+        """Encodes the text between two control tokens in one piece, as the original tokenizers do."""
         text = ""
-        for part in (*parts, None):
+        for part in parts:
             if isinstance(part, str):
                 text += part
                 continue
-            yield from self._text(text)
+            yield from self._encode_text(text)
             text = ""
-            if part is not None:
-                yield self._what(part)
+            yield self._resolve(part)  # type: ignore[misc]
+        yield from self._encode_text(text)
 
-    def _text(self, text: str) -> list[int]:
-        return self._texts([text])[0].tolist() if text else []
+    def _encode_text(self, text: str) -> list[int]:
+        return self._encode_texts([text])[0].tolist() if text else []
 
-    def _texts(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of texts that are no control tokens: some vocabularies hold the strings of these as ordinary pieces."""
-        found = self.tokenizer.encode_batch(texts)
-        return [self._harmless(text, ids) for text, ids in zip(texts, found, strict=True)]
+    def _encode_texts(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Encodes texts without control tokens: some vocabularies hold the strings of these as ordinary
+        pieces."""
+        encoded = self.tokenizer.encode_batch(texts)
+        return [self._without_control_tokens(text, ids) for text, ids in zip(texts, encoded, strict=True)]
 
-    def _harmless(self, text: str, ids: np.ndarray) -> np.ndarray:
-        if self._forbidden.isdisjoint(ids.tolist()):
+    def _without_control_tokens(self, text: str, ids: np.ndarray) -> np.ndarray:
+        """Encodes a text again, split inside every guarded string, if its ids contain a control token."""
+        if self._forbidden_ids.isdisjoint(ids.tolist()):
             return ids
-        cut = re.compile(
-            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._strings))
+        after_first_letter = re.compile(
+            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._guarded_strings))
         )
-        ids = np.concatenate(self.tokenizer.encode_batch([piece for piece in cut.split(text) if piece]))
-        if not self._forbidden.isdisjoint(ids.tolist()):
+        parts = [part for part in after_first_letter.split(text) if part]
+        ids = np.concatenate(self.tokenizer.encode_batch(parts))
+        if not self._forbidden_ids.isdisjoint(ids.tolist()):
             raise UserError(
                 f"{self.tokenizer.path}: text becomes a control token in this vocabulary: {text[:60]!r}"
             )
         return ids
 
 
-def _spoken(heard: Message) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": heard.role, "content": heard.content}
-    functions = [_parsed(call.content) for call in heard.calls if call.kind == "plugin"]
-    codes = [call.content for call in heard.calls if call.kind == "interpreter"]
+def _as_dict(message: Message) -> dict[str, Any]:
+    fields: dict[str, Any] = {"role": message.role, "content": message.content}
+    functions = [_parse_call(call.content) for call in message.calls if call.kind == "plugin"]
+    codes = [call.content for call in message.calls if call.kind == "interpreter"]
     if functions:
-        message["tool_calls"] = functions
+        fields["tool_calls"] = functions
     if codes:
-        message["code"] = "\n".join(codes)
-    return message
+        fields["code"] = "\n".join(codes)
+    return fields
 
 
-def _parsed(text: str) -> Any:
-    """A function call as JSON; what a model wrote otherwise stays text."""
+def _parse_call(text: str) -> Any:
+    """Parses a function call; text that is not JSON is returned unchanged."""
     try:
         return json.loads(text)
     except ValueError:

@@ -1,7 +1,7 @@
-"""How each generation of InternLM writes a conversation down, as data; and which model takes which.
+"""Chat templates of every InternLM generation as data, and the choice of a template for a model.
 
-A pattern is text in which `{content}`, `{name}` and the control tokens stand in braces. Control tokens are found in the tokenizer
-by their strings, so that no id is written here.
+A pattern is text with placeholders in braces: `{content}`, `{name}` and the names of control tokens. Control
+tokens are looked up in the tokenizer by their strings, so templates contain no ids.
 """
 
 from collections.abc import Mapping
@@ -11,31 +11,33 @@ from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 
 EOS = "eos"
-"""Among the strings of a control token: whatever ends a document in this tokenizer."""
+"""Placeholder among the strings of a control token: the end-of-document token of the tokenizer."""
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """One way to write a conversation down, after the one BOS that begins it."""
+    """Layout of a conversation after its BOS token."""
 
     turns: Mapping[str, str]
     """Role -> pattern of its whole turn."""
     answer: str
-    """Pattern of what opens the assistant's next turn."""
+    """Pattern of the header that opens the assistant's next turn."""
     controls: Mapping[str, tuple[str, ...]]
-    """Name in braces -> strings of the token in tokenizers, the first that is there counts."""
+    """Name of a control token -> its possible strings in tokenizers; the first one that is a token counts."""
     stops: tuple[str, ...]
-    """Controls that end the assistant's turn."""
+    """Names of the control tokens that end the assistant's turn."""
     name: str = ""
-    """Pattern of the name of who speaks (`{name}`); empty: nobody has a name here."""
+    """Pattern of the speaker's name (`{name}`); empty: names are not supported."""
     calls: Mapping[str, str] = field(default_factory=dict)
-    """Kind of tool -> pattern of a call in the assistant's turn; empty: the models know no tools."""
+    """Kind of tool -> pattern of a call in the assistant's turn; empty: tools are not supported."""
     guarded: tuple[str, ...] = ()
-    """Strings that are pieces of some of these vocabularies, and that text must not become."""
+    """Strings of control tokens that are ordinary pieces of some vocabularies; text must never be encoded as
+    one."""
 
 
 V1 = ChatTemplate(
-    # The newest `build_inputs` of the original model code: no <eoh>. `<|User|>` and its like are plain text in this vocabulary.
+    # As the latest `build_inputs` of the original model code: no <eoh>. `<|User|>` etc. are plain text in
+    # this vocabulary.
     turns={
         "system": "<|System|>:{content}\n",
         "user": "<|User|>:{content}\n",
@@ -46,7 +48,7 @@ V1 = ChatTemplate(
     stops=("eoa",),
     guarded=("<eoh>", "<eoa>"),
 )
-V1_EOH = replace(  # the first chat models and the fine-tuning tools of 2023
+V1_EOH = replace(  # the first chat models, and the fine-tuning tools of 2023
     V1,
     turns=V1.turns | {"user": "<|User|>:{content}{eoh}\n"},
     controls=V1.controls | {"eoh": ("<eoh>",)},
@@ -54,7 +56,7 @@ V1_EOH = replace(  # the first chat models and the fine-tuning tools of 2023
 
 NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
 UNUSED = {name: f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}
-"""What the tokens are called where a vocabulary's JSON files do not name them yet."""
+"""Strings of the tokens in vocabularies whose JSON files do not name them."""
 
 V25 = ChatTemplate(
     turns={
@@ -71,45 +73,44 @@ V25 = ChatTemplate(
 V2 = replace(V25, controls={name: (f"<|{name}|>", UNUSED[name]) for name in NAMES})
 
 TEMPLATES: dict[str, ChatTemplate] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.5": V25, "v3": V25}
-OF_FAMILY = {"internlm": "v1", "internlm2": "v2", "internlm3": "v3"}
+FAMILY_TEMPLATES = {"internlm": "v1", "internlm2": "v2", "internlm3": "v3"}
 
 
 def choose_template(
     tokenizer: Tokenizer, family: str | None = None, name: str | None = None
 ) -> tuple[str, ChatTemplate]:
-    """(name, template): the one that is asked for by name, else that of the model's family, else what the tokenizer tells.
+    """Returns (name, template): `name` if given, else the template of the model's family, else the one of the
+    tokenizer.
 
-    An InternLM that was exported as a Llama is known by its tokenizer. Raises `UserError` when there is no telling, or the
-    tokenizer lacks a control token that the template cannot do without.
+    An InternLM that was exported as a Llama is recognized by its tokenizer. Raises `UserError` if no template
+    is known, or if the tokenizer lacks a control token that the template needs.
     """
-    found = name or OF_FAMILY.get(family or "") or _told_by(tokenizer)
-    if found is None:
+    chosen = name or FAMILY_TEMPLATES.get(family or "") or _detect_template(tokenizer)
+    if chosen is None:
         raise UserError(
-            f"no chat template is known for a model of family {family or 'unknown'} with the tokenizer in {tokenizer.path}; "
-            f"say which it takes: --chat-template {'|'.join(TEMPLATES)}"
+            f"no chat template is known for a model of family {family or 'unknown'} "
+            f"with the tokenizer in {tokenizer.path}; choose one: --chat-template {'|'.join(TEMPLATES)}"
         )
-    if found not in TEMPLATES:
-        raise UserError(f"--chat-template {found} does not exist; there are {', '.join(TEMPLATES)}")
-    template = TEMPLATES[found]
+    if chosen not in TEMPLATES:
+        raise UserError(f"--chat-template {chosen} does not exist; choose from {', '.join(TEMPLATES)}")
+    template = TEMPLATES[chosen]
     patterns = "".join((*template.turns.values(), template.answer))
-    needed = {control for control in template.controls if f"{{{control}}}" in patterns}
-    for control in sorted(needed):
-        if first_token_id(tokenizer, template.controls[control]) is None:
-            there = " nor ".join(repr(string) for string in template.controls[control])
+    for control in sorted(template.controls):
+        if f"{{{control}}}" in patterns and first_token_id(tokenizer, template.controls[control]) is None:
+            strings = " nor ".join(repr(string) for string in template.controls[control])
             raise UserError(
-                f"{tokenizer.path}: the tokenizer has no token {there}, which the chat template {found} needs; "
-                "is it the tokenizer of this model? Another template: --chat-template"
+                f"{tokenizer.path}: the tokenizer has no token {strings}, which the chat template {chosen} "
+                "needs; check that it is the tokenizer of this model, or choose another --chat-template"
             )
-    return found, template
+    return chosen, template
 
 
-def _told_by(tokenizer: Tokenizer) -> str | None:
+def _detect_template(tokenizer: Tokenizer) -> str | None:
+    """Returns the template whose control tokens the tokenizer has."""
     for name in ("v2.5", "v2"):
         controls = TEMPLATES[name].controls
-        if all(
-            first_token_id(tokenizer, controls[control]) is not None
-            for control in ("im_start", "im_end", "action_start")
-        ):
+        required = ("im_start", "im_end", "action_start")
+        if all(first_token_id(tokenizer, controls[control]) is not None for control in required):
             return name
     if all(first_token_id(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
         return "v1"
@@ -117,7 +118,7 @@ def _told_by(tokenizer: Tokenizer) -> str | None:
 
 
 def first_token_id(tokenizer: Tokenizer, strings: tuple[str, ...]) -> int | None:
-    """Id of the first of the strings that is a token."""
+    """Returns the id of the first string that is a token; None if none of them is."""
     for string in strings:
         number = tokenizer.eos if string == EOS else tokenizer.token_to_id(string)
         if number is not None:

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from ascendspeed.loss_compare.curve import Curve, Digits, Step, continuous, step_of
+from ascendspeed.training import metrics_log
 
-_ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
 _PAIR = re.compile(r"(?<![\w/])([A-Za-z][\w/]*(?: \([^)=]*\))?)=(\{[^}]*\}|[^\s,{][^\s,]*)(?=[\s,])")
 _PIPELINE = re.compile(r"\bsteps: (\d+) (loss: .*samples/sec: \S+)\s*\n")
 _RUN = re.compile(r"(?:^|\s)run: (\{.*\})\s*$")
@@ -16,16 +16,6 @@ _DEVICE = re.compile(r"(?:^|\s)device: (\w.*\d+ processes.*)$")
 _ARGUMENT = re.compile(r"^\s*(?:\S+:\s+)?(\w+) \.{3,} (.*?)\s*$")
 
 Said = dict[str, str]
-
-
-def bars(line: str) -> Said | None:
-    """`iteration 10/ 100 | consumed samples: 640 | ... |`; what stands behind the last bar may be cut off, and does not count."""
-    parts = line.split("|")[:-1]
-    heads = [match for part in parts if "iteration" in part and (match := _ITERATION.search(part))]
-    if len(heads) != 1:  # none; or lines of two ranks in one, of which nobody knows what belongs to which
-        return None
-    said = {name.strip(): value for name, _, value in (part.rpartition(":") for part in parts)}
-    return said | {"iteration": heads[0][1], "train iters": heads[0][2]}
 
 
 def pairs(line: str) -> Said | None:
@@ -48,7 +38,7 @@ def pipeline(line: str) -> Said | None:
 
 
 DIALECTS: tuple[tuple[str, Callable[[str], Said | None]], ...] = (
-    ("console log, iteration N/M | ...", bars),
+    ("console log, iteration N/M | ...", metrics_log.split_fields),
     ("console log, step=N loss=X", pairs),
     ("console log of DeepSpeed's pipeline engine", pipeline),
 )

@@ -102,8 +102,8 @@ FIELDS = (
     _Field("memory", "memory_gib", "{:.2f} GiB".format, _unit(" GiB")),
     _Field("time left", "seconds_left", _hms, _seconds),
 )
-_BY_LABEL = {field.label: field for field in FIELDS}
-_TRAIN = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +(\d+)/ *(\d+) \|(?:(.*)\|)?\s*$")
+_ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
+_TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +\d+/ *\d+ $")
 _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
 
 
@@ -117,20 +117,34 @@ def format(line: TrainLine | EvalLine) -> str:
     return " ".join([f" [{line.time}] iteration {line.iteration:8d}/{line.train_iters:8d} |", *texts])
 
 
-def parse(text: str) -> TrainLine | EvalLine | None:
-    """The line that `format` wrote, to the digits that stand there; None when `text` is no such line, or is cut off.
+def split_fields(text: str) -> dict[str, str] | None:
+    """Splits `iteration 10/ 100 | consumed samples: 640 | ... |` into label -> text, with `iteration` and `train iters`.
 
-    Labels that are not ours are passed over, so that Megatron-LM's own logs are read as well.
+    Reads every log of Megatron's format. Text after the last bar may be cut off and is ignored. Returns None unless there
+    is exactly one iteration: in two lines that ran into each other, fields cannot be assigned to their line.
+    """
+    parts = text.split("|")[:-1]
+    heads = [match for part in parts if "iteration" in part and (match := _ITERATION.search(part))]
+    if len(heads) != 1:
+        return None
+    labelled = (part.partition(":") for part in parts)
+    fields = {label.strip(): value.strip() for label, _, value in labelled}
+    return fields | {"iteration": heads[0][1], "train iters": heads[0][2]}
+
+
+def parse(text: str) -> TrainLine | EvalLine | None:
+    """Parses a line that `format` wrote; returns None for any other text and for a line that is cut off.
+
+    Unknown labels are ignored, so that Megatron-LM's own logs are read as well.
     """
     try:
         if match := _EVAL.search(text):
             return EvalLine(int(match[2]), float(match[3]), match[1])
-        if match := _TRAIN.search(text):
-            pairs = (part.partition(":") for part in (match[4] or "").split("|"))
-            found = {_BY_LABEL[k.strip()]: v.strip() for k, _, v in pairs if k.strip() in _BY_LABEL}
-            return TrainLine(
-                match[1], int(match[2]), int(match[3]), **{f.name: f.read(v) for f, v in found.items()}
-            )
+        time = _TIME.search(text.partition("|")[0])
+        fields = split_fields(text) if time and text.rstrip().endswith("|") else None
+        if fields:
+            known = {field.name: field.read(fields[field.label]) for field in FIELDS if field.label in fields}
+            return TrainLine(time[1], int(fields["iteration"]), int(fields["train iters"]), **known)
     except ValueError:
         pass
     return None

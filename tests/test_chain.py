@@ -1,6 +1,5 @@
 """The whole chain by the commands that people type: data, weights, the recipe under the real launcher, resume, damage, export."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,63 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import launch
+from helpers.chain import ITERS, STOP, command, lines, must, recipe
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, read
-
-ITERS, STOP = 6, 3
-SIZES = {
-    "SEQ_LENGTH": "64",
-    "MICRO_BATCH": "2",
-    "GLOBAL_BATCH": "4",
-    "TRAIN_ITERS": str(ITERS),
-    "LR_DECAY_ITERS": str(ITERS),
-    "LR": "1e-2",
-}
-
-
-def command(*words: str, **env: str) -> subprocess.CompletedProcess:
-    """Runs a command in the repository's root with this Python's programs first in the path."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return subprocess.run(
-        words,
-        env=launch.environment(PATH=path, **env),
-        cwd=launch.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def must(*words: str, **env: str) -> str:
-    """The output of a command that has to succeed."""
-    done = command(*words, **env)
-    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
-    """The 7B recipe with tiny values on two processes, TP 2; checkpoints in NAME, log in NAME.log."""
-    values = SIZES | {
-        "MODEL": "internlm-tiny",
-        "DTYPE": "fp32",
-        "TP": "2",
-        "NPROC": "2",
-        "EVAL_INTERVAL": "3",
-        "EVAL_ITERS": "2",
-    }
-    values |= {"DATA": str(work / "alpaca_text_document"), "TOKENIZER_PATH": str(work / "data" / "tokenizer")}
-    values |= {
-        "CHECKPOINT": str(load),
-        "SAVE": str(work / name),
-        "SAVE_INTERVAL": "100",
-        "MASTER_PORT": str(launch.free_port()),
-    }
-    script = "examples/intern/pretrain_internlm_7b_zero.sh"
-    return command("bash", script, "--log-dir", str(work / f"{name}.log"), *flags, **(values | env))
-
-
-def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:
-    return list(read(work / f"{name}.log" / "train.log"))
+from ascendspeed.training.metrics_log import EvalLine, TrainLine
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """Chat formats: ids equal those of the original code's prompts and of Jinja's, and text can never become a control token."""
 
-import io
 import json
-import re
 
 import jinja2
 import pytest
 import sentencepiece
-from helpers.corpus import REAL, TRAPS, sentencepiece_dir, words
+from helpers.chat import KINDS, UNUSED, piecewise
+from helpers.corpus import TRAPS, sentencepiece_dir
 
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import (
@@ -22,8 +21,6 @@ from ascendspeed.tokenization.chat import (
 )
 from ascendspeed.utils.errors import UserError
 
-NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")
-UNUSED = {f"<|{name}|>": f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NAMES)}
 # What the tokenizer_config.json of InternLM2, 2.5 and 3 have as chat_template.
 JINJA = (
     "{{ bos_token }}{% for message in messages %}"
@@ -38,52 +35,6 @@ TALK = [
 ]
 
 
-def vocabulary(folder, pieces, added=None):
-    """A tokenizer.model like InternLM's, with the given strings as ordinary pieces, and names beside it."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(words(300)),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=420,
-        user_defined_symbols=list(pieces),
-        byte_fallback=True,
-        split_digits=True,
-        normalization_rule_name="identity",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        num_threads=1,
-        minloglevel=2,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-    )
-    folder.mkdir(parents=True)
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    raw = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
-    if added:
-        numbers = [
-            raw.piece_to_id(piece) if piece else raw.get_piece_size() + i
-            for i, piece in enumerate(added.values())
-        ]
-        named = dict(zip(numbers, added, strict=True))
-        config["added_tokens_decoder"] = {
-            str(number): {"content": name, "special": True} for number, name in named.items()
-        }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-KINDS = {
-    "v1": lambda folder: vocabulary(folder, ["<eoh>", "<eoa>"]),
-    "v2": lambda folder: vocabulary(folder, UNUSED.values(), UNUSED),
-    "v2-old": lambda folder: vocabulary(folder, UNUSED.values()),
-    "v3": lambda folder: vocabulary(folder, [], dict.fromkeys(UNUSED)),
-    "v1-real": lambda folder: REAL / "internlm",
-    "v2-real": lambda folder: REAL / "internlm2",
-}
 FAMILY = {"v1": "internlm", "v2": "internlm2", "v3": "internlm3"}
 
 
@@ -131,19 +82,6 @@ def test_v1_is_what_the_original_code_builds(kinds, name, talk):
     assert older.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
     assert found.stop_ids == (raw.piece_to_id("<eoa>"),)
     assert found.prompt_ids(read_messages(talk, "talk")) != older.prompt_ids(read_messages(talk, "talk"))
-
-
-def piecewise(one, raw, text):
-    """Ids of a rendered text, as tokenizers with control tokens do it: those are cut out first."""
-    ids = []
-    for part in re.split(r"(<s>|<\|\w+\|>)", text):
-        if part == "<s>":
-            ids.append(1)
-        elif part in UNUSED:
-            ids.append(one.required_id(part) if one.token_to_id(part) else raw.piece_to_id(UNUSED[part]))
-        else:
-            ids += raw.encode(part)
-    return ids
 
 
 @pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.checkpoints import die_at, in_child
 from helpers.log_lines import log_lines
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -602,19 +603,6 @@ def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000001", "step_0000002"]
 
 
-def in_child(work) -> int:
-    """Runs work() in a forked process; returns its wait status."""
-    if (pid := os.fork()) == 0:
-        try:
-            work()
-            os._exit(0)
-        except UserError:
-            os._exit(2)
-        finally:
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
-
-
 @pytest.mark.parametrize("limit", [0, 100, 3000, 12000])
 def test_file_size_limit_leaves_the_last_one(tmp_path, limit):
     save(tmp_path, 1)
@@ -627,24 +615,6 @@ def test_file_size_limit_leaves_the_last_one(tmp_path, limit):
     check(find_checkpoint(tmp_path), 1)
     save(tmp_path, 2)
     check(find_checkpoint(tmp_path), 2)
-
-
-def die_at(count: int, monkeypatch) -> None:
-    """SIGKILL at the `count`-th operation that changes files."""
-    left = itertools.count(count, -1)
-
-    def deadly(real):
-        def call(*args, **kwargs):
-            if next(left) == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return call
-
-    for owner, name in [(os, n) for n in ("rename", "replace", "unlink", "rmdir", "fsync")] + [
-        (Path, n) for n in ("mkdir", "unlink")
-    ]:
-        monkeypatch.setattr(owner, name, deadly(getattr(owner, name)))
 
 
 @pytest.mark.parametrize("again", [False, True], ids=["new step", "same step"])

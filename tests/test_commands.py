@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import corpus
+from helpers.conversion import BASE, command, hugging_face
+from helpers.internevo import BIASED, directory
 from safetensors.torch import load_file
-from test_convert import BASE, command, hugging_face
-from test_internevo import BIASED, directory
 
 from ascendspeed.cli.compat import Claims
 from ascendspeed.models.families import PRESETS

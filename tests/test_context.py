@@ -154,7 +154,7 @@ def test_rope_has_the_positions_of_the_share(cpu):
     """Dynamic scaling goes by the whole length, not by this rank's part."""
     from dataclasses import replace
 
-    from test_model import INTERNLM
+    from helpers.models import INTERNLM
 
     from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.rope import Rope

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.conversion import BASE, MODELS
 from safetensors.torch import save_file
-from test_convert import BASE, MODELS
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert

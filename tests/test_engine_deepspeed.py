@@ -3,51 +3,13 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import launch, oracle
+from helpers.engines import DATA_SEED, LAYOUTS, MODEL, RUN, STEPS, Curve, changes, run_cases, worst
 
-from ascendspeed.config import lr_schedule, schema
-from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config import lr_schedule
 from ascendspeed.models import param_mapping
-
-MODEL = ModelConfig(
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    vocab_size=125,
-    max_position_embeddings=64,
-    init_method_std=0.1,
-)
-STEPS, DATA_SEED = 20, 7
-RUN = Run(
-    MODEL,
-    ParallelConfig(deepspeed=True),
-    OptimConfig(lr=1e-2, min_lr=1e-3, lr_warmup_iters=4, weight_decay=0.1, clip_grad=1.0),
-    DataConfig(data_path=("unused",), seq_length=32),
-    TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=STEPS),
-)
-LAYOUTS = {"tp1-dp1": (1, 1), "tp1-dp2": (1, 2), "tp2-dp1": (2, 1), "tp2-dp2": (2, 2)}
-Curve = list[list[float]]
-
-
-def run_cases(
-    layout: str, cases: dict[str, Any], folder: Path, steps: int = STEPS, **train: Any
-) -> dict[str, Curve]:
-    """Every case in one start of processes: case -> [[loss, gradient norm], ...]."""
-    tp, dp = LAYOUTS[layout]
-    run = replace(
-        RUN, parallel=replace(RUN.parallel, tensor_model_parallel_size=tp), train=replace(RUN.train, **train)
-    )
-    job = {"run": schema.to_dict(run), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
-    return launch.ranks(tp * dp, "engine_worker.py", job, folder)
-
-
-def changes(stage: int, **optim: Any) -> dict[str, Any]:
-    return {"parallel": {"zero_stage": stage}, "optim": optim}
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +21,6 @@ def expected() -> Curve:
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(STEPS)]
     model = oracle.hugging_face(MODEL, dict(param_mapping.random_tensors(MODEL, RUN.train.seed)))
     return oracle.train(model, data, lrs, vars(RUN.optim))
-
-
-def worst(curve: Curve, expected: Curve) -> tuple[float, float]:
-    """Largest relative difference of the losses, and of the gradient norms."""
-    pairs = list(zip(curve, expected, strict=True))
-    return max(abs(a[0] - b[0]) / b[0] for a, b in pairs), max(abs(a[1] - b[1]) / b[1] for a, b in pairs)
 
 
 @pytest.mark.parametrize(
@@ -249,7 +205,7 @@ import torch
 from helpers import oracle
 from dataclasses import replace
 from deepspeed.accelerator import get_accelerator
-from test_engine_deepspeed import RUN
+from helpers.engines import Curve, RUN
 from ascendspeed.data.dataset import Batch
 from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
 from ascendspeed.distributed.fused_kernels import Kernels

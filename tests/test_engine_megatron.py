@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from helpers import launch, oracle
-from test_engine_deepspeed import DATA_SEED, RUN, STEPS, Curve, worst
-from test_moe import MODELS as MOE
-from test_moe import loaded
+from helpers.engines import DATA_SEED, RUN, STEPS, Curve, worst
+from helpers.layouts import CP, EP, PP, SHARDS, SP, TP, VPP
+from helpers.moe import MODELS as MOE
+from helpers.moe import loaded
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.checkpoint.fragment import KINDS
@@ -25,17 +26,6 @@ from ascendspeed.utils.errors import UserError
 
 MODEL = replace(RUN.model, num_layers=4)
 RUN = replace(RUN, model=MODEL, parallel=ParallelConfig())
-TP, PP, VPP, CP, EP = (
-    {name: 2}
-    for name in (
-        "tensor_model_parallel_size",
-        "pipeline_model_parallel_size",
-        "num_virtual_stages_per_pipeline_rank",
-        "context_parallel_size",
-        "expert_model_parallel_size",
-    )
-)
-SP, SHARDS = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
 OVERLAP = SHARDS | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     2: {

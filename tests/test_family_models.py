@@ -12,8 +12,9 @@ import pytest
 import torch
 from conftest import SHARED
 from helpers import oracle
+from helpers.family_models import LONG, MODELS, TINY
+from helpers.models import Case, under
 from safetensors.torch import load_file, save_file
-from test_model import Case, under
 from transformers import LlamaForCausalLM
 
 from ascendspeed.config import schema
@@ -21,29 +22,8 @@ from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.models import families, param_mapping
-from ascendspeed.models.families import FAMILIES, PRESETS
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
-
-TRAINED, LONG = 32, 48  # positions of the models, and of the tokens: half as many again
-TINY = {c.family: c for name, c in PRESETS.items() if name.endswith("-tiny")}
-
-
-def shrunk(model: ModelConfig, **changes) -> ModelConfig:
-    """Two layers of weights that are large enough for logits to say something."""
-    return replace(
-        model, num_layers=2, vocab_size=125, max_position_embeddings=TRAINED, init_method_std=0.1, **changes
-    )
-
-
-MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
-    "internlm-no-bias": shrunk(TINY["internlm"], add_qkv_bias=False, add_dense_bias=False),
-    "internlm2-bias": shrunk(TINY["internlm2"], add_qkv_bias=True, add_dense_bias=True),
-    "internlm3-bias": shrunk(TINY["internlm3"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True),
-    "internlm3-bias-but-qkv": shrunk(TINY["internlm3"], add_dense_bias=True, add_mlp_bias=True),
-    "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True, rope_scaling_type="linear",
-        rope_scaling_factor=4.0),
-    "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
-}  # fmt: skip
 
 
 @cache

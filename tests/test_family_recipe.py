@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from helpers import launch
-from test_chain import TrainLine, lines, must, recipe
+from helpers.chain import TrainLine, lines, must, recipe
 
 from ascendspeed.cli import validation
 from ascendspeed.cli.train_args import resolve

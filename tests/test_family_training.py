@@ -4,9 +4,9 @@ from dataclasses import asdict
 
 import pytest
 from helpers import oracle
+from helpers.engines import DATA_SEED, RUN, run_cases, worst
+from helpers.family_models import MODELS
 from safetensors.torch import save_file
-from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
-from test_family_models import MODELS
 
 from ascendspeed.config import lr_schedule
 from ascendspeed.models import param_mapping

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from helpers import launch
-from test_chat import KINDS
-from test_preprocess_instructions import ROWS
+from helpers.chat import KINDS
+from helpers.instruction_rows import ROWS
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.handlers.base import EncoderConfig

@@ -10,9 +10,9 @@ from types import ModuleType
 
 import pytest
 import torch
+from helpers.conversion import command
+from helpers.old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 from safetensors.torch import load_file
-from test_convert import command
-from test_old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 
 from ascendspeed.cli import parser
 from ascendspeed.conversion import convert

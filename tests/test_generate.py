@@ -10,10 +10,11 @@ import pytest
 import torch
 from helpers import launch, oracle
 from helpers.generate_worker import answers
+from helpers.generation import language_model, logs_of, texts, theirs
+from helpers.models import INTERNLM, ours, tensors_of
 from safetensors.torch import save_file
-from test_model import INTERNLM, ours, tensors_of
 
-from ascendspeed.config.schema import ModelConfig, ParallelConfig
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.utils.errors import UserError
 
 SHAPE: dict[str, Any] = {"num_attention_heads": 8, "max_position_embeddings": 64}
@@ -65,15 +66,6 @@ REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [
 ]
 
 
-def language_model(cpu, model: ModelConfig, tensors):
-    from ascendspeed.distributed import process_groups
-    from ascendspeed.inference.engine import LanguageModel
-
-    return LanguageModel(
-        ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu
-    )
-
-
 def asked_of(cpu, name: str):
     """Our model and Hugging Face's, with the same random weights."""
     tensors = tensors_of(MODELS[name])
@@ -99,37 +91,10 @@ def rope_of(model: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def texts(found) -> list[list[list[int]]]:
-    return [[one.tokens for one in each] for each in found]
-
-
-def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
-    """What Hugging Face's `generate` adds to one prompt; pad is eos."""
-    stops = list(params.pop("stop_ids", ())) or None
-    more = {"pad_token_id": stops[0] if stops else 0, "eos_token_id": stops, "do_sample": False}
-    with torch.no_grad():
-        out = reference.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            **more,
-            **params,
-        )
-    ends = [
-        next((i for i, token in enumerate(row) if token in (stops or ())), len(row))
-        for row in out[:, len(prompt) :].tolist()
-    ]
-    return [row[:end] for row, end in zip(out[:, len(prompt) :].tolist(), ends, strict=True)]
-
-
-def logs_of(reference, tokens: list[int]) -> torch.Tensor:
-    with torch.no_grad():
-        return reference(torch.tensor([tokens])).logits[0].log_softmax(-1)
-
-
 def check(reference, found: dict[str, Any]) -> None:
     """Every answer is Hugging Face's, and the score of every text the sum of its log-probabilities."""
-    for name, texts in found["texts"].items():
-        for prompt, each in zip(PROMPTS, texts, strict=True):
+    for name, answers_of_prompts in found["texts"].items():
+        for prompt, each in zip(PROMPTS, answers_of_prompts, strict=True):
             assert [tokens for tokens, _, _ in each] == theirs(reference, prompt, **PARAMS[name]), (
                 name,
                 prompt,
@@ -216,7 +181,7 @@ def test_four_ranks_equal_hugging_face(cpu, tmp_path):
 @pytest.mark.slow
 def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
     """Experts, tied embeddings, whose stages both hold them, and a NormHead. Control: the same weights but for one matrix."""
-    from test_family_models import MODELS as FAMILIES
+    from helpers.family_models import MODELS as FAMILIES
 
     cases, wanted = {}, {}
     for name in ("mixtral", "qwen2_moe", "qwen2-tied", "baichuan"):
@@ -243,8 +208,8 @@ def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
     for case, answer in found.items():
         alone = wanted[case.split()[0]]
         assert tokens_in(answer) == tokens_in(alone), case
-        for mine, theirs in zip(answer["logprobs"], alone["logprobs"], strict=True):
-            assert mine == pytest.approx(theirs, abs=1e-5), case
+        for ranks_logprobs, single_logprobs in zip(answer["logprobs"], alone["logprobs"], strict=True):
+            assert ranks_logprobs == pytest.approx(single_logprobs, abs=1e-5), case
 
 
 def tokens_in(answer: dict[str, Any]) -> list:

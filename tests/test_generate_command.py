@@ -1,7 +1,6 @@
 """Generation as a command: what is typed, prompts, answers in files, streams and conversations, and how fast it goes."""
 
 import contextlib
-import io
 import json
 import os
 import pty
@@ -16,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import launch, oracle, recipes
+from helpers.chat import UNUSED, piecewise, vocabulary
+from helpers.generate_command import MODEL, folder, reference, run
 from helpers.log_lines import log_lines
 from safetensors.torch import save_file
-from test_chat import UNUSED, piecewise, vocabulary
 
 from ascendspeed.inference import args, benchmark_report, prompts
 from ascendspeed.inference import stdin as questions
@@ -35,48 +35,6 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
-
-MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
-"""More rows than the tokenizer below has ids."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A Hugging Face directory: a tiny InternLM with random weights, and a tokenizer with <eoh> and <eoa>."""
-    path = vocabulary(tmp_path_factory.mktemp("model") / "hf", ["<eoh>", "<eoa>"])
-    _, tensors = oracle.native(MODEL)
-    save_file(tensors, path / "model.safetensors")
-    (path / "left.partial").write_text("{}\n")
-    (path / "config.json").write_text(
-        json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2})
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def reference():
-    """The same weights in Hugging Face's own class."""
-    return oracle.native(MODEL)[0]
-
-
-@pytest.fixture
-def run(cpu, folder, monkeypatch, capsys):
-    """Runs the command here: run(*flags, stdin=...) -> what it wrote to stdout."""
-    from ascendspeed.inference import runner
-
-    def run(*flags, stdin=""):
-        monkeypatch.setattr(
-            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()))
-        )
-        job, notes = args.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
-        capsys.readouterr()
-        runner.run(job, cpu, notes)
-        run.stderr = ""
-        out = capsys.readouterr()
-        run.stderr = out.err
-        return out.out
-
-    return run
 
 
 def theirs(reference, ids, **params):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from helpers import launch
-from test_generate_command import folder, reference, run  # noqa: F401 - fixtures
+from helpers.generate_command import folder, reference, run
 
 from ascendspeed.inference import args, stdin
 from ascendspeed.utils.errors import EXIT_INTERRUPTED
@@ -23,7 +23,7 @@ LONG = ["--task", "chat", "--max-new-tokens", "20000"]
 """Nobody waits for the end of such an answer."""
 
 
-def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
+def said_in(cpu, folder, monkeypatch, heard) -> list:
     """History of a conversation of two questions at a terminal; `heard(pieces)` is called with the pieces shown so far."""
     from ascendspeed.inference import chat, runner
 
@@ -53,7 +53,7 @@ def said_in(cpu, folder, monkeypatch, heard) -> list:  # noqa: F811
     return talks[0].history
 
 
-def test_what_was_written_is_the_answer(cpu, folder, monkeypatch):  # noqa: F811
+def test_what_was_written_is_the_answer(cpu, folder, monkeypatch):
     """The first answer ends after its third piece; the second one follows from that, and is whole."""
     before = signal.getsignal(signal.SIGINT)
     whole = said_in(cpu, folder, monkeypatch, lambda pieces: None)
@@ -141,7 +141,7 @@ def talk(terminal: Terminal) -> None:
         terminal.close()
 
 
-def test_at_a_terminal(folder):  # noqa: F811
+def test_at_a_terminal(folder):
     talk(
         Terminal(
             sys.executable, "tasks/inference/generate.py", "--load", str(folder), "--device", "cpu", *LONG
@@ -151,7 +151,7 @@ def test_at_a_terminal(folder):  # noqa: F811
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [("1", "1"), ("2", "1"), ("1", "2")])
-def test_through_the_recipe(folder, tp, pp):  # noqa: F811
+def test_through_the_recipe(folder, tp, pp):
     """One process, and two under DeepSpeed's launcher, which Ctrl-C would end: every rank ends the answer at the same token."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     values = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from helpers import launch
+from helpers.family_models import MODELS
+from helpers.generation import language_model
+from helpers.models import ours, tensors_of
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from test_family_models import MODELS
-from test_generate import language_model
-from test_model import ours, tensors_of
 
 TOKENS = torch.randint(0, 125, (3, 24), generator=torch.Generator().manual_seed(4))
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import launch
+from helpers.chat import vocabulary
 from helpers.corpus import words
-from test_chat import vocabulary
-from test_generate import logs_of, texts, theirs
+from helpers.generation import logs_of, texts, theirs
 
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.tokenization import tokenizer

@@ -6,7 +6,7 @@ import pytest
 import test_segments as segments
 import torch
 from helpers import launch, oracle
-from test_engine_deepspeed import DATA_SEED, MODEL, RUN, STEPS, changes, worst
+from helpers.engines import DATA_SEED, MODEL, RUN, STEPS, changes, worst
 
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.distributed import device, fused_kernels

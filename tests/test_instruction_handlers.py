@@ -7,12 +7,13 @@ import re
 import numpy as np
 import pytest
 import sentencepiece
+from helpers.chat import KINDS, UNUSED
 from helpers.corpus import sentencepiece_dir, words
+from helpers.supervised_tokens import lost_by_hand
 from hypothesis import given
 from hypothesis import strategies as st
-from test_chat import KINDS, UNUSED
 
-from ascendspeed.data.document import Document, Fault, Truncation
+from ascendspeed.data.document import Document, Fault
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.readers.shard import InvalidValue
 from ascendspeed.data.tokenize import DocumentEncoder
@@ -469,23 +470,6 @@ def test_columnar_rows_have_null_for_what_is_not_there(folders):
     for other in ([], None):
         (found,) = make(one, {"conversations": other, "messages": [H, A]})
         assert found.tokens.tolist() == plain.tokens.tolist()
-
-
-def lost_by_hand(documents, length):
-    """What is lost of documents that are cut and kept."""
-    found = Truncation()
-    for one in documents:
-        answers, before = [], False
-        for place, learnt in enumerate(one.loss_mask.tolist()):
-            if learnt and not before:
-                answers.append([place, place])
-            if learnt:
-                answers[-1][1] = place
-            before = learnt
-        if len(one.tokens) > length and any(one.loss_mask[1:length]):
-            lost = sum(first >= length for first, _ in answers)
-            found += Truncation(1, lost, sum(first < length <= last for first, last in answers))
-    return found
 
 
 def test_cut_to_a_length(folders):

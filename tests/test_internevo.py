@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.conversion import same
 from helpers.evo_oracle import (
     Shape,
     Trained,
@@ -18,18 +19,16 @@ from helpers.evo_oracle import (
     save_config,
     states,
 )
+from helpers.internevo import BIASED, GROUPED, PLAIN, config_json, config_of, directory, equal
 from safetensors.torch import load_file, save_file
-from test_convert import same
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats import internevo
 from ascendspeed.conversion.formats.internevo import config as evo_config
-from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.internevo_names import InternEvoOptions, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
-BIASED, PLAIN, GROUPED = Shape(bias=True), Shape(), Shape(heads=16, kv=8)
 EVEN = {1: (4,), 2: (2, 2), 4: (1, 1, 1, 1)}
 LAYOUTS = [(tp, pp) for tp in (1, 2, 4, 8) for pp in EVEN]
 KINDS = {  # family, sizes, what it is trained as
@@ -41,38 +40,6 @@ KINDS = {  # family, sizes, what it is trained as
     "llama": ("llama", GROUPED, "LLAMA2"),
     "llama with bias": ("llama", replace(GROUPED, bias=True), "LLAMA2"),
 }
-
-
-def config_of(family: str, shape: Shape) -> ModelConfig:
-    return ModelConfig(
-        family,
-        num_layers=shape.layers,
-        hidden_size=shape.hidden,
-        ffn_hidden_size=shape.ffn,
-        num_attention_heads=shape.heads,
-        num_query_groups=shape.kv,
-        vocab_size=shape.vocab,
-        max_position_embeddings=32,
-        norm_epsilon=1e-5,
-        rotary_base=1e4 if family == "internlm" else 1e6,
-        add_qkv_bias=shape.bias,
-        add_dense_bias=shape.bias,
-    )
-
-
-def config_json(folder: Path, family: str, shape: Shape, **more) -> None:
-    (folder / "config.json").write_text(
-        json.dumps(FAMILIES[family].write_config(config_of(family, shape)) | more)
-    )
-
-
-def directory(folder: Path, family: str, shape: Shape) -> dict[str, torch.Tensor]:
-    """A Hugging Face directory of the oracle's tensors."""
-    folder.mkdir()
-    tensors = hugging_face(family, shape, parts_of(shape))
-    save_file(tensors, folder / "model.safetensors")
-    config_json(folder, family, shape)
-    return tensors
 
 
 def trained(folder: Path, shape: Shape, how: Trained, **more) -> Path:
@@ -97,13 +64,6 @@ def back(source: convert.CheckpointReader, family: str) -> dict[str, torch.Tenso
 def right(source: convert.CheckpointReader, family: str, shape: Shape) -> bool:
     """Whether a source holds the oracle's model, bit by bit."""
     return same(back(source, family), hugging_face(family, shape, parts_of(shape)))
-
-
-def equal(folder: Path, shape: Shape, how: Trained) -> bool:
-    """Whether the files of a folder are the oracle's: names, tensors, bits."""
-    files = {path.name: torch.load(path, weights_only=True) for path in folder.glob("model_[tw]*.pt")}
-    theirs = states(shape, how, parts_of(shape))
-    return files.keys() == theirs.keys() and all(same(files[name], theirs[name]) for name in files)
 
 
 def there_and_back(tmp_path: Path, kind: str, layouts: list[tuple[int, int]]) -> None:

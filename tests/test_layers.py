@@ -9,6 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from helpers.imports import imported, inner
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ascendspeed"
@@ -74,23 +75,6 @@ SCRIPTS = [
 
 def package_of(module: str) -> str:
     return module.split(".")[0]
-
-
-def imported(tree: ast.AST) -> set[str]:
-    """Full names of everything that a module imports, at any place in it."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
-
-
-def inner(tree: ast.AST) -> set[str]:
-    """The packages of the library that a module imports."""
-    return {name.split(".")[1] for name in imported(tree) if name.startswith("ascendspeed.")}
 
 
 def says(tree: ast.AST, words: str) -> set[str]:

@@ -9,8 +9,8 @@ import peft
 import pytest
 import torch
 from helpers import launch, oracle
+from helpers.engines import DATA_SEED, RUN, Curve, worst
 from safetensors.torch import save_file
-from test_engine_deepspeed import DATA_SEED, RUN, Curve, worst
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule, schema

@@ -13,9 +13,9 @@ import peft
 import pytest
 import torch
 from helpers import launch, oracle
+from helpers.conversion import command as tool
 from helpers.log_lines import log_lines
 from safetensors.torch import load_file
-from test_convert import command as tool
 
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config import schema

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 from helpers import launch, recipes
-from test_parity import CURVE, example_run, write_run
-from test_parity_logs import ours
+from helpers.loss_curves import CURVE, example_run, write_run
+from helpers.training_logs import ours
 
 from ascendspeed.config import schema
 from ascendspeed.loss_compare import compare as comparing

@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 from helpers import oracle
+from helpers.conversion import command
 from safetensors.torch import load_file, save_file
-from test_convert import command
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion import lora_adapter as adapters

@@ -1,27 +1,16 @@
 """The model against Hugging Face: losses, rope, types, dropout, padding, random weights. Its families: test_family_models.py."""
 
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import launch, oracle
-from safetensors.torch import load_file, save_file
+from helpers import oracle
+from helpers.models import INTERNLM, ours, tensors_of, tokens_of
 
-from ascendspeed.config import schema
-from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import ParallelConfig, TrainConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 
-INTERNLM = ModelConfig(
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    vocab_size=125,
-    max_position_embeddings=32,
-    init_method_std=0.1,
-)
 GROUPED = replace(
     INTERNLM,
     family="llama",
@@ -31,67 +20,6 @@ GROUPED = replace(
     add_dense_bias=False,
     kv_channels=16,
 )
-
-
-def tensors_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:
-    """Random weights; biases and norms random too, so that nothing hides behind a zero or a one."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for name, tensor in param_mapping.random_tensors(model, seed):
-        made[name] = (
-            tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
-        )
-    return made
-
-
-def tokens_of(model: ModelConfig, length: int = 32) -> torch.Tensor:
-    return torch.randint(0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
-
-
-def ours(cpu, model: ModelConfig, tensors, dtype: str = "fp32", train: TrainConfig | None = None):
-    from ascendspeed.models.gpt import gpt_model, layer_spec
-
-    layout = ParallelConfig()
-    built = gpt_model.build_model(
-        model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype)
-    )
-    gpt_model.load_weights(built, model, layout, tensors.items())
-    return built
-
-
-@dataclass(frozen=True)
-class Case:
-    """One model under one layout."""
-
-    layout: ParallelConfig
-    model: ModelConfig
-    tensors: dict[str, torch.Tensor]
-    tokens: torch.Tensor
-
-
-def under(cases: dict[str, Case], world: int, folder: Path):
-    """name -> (logits of the real vocabulary, losses, logits of the padding, facts), in processes of their own."""
-    job = {"cases": {}}
-    for name, case in cases.items():
-        save_file({n: t.contiguous() for n, t in case.tensors.items()}, folder / f"{name}.safetensors")
-        run = schema.to_dict(Run(case.model, case.layout, OptimConfig(), DataConfig(), TrainConfig()))
-        job["cases"][name] = {
-            "run": run,
-            "weights": str(folder / f"{name}.safetensors"),
-            "tokens": case.tokens.tolist(),
-        }
-    facts = launch.ranks(world, "model_worker.py", job, folder)
-    found = load_file(folder / "out.json.safetensors")
-    rows = {name: case.model.vocab_size for name, case in cases.items()}
-    return {
-        n: (
-            found[f"{n}.logits"][..., : rows[n]],
-            found[f"{n}.losses"],
-            found[f"{n}.logits"][..., rows[n] :],
-            facts[n],
-        )
-        for n in cases
-    }
 
 
 @pytest.mark.parametrize("model", [INTERNLM, GROUPED], ids=["internlm", "llama-gqa"])

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import oracle
-from safetensors.torch import load_file, save_file
-from test_engine_deepspeed import DATA_SEED, RUN, run_cases, worst
-from test_model import Case, ours, tokens_of, under
+from helpers.engines import DATA_SEED, RUN, run_cases, worst
+from helpers.models import Case, ours, tokens_of, under
+from helpers.moe import MIXTRAL, MODELS, QWEN2_MOE, hugging_face, loaded
+from safetensors.torch import load_file
 
 from ascendspeed.cli import validation
 from ascendspeed.config import lr_schedule, schema
@@ -21,84 +22,8 @@ from ascendspeed.models import estimates, param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS, family_of
 from ascendspeed.utils.errors import UserError
 
-MIXTRAL = ModelConfig(
-    "mixtral",
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=48,
-    num_attention_heads=8,
-    num_query_groups=2,
-    vocab_size=125,
-    max_position_embeddings=64,
-    add_qkv_bias=False,
-    add_dense_bias=False,
-    init_method_std=0.1,
-    num_experts=4,
-)
-QWEN2_MOE = replace(
-    MIXTRAL,
-    family="qwen2_moe",
-    add_qkv_bias=True,
-    num_experts=6,
-    moe_router_topk=3,
-    moe_ffn_hidden_size=24,
-    moe_shared_expert_intermediate_size=40,
-    moe_router_pre_softmax=True,
-)
-MODELS = {
-    "mixtral": MIXTRAL,
-    "qwen2_moe": QWEN2_MOE,
-    "qwen2_moe, weights that add up to 1": replace(QWEN2_MOE, moe_router_pre_softmax=False),
-}
 NAMES = ("mixtral", "qwen2_moe")
 EXPERT = "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc{}.weight"
-
-
-def hugging_face(model: ModelConfig):
-    """(class, configuration) of a model, in Hugging Face's words."""
-    from transformers import MixtralConfig, MixtralForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
-
-    own = {
-        "num_hidden_layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.ffn_hidden_size,
-        "num_attention_heads": model.num_attention_heads,
-        "num_key_value_heads": model.kv_heads,
-        "vocab_size": model.vocab_size,
-        "max_position_embeddings": model.max_position_embeddings,
-        "rms_norm_eps": model.norm_epsilon,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "initializer_range": model.init_method_std,
-        "num_experts_per_tok": model.moe_router_topk,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
-    if model.family == "mixtral":
-        return MixtralForCausalLM, MixtralConfig(**own, num_local_experts=model.num_experts)
-    return Qwen2MoeForCausalLM, Qwen2MoeConfig(
-        **own,
-        num_experts=model.num_experts,
-        moe_intermediate_size=model.moe_ffn_hidden_size,
-        shared_expert_intermediate_size=model.moe_shared_expert_intermediate_size,
-        norm_topk_prob=not model.moe_router_pre_softmax,
-    )
-
-
-def loaded(model: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path):
-    """Hugging Face's model with our weights, by way of a directory that it loads."""
-    made, settings = hugging_face(model)
-    settings.save_pretrained(folder)
-    theirs: dict[str, torch.Tensor] = {}
-    for parameter in param_mapping.parameters(model):
-        theirs |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
-    save_file(
-        {name: tensor.contiguous() for name, tensor in theirs.items()},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    reference, left = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not any(left[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), left
-    return reference
 
 
 @pytest.fixture(scope="module")
@@ -444,7 +369,7 @@ def test_full_recomputation_changes_nothing(cpu, saved, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral-tiny", "qwen2_moe-tiny"])
 def test_the_recipe_trains_them(name, tmp_path):
-    from test_chain import TrainLine, lines, must, recipe
+    from helpers.chain import TrainLine, lines, must, recipe
 
     must(
         "python",

@@ -9,27 +9,21 @@ import re
 import runpy
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import launch
+from helpers.loss_curves import CURVE, losses, write_run
+from helpers.training_logs import ours
 from hypothesis import given
 from hypothesis import strategies as st
-from test_parity_logs import ours
 
-from ascendspeed.config import schema
 from ascendspeed.loss_compare import compare as comparing
 from ascendspeed.loss_compare import metrics, report
 from ascendspeed.loss_compare.align import Pair, align
 from ascendspeed.loss_compare.curve import Curve, Step
-from ascendspeed.models import families
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
-
-CURVE = [
-    4.0 * 0.98**i + 0.3 * (i % 3) for i in range(100)
-]  # falls, with a pattern: a shift by one step is not small
 
 
 def curve(losses, name="x", **more) -> Curve:
@@ -75,9 +69,6 @@ def test_gradient_norms():
     )
     f = metrics.measure(align(ref, cand))
     assert (f.grad_norm_mean, f.grad_norm_max, f.grad_norm_identical) == (0.125, 0.25, 1)
-
-
-losses = st.floats(1e-3, 20, allow_nan=False)
 
 
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
@@ -346,25 +337,6 @@ def test_a_second_run_on_another_axis_is_refused(tmp_path):
 
 
 # --- the tool and what it leaves --------------------------------------------------------------------------------------------
-
-
-def write_run(folder: Path, losses, zero_stage: int = 2, **begin: str) -> Path:
-    """A log of ours with its settings."""
-    folder.mkdir(parents=True, exist_ok=True)
-    run = asdict(example_run(zero_stage))
-    text = f"device: cpu (some CPU), gloo; 2 processes: TP 1 x DP 2\nrun: {json.dumps(run)}\n"
-    (folder / "train.log").write_text(text + "".join(ours(i, loss) for i, loss in enumerate(losses, 1)))
-    if begin:
-        (folder / "origin.json").write_text(json.dumps({"seed": "1", "weights": "w", "data": "d"} | begin))
-    return folder
-
-
-def example_run(zero_stage: int = 2) -> schema.Run:
-    parallel = schema.ParallelConfig(zero_stage=zero_stage, deepspeed=True)
-    data = schema.DataConfig(data_path=("<b>corpus</b>",))
-    return schema.Run(
-        families.preset("internlm-tiny"), parallel, schema.OptimConfig(), data, schema.TrainConfig()
-    )
 
 
 @pytest.fixture

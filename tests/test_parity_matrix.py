@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import launch, oracle
-from test_layers import inner
+from helpers.imports import inner
 
 from ascendspeed.cli import validation
 from ascendspeed.models.families import FAMILIES

@@ -8,8 +8,8 @@ from dataclasses import asdict
 
 import pytest
 from helpers import launch
-from test_parity import example_run
-from test_parity_logs import SAMPLES, ours
+from helpers.loss_curves import example_run
+from helpers.training_logs import SAMPLES, ours
 
 from ascendspeed.loss_compare import console_logs, performance_table, read_logs
 from ascendspeed.loss_compare.performance_table import PUBLISHED, Row

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import psutil
@@ -16,6 +15,7 @@ import pytest
 import sentencepiece
 from helpers.corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
 from helpers.log_lines import log_lines
+from helpers.preprocess import TOOL, made
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file
@@ -23,18 +23,12 @@ from ascendspeed.data.preprocess import EncoderConfig, preprocess
 from ascendspeed.data.readers import lines, parquet, sequential
 from ascendspeed.utils.errors import UserError
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
 TEXTS = words(600) + TRAPS
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
     return sentencepiece_dir(tmp_path / "tokenizer")
-
-
-def made(prefix):
-    """The bytes of all three files."""
-    return {suffix: pair_file(prefix, suffix).read_bytes() for suffix in ("bin", "idx", "meta")}
 
 
 def parquet_of(path, texts, **options):

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from helpers.corpus import sentencepiece_dir, words
+from helpers.chat import KINDS
+from helpers.corpus import sentencepiece_dir
+from helpers.instruction_rows import ROWS
 from helpers.log_lines import log_lines
+from helpers.preprocess import TOOL, made
+from helpers.supervised_tokens import lost_by_hand
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from test_chat import KINDS
-from test_instruction_handlers import lost_by_hand
-from test_preprocess import TOOL, made
 
 from ascendspeed.data.document import Truncation
 from ascendspeed.data.handlers.base import EncoderConfig
@@ -34,24 +35,6 @@ GENERAL, ALPACA, SHAREGPT, BELLE = (
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     return KINDS["v2"](tmp_path_factory.mktemp("tokenizer") / "v2")
-
-
-def talks(count):
-    """Conversations of one to three turns, all different."""
-    texts = iter(words(6 * count))
-    chance = random.Random(count)
-    turns = [[(next(texts), next(texts)) for _ in range(chance.randint(1, 3))] for _ in range(count)]
-    return [
-        [
-            {"from": who, "value": text}
-            for turn in one
-            for who, text in zip(("human", "gpt"), turn, strict=True)
-        ]
-        for one in turns
-    ]
-
-
-ROWS = [{"id": i, "conversations": talk} for i, talk in enumerate(talks(120))]
 
 
 def write(path, rows, **options):

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import corpus
+from helpers.conversion import command, same
 from helpers.evo_oracle import Trained, model_config, save_config
+from helpers.internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 from safetensors.torch import load_file
-from test_convert import command, same
-from test_internevo import BIASED, GROUPED, PLAIN, config_of, directory, equal
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert

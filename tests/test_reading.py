@@ -11,9 +11,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from helpers.conversion import command
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_convert import command
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index, read_json

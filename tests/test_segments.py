@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 from helpers import launch, oracle
+from helpers.engines import RUN as BASE
+from helpers.engines import Curve, worst
+from helpers.layouts import CP, EP, PP, SHARDS, SP, TP, VPP
+from helpers.moe import MIXTRAL, loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_engine_deepspeed import RUN as BASE
-from test_engine_deepspeed import Curve, worst
-from test_engine_megatron import CP, EP, PP, SHARDS, SP, TP, VPP
-from test_moe import MIXTRAL, loaded
 
 from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule, schema

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import corpus
+from helpers.tokenizers import chat_files, folder_with, stock, trained
 from safetensors.torch import save_file
-from test_tokenizer_json import chat_files, folder_with, stock, trained
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert

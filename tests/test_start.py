@@ -6,19 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.log_lines import log_lines
+from helpers.start import MODEL, RUN
 
-from ascendspeed.config.schema import DataConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.models import families
+from ascendspeed.config.schema import OptimConfig, ParallelConfig
 from ascendspeed.utils.errors import UserError
-
-MODEL = families.preset("internlm-tiny")
-RUN = Run(
-    MODEL,
-    ParallelConfig(deepspeed=True),
-    OptimConfig(),
-    DataConfig(data_path=("x",), seq_length=8),
-    TrainConfig(micro_batch_size=1, global_batch_size=4, train_iters=10),
-)
 
 
 def changed(**train):
@@ -221,7 +212,7 @@ def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_pat
 
 def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_path, monkeypatch):
     """At every operation that changes files; and what a new file system holds by itself."""
-    from test_checkpoint import die_at, in_child
+    from helpers.checkpoints import die_at, in_child
 
     from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
     from ascendspeed.checkpoint.save import save_checkpoint

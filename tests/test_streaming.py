@@ -448,7 +448,7 @@ def test_the_next_batch_is_made_ahead():
 
 
 def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
-    from test_start import RUN
+    from helpers.start import RUN
 
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import setup

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_convert import LAYOUTS, MODELS, hugging_face, same, training_checkpoint, written
-from test_mindformers import renamed, write_ckpt
+from helpers.conversion import LAYOUTS, MODELS, hugging_face, same, training_checkpoint, written
+from helpers.mindformers import renamed, write_ckpt
 
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.internevo import InternEvoWriter

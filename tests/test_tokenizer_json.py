@@ -1,7 +1,6 @@
 """The exported tokenizer: stock transformers, without remote code, give the ids of sentencepiece and of the original tokenizer."""
 
 import inspect
-import io
 import json
 import random
 import re
@@ -10,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from helpers.corpus import REAL, TRAPS, words
+from helpers.corpus import REAL
+from helpers.tokenizers import chat_files, folder_with, special, stock, trained, unused
 from sentencepiece import sentencepiece_model_pb2
 
 from ascendspeed.conversion.tokenizer import export, sentencepiece_bpe
@@ -18,24 +18,6 @@ from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 FAMILIES = ("llama", "internlm", "internlm2", "internlm3", "baichuan", "gemma", "mixtral", "qwen2_moe")
-CHAT = {
-    "<|plugin|>": 141,
-    "<|interpreter|>": 142,
-    "<|action_end|>": 143,
-    "<|action_start|>": 144,
-    "<|im_end|>": 145,
-    "<|im_start|>": 146,
-}
-PLAIN = {
-    "model_type": "bpe",
-    "byte_fallback": True,
-    "split_digits": True,
-    "normalization_rule_name": "identity",
-    "add_dummy_prefix": False,
-    "remove_extra_whitespaces": False,
-    "allow_whitespace_only_pieces": True,
-    "vocab_size": 900,
-}
 OURS = ["<eoh>", "<eoa>", "Ｆ", "……", *(f"[UNUSED_TOKEN_{i}]" for i in range(141, 147))]
 KINDS = {
     "internlm": {"user_defined_symbols": OURS},
@@ -52,22 +34,6 @@ KINDS = {
 }
 
 
-def trained(**settings) -> bytes:
-    """A small tokenizer.model, trained on code and a little of everything."""
-    model = io.BytesIO()
-    library = [line.rstrip("\n") + "\n" for line in inspect.getsource(inspect).splitlines()]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            [*library, *TRAPS * 3, *words(100), "    \n\n\n    \t\t x", "哈哈哈哈 --- ==== ...."]
-        ),
-        model_writer=model,
-        num_threads=1,
-        minloglevel=2,
-        **PLAIN | settings,
-    )
-    return model.getvalue()
-
-
 @pytest.fixture(scope="module")
 def models() -> dict[str, bytes]:
     """By kind; the published ones too, where they are at hand."""
@@ -77,23 +43,6 @@ def models() -> dict[str, bytes]:
         for n in ("internlm", "internlm2")
         if REAL.is_dir()
     }
-
-
-def folder_with(folder: Path, model: bytes, config: dict | None = None, **files: dict) -> Path:
-    """A directory with tokenizer.model and JSON files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.model").write_bytes(model)
-    (folder / "config.json").write_text('{"model_type": "llama"}')
-    for name, values in ({} if config is None else {"tokenizer_config": config} | files).items():
-        (folder / f"{name}.json").write_text(json.dumps(values))
-    return folder
-
-
-def stock(folder: Path, **settings):
-    """What a user of transformers has."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
 
 
 def texts(count: int, pieces: list[str]) -> list[str]:
@@ -169,12 +118,6 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
             assert ids == [*bos, *expected], repr(text)
 
 
-def special(model: bytes) -> dict[str, int]:
-    """What counts as declared when no file says anything: <s>, </s> and <unk>, whatever they are called."""
-    made = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return {made.id_to_piece(i): i for i in (made.bos_id(), made.eos_id(), made.unk_id())}
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_sentencepiece_and_of_the_original(models, kind, tmp_path):
     check(folder_with(tmp_path, models[kind]), special(models[kind]), 1800)
@@ -189,29 +132,6 @@ def test_published_tokenizers(name, count, tmp_path):
     theirs = stock(folder)
     assert theirs("\n", add_special_tokens=False).input_ids == [364]
     assert (theirs.pad_token, len(theirs)) == ("</s>", 103168 if name == "internlm" else 92544)
-
-
-def chat_files(model: bytes) -> dict[str, dict]:
-    """The JSON files of a chat model of v2: names over the unused pieces, and a template."""
-    made = sentencepiece.SentencePieceProcessor(model_proto=model)
-    numbers = {name: made.piece_to_id(f"[UNUSED_TOKEN_{unused}]") for name, unused in CHAT.items()}
-    flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
-    decoder = {
-        str(i): {"content": name, **flags, "special": True}
-        for name, i in {**special(model), **numbers}.items()
-    }
-    config = {
-        "add_bos_token": True,
-        "added_tokens_decoder": decoder,
-        "additional_special_tokens": list(CHAT),
-        "bos_token": "<s>",
-        "chat_template": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
-        "eos_token": "</s>",
-        "legacy": False,
-        "tokenizer_class": "InternLM2Tokenizer",
-        "unk_token": "<unk>",
-    }
-    return {"config": config, "added_tokens": numbers}
 
 
 @pytest.mark.parametrize("kind", ["internlm", pytest.param("published internlm2", marks=pytest.mark.slow)])
@@ -291,10 +211,6 @@ def changed(model: bytes, change) -> bytes:
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
     change(proto)
     return proto.SerializeToString()
-
-
-def unused(proto) -> None:
-    next(p for p in proto.pieces if p.piece == "self").type = sentencepiece_bpe.UNUSED
 
 
 def circle(proto) -> None:

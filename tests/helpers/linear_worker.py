@@ -15,12 +15,12 @@ def main() -> None:
 
     import torch
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-    from test_model import INTERNLM
     from torch.nn import functional as F
 
     from ascendspeed.distributed import process_groups
     from ascendspeed.models.gpt.layer_spec import transformer_config
     from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
+    from helpers.models import INTERNLM
 
     layout = ParallelConfig(tensor_model_parallel_size=2)
     grid = process_groups.initialize(here, layout, seed=1)

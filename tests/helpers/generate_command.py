@@ -1,0 +1,59 @@
+"""The generation command with a tiny model."""
+
+import io
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import save_file
+
+from ascendspeed.inference import args
+from ascendspeed.models import families
+from ascendspeed.models.families import FAMILIES
+from helpers import oracle
+from helpers.chat import vocabulary
+
+MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
+
+
+"""More rows than the tokenizer below has ids."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face directory: a tiny InternLM with random weights, and a tokenizer with <eoh> and <eoa>."""
+    path = vocabulary(tmp_path_factory.mktemp("model") / "hf", ["<eoh>", "<eoa>"])
+    _, tensors = oracle.native(MODEL)
+    save_file(tensors, path / "model.safetensors")
+    (path / "left.partial").write_text("{}\n")
+    (path / "config.json").write_text(
+        json.dumps(FAMILIES["internlm"].write_config(MODEL) | {"bos_token_id": 1, "eos_token_id": 2})
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The same weights in Hugging Face's own class."""
+    return oracle.native(MODEL)[0]
+
+
+@pytest.fixture
+def run(cpu, folder, monkeypatch, capsys):
+    """Runs the command here: run(*flags, stdin=...) -> what it wrote to stdout."""
+    from ascendspeed.inference import runner
+
+    def run(*flags, stdin=""):
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin if isinstance(stdin, bytes) else stdin.encode()))
+        )
+        job, notes = args.resolve(["--load", str(folder), "--device", "cpu", *map(str, flags)], 1)
+        capsys.readouterr()
+        runner.run(job, cpu, notes)
+        run.stderr = ""
+        out = capsys.readouterr()
+        run.stderr = out.err
+        return out.out
+
+    return run

@@ -49,7 +49,7 @@ def main() -> int:
             logger.info(f"note: {note}")
         run, batches = setup.open_data(run, grid)
         logger.info(f"run: {json.dumps(to_dict(run))}")
-        build = engines.builder(run, grid, device, fused)
+        build = engines.engine_builder(run, grid, device, fused)
         begin = setup.find_start(run, grid, device)
         engine = build(begin.tensors)
         if begin.resume:

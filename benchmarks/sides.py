@@ -114,7 +114,8 @@ def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
     """A whole step of the DeepSpeed engine, as the training loop calls it."""
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.models import param_mapping
-    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
+    from ascendspeed.training.engines.deepspeed_config import ds_config
 
     grid = process_groups.initialize(here, run.parallel, run.train.seed)
     chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)

@@ -18,7 +18,7 @@ RUN = Run(
 
 
 def derived(cpu, tmp_path, given=None, run=RUN, world=8):
-    from ascendspeed.training.engines.deepspeed import ds_config
+    from ascendspeed.training.engines.deepspeed_config import ds_config
 
     if given is not None:
         (tmp_path / "ds.json").write_text(given if isinstance(given, str) else json.dumps(given))

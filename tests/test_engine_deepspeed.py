@@ -207,7 +207,8 @@ from dataclasses import replace
 from deepspeed.accelerator import get_accelerator
 from helpers.engines import Curve, RUN
 from ascendspeed.data.dataset import Batch
-from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
+from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
+from ascendspeed.training.engines.deepspeed_config import ds_config
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models.param_mapping import random_tensors
 get_accelerator().is_fp16_supported = lambda: True  # slow on a CPU, and possible

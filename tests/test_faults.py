@@ -455,7 +455,7 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
         schema.TrainConfig(global_batch_size=2, train_iters=4, log_dir=str(tmp_path)),
     )
     grid = process_groups.initialize(cpu, run.parallel, 1)
-    engine = engines.builder(run, grid, cpu, Kernels())(random_tensors(run.model, 1))
+    engine = engines.engine_builder(run, grid, cpu, Kernels())(random_tensors(run.model, 1))
     ids = torch.arange(8)[None]
     batches = [Batch(ids + i, ids + i + 1, torch.ones(1, 8), ids) for i in range(2)]
 

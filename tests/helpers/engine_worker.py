@@ -153,7 +153,7 @@ def check_replicas(engine, grid):
     from ascendspeed.models.gpt import gpt_model
 
     if engine.run.parallel.overlap_param_gather:
-        engine._publish()  # the weights of the last step are gathered with the next one
+        engine._refresh_weights()  # the weights of the last step are gathered with the next one
     mine = {}
     for module in engine.modules:
         for name, parameter in gpt_model.named_parameters(module).items():
@@ -162,19 +162,20 @@ def check_replicas(engine, grid):
                 if name == gpt_model.OUTPUT and module.share_embeddings_and_output_weights
                 else name
             )
-            part = grid.tp_rank if engine.cuts[name].dim is not None else 0
+            part = grid.tp_rank if engine.shard_specs[name].dim is not None else 0
             digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
             assert mine.setdefault((name, part), digest) == digest, name
     seen = {}
     for theirs in grid.all_gather_object(mine):
         for key, digest in theirs.items():
             assert seen.setdefault(key, digest) == digest, f"{key} differs between ranks"
-    assert {name for name, _ in seen} == set(engine.cuts)
+    assert {name for name, _ in seen} == set(engine.shard_specs)
 
 
 def deepspeed_engine(mistake):
     """Makes the DeepSpeed engine, with a mistake made on purpose."""
-    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
+    from ascendspeed.training.engines.deepspeed_config import ds_config
 
     class WithoutHook(DeepSpeedEngine):
         def _sum_over_tensor_parallel(self, gradient):
@@ -201,7 +202,7 @@ def megatron_engine(mistake):
                     for parameter in module.parameters():
                         parameter.sequence_parallel = False
             if mistake == "chunks in a row":
-                self.share = InARow(*self.share)
+                self.sequence_shard = InARow(*self.sequence_shard)
             if mistake == "shared step":  # what megatron-core's own loading leaves
                 for part in self.optimizer.chained_optimizers:
                     states = list(part.optimizer.state.values())
@@ -215,18 +216,18 @@ def megatron_engine(mistake):
                 for group in self.optimizer.param_groups:
                     group["weight_decay"] = self.run.optim.weight_decay
 
-        def _sum(self, values, group=None):
+        def _all_reduce_sum(self, values, group=None):
             if mistake == "mean of means" and group is not None:
                 return values * self.grid.dp
-            return super()._sum(values, group)
+            return super()._all_reduce_sum(values, group)
 
         def step(self, *args):
             with without_adapters(mistake):
                 return super().step(*args)
 
-        def _publish(self):
+        def _refresh_weights(self):
             if mistake != "masters not published":
-                super()._publish()
+                super()._refresh_weights()
 
     return Mistaken if mistake else MegatronEngine
 

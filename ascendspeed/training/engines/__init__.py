@@ -1,4 +1,7 @@
-"""The engines: one protocol, same loss. `deepspeed` has ZeRO 0-3, `megatron` pipelines, context and expert parallel."""
+"""Training engines behind one protocol, with equal losses.
+
+`deepspeed` has ZeRO 0-3; `megatron` has pipeline, context and expert parallelism.
+"""
 
 import json
 import logging
@@ -21,60 +24,60 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 logger = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, Tensor]]
-"""Weights by our names, full."""
+"""(Megatron name, full unpadded tensor) of every weight."""
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step."""
+    """Result of one optimizer step."""
 
     loss: float
-    """Mean over the counted tokens of the global batch; NaN or infinite as it came."""
+    """Mean over the supervised tokens of the global batch; may be NaN or infinite."""
     tokens: int
-    """Counted tokens of the global batch."""
+    """Supervised tokens of the global batch."""
     grad_norm: float | None
-    """Global norm before clipping."""
+    """Global gradient norm before clipping."""
     skipped: bool
-    """The loss or the gradients were not finite: nothing was updated. The same on every rank."""
+    """True if the loss or the gradients were not finite, so that nothing was updated; equal on every rank."""
     loss_scale: float
     bad: tuple[int, ...] = ()
-    """Of this rank's micro-batches those, by their place, whose loss was not finite."""
+    """Indices of this rank's micro-batches with a non-finite loss."""
 
 
-NOTHING = StepResult(loss=math.nan, tokens=0, grad_norm=None, skipped=True, loss_scale=1.0)
-"""Of a global batch in which no token counts. An update would still move weights: by momentum, and by their decay."""
+EMPTY_STEP = StepResult(loss=math.nan, tokens=0, grad_norm=None, skipped=True, loss_scale=1.0)
+"""Result for a global batch without supervised tokens: an update would still move weights, by momentum and weight decay."""
 
 
 class Engine(Protocol):
-    """What the training loop asks of an engine."""
+    """Interface between the training loop and an engine."""
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
-        """Forward and backward over this rank's micro-batches of one global batch, and one update at learning rate `lr`."""
+        """Runs forward and backward over this rank's micro-batches of one global batch, then one update at learning rate `lr`."""
 
     @property
     def updates(self) -> int:
-        """Updates done: Adam's own step, iterations less skipped ones."""
+        """Number of updates: Adam's step, iterations minus skipped ones."""
 
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Sum of the token losses over all ranks' batches, and the tokens that count; no update."""
+        """Sum of the token losses over all ranks' batches and the number of supervised tokens; no update."""
 
     def fragments(self) -> Iterator[Fragment]:
-        """What this rank owns of the optimizer: live views, for saving and for restoring."""
+        """Live views of the optimizer state that this rank owns, for saving and for restoring."""
 
     def scalars(self) -> dict[str, Any]:
-        """The engine's numbers that a checkpoint keeps (updates, loss scaler)."""
+        """The engine's scalars in a checkpoint: updates, loss scaler."""
 
     def rng(self) -> dict[str, Tensor]:
-        """This rank's random number generators."""
+        """States of this rank's random-number generators."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Takes weights, moments, scalars and (in the same layout) the generators from a checkpoint of any layout and engine."""
+        """Loads weights, moments, scalars and (in the same layout) generator states from a checkpoint of any layout and engine."""
 
 
-def builder(
+def engine_builder(
     run: Run, grid: ProcessGrid, device: Device, kernels: Kernels
 ) -> Callable[[Tensors | None], Engine]:
-    """The engine of a run, still to be given its weights (None: `restore` follows).
+    """Chooses and logs the engine of a run; the result builds it from weights (None: `restore` follows).
 
     Raises `UserError` when --deepspeed_config contradicts the flags.
     """
@@ -85,7 +88,8 @@ def builder(
             f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
         )
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
-    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, ds_config
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
+    from ascendspeed.training.engines.deepspeed_config import ds_config
 
     config = ds_config(run, grid.world)
     logger.info(f"DeepSpeed config: {json.dumps(config)}")

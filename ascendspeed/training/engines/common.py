@@ -1,0 +1,84 @@
+"""Parts that both engines share: AdamW settings and states, sums over ranks, restoring, random-number states."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ascendspeed.checkpoint.fragment import KINDS, Fragment
+from ascendspeed.checkpoint.load import Checkpoint, load_fragments
+from ascendspeed.config.schema import OptimConfig, Run
+from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
+from ascendspeed.models.gpt import gpt_model
+
+MOMENTS = KINDS[1:]
+"""Adam's states, by the names that torch and the checkpoint give them."""
+
+
+def adamw_settings(optim: OptimConfig, device: Device) -> dict[str, Any]:
+    """Keyword arguments of `torch.optim.AdamW`; weight decay is set for each parameter group."""
+    return {
+        "lr": optim.lr,
+        "betas": (optim.adam_beta1, optim.adam_beta2),
+        "eps": optim.adam_eps,
+        "fused": device.fused_adamw,
+    }
+
+
+def new_adamw_state(parameter: Tensor, device: Device) -> dict[str, Tensor]:
+    """The state of a parameter before its first update, which torch would make lazily; every parameter has its own `step`."""
+    step_device = parameter.device if device.fused_adamw else "cpu"  # where torch puts it
+    moments = {kind: torch.zeros_like(parameter.data) for kind in MOMENTS}
+    return {"step": torch.zeros((), device=step_device), **moments}
+
+
+class BaseEngine:
+    """Base class of the engines; a subclass adds the model, the steps and the four hooks below."""
+
+    def __init__(self, run: Run, grid: ProcessGrid, device: Device) -> None:
+        self.run, self.grid, self.device = run, grid, device
+        self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
+
+    # Hooks of `restore`.
+
+    def fragments(self) -> Iterator[Fragment]:
+        """See `Engine.fragments`."""
+        raise NotImplementedError
+
+    def _restore_updates(self, updates: int) -> None:
+        """Sets the number of updates, in every AdamW state too."""
+        raise NotImplementedError
+
+    def _restore_loss_scale(self, scalars: dict[str, Any]) -> None:
+        """Sets fp16's loss scale, and the counters of its scaler if the same engine saved them."""
+        raise NotImplementedError
+
+    def _refresh_weights(self) -> None:
+        """Copies the fp32 masters to the weights that the forward pass uses; collective."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """See `Engine.restore`."""
+        load_fragments(checkpoint, self.fragments())
+        scalars = checkpoint.state.engine
+        self._restore_updates(scalars["updates"])
+        if self.run.optim.fp16 and "loss_scale" in scalars:
+            self._restore_loss_scale(scalars)
+        self._refresh_weights()
+        saved_layout = (checkpoint.world, checkpoint.run.parallel.layout_key)
+        if saved_layout == (self.grid.world, self.run.parallel.layout_key):
+            set_rng_states(checkpoint.rng(self.grid.rank))
+
+    def rng(self) -> dict[str, Tensor]:
+        """See `Engine.rng`."""
+        return rng_states()
+
+    def _all_reduce_sum(self, values: Any, group: Any = None) -> Any:
+        """Sums a number or a list of numbers over a process group (None: all ranks), in fp64."""
+        numbers = torch.as_tensor(values, dtype=torch.float64, device=self.device.torch).clone()
+        dist.all_reduce(numbers, group=group)
+        return numbers.tolist()

@@ -92,7 +92,7 @@ def test_a_file_may_add(cpu, tmp_path):
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
         ("{", "ds.json: Expecting property name"),
-        ("[]", "ds.json is not a table"),
+        ("[]", "ds.json is not a JSON object"),
         ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale is fixed there"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_file_may_add(cpu, tmp_path):
         ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
         ("{", "ds.json: Expecting property name"),
         ("[]", "ds.json is not a JSON object"),
-        ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale is fixed there"),
+        ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale sets a constant scale"),
     ],
 )
 def test_a_file_may_not_contradict(cpu, tmp_path, given, message):

@@ -1,6 +1,8 @@
 """Documentation: both languages correspond; links, paths and flags exist."""
 
+import ast
 import contextlib
+import inspect
 import io
 import re
 import runpy
@@ -12,6 +14,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from ascendspeed.models.families import base as family_base
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -272,6 +276,39 @@ def test_paths_exist(page):
 @pytest.mark.parametrize("page", ALL, ids=named)
 def test_flags_exist(page):
     assert unknown_flags(page.read_text()) == []
+
+
+def unknown_names(text: str) -> list[str]:
+    """Calls and keyword arguments of a family's entry in a page that `models.families.base` does not have."""
+    found = []
+    for language, block in FENCE.findall(text):
+        tree = ast.parse(block) if language == "python" else ast.Module([], [])
+        calls = [
+            node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        ]
+        if not any(call.func.id == "Family" for call in calls):
+            continue
+        for call in calls:
+            function = getattr(family_base, call.func.id, None)
+            if function is None:
+                found.append(call.func.id)
+            elif call.func.id in ("Family", "ParamMapping", "ConfigMapping"):
+                parameters = inspect.signature(function).parameters
+                found += [k.arg for k in call.keywords if k.arg not in parameters]
+    return found
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
+def test_the_example_of_a_family_has_the_names_of_the_code(page):
+    text = (ROOT / page).read_text()
+    assert "Family(" in text
+    assert unknown_names(text) == []
+    mistake = (
+        text.replace("hidden_act", "x")
+        .replace("required_values=", "fixed=")
+        .replace("ConfigMapping(", "Key(")
+    )
+    assert sorted(unknown_names(mistake)) == ["Key", "fixed"]  # control
 
 
 def test_index_lists_every_page():

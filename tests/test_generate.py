@@ -259,7 +259,7 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
         params = SamplingParams(max_new_tokens=16, **more)
         together = texts(sample(asked, LONG, params))
         assert together == [
-            texts(sample(asked, [prompt], params, numbers=[i]))[0] for i, prompt in enumerate(LONG)
+            texts(sample(asked, [prompt], params, prompt_numbers=[i]))[0] for i, prompt in enumerate(LONG)
         ], more
         assert len({len(tokens) for each in together for tokens in each}) > 1 or "num_beams" in more
 
@@ -363,7 +363,9 @@ def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
     assert len({tuple(one.tokens) for one in four}) == 4
     beams = replace(params, num_beams=4, num_return_sequences=2)
     assert sample(asked, PROMPTS, beams) == sample(asked, PROMPTS, beams)
-    assert texts(sample(asked, PROMPTS[2:3], beams, numbers=[2])) == texts(sample(asked, PROMPTS, beams)[2:3])
+    assert texts(sample(asked, PROMPTS[2:3], beams, prompt_numbers=[2])) == texts(
+        sample(asked, PROMPTS, beams)[2:3]
+    )
     assert texts(sample(asked, PROMPTS, beams)) != texts(sample(asked, PROMPTS, replace(beams, seed=8)))
 
 
@@ -398,16 +400,18 @@ def test_groups_share_what_saves_more_than_it_costs():
     questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
     model = replace(MODELS["v2.5"], max_position_embeddings=64)
     found = {
-        group.shared: [row.tokens for row in group.inputs] for group in group_by_prefix(questions, model)
+        group.prefix_length: [row.tokens for row in group.rows] for group in group_by_prefix(questions, model)
     }
     assert set(found) == {0, 50}
     assert len(found[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
     assert len(found[0]) == 2
     # One more token of the same: nothing of what is asked about is shared.
-    assert {group.shared for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {50}
+    assert {group.prefix_length for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {
+        50
+    }
     # Rows beyond the trained length of a model with dynamic scaling are alone.
     dynamic = replace(MODELS["v2"], max_position_embeddings=51)
-    assert [(group.shared, len(group.inputs)) for group in group_by_prefix(questions, dynamic)] == [
+    assert [(group.prefix_length, len(group.rows)) for group in group_by_prefix(questions, dynamic)] == [
         (0, 2),
         (0, 3),
     ]
@@ -441,7 +445,7 @@ def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
 
     for ask in (
         lambda: sample(asked, PROMPTS, SamplingParams(max_new_tokens=2), fails),
-        lambda: score_continuations(asked, REQUESTS, got=fails),
+        lambda: score_continuations(asked, REQUESTS, on_score=fails),
     ):
         with pytest.raises(KeyError):
             ask()
@@ -466,7 +470,7 @@ def test_nan_is_an_error(cpu, more):
     asked, _ = asked_of(cpu, "v2")
     with torch.no_grad():
         asked.gpt.decoder.final_layernorm.weight[0] = float("nan")
-    with pytest.raises(UserError, match="the model gives NaN"):
+    with pytest.raises(UserError, match="the model's output is NaN"):
         score_continuations(asked, REQUESTS) if more is None else sample(
             asked, PROMPTS, SamplingParams(max_new_tokens=3, **more)
         )
@@ -555,9 +559,9 @@ def test_bf16_follows_hugging_face(cpu):
         ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be at least 0.0001"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0: must be above 0"),
         ({"do_sample": True, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
-        ({"top_k": 5}, "--top-k 5 is of use only where tokens are drawn"),
-        ({"num_return_sequences": 2}, "--num-return-sequences 2: there are 1"),
-        ({"num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3: there are 2"),
+        ({"top_k": 5}, "--top-k 5 has an effect only with sampling"),
+        ({"num_return_sequences": 2}, "--num-return-sequences 2: only 1 available"),
+        ({"num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3: only 2 available"),
         ({"length_penalty": math.inf}, "--length-penalty inf: must be between"),
     ],
 )

@@ -42,7 +42,7 @@ def test_layers_of_generation(cpu, name, long_way):
     asked = language_model(cpu, MODELS[name], tensors_of(MODELS[name]))
     with torch.inference_mode():
         asked.allocate_cache(3, 24, [24])
-        hidden = torch.stack(asked.prefill(TOKENS.tolist(), wanted=[range(24)] * 3))
+        hidden = torch.stack(asked.prefill(TOKENS.tolist(), positions=[range(24)] * 3))
         found = asked.logits(hidden.flatten(0, 1)).view(3, 24, -1)
     long_way()
     wanted = logits(cpu, name)

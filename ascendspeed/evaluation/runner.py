@@ -36,7 +36,10 @@ class Model:
         from ascendspeed.inference import engine
 
         engine.score_continuations(
-            self.model, pairs, self.batch_size, got=lambda i, score: got(i, score.logprob, score.greedy)
+            self.model,
+            pairs,
+            self.batch_size,
+            on_score=lambda i, score: got(i, score.logprob, score.is_greedy),
         )
 
     def generate(

@@ -57,7 +57,8 @@ def answers(asked, case):
         for name, params in case["params"].items()
     }
     scores = [
-        [one.logprob, one.greedy, one.tokens] for one in score_continuations(asked, case["requests"], 3)
+        [one.logprob, one.is_greedy, one.token_count]
+        for one in score_continuations(asked, case["requests"], 3)
     ]
     return {
         "texts": texts,

@@ -1,8 +1,8 @@
-"""Beam search: of each prompt the best few continuations, by the rules of Hugging Face's `generate` (early_stopping=False).
+"""Beam search by the rules of Hugging Face's `generate` (early_stopping=False).
 
-Every step offers twice as many continuations as there are beams (more with several stop tokens). Of the best `num_beams` those that
-end are finished; the best others go on. A prompt is done when none of the beams under way, at its present length, beats the worst
-finished one.
+Every step proposes twice as many continuations as there are beams (more with several stop tokens). Among the
+best `num_beams`, those that end are finished; the best others continue. A prompt is done when no active beam,
+at its present length, has a better score than the worst finished one.
 """
 
 from collections.abc import Sequence
@@ -22,55 +22,56 @@ from ascendspeed.inference.engine.logits_processors import (
 from ascendspeed.inference.engine.sampling_params import Completion, SamplingParams
 
 UNUSED_BEAM_SCORE = -1e9
+"""Initial score of all beams of a prompt but the first: they are equal, and only one may be continued."""
+Candidate = tuple[float, int, int]
+"""(sum of log-probabilities, beam, token)."""
 
 
 @dataclass
 class Beam:
-    """A continuation under way."""
+    """An active continuation."""
 
     score: float
     """Sum of log-probabilities."""
     tokens: list[int] = field(default_factory=list)
     row: int = 0
-    """In the cache."""
+    """Row of the cache."""
 
 
 @dataclass
 class PromptBeams:
-    """One prompt."""
+    """Active beams and finished completions of one prompt."""
 
-    number: int
+    index: int
+    """Index of the prompt."""
     length: int
-    """Of the prompt."""
-    draws: Generator
-    """Its own stream."""
+    """Tokens of the prompt."""
+    random: Generator
+    """Random stream of the prompt."""
     beams: list[Beam]
     finished: list[Completion] = field(default_factory=list)
 
-    def advance(self, offered: list[tuple[float, int, int]], params: SamplingParams) -> bool:
-        """Takes the offered (score, beam, token), best first; whether the prompt is done."""
-        beams = params.num_beams
+    def advance(self, candidates: list[Candidate], params: SamplingParams) -> bool:
+        """Continues the beams with candidates, best first; returns whether the prompt is done."""
         size = len(self.beams[0].tokens) + 1
         at_end = size == params.max_new_tokens
-        going: list[Beam] = []
-        for rank, (score, parent, token) in enumerate(offered):
-            old, stops = self.beams[parent], token in params.stop_ids
+        active: list[Beam] = []
+        for rank, (score, parent, token) in enumerate(candidates):
+            beam, stops = self.beams[parent], token in params.stop_ids
             if stops or at_end:
-                if rank < beams and score > UNUSED_BEAM_SCORE / 2:
-                    tokens = old.tokens if stops else [*old.tokens, token]
-                    self.finished.append(
-                        Completion(tokens, "stop" if stops else "length", score / size**params.length_penalty)
-                    )
-            elif len(going) < beams:
-                going.append(Beam(score, [*old.tokens, token], old.row))
-        self.finished = sorted(self.finished, key=lambda one: -one.score)[
-            :beams
-        ]  # stable: of equal ones the first
-        if at_end or not going:
+                if rank < params.num_beams and score > UNUSED_BEAM_SCORE / 2:
+                    tokens = beam.tokens if stops else [*beam.tokens, token]
+                    reason = "stop" if stops else "length"
+                    self.finished.append(Completion(tokens, reason, score / size**params.length_penalty))
+            elif len(active) < params.num_beams:
+                active.append(Beam(score, [*beam.tokens, token], beam.row))
+        self.finished.sort(key=lambda completion: -completion.score)  # stable: the first of equal scores
+        del self.finished[params.num_beams :]
+        if at_end or not active:
             return True
-        self.beams = going
-        full = len(self.finished) == beams
-        return full and going[0].score / size**params.length_penalty <= self.finished[-1].score
+        self.beams = active
+        is_full = len(self.finished) == params.num_beams
+        return is_full and active[0].score / size**params.length_penalty <= self.finished[-1].score
 
 
 def beam_search(
@@ -78,98 +79,121 @@ def beam_search(
     prompts: Sequence[Sequence[int]],
     order: list[int],
     params: SamplingParams,
-    numbers: Sequence[int],
+    prompt_numbers: Sequence[int],
 ) -> list[list[Completion]]:
-    """The best `num_return_sequences` continuations of every prompt; `order`: the longest first; `numbers`: see `sample`."""
-    beams, lengths = params.num_beams, [len(prompts[i]) for i in order]
-    cache = model.allocate_cache(len(prompts) * beams, lengths[0] + params.max_new_tokens, lengths)
-    last = model.prefill([prompts[i] for i in order])
-    hidden = torch.cat(last).repeat_interleave(beams, 0) if model.is_last_stage else None
-    cache.reorder([i // beams for i in range(len(prompts) * beams)], lengths[0])
-    # The beams of a prompt begin equal: only the first counts.
-    live = [
-        PromptBeams(
-            i,
-            len(prompts[i]),
-            random_stream(params.seed, numbers[i]),
-            [Beam(0.0 if not j else UNUSED_BEAM_SCORE) for j in range(beams)],
-        )
-        for i in order
-    ]
-    for at, one in enumerate(live):
-        for j, beam in enumerate(one.beams):
-            beam.row = at * beams + j
-    done: dict[int, list[Completion]] = {}
+    """Returns the best `num_return_sequences` continuations of every prompt.
+
+    `order`: indices of the prompts, longest first; `prompt_numbers`: see `sample`.
+    """
+    num_beams = params.num_beams
+    lengths = [len(prompts[i]) for i in order]
+    cache = model.allocate_cache(len(prompts) * num_beams, lengths[0] + params.max_new_tokens, lengths)
+    last_hidden = model.prefill([prompts[i] for i in order])
+    hidden = torch.cat(last_hidden).repeat_interleave(num_beams, 0) if model.is_last_stage else None
+    cache.reorder([i // num_beams for i in range(len(prompts) * num_beams)], lengths[0])
+    searches = _initial_beams(prompts, order, params, prompt_numbers)
+    completions: dict[int, list[Completion]] = {}
     for size in range(1, params.max_new_tokens + 1):
-        offers = _offers(model, hidden, prompts, live, params)
-        for one, offered in zip(live, offers, strict=True):
-            if one.advance(offered, params):
-                done[one.number] = one.finished[: params.num_return_sequences]
-        live = [one for one in live if one.number not in done]
-        if not live:
+        proposals = _propose(model, hidden, prompts, searches, params)
+        for search, candidates in zip(searches, proposals, strict=True):
+            if search.advance(candidates, params):
+                completions[search.index] = search.finished[: params.num_return_sequences]
+        searches = [search for search in searches if search.index not in completions]
+        if not searches:
             break
-        rows = [beam for one in live for beam in one.beams]
-        cache.reorder([beam.row for beam in rows], max(one.length for one in live) + size - 1)
-        for at, beam in enumerate(rows):
-            beam.row = at
-        tokens = torch.tensor([beam.tokens[-1] for beam in rows], device=model.device.torch)
-        hidden = model.decode_step(tokens, [one.length + size - 1 for one in live for _ in one.beams])
-    return [done[i] for i in range(len(prompts))]
+        beams = [beam for search in searches for beam in search.beams]
+        cache.reorder([beam.row for beam in beams], max(search.length for search in searches) + size - 1)
+        for row, beam in enumerate(beams):
+            beam.row = row
+        tokens = torch.tensor([beam.tokens[-1] for beam in beams], device=model.device.torch)
+        slots = [search.length + size - 1 for search in searches for _ in search.beams]
+        hidden = model.decode_step(tokens, slots)
+    return [completions[i] for i in range(len(prompts))]
 
 
-def _offers(
+def _initial_beams(
+    prompts: Sequence[Sequence[int]],
+    order: list[int],
+    params: SamplingParams,
+    prompt_numbers: Sequence[int],
+) -> list[PromptBeams]:
+    searches = []
+    for position, i in enumerate(order):
+        beams = []
+        for j in range(params.num_beams):
+            score = 0.0 if j == 0 else UNUSED_BEAM_SCORE
+            beams.append(Beam(score, row=position * params.num_beams + j))
+        random = random_stream(params.seed, prompt_numbers[i])
+        searches.append(PromptBeams(i, len(prompts[i]), random, beams))
+    return searches
+
+
+def _propose(
     model: LanguageModel,
     hidden: Tensor | None,
     prompts: Sequence[Sequence[int]],
-    live: list[PromptBeams],
+    searches: list[PromptBeams],
     params: SamplingParams,
-) -> list[list[tuple[float, int, int]]]:
-    """For each prompt the (score, beam, token) that its beams may go on with, best first."""
-    count = min(max(2, 1 + len(params.stop_ids)), model.config.vocab_size) * params.num_beams
+) -> list[list[Candidate]]:
+    """Returns for each prompt the candidates to continue its beams, best first, on every rank."""
+    vocab_size = model.config.vocab_size
+    count = min(max(2, 1 + len(params.stop_ids)), vocab_size) * params.num_beams
     packed = None
     if model.is_last_stage:
-        scores = model.logits(hidden).log_softmax(-1)
+        logprobs = model.logits(hidden).log_softmax(-1)
         if model.is_sampling_rank:
-            packed = _best(scores, prompts, live, params, count)
-    packed = model.broadcast(packed, (2, len(live), count))
-    vocabulary = model.config.vocab_size
-    return [
-        [
-            (score, int(index) // vocabulary, int(index) % vocabulary)
-            for score, index in zip(*pair, strict=True)
-        ]
-        for pair in packed.transpose(0, 1).tolist()
-    ]
+            packed = _best_candidates(logprobs, prompts, searches, params, count)
+    packed = model.broadcast(packed, (2, len(searches), count))
+    proposals = []
+    for scores, indices in packed.transpose(0, 1).tolist():
+        beams_and_tokens = [divmod(int(index), vocab_size) for index in indices]
+        proposals.append(
+            [(score, beam, token) for score, (beam, token) in zip(scores, beams_and_tokens, strict=True)]
+        )
+    return proposals
 
 
-def _best(
-    scores: Tensor,
+def _best_candidates(
+    logprobs: Tensor,
     prompts: Sequence[Sequence[int]],
-    live: list[PromptBeams],
+    searches: list[PromptBeams],
     params: SamplingParams,
     count: int,
 ) -> Tensor:
-    """scores [rows, V] -> [2, prompts, count]: sums of log-probabilities and beam * V + token."""
-    seen = None
-    if params.repetition_penalty != 1:
-        seen = torch.zeros_like(scores, dtype=torch.bool)
-        texts = [[*prompts[one.number], *beam.tokens] for one in live for beam in one.beams]
-        for row, text in zip(seen, texts, strict=True):
-            row[torch.tensor(text, device=row.device)] = True
-    scores = apply_repetition_penalty(scores, seen, params.repetition_penalty)
+    """logprobs [rows, V] -> [2, prompts, count]: sums of log-probabilities, and beam * V + token."""
+    scores = apply_repetition_penalty(
+        logprobs, _seen_tokens(logprobs, prompts, searches, params), params.repetition_penalty
+    )
     if params.vocab_size is not None:
         scores[:, params.vocab_size :] = float("-inf")
     if params.do_sample:
         scores = warp_logits(scores, params)
-    sums = torch.tensor(
-        [[beam.score for beam in one.beams] for one in live], device=scores.device, dtype=scores.dtype
+    beam_scores = torch.tensor(
+        [[beam.score for beam in search.beams] for search in searches],
+        device=scores.device,
+        dtype=scores.dtype,
     )
-    offered = (scores.view(len(live), params.num_beams, -1) + sums[:, :, None]).flatten(1)
+    totals = (scores.view(len(searches), params.num_beams, -1) + beam_scores[:, :, None]).flatten(1)
     if params.do_sample:
-        noise = torch.stack([torch.from_numpy(one.draws.random(offered.size(1))) for one in live]).to(
-            offered.device
-        )
-        best, at = sample_without_replacement(offered, noise, count)
+        uniforms = torch.stack([torch.from_numpy(s.random.random(totals.size(1))) for s in searches])
+        best, indices = sample_without_replacement(totals, uniforms.to(totals.device), count)
     else:
-        best, at = offered.topk(count)
-    return torch.stack((best.double(), at.double()))
+        best, indices = totals.topk(count)
+    return torch.stack((best.double(), indices.double()))
+
+
+def _seen_tokens(
+    logprobs: Tensor,
+    prompts: Sequence[Sequence[int]],
+    searches: list[PromptBeams],
+    params: SamplingParams,
+) -> Tensor | None:
+    """Returns which tokens each beam contains, prompt included: [rows, V] bool; None without a repetition
+    penalty."""
+    if params.repetition_penalty == 1:
+        return None
+    seen = torch.zeros_like(logprobs, dtype=torch.bool)
+    texts = [[*prompts[search.index], *beam.tokens] for search in searches for beam in search.beams]
+    for row, text in zip(seen, texts, strict=True):
+        row[torch.tensor(text, device=row.device)] = True
+    return seen

@@ -1,4 +1,4 @@
-"""A model to ask: its weights on the ranks of this run, and forward passes through all of them with a cache of keys and values."""
+"""Inference model with KV cache under tensor and pipeline parallelism: prefill and decode."""
 
 import os
 from collections.abc import Sequence
@@ -15,110 +15,110 @@ from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
-from ascendspeed.distributed import process_groups as ranks
+from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import families
-from ascendspeed.models.gpt import attention
-from ascendspeed.models.gpt import gpt_model as gpts
+from ascendspeed.models.gpt import attention, gpt_model
 from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
 PREFILL_CHUNK = 2048
-"""Tokens of a row that go through the model at a time: beside the cache, memory is that of one chunk, however long a prompt is."""
+"""Tokens of a row per forward pass of prefill: activations take the memory of one chunk for any prompt
+length."""
 
 
 class CacheOutOfMemory(UserError):
-    """The cache does not fit."""
+    """Raised when the KV cache does not fit into memory."""
 
 
 class LanguageModel:
-    """This rank's part of a model, whose weights are its own and stay as they are, and what goes from rank to rank."""
+    """This rank's part of a model, its KV cache, and the communication between ranks.
+
+    Every rank calls the same methods in the same order. The weights must not change afterwards.
+    """
 
     def __init__(
-        self, gpt: gpts.GPTLanguageModel, model: ModelConfig, grid: ProcessGrid, device: Device
+        self, gpt: gpt_model.GPTLanguageModel, model: ModelConfig, grid: ProcessGrid, device: Device
     ) -> None:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
         self.cache: KVCache | None = None
-        if (
-            self.is_last_stage
-            and isinstance(gpt.output_layer, NormHead)
-            and not gpt.share_embeddings_and_output_weights
-        ):
+        tied = gpt.share_embeddings_and_output_weights
+        if self.is_last_stage and isinstance(gpt.output_layer, NormHead) and not tied:
             gpt.output_layer.fold_normalization()
 
     def allocate_cache(self, rows: int, capacity: int, lengths: Sequence[int]) -> KVCache:
-        """An empty cache for `rows` sequences of `capacity` tokens; `lengths` of the prompts fix the rope (one: of all rows)."""
-        self.free_cache()  # first: its memory is needed
+        """Allocates an empty cache for `rows` sequences of `capacity` tokens.
+
+        `lengths`: prompt lengths, which set the RoPE base of every row (one length: of all rows). Raises
+        `CacheOutOfMemory`.
+        """
+        self.free_cache()  # before the allocation, which needs its memory
         try:
             self.cache = KVCache(self.gpt, rows, capacity)
         except (RuntimeError, MemoryError) as error:
-            size = rows * capacity * self._token_bytes / 2**30
+            size = rows * capacity * self._cache_bytes_per_token / 2**30
             raise CacheOutOfMemory(
-                f"no memory for the keys and values of {rows} sequences of {capacity} tokens, {size:.1f} GiB on this rank: take a "
-                f"smaller --batch-size or --max-new-tokens, or more ranks ({first_line(error)})"
+                f"no memory for the keys and values of {rows} sequences of {capacity} tokens, "
+                f"{size:.1f} GiB on this rank: choose a smaller --batch-size or --max-new-tokens, "
+                f"or use more ranks ({first_line(error)})"
             ) from error
         self.cache.set_rope_lengths(lengths)
         return self.cache
 
     def free_cache(self) -> None:
-        """Frees the cache, and what else was kept for a text of its length."""
+        """Frees the KV cache and the attention masks of its length."""
         self.cache = None
         attention.clear_mask_cache()
 
     def prefill(
-        self, tokens: Sequence[Sequence[int]], first: int = 0, wanted: Sequence[Sequence[int]] | None = None
+        self,
+        tokens: Sequence[Sequence[int]],
+        first_slot: int = 0,
+        positions: Sequence[Sequence[int]] | None = None,
     ) -> list[Tensor]:
-        """Reads rows, longest first, into the cache from slot `first` on, chunk by chunk.
+        """Runs rows of tokens, sorted by length in descending order, and fills the cache from `first_slot`
+        on, in chunks.
 
-        `wanted`: positions in each row, rising; None: the last one. Returns for each row the final hidden states there, [n, h], on
-        the last stage (elsewhere []).
+        Returns for each row the final hidden states [n, h] at `positions` (ascending indices into the row;
+        None: the last one) on the last stage, and [] on the others.
         """
         lengths = [len(row) for row in tokens]
         assert lengths == sorted(lengths, reverse=True)
-        wanted = [[length - 1] for length in lengths] if wanted is None else wanted
-        found: list[list[Tensor]] = [[] for _ in tokens]
+        positions = [[length - 1] for length in lengths] if positions is None else positions
+        hidden_states: list[list[Tensor]] = [[] for _ in tokens]
         for start in range(0, lengths[0], PREFILL_CHUNK):
             end = min(start + PREFILL_CHUNK, lengths[0])
             rows = sum(length > start for length in lengths)
-            piece = torch.zeros(
-                rows, end - start, dtype=torch.long
-            )  # short rows end in zeros, which nobody sees
-            for i, row in enumerate(tokens[:rows]):
-                part = row[start:end]
-                piece[i, : len(part)] = torch.as_tensor(part)
-            self.cache.begin_prefill(first + start, end - start, rows)
-            hidden = self._forward(piece.to(self.device.torch))
+            self.cache.begin_prefill(first_slot + start, end - start, rows)
+            hidden = self._forward(_pad(tokens[:rows], start, end).to(self.device.torch))
             if self.is_last_stage:
                 for i in range(rows):
-                    here = [position - start for position in wanted[i] if start <= position < end]
-                    found[i].append(hidden[here, i])
-        return [torch.cat(parts) for parts in found] if self.is_last_stage else []
+                    in_chunk = [position - start for position in positions[i] if start <= position < end]
+                    hidden_states[i].append(hidden[in_chunk, i])
+        return [torch.cat(chunks) for chunks in hidden_states] if self.is_last_stage else []
 
     def decode_step(self, tokens: Tensor, slots: Sequence[int]) -> Tensor | None:
-        """One token of every row, [n], each at its slot -> the final hidden states [n, h] on the last stage."""
+        """Runs one token of every row, [n], each at its slot of the cache.
+
+        Returns the final hidden states [n, h] on the last stage, None on the others.
+        """
         self.cache.begin_decode(slots)
         hidden = self._forward(tokens[:, None])
         return hidden[0] if self.is_last_stage else None
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        """tokens [b, s] through all stages -> [s, b, h] on the last one."""
+        """Runs tokens [b, s] through all stages; returns [s, b, h] on the last one."""
         gpt, rank = self.gpt, self.grid.rank
-        hidden = None
         if self.is_first_stage:
             hidden = gpt.embedding(tokens, None)
         else:
-            hidden = torch.empty(
-                tokens.size(1),
-                tokens.size(0),
-                self.config.hidden_size,
-                dtype=gpt.config.params_dtype,
-                device=tokens.device,
-            )
+            shape = (tokens.size(1), tokens.size(0), self.config.hidden_size)
+            hidden = torch.empty(shape, dtype=gpt.config.params_dtype, device=tokens.device)
             dist.recv(hidden, rank - self.grid.tp)
         for layer in gpt.decoder.layers:
             hidden = self._layer_forward(layer, hidden)
@@ -128,30 +128,31 @@ class LanguageModel:
         return gpt.decoder.final_layernorm(hidden)
 
     def _layer_forward(self, layer: TransformerLayer, hidden: Tensor) -> Tensor:
-        """hidden [s, b, h] through a layer whose attention is the cache's.
+        """Runs hidden [s, b, h] through a layer with attention over the cache.
 
-        Megatron-core's own way through the same modules asks at every token what could be otherwise: a tenth of the time.
+        Calls the layer's modules directly: the option checks of Megatron-core's `forward` take a tenth of the
+        time of a token.
         """
-        own = layer.self_attention
-        query, key, value = own.get_query_key_value_tensors(layer.input_layernorm(hidden))
-        seen = self.cache.attend(layer.layer_number, query, key, value, own.core_attention.scale)
-        hidden = _add(hidden, own.linear_proj(seen))
-        return _add(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+        attn = layer.self_attention
+        query, key, value = attn.get_query_key_value_tensors(layer.input_layernorm(hidden))
+        context = self.cache.attend(layer.layer_number, query, key, value, attn.core_attention.scale)
+        hidden = _add_residual(hidden, attn.linear_proj(context))
+        return _add_residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final hidden states [n, h] -> logits over the whole vocabulary [n, V], fp32; on every rank of the last stage."""
-        weight = (
-            self.gpt.shared_embedding_or_output_weight()
-            if self.gpt.share_embeddings_and_output_weights
-            else None
-        )
-        return self.gpt.output_layer(hidden[:, None], weight=weight, runtime_gather_output=True)[0][
-            :, 0, : self.config.vocab_size
-        ].float()
+        """Computes logits [n, V] in fp32 over the whole vocabulary from final hidden states [n, h].
+
+        Collective over the tensor-parallel ranks of the last stage.
+        """
+        weight = None
+        if self.gpt.share_embeddings_and_output_weights:
+            weight = self.gpt.shared_embedding_or_output_weight()
+        logits, _ = self.gpt.output_layer(hidden[:, None], weight=weight, runtime_gather_output=True)
+        return logits[:, 0, : self.config.vocab_size].float()
 
     @property
-    def _token_bytes(self) -> int:
-        """That a token takes in this rank's cache."""
+    def _cache_bytes_per_token(self) -> int:
+        """Bytes per token in this rank's cache."""
         size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
         return sum(
             2 * size * layer.self_attention.num_query_groups_per_partition
@@ -160,29 +161,42 @@ class LanguageModel:
 
     @property
     def is_sampling_rank(self) -> bool:
-        """Whether this rank is the one that chooses."""
+        """True on the rank that chooses tokens and broadcasts them: the first one of the last stage."""
         return self.grid.rank == self.grid.world - self.grid.tp
 
     def broadcast(self, value: Tensor | None, shape: Sequence[int]) -> Tensor:
-        """What the choosing rank has (fp64), on all of them. Raises `UserError` on all of them when there is a NaN in it."""
-        told = value
+        """Returns the sampling rank's tensor (fp64, of `shape`) on every rank.
+
+        Raises `UserError` if it contains NaN.
+        """
+        result = value
         if self.grid.world > 1:
-            told = (
-                value.contiguous()
-                if self.is_sampling_rank
-                else torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
-            )
-            dist.broadcast(told, self.grid.world - self.grid.tp)
-        if told.isnan().any():
+            if self.is_sampling_rank:
+                result = value.contiguous()
+            else:
+                result = torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
+            dist.broadcast(result, self.grid.world - self.grid.tp)
+        if result.isnan().any():
             raise UserError(
-                "the model gives NaN: its weights are broken, or its precision (--fp16, --bf16) is too low for them"
+                "the model's output is NaN: its weights are damaged, "
+                "or the precision (--fp16, --bf16) is too low for them"
             )
-        return told
+        return result
 
 
-def _add(hidden: Tensor, more: tuple[Tensor, Tensor | None]) -> Tensor:
-    """`more`: what a part of a layer gives, and a bias still to be added to it."""
-    out, bias = more
+def _pad(tokens: Sequence[Sequence[int]], start: int, end: int) -> Tensor:
+    """Returns columns `start` to `end` of rows as [rows, end - start]; zeros after a short row are masked by
+    causality."""
+    padded = torch.zeros(len(tokens), end - start, dtype=torch.long)
+    for i, row in enumerate(tokens):
+        part = row[start:end]
+        padded[i, : len(part)] = torch.as_tensor(part)
+    return padded
+
+
+def _add_residual(hidden: Tensor, output: tuple[Tensor, Tensor | None]) -> Tensor:
+    """`output`: result of a submodule and the bias that is still to be added to it."""
+    out, bias = output
     return hidden + (out if bias is None else out + bias)
 
 
@@ -195,47 +209,48 @@ def load(
     kernels: Kernels | None = None,
     model: str | None = None,
 ) -> LanguageModel:
-    """The model of a checkpoint of any format, over the TP x PP processes that the launcher started.
+    """Loads a checkpoint of any format over the TP x PP processes that the launcher started.
 
-    `path`: its folder, or what `formats.open_reader` gave. `dtype` fp32, bf16 or fp16; `model`: the preset that it is said to be.
-    Raises `UserError` for what does not fit, before weights are read.
+    `path`: folder, or the result of `open_reader`; `dtype`: fp32, bf16 or fp16; `model`: preset that the
+    weights must have. Raises `UserError` for a mismatch before any weight is read.
     """
-    layout, joined = parallel or ParallelConfig(), dist.is_initialized()
+    layout = parallel or ParallelConfig()
+    was_initialized = dist.is_initialized()
     _check_layout(layout, int(os.environ.get("WORLD_SIZE", "1")))
-    grid = ranks.initialize(device, layout, seed=1)
+    grid = process_groups.initialize(device, layout, seed=1)
     try:
-        source = path if isinstance(path, CheckpointReader) else open_reader(path, readers=Readers.of(grid))
-        _check_model(source, layout, model)
+        reader = path if isinstance(path, CheckpointReader) else open_reader(path, readers=Readers.of(grid))
+        _check_model(reader, layout, model)
     except UserError:
-        if not joined:
-            ranks.destroy()
+        if not was_initialized:
+            process_groups.destroy()
         raise
-    settings = transformer_config(source.config, layout, TrainConfig(), dtype, kernels)
-    gpt = gpts.build_model(source.config, layout, settings)
-    gpts.load_weights(gpt, source.config, layout, source.tensors())
-    return LanguageModel(gpt, source.config, grid, device)
+    settings = transformer_config(reader.config, layout, TrainConfig(), dtype, kernels)
+    gpt = gpt_model.build_model(reader.config, layout, settings)
+    gpt_model.load_weights(gpt, reader.config, layout, reader.tensors())
+    return LanguageModel(gpt, reader.config, grid, device)
 
 
-def _check_model(source: CheckpointReader, layout: ParallelConfig, model: str | None) -> None:
-    if model and replace(families.preset(model), init_method_std=0.0) != replace(
-        source.config, init_method_std=0.0
-    ):
-        raise UserError(
-            f"--model {model} is {families.preset(model)}, but {source.where} holds {source.config}"
-        )
-    schema.check_tensor_parallel(source.config, layout.tensor_model_parallel_size)
-    schema.check_pipeline_parallel(source.config, layout.pipeline_model_parallel_size)
+def _check_model(reader: CheckpointReader, layout: ParallelConfig, model: str | None) -> None:
+    config = reader.config
+    if model:
+        preset = families.preset(model)
+        if replace(preset, init_method_std=0.0) != replace(config, init_method_std=0.0):
+            raise UserError(f"--model {model} is {preset}, but {reader.where} holds {config}")
+    schema.check_tensor_parallel(config, layout.tensor_model_parallel_size)
+    schema.check_pipeline_parallel(config, layout.pipeline_model_parallel_size)
 
 
 def _check_layout(layout: ParallelConfig, world: int) -> None:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    generates = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
-    if layout.layout_key != generates.layout_key:
+    supported = ParallelConfig(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    if layout.layout_key != supported.layout_key:
         raise UserError(
-            "generation shares layers (TP) and the stack of them (PP) only: leave sequence_parallel, virtual stages, context and "
-            "expert parallel out"
+            "generation supports tensor and pipeline parallelism only: do not use sequence_parallel, "
+            "virtual stages, context or expert parallelism"
         )
     if world != tp * pp:
         raise UserError(
-            f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; start as many, or change --tp or --pp"
+            f"{world} processes were started for TP {tp} x PP {pp} = {tp * pp}; "
+            "start as many, or change --tp or --pp"
         )

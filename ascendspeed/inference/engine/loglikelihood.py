@@ -1,4 +1,5 @@
-"""How likely a text is: of every token, or of a continuation after a context, with what many contexts share computed once."""
+"""Log-likelihoods: of every token of a text, or of a continuation of a context, with common prefixes computed
+once."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -12,62 +13,67 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference.engine.language_model import LanguageModel
 
 Tokens = Sequence[int]
+ScoreRequest = tuple[Tokens, Tokens]
+"""(context, continuation)."""
+
+MAX_LOGITS = 1 << 26
+"""Maximum number of logits in memory at a time."""
 
 
 @dataclass(frozen=True)
 class ContinuationScore:
-    """Of a continuation."""
+    """Log-likelihood of a continuation."""
 
     logprob: float
-    """Sum of its tokens' log-probabilities."""
-    greedy: bool
-    """Whether each of its tokens was the most likely one."""
-    tokens: int
+    """Sum of the log-probabilities of its tokens."""
+    is_greedy: bool
+    """True if each of its tokens is the most likely one."""
+    token_count: int
 
 
 @dataclass(frozen=True)
 class ScoringRow:
-    """A row for the model, and who asked for it."""
+    """An input of the model that answers one or more requests."""
 
     tokens: tuple[int, ...]
-    start: int
-    """First position whose prediction is wanted."""
+    first_position: int
+    """First position whose prediction is needed."""
     requests: list[int]
+    """Indices of the requests."""
 
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Inputs that begin with the same `shared` tokens."""
+    """Rows that begin with the same tokens."""
 
-    shared: int
-    unique_rows: list[ScoringRow]
-
-
-MAX_LOGITS = 1 << 26
-"""At a time, on the way to log-probabilities."""
+    prefix_length: int
+    rows: list[ScoringRow]
 
 
 def token_logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 16) -> list[Tensor]:
-    """Of each sequence every token's log-probability after those before it: [n - 1], fp32, on the CPU. Collective."""
-    found = [torch.empty(0)] * len(tokens)
+    """Returns for each sequence the log-probability of every token given those before it: [n - 1], fp32, on
+    the CPU.
+
+    Collective.
+    """
+    logprobs = [torch.empty(0)] * len(tokens)
     order = sorted((i for i in range(len(tokens)) if len(tokens[i]) > 1), key=lambda i: -len(tokens[i]))
-    with torch.inference_mode(), _freeing(model):
-        for batch in batches(order, batch_size):
+    with torch.inference_mode(), _freeing_cache(model):
+        for batch in split(order, batch_size):
             rows = [tokens[i][:-1] for i in batch]
             lengths = [len(row) for row in rows]
             model.allocate_cache(len(rows), lengths[0], lengths)
-            hidden = model.prefill(rows, wanted=[range(length) for length in lengths])
-            told = _ask(
-                model, hidden, range(sum(lengths)), [token for i in batch for token in tokens[i][1:]]
-            )[0]
-            for i, part in zip(batch, told.split(lengths), strict=True):
-                found[i] = part.float()
-    return found
+            hidden = model.prefill(rows, positions=[range(length) for length in lengths])
+            targets = [token for i in batch for token in tokens[i][1:]]
+            values, _ = _logprobs_of(model, hidden, range(sum(lengths)), targets)
+            for i, part in zip(batch, values.split(lengths), strict=True):
+                logprobs[i] = part.float()
+    return logprobs
 
 
 @contextmanager
-def _freeing(model: LanguageModel) -> Iterator[None]:
-    """The cache goes at the end, whatever happened."""
+def _freeing_cache(model: LanguageModel) -> Iterator[None]:
+    """Frees the cache at the end, also after an exception."""
     try:
         yield
     finally:
@@ -76,122 +82,141 @@ def _freeing(model: LanguageModel) -> Iterator[None]:
 
 def score_continuations(
     model: LanguageModel,
-    requests: Sequence[tuple[Tokens, Tokens]],
+    requests: Sequence[ScoreRequest],
     batch_size: int = 16,
-    got: Callable[[int, ContinuationScore], None] | None = None,
+    on_score: Callable[[int, ContinuationScore], None] | None = None,
 ) -> list[ContinuationScore]:
-    """The scores of (context, continuation) pairs, neither of them empty. Collective.
+    """Returns the scores of (context, continuation) pairs, neither of them empty. Collective.
 
-    Requests with the same input (a question and its one-token answers) are one row; rows that begin with the same tokens (the
-    examples before the questions) are computed once up to there. `got(index, score)` is called as scores come, in that order.
+    Requests with the same input (a question and its one-token answers) share a row; rows with a common prefix
+    (few-shot examples before the questions) share its computation. `on_score(index, score)` is called as
+    scores become available.
     """
     assert all(context and continuation for context, continuation in requests), (
         "neither context nor continuation may be empty"
     )
-    found: dict[int, ContinuationScore] = {}
-    with torch.inference_mode(), _freeing(model):
+    scores: dict[int, ContinuationScore] = {}
+    with torch.inference_mode(), _freeing_cache(model):
         for group in group_by_prefix(unique_rows(requests), model.config):
-            for batch in _batches(model, group, batch_size):
-                for i, one in _scores(model, requests, group, batch):
-                    found[i] = one
-                    if got:
-                        got(i, one)
-    return [found[i] for i in range(len(requests))]
+            for batch in _prepare_batches(model, group, batch_size):
+                for i, score in _score_batch(model, requests, group, batch):
+                    scores[i] = score
+                    if on_score:
+                        on_score(i, score)
+    return [scores[i] for i in range(len(requests))]
 
 
-def unique_rows(requests: Sequence[tuple[Tokens, Tokens]]) -> list[ScoringRow]:
-    """The different rows that the requests need, sorted by their tokens."""
-    asked: dict[tuple[int, ...], list[int]] = {}
+def unique_rows(requests: Sequence[ScoreRequest]) -> list[ScoringRow]:
+    """Returns the different inputs of the requests, sorted by their tokens."""
+    by_tokens: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(requests):
-        asked.setdefault((*context, *continuation[:-1]), []).append(i)
-    return [
-        ScoringRow(tokens, min(len(requests[i][0]) for i in who) - 1, who)
-        for tokens, who in sorted(asked.items())
-    ]
+        by_tokens.setdefault((*context, *continuation[:-1]), []).append(i)
+    rows = []
+    for tokens, indices in sorted(by_tokens.items()):
+        first_position = min(len(requests[i][0]) for i in indices) - 1
+        rows.append(ScoringRow(tokens, first_position, indices))
+    return rows
 
 
 def group_by_prefix(rows: Sequence[ScoringRow], config: ModelConfig) -> list[PrefixGroup]:
-    """Cuts sorted rows into groups with a common beginning, where sharing it saves more tokens than the shorter beginning costs.
+    """Splits sorted rows into groups with a common prefix, if that saves more tokens than a shorter prefix
+    costs.
 
-    What is asked about is not shared; nor are rows that dynamic rope scaling turns each by a base of its own.
+    Positions that are scored are not part of a prefix. Rows beyond the trained length with dynamic RoPE
+    scaling have a base of their own and share nothing.
     """
-    found: list[PrefixGroup] = []
-    longest = config.max_position_embeddings if config.rope_scaling_type == "dynamic" else math.inf
-    alone = [row for row in rows if len(row.tokens) > longest]
-    for row in (row for row in rows if len(row.tokens) <= longest):
-        if found:
-            group = found[-1]
-            common = min(_common(group.inputs[0].tokens[: group.shared], row.tokens), row.start)
-            if (group.shared - common) * len(group.inputs) < common:
-                found[-1] = PrefixGroup(common, [*group.inputs, row])
+    limit = config.max_position_embeddings if config.rope_scaling_type == "dynamic" else math.inf
+    groups: list[PrefixGroup] = []
+    for row in rows:
+        if len(row.tokens) > limit:
+            continue
+        if groups:
+            group = groups[-1]
+            prefix = group.rows[0].tokens[: group.prefix_length]
+            common = min(_common_length(prefix, row.tokens), row.first_position)
+            if (group.prefix_length - common) * len(group.rows) < common:
+                groups[-1] = PrefixGroup(common, [*group.rows, row])
                 continue
-        found.append(PrefixGroup(row.start, [row]))
-    single = [group.inputs[0] for group in found if len(group.inputs) == 1]
-    found = [group for group in found if len(group.inputs) > 1]
-    return found + [PrefixGroup(0, rest) for rest in (single, alone) if rest]
+        groups.append(PrefixGroup(row.first_position, [row]))
+    shared = [group for group in groups if len(group.rows) > 1]
+    single = [group.rows[0] for group in groups if len(group.rows) == 1]
+    too_long = [row for row in rows if len(row.tokens) > limit]
+    return shared + [PrefixGroup(0, unshared) for unshared in (single, too_long) if unshared]
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def _common_length(a: Tokens, b: Tokens) -> int:
+    """Returns the length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    """`size` at a time."""
+def split(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Yields slices of `size` items."""
     return (items[i : i + size] for i in range(0, len(items), size))
 
 
-def _batches(model: LanguageModel, group: PrefixGroup, batch_size: int) -> Iterator[Sequence[ScoringRow]]:
-    """The group's rows, longest first, with what they share in the cache of every one of them."""
-    rows = sorted(group.inputs, key=lambda row: -len(row.tokens))
+def _prepare_batches(
+    model: LanguageModel, group: PrefixGroup, batch_size: int
+) -> Iterator[Sequence[ScoringRow]]:
+    """Yields the group's rows in batches, longest first, with the prefix in the cache of every row."""
+    rows = sorted(group.rows, key=lambda row: -len(row.tokens))
     count = min(batch_size, len(rows))
-    if group.shared:
+    if group.prefix_length:
         cache = model.allocate_cache(count, len(rows[0].tokens), [0])
-        model.prefill([rows[0].tokens[: group.shared]], wanted=[[]])
-        cache.reorder([0] * count, group.shared)
-    for batch in batches(rows, batch_size):
-        if not group.shared:
+        model.prefill([rows[0].tokens[: group.prefix_length]], positions=[[]])
+        cache.reorder([0] * count, group.prefix_length)
+    for batch in split(rows, batch_size):
+        if not group.prefix_length:
             lengths = [len(row.tokens) for row in batch]
             model.allocate_cache(len(batch), lengths[0], lengths)
         yield batch
 
 
-def _scores(
+def _score_batch(
     model: LanguageModel,
-    requests: Sequence[tuple[Tokens, Tokens]],
+    requests: Sequence[ScoreRequest],
     group: PrefixGroup,
     batch: Sequence[ScoringRow],
 ) -> Iterator[tuple[int, ContinuationScore]]:
-    wanted = [range(row.start - group.shared, len(row.tokens) - group.shared) for row in batch]
-    hidden = model.prefill([row.tokens[group.shared :] for row in batch], group.shared, wanted)
-    places, tokens, sizes = [], [], []
-    begin = 0  # of a row among the wanted positions of all
-    for row, positions in zip(batch, wanted, strict=True):
+    """Yields (index of the request, score) for every request of the rows."""
+    prefix = group.prefix_length
+    positions = [range(row.first_position - prefix, len(row.tokens) - prefix) for row in batch]
+    hidden = model.prefill([row.tokens[prefix:] for row in batch], prefix, positions)
+    states: list[int] = []
+    targets: list[int] = []
+    indices: list[int] = []
+    row_offset = 0  # index of the row's first hidden state among those of the batch
+    for row, row_positions in zip(batch, positions, strict=True):
         for i in row.requests:
             context, continuation = requests[i]
-            first = begin + len(context) - 1 - row.start
-            places += range(first, first + len(continuation))
-            tokens += continuation
-            sizes.append((i, len(continuation)))
-        begin += len(positions)
-    told = _ask(model, hidden, places, tokens)
-    for (i, size), (values, best) in zip(
-        sizes, zip(*(x.split([n for _, n in sizes]) for x in told), strict=True), strict=True
-    ):
-        yield i, ContinuationScore(float(values.sum()), bool(best.all()), size)
+            first = row_offset + len(context) - 1 - row.first_position
+            states += range(first, first + len(continuation))
+            targets += continuation
+            indices.append(i)
+        row_offset += len(row_positions)
+    sizes = [len(requests[i][1]) for i in indices]
+    logprobs, is_best = _logprobs_of(model, hidden, states, targets)
+    for i, values, best in zip(indices, logprobs.split(sizes), is_best.split(sizes), strict=True):
+        yield i, ContinuationScore(float(values.sum()), bool(best.all()), len(values))
 
 
-def _ask(model: LanguageModel, hidden: list[Tensor], places: Sequence[int], tokens: Sequence[int]) -> Tensor:
-    """Of tokens[i] after hidden state places[i]: log-probability, and whether it is the most likely one; [2, n], on every rank."""
-    told = None
+def _logprobs_of(
+    model: LanguageModel, hidden: list[Tensor], states: Sequence[int], targets: Sequence[int]
+) -> Tensor:
+    """Returns [2, n] on every rank: log-probability of targets[i] at hidden state states[i], and whether it
+    is the most likely."""
+    result = None
     if model.is_last_stage:
-        states, size = torch.cat(hidden), max(1, MAX_LOGITS // model.config.vocab_size)
-        at, wanted = (torch.tensor(x, device=states.device) for x in (list(places), list(tokens)))
-        told = torch.empty(2, len(tokens), dtype=torch.float64, device=states.device)
-        for start in range(0, len(states), size):
-            mine = (at >= start) & (at < start + size)
-            logits = model.logits(states[start : start + size])
-            rows = at[mine] - start
-            values = logits[rows, wanted[mine]]
-            told[0, mine] = (values - logits.logsumexp(-1)[rows]).double()
-            told[1, mine] = (values == logits.amax(-1)[rows]).double()
-    return model.broadcast(told, (2, len(tokens))).cpu()
+        all_hidden = torch.cat(hidden)
+        device = all_hidden.device
+        chunk = max(1, MAX_LOGITS // model.config.vocab_size)
+        state_index = torch.tensor(list(states), device=device)
+        target = torch.tensor(list(targets), device=device)
+        result = torch.empty(2, len(targets), dtype=torch.float64, device=device)
+        for start in range(0, len(all_hidden), chunk):
+            in_chunk = (state_index >= start) & (state_index < start + chunk)
+            logits = model.logits(all_hidden[start : start + chunk])
+            rows = state_index[in_chunk] - start
+            values = logits[rows, target[in_chunk]]
+            result[0, in_chunk] = (values - logits.logsumexp(-1)[rows]).double()
+            result[1, in_chunk] = (values == logits.amax(-1)[rows]).double()
+    return model.broadcast(result, (2, len(targets))).cpu()

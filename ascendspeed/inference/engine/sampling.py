@@ -1,4 +1,4 @@
-"""Greedy and sampled text, for prompts of any lengths side by side."""
+"""Greedy decoding and sampling for a batch of prompts of any lengths."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ import torch
 from numpy.random import Generator
 from torch import Tensor
 
-from ascendspeed.inference.engine import beam_search
+from ascendspeed.inference.engine.beam_search import beam_search
 from ascendspeed.inference.engine.language_model import LanguageModel
 from ascendspeed.inference.engine.logits_processors import (
     apply_repetition_penalty,
@@ -18,57 +18,57 @@ from ascendspeed.inference.engine.logits_processors import (
 from ascendspeed.inference.engine.sampling_params import Completion, SamplingParams
 
 StopCallback = Callable[[int, int], bool]
-"""(row, new token) -> whether the row ends with it; row = prompt * num_return_sequences + i. Asked on every rank, in one order."""
+"""(row, new token) -> whether the row ends with this token; row = prompt * num_return_sequences + i.
+
+Called on every rank, in the same order.
+"""
 
 
 def sample(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     params: SamplingParams,
-    watch: StopCallback | None = None,
-    numbers: Sequence[int] | None = None,
-    end: Callable[[], bool] | None = None,
+    stop_callback: StopCallback | None = None,
+    prompt_numbers: Sequence[int] | None = None,
+    should_end: Callable[[], bool] | None = None,
 ) -> list[list[Completion]]:
-    """`num_return_sequences` completions of every prompt (ids, not empty), as if it were alone; one batch.
+    """Generates `num_return_sequences` completions of every prompt (ids, not empty) in one batch.
 
-    Collective: the same arguments and results on every rank. `numbers`: of the prompts in a larger set, which decide what is drawn
-    for each, whatever batches it is cut into; None: 0, 1, ... `end` is asked before every token, on the rank that chooses, whether
-    all are to end where they are. Under beam search neither it nor `watch` is asked. Drawn beams may be fewer than asked for, where
-    there is less to draw from. As if alone is exact in fp32; in bf16 a batch rounds otherwise than a row.
-    Raises `UserError`, also when the model gives NaN or memory does not suffice.
+    Collective: the same arguments and results on every rank. A completion does not depend on the rest of the
+    batch: exactly in fp32; in bf16 a batch rounds differently from a single row.
+
+    `prompt_numbers`: numbers of the prompts in a larger set; they select the random streams, so that the
+    result does not depend on how the set is split into batches; None: 0, 1, ... `should_end` is called before
+    every token on the sampling rank; True ends all sequences. Beam search calls neither it nor
+    `stop_callback`. Beam search with sampling may return fewer completions if fewer exist. Raises
+    `UserError`, also if the model's output is NaN or memory does not suffice.
     """
     params.check()
     assert all(prompts), "a prompt has at least one token"
-    # Longest first: so the rows that have more to read are always the first ones.
+    # Longest first: rows that still have prompt tokens are then always the first ones.
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    numbers = numbers or range(len(prompts))
+    numbers = prompt_numbers or range(len(prompts))
     with torch.inference_mode():
         try:
             if params.num_beams > 1:
-                return beam_search.beam_search(model, prompts, order, params, numbers)
-            return _sample(
-                model,
-                prompts,
-                order,
-                params,
-                watch or (lambda row, token: False),
-                numbers,
-                end or (lambda: False),
-            )
+                return beam_search(model, prompts, order, params, numbers)
+            stop = stop_callback or (lambda row, token: False)
+            end = should_end or (lambda: False)
+            return _sample(model, prompts, order, params, stop, numbers, end)
         finally:
             model.free_cache()
 
 
 @dataclass
 class SequenceState:
-    """A sequence under way."""
+    """A sequence that is being generated."""
 
     number: int
     """prompt * num_return_sequences + i."""
     length: int
     """Tokens in the cache."""
-    draws: Generator
-    """This row's own stream."""
+    random: Generator
+    """Random stream of this sequence."""
     tokens: list[int] = field(default_factory=list)
     score: float = 0.0
 
@@ -78,117 +78,148 @@ def _sample(
     prompts: Sequence[Sequence[int]],
     order: list[int],
     params: SamplingParams,
-    watch: StopCallback,
+    stop_callback: StopCallback,
     numbers: Sequence[int],
-    end: Callable[[], bool],
+    should_end: Callable[[], bool],
 ) -> list[list[Completion]]:
-    each, lengths = params.num_return_sequences, [len(prompts[i]) for i in order]
-    rows = [
-        SequenceState(i * each + j, len(prompts[i]), random_stream(params.seed, numbers[i] * each + j))
-        for i in order
-        for j in range(each)
-    ]
-    cache = model.allocate_cache(len(rows), lengths[0] + params.max_new_tokens, lengths)
-    last = model.prefill([prompts[i] for i in order])
-    hidden = torch.cat(last).repeat_interleave(each, 0) if model.is_last_stage else None
-    cache.reorder([i // each for i in range(len(rows))], lengths[0])
-    seen = SeenTokens(model, params, [prompts[row.number // each] for row in rows])
-    done: dict[int, Completion] = {}
-    while True:
-        chosen = _choose(model, hidden, params, rows, seen, end)
+    count = params.num_return_sequences
+    rows = _initial_rows(prompts, order, params, numbers)
+    hidden = _prefill(model, prompts, order, params)
+    seen = SeenTokens(model, params, [prompts[row.number // count] for row in rows])
+    completions: dict[int, Completion] = {}
+    while rows:
+        chosen = _choose_tokens(model, hidden, params, rows, seen, should_end)
         if chosen is None:
-            done |= {row.number: Completion(row.tokens, "end", row.score) for row in rows}
-            return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
+            completions |= {row.number: Completion(row.tokens, "end", row.score) for row in rows}
+            break
         tokens, scores = chosen
-        kept = []
+        active = []
         for i, (row, token, score) in enumerate(zip(rows, tokens.tolist(), scores.tolist(), strict=True)):
             row.score += score
-            reason = _ended(row, token, params, watch)
+            reason = _append_token(row, token, params, stop_callback)
             if reason:
-                done[row.number] = Completion(row.tokens, reason, row.score)
+                completions[row.number] = Completion(row.tokens, reason, row.score)
             else:
-                kept.append(i)
-        if not kept:
-            return [[done[i * each + j] for j in range(each)] for i in range(len(prompts))]
-        if len(kept) < len(rows):  # a finished row gives its place to the last one, and costs nothing more
-            kept = compact_rows(kept, len(rows))
-            cache.reorder(kept, max(row.length for row in rows))
-            rows, tokens = [rows[i] for i in kept], tokens[kept]
-            seen.select(kept)
+                active.append(i)
+        if not active:
+            break
+        if len(active) < len(rows):
+            active = compact_rows(active, len(rows))
+            model.cache.reorder(active, max(row.length for row in rows))
+            rows, tokens = [rows[i] for i in active], tokens[active]
+            seen.select(active)
         seen.add(tokens)
         hidden = model.decode_step(tokens, [row.length for row in rows])
         for row in rows:
             row.length += 1
+    return [[completions[i * count + j] for j in range(count)] for i in range(len(prompts))]
 
 
-def _ended(row: SequenceState, token: int, params: SamplingParams, watch: StopCallback) -> str | None:
+def _initial_rows(
+    prompts: Sequence[Sequence[int]], order: list[int], params: SamplingParams, numbers: Sequence[int]
+) -> list[SequenceState]:
+    """Returns a state per sequence, in the order of the cache's rows."""
+    count = params.num_return_sequences
+    rows = []
+    for i in order:
+        for j in range(count):
+            random = random_stream(params.seed, numbers[i] * count + j)
+            rows.append(SequenceState(i * count + j, len(prompts[i]), random))
+    return rows
+
+
+def _prefill(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], order: list[int], params: SamplingParams
+) -> Tensor | None:
+    """Fills the cache with every prompt, repeated for its sequences.
+
+    Returns the last hidden state of every row [n, h] on the last stage.
+    """
+    count = params.num_return_sequences
+    lengths = [len(prompts[i]) for i in order]
+    cache = model.allocate_cache(len(prompts) * count, lengths[0] + params.max_new_tokens, lengths)
+    last_hidden = model.prefill([prompts[i] for i in order])
+    cache.reorder([i // count for i in range(len(prompts) * count)], lengths[0])
+    return torch.cat(last_hidden).repeat_interleave(count, 0) if model.is_last_stage else None
+
+
+def _append_token(
+    row: SequenceState, token: int, params: SamplingParams, stop_callback: StopCallback
+) -> str | None:
+    """Appends a token unless it is a stop token; returns the reason if the sequence ends."""
     if token in params.stop_ids:
         return "stop"
     row.tokens.append(token)
-    if watch(row.number, token):
+    if stop_callback(row.number, token):
         return "stop"
     return "length" if len(row.tokens) == params.max_new_tokens else None
 
 
-def compact_rows(kept: list[int], size: int) -> list[int]:
-    """The rows to keep, those from the end moved to where others went: as few as possible move."""
-    holes = sorted(set(range(len(kept))) - set(kept))
-    movers = [row for row in kept if row >= len(kept)]
-    moved = dict(zip(holes, movers, strict=True))
-    return [moved.get(i, i) for i in range(len(kept))]
+def compact_rows(active: list[int], size: int) -> list[int]:
+    """Returns the active rows in an order that moves as few as possible: the last ones fill the gaps of
+    finished rows."""
+    gaps = sorted(set(range(len(active))) - set(active))
+    movers = [row for row in active if row >= len(active)]
+    source = dict(zip(gaps, movers, strict=True))
+    return [source.get(i, i) for i in range(len(active))]
 
 
 class SeenTokens:
-    """Which tokens each row has had, for the repetition penalty; kept on the choosing rank, and only where there is one."""
+    """Tokens of each row's prompt and answer, for the repetition penalty; a mask on the sampling rank if
+    there is a penalty."""
 
     def __init__(
         self, model: LanguageModel, params: SamplingParams, prompts: Sequence[Sequence[int]]
     ) -> None:
         self.mask: Tensor | None = None
         if model.is_sampling_rank and params.repetition_penalty != 1:
-            self.mask = torch.zeros(
-                len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device.torch
-            )
+            shape = (len(prompts), model.config.vocab_size)
+            self.mask = torch.zeros(shape, dtype=torch.bool, device=model.device.torch)
             for row, prompt in zip(self.mask, prompts, strict=True):
                 row[torch.tensor(prompt, device=row.device)] = True
 
     def select(self, rows: list[int]) -> None:
-        """Row i becomes what `rows[i]` was."""
+        """Replaces row i by row `rows[i]`."""
         if self.mask is not None:
             self.mask = self.mask[rows]
 
     def add(self, tokens: Tensor) -> None:
-        """One more token of each row."""
+        """Adds one token [n] per row."""
         if self.mask is not None:
             self.mask[torch.arange(len(tokens), device=tokens.device), tokens] = True
 
 
-def _choose(
+def _choose_tokens(
     model: LanguageModel,
     hidden: Tensor | None,
     params: SamplingParams,
     rows: list[SequenceState],
     seen: SeenTokens,
-    end: Callable[[], bool],
+    should_end: Callable[[], bool],
 ) -> tuple[Tensor, Tensor] | None:
-    """Every row's next token [n] and its log-probability [n], fp64 on the CPU; tokens are on the device. None: it is to end."""
+    """Returns every row's next token [n] and its log-probability [n] (fp64), on every rank; None if all rows
+    end."""
     packed = None
     if model.is_last_stage:
         logits = model.logits(hidden)
         if model.is_sampling_rank:
-            choices = apply_repetition_penalty(logits, seen.mask, params.repetition_penalty)
-            if params.vocab_size is not None:
-                choices[:, params.vocab_size :] = float("-inf")
-            if params.do_sample:
-                draws = torch.tensor(
-                    [row.draws.random() for row in rows], dtype=torch.float64, device=logits.device
-                )
-                tokens = sample_from_logits(warp_logits(choices, params), draws)
-            else:
-                tokens = choices.argmax(-1)
-            scores = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
-            packed = torch.stack((tokens.double(), scores.double()))
-            if end():
+            tokens = _choose_from_logits(logits, params, rows, seen)
+            logprobs = logits.gather(1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+            packed = torch.stack((tokens.double(), logprobs.double()))
+            if should_end():
                 packed[0] = -1
     packed = model.broadcast(packed, (2, len(rows)))
     return None if packed[0, 0] < 0 else (packed[0].long(), packed[1])
+
+
+def _choose_from_logits(
+    logits: Tensor, params: SamplingParams, rows: list[SequenceState], seen: SeenTokens
+) -> Tensor:
+    """Returns the next token [n] of every row from logits [n, V]."""
+    scores = apply_repetition_penalty(logits, seen.mask, params.repetition_penalty)
+    if params.vocab_size is not None:
+        scores[:, params.vocab_size :] = float("-inf")
+    if not params.do_sample:
+        return scores.argmax(-1)
+    uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=logits.device)
+    return sample_from_logits(warp_logits(scores, params), uniforms)

@@ -1,4 +1,4 @@
-"""How text is to be generated, and what comes out."""
+"""`SamplingParams`: settings of generation; `Completion`: a generated sequence."""
 
 import math
 from dataclasses import dataclass, fields
@@ -8,69 +8,78 @@ from ascendspeed.utils.errors import UserError
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens. The defaults are greedy."""
+    """Settings of generation. The defaults are greedy decoding."""
 
     max_new_tokens: int = 64
-    """Tokens at most, for each sequence."""
+    """Maximum number of new tokens per sequence."""
     do_sample: bool = False
-    """Draw tokens (with several beams: their continuations) instead of taking the most likely ones."""
+    """Sample tokens (with beams: their continuations) instead of choosing the most likely ones."""
     temperature: float = 1.0
-    """Logits are divided by it before drawing."""
+    """Divisor of the logits before sampling."""
     top_k: int = 0
-    """Draw among so many of the most likely tokens; 0: all."""
+    """Sample among this many most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Draw among the most likely tokens that make up this probability."""
+    """Sample among the most likely tokens whose probabilities add up to this."""
     repetition_penalty: float = 1.0
-    """Above 1, tokens that were there, in the prompt too, become less likely."""
+    """Above 1: tokens of the prompt and of the answer become less likely."""
     num_beams: int = 1
-    """Continuations that are followed at the same time; 1: no beam search."""
+    """Beams of beam search; 1: no beam search."""
     length_penalty: float = 1.0
-    """Beams are compared by their sum of log-probabilities / length to this power."""
+    """Exponent: beams are ranked by their sum of log-probabilities / length ** length_penalty."""
     num_return_sequences: int = 1
-    """Sequences for each prompt."""
+    """Sequences per prompt."""
     seed: int = 42
-    """Of what is drawn: each sequence has a stream of its own, whatever else is in the batch."""
+    """Random seed. Each sequence has its own random stream, independent of the rest of the batch."""
     stop_ids: tuple[int, ...] = ()
-    """Tokens that end a sequence; they do not belong to it."""
+    """Tokens that end a sequence; they are not part of it."""
     vocab_size: int | None = None
-    """Ids from here on are never chosen: rows that the tokenizer has no token for; None: all of the model's are."""
+    """Ids from here on are never chosen, as the tokenizer has no token for them; None: all rows of the
+    model."""
 
     def check(self) -> None:
-        """Raises `UserError` for values that mean nothing."""
-        at_least_1 = ("max_new_tokens", "num_beams", "num_return_sequences")
-        rules = {
-            "must be at least 1": [n for n in at_least_1 if getattr(self, n) < 1],
-            "must be above 0": [] if 0 < self.repetition_penalty < math.inf else ["repetition_penalty"],
-            "must be at least 0.0001 (the most likely token alone: draw nothing)": []
-            if 1e-4 <= self.temperature < math.inf
-            else ["temperature"],
-            "must be above 0 and at most 1": [] if 0 < self.top_p <= 1 else ["top_p"],
-            "must be 0 or more": [] if self.top_k >= 0 else ["top_k"],
-            "must be between -32 and 32": [] if -32 <= self.length_penalty <= 32 else ["length_penalty"],
-        }
-        for rule, names in rules.items():
-            for name in names:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
-        plain = {f.name: f.default for f in fields(self)}
+        """Raises `UserError` for a value out of range or a setting that has no effect."""
+        self._check_ranges()
+        defaults = {f.name: f.default for f in fields(self)}
         for name in ("temperature", "top_k", "top_p"):
-            if not self.do_sample and getattr(self, name) != plain[name]:
+            if not self.do_sample and getattr(self, name) != defaults[name]:
                 raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)} is of use only where tokens are drawn"
+                    f"--{name.replace('_', '-')} {getattr(self, name)} has an effect only with sampling"
                 )
-        most = self.num_beams if self.num_beams > 1 else 1
-        if self.num_return_sequences > most and not (self.do_sample and self.num_beams == 1):
+        most = max(self.num_beams, 1)
+        independent_samples = self.do_sample and self.num_beams == 1
+        if self.num_return_sequences > most and not independent_samples:
             raise UserError(
-                f"--num-return-sequences {self.num_return_sequences}: there are {most}; draw them, or take more --num-beams"
+                f"--num-return-sequences {self.num_return_sequences}: only {most} available; "
+                "sample, or increase --num-beams"
             )
+
+    def _check_ranges(self) -> None:
+        valid = {
+            "max_new_tokens": (self.max_new_tokens >= 1, "must be at least 1"),
+            "num_beams": (self.num_beams >= 1, "must be at least 1"),
+            "num_return_sequences": (self.num_return_sequences >= 1, "must be at least 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "must be above 0"),
+            "temperature": (
+                1e-4 <= self.temperature < math.inf,
+                "must be at least 0.0001 (to get the most likely token, do not sample)",
+            ),
+            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
+            "top_k": (self.top_k >= 0, "must be 0 or more"),
+            "length_penalty": (-32 <= self.length_penalty <= 32, "must be between -32 and 32"),
+        }
+        for name, (is_valid, rule) in valid.items():
+            if not is_valid:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: {rule}")
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One generated sequence."""
+    """A generated sequence."""
 
     tokens: list[int]
-    """The new ones; not the one that ended them."""
+    """New tokens, without the stop token."""
     reason: str
-    """"stop", "length", or "end" where the caller has ended it."""
+    """"stop", "length", or "end" if the caller ended it."""
     score: float
-    """Sum of the log-probabilities of the tokens and of what ended them, by the model itself; of a beam: / length ** penalty."""
+    """Sum of the model's log-probabilities of the tokens and of the stop token; for beams / length **
+    length_penalty."""

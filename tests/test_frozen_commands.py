@@ -1,0 +1,155 @@
+"""Published command lines and every legacy flag resolve to the same run, notes and errors as when they were recorded.
+
+`python tests/test_frozen_commands.py` prints the expectations of `frozen_commands.json` as the current code resolves them.
+A new command line is added to the file by hand; an expectation that changes is a change of behaviour.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ascendspeed.cli import train_args
+from ascendspeed.evaluation import args as evaluation_args
+from ascendspeed.evaluation import needle
+from ascendspeed.inference import args as inference_args
+from ascendspeed.models import families
+from ascendspeed.utils.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+FROZEN = Path(__file__).with_name("frozen_commands.json")
+COMMANDS = json.loads(FROZEN.read_text()) if FROZEN.exists() else []
+
+
+def script(path: str) -> Any:
+    """Imports a script as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = sys.modules[Path(path).stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def changed(value: Any, default: Any, prefix: str = "") -> dict[str, Any]:
+    """Fields of a (nested) dataclass that differ from those of `default`, by dotted name, as JSON has them."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(value):
+        mine, theirs = getattr(value, field.name), getattr(default, field.name)
+        if dataclasses.is_dataclass(mine):
+            values |= changed(mine, theirs, f"{prefix}{field.name}.")
+        elif mine != theirs:
+            values[prefix + field.name] = mine
+    return json.loads(json.dumps(values, default=str))
+
+
+def train(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
+    run, notes = train_args.resolve(words, world)
+    parts = {f.name: f.type for f in dataclasses.fields(run)}
+    return changed(run, type(run)(**{name: group() for name, group in parts.items()})), notes
+
+
+ENGINE = (
+    "load tokenizer_name_or_path bf16 fp16 tensor_model_parallel_size pipeline_model_parallel_size device distributed_backend "
+    "use_fused_rmsnorm use_fused_rotary_pos_emb mlp_layer_fusion"
+).split()
+
+
+def engine(place: Any) -> dict[str, Any]:
+    """Checked weights and layout of an inference command."""
+    values = {name: getattr(place.where, name) for name in ENGINE}
+    for name in ("model", "typed_model"):
+        model = getattr(place, name)
+        values[name] = model and changed(model, families.preset("internlm-7b"))
+    values["tokenizer"] = place.tokenizer
+    return {name: value for name, value in values.items() if value not in (None, False)}
+
+
+def arguments(group: Any, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {name: value for name, value in changed(group, type(group)()).items() if name not in ignored}
+
+
+def generate(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
+    job, notes = inference_args.resolve(words, world)
+    return engine(job.place) | arguments(job.generation) | {"tasks": list(job.tasks)}, notes
+
+
+EVALUATION_IGNORED = (
+    "seed",
+    "no_load_rng",
+    "no_load_optim",
+    "exit_on_missing_checkpoint",
+    "no_masked_softmax_fusion",
+    "make_vocab_size_divisible_by",
+)
+
+
+def evaluate(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
+    job, notes = evaluation_args.resolve(words, world)
+    names = [benchmark.name for benchmark, _ in job.benchmarks]
+    return engine(job.place) | arguments(job.evaluation, EVALUATION_IGNORED) | {
+        "benchmarks": names,
+        "shots": job.shots,
+        "new_tokens": job.new_tokens,
+    }, notes
+
+
+def find_needle(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
+    job, notes = needle.resolve(words, world)
+    return engine(job.place) | arguments(job.asked) | {"cells": len(job.cells)}, notes
+
+
+def benchmark(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
+    from ascendspeed.cli import parser
+
+    module = script("tasks/inference/benchmark.py")
+    command, typed = parser.parse(module.Command, words), parser.typed(module.Command, words)
+    cases, ranges = module._cases(command.options)
+    place = inference_args.find_place(command, typed, words, world)
+    return engine(place) | {"cases": cases, "ranges": ranges}, inference_args.notes(typed)
+
+
+RESOLVERS = {
+    "train": train,
+    "generate": generate,
+    "evaluate": evaluate,
+    "needle": find_needle,
+    "benchmark": benchmark,
+}
+
+
+def outcome(entry: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Resolves a command line: its run and the flags that its notes name, or its error."""
+    words = [
+        word.replace("{tiny}", str(folder)).replace("{root}", str(ROOT)) for word in entry["words"].split()
+    ]
+    try:
+        run, notes = RESOLVERS[entry["command"]](words, entry.get("world", 1))
+    except UserError as error:
+        return {"error": str(error).replace(str(folder), "{tiny}")}
+    text = json.dumps({"run": run, "notes": sorted(note.split()[0].rstrip(":") for note in notes)})
+    return json.loads(text.replace(str(folder), "{tiny}").replace(str(ROOT), "{root}"))
+
+
+def tiny(folder: Path) -> Path:
+    """A folder whose config.json is that of internlm-tiny."""
+    config = families.FAMILIES["internlm"].write_config(families.preset("internlm-tiny"))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("entry", COMMANDS, ids=lambda entry: f"{entry['command']} {entry['words']}"[:70])
+def test_a_command_line_resolves_as_it_did(entry, tmp_path):
+    expected = {name: entry[name] for name in ("run", "notes", "error") if name in entry}
+    assert outcome(entry, tiny(tmp_path)) == expected
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        for entry in json.loads(FROZEN.read_text() if len(sys.argv) < 2 else Path(sys.argv[1]).read_text()):
+            kept = {name: entry[name] for name in ("command", "words", "world") if name in entry}
+            print(json.dumps(kept | outcome(entry, tiny(Path(folder)))), flush=True)

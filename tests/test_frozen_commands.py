@@ -51,10 +51,19 @@ def train(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
     return changed(run, type(run)(**{name: group() for name, group in parts.items()})), notes
 
 
-ENGINE = (
-    "load tokenizer_name_or_path bf16 fp16 tensor_model_parallel_size pipeline_model_parallel_size device distributed_backend "
-    "use_fused_rmsnorm use_fused_rotary_pos_emb mlp_layer_fusion"
-).split()
+ENGINE = [
+    "load",
+    "tokenizer_name_or_path",
+    "bf16",
+    "fp16",
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "device",
+    "distributed_backend",
+    "use_fused_rmsnorm",
+    "use_fused_rotary_pos_emb",
+    "mlp_layer_fusion",
+]
 
 
 def engine(place: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Dataclasses -> command line, by tyro; refuses what it does not know with one line and the nearest name."""
+"""Command-line parser: dataclasses become flags by tyro; an unknown flag is an error of one line that names the nearest one."""
 
 import contextlib
 import dataclasses
@@ -7,34 +7,62 @@ import io
 import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
+from ascendspeed.cli.megatron_flags import MEGATRON_FLAGS
 from ascendspeed.utils.errors import UserError
 
 T = TypeVar("T")
+NEAR = 0.75
+"""Least similarity of the flag that an error proposes."""
+
+
+def flag_of(field: str) -> str:
+    """Returns the flag of a field: `num_layers` -> `--num-layers`."""
+    return f"--{field.replace('_', '-')}"
 
 
 def parse(
-    cls: type[T], args: Sequence[str] | None = None, *, default: T | None = None, description: str = ""
+    cls: type[T],
+    args: Sequence[str] | None = None,
+    *,
+    default: T | None = None,
+    description: str = "",
+    other_flags: Iterable[str] = (),
 ) -> T:
-    """Fills the dataclass `cls` (nested groups flatten) from `args`, or from sys.argv.
+    """Fills the dataclass `cls` (nested groups are flattened) from `args`, by default those of `sys.argv`.
 
-    The docstring under a field is its help. Hyphens and underscores, `--a b` and `--a=b` are the same.
-    Raises `UserError` for an unknown flag (naming the nearest one) or a bad value; `--help` prints and exits 0.
+    The docstring below a field is its help. Hyphens and underscores, `--a b` and `--a=b` are equivalent. `other_flags` are
+    flags handled elsewhere; the error about an unknown flag may propose them. `--help` prints the help and exits with code 0.
+    Raises UserError for an unknown flag or a malformed value.
     """
     args = list(sys.argv[1:] if args is None else args)
-    said, shown = io.StringIO(), io.StringIO()
+    parsed, unknown = _parse(cls, args, default, description)
+    if unknown:
+        raise UserError(_unknown(unknown[0], [*spellings(cls), *other_flags]))
+    return parsed
+
+
+def parse_group(cls: type[T], args: Sequence[str], default: T) -> T:
+    """Fills one group of a command from `args`; flags of other groups are left out of account."""
+    return _parse(cls, list(args), default, "")[0]
+
+
+def _parse(cls: type[T], args: list[str], default: T | None, description: str) -> tuple[T, list[str]]:
+    """Returns the filled dataclass and the words that it does not know."""
     options: dict[str, Any] = {} if default is None else {"default": default}
     helping = "-h" in args or "--help" in args
+    stderr = io.StringIO()
+    stdout = io.StringIO()
     try:
-        with (
-            contextlib.nullcontext() if helping else contextlib.redirect_stderr(said),
-            contextlib.nullcontext() if helping else contextlib.redirect_stdout(shown),
-        ):
-            parsed, unknown = tyro.cli(
+        with contextlib.ExitStack() as stack:
+            if not helping:
+                stack.enter_context(contextlib.redirect_stderr(stderr))
+                stack.enter_context(contextlib.redirect_stdout(stdout))
+            return tyro.cli(
                 cls,
                 args=args,
                 description=description,
@@ -45,56 +73,74 @@ def parse(
     except SystemExit as stop:
         if helping or not stop.code:
             raise
-        raise UserError(_one_line(said.getvalue() + shown.getvalue())) from None
-    if unknown:
-        raise UserError(_unknown(unknown[0], cls))
-    return parsed
+        raise UserError(_one_line(stderr.getvalue() + stdout.getvalue())) from None
 
 
 def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
-    """Every flag of a (nested) dataclass -> the name of its field; with `pairs`, `--no-x` of a boolean included."""
-    found: dict[str, str] = {}
+    """Returns the field of every flag of a (nested) dataclass; with `pairs`, `--no-x` of a boolean included."""
+    fields: dict[str, str] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
-        bare, extras = _bare(hints[field.name])
-        if dataclasses.is_dataclass(bare):
-            found |= spellings(bare, pairs and tyro.conf.FlagCreatePairsOff not in extras)
+        hint, extras = _split_annotation(hints[field.name])
+        if dataclasses.is_dataclass(hint):
+            fields |= spellings(hint, pairs and tyro.conf.FlagCreatePairsOff not in extras)
         elif tyro.conf.Suppress not in extras:
-            name = field.name.replace("_", "-")
-            names = [f"--{name}", *(a for e in extras for a in getattr(e, "aliases", None) or ())]
-            found |= dict.fromkeys(names + ([f"--no-{name}"] if pairs and bare is bool else []), field.name)
-    return found
+            flag = flag_of(field.name)
+            flags = [flag]
+            for extra in extras:
+                flags += getattr(extra, "aliases", None) or ()
+            if pairs and hint is bool:
+                flags.append(f"--no-{flag[2:]}")
+            fields |= dict.fromkeys(flags, field.name)
+    return fields
 
 
 def typed(cls: type, args: Sequence[str] | None = None) -> set[str]:
-    """Names of the fields that the command line sets itself, as opposed to those that keep a default."""
+    """Returns the names of the fields that the command line sets, as opposed to those that keep a default."""
     known = spellings(cls)
-    given = (a.partition("=")[0].replace("_", "-") for a in (sys.argv[1:] if args is None else args))
-    return {known[a] for a in given if a in known}
+    words = sys.argv[1:] if args is None else args
+    flags = (normalized(word.partition("=")[0]) for word in words)
+    return {known[flag] for flag in flags if flag in known}
 
 
-def _bare(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+def normalized(flag: str) -> str:
+    """Returns the spelling of a flag with hyphens."""
+    return flag.replace("_", "-")
+
+
+def stray(word: str) -> UserError:
+    """Returns the error for a word that is no flag's value."""
+    return UserError(f"{word!r} does not belong to any flag; see --help")
+
+
+def _split_annotation(hint: Any) -> tuple[Any, tuple[Any, ...]]:
+    """Splits `Annotated[hint, *extras]`."""
     if typing.get_origin(hint) is typing.Annotated:
-        return typing.get_args(hint)[0], typing.get_args(hint)[1:]
+        hint, *extras = typing.get_args(hint)
+        return hint, tuple(extras)
     return hint, ()
 
 
-def _unknown(word: str, cls: type) -> str:
+def _unknown(word: str, known: Sequence[str]) -> str:
+    """Returns the error text for a word that no flag takes."""
     name = word.partition("=")[0]
     if not name.startswith("-"):
-        return f"{word!r} does not belong to any flag; see --help"
-    near = difflib.get_close_matches(name.replace("_", "-"), spellings(cls), 1, 0.6)
+        return str(stray(word))
+    flag = normalized(name)
+    if flag in MEGATRON_FLAGS:
+        return f"{name} of Megatron-LM does not exist here: {MEGATRON_FLAGS[flag]}"
+    near = difflib.get_close_matches(flag, known, 1, NEAR)
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
 def _one_line(box: str) -> str:
-    """tyro draws its errors as a box (of ASCII where the stream is not a terminal): title, rule, the error, rule, hints."""
-    lines = [re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ") for line in box.splitlines()]
+    """Extracts the message of a tyro error, which is a box (of ASCII off a terminal): title, rule, message, rule, hints."""
     parts: list[list[str]] = [[]]
-    for line in lines:
-        if re.fullmatch(r"[-─╭╰].*[-─╮╯]", line):
+    for line in box.splitlines():
+        text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ")
+        if re.fullmatch(r"[-─╭╰].*[-─╮╯]", text):
             parts.append([])
         else:
-            parts[-1].append(line)
-    said = [" ".join(" ".join(part).split()) for part in parts]
-    return next((text for text in said[1:] if text), said[0]) + " (see --help)"
+            parts[-1].append(text)
+    texts = [" ".join(" ".join(part).split()) for part in parts]
+    return next((text for text in texts[1:] if text), texts[0]) + " (see --help)"

@@ -1,0 +1,94 @@
+"""Skeleton of a command: legacy flags -> parsing -> checks -> device -> process groups -> work."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from ascendspeed.cli import legacy_flags, parser
+from ascendspeed.cli.compat import HINT
+from ascendspeed.cli.legacy_flags import Table, Translation
+from ascendspeed.utils.errors import UserError
+
+T = TypeVar("T")
+Resolver = Callable[[Sequence[str], int], tuple[Any, list[str]]]
+"""(words of the command line, number of processes) -> checked job, notes for the user."""
+
+
+@dataclass(frozen=True)
+class CommandLine(Generic[T]):
+    """A parsed command line."""
+
+    options: T
+    typed: frozenset[str]
+    """Fields that the command line sets, by a current flag or by a legacy one."""
+    legacy: Translation
+
+    @property
+    def args(self) -> tuple[str, ...]:
+        """Words without legacy flags."""
+        return self.legacy.args
+
+    @property
+    def notes(self) -> list[str]:
+        """Notes about legacy flags."""
+        return list(self.legacy.notes)
+
+
+def read(
+    cls: type[T], args: Sequence[str] | None = None, table: Table | None = None, description: str = ""
+) -> CommandLine[T]:
+    """Parses `args`, by default those of `sys.argv`, after the legacy flags of `table` have been translated.
+
+    Raises UserError for an unknown flag or a malformed value.
+    """
+    table = table or {}
+    legacy = legacy_flags.translate(sys.argv[1:] if args is None else args, table)
+    if table:
+        description = f"{description}\n\n{HINT}"
+    options = parser.parse(cls, legacy.args, description=description, other_flags=table)
+    return CommandLine(options, frozenset(parser.typed(cls, legacy.args)), legacy)
+
+
+def world_size() -> int:
+    """Returns the number of processes that the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def check_minimum(options: Any, least: dict[str, int]) -> None:
+    """Raises UserError for a field of `options` below its least value; None is always legal."""
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and value < minimum:
+            raise UserError(f"{parser.flag_of(name)} {value} is too small: at least {minimum}")
+
+
+def check_precision(bf16: bool, fp16: bool) -> None:
+    """Raises UserError if two number formats are chosen."""
+    if bf16 and fp16:
+        raise UserError("--bf16 and --fp16 contradict each other; choose one")
+
+
+def check_device_precision(fp16: bool, device: Any) -> None:
+    """Raises UserError if the device cannot compute in the chosen number format at a useful speed."""
+    if fp16 and device.kind == "cpu":
+        raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+
+
+def run_inference(resolve: Resolver, work: Callable[[Any, Any, Sequence[str]], None]) -> None:
+    """Runs a command that needs weights: `resolve` checks the command line, `work(job, device, notes)` does the rest.
+
+    `job.spec.args` are the `EngineArgs`. Modules that need Megatron-core must be imported by `work`.
+    """
+    job, notes = resolve(sys.argv[1:], world_size())
+    from ascendspeed.distributed import device as devices
+
+    device = devices.prepare(job.spec.args.device, job.spec.args.distributed_backend)
+
+    # From here on torch.cuda means the device, so Megatron-core may be imported.
+    from ascendspeed.distributed import process_groups
+
+    check_device_precision(job.spec.args.fp16, device)
+    work(job, device, notes)
+    process_groups.destroy()

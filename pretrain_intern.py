@@ -1,17 +1,18 @@
-"""Pre-trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model ...`, or `torchrun` without --deepspeed; see `--help`."""
+"""Trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model ...`, or `torchrun` without --deepspeed; see `--help`."""
 
 import json
 import logging
 import sys
 
-from ascendspeed.cli.train_args import resolve, world_size
+from ascendspeed.cli.command import check_device_precision, world_size
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.utils import errors
 
 logger = logging.getLogger("ascendspeed.pretrain")
 
 
 def main() -> int:
-    """Parse -> device -> data -> model and weights -> engine -> train."""
+    """Command line -> device -> data -> model and weights -> engine -> training loop."""
     run, notes = resolve(sys.argv[1:], world_size())
 
     from ascendspeed.distributed import device as devices
@@ -25,8 +26,7 @@ def main() -> int:
     from ascendspeed.training.fault_tolerance import Watch
     from ascendspeed.training.metrics_log import Logger
 
-    if run.optim.fp16 and device.kind == "cpu":
-        raise errors.UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+    check_device_precision(run.optim.fp16, device)
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
@@ -34,7 +34,7 @@ def main() -> int:
         Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
         Watch(run, grid) as watch,
     ):
-        fused = fused_kernels.select_kernels(
+        kernels = fused_kernels.select_kernels(
             device,
             rms_norm=run.train.use_fused_rmsnorm,
             rotary=run.train.use_fused_rotary_pos_emb,
@@ -44,17 +44,17 @@ def main() -> int:
             and run.parallel.context_parallel_size == 1,
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
-        logger.info(f"kernels: {fused}; attention: torch SDPA")
+        logger.info(f"kernels: {kernels}; attention: torch SDPA")
         for note in notes:
             logger.info(f"note: {note}")
         run, batches = setup.open_data(run, grid)
         logger.info(f"run: {json.dumps(to_dict(run))}")
-        build = engines.engine_builder(run, grid, device, fused)
-        begin = setup.find_start(run, grid, device)
-        engine = build(begin.tensors)
-        if begin.resume:
-            engine.restore(begin.resume)
-        loop.train(run, grid, device, engine, batches, log, begin, watch)
+        build = engines.engine_builder(run, grid, device, kernels)
+        start = setup.find_start(run, grid, device)
+        engine = build(start.tensors)
+        if start.resume:
+            engine.restore(start.resume)
+        loop.train(run, grid, device, engine, batches, log, start, watch)
     process_groups.destroy()
     return watch.exit_code
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from ascendspeed.cli.compat import TABLES
 from ascendspeed.models.families import base as family_base
 
 ROOT = Path(__file__).parent.parent
@@ -221,7 +222,7 @@ def flags_of(script: str) -> frozenset[str] | None:
     if script == "pretrain_intern.py":
         return frozenset((ROOT / "tests/flags.txt").read_text().split())
     if script in SCRIPTS:
-        return accepted(script)
+        return accepted(script) | frozenset(TABLES.get(script, ()))
     if not script.endswith(".sh") or not (ROOT / script).exists():
         return None
     code = "\n".join(line for line in (ROOT / script).read_text().splitlines() if not line.startswith("#"))
@@ -234,7 +235,7 @@ def flags_of(script: str) -> frozenset[str] | None:
 @cache
 def known_flags() -> frozenset[str]:
     training = (ROOT / "tests/flags.txt").read_text().split()
-    return frozenset(training).union(*map(accepted, SCRIPTS), *FOREIGN_FLAGS.values())
+    return frozenset(training).union(*map(accepted, SCRIPTS), *TABLES.values(), *FOREIGN_FLAGS.values())
 
 
 def unknown_flags(text: str) -> list[str]:

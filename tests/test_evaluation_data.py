@@ -375,6 +375,6 @@ def test_the_published_flags(tmp_path):
     assert (job.evaluation.batch_size, job.shots) == (1, {"mmlu": 5, "boolq": 0})
     said = "\n".join(notes)
     assert all(
-        f"--{name} is accepted and does nothing" in said
+        f"--{name} is accepted and ignored" in said
         for name in ("seed", "no-load-rng", "use-flash-attn", "deepspeed")
     )

@@ -134,7 +134,7 @@ def test_every_field_of_a_run_is_a_flag_with_help(capsys):
 
 
 def test_a_run_from_the_recipes_flags():
-    architecture = ["--num-layers", "2", "--layernorm-epsilon", "1e-6", "--tp", "2"]
+    architecture = ["--num-layers", "2", "--norm-epsilon", "1e-6", "--tp", "2"]
     training = [
         "--lr=1e-3",
         "--bf16",

@@ -14,7 +14,8 @@ from helpers.conversion import command
 from helpers.old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 from safetensors.torch import load_file
 
-from ascendspeed.cli import parser
+from ascendspeed.cli.command import read as read_command_line
+from ascendspeed.cli.compat import TABLES
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.support_matrix import FORMATS
 from ascendspeed.models.families import FAMILIES
@@ -97,7 +98,7 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
         (to_hugging_face, "--tensor-model-parallel-size 8", "tensor-parallel size 8, its files 2"),
         (to_hugging_face, "--pipeline-model-parallel-size 4", "pipeline-parallel size 4, its files 2"),
         (to_hugging_face, "--type 7B", "--type 7B: num_layers 32, config.json 4"),
-        (to_hugging_face, "--num-kv-heads 2", "--num_kv_heads 2, config.json 8"),
+        (to_hugging_face, "--num-kv-heads 2", "--num-kv-heads 2, config.json 8"),
         (cut_anew, "--src-tensor-model-parallel-size 1", "tensor-parallel size 1, its files 2"),
         (cut_anew, "--orig-vocab-size 32000", f"--orig-vocab-size 32000, config.json {VOCAB}"),
         (cut_anew, "--added-token-num 1", "resize_token_embeddings"),
@@ -167,7 +168,7 @@ def test_the_page_has_the_table_of_the_code():
 def test_the_page_names_commands_and_flags_that_exist(line):
     words = shlex.split(line)
     assert words[0] == "python"
-    parser.parse(script(ROOT / words[1]).Options, words[2:])
+    read_command_line(script(ROOT / words[1]).Options, words[2:], TABLES.get(words[1]))
 
 
 def test_every_link_of_the_page_leads_somewhere():

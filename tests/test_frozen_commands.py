@@ -66,58 +66,39 @@ ENGINE = [
 ]
 
 
-def engine(place: Any) -> dict[str, Any]:
+def engine(spec: Any) -> dict[str, Any]:
     """Checked weights and layout of an inference command."""
-    values = {name: getattr(place.where, name) for name in ENGINE}
-    for name in ("model", "typed_model"):
-        model = getattr(place, name)
+    values = {name: getattr(spec.args, name) for name in ENGINE}
+    for name, model in (("model", spec.model), ("typed_model", spec.expected_model)):
         values[name] = model and changed(model, families.preset("internlm-7b"))
-    values["tokenizer"] = place.tokenizer
+    values["tokenizer"] = spec.tokenizer
     return {name: value for name, value in values.items() if value not in (None, False)}
 
 
-def arguments(group: Any, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {name: value for name, value in changed(group, type(group)()).items() if name not in ignored}
+def arguments(group: Any) -> dict[str, Any]:
+    return changed(group, type(group)())
 
 
 def generate(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
     job, notes = inference_args.resolve(words, world)
-    return engine(job.place) | arguments(job.generation) | {"tasks": list(job.tasks)}, notes
-
-
-EVALUATION_IGNORED = (
-    "seed",
-    "no_load_rng",
-    "no_load_optim",
-    "exit_on_missing_checkpoint",
-    "no_masked_softmax_fusion",
-    "make_vocab_size_divisible_by",
-)
+    return engine(job.spec) | arguments(job.generation) | {"tasks": list(job.tasks)}, notes
 
 
 def evaluate(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
     job, notes = evaluation_args.resolve(words, world)
     names = [benchmark.name for benchmark, _ in job.benchmarks]
-    return engine(job.place) | arguments(job.evaluation, EVALUATION_IGNORED) | {
-        "benchmarks": names,
-        "shots": job.shots,
-        "new_tokens": job.new_tokens,
-    }, notes
+    values = {"benchmarks": names, "shots": job.shots, "new_tokens": job.new_tokens}
+    return engine(job.spec) | arguments(job.evaluation) | values, notes
 
 
 def find_needle(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
     job, notes = needle.resolve(words, world)
-    return engine(job.place) | arguments(job.asked) | {"cells": len(job.cells)}, notes
+    return engine(job.spec) | arguments(job.needle) | {"cells": len(job.cells)}, notes
 
 
 def benchmark(words: list[str], world: int) -> tuple[dict[str, Any], list[str]]:
-    from ascendspeed.cli import parser
-
-    module = script("tasks/inference/benchmark.py")
-    command, typed = parser.parse(module.Command, words), parser.typed(module.Command, words)
-    cases, ranges = module._cases(command.options)
-    place = inference_args.find_place(command, typed, words, world)
-    return engine(place) | {"cases": cases, "ranges": ranges}, inference_args.notes(typed)
+    job, notes = script("tasks/inference/benchmark.py").resolve(words, world)
+    return engine(job.spec) | {"cases": job.cases, "ranges": job.ranges}, notes
 
 
 RESOLVERS = {

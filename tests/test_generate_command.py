@@ -91,7 +91,7 @@ PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-d
 
 def test_the_published_flags_are_understood(folder):
     job, notes = args.resolve(PUBLISHED.format(folder).split(), 1)
-    assert (job.generation.batch_size, job.generation.seed, job.place.where.use_fused_rmsnorm) == (
+    assert (job.generation.batch_size, job.generation.seed, job.spec.args.use_fused_rmsnorm) == (
         1,
         42,
         True,
@@ -170,7 +170,7 @@ def test_lines_of_an_input_file(tmp_path):
         " 中 ",
     ]
     with pytest.raises(UserError, match="--prompt 2 is not UTF-8"):
-        prompts.prompts_from_flags(args.Generation(prompt=("fine", "\udcff")))
+        prompts.prompts_from_flags(args.GenerationArgs(prompt=("fine", "\udcff")))
     with pytest.raises(UserError, match="stdin is not UTF-8"):
         prompts.prompts_from_text(b"\xff", "stdin")
 

@@ -248,9 +248,9 @@ def test_the_published_command(tmp_path, tokenizer):
     assert done.returncode == 0, done.stderr
     assert len(IndexedDataset(f"{prefix}_text_document")) == 100
     for said in (
-        "--streaming has no effect: rows are always",
-        "--seq-length has no effect",
-        "--tokenizer-not-use-fast has no effect",
+        "--streaming is accepted and ignored: rows are always",
+        "--seq-length is ignored: ",
+        "--tokenizer-not-use-fast is accepted and ignored: ",
     ):
         assert said in done.stdout
     assert "100 documents" in done.stdout

@@ -313,7 +313,7 @@ def test_the_command_and_what_it_says(tmp_path):
     ]
     done = subprocess.run([*command, "--append-eod"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "has no effect" not in done.stdout
+    assert "ignored" not in done.stdout
     assert "note:" not in done.stdout
     assert "30 documents" in done.stdout
     bare = subprocess.run(command, capture_output=True, text=True)

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from ascendspeed.cli import parser
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import PREPROCESS
 from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.preprocess import MAX_DOCUMENT_BYTES, EncoderConfig, preprocess
 from ascendspeed.utils import errors
@@ -50,42 +51,12 @@ class Options:
     """Documents between two lines of progress in a log."""
     max_document_mib: int = MAX_DOCUMENT_BYTES >> 20
     """Longer documents are skipped and counted as huge."""
-    tokenizer_type: Literal["PretrainedFromHF"] = "PretrainedFromHF"
-    """The tokenizer is that of a Hugging Face directory."""
-    dataset_impl: Literal["mmap"] = "mmap"
-    """The format of the output."""
-    tokenizer_not_use_fast: bool = False
-    """Accepted for the published recipe."""
-    streaming: bool = False
-    """Accepted for the published recipe."""
     seq_length: int | None = None
     """Instruction data: longer documents are cut to this many tokens; those whose answers are cut away are skipped and counted."""
-    make_vocab_size_divisible_by: int = 128
-    """Accepted for the published recipe."""
-    pad_vocab_size_to: int | None = None
-    """Accepted for the published recipe."""
 
 
-IDLE = {
-    "tokenizer_not_use_fast": "tokenizer.model is used wherever there is one, and its ids are the slow tokenizer's",
-    "streaming": "rows are always streamed",
-    "seq_length": "documents are stored whole and cut into samples when they are trained on",
-    "make_vocab_size_divisible_by": "the ids in the files do not depend on the padding of the model's vocabulary",
-    "pad_vocab_size_to": "the ids in the files do not depend on the padding of the model's vocabulary",
-}
-"""Flags that do nothing, and why."""
-
-
-def main() -> None:
-    """The command line."""
-    options = parser.parse(Options, description=__doc__ or "")
-    typed, kind = parser.typed(Options), HANDLERS.get(options.handler_name)
-    if kind and "json_keys" in typed and "json_keys" not in kind.takes and options.json_keys != kind.keys:
-        raise errors.UserError(
-            f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out"
-        )
-    for name in sorted(typed & IDLE.keys() - ({"seq_length"} if kind and kind.learns_answers else set())):
-        print(f"--{name.replace('_', '-')} has no effect: {IDLE[name]}")
+def _check(options: Options) -> None:
+    """Raises UserError for numbers that are too small."""
     if (
         options.workers < 0
         or options.log_interval < 1
@@ -97,8 +68,27 @@ def main() -> None:
         )
     if options.seq_length is not None and options.seq_length < 2:
         raise errors.UserError(
-            f"--seq-length {options.seq_length}: there is nothing to learn in a document of one token"
+            f"--seq-length {options.seq_length}: a document of one token has no token to predict"
         )
+
+
+def main() -> None:
+    """Runs the command."""
+    line = command.read(Options, table=PREPROCESS, description=__doc__ or "")
+    options = line.options
+    handler = HANDLERS.get(options.handler_name)
+    ignores_keys = handler and "json_keys" not in handler.takes and options.json_keys != handler.keys
+    if ignores_keys and "json_keys" in line.typed:
+        raise errors.UserError(
+            f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out"
+        )
+    for note in line.notes:
+        print(note)
+    if "seq_length" in line.typed and not (handler and handler.learns_answers):
+        print(
+            "--seq-length is ignored: pre-training documents are stored whole, and cut into samples in training"
+        )
+    _check(options)
     job = EncoderConfig(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,

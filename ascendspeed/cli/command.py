@@ -89,6 +89,5 @@ def run_inference(resolve: Resolver, work: Callable[[Any, Any, Sequence[str]], N
     # From here on torch.cuda means the device, so Megatron-core may be imported.
     from ascendspeed.distributed import process_groups
 
-    check_device_precision(job.spec.args.fp16, device)
     work(job, device, notes)
     process_groups.destroy()

@@ -3,7 +3,7 @@
 A new legacy flag is one line here; the command accepts it, and `docs/legacy-flags.md` must list it (`documentation` renders it).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ascendspeed.cli.legacy_flags import (
@@ -15,6 +15,7 @@ from ascendspeed.cli.legacy_flags import (
     MustAgree,
     Renamed,
     Table,
+    Translation,
 )
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import families
@@ -191,11 +192,11 @@ def _missing_biases(reader: Any, value: bool) -> Iterator[str]:
     yield from mismatch("--bias", value, reader.config.add_qkv_bias and reader.config.add_dense_bias)
 
 
-def _rank_layout(name: str, index: int) -> MustAgree:
+def _rank_layout(name: str, index: int, script: str) -> MustAgree:
     def mismatches(reader: Any, value: int) -> Iterator[str]:
         return mismatch(name, value, reader.grid[index], "its files")
 
-    return MustAgree(" against the files", int, mismatches)
+    return MustAgree(f" against the files by `{script}`", int, mismatches)
 
 
 def _no_added_tokens(word: str) -> int:
@@ -233,21 +234,44 @@ ARCHITECTURE: Table = {  # of the converters of tools/ckpt_convert/llama; checke
     ),
 }
 
+TO_HF_SCRIPT = "convert_weights_to_huggingface.py"
+RESIZE_SCRIPT = "convert_weights_when_tp_pp_change.py"
+
 RANKS_TO_HF: Table = {
     **ARCHITECTURE,
-    "--tensor-model-parallel-size": _rank_layout("tensor-parallel size", 0),
-    "--pipeline-model-parallel-size": _rank_layout("pipeline-parallel size", 1),
-    **_negatable("--deepspeed", Ignored("the layout of the files is detected", note=False)),
+    "--tensor-model-parallel-size": _rank_layout("tensor-parallel size", 0, TO_HF_SCRIPT),
+    "--pipeline-model-parallel-size": _rank_layout("pipeline-parallel size", 1, TO_HF_SCRIPT),
+    **_negatable(
+        "--deepspeed",
+        Ignored("`convert_weights_to_huggingface.py` detects the layout of the files", note=False),
+    ),
 }
 
 RANKS_TO_RANKS: Table = {
     **ARCHITECTURE,
-    "--src-tensor-model-parallel-size": _rank_layout("tensor-parallel size", 0),
-    "--src-pipeline-model-parallel-size": _rank_layout("pipeline-parallel size", 1),
+    "--src-tensor-model-parallel-size": _rank_layout("tensor-parallel size", 0, RESIZE_SCRIPT),
+    "--src-pipeline-model-parallel-size": _rank_layout("pipeline-parallel size", 1, RESIZE_SCRIPT),
     "--orig-vocab-size": _config_field("--orig-vocab-size", "vocab_size"),
 }
 
 TO_INTERNEVO: Table = _negatable("--safetensors", Ignored("the type of the files is detected", note=False))
+
+
+def require_rank_files(folder: str, reader: Any) -> None:
+    """Raises UserError unless the source consists of rank files."""
+    if reader.grid is None:
+        raise UserError(
+            f"{folder} holds no rank files: tools/ckpt_convert/convert.py converts from any format"
+        )
+
+
+def check_source(legacy: Translation, folder: str, reader: Any) -> None:
+    """Prints the notes, and raises UserError with all that the legacy flags contradict in the source in `folder`."""
+    if texts := legacy.mismatches(reader):
+        raise UserError(f"{folder} is another model: {'; '.join(texts)}")
+    for note in legacy.notes:
+        print(note)
+
 
 LLAMA_TOOLS = "tools/ckpt_convert/llama"
 INTERNLM_TOOLS = "tools/transformers"
@@ -260,8 +284,8 @@ TABLES: dict[str, Table] = {
     "tasks/evaluation/evaluation.py": EVALUATE,
     "tools/preprocess_data.py": PREPROCESS,
     f"{LLAMA_TOOLS}/convert_weights_from_huggingface.py": ARCHITECTURE,
-    f"{LLAMA_TOOLS}/convert_weights_to_huggingface.py": RANKS_TO_HF,
-    f"{LLAMA_TOOLS}/convert_weights_when_tp_pp_change.py": RANKS_TO_RANKS,
+    f"{LLAMA_TOOLS}/{TO_HF_SCRIPT}": RANKS_TO_HF,
+    f"{LLAMA_TOOLS}/{RESIZE_SCRIPT}": RANKS_TO_RANKS,
     f"{INTERNLM_TOOLS}/revert_internlm.py": TO_INTERNEVO,
     f"{INTERNLM_TOOLS}/revert_internlm2.py": TO_INTERNEVO,
 }

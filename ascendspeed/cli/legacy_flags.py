@@ -180,7 +180,7 @@ def _take_value(flag: str, kind: ValueType, words: list[str]) -> Any:
     word = words.pop(0)
     if isinstance(kind, tuple):
         if word not in kind:
-            raise UserError(f"{flag} {word}: the legal values are {', '.join(kind)}")
+            raise UserError(f"{flag} {word}: must be {' or '.join(kind)}")
         return word
     try:
         return kind(word)

@@ -127,8 +127,9 @@ def _unknown(word: str, known: Sequence[str]) -> str:
     if not name.startswith("-"):
         return str(stray(word))
     flag = normalized(name)
-    if flag in MEGATRON_FLAGS:
-        return f"{name} of Megatron-LM does not exist here: {MEGATRON_FLAGS[flag]}"
+    answer = MEGATRON_FLAGS.get(flag)
+    if answer and set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known):
+        return f"{name} of Megatron-LM does not exist here: {answer}"
     near = difflib.get_close_matches(flag, known, 1, NEAR)
     return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 

@@ -42,7 +42,7 @@ class ModelConfig:
     """Rows of the vocabulary, before padding for tensor parallel."""
     max_position_embeddings: int = 2048
     """Longest trained sequence; dynamic rope scaling starts above it."""
-    norm_epsilon: Annotated[float, alias("layernorm-epsilon", "rms-norm-eps")] = 1e-6
+    norm_epsilon: float = 1e-6
     """Epsilon of RMSNorm."""
     rotary_base: float = 10000.0
     """Base (theta) of the rotary embedding."""
@@ -60,7 +60,7 @@ class ModelConfig:
     """Use the embedding as the output layer too."""
     activation: Literal["silu", "gelu-tanh"] = "silu"
     """Activation of the gated MLP: SwiGLU, or GeGLU by the tanh approximation (Gemma)."""
-    zero_centered_norm: Annotated[bool, alias("apply-layernorm-1p")] = False
+    zero_centered_norm: bool = False
     """RMSNorm keeps w and multiplies by 1 + w (Gemma)."""
     scale_embeddings: bool = False
     """Multiply the embeddings by the square root of the hidden size (Gemma)."""
@@ -298,7 +298,7 @@ class TrainConfig:
     """Global batches per evaluation."""
     exit_interval: int | None = None
     """Save and stop at the first multiple of this many iterations."""
-    exit_duration_in_mins: Annotated[float | None, alias("exit-duration")] = None
+    exit_duration_in_mins: float | None = None
     """Save and stop after the first iteration that ends this many minutes after the start of the program."""
     distributed_timeout_minutes: float = 10.0
     """All ranks leave, and say why, when one has given no sign of life for this long, or a collective has not ended."""
@@ -324,7 +324,7 @@ class TrainConfig:
 class LoraConfig:
     """Adapters beside weights that stay as they are (LoRA, arXiv 2106.09685)."""
 
-    lora_rank: Annotated[int, alias("lora-r")] = 0
+    lora_rank: int = 0
     """Inner width of an adapter; 0: no adapters, all weights are trained."""
     lora_alpha: float = 16.0
     """What an adapter adds is multiplied by this / --lora-rank."""

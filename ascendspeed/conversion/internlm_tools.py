@@ -57,8 +57,6 @@ class ToInternEvo:
     """Cut the embedding along the hidden size (embed_split_hidden=True, InternEvo's default); else along the vocabulary."""
     use_flash: bool = False
     """Training has use_flash_attn=True: an embedding along the vocabulary is flash-attention's then, under its name."""
-    safetensors: bool = False
-    """Accepted; the kind of the files is seen."""
 
 
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:

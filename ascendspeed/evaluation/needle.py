@@ -10,12 +10,13 @@ from typing import Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed.cli import parser
-from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import INFERENCE
+from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
-from ascendspeed.inference.args import Place, Where, find_place, notes
+from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
@@ -24,78 +25,77 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Needle:
-    """What to hide, where, and what to ask."""
+class NeedleArgs:
+    """Haystacks, needle and question."""
 
     lengths: tuple[int, ...] = (4096, 8192, 16384, 32768)
-    """Tokens of the prompts."""
+    """Lengths of the prompts in tokens."""
     depths: tuple[float, ...] = (0, 25, 50, 75, 100)
-    """Percent of the text before the needle."""
+    """Positions of the needle, in percent of the text before it."""
     trials: int = 1
-    """Tries for each length and depth, with other numbers."""
+    """Prompts for each length and depth, with different numbers."""
     haystack: tuple[str, ...] = ()
-    """Text files to hide it in; None: five short sentences, again and again."""
+    """Text files of the haystack; None: five short sentences, repeated."""
     needle: str = texts.NEEDLE
-    """The sentence; {number} in it is seven digits that are drawn."""
+    """Sentence to hide; {number} stands for seven random digits."""
     question: str = texts.QUESTION
-    """What is asked after the text."""
+    """Question after the text."""
     answer: str | None = None
-    """What an answer must hold; None: the number."""
+    """Text that a right answer contains; None: the number."""
     chat: bool = False
-    """Ask in the model's chat format."""
+    """Use the chat template of the model."""
     chat_template: str | None = None
-    """v1, v1-eoh, v2, v2.5 or v3, with --chat; None: by the model's family and its tokenizer."""
+    """Chat template with --chat: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
     max_new_tokens: int = 32
-    """Tokens of an answer at most."""
+    """Most tokens of an answer."""
     seed: int = 42
-    """Of the numbers."""
+    """Random seed of the numbers."""
     output_dir: str = "needle"
-    """Folder for results.json, chart.png and questions.jsonl; what was stopped goes on there."""
+    """Folder for results.json, chart.png and questions.jsonl; an interrupted run continues from there."""
 
 
 @dataclass(frozen=True)
-class Command:
-    """Looks for needles in haystacks."""
+class NeedleCommand:
+    """Needle-in-a-haystack test: retrieval of a sentence from long texts."""
 
-    recipe: FlagCreatePairsOff[RecipeFlags] = field(default_factory=RecipeFlags)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
+    needle: FlagCreatePairsOff[NeedleArgs] = field(default_factory=NeedleArgs)
+    preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
-    where: FlagCreatePairsOff[Where] = field(default_factory=Where)
-    needle: FlagCreatePairsOff[Needle] = field(default_factory=Needle)
 
 
 @dataclass(frozen=True)
-class Job:
-    """A checked command."""
+class NeedleJob:
+    """A checked command line of the needle test."""
 
-    place: Place
-    asked: Needle
+    spec: EngineSpec
+    needle: NeedleArgs
     cells: tuple[Cell, ...]
     hay: tuple[str, ...]
 
 
-def resolve(args: Sequence[str], world: int) -> tuple[Job, list[str]]:
-    """What `args` ask for, and what the user should be told. Raises `UserError`."""
-    command = parser.parse(Command, args, description=Command.__doc__ or "")
-    asked, typed = command.needle, parser.typed(Command, args)
-    for name in ("trials", "max_new_tokens"):
-        if getattr(asked, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(asked, name)}: must be at least 1")
-    if asked.answer is None and "{number}" not in asked.needle:
+def resolve(args: Sequence[str], world: int) -> tuple[NeedleJob, list[str]]:
+    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    line = command.read(NeedleCommand, args, INFERENCE, NeedleCommand.__doc__ or "")
+    needle = line.options.needle
+    command.check_minimum(needle, {"trials": 1, "max_new_tokens": 1})
+    if needle.answer is None and "{number}" not in needle.needle:
         raise UserError("--needle has no {number} in it: say with --answer what is to be found")
-    if asked.chat_template and not asked.chat:
-        raise UserError(f"--chat-template {asked.chat_template} is of use only with --chat; add it")
-    cells, hay = texts.cells(asked.lengths, asked.depths, asked.trials), texts.sentences(asked.haystack)
-    return Job(find_place(command, typed, args, world), asked, tuple(cells), tuple(hay)), notes(typed)
+    if needle.chat_template and not needle.chat:
+        raise UserError(f"--chat-template {needle.chat_template} is of use only with --chat; add it")
+    cells = texts.cells(needle.lengths, needle.depths, needle.trials)
+    hay = texts.sentences(needle.haystack)
+    return NeedleJob(resolve_engine(line, world), needle, tuple(cells), tuple(hay)), line.notes
 
 
-def run(job: Job, device: Any, said: Sequence[str]) -> None:
+def run(job: NeedleJob, device: Any, said: Sequence[str]) -> None:
     """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
     from ascendspeed.evaluation import fingerprint
     from ascendspeed.evaluation.answer_cache import open_together
     from ascendspeed.inference.session import Session
 
-    asked = job.asked
-    session = Session.open(job.place, device, asked.chat_template)
+    asked = job.needle
+    session = Session.open(job.spec, device, asked.chat_template)
     prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
     session.warn_if_too_long("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
     settings = {
@@ -111,7 +111,7 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
             "seed",
         )
     }
-    speaks, where = session.grid.rank == 0, job.place.where
+    speaks, where = session.grid.rank == 0, job.spec.args
     settings = json.loads(json.dumps(settings)) | {
         "dtype": where.dtype,
         "haystack_sha256": hashlib.sha256("\n".join(job.hay).encode()).hexdigest(),
@@ -136,13 +136,13 @@ def run(job: Job, device: Any, said: Sequence[str]) -> None:
         _report(job, answers.known, settings)
 
 
-def _hidden(job: Job, cell: Cell) -> tuple[str, str]:
+def _hidden(job: NeedleJob, cell: Cell) -> tuple[str, str]:
     """The needle of a cell, and what an answer must hold."""
-    number = texts.number(job.asked.seed, cell)
-    return job.asked.needle.replace("{number}", number), job.asked.answer or number
+    number = texts.number(job.needle.seed, cell)
+    return job.needle.needle.replace("{number}", number), job.needle.answer or number
 
 
-def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
+def _prompt(job: NeedleJob, session: Any, cell: Cell) -> list[int]:
     """At most as many tokens as the cell says."""
     from ascendspeed.tokenization.chat import Message
 
@@ -152,10 +152,10 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
 
     def encoded(room: int) -> list[int]:
         text = texts.text(cell, _hidden(job, cell)[0], job.hay, sizes, room)
-        if job.asked.chat:
-            return session.chat_format.prompt_ids([Message("user", f"{text}\n\n{job.asked.question}")])
+        if job.needle.chat:
+            return session.chat_format.prompt_ids([Message("user", f"{text}\n\n{job.needle.question}")])
         bos = [session.tokenizer.bos] if session.adds_bos and session.tokenizer.bos is not None else []
-        return bos + session.tokenizer.encode(f"{text}\n\nQuestion: {job.asked.question}\nAnswer:").tolist()
+        return bos + session.tokenizer.encode(f"{text}\n\nQuestion: {job.needle.question}\nAnswer:").tolist()
 
     room = cell.length - len(encoded(0))
     if room < sum(sizes):
@@ -169,34 +169,34 @@ def _prompt(job: Job, session: Any, cell: Cell) -> list[int]:
     return ids
 
 
-def _ask(job: Job, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
+def _ask(job: NeedleJob, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    stops = session.stop_ids(job.asked.chat)
+    stops = session.stop_ids(job.needle.chat)
     tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)
     ((answer,),) = sample(
         session.model,
         [prompt],
-        SamplingParams(max_new_tokens=job.asked.max_new_tokens, stop_ids=stops, vocab_size=tokens),
+        SamplingParams(max_new_tokens=job.needle.max_new_tokens, stop_ids=stops, vocab_size=tokens),
     )
     text, wanted = session.tokenizer.decode(answer.tokens), _hidden(job, cell)[1]
     return {"answer": text, "wanted": wanted, "found": texts.found(text, wanted)}
 
 
-def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+def _report(job: NeedleJob, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
     from ascendspeed.utils.atomic import write_file
 
-    lengths, depths = sorted(job.asked.lengths), sorted(job.asked.depths)
+    lengths, depths = sorted(job.needle.lengths), sorted(job.needle.depths)
     shares = [[_share(job, known, length, depth) for length in lengths] for depth in depths]
     print("found, in % | " + " | ".join(f"{length:,} tokens" for length in lengths))
     for depth, row in zip(depths, shares, strict=True):
         print(f"depth {depth:g} % | " + " | ".join(f"{100 * share:.0f}" for share in row))
-    folder = Path(job.asked.output_dir)
+    folder = Path(job.needle.output_dir)
     about = {
         "settings": settings,
         "lengths": lengths,
         "depths": depths,
-        "trials": job.asked.trials,
+        "trials": job.needle.trials,
         "found": shares,
     }
     write_file(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
@@ -204,8 +204,8 @@ def _report(job: Job, known: dict[str, dict[str, Any]], settings: dict[str, Any]
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
 
 
-def _share(job: Job, known: dict[str, dict[str, Any]], length: int, depth: float) -> float:
-    tries = [known[Cell(length, depth, trial).key]["found"] for trial in range(job.asked.trials)]
+def _share(job: NeedleJob, known: dict[str, dict[str, Any]], length: int, depth: float) -> float:
+    tries = [known[Cell(length, depth, trial).key]["found"] for trial in range(job.needle.trials)]
     return sum(tries) / len(tries)
 
 

@@ -14,7 +14,7 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
-from ascendspeed.evaluation.args import Job
+from ascendspeed.evaluation.args import EvaluationJob
 from ascendspeed.evaluation.prompts import Encoder, prepare
 from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
@@ -75,14 +75,11 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
         )
 
 
-def run(job: Job, notes: Sequence[str]) -> None:
+def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> None:
     """Loads, asks, grades, reports. Raises `UserError`."""
-    device = devices.prepare(job.place.where.device, job.place.where.distributed_backend)
-
-    from ascendspeed.distributed import process_groups
     from ascendspeed.inference.session import Session
 
-    session = Session.open(job.place, device)
+    session = Session.open(job.spec, device)
     tokenizer, grid = session.tokenizer, session.grid
     check_vocabulary(tokenizer, session.config)
     for note in notes:
@@ -102,15 +99,14 @@ def run(job: Job, notes: Sequence[str]) -> None:
         _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, device)
     finally:
         answers.close()
-    process_groups.destroy()
 
 
-def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:
+def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:
     """What answers depend on, beside the questions. The layout and the batch size are not among it."""
     return {
         "model_sha256": sha256,
         "tokenizer_sha256": fingerprint.of_tokenizer(Path(tokenizer.path)),
-        "dtype": job.place.where.dtype,
+        "dtype": job.spec.args.dtype,
         "prompt_style": job.evaluation.prompt_style,
         "num_fewshot": job.evaluation.num_fewshot,
         "max_input_length": room,
@@ -120,7 +116,7 @@ def _settings(job: Job, sha256: str, tokenizer: Tokenizer, room: int) -> dict[st
 
 
 def _ask(
-    job: Job,
+    job: EvaluationJob,
     backend: Model,
     answers: Answers,
     tokenizer: Tokenizer,
@@ -153,7 +149,7 @@ def _ask(
         logger.info(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))
     about = {
         "model": {
-            "path": str(job.place.where.load),
+            "path": str(job.spec.args.load),
             "sha256": answers.settings["model_sha256"],
             "family": backend.model.config.family,
         },

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ascendspeed.inference import engine
-from ascendspeed.inference.args import Generation
+from ascendspeed.inference.args import GenerationArgs
 from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.session import Session
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
@@ -30,7 +30,7 @@ class Answer:
 
 def sampling_params_of(
     task: str,
-    asked: Generation,
+    asked: GenerationArgs,
     typed: frozenset[str],
     stops: tuple[int, ...],
     tokens: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.inference.args import Generation
+from ascendspeed.inference.args import GenerationArgs
 from ascendspeed.tokenization.chat import ChatFormat, Message, read_messages
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
@@ -34,7 +34,7 @@ class InputPrompt:
     tools: Any = None
 
 
-def prompts_from_flags(asked: Generation) -> list[InputPrompt]:
+def prompts_from_flags(asked: GenerationArgs) -> list[InputPrompt]:
     """Of --prompt and --input-texts. Raises `UserError`."""
     named = (("--prompt", asked.prompt), ("--input-texts", asked.input_texts))
     found = [

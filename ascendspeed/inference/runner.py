@@ -9,7 +9,7 @@ from typing import Any
 from ascendspeed.distributed.device import Device
 from ascendspeed.inference import engine
 from ascendspeed.inference import prompts as reading
-from ascendspeed.inference.args import Job
+from ascendspeed.inference.args import GenerationJob
 from ascendspeed.inference.batching import Answer, generate_answers, length_sorted_batches, sampling_params_of
 from ascendspeed.inference.chat import Conversation, run_chat
 from ascendspeed.inference.engine import SamplingParams
@@ -36,11 +36,11 @@ class TaskPlan:
     """None for log-probabilities."""
 
 
-def run(job: Job, device: Device, notes: Sequence[str]) -> None:
+def run(job: GenerationJob, device: Device, notes: Sequence[str]) -> None:
     """Does all that the command asks for. Raises `UserError`."""
     asked, given = job.generation, _given(job)
     talks = "chat" in job.tasks and not given and asked.input_file is None
-    session = Session.open(job.place, device, asked.chat_template, patient=talks)
+    session = Session.open(job.spec, device, asked.chat_template, patient=talks)
     for note in notes:
         logger.info(f"note: {note}")
     if asked.input_file == "-" or (not given and not talks):
@@ -72,7 +72,7 @@ def run(job: Job, device: Device, notes: Sequence[str]) -> None:
         run_chat(session, talk, params, asked.stop, read_stdin_message)
 
 
-def _given(job: Job) -> list[InputPrompt]:
+def _given(job: GenerationJob) -> list[InputPrompt]:
     file = job.generation.input_file
     return reading.prompts_from_flags(job.generation) + (
         reading.prompts_from_file(file) if file not in (None, "-") else []
@@ -90,7 +90,9 @@ def _tokens(session: Session) -> int:
     return min(session.tokenizer.vocab_size, session.config.vocab_size)
 
 
-def _plan(session: Session, job: Job, task: str, prompts: list[InputPrompt], demonstration: bool) -> TaskPlan:
+def _plan(
+    session: Session, job: GenerationJob, task: str, prompts: list[InputPrompt], demonstration: bool
+) -> TaskPlan:
     asked = job.generation
     if task == "chat":
         prompts = [reading.as_conversation(prompt, asked.system) for prompt in prompts]
@@ -113,7 +115,7 @@ def _plan(session: Session, job: Job, task: str, prompts: list[InputPrompt], dem
     return TaskPlan(task, prompts, ids, params)
 
 
-def _do(session: Session, job: Job, number: int, plan: TaskPlan, results: AnswerWriter) -> None:
+def _do(session: Session, job: GenerationJob, number: int, plan: TaskPlan, results: AnswerWriter) -> None:
     asked, total = job.generation, len(plan.prompts)
     streams = asked.stream and plan.params is not None
     size = 1 if streams else asked.batch_size

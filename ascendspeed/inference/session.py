@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.cli.command import check_device_precision
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
@@ -18,7 +19,7 @@ from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
-from ascendspeed.inference.args import SPARE, Place
+from ascendspeed.inference.args import SPARE, EngineSpec
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
@@ -35,7 +36,7 @@ WEEK = 7 * 24 * 60
 class Session:
     """Everything but the weights, which `load` reads."""
 
-    place: Place
+    spec: EngineSpec
     device: Device
     grid: ProcessGrid
     tokenizer: Tokenizer
@@ -46,23 +47,22 @@ class Session:
 
     @classmethod
     def open(
-        cls, place: Place, device: Device, template: str | None = None, patient: bool = False
+        cls, spec: EngineSpec, device: Device, template: str | None = None, patient: bool = False
     ) -> "Session":
         """Joins the ranks. `patient`: they may have to wait for a person. Raises `UserError`."""
-        if place.where.fp16 and device.kind == "cpu":
-            raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
-        found = _tokenizer(place)
-        grid = process_groups.initialize(device, place.where.layout, 1, WEEK if patient else 30)
+        check_device_precision(spec.args.fp16, device)
+        found = _tokenizer(spec)
+        grid = process_groups.initialize(device, spec.args.layout, 1, WEEK if patient else 30)
         logs.configure(grid.rank, logs.TO_STDERR)  # stdout is for answers
-        session = cls(place, device, grid, found, template)
+        session = cls(spec, device, grid, found, template)
         config = session.config
         if found.vocab_size > config.vocab_size:
             raise UserError(
-                f"the tokenizer in {place.tokenizer} has {found.vocab_size} tokens, but the model in {place.where.load} only "
+                f"the tokenizer in {spec.tokenizer} has {found.vocab_size} tokens, but the model in {spec.args.load} only "
                 f"{config.vocab_size}; give the model's own with --tokenizer-name-or-path"
             )
-        _check_typed(place, config)
-        for note in _doubts(place, found, config):
+        _check_typed(spec, config)
+        for note in _doubts(spec, found, config):
             logger.info(f"note: {note}")
         return session
 
@@ -74,12 +74,12 @@ class Session:
     @cached_property
     def source(self) -> CheckpointReader:
         """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
-        return open_reader(self.place.where.load, readers=self.readers)
+        return open_reader(self.spec.args.load, readers=self.readers)
 
     @cached_property
     def config(self) -> ModelConfig:
         """The architecture; collective where the folder itself must be asked."""
-        return self.place.model or self.source.config
+        return self.spec.model or self.source.config
 
     @cached_property
     def chat_format(self) -> ChatFormat:
@@ -96,13 +96,13 @@ class Session:
 
     def stop_ids(self, talks: bool) -> tuple[int, ...]:
         """Ids that end an answer, in a conversation or not."""
-        folders = {Path(self.place.where.load or "."), Path(self.place.tokenizer)}
+        folders = {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
         return stop_token_ids(self.tokenizer, folders, self.chat_format.stop_ids if talks else ())
 
     @cached_property
     def model(self) -> engine.LanguageModel:
         """The model; reads the weights when it is first asked for."""
-        where = self.place.where
+        where = self.spec.args
         fused = fused_kernels.select_kernels(
             self.device,
             rms_norm=where.use_fused_rmsnorm,
@@ -157,19 +157,19 @@ class Session:
         return data.cpu().numpy().tobytes()
 
 
-def _tokenizer(place: Place) -> Tokenizer:
+def _tokenizer(spec: EngineSpec) -> Tokenizer:
     try:
-        return tokenizer.load(place.tokenizer)
+        return tokenizer.load(spec.tokenizer)
     except UserError as error:
-        hint = "; give --tokenizer-name-or-path" if place.tokenizer == place.where.load else ""
+        hint = "; give --tokenizer-name-or-path" if spec.tokenizer == spec.args.load else ""
         raise UserError(f"{error}{hint}") from None
 
 
-def _doubts(place: Place, found: Tokenizer, config: ModelConfig) -> list[str]:
+def _doubts(spec: EngineSpec, found: Tokenizer, config: ModelConfig) -> list[str]:
     """Whether the tokenizer may be another model's."""
     doubts = []
     for name in ("tokenizer.model", "tokenizer.json"):
-        own, chosen = Path(place.where.load or ".", name), Path(place.tokenizer, name)
+        own, chosen = Path(spec.args.load or ".", name), Path(spec.tokenizer, name)
         if own.is_file() and chosen.is_file():
             if not filecmp.cmp(own, chosen, shallow=False):
                 doubts.append(
@@ -178,13 +178,13 @@ def _doubts(place: Place, found: Tokenizer, config: ModelConfig) -> list[str]:
             break
     if config.vocab_size - found.vocab_size > SPARE:
         doubts.append(
-            f"the tokenizer in {place.tokenizer} has {found.vocab_size} tokens, the model {config.vocab_size}: is it its own?"
+            f"the tokenizer in {spec.tokenizer} has {found.vocab_size} tokens, the model {config.vocab_size}: is it its own?"
         )
     return doubts
 
 
-def _check_typed(place: Place, config: ModelConfig) -> None:
+def _check_typed(spec: EngineSpec, config: ModelConfig) -> None:
     """What flags say of the architecture, where no config.json could be asked before."""
-    said = place.typed_model
+    said = spec.expected_model
     if said is not None and replace(said, init_method_std=0.0) != replace(config, init_method_std=0.0):
-        raise UserError(f"{place.where.load} holds another model than the flags say: {config}")
+        raise UserError(f"{spec.args.load} holds another model than the flags say: {config}")

@@ -1,25 +1,35 @@
-"""Evaluates a model on benchmarks that lie on disk; `bash tasks/evaluation/eval_internlm.sh` starts it.
+"""Evaluates a model on benchmark files on disk; `bash tasks/evaluation/eval_internlm.sh` starts it.
 
 python tasks/evaluation/evaluation.py --load model_from_hf/internlm-7b --task mmlu --task-data-path data/mmlu --bf16
 """
 
 import importlib.util
-import sys
+from collections.abc import Sequence
+from typing import Any
 
-from ascendspeed.cli.train_args import world_size
-from ascendspeed.evaluation.args import resolve
+from ascendspeed.cli import command
+from ascendspeed.evaluation.args import EvaluationJob, resolve
 from ascendspeed.utils import errors
 
 
-def main() -> None:
-    """Parse and read the questions -> load the model -> ask -> report."""
-    job, notes = resolve(sys.argv[1:], world_size())
+def resolve_installed(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
+    """Checks the command line, then the installation. Raises UserError."""
+    job, notes = resolve(args, world)
     if importlib.util.find_spec("lm_eval") is None:
         raise errors.UserError("evaluation needs lm-evaluation-harness: pip install -e '.[eval]'")
+    return job, notes
 
+
+def work(job: EvaluationJob, device: Any, notes: Sequence[str]) -> None:
+    """Loads the model, evaluates and reports."""
     from ascendspeed.evaluation import runner
 
-    runner.run(job, notes)
+    runner.run(job, device, notes)
+
+
+def main() -> None:
+    """Runs the command."""
+    command.run_inference(resolve_installed, work)
 
 
 if __name__ == "__main__":

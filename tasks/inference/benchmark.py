@@ -1,88 +1,100 @@
-"""Times a model's answers for given lengths; `benchmark.sh` is its front. See the README of examples/intern, Inference.
+"""Measures the speed of generation for given lengths; `benchmark.sh` starts it. See examples/intern/README.md, Inference.
 
 python tasks/inference/benchmark.py --load DIR --performance [[256,256],[512,512]] --batch-size 4
 python tasks/inference/benchmark.py --load DIR --performance-maxbs [[256,256]] --ranges [[1,64]] --limit-ms 50
 """
 
 import logging
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed.cli import parser
-from ascendspeed.cli.train_args import DEFAULT_MODEL, RecipeFlags, world_size
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import INFERENCE
+from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.inference import benchmark_report
-from ascendspeed.inference.args import Place, Where, find_place, notes
+from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.models import families
 from ascendspeed.utils import errors
 from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ascendspeed.benchmark")
+
+Pairs = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What to time."""
+class BenchmarkArgs:
+    """Lengths and batch sizes to measure."""
 
     performance: str | None = None
-    """Pairs of input and output length to time at --batch-size: [[2048,2048],[256,256]]."""
+    """Pairs of input and output length to measure at --batch-size: [[2048,2048],[256,256]]."""
     performance_maxbs: str | None = None
     """Pairs of lengths to find the largest batch for, within --ranges and --limit-ms."""
     batch_size: int = 1
-    """Prompts side by side, for --performance."""
+    """Prompts per batch, for --performance."""
     ranges: str | None = None
-    """Smallest and largest batch, for each pair of --performance-maxbs: [[1,2048],[1,2048]]."""
+    """Smallest and largest batch for each pair of --performance-maxbs: [[1,2048],[1,2048]]."""
     limit_ms: float = 50.0
-    """Milliseconds that a further token of --performance-maxbs may take."""
+    """Longest decoding step in milliseconds, for --performance-maxbs."""
     output_dir: str = "performance"
     """Folder for performance.txt, .csv and .png."""
 
 
 @dataclass(frozen=True)
-class Command:
-    """Times a model's answers: the first token, each further one, tokens per second."""
+class BenchmarkCommand:
+    """Measures the time to the first token, the time of each further token, and tokens per second."""
 
-    recipe: FlagCreatePairsOff[RecipeFlags] = field(default_factory=RecipeFlags)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
+    benchmark: FlagCreatePairsOff[BenchmarkArgs] = field(default_factory=BenchmarkArgs)
+    preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
-    where: FlagCreatePairsOff[Where] = field(default_factory=Where)
-    options: FlagCreatePairsOff[Options] = field(default_factory=Options)
 
 
-def main() -> None:
-    """Parse -> device -> model -> table."""
-    command = parser.parse(Command, description=Command.__doc__ or "")
-    typed, options = parser.typed(Command), command.options
-    cases, ranges = _cases(options)
-    place = find_place(command, typed, sys.argv[1:], world_size())
+@dataclass(frozen=True)
+class BenchmarkJob:
+    """A checked command line of the benchmark."""
 
-    from ascendspeed.distributed import device as devices
+    spec: EngineSpec
+    benchmark: BenchmarkArgs
+    cases: Pairs
+    """(input length, output length)."""
+    ranges: Pairs
+    """(smallest batch, largest batch) of each case; empty for --performance."""
 
-    device = devices.prepare(place.where.device, place.where.distributed_backend)
 
-    from ascendspeed.distributed import process_groups
+def resolve(args: Sequence[str], world: int) -> tuple[BenchmarkJob, list[str]]:
+    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    line = command.read(BenchmarkCommand, args, INFERENCE, BenchmarkCommand.__doc__ or "")
+    cases, ranges = _cases(line.options.benchmark)
+    return BenchmarkJob(resolve_engine(line, world), line.options.benchmark, cases, ranges), line.notes
+
+
+def work(job: BenchmarkJob, device: Any, notes: Sequence[str]) -> None:
+    """Loads the model, measures, and writes the table."""
     from ascendspeed.inference import benchmark, engine
 
-    if place.where.fp16 and device.kind == "cpu":
-        raise UserError("--fp16 is 100 times slower than fp32 on a CPU; use --bf16 or neither")
+    args = job.spec.args
+    command.check_device_precision(args.fp16, device)
     logs.configure(streams=logs.TO_STDERR)
-    model = engine.load(place.where.load, parallel=place.where.layout, dtype=place.where.dtype, device=device)
-    for note in notes(typed):
+    model = engine.load(args.load, parallel=args.layout, dtype=args.dtype, device=device)
+    for note in notes:
         logger.info(f"note: {note}")
-    found = benchmark.run_cases(model, cases, ranges, options.batch_size, options.limit_ms / 1e3)
+    limit = job.benchmark.limit_ms / 1e3
+    timings = benchmark.run_cases(model, job.cases, job.ranges, job.benchmark.batch_size, limit)
     if model.grid.rank == 0:
-        text = benchmark_report.write_report(
-            found, Path(options.output_dir), _title(place, f"{device.kind} ({device.name})")
-        )
+        title = _title(args, f"{device.kind} ({device.name})")
+        text = benchmark_report.write_report(timings, Path(job.benchmark.output_dir), title)
         print(text, end="", flush=True)
-    process_groups.destroy()
 
 
-def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(lengths, ranges of batches; empty for --performance). Raises `UserError`."""
+def _cases(options: BenchmarkArgs) -> tuple[Pairs, Pairs]:
+    """Parses lengths, and ranges of batches (none for --performance). Raises UserError."""
     if (options.performance is None) == (options.performance_maxbs is None):
         raise UserError(
             "give --performance or --performance-maxbs, one of them, with pairs of input and output length"
@@ -106,9 +118,14 @@ def _cases(options: Options) -> tuple[list[tuple[int, int]], list[tuple[int, int
     return cases, ranges
 
 
-def _title(place: Place, device: str) -> str:
-    where = place.where
-    return f"{where.load}, {where.dtype}, TP {where.tensor_model_parallel_size} x PP {where.pipeline_model_parallel_size}, {device}"
+def _title(args: EngineArgs, device: str) -> str:
+    layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size}"
+    return f"{args.load}, {args.dtype}, {layout}, {device}"
+
+
+def main() -> None:
+    """Runs the command."""
+    command.run_inference(resolve, work)
 
 
 if __name__ == "__main__":

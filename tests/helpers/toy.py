@@ -11,7 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ascendspeed.cli.train_args import resolve, world_size
+from ascendspeed.cli.command import world_size
+from ascendspeed.cli.train_args import resolve
 from ascendspeed.distributed import device as devices
 
 ROWS, WIDTH, DECAY = 64, 16, 0.9

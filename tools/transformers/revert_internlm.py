@@ -6,7 +6,8 @@ python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_s
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.cli import parser
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import TO_INTERNEVO
 from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
@@ -23,8 +24,8 @@ class Options(internlm_tools.ToInternEvo):
 
 
 def main() -> None:
-    """Parses, converts."""
-    options = parser.parse(Options, description=Options.__doc__)
+    """Runs the command."""
+    options = command.read(Options, table=TO_INTERNEVO, description=Options.__doc__ or "").options
     internlm_tools.to_internevo(
         options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf
     )

@@ -5,7 +5,8 @@ python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp
 
 from dataclasses import dataclass
 
-from ascendspeed.cli import parser
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import TO_INTERNEVO
 from ascendspeed.conversion import internlm_tools
 from ascendspeed.utils import errors
 
@@ -16,10 +17,9 @@ class Options(internlm_tools.ToInternEvo):
 
 
 def main() -> None:
-    """Parses, converts."""
-    internlm_tools.to_internevo(
-        parser.parse(Options, description=Options.__doc__), ("internlm2",), "revert_internlm.py"
-    )
+    """Runs the command."""
+    options = command.read(Options, table=TO_INTERNEVO, description=Options.__doc__ or "").options
+    internlm_tools.to_internevo(options, ("internlm2",), "revert_internlm.py")
 
 
 if __name__ == "__main__":

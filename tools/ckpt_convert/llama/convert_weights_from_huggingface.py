@@ -4,41 +4,41 @@ python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-mode
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 --type 7B --bias --deepspeed
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ascendspeed.cli import parser
-from ascendspeed.cli.compat import Claims
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import ARCHITECTURE, check_source
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
 class Options:
-    """Splits the weights of a Hugging Face directory. The architecture is that of config.json: flags that name it are checked."""
+    """Splits the weights of a Hugging Face directory; the architecture comes from its config.json."""
 
     input_model_dir: str
     """Hugging Face directory."""
     output_model_dir: str
-    """Folder to write; must not hold anything yet."""
+    """Folder to write; must be empty or absent."""
     tensor_model_parallel_size: int = 1
-    """Ranks that share every layer."""
+    """Tensor-parallel ranks."""
     pipeline_model_parallel_size: int = 1
-    """Ranks that share the stack of layers."""
+    """Pipeline stages."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this x the tensor-parallel size."""
+    """Pad the vocabulary to a multiple of this x the tensor-parallel size."""
     deepspeed: bool = False
-    """Write the layout that the DeepSpeed recipe loads (no pipeline stages); else Megatron's."""
-    claims: Claims = field(default_factory=Claims)
+    """Write the layout of the DeepSpeed recipe (no pipeline stages) instead of Megatron-LM's."""
 
 
 def main() -> None:
-    """Parses, checks, splits."""
-    options = parser.parse(Options, description=Options.__doc__)
+    """Runs the command."""
+    line = command.read(Options, table=ARCHITECTURE, description=Options.__doc__ or "")
+    options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.output_model_dir)
     source = convert.open_reader(options.input_model_dir)
-    options.claims.check(options.input_model_dir, source.config)
+    check_source(line.legacy, options.input_model_dir, source)
     convert.write_megatron(
         source,
         options.output_model_dir,

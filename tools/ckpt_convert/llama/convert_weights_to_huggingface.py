@@ -4,52 +4,46 @@ python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-
     --config model_from_hf/internlm-7b
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.cli import parser
-from ascendspeed.cli.compat import Claims, check_grid
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import RANKS_TO_HF, check_source, require_rank_files
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
 class Options:
-    """Merges rank files into a Hugging Face directory. Layout and names are recognised: flags that say them are checked."""
+    """Merges rank files into a Hugging Face directory; their layout and parameter names are detected."""
 
     input_model_dir: str
-    """Rank files: the folder of the tracker (latest_checkpointed_iteration.txt or latest), or that of one iteration."""
+    """Rank files: the folder with the tracker (latest_checkpointed_iteration.txt or latest), or the folder of one iteration."""
     output_model_dir: str
-    """Folder to write; must not hold anything yet."""
+    """Folder to write; must be empty or absent."""
     config: str | None = None
     """Folder with the model's config.json and tokenizer; None: --input-model-dir."""
     format: Literal["hf", "hf-llama"] = "hf"
-    """hf: the family's own names; hf-llama: plain LlamaForCausalLM."""
+    """hf: the class and names of the model's family; hf-llama: LlamaForCausalLM."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """Type of the written tensors; keep: as they are."""
+    """Data type of the written tensors; keep: unchanged."""
     max_shard_size: str = "10GB"
-    """Size of a safetensors file."""
+    """Largest size of a safetensors file."""
     verify: bool = False
-    """Read the result back and compare it with the source."""
-    tensor_model_parallel_size: int | None = None
-    """Checked against the files, as is the next."""
-    pipeline_model_parallel_size: int | None = None
-    """Ranks that share the stack of layers."""
-    deepspeed: bool = False
-    """Accepted; the layout of the files is recognised."""
-    claims: Claims = field(default_factory=Claims)
+    """Read the result back and compare every tensor with the source."""
 
 
 def main() -> None:
-    """Parses, checks, merges."""
-    options = parser.parse(Options, description=Options.__doc__)
+    """Runs the command."""
+    line = command.read(Options, table=RANKS_TO_HF, description=Options.__doc__ or "")
+    options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.output_model_dir)
-    where = options.input_model_dir
-    source = convert.with_tokenizer(convert.open_reader(where, options.config), None)
-    check_grid(where, options.tensor_model_parallel_size, options.pipeline_model_parallel_size, source.grid)
-    options.claims.check(where, source.config)
+    folder = options.input_model_dir
+    source = convert.with_tokenizer(convert.open_reader(folder, options.config), None)
+    require_rank_files(folder, source)
+    check_source(line.legacy, folder, source)
     convert.write_hf(
         source,
         options.output_model_dir,

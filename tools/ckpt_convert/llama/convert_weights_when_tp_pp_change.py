@@ -1,63 +1,52 @@
-"""Cuts rank files anew, for other tensor- and pipeline-parallel sizes; names of older programs become Megatron-core's.
+"""Reshards rank files for other tensor- and pipeline-parallel sizes; parameter names of older programs become Megatron-core's.
 
 python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-model-dir weights --output-model-dir weights-tp2-pp4 \
     --src-tensor-model-parallel-size 8 --tgt-tensor-model-parallel-size 2 --tgt-pipeline-model-parallel-size 4 --type 7B
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from ascendspeed.cli import parser
-from ascendspeed.cli.compat import Claims, check_grid, refuse
+from ascendspeed.cli import command
+from ascendspeed.cli.compat import RANKS_TO_RANKS, check_source, require_rank_files
 from ascendspeed.utils import errors
 
 
 @dataclass(frozen=True)
 class Options:
-    """Cuts rank files anew, for other tensor- and pipeline-parallel sizes. Biases and the whole vocabulary come along."""
+    """Reshards rank files for other tensor- and pipeline-parallel sizes; keeps biases and the whole vocabulary."""
 
     input_model_dir: str
-    """Rank files: the folder of the tracker (latest_checkpointed_iteration.txt or latest), or that of one iteration."""
+    """Rank files: the folder with the tracker (latest_checkpointed_iteration.txt or latest), or the folder of one iteration."""
     output_model_dir: str
-    """Folder to write; must not hold anything yet."""
+    """Folder to write; must be empty or absent."""
     config: str | None = None
     """Folder with the model's config.json and tokenizer; None: --input-model-dir."""
-    src_tensor_model_parallel_size: int | None = None
-    """Checked against the files, as is the next."""
-    src_pipeline_model_parallel_size: int | None = None
-    """Stages that the files were written for."""
     tgt_tensor_model_parallel_size: int = 1
-    """Ranks that share every layer."""
+    """Tensor-parallel ranks to write for."""
     tgt_pipeline_model_parallel_size: int = 1
-    """Ranks that share the stack of layers."""
-    orig_vocab_size: int | None = None
-    """Checked against config.json: the vocabulary is never cut short."""
+    """Pipeline stages to write for."""
     make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this x the tensor-parallel size."""
+    """Pad the vocabulary to a multiple of this x the tensor-parallel size."""
     deepspeed: bool = False
-    """Write the layout that the DeepSpeed recipe loads (no pipeline stages); else Megatron's."""
+    """Write the layout of the DeepSpeed recipe (no pipeline stages) instead of Megatron-LM's."""
     verify: bool = False
-    """Read the result back and compare it with the source."""
-    claims: Claims = field(default_factory=Claims)
+    """Read the result back and compare every tensor with the source."""
 
 
 def main() -> None:
-    """Parses, checks, cuts."""
-    options = parser.parse(Options, description=Options.__doc__)
+    """Runs the command."""
+    line = command.read(Options, table=RANKS_TO_RANKS, description=Options.__doc__ or "")
+    options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.output_model_dir)
-    where, tp, pp = (
-        options.input_model_dir,
-        options.tgt_tensor_model_parallel_size,
-        options.tgt_pipeline_model_parallel_size,
-    )
-    source = convert.open_reader(where, options.config)
-    check_grid(
-        where, options.src_tensor_model_parallel_size, options.src_pipeline_model_parallel_size, source.grid
-    )
-    options.claims.check(where, source.config)
-    refuse(where, {"--orig-vocab-size": (options.orig_vocab_size, source.config.vocab_size)})
+    folder = options.input_model_dir
+    tp = options.tgt_tensor_model_parallel_size
+    pp = options.tgt_pipeline_model_parallel_size
+    source = convert.open_reader(folder, options.config)
+    require_rank_files(folder, source)
+    check_source(line.legacy, folder, source)
     convert.write_megatron(
         source,
         options.output_model_dir,

@@ -17,6 +17,25 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
+LONGEST_FILES = (
+    "test_engine_megatron",
+    "test_engine_deepspeed",
+    "test_chain",
+    "test_lora",
+    "test_segments",
+    "test_moe",
+    "test_generate",
+    "test_family_models",
+)
+"""Begun first, so that the processes of a parallel run end at about the same time."""
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first and keeps the order of the others."""
+    rank = {name: position for position, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 @pytest.fixture(autouse=True)
 def console():
     """Log lines go to the console as in a command, and what a test configures does not reach the next one."""

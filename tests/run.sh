@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# The tests, in the repository's own environment: `bash tests/run.sh`; `--full` adds the slow ones; further words go to pytest.
+# Runs linter, type checker and tests in the repository's own environment: `bash tests/run.sh`. `--full` adds the slow tests.
+# Without further arguments the test files run side by side in WORKERS processes (default: 2); further arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
-markers=()
+options=()
 if [ "${1:-}" = "--full" ]; then
     shift
-    markers=(-m "not gpu")
+    options=(-m "not gpu")
+fi
+if [ "$#" = 0 ]; then
+    # A file stays in one process, so that its tests share what they have started; tests/conftest.py puts the longest files first.
+    options+=(-n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 10 --durations-min 1)
 fi
 ruff check .
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }
-python -m pytest "${markers[@]}" "$@"
+mypy
+python -m pytest "${options[@]}" "$@"

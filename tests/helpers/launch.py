@@ -1,5 +1,7 @@
 """Starts real processes for a test: several ranks over gloo, one thread each, results as JSON."""
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -28,11 +30,17 @@ def environment(**extra: str) -> dict[str, str]:
     return {**own, **quiet, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", **extra}
 
 
+PORTS = itertools.count(os.getpid() * 37)
+"""Where this process looks next; two test processes side by side begin at different places."""
+
+
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that nobody listens on, below the range from which the kernel gives ports to outgoing connections."""
+    for number in PORTS:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port := 10000 + number % 18000))
+            return port
+    raise AssertionError("unreachable: the counter does not end")
 
 
 def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: float = 300) -> Any:

@@ -8,6 +8,7 @@ import sentencepiece
 from helpers.chat import KINDS, UNUSED, piecewise
 from helpers.corpus import TRAPS, sentencepiece_dir
 
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import (
     TEMPLATES,
@@ -57,7 +58,7 @@ def kind(kinds, name):
 
 
 def chat(one, name):
-    return ChatFormat(one, FAMILY[name[:2]])
+    return ChatFormat(one, name[:2])
 
 
 def v1_prompt(talk, eoh=""):
@@ -78,7 +79,7 @@ def test_v1_is_what_the_original_code_builds(kinds, name, talk):
     one, raw = kind(kinds, name)
     found = chat(one, name)
     assert found.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk))]
-    older = ChatFormat(one, "internlm", "v1-eoh")
+    older = ChatFormat(one, "v1-eoh")
     assert older.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
     assert found.stop_ids == (raw.piece_to_id("<eoa>"),)
     assert found.prompt_ids(read_messages(talk, "talk")) != older.prompt_ids(read_messages(talk, "talk"))
@@ -107,7 +108,7 @@ def test_tables_by_hand(kinds):
     """Ids that were read off the published vocabularies, not computed."""
     one, _ = kind(kinds, "v2-real")
     hello = [Message("user", "hello")]
-    assert ChatFormat(one, "internlm2").prompt_ids(hello) == [
+    assert ChatFormat(one, "v2").prompt_ids(hello) == [
         1,
         92543,
         1008,
@@ -122,8 +123,8 @@ def test_tables_by_hand(kinds):
     ]
     one, _ = kind(kinds, "v1-real")
     user, bot, newline = [333, 352, 1621, 352, 27232], [333, 352, 23845, 352, 27232], 364
-    assert ChatFormat(one, "internlm").prompt_ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
-    assert ChatFormat(one, "internlm", "v1-eoh").prompt_ids([Message("user", "hi")]) == [
+    assert ChatFormat(one, "v1").prompt_ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
+    assert ChatFormat(one, "v1-eoh").prompt_ids([Message("user", "hi")]) == [
         1,
         *user,
         6176,
@@ -131,7 +132,7 @@ def test_tables_by_hand(kinds):
         newline,
         *bot,
     ]
-    assert ChatFormat(one, "internlm").stop_ids == (103028,)
+    assert ChatFormat(one, "v1").stop_ids == (103028,)
 
 
 CONTROLS = [*UNUSED, *UNUSED.values(), "<eoh>", "<eoa>", "<s>", "</s>", "<unk>"]
@@ -165,7 +166,7 @@ def test_text_never_becomes_a_control_token(kinds, name):
 
 def test_tools(kinds):
     one, raw = kind(kinds, "v2")
-    found = ChatFormat(one, "internlm2")
+    found = ChatFormat(one, "v2")
     talk = [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": "Weather?"},
@@ -211,7 +212,7 @@ def test_tools(kinds):
 
 def test_the_answer_is_read_back(kinds):
     one, raw = kind(kinds, "v2")
-    found = ChatFormat(one, "internlm2")
+    found = ChatFormat(one, "v2")
     said = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
     message = found.answer_message(piecewise(one, raw, said))
     assert message == {
@@ -273,7 +274,7 @@ def test_what_is_no_conversation(says):
 
 def test_what_a_template_has_no_place_for(kinds):
     one, _ = kind(kinds, "v1")
-    found = ChatFormat(one, "internlm")
+    found = ChatFormat(one, "v1")
     for message, says in {
         Message("environment", "1"): "v1 has no role environment, only system, user, assistant",
         Message("user", "x", "file"): "v1 does not support a name",
@@ -290,37 +291,37 @@ def test_what_a_template_has_no_place_for(kinds):
 def test_which_template_a_model_takes(kinds, tmp_path):
     for name, (one, _) in kinds.items():
         family = FAMILY[name[:2]]
-        assert choose_template(one, family)[0] == name[:2]
+        assert choose_template(one, FAMILIES[family].chat_template)[0] == name[:2]
         if name in ("v1", "v2", "v3"):  # exported as a Llama
-            assert choose_template(one, "llama")[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
-        assert choose_template(one, family, name[:2])[0] == name[:2]
+            assert choose_template(one)[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
+        assert choose_template(one, name[:2])[0] == name[:2]
     plain = tokenizer.load(sentencepiece_dir(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"no chat template is known for a model of family llama.*--chat-template v1\|v1-eoh\|v2",
+        match=r"no chat template is known for a model of this family.*--chat-template v1\|v1-eoh\|v2",
     ):
-        choose_template(plain, "llama")
+        choose_template(plain)
     with pytest.raises(UserError, match="--chat-template v9 does not exist; choose from v1"):
-        choose_template(plain, "llama", "v9")
+        choose_template(plain, "v9")
     with pytest.raises(
         UserError,
         match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs",
     ):
-        choose_template(plain, "internlm2")
+        choose_template(plain, "v2")
     with pytest.raises(UserError, match=r"no token '<\|im_end\|>', which the chat template v2.5 needs"):
-        choose_template(kinds["v2-old"][0], None, "v2.5")
-    ended = ChatFormat(plain, "internlm")
+        choose_template(kinds["v2-old"][0], "v2.5")
+    ended = ChatFormat(plain, "v1")
     assert ended.stop_ids == (2,)
     assert ended.notes == [
         "the tokenizer has no <eoa>: turns of the assistant end with the end-of-document token"
     ]
-    assert not ChatFormat(kinds["v1"][0], "internlm").notes
+    assert not ChatFormat(kinds["v1"][0], "v1").notes
     assert set(TEMPLATES) == {"v1", "v1-eoh", "v2", "v2.5", "v3"}
 
 
 def test_stop_set(kinds, tmp_path):
     one, _ = kind(kinds, "v2")
-    end = ChatFormat(one, "internlm2").stop_ids
+    end = ChatFormat(one, "v2").stop_ids
     assert stop_token_ids(one, [tmp_path]) == (2,)
     assert stop_token_ids(one, [tmp_path], end) == tuple(sorted({2, *end}))
     for said, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):

@@ -590,7 +590,7 @@ def test_what_is_remembered(cpu, folder):
     one = tokenizer.load(folder)
 
     def after(turns=None, longest=None):
-        talk = Conversation(ChatFormat(one, "internlm"), "S", turns, longest)
+        talk = Conversation(ChatFormat(one, "v1"), "S", turns, longest)
         for n in range(4):
             talk.ask(f"question {n}")
             talk.answered(one.encode(f"answer {n}").tolist())
@@ -625,7 +625,7 @@ def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
     one = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
     for call in CALLS:
         talk, said = (
-            Conversation(ChatFormat(one, "internlm2")),
+            Conversation(ChatFormat(one, "v2")),
             f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>",
         )
         talk.ask("x")

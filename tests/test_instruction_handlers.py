@@ -17,6 +17,7 @@ from ascendspeed.data.document import Document, Fault
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.readers.shard import InvalidValue
 from ascendspeed.data.tokenize import DocumentEncoder
+from ascendspeed.models.families import chat_template_beside
 from ascendspeed.tokenization.chat import Message, PromptSegment, SegmentEncoder
 from ascendspeed.utils.errors import UserError
 
@@ -496,10 +497,11 @@ def test_which_template_a_folder_takes(folders, tmp_path):
         KINDS["v2"](folder)
         if said:
             (folder / "config.json").write_text(json.dumps({"model_type": said}))
-        assert DocumentEncoder(EncoderConfig(str(folder), "AlpacaStyleInstructionHandler")).handler.facts == {
-            "chat_template": template
-        }
-    with pytest.raises(UserError, match="no chat template is known for a model of family unknown"):
+        job = EncoderConfig(
+            str(folder), "AlpacaStyleInstructionHandler", chat_template=chat_template_beside(folder)
+        )
+        assert DocumentEncoder(job).handler.facts == {"chat_template": template}
+    with pytest.raises(UserError, match="no chat template is known for a model of this family"):
         DocumentEncoder(
             EncoderConfig(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler")
         )

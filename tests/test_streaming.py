@@ -73,7 +73,8 @@ def config(path, tokenizer, **options):
 
 
 def opened(path, tokenizer, name="train", seed=SEED, **options):
-    return build_splits(config(path, tokenizer, **options), seed, VOCAB, (name,))[name]
+    data = setup.with_chat_template(config(path, tokenizer, **options))
+    return build_splits(data, seed, VOCAB, (name,))[name]
 
 
 def told(sample):
@@ -154,7 +155,7 @@ def test_the_flags_of_conversations(chats, chat_tokenizer):
 def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_path, packing):
     rows = datasets.load_from_disk(chats)
     rows.to_json(tmp_path / "rows.jsonl")
-    job = EncoderConfig(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG)
+    job = EncoderConfig(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG, chat_template="v2")
     preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job)
     couple = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     samples = opened(

@@ -15,6 +15,7 @@ from ascendspeed.cli import command
 from ascendspeed.cli.compat import PREPROCESS
 from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.preprocess import MAX_DOCUMENT_BYTES, EncoderConfig, preprocess
+from ascendspeed.models.families import chat_template_beside
 from ascendspeed.utils import errors
 
 
@@ -89,6 +90,9 @@ def main() -> None:
             "--seq-length is ignored: pre-training documents are stored whole, and cut into samples in training"
         )
     _check(options)
+    template = options.chat_template
+    if template is None and handler and "chat_template" in handler.takes:
+        template = chat_template_beside(options.tokenizer_name_or_path)
     job = EncoderConfig(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,
@@ -96,7 +100,7 @@ def main() -> None:
         append_eod=options.append_eod,
         longest=options.max_document_mib << 20,
         seq_length=options.seq_length,
-        chat_template=options.chat_template,
+        chat_template=template,
         system=options.system,
         loss_on=options.loss_on,
     )

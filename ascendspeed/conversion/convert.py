@@ -93,7 +93,7 @@ def write_hf(
     verify: bool = False,
     allow_nan: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: under the source's own names, or those of another `family` ("llama"). Raises `UserError`."""
+    """Writes a Hugging Face directory: under the source's own names, or those of another `family`. Raises `UserError`."""
     convert(source, target, HuggingFaceWriter(family, parse_size(max_shard_size)), dtype, verify, allow_nan)
 
 

@@ -27,8 +27,10 @@ COPIED = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinj
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT = (*TOKEN_IDS, "use_cache")
 """Entries of a config.json that stay when the architecture is named anew."""
-CLASSES = ("LlamaTokenizer", "GemmaTokenizer", "Qwen2Tokenizer", "PreTrainedTokenizer", "TokenizersBackend")
-"""What stock transformers know of the families here; each may end in Fast."""
+CLASSES = {"PreTrainedTokenizer", "TokenizersBackend"} | {
+    family.tokenizer_class for family in FAMILIES.values() if family.tokenizer_class
+}
+"""Tokenizer classes of transformers that an export may name; each may end in Fast."""
 
 
 def with_tokenizer(source: CheckpointReader, folder: str | None) -> CheckpointReader:

@@ -14,9 +14,8 @@ from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, from_maker
 from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping
-from ascendspeed.models.families.internlm2 import INTERNLM2
-from ascendspeed.models.families.llama import PARAM_MAPPINGS as LLAMA
 from ascendspeed.models.lora import targets as adapters
 from ascendspeed.models.lora.targets import LoraTarget
 from ascendspeed.models.param_mapping import Parameter, Slice2D
@@ -158,7 +157,7 @@ def as_llama(adapter: Adapter, model: ModelConfig) -> Adapter:
     """
     own = {p.name: p for p in param_mapping.parameters(model)}
     pairs, same = {}, True
-    for llama in param_mapping.parameters(model, LLAMA):
+    for llama in param_mapping.parameters(model, REFERENCE.param_mappings):
         mine, theirs = own[llama.name].hf_names, llama.hf_names
         found = [adapter.pairs.get(name.removesuffix(".weight")) for name in mine]
         if not any(found):  # no adapters here, or adapters that have these names already
@@ -186,7 +185,11 @@ def _places(model: ModelConfig, targets: Sequence[LoraTarget]) -> Iterator[tuple
 
 def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]:
     """Our name -> the parameter, named as the adapters are, of everything that they change."""
-    ways: list[Sequence[ParamMapping] | None] = [None, LLAMA, INTERNLM2.param_mappings]
+    exported = (family.param_mappings for family in FAMILIES.values() if "hf-llama" in family.extra_formats)
+    ways: list[Sequence[ParamMapping] | None] = [
+        None,
+        *dict.fromkeys((REFERENCE.param_mappings, *exported)),
+    ]
     found = [
         {t.hf_module.format(l=i): t for i, t in _places(model, adapters.targets_of(model, rows))}
         for rows in ways

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.internevo_names import TRAINS
+from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.utils.errors import UserError
 
 ALL = tuple(FAMILIES)
-DENSE = tuple(name for name in ALL if name not in ("mixtral", "qwen2_moe"))
+DENSE = tuple(name for name in ALL if not FAMILIES[name].has_experts)
+INTERNEVO = tuple(name for name in ALL if FAMILIES[name].internevo_types)
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,19 @@ class Holds:
     writes: tuple[str, ...]
 
 
+def _listing(form: str) -> tuple[str, ...]:
+    """Families whose entries name a format that not every family supports."""
+    return tuple(name for name in ALL if form in FAMILIES[name].extra_formats)
+
+
 FORMATS = {
     "hf": Holds(ALL, ALL),
-    "hf-llama": Holds(("llama",), ("internlm", "internlm2", "internlm3", "llama")),
+    "hf-llama": Holds((REFERENCE.name,), _listing("hf-llama")),
     "megatron": Holds(ALL, ALL),
     "deepspeed": Holds(ALL, ALL),
     "ascendspeed": Holds(DENSE, ()),  # rank files under older module names
-    "mindformers": Holds(("internlm", "internlm2", "llama"), ()),
-    "internevo": Holds(tuple(TRAINS), tuple(TRAINS)),
+    "mindformers": Holds(_listing("mindformers"), ()),
+    "internevo": Holds(INTERNEVO, INTERNEVO),
     "training": Holds(ALL, ()),  # training writes it
 }
 

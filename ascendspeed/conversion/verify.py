@@ -24,7 +24,8 @@ from ascendspeed.conversion import write
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import huggingface
 from ascendspeed.models import estimates
-from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families import FAMILIES, REFERENCE
+from ascendspeed.models.families.base import LlamaNames
 from ascendspeed.models.param_mapping import Parameter, Slice2D, parameters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance, of_bytes, progress
@@ -32,21 +33,6 @@ from ascendspeed.utils.progress import Advance, of_bytes, progress
 LAYERS, VOCABULARY, TOKENS = 2, 256, (2, 48)
 """Of the shrunken model: at most so many layers and rows of vocabulary; sequences and their length."""
 VERSIONS = ("ascendspeed", "torch", "safetensors", "transformers")
-AS_LLAMA: dict[str, tuple[tuple[str, str], ...]] = {
-    "internlm": (),
-    "internlm2": (
-        ("tok_embeddings", "embed_tokens"),
-        ("attention_norm", "input_layernorm"),
-        ("ffn_norm", "post_attention_layernorm"),
-        ("attention.wo.", "self_attn.o_proj."),
-        ("feed_forward.w1", "mlp.gate_proj"),
-        ("feed_forward.w3", "mlp.up_proj"),
-        ("feed_forward.w2", "mlp.down_proj"),
-        ("output.", "lm_head."),
-    ),
-    "baichuan": (),
-}
-"""Families without a class in transformers, and what their tensors are called in a Llama: said apart from the rows on purpose."""
 TOLERANCE = 1e-4
 """Between two implementations in fp32, of the largest logit; a wrong row is off by about 1."""
 
@@ -183,7 +169,7 @@ def _native_config(end: CheckpointReader) -> dict[str, Any] | None:
     """The config.json of a directory whose tensors have the names of a class in transformers; None: they have not."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    family = "llama" if end.config.family in AS_LLAMA else end.config.family
+    family = REFERENCE.name if FAMILIES[end.config.family].llama_names else end.config.family
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         return None
     if family == end.config.family:
@@ -192,27 +178,28 @@ def _native_config(end: CheckpointReader) -> dict[str, Any] | None:
 
 
 def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """What a tensor of `AS_LLAMA` is in transformers' Llama; any other stays as it is."""
-    for theirs, llama in AS_LLAMA.get(config.family, ()):
-        name = name.replace(theirs, llama)
-    if "attention.wqkv." in name:  # [groups][q ..., k, v][d]
-        heads = tensor.unflatten(0, (config.kv_heads, -1, config.head_dim))
-        parts = [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
-    elif "W_pack." in name:
-        parts = list(
-            tensor.split(
-                [config.num_attention_heads * config.head_dim, *[config.kv_heads * config.head_dim] * 2]
-            )
-        )
-    elif config.normalize_head and name == "lm_head.weight":
+    """Renames a tensor, and splits a fused qkv, as transformers' Llama has them; other families keep their names."""
+    names = FAMILIES[config.family].llama_names or LlamaNames()
+    for own, llama in names.renames:
+        name = name.replace(own, llama)
+    if names.fused_qkv and f"{names.fused_qkv}." in name:
+        kinds = (f"self_attn.{kind}_proj" for kind in "qkv")
+        matrices = _separate_qkv(config, names, tensor)
+        return {
+            name.replace(names.fused_qkv, kind): matrix for kind, matrix in zip(kinds, matrices, strict=True)
+        }
+    if config.normalize_head and name == "lm_head.weight":
         return {name: torch.nn.functional.normalize(tensor.float()).to(tensor.dtype)}
-    else:
-        return {name: tensor}
-    stems = ("attention.wqkv.", "self_attn.W_pack.")
-    return {
-        re.sub("|".join(map(re.escape, stems)), f"self_attn.{x}_proj.", name): part
-        for x, part in zip("qkv", parts, strict=True)
-    }
+    return {name: tensor}
+
+
+def _separate_qkv(config: ModelConfig, names: LlamaNames, fused: Tensor) -> list[Tensor]:
+    """q, k and v [rows, ...] of one matrix or bias that holds all three."""
+    if names.qkv_order == "grouped":  # [groups][q ..., k, v][d]
+        heads = fused.unflatten(0, (config.kv_heads, -1, config.head_dim))
+        return [part.flatten(0, 2) for part in (heads[:, :-2], heads[:, -2:-1], heads[:, -1:])]
+    q_rows, kv_rows = config.num_attention_heads * config.head_dim, config.kv_heads * config.head_dim
+    return list(fused.split([q_rows, kv_rows, kv_rows]))
 
 
 def _our_logits(

@@ -20,6 +20,7 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, EngineSpec
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
@@ -84,7 +85,7 @@ class Session:
     @cached_property
     def chat_format(self) -> ChatFormat:
         """The chat format. Raises `UserError` where there is none."""
-        found = ChatFormat(self.tokenizer, self.config.family, self.template)
+        found = ChatFormat(self.tokenizer, self.template or FAMILIES[self.config.family].chat_template)
         for note in found.notes:
             logger.info(f"note: {note}")
         return found

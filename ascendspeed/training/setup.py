@@ -18,17 +18,19 @@ from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.checkpoint.save import SLACK
 from ascendspeed.config import lr_schedule
-from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.config.schema import DataConfig, LoraConfig, Run
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.lora_adapter import initial
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
+from ascendspeed.data.handlers.registry import HANDLERS
 from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import estimates
+from ascendspeed.models.families import chat_template_beside
 from ascendspeed.models.param_mapping import random_tensors
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.training import lora_setup
@@ -67,6 +69,15 @@ class Start:
         return self.resume.state if self.resume else TrainState(step=0, samples=0, tokens=0)
 
 
+def with_chat_template(data: DataConfig) -> DataConfig:
+    """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take one."""
+    handler = HANDLERS.get(data.handler_name or "")
+    takes_template = handler is not None and "chat_template" in handler.takes
+    if data.chat_template or not data.tokenizer_name_or_path or not takes_template:
+        return data
+    return dataclasses.replace(data, chat_template=chat_template_beside(Path(data.tokenizer_name_or_path)))
+
+
 def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, Batches]:
     """The data of the run, and the run with the iterations that its --train-epochs are; tensor-parallel ranks of a replica see the
     same.
@@ -77,7 +88,9 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, Batches]:
     size, wanted = run.train.global_batch_size, {"train": run.train.train_iters}
     if run.train.eval_interval:
         wanted["valid"] = run.train.eval_iters
-    splits = dataset.build_splits(run.data, run.train.seed, run.model.vocab_size, list(wanted))
+    splits = dataset.build_splits(
+        with_chat_template(run.data), run.train.seed, run.model.vocab_size, list(wanted)
+    )
     if run.train.train_epochs:
         if splits["train"].estimated:
             raise UserError(

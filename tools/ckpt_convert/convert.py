@@ -115,7 +115,7 @@ def _format(options: Options) -> "Format":
     from ascendspeed.conversion import convert
 
     if options.format in HF:
-        family = "llama" if options.format == "hf-llama" else options.to_family
+        family = families.REFERENCE.name if options.format == "hf-llama" else options.to_family
         return convert.HuggingFaceWriter(
             family, convert.parse_size(options.max_shard_size), options.copy_code
         )

@@ -24,7 +24,7 @@ from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_in
 from ascendspeed.conversion.output_files import create_safetensors, nbytes, write_json
 from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models import param_mapping
-from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.utils.errors import UserError
 
 KIND = "Hugging Face directory"
@@ -117,7 +117,7 @@ class HuggingFaceWriter:
     """How to write a Hugging Face directory."""
 
     family: str | None = None
-    """Under the names of this family ("llama": for programs that know no other); None: under the source's own."""
+    """Under the names of this family (`REFERENCE.name`: for programs that support no other); None: under the source's own."""
     max_shard_size: int = 10 * 10**9
     """Bytes of one file; a larger tensor gets a file of its own."""
     copy_code: bool = False
@@ -125,7 +125,7 @@ class HuggingFaceWriter:
 
     def check(self, source: CheckpointReader) -> None:
         """Raises `UserError` when the source cannot be written so."""
-        if self.family == "llama":
+        if self.family == REFERENCE.name:
             support_matrix.check("hf-llama", "writes", source.config.family)
         config = self._config(source)
         FAMILIES[config.family].write_config(config)

@@ -29,6 +29,7 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
     parse,
     read,
 )
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization.tokenizer import (
     ADDED_TOKEN_FLAGS,
     CONTROL_TOKEN_NAMES,
@@ -42,8 +43,6 @@ from ascendspeed.utils.errors import UserError
 
 GENERIC = "PreTrainedTokenizerFast"
 """The class that takes a tokenizer.json as it is, in every version of transformers."""
-OWN_CLASS = {"qwen2": "Qwen2Tokenizer"}
-"""`model_type` of config.json -> the class that transformers take whatever tokenizer_config.json says."""
 Added = dict[int, dict[str, Any]]
 """Id -> entry of `added_tokens`."""
 
@@ -57,8 +56,9 @@ def write(folder: Path) -> str | None:
 
     path = folder / "tokenizer.model"
     kind = read_optional_json(folder / "config.json").get("model_type")
-    if kind in OWN_CLASS:
-        return f"transformers use no tokenizer but {OWN_CLASS[kind]} for a model of the type {kind}"
+    family = FAMILIES.get(kind)
+    if family and family.requires_tokenizer_class:
+        return f"transformers use no tokenizer but {family.tokenizer_class} for a model of the type {kind}"
     try:
         model = parse(path)
         said, tokens = declared_tokens(folder)

@@ -8,7 +8,6 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, EncodedRows, Fault
@@ -24,7 +23,6 @@ from ascendspeed.tokenization.chat import (
     shorten,
 )
 from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos_token, declared_tokens
-from ascendspeed.utils.safe_io import read_table
 
 Row = Mapping[str, Any]
 WHERE = "conversation"
@@ -146,7 +144,7 @@ class ChatHandler(InstructionHandler):
 
     def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
         super().__init__(job, tokenizer)
-        self.chat = ChatFormat(tokenizer, _family(tokenizer.path), job.chat_template)
+        self.chat = ChatFormat(tokenizer, job.chat_template)
         self.encode = self.chat.encode_segments
         self._system, self._last_only = job.system, job.loss_on == "last"
 
@@ -287,9 +285,3 @@ def _json(text: Any, kind: str) -> Any:
         return json.loads(text)
     except (ValueError, TypeError, RecursionError):
         raise InvalidConversation(kind, f"{shorten(text)} is not JSON") from None
-
-
-def _family(folder: Path) -> str | None:
-    """`model_type` of the config.json beside a tokenizer."""
-    path = folder / "config.json"
-    return read_table(path).get("model_type") if path.is_file() else None

@@ -27,6 +27,16 @@ PRESETS: dict[str, ModelConfig] = {
     name: config for family in FAMILIES.values() for name, config in family.presets.items()
 }
 
+REFERENCE = LLAMA
+"""Family whose names and class in transformers other families can be converted to."""
+
+
+def chat_template_beside(folder: Path) -> str | None:
+    """Chat template of the family that a config.json in `folder` names; None: no config.json, or no template of its own."""
+    path = folder / "config.json"
+    family = FAMILIES.get(read_table(path).get("model_type")) if path.is_file() else None
+    return family.chat_template if family else None
+
 
 def preset(name: str) -> ModelConfig:
     """The architecture of `--model NAME`. Raises `UserError` with the nearest name."""
@@ -52,4 +62,14 @@ def read_config(path: Path) -> ModelConfig:
     return family_of(theirs).read_config(theirs)
 
 
-__all__ = ["FAMILIES", "PRESETS", "Family", "ParamMapping", "family_of", "preset", "read_config"]
+__all__ = [
+    "FAMILIES",
+    "PRESETS",
+    "REFERENCE",
+    "Family",
+    "ParamMapping",
+    "chat_template_beside",
+    "family_of",
+    "preset",
+    "read_config",
+]

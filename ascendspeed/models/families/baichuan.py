@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import Family, ParamMapping, override_keys, replace_mappings
+from ascendspeed.models.families.base import Family, LlamaNames, ParamMapping, override_keys, replace_mappings
 from ascendspeed.models.families.llama import ATTENTION, CONFIG_MAPPINGS, LAYER, MLP, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(
@@ -42,5 +42,6 @@ BAICHUAN = Family(
             "Baichuan 2 13B has ALiBi, which is not supported, only the 7B with its rope",
         ),
     ),
+    llama_names=LlamaNames(fused_qkv="self_attn.W_pack"),
     presets={"baichuan2-7b": BASE, "baichuan2-tiny": replace(BASE, **TINY)},
 )

@@ -11,6 +11,8 @@ from ascendspeed.utils.errors import UserError
 
 Fusion = Literal["one", "qkv", "glu"]
 Partition = Literal["replicated", "rows", "columns", "vocab"]
+InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
+"""Model type of an InternEvo configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
 REQUIRED = object()
 FIELD_TYPES = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
 """Type of every field of `ModelConfig`; those that may be None count something."""
@@ -50,6 +52,21 @@ class ConfigMapping:
 
 
 @dataclass(frozen=True)
+class LlamaNames:
+    """Tensor names in transformers' Llama, for a family that has no class in transformers.
+
+    They are written down apart from `param_mappings`, so that `conversion.verify` has an independent check of the mappings.
+    """
+
+    renames: tuple[tuple[str, str], ...] = ()
+    """(part of the family's name, part of Llama's name)."""
+    fused_qkv: str = ""
+    """Module that holds q, k and v in one matrix, such as `attention.wqkv`; empty: three matrices."""
+    qkv_order: Literal["consecutive", "grouped"] = "consecutive"
+    """Order of its rows: q, k, v one after the other, or [q ..., k, v] for every key/value group."""
+
+
+@dataclass(frozen=True)
 class Family:
     """One model family: presets, `config.json` <-> `ModelConfig`, and tensor names, each read both ways."""
 
@@ -73,8 +90,27 @@ class Family:
     """The family's rope where config.json says nothing."""
     refused_keys: tuple[str, ...] = ("quantization_config",)
     """Entries of config.json that change what the tensors mean; one that holds something is refused."""
+    chat_template: str | None = None
+    """Name in `tokenization.chat.templates`; None: the tokenizer decides."""
+    tokenizer_class: str | None = None
+    """Class of the tokenizer in transformers."""
+    requires_tokenizer_class: bool = False
+    """True: transformers load `tokenizer_class` whatever tokenizer_config.json names."""
+    llama_names: LlamaNames | None = None
+    """For a family without a class in transformers."""
+    internevo_types: tuple[InternEvoModelType, ...] = ()
+    """Model types that InternEvo trains the family as; the first one that can express a model is written. Empty: none."""
+    internevo_aliases: tuple[str, ...] = ()
+    """`model_type` values of InternEvo configurations that mean this family, where the tensor names are ambiguous."""
+    extra_formats: tuple[str, ...] = ()
+    """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`, `mindformers`)."""
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that carry nothing."""
+
+    @property
+    def has_experts(self) -> bool:
+        """True for a mixture of experts."""
+        return any("{e}" in mapping.megatron_param for mapping in self.param_mappings)
 
     def mappings_of(
         self, config: ModelConfig, rows: Iterable[ParamMapping] | None = None

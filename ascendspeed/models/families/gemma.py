@@ -38,6 +38,7 @@ GEMMA = Family(
         "hidden_activation": "gelu_pytorch_tanh",
         "use_bidirectional_attention": False,
     },
+    tokenizer_class="GemmaTokenizer",
     presets={
         "gemma-2b": replace(ONE_GROUP, num_layers=18, hidden_size=2048, ffn_hidden_size=16384),
         "gemma-7b": BASE,

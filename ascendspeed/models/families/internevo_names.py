@@ -6,25 +6,8 @@ from typing import Literal
 
 from tyro.conf import Suppress
 
-from ascendspeed.models.families.base import ParamMapping, replace_mappings
+from ascendspeed.models.families.base import InternEvoModelType, ParamMapping, replace_mappings
 from ascendspeed.models.families.llama import ATTENTION, MLP
-
-InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
-"""Of InternEvo's configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
-TRAINS: dict[str, tuple[InternEvoModelType, ...]] = {
-    "internlm": ("INTERNLM", "LLAMA2"),
-    "internlm2": ("INTERNLM2", "LLAMA2"),
-    "internlm3": ("LLAMA2",),
-    "llama": ("LLAMA2",),
-}
-"""Our families that InternEvo trains, and as what: the first kind that can hold a model is the one that is written."""
-BELONGS = {
-    "INTERNLM2_PUBLIC": "internlm2",
-    "INTERNLM2": "internlm2",
-    "INTERNLM3": "internlm3",
-    "INTERNLM3_PUBLIC": "internlm3",
-}
-"""Ours, by the `model_type` of a training configuration whose names do not tell."""
 
 B, A, F = "blocks.{l}.", "layers.{l}.attention.", "layers.{l}.feed_forward."
 QKV = ATTENTION + "linear_qkv."

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
+from ascendspeed.models.families.base import ConfigMapping, Family, LlamaNames, override_keys
 from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(
@@ -21,6 +21,10 @@ INTERNLM = Family(
     required_values={"hidden_act": "silu"},
     rope_spelling="rotary",
     rope_default={"base": 10000, "type": "dynamic", "factor": 1.0},
+    chat_template="v1",
+    llama_names=LlamaNames(),
+    internevo_types=("INTERNLM", "LLAMA2"),
+    extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm-7b": BASE,
         "internlm-20b": replace(

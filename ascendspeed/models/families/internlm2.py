@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping, override_keys
+from ascendspeed.models.families.base import ConfigMapping, Family, LlamaNames, ParamMapping, override_keys
 from ascendspeed.models.families.llama import ATTENTION, CONFIG_MAPPINGS, LAYER, MLP, TINY
 
 W = LAYER + "feed_forward.w"
@@ -54,6 +54,24 @@ INTERNLM2 = Family(
         ),
     ),
     required_values={"hidden_act": "silu"},
+    chat_template="v2",
+    llama_names=LlamaNames(
+        renames=(
+            ("tok_embeddings", "embed_tokens"),
+            ("attention_norm", "input_layernorm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("attention.wo.", "self_attn.o_proj."),
+            ("feed_forward.w1", "mlp.gate_proj"),
+            ("feed_forward.w3", "mlp.up_proj"),
+            ("feed_forward.w2", "mlp.down_proj"),
+            ("output.", "lm_head."),
+        ),
+        fused_qkv="attention.wqkv",
+        qkv_order="grouped",
+    ),
+    internevo_types=("INTERNLM2", "LLAMA2"),
+    internevo_aliases=("INTERNLM2_PUBLIC", "INTERNLM2"),
+    extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm2-1.8b": SMALL,
         "internlm2-7b": BASE,

@@ -33,6 +33,10 @@ INTERNLM3 = Family(
     ),
     param_mappings=PARAM_MAPPINGS,
     required_values={"hidden_act": "silu"},
+    chat_template="v3",
+    internevo_types=("LLAMA2",),
+    internevo_aliases=("INTERNLM3", "INTERNLM3_PUBLIC"),
+    extra_formats=("hf-llama",),
     presets={
         "internlm3-8b": BASE,
         "internlm3-tiny": replace(BASE, **TINY, num_query_groups=2, kv_channels=32),

@@ -79,6 +79,9 @@ LLAMA = Family(
     ),
     param_mappings=PARAM_MAPPINGS,
     required_values={"hidden_act": "silu"},
+    tokenizer_class="LlamaTokenizer",
+    internevo_types=("LLAMA2",),
+    extra_formats=("hf-llama", "mindformers"),
     presets={
         "llama-7b": BASE,
         "llama-13b": replace(BASE, **B13),

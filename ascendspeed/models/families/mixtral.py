@@ -53,6 +53,7 @@ MIXTRAL = Family(
     implicit_config={"add_qkv_bias": False, "add_dense_bias": False},
     rope_default={"base": 1e6},
     refused_keys=("quantization_config", "sliding_window"),
+    tokenizer_class="LlamaTokenizer",
     presets={
         "mixtral-8x7b": BASE,
         "mixtral-8x22b": replace(

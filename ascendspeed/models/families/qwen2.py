@@ -27,6 +27,8 @@ QWEN2 = Family(
     param_mappings=PARAM_MAPPINGS,
     implicit_config={"add_qkv_bias": True, "add_dense_bias": False},
     required_values={"hidden_act": "silu", "use_sliding_window": False},
+    tokenizer_class="Qwen2Tokenizer",
+    requires_tokenizer_class=True,
     presets={
         "qwen2-0.5b": replace(
             BASE,

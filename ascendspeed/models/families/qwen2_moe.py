@@ -69,6 +69,7 @@ QWEN2_MOE = Family(
         "mlp_only_layers": [],
     },
     implicit_config={"add_dense_bias": False},
+    tokenizer_class="Qwen2Tokenizer",
     presets={
         "qwen1.5-moe-a2.7b": BASE,
         "qwen2-57b-a14b": replace(

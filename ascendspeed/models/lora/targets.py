@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping, param_shape
-from ascendspeed.models.families.llama import PARAM_MAPPINGS as LLAMA
 from ascendspeed.utils.errors import UserError
 
 LINEARS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
@@ -82,7 +81,7 @@ def naming_schemes(model: ModelConfig) -> Iterator[list[LoraTarget]]:
     """The ways to name the matrices of a model: its family's own, and Llama's."""
     own = targets_of(model)
     yield own
-    llama = targets_of(model, LLAMA)
+    llama = targets_of(model, REFERENCE.param_mappings)
     if {t.hf_module for t in llama} != {t.hf_module for t in own}:
         yield llama
 

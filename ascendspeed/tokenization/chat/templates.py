@@ -73,22 +73,18 @@ V25 = ChatTemplate(
 V2 = replace(V25, controls={name: (f"<|{name}|>", UNUSED[name]) for name in NAMES})
 
 TEMPLATES: dict[str, ChatTemplate] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.5": V25, "v3": V25}
-FAMILY_TEMPLATES = {"internlm": "v1", "internlm2": "v2", "internlm3": "v3"}
 
 
-def choose_template(
-    tokenizer: Tokenizer, family: str | None = None, name: str | None = None
-) -> tuple[str, ChatTemplate]:
-    """Returns (name, template): `name` if given, else the template of the model's family, else the one of the
-    tokenizer.
+def choose_template(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, ChatTemplate]:
+    """Returns (name, template): `name` if given (the model's family names one), else the template of the tokenizer.
 
     An InternLM that was exported as a Llama is recognized by its tokenizer. Raises `UserError` if no template
     is known, or if the tokenizer lacks a control token that the template needs.
     """
-    chosen = name or FAMILY_TEMPLATES.get(family or "") or _detect_template(tokenizer)
+    chosen = name or _detect_template(tokenizer)
     if chosen is None:
         raise UserError(
-            f"no chat template is known for a model of family {family or 'unknown'} "
+            "no chat template is known for a model of this family "
             f"with the tokenizer in {tokenizer.path}; choose one: --chat-template {'|'.join(TEMPLATES)}"
         )
     if chosen not in TEMPLATES:

@@ -37,6 +37,7 @@ def main() -> None:
     line = command.read(Options, table=RANKS_TO_HF, description=Options.__doc__ or "")
     options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
+    from ascendspeed.models import families
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.output_model_dir)
@@ -47,7 +48,7 @@ def main() -> None:
     convert.write_hf(
         source,
         options.output_model_dir,
-        "llama" if options.format == "hf-llama" else None,
+        families.REFERENCE.name if options.format == "hf-llama" else None,
         convert.DTYPES.get(options.dtype),
         options.max_shard_size,
         options.verify,

@@ -13,13 +13,8 @@ from ascendspeed.conversion.formats.internevo import folder as folders
 from ascendspeed.conversion.formats.internevo.folder import KIND, TENSOR, InternEvoFolder
 from ascendspeed.conversion.formats.internevo.tensors import stored
 from ascendspeed.conversion.rank_files import NamingScheme, RankLayout
-from ascendspeed.models.families.internevo_names import (
-    BELONGS,
-    IGNORED_TENSORS,
-    TRAINS,
-    InternEvoOptions,
-    InternEvoStyle,
-)
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.internevo_names import IGNORED_TENSORS, InternEvoOptions, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +75,7 @@ def _architecture(
     """By config.json where there is one, else by model_config.pt and the tensors; what is said twice must agree."""
     there = (home / "config.json").is_file()
     theirs, model = read_config(home) if there else ({}, _told_by_tensors(opened, style, asked))
-    if style.model_type not in TRAINS.get(model.family, ()):
+    if style.model_type not in FAMILIES[model.family].internevo_types:
         raise UserError(
             f"{opened.folder} has the names of {style.model_type}, which is no {model.family} model"
         )
@@ -89,7 +84,8 @@ def _architecture(
             f"{opened.folder} has {sum(opened.layers)} layers, but {home / 'config.json'} says {model.num_layers}"
         )
     model_config.check(opened.folder, opened.said, model, "config.json" if there else "the tensors")
-    if model.family == "internlm2" and style.model_type == "LLAMA2" and opened.fused(asked) is None:
+    may_be_fused = "INTERNLM2" in FAMILIES[model.family].internevo_types and style.model_type == "LLAMA2"
+    if may_be_fused and opened.fused(asked) is None:
         logger.info(
             f"note: {opened.folder} does not say enable_qkv_fusion: wq, wk and wv are taken as trained apart; say --qkv-fused yes "
             "if a release of 2024 saved a fused wqkv so"
@@ -100,6 +96,11 @@ def _architecture(
         kind, factor = ("none", 1.0) if asked.rotary_type == "origin" else ("dynamic", asked.scaling_factor)
         model = replace(model, rope_scaling_type=kind, rope_scaling_factor=factor)
     return theirs, model
+
+
+def _family_trained_as(model_type: str | None) -> str | None:
+    """Name of the family that a `model_type` of InternEvo means; None: the names of the tensors decide."""
+    return next((name for name, family in FAMILIES.items() if model_type in family.internevo_aliases), None)
 
 
 def _told_by_tensors(opened: InternEvoFolder, style: InternEvoStyle, asked: InternEvoOptions) -> ModelConfig:
@@ -122,7 +123,7 @@ def _told_by_tensors(opened: InternEvoFolder, style: InternEvoStyle, asked: Inte
             f"{opened.folder}: model_config.pt says {said_there}, but q, k and v have {rows} rows together"
         )
     return ModelConfig(
-        asked.family or BELONGS.get(model_config.trained_as(opened.folder)) or style.family,
+        asked.family or _family_trained_as(model_config.trained_as(opened.folder)) or style.family,
         num_layers=sum(opened.layers),
         hidden_size=hidden,
         ffn_hidden_size=parts * opened.shape(style.named("linear_fc1.weight")[0])[0],

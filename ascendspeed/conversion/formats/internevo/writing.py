@@ -15,7 +15,8 @@ from ascendspeed.conversion.formats.internevo.reading import dialect
 from ascendspeed.conversion.output_files import create_pt
 from ascendspeed.conversion.rank_files import RankLayout
 from ascendspeed.conversion.write import PlannedFile
-from ascendspeed.models.families.internevo_names import TRAINS, InternEvoModelType, InternEvoStyle
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.families.internevo_names import InternEvoModelType, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 
@@ -95,11 +96,11 @@ class InternEvoWriter:
 
     def kind(self, config: ModelConfig) -> InternEvoModelType:
         """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
-        fitting = [kind for kind in TRAINS.get(config.family, ()) if _holds(kind, config)]
+        fitting = [kind for kind in FAMILIES[config.family].internevo_types if _holds(kind, config)]
         if not fitting or self.model_type not in (None, *fitting):
             what = (
                 f"this {config.family} model"
-                if config.family in TRAINS
+                if FAMILIES[config.family].internevo_types
                 else f"a model of family {config.family}"
             )
             raise UserError(
@@ -148,10 +149,11 @@ def _holds(kind: InternEvoModelType, config: ModelConfig) -> bool:
 
 
 def _why(config: ModelConfig, kind: InternEvoModelType | None) -> str:
-    if config.family not in TRAINS:
-        return f"there are {', '.join(TRAINS)}"
+    types = FAMILIES[config.family].internevo_types
+    if not types:
+        return f"there are {', '.join(name for name, family in FAMILIES.items() if family.internevo_types)}"
     if kind == "INTERNLM" and _plain(config):
         return "INTERNLM always has biases on q, k, v and o, and as many key/value heads as heads"
     if kind and _plain(config):
-        return f"choose {' or '.join(k for k in TRAINS[config.family] if _holds(k, config))}"
+        return f"choose {' or '.join(k for k in types if _holds(k, config))}"
     return "it has biases in the MLP or not on all of q, k, v and o, or tied embeddings"

@@ -73,6 +73,8 @@ def config(path, tokenizer, **options):
 
 
 def opened(path, tokenizer, name="train", seed=SEED, **options):
+    from ascendspeed.training import setup  # imports Megatron-core
+
     data = setup.with_chat_template(config(path, tokenizer, **options))
     return build_splits(data, seed, VOCAB, (name,))[name]
 

@@ -87,7 +87,7 @@ def run_of(changes):
     ],
 )
 def test_what_can_run(world, changes):
-    validation.check(run_of(changes), world)
+    validation.check_run(run_of(changes), world)
 
 
 @pytest.mark.parametrize(
@@ -287,5 +287,5 @@ def test_what_can_run(world, changes):
 )
 def test_what_cannot_run_is_one_line(world, changes, message):
     with pytest.raises(UserError, match=message) as caught:
-        validation.check(run_of(changes), world)
+        validation.check_run(run_of(changes), world)
     assert "\n" not in str(caught.value)

@@ -394,7 +394,7 @@ def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[st
         train = dict(dice.choice(list(RECOMPUTE.values()))) | {"micro_batch_size": dice.choice((1, 2))}
         layout = ParallelConfig(**parallel)
         try:
-            validation.check(
+            validation.check_run(
                 replace(RUN, model=models[name], parallel=layout, train=replace(RUN.train, **train)), 4
             )
         except UserError:

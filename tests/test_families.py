@@ -213,8 +213,8 @@ def test_a_bias_that_the_checkpoints_have_no_name_for_is_refused(name, flag):
         TrainConfig(global_batch_size=1),
     )
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')}: the models of the family"):
-        validation.check(run, 1)
-    validation.check(replace(run, model=PRESETS[name]), 1)
+        validation.check_run(run, 1)
+    validation.check_run(replace(run, model=PRESETS[name]), 1)
 
 
 @pytest.mark.parametrize("name", PRESETS)

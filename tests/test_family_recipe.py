@@ -20,7 +20,7 @@ TINY = [name for name, model in PRESETS.items() if name.endswith("-tiny") and mo
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_size_passes_the_checks(name):
     data, optim = DataConfig(data_path=("x",)), OptimConfig()
-    validation.check(
+    validation.check_run(
         Run(PRESETS[name], ParallelConfig(deepspeed=True), optim, data, TrainConfig(global_batch_size=8)), 8
     )
 

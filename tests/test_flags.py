@@ -63,12 +63,12 @@ def parse(*args: str) -> Options:
 )
 def test_spellings_mean_the_same(args):
     assert parse(*args) == Options(("a", "b"), Inner(5), True)
-    assert parser.typed(Options, args) == {"input", "layer_count", "fast"}
+    assert parser.typed_fields(Options, args) == {"input", "layer_count", "fast"}
 
 
 def test_defaults_and_what_was_typed():
     assert parse("--input", "a") == Options(("a",))
-    assert parser.typed(Options, ["--input", "a"]) == {"input"}
+    assert parser.typed_fields(Options, ["--input", "a"]) == {"input"}
     assert parser.spellings(Options) == {
         "--input": "input",
         "--layer-count": "layer_count",

@@ -14,7 +14,7 @@ from helpers.conversion import command
 from helpers.old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 from safetensors.torch import load_file
 
-from ascendspeed.cli.command import read as read_command_line
+from ascendspeed.cli.command import parse as parse_command_line
 from ascendspeed.cli.compat import TABLES
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.support_matrix import FORMATS
@@ -168,7 +168,7 @@ def test_the_page_has_the_table_of_the_code():
 def test_the_page_names_commands_and_flags_that_exist(line):
     words = shlex.split(line)
     assert words[0] == "python"
-    read_command_line(script(ROOT / words[1]).Options, words[2:], TABLES.get(words[1]))
+    parse_command_line(script(ROOT / words[1]).Options, words[2:], TABLES.get(words[1]))
 
 
 def test_every_link_of_the_page_leads_somewhere():

@@ -53,7 +53,7 @@ TABLE = {
 
 
 def read(*words: str) -> tuple[Options, list[str]]:
-    line = command.read(Options, words, TABLE)
+    line = command.parse(Options, words, TABLE)
     line.legacy.check(line.options)
     return line.options, line.notes
 
@@ -105,7 +105,7 @@ def test_errors_name_the_flag_and_the_choices(words, message):
 
 
 def test_notes_and_values():
-    line = command.read(
+    line = command.parse(
         Options, ["--deep", "--quiet-switch", "--old-switch", "--layers-each", "4", "--old-words", "x"], TABLE
     )
     assert line.notes == [
@@ -189,7 +189,7 @@ def command_class(path: str) -> type:
 def test_help_shows_current_flags_only(path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
-        command.read(command_class(path), ["--help"], compat.TABLES[path])
+        command.parse(command_class(path), ["--help"], compat.TABLES[path])
     text = capsys.readouterr().out
     assert compat.HINT in " ".join(text.split())
     lines = re.findall(r"^\W*--[a-z].*", text, re.MULTILINE)
@@ -282,4 +282,4 @@ def test_only_near_names_are_proposed(flag, ending):
 
 def test_an_answer_names_flags_of_the_command():
     with pytest.raises(UserError, match=r"^unknown flag --no-load-rng; see --help$"):
-        command.read(GenerateCommand, ["--no-load-rng"], compat.GENERATE)
+        command.parse(GenerateCommand, ["--no-load-rng"], compat.GENERATE)

@@ -351,7 +351,7 @@ def test_mixtral_has_no_words_for_the_other_routing():
 def test_runs_that_cannot_be(model, parallel, said):
     run = replace(RUN, model=model, parallel=replace(RUN.parallel, **parallel))
     with pytest.raises(UserError, match=said):
-        validation.check(run, 2)
+        validation.check_run(run, 2)
 
 
 @pytest.mark.parametrize("name", NAMES)

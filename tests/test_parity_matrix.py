@@ -260,7 +260,7 @@ def test_every_row_is_a_run_that_the_recipe_would_take():
         assert not any("hpz" in title for title in titles[:-1])  # a process can have it once, as its last
         for row in wanted:
             assert (row.world, family in FAMILIES) == (world, True)
-            validation.check(row.run(rows.MODELS[family], 20), world)
+            validation.check_run(row.run(rows.MODELS[family], 20), world)
 
 
 def test_every_control_has_one_mistake():

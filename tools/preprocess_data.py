@@ -75,7 +75,7 @@ def _check(options: Options) -> None:
 
 def main() -> None:
     """Runs the command."""
-    line = command.read(Options, table=PREPROCESS, description=__doc__ or "")
+    line = command.parse(Options, table=PREPROCESS, description=__doc__ or "")
     options = line.options
     handler = HANDLERS.get(options.handler_name)
     ignores_keys = handler and "json_keys" not in handler.takes and options.json_keys != handler.keys

@@ -36,7 +36,7 @@ class CommandLine(Generic[T]):
         return list(self.legacy.notes)
 
 
-def read(
+def parse(
     cls: type[T], args: Sequence[str] | None = None, table: Table | None = None, description: str = ""
 ) -> CommandLine[T]:
     """Parses `args`, by default those of `sys.argv`, after the legacy flags of `table` have been translated.
@@ -48,7 +48,7 @@ def read(
     if table:
         description = f"{description}\n\n{HINT}"
     options = parser.parse(cls, legacy.args, description=description, other_flags=table)
-    return CommandLine(options, frozenset(parser.typed(cls, legacy.args)), legacy)
+    return CommandLine(options, frozenset(parser.typed_fields(cls, legacy.args)), legacy)
 
 
 def world_size() -> int:

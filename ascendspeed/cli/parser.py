@@ -95,7 +95,7 @@ def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
     return fields
 
 
-def typed(cls: type, args: Sequence[str] | None = None) -> set[str]:
+def typed_fields(cls: type, args: Sequence[str] | None = None) -> set[str]:
     """Returns the names of the fields that the command line sets, as opposed to those that keep a default."""
     known = spellings(cls)
     words = sys.argv[1:] if args is None else args

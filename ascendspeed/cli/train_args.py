@@ -50,7 +50,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
 
     Raises UserError for everything that can be known to be wrong before a process group exists.
     """
-    line = command.read(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "")
+    line = command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "")
     options = line.options
     notes: list[str] = []
     train = _train_config(options.train, notes)
@@ -69,7 +69,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     lora = targets.resolve_config(model, options.lora)
     run = Run(model, parallel, options.optim, options.data, train, lora)
     line.legacy.check(run)
-    validation.check(run, world)
+    validation.check_run(run, world)
     return run, notes
 
 

@@ -41,7 +41,7 @@ RANGES: dict[
 }
 
 
-def check(run: Run, world: int) -> None:
+def check_run(run: Run, world: int) -> None:
     """Raises `UserError` for numbers that mean nothing and for combinations that `world` processes cannot run."""
     _check_ranges(run)
     _check_precision(run)

@@ -73,7 +73,7 @@ class EvaluationJob:
 
 def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
     """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
-    line = command.read(EvaluateCommand, args, EVALUATE, EvaluateCommand.__doc__ or "")
+    line = command.parse(EvaluateCommand, args, EVALUATE, EvaluateCommand.__doc__ or "")
     evaluation = line.options.evaluation
     command.check_minimum(
         evaluation,

@@ -76,7 +76,7 @@ class NeedleJob:
 
 def resolve(args: Sequence[str], world: int) -> tuple[NeedleJob, list[str]]:
     """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
-    line = command.read(NeedleCommand, args, INFERENCE, NeedleCommand.__doc__ or "")
+    line = command.parse(NeedleCommand, args, INFERENCE, NeedleCommand.__doc__ or "")
     needle = line.options.needle
     command.check_minimum(needle, {"trials": 1, "max_new_tokens": 1})
     if needle.answer is None and "{number}" not in needle.needle:

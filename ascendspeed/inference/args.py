@@ -165,7 +165,7 @@ class GenerationJob:
 
 def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
     """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
-    line = command.read(GenerateCommand, args, GENERATE, GenerateCommand.__doc__ or "")
+    line = command.parse(GenerateCommand, args, GENERATE, GenerateCommand.__doc__ or "")
     spec = resolve_engine(line, world)
     generation = line.options.generation
     tasks = tuple(task_name(word) for word in generation.task) or _implied_tasks(line.typed)

@@ -70,7 +70,7 @@ class BenchmarkJob:
 
 def resolve(args: Sequence[str], world: int) -> tuple[BenchmarkJob, list[str]]:
     """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
-    line = command.read(BenchmarkCommand, args, INFERENCE, BenchmarkCommand.__doc__ or "")
+    line = command.parse(BenchmarkCommand, args, INFERENCE, BenchmarkCommand.__doc__ or "")
     cases, ranges = _cases(line.options.benchmark)
     return BenchmarkJob(resolve_engine(line, world), line.options.benchmark, cases, ranges), line.notes
 

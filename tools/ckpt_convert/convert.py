@@ -135,7 +135,7 @@ def _format(options: Options) -> "Format":
 def main() -> None:
     """Parses, converts, says where the result is."""
     options = parser.parse(Options, description=Options.__doc__)
-    typed = parser.typed(Options)
+    typed = parser.typed_fields(Options)
     _judge(options, typed)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir

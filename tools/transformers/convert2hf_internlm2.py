@@ -23,7 +23,7 @@ def main() -> None:
     options = parser.parse(Options, description=Options.__doc__)
     internlm_tools.to_hugging_face(
         options,
-        parser.typed(Options),
+        parser.typed_fields(Options),
         "internlm2",
         "convert2hf_internlm.py, or tools/ckpt_convert/convert.py",
     )

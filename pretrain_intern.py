@@ -22,7 +22,7 @@ def main() -> int:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.training import engines, loop, setup
+    from ascendspeed.training import data_setup, engines, loop, setup
     from ascendspeed.training.fault_tolerance import Watch
     from ascendspeed.training.metrics_log import Logger
 
@@ -47,7 +47,7 @@ def main() -> int:
         logger.info(f"kernels: {kernels}; attention: torch SDPA")
         for note in notes:
             logger.info(f"note: {note}")
-        run, batches = setup.open_data(run, grid)
+        run, batches = data_setup.open_data(run, grid)
         logger.info(f"run: {json.dumps(to_dict(run))}")
         build = engines.engine_builder(run, grid, device, kernels)
         start = setup.find_start(run, grid, device)

@@ -562,7 +562,7 @@ def test_a_pickle_is_never_opened(ckpt):
 def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     save(tmp_path, 1, TWO)
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.SLACK + 1000)
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.DISK_MARGIN + 1000)
     )
     monkeypatch.setattr(safetensors_io.Shard, "write", lambda *a: pytest.fail("nothing may be written"))
     barrier, errors = threading.Barrier(2), []

@@ -248,14 +248,16 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_pat
     """Every rank in a folder of its own, as --save ./ckpt on the nodes' own disks: empty ones, then one that holds a checkpoint."""
     job = Job(tmp_path / "job", ("--save", "ckpt"), env={"RANK_FOLDERS": "1"})
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
-    assert "error: --save ckpt: rank 1 cannot save there: a file that rank 0 made is not seen" in job.said()
+    assert (
+        "error: --save ckpt: rank 1 cannot save there: it does not see a file that rank 0 made" in job.said()
+    )
     (job.folder / "0" / "ckpt" / "step_0000003").mkdir()
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
     told = (
         "rank 0: --load ckpt, checkpoints in --load and --save; rank 1: --load None, checkpoints in neither"
     )
     assert (
-        f"error: the ranks do not see the same files there: {told}; --save and --load must lie on storage"
+        f"error: the ranks do not see the same files there: {told}; --save and --load must be on storage"
         in job.said()
     )
     assert not (job.folder / "curve").exists()

@@ -222,7 +222,7 @@ def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
 def start(cpu):
     """What `find_start` finds, and what it says."""
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import setup
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
@@ -231,7 +231,7 @@ def start(cpu):
             RUN, train=replace(RUN.train, **train), lora=replace(LORA, **lora) if lora is not None else LORA
         )
         with log_lines() as lines:
-            begin = room.find_start(run, grid, cpu)
+            begin = setup.find_start(run, grid, cpu)
         return begin, "\n".join(lines)
 
     return go
@@ -259,7 +259,7 @@ def saved(start, bases, tmp_path) -> str:
 
     shutil.copytree(bases["hf"], tmp_path / "base")
     found, _ = start(load=str(tmp_path / "base"))
-    return save(tmp_path / "ckpt", found.named(RUN), {name: t + 1 for name, t in initial(MODEL, LORA, 7)})
+    return save(tmp_path / "ckpt", found.saved_run(RUN), {name: t + 1 for name, t in initial(MODEL, LORA, 7)})
 
 
 @pytest.fixture
@@ -279,17 +279,17 @@ def test_fresh_adapters_beside_weights(start, bases):
     assert sum(".lora." not in name for name in tensors) == 27
     count = targets.parameter_count(MODEL, LORA)
     assert f"adapters of rank 4 on q_proj v_proj down_proj: {count} parameters are trained" in said
-    named = found.named(RUN).lora
+    named = found.saved_run(RUN).lora
     assert (named.lora_base, len(named.lora_base_fingerprint)) == (str(bases["hf"].resolve()), 64)
 
 
 def test_adapters_belong_to_weights(start, bases, tmp_path):
-    with pytest.raises(UserError, match="adapters belong to weights; name these by --load"):
+    with pytest.raises(UserError, match="adapters need base weights; name them by --load"):
         start()
-    with pytest.raises(UserError, match="adapters belong to weights; name these by --load"):
+    with pytest.raises(UserError, match="adapters need base weights; name them by --load"):
         start(load=str(tmp_path / "new"), save=str(tmp_path / "new"))
     with pytest.raises(
-        UserError, match="--lora-base /x belongs to a --load that holds adapters; this one holds weights"
+        UserError, match="--lora-base /x is for a --load that holds adapters; this one holds weights"
     ):
         start({"lora_base": "/x"}, load=str(bases["hf"]))
 
@@ -321,7 +321,7 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
     base = tmp_path / "base"
     found, said = start(load=saved, save=saved)
     assert found.state.step == 2
-    assert f"weights beneath the adapters from {base}" in said
+    assert f"base weights of the adapters from {base}" in said
     assert sum(".lora." not in name for name, _ in found.tensors) == 27
     moved = tmp_path / "moved"
     base.rename(moved)
@@ -330,7 +330,7 @@ def test_adapters_go_on(start, saved, bases, tmp_path):
     ):
         start(load=saved)
     found, _ = start({"lora_base": str(moved)}, load=saved)
-    assert found.named(RUN).lora.lora_base == str(moved)
+    assert found.saved_run(RUN).lora.lora_base == str(moved)
     with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/other"):
         start({"lora_base": str(bases["other"])}, load=saved)
     shutil.copytree(
@@ -384,15 +384,15 @@ def test_what_may_change_and_what_not(start, saved, full):
                 start(changes, load=saved, **train)
     _, said = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
     assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in said
-    assert "note: --lora-load /x is where the run began" in said
+    assert "note: --lora-load /x was the start of the run" in said
     off = dataclasses.asdict(LoraConfig())
     with pytest.raises(
         UserError,
-        match=f"go on training them by {flags}, or all weights with the adapters in them by --finetune",
+        match=f"continue training them with {flags}, or train all weights, with the adapters merged, with --finetune",
     ):
         start(off, load=saved)
     with pytest.raises(
-        UserError, match="holds all weights of a model: to train adapters beside them add --finetune"
+        UserError, match="holds all weights of a model: to train adapters on them add --finetune"
     ):
         start(load=full)
 
@@ -406,7 +406,7 @@ def test_finetune(start, saved, full, bases):
     assert torch.equal(
         tensors["output_layer.weight"], dict(param_mapping.random_tensors(MODEL, 1))["output_layer.weight"]
     )
-    assert found.named(RUN).lora.lora_base.endswith("full/step_0000002")
+    assert found.saved_run(RUN).lora.lora_base.endswith("full/step_0000002")
     found, _ = start(load=saved, finetune=True)
     tensors = dict(found.tensors)
     assert (found.state.step, found.resume) == (0, None)

@@ -39,13 +39,13 @@ def saved(tmp_path):
 def start(cpu):
     """What `find_start` finds, and what it says."""
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import setup
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run):
         with log_lines() as lines:
-            begin = room.find_start(run, grid, cpu)
+            begin = setup.find_start(run, grid, cpu)
         return begin, "\n".join(lines)
 
     return go
@@ -98,7 +98,7 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
     found, said = start(changed(save=str(tmp_path / "other"), load=saved, finetune=True))
     assert found.state.step == 0
     assert "start anew (--finetune)" in said
-    with pytest.raises(UserError, match="go on by --auto-resume; a new one needs another folder"):
+    with pytest.raises(UserError, match="continue that run with --auto-resume, or choose another folder"):
         start(changed(save=saved, load=saved, finetune=True))
 
 
@@ -151,10 +151,10 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     assert "not enough" not in start(run)[1]  # one checkpoint, at the end
     _, said = start(changed(save=str(tmp_path), save_interval=5))
     assert (
-        "which is not enough for the 2 that will lie there at a time; see --keep and --save-interval" in said
+        "which is not enough for the 2 that the run keeps at a time; see --keep and --save-interval" in said
     )
     _, said = start(changed(save=str(tmp_path), save_interval=1, keep=1))
-    assert "the 2 that will lie there" in said  # the new one, and the old one until then
+    assert "the 2 that the run keeps" in said  # the new one, and the old one until then
     disk(0)
     start(RUN)  # nothing is saved
 
@@ -182,24 +182,24 @@ class Two:
 
 
 def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import save_dir
 
     (tmp_path / ".try_shared").touch()
-    room._try_disk(tmp_path, Two(".try_shared", ""))  # the control
+    save_dir.check_writable(tmp_path, Two(".try_shared", ""))  # the control
     with pytest.raises(
         UserError,
-        match=r"rank 1 cannot save there: a file that rank 0 made is not seen; use storage that all",
+        match=r"rank 1 cannot save there: it does not see a file that rank 0 made; use storage that all",
     ):
-        room._try_disk(tmp_path, Two(".try_elsewhere", ""))
+        save_dir.check_writable(tmp_path, Two(".try_elsewhere", ""))
     with pytest.raises(UserError, match="rank 0 cannot save there: No space left"):
-        room._try_disk(tmp_path, Two(None, "No space left"))
+        save_dir.check_writable(tmp_path, Two(None, "No space left"))
 
 
 def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_path):
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import save_dir
 
     run = changed(load=saved, save=saved)
-    room._check_views(run, Two((saved, False, {"load": True, "save": True})))  # the control
+    save_dir.check_same_view(run, Two((saved, False, {"load": True, "save": True})))  # the control
     for theirs in (
         (None, False, {"load": False, "save": False}),
         (saved, True, {"load": True, "save": True}),
@@ -207,7 +207,7 @@ def test_ranks_that_would_begin_at_different_places_are_told(cpu, saved, tmp_pat
         with pytest.raises(
             UserError, match=r"the ranks do not see the same files there: rank 0: --load .*; rank 1: --load"
         ):
-            room._check_views(run, Two(theirs))
+            save_dir.check_same_view(run, Two(theirs))
 
 
 def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_path, monkeypatch):
@@ -272,14 +272,14 @@ def data(tmp_path_factory):
 
 def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import data_setup
 
     prefix, tokenizers = data
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def with_tokenizer(size, vocab=2048):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
-        return room.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid)
+        return data_setup.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid)
 
     with log_lines() as said:
         run, batches = with_tokenizer(600)
@@ -297,7 +297,7 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
 def test_epochs_are_iterations(cpu, data):
     from ascendspeed.data import dataset
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training import setup as room
+    from ascendspeed.training import data_setup
 
     grid, given = (
         process_groups.initialize(cpu, ParallelConfig(), seed=1),
@@ -308,11 +308,11 @@ def test_epochs_are_iterations(cpu, data):
     )
     samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
     with log_lines() as said:
-        resolved, _ = room.open_data(run, grid)
+        resolved, _ = data_setup.open_data(run, grid)
     assert resolved.train.train_iters == -(
         -samples * 5 // (2 * 4)
     )  # 4 samples an iteration; the last one is whole
     assert resolved.train.train_iters * 4 >= 2.5 * samples > (resolved.train.train_iters - 1) * 4
     assert said[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
     with pytest.raises(UserError, match="must be below --train-iters"):
-        room.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid)
+        data_setup.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid)

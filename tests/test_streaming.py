@@ -73,9 +73,8 @@ def config(path, tokenizer, **options):
 
 
 def opened(path, tokenizer, name="train", seed=SEED, **options):
-    from ascendspeed.training import setup  # imports Megatron-core
 
-    data = setup.with_chat_template(config(path, tokenizer, **options))
+    data = data_setup.with_chat_template(config(path, tokenizer, **options))
     return build_splits(data, seed, VOCAB, (name,))[name]
 
 
@@ -454,18 +453,18 @@ def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
     from helpers.start import RUN
 
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training import setup
+    from ascendspeed.training import data_setup
 
     given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
     grid = process_groups.initialize(cpu, RUN.parallel, seed=1)
     with log_lines() as said:
-        _, batches = setup.open_data(given, grid)
+        _, batches = data_setup.open_data(given, grid)
     assert any(line.startswith("train data: about ") for line in said)
     assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
         told(opened(text, tokenizer, seed=1234).sample(0))
     ]
     with pytest.raises(UserError, match="give --train-iters"):
-        setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid)
+        data_setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid)
 
 
 def run(folder, text, tokenizer, world, *flags):

@@ -87,7 +87,7 @@ def loop(cpu, tmp_path):
 
     def go(run, engine=None, start=None):
         engine = engine or Recorder()
-        begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None, named=lambda run: run)
+        begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None, saved_run=lambda run: run)
         with Logger(0, tmp_path / "logs") as log, Watch(run, grid) as go.watch:
             state = train.train(
                 run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch

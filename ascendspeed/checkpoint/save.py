@@ -25,7 +25,7 @@ from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-SLACK = 64 << 20
+DISK_MARGIN = 64 << 20
 """Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
 
 
@@ -200,7 +200,7 @@ def _mark(verdict: Path, text: str) -> None:
 
 def _check_space(team: _Team, size: int) -> None:
     free = shutil.disk_usage(team.temporary).free
-    if size + SLACK > free:
+    if size + DISK_MARGIN > free:
         gib = f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
         raise UserError(f"{gib} in {team.folder}; free some space or choose another --save")
 

@@ -23,10 +23,11 @@ from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import estimates
+from ascendspeed.training.data_setup import BatchFunction
 from ascendspeed.training.engines import Engine, StepResult
 from ascendspeed.training.fault_tolerance import Watch
 from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine
-from ascendspeed.training.setup import Batches, Start
+from ascendspeed.training.setup import Start
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def train(
     grid: ProcessGrid,
     device: Device,
     engine: Engine,
-    batches: Batches,
+    batches: BatchFunction,
     log: Logger,
     start: Start,
     watch: Watch,
@@ -161,7 +162,9 @@ def _saver(run: Run, grid: ProcessGrid, start: Start) -> Saver | None:
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.all_gather_object(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
-    return Saver(start.named(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token)
+    return Saver(
+        start.saved_run(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token
+    )
 
 
 def _give_up(skipped: int, step: int, saver: Saver | None) -> str:
@@ -176,7 +179,7 @@ def _last_good(saver: Saver | None) -> str:
     )
 
 
-def evaluate(run: Run, engine: Engine, batches: Batches, step: int, split: str = "valid") -> EvalLine:
+def evaluate(run: Run, engine: Engine, batches: BatchFunction, step: int, split: str = "valid") -> EvalLine:
     """Mean loss over the first `--eval-iters` global batches of a split; the same ones every time."""
 
     def micro_batches() -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Where a run of adapters begins: the weights that they belong to, and the adapters."""
+"""The start of a LoRA run: base weights, and adapters that are new, from --lora-load or from a training checkpoint."""
 
 import logging
 from collections.abc import Iterable
@@ -20,15 +20,20 @@ from ascendspeed.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 Tensors = Iterable[tuple[str, Tensor]]
-SAME = ("lora_rank", "lora_alpha", "lora_target_modules")
+"""(Megatron name, full tensor) pairs."""
+FIXED_SETTINGS = ("lora_rank", "lora_alpha", "lora_target_modules")
+"""Settings that cannot change when adapters are trained further."""
 
 
-def begin(run: Run, base: CheckpointReader, readers: Readers) -> tuple[Tensors, LoraConfig]:
-    """Weights and fresh adapters, or those of --lora-load; what the run's checkpoints say of them."""
+def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[Tensors, LoraConfig]:
+    """Base weights with new adapters, or with those of --lora-load.
+
+    Returns the tensors and the settings that the checkpoints of the run record. Raises `UserError`.
+    """
     lora = run.lora
     if lora.lora_base:
         raise UserError(
-            f"--lora-base {lora.lora_base} belongs to a --load that holds adapters; this one holds weights"
+            f"--lora-base {lora.lora_base} is for a --load that holds adapters; this one holds weights"
         )
     lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
     count = targets.parameter_count(run.model, lora)
@@ -37,47 +42,57 @@ def begin(run: Run, base: CheckpointReader, readers: Readers) -> tuple[Tensors, 
     )
     if not lora.lora_load:
         return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
-    found = peft.open_adapter(lora.lora_load, readers)
-    check_base(found, f"--load {run.train.load}", lora.lora_base_fingerprint)
-    logger.info(
-        f"adapters from {lora.lora_load}{'' if found.fingerprint else ', which do not say whether they belong to these weights'}"
-    )
-    return chain(base.tensors(), list(tensors_of(found, run.model, lora))), lora
+    adapter = peft.open_adapter(lora.lora_load, readers)
+    check_base(adapter, f"--load {run.train.load}", lora.lora_base_fingerprint)
+    unchecked = "" if adapter.fingerprint else ", which do not say whether they belong to these weights"
+    logger.info(f"adapters from {lora.lora_load}{unchecked}")
+    return chain(base.tensors(), list(tensors_of(adapter, run.model, lora))), lora
 
 
-def check_kind(run: Run, found: Checkpoint) -> None:
-    """Raises `UserError` where a checkpoint of adapters meets a run of all weights or of other adapters, or the other way round."""
-    mine, theirs = run.lora, found.run.lora
-    if not theirs.lora_rank:
-        if mine.lora_rank and not run.train.finetune:
+def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises `UserError` if run and checkpoint differ in their adapters: only one has any, or their settings differ."""
+    wanted, saved = run.lora, checkpoint.run.lora
+    if not saved.lora_rank:
+        if wanted.lora_rank and not run.train.finetune:
             raise UserError(
-                f"{found.path} holds all weights of a model: to train adapters beside them add --finetune"
+                f"{checkpoint.path} holds all weights of a model: to train adapters on them add --finetune"
             )
         return
     flags = (
-        f"--lora-rank {theirs.lora_rank} --lora-alpha {theirs.lora_alpha:g} "
-        f"--lora-target-modules {' '.join(theirs.lora_target_modules)}"
+        f"--lora-rank {saved.lora_rank} --lora-alpha {saved.lora_alpha:g} "
+        f"--lora-target-modules {' '.join(saved.lora_target_modules)}"
     )
-    if not mine.lora_rank and not run.train.finetune:
+    if not wanted.lora_rank:
+        if not run.train.finetune:
+            raise UserError(
+                f"{checkpoint.path} holds adapters: continue training them with {flags}, "
+                "or train all weights, with the adapters merged, with --finetune"
+            )
+        return
+    different = [name for name in FIXED_SETTINGS if getattr(wanted, name) != getattr(saved, name)]
+    if different:
         raise UserError(
-            f"{found.path} holds adapters: go on training them by {flags}, or all weights with the adapters in them by --finetune"
-        )
-    if mine.lora_rank and (differ := [name for name in SAME if getattr(mine, name) != getattr(theirs, name)]):
-        raise UserError(
-            f"{found.path} holds adapters of {flags}; {', '.join(differ)} cannot change: give these flags, "
+            f"{checkpoint.path} holds adapters of {flags}; {', '.join(different)} cannot change: give these flags, "
             "or merge the adapters (tools/lora/merge_lora.py) and --load the result to train new ones"
         )
 
 
-def go_on(run: Run, found: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:
-    """The weights that a checkpoint's adapters belong to, and what the run's checkpoints say of them."""
+def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:
+    """The base weights of a checkpoint's adapters, and the settings that the checkpoints of the run record."""
     if run.lora.lora_load:
         logger.info(
-            f"note: --lora-load {run.lora.lora_load} is where the run began; the adapters are those of {found.path}"
+            f"note: --lora-load {run.lora.lora_load} was the start of the run; its adapters now come from {checkpoint.path}"
         )
-    base = training_checkpoint.base_of(found, run.lora.lora_base, readers)
-    logger.info(f"weights beneath the adapters from {base.where} ({base.kind})")
-    where = str(Path(base.where).resolve())
-    return base.tensors(), replace(
-        run.lora, lora_base=where, lora_base_fingerprint=found.run.lora.lora_base_fingerprint
+    base = training_checkpoint.base_of(checkpoint, run.lora.lora_base, readers)
+    logger.info(f"base weights of the adapters from {base.where} ({base.kind})")
+    lora = replace(
+        run.lora,
+        lora_base=str(Path(base.where).resolve()),
+        lora_base_fingerprint=checkpoint.run.lora.lora_base_fingerprint,
     )
+    return base.tensors(), lora
+
+
+def with_placeholders(run: Run, base: Tensors) -> Tensors:
+    """Base weights with initial adapters: an engine is built from all tensors, and restoring then replaces the adapters."""
+    return chain(base, initial(run.model, run.lora, run.train.seed))

@@ -9,7 +9,7 @@ import megatron.core.models.gpt  # noqa: E402, F401
 import transformers.models.llama.modeling_llama  # noqa: E402, F401
 
 from ascendspeed.inference.engine import language_model  # noqa: E402, F401
-from ascendspeed.training import fault_tolerance, loop, setup  # noqa: E402, F401
+from ascendspeed.training import data_setup, fault_tolerance, loop, setup  # noqa: E402, F401
 from ascendspeed.training.engines import deepspeed as _deepspeed  # noqa: E402, F401
 from ascendspeed.training.engines import megatron as _megatron  # noqa: E402, F401
 from helpers import oracle, toy  # noqa: E402, F401

@@ -1,0 +1,105 @@
+"""Opens the data of a run and gives each rank its micro-batches."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from ascendspeed.config import lr_schedule
+from ascendspeed.config.schema import DataConfig, Run
+from ascendspeed.data import dataset
+from ascendspeed.data.dataset import Batch
+from ascendspeed.data.handlers.registry import HANDLERS
+from ascendspeed.data.streaming.prefetch import Prefetch
+from ascendspeed.distributed.process_groups import ProcessGrid
+from ascendspeed.models.families import chat_template_beside
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.utils.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+BatchFunction = Callable[[str, int], list[Batch]]
+"""(split, consumed samples) -> this rank's micro-batches of the global batch that begins there."""
+
+
+def with_chat_template(data: DataConfig) -> DataConfig:
+    """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take one."""
+    handler = HANDLERS.get(data.handler_name or "")
+    takes_template = handler is not None and "chat_template" in handler.takes
+    if data.chat_template or not data.tokenizer_name_or_path or not takes_template:
+        return data
+    return replace(data, chat_template=chat_template_beside(Path(data.tokenizer_name_or_path)))
+
+
+def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
+    """Opens the data. Returns the run, with --train-epochs resolved to iterations, and its batches.
+
+    The tensor-parallel ranks of a replica get the same samples. Raises `UserError` if data or tokenizer are missing, or do not
+    match each other or the model.
+    """
+    _check_tokenizer(run)
+    size = run.train.global_batch_size
+    iterations = {"train": run.train.train_iters}
+    if run.train.eval_interval:
+        iterations["valid"] = run.train.eval_iters
+    splits = dataset.build_splits(
+        with_chat_template(run.data), run.train.seed, run.model.vocab_size, list(iterations)
+    )
+    if run.train.train_epochs:
+        run = _with_iterations(run, splits["train"])
+        iterations["train"] = run.train.train_iters
+    for name, count in iterations.items():
+        _log_split(run, name, splits[name], count)
+    micro_batch_size = run.train.micro_batch_size
+
+    def batches(split: str, consumed: int) -> list[Batch]:
+        return dataset.micro_batches(splits[split], consumed, size, micro_batch_size, grid.dp_rank, grid.dp)
+
+    is_streamed = any(split.estimated for split in splits.values())
+    return run, Prefetch(batches, size) if is_streamed else batches
+
+
+def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:
+    """The run with --train-iters computed from --train-epochs. Raises `UserError` if an epoch has no known length."""
+    if samples.estimated:
+        raise UserError(
+            "--train-epochs: the number of samples of streamed text is known only after it is tokenized; give --train-iters"
+        )
+    if len(samples.passes(1)) > 1:
+        raise UserError(
+            "--train-epochs: the data sets of a weighted blend have no common epoch; give --train-iters"
+        )
+    count = math.ceil(run.train.train_epochs * len(samples) / run.train.global_batch_size)
+    lr_schedule.check(run.optim, count)
+    logger.info(f"--train-epochs {run.train.train_epochs:g}: {count} iterations")
+    return replace(run, train=replace(run.train, train_iters=count))
+
+
+def _log_split(run: Run, name: str, samples: dataset.BlendedSamples, iterations: int) -> None:
+    size = run.train.global_batch_size
+    passes = [f"{number:.2f} passes over {prefix}" for prefix, number in samples.passes(iterations * size)]
+    about = "about " if samples.estimated else ""
+    logger.info(
+        f"{name} data: {about}{len(samples)} samples of {run.data.seq_length} tokens; "
+        f"{iterations} x {size} samples are {', '.join(passes)}"
+    )
+    for note in samples.notes:
+        logger.info(f"{name} data: {note}")
+
+
+def _check_tokenizer(run: Run) -> None:
+    """Raises `UserError` if the tokenizer has more ids than the model, or another size than the one that made the data."""
+    path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
+    if not path:
+        return
+    ids = tokenizer.load(path).vocab_size
+    if ids > rows:
+        raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
+    for paths in (run.data.data_path, run.data.valid_data_path):
+        for _, prefix in dataset.parse_blend(paths) if paths else ():
+            data_ids = dataset.dataset_facts(prefix).get("vocab_size", ids)
+            if data_ids != ids:
+                raise UserError(
+                    f"{prefix} was made with a tokenizer of {data_ids} ids, but --tokenizer-name-or-path {path} has {ids}"
+                )

@@ -73,6 +73,7 @@ def config(path, tokenizer, **options):
 
 
 def opened(path, tokenizer, name="train", seed=SEED, **options):
+    from ascendspeed.training import data_setup  # imports Megatron-core
 
     data = data_setup.with_chat_template(config(path, tokenizer, **options))
     return build_splits(data, seed, VOCAB, (name,))[name]

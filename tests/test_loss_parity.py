@@ -81,35 +81,35 @@ def test_hashes_are_those_of_values_whatever_the_files(began, tmp_path):
 
     from ascendspeed.conversion import convert
 
-    first = origin.of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
+    first = origin.origin_of_log(began(began.weights("hf", values=torch.bfloat16, dtype=torch.bfloat16)))
     began.weights("tp2", kind=convert.RankFileWriter(tp=2, pp=2))
     assert first["seed"] == "1234"
     assert (
-        origin.of_log(began(began.weights("same", values=torch.bfloat16))) == first
+        origin.origin_of_log(began(began.weights("same", values=torch.bfloat16))) == first
     )  # the same values as fp32
-    fp32 = origin.of_log(began(began.weights("wide")))
+    fp32 = origin.origin_of_log(began(began.weights("wide")))
     assert fp32["weights"] != first["weights"]  # not rounded to bf16: other values
     assert (
-        origin.of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]
+        origin.origin_of_log(began(str(tmp_path / "tp2")))["weights"] == fp32["weights"]
     )  # rank files of the same values
-    assert origin.of_log(began(began.weights("other", seed=2)))["weights"] != fp32["weights"]
+    assert origin.origin_of_log(began(began.weights("other", seed=2)))["weights"] != fp32["weights"]
 
 
 def test_hash_of_data(began, tmp_path):
-    first = origin.of_log(began(None))
+    first = origin.origin_of_log(began(None))
     assert first["weights"].startswith("random on cpu: ")
-    assert origin.of_log(began(None, seed=5))["weights"] != first["weights"]
+    assert origin.origin_of_log(began(None, seed=5))["weights"] != first["weights"]
     (tmp_path / "tokens.bin").write_bytes(b".bim")
-    assert origin.of_log(began(None))["data"] != first["data"]
+    assert origin.origin_of_log(began(None))["data"] != first["data"]
     (tmp_path / "tokens.bin").unlink()
     with pytest.raises(UserError, match=r"tokens\.bin: cannot read the data"):
-        origin.of_log(began(None))
+        origin.origin_of_log(began(None))
 
 
 def test_random_weights_are_those_of_a_device(began, tmp_path):
     """Each kind of device has a generator of its own, and what a GPU draws depends on how many units it has."""
     on = {
-        device: origin.of_log(began(None, device=device))["weights"]
+        device: origin.origin_of_log(began(None, device=device))["weights"]
         for device in (
             "cpu (AMD EPYC), gloo",
             "cpu (Xeon), gloo",
@@ -122,16 +122,16 @@ def test_random_weights_are_those_of_a_device(began, tmp_path):
     assert on["cpu (AMD EPYC), gloo"] == on["cpu (Xeon), gloo"]
     assert on["cuda (H100), nccl"].startswith("random on cuda H100: ")
     weights = began.weights("hf")  # that were read are the same everywhere
-    assert len({origin.of_log(began(weights, device=device))["weights"] for device in on}) == 1
+    assert len({origin.origin_of_log(began(weights, device=device))["weights"] for device in on}) == 1
 
 
 def test_origin_of_what_is_none(began, tmp_path):
     (tmp_path / "step_0000001").mkdir()
     with pytest.raises(UserError, match="is a training checkpoint"):
-        origin.of_log(began(str(tmp_path)))
+        origin.origin_of_log(began(str(tmp_path)))
     (tmp_path / "other.log").write_text("hello\n")
     with pytest.raises(UserError, match="no line `run: "):
-        origin.of_log(tmp_path / "other.log")
+        origin.origin_of_log(tmp_path / "other.log")
 
 
 # --- loss_parity.sh ---------------------------------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_the_real_thing(tmp_path):
     table = json.loads((tmp_path / "parity.json").read_text())
     assert table["figures"]["maximum"] < 1e-5
     assert table["origin"]["weights"].startswith("sha256: ")
-    assert len(read_logs.read(tmp_path / "cand").steps) == 6
+    assert len(read_logs.read_log(tmp_path / "cand").steps) == 6
     assert go(SIDE="cand", SEED="99", CAND="--deepspeed", CAND_NPROC="1").returncode == 0
     done = go(SIDE="compare")
     assert done.returncode == 2

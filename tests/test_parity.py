@@ -20,24 +20,24 @@ from hypothesis import strategies as st
 
 from ascendspeed.loss_compare import compare as comparing
 from ascendspeed.loss_compare import metrics, report
-from ascendspeed.loss_compare.align import Pair, align
-from ascendspeed.loss_compare.curve import Curve, Step
+from ascendspeed.loss_compare.align import AlignedCurves, align
+from ascendspeed.loss_compare.curve import LoggedStep, LossCurve
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
 
-def curve(losses, name="x", **more) -> Curve:
-    return Curve(
-        name, "made up", tuple(Step(i, 8 * i, loss=loss, **more) for i, loss in enumerate(losses, 1))
+def curve(losses, name="x", **more) -> LossCurve:
+    return LossCurve(
+        name, "made up", tuple(LoggedStep(i, 8 * i, loss=loss, **more) for i, loss in enumerate(losses, 1))
     )
 
 
-def pair(ref, cand) -> Pair:
+def pair(ref, cand) -> AlignedCurves:
     return align(curve(ref, "REF"), curve(cand, "CAND"))
 
 
 def judged(cand, profile, ref=CURVE) -> bool:
-    return metrics.judge(metrics.measure(pair(ref, cand)), profile).passed
+    return metrics.judge(metrics.compute_metrics(pair(ref, cand)), profile).passed
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------------
@@ -45,7 +45,7 @@ def judged(cand, profile, ref=CURVE) -> bool:
 
 def test_figures_by_hand():
     ref, cand = [2.0, 4.0, 5.0, 1.0], [2.0, 4.2, 4.9, 1.0]  # e: 0, 0.05, 0.02, 0
-    f = metrics.measure(pair(ref, cand))
+    f = metrics.compute_metrics(pair(ref, cand))
     assert f.steps == 4
     assert f.mean == pytest.approx(0.07 / 4)
     assert f.p50 == pytest.approx(0.01)
@@ -67,14 +67,14 @@ def test_gradient_norms():
     cand = replace(
         cand, steps=tuple(replace(s, grad_norm=b) for s, (_, b) in zip(cand.steps, norms, strict=True))
     )
-    f = metrics.measure(align(ref, cand))
+    f = metrics.compute_metrics(align(ref, cand))
     assert (f.grad_norm_mean, f.grad_norm_max, f.grad_norm_identical) == (0.125, 0.25, 1)
 
 
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
 def test_figures_against_numpy(both):
     ref, cand = (np.array(side) for side in zip(*both, strict=True))
-    f = metrics.measure(pair(ref.tolist(), cand.tolist()))
+    f = metrics.compute_metrics(pair(ref.tolist(), cand.tolist()))
     e = np.abs(cand - ref) / ref
     wanted = {
         "steps": len(e),
@@ -100,13 +100,13 @@ def test_figures_against_numpy(both):
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
 def test_what_holds_for_all_curves(both):
     ref, cand = (list(side) for side in zip(*both, strict=True))
-    f = metrics.measure(pair(ref, cand))
+    f = metrics.compute_metrics(pair(ref, cand))
     assert 0 <= f.p50 <= f.maximum
     assert 0 <= f.mean <= f.maximum * (1 + 1e-12)
     assert f.p99 <= f.maximum * (1 + 1e-12)
     assert abs(f.bias) <= f.mean * (1 + 1e-12)
     assert 0 <= f.share_below <= 1
-    same = metrics.measure(pair(ref, ref))
+    same = metrics.compute_metrics(pair(ref, ref))
     assert (same.mean, same.maximum, same.bias, same.max_absolute, same.identical) == (0, 0, 0, 0, len(ref))
     if metrics.judge(f, "strict").passed:
         assert metrics.judge(f, "published").passed
@@ -115,14 +115,14 @@ def test_what_holds_for_all_curves(both):
 
 
 def test_a_loss_of_zero_divides_nothing():
-    f = metrics.measure(pair([0.0, 1.0], [0.0, 1.0]))
+    f = metrics.compute_metrics(pair([0.0, 1.0], [0.0, 1.0]))
     assert f.maximum == 0
-    assert metrics.measure(pair([0.0], [1e-6])).maximum == 1.0  # denominator 1e-6
+    assert metrics.compute_metrics(pair([0.0], [1e-6])).maximum == 1.0  # denominator 1e-6
 
 
 def test_every_figure_has_its_definition():
-    assert list(metrics.definitions()) == list(asdict(metrics.measure(pair(CURVE, CURVE))))
-    assert metrics.definitions()["p50"] == "Median of e."
+    assert list(metrics.metric_definitions()) == list(asdict(metrics.compute_metrics(pair(CURVE, CURVE))))
+    assert metrics.metric_definitions()["p50"] == "Median of e."
 
 
 # --- verdicts, and what must fail -------------------------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_two_per_cent_everywhere_fails_published():
     signs = [
         loss * (1.03 if i % 2 else 0.97) for i, loss in enumerate(CURVE)
     ]  # errors that cancel in the average do not count as none
-    assert metrics.measure(pair(CURVE, signs)).of_averages < 0.001
+    assert metrics.compute_metrics(pair(CURVE, signs)).of_averages < 0.001
     assert not judged(signs, "published")
 
 
@@ -160,23 +160,23 @@ def test_one_bit_fails_bitwise_only():
     assert not judged(bit, "bitwise")
     assert judged(bit, "strict")
     ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.000001)
-    assert not metrics.judge(metrics.measure(align(ref, cand)), "bitwise").passed
+    assert not metrics.judge(metrics.compute_metrics(align(ref, cand)), "bitwise").passed
 
 
 @pytest.mark.parametrize("other", [None, float("inf"), 1.5])
 def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
     ref, cand = curve(CURVE, grad_norm=1.0), curve(CURVE, grad_norm=1.0)
-    assert metrics.judge(metrics.measure(align(ref, cand)), "bitwise").passed
+    assert metrics.judge(metrics.compute_metrics(align(ref, cand)), "bitwise").passed
     cand = replace(cand, steps=(*cand.steps[:-1], replace(cand.steps[-1], grad_norm=other)))
     for pair_of in (align(ref, cand), align(cand, ref)):
-        verdict = metrics.judge(metrics.measure(pair_of), "bitwise")
+        verdict = metrics.judge(metrics.compute_metrics(pair_of), "bitwise")
         assert not verdict.passed
-        assert verdict.says == "100 of 100 losses are the same number; 99 of 100 gradient norms are"
-    both = metrics.judge(metrics.measure(align(cand, cand)), "bitwise")
+        assert verdict.reason == "100 of 100 losses are the same number; 99 of 100 gradient norms are"
+    both = metrics.judge(metrics.compute_metrics(align(cand, cand)), "bitwise")
     assert both.passed
     without = curve(CURVE)
-    assert not metrics.judge(metrics.measure(align(ref, without)), "bitwise").passed
-    assert metrics.judge(metrics.measure(align(without, without)), "bitwise").says.endswith(
+    assert not metrics.judge(metrics.compute_metrics(align(ref, without)), "bitwise").passed
+    assert metrics.judge(metrics.compute_metrics(align(without, without)), "bitwise").reason.endswith(
         "the logs have no gradient norms"
     )
 
@@ -184,7 +184,7 @@ def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
 # --- what does not belong together is refused -------------------------------------------------------------------------------
 
 
-def refused(ref: Curve, cand: Curve, **part) -> str:
+def refused(ref: LossCurve, cand: LossCurve, **part) -> str:
     with pytest.raises(UserError) as error:
         align(ref, cand, **part)
     assert "\n" not in str(error.value)
@@ -195,24 +195,24 @@ def test_other_lengths_and_steps():
     a, b = curve(CURVE, "REF"), curve(CURVE[:50], "CAND")
     said = refused(a, b)
     assert (
-        "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 stands in REF and not in CAND"
+        "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 is in REF but not in CAND"
         in said
     )
     assert "--last 400 compares what both have" in said
-    assert len(align(a, b, last=400).places) == 50
+    assert len(align(a, b, last=400).positions) == 50
     gap = replace(a, steps=a.steps[:10] + a.steps[11:])
-    assert "88 stands in REF and not in CAND" in refused(a, replace(gap, path="CAND"))
+    assert "88 is in REF but not in CAND" in refused(a, replace(gap, path="CAND"))
     assert "--last" not in refused(a, replace(gap, path="CAND")).partition("CAND")[2]
     other = replace(b, steps=tuple(replace(step, samples=step.samples * 2) for step in b.steps))
-    assert "8 stands in REF" in refused(a, other)
+    assert "8 is in REF" in refused(a, other)
 
 
 def test_other_batch_sizes():
-    slow = Curve("CAND", "", tuple(Step(i, 4 * i, loss=1.0) for i in range(2, 101, 2)))
-    fast = Curve("REF", "", tuple(Step(i, 8 * i, loss=1.0) for i in range(1, 51)))
+    slow = LossCurve("CAND", "", tuple(LoggedStep(i, 4 * i, loss=1.0) for i in range(2, 101, 2)))
+    fast = LossCurve("REF", "", tuple(LoggedStep(i, 8 * i, loss=1.0) for i in range(1, 51)))
     assert "at 8 consumed samples REF has made 1 iterations and CAND 2" in refused(fast, slow)
     small, large = (
-        Curve(name, "", tuple(Step(i, loss=1.0, global_batch_size=size) for i in (1, 2)))
+        LossCurve(name, "", tuple(LoggedStep(i, loss=1.0, global_batch_size=size) for i in (1, 2)))
         for name, size in (("S", 64), ("L", 128))
     )
     assert (
@@ -227,17 +227,19 @@ def test_other_batch_sizes():
 def test_means_of_other_iterations():
     """Logged every ten iterations, and resumed from the fifteenth: the line of the twentieth is a mean of five."""
     ref, cand = (
-        Curve(
+        LossCurve(
             name,
             "",
-            tuple(Step(i, 8 * i, loss=1.0, interval=n) for i, n in zip((10, 20, 30), means, strict=True)),
+            tuple(
+                LoggedStep(i, 8 * i, loss=1.0, interval=n) for i, n in zip((10, 20, 30), means, strict=True)
+            ),
         )
         for name, means in (("REF", (10, 10, 10)), ("CAND", (10, 5, 10)))
     )
     assert "at 160 consumed samples REF gives the mean loss of 10 iterations and CAND 5: " in refused(
         ref, cand
     )
-    assert len(align(ref, cand, last=80).places) == 1
+    assert len(align(ref, cand, last=80).positions) == 1
 
 
 @pytest.mark.parametrize(
@@ -262,9 +264,9 @@ def test_nan(change, said):
 
 
 def test_the_axis_is_the_first_that_both_say():
-    def said(*axes: str) -> Curve:
-        steps = (Step(i, 8 * i, 128 * i, 1.0) for i in (1, 2))
-        return Curve(
+    def said(*axes: str) -> LossCurve:
+        steps = (LoggedStep(i, 8 * i, 128 * i, 1.0) for i in (1, 2))
+        return LossCurve(
             "-".join(axes),
             "",
             tuple(
@@ -280,7 +282,7 @@ def test_the_axis_is_the_first_that_both_say():
 
 
 def test_samples_that_do_not_grow_are_no_place():
-    stuck = Curve("a", "", tuple(Step(i, 8, loss=1.0) for i in (1, 2)))
+    stuck = LossCurve("a", "", tuple(LoggedStep(i, 8, loss=1.0) for i in (1, 2)))
     assert align(stuck, stuck).axis == "iteration"
 
 
@@ -421,7 +423,7 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_pat
     )
     for words, said in (
         ((ref, cand), "at 408 consumed samples the loss is nan"),
-        ((ref, write_run(tmp_path / "short", CURVE[:9])), "80 stands in"),
+        ((ref, write_run(tmp_path / "short", CURVE[:9])), "80 is in"),
         ((ref, tmp_path / "nothing"), "there is no such log"),
         ((ref,), "CAND"),
         ((ref, ref, "--profil", "strict"), "did you mean --profile"),
@@ -450,20 +452,20 @@ def test_logs_of_two_kinds(tool, tmp_path):
     assert code == 0
     assert "aligned by iterations, 1 to 100" in said
     assert "settings that differ" not in said  # one of the logs has none
-    assert "cannot be set side by side" in (tmp_path / "out/parity.html").read_text()
+    assert "so they cannot be compared" in (tmp_path / "out/parity.html").read_text()
 
 
 def test_a_single_step_can_be_drawn(tmp_path):
     ref = write_run(tmp_path / "ref", CURVE[:1])
-    assert len(report.write(comparing.compare(ref, ref), tmp_path / "out")) == 3
+    assert len(report.write_report(comparing.compare(ref, ref), tmp_path / "out")) == 3
 
 
 def test_a_verdict_never_stands_beside_an_older_picture(tmp_path, monkeypatch):
     found = comparing.compare(write_run(tmp_path / "ref", CURVE), tmp_path / "ref")
-    report.write(found, tmp_path / "out")
-    monkeypatch.setattr(report, "page", lambda *args: 1 / 0)
+    report.write_report(found, tmp_path / "out")
+    monkeypatch.setattr(report, "as_html", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        report.write(found, tmp_path / "out")
+        report.write_report(found, tmp_path / "out")
     assert not (tmp_path / "out/parity.json").exists()
 
 
@@ -478,5 +480,5 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
 def test_an_out_that_cannot_be(tmp_path):
     found = comparing.compare(write_run(tmp_path / "ref", CURVE[:2]), tmp_path / "ref")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        report.write(found, tmp_path / "file")
+    with pytest.raises(UserError, match=r"parity\.json cannot be deleted: Not a directory"):
+        report.write_report(found, tmp_path / "file")

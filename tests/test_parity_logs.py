@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from ascendspeed.loss_compare import console_logs, read_logs
 from ascendspeed.loss_compare.align import align
-from ascendspeed.loss_compare.curve import Digits, Step, continuous, number, step_of
+from ascendspeed.loss_compare.curve import (
+    LoggedStep,
+    SignificantDigits,
+    drop_replaced_steps,
+    parse_number,
+    parse_step,
+)
 from ascendspeed.training import metrics_log
 from ascendspeed.utils.errors import UserError
 
@@ -27,19 +33,21 @@ time (ms) | forward: 659.86 | backward: 2164.69 | optimizer: 1172.51 | batch gen
 def test_real_lines(tmp_path, line, step):
     path = tmp_path / "their.log"
     path.write_text(NOISE + line + "\n" + NOISE)
-    assert read_logs.read(path).steps == (step,)
+    assert read_logs.read_log(path).steps == (step,)
 
 
 def test_control_a_neighbour_of_the_loss_is_not_the_loss():
     """Labels are compared whole: with `in` instead, the first of these would be read."""
     line = " iteration 1/ 2 | moe lm loss: 9.0 | lm loss: 2.0 | lm loss value: 7.0 | mtp_1 loss: 3.0 |\n"
-    assert console_logs.read("x", [line]).steps[0].loss == 2.0
-    assert console_logs.read("x", [" iteration 1/ 2 | mtp_1 loss: 3.0 |\n"]).steps == ()
+    assert console_logs.parse_console_log("x", [line]).steps[0].loss == 2.0
+    assert console_logs.parse_console_log("x", [" iteration 1/ 2 | mtp_1 loss: 3.0 |\n"]).steps == ()
 
 
 def test_lines_that_ran_into_each_other_are_none():
     assert (
-        console_logs.read("x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]).steps
+        console_logs.parse_console_log(
+            "x", [" iteration 1/ 2 | lm loss: 2.0 | iteration 2/ 2 | lm loss: 3.0 |\n"]
+        ).steps
         == ()
     )
 
@@ -48,7 +56,7 @@ def test_lines_that_ran_into_each_other_are_none():
 def test_a_torn_line_gives_no_wrong_number(name):
     line, whole = SAMPLES[name]
     for cut in range(1, len(line)):
-        for step in console_logs.read("x", [line[:cut]]).steps:
+        for step in console_logs.parse_console_log("x", [line[:cut]]).steps:
             for field, value in vars(step).items():
                 assert value is None or value == getattr(whole, field), (line[:cut], field)
 
@@ -57,17 +65,19 @@ def test_settings_and_device(tmp_path):
     run = {"train": {"seed": 7}, "optim": {"lr": 1e-3}}
     said = "device: cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2"
     (tmp_path / "train.log").write_text(f"{said}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
-    curve = read_logs.read(tmp_path)
+    curve = read_logs.read_log(tmp_path)
     assert (curve.config, curve.device, curve.digits["loss"]) == (run, said.removeprefix("device: "), 9)
     arguments = "0: ------------------------ arguments ------------------------\n0:   seq_length ...................................... 1024\n"
-    curve = console_logs.read("x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"])
+    curve = console_logs.parse_console_log(
+        "x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"]
+    )
     assert (curve.config, curve.digits) == ({"seq_length": "1024"}, {"loss": 7, "grad_norm": 4})
 
 
 def test_run_json_beside_a_log_that_says_nothing(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
     (tmp_path / "run.json").write_text('{"train": {"seed": 7}}')
-    assert read_logs.read(tmp_path / "x.jsonl").config == {"train": {"seed": 7}}
+    assert read_logs.read_log(tmp_path / "x.jsonl").config == {"train": {"seed": 7}}
 
 
 def test_a_resumed_run_replaces_what_was_done_beyond_its_checkpoint(tmp_path):
@@ -75,14 +85,14 @@ def test_a_resumed_run_replaces_what_was_done_beyond_its_checkpoint(tmp_path):
         [ours(i, float(i)) for i in (1, 2, 3, 4)] + ["half a li\n"] + [ours(i, i + 0.5) for i in (3, 4, 5)]
     )
     (tmp_path / "train.log").write_text("".join(lines))
-    curve = read_logs.read(tmp_path)
+    curve = read_logs.read_log(tmp_path)
     assert [step.loss for step in curve.steps] == [1.0, 2.0, 3.5, 4.5, 5.5]
     assert curve.replaced == 2
 
 
 def test_a_run_begun_again_in_the_same_log_leaves_nothing_of_the_old_one():
-    steps, replaced = continuous(
-        [Step(i, loss=1.0) for i in range(1, 6)] + [Step(i, loss=2.0) for i in range(1, 4)]
+    steps, replaced = drop_replaced_steps(
+        [LoggedStep(i, loss=1.0) for i in range(1, 6)] + [LoggedStep(i, loss=2.0) for i in range(1, 4)]
     )
     assert ([step.iteration for step in steps], {step.loss for step in steps}, replaced) == (
         [1, 2, 3],
@@ -93,7 +103,7 @@ def test_a_run_begun_again_in_the_same_log_leaves_nothing_of_the_old_one():
 
 @given(st.lists(st.integers(0, 9)))
 def test_continuous_always_grows_and_ends_with_the_last(places):
-    steps, replaced = continuous(Step(place) for place in places)
+    steps, replaced = drop_replaced_steps(LoggedStep(place) for place in places)
     kept = [step.iteration for step in steps]
     assert kept == sorted(set(kept))
     assert kept[-1:] == places[-1:]
@@ -113,7 +123,7 @@ def test_continuous_always_grows_and_ends_with_the_last(places):
     + [(text, None) for text in ("1.258B", "6.1.2", "", "0:00:01", "54.85%", None, "x")],
 )
 def test_numbers(text, value):
-    assert number(text) == value
+    assert parse_number(text) == value
 
 
 @pytest.mark.parametrize(
@@ -129,18 +139,18 @@ def test_numbers(text, value):
     ],
 )
 def test_digits(texts, digits):
-    seen = Digits()
+    seen = SignificantDigits()
     for text in texts:
         seen.count({"Grad-Norm": text})
-    assert seen.found == {"grad_norm": digits}
+    assert seen.by_field == {"grad_norm": digits}
 
 
 def test_the_interval_of_a_line():
-    assert console_logs.read("x", [ours(20, 2.0, interval=5)]).steps[0].interval == 5
+    assert console_logs.parse_console_log("x", [ours(20, 2.0, interval=5)]).steps[0].interval == 5
 
 
 def test_nan_is_read_as_nan():
-    assert math.isnan(step_of({"step": 1, "loss": "nan"}).loss)
+    assert math.isnan(parse_step({"step": 1, "loss": "nan"}).loss)
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------------
@@ -152,20 +162,23 @@ def test_json_lines(tmp_path):
         '{"iteration": 1, "consumed_samples": 8, "lm loss": 2.5, "grad_norm": 1.25, "last": true}\n\n'
         '{"current_steps": 2, "total_steps": 9, "samples": 16, "loss": 2.25}\n{"step": 2, "eval_loss": 9}\n{"step": 3, "lo'
     )
-    curve = read_logs.read(path)
-    assert curve.steps == (Step(1, 8, loss=2.5, grad_norm=1.25), Step(2, 16, loss=2.25, train_iters=9))
+    curve = read_logs.read_log(path)
+    assert curve.steps == (
+        LoggedStep(1, 8, loss=2.5, grad_norm=1.25),
+        LoggedStep(2, 16, loss=2.25, train_iters=9),
+    )
     assert curve.kind == "JSON lines"
     path.write_text(
         '{"step": 1, "loss": NaN}\n{"step": 2, "loss": 2.0, "grad_norm": Infinity}\n'
     )  # as Python writes them
-    assert [math.isnan(step.loss) for step in read_logs.read(path).steps] == [True, False]
+    assert [math.isnan(step.loss) for step in read_logs.read_log(path).steps] == [True, False]
 
 
 def test_json_that_is_of_no_step(tmp_path):
     """Hugging Face's last line, a mean over the whole run, says the last step once more; so do evaluations."""
     path = tmp_path / "log.jsonl"
     steps = '{"loss": 2.5, "step": 1}\n{"loss": 2.25, "step": 2}\n'
-    wanted = (Step(1, loss=2.5), Step(2, loss=2.25))
+    wanted = (LoggedStep(1, loss=2.5), LoggedStep(2, loss=2.25))
     for more in (
         '{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}',
         '{"step": 2, "train_loss": 4.45}',
@@ -173,34 +186,34 @@ def test_json_that_is_of_no_step(tmp_path):
         '{"step": 2, "split": "Test", "loss": 9.0}',
     ):
         path.write_text(steps + more + "\n")
-        assert read_logs.read(path).steps == wanted
+        assert read_logs.read_log(path).steps == wanted
     path.write_text(
         '{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25, "split": "train"}\n'
     )  # without others: of steps
-    assert read_logs.read(path).steps == wanted
+    assert read_logs.read_log(path).steps == wanted
     path.write_text('{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}\n')
     with pytest.raises(UserError, match="no training loss"):
-        read_logs.read(path)
+        read_logs.read_log(path)
 
 
 def test_json_that_says_a_step_twice(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.5, "ms_per_iteration": 3}\n')
-    assert len(read_logs.read(path).steps) == 1
+    assert len(read_logs.read_log(path).steps) == 1
     path.write_text('{"step": 1, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n')
-    with pytest.raises(UserError, match="line 2 says step 1 once more"):
-        read_logs.read(path)
+    with pytest.raises(UserError, match="line 2 repeats step 1 with another loss"):
+        read_logs.read_log(path)
     path.write_text(
         '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": 2.5}\n{"step": 1, "loss": 2.25}\n'
     )  # resumed
-    assert read_logs.read(path).steps == (Step(1, loss=2.25),)
+    assert read_logs.read_log(path).steps == (LoggedStep(1, loss=2.25),)
 
 
 def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
     (tmp_path / "log.jsonl").write_text(
         '{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n{"step": 3, "loss": 2.0}\n'
     )
-    curve = read_logs.read(tmp_path / "log.jsonl")
+    curve = read_logs.read_log(tmp_path / "log.jsonl")
     assert [step.loss for step in curve.steps] == [2.5, None, 2.0]
     with pytest.raises(UserError, match="at 2 iterations there is no loss"):
         align(curve, curve)
@@ -209,8 +222,8 @@ def test_a_loss_of_null_is_a_step_without_a_loss(tmp_path):
 @pytest.mark.parametrize("line", ['{"step": 1, "loss": }', '{"step": 1, "step": 2}', "[1]"])
 def test_json_that_cannot_be_used_is_named(tmp_path, line):
     (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n' + line + "\n")
-    with pytest.raises(UserError, match="line 2 is no JSON"):
-        read_logs.read(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match="line 2 is not valid JSON"):
+        read_logs.read_log(tmp_path / "log.jsonl")
 
 
 # --- TensorBoard ------------------------------------------------------------------------------------------------------------
@@ -240,9 +253,9 @@ def test_our_events(tmp_path):
         for i in (1, 2):
             logger.line(metrics_log.parse(ours(i, 2.0 + i, ms_per_iteration=12.5)))
             logger.line(metrics_log.EvalLine(i, 9.0))
-    curve = read_logs.read(tmp_path)
-    assert curve.steps == tuple(Step(i, 8 * i, 128 * i, 2.0 + i, 1.0, ms=12.5) for i in (1, 2))
-    assert read_logs.read(next(tmp_path.iterdir())).steps == curve.steps
+    curve = read_logs.read_log(tmp_path)
+    assert curve.steps == tuple(LoggedStep(i, 8 * i, 128 * i, 2.0 + i, 1.0, ms=12.5) for i in (1, 2))
+    assert read_logs.read_log(next(tmp_path.iterdir())).steps == curve.steps
 
 
 def test_megatrons_events_resumed(board):
@@ -256,26 +269,26 @@ def test_megatrons_events_resumed(board):
         ):
             lines.append((tag, value, x))
         lines.append(("lm loss validation", 7.0, i))
-    curve = read_logs.read(board(*lines))
-    assert curve.steps[-1] == Step(2, 16, None, 2.25, 0.5)
+    curve = read_logs.read_log(board(*lines))
+    assert curve.steps[-1] == LoggedStep(2, 16, None, 2.25, 0.5)
     assert (len(curve.steps), curve.replaced) == (2, 2)
 
 
 @pytest.mark.parametrize(
     ("tag", "x", "step"),
     [
-        ("lm-loss-training/lm loss", 3, Step(3, loss=2.5)),
-        ("lm-loss-training/lm loss vs tokens", 384, Step(tokens=384, loss=2.5)),
-        ("Train/Samples/train_loss", 24, Step(samples=24, loss=2.5)),
+        ("lm-loss-training/lm loss", 3, LoggedStep(3, loss=2.5)),
+        ("lm-loss-training/lm loss vs tokens", 384, LoggedStep(tokens=384, loss=2.5)),
+        ("Train/Samples/train_loss", 24, LoggedStep(samples=24, loss=2.5)),
     ],
 )
 def test_others_events(board, tag, x, step):
-    assert read_logs.read(board((tag, 2.5, x), ("eval/loss", 9.0, x))).steps == (step,)
+    assert read_logs.read_log(board((tag, 2.5, x), ("eval/loss", 9.0, x))).steps == (step,)
 
 
 def test_events_without_a_loss(board):
     with pytest.raises(UserError, match="no loss under a known name"):
-        read_logs.read(board(("learning rate", 1.0, 1), ("lm loss validation", 2.0, 1)))
+        read_logs.read_log(board(("learning rate", 1.0, 1), ("lm loss validation", 2.0, 1)))
 
 
 def test_events_that_are_cut_off(board, tmp_path):
@@ -283,7 +296,7 @@ def test_events_that_are_cut_off(board, tmp_path):
 
     path = next(Path(board(*(("lm loss", float(i), i) for i in range(1, 9)))).iterdir())
     path.write_bytes(path.read_bytes()[:-5])
-    assert [step.iteration for step in read_logs.read(path).steps] == list(range(1, 8))
+    assert [step.iteration for step in read_logs.read_log(path).steps] == list(range(1, 8))
 
 
 # --- what is no log ---------------------------------------------------------------------------------------------------------
@@ -304,6 +317,6 @@ def test_what_is_no_log_is_named(tmp_path):
         ("utf16.log", "is UTF-16"),
     ):
         with pytest.raises(UserError, match=said) as error:
-            read_logs.read(tmp_path / name)
+            read_logs.read_log(tmp_path / name)
         assert "\n" not in str(error.value)
         assert name in str(error.value)

@@ -12,7 +12,7 @@ from helpers.loss_curves import example_run
 from helpers.training_logs import SAMPLES, ours
 
 from ascendspeed.loss_compare import console_logs, performance_table, read_logs
-from ascendspeed.loss_compare.performance_table import PUBLISHED, Row
+from ascendspeed.loss_compare.performance_table import PUBLISHED, PerformanceRow
 from ascendspeed.models import estimates, families
 from ascendspeed.utils.errors import UserError
 
@@ -41,24 +41,26 @@ def write_log(
 
 
 def test_every_cell_by_hand(tmp_path):
-    row = performance_table.of_curve(read_logs.read(write_log(tmp_path)), warmup=2)
-    assert row == Row(
+    row = performance_table.performance_row(read_logs.read_log(write_log(tmp_path)), warmup=2)
+    assert row == PerformanceRow(
         "cpu (AMD EPYC) (4)", "internlm-tiny", 100, 4.0, 64.0, 0.5, 0.2
     )  # median 500 ms: 16 samples/s over 4 devices
     assert row.cells == ("cpu (AMD EPYC) (4)", "internlm-tiny", "100", "4.000", "64", "0.500", "0.2")
 
 
 def test_control_the_first_steps_do_not_count(tmp_path):
-    curve = read_logs.read(write_log(tmp_path, (90000.0, 90000.0, 90000.0, 500.0, 500.0)))
-    assert performance_table.of_curve(curve, warmup=3).seconds == 0.5
-    assert performance_table.of_curve(curve, warmup=0).seconds == 90.0
+    curve = read_logs.read_log(write_log(tmp_path, (90000.0, 90000.0, 90000.0, 500.0, 500.0)))
+    assert performance_table.performance_row(curve, warmup=3).seconds == 0.5
+    assert performance_table.performance_row(curve, warmup=0).seconds == 90.0
     assert (
-        performance_table.of_curve(curve, warmup=9).seconds == 90.0
+        performance_table.performance_row(curve, warmup=9).seconds == 90.0
     )  # a log that is shorter counts as a whole
 
 
-def row_of(name: str, devices: int | None = None) -> Row:
-    return performance_table.of_curve(console_logs.read(f"{name}.log", [SAMPLES[name][0] + "\n"]), devices)
+def row_of(name: str, devices: int | None = None) -> PerformanceRow:
+    return performance_table.performance_row(
+        console_logs.parse_console_log(f"{name}.log", [SAMPLES[name][0] + "\n"]), devices
+    )
 
 
 def test_logs_of_others():
@@ -87,10 +89,12 @@ def test_what_a_log_does_not_say_is_not_guessed():
 
 def test_what_is_missing_is_what_the_footnote_names(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.0, "elapsed_time_ms": 500.0}\n')
-    curve = read_logs.read(tmp_path / "x.jsonl")
+    curve = read_logs.read_log(tmp_path / "x.jsonl")
     path = tmp_path / "x.jsonl"
-    assert performance_table.of_curve(curve, 7).notes == (f"{path} does not say its global batch size.",)
-    assert performance_table.of_curve(curve).notes == (
+    assert performance_table.performance_row(curve, 7).notes == (
+        f"{path} does not say its global batch size.",
+    )
+    assert performance_table.performance_row(curve).notes == (
         f"{path} does not say its global batch size and how many devices there were: --devices N.",
     )
 
@@ -98,8 +102,8 @@ def test_what_is_missing_is_what_the_footnote_names(tmp_path):
 def test_megatrons_arguments_name_model_and_devices():
     names = {"world_size": 32, "num_layers": 80, "hidden_size": 8192, "seq_length": 2048}
     lines = [f"  {name} ...................... {value}\n" for name, value in names.items()]
-    row = performance_table.of_curve(
-        console_logs.read("x", [*lines, SAMPLES["Megatron-LM without a time"][0] + "\n"])
+    row = performance_table.performance_row(
+        console_logs.parse_console_log("x", [*lines, SAMPLES["Megatron-LM without a time"][0] + "\n"])
     )
     assert row.model == "80 layers x 8192"
     assert row.tokens == pytest.approx(1024 / 126.9953 / 32 * 2048)
@@ -125,7 +129,9 @@ def test_what_the_footnotes_say_of_the_published_figures():
 
 @pytest.mark.parametrize("markdown", [True, False])
 def test_the_table(markdown):
-    text = performance_table.table([*PUBLISHED, Row("x", "y", 1, 2.0, 3.0, 4.0, 5.0)], markdown)
+    text = performance_table.format_table(
+        [*PUBLISHED, PerformanceRow("x", "y", 1, 2.0, 3.0, 4.0, 5.0)], markdown
+    )
     lines = text.splitlines()
     assert [line.strip("| ").split()[0] for line in lines[2:7]] == [
         "NPUs,",
@@ -178,7 +184,7 @@ def test_the_tool(tool, tmp_path):
 
 def test_numbers_that_are_not_there(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    assert performance_table.of_curve(read_logs.read(tmp_path / "x.jsonl")).cells == (
+    assert performance_table.performance_row(read_logs.read_log(tmp_path / "x.jsonl")).cells == (
         "x.jsonl",
         "-",
         "-",
@@ -188,4 +194,4 @@ def test_numbers_that_are_not_there(tmp_path):
         "-",
     )
     with pytest.raises(UserError):
-        read_logs.read(tmp_path)
+        read_logs.read_log(tmp_path)

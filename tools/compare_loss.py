@@ -1,9 +1,10 @@
-"""Do two runs have the same loss? Figures, a picture and a verdict from their logs.
+"""Compares the losses of two runs from their logs: metrics, a plot and a verdict.
 
     python tools/compare_loss.py REF CAND --out DIR [--ref2 SECOND_RUN_OF_REF] [--profile strict]
 
-REF and CAND are logs of this project, of AscendSpeed, MindSpeed, Megatron-LM, InternEvo, GPT-NeoX or DeepSpeed's pipeline engine,
-TensorBoard events, JSON lines, or the folder of a run. Exit code 0: parity, 1: none, 2: they cannot be compared.
+REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, InternEvo, GPT-NeoX or DeepSpeed's
+pipeline engine, TensorBoard events, JSON lines, or the folder of a run. Exit code 0: parity, 1: no parity, 2: the logs cannot
+be compared.
 """
 
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of this tool."""
+    """Flags of compare_loss.py."""
 
     ref: Annotated[Positional[str], arg(metavar="REF")]
     """Log of the reference run."""
@@ -29,23 +30,23 @@ class Options:
     out: str = "parity"
     """Folder for parity.json, parity.png and parity.html."""
     ref2: str | None = None
-    """Log of a second run of the reference: how far two equal runs are apart is drawn as a band."""
+    """Log of a second run of the reference; the distance between the two is drawn as a band."""
     profile: Profile = "published"
-    """published: the mean relative error is below 2 %; strict: that of every step is; bitwise: all losses and
-    gradient norms are the same numbers."""
+    """published: the mean relative error is below 2 %; strict: the error of every step is; bitwise: all losses
+    and gradient norms are identical."""
     first: int | None = None
-    """Compare from this many consumed samples on (iterations, where the logs say no samples)."""
+    """First position to compare, in consumed samples (in iterations if the logs have no samples)."""
     last: int | None = None
-    """Compare up to this many."""
+    """Last position to compare, inclusive."""
     same_origin: bool = False
-    """Insist on origin.json beside both logs: the same seed, weights and data."""
+    """Require an origin.json beside every log: the same seed, weights and data."""
 
 
 def main() -> int:
-    """Compares, reports, judges."""
+    """Compares, writes the report, and returns the exit code."""
     options = parser.parse(Options, description=__doc__ or "")
-    report.forget(options.out)
-    found = comparing.compare(
+    report.remove_report(options.out)
+    comparison = comparing.compare(
         options.ref,
         options.cand,
         options.ref2,
@@ -54,10 +55,10 @@ def main() -> int:
         options.last,
         options.same_origin,
     )
-    written = report.write(found, options.out)
-    print("\n".join(report.lines(found)))
+    written = report.write_report(comparison, options.out)
+    print("\n".join(report.as_text(comparison)))
     print(f"wrote {', '.join(map(str, written))}")
-    return 0 if found.verdict.passed else 1
+    return 0 if comparison.verdict.passed else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The published performance table from logs, beside the published figures.
+"""Prints the performance table: rows from logs beside the published rows.
 
 python tools/perf_table.py logs/train.log [ANOTHER ...] [--markdown] [--out FILE]
 """
@@ -17,30 +17,30 @@ from ascendspeed.utils.atomic import write_file
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of this tool."""
+    """Flags of perf_table.py."""
 
     logs: Annotated[Positional[tuple[str, ...]], arg(metavar="LOG...")]
-    """Logs of any kind that compare_loss.py reads."""
+    """Logs in any format that compare_loss.py reads."""
     devices: int | None = None
-    """Devices of the runs, where their logs do not say (this project's do)."""
+    """Number of devices, for logs that lack it (this project's have it)."""
     warmup: int = 5
-    """Steps at the beginning that do not count."""
+    """Steps to skip at the beginning."""
     markdown: bool = False
-    """Markdown instead of text."""
+    """Print Markdown instead of text."""
     out: str | None = None
-    """File to write the table to as well."""
+    """File to write the table to, beside printing it."""
 
 
 def main() -> None:
-    """Reads, computes, prints."""
+    """Reads the logs and prints the table."""
     options = parser.parse(Options, description=__doc__ or "")
     if not options.logs or options.warmup < 0 or (options.devices is not None and options.devices < 1):
         raise errors.UserError("give at least one LOG; --warmup must be 0 or more and --devices at least 1")
     rows = [
-        performance_table.of_curve(read_logs.read(log), options.devices, options.warmup)
+        performance_table.performance_row(read_logs.read_log(log), options.devices, options.warmup)
         for log in options.logs
     ]
-    text = performance_table.table([*performance_table.PUBLISHED, *rows], options.markdown)
+    text = performance_table.format_table([*performance_table.PUBLISHED, *rows], options.markdown)
     print(text)
     if options.out:
         write_file(Path(options.out), text + "\n")

@@ -1,1 +1,3 @@
-"""Two runs, one curve? Logs of any kind -> aligned steps -> figures -> a verdict that anyone can check."""
+"""Comparison of training runs: logs of any framework -> aligned curves -> metrics -> a verdict that anyone
+can check.
+"""

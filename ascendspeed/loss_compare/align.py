@@ -1,107 +1,123 @@
-"""Two curves, step beside step: what does not belong together is refused."""
+"""Aligns two loss curves step by step and refuses logs that do not belong together."""
 
 import itertools
 import math
 from dataclasses import dataclass
 
-from ascendspeed.loss_compare.curve import AXES, Axis, Curve, Step
+from ascendspeed.loss_compare.curve import AXES, Axis, LoggedStep, LossCurve
 from ascendspeed.utils.errors import UserError
 
-WORDS = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}
+AXIS_NAMES = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}
 
 _BATCHES = "runs of different batch sizes cannot be compared step by step"
-SAME = {
+REQUIRED_EQUAL = {
     "iteration": ("has made {} iterations", _BATCHES),
     "global_batch_size": ("has a global batch size of {}", _BATCHES),
     "interval": (
         "gives the mean loss of {} iterations",
-        "these are means of other steps (a run that was resumed between two lines?); log every iteration, or compare a part of it",
+        "these are means of other steps (a run that was resumed between two lines?); log every iteration, "
+        "or compare a part of it",
     ),
 }
-"""What two steps at one place must agree in, where both say it."""
+"""Fields in which two steps at one position must agree if both logs have them: (text of the error, hint)."""
 
 
 @dataclass(frozen=True)
-class Pair:
-    """Steps of a reference and a candidate at the same places. Every loss is finite."""
+class AlignedCurves:
+    """Steps of a reference and a candidate at the same positions. Every loss is finite."""
 
     axis: Axis
-    """What the places count."""
-    places: tuple[int, ...]
-    ref: tuple[Step, ...]
-    cand: tuple[Step, ...]
+    """Unit of the positions."""
+    positions: tuple[int, ...]
+    ref: tuple[LoggedStep, ...]
+    cand: tuple[LoggedStep, ...]
 
 
-def align(ref: Curve, cand: Curve, first: int | None = None, last: int | None = None) -> Pair:
-    """Puts both beside each other by consumed samples; by tokens or iterations where one of the logs does not say samples.
+def align(
+    ref: LossCurve, cand: LossCurve, first: int | None = None, last: int | None = None
+) -> AlignedCurves:
+    """Aligns two curves by consumed samples, or by tokens or iterations if one of the logs lacks samples.
 
-    `first`, `last`: the part of the run to compare, both included, on that axis. Raises `UserError` when the places are not
-    the same ones, when the batches or what a line is a mean of are not, or when a loss is missing or not a number.
+    `first` and `last` select a part of the run, both inclusive, in units of that axis. Raises UserError if
+    the positions, the batch sizes or the averaging intervals differ, or if a loss is missing or not finite.
     """
-    axis = next((axis for axis in AXES if _grows(ref, axis) and _grows(cand, axis)), None)
+    axis = next((axis for axis in AXES if _increases(ref, axis) and _increases(cand, axis)), None)
     if axis is None:
         raise UserError(
-            f"{ref.path} and {cand.path} cannot be aligned: neither samples, tokens nor iterations are said in both"
+            f"{ref.path} and {cand.path} cannot be aligned: the logs share neither samples, tokens nor "
+            "iterations"
         )
-    a, b = _cut(ref, axis, first, last), _cut(cand, axis, first, last)
-    _check_places(ref, a, cand, b, axis)
-    for place, step in a.items():
-        for field, (has, hint) in SAME.items():
-            one, other = getattr(step, field), getattr(b[place], field)
-            if None not in (one, other) and one != other:
+    ref_steps = _select(ref, axis, first, last)
+    cand_steps = _select(cand, axis, first, last)
+    _check_positions(ref, ref_steps, cand, cand_steps, axis)
+    for position, ref_step in ref_steps.items():
+        for field, (text, hint) in REQUIRED_EQUAL.items():
+            ref_value = getattr(ref_step, field)
+            cand_value = getattr(cand_steps[position], field)
+            if None not in (ref_value, cand_value) and ref_value != cand_value:
                 raise UserError(
-                    f"at {place} {WORDS[axis]} {ref.path} {has.format(one)} and {cand.path} {other}: {hint}"
+                    f"at {position} {AXIS_NAMES[axis]} {ref.path} {text.format(ref_value)} and {cand.path} "
+                    f"{cand_value}: {hint}"
                 )
-    for curve, steps in ((ref, a), (cand, b)):
-        _check_losses(curve, steps, axis)
-    return Pair(axis, tuple(a), tuple(a.values()), tuple(b.values()))
+    _check_losses(ref, ref_steps, axis)
+    _check_losses(cand, cand_steps, axis)
+    return AlignedCurves(axis, tuple(ref_steps), tuple(ref_steps.values()), tuple(cand_steps.values()))
 
 
-def _grows(curve: Curve, axis: Axis) -> bool:
+def _increases(curve: LossCurve, axis: Axis) -> bool:
     values = [getattr(step, axis) for step in curve.steps]
     return None not in values and all(a < b for a, b in itertools.pairwise(values))
 
 
-def _cut(curve: Curve, axis: Axis, first: int | None, last: int | None) -> dict[int, Step]:
-    least, most = -math.inf if first is None else first, math.inf if last is None else last
+def _select(curve: LossCurve, axis: Axis, first: int | None, last: int | None) -> dict[int, LoggedStep]:
+    """Returns position -> step between `first` and `last`. Raises UserError if there is none."""
+    lowest = -math.inf if first is None else first
+    highest = math.inf if last is None else last
     steps = {getattr(step, axis): step for step in curve.steps}
-    kept = {place: step for place, step in steps.items() if least <= place <= most}
-    if not kept:
-        asked = f"from {'the start' if first is None else first} to {'the end' if last is None else last}"
+    selected = {position: step for position, step in steps.items() if lowest <= position <= highest}
+    if not selected:
+        part = f"from {'the start' if first is None else first} to {'the end' if last is None else last}"
         raise UserError(
-            f"{curve.path}: no step {asked}: this log goes from {min(steps)} to {max(steps)} {WORDS[axis]}"
+            f"{curve.path}: no step {part}: this log goes from {min(steps)} to {max(steps)} "
+            f"{AXIS_NAMES[axis]}"
         )
-    return kept
+    return selected
 
 
-def _check_places(ref: Curve, a: dict[int, Step], cand: Curve, b: dict[int, Step], axis: Axis) -> None:
-    alone = min(a.keys() ^ b.keys(), default=None)
-    if alone is None:
+def _check_positions(
+    ref: LossCurve,
+    ref_steps: dict[int, LoggedStep],
+    cand: LossCurve,
+    cand_steps: dict[int, LoggedStep],
+    axis: Axis,
+) -> None:
+    unmatched = min(ref_steps.keys() ^ cand_steps.keys(), default=None)
+    if unmatched is None:
         return
-    holder, lacks = (ref, cand) if alone in a else (cand, ref)
-    end = min(max(a), max(b))
-    part = f"; --last {end} compares what both have" if alone > end else ""
+    present, absent = (ref, cand) if unmatched in ref_steps else (cand, ref)
+    end = min(max(ref_steps), max(cand_steps))
+    hint = f"; --last {end} compares what both have" if unmatched > end else ""
     raise UserError(
-        f"{ref.path} has {len(a)} steps up to {max(a)} {WORDS[axis]}, {cand.path} {len(b)} up to {max(b)}: "
-        f"{alone} stands in {holder.path} and not in {lacks.path}{part}"
+        f"{ref.path} has {len(ref_steps)} steps up to {max(ref_steps)} {AXIS_NAMES[axis]}, "
+        f"{cand.path} {len(cand_steps)} up to {max(cand_steps)}: "
+        f"{unmatched} is in {present.path} but not in {absent.path}{hint}"
     )
 
 
-def _check_losses(curve: Curve, steps: dict[int, Step], axis: Axis) -> None:
-    for place, step in steps.items():
-        wrong = (
-            "there is no loss (a skipped iteration?)"
-            if step.loss is None
-            else f"the loss is {step.loss}"
-            if not math.isfinite(step.loss)
-            else "the gradient norm is nan"
-            if step.grad_norm is not None and math.isnan(step.grad_norm)
-            else f"{step.nans} iterations were NaN"
-            if step.nans
-            else None
-        )
-        if wrong:
+def _check_losses(curve: LossCurve, steps: dict[int, LoggedStep], axis: Axis) -> None:
+    for position, step in steps.items():
+        if fault := _fault(step):
             raise UserError(
-                f"{curve.path}: at {place} {WORDS[axis]} {wrong}; nothing is proven by such a run "
-                "(--first and --last compare a part of it)"
+                f"{curve.path}: at {position} {AXIS_NAMES[axis]} {fault}; such a run proves nothing (--first "
+                "and --last compare a part of it)"
             )
+
+
+def _fault(step: LoggedStep) -> str | None:
+    if step.loss is None:
+        return "there is no loss (a skipped iteration?)"
+    if not math.isfinite(step.loss):
+        return f"the loss is {step.loss}"
+    if step.grad_norm is not None and math.isnan(step.grad_norm):
+        return "the gradient norm is nan"
+    return f"{step.nans} iterations were NaN" if step.nans else None

@@ -1,39 +1,39 @@
-"""One comparison: two logs (and a second run of the reference) -> steps side by side, figures, verdict."""
+"""Compares two logs, optionally with a second run of the reference: aligned curves, metrics and verdict."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from ascendspeed.loss_compare import metrics, origin, read_logs
-from ascendspeed.loss_compare.align import Pair, align
-from ascendspeed.loss_compare.curve import Curve, flat
-from ascendspeed.loss_compare.metrics import Figures, Profile, Verdict
+from ascendspeed.loss_compare.align import AlignedCurves, align
+from ascendspeed.loss_compare.curve import LossCurve, flatten_config
+from ascendspeed.loss_compare.metrics import LossMetrics, Profile, Verdict
 from ascendspeed.utils.errors import UserError
 
 Setting = tuple[str, str | None, str | None]
-"""Name, the reference's value, the candidate's; None: not said."""
+"""(name, value of the reference, value of the candidate); None: not in the log."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that is known of two runs beside each other."""
+    """Result of comparing two runs."""
 
-    ref: Curve
-    cand: Curve
-    pair: Pair
-    figures: Figures
+    ref: LossCurve
+    cand: LossCurve
+    aligned: AlignedCurves
+    metrics: LossMetrics
     verdict: Verdict
     settings: tuple[Setting, ...]
-    """Of both runs, by name; none when neither log has them."""
+    """Settings of both runs, by name; empty if a log lacks them."""
     origin: dict[str, str] | None
-    """Seed and hashes of weights and data, when both logs have them beside them; they are the same then."""
-    ref2: Curve | None = None
-    noise: Pair | None = None
-    """The reference and a second run of it."""
-    noise_figures: Figures | None = None
+    """Seed and hashes of weights and data, equal in all runs; None if a log has no origin.json beside it."""
+    ref2: LossCurve | None = None
+    noise: AlignedCurves | None = None
+    """The reference and its second run."""
+    noise_metrics: LossMetrics | None = None
 
     @property
     def differences(self) -> tuple[Setting, ...]:
-        """Settings that are not the same, or that one run only has."""
+        """Settings that differ, or that only one run has."""
         return tuple(setting for setting in self.settings if setting[1] != setting[2])
 
 
@@ -46,38 +46,42 @@ def compare(
     last: int | None = None,
     same_origin: bool = False,
 ) -> Comparison:
-    """Reads, aligns, measures and judges. `same_origin`: insist on origin.json beside both logs.
+    """Reads, aligns, measures and judges. `same_origin` requires an origin.json beside every log.
 
-    Raises `UserError` for logs that cannot be read or do not belong together: other steps, NaNs, other weights, data or seed.
+    Raises UserError for logs that cannot be read or do not belong together: other steps, NaNs, other weights,
+    data or seed.
     """
-    a, b = read_logs.read(ref), read_logs.read(cand)
-    c = read_logs.read(ref2) if ref2 else None
-    begins = origin.check_same(*(curve.path for curve in (a, b, c) if curve), needed=same_origin)
-    pair = align(a, b, first, last)
-    noise = align(a, c, first, last) if c else None
-    if noise and noise.places != pair.places:
+    ref_curve, cand_curve = read_logs.read_log(ref), read_logs.read_log(cand)
+    ref2_curve = read_logs.read_log(ref2) if ref2 else None
+    paths = [curve.path for curve in (ref_curve, cand_curve, ref2_curve) if curve]
+    common_origin = origin.check_same_origin(*paths, required=same_origin)
+    aligned = align(ref_curve, cand_curve, first, last)
+    noise = align(ref_curve, ref2_curve, first, last) if ref2_curve else None
+    if noise and noise.positions != aligned.positions:
         raise UserError(
-            f"{c.path} is aligned by {noise.axis}, the other two logs by {pair.axis}: give logs of one kind"
+            f"{ref2_curve.path} is aligned by {noise.axis}, the other two logs by {aligned.axis}: give logs "
+            "of one kind"
         )
     if profile == "bitwise":
-        metrics.check_digits(a, b)
-    found = metrics.measure(pair)
+        metrics.require_exact_digits(ref_curve, cand_curve)
+    measured = metrics.compute_metrics(aligned)
     return Comparison(
-        ref=a,
-        cand=b,
-        pair=pair,
-        figures=found,
-        verdict=metrics.judge(found, profile),
-        settings=_settings(a, b),
-        origin=begins,
-        ref2=c,
+        ref=ref_curve,
+        cand=cand_curve,
+        aligned=aligned,
+        metrics=measured,
+        verdict=metrics.judge(measured, profile),
+        settings=_settings(ref_curve, cand_curve),
+        origin=common_origin,
+        ref2=ref2_curve,
         noise=noise,
-        noise_figures=metrics.measure(noise) if noise else None,
+        noise_metrics=metrics.compute_metrics(noise) if noise else None,
     )
 
 
-def _settings(a: Curve, b: Curve) -> tuple[Setting, ...]:
-    one, other = flat(a.config or {}), flat(b.config or {})
-    if not one or not other:  # nothing to set side by side
+def _settings(ref: LossCurve, cand: LossCurve) -> tuple[Setting, ...]:
+    ref_config, cand_config = flatten_config(ref.config or {}), flatten_config(cand.config or {})
+    if not ref_config or not cand_config:  # with one side missing, every setting would differ
         return ()
-    return tuple((name, one.get(name), other.get(name)) for name in sorted(one.keys() | other.keys()))
+    names = sorted(ref_config.keys() | cand_config.keys())
+    return tuple((name, ref_config.get(name), cand_config.get(name)) for name in names)

@@ -1,4 +1,4 @@
-"""What a log of any kind says of a run, in one form; and the names under which logs say it."""
+"""Loss curve of a run, independent of the log's format, and the names under which logs report its fields."""
 
 import dataclasses
 import math
@@ -9,25 +9,27 @@ from typing import Any, Literal
 
 Axis = Literal["samples", "tokens", "iteration"]
 AXES: tuple[Axis, ...] = ("samples", "tokens", "iteration")
-"""Where a step stands in its run; the first that two logs share aligns them."""
-EXACT = 9
-"""Decimal digits that tell all fp32 numbers apart."""
+"""Units of a step's position, in order of preference: the first that two logs share aligns them."""
+EXACT_DIGITS = 9
+"""Decimal digits that distinguish all fp32 numbers."""
 
 
 @dataclass(frozen=True)
-class Step:
-    """One logged interval of training. What is None is not said."""
+class LoggedStep:
+    """One logged interval of training. None: not in the log."""
 
     iteration: int | None = None
     samples: int | None = None
-    """Consumed since the start of the run, as are tokens."""
+    """Samples consumed since the start of the run."""
     tokens: int | None = None
+    """Tokens consumed since the start of the run."""
     loss: float | None = None
-    """Per token, mean of the interval."""
+    """Loss per token, mean of the interval."""
     grad_norm: float | None = None
     skipped: int | None = None
-    """Skipped iterations of the interval, as are NaN ones."""
+    """Skipped iterations of the interval."""
     nans: int | None = None
+    """NaN iterations of the interval."""
     train_iters: int | None = None
     """Iterations of the whole run."""
     global_batch_size: int | None = None
@@ -35,40 +37,42 @@ class Step:
     ms: float | None = None
     """Milliseconds per iteration."""
     samples_per_s: float | None = None
-    """Of all devices together."""
+    """Samples per second of all devices together."""
     tokens_per_s: float | None = None
-    """Per device, as are TFLOP/s."""
+    """Tokens per second and device."""
     tflops: float | None = None
+    """TFLOP/s per device."""
     interval: int | None = None
-    """Iterations that the loss is the mean of."""
+    """Number of iterations over which the loss is averaged."""
 
     @property
-    def place(self) -> int:
-        """Where it stands, on the finest axis that is known."""
+    def position(self) -> int:
+        """Position in the run: iteration, samples or tokens, the first that is known."""
         return next(value for value in (self.iteration, self.samples, self.tokens) if value is not None)
 
 
 @dataclass(frozen=True)
-class Curve:
-    """The log of one run."""
+class LossCurve:
+    """Log of one run."""
 
     path: str
     kind: str
-    """Of the log, in words."""
-    steps: tuple[Step, ...]
-    """In order; what a run that was killed did beyond its last checkpoint is replaced by what its successor did."""
+    """Kind of log, for people."""
+    steps: tuple[LoggedStep, ...]
+    """Steps in order; steps that a resumed run repeated are replaced by the repetition."""
     config: Mapping[str, Any] | None = None
-    """The run's settings, flat or in groups, where the log or a run.json beside it holds them."""
+    """Settings of the run, flat or in groups, if the log or a run.json beside it has them."""
     device: str | None = None
-    """What the log says of the machine."""
+    """Description of the device in the log."""
     digits: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    """Significant decimal digits of `loss` and of `grad_norm`, where the log is a text that shows some."""
+    """Significant decimal digits of `loss` and `grad_norm` in a log that is text."""
     replaced: int = 0
-    """Steps that a resumed run did once more."""
+    """Number of steps that a resumed run repeated."""
 
 
-# Normalised name -> (field of Step, factor). Names of one field in order of preference: `lm loss` before a sum with other losses.
-NAMES: dict[str, tuple[str, float]] = {
+# Normalized name -> (field of LoggedStep, factor). Names of one field in order of preference: `lm loss`
+# before a sum with other losses.
+FIELD_NAMES: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("iteration", "step", "steps", "global step", "current steps"), ("iteration", 1)),
     **dict.fromkeys(
         ("consumed samples", "consumed train samples", "num consumed samples", "samples"), ("samples", 1)
@@ -82,9 +86,8 @@ NAMES: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("number of nan iterations", "nans"), ("nans", 1)),
     **dict.fromkeys(("train iters", "total steps"), ("train_iters", 1)),
     "iterations in interval": ("interval", 1),
-    **dict.fromkeys(
-        ("global batch size", "gloabl batch size"), ("global_batch_size", 1)
-    ),  # so AscendSpeed's pages
+    # The second spelling is that of AscendSpeed's pages.
+    **dict.fromkeys(("global batch size", "gloabl batch size"), ("global_batch_size", 1)),
     **dict.fromkeys(("actual seqlen", "seq length"), ("seq_length", 1)),
     **dict.fromkeys(("elapsed time per iteration(ms)", "elapsed time ms", "ms per iteration"), ("ms", 1)),
     **dict.fromkeys(("elapsed time per iteration(s)", "iter time(s)"), ("ms", 1e3)),
@@ -103,51 +106,50 @@ NAMES: dict[str, tuple[str, float]] = {
         ("tflop/s/device", "throughput per gpu(tflop/s/gpu)", "tflops", "approx flops per gpu"), ("tflops", 1)
     ),
 }
-WHOLE = {field.name for field in dataclasses.fields(Step) if field.type == (int | None)}
-_NUMBER = re.compile(
-    r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(?:/[-+.\de]+|tflops)?", re.I
-)  # 1.0/1.1 is now/mean
+INTEGER_FIELDS = {field.name for field in dataclasses.fields(LoggedStep) if field.type == (int | None)}
+# `1.0/1.1` is current value/mean.
+_NUMBER = re.compile(r"([-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|nan|inf))(?:/[-+.\de]+|tflops)?", re.I)
 
 
-def normal(name: str) -> str:
-    """`Grad_Norm`, `grad-norm` -> `grad norm`; `iteration (ms)` -> `iteration(ms)`."""
+def normalize_name(name: str) -> str:
+    """Normalizes a field's name: `Grad_Norm`, `grad-norm` -> `grad norm`; `iteration (ms)` ->
+    `iteration(ms)`.
+    """
     return " ".join(re.sub("[_-]", " ", name.lower()).split()).replace(" (", "(")
 
 
-def number(text: Any) -> float | None:
-    """The number that a log shows; None when it is none, or none that can be relied on (`1.258B`)."""
+def parse_number(text: Any) -> float | None:
+    """Parses the number of a log; None for text that is not a number or is abbreviated (`1.258B`)."""
     match = _NUMBER.fullmatch(str(text).strip())
     return float(match[1]) if match else None
 
 
-def step_of(said: Mapping[str, Any]) -> Step | None:
-    """The step that a line says under any of the known names; None when it does not say where it stands."""
-    known = {normal(name): value for name, value in said.items()}
-    found: dict[str, Any] = {}
-    for name, (field, factor) in NAMES.items():
-        value = number(known[name]) if name in known and field not in found else None
-        if value is not None and (field not in WHOLE or math.isfinite(value)):
-            found[field] = int(value) if field in WHOLE else value * factor
-    return Step(**found) if found.keys() & set(AXES) else None
+def parse_step(fields: Mapping[str, Any]) -> LoggedStep | None:
+    """Builds a step from the fields of a line, under any of the known names; None if it has no position."""
+    normalized = {normalize_name(name): value for name, value in fields.items()}
+    values: dict[str, Any] = {}
+    for name, (field, factor) in FIELD_NAMES.items():
+        value = parse_number(normalized[name]) if name in normalized and field not in values else None
+        if value is not None and (field not in INTEGER_FIELDS or math.isfinite(value)):
+            values[field] = int(value) if field in INTEGER_FIELDS else value * factor
+    return LoggedStep(**values) if values.keys() & set(AXES) else None
 
 
-class Digits:
-    """Counts the significant digits that a log's losses and gradient norms are written with."""
+class SignificantDigits:
+    """Counts the significant digits with which a log writes losses and gradient norms."""
 
     def __init__(self) -> None:
-        """Of a log without lines."""
-        self._seen: dict[str, set[tuple[int, int]]] = {
-            "loss": set(),
-            "grad_norm": set(),
-        }  # (significant digits, decimals)
+        # field -> {(significant digits, decimals)}
+        self._seen: dict[str, set[tuple[int, int]]] = {"loss": set(), "grad_norm": set()}
 
-    def count(self, said: Mapping[str, Any]) -> None:
-        """Looks at one line, by the names of `step_of`."""
-        known = {normal(name): value for name, value in said.items()}
+    def count(self, fields: Mapping[str, Any]) -> None:
+        """Counts the digits of one line, under the names that `parse_step` knows."""
+        normalized = {normalize_name(name): value for name, value in fields.items()}
         for field, seen in self._seen.items():
-            text = next(
-                (str(known[name]) for name, (of, _) in NAMES.items() if of == field and name in known), ""
-            )
+            names = [
+                name for name, (known, _) in FIELD_NAMES.items() if known == field and name in normalized
+            ]
+            text = str(normalized[names[0]]) if names else ""
             match = _NUMBER.fullmatch(text.strip())
             if match and match[1][-1] in "0123456789.":  # neither nan nor inf
                 mantissa, *exponent = re.split("[eE]", match[1])
@@ -155,38 +157,42 @@ class Digits:
                 seen.add((len(digits if exponent else digits.lstrip("0")), len(mantissa.partition(".")[2])))
 
     @property
-    def found(self) -> dict[str, int]:
+    def by_field(self) -> dict[str, int]:
         """Field -> digits; a field without finite numbers has no entry.
 
-        With as many decimals everywhere, the numbers are rounded to them, and the shortest one counts. Else they are written as
-        short as they can be, and the longest does.
+        If all numbers have the same number of decimals, they are rounded to it and the shortest one counts.
+        Otherwise each is written as short as possible, and the longest one counts.
         """
-        least = {field: len({decimals for _, decimals in seen}) == 1 for field, seen in self._seen.items()}
-        return {
-            field: (min if least[field] else max)(n for n, _ in seen)
-            for field, seen in self._seen.items()
-            if seen
-        }
+        digits = {}
+        for field, seen in self._seen.items():
+            if seen:
+                fixed = len({decimals for _, decimals in seen}) == 1
+                counts = [count for count, _ in seen]
+                digits[field] = min(counts) if fixed else max(counts)
+        return digits
 
 
-def continuous(steps: Iterable[Step]) -> tuple[tuple[Step, ...], int]:
-    """The steps of one run, and how many were replaced: a log that goes back is that of a run that was resumed, or begun again."""
-    kept: list[Step] = []
-    replaced = 0
+def drop_replaced_steps(steps: Iterable[LoggedStep]) -> tuple[tuple[LoggedStep, ...], int]:
+    """Returns the steps of one run, and the number of steps dropped.
+
+    If the position goes back, the run was resumed or restarted: the later steps replace the earlier ones.
+    """
+    run: list[LoggedStep] = []
+    dropped = 0
     for step in steps:
-        while kept and kept[-1].place >= step.place:
-            kept.pop()
-            replaced += 1
-        kept.append(step)
-    return tuple(kept), replaced
+        while run and run[-1].position >= step.position:
+            run.pop()
+            dropped += 1
+        run.append(step)
+    return tuple(run), dropped
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, str]:
-    """A config without its groups, as text: setting -> value."""
-    found: dict[str, str] = {}
+def flatten_config(config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns setting -> text of a config, without its groups."""
+    settings: dict[str, str] = {}
     for name, value in config.items():
         if isinstance(value, Mapping):
-            found |= flat(value)
+            settings |= flatten_config(value)
         else:
-            found[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    return found
+            settings[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    return settings

@@ -1,4 +1,4 @@
-"""The figures of a comparison, each defined where it stands, and the verdict by profile."""
+"""Metrics of a comparison, each defined by the docstring of its field, and the verdict by profile."""
 
 import ast
 import inspect
@@ -9,21 +9,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ascendspeed.loss_compare.align import Pair
-from ascendspeed.loss_compare.curve import EXACT, Curve
+from ascendspeed.loss_compare.align import AlignedCurves
+from ascendspeed.loss_compare.curve import EXACT_DIGITS, LossCurve
 from ascendspeed.utils.errors import UserError
 
 LIMIT = 0.02
-"""The published bound of a relative error."""
+"""Published bound of the relative error."""
 EPSILON = 1e-6
-"""Least denominator of a relative error: a loss of 0 is no reason to divide by it."""
+"""Smallest denominator of a relative error: avoids a division by a loss of 0."""
 
 Profile = Literal["published", "strict", "bitwise"]
 
 
 @dataclass(frozen=True)
-class Figures:
-    """How far a candidate is from its reference. Per step, e = |candidate - reference| / max(|reference|, 1e-6)."""
+class LossMetrics:
+    """Distance of a candidate from its reference.
+
+    Per step, e = |candidate - reference| / max(|reference|, 1e-6).
+    """
 
     steps: int
     """Steps compared."""
@@ -36,9 +39,9 @@ class Figures:
     maximum: float
     """Largest e."""
     worst_at: int
-    """Where the largest e is."""
+    """Position of the largest e."""
     of_averages: float
-    """Relative error of the average loss: |mean(candidate) - mean(reference)| / max(|mean(reference)|, 1e-6)."""
+    """Relative error of the average loss: |mean(cand) - mean(ref)| / max(|mean(ref)|, 1e-6)."""
     bias: float
     """Mean of the signed e: above 0 when the candidate's loss is the higher one."""
     max_absolute: float
@@ -52,109 +55,119 @@ class Figures:
     grad_norm_max: float | None
     """Largest relative error of the gradient norm."""
     identical: int
-    """Steps whose losses are the same number, as the logs show them."""
+    """Steps with identical losses, as the logs show them."""
     grad_norm_identical: int | None
-    """Steps whose gradient norms are, finite or not; none when neither log has any."""
+    """Steps with identical gradient norms, finite or not; not available if neither log has any."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a comparison passed, and why."""
+    """Outcome of a comparison under a profile."""
 
     profile: Profile
     passed: bool
-    says: str
+    reason: str
 
 
-def percent(value: float) -> str:
-    """0.0123 -> 1.23%; what is too small for that as 1.23e-04%."""
+def format_percent(value: float) -> str:
+    """Formats 0.0123 as 1.23%, and values too small for two decimals as 1.23e-04%."""
     return f"{value:.2%}" if value == 0 or abs(value) >= 1e-4 else f"{value * 100:.2e}%"
 
 
-def relative(value: float, reference: float) -> float:
-    """|value - reference| / max(|reference|, EPSILON)."""
+def relative_error(value: float, reference: float) -> float:
+    """Returns |value - reference| / max(|reference|, EPSILON)."""
     return abs(value - reference) / max(abs(reference), EPSILON)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0 to 1) of `values` lie, interpolated linearly between two of them."""
-    ordered, place = sorted(values), share * (len(values) - 1)
-    low = math.floor(place)
+    """Returns the value below which `share` (0 to 1) of `values` are, interpolated linearly between
+    neighbours.
+    """
+    ordered = sorted(values)
+    position = share * (len(values) - 1)
+    low = math.floor(position)
     high = min(low + 1, len(values) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
 
-def errors(pair: Pair) -> list[float]:
-    """e of every step."""
-    return [relative(b.loss, a.loss) for a, b in zip(pair.ref, pair.cand, strict=True)]
+def relative_errors(aligned: AlignedCurves) -> list[float]:
+    """Returns e of every step."""
+    return [relative_error(cand.loss, ref.loss) for ref, cand in zip(aligned.ref, aligned.cand, strict=True)]
 
 
-def measure(pair: Pair) -> Figures:
-    """All figures of two aligned curves."""
-    ref, cand = [step.loss for step in pair.ref], [step.loss for step in pair.cand]
-    e, n = errors(pair), len(pair.places)
-    norms = [(a.grad_norm, b.grad_norm) for a, b in zip(pair.ref, pair.cand, strict=True)]
-    off = [relative(b, a) for a, b in norms if None not in (a, b) and math.isfinite(a) and math.isfinite(b)]
-    return Figures(
+def compute_metrics(aligned: AlignedCurves) -> LossMetrics:
+    """Computes all metrics of two aligned curves."""
+    ref = [step.loss for step in aligned.ref]
+    cand = [step.loss for step in aligned.cand]
+    e = relative_errors(aligned)
+    n = len(aligned.positions)
+    norms = [(a.grad_norm, b.grad_norm) for a, b in zip(aligned.ref, aligned.cand, strict=True)]
+    norm_errors = [
+        relative_error(b, a) for a, b in norms if None not in (a, b) and math.isfinite(a) and math.isfinite(b)
+    ]
+    has_norms = any(norm is not None for pair in norms for norm in pair)
+    return LossMetrics(
         steps=n,
         mean=math.fsum(e) / n,
         p50=percentile(e, 0.5),
         p99=percentile(e, 0.99),
         maximum=max(e),
-        worst_at=pair.places[e.index(max(e))],
-        of_averages=relative(math.fsum(cand) / n, math.fsum(ref) / n),
+        worst_at=aligned.positions[e.index(max(e))],
+        of_averages=relative_error(math.fsum(cand) / n, math.fsum(ref) / n),
         bias=math.fsum((b - a) / max(abs(a), EPSILON) for a, b in zip(ref, cand, strict=True)) / n,
         max_absolute=max(abs(b - a) for a, b in zip(ref, cand, strict=True)),
         share_below=sum(x < LIMIT for x in e) / n,
         first_step=e[0],
-        grad_norm_mean=math.fsum(off) / len(off) if off else None,
-        grad_norm_max=max(off) if off else None,
+        grad_norm_mean=math.fsum(norm_errors) / len(norm_errors) if norm_errors else None,
+        grad_norm_max=max(norm_errors) if norm_errors else None,
         identical=sum(a == b for a, b in zip(ref, cand, strict=True)),
-        grad_norm_identical=sum(a == b for a, b in norms)
-        if any(norm is not None for both in norms for norm in both)
-        else None,
+        grad_norm_identical=sum(a == b for a, b in norms) if has_norms else None,
     )
 
 
-def judge(figures: Figures, profile: Profile) -> Verdict:
-    """published: the mean of e is below 2 %; strict: every e is; bitwise: every loss and gradient norm is the same number."""
-    n, limit = figures.steps, f"{LIMIT:.0%}"
+def judge(metrics: LossMetrics, profile: Profile) -> Verdict:
+    """Judges by profile: `published`: the mean of e is below 2 %; `strict`: every e is; `bitwise`: all losses
+    and norms are equal.
+    """
+    n, limit = metrics.steps, f"{LIMIT:.0%}"
     if profile == "published":
-        return Verdict(
-            profile,
-            figures.mean < LIMIT,
-            f"mean relative error {percent(figures.mean)}, the limit is {limit}",
-        )
+        reason = f"mean relative error {format_percent(metrics.mean)}, the limit is {limit}"
+        return Verdict(profile, metrics.mean < LIMIT, reason)
     if profile == "strict":
-        says = f"{figures.share_below:.2%} of {n} steps below {limit}; the worst is {percent(figures.maximum)}, at {figures.worst_at}"
-        return Verdict(profile, figures.maximum < LIMIT, says)
-    norms = figures.grad_norm_identical
-    said = "the logs have no gradient norms" if norms is None else f"{norms} of {n} gradient norms are"
+        worst = f"the worst is {format_percent(metrics.maximum)}, at {metrics.worst_at}"
+        reason = f"{metrics.share_below:.2%} of {n} steps below {limit}; {worst}"
+        return Verdict(profile, metrics.maximum < LIMIT, reason)
+    identical_norms = metrics.grad_norm_identical
+    if identical_norms is None:
+        norms = "the logs have no gradient norms"
+    else:
+        norms = f"{identical_norms} of {n} gradient norms are"
     return Verdict(
         profile,
-        figures.identical == n and norms in (None, n),
-        f"{figures.identical} of {n} losses are the same number; {said}",
+        metrics.identical == n and identical_norms in (None, n),
+        f"{metrics.identical} of {n} losses are the same number; {norms}",
     )
 
 
-def check_digits(*curves: Curve) -> None:
-    """Raises `UserError` when a log rounds its losses or gradient norms: equal text would prove nothing about bits."""
+def require_exact_digits(*curves: LossCurve) -> None:
+    """Raises UserError if a log rounds its losses or gradient norms: equal text would prove nothing about
+    bits.
+    """
     for curve in curves:
         for field, name in (("loss", "loss"), ("grad_norm", "gradient norm")):
-            digits = curve.digits.get(field, EXACT)
-            if digits < EXACT:
+            digits = curve.digits.get(field, EXACT_DIGITS)
+            if digits < EXACT_DIGITS:
                 raise UserError(
-                    f"{curve.path}: --profile bitwise needs {EXACT} digits of every {name}, this log shows {digits}; "
-                    "compare TensorBoard events, or use --profile strict"
+                    f"{curve.path}: --profile bitwise needs {EXACT_DIGITS} digits of every {name}, this log "
+                    f"shows {digits}; compare TensorBoard events, or use --profile strict"
                 )
 
 
-def definitions() -> dict[str, str]:
-    """Figure -> its definition: the docstring under the field."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(Figures))).body[0].body
-    pairs = itertools.pairwise(body)
+def metric_definitions() -> dict[str, str]:
+    """Returns metric -> its definition: the docstring under the field."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(LossMetrics))).body[0].body
     return {
-        a.target.id: b.value.value
-        for a, b in pairs
-        if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)
+        field.target.id: docstring.value.value
+        for field, docstring in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(docstring, ast.Expr)
     }

@@ -1,7 +1,8 @@
-"""What a run begins with: its seed, and hashes of its weights and of its data, in `origin.json` beside its log.
+"""Origin of a run: its seed and hashes of its weights and data, in `origin.json` beside the log.
 
-The hash of weights is that of the values of the full tensors by our names: the same for a Hugging Face directory and for rank files
-of any layout and type that hold them exactly. So the two halves of a comparison may be made on machines that share nothing.
+The hash of the weights covers the values of the full tensors by Megatron names: a Hugging Face directory and
+rank files of any layout and type that hold them exactly have the same hash. So the two runs of a comparison
+may be made on machines that share nothing.
 """
 
 import hashlib
@@ -16,70 +17,76 @@ from ascendspeed.utils import safe_io
 from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 
-NAME = "origin.json"
+FILE_NAME = "origin.json"
 CHUNK = 1 << 24
+"""Elements of a tensor that are hashed at once."""
 
 
-def of_log(log: str | Path) -> dict[str, str]:
-    """Seed and hashes of what the run of a log of ours says that it began with. Raises `UserError`."""
+def origin_of_log(log: str | Path) -> dict[str, str]:
+    """Returns seed and hashes of the run that wrote this log of ours. Raises UserError."""
     try:
         with open(log, encoding="utf-8", errors="replace") as lines:
-            curve = console_logs.read(str(log), lines)
+            curve = console_logs.parse_console_log(str(log), lines)
     except OSError as error:
         raise UserError(f"{log}: cannot read this log: {error.strerror}") from error
     if not curve.config or "train" not in curve.config:
-        raise UserError(f"{log} has no line `run: ...`: it is no log of this project")
+        raise UserError(f"{log} has no line `run: ...`: it is not a log of this project")
     run = from_dict(dict(curve.config))
     return {
         "seed": str(run.train.seed),
-        "weights": _weights(run, _generator(curve.device or "")),
-        "data": _data(run),
+        "weights": _hash_weights(run, _generator(curve.device or "")),
+        "data": _hash_data(run),
     }
 
 
-def write(log: str | Path) -> Path:
-    """Leaves origin.json beside a log."""
-    path = Path(log).parent / NAME
-    write_file(path, json.dumps(of_log(log), indent=2) + "\n")
+def write_origin(log: str | Path) -> Path:
+    """Writes origin.json beside a log and returns its path."""
+    path = Path(log).parent / FILE_NAME
+    write_file(path, json.dumps(origin_of_log(log), indent=2) + "\n")
     return path
 
 
-def check_same(*logs: str, needed: bool = False) -> dict[str, str] | None:
-    """What all these runs began with; None when one of them has no origin.json, unless they are `needed`.
+def check_same_origin(*logs: str, required: bool = False) -> dict[str, str] | None:
+    """Returns the common origin of all runs; None if one of them has no origin.json and it is not `required`.
 
-    Raises `UserError` naming what is not the same.
+    Raises UserError naming what differs.
     """
-    paths = [(Path(log) if Path(log).is_dir() else Path(log).parent) / NAME for log in logs]
+    paths = [(Path(log) if Path(log).is_dir() else Path(log).parent) / FILE_NAME for log in logs]
     missing = next((path for path in paths if not path.is_file()), None)
     if missing:
-        if needed:
+        if required:
             raise UserError(
-                f"{missing} is missing: `python examples/intern/parity_origin.py LOG` makes it where the run was made"
+                f"{missing} is missing: `python examples/intern/parity_origin.py LOG` writes it on the "
+                "machine of the run"
             )
         return None
-    begins = [safe_io.read_table(path) for path in paths]
-    for path, other in zip(paths[1:], begins[1:], strict=True):
+    origins = [safe_io.read_table(path) for path in paths]
+    first = origins[0]
+    for path, origin in zip(paths[1:], origins[1:], strict=True):
         for name in ("seed", "weights", "data"):
-            if begins[0].get(name) != other.get(name):
-                said = f"{_short(begins[0], name)} in {paths[0]}, {_short(other, name)} in {path}"
-                raise UserError(f"the runs began with another {name}: {said}")
-    return begins[0]
+            if first.get(name) != origin.get(name):
+                difference = f"{_short(first, name)} in {paths[0]}, {_short(origin, name)} in {path}"
+                raise UserError(f"the runs began with another {name}: {difference}")
+    return first
 
 
-def _short(begin: dict[str, Any], name: str) -> str:
-    return str(begin.get(name))[:40]
+def _short(origin: dict[str, Any], name: str) -> str:
+    return str(origin.get(name))[:40]
 
 
 def _generator(device: str) -> str:
-    """`cuda (Some GPU), nccl; ...` -> `cuda Some GPU`: from one seed every such device draws numbers of its own, CPUs the same."""
+    """Names the random generator: `cuda (Some GPU), nccl; ...` -> `cuda Some GPU`.
+
+    Each kind of accelerator draws other numbers from one seed; all CPUs draw the same.
+    """
     kind, _, name = device.partition("), ")[0].partition(" (")
     return kind if kind == "cpu" else f"{kind} {name}"
 
 
-def _weights(run: Run, generator: str) -> str:
+def _hash_weights(run: Run, generator: str) -> str:
     if not run.train.load:
-        drawn = json.dumps([asdict(run.model), run.train.seed, generator])
-        return f"random on {generator}: {hashlib.sha256(drawn.encode()).hexdigest()}"
+        settings = json.dumps([asdict(run.model), run.train.seed, generator])
+        return f"random on {generator}: {hashlib.sha256(settings.encode()).hexdigest()}"
     import torch
 
     from ascendspeed.checkpoint.paths import looks_like_checkpoint
@@ -87,17 +94,18 @@ def _weights(run: Run, generator: str) -> str:
 
     if looks_like_checkpoint(run.train.load) and not run.train.finetune:
         raise UserError(
-            f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with --finetune"
+            f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with "
+            "--finetune"
         )
     sha = hashlib.sha256()
     for name, tensor in open_reader(run.train.load).tensors():
         sha.update(f"{name} {list(tensor.shape)}\n".encode())
-        for piece in tensor.reshape(-1).split(CHUNK):
-            sha.update(memoryview(piece.to(torch.float32).contiguous().numpy()))
+        for chunk in tensor.reshape(-1).split(CHUNK):
+            sha.update(memoryview(chunk.to(torch.float32).contiguous().numpy()))
     return f"sha256: {sha.hexdigest()}"
 
 
-def _data(run: Run) -> str:
+def _hash_data(run: Run) -> str:
     from ascendspeed.data.dataset import dataset_files, parse_blend
 
     sha = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""What a comparison leaves: parity.json, parity.png, and a page that holds everything and needs nothing beside it."""
+"""Report of a comparison: parity.json, parity.png and a self-contained parity.html."""
 
 import base64
 import hashlib
@@ -8,135 +8,142 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.loss_compare import plot
-from ascendspeed.loss_compare.align import WORDS
+from ascendspeed.loss_compare.align import AXIS_NAMES
 from ascendspeed.loss_compare.compare import Comparison
-from ascendspeed.loss_compare.curve import Curve
-from ascendspeed.loss_compare.metrics import Figures, definitions, percent
+from ascendspeed.loss_compare.curve import LossCurve
+from ascendspeed.loss_compare.metrics import LossMetrics, format_percent, metric_definitions
 from ascendspeed.utils.atomic import remove_file, write_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
-ABSOLUTE = {"steps", "worst_at", "max_absolute", "identical", "grad_norm_identical"}
-NAMES = ("parity.png", "parity.html", "parity.json")
+ABSOLUTE_METRICS = {"steps", "worst_at", "max_absolute", "identical", "grad_norm_identical"}
+FILE_NAMES = ("parity.png", "parity.html", "parity.json")
 
 
-def write(found: Comparison, out: str | Path) -> list[Path]:
-    """Writes the three files into the folder `out`, the verdict last: it never stands beside an older picture."""
-    forget(out)
-    paths = [Path(out) / name for name in NAMES]
-    image = plot.draw(found.pair, title(found), found.noise)
-    for path, content in zip(
-        paths, (image, page(found, image), json.dumps(table(found), indent=2) + "\n"), strict=True
-    ):
+def write_report(comparison: Comparison, out: str | Path) -> list[Path]:
+    """Writes the three files into the folder `out`, the verdict last, so that it never stands beside an older
+    plot.
+    """
+    remove_report(out)
+    paths = [Path(out) / name for name in FILE_NAMES]
+    image = plot.draw_comparison(comparison.aligned, title(comparison), comparison.noise)
+    contents = (image, as_html(comparison, image), json.dumps(as_json(comparison), indent=2) + "\n")
+    for path, content in zip(paths, contents, strict=True):
         write_file(path, content)
     return paths
 
 
-def forget(out: str | Path) -> None:
-    """Removes an older comparison's files: a new one that is refused, or ends in the middle, leaves no verdict."""
-    for name in reversed(NAMES):
+def remove_report(out: str | Path) -> None:
+    """Removes the files of an older comparison, so that one that fails leaves no verdict."""
+    for name in reversed(FILE_NAMES):
         remove_file(Path(out) / name)
 
 
-def title(found: Comparison) -> str:
-    """One line that says what was compared, and the verdict."""
-    return f"{'PASS' if found.verdict.passed else 'FAIL'} ({found.verdict.profile}): {found.verdict.says}"
+def title(comparison: Comparison) -> str:
+    """Returns profile and verdict in one line."""
+    verdict = comparison.verdict
+    return f"{'PASS' if verdict.passed else 'FAIL'} ({verdict.profile}): {verdict.reason}"
 
 
-def table(found: Comparison) -> dict[str, Any]:
-    """parity.json: plain, without NaN."""
-    ref2 = {"reference 2": _log(found.ref2), "noise": asdict(found.noise_figures)} if found.ref2 else {}
+def as_json(comparison: Comparison) -> dict[str, Any]:
+    """Returns the content of parity.json: plain values, without NaN."""
+    second_run = {}
+    if comparison.ref2:
+        second_run = {
+            "reference 2": _describe_log(comparison.ref2),
+            "noise": asdict(comparison.noise_metrics),
+        }
     return {
-        "verdict": "pass" if found.verdict.passed else "fail",
-        "profile": found.verdict.profile,
-        "says": found.verdict.says,
-        "aligned by": WORDS[found.pair.axis],
-        "first": found.pair.places[0],
-        "last": found.pair.places[-1],
-        "figures": asdict(found.figures),
-        "reference": _log(found.ref),
-        "candidate": _log(found.cand),
-        **ref2,
-        "origin": found.origin,
-        "settings that differ": {name: [a, b] for name, a, b in found.differences},
+        "verdict": "pass" if comparison.verdict.passed else "fail",
+        "profile": comparison.verdict.profile,
+        "says": comparison.verdict.reason,
+        "aligned by": AXIS_NAMES[comparison.aligned.axis],
+        "first": comparison.aligned.positions[0],
+        "last": comparison.aligned.positions[-1],
+        "figures": asdict(comparison.metrics),
+        "reference": _describe_log(comparison.ref),
+        "candidate": _describe_log(comparison.cand),
+        **second_run,
+        "origin": comparison.origin,
+        "settings that differ": {name: [ref, cand] for name, ref, cand in comparison.differences},
     }
 
 
-def lines(found: Comparison) -> list[str]:
-    """The same for a terminal."""
-    head = [f"reference  {_says(found.ref)}", f"candidate  {_says(found.cand)}"]
-    head += [f"ref2       {_says(found.ref2)}"] if found.ref2 else []
-    pair, begin = found.pair, found.origin
-    head.append(f"aligned by {WORDS[pair.axis]}, {pair.places[0]} to {pair.places[-1]}")
-    head.append(
-        f"origin     {'same seed, weights and data' if begin else 'not known: no origin.json beside the logs'}"
+def as_text(comparison: Comparison) -> list[str]:
+    """Returns the lines of the report for a terminal."""
+    lines = [f"reference  {_summarize(comparison.ref)}", f"candidate  {_summarize(comparison.cand)}"]
+    if comparison.ref2:
+        lines.append(f"ref2       {_summarize(comparison.ref2)}")
+    aligned = comparison.aligned
+    lines.append(f"aligned by {AXIS_NAMES[aligned.axis]}, {aligned.positions[0]} to {aligned.positions[-1]}")
+    same_origin = "same seed, weights and data"
+    lines.append(
+        f"origin     {same_origin if comparison.origin else 'not known: no origin.json beside the logs'}"
     )
-    noise = asdict(found.noise_figures) if found.noise_figures else {}
-    body = [
-        f"  {name.replace('_', ' '):19} {shown(name, value):>12}"
-        for name, value in asdict(found.figures).items()
-    ]
-    if noise:
-        body = [
-            f"{line}   noise {shown(name, noise[name]):>12}" for line, name in zip(body, noise, strict=True)
-        ]
-    differ = [f"  {name}: {a} | {b}" for name, a, b in found.differences]
-    return [
-        *head,
-        *body,
-        *(["settings that differ, reference | candidate:", *differ] if differ else []),
-        title(found),
-    ]
+    noise = asdict(comparison.noise_metrics) if comparison.noise_metrics else {}
+    for name, value in asdict(comparison.metrics).items():
+        line = f"  {name.replace('_', ' '):19} {format_metric(name, value):>12}"
+        lines.append(f"{line}   noise {format_metric(name, noise[name]):>12}" if noise else line)
+    if comparison.differences:
+        lines.append("settings that differ, reference | candidate:")
+        lines += [f"  {name}: {ref} | {cand}" for name, ref, cand in comparison.differences]
+    return [*lines, title(comparison)]
 
 
-def shown(name: str, value: float | int | None) -> str:
-    """A figure as text; relative ones in per cent."""
+def format_metric(name: str, value: float | int | None) -> str:
+    """Formats a metric; relative ones in percent."""
     if value is None or value == 0:
         return "-" if value is None else "0"
-    if name not in ABSOLUTE:
-        return percent(value)
+    if name not in ABSOLUTE_METRICS:
+        return format_percent(value)
     return str(value) if isinstance(value, int) else f"{value:.4e}"
 
 
-def page(found: Comparison, image: bytes) -> str:
-    """The HTML: picture inside, no script, no link to anything outside."""
+def as_html(comparison: Comparison, image: bytes) -> str:
+    """Renders the page with the plot embedded, without scripts or external links."""
     from jinja2 import Environment
 
-    noise = asdict(found.noise_figures) if found.noise_figures else {}
-    says = definitions()
-    rows = [
-        (name.replace("_", " "), shown(name, value), shown(name, noise[name]) if noise else None, says[name])
-        for name, value in asdict(found.figures).items()
+    noise = asdict(comparison.noise_metrics) if comparison.noise_metrics else {}
+    definitions = metric_definitions()
+    metrics = [
+        (
+            name.replace("_", " "),
+            format_metric(name, value),
+            format_metric(name, noise[name]) if noise else None,
+            definitions[name],
+        )
+        for name, value in asdict(comparison.metrics).items()
     ]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         TEMPLATE.read_text("utf-8")
     )
     return template.render(
-        passed=found.verdict.passed,
-        title=title(found),
+        passed=comparison.verdict.passed,
+        title=title(comparison),
         image=base64.b64encode(image).decode(),
-        logs=[(name, _says(curve)) for name, curve in _named(found)],
-        axis=WORDS[found.pair.axis],
-        places=found.pair.places,
-        meaning=Figures.__doc__,
-        rows=rows,
+        logs=[(name, _summarize(curve)) for name, curve in _named_curves(comparison)],
+        axis=AXIS_NAMES[comparison.aligned.axis],
+        positions=comparison.aligned.positions,
+        meaning=LossMetrics.__doc__,
+        metrics=metrics,
         noise=bool(noise),
-        origin=found.origin,
-        settings=sorted(found.settings, key=lambda setting: setting[1] == setting[2]),
-        differing=len(found.differences),
+        origin=comparison.origin,
+        settings=sorted(comparison.settings, key=lambda setting: setting[1] == setting[2]),
+        differing=len(comparison.differences),
     )
 
 
-def _named(found: Comparison) -> list[tuple[str, Curve]]:
-    second = [("second run of the reference", found.ref2)] if found.ref2 else []
-    return [("reference", found.ref), ("candidate", found.cand), *second]
+def _named_curves(comparison: Comparison) -> list[tuple[str, LossCurve]]:
+    second_run = [("second run of the reference", comparison.ref2)] if comparison.ref2 else []
+    return [("reference", comparison.ref), ("candidate", comparison.cand), *second_run]
 
 
-def _says(curve: Curve) -> str:
-    again = f", {curve.replaced} of them replaced by a resumed run's" if curve.replaced else ""
-    return f"{curve.path} ({curve.kind}{f'; {curve.device}' if curve.device else ''}): {len(curve.steps)} steps{again}"
+def _summarize(curve: LossCurve) -> str:
+    replaced = f", {curve.replaced} of them replaced by a resumed run's" if curve.replaced else ""
+    kind = f"{curve.kind}; {curve.device}" if curve.device else curve.kind
+    return f"{curve.path} ({kind}): {len(curve.steps)} steps{replaced}"
 
 
-def _log(curve: Curve) -> dict[str, Any]:
+def _describe_log(curve: LossCurve) -> dict[str, Any]:
     path = Path(curve.path)
     facts = {
         "path": curve.path,

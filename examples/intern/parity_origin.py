@@ -1,4 +1,4 @@
-"""Leaves origin.json beside a log: the seed, the hash of the weights and the hash of the data that its run began with.
+"""Writes origin.json beside a log: the seed and the hashes of the weights and data of its run.
 
 python examples/intern/parity_origin.py LOG
 """
@@ -15,16 +15,16 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """To be run where the run was made: weights and data are read from where it read them."""
+    """Run it on the machine of the run: weights and data are read from the paths that the run used."""
 
     log: Annotated[Positional[str], arg(metavar="LOG")]
     """train.log of a run."""
 
 
 def main() -> None:
-    """Hashes and writes."""
+    """Hashes weights and data and writes the file."""
     options = parser.parse(Options, description=__doc__ or "")
-    print(f"wrote {origin.write(options.log)}")
+    print(f"wrote {origin.write_origin(options.log)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Instruction data, from rows to training: packed or padded, the loss of the same documents is the same."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -58,12 +56,10 @@ def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float
             *flags,
         ),
     )
-    command = [sys.executable, *map(str, words)]
-    done = subprocess.run(command, env=launch.environment(), cwd=launch.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    output = launch.must(*words)
     found = [line.loss for line in read(work / name / "train.log") if isinstance(line, TrainLine)]
     assert len(found) == 2
-    return found, done.stdout
+    return found, output
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def trained(tmp_path_factory) -> Path:
         pair.add(np.concatenate(documents), np.array([len(one) for one in documents], np.int32))
         pair.commit({"tokens": pair.tokens, "max_token": max(map(max, documents))})
     files = ["--data-path", work / "data", "--save", work / "ckpt", "--log-dir", work / "logs"]
-    run(
+    launch.must(
         "pretrain_intern.py",
         *FLAGS.split(),
         *files,
@@ -54,19 +54,8 @@ def trained(tmp_path_factory) -> Path:
         ITERS,
     )
     folders = ["--from", work / "ckpt", "--to", work / "export", "--tokenizer", work / "tokenizer"]
-    run("tools/ckpt_convert/convert.py", *folders, "--format", "hf-llama")
+    launch.must("tools/ckpt_convert/convert.py", *folders, "--format", "hf-llama")
     return work
-
-
-def run(*command: object) -> None:
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        env=launch.environment(),
-        cwd=launch.ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture

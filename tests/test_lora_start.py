@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -418,19 +416,6 @@ def test_finetune(start, saved, full, bases):
     assert not torch.allclose(tensors["decoder.layers.0.mlp.linear_fc2.weight"], before)
 
 
-def command(*words: str | Path) -> str:
-    done = subprocess.run(
-        [sys.executable, *map(str, words)],
-        env=launch.environment(),
-        cwd=launch.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-    return done.stdout
-
-
 ENGINES = [
     pytest.param((), False, id="megatron"),
     pytest.param((), True, id="megatron, and the same at once", marks=pytest.mark.slow),
@@ -455,16 +440,18 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     flags += f" --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-target-modules {' '.join(NAMES)}"
     words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
     kept = tmp_path / "ckpt"
-    command(
+    launch.must(
         *words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2"
     )
     assert not (kept / "adapter").exists()
-    said = command(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
+    said = launch.must(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
     assert f"adapters for peft in {kept / 'adapter'}" in said
     size = sum(path.stat().st_size for path in (kept / "step_0000004").iterdir())
     assert size < 12 * targets.parameter_count(MODEL, LORA) + 50_000
     if at_once:
-        command(*words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log")
+        launch.must(
+            *words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log"
+        )
         curves = [
             [(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")]
             for log in ("log", "again")

@@ -20,9 +20,7 @@ def tiny(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("needle")
     words = corpus.sentencepiece_dir(folder / "words")
     flags = ("--model", "internlm2-tiny", "--tokenizer", words, "--output-dir", folder / "hf")
-    subprocess.run(
-        [sys.executable, launch.ROOT / "tools/random_model.py", *flags], check=True, env=launch.environment()
-    )
+    launch.must("tools/random_model.py", *flags)
     return folder / "hf"
 
 

@@ -42,27 +42,34 @@ def start(target: Callable[..., Any], arguments: tuple[Any, ...], environment: d
 
 
 def start_script(
-    script: Path, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
+    script: Path,
+    arguments: list[str],
+    environment: dict[str, str],
+    log: Path,
+    folder: Path,
+    errors: Path | None = None,
 ) -> BaseProcess:
-    """Runs a script as `__main__` in a forked process, with stdout and stderr in `log` and `folder` as working directory."""
-    return start(run_script, (str(script), arguments, str(log), str(folder)), environment)
+    """Runs a script as `__main__` in a forked process; stdout goes to `log`, stderr to `errors` or there too.
+
+    `folder`: the working directory.
+    """
+    return start(run_script, (str(script), arguments, str(log), str(folder), str(errors or log)), environment)
 
 
 def start_interpreter(
     script: Path, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
 ) -> BaseProcess:
     """`start_script` in a fresh interpreter, for a device other than the CPU."""
-    words = (run_script, (str(script), arguments, str(log), str(folder)), environment)
+    words = (run_script, (str(script), arguments, str(log), str(folder), str(log)), environment)
     process = multiprocessing.get_context("spawn").Process(target=_call, args=words)
     process.start()
     return process
 
 
-def run_script(script: str, arguments: list[str], log: str, folder: str) -> None:
+def run_script(script: str, arguments: list[str], log: str, folder: str, errors: str) -> None:
     """Runs a script in this process, which is a child of a test."""
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for number, path in ((1, log), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)
     sys.argv = [script, *arguments]
     sys.path.insert(0, str(Path(script).parent))

@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import socket
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -43,15 +45,34 @@ def free_port() -> int:
     raise AssertionError("unreachable: the counter does not end")
 
 
-def ranks(world: int, script: str, job: dict[str, Any], folder: Path, timeout: float = 300) -> Any:
-    """Runs tests/helpers/`script` on `world` ranks with `job` as its JSON input; returns what rank 0 wrote to job["out"].
+def script(path: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs a Python script of the project in the repository's root, in a process forked from the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder, name) for name in ("stdout", "stderr")]
+        words = [str(word) for word in arguments]
+        process = forkserver.start_script(ROOT / path, words, environment(), logs[0], ROOT, logs[1])
+        process.join(timeout)
+        process.kill()
+        output, errors = (log.read_text() if log.exists() else "" for log in logs)
+    return subprocess.CompletedProcess([path, *words], process.exitcode, output, errors)
+
+
+def must(path: str, *arguments: object, timeout: float = 300) -> str:
+    """Returns the stdout of `script`, which has to succeed."""
+    done = script(path, *arguments, timeout=timeout)
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: float = 300) -> Any:
+    """Runs tests/helpers/`worker` on `world` ranks with `job` as its JSON input; returns what rank 0 wrote to job["out"].
 
     Raises AssertionError with every rank's last lines when one fails.
     """
     folder.mkdir(parents=True, exist_ok=True)
     job = {**job, "out": str(folder / "out.json")}
     (folder / "job.json").write_text(json.dumps(job))
-    program = ROOT / "tests" / "helpers" / script
+    program = ROOT / "tests" / "helpers" / worker
     on_cpu = job.get("device", "cpu") == "cpu"
     start = (
         forkserver.start_script if on_cpu else forkserver.start_interpreter

@@ -210,9 +210,7 @@ def together(world: int, work) -> list:
         return every
 
     with ThreadPoolExecutor(world) as pool:
-        readers = [
-            Readers(rank, world, functools.partial(gather, rank), lambda text: None) for rank in range(world)
-        ]
+        readers = [Readers(rank, world, functools.partial(gather, rank)) for rank in range(world)]
         return [future.result() for future in [pool.submit(work, one) for one in readers]]
 
 

@@ -1,9 +1,11 @@
-"""What can be known to be wrong with a run before anything is started. No torch."""
+"""Validation of a run before any process group exists. No torch."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ascendspeed.cli.command import check_precision
+from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
 from ascendspeed.models.families import FAMILIES
@@ -16,12 +18,11 @@ POSITIVE: Rule = ("must be above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be 0 or more", lambda value: 0 <= value < math.inf)
 SHARE: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
 
-RANGES: dict[
-    str, dict[Rule, str]
-] = {  # group -> rule -> its fields; None is always allowed where a field may be None
+RANGES: dict[str, dict[Rule, str]] = {
     "model": {
-        AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels vocab_size "
-        "max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size moe_shared_expert_intermediate_size",
+        AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+        "vocab_size max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size "
+        "moe_shared_expert_intermediate_size",
         POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
         NOT_NEGATIVE: "init_method_std",
     },
@@ -33,21 +34,22 @@ RANGES: dict[
     "data": {AT_LEAST_1: "seq_length max_segment_length", NOT_NEGATIVE: "min_length"},
     "lora": {NOT_NEGATIVE: "lora_rank", POSITIVE: "lora_alpha", SHARE: "lora_dropout"},
     "train": {
-        AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters max_skipped_steps save_interval "
-        "eval_interval exit_interval keep recompute_num_layers",
+        AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters "
+        "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers",
         SHARE: "attention_dropout hidden_dropout",
         POSITIVE: "train_epochs exit_duration_in_mins distributed_timeout_minutes",
     },
 }
+"""Group -> rule -> fields that it holds for. None is legal for a field that may be None."""
 
 
 def check_run(run: Run, world: int) -> None:
-    """Raises `UserError` for numbers that mean nothing and for combinations that `world` processes cannot run."""
+    """Raises UserError for numbers out of range and for combinations that `world` processes cannot run."""
     _check_ranges(run)
     _check_precision(run)
     if not run.data.data_path:
         raise UserError(
-            "--data-path is missing: the prefix of a .bin/.idx pair made by tools/preprocess_data.py"
+            "--data-path is missing: the prefix of a .bin/.idx pair written by tools/preprocess_data.py"
         )
     if run.train.train_epochs is None:
         lr_schedule.check(run.optim, run.train.train_iters)
@@ -58,23 +60,25 @@ def check_run(run: Run, world: int) -> None:
 
 
 def _check_ranges(run: Run) -> None:
+    """Raises UserError for a number out of its range."""
     for group, rules in RANGES.items():
-        for (says, holds), names in rules.items():
+        for (requirement, is_legal), names in rules.items():
             for name in names.split():
                 value = getattr(getattr(run, group), name)
-                if value is not None and not holds(value):
-                    raise UserError(f"--{name.replace('_', '-')} {value}: {says}")
+                if value is not None and not is_legal(value):
+                    raise UserError(f"{flag_of(name)} {value}: {requirement}")
 
 
 def _check_precision(run: Run) -> None:
+    """Raises UserError for a number format that the engine or the layout cannot train in."""
     optim = run.optim
-    if optim.bf16 and optim.fp16:
-        raise UserError("--bf16 and --fp16 contradict each other; choose one")
+    check_precision(optim.bf16, optim.fp16)
     if run.parallel.deepspeed and run.parallel.zero_stage == 0 and optim.dtype != "fp32":
         raise UserError(f"--zero-stage 0 does not keep fp32 masters for --{optim.dtype}; use --zero-stage 1")
     if optim.fp16 and (ranks := run.parallel.expert_model_parallel_size) > 1:
         raise UserError(
-            f"--fp16 with --expert-model-parallel-size {ranks}: experts would get a loss scale of their own; use --bf16"
+            f"--fp16 with --expert-model-parallel-size {ranks}: "
+            "experts would get a loss scale of their own; use --bf16"
         )
     scale = optim.initial_loss_scale
     if not (1 <= scale < math.inf) or math.frexp(scale)[0] != 0.5:
@@ -82,7 +86,7 @@ def _check_precision(run: Run) -> None:
 
 
 def _check_model(run: Run) -> None:
-    """The architecture itself, and how it splits over ranks."""
+    """Raises UserError for an inconsistent architecture, or one that does not split over the ranks."""
     model, parallel = run.model, run.parallel
     check_heads(model)
     schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
@@ -94,20 +98,22 @@ def _check_model(run: Run) -> None:
 
 
 def _check_experts(run: Run) -> None:
-    model, parallel, ranks = run.model, run.parallel, run.parallel.expert_model_parallel_size
+    """Raises UserError if the number of experts does not fit the family or the layout."""
+    model = run.model
+    parallel = run.parallel
+    ranks = parallel.expert_model_parallel_size
     check_experts(model)
-    if (model.num_experts is not None) != any(
-        "{e}" in row.megatron_param for row in FAMILIES[model.family].param_mappings
-    ):
+    mappings = FAMILIES[model.family].param_mappings
+    family_has_experts = any("{e}" in mapping.megatron_param for mapping in mappings)
+    if (model.num_experts is not None) != family_has_experts:
         has = "always has" if model.num_experts is None else "never has"
         raise UserError(
             f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts"
         )
     if ranks > 1 and (model.num_experts or 1) % ranks:
         has = f"{model.num_experts} experts do" if model.num_experts else "a model without experts does"
-        raise UserError(
-            f"{has} not split over {ranks} expert-parallel ranks; choose {_divisors(model.num_experts or 1)}"
-        )
+        choices = _divisors(model.num_experts or 1)
+        raise UserError(f"{has} not split over {ranks} expert-parallel ranks; choose {choices}")
     if model.num_experts and parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         raise UserError(
             "experts under tensor parallel train wrongly without sequence parallel; add --sequence-parallel"
@@ -115,125 +121,157 @@ def _check_experts(run: Run) -> None:
 
 
 def _check_biases(model: ModelConfig) -> None:
-    """A family whose checkpoints have no name for a bias cannot be trained with it: it could be neither loaded nor exported."""
+    """Raises UserError for a bias that checkpoints of the family cannot hold: it could not be exported."""
+    mappings = FAMILIES[model.family].param_mappings
     for name in ("add_qkv_bias", "add_dense_bias", "add_mlp_bias"):
-        if getattr(model, name) and not any(
-            row.condition == name for row in FAMILIES[model.family].param_mappings
-        ):
+        if getattr(model, name) and not any(mapping.condition == name for mapping in mappings):
             raise UserError(
-                f"--{name.replace('_', '-')}: the models of the family {model.family} have no such bias; leave it out"
+                f"{flag_of(name)}: the models of the family {model.family} have no such bias; leave it out"
             )
 
 
-MEGATRON_ONLY = {  # what the DeepSpeed engine lacks, and what to do
-    "pipeline_model_parallel_size": "has no pipeline stages (ZeRO-2 and 3 cannot have them); use 1 and a higher TP or ZeRO stage",
+MEGATRON_ONLY = {
+    "pipeline_model_parallel_size": "has no pipeline stages (ZeRO-2 and 3 cannot have them); "
+    "use 1 and a higher TP or ZeRO stage",
     "context_parallel_size": "does not share sequences; use 1 and --sequence-parallel",
     "expert_model_parallel_size": "does not share experts; use 1 and ZeRO-3",
     "use_distributed_optimizer": "has ZeRO; use --zero-stage 1",
     "overlap_grad_reduce": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
     "overlap_param_gather": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
 }
+"""Fields that the DeepSpeed engine does not support -> the reason and the alternative."""
 DEEPSPEED_ONLY = ("deepspeed_config", "zero_hpz_partition_size", "zero_offload", "zero_offload_nvme_path")
 
 
+def _flags_set(parallel: ParallelConfig, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields (field, flag with its value) of the fields in `names` that do not have their default."""
+    default = ParallelConfig()
+    for name in names:
+        value = getattr(parallel, name)
+        if value != getattr(default, name):
+            yield name, flag_of(name) + (f" {value}" if value is not True else "")
+
+
 def _check_engine(parallel: ParallelConfig) -> None:
-    """Flags that the engine of the run has no use for, or uses only together."""
-
-    def set_of(names: Iterable[str]) -> Iterator[tuple[str, str]]:
-        plain = ParallelConfig()
-        for name in names:
-            if (value := getattr(parallel, name)) != getattr(plain, name):
-                yield name, f"--{name.replace('_', '-')}" + (f" {value}" if value is not True else "")
-
-    if not parallel.deepspeed:
-        for _, flag in set_of(DEEPSPEED_ONLY):
-            raise UserError(f"{flag}: only the DeepSpeed engine has it; add --deepspeed, or leave it out")
-        if parallel.overlap_param_gather and not (
-            parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
-        ):
+    """Raises UserError for flags that the engine of the run does not support."""
+    if parallel.deepspeed:
+        for name, flag in _flags_set(parallel, MEGATRON_ONLY):
             raise UserError(
-                "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them"
+                f"{flag}: the DeepSpeed engine {MEGATRON_ONLY[name]}, or drop --deepspeed for Megatron's "
+                "engine"
             )
+        _check_zero(parallel)
         return
-    for name, flag in set_of(MEGATRON_ONLY):
+    for _, flag in _flags_set(parallel, DEEPSPEED_ONLY):
+        raise UserError(f"{flag}: only the DeepSpeed engine has it; add --deepspeed, or leave it out")
+    overlaps = parallel.use_distributed_optimizer and parallel.overlap_grad_reduce
+    if parallel.overlap_param_gather and not overlaps:
         raise UserError(
-            f"{flag}: the DeepSpeed engine {MEGATRON_ONLY[name]}, or drop --deepspeed for Megatron's engine"
+            "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them"
         )
-    stage, hpz, offload = parallel.zero_stage, parallel.zero_hpz_partition_size, parallel.zero_offload
-    if hpz > 1 and (stage != 3 or parallel.tensor_model_parallel_size > 1):
-        has = f"{stage} and TP {parallel.tensor_model_parallel_size}"
-        raise UserError(f"--zero-hpz-partition-size {hpz} needs --zero-stage 3 and TP 1, not {has}")
+
+
+def _check_zero(parallel: ParallelConfig) -> None:
+    """Raises UserError for features of ZeRO that the stage or the layout does not support."""
+    stage = parallel.zero_stage
+    offload = parallel.zero_offload
+    partition = parallel.zero_hpz_partition_size
+    if partition > 1 and (stage != 3 or parallel.tensor_model_parallel_size > 1):
+        layout = f"{stage} and TP {parallel.tensor_model_parallel_size}"
+        raise UserError(f"--zero-hpz-partition-size {partition} needs --zero-stage 3 and TP 1, not {layout}")
     if offload != "none" and stage < (3 if offload == "nvme" else 1):
-        raise UserError(
-            f"--zero-offload {offload} needs --zero-stage {'3' if offload == 'nvme' else '1, 2 or 3'}, not {stage}"
-        )
+        stages = "3" if offload == "nvme" else "1, 2 or 3"
+        raise UserError(f"--zero-offload {offload} needs --zero-stage {stages}, not {stage}")
     if (offload == "nvme") != (parallel.zero_offload_nvme_path is not None):
         raise UserError(
-            "--zero-offload nvme and --zero-offload-nvme-path, a folder on a local disk, belong together; give both"
+            "--zero-offload nvme and --zero-offload-nvme-path, a folder on a local disk, belong together; "
+            "give both"
         )
 
 
 def _check_world(run: Run, world: int) -> None:
-    """What `world` processes can share: the model, the sequence, the batch."""
-    parallel, train, length = run.parallel, run.train, run.data.seq_length
-    tp, pp, cp = (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.context_parallel_size,
-    )
-    layout = " x ".join(f"{name} {size}" for name, size in (("TP", tp), ("PP", pp), ("CP", cp)) if size > 1)
-    if world % (one := parallel.model_size):
+    """Raises UserError if `world` processes cannot share the model, the sequence or the batch evenly."""
+    parallel = run.parallel
+    sizes = {
+        "TP": parallel.tensor_model_parallel_size,
+        "PP": parallel.pipeline_model_parallel_size,
+        "CP": parallel.context_parallel_size,
+    }
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+    model_size = parallel.model_size
+    if world % model_size:
         raise UserError(
-            f"{world} processes do not split into groups of {one} for {layout}; start a multiple of {one}"
+            f"{world} processes do not split into groups of {model_size} for {layout}; "
+            f"start a multiple of {model_size}"
         )
-    dp = world // one
-    if (dp * cp) % (ep := parallel.expert_model_parallel_size):
+    dp = world // model_size
+    cp = parallel.context_parallel_size
+    ep = parallel.expert_model_parallel_size
+    if (dp * cp) % ep:
         raise UserError(
-            f"--expert-model-parallel-size {ep}: the {dp * cp} ranks (DP {dp} x CP {cp}) that could share experts do not split "
-            f"into groups of {ep}; choose {_divisors(dp * cp)} or start more processes"
+            f"--expert-model-parallel-size {ep}: the {dp * cp} ranks (DP {dp} x CP {cp}) that could share "
+            "experts "
+            f"do not split into groups of {ep}; choose {_divisors(dp * cp)} or start more processes"
         )
-    if dp % (hpz := parallel.zero_hpz_partition_size):
+    partition = parallel.zero_hpz_partition_size
+    if dp % partition:
         raise UserError(
-            f"--zero-hpz-partition-size {hpz} does not divide {dp} data-parallel ranks; choose {_divisors(dp)}"
+            f"--zero-hpz-partition-size {partition} does not divide {dp} data-parallel ranks; "
+            f"choose {_divisors(dp)}"
         )
-    piece = math.lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
+    _check_sequence(run.data.seq_length, parallel)
+    micro_batch = run.train.micro_batch_size
+    global_batch = run.train.global_batch_size
+    samples = micro_batch * dp  # of one micro-batch on all ranks
+    if global_batch % samples:
+        raise UserError(
+            f"--global-batch-size {global_batch} is not a multiple of --micro-batch-size {micro_batch}"
+            f" x {dp} data-parallel ranks = {samples}; choose {_multiples(global_batch, samples)}"
+        )
+    _check_virtual_stages(parallel, global_batch // samples, samples)
+
+
+def _check_sequence(length: int, parallel: ParallelConfig) -> None:
+    """Raises UserError if context- or sequence-parallel ranks cannot share a sequence evenly."""
+    tp = parallel.tensor_model_parallel_size
+    cp = parallel.context_parallel_size
+    multiple = math.lcm(2 * cp if cp > 1 else 1, cp * tp if parallel.sequence_parallel else 1)
     if cp > 1 and length % (2 * cp):
         chunks = f"2 x CP = {2 * cp} chunks for --context-parallel-size {cp}"
         raise UserError(
-            f"--seq-length {length} does not split into {chunks}; choose {_multiples(length, piece)}"
+            f"--seq-length {length} does not split into {chunks}; choose {_multiples(length, multiple)}"
         )
     if parallel.sequence_parallel and length // cp % tp:
         part = f"--seq-length {length}" + (f" / CP {cp} = {length // cp}" if cp > 1 else "")
         raise UserError(
-            f"{part} does not split over {tp} ranks for --sequence-parallel; choose {_multiples(length, piece)}"
+            f"{part} does not split over {tp} ranks for --sequence-parallel; "
+            f"choose {_multiples(length, multiple)}"
         )
-    once = train.micro_batch_size * dp
-    if train.global_batch_size % once:
-        raise UserError(
-            f"--global-batch-size {train.global_batch_size} is not a multiple of --micro-batch-size {train.micro_batch_size}"
-            f" x {dp} data-parallel ranks = {once}; choose {_multiples(train.global_batch_size, once)}"
-        )
-    _check_virtual_stages(parallel, train.global_batch_size // once, once)
 
 
-def _check_virtual_stages(parallel: ParallelConfig, micro_batches: int, once: int) -> None:
-    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+def _check_virtual_stages(parallel: ParallelConfig, micro_batches: int, samples: int) -> None:
+    """Raises UserError if virtual stages lack pipeline stages, or micro-batches (of `samples`) for them."""
+    pp = parallel.pipeline_model_parallel_size
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
     if virtual > 1 and pp == 1:
         flag = f"--num-virtual-stages-per-pipeline-rank {virtual}"
         raise UserError(f"{flag} needs pipeline stages: set --pipeline-model-parallel-size, or leave it out")
     if virtual > 1 and micro_batches % pp:
         raise UserError(
-            f"{micro_batches} micro-batches per iteration are not a multiple of {pp} pipeline stages, as virtual stages need; "
-            f"choose a --global-batch-size that is a multiple of {once * pp}"
+            f"{micro_batches} micro-batches per iteration are not a multiple of {pp} pipeline stages, as "
+            "virtual "
+            f"stages need; choose a --global-batch-size that is a multiple of {samples * pp}"
         )
 
 
 def _check_recompute(run: Run) -> None:
-    train, parallel = run.train, run.parallel
-    method, number = train.recompute_method, train.recompute_num_layers
-    layers = run.model.num_layers // (
-        parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    )
+    """Raises UserError if the recomputed layers are not those of a (virtual) pipeline stage."""
+    train = run.train
+    parallel = run.parallel
+    method = train.recompute_method
+    number = train.recompute_num_layers
+    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
+    layers = run.model.num_layers // stages
     if train.recompute_granularity != "full":
         if (method, number) != ("uniform", 1):
             raise UserError(
@@ -241,20 +279,24 @@ def _check_recompute(run: Run) -> None:
             )
     elif method == "uniform" and layers % number:
         raise UserError(
-            f"--recompute-num-layers {number} does not divide the {layers} layers of a (virtual) pipeline stage; "
+            f"--recompute-num-layers {number} does not divide the {layers} layers of a (virtual) pipeline "
+            "stage; "
             f"choose {_divisors(layers)}"
         )
     elif method == "block" and number > layers:
         raise UserError(
-            f"--recompute-num-layers {number} is more than the {layers} layers of a (virtual) pipeline stage; choose 1 to {layers}"
+            f"--recompute-num-layers {number} is more than the {layers} layers of a (virtual) pipeline "
+            "stage; "
+            f"choose 1 to {layers}"
         )
 
 
-def _multiples(number: int, of: int) -> str:
-    """Those around a number that is none."""
-    below = number // of * of
-    return f"{below} or {below + of}" if below else f"{of}"
+def _multiples(number: int, divisor: int) -> str:
+    """Returns the nearest multiples of `divisor` around `number`, as text."""
+    below = number // divisor * divisor
+    return f"{below} or {below + divisor}" if below else f"{divisor}"
 
 
 def _divisors(number: int) -> str:
+    """Returns the divisors of `number`, as text."""
     return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)

@@ -9,7 +9,7 @@ from helpers.conversion import BASE, command, hugging_face
 from helpers.internevo import BIASED, directory
 from safetensors.torch import load_file
 
-from ascendspeed.cli.compat import size_mismatches
+from ascendspeed.cli.source_checks import size_mismatches
 from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError
 

@@ -1,6 +1,7 @@
-"""Legacy flags of every command: a table from the flag to its effect, applied before the command line is parsed.
+"""Legacy flags of every command: tables from a flag to its effect, applied before the command line is parsed.
 
-A new legacy flag is one line here; the command accepts it, and `docs/legacy-flags.md` must list it (`documentation` renders it).
+A new legacy flag is one line here: the command accepts it, and `docs/legacy-flags.md` must list it, with the row
+that `python -m ascendspeed.cli.compat` prints.
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,16 @@ from ascendspeed.cli.legacy_flags import (
     MustAgree,
     Renamed,
     Table,
-    Translation,
+    documentation,
+)
+from ascendspeed.cli.source_checks import (
+    bias_mismatches,
+    config_mismatches,
+    layout_mismatches,
+    no_added_tokens,
+    size_mismatches,
 )
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.models import families
-from ascendspeed.utils.errors import UserError
 
 HINT = "Legacy flags are accepted too: see docs/legacy-flags.md."
 """Line of every `--help`."""
@@ -154,59 +160,13 @@ PREPROCESS: Table = {
     "--dataset-impl": MustAgree("only `mmap`", ("mmap",)),
 }
 
-SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
-"""Fields of a configuration that a size such as 7B determines."""
-
-
-def size_mismatches(config: ModelConfig, size: str) -> Iterator[str]:
-    """Yields what `--type` contradicts in `config`. Raises UserError if the family has no such size."""
-    presets = families.FAMILIES[config.family].presets
-    candidates = [preset for name, preset in presets.items() if name.endswith(f"-{size.lower()}")]
-    if not candidates:
-        raise UserError(
-            f"--type {size}: the family {config.family} has no such size; there are {', '.join(presets)}"
-        )
-
-    def agreement(preset: ModelConfig) -> int:
-        return sum(getattr(preset, name) == getattr(config, name) for name in SIZES)
-
-    nearest = max(candidates, key=agreement)  # several generations may have the size
-    for name in SIZES:
-        yield from mismatch(f"--type {size}: {name}", getattr(nearest, name), getattr(config, name))
-
-
-def mismatch(name: str, value: Any, actual: Any, source: str = "config.json") -> Iterator[str]:
-    """Yields a text if `value` is not the `actual` one, which `source` holds."""
-    if value != actual:
-        yield f"{name} {value}, {source} {actual}"
-
 
 def _config_field(flag: str, name: str) -> MustAgree:
-    def mismatches(reader: Any, value: Any) -> Iterator[str]:
-        return mismatch(flag, value, getattr(reader.config, name))
-
-    return MustAgree(" against `config.json`", int, mismatches)
-
-
-def _missing_biases(reader: Any, value: bool) -> Iterator[str]:
-    yield from mismatch("--bias", value, reader.config.add_qkv_bias and reader.config.add_dense_bias)
+    return MustAgree(" against `config.json`", int, config_mismatches(flag, name))
 
 
 def _rank_layout(name: str, index: int, script: str) -> MustAgree:
-    def mismatches(reader: Any, value: int) -> Iterator[str]:
-        return mismatch(name, value, reader.grid[index], "its files")
-
-    return MustAgree(f" against the files by `{script}`", int, mismatches)
-
-
-def _no_added_tokens(word: str) -> int:
-    """Parses `--added-token-num`. Raises UserError unless it is 0."""
-    if count := int(word):
-        raise UserError(
-            f"--added-token-num {count} would make another model, and a conversion changes nothing: "
-            "resize the Hugging Face model (resize_token_embeddings), save it, and convert that"
-        )
-    return 0
+    return MustAgree(f" against the files by `{script}`", int, layout_mismatches(name, index))
 
 
 ARCHITECTURE: Table = {  # of the converters of tools/ckpt_convert/llama; checked against the reader of the source
@@ -217,15 +177,13 @@ ARCHITECTURE: Table = {  # of the converters of tools/ckpt_convert/llama; checke
     ),
     **_negatable(
         "--bias",
-        MustAgree(" against `config.json`: the attention has biases", mismatches=_missing_biases),
+        MustAgree(" against `config.json`: the attention has biases", mismatches=bias_mismatches),
     ),
     "--num-layers": _config_field("--num-layers", "num_layers"),
     "--num-heads": _config_field("--num-heads", "num_attention_heads"),
     "--num-kv-heads": _config_field("--num-kv-heads", "kv_heads"),
     "--hidden-size": _config_field("--hidden-size", "hidden_size"),
-    "--added-token-num": MustAgree(
-        "only 0, because a conversion does not change the model", _no_added_tokens
-    ),
+    "--added-token-num": MustAgree("only 0, because a conversion does not change the model", no_added_tokens),
     **_negatable(
         "--merge-mlp",
         Ignored(
@@ -257,22 +215,6 @@ RANKS_TO_RANKS: Table = {
 TO_INTERNEVO: Table = _negatable("--safetensors", Ignored("the type of the files is detected", note=False))
 
 
-def require_rank_files(folder: str, reader: Any) -> None:
-    """Raises UserError unless the source consists of rank files."""
-    if reader.grid is None:
-        raise UserError(
-            f"{folder} holds no rank files: tools/ckpt_convert/convert.py converts from any format"
-        )
-
-
-def check_source(legacy: Translation, folder: str, reader: Any) -> None:
-    """Prints the notes, and raises UserError with all that the legacy flags contradict in the source in `folder`."""
-    if texts := legacy.mismatches(reader):
-        raise UserError(f"{folder} is another model: {'; '.join(texts)}")
-    for note in legacy.notes:
-        print(note)
-
-
 LLAMA_TOOLS = "tools/ckpt_convert/llama"
 INTERNLM_TOOLS = "tools/transformers"
 
@@ -290,3 +232,24 @@ TABLES: dict[str, Table] = {
     f"{INTERNLM_TOOLS}/revert_internlm2.py": TO_INTERNEVO,
 }
 """Script -> its legacy flags."""
+
+
+PAGE: dict[str, tuple[Table, Table]] = {
+    "Training": (TRAIN, {}),
+    "Generation": (GENERATE, MODEL),
+    "Evaluation": (EVALUATE, INFERENCE),
+    "Preprocessing": (PREPROCESS, {}),
+    "Conversion": (RANKS_TO_HF | RANKS_TO_RANKS, {}),
+    "InternLM's tools": (TO_INTERNEVO, {}),
+}
+"""Section of `docs/legacy-flags.md` -> its table, and the table of an earlier section that it adds to."""
+
+
+def main() -> None:
+    """Prints the rows of `docs/legacy-flags.md`."""
+    for title, (table, base) in PAGE.items():
+        print("\n".join(["", f"## {title}", *documentation(table, base)]))
+
+
+if __name__ == "__main__":
+    main()

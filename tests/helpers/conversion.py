@@ -15,7 +15,7 @@ from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, Para
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 BASE = ModelConfig(

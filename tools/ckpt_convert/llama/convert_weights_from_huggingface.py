@@ -7,7 +7,8 @@ python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-mode
 from dataclasses import dataclass
 
 from ascendspeed.cli import command
-from ascendspeed.cli.compat import ARCHITECTURE, check_source
+from ascendspeed.cli.compat import ARCHITECTURE
+from ascendspeed.cli.source_checks import check_source
 from ascendspeed.utils import errors
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ascendspeed.cli import command
-from ascendspeed.cli.compat import RANKS_TO_HF, check_source, require_rank_files
+from ascendspeed.cli.compat import RANKS_TO_HF
+from ascendspeed.cli.source_checks import check_source, require_rank_files
 from ascendspeed.utils import errors
 
 

@@ -7,7 +7,8 @@ python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-mod
 from dataclasses import dataclass
 
 from ascendspeed.cli import command
-from ascendspeed.cli.compat import RANKS_TO_RANKS, check_source, require_rank_files
+from ascendspeed.cli.compat import RANKS_TO_RANKS
+from ascendspeed.cli.source_checks import check_source, require_rank_files
 from ascendspeed.utils import errors
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.conversion import BASE, MODELS
+from helpers.shapes import hf_shapes
 from safetensors.torch import save_file
 
 from ascendspeed.config.schema import ModelConfig
@@ -24,9 +25,7 @@ INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What the tensors of such a model are called, and how large they are."""
     return {
-        name: shape
-        for p in param_mapping.parameters(config)
-        for name, shape in param_mapping.shapes_of(config, p).items()
+        name: shape for p in param_mapping.parameters(config) for name, shape in hf_shapes(config, p).items()
     }
 
 

@@ -12,6 +12,7 @@ import hypothesis
 import pytest
 import torch
 from helpers.conversion import command
+from helpers.shapes import hf_shapes
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -338,9 +339,7 @@ def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
 def model_folder(folder: Path) -> Path:
     folder.mkdir()
     tensors = {
-        n: torch.zeros(s)
-        for p in param_mapping.parameters(MODEL)
-        for n, s in param_mapping.shapes_of(MODEL, p).items()
+        n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in hf_shapes(MODEL, p).items()
     }
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(FAMILIES["internlm"].write_config(MODEL)))
@@ -364,9 +363,7 @@ def link_out(folder: Path) -> None:
 
 def nan(folder: Path) -> None:
     tensors = {
-        n: torch.zeros(s)
-        for p in param_mapping.parameters(MODEL)
-        for n, s in param_mapping.shapes_of(MODEL, p).items()
+        n: torch.zeros(s) for p in param_mapping.parameters(MODEL) for n, s in hf_shapes(MODEL, p).items()
     }
     save_file(tensors | {"model.norm.weight": torch.full((16,), torch.nan)}, folder / "model.safetensors")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import corpus
+from helpers.shapes import hf_shapes
 from helpers.tokenizers import chat_files, folder_with, stock, trained
 from safetensors.torch import save_file
 
@@ -38,9 +39,7 @@ def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **
     """A published directory: weights, code that must not run, and what else is given."""
     folder.mkdir(parents=True)
     tensors = {
-        n: torch.zeros(s)
-        for p in param_mapping.parameters(config)
-        for n, s in param_mapping.shapes_of(config, p).items()
+        n: torch.zeros(s) for p in param_mapping.parameters(config) for n, s in hf_shapes(config, p).items()
     }
     save_file(tensors, folder / "model.safetensors")
     theirs = FAMILIES[config.family].write_config(config) | {

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.shapes import hf_shapes
 from safetensors.torch import load_file, save_file
 
 from ascendspeed.config.schema import ModelConfig
@@ -22,7 +23,7 @@ def directory(folder, config: ModelConfig, dtype: torch.dtype = torch.float32):
     """A Hugging Face directory of random weights, written by the library itself."""
     generator, tensors = torch.Generator().manual_seed(4), {}
     for parameter in param_mapping.parameters(config):
-        for name, shape in param_mapping.shapes_of(config, parameter).items():
+        for name, shape in hf_shapes(config, parameter).items():
             tensors[name] = (0.1 * torch.randn(shape, generator=generator)).to(dtype)
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")

@@ -58,7 +58,7 @@ def initial(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[s
         for target in adapters.selected_targets(model, lora):
             name, shape = target.megatron_name("A", layer), target.shape("A", lora.lora_rank)
             generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
-            bound = 1 / math.sqrt(target.inputs)
+            bound = 1 / math.sqrt(target.in_features)
             yield name, torch.empty(shape).uniform_(-bound, bound, generator=generator)
             yield target.megatron_name("B", layer), torch.zeros(target.shape("B", lora.lora_rank))
 
@@ -209,8 +209,8 @@ def _parameters_of(adapter: Adapter, model: ModelConfig) -> dict[str, Parameter]
 
 def _check_shapes(adapter: Adapter, name: str, target: LoraTarget) -> None:
     a, b, _ = adapter.pairs[name]
-    if (a.shape[1], b.shape[0]) != (target.inputs, target.outputs) or a.shape[0] != b.shape[1]:
+    if (a.shape[1], b.shape[0]) != (target.in_features, target.out_features) or a.shape[0] != b.shape[1]:
         raise UserError(
             f"{adapter.where}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit a matrix of "
-            f"{[target.outputs, target.inputs]}: it is another model's"
+            f"{[target.out_features, target.in_features]}: it is another model's"
         )

@@ -14,6 +14,7 @@ from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
+from helpers.shapes import hf_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,7 +77,7 @@ def tensors_of(config: ModelConfig, kind: str) -> dict[str, torch.Tensor]:
     for parameter in param_mapping.parameters(config):
         dtype = {"fp32": torch.float32, "finite": torch.float32, "bf16": torch.bfloat16}.get(kind)
         dtype = dtype or (torch.float32 if "norm" in parameter.name else torch.bfloat16)
-        for name, shape in param_mapping.shapes_of(config, parameter).items():
+        for name, shape in hf_shapes(config, parameter).items():
             integers = torch.int32 if dtype == torch.float32 else torch.int16
             limits = torch.iinfo(integers)
             tensors[name] = torch.randint(

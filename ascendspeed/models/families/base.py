@@ -1,4 +1,4 @@
-"""What a family entry is made of: data only. The fusions and cuts that rows name live in `weights.py`, with torch."""
+"""Declarative entry of a model family: config.json and tensor names, each read in both directions. No torch."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,16 +11,18 @@ from ascendspeed.utils.errors import UserError
 
 Fusion = Literal["one", "qkv", "glu"]
 Partition = Literal["replicated", "rows", "columns", "vocab"]
+Span = tuple[int, int]
+"""(first row of the full tensor, number of rows)."""
 InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
 """Model type of an InternEvo configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
 REQUIRED = object()
 FIELD_TYPES = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
-"""Type of every field of `ModelConfig`; those that may be None count something."""
+"""Type of every field of `ModelConfig`; fields that may be None are counts."""
 
 
 @dataclass(frozen=True)
 class ParamMapping:
-    """One parameter of the Megatron-core model and the tensors of a checkpoint it is made of.
+    """One parameter of the Megatron-core model and the Hugging Face tensors that hold it.
 
     `{l}` stands for the layer, `{e}` for the expert.
     """
@@ -28,25 +30,25 @@ class ParamMapping:
     megatron_param: str
     """Name in `GPTModel.named_parameters()`."""
     hf_params: tuple[str, ...]
-    """Names in the checkpoint: one for each block that `fuse` knows, or one that holds the blocks one after the other."""
+    """Names in the checkpoint: one for each block of `fusion`, or a single one that holds the blocks consecutively."""
     fusion: Fusion = "one"
-    """The blocks of `ours`: itself; q, k and v; gate and up (`weights.blocks`)."""
+    """Blocks of the Megatron-core parameter: itself; q, k and v; gate and up. See `block_spans`."""
     partition: Partition = "replicated"
-    """How tensor parallel cuts `ours`: not at all, along dimension 0, along dimension 1, or 0 with a padded vocabulary."""
+    """Tensor-parallel cut: none, along dimension 0, along dimension 1, or along a padded vocabulary (dimension 0)."""
     condition: str = ""
-    """A boolean of `ModelConfig` without which the model has no such parameter; `!name`: with which it has none."""
+    """Boolean of `ModelConfig` that the parameter depends on; `!name`: the parameter exists if it is false."""
 
 
 @dataclass(frozen=True)
 class ConfigMapping:
-    """One entry of config.json and the fields of `ModelConfig` that hold its value; null is the same as not there."""
+    """One entry of config.json and the fields of `ModelConfig` that hold its value; null means absent."""
 
     hf_key: str
     fields: tuple[str, ...]
-    """`!name`: a boolean that is true where theirs is false."""
+    """`!name`: a boolean with the opposite value."""
     default: Any = REQUIRED
     written_attribute: str = ""
-    """Attribute of `ModelConfig` to write where the field itself may be None."""
+    """Attribute of `ModelConfig` to write if the field itself may be None."""
     aliases: tuple[str, ...] = ()
     """Other spellings that are read."""
 
@@ -68,7 +70,7 @@ class LlamaNames:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: presets, `config.json` <-> `ModelConfig`, and tensor names, each read both ways."""
+    """One model family: presets, `config.json` <-> `ModelConfig`, tensor names, tokenizer, and supported formats."""
 
     name: str
     """`model_type` of config.json."""
@@ -79,17 +81,17 @@ class Family:
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
     required_values: Mapping[str, Any] = field(default_factory=dict)
-    """What the family always is; another value in a config.json is refused. Of a tuple each is read, the first is written."""
+    """Values that config.json must have, if present. Every value of a tuple is accepted, the first one is written."""
     unsupported: tuple[tuple[Mapping[str, Any], str], ...] = ()
-    """Other models of the same `model_type`: what their config.json holds, and why they are refused."""
+    """Other models of the same `model_type`: values in their config.json, and the reason for refusing them."""
     implicit_config: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of `ModelConfig` that the family always has and no entry of config.json says."""
+    """Fields of `ModelConfig` that are constant for the family and have no entry in config.json."""
     rope_spelling: Literal["rotary", "rope_scaling"] = "rope_scaling"
-    """How config.json spells the rotary embedding when it is written; every spelling is read."""
+    """Spelling of the rotary embedding in a written config.json; every spelling is read."""
     rope_default: Mapping[str, Any] = field(default_factory=dict)
-    """The family's rope where config.json says nothing."""
+    """Rotary embedding of a config.json without such entries."""
     refused_keys: tuple[str, ...] = ("quantization_config",)
-    """Entries of config.json that change what the tensors mean; one that holds something is refused."""
+    """Entries of config.json that change the meaning of the tensors; a value other than null is refused."""
     chat_template: str | None = None
     """Name in `tokenization.chat.templates`; None: the tokenizer decides."""
     tokenizer_class: str | None = None
@@ -105,7 +107,7 @@ class Family:
     extra_formats: tuple[str, ...] = ()
     """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`, `mindformers`)."""
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
-    """Regular expressions of Hugging Face tensors that carry nothing."""
+    """Regular expressions of Hugging Face tensors that hold no weights."""
 
     @property
     def has_experts(self) -> bool:
@@ -113,109 +115,111 @@ class Family:
         return any("{e}" in mapping.megatron_param for mapping in self.param_mappings)
 
     def mappings_of(
-        self, config: ModelConfig, rows: Iterable[ParamMapping] | None = None
+        self, config: ModelConfig, mappings: Iterable[ParamMapping] | None = None
     ) -> Iterator[ParamMapping]:
-        """Those of the family's rows (or of others) that a model of this configuration has."""
-        for row in self.param_mappings if rows is None else rows:
-            if not row.condition or bool(
-                getattr(config, row.condition.lstrip("!"))
-            ) != row.condition.startswith("!"):
-                yield row
+        """Yields the family's mappings (or those given) whose parameters a model of this configuration has."""
+        for mapping in self.param_mappings if mappings is None else mappings:
+            negated = mapping.condition.startswith("!")
+            if not mapping.condition or bool(getattr(config, mapping.condition.lstrip("!"))) != negated:
+                yield mapping
 
-    def read_config(self, theirs: Mapping[str, Any]) -> ModelConfig:
-        """config.json -> ModelConfig. Raises `UserError` for what is missing, of the wrong kind or cannot be expressed."""
+    def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
+        """config.json -> ModelConfig. Raises `UserError` for missing, ill-typed, contradictory or unsupported entries."""
         for name, value in (self.required_values | dict.fromkeys(self.refused_keys)).items():
-            if theirs.get(name) not in (*_choices(value), None):
+            if config_json.get(name) not in (*_choices(value), None):
                 raise UserError(
-                    f"config.json: {name} = {theirs[name]!r} is not supported for {self.name}, only {_choices(value)[0]!r}"
+                    f"config.json: {name} = {config_json[name]!r} is not supported for {self.name}, "
+                    f"only {_choices(value)[0]!r}"
                 )
-        for marks, why in self.unsupported:
-            if all(theirs.get(name) == value for name, value in marks.items()):
-                raise UserError(f"config.json: {', '.join(f'{n} = {v!r}' for n, v in marks.items())}: {why}")
+        for entries, reason in self.unsupported:
+            if all(config_json.get(name) == value for name, value in entries.items()):
+                raise UserError(
+                    f"config.json: {', '.join(f'{n} = {v!r}' for n, v in entries.items())}: {reason}"
+                )
         values: dict[str, Any] = {}
-        for key in self.config_mappings:
-            value = self._read_key(key, theirs)
-            values |= {name.lstrip("!"): not value if name.startswith("!") else value for name in key.fields}
-        check_layer_types(theirs)
-        config = ModelConfig(
-            family=self.name, **self.implicit_config | values | read_rope(theirs, self.rope_default)
-        )
+        for mapping in self.config_mappings:
+            value = self._read_entry(mapping, config_json)
+            for name in mapping.fields:
+                values[name.lstrip("!")] = not value if name.startswith("!") else value
+        check_layer_types(config_json)
+        rope = read_rope(config_json, self.rope_default)
+        config = ModelConfig(family=self.name, **self.implicit_config | values | rope)
         check_heads(config)
         check_experts(config)
         return config
 
-    def _read_key(self, key: ConfigMapping, theirs: Mapping[str, Any]) -> Any:
-        said = {name: theirs[name] for name in (key.hf_key, *key.aliases) if theirs.get(name) is not None}
-        value = next(iter(said.values()), None)
-        if any(other != value for other in said.values()):
-            raise UserError(
-                f"config.json: {' and '.join(f'{n} = {v!r}' for n, v in said.items())} contradict each other"
-            )
+    def _read_entry(self, mapping: ConfigMapping, config_json: Mapping[str, Any]) -> Any:
+        spellings = (mapping.hf_key, *mapping.aliases)
+        present = {name: config_json[name] for name in spellings if config_json.get(name) is not None}
+        value = next(iter(present.values()), None)
+        if any(other != value for other in present.values()):
+            entries = " and ".join(f"{n} = {v!r}" for n, v in present.items())
+            raise UserError(f"config.json: {entries} contradict each other")
         if value is None:
-            if key.default is REQUIRED:
-                raise UserError(f"config.json of a model of family {self.name} lacks {key.hf_key!r}")
-            return key.default
-        kind = FIELD_TYPES[key.fields[0].lstrip("!")]
+            if mapping.default is REQUIRED:
+                raise UserError(f"config.json of a model of family {self.name} lacks {mapping.hf_key!r}")
+            return mapping.default
+        kind = FIELD_TYPES[mapping.fields[0].lstrip("!")]
         if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
         if type(value) is not kind or (kind is not bool and value <= 0):
-            raise UserError(
-                f"config.json: {key.hf_key} = {value!r} is not a {'positive ' * (kind is not bool)}{kind.__name__}"
-            )
+            expected = kind.__name__ if kind is bool else f"positive {kind.__name__}"
+            raise UserError(f"config.json: {mapping.hf_key} = {value!r} is not a {expected}")
         return value
 
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
-        """ModelConfig -> config.json, without what only the source knows (token ids, dtype); `read_config` reads it back.
+        """ModelConfig -> config.json, without entries that only the source knows (token ids, dtype).
 
-        Raises `UserError` for a configuration that this family's config.json has no words for.
+        `read_config` gives the same configuration again. Raises `UserError` for a configuration that this family's config.json
+        cannot express.
         """
-        theirs: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
-        theirs |= {name: _choices(value)[0] for name, value in self.required_values.items()}
-        for key in self.config_mappings:
-            name = key.written_attribute or key.fields[0]
-            theirs[key.hf_key] = (
-                not getattr(config, name[1:]) if name.startswith("!") else getattr(config, name)
-            )
-        theirs |= write_rope(config, self.rope_spelling)
-        back = self.read_config(theirs)
-        lost = [f for f in FIELD_TYPES if f != "family" and getattr(back, f) != getattr(config, f)]
+        config_json: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
+        config_json |= {name: _choices(value)[0] for name, value in self.required_values.items()}
+        for mapping in self.config_mappings:
+            name = mapping.written_attribute or mapping.fields[0]
+            value = getattr(config, name.lstrip("!"))
+            config_json[mapping.hf_key] = not value if name.startswith("!") else value
+        config_json |= write_rope(config, self.rope_spelling)
+        read_back = self.read_config(config_json)
+        lost = [f for f in FIELD_TYPES if f != "family" and getattr(read_back, f) != getattr(config, f)]
         if lost:
-            said = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
+            entries = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
+            instead = ", ".join(repr(getattr(read_back, name)) for name in lost)
             raise UserError(
-                f"the config.json of a model of family {self.name} cannot say {said} (it would be read as {_values(back, lost)})"
+                f"the config.json of a model of family {self.name} cannot say {entries} (it would be read as {instead})"
             )
-        return theirs
+        return config_json
 
 
 def override_keys(
-    keys: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
+    mappings: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
 ) -> tuple[ConfigMapping, ...]:
-    """Another family's keys: without some, and with other defaults (by the words of config.json)."""
+    """Another family's config mappings, without some and with other defaults, both given by their key in config.json."""
     return tuple(
-        replace(key, default=defaults[key.hf_key]) if key.hf_key in defaults else key
-        for key in keys
-        if key.hf_key not in without
+        replace(mapping, default=defaults.get(mapping.hf_key, mapping.default))
+        for mapping in mappings
+        if mapping.hf_key not in without
     )
 
 
 def replace_mappings(
-    rows: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
+    mappings: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
 ) -> tuple[ParamMapping, ...]:
-    """Another family's rows: `new` take the place of those of the same parameter; `without` names parameters that are not there."""
-    by_name = {row.megatron_param: row for row in new}
-    return tuple(by_name.get(row.megatron_param, row) for row in rows if row.megatron_param not in without)
+    """Another family's mappings; `new` replace those of the same parameter, `without` names parameters to leave out."""
+    by_name = {mapping.megatron_param: mapping for mapping in new}
+    return tuple(
+        by_name.get(mapping.megatron_param, mapping)
+        for mapping in mappings
+        if mapping.megatron_param not in without
+    )
 
 
-def _choices(fixed: Any) -> tuple[Any, ...]:
-    return fixed if isinstance(fixed, tuple) else (fixed,)
-
-
-def _values(config: ModelConfig, names: Sequence[str]) -> str:
-    return ", ".join(repr(getattr(config, name)) for name in names)
+def _choices(required: Any) -> tuple[Any, ...]:
+    return required if isinstance(required, tuple) else (required,)
 
 
 def check_heads(config: ModelConfig) -> None:
-    """Raises `UserError` for an architecture whose heads do not come out even."""
+    """Raises `UserError` for numbers of heads and widths that do not divide each other."""
     heads, groups = config.num_attention_heads, config.kv_heads
     if config.kv_channels is None and config.hidden_size % heads:
         raise UserError(f"hidden size {config.hidden_size} does not split over {heads} attention heads")
@@ -226,7 +230,7 @@ def check_heads(config: ModelConfig) -> None:
 
 
 def check_experts(config: ModelConfig) -> None:
-    """Raises `UserError` for experts that cannot be routed to."""
+    """Raises `UserError` for a number of experts per token that the router does not support."""
     experts, topk = config.num_experts, config.moe_router_topk
     if experts is None:
         return
@@ -238,22 +242,22 @@ def check_experts(config: ModelConfig) -> None:
         )
 
 
-def check_layer_types(theirs: Mapping[str, Any]) -> None:
-    """Raises `UserError` where a config.json says that layers do not attend to all that came before."""
-    layers = theirs.get("layer_types") or []
-    strange = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
-    if strange:
-        raise UserError(f"config.json: layer_types {strange[0]!r} is not supported, only 'full_attention'")
+def check_layer_types(config_json: Mapping[str, Any]) -> None:
+    """Raises `UserError` for a config.json with layers that do not attend to all earlier tokens."""
+    layers = config_json.get("layer_types") or []
+    other = [kind for kind in layers if kind != "full_attention"] if isinstance(layers, list) else [layers]
+    if other:
+        raise UserError(f"config.json: layer_types {other[0]!r} is not supported, only 'full_attention'")
 
 
-def param_shape(config: ModelConfig, row: ParamMapping) -> tuple[int, ...]:
-    """Shape of the full, unpadded parameter that a row describes."""
+def param_shape(config: ModelConfig, mapping: ParamMapping) -> tuple[int, ...]:
+    """Shape of the full, unpadded Megatron-core parameter."""
     h, d, ffn = config.hidden_size, config.head_dim, config.ffn_hidden_size
-    if ".experts." in row.megatron_param:
+    if ".experts." in mapping.megatron_param:
         ffn = config.expert_ffn
-    elif ".shared_experts." in row.megatron_param:
+    elif ".shared_experts." in mapping.megatron_param:
         ffn = config.moe_shared_expert_intermediate_size or 0
-    module, kind = row.megatron_param.split(".")[-2:]
+    module, kind = mapping.megatron_param.split(".")[-2:]
     q, qkv = config.num_attention_heads * d, (config.num_attention_heads + 2 * config.kv_heads) * d
     shapes = {
         "word_embeddings.weight": (config.vocab_size, h),
@@ -268,3 +272,21 @@ def param_shape(config: ModelConfig, row: ParamMapping) -> tuple[int, ...]:
         "shared_experts.gate_weight": (1, h),
     }
     return shapes.get(f"{module}.{kind}", (h,))  # norms, and biases that are added to the residual stream
+
+
+def block_spans(config: ModelConfig, mapping: ParamMapping) -> list[list[Span]]:
+    """Blocks of a full parameter, each as spans of its rows: itself; q, k and v; gate and up."""
+    rows = param_shape(config, mapping)[0]
+    if mapping.fusion == "glu":
+        return [[(0, rows // 2)], [(rows // 2, rows // 2)]]
+    if mapping.fusion == "qkv":
+        groups, d = config.kv_heads, config.head_dim
+        q_rows, group_rows = config.num_attention_heads // groups * d, rows // groups
+        in_group = ((0, q_rows), (q_rows, d), (q_rows + d, d))
+        return [[(i * group_rows + first, count) for i in range(groups)] for first, count in in_group]
+    return [[(0, rows)]]
+
+
+def span_rows(block: Iterable[Span]) -> int:
+    """Number of rows of a block."""
+    return sum(count for _, count in block)

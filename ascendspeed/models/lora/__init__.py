@@ -1,1 +1,1 @@
-"""LoRA adapters: target modules and layers."""
+"""LoRA: targets (which matrices, torch-free), layers beside Megatron-core's linears, and adapter tensors."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ascendspeed.data.indexed.megatron_pair import pair_file
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "preprocess_data.py"
+TOOL = Path(__file__).resolve().parents[2] / "tools" / "preprocess_data.py"
 
 
 def made(prefix):

@@ -23,16 +23,16 @@ def main() -> int:
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.training import data_setup, engines, loop, setup
-    from ascendspeed.training.fault_tolerance import Watch
-    from ascendspeed.training.metrics_log import Logger
+    from ascendspeed.training.fault_tolerance import RunMonitor
+    from ascendspeed.training.metrics_log import MetricsLogger
 
     check_device_precision(run.optim.fp16, device)
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
     with (
-        Logger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
-        Watch(run, grid) as watch,
+        MetricsLogger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
+        RunMonitor(run, grid) as watch,
     ):
         kernels = fused_kernels.select_kernels(
             device,

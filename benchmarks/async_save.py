@@ -118,7 +118,7 @@ def train(options: Options, work: Path, behind: bool) -> Measured:
     saves = [(float(a), float(b or a)) for a, b in SAVED.findall(path.read_text())]
     lines = [
         line
-        for line in metrics_log.read(path)
+        for line in metrics_log.read_lines(path)
         if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
     ]  # the first one warms up
     calm, busy = [], []
@@ -145,10 +145,10 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     here = device.prepare("cpu")
     from ascendspeed.config.schema import ParallelConfig
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training.fault_tolerance import Stop
+    from ascendspeed.training.fault_tolerance import StopCoordinator
 
     grid = process_groups.initialize(here, ParallelConfig(), 1)
-    stop, took = Stop(grid, process_groups.new_cpu_group(1)), []
+    stop, took = StopCoordinator(grid, process_groups.new_cpu_group(1)), []
     for _ in range(calls):
         began = time.perf_counter()
         stop.reason()

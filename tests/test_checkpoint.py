@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 from ascendspeed.checkpoint import manifest, safetensors_io
 from ascendspeed.checkpoint import save as saving
-from ascendspeed.checkpoint.async_saver import Saver
+from ascendspeed.checkpoint.async_saver import CheckpointSaver
 from ascendspeed.checkpoint.discovery import find_checkpoint, open_checkpoint
 from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
 from ascendspeed.checkpoint.load import Checkpoint, load_fragments
@@ -462,9 +462,9 @@ def test_every_bit_of_the_manifest_counts(ckpt):
     whole = path.read_bytes()
     for at in range(len(whole)):
         flip(path, at)
-        assert manifest.problems(path.parent), at
+        assert manifest.find_problems(path.parent), at
         path.write_bytes(whole)
-    assert not manifest.problems(path.parent)
+    assert not manifest.find_problems(path.parent)
 
 
 def test_a_step_under_another_steps_name(ckpt):
@@ -564,7 +564,7 @@ def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**40, 0, saving.DISK_MARGIN + 1000)
     )
-    monkeypatch.setattr(safetensors_io.Shard, "write", lambda *a: pytest.fail("nothing may be written"))
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", lambda *a: pytest.fail("nothing may be written"))
     barrier, errors = threading.Barrier(2), []
 
     def one(rank):
@@ -583,7 +583,7 @@ def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("bad", [0, 1])
 def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
     save(tmp_path, 1, TWO)
-    real = safetensors_io.Shard.write
+    real = safetensors_io.ShardWriter.write
 
     def write(shard, path):
         real(shard, path)
@@ -592,7 +592,7 @@ def test_one_rank_runs_out_of_space(tmp_path, monkeypatch, bad):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return "0"
 
-    monkeypatch.setattr(safetensors_io.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", write)
     with pytest.raises(UserError, match=f"step_0000002 was not saved: rank {bad}: .*No space left on device"):
         save(tmp_path, 2, TWO)
     assert not list(tmp_path.rglob(".step_*/shard-*"))  # the space is free again
@@ -774,7 +774,7 @@ def test_a_save_folder_that_is_a_file_is_one_error(tmp_path):
 
 @pytest.mark.parametrize("moment", ["before", "while it writes"])
 def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, moment):
-    mine, real = claim_folder(tmp_path), safetensors_io.Shard.write
+    mine, real = claim_folder(tmp_path), safetensors_io.ShardWriter.write
     save(tmp_path, 1, TWO, token=mine)
     claims = [1]
 
@@ -786,7 +786,7 @@ def test_who_is_no_longer_the_owner_publishes_nothing(tmp_path, monkeypatch, mom
 
     if moment == "before":
         claim_folder(tmp_path)
-    monkeypatch.setattr(safetensors_io.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", write)
     with pytest.raises(UserError, match=f"step_0000002 was not saved: .*another run saves in {tmp_path}"):
         save(tmp_path, 2, TWO, token=mine)
     assert len(claims) == (moment == "before")  # then not a byte is written
@@ -824,14 +824,14 @@ def test_saving_copies_nothing_whole(tmp_path):
 # -- behind the step ----------------------------------------------------------------------------------------------------------
 
 
-def savers(folder, layout=Layout(), behind=True, **train) -> list[Saver]:
+def savers(folder, layout=Layout(), behind=True, **train) -> list[CheckpointSaver]:
     """One per rank; they meet at a barrier of their own."""
     barrier = threading.Barrier(layout.world)
     run = dataclasses.replace(RUN, train=TrainConfig(save=str(folder), async_save=behind, **train))
-    return [Saver(run, rank, layout.world, barrier.wait) for rank in range(layout.world)]
+    return [CheckpointSaver(run, rank, layout.world, barrier.wait) for rank in range(layout.world)]
 
 
-def begin(saver: Saver, step: int, rank=0, layout=Layout(), model=Model()) -> list[Fragment]:
+def begin(saver: CheckpointSaver, step: int, rank=0, layout=Layout(), model=Model()) -> list[Fragment]:
     """Saves, or begins to; returns the live fragments."""
     fragments = model.fragments(layout, rank, model.full(step))
     saver.save(TrainState(step, step, step), fragments, {"torch": torch.full((3,), step, dtype=torch.uint8)})
@@ -841,7 +841,7 @@ def begin(saver: Saver, step: int, rank=0, layout=Layout(), model=Model()) -> li
 @pytest.mark.parametrize("layout", [Layout(), Layout(2, 2, padding=3), Layout(dp=3, zero=False)], ids=str)
 def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, monkeypatch):
     """Training goes on at once and changes everything; the control is a saver that does not copy."""
-    real = safetensors_io.Shard.write
+    real = safetensors_io.ShardWriter.write
 
     def work(saver, rank, folder, copies, allowed):
         if not copies:
@@ -861,7 +861,9 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
             threading.Barrier(2 * layout.world),
         )  # who writes, and who has changed all
         monkeypatch.setattr(
-            safetensors_io.Shard, "write", lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1]
+            safetensors_io.ShardWriter,
+            "write",
+            lambda shard, path, go=allowed: (go.wait(20), real(shard, path))[1],
         )
         every_rank(
             layout.world,
@@ -887,7 +889,7 @@ def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
 
 def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
     """By the next save, on every rank, in the same words; the last good one is intact, and saving goes on afterwards."""
-    both, real = savers(tmp_path, TWO), safetensors_io.Shard.write
+    both, real = savers(tmp_path, TWO), safetensors_io.ShardWriter.write
     every_rank(2, lambda rank: (begin(both[rank], 1, rank, TWO), both[rank].wait()))
 
     def write(shard, path):
@@ -895,7 +897,7 @@ def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         return real(shard, path)
 
-    monkeypatch.setattr(safetensors_io.Shard, "write", write)
+    monkeypatch.setattr(safetensors_io.ShardWriter, "write", write)
     said = []
 
     def fails(rank):

@@ -51,7 +51,7 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
     from helpers import fault_worker
 
     sys.argv = ["fault_worker.py", *flags]
-    errors.MOMENT = 0.5  # no launcher to wait for
+    errors.LAUNCHER_GRACE_SECONDS = 0.5  # no launcher to wait for
     errors.run(fault_worker.main)
 
 

@@ -157,7 +157,7 @@ def hashed(monkeypatch) -> list[str]:
     """Names of the files of a training checkpoint, as they are hashed."""
     from ascendspeed.checkpoint import safetensors_io
 
-    names, digest = [], safetensors_io.digest
+    names, digest = [], safetensors_io.file_sha256
     monkeypatch.setattr(safetensors_io, "digest", lambda path: names.append(path.name) or digest(path))
     return names
 

@@ -74,15 +74,15 @@ lines = st.builds(
 
 
 def test_the_line_as_it_looks():
-    assert metrics_log.format(FULL) == FULL_TEXT
-    assert metrics_log.parse(FULL_TEXT) == FULL
+    assert metrics_log.format_line(FULL) == FULL_TEXT
+    assert metrics_log.parse_line(FULL_TEXT) == FULL
 
 
 @settings(max_examples=300)
 @given(lines)
 def test_round_trip(line):
-    read = metrics_log.parse(metrics_log.format(line))
-    assert metrics_log.format(read) == metrics_log.format(line)
+    read = metrics_log.parse_line(metrics_log.format_line(line))
+    assert metrics_log.format_line(read) == metrics_log.format_line(line)
     whole = (
         "iteration",
         "train_iters",
@@ -102,8 +102,10 @@ def test_round_trip(line):
 
 @given(st.floats(width=32, allow_nan=False))
 def test_an_fp32_number_comes_back_bit_for_bit(number):
-    line = metrics_log.parse(
-        metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number))
+    line = metrics_log.parse_line(
+        metrics_log.format_line(
+            metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=number, grad_norm=number)
+        )
     )
     assert struct.pack("f", line.loss) == struct.pack("f", line.grad_norm) == struct.pack("f", number)
 
@@ -111,36 +113,40 @@ def test_an_fp32_number_comes_back_bit_for_bit(number):
 def test_lines_of_older_logs_are_read():
     """The gradient norm with six decimals, and nothing about the interval."""
     old = FULL_TEXT.replace("1.23400000E+00", "1.234000").replace(" iterations in interval:  10 |", "")
-    assert metrics_log.parse(old) == replace(FULL, interval=None)
+    assert metrics_log.parse_line(old) == replace(FULL, interval=None)
 
 
 def test_control_eight_digits_would_lose_bits():
     a, b = (struct.unpack("f", struct.pack("I", 0x40C3F35D + i))[0] for i in range(2))
     assert f"{a:.5E}" == f"{b:.5E}"  # Megatron's own format
-    assert metrics_log.format(metrics_log.EvalLine(1, a)) != metrics_log.format(metrics_log.EvalLine(1, b))
+    assert metrics_log.format_line(metrics_log.EvalLine(1, a)) != metrics_log.format_line(
+        metrics_log.EvalLine(1, b)
+    )
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
 def test_not_a_number(loss):
     assert str(
-        metrics_log.parse(
-            metrics_log.format(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))
+        metrics_log.parse_line(
+            metrics_log.format_line(metrics_log.TrainLine("2026-11-21 12:00:00", 1, 2, loss=loss))
         ).loss
     ) == str(loss)
-    assert str(metrics_log.parse(metrics_log.format(metrics_log.EvalLine(1, loss))).loss) == str(loss)
+    assert str(metrics_log.parse_line(metrics_log.format_line(metrics_log.EvalLine(1, loss))).loss) == str(
+        loss
+    )
 
 
 @given(st.integers(0, 10**9), st.floats(0, 1e6), st.sampled_from(["validation", "test"]))
 def test_eval_line(iteration, loss, split):
-    text = metrics_log.format(metrics_log.EvalLine(iteration, loss, split))
+    text = metrics_log.format_line(metrics_log.EvalLine(iteration, loss, split))
     assert text.startswith(f" {split} loss at iteration {iteration} | lm loss value: ")
-    read = metrics_log.parse(text)
+    read = metrics_log.parse_line(text)
     assert (read.iteration, read.split) == (iteration, split)
     assert read.loss == pytest.approx(loss, rel=1e-8)
 
 
 def test_megatrons_own_line():
-    line = metrics_log.parse(MEGATRON)
+    line = metrics_log.parse_line(MEGATRON)
     assert (line.iteration, line.train_iters, line.samples, line.loss, line.nans) == (
         100,
         500000,
@@ -152,12 +158,12 @@ def test_megatrons_own_line():
 
 
 def test_a_launcher_may_prefix_it():
-    assert metrics_log.parse("worker-1: " + FULL_TEXT + "\n") == FULL
+    assert metrics_log.parse_line("worker-1: " + FULL_TEXT + "\n") == FULL
 
 
 @pytest.mark.parametrize("cut", range(1, len(FULL_TEXT)))
 def test_a_torn_line_gives_no_wrong_number(cut):
-    line = metrics_log.parse(FULL_TEXT[:-cut])
+    line = metrics_log.parse_line(FULL_TEXT[:-cut])
     if line is not None:  # torn at a bar: what stands there is right
         assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in metrics_log.FIELDS)
         assert (line.iteration, line.train_iters) == (10, 100)
@@ -167,38 +173,40 @@ def test_a_torn_line_gives_no_wrong_number(cut):
     "text", ["", "hello", "lm loss: 3", FULL_TEXT.replace("6.12345678E+00", "6.1.2"), "iteration 3/ 4 |"]
 )
 def test_other_text_is_no_line(text):
-    assert metrics_log.parse(text) is None
+    assert metrics_log.parse_line(text) is None
 
 
 def test_logger_appends_once_and_whole(tmp_path, capsys):
-    with metrics_log.Logger(0, tmp_path / "logs") as first:
+    with metrics_log.MetricsLogger(0, tmp_path / "logs") as first:
         first.say("hello")
         first.line(FULL)
     (tmp_path / "logs/train.log").open("a").write("half a li")  # a killed run
     with (
-        metrics_log.Logger(0, tmp_path / "logs") as second,
-        metrics_log.Logger(1, tmp_path / "logs") as other,
+        metrics_log.MetricsLogger(0, tmp_path / "logs") as second,
+        metrics_log.MetricsLogger(1, tmp_path / "logs") as other,
     ):
         second.line(metrics_log.EvalLine(10, 6.2))
         other.say("not rank 0")
     text = (tmp_path / "logs/train.log").read_text()
-    assert text == f"hello\n{FULL_TEXT}\nhalf a li\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+    assert (
+        text == f"hello\n{FULL_TEXT}\nhalf a li\n{metrics_log.format_line(metrics_log.EvalLine(10, 6.2))}\n"
+    )
     assert (
         capsys.readouterr().out
-        == f"hello\n{FULL_TEXT}\n{metrics_log.format(metrics_log.EvalLine(10, 6.2))}\n"
+        == f"hello\n{FULL_TEXT}\n{metrics_log.format_line(metrics_log.EvalLine(10, 6.2))}\n"
     )
-    assert list(metrics_log.read(tmp_path / "logs/train.log")) == [FULL, metrics_log.EvalLine(10, 6.2)]
+    assert list(metrics_log.read_lines(tmp_path / "logs/train.log")) == [FULL, metrics_log.EvalLine(10, 6.2)]
 
 
 def test_logger_is_line_buffered(tmp_path):
-    logger = metrics_log.Logger(0, tmp_path)
+    logger = metrics_log.MetricsLogger(0, tmp_path)
     logger.say("seen at once")
     assert (tmp_path / "train.log").read_text() == "seen at once\n"
     logger.close()
 
 
 def test_a_full_disk_does_not_stop_the_run(capsys):
-    logger = metrics_log.Logger(0)
+    logger = metrics_log.MetricsLogger(0)
     logger._file = open("/dev/full", "w", buffering=1)  # noqa: SIM115
     logger.say("one")
     logger.say("two")
@@ -210,7 +218,7 @@ def test_a_full_disk_does_not_stop_the_run(capsys):
 
 def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
     """In a process of its own, whose exit code would tell of it too."""
-    code = f"from ascendspeed.training import metrics_log\nwith metrics_log.Logger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
+    code = f"from ascendspeed.training import metrics_log\nwith metrics_log.MetricsLogger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     warning = "warning: stdout: No space left on device; no more is written there\n"
@@ -222,7 +230,7 @@ LIMITED = """
 import resource, signal, sys, time
 from ascendspeed.training import metrics_log
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-with metrics_log.Logger(0, None, sys.argv[1]) as all:
+with metrics_log.MetricsLogger(0, None, sys.argv[1]) as all:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
     while all._board:
         all.line(metrics_log.EvalLine(1, 6.2))
@@ -242,15 +250,15 @@ def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
 def test_unwritable_places_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="choose another --log-dir"):
-        metrics_log.Logger(0, tmp_path / "file")
+        metrics_log.MetricsLogger(0, tmp_path / "file")
     with pytest.raises(UserError, match="cannot read"):
-        list(metrics_log.read(tmp_path / "nothing"))
+        list(metrics_log.read_lines(tmp_path / "nothing"))
 
 
 def test_tensorboard(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with metrics_log.Logger(0, None, tmp_path) as logger:
+    with metrics_log.MetricsLogger(0, None, tmp_path) as logger:
         logger.line(FULL)
         logger.line(metrics_log.EvalLine(10, 6.2))
     events = EventAccumulator(str(tmp_path)).Reload()

@@ -20,7 +20,7 @@ from ascendspeed.config import schema
 from ascendspeed.config.schema import DataConfig, LoraConfig, OptimConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
-from ascendspeed.training.metrics_log import read
+from ascendspeed.training.metrics_log import read_lines
 from ascendspeed.utils.errors import UserError
 
 MODEL = families.preset("internlm2-tiny")
@@ -453,7 +453,7 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
             *words, "--load", bases["hf"], "--save", tmp_path / "whole", "--log-dir", tmp_path / "log"
         )
         curves = [
-            [(line.loss, line.grad_norm) for line in read(tmp_path / log / "train.log")]
+            [(line.loss, line.grad_norm) for line in read_lines(tmp_path / log / "train.log")]
             for log in ("log", "again")
         ]
         assert curves[0] == curves[1]

@@ -169,7 +169,7 @@ def report():
 def line(iteration: int, loss: float) -> str:
     more = {"tokens_per_s": 10.0, "memory_gib": 1.0}
     return (
-        metrics_log.format(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more))
+        metrics_log.format_line(metrics_log.TrainLine("2026-01-01 00:00:00", iteration, 4, loss=loss, **more))
         + "\n"
     )
 

@@ -262,7 +262,7 @@ def test_json(case, tmp_path):
 
 def test_huge_json_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
-        file.truncate(safe_io.LARGEST_JSON + 1)
+        file.truncate(safe_io.MAX_JSON_BYTES + 1)
     with pytest.raises(UserError, match="64 MiB of JSON are more than any checkpoint needs"):
         read_json(tmp_path / "config.json")
     (tmp_path / "emoji.json").write_text('"\\ud83d\\ude00"')  # control: a whole character, escaped

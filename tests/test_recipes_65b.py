@@ -20,7 +20,7 @@ from ascendspeed.config.schema import ParallelConfig, Run
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.models import estimates
 from ascendspeed.models.families import PRESETS
-from ascendspeed.training.metrics_log import TrainLine, read
+from ascendspeed.training.metrics_log import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 RECIPES = {
@@ -237,7 +237,7 @@ def data(tmp_path_factory) -> dict[str, str]:
 
 
 def losses(log: Path) -> list[float]:
-    return [line.loss for line in read(log / "train.log") if isinstance(line, TrainLine)]
+    return [line.loss for line in read_lines(log / "train.log") if isinstance(line, TrainLine)]
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from ascendspeed.data.readers import random_access
 from ascendspeed.data.streaming import stream
 from ascendspeed.data.streaming.permutation import Permutation
 from ascendspeed.data.streaming.prefetch import Prefetch
-from ascendspeed.training.metrics_log import TrainLine, read
+from ascendspeed.training.metrics_log import TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB, SEQ, LONG, ROWS = 7, 2048, 48, 160, 300
@@ -516,7 +516,7 @@ def run(folder, text, tokenizer, world, *flags):
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return [
-        line.loss for line in read(Path(f"{folder}.log") / "train.log") if isinstance(line, TrainLine)
+        line.loss for line in read_lines(Path(f"{folder}.log") / "train.log") if isinstance(line, TrainLine)
     ], done.stdout
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers.log_lines import log_lines
 
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
-from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine, read
+from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine, read_lines
 from ascendspeed.utils.errors import UserError
 
 MODEL = ModelConfig(
@@ -81,18 +81,18 @@ def loop(cpu, tmp_path):
     from ascendspeed.checkpoint.fragment import TrainState
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import loop as train
-    from ascendspeed.training.fault_tolerance import Watch
+    from ascendspeed.training.fault_tolerance import RunMonitor
 
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
 
     def go(run, engine=None, start=None):
         engine = engine or Recorder()
         begin = SimpleNamespace(state=start or TrainState(0, 0, 0), resume=None, saved_run=lambda run: run)
-        with Logger(0, tmp_path / "logs") as log, Watch(run, grid) as go.watch:
+        with MetricsLogger(0, tmp_path / "logs") as log, RunMonitor(run, grid) as go.watch:
             state = train.train(
                 run, grid, cpu, engine, lambda split, consumed: [(split, consumed)], log, begin, go.watch
             )
-        return state, engine, list(read(tmp_path / "logs" / "train.log"))
+        return state, engine, list(read_lines(tmp_path / "logs" / "train.log"))
 
     return go
 
@@ -280,12 +280,12 @@ def test_how_to_continue_is_said_only_when_there_is_something_left(loop, tmp_pat
 
 def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
     from ascendspeed.distributed import process_groups
-    from ascendspeed.training.fault_tolerance import Watch
+    from ascendspeed.training.fault_tolerance import RunMonitor
 
     (tmp_path / "step_0000001").mkdir()
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     for begun in (False, True):  # the second is the control
-        watch = Watch(changed(save=str(tmp_path)), grid)
+        watch = RunMonitor(changed(save=str(tmp_path)), grid)
         watch.begun = begun
         with log_lines() as said, pytest.raises(UserError), watch:
             raise UserError("--save already holds checkpoints")

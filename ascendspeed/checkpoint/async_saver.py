@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned
+from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned_slice
 from ascendspeed.checkpoint.save import save_checkpoint
 from ascendspeed.config.schema import Run
 
 
-class Saved(NamedTuple):
+class SavedCheckpoint(NamedTuple):
     """A checkpoint that is whole and on the disk."""
 
     path: Path
@@ -25,7 +25,7 @@ class Saved(NamedTuple):
     """Of these and of copying, seconds in which training stood still."""
 
 
-class Saver:
+class CheckpointSaver:
     """The run's `--save`, one checkpoint at a time.
 
     Behind the step: the pieces are copied to host memory, and a thread of every rank writes and publishes the copies by the same
@@ -51,7 +51,7 @@ class Saver:
         self._host: dict[str, Tensor] = {}  # the copies' memory, kept: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._saved: list[Saved] = []
+        self._saved: list[SavedCheckpoint] = []
 
     def save(self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]) -> None:
         """Saves, or begins to; every rank calls this with its own. Raises as `save_checkpoint`, and what the last one met."""
@@ -68,7 +68,7 @@ class Saver:
         )
         self._thread.start()
 
-    def news(self) -> list[Saved]:
+    def news(self) -> list[SavedCheckpoint]:
         """The checkpoints that were finished since the last call."""
         saved, self._saved = self._saved, []
         return saved
@@ -114,14 +114,14 @@ class Saver:
             self._error = error
         else:
             seconds = time.perf_counter() - began
-            self._saved.append(Saved(self.last, seconds, seconds if stall is None else stall))
+            self._saved.append(SavedCheckpoint(self.last, seconds, seconds if stall is None else stall))
 
     @torch.no_grad()
     def _copy(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """What this rank writes of them, in host memory."""
         copies = []
         for fragment in fragments:
-            if (piece := owned(fragment)) is None:
+            if (piece := owned_slice(fragment)) is None:
                 continue
             address, view = piece
             pinned = view.device.type != "cpu"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint.load import Checkpoint
-from ascendspeed.checkpoint.paths import MANIFEST, STEP, latest, steps
+from ascendspeed.checkpoint.paths import MANIFEST, STEP_PATTERN, read_latest, step_folders
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gat
     Raises `UserError` when there is none, or when the step that was asked for is damaged.
     """
     path = Path(path)
-    if not ((path / MANIFEST).exists() or STEP.fullmatch(path.name)):
+    if not ((path / MANIFEST).exists() or STEP_PATTERN.fullmatch(path.name)):
         if (found := find_checkpoint(path, rank, world, gather)) is None:
             raise UserError(f"{path}: no training checkpoint lies there (no step_* folder)")
         return found
@@ -68,13 +68,13 @@ def find_checkpoint(
     Raises `UserError` when something does and nothing of it is good, or when the ranks do not see the same files.
     """
     folder = Path(save_dir)
-    newest, there = latest(folder), steps(folder)
+    newest, there = read_latest(folder), step_folders(folder)
     if len(seen := set(gather([f"{newest} {sorted(there)}"]))) > 1:
         raise UserError(
             f"{folder}: the ranks do not see the same files there; use storage that all nodes share ({len(seen)} views)"
         )
     if not there:
-        if newest is None or (newest and not STEP.fullmatch(newest)):
+        if newest is None or (newest and not STEP_PATTERN.fullmatch(newest)):
             return None
         raise UserError(
             f"{folder}/latest {f'names {newest}' if newest else 'is empty'}, but no step_* folder lies there"
@@ -83,7 +83,7 @@ def find_checkpoint(
     wrongs = []
     for name in order:
         logger.info(
-            f"verifying {there[name]}: {manifest.size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}"
+            f"verifying {there[name]}: {manifest.folder_size(there[name]) / 2**30:.2f} GiB, shared by {world} rank{'s' * (world > 1)}"
         )
         checkpoint, wrong = _examine(there[name], rank, world, gather)
         if checkpoint is not None:
@@ -111,7 +111,7 @@ def _order(folder: Path, newest: str | None, newest_first: list[str]) -> list[st
 
 def _examine(path: Path, rank: int, world: int, gather: Gather) -> tuple[Checkpoint | None, list[str]]:
     """Verifies, then opens; what any rank finds wrong, all know."""
-    if wrong := list(dict.fromkeys(gather(manifest.problems(path, rank, world)))):
+    if wrong := list(dict.fromkeys(gather(manifest.find_problems(path, rank, world)))):
         return None, wrong
     checkpoint, mine = None, []
     try:

@@ -47,7 +47,7 @@ class Fragment:
     """(i, n): the i-th of n ranks that hold this very piece. They share the writing; i = -1 reads and never writes."""
 
 
-class Address(NamedTuple):
+class FragmentAddress(NamedTuple):
     """Where a piece begins; its text is the key in a shard."""
 
     name: str
@@ -59,24 +59,24 @@ class Address(NamedTuple):
         return "|".join(map(str, self))
 
     @classmethod
-    def of(cls, key: str) -> "Address":
+    def of(cls, key: str) -> "FragmentAddress":
         """Raises ValueError for a key that is no address."""
         name, kind, part, start = key.split("|")
         return cls(name, kind, int(part), int(start))
 
 
-def owned(fragment: Fragment) -> tuple[Address, Tensor] | None:
+def owned_slice(fragment: Fragment) -> tuple[FragmentAddress, Tensor] | None:
     """What this rank writes of a fragment: its slice among the holders, without padding. None: nothing."""
     f, (i, n) = fragment, fragment.holder
     if f.tensor.dtype != torch.float32 or f.kind not in KINDS:
         raise ValueError(
             f"{f.kind} of {f.name} in {f.tensor.dtype}: a checkpoint holds {', '.join(KINDS)} in fp32"
         )
-    size = min(f.tensor.numel(), max(0, extent(f.cut, f.part) - f.start))
+    size = min(f.tensor.numel(), max(0, stored_numel(f.cut, f.part) - f.start))
     a, b = size * i // n, size * (i + 1) // n
     if i < 0 or a == b:
         return None
-    return Address(f.name, f.kind, f.part, f.start + a), f.tensor.detach().view(-1)[a:b]
+    return FragmentAddress(f.name, f.kind, f.part, f.start + a), f.tensor.detach().view(-1)[a:b]
 
 
 def part_count(cut: ShardSpec) -> int:
@@ -84,7 +84,7 @@ def part_count(cut: ShardSpec) -> int:
     return 1 if cut.dim is None else cut.num_shards
 
 
-def extent(cut: ShardSpec, part: int) -> int:
+def stored_numel(cut: ShardSpec, part: int) -> int:
     """Elements of a part, without padding."""
     rows, *rest = cut.shard_shape or (1,)
     if cut.padded_rows:
@@ -92,6 +92,6 @@ def extent(cut: ShardSpec, part: int) -> int:
     return rows * prod(rest)
 
 
-def width(shape: tuple[int, ...]) -> int:
+def column_count(shape: tuple[int, ...]) -> int:
     """Columns of a tensor seen as a matrix."""
     return prod(shape[1:])

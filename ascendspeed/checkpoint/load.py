@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint import safetensors_io
-from ascendspeed.checkpoint.fragment import Address, Fragment, TrainState, extent, part_count, width
+from ascendspeed.checkpoint.fragment import (
+    Fragment,
+    FragmentAddress,
+    TrainState,
+    column_count,
+    part_count,
+    stored_numel,
+)
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
@@ -32,13 +39,13 @@ class _Stored(NamedTuple):
     offset: int
 
 
-class Index:
+class ShardIndex:
     """Where everything lies in the shards of one save. Raises `UserError` unless they are one whole: no gap, no overlap."""
 
     def __init__(self, folder: Path, step: int, world: int) -> None:
         self.cuts: dict[str, ShardSpec] = {}
         self.kinds: dict[str, None] = {}
-        self.rng: dict[int, dict[str, tuple[Path, safetensors_io.Entry]]] = defaultdict(dict)
+        self.rng: dict[int, dict[str, tuple[Path, safetensors_io.TensorEntry]]] = defaultdict(dict)
         self._at: dict[tuple[str, str, int], list[_Stored]] = defaultdict(list)
         for rank in range(world):
             self._add(
@@ -63,7 +70,7 @@ class Index:
                 if key.startswith(RNG + "|"):
                     self.rng[rank][key.partition("|")[2]] = file, entry
                 else:
-                    name, kind, part, start = Address.of(key)
+                    name, kind, part, start = FragmentAddress.of(key)
                     self._at[name, kind, part].append(_Stored(start, entry.shape[0], file, entry.offset))
                     self.kinds[kind] = None
         except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -82,7 +89,7 @@ class Index:
                     end = 0
                     for stored in (
                         *self._at.get((name, kind, part), ()),
-                        _Stored(extent(cut, part), 0, folder, 0),
+                        _Stored(stored_numel(cut, part), 0, folder, 0),
                     ):
                         if stored.start != end:
                             what = f"{'missing' if stored.start > end else 'doubled'} from element {min(end, stored.start)}"
@@ -121,7 +128,7 @@ class Checkpoint:
             raise UserError(
                 f"{path}: run.json or train_state.json is not one of this version ({error!r})"
             ) from error
-        self._index = Index(path, self.state.step, self.world)
+        self._index = ShardIndex(path, self.state.step, self.world)
 
     @property
     def config(self) -> ModelConfig:
@@ -144,7 +151,7 @@ class Checkpoint:
         """Every full, unpadded fp32 tensor, one at a time."""
         for name in self.names(kind):
             whole = ShardSpec(self._index.cuts[name].shape)
-            yield name, self.read(name, kind, whole, 0, 0, extent(whole, 0)).view(whole.shape)
+            yield name, self.read(name, kind, whole, 0, 0, stored_numel(whole, 0)).view(whole.shape)
 
     def read(self, name: str, kind: str, cut: ShardSpec, part: int, start: int, numel: int) -> Tensor:
         """Flat fp32 elements `start` to `start + numel` of a part under any `cut`; rows of padding are zero.
@@ -161,7 +168,7 @@ class Checkpoint:
         if old == cut:
             self._index.fill(out := torch.zeros(numel), name, kind, part, start)
             return out
-        columns = width(cut.shard_shape)
+        columns = column_count(cut.shard_shape)
         first, last = start // columns, -(-(start + numel) // columns)  # whole rows
         out = torch.zeros(last - first, columns)
         for new in cut.slices(part):
@@ -180,7 +187,7 @@ class Checkpoint:
         left, right = max(new.column, old.column), min(new.column + new.columns, old.column + old.columns)
         if top >= bottom or left >= right:
             return
-        columns = width(self._index.cuts[name].shard_shape)
+        columns = column_count(self._index.cuts[name].shard_shape)
         source = torch.empty(bottom - top, columns)
         self._index.fill(source.view(-1), name, kind, part, (top - old.row + old.local_row) * columns)
         taken = source[:, left - old.column + old.local_column :][:, : right - left]

@@ -11,14 +11,14 @@ from ascendspeed.checkpoint import safetensors_io
 from ascendspeed.checkpoint.paths import MANIFEST
 
 
-def text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
+def manifest_text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
     """The file's text; `listed`: name -> {"size": bytes, "sha256": hex}."""
     body = {"step": step, "files": {name: dict(listed[name]) for name in sorted(listed)}}
     own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps(body | {"sha256": own}, indent=1) + "\n"
 
 
-def problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
+def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     """What is wrong with a step's folder, each naming its file; empty when every byte is as it was written.
 
     Sizes are looked at by every rank, and the hashing is shared: rank r of w takes the files r, r + w, ...
@@ -27,7 +27,7 @@ def problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
         said = (folder / MANIFEST).read_text()
         listed = json.loads(said)["files"]
         step = json.loads(said)["step"]
-        if said != text(step, listed):
+        if said != manifest_text(step, listed):
             return [f"{MANIFEST}: it was changed after it was written"]
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so the save never ended or the file was deleted"]
@@ -45,7 +45,7 @@ def problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     return [f"{name}: {problem}" for name, problem in wrong.items() if problem]
 
 
-def size(folder: Path) -> int:
+def folder_size(folder: Path) -> int:
     """Bytes of all files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
@@ -62,7 +62,7 @@ def _hash_problem(path: Path, expected: str) -> str | None:
     try:
         return (
             None
-            if safetensors_io.digest(path) == expected
+            if safetensors_io.file_sha256(path) == expected
             else "its SHA-256 is not the one in the manifest: damaged, or another file"
         )
     except OSError as error:

@@ -10,10 +10,10 @@ from pathlib import Path
 from ascendspeed.utils import atomic
 from ascendspeed.utils.errors import UserError
 
-NAME = ".owner"
+OWNER_FILE = ".owner"
 
 
-class Superseded(UserError):
+class OwnershipLost(UserError):
     """Another run saves there now."""
 
 
@@ -28,7 +28,7 @@ def claim_folder(folder: str | Path) -> str:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.replace_file(folder / NAME, json.dumps(who) + "\n")
+        atomic.replace_file(folder / OWNER_FILE, json.dumps(who) + "\n")
     except OSError as error:
         raise UserError(
             f"--save {folder}: cannot save there: {error.strerror}; choose another --save"
@@ -36,14 +36,14 @@ def claim_folder(folder: str | Path) -> str:
     return token
 
 
-def check(folder: Path, token: str) -> None:
+def check_ownership(folder: Path, token: str) -> None:
     """Raises `Superseded` when another run has claimed the folder; a file that is gone or cannot be read says nothing."""
     try:
-        now = json.loads((folder / NAME).read_text())
+        now = json.loads((folder / OWNER_FILE).read_text())
         theirs, where = now["token"], f"process {now['pid']} on {now['host']}, since {now['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return
     if theirs != token:
-        raise Superseded(
+        raise OwnershipLost(
             f"another run saves in {folder} ({where}), so this one stops; give every run a --save of its own"
         )

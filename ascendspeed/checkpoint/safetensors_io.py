@@ -28,7 +28,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Where one tensor lies in a file."""
 
     dtype: torch.dtype
@@ -37,7 +37,7 @@ class Entry:
     """Bytes from the start of the file."""
 
 
-class Shard:
+class ShardWriter:
     """One safetensors file to be: its size is known before it is written, and its tensors stay live views until then."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -60,12 +60,12 @@ class Shard:
         return sha.hexdigest()
 
 
-def read_header(path: Path) -> tuple[dict[str, str], dict[str, Entry]]:
+def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     """Metadata and entries of a safetensors file. Raises `UserError` when it is not one, or is cut off."""
     try:
         header = safetensors_header.read(path)
         entries = {
-            name: Entry(DTYPES[entry["dtype"]], tuple(entry["shape"]), header.offset(name))
+            name: TensorEntry(DTYPES[entry["dtype"]], tuple(entry["shape"]), header.offset(name))
             for name, entry in header.tensors.items()
         }
         if header.file_size > os.path.getsize(path):
@@ -96,7 +96,7 @@ def read_into(out: Tensor, path: Path, offset: int) -> None:
         raise UserError(f"{path}: {error.strerror}") from error
 
 
-def digest(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 
 from ascendspeed.checkpoint import manifest, ownership, safetensors_io
-from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned
-from ascendspeed.checkpoint.load import RNG, Index, shard_name
+from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned_slice
+from ascendspeed.checkpoint.load import RNG, ShardIndex, shard_name
 from ascendspeed.checkpoint.paths import MANIFEST, step_name
 from ascendspeed.config import schema
 from ascendspeed.config.schema import Run
@@ -48,7 +48,7 @@ def save_checkpoint(
     when a rank could not write, the disk is too small, or (with the `token` of `owner.claim`) another run saves there by now.
     """
     team = _Team(Path(folder), step_name(state.step), rank, world, barrier, token)
-    shard: safetensors_io.Shard | None = None
+    shard: safetensors_io.ShardWriter | None = None
 
     def announce() -> dict[str, Any]:
         nonlocal shard
@@ -73,17 +73,17 @@ def save_checkpoint(
 
 def _shard(
     fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]
-) -> safetensors_io.Shard:
+) -> safetensors_io.ShardWriter:
     tensors, cuts = {}, {}
     for fragment in fragments:
-        if (piece := owned(fragment)) is None:
+        if (piece := owned_slice(fragment)) is None:
             continue
         address, view = piece
         if tensors.setdefault(str(address), view) is not view:
             raise ValueError(f"two fragments at {address}")
         cuts[fragment.name] = dataclasses.asdict(fragment.cut)
     tensors |= {f"{RNG}|{name}": t for name, t in rng.items()}
-    return safetensors_io.Shard(tensors, metadata | {"cuts": json.dumps(cuts)})
+    return safetensors_io.ShardWriter(tensors, metadata | {"cuts": json.dumps(cuts)})
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ class _Team:
 
     def check_owner(self) -> None:
         if self.token:
-            ownership.check(self.folder, self.token)
+            ownership.check_ownership(self.folder, self.token)
 
     def together(
         self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]
@@ -210,7 +210,7 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
     temporary, final = team.temporary, team.final
     if (team.folder / "latest").is_dir():  # before the new one has its name: nothing would point at it
         raise UserError(f"{team.folder}/latest is a folder; remove it")
-    Index(temporary, state.step, team.world)
+    ShardIndex(temporary, state.step, team.world)
     listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
     texts = {
         "run.json": schema.to_dict(run),
@@ -220,9 +220,9 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
         atomic.replace_file(temporary / name, json.dumps(values, indent=1) + "\n")
         listed[name] = {
             "size": (temporary / name).stat().st_size,
-            "sha256": safetensors_io.digest(temporary / name),
+            "sha256": safetensors_io.file_sha256(temporary / name),
         }
-    atomic.replace_file(temporary / MANIFEST, manifest.text(state.step, listed))
+    atomic.replace_file(temporary / MANIFEST, manifest.manifest_text(state.step, listed))
     for path in temporary.iterdir():
         if path.name not in listed and path.name != MANIFEST:
             path.unlink()

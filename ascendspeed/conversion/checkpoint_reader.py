@@ -21,7 +21,7 @@ from ascendspeed.models import param_mapping
 from ascendspeed.models.families import family_of
 from ascendspeed.models.param_mapping import Parameter, Slice2D
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.safe_io import read_json_object
 from ascendspeed.utils.text import shorten_list
 
 THREADS = 4
@@ -151,7 +151,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         raise UserError(
             f"{folder} has no config.json: copy the one of the Hugging Face model there, or name its folder (--config DIR)"
         )
-    theirs = read_table(path)
+    theirs = read_json_object(path)
     try:
         return theirs, family_of(theirs).read_config(theirs)
     except UserError as error:

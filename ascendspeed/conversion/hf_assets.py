@@ -16,7 +16,7 @@ from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked, read_table
+from ascendspeed.utils.safe_io import checked_file, read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +64,8 @@ def check(source: CheckpointReader) -> None:
             export.check(source.beside)
     _check_ids(f"{source.where}, by its config.json or its tokenizer", source.theirs, source.config)
     for path in _neighbours(source):
-        checked(path)
-        held = read_table(path) if path.name in TABLES else {}
+        checked_file(path)
+        held = read_json_object(path) if path.name in TABLES else {}
         if path.name == GENERATION:
             _check_ids(str(path), held, source.config)
 
@@ -90,7 +90,7 @@ def check_code(source: CheckpointReader, config: ModelConfig) -> None:
             f"the code in {source.beside} is not that of a model of family {config.family}: leave --copy-code out"
         )
     for path in _neighbours(source, copy_code=True):
-        checked(path)
+        checked_file(path)
 
 
 def write(
@@ -110,7 +110,7 @@ def write(
     theirs["torch_dtype"] = str(dtype or _main_dtype(source)).removeprefix("torch.")
     write_json(folder / "config.json", theirs)
     for path in _neighbours(source, copy_code):
-        shutil.copyfile(checked(path), folder / path.name)
+        shutil.copyfile(checked_file(path), folder / path.name)
     ids = {name: theirs[name] for name in TOKEN_IDS if theirs.get(name) is not None}
     if ids and not (folder / GENERATION).exists():
         write_json(folder / "generation_config.json", ids)

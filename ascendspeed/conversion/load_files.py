@@ -15,10 +15,10 @@ from torch import Tensor
 from ascendspeed.conversion.safe_pickle import safe_globals
 from ascendspeed.utils import safetensors_header
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked, plain_name, read_json, read_table
+from ascendspeed.utils.safe_io import checked_file, plain_file_name, read_json, read_json_object
 from ascendspeed.utils.text import first_line
 
-__all__ = ["checked", "load_pt", "load_safetensors", "read_index", "read_json", "read_table"]
+__all__ = ["checked_file", "load_pt", "load_safetensors", "read_index", "read_json", "read_json_object"]
 AGAIN = "download or copy it again"
 NOTHING: Mapping[str, type] = MappingProxyType({})
 
@@ -29,7 +29,7 @@ def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
     The library itself refuses a header that is too long or no JSON, element types that it does not know, and offsets that overlap,
     leave holes or end elsewhere than the file; a name that stands there twice it lets pass. `root`: see `inputs.checked`.
     """
-    checked(path, root)
+    checked_file(path, root)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             safetensors_header.read(path)  # a name that stands there twice is a `ValueError`
@@ -56,7 +56,7 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
     Files of before torch 1.6 are read too, but into memory, and only if they hold nothing else. `root`: see `inputs.checked`;
     `known`: `inert.stand_ins`.
     """
-    checked(path, root)
+    checked_file(path, root)
     with open(path, "rb") as file:
         start = file.read(4)
     is_zip = start == b"PK\x03\x04"
@@ -94,10 +94,10 @@ def _records(path: Path) -> None:
 
 def read_index(path: Path, root: Path | None = None) -> dict[str, str]:
     """Tensor -> file in the same folder, as `model.safetensors.index.json` says; all are there. Raises `UserError`."""
-    where = read_table(path, root).get("weight_map")
+    where = read_json_object(path, root).get("weight_map")
     if not isinstance(where, dict) or not where:
         raise UserError(f"{path} has no weight_map of names and files: {AGAIN}")
-    for file in sorted({plain_name(file, path) for file in where.values()}):
+    for file in sorted({plain_file_name(file, path) for file in where.values()}):
         if not (path.parent / file).is_file():
             raise UserError(f"{path.parent} lacks {file}, which {path.name} names: {AGAIN}")
     return where

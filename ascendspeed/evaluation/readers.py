@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked, parse_json
+from ascendspeed.utils.safe_io import checked_file, parse_json
 from ascendspeed.utils.text import first_line
 
 Row = tuple[str, Any]
@@ -42,7 +42,7 @@ def csv_rows(
 
 def _csv(path: Path) -> Iterator[tuple[str, list[str]]]:
     try:
-        with open(checked(path), encoding="utf-8-sig", newline="") as file:
+        with open(checked_file(path), encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             line = 1
             for row in reader:
@@ -58,7 +58,7 @@ def _csv(path: Path) -> Iterator[tuple[str, list[str]]]:
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Tables of a file that has one in each line. Raises `UserError` with file and line."""
     try:
-        with open(checked(path), "rb") as file:
+        with open(checked_file(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -82,7 +82,7 @@ def parquet_rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[
     _check_shards(paths)
     for path in paths:
         try:
-            table = pyarrow.parquet.ParquetFile(checked(path))
+            table = pyarrow.parquet.ParquetFile(checked_file(path))
             missing = [name for name in names if name not in table.schema_arrow.names]
             if missing:
                 raise UserError(

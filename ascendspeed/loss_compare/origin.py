@@ -60,7 +60,7 @@ def check_same_origin(*logs: str, required: bool = False) -> dict[str, str] | No
                 "machine of the run"
             )
         return None
-    origins = [safe_io.read_table(path) for path in paths]
+    origins = [safe_io.read_json_object(path) for path in paths]
     first = origins[0]
     for path, origin in zip(paths[1:], origins[1:], strict=True):
         for name in ("seed", "weights", "data"):

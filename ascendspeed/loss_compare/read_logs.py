@@ -38,7 +38,7 @@ def read_log(path: str | Path) -> LossCurve:
         )
     folder = log if log.is_dir() else log.parent
     if curve.config is None and (folder / "run.json").is_file():
-        return replace(curve, config=safe_io.read_table(folder / "run.json"))
+        return replace(curve, config=safe_io.read_json_object(folder / "run.json"))
     return curve
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked, read_table
+from ascendspeed.utils.safe_io import checked_file, read_json_object
 from ascendspeed.utils.text import first_line
 
 CONTROL_TOKEN_NAMES = ("bos", "eos", "unk", "pad")
@@ -198,7 +198,7 @@ class SentencePieceTokenizer(Tokenizer):
         sentencepiece.set_min_log_level(2)
         try:
             self._model = sentencepiece.SentencePieceProcessor(
-                model_file=str(checked(path / "tokenizer.model"))
+                model_file=str(checked_file(path / "tokenizer.model"))
             )
         except (OSError, RuntimeError) as error:
             raise UserError(
@@ -248,7 +248,7 @@ class JsonTokenizer(Tokenizer):
         import tokenizers
 
         try:
-            self._model = tokenizers.Tokenizer.from_file(str(checked(path / "tokenizer.json")))
+            self._model = tokenizers.Tokenizer.from_file(str(checked_file(path / "tokenizer.json")))
         except UserError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -317,7 +317,7 @@ def load(path: str | Path) -> Tokenizer:
 
 def read_optional_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object from a file; returns {} if the file does not exist. Raises `UserError`."""
-    return read_table(path) if path.exists() or path.is_symlink() else {}
+    return read_json_object(path) if path.exists() or path.is_symlink() else {}
 
 
 def _decoder_kinds(decoder: Any) -> set[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ascendspeed.checkpoint.async_saver import Saver
+from ascendspeed.checkpoint.async_saver import CheckpointSaver
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.ownership import claim_folder
@@ -25,8 +25,8 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import estimates
 from ascendspeed.training.data_setup import BatchFunction
 from ascendspeed.training.engines import Engine, StepResult
-from ascendspeed.training.fault_tolerance import Watch
-from ascendspeed.training.metrics_log import EvalLine, Logger, TrainLine
+from ascendspeed.training.fault_tolerance import RunMonitor
+from ascendspeed.training.metrics_log import EvalLine, MetricsLogger, TrainLine
 from ascendspeed.training.setup import Start
 from ascendspeed.utils.errors import UserError
 
@@ -37,7 +37,7 @@ SAVE_MINUTES = 24 * 60
 
 
 @dataclass
-class Window:
+class LogInterval:
     """What has happened since the last log line."""
 
     results: list[StepResult] = field(default_factory=list)
@@ -82,15 +82,15 @@ def train(
     device: Device,
     engine: Engine,
     batches: BatchFunction,
-    log: Logger,
+    log: MetricsLogger,
     start: Start,
-    watch: Watch,
+    watch: RunMonitor,
 ) -> TrainState:
     """Trains from `start` to `--train-iters`, or to where `watch` or `--exit-interval` stop it; evaluates and saves on the way.
 
     Raises `UserError` after `--max-skipped-steps` skipped iterations in a row, and when a checkpoint cannot be saved.
     """
-    state, window, saver = start.state, Window(), _saver(run, grid, start)
+    state, window, saver = start.state, LogInterval(), _saver(run, grid, start)
     if state.step >= run.train.train_iters:
         logger.info(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
     watch.begun = True
@@ -138,7 +138,7 @@ def train(
     return state
 
 
-def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> str:
+def _leaving(run: Run, watch: RunMonitor, state: TrainState, saver: CheckpointSaver | None) -> str:
     """Why this iteration is the last one here, the same on every rank; empty: it is not."""
     watch.reason = watch.stop.reason(failed=bool(saver) and saver.failed)
     if watch.reason and watch.reason.failed:
@@ -153,7 +153,7 @@ def _leaving(run: Run, watch: Watch, state: TrainState, saver: Saver | None) -> 
     return ""
 
 
-def _saver(run: Run, grid: ProcessGrid, start: Start) -> Saver | None:
+def _saver(run: Run, grid: ProcessGrid, start: Start) -> CheckpointSaver | None:
     if not run.train.save:
         return None
     barrier = grid.barrier
@@ -162,16 +162,16 @@ def _saver(run: Run, grid: ProcessGrid, start: Start) -> Saver | None:
     ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.all_gather_object(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
-    return Saver(
+    return CheckpointSaver(
         start.saved_run(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token
     )
 
 
-def _give_up(skipped: int, step: int, saver: Saver | None) -> str:
+def _give_up(skipped: int, step: int, saver: CheckpointSaver | None) -> str:
     return f"{skipped} iterations in a row were skipped (last: {step}); {_last_good(saver)}; lower --lr or check the data"
 
 
-def _last_good(saver: Saver | None) -> str:
+def _last_good(saver: CheckpointSaver | None) -> str:
     if saver:
         saver.wait()
     return (

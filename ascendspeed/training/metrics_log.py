@@ -107,7 +107,7 @@ _TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +\d+/ *
 _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
 
 
-def format(line: TrainLine | EvalLine) -> str:
+def format_line(line: TrainLine | EvalLine) -> str:
     """The text of a line, without a newline."""
     if isinstance(line, EvalLine):
         numbers = f"lm loss value: {line.loss:.8E} | lm loss PPL: {line.perplexity:.6E}"
@@ -132,7 +132,7 @@ def split_fields(text: str) -> dict[str, str] | None:
     return fields | {"iteration": heads[0][1], "train iters": heads[0][2]}
 
 
-def parse(text: str) -> TrainLine | EvalLine | None:
+def parse_line(text: str) -> TrainLine | EvalLine | None:
     """Parses a line that `format` wrote; returns None for any other text and for a line that is cut off.
 
     Unknown labels are ignored, so that Megatron-LM's own logs are read as well.
@@ -150,16 +150,16 @@ def parse(text: str) -> TrainLine | EvalLine | None:
     return None
 
 
-def read(path: str | Path) -> Iterator[TrainLine | EvalLine]:
+def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
     """The lines of a log file, in order; everything else in it is passed over. Raises `UserError` if it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
-            yield from (line for line in map(parse, file) if line is not None)
+            yield from (line for line in map(parse_line, file) if line is not None)
     except OSError as error:
         raise UserError(f"{path}: cannot read this log: {error.strerror}") from error
 
 
-class Logger:
+class MetricsLogger:
     """Says things once: on rank 0, to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
 
     def __init__(
@@ -200,7 +200,7 @@ class Logger:
 
     def line(self, line: TrainLine | EvalLine) -> None:
         """One formatted line, and its numbers to TensorBoard."""
-        self.say(format(line))
+        self.say(format_line(line))
         try:
             for tag, value in _scalars(line) if self._board else ():
                 self._board.add_scalar(tag, value, line.iteration)
@@ -216,7 +216,7 @@ class Logger:
                     sink.close()
         self._file = self._board = None
 
-    def __enter__(self) -> "Logger":
+    def __enter__(self) -> "MetricsLogger":
         """Takes the log lines of the library's modules until it is closed."""
         self._taking = logs.handled_by(_LineHandler(self))
         self._taking.__enter__()
@@ -228,9 +228,9 @@ class Logger:
 
 
 class _LineHandler(logging.Handler):
-    """Passes log records to a `Logger`."""
+    """Passes log records to a `MetricsLogger`."""
 
-    def __init__(self, log: Logger) -> None:
+    def __init__(self, log: MetricsLogger) -> None:
         super().__init__()
         self.setFormatter(logs.LineFormatter())
         self._log = log

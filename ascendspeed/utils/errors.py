@@ -19,7 +19,7 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Ctrl-C: 130, as every program of a shell."""
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
-MOMENT = 5
+LAUNCHER_GRACE_SECONDS = 5
 """Seconds in which a launcher ends the other processes of a run after one has left."""
 
 
@@ -48,7 +48,7 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
     try:
         code = main() or 0
     except UserError as error:
-        tell(error)
+        report_error(error)
         code = error.code
     except KeyboardInterrupt:
         code = _end("interrupted", EXIT_INTERRUPTED)
@@ -83,7 +83,7 @@ def _note(code: int) -> None:
             file.write(str(code))
 
 
-def tell(error: UserError) -> None:
+def report_error(error: UserError) -> None:
     """Says the one line.
 
     Under a launcher every rank usually meets the same error. Rank 0 speaks at once; the others wait a moment, in which the
@@ -91,6 +91,6 @@ def tell(error: UserError) -> None:
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:
-        time.sleep(MOMENT)
+        time.sleep(LAUNCHER_GRACE_SECONDS)
     who = f"[rank {rank}] " if rank else ""
     print(f"{who}error: {error}", file=sys.stderr, flush=True)

@@ -12,13 +12,13 @@ from typing import Any, NoReturn
 
 from ascendspeed.utils.errors import UserError
 
-LARGEST_JSON = 64 * 2**20
+MAX_JSON_BYTES = 64 * 2**20
 """Bytes; the largest tokenizer.json in use have some 40 MB."""
 POINTER = b"version https://git-lfs.github.com/spec/"
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def checked(path: str | Path, root: str | Path | None = None) -> Path:
+def checked_file(path: str | Path, root: str | Path | None = None) -> Path:
     """The path, when it is a file that may be read. Raises `UserError` for everything else.
 
     A link may not lead out of `root` (None: the file's own folder): a checkpoint that was unpacked could otherwise make any file
@@ -55,7 +55,7 @@ def _blobs(home: Path) -> Iterable[Path]:
     return (above.parent / "blobs" for above in home.parents if above.name == "snapshots")
 
 
-def plain_name(name: Any, where: str | Path) -> str:
+def plain_file_name(name: Any, where: str | Path) -> str:
     """A name that another file gives, when it is one of a file in the same folder. Raises `UserError`."""
     if (
         not isinstance(name, str)
@@ -72,10 +72,10 @@ def read_json(path: str | Path, root: str | Path | None = None) -> Any:
 
     Raises `UserError` when it cannot be read, is too large or too deep, names something twice or holds NaN or infinity.
     """
-    path = checked(path, root)
+    path = checked_file(path, root)
     try:
         size = path.stat().st_size
-        if size > LARGEST_JSON:
+        if size > MAX_JSON_BYTES:
             raise UserError(
                 f"{path} cannot be read: {size / 2**20:.0f} MiB of JSON are more than any checkpoint needs"
             )
@@ -117,7 +117,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def read_table(path: str | Path, root: str | Path | None = None) -> dict[str, Any]:
+def read_json_object(path: str | Path, root: str | Path | None = None) -> dict[str, Any]:
     """The same, of a file that must hold names and values."""
     table = read_json(path, root)
     if not isinstance(table, dict):

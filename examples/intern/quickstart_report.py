@@ -77,7 +77,11 @@ def their_loss(work: Path, samples: Any) -> float:
 
 def log_lines(path: Path) -> list[Any]:
     """Every iteration and evaluation once: what a run that was killed did beyond its last checkpoint, its successor did again."""
-    lines = {(type(line), line.iteration): line for line in metrics_log.read(path)} if path.is_file() else {}
+    lines = (
+        {(type(line), line.iteration): line for line in metrics_log.read_lines(path)}
+        if path.is_file()
+        else {}
+    )
     return list(lines.values())
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ascendspeed.training.metrics_log import EvalLine, TrainLine, read
+from ascendspeed.training.metrics_log import EvalLine, TrainLine, read_lines
 from helpers import launch
 
 ITERS, STOP = 6, 3
@@ -63,4 +63,4 @@ def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subpro
 
 
 def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:
-    return list(read(work / f"{name}.log" / "train.log"))
+    return list(read_lines(work / f"{name}.log" / "train.log"))

@@ -33,13 +33,13 @@ def main(flags: Sequence[str]) -> int:
     from ascendspeed.data.dataset import micro_batch_starts
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import loop, setup
-    from ascendspeed.training.fault_tolerance import Watch
-    from ascendspeed.training.metrics_log import Logger
+    from ascendspeed.training.fault_tolerance import RunMonitor
+    from ascendspeed.training.metrics_log import MetricsLogger
 
     grid = process_groups.initialize(
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
-    with Logger(grid.rank, run.train.log_dir) as log, Watch(run, grid) as watch:
+    with MetricsLogger(grid.rank, run.train.log_dir) as log, RunMonitor(run, grid) as watch:
         for note in notes:
             log.say(f"note: {note}")
         begin = setup.find_start(run, grid, device)

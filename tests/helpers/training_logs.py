@@ -115,7 +115,7 @@ def ours(iteration: int, loss: float | None, **more: float) -> str:
     """A line of this project's log; 8 samples of 16 tokens an iteration."""
     places = {"samples": 8 * iteration, "tokens": 128 * iteration}
     return (
-        metrics_log.format(
+        metrics_log.format_line(
             metrics_log.TrainLine(
                 "2026-01-01 00:00:00", iteration, 100, **places, loss=loss, **{"grad_norm": 1.0, **more}
             )

@@ -26,7 +26,7 @@ from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import ParamMapping
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import plain_name
+from ascendspeed.utils.safe_io import plain_file_name
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def _iteration(folder: Path, layout: RankFileNames) -> Path:
         raise UserError(f"{folder / layout.tracker} cannot be read: {error}") from error
     if layout is MEGATRON and name.isascii() and name.isdigit():
         name = f"iter_{int(name):07d}"
-    return folder / plain_name(name, folder / layout.tracker)
+    return folder / plain_file_name(name, folder / layout.tracker)
 
 
 @dataclass(frozen=True)

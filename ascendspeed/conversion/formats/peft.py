@@ -24,7 +24,7 @@ from ascendspeed.conversion.output_files import (
 from ascendspeed.models.lora import targets as adapters
 from ascendspeed.utils.atomic import draft_of, staged_folder
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.safe_io import read_json_object
 from ascendspeed.utils.text import shorten_list
 
 CONFIG, WEIGHTS = (
@@ -75,7 +75,7 @@ def open_adapter(path: str | Path, readers: Readers | None = None) -> Adapter:
 
 def read(folder: Path) -> Adapter:
     """A directory of peft. Raises `UserError` for what is damaged, left over, missing, or more than plain LoRA."""
-    settings = read_table(folder / CONFIG)
+    settings = read_json_object(folder / CONFIG)
     _refuse(folder, settings)
     halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
     odd = []
@@ -167,7 +167,7 @@ def _fingerprint(folder: Path) -> str | None:
     path = folder / BASE
     if not path.exists():
         return None
-    found = read_table(path).get(FINGERPRINT)
+    found = read_json_object(path).get(FINGERPRINT)
     if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
         raise UserError(
             f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)"

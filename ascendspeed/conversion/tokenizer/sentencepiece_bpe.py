@@ -8,7 +8,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ascendspeed.utils.safe_io import checked
+from ascendspeed.utils.safe_io import checked_file
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # sentencepiece's types of pieces
 
@@ -25,7 +25,7 @@ def read(path: Path) -> Any:
 
     model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(checked(path).read_bytes())
+        model.ParseFromString(checked_file(path).read_bytes())
     except Exception as error:  # protobuf's own DecodeError, of whichever implementation
         raise InexactTokenizerError(f"is no sentencepiece model ({error})") from None
     return model

@@ -17,7 +17,7 @@ from ascendspeed.models.families.mixtral import MIXTRAL
 from ascendspeed.models.families.qwen2 import QWEN2
 from ascendspeed.models.families.qwen2_moe import QWEN2_MOE
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.safe_io import read_json_object
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -34,7 +34,7 @@ REFERENCE = LLAMA
 def chat_template_beside(folder: Path) -> str | None:
     """Chat template of the family that a config.json in `folder` names; None: no config.json, or no template of its own."""
     path = folder / "config.json"
-    family = FAMILIES.get(read_table(path).get("model_type")) if path.is_file() else None
+    family = FAMILIES.get(read_json_object(path).get("model_type")) if path.is_file() else None
     return family.chat_template if family else None
 
 
@@ -58,7 +58,7 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 
 def read_config(path: Path) -> ModelConfig:
     """The architecture that a config.json describes. Raises `UserError` when it is unreadable, or of a family that is not known."""
-    theirs = read_table(path)
+    theirs = read_json_object(path)
     return family_of(theirs).read_config(theirs)
 
 

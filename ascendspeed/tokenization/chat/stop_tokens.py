@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import read_table
+from ascendspeed.utils.safe_io import read_json_object
 
 FILE = "generation_config.json"
 
@@ -34,7 +34,7 @@ def generation_config_stops(folder: Path) -> tuple[int, ...]:
     path = folder / FILE
     if not path.is_file():
         return ()
-    value = read_table(path).get("eos_token_id")
+    value = read_json_object(path).get("eos_token_id")
     if value is None:
         return ()
     ids = value if isinstance(value, list) else [value]

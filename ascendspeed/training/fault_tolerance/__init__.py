@@ -11,34 +11,34 @@ import sys
 from contextlib import ExitStack
 from typing import Any
 
-from ascendspeed.checkpoint.ownership import Superseded
+from ascendspeed.checkpoint.ownership import OwnershipLost
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.training.fault_tolerance.heartbeat import Heartbeat
-from ascendspeed.training.fault_tolerance.loss_monitor import Health
-from ascendspeed.training.fault_tolerance.stop_signals import Reason, Stop
+from ascendspeed.training.fault_tolerance.loss_monitor import LossMonitor
+from ascendspeed.training.fault_tolerance.stop_signals import StopCoordinator, StopReason
 from ascendspeed.utils import errors
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["Health", "Heartbeat", "Reason", "Stop", "Watch"]
+__all__ = ["Heartbeat", "LossMonitor", "RunMonitor", "StopCoordinator", "StopReason"]
 
 
-class Watch:
+class RunMonitor:
     """Signals, heartbeats and health of one run, inside `with`."""
 
     def __init__(self, run: Run, grid: ProcessGrid) -> None:
         """Collective."""
         minutes = run.train.distributed_timeout_minutes
-        self.stop = Stop(
+        self.stop = StopCoordinator(
             grid,
             process_groups.new_cpu_group(minutes) if grid.world > 1 else None,
             run.train.exit_duration_in_mins,
         )
-        self.health = Health(run, grid)
-        self.reason: Reason | None = None
+        self.health = LossMonitor(run, grid)
+        self.reason: StopReason | None = None
         """Why training stopped before its end, if it did."""
         self.begun = False
         """Training has: what ended before is not mended by going on."""
@@ -47,14 +47,14 @@ class Watch:
         self._run, self._inside = run, ExitStack()
         self._heartbeat = Heartbeat(grid, minutes, self._farewell)
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "RunMonitor":
         self._inside.enter_context(self.stop)
         self._inside.enter_context(self._heartbeat)
         return self
 
     def __exit__(self, *error: Any) -> None:
         if not isinstance(
-            getattr(error[1], "__cause__", None), Superseded
+            getattr(error[1], "__cause__", None), OwnershipLost
         ):  # going on here would stop the other run
             self._farewell()
         self._inside.__exit__(*error)
@@ -66,7 +66,7 @@ class Watch:
             and self._run.train.save
             and looks_like_checkpoint(self._run.train.save)
         ):
-            logger.info(f"to continue: {how_to_continue()}")
+            logger.info(f"to continue: {resume_command()}")
 
     @property
     def exit_code(self) -> int:
@@ -74,7 +74,7 @@ class Watch:
         return errors.EXIT_STOPPED if self.reason and self.reason.signal and not self.done else 0
 
 
-def how_to_continue() -> str:
+def resume_command() -> str:
     """The command that goes on where this run stopped."""
     typed = os.environ.get("RECIPE")  # the shell launcher's: what was typed, flags included
     if not typed:

@@ -28,7 +28,7 @@ SILENT = 3
 
 
 @dataclass(frozen=True)
-class Gone:
+class LostRank:
     """What is known of a rank that is gone."""
 
     seconds: float
@@ -100,13 +100,13 @@ class Heartbeat:
             time.sleep(self._interval / 4)
         return _name(gone, self._world) if gone else None
 
-    def _gone(self) -> dict[int, Gone]:
+    def _gone(self) -> dict[int, LostRank]:
         now = time.monotonic()
-        gone = {r: Gone(now - at, words, code) for r, (at, code, words) in list(self._left.items())}
+        gone = {r: LostRank(now - at, words, code) for r, (at, code, words) in list(self._left.items())}
         silent = {r: now - at for r, at in list(self._heard.items()) if now - at > SILENT * self._interval}
         if self._rank and 0 in silent:
             silent = {0: silent[0]}  # what rank 0 once said of the others no longer counts
-        return {r: Gone(seconds) for r, seconds in silent.items()} | gone
+        return {r: LostRank(seconds) for r, seconds in silent.items()} | gone
 
     # ---------------------------------------------------------------- the thread
 
@@ -164,14 +164,16 @@ class Heartbeat:
             self._heard = dict.fromkeys(self._heard, now)
         self._looked, gone = now, self._gone()
         # Of one that left, the others usually meet the same error, and say so themselves.
-        if any(g.seconds > (errors.MOMENT if g.left else self._timeout) for g in gone.values()):
+        if any(
+            g.seconds > (errors.LAUNCHER_GRACE_SECONDS if g.left else self._timeout) for g in gone.values()
+        ):
             self._leave(_name(gone, self._world))
 
     def _leave(self, lost: RankLost) -> None:
         if self._rank == 0:
             self._tell_all()
         self._farewell()
-        errors.tell(lost)
+        errors.report_error(lost)
         os._exit(lost.code)
 
     def _send(self, message: dict[str, Any], to: Any) -> None:
@@ -197,7 +199,7 @@ def _meet(grid: ProcessGrid) -> tuple[socket.socket, Any, str]:
     return own, (address[0], port, *address[2:]), token
 
 
-def _name(gone: dict[int, Gone], world: int) -> RankLost:
+def _name(gone: dict[int, LostRank], world: int) -> RankLost:
     words = [
         f"rank {rank} left: {one.left}"
         if one.left

@@ -25,7 +25,7 @@ NAMED = 8
 """Ranks that a line names; then it says how many more."""
 
 
-class Health:
+class LossMonitor:
     """Looks at every iteration's result. What it says, it says once, on rank 0."""
 
     def __init__(self, run: Run, grid: ProcessGrid) -> None:

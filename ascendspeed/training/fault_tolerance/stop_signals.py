@@ -18,7 +18,7 @@ FIRST_SIGNAL = 16  # signal n is the reason 16 + n
 
 
 @dataclass(frozen=True)
-class Reason:
+class StopReason:
     """Why all ranks stop after this iteration."""
 
     kind: int
@@ -36,7 +36,7 @@ class Reason:
         return self.kind == FAILED
 
 
-class Stop:
+class StopCoordinator:
     """Asks every rank, once per iteration, whether to stop: one number over a group on the CPU.
 
     Inside `with`, the signals no longer end the process but wait for the end of the iteration. A second Ctrl-C does end it.
@@ -48,7 +48,7 @@ class Stop:
         self._deadline = time.monotonic() + minutes * 60 if minutes else None
         self._signal, self._before = 0, {}
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopCoordinator":
         self._before = {number: signal.signal(number, self._caught) for number in SIGNALS}
         return self
 
@@ -61,14 +61,14 @@ class Stop:
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])
 
-    def reason(self, failed: bool = False) -> Reason | None:
+    def reason(self, failed: bool = False) -> StopReason | None:
         """What any rank has to say; the same on every rank, so all must call it. `failed`: a save of this rank did."""
         mine = (
             FIRST_SIGNAL + self._signal if self._signal else FAILED if failed else TIME if self._late() else 0
         )
         found = self._greatest(mine * self._grid.world + self._grid.rank)
         kind, rank = divmod(found, self._grid.world)
-        return Reason(kind, rank) if kind else None
+        return StopReason(kind, rank) if kind else None
 
     def _late(self) -> bool:
         return self._deadline is not None and time.monotonic() >= self._deadline

@@ -11,7 +11,7 @@ from helpers.instruction_rows import ROWS
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.preprocess import preprocess
-from ascendspeed.training.metrics_log import TrainLine, read
+from ascendspeed.training.metrics_log import TrainLine, read_lines
 
 DOCUMENTS, SEQ, MODEL = (
     16,
@@ -57,7 +57,7 @@ def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float
         ),
     )
     output = launch.must(*words)
-    found = [line.loss for line in read(work / name / "train.log") if isinstance(line, TrainLine)]
+    found = [line.loss for line in read_lines(work / name / "train.log") if isinstance(line, TrainLine)]
     assert len(found) == 2
     return found, output
 

@@ -1,1 +1,1 @@
-"""Generation as commands: what is typed, prompts and answers as files, conversations, and how fast it goes."""
+"""Inference commands: generation, chat and the generation benchmark, on top of `inference.engine`."""

@@ -1,4 +1,4 @@
-"""How fast a model answers: time to the first token and of each further one, as the tables that users of MindIE know. No torch."""
+"""Report of the generation benchmark: time to the first token and per further token, as MindIE's tables. No torch."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class GenerationTiming:
-    """One measurement: `batch` prompts of `inputs` tokens, `outputs` new tokens each."""
+    """A measurement: `batch` prompts of `inputs` tokens with `outputs` new tokens each."""
 
     batch: int
     inputs: int
@@ -37,17 +37,17 @@ class GenerationTiming:
     total: float
     """Seconds for all tokens of the batch."""
     first: float
-    """Seconds to the first token of the batch: reading the prompts."""
+    """Seconds to the first token of the batch: prefill."""
 
     @property
-    def other(self) -> float:
-        """Seconds of one further token, of all rows side by side; 0 where there is none."""
+    def decode_step(self) -> float:
+        """Seconds of a decoding step of the batch; 0 if there is none."""
         return (self.total - self.first) / (self.outputs - 1) if self.outputs > 1 else 0.0
 
     @property
     def row(self) -> tuple[float, ...]:
-        """In the order of `COLUMNS`."""
-        decode = self.batch / self.other if self.other else 0.0
+        """Values of `COLUMNS`."""
+        decode_speed = self.batch / self.decode_step if self.decode_step else 0.0
         speed = self.batch * self.outputs / self.total
         return (
             self.batch,
@@ -55,87 +55,93 @@ class GenerationTiming:
             self.outputs,
             self.total,
             self.first * 1e3,
-            self.other * 1e3,
-            decode,
+            self.decode_step * 1e3,
+            decode_speed,
             speed,
         )
 
 
 class BatchOutOfMemory(Exception):
-    """A batch that does not fit."""
+    """Raised when a batch does not fit into memory."""
 
 
 class GenerationTimer:
-    """Takes the times of a generation, asked at each new token of each row."""
+    """Measures a generation from its construction; `on_token` is the stop callback of `engine.sample`."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
-        self._now, self._begin, self._first = now, now(), 0.0
+        self._now = now
+        self._start = now()
+        self._first = 0.0
 
-    def watch(self, row: int, token: int) -> bool:
-        """For `generate.sample`: ends nothing."""
+    def on_token(self, row: int, token: int) -> bool:
+        """Records the time of the first token; never ends a row."""
         if not self._first:
             self._first = self._now()
         return False
 
     def timing(self, batch: int, inputs: int, outputs: int) -> GenerationTiming:
-        """After the last token."""
-        return GenerationTiming(batch, inputs, outputs, self._now() - self._begin, self._first - self._begin)
+        """Returns the measurement; call it after the last token."""
+        return GenerationTiming(batch, inputs, outputs, self._now() - self._start, self._first - self._start)
 
 
-def parse_pairs(text: str, what: str, least: int = 1) -> list[tuple[int, int]]:
-    """`[[256,256],[512,512]]` -> pairs of numbers. Raises `UserError`."""
+def parse_pairs(text: str, flag: str, least: int = 1) -> list[tuple[int, int]]:
+    """Parses `[[256,256],[512,512]]`. Raises `UserError`, naming the flag."""
     try:
-        said = json.loads(text)
+        pairs = json.loads(text)
     except ValueError:
-        said = None
-    good = isinstance(said, list) and said and all(isinstance(pair, list) and len(pair) == 2 for pair in said)
-    if not good or not all(type(number) is int and number >= least for pair in said for number in pair):
+        pairs = None
+    valid = isinstance(pairs, list) and bool(pairs) and all(_is_pair(pair, least) for pair in pairs)
+    if not valid:
         raise UserError(
-            f"{what} {text!r} is not a list of pairs of numbers from {least} on, such as [[256,256],[512,512]]"
+            f"{flag} {text!r} is not a list of pairs of integers of at least {least}, such as [[256,256],[512,512]]"
         )
-    return [(pair[0], pair[1]) for pair in said]
+    return [(pair[0], pair[1]) for pair in pairs]
 
 
-def largest_batch(
+def _is_pair(pair: Any, least: int) -> bool:
+    is_pair = isinstance(pair, list) and len(pair) == 2
+    return is_pair and all(type(number) is int and number >= least for number in pair)
+
+
+def find_largest_batch(
     low: int, high: int, limit: float, measure: Callable[[int], GenerationTiming]
 ) -> GenerationTiming | None:
-    """The measurement of the largest batch in [low, high] whose further tokens take at most `limit` seconds; None: not even `low`.
+    """Returns the timing of the largest batch in [low, high] whose decoding step takes at most `limit` seconds.
 
-    A binary search: times grow with the batch. Out of memory counts as too slow, and is said.
+    None if not even `low` does. Doubling, then binary search, as times grow with the batch. A batch that is out of memory counts
+    as too slow.
     """
 
-    def fits(batch: int) -> GenerationTiming | None:
+    def measure_within_limit(batch: int) -> GenerationTiming | None:
         try:
-            found = measure(batch)
+            timing = measure(batch)
         except BatchOutOfMemory:
             logger.info(f"batch {batch}: out of memory")
             return None
-        good = found.other <= limit
-        logger.info(
-            f"batch {batch}: {found.other * 1e3:.2f} ms per token, {'within' if good else 'above'} {limit * 1e3:g} ms"
-        )
-        return found if good else None
+        is_within = timing.decode_step <= limit
+        relation = "within" if is_within else "above"
+        logger.info(f"batch {batch}: {timing.decode_step * 1e3:.2f} ms per token, {relation} {limit * 1e3:g} ms")
+        return timing if is_within else None
 
-    best = fits(low)
+    best = measure_within_limit(low)
     if best is None:
         return None
     while low < high:
-        # Doubling first: a batch that is much too large would take long, or all memory.
+        # Doubling first: a batch that is much too large takes long, or all memory.
         middle = min(low * 2, (low + high + 1) // 2)
-        found = fits(middle)
-        if found:
-            low, best = middle, found
+        timing = measure_within_limit(middle)
+        if timing:
+            low, best = middle, timing
         else:
             high = middle - 1
     return best
 
 
 def format_table(timings: Sequence[GenerationTiming]) -> str:
-    """As text, columns aligned."""
-    cells = [
-        list(COLUMNS),
-        *([f"{value:.0f}" if i < 3 else f"{value:.2f}" for i, value in enumerate(t.row)] for t in timings),
-    ]
+    """Formats the timings as text with aligned columns."""
+    cells = [list(COLUMNS)]
+    for timing in timings:
+        cells.append([f"{value:.0f}" if i < 3 else f"{value:.2f}" for i, value in enumerate(timing.row)])
     widths = [max(len(row[i]) for row in cells) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells
@@ -143,16 +149,16 @@ def format_table(timings: Sequence[GenerationTiming]) -> str:
 
 
 def to_csv(timings: Sequence[GenerationTiming]) -> str:
-    """The same with all digits."""
+    """Formats the timings as CSV with all digits."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(COLUMNS)
-    writer.writerows(t.mapping for t in timings)
+    writer.writerows(timing.row for timing in timings)
     return out.getvalue()
 
 
 def plot_timings(timings: Sequence[GenerationTiming], title: str) -> bytes:
-    """A PNG: time to the first token, time of the others and tokens/s, for each measurement."""
+    """Draws time to the first token, time per further token and tokens/s as bars; returns a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -172,7 +178,7 @@ def plot_timings(timings: Sequence[GenerationTiming], title: str) -> bytes:
 
 
 def write_report(timings: Sequence[GenerationTiming], folder: Path, title: str) -> str:
-    """performance.txt, .csv and .png in a folder, each as a whole; gives the text. Raises `UserError`."""
+    """Writes performance.txt, .csv and .png, each atomically; returns the text. Raises `UserError`."""
     text = f"{title}\n{format_table(timings)}\n"
     files = {"txt": text.encode(), "csv": to_csv(timings).encode(), "png": plot_timings(timings, title)}
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C in a conversation: it ends the answer; where there is none, the conversation."""
+"""Ctrl-C in a conversation: ends the answer; at the prompt, ends the conversation."""
 
 import signal
 from collections.abc import Iterator
@@ -8,33 +8,33 @@ from typing import Self
 
 
 class InterruptHandler:
-    """Listens to SIGINT between `with` and its end, also where a shell has had it ignored.
+    """Context manager that handles SIGINT, even if the shell has set it to be ignored.
 
-    The ranks are interrupted a moment apart: which token is an answer's last one is decided where tokens are chosen.
+    The ranks are interrupted at slightly different times; the sampling rank decides which token is the last one.
     """
 
     def __init__(self) -> None:
-        self.asked = False
-        """Whether the answer is to end. A second signal raises KeyboardInterrupt: reading a long prompt may take a while."""
-        self._leaves = False
+        self.requested = False
+        """True if the answer is to end. A second signal raises KeyboardInterrupt: prefill of a long prompt may take a while."""
+        self._raises = False
 
     def __enter__(self) -> Self:
-        self._before = signal.signal(signal.SIGINT, self._heard)
+        self._previous = signal.signal(signal.SIGINT, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous)
 
     @contextmanager
-    def leaving(self) -> Iterator[None]:
-        """Where there is no answer to end, SIGINT raises KeyboardInterrupt."""
-        self._leaves = True
+    def raising(self) -> Iterator[None]:
+        """Makes SIGINT raise KeyboardInterrupt inside the block, where there is no answer to end."""
+        self._raises = True
         try:
             yield
         finally:
-            self._leaves = False
+            self._raises = False
 
-    def _heard(self, number: int, frame: FrameType | None) -> None:
-        if self._leaves or self.asked:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._raises or self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True

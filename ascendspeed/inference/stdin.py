@@ -1,4 +1,4 @@
-"""What a person says in a conversation, line by line: at a terminal, or through a pipe. No torch."""
+"""Reads the user's messages of a conversation from a terminal or a pipe. No torch."""
 
 import signal
 import sys
@@ -14,72 +14,79 @@ QUOTES = '"""'
 
 @dataclass(frozen=True)
 class UserMessage:
-    """One message."""
+    """A message of the user."""
 
     text: str
     quoted: bool = False
-    """Whether it stood between two lines of quotes: then it is a message, whatever it says."""
+    """True if it was between two lines of quotes: such a text is never a command."""
 
 
 def read_stdin_message() -> UserMessage | None:
-    """The next message, None at the end; at a terminal with a line that can be edited. Raises `UserError`."""
+    """Returns the next message, None at the end of the input. Offers line editing at a terminal. Raises `UserError`."""
     if sys.stdin is None:
         return None
     if not sys.stdin.isatty():
         return read_message(sys.stdin.buffer)
     import readline  # noqa: F401 - gives `input` its line editing
 
-    return _from_terminal()
+    return _read_from_terminal()
 
 
 def read_message(file: BinaryIO) -> UserMessage | None:
-    """The same of a file. Raises `UserError`."""
-    return _message(lambda begins: _text(line) if (line := file.readline()) else None)
+    """Returns the next message of a file, None at its end. Raises `UserError`."""
+
+    def read_line(is_first: bool) -> str | None:
+        line = file.readline()
+        return _decode_line(line) if line else None
+
+    return _parse_message(read_line)
 
 
-def _message(read: Callable[[bool], str | None]) -> UserMessage | None:
-    """`read` gets whether a message begins, and gives a line without its end; None when there is none."""
-    line = read(True)
-    if line is None or line.strip() != QUOTES:
-        return None if line is None else UserMessage(line)
+def _parse_message(read_line: Callable[[bool], str | None]) -> UserMessage | None:
+    """`read_line(is_first)` returns a line of a message without its end, None at the end of the input."""
+    line = read_line(True)
+    if line is None:
+        return None
+    if line.strip() != QUOTES:
+        return UserMessage(line)
     lines: list[str] = []
-    while (line := read(False)) is not None and line.strip() != QUOTES:
+    while (line := read_line(False)) is not None and line.strip() != QUOTES:
         lines.append(line)
     return UserMessage("\n".join(lines), quoted=True)
 
 
-def _text(line: bytes) -> str:
+def _decode_line(line: bytes) -> str:
     try:
         return line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"what was typed is not UTF-8: {error.reason} at byte {error.start} of the line"
+            f"stdin is not UTF-8: {error.reason} at byte {error.start} of the line"
         ) from None
 
 
-class _Ended(BaseException):
-    """SIGTERM while somebody types."""
+class _Terminated(BaseException):
+    """SIGTERM while the user types."""
 
 
-def _from_terminal() -> UserMessage | None:
-    """SIGTERM ends the program as ever, but leaves `input` by an exception first, which gives the terminal its echo back."""
-    before = signal.signal(signal.SIGTERM, _end)
+def _read_from_terminal() -> UserMessage | None:
+    """Reads a message with `input`; on SIGTERM leaves it by an exception, which restores the terminal's echo, then terminates."""
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
-        return _message(_typed)
-    except _Ended:
-        signal.signal(signal.SIGTERM, before)
+        return _parse_message(_input_line)
+    except _Terminated:
+        signal.signal(signal.SIGTERM, previous)
         signal.raise_signal(signal.SIGTERM)
         return None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    raise _Ended
+def _raise_terminated(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
-def _typed(begins: bool) -> str | None:
+def _input_line(is_first: bool) -> str | None:
     try:
-        return input("> " if begins else "")
+        return input("> " if is_first else "")
     except EOFError:
         return None

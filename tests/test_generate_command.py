@@ -1,6 +1,7 @@
 """Generation as a command: what is typed, prompts, answers in files, streams and conversations, and how fast it goes."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import pty
@@ -26,7 +27,7 @@ from ascendspeed.inference.benchmark_report import (
     BatchOutOfMemory,
     GenerationTimer,
     GenerationTiming,
-    largest_batch,
+    find_largest_batch,
     parse_pairs,
 )
 from ascendspeed.inference.output import AnswerWriter
@@ -145,9 +146,9 @@ def test_lines_of_an_input_file(tmp_path):
     assert found[-1].tools == [{"name": "f"}]
     for line, says in {
         b"plain": "line 2 is not JSON",
-        b"3": "line 2 is neither a text",
-        b'{"text": "x"}': "line 2 is neither",
-        b'{"prompt": 3}': "line 2 is neither",
+        b"3": "line 2 is not one of: a text",
+        b'{"text": "x"}': "line 2 is not one of",
+        b'{"prompt": 3}': "line 2 is not one of",
         b"[]": "line 2: a conversation is a list",
         b'[{"role": "user"}]': "line 2, message 1: the content is missing",
         b'"\xff"': "line 2 is not JSON",
@@ -158,7 +159,7 @@ def test_lines_of_an_input_file(tmp_path):
         assert says in str(error.value)
     with pytest.raises(UserError, match="cannot be read: No such file"):
         prompts.prompts_from_file(str(tmp_path / "absent"))
-    with pytest.raises(UserError, match="holds no prompts"):
+    with pytest.raises(UserError, match="contains no prompts"):
         prompts.prompts_from_json_lines(b"\n \n", "in")
     assert [
         one.text
@@ -326,12 +327,12 @@ def test_input_from_everywhere(run, tmp_path):
     ] == [4] * 5
     with pytest.raises(UserError, match=r"--prompt 2 has \d+ tokens; --max-input-length is 3"):
         run("--prompt", "x", "--prompt", "hello there", "--max-input-length", 3)
-    with pytest.raises(UserError, match="--prompt 1 has 1 token: there is none to follow it"):
+    with pytest.raises(UserError, match="--prompt 1 has 1 token; log-probabilities need at least 2"):
         run("--task", "logprobs", "--prompt", "")
 
 
 NOTES = {
-    "none": "it has no rope scaling: expect nonsense beyond",
+    "none": "it has no rope scaling: expect poor output beyond that length",
     "dynamic": "dynamic rope scaling is in use",
 }
 
@@ -369,7 +370,9 @@ def test_the_tokenizer_of_another_model(run, folder, tmp_path):
     run(*flags, "--tokenizer-name-or-path", tmp_path / "same")
     assert "note: " not in run.stderr
     run(*flags, "--tokenizer-name-or-path", other)
-    said = f"note: {other}/tokenizer.model is not the tokenizer.model beside the weights, {folder}/tokenizer.model; theirs: "
+    said = (
+        f"note: {other}/tokenizer.model differs from {folder}/tokenizer.model, which is beside the weights; "
+    )
     assert said in run.stderr
     ids = tokenizer.load(folder).vocab_size
 
@@ -383,7 +386,7 @@ def test_the_tokenizer_of_another_model(run, folder, tmp_path):
     run("--load", sized(ids + 1024), *flags)
     assert "note: " not in run.stderr
     run("--load", sized(ids + 1025), *flags)
-    assert f"has {ids} tokens, the model {ids + 1025}: is it its own?" in run.stderr
+    assert f"has {ids} tokens, the model {ids + 1025}: check that it is the model's tokenizer" in run.stderr
     with pytest.raises(
         UserError,
         match=rf"has {ids} tokens, but the model in .* only {ids - 1}; give the model's own with --tok",
@@ -579,9 +582,9 @@ def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
         return found
 
     monkeypatch.setattr("builtins.input", line)
-    assert questions._from_terminal() == questions.UserMessage("new\nmore", quoted=True)
+    assert questions._read_from_terminal() == questions.UserMessage("new\nmore", quoted=True)
     monkeypatch.setattr("builtins.input", lambda prompt: (_ for _ in ()).throw(EOFError))
-    assert questions._from_terminal() is None
+    assert questions._read_from_terminal() is None
 
 
 def test_what_is_remembered(cpu, folder):
@@ -592,9 +595,9 @@ def test_what_is_remembered(cpu, folder):
     def after(turns=None, longest=None):
         talk = Conversation(ChatFormat(one, "v1"), "S", turns, longest)
         for n in range(4):
-            talk.ask(f"question {n}")
-            talk.answered(one.encode(f"answer {n}").tolist())
-        return one.decode(talk.ask("last"))
+            talk.add_question(f"question {n}")
+            talk.add_answer(one.encode(f"answer {n}").tolist())
+        return one.decode(talk.add_question("last"))
 
     whole = after()
     assert [f"question {n}" in whole and f"answer {n}" in whole for n in range(4)] == [True] * 4
@@ -628,16 +631,16 @@ def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
             Conversation(ChatFormat(one, "v2")),
             f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>",
         )
-        talk.ask("x")
-        talk.answered(piecewise(one, one._model, said))
+        talk.add_question("x")
+        talk.add_answer(piecewise(one, one._model, said))
         turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
-        assert talk.ask("y") == piecewise(one, one._model, f"{turns}<|im_start|>assistant\n")
+        assert talk.add_question("y") == piecewise(one, one._model, f"{turns}<|im_start|>assistant\n")
 
 
 def test_clock_and_table(tmp_path):
     ticks = iter([0.0, 0.5, 2.5])
     clock = GenerationTimer(lambda: next(ticks))
-    assert not any(clock.watch(row, 1) for _ in range(3) for row in range(4))
+    assert not any(clock.on_token(row, 1) for _ in range(3) for row in range(4))
     timing = clock.timing(4, 100, 5)
     assert timing.row == (4, 100, 5, 2.5, 500.0, 500.0, 8.0, 8.0)
     assert GenerationTiming(1, 8, 1, 0.5, 0.5).row[5:] == (0.0, 0.0, 2.0)
@@ -654,7 +657,7 @@ def test_clock_and_table(tmp_path):
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 64), (1, 1), (5, 64), (3, 7), (1, 2048)])
-def test_the_largest_batch(low, high):
+def test_the_find_largest_batch(low, high):
     """Against trying all of them, for every limit; without memory from some batch on."""
     for fits in (0, 1, 2, 5, 6, 7, 31, 64, 100):
         for memory in (4, 50, 5000):
@@ -667,7 +670,7 @@ def test_the_largest_batch(low, high):
                 return GenerationTiming(batch, 8, 3, 0.0 + 2 * batch, 0.0)
 
             with log_lines() as said:
-                best = largest_batch(low, high, fits, measure)
+                best = find_largest_batch(low, high, fits, measure)
             expected = min(fits, memory, high)
             assert (best.batch if best else None) == (expected if expected >= low else None)
             assert len(tried) == len(set(tried)) <= 2 * max(1, high.bit_length())
@@ -689,8 +692,32 @@ def test_pairs():
         "[[1,2]",
         "5",
     ):
-        with pytest.raises(UserError, match=r"--performance .* is not a list of pairs of numbers"):
+        with pytest.raises(UserError, match=r"--performance .* is not a list of pairs of integers"):
             parse_pairs(wrong, "--performance")
+
+
+def test_benchmark_command(cpu, folder, tmp_path, capsys):
+    """Through the session of the other commands: it needs no tokenizer, and stdout is the table alone."""
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, weights)
+    spec = importlib.util.spec_from_file_location("benchmark", launch.ROOT / "tasks/inference/benchmark.py")
+    benchmark = sys.modules["benchmark"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    flags = ["--load", str(weights), "--device", "cpu", "--output-dir", str(tmp_path / "out")]
+    for typed, rows in (
+        (["--performance", "[[4,3],[8,2]]", "--batch-size", "2"], [("2", "4", "3"), ("2", "8", "2")]),
+        (["--performance-maxbs", "[[4,2]]", "--ranges", "[[1,3]]", "--limit-ms", "1e6"], [("3", "4", "2")]),
+    ):
+        job, notes = benchmark.resolve([*flags, *typed], 1)
+        benchmark.work(job, cpu, notes)
+        out, err = capsys.readouterr()
+        assert out == (tmp_path / "out/performance.txt").read_text()
+        assert [tuple(line.split()[:3]) for line in out.splitlines()[2:]] == rows
+        assert f"{weights}: internlm, fp32, on cpu" in err
+    with pytest.raises(UserError, match="--fp16 is 100 times slower"):
+        benchmark.work(benchmark.resolve([*flags, "--performance", "[[4,2]]", "--fp16"], 1)[0], cpu, [])
 
 
 def started(folder, world, flags, stdin, tp=1, pp=1):

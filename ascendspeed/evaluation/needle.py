@@ -173,7 +173,7 @@ def _ask(job: NeedleJob, session: Any, cell: Cell, prompt: list[int]) -> dict[st
     from ascendspeed.inference.engine import SamplingParams, sample
 
     stops = session.stop_ids(job.needle.chat)
-    tokens = min(session.tokenizer.vocab_size, session.config.vocab_size)
+    tokens = session.usable_vocab_size
     ((answer,),) = sample(
         session.model,
         [prompt],

@@ -1,66 +1,70 @@
-"""Batches of prompts -> answers as text: by length, with stop strings, each (in fp32) as if it were alone."""
+"""Generates answers as text for batches of prompts, with stop strings and streaming."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ascendspeed.inference import engine
-from ascendspeed.inference.args import GenerationArgs
+from ascendspeed.inference.args import GenerationJob
 from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.session import Session
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 
-DEMONSTRATED = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
-"""How the published script drew its demonstration."""
-DRAWING = ("sample", "beam-sample")
+SAMPLING_DEFAULTS = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
+"""Sampling flags -> their values in the published script's demonstration."""
+SAMPLING_TASKS = ("sample", "beam-sample")
+BEAM_TASKS = ("beam", "beam-sample")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer to one prompt."""
+    """An answer to a prompt."""
 
     text: str
-    """Up to a stop string."""
+    """Text up to a stop string."""
     tokens: list[int]
-    """All that were generated, those of a stop string too."""
+    """All generated tokens, those of a stop string included."""
     reason: str
     """"stop", "length" or "end"."""
     score: float
-    """Sum of log-probabilities; of a beam: / length ** penalty."""
+    """Sum of log-probabilities; for beams / length ** length_penalty."""
 
 
-def sampling_params_of(
-    task: str,
-    asked: GenerationArgs,
-    typed: frozenset[str],
-    stops: tuple[int, ...],
-    tokens: int,
-    show: bool = False,
+def sampling_params(
+    session: Session, job: GenerationJob, task: str, in_chat: bool, demonstration: bool = False
 ) -> SamplingParams:
-    """How a task chooses tokens. `tokens`: ids that the tokenizer has; `show`: the demonstration. Raises `UserError`."""
-    draws = task in DRAWING or (task == "chat" and bool({"temperature", "top_k", "top_p"} & typed))
-    names = ("temperature", "top_k", "top_p") if draws else ()
-    chosen = {
-        name: DEMONSTRATED[name] if show and name not in typed else getattr(asked, name) for name in names
-    }
-    beams = task in ("beam", "beam-sample")
+    """Returns the settings of a task; sampling flags that a demonstration does not set have
+    `SAMPLING_DEFAULTS`.
+
+    `in_chat`: the stop tokens of the chat format end an answer. Raises `UserError`.
+    """
+    args = job.generation
+    do_sample = task in SAMPLING_TASKS or (task == "chat" and bool(SAMPLING_DEFAULTS.keys() & job.typed))
+    sampling: dict[str, Any] = {}
+    if do_sample:
+        for name, default in SAMPLING_DEFAULTS.items():
+            use_default = demonstration and name not in job.typed
+            sampling[name] = default if use_default else getattr(args, name)
+    uses_beams = task in BEAM_TASKS
     params = SamplingParams(
-        max_new_tokens=asked.max_new_tokens,
-        do_sample=draws,
-        repetition_penalty=asked.repetition_penalty,
-        num_beams=asked.num_beams if beams else 1,
-        length_penalty=asked.length_penalty if beams else 1.0,
-        num_return_sequences=1 if task in ("greedy", "chat") else asked.num_return_sequences,
-        seed=asked.seed,
-        stop_ids=stops,
-        vocab_size=tokens,
-        **chosen,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=do_sample,
+        repetition_penalty=args.repetition_penalty,
+        num_beams=args.num_beams if uses_beams else 1,
+        length_penalty=args.length_penalty if uses_beams else 1.0,
+        num_return_sequences=1 if task in ("greedy", "chat") else args.num_return_sequences,
+        seed=args.seed,
+        stop_ids=session.stop_ids(in_chat),
+        vocab_size=session.usable_vocab_size,
+        **sampling,
     )
     params.check()
     return params
 
 
 def length_sorted_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Numbers of the prompts, longest first: equal lengths lie together, and what does not fit into memory shows at once."""
+    """Yields batches of prompt indices, longest first: similar lengths share a batch, and out of memory shows
+    at once."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), size):
         yield order[start : start + size]
@@ -69,32 +73,35 @@ def length_sorted_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterat
 def generate_answers(
     session: Session,
     prompts: Sequence[Sequence[int]],
-    numbers: Sequence[int],
+    prompt_numbers: Sequence[int],
     params: SamplingParams,
     stops: Sequence[str] = (),
-    show: Callable[[str], None] | None = None,
-    end: Callable[[], bool] | None = None,
+    on_text: Callable[[str], None] | None = None,
+    should_end: Callable[[], bool] | None = None,
 ) -> list[list[Answer]]:
-    """`num_return_sequences` answers to each prompt of a batch; `numbers`: theirs among all. Collective.
+    """Generates `num_return_sequences` answers to each prompt of a batch. Collective.
 
-    `show` gets the text of the only prompt's answer as it comes, on every rank. `end`: see `generate.sample`.
+    `on_text` receives the text of a single prompt's answer as it is generated, on every rank.
+    `prompt_numbers`, `should_end`: see `engine.sample`.
     """
     streams: dict[int, TextStream] = {}
 
-    def watch(row: int, token: int) -> bool:
+    def stop_at_string(row: int, token: int) -> bool:
         stream = streams.setdefault(row, TextStream(session.tokenizer, stops))
-        piece = stream.push(token)
-        if show and piece:
-            show(piece)
+        text = stream.push(token)
+        if on_text and text:
+            on_text(text)
         return stream.stopped
 
-    watching = params.num_beams == 1 and bool(stops or show)
-    found = engine.sample(session.model, prompts, params, watch if watching else None, numbers, end)
-    if show and streams and (rest := streams[0].finish()):
-        show(rest)
-    return [[_answer(session, one, stops) for one in several] for several in found]
+    needs_text = params.num_beams == 1 and bool(stops or on_text)
+    completions = engine.sample(
+        session.model, prompts, params, stop_at_string if needs_text else None, prompt_numbers, should_end
+    )
+    if on_text and streams and (text := streams[0].finish()):
+        on_text(text)
+    return [[_answer(session, completion, stops) for completion in group] for group in completions]
 
 
-def _answer(session: Session, found: engine.Completion, stops: Sequence[str]) -> Answer:
-    text, stopped = decode_until_stop(session.tokenizer, found.tokens, stops)
-    return Answer(text, found.tokens, "stop" if stopped else found.reason, found.score)
+def _answer(session: Session, completion: engine.Completion, stops: Sequence[str]) -> Answer:
+    text, stopped = decode_until_stop(session.tokenizer, completion.tokens, stops)
+    return Answer(text, completion.tokens, "stop" if stopped else completion.reason, completion.score)

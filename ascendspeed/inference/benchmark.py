@@ -29,7 +29,8 @@ class BenchmarkCase:
 
 
 def run_cases(model: LanguageModel, cases: list[BenchmarkCase], limit: float) -> list[GenerationTiming]:
-    """Measures every case; a case with `batch_range` at the largest batch whose decoding step takes at most `limit` seconds.
+    """Measures every case; a case with `batch_range` at the largest batch whose decoding step takes at most
+    `limit` seconds.
 
     Collective. Raises `UserError` if nothing could be measured.
     """

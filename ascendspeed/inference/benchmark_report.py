@@ -1,4 +1,7 @@
-"""Report of the generation benchmark: time to the first token and per further token, as MindIE's tables. No torch."""
+"""Report of the generation benchmark: time to the first token and per further token, as MindIE's tables.
+
+No torch.
+"""
 
 import csv
 import io
@@ -93,7 +96,8 @@ def parse_pairs(text: str, flag: str, least: int = 1) -> list[tuple[int, int]]:
     valid = isinstance(pairs, list) and bool(pairs) and all(_is_pair(pair, least) for pair in pairs)
     if not valid:
         raise UserError(
-            f"{flag} {text!r} is not a list of pairs of integers of at least {least}, such as [[256,256],[512,512]]"
+            f"{flag} {text!r} is not a list of pairs of integers of at least {least}, "
+            "such as [[256,256],[512,512]]"
         )
     return [(pair[0], pair[1]) for pair in pairs]
 
@@ -106,10 +110,11 @@ def _is_pair(pair: Any, least: int) -> bool:
 def find_largest_batch(
     low: int, high: int, limit: float, measure: Callable[[int], GenerationTiming]
 ) -> GenerationTiming | None:
-    """Returns the timing of the largest batch in [low, high] whose decoding step takes at most `limit` seconds.
+    """Returns the timing of the largest batch in [low, high] whose decoding step takes at most `limit`
+    seconds.
 
-    None if not even `low` does. Doubling, then binary search, as times grow with the batch. A batch that is out of memory counts
-    as too slow.
+    None if not even `low` does. Doubling, then binary search, as times grow with the batch. A batch that is
+    out of memory counts as too slow.
     """
 
     def measure_within_limit(batch: int) -> GenerationTiming | None:
@@ -120,7 +125,9 @@ def find_largest_batch(
             return None
         is_within = timing.decode_step <= limit
         relation = "within" if is_within else "above"
-        logger.info(f"batch {batch}: {timing.decode_step * 1e3:.2f} ms per token, {relation} {limit * 1e3:g} ms")
+        logger.info(
+            f"batch {batch}: {timing.decode_step * 1e3:.2f} ms per token, {relation} {limit * 1e3:g} ms"
+        )
         return timing if is_within else None
 
     best = measure_within_limit(low)

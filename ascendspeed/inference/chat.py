@@ -1,4 +1,4 @@
-"""A conversation, at a terminal or through a pipe: rank 0 reads and writes, all ranks answer."""
+"""Interactive conversation at a terminal or through a pipe: rank 0 reads and writes, all ranks generate."""
 
 import logging
 import sys
@@ -20,120 +20,144 @@ logger = logging.getLogger(__name__)
 QUIT_WORDS = ("q", "quit", "exit")
 RESET_WORDS = ("clear", "new")
 HELP = (
-    f"{', '.join(QUIT_WORDS)}: leave; {' or '.join(RESET_WORDS)}: start anew; several lines stand between two lines of {QUOTES}; "
-    "Ctrl-C: end the answer, or leave"
+    f"{', '.join(QUIT_WORDS)}: leave; {' or '.join(RESET_WORDS)}: start a new conversation; "
+    f"put a message of several lines between two lines of {QUOTES}; Ctrl-C: end the answer, or leave"
 )
 
 
 @dataclass
 class Conversation:
-    """What has been said, and how much of it is remembered."""
+    """Messages so far, and the limits of the history that stays in the prompt."""
 
     chat_format: ChatFormat
     system: str | None = None
-    turns: int | None = None
-    """Questions with their answers, before the one that is asked; None: all."""
-    longest: int | None = None
-    """Tokens of a prompt; the oldest turns go for it."""
+    max_turns: int | None = None
+    """Earlier questions with their answers that stay in the prompt; None: all."""
+    max_tokens: int | None = None
+    """Maximum length of a prompt; the oldest turns are dropped."""
     history: list[Message] = field(default_factory=list)
-    asked: int = 0
-    """Questions so far, forgotten ones too: what is drawn for each goes by its number."""
+    question_count: int = 0
+    """Questions so far, dropped ones included; the number of a question selects its random stream."""
 
-    def ask(self, text: str) -> list[int]:
-        """Ids of the conversation with a new question. Raises `UserError` when this alone is too long."""
-        kept = len(self.history) if self.turns is None else min(2 * self.turns, len(self.history))
-        system = [Message("system", self.system)] if self.system is not None else []
+    def add_question(self, text: str) -> list[int]:
+        """Adds a question; returns the ids of the prompt.
+
+        Raises `UserError` if the question alone is too long.
+        """
+        kept = len(self.history)
+        if self.max_turns is not None:
+            kept = min(2 * self.max_turns, kept)
         while True:
-            ids = self.chat_format.prompt_ids(
-                [*system, *self.history[len(self.history) - kept :], Message("user", text)]
-            )
-            if self.longest is None or len(ids) <= self.longest:
+            history = [*self.history[len(self.history) - kept :], Message("user", text)]
+            system = [Message("system", self.system)] if self.system is not None else []
+            ids = self.chat_format.prompt_ids([*system, *history])
+            if self.max_tokens is None or len(ids) <= self.max_tokens:
                 break
             if not kept:
                 raise UserError(
-                    f"the question has {len(ids)} tokens with its template; --max-input-length is {self.longest}"
+                    f"the question has {len(ids)} tokens with its template; "
+                    f"--max-input-length is {self.max_tokens}"
                 )
             kept -= 2
-        self.history = [*self.history[len(self.history) - kept :], Message("user", text)]
-        self.asked += 1
+        self.history = history
+        self.question_count += 1
         return ids
 
-    def answered(self, tokens: list[int]) -> None:
-        """The answer to the last question."""
+    def add_answer(self, tokens: list[int]) -> None:
+        """Adds the answer to the last question."""
         self.history.append(self.chat_format.parse_answer(tokens))
 
     def clear(self) -> None:
-        """Forgets all of it."""
+        """Removes all messages."""
         self.history = []
 
 
 def run_chat(
     session: Session,
-    talk: Conversation,
+    conversation: Conversation,
     params: SamplingParams,
     stops: tuple[str, ...],
     read: Callable[[], UserMessage | None],
 ) -> None:
-    """Until the end of the input or a word to leave. `read` gives the next message on rank 0. Collective."""
-    terminal = session.broadcast_bytes(lambda: b"1" if sys.stdin and sys.stdin.isatty() else b"0") == b"1"
-    show = write_stdout if session.grid.rank == 0 else lambda text: None
-    session.model  # noqa: B018 - is read before the first question
-    if terminal:
+    """Answers messages until the end of the input or a quit word.
+
+    `read` returns the next message on rank 0. Collective.
+    """
+    is_terminal = session.broadcast_bytes(_stdin_is_terminal) == b"1"
+    session.model  # noqa: B018 - loads the weights before the first question
+    if is_terminal:
         logger.info(HELP)
-    interruption = InterruptHandler()
-    with interruption if terminal else nullcontext():
-        while (data := _next(session, read, interruption)) is not None:
-            text = data[1:].decode()
-            word = "" if data.startswith(b'"') else text.strip()
-            if word in QUIT_WORDS:
+    interrupt = InterruptHandler()
+    with interrupt if is_terminal else nullcontext():
+        while (message := _next_message(session, read, interrupt)) is not None:
+            command = "" if message.quoted else message.text.strip()
+            if command in QUIT_WORDS:
                 return
-            if word in RESET_WORDS:
-                talk.clear()
-            elif text.strip():
+            if command in RESET_WORDS:
+                conversation.clear()
+            elif message.text.strip():
                 try:
-                    ids = talk.ask(text)
+                    ids = conversation.add_question(message.text)
                 except UserError as error:
-                    if not terminal:
+                    if not is_terminal:
                         raise
                     logger.info(f"error: {error}")
                     continue
-                session.warn_if_too_long("the conversation", len(ids) + params.max_new_tokens)
-                found = generate_answers(
-                    session, [ids], [talk.asked], params, stops, show, lambda: interruption.asked
-                )[0][0]
-                show("\n")
-                talk.answered(
-                    found.tokens
-                    if found.text == session.tokenizer.decode(found.tokens)
-                    else _plain(session, found.text)
-                )
+                _answer(session, conversation, ids, params, stops, interrupt)
 
 
-def _next(
-    session: Session, read: Callable[[], UserMessage | None], interruption: InterruptHandler
-) -> bytes | None:
-    """The next message, on every rank; None at the end. Who leaves by Ctrl-C lets the other ranks leave first."""
-    left: list[KeyboardInterrupt] = []
+def _stdin_is_terminal() -> bytes:
+    return b"1" if sys.stdin and sys.stdin.isatty() else b"0"
 
-    def get() -> bytes | None:
+
+def _answer(
+    session: Session,
+    conversation: Conversation,
+    ids: list[int],
+    params: SamplingParams,
+    stops: tuple[str, ...],
+    interrupt: InterruptHandler,
+) -> None:
+    """Generates an answer, writes it on rank 0 as it is generated, and adds it to the conversation."""
+    on_text = write_stdout if session.grid.rank == 0 else lambda text: None
+    session.warn_if_too_long("the conversation", len(ids) + params.max_new_tokens)
+    numbers = [conversation.question_count]
+    ((answer,),) = generate_answers(
+        session, [ids], numbers, params, stops, on_text, lambda: interrupt.requested
+    )
+    on_text("\n")
+    tokens = answer.tokens
+    if answer.text != session.tokenizer.decode(tokens):  # a stop string has cut it: remember what was shown
+        tokens = session.tokenizer.encode(answer.text).tolist()
+    conversation.add_answer(tokens)
+
+
+def _next_message(
+    session: Session, read: Callable[[], UserMessage | None], interrupt: InterruptHandler
+) -> UserMessage | None:
+    """Returns the next message on every rank, None at the end.
+
+    Ctrl-C at the prompt raises KeyboardInterrupt on rank 0 after the other ranks have left.
+    """
+    interrupts: list[KeyboardInterrupt] = []
+
+    def read_bytes() -> bytes | None:
         try:
-            with interruption.leaving():
-                return _packed(read())
-        except KeyboardInterrupt as leave:
-            left.append(leave)
+            with interrupt.raising():
+                return _to_bytes(read())
+        except KeyboardInterrupt as error:
+            interrupts.append(error)
             return None
 
-    data = session.broadcast_bytes(get)
-    if left:
-        raise left[0]
-    interruption.asked = False
-    return data
+    data = session.broadcast_bytes(read_bytes)
+    if interrupts:
+        raise interrupts[0]
+    interrupt.requested = False
+    return None if data is None else UserMessage(data[1:].decode(), quoted=data.startswith(b'"'))
 
 
-def _plain(session: Session, text: str) -> list[int]:
-    """Of an answer that a stop string has cut: what is left of it."""
-    return session.tokenizer.encode(text).tolist()
-
-
-def _packed(said: UserMessage | None) -> bytes | None:
-    return None if said is None else (b'"' if said.quoted else b" ") + said.text.encode("utf-8", "replace")
+def _to_bytes(message: UserMessage | None) -> bytes | None:
+    """Encodes a message; the first byte tells whether it was quoted."""
+    if message is None:
+        return None
+    return (b'"' if message.quoted else b" ") + message.text.encode("utf-8", "replace")

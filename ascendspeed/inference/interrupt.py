@@ -10,12 +10,14 @@ from typing import Self
 class InterruptHandler:
     """Context manager that handles SIGINT, even if the shell has set it to be ignored.
 
-    The ranks are interrupted at slightly different times; the sampling rank decides which token is the last one.
+    The ranks are interrupted at slightly different times; the sampling rank decides which token is the last
+    one.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        """True if the answer is to end. A second signal raises KeyboardInterrupt: prefill of a long prompt may take a while."""
+        """True if the answer is to end. A second signal raises KeyboardInterrupt: prefill of a long prompt
+        may take a while."""
         self._raises = False
 
     def __enter__(self) -> Self:

@@ -21,8 +21,8 @@ RecordKey = tuple[int, int]
 class AnswerWriter:
     """Accepts records in any order and writes them in the order of the prompts.
 
-    On stdout a record appears as soon as all before it have. With a file, NAME.partial receives every record at once, and NAME
-    appears when all of them are complete.
+    On stdout a record appears as soon as all before it have. With a file, NAME.partial receives every record
+    at once, and NAME appears when all of them are complete.
     """
 
     def __init__(self, path: str | None, is_writer: bool) -> None:
@@ -38,7 +38,10 @@ class AnswerWriter:
             self._file = self._open()
 
     def add(self, key: RecordKey, record: dict[str, Any], text: str | None) -> None:
-        """Adds a record; `text`: its form on stdout, None if it has been streamed. Raises `UserError` if writing fails."""
+        """Adds a record; `text`: its form on stdout, None if it has been streamed.
+
+        Raises `UserError` if writing fails.
+        """
         if not self._is_writer:
             return
         if self._file is None:

@@ -1,4 +1,5 @@
-"""What is to be answered: texts and conversations from flags, files and stdin -> token ids. Every fault is named with its line."""
+"""Reads prompts (texts and conversations) from flags, files and stdin, and encodes them; errors name the
+line."""
 
 import sys
 from codecs import BOM_UTF8
@@ -23,33 +24,36 @@ DEMONSTRATION = (
 
 @dataclass(frozen=True)
 class InputPrompt:
-    """A text to go on with, or a conversation to answer."""
+    """A text to continue, or a conversation to answer."""
 
     where: str
-    """Its place, for errors."""
+    """Flag, or file and line, for error messages."""
     text: str | None = None
     messages: tuple[Message, ...] = ()
-    said: Any = None
-    """The conversation as it was given, for the output file."""
+    raw_messages: Any = None
+    """Messages as read from JSON, for the output file."""
     tools: Any = None
 
 
-def prompts_from_flags(asked: GenerationArgs) -> list[InputPrompt]:
-    """Of --prompt and --input-texts. Raises `UserError`."""
-    named = (("--prompt", asked.prompt), ("--input-texts", asked.input_texts))
-    found = [
-        InputPrompt(f"{flag} {number}", text) for flag, texts in named for number, text in enumerate(texts, 1)
-    ]
-    for prompt in found:
-        if any(
-            "\ud800" <= letter <= "\udfff" for letter in prompt.text or ""
-        ):  # how Python keeps bytes that are no text
-            raise UserError(f"{prompt.where} is not UTF-8")
-    return found
+def demonstration_prompts() -> list[InputPrompt]:
+    """Returns the prompts of the demonstration."""
+    return [InputPrompt(f"demonstration {number}", text) for number, text in enumerate(DEMONSTRATION, 1)]
+
+
+def prompts_from_flags(args: GenerationArgs) -> list[InputPrompt]:
+    """Reads --prompt and --input-texts. Raises `UserError`."""
+    prompts = []
+    for flag, texts in (("--prompt", args.prompt), ("--input-texts", args.input_texts)):
+        for number, text in enumerate(texts, 1):
+            # Python decodes invalid bytes of the command line to surrogates.
+            if any("\ud800" <= letter <= "\udfff" for letter in text):
+                raise UserError(f"{flag} {number} is not UTF-8")
+            prompts.append(InputPrompt(f"{flag} {number}", text))
+    return prompts
 
 
 def prompts_from_file(path: str) -> list[InputPrompt]:
-    """Of a file of JSON lines. Raises `UserError`."""
+    """Reads a file of JSON lines. Raises `UserError`."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -58,16 +62,18 @@ def prompts_from_file(path: str) -> list[InputPrompt]:
 
 
 def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
-    """Of JSON lines; empty lines count, but ask for nothing. Raises `UserError`."""
-    lines = enumerate(data.removeprefix(BOM_UTF8).split(b"\n"), 1)
-    found = [_line(line, f"{where}, line {number}") for number, line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{where} holds no prompts")
-    return found
+    """Parses JSON lines; empty lines are skipped but counted. Raises `UserError`."""
+    lines = data.removeprefix(BOM_UTF8).split(b"\n")
+    prompts = [
+        _parse_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
+    ]
+    if not prompts:
+        raise UserError(f"{where} contains no prompts")
+    return prompts
 
 
 def prompts_from_text(data: bytes, where: str) -> list[InputPrompt]:
-    """Of plain text, a line each. Raises `UserError`."""
+    """Parses plain text with a prompt per line. Raises `UserError`."""
     try:
         lines = data.removeprefix(BOM_UTF8).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
@@ -80,67 +86,70 @@ def prompts_from_text(data: bytes, where: str) -> list[InputPrompt]:
 
 
 def read_stdin() -> bytes:
-    """All of it; nothing when it is a terminal, or closed."""
+    """Returns all of stdin; b"" if it is a terminal or closed."""
     return b"" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.buffer.read()
 
 
-def _line(line: bytes, where: str) -> InputPrompt:
+def _parse_line(line: bytes, where: str) -> InputPrompt:
     try:
-        said = parse_json(line)
+        value = parse_json(line)
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}; a text stands in quotation marks") from None
-    if isinstance(said, str):
-        return InputPrompt(where, said)
-    if isinstance(said, list):
-        return _conversation(said, None, where)
-    if isinstance(said, Mapping) and set(said) <= {"prompt"} and isinstance(said.get("prompt"), str):
-        return InputPrompt(where, said["prompt"])
-    if isinstance(said, Mapping) and "messages" in said and set(said) <= {"messages", "tools"}:
-        return _conversation(said["messages"], said.get("tools"), where)
+        raise UserError(f"{where} is not JSON: {error}; a text must be in quotation marks") from None
+    if isinstance(value, str):
+        return InputPrompt(where, value)
+    if isinstance(value, list):
+        return _conversation(value, None, where)
+    if isinstance(value, Mapping):
+        keys = set(value)
+        if keys == {"prompt"} and isinstance(value["prompt"], str):
+            return InputPrompt(where, value["prompt"])
+        if "messages" in keys and keys <= {"messages", "tools"}:
+            return _conversation(value["messages"], value.get("tools"), where)
     kinds = 'a text, a list of role and content, {"prompt": text} or {"messages": list, "tools": list}'
-    raise UserError(f"{where} is neither {kinds}")
+    raise UserError(f"{where} is not one of: {kinds}")
 
 
-def _conversation(said: Any, tools: Any, where: str) -> InputPrompt:
-    return InputPrompt(where, None, tuple(read_messages(said, where)), said, tools)
+def _conversation(messages: Any, tools: Any, where: str) -> InputPrompt:
+    return InputPrompt(where, None, tuple(read_messages(messages, where)), messages, tools)
 
 
 def as_conversation(prompt: InputPrompt, system: str | None) -> InputPrompt:
-    """A text as what a user says; with a system message where there is none."""
+    """Turns a text into a user message, and adds the system message to a conversation that has none."""
     messages = prompt.messages or (Message("user", prompt.text or ""),)
     if system is not None and messages[0].role != "system":
         messages = (Message("system", system), *messages)
-    return InputPrompt(prompt.where, None, messages, prompt.said, prompt.tools)
+    return InputPrompt(prompt.where, None, messages, prompt.raw_messages, prompt.tools)
 
 
 def encode_prompt(
-    prompt: InputPrompt, tokenizer: Tokenizer, chat: ChatFormat | None, add_bos: bool = True
+    prompt: InputPrompt, tokenizer: Tokenizer, chat_format: ChatFormat | None, add_bos: bool = True
 ) -> list[int]:
-    """Ids, with exactly one BOS in front where the tokenizer has one. `chat` is needed for conversations. Raises `UserError`."""
+    """Returns the ids of a prompt, with one BOS at the beginning if the tokenizer has one.
+
+    `chat_format` is required for conversations. Raises `UserError`.
+    """
     if prompt.messages:
-        assert chat is not None
-        return chat.prompt_ids(prompt.messages, prompt.where, prompt.tools)
+        assert chat_format is not None
+        return chat_format.prompt_ids(prompt.messages, prompt.where, prompt.tools)
     text = prompt.text or ""
     bos = [tokenizer.bos] if add_bos and tokenizer.bos is not None else []
     ids = bos + tokenizer.encode(text).tolist()
     if not ids:
-        raise UserError(f"{prompt.where} is empty, and the tokenizer has no token to begin a text with")
+        raise UserError(f"{prompt.where} is empty, and the tokenizer has no token that begins a text")
     return ids
 
 
 def check_lengths(prompts: Sequence[InputPrompt], ids: Iterable[Sequence[int]], longest: int | None) -> None:
-    """Raises `UserError` for the first prompt that is too long."""
+    """Raises `UserError` for the first prompt with more than `longest` tokens."""
     for prompt, tokens in zip(prompts, ids, strict=True):
         if longest is not None and len(tokens) > longest:
             raise UserError(f"{prompt.where} has {len(tokens)} tokens; --max-input-length is {longest}")
 
 
 def prompt_as_json(prompt: InputPrompt) -> Any:
-    """As it stands in the output file."""
+    """Returns the prompt's value in the output file."""
     if prompt.text is not None:
         return prompt.text
-    return (
-        prompt.said
-        if prompt.said is not None
-        else [{"role": m.role, "content": m.content} for m in prompt.messages]
-    )
+    if prompt.raw_messages is not None:
+        return prompt.raw_messages
+    return [{"role": message.role, "content": message.content} for message in prompt.messages]

@@ -1,216 +1,128 @@
-"""A checked job -> answers: every task over all prompts, then the conversation where one is asked for."""
+"""Runs a generation job: every task over all prompts, then the conversation if there is one."""
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from ascendspeed.distributed.device import Device
-from ascendspeed.inference import engine
-from ascendspeed.inference import prompts as reading
+from ascendspeed.inference import engine, records
 from ascendspeed.inference.args import GenerationJob
-from ascendspeed.inference.batching import Answer, generate_answers, length_sorted_batches, sampling_params_of
+from ascendspeed.inference.batching import generate_answers, length_sorted_batches, sampling_params
 from ascendspeed.inference.chat import Conversation, run_chat
-from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.output import AnswerWriter, write_stdout
-from ascendspeed.inference.prompts import InputPrompt
+from ascendspeed.inference.prompts import (
+    InputPrompt,
+    demonstration_prompts,
+    prompts_from_file,
+    prompts_from_flags,
+    prompts_from_json_lines,
+    prompts_from_text,
+    read_stdin,
+)
+from ascendspeed.inference.records import Record
 from ascendspeed.inference.session import Session
 from ascendspeed.inference.stdin import read_stdin_message
-from ascendspeed.utils.errors import UserError
+from ascendspeed.inference.task_plan import TaskPlan, plan_task
 
 logger = logging.getLogger(__name__)
 
-DEMONSTRATED = ("greedy", "sample", "beam", "beam-sample", "logprobs")
-Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TaskPlan:
-    """A task with its prompts, encoded."""
-
-    task: str
-    prompts: list[InputPrompt]
-    ids: list[list[int]]
-    params: SamplingParams | None
-    """None for log-probabilities."""
+DEMONSTRATED_TASKS = ("greedy", "sample", "beam", "beam-sample", "logprobs")
 
 
 def run(job: GenerationJob, device: Device, notes: Sequence[str]) -> None:
-    """Does all that the command asks for. Raises `UserError`."""
-    asked, given = job.generation, _given(job)
-    talks = "chat" in job.tasks and not given and asked.input_file is None
-    session = Session.open(job.spec, device, asked.chat_template, patient=talks)
+    """Runs all tasks of a job. Raises `UserError`."""
+    args = job.generation
+    prompts = _explicit_prompts(job)
+    is_interactive = "chat" in job.tasks and not prompts and args.input_file is None
+    session = Session.open(job.spec, device, args.chat_template, is_interactive)
     for note in notes:
         logger.info(f"note: {note}")
-    if asked.input_file == "-" or (not given and not talks):
-        given = _from_stdin(session, asked.input_file == "-")
-    demonstration = not given
-    work = [task for task in job.tasks if not (task == "chat" and talks)]
-    if not job.tasks:
-        work = list(DEMONSTRATED if demonstration else ("greedy",))
-    # Everything is encoded and judged before the weights are read.
-    prompts = given or [
-        InputPrompt(f"demonstration {i}", text) for i, text in enumerate(reading.DEMONSTRATION, 1)
-    ]
-    plans = [_plan(session, job, task, prompts, demonstration) for task in work]
-    talk = (
-        Conversation(session.chat_format, asked.system, asked.history_turns, asked.max_input_length)
-        if talks
-        else None
-    )
-    params = (
-        sampling_params_of("chat", asked, job.typed, session.stop_ids(True), _tokens(session))
-        if talks
-        else None
-    )
-    results = AnswerWriter(asked.output_file, session.grid.rank == 0)
+    if args.input_file == "-" or (not prompts and not is_interactive):
+        prompts = _stdin_prompts(session, is_json=args.input_file == "-")
+    is_demonstration = not prompts
+    if is_demonstration:
+        prompts = demonstration_prompts()
+    tasks = _batch_tasks(job, is_interactive, is_demonstration)
+    # All prompts are encoded and checked before the weights are read.
+    plans = [plan_task(session, job, task, prompts, is_demonstration) for task in tasks]
+    if is_interactive:
+        conversation = Conversation(
+            session.chat_format, args.system, args.history_turns, args.max_input_length
+        )
+        chat_params = sampling_params(session, job, "chat", in_chat=True)
+    writer = AnswerWriter(args.output_file, session.grid.rank == 0)
     for number, plan in enumerate(plans):
-        _do(session, job, number, plan, results)
-    results.finish()
-    if talk and params:
-        run_chat(session, talk, params, asked.stop, read_stdin_message)
+        _run_task(session, job, number, plan, writer)
+    writer.finish()
+    if is_interactive:
+        run_chat(session, conversation, chat_params, args.stop, read_stdin_message)
 
 
-def _given(job: GenerationJob) -> list[InputPrompt]:
-    file = job.generation.input_file
-    return reading.prompts_from_flags(job.generation) + (
-        reading.prompts_from_file(file) if file not in (None, "-") else []
-    )
+def _batch_tasks(job: GenerationJob, is_interactive: bool, is_demonstration: bool) -> list[str]:
+    """Returns the tasks that run over prompts."""
+    if not job.tasks:
+        return list(DEMONSTRATED_TASKS if is_demonstration else ("greedy",))
+    return [task for task in job.tasks if not (task == "chat" and is_interactive)]
 
 
-def _from_stdin(session: Session, lines_are_json: bool) -> list[InputPrompt]:
-    data = session.broadcast_bytes(reading.read_stdin) or b""
-    if not lines_are_json:
-        return reading.prompts_from_text(data, "stdin")
-    return reading.prompts_from_json_lines(data, "stdin")
+def _explicit_prompts(job: GenerationJob) -> list[InputPrompt]:
+    """Returns the prompts of flags and of --input-file, stdin excepted."""
+    path = job.generation.input_file
+    from_file = [] if path in (None, "-") else prompts_from_file(path)
+    return prompts_from_flags(job.generation) + from_file
 
 
-def _tokens(session: Session) -> int:
-    return min(session.tokenizer.vocab_size, session.config.vocab_size)
+def _stdin_prompts(session: Session, is_json: bool) -> list[InputPrompt]:
+    data = session.broadcast_bytes(read_stdin) or b""
+    return prompts_from_json_lines(data, "stdin") if is_json else prompts_from_text(data, "stdin")
 
 
-def _plan(
-    session: Session, job: GenerationJob, task: str, prompts: list[InputPrompt], demonstration: bool
-) -> TaskPlan:
-    asked = job.generation
-    if task == "chat":
-        prompts = [reading.as_conversation(prompt, asked.system) for prompt in prompts]
-    talks = any(prompt.messages for prompt in prompts)
-    chat = session.chat_format if talks else None
-    ids = [reading.encode_prompt(prompt, session.tokenizer, chat, session.adds_bos) for prompt in prompts]
-    reading.check_lengths(prompts, ids, asked.max_input_length)
-    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
-    session.warn_if_too_long(
-        prompts[longest].where, len(ids[longest]) + (asked.max_new_tokens if task != "logprobs" else 0)
-    )
-    if task == "logprobs":
-        for prompt, tokens in zip(prompts, ids, strict=True):
-            if len(tokens) < 2:
-                raise UserError(f"{prompt.where} has {len(tokens)} token: there is none to follow it")
-        return TaskPlan(task, prompts, ids, None)
-    params = sampling_params_of(
-        task, asked, job.typed, session.stop_ids(talks), _tokens(session), demonstration
-    )
-    return TaskPlan(task, prompts, ids, params)
-
-
-def _do(session: Session, job: GenerationJob, number: int, plan: TaskPlan, results: AnswerWriter) -> None:
-    asked, total = job.generation, len(plan.prompts)
-    streams = asked.stream and plan.params is not None
-    size = 1 if streams else asked.batch_size
-    session.model  # noqa: B018 - its loading is no part of the speed
-    done, tokens, begin = 0, 0, time.monotonic()
-    for batch in length_sorted_batches(plan.ids, size):
-        if plan.params is None:
-            records = _likely(session, plan, batch)
-        else:
-            show = _streaming(session, plan, batch[0]) if streams else None
-            records = _answered(
-                session,
-                plan,
-                batch,
-                generate_answers(session, [plan.ids[i] for i in batch], batch, plan.params, asked.stop, show),
-            )
-            tokens += sum(record["new_tokens"] for record, _ in records)
-            if show:
-                show("\n")
-        for i, (record, text) in zip(batch, records, strict=True):
-            results.add((number, i), record, None if streams else _heading(plan, i, record) + text)
+def _run_task(
+    session: Session, job: GenerationJob, number: int, plan: TaskPlan, writer: AnswerWriter
+) -> None:
+    total = len(plan.prompts)
+    is_streamed = job.generation.stream and plan.params is not None
+    batch_size = 1 if is_streamed else job.generation.batch_size
+    session.model  # noqa: B018 - loads the weights before the time is taken
+    done, new_tokens, start = 0, 0, time.monotonic()
+    for batch in length_sorted_batches(plan.ids, batch_size):
+        on_text = _stream_writer(session, plan, batch[0]) if is_streamed else None
+        for i, (record, text) in zip(batch, _run_batch(session, job, plan, batch, on_text), strict=True):
+            new_tokens += record["new_tokens"]
+            shown = None if is_streamed else records.heading(plan, i, record) + text
+            writer.add((number, i), record, shown)
         done += len(batch)
-        if total > size and not streams:
-            speed = f", {tokens / max(time.monotonic() - begin, 1e-9):.1f} tokens/s" if tokens else ""
+        if total > batch_size and not is_streamed:
+            seconds = max(time.monotonic() - start, 1e-9)
+            speed = f", {new_tokens / seconds:.1f} tokens/s" if new_tokens else ""
             logger.info(f"{plan.task}: {done}/{total} prompts{speed}")
-    results.task_done(number)
+    writer.task_done(number)
 
 
-def _streaming(session: Session, plan: TaskPlan, i: int) -> Callable[[str], None]:
-    """Shows the answer to one prompt as it comes, on rank 0."""
+def _run_batch(
+    session: Session,
+    job: GenerationJob,
+    plan: TaskPlan,
+    batch: list[int],
+    on_text: Callable[[str], None] | None,
+) -> list[tuple[Record, str]]:
+    """Returns (record, text for stdout) of every prompt of a batch."""
+    ids = [plan.ids[i] for i in batch]
+    if plan.params is None:
+        logprobs = engine.token_logprobs(session.model, ids, len(batch))
+        return [
+            records.logprobs_record(session, plan, i, values)
+            for i, values in zip(batch, logprobs, strict=True)
+        ]
+    answers = generate_answers(session, ids, batch, plan.params, job.generation.stop, on_text)
+    if on_text:
+        on_text("\n")
+    return [records.answers_record(session, plan, i, group) for i, group in zip(batch, answers, strict=True)]
+
+
+def _stream_writer(session: Session, plan: TaskPlan, index: int) -> Callable[[str], None]:
+    """Writes a prompt's heading; returns a function that writes its answer as it is generated, on rank 0."""
     if session.grid.rank:
         return lambda text: None
-    write_stdout(_heading(plan, i, {}) + "-> ")
+    write_stdout(records.heading(plan, index) + "-> ")
     return write_stdout
-
-
-def _heading(plan: TaskPlan, i: int, record: Record) -> str:
-    prompt = plan.prompts[i]
-    ended = ", ".join(f"{one['reason']} after {one['tokens']} tokens" for one in record.get("answers", []))
-    asked = (
-        prompt.text
-        if prompt.text is not None
-        else "\n".join(f"{m.role}: {m.content}" for m in prompt.messages)
-    )
-    return f"== {plan.task} {i + 1}/{len(plan.prompts)}{': ' if ended else ''}{ended}\n{asked}\n"
-
-
-def _record(plan: TaskPlan, i: int, new_tokens: int) -> Record:
-    prompt = reading.prompt_as_json(plan.prompts[i])
-    return {
-        "task": plan.task,
-        "number": i + 1,
-        "prompt": prompt,
-        "prompt_tokens": len(plan.ids[i]),
-        "new_tokens": new_tokens,
-    }
-
-
-def _answered(
-    session: Session, plan: TaskPlan, batch: list[int], answers: list[list[Answer]]
-) -> list[tuple[Record, str]]:
-    """A record and how it is shown, for each prompt of a batch."""
-    found = []
-    for i, several in zip(batch, answers, strict=True):
-        entries = [
-            {"text": a.text, "reason": a.reason, "score": a.score, "tokens": len(a.tokens)} for a in several
-        ]
-        if plan.prompts[i].messages:
-            for entry, one in zip(entries, several, strict=True):
-                message = session.chat_format.answer_message(one.tokens)
-                entry |= {"message": message} if len(message) > 2 else {}  # it calls tools
-        record = _record(plan, i, sum(len(one.tokens) for one in several)) | {"answers": entries}
-        found.append((record, "\n".join(f"-> {one.text}" for one in several)))
-    return found
-
-
-def _likely(session: Session, plan: TaskPlan, batch: list[int]) -> list[tuple[Record, str]]:
-    """The same for log-probabilities."""
-    found = []
-    for i, values in zip(
-        batch, engine.token_logprobs(session.model, [plan.ids[i] for i in batch], len(batch)), strict=True
-    ):
-        ids, each = plan.ids[i][1:], values.tolist()
-        pieces = [session.tokenizer.decode([token]) for token in ids]
-        record = _record(plan, i, 0) | {
-            "tokens": ids,
-            "pieces": pieces,
-            "logprobs": each,
-            "logprob": sum(each),
-        }
-        lines = [
-            f"{value:10.4f}  {token:7}  {piece!r}"
-            for value, token, piece in zip(each, ids, pieces, strict=True)
-        ]
-        found.append(
-            (record, "\n".join([*lines, f"{sum(each):10.4f}  in all, {sum(each) / len(each):.4f} per token"]))
-        )
-    return found

@@ -1,4 +1,5 @@
-"""A model that is ready to be asked, with its tokenizer and chat format; what is wrong is said before its weights are read."""
+"""Sessions of the inference commands: checkpoint, tokenizer and chat format, checked before the weights are
+read."""
 
 import filecmp
 import logging
@@ -29,136 +30,180 @@ from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-WEEK = 7 * 24 * 60
-"""Minutes that ranks wait for a person to type."""
+COLLECTIVE_TIMEOUT = 30
+"""Minutes."""
+CHAT_TIMEOUT = 7 * 24 * 60
+"""Minutes, while the other ranks wait for the user's input on rank 0: a week."""
+
+NO_DATA, FAILED = -1, -2
+"""Values of `broadcast_bytes` in place of a size."""
 
 
 @dataclass
-class Session:
-    """Everything but the weights, which `load` reads."""
+class ModelSession:
+    """Process groups and a checkpoint whose weights are read on the first use of `model`."""
 
     spec: EngineSpec
     device: Device
     grid: ProcessGrid
-    tokenizer: Tokenizer
-    template: str | None = None
-    """--chat-template."""
-    told: bool = False
-    """Whether `measure` has said something."""
 
     @classmethod
-    def open(
-        cls, spec: EngineSpec, device: Device, template: str | None = None, patient: bool = False
-    ) -> "Session":
-        """Joins the ranks. `patient`: they may have to wait for a person. Raises `UserError`."""
+    def open(cls, spec: EngineSpec, device: Device) -> "ModelSession":
+        """Initializes the process groups and checks the architecture. Collective. Raises `UserError`."""
         check_device_precision(spec.args.fp16, device)
-        found = _tokenizer(spec)
-        grid = process_groups.initialize(device, spec.args.layout, 1, WEEK if patient else 30)
-        logs.configure(grid.rank, logs.TO_STDERR)  # stdout is for answers
-        session = cls(spec, device, grid, found, template)
-        config = session.config
-        if found.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {spec.tokenizer} has {found.vocab_size} tokens, but the model in {spec.args.load} only "
-                f"{config.vocab_size}; give the model's own with --tokenizer-name-or-path"
-            )
-        _check_typed(spec, config)
-        for note in _doubts(spec, found, config):
-            logger.info(f"note: {note}")
+        session = cls(spec, device, _initialize(spec, device, COLLECTIVE_TIMEOUT))
+        _check_expected_model(spec, session.config)
         return session
 
     @property
     def readers(self) -> Readers:
-        """All ranks, to open a checkpoint together."""
+        """All ranks, which open a checkpoint together."""
         return Readers.of(self.grid)
 
     @cached_property
     def source(self) -> CheckpointReader:
-        """The checkpoint, opened once: a training checkpoint is verified then. Collective."""
+        """Reader of the checkpoint; verifies a training checkpoint on first use. Collective."""
         return open_reader(self.spec.args.load, readers=self.readers)
 
     @cached_property
     def config(self) -> ModelConfig:
-        """The architecture; collective where the folder itself must be asked."""
+        """Architecture of the model. Collective if only the weights record it."""
         return self.spec.model or self.source.config
 
     @cached_property
-    def chat_format(self) -> ChatFormat:
-        """The chat format. Raises `UserError` where there is none."""
-        found = ChatFormat(self.tokenizer, self.template or FAMILIES[self.config.family].chat_template)
-        for note in found.notes:
+    def model(self) -> engine.LanguageModel:
+        """The model; reads the weights on first use. Collective."""
+        args = self.spec.args
+        kernels = fused_kernels.select_kernels(
+            self.device,
+            rms_norm=args.use_fused_rmsnorm,
+            rotary=args.use_fused_rotary_pos_emb,
+            swiglu=args.mlp_layer_fusion,
+        )
+        model = engine.load(
+            self.source, parallel=args.layout, dtype=args.dtype, device=self.device, kernels=kernels
+        )
+        device = f"{self.device.kind} ({self.device.name})"
+        logger.info(f"{args.load}: {model.config.family}, {args.dtype}, on {device}; {self.grid}")
+        return model
+
+
+@dataclass
+class Session(ModelSession):
+    """A `ModelSession` with the tokenizer and the chat format of the model."""
+
+    tokenizer: Tokenizer
+    chat_template: str | None = None
+    """Name given by --chat-template."""
+    _warned_length: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        spec: EngineSpec,
+        device: Device,
+        chat_template: str | None = None,
+        waits_for_user: bool = False,
+    ) -> "Session":
+        """Loads the tokenizer, initializes the process groups and checks that tokenizer and model fit
+        together.
+
+        `waits_for_user`: ranks may have to wait for input at a terminal. Collective. Raises `UserError`.
+        """
+        check_device_precision(spec.args.fp16, device)
+        loaded = _load_tokenizer(spec)
+        grid = _initialize(spec, device, CHAT_TIMEOUT if waits_for_user else COLLECTIVE_TIMEOUT)
+        session = cls(spec, device, grid, loaded, chat_template)
+        config = session.config
+        if loaded.vocab_size > config.vocab_size:
+            raise UserError(
+                f"the tokenizer in {spec.tokenizer} has {loaded.vocab_size} tokens, "
+                f"but the model in {spec.args.load} only {config.vocab_size}; "
+                "give the model's own with --tokenizer-name-or-path"
+            )
+        _check_expected_model(spec, config)
+        for note in _tokenizer_notes(spec, loaded, config):
             logger.info(f"note: {note}")
-        return found
+        return session
+
+    @cached_property
+    def chat_format(self) -> ChatFormat:
+        """Chat format of the model. Raises `UserError` if none is known."""
+        name = self.chat_template or FAMILIES[self.config.family].chat_template
+        chat_format = ChatFormat(self.tokenizer, name)
+        for note in chat_format.notes:
+            logger.info(f"note: {note}")
+        return chat_format
 
     @cached_property
     def adds_bos(self) -> bool:
-        """Whether a text begins with BOS."""
+        """True if a text begins with BOS."""
         return tokenizer.adds_bos_token(tokenizer.declared_tokens(self.tokenizer.path)[0])
 
-    def stop_ids(self, talks: bool) -> tuple[int, ...]:
-        """Ids that end an answer, in a conversation or not."""
-        folders = {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
-        return stop_token_ids(self.tokenizer, folders, self.chat_format.stop_ids if talks else ())
+    @property
+    def usable_vocab_size(self) -> int:
+        """Number of ids that both the tokenizer and the model have."""
+        return min(self.tokenizer.vocab_size, self.config.vocab_size)
 
-    @cached_property
-    def model(self) -> engine.LanguageModel:
-        """The model; reads the weights when it is first asked for."""
-        where = self.spec.args
-        fused = fused_kernels.select_kernels(
-            self.device,
-            rms_norm=where.use_fused_rmsnorm,
-            rotary=where.use_fused_rotary_pos_emb,
-            swiglu=where.mlp_layer_fusion,
-        )
-        model = engine.load(
-            self.source, parallel=where.layout, dtype=where.dtype, device=self.device, kernels=fused
-        )
-        logger.info(
-            f"{where.load}: {model.config.family}, {where.dtype}, on {self.device.kind} ({self.device.name}); {self.grid}"
-        )
-        return model
+    def stop_ids(self, in_chat: bool) -> tuple[int, ...]:
+        """Returns the ids that end an answer; `in_chat`: those of the chat format too."""
+        folders = {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
+        return stop_token_ids(self.tokenizer, folders, self.chat_format.stop_ids if in_chat else ())
 
     def warn_if_too_long(self, where: str, tokens: int) -> None:
-        """Says once that a prompt with its answer is longer than what the model has been trained on, and what becomes of it."""
+        """Logs once that a prompt with its answer is longer than the training context, and the
+        consequence."""
         trained, kind = self.config.max_position_embeddings, self.config.rope_scaling_type
-        if tokens <= trained or self.told or kind == "linear":
+        if tokens <= trained or self._warned_length or kind == "linear":
             return
-        self.told = True
-        what = (
-            "dynamic rope scaling is in use"
-            if kind == "dynamic"
-            else "it has no rope scaling: expect nonsense beyond"
-        )
+        self._warned_length = True
+        if kind == "dynamic":
+            consequence = "dynamic rope scaling is in use"
+        else:
+            consequence = "it has no rope scaling: expect poor output beyond that length"
         logger.info(
-            f"note: {where} and its answer may have {tokens} tokens; the model was trained on {trained}, and {what}"
+            f"note: {where} and its answer may have {tokens} tokens; "
+            f"the model was trained on {trained}, and {consequence}"
         )
 
-    def broadcast_bytes(self, get: Callable[[], bytes | None]) -> bytes | None:
-        """What `get` gives on rank 0, on every rank; an error there is one everywhere. Collective."""
-        value, error = None, None
+    def broadcast_bytes(self, read: Callable[[], bytes | None]) -> bytes | None:
+        """Calls `read` on rank 0 and returns its result on every rank. Collective.
+
+        A `UserError` on rank 0 raises a `UserError` on every rank.
+        """
+        data, error = None, None
         if self.grid.rank == 0:
             try:
-                value = get()
+                data = read()
             except UserError as caught:
                 error = caught
-        size = torch.tensor([-2 if error else -1 if value is None else len(value)], device=self.device.torch)
+        size = NO_DATA if data is None else len(data)
+        header = torch.tensor([FAILED if error else size], device=self.device.torch)
         if self.grid.world > 1:
-            dist.broadcast(size, 0)
+            dist.broadcast(header, 0)
         if error:
             raise error
-        if size < 0:
-            if size == -2:
-                raise UserError("rank 0 could not read what was to be answered; it says why")
+        size = int(header)
+        if size == FAILED:
+            raise UserError("rank 0 could not read the input; see its error")
+        if size == NO_DATA:
             return None
-        data = torch.zeros(int(size), dtype=torch.uint8, device=self.device.torch)
-        if value:
-            data.copy_(torch.frombuffer(bytearray(value), dtype=torch.uint8))
+        buffer = torch.zeros(size, dtype=torch.uint8, device=self.device.torch)
+        if data:
+            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
         if self.grid.world > 1 and size:
-            dist.broadcast(data, 0)
-        return data.cpu().numpy().tobytes()
+            dist.broadcast(buffer, 0)
+        return buffer.cpu().numpy().tobytes()
 
 
-def _tokenizer(spec: EngineSpec) -> Tokenizer:
+def _initialize(spec: EngineSpec, device: Device, timeout_minutes: int) -> ProcessGrid:
+    """Initializes the process groups, and sends log lines to stderr: stdout is for answers."""
+    grid = process_groups.initialize(device, spec.args.layout, 1, timeout_minutes)
+    logs.configure(grid.rank, logs.TO_STDERR)
+    return grid
+
+
+def _load_tokenizer(spec: EngineSpec) -> Tokenizer:
     try:
         return tokenizer.load(spec.tokenizer)
     except UserError as error:
@@ -166,26 +211,30 @@ def _tokenizer(spec: EngineSpec) -> Tokenizer:
         raise UserError(f"{error}{hint}") from None
 
 
-def _doubts(spec: EngineSpec, found: Tokenizer, config: ModelConfig) -> list[str]:
-    """Whether the tokenizer may be another model's."""
-    doubts = []
+def _tokenizer_notes(spec: EngineSpec, loaded: Tokenizer, config: ModelConfig) -> list[str]:
+    """Returns signs that the tokenizer belongs to another model."""
+    notes = []
     for name in ("tokenizer.model", "tokenizer.json"):
-        own, chosen = Path(spec.args.load or ".", name), Path(spec.tokenizer, name)
-        if own.is_file() and chosen.is_file():
-            if not filecmp.cmp(own, chosen, shallow=False):
-                doubts.append(
-                    f"{chosen} is not the {name} beside the weights, {own}; theirs: --tokenizer-name-or-path {own.parent}"
+        beside_weights, chosen = Path(spec.args.load or ".", name), Path(spec.tokenizer, name)
+        if beside_weights.is_file() and chosen.is_file():
+            if not filecmp.cmp(beside_weights, chosen, shallow=False):
+                notes.append(
+                    f"{chosen} differs from {beside_weights}, which is beside the weights; "
+                    f"to use that one: --tokenizer-name-or-path {beside_weights.parent}"
                 )
             break
-    if config.vocab_size - found.vocab_size > SPARE:
-        doubts.append(
-            f"the tokenizer in {spec.tokenizer} has {found.vocab_size} tokens, the model {config.vocab_size}: is it its own?"
+    if config.vocab_size - loaded.vocab_size > SPARE:
+        notes.append(
+            f"the tokenizer in {spec.tokenizer} has {loaded.vocab_size} tokens, "
+            f"the model {config.vocab_size}: check that it is the model's tokenizer"
         )
-    return doubts
+    return notes
 
 
-def _check_typed(spec: EngineSpec, config: ModelConfig) -> None:
-    """What flags say of the architecture, where no config.json could be asked before."""
-    said = spec.expected_model
-    if said is not None and replace(said, init_method_std=0.0) != replace(config, init_method_std=0.0):
-        raise UserError(f"{spec.args.load} holds another model than the flags say: {config}")
+def _check_expected_model(spec: EngineSpec, config: ModelConfig) -> None:
+    """Compares the architecture flags with the checkpoint, for checkpoints without a config.json."""
+    expected = spec.expected_model
+    if expected is None:
+        return
+    if replace(expected, init_method_std=0.0) != replace(config, init_method_std=0.0):
+        raise UserError(f"{spec.args.load} holds another model than the flags describe: {config}")

@@ -22,7 +22,10 @@ class UserMessage:
 
 
 def read_stdin_message() -> UserMessage | None:
-    """Returns the next message, None at the end of the input. Offers line editing at a terminal. Raises `UserError`."""
+    """Returns the next message, None at the end of the input.
+
+    Offers line editing at a terminal. Raises `UserError`.
+    """
     if sys.stdin is None:
         return None
     if not sys.stdin.isatty():
@@ -59,9 +62,7 @@ def _decode_line(line: bytes) -> str:
     try:
         return line.decode("utf-8").removeprefix("\ufeff").rstrip("\r\n")
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"stdin is not UTF-8: {error.reason} at byte {error.start} of the line"
-        ) from None
+        raise UserError(f"stdin is not UTF-8: {error.reason} at byte {error.start} of the line") from None
 
 
 class _Terminated(BaseException):
@@ -69,7 +70,8 @@ class _Terminated(BaseException):
 
 
 def _read_from_terminal() -> UserMessage | None:
-    """Reads a message with `input`; on SIGTERM leaves it by an exception, which restores the terminal's echo, then terminates."""
+    """Reads a message with `input`; on SIGTERM leaves it by an exception, which restores the terminal's echo,
+    then terminates."""
     previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         return _parse_message(_input_line)

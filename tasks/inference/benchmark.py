@@ -20,7 +20,6 @@ from ascendspeed.inference import benchmark_report
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.models import families
 from ascendspeed.utils import errors
-from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger("ascendspeed.benchmark")
@@ -77,18 +76,20 @@ def resolve(args: Sequence[str], world: int) -> tuple[BenchmarkJob, list[str]]:
 
 def work(job: BenchmarkJob, device: Any, notes: Sequence[str]) -> None:
     """Loads the model, measures, and writes the table."""
-    from ascendspeed.inference import benchmark, engine
+    from ascendspeed.inference.benchmark import BenchmarkCase, run_cases
+    from ascendspeed.inference.session import ModelSession
 
-    args = job.spec.args
-    command.check_device_precision(args.fp16, device)
-    logs.configure(streams=logs.TO_STDERR)
-    model = engine.load(args.load, parallel=args.layout, dtype=args.dtype, device=device)
+    session = ModelSession.open(job.spec, device)
     for note in notes:
         logger.info(f"note: {note}")
-    limit = job.benchmark.limit_ms / 1e3
-    timings = benchmark.run_cases(model, job.cases, job.ranges, job.benchmark.batch_size, limit)
-    if model.grid.rank == 0:
-        title = _title(args, f"{device.kind} ({device.name})")
+    batch_ranges = job.ranges or [None] * len(job.cases)
+    cases = [
+        BenchmarkCase(prompt_tokens, new_tokens, job.benchmark.batch_size, batch_range)
+        for (prompt_tokens, new_tokens), batch_range in zip(job.cases, batch_ranges, strict=True)
+    ]
+    timings = run_cases(session.model, cases, job.benchmark.limit_ms / 1e3)
+    if session.grid.rank == 0:
+        title = _title(job.spec.args, f"{device.kind} ({device.name})")
         text = benchmark_report.write_report(timings, Path(job.benchmark.output_dir), title)
         print(text, end="", flush=True)
 

@@ -69,7 +69,7 @@ def generate(folder: Path, model: str | None) -> None:
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.checkpoint_reader import from_maker
+    from ascendspeed.conversion.checkpoint_reader import from_factory
     from ascendspeed.models import param_mapping
 
     config = architecture(model)
@@ -81,7 +81,7 @@ def generate(folder: Path, model: str | None) -> None:
         config,
         {},
         dict.fromkeys(parameters, torch.bfloat16),
-        from_maker(
+        from_factory(
             lambda name: noise.repeat(-(-(n := math.prod(parameters[name].shape)) // len(noise)))[:n].view(
                 parameters[name].shape
             )

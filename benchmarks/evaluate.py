@@ -118,7 +118,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     home, pieces = folder / "tokenizer", io.BytesIO()
@@ -154,7 +154,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
         json.dumps(special | {"tokenizer_class": "LlamaTokenizer", "legacy": False})
     )
     known = {parameter.name: parameter for parameter in parameters(model)}
-    make = from_maker(lambda name: random_tensor(model, known[name], 1))
+    make = from_factory(lambda name: random_tensor(model, known[name], 1))
     source = CheckpointReader(
         "random weights", folder, model, {}, dict.fromkeys(known, torch.float32), make, None
     )

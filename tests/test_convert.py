@@ -201,7 +201,7 @@ def test_training_checkpoint_becomes_a_model_directory(sources, tmp_path):
     beside = shutil.copytree(folder, corpus.sentencepiece_dir(tmp_path / "beside", 100), dirs_exist_ok=True)
     training_checkpoint(tmp_path / "ckpt", BASE, dict(convert.open_reader(folder).tensors()), beside)
     source = convert.open_reader(tmp_path / "ckpt")
-    assert (source.kind, source.config) == ("training checkpoint", BASE)
+    assert (source.description, source.config) == ("training checkpoint", BASE)
     to_hf(source, tmp_path / "hf", verify=True)
     assert same(written(tmp_path / "hf"), tensors)
     assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 2
@@ -559,7 +559,7 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
         set_vocabulary(size)
         capsys.readouterr()
         convert.open_reader(tmp_path / "ranks")
-        note = f"{256 - size} rows of padding in embedding.word_embeddings.weight hold something"
+        note = f"{256 - size} rows of padding in embedding.word_embeddings.weight hold values"
         assert (note in capsys.readouterr().out) == said
     set_vocabulary(120)
     refused(tmp_path / "ranks", "136 rows beyond the vocab_size = 120 of config.json", "correct vocab_size")
@@ -587,9 +587,11 @@ def test_layers_of_another_number(ranks):
 def test_two_checkpoints_in_one_folder(ranks, hf):
     for path in hf.glob("model*"):
         shutil.copy(path, ranks)
-    refused(ranks, "holds rank files and Hugging Face weights: move one of them to a folder of its own")
+    refused(
+        ranks, "holds Hugging Face weights and Megatron rank files: move one of them to a folder of its own"
+    )
     (ranks / "trainer_state.json").write_text("{}")
-    assert convert.open_reader(ranks).kind == "Hugging Face directory"
+    assert convert.open_reader(ranks).description == "Hugging Face directory"
 
 
 @pytest.mark.parametrize("name", ["..", "\u00b2", "a/b", ""])
@@ -820,7 +822,7 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     split(folder, tmp_path / "out", *flags.split(), *more.split())
     assert "--merge-mlp changes nothing" in capsys.readouterr().out
     source = convert.open_reader(tmp_path / "out")
-    assert source.kind == "DeepSpeed rank files for TP 2 x PP 1"
+    assert source.description == "DeepSpeed rank files for TP 2 x PP 1"
     convert.compare(source, convert.open_reader(folder))
 
 
@@ -865,7 +867,10 @@ def test_convert_command(sources, tmp_path, capsys):
         "convert.py",
         *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer --allow-nan".split(),
     )
-    assert "verified, every bit" in capsys.readouterr().out
+    assert (
+        f"verified, every byte of 31 parameters; logits not compared: the weights hold NaN or infinity: {tmp_path}/w"
+        in (capsys.readouterr().out)
+    )
     assert same(written(tmp_path / "hf"), tensors)
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == (
         tmp_path / "tokenizer/tokenizer.model"

@@ -15,9 +15,10 @@ from helpers.evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, mo
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
 
-from ascendspeed.evaluation import fingerprint, report
+from ascendspeed.conversion import weights_identity
 from ascendspeed.evaluation import lm_eval as harness
 from ascendspeed.evaluation import metrics as figures
+from ascendspeed.evaluation import report
 from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
 from ascendspeed.evaluation.loaders import load
 from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
@@ -411,14 +412,14 @@ def test_hashes_of_a_model(folders, tmp_path):
     from ascendspeed.conversion.formats.registry import open_reader
 
     source = open_reader(folders["ours"])
-    own = fingerprint.of_model(source)
+    own = weights_identity.full_bytes(source)
     convert.convert(source, tmp_path / "again", convert.HuggingFaceWriter(max_shard_size=100_000))
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
-    assert fingerprint.of_model(open_reader(tmp_path / "again")) == own
+    assert weights_identity.full_bytes(open_reader(tmp_path / "again")) == own
     convert.write_megatron(source, tmp_path / "ranks", 2, 1)
-    assert fingerprint.of_model(open_reader(tmp_path / "ranks")) == own
+    assert weights_identity.full_bytes(open_reader(tmp_path / "ranks")) == own
     other = model_dir(tmp_path / "other", replace(MODEL, init_method_std=0.1))
-    assert fingerprint.of_model(open_reader(other)) != own
+    assert weights_identity.full_bytes(open_reader(other)) != own
 
 
 def test_a_tokenizer_of_another_model(folders):

@@ -216,16 +216,21 @@ def together(world: int, work) -> list:
 
 def test_ranks_share_the_reading(trained, hashed, monkeypatch):
     """Every file is hashed by one of them, every tensor's hash is made by one; the results are those of one process."""
+    from ascendspeed.conversion import weights_identity
     from ascendspeed.conversion.formats.registry import open_reader
-    from ascendspeed.evaluation import fingerprint
 
-    alone = fingerprint.of_model(open_reader(trained / "ckpt"))
+    alone = weights_identity.full_bytes(open_reader(trained / "ckpt"))
     hashed.clear()
     sources = together(2, lambda readers: open_reader(trained / "ckpt", readers=readers))
     assert sorted(hashed) == listed(trained)
-    made, digest = [], fingerprint._digest
-    monkeypatch.setattr(fingerprint, "_digest", lambda named: made.append(named[0]) or digest(named))
-    assert together(2, lambda readers: fingerprint.of_model(sources[readers.rank], readers)) == [alone, alone]
+    made, digest = [], weights_identity._tensor_digest
+    monkeypatch.setattr(
+        weights_identity, "_tensor_digest", lambda named: made.append(named[0]) or digest(named)
+    )
+    assert together(2, lambda readers: weights_identity.full_bytes(sources[readers.rank], readers)) == [
+        alone,
+        alone,
+    ]
     assert sorted(made) == sorted(sources[0].names())
 
 

@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats import internevo
 from ascendspeed.conversion.formats.internevo import config as evo_config
+from ascendspeed.conversion.formats.internevo import reading
 from ascendspeed.models.families.internevo_names import InternEvoOptions, InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
@@ -141,7 +141,9 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
         family = "internlm2"
     convert.convert(convert.open_reader(tmp_path / "hf"), tmp_path / "out", to)
     assert equal(tmp_path / "out", shape, how)
-    source = convert.open_reader(trained(tmp_path / "theirs", shape, how), asked=InternEvoOptions(max_pos=32))
+    source = convert.open_reader(
+        trained(tmp_path / "theirs", shape, how), internevo=InternEvoOptions(max_pos=32)
+    )
     assert right(source, family, shape)
     assert replace(source.config, family=family) == config_of(family, shape)
 
@@ -173,7 +175,7 @@ def test_whatever_trained_it_is_read(tmp_path, how):
         {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
     )
     source = convert.open_reader(
-        trained(tmp_path / "evo", shape, how, **said), asked=InternEvoOptions(max_pos=32)
+        trained(tmp_path / "evo", shape, how, **said), internevo=InternEvoOptions(max_pos=32)
     )
     family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
     assert right(source, family, shape)
@@ -186,12 +188,14 @@ def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
     """Control: no shape tells these, so the bits must."""
     how = Trained("LLAMA2", wp=2)
     assert right(
-        convert.open_reader(trained(tmp_path / "a", GROUPED, how), asked=InternEvoOptions(max_pos=32)),
+        convert.open_reader(trained(tmp_path / "a", GROUPED, how), internevo=InternEvoOptions(max_pos=32)),
         "llama",
         GROUPED,
     )
     assert not right(
-        convert.open_reader(trained(tmp_path / "b", GROUPED, how, **lie), asked=InternEvoOptions(max_pos=32)),
+        convert.open_reader(
+            trained(tmp_path / "b", GROUPED, how, **lie), internevo=InternEvoOptions(max_pos=32)
+        ),
         "llama",
         GROUPED,
     )
@@ -270,9 +274,9 @@ def test_the_folder_that_is_written(tmp_path):
 
 
 def read(
-    folder: Path, asked: InternEvoOptions | None = None, home: Path | None = None
+    folder: Path, options: InternEvoOptions | None = None, home: Path | None = None
 ) -> convert.CheckpointReader:
-    return internevo.open_folder(folder, home, asked)
+    return reading.open_training_folder(folder, home, options)
 
 
 def test_what_a_folder_does_not_say_is_asked(tmp_path, capsys):
@@ -295,7 +299,7 @@ def test_what_a_folder_does_not_say_is_asked(tmp_path, capsys):
         read(folder, InternEvoOptions(max_pos=16, rotary_type="origin")).config.max_position_embeddings == 16
     )
     (folder / "config.json").rename(tmp_path / "config.json")
-    assert read(folder, home=tmp_path).beside == tmp_path
+    assert read(folder, home=tmp_path).assets_dir == tmp_path
 
 
 def test_versions_are_told_by_shapes(tmp_path):
@@ -409,7 +413,7 @@ def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
     assert right(read(folder, InternEvoOptions(max_pos=32)), "internlm", BIASED)
     change(folder)
     with pytest.raises(UserError, match=said) as error:
-        convert.open_reader(folder, asked=InternEvoOptions(max_pos=32))
+        convert.open_reader(folder, internevo=InternEvoOptions(max_pos=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 

@@ -41,7 +41,7 @@ def began(tmp_path):
     import torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory
     from ascendspeed.models.param_mapping import parameters, random_tensor
 
     model = replace(
@@ -50,7 +50,7 @@ def began(tmp_path):
     known = {p.name: p for p in parameters(model)}
 
     def weights(name: str, seed: int = 1, kind=None, values=torch.float32, dtype=torch.float32) -> str:
-        make = from_maker(lambda n: random_tensor(model, known[n], seed).to(values).float())
+        make = from_factory(lambda n: random_tensor(model, known[n], seed).to(values).float())
         made = CheckpointReader(
             "random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None
         )

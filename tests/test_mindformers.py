@@ -96,7 +96,7 @@ def test_internlm_and_llama(tmp_path, family, dtype):
     held = {renamed(name): tensor for name, tensor in tensors.items()}
     held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     write_ckpt(tmp_path / "mf/model.ckpt", held | {"adam_m.lm_head.weight": torch.ones(2)})
-    assert convert.open_reader(tmp_path / "mf").kind == "MindFormers .ckpt"
+    assert convert.open_reader(tmp_path / "mf").description == "MindFormers .ckpt"
     assert same(tmp_path / "mf", tensors, tmp_path)
 
 
@@ -110,7 +110,8 @@ def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
         held = {new: part for name, tensor in held.items() for new, part in apart(name, tensor).items()}
     write_ckpt(tmp_path / "mf/model.ckpt", held, pieces)
     assert (
-        convert.open_reader(tmp_path / "mf").kind == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
+        convert.open_reader(tmp_path / "mf").description
+        == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
     )
     assert same(tmp_path / "mf", tensors, tmp_path)
 

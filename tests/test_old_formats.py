@@ -62,7 +62,7 @@ def test_deepspeed_layout(tmp_path, program, tp):
 def test_it_says_whose_names_they_are(tmp_path):
     for i, program in enumerate(PROGRAMS):
         old_folder(tmp_path / str(i), program, "internlm", 2, 2)
-        kind = convert.open_reader(tmp_path / str(i)).kind
+        kind = convert.open_reader(tmp_path / str(i)).description
         assert kind == "Megatron rank files for TP 2 x PP 2" + (
             f", names of {program}" if program != "Megatron-core" else ""
         )
@@ -174,7 +174,7 @@ def test_what_could_run_code_is_refused_by_name(tmp_path):
     path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
     with pytest.raises(
         UserError,
-        match=r"model_optim_rng\.pt .*not loaded: it could run code.*: builtins\.exec is no plain data",
+        match=r"model_optim_rng\.pt .*not loaded: it could run code.*: builtins\.exec is not plain data",
     ):
         convert.open_reader(tmp_path / "old")
     assert not (tmp_path / "ran").exists()
@@ -231,9 +231,9 @@ def test_what_is_not_read_is_said(tmp_path):
     old_folder(tmp_path / "old", "Megatron-LM until 2023", "internlm", 1, 1)
     path = tmp_path / "old/release/mp_rank_00/model_optim_rng.pt"
     change(path, checkpoint_version=1.0)
-    refused("version 1.0 of Megatron's format, whose query_key_value lies otherwise")
+    refused("version 1.0 of Megatron's format, which orders query_key_value differently")
     change(path, checkpoint_version=3.0, model={"transformer.h.0.attn.c_attn.weight": torch.zeros(2)})
-    refused("names that are not known here: transformer.h.0.attn.c_attn.weight")
+    refused("tensors of unknown names: transformer.h.0.attn.c_attn.weight")
     change(path, model=[torch.zeros(2)])
     refused("no table of tensors under 'model'")
     (tmp_path / "old/release/.metadata").write_bytes(b"")

@@ -165,7 +165,7 @@ def test_a_hostile_pickle_does_not_run(how, tmp_path):
         torch.save(held, path, _use_new_zipfile_serialization=how != "before torch 1.6")
     with pytest.raises(
         UserError,
-        match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is no plain data",
+        match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is not plain data",
     ):
         load_pt(path)
     assert not marker.exists()

@@ -117,7 +117,7 @@ def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
     with pytest.raises(UserError, match="not that of a model of family llama: leave --copy-code out"):
         export(chat, tmp_path / "llama", family="llama", copy_code=True)
     (tmp_path / "bare").mkdir()
-    source = replace(convert.open_reader(chat), beside=tmp_path / "bare")
+    source = replace(convert.open_reader(chat), assets_dir=tmp_path / "bare")
     with pytest.raises(UserError, match=r"bare has no \*\.py"):
         convert.convert(source, tmp_path / "x", convert.HuggingFaceWriter(copy_code=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bare", "out"]

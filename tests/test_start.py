@@ -105,7 +105,7 @@ def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, s
 def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tmp_path):
     """--load equal to --save is a fresh start only when the folder is empty."""
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory
     from ascendspeed.models import param_mapping
 
     source = CheckpointReader(
@@ -114,7 +114,7 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
         MODEL,
         {},
         {p.name: torch.float32 for p in param_mapping.parameters(MODEL)},
-        from_maker(dict(param_mapping.random_tensors(MODEL, 5)).__getitem__),
+        from_factory(dict(param_mapping.random_tensors(MODEL, 5)).__getitem__),
         None,
     )
     convert.write_hf(source, tmp_path / "both")

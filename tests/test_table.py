@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from helpers.conversion import LAYOUTS, MODELS, hugging_face, same, training_che
 from helpers.mindformers import renamed, write_ckpt
 
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats.internevo import InternEvoWriter
-from ascendspeed.conversion.support_matrix import FORMATS
+from ascendspeed.conversion.formats.base import CheckpointFormat, WriteOptions
+from ascendspeed.conversion.formats.registry import FORMATS, format_named, writable_formats
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 
@@ -58,92 +59,87 @@ def to_old_names(folder: Path) -> None:
         torch.save(held | {"model": renamed}, path)
 
 
-def there(form: str, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
-    """From a Hugging Face directory to the format, at `tmp_path / "there"`."""
+def write_as(form: CheckpointFormat, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
+    """Writes a Hugging Face directory in a format, at `tmp_path / "there"`; formats that no writer has are made by hand."""
     source, target = convert.open_reader(folder), tmp_path / "there"
-    formats = {
-        "hf": convert.HuggingFaceWriter(max_shard_size=50_000),
-        "hf-llama": convert.HuggingFaceWriter("llama"),
-        "megatron": convert.RankFileWriter(tp, pp),
-        "ascendspeed": convert.RankFileWriter(tp, pp),
-        "deepspeed": convert.RankFileWriter(tp, deepspeed=True),
-        "internevo": InternEvoWriter(tp, pp),
-    }
-    if form == "mindformers":
+    if form.name == "mindformers":
         target.mkdir()
         shutil.copyfile(folder / "config.json", target / "config.json")
         held = {name: tensor for name, tensor in written(folder).items() if "inv_freq" not in name}
         write_ckpt(target / "model.ckpt", {renamed(name): tensor for name, tensor in held.items()})
-    elif form == "training":
+    elif form.name == "training":
         training_checkpoint(target, source.config, dict(source.tensors()), folder)
-    else:
-        convert.convert(source, target, formats[form], allow_nan=True)
-    if form == "ascendspeed":
+    elif form.name == "ascendspeed":
+        convert.convert(source, target, convert.RankFileWriter(tp, pp), allow_nan=True)
         to_old_names(target)
+    else:
+        options = WriteOptions(tp=tp, pp=pp, max_shard_size="50KB")
+        convert.convert(source, target, form.writer(options), allow_nan=True)
 
 
-def round_trip(form: str, family: str, tp: int, pp: int, kind: str, tmp_path: Path) -> None:
-    tensors = hugging_face(tmp_path / "hf", model(form, family), kind)
-    there(form, tmp_path / "hf", tmp_path, tp, pp)
+def round_trip(form: CheckpointFormat, family: str, tp: int, pp: int, kind: str, tmp_path: Path) -> None:
+    tensors = hugging_face(tmp_path / "hf", model(form.name, family), kind)
+    write_as(form, tmp_path / "hf", tmp_path, tp, pp)
     source = convert.open_reader(tmp_path / "there")
     convert.write_hf(source, tmp_path / "back", family=family, allow_nan=True)
     assert same(written(tmp_path / "back"), tensors)
     assert convert.open_reader(tmp_path / "back").config == convert.open_reader(tmp_path / "hf").config
 
 
-PAIRS = [
-    (form, family) for form, holds in FORMATS.items() for family in dict.fromkeys(holds.writes + holds.reads)
-]
+def supported_pairs(forms: Iterable[CheckpointFormat]) -> list:
+    """Every (format, family) that is read or written, as test parameters."""
+    return [
+        pytest.param(form, family, id=f"{form.name}-{family}")
+        for form in forms
+        for family in dict.fromkeys(form.families("write") + form.families("read"))
+    ]
 
 
-@pytest.mark.parametrize(("form", "family"), PAIRS)
+RANK_FILES = [form for form in FORMATS if form.name in ("megatron", "deepspeed", "ascendspeed", "internevo")]
+LEGACY = format_named("ascendspeed")
+
+
+@pytest.mark.parametrize(("form", "family"), supported_pairs(FORMATS))
 def test_there_and_back(tmp_path, form, family):
-    round_trip(
-        form, family, 2, 1 if form == "deepspeed" else 2, "fp32" if form == "training" else "bf16", tmp_path
-    )
+    pp = 1 if form.name == "deepspeed" else 2
+    round_trip(form, family, 2, pp, "fp32" if form.name == "training" else "bf16", tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
 @pytest.mark.parametrize("kind", ["fp32", "bf16, norms in fp32"])
-@pytest.mark.parametrize(
-    ("form", "family"),
-    [pair for pair in PAIRS if pair[0] in ("megatron", "deepspeed", "ascendspeed", "internevo")],
-)
+@pytest.mark.parametrize(("form", "family"), supported_pairs(RANK_FILES))
 def test_every_layout(tmp_path, form, family, tp, pp, kind):
-    round_trip(form, family, tp, 1 if form == "deepspeed" else pp, kind, tmp_path)
+    round_trip(form, family, tp, 1 if form.name == "deepspeed" else pp, kind, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("form", "family"),
     [
-        (form, family)
-        for form, holds in FORMATS.items()
-        if holds.writes
+        pytest.param(form, family, id=f"{form.name}-{family}")
+        for form in writable_formats()
         for family in FAMILIES
-        if family not in holds.writes
+        if not form.supports(family, "write")
     ],
 )
 def test_what_is_not_in_the_table_is_not_written(tmp_path, form, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
     with pytest.raises(UserError, match=family):
-        there(form, tmp_path / "hf", tmp_path, 1, 1)
+        write_as(form, tmp_path / "hf", tmp_path, 1, 1)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-@pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family not in FORMATS["ascendspeed"].reads]
-)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not LEGACY.supports(family, "read")])
 def test_old_names_of_other_families_are_not_read(tmp_path, family):
     hugging_face(tmp_path / "hf", BY_FAMILY[family], "bf16")
-    there("ascendspeed", tmp_path / "hf", tmp_path, 1, 1)
+    write_as(LEGACY, tmp_path / "hf", tmp_path, 1, 1)
     with pytest.raises(UserError, match=f"a model of family {family} cannot be read from ascendspeed"):
         convert.open_reader(tmp_path / "there")
 
 
 def test_control_a_name_that_is_not_renamed_is_seen(tmp_path):
     hugging_face(tmp_path / "hf", BY_FAMILY["internlm"], "bf16")
-    there("ascendspeed", tmp_path / "hf", tmp_path, 1, 1)
+    write_as(LEGACY, tmp_path / "hf", tmp_path, 1, 1)
     (path,) = (tmp_path / "there").rglob("*.pt")
     held = torch.load(path, weights_only=True)
     held["model"]["language_model.encoder.layers.1.mlp.up"] = held["model"].pop(

@@ -10,7 +10,7 @@ from helpers.shapes import hf_shapes
 from safetensors.torch import load_file, save_file
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import convert, verify
+from ascendspeed.conversion import convert, verify, verify_logits
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
@@ -121,7 +121,7 @@ def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path):
 
 
 def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(verify, "_available", lambda: 1000)
+    monkeypatch.setattr(verify_logits, "_available_memory", lambda: 1000)
     said = converted(
         directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
     )
@@ -165,13 +165,42 @@ def test_the_stand_in_is_an_implementation_of_its_own(cpu, tmp_path, monkeypatch
             )
 
 
-def test_logits_that_nobody_can_make_are_said_not_raised(cpu, tmp_path, monkeypatch):
-    def fails(*_):
+def test_a_model_that_transformers_cannot_load_is_reported_as_not_compared(cpu, tmp_path, monkeypatch):
+    import transformers
+
+    def fail(*_, **__):
         raise ValueError("no such class\nand more")
 
-    monkeypatch.setattr(verify, "_their_logits", fails)
-    said = converted(
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
+    report = converted(
         directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
     )
-    assert said["logits"] == {"skipped": "no logits: ValueError: no such class"}
-    assert "logits not compared" in said["verdict"]
+    assert report["logits"] == {"skipped": "no logits: ValueError: no such class"}
+    assert report["verdict"].endswith("; logits not compared: no logits: ValueError: no such class")
+    expected = (
+        "verified, every byte of 35 parameters; logits not compared: no logits: ValueError: no such class"
+    )
+    assert verify.summary(report) == expected
+
+
+@pytest.mark.parametrize("function", ["_own_logits", "_reduced_tensors"])
+@pytest.mark.parametrize("error", [TypeError, RuntimeError, ValueError, KeyError])
+def test_an_error_in_the_comparison_itself_is_not_swallowed(cpu, tmp_path, monkeypatch, function, error):
+    def fail(*_):
+        raise error("a mistake of this program")
+
+    monkeypatch.setattr(verify_logits, function, fail)
+    source = directory(tmp_path / "hf", TINY["internlm"])
+    with pytest.raises(error, match="a mistake of this program"):
+        converted(source, tmp_path / "ranks", convert.RankFileWriter(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_the_summary_names_both_implementations(cpu, tmp_path):
+    report = converted(
+        directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
+    )
+    expected = (
+        "verified, every byte of 35 parameters; logits equal (transformers' llama and our model, 2 layers)"
+    )
+    assert verify.summary(report) == expected

@@ -53,7 +53,7 @@ def main() -> None:
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed.conversion import convert
-    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_maker
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory
     from ascendspeed.models.param_mapping import parameters, random_tensor
     from ascendspeed.utils.atomic import require_empty_dir
 
@@ -65,15 +65,15 @@ def main() -> None:
     require_empty_dir(options.output_dir)
     known = {parameter.name: parameter for parameter in parameters(config)}
     source = CheckpointReader(
-        kind="random weights",
-        where=Path(options.model),
+        description="random weights",
+        path=Path(options.model),
         config=config,
-        theirs={}
+        config_json={}
         if options.tokenizer
         else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
         dtypes=dict.fromkeys(known, torch.float32),
-        block=from_maker(make),
-        beside=None,
+        read_block=from_factory(make),
+        assets_dir=None,
     )
     source = convert.with_tokenizer(source, options.tokenizer)
     convert.convert(source, options.output_dir, convert.HuggingFaceWriter(), convert.DTYPES[options.dtype])

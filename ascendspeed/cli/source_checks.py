@@ -27,7 +27,7 @@ def check_source(legacy: Translation, folder: str, reader: Any) -> None:
 
 def require_rank_files(folder: str, reader: Any) -> None:
     """Raises UserError unless the source consists of rank files."""
-    if reader.grid is None:
+    if reader.parallel_sizes is None:
         raise UserError(
             f"{folder} holds no rank files: tools/ckpt_convert/convert.py converts from any format"
         )
@@ -46,7 +46,7 @@ def config_mismatches(flag: str, name: str) -> Mismatches:
 
 def layout_mismatches(name: str, index: int) -> Mismatches:
     """Returns the check of a flag against the tensor- (0) or pipeline-parallel size (1) of rank files."""
-    return lambda reader, value: mismatch(name, value, reader.grid[index], "its files")
+    return lambda reader, value: mismatch(name, value, reader.parallel_sizes[index], "its files")
 
 
 def bias_mismatches(reader: Any, value: bool) -> Iterator[str]:

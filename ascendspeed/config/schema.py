@@ -337,7 +337,7 @@ class LoraConfig:
     lora_base: str | None = None
     """Where the weights lie now that the adapters in --load belong to; None: where they lay when these were saved."""
     lora_base_fingerprint: Suppress[str | None] = None
-    """Of the weights that the adapters belong to (`Source.fingerprint`)."""
+    """Of the weights that the adapters belong to (`conversion.weights_identity.sampled`)."""
 
 
 @dataclass(frozen=True)

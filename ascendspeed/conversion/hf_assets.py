@@ -39,30 +39,30 @@ def with_tokenizer(source: CheckpointReader, folder: str | None) -> CheckpointRe
     A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or the tokenizer is damaged or too
     large for the model.
     """
-    where = Path(folder) if folder is not None else source.beside
+    where = Path(folder) if folder is not None else source.assets_dir
     if folder is None and not _has_tokenizer(where):
         logger.info(
             f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)"
         )
         return source
     found = _load(where, source.config)
-    says = any(source.theirs.get(name) is not None for name in TOKEN_IDS)
+    says = any(source.config_json.get(name) is not None for name in TOKEN_IDS)
     ids = zip(TOKEN_IDS, (found.bos, found.eos, found.pad), strict=True)
     theirs = (
-        source.theirs
+        source.config_json
         if says
-        else source.theirs | {name: number for name, number in ids if number is not None}
+        else source.config_json | {name: number for name, number in ids if number is not None}
     )
-    return replace(source, beside=where, theirs=theirs)
+    return replace(source, assets_dir=where, config_json=theirs)
 
 
 def check(source: CheckpointReader) -> None:
     """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
-    if _has_tokenizer(source.beside):
-        _load(source.beside, source.config)
-        if all((source.beside / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
-            export.check(source.beside)
-    _check_ids(f"{source.where}, by its config.json or its tokenizer", source.theirs, source.config)
+    if _has_tokenizer(source.assets_dir):
+        _load(source.assets_dir, source.config)
+        if all((source.assets_dir / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
+            export.check(source.assets_dir)
+    _check_ids(f"{source.path}, by its config.json or its tokenizer", source.config_json, source.config)
     for path in _neighbours(source):
         checked_file(path)
         held = read_json_object(path) if path.name in TABLES else {}
@@ -83,11 +83,11 @@ def _check_ids(where: str, said: Mapping[str, Any], config: ModelConfig) -> None
 
 def check_code(source: CheckpointReader, config: ModelConfig) -> None:
     """Raises `UserError` when the source has no code to copy, or has that of another family than `config`'s."""
-    if not source.beside or not any(source.beside.glob("*.py")):
-        raise UserError(f"{source.beside or source.where} has no *.py: leave --copy-code out")
-    if source.theirs.get("model_type") != FAMILIES[config.family].name:
+    if not source.assets_dir or not any(source.assets_dir.glob("*.py")):
+        raise UserError(f"{source.assets_dir or source.path} has no *.py: leave --copy-code out")
+    if source.config_json.get("model_type") != FAMILIES[config.family].name:
         raise UserError(
-            f"the code in {source.beside} is not that of a model of family {config.family}: leave --copy-code out"
+            f"the code in {source.assets_dir} is not that of a model of family {config.family}: leave --copy-code out"
         )
     for path in _neighbours(source, copy_code=True):
         checked_file(path)
@@ -146,20 +146,25 @@ def _load(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
 
 def _neighbours(source: CheckpointReader, copy_code: bool = False) -> Iterator[Path]:
     """The files to copy as they are."""
-    if source.beside:
-        code = sorted(source.beside.glob("*.py")) if copy_code else []
-        named = (source.beside / name for name in (*TABLES, *COPIED))
+    if source.assets_dir:
+        code = sorted(source.assets_dir.glob("*.py")) if copy_code else []
+        named = (source.assets_dir / name for name in (*TABLES, *COPIED))
         yield from (path for path in (*named, *code) if path.exists() or path.is_symlink())
 
 
 def _config_json(source: CheckpointReader, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
     """The source's own where it says the same; else ours, with what the source knows beyond it."""
     family = FAMILIES[config.family]
-    if source.theirs.get("model_type") == family.name and family.read_config(source.theirs) == config:
+    if (
+        source.config_json.get("model_type") == family.name
+        and family.read_config(source.config_json) == config
+    ):
         dropped = ("dtype",) if copy_code else ("dtype", "auto_map")
-        return {name: value for name, value in source.theirs.items() if name not in dropped}
+        return {name: value for name, value in source.config_json.items() if name not in dropped}
     kept = (*KEPT, "auto_map") if copy_code else KEPT
-    return family.write_config(config) | {name: source.theirs[name] for name in kept if name in source.theirs}
+    return family.write_config(config) | {
+        name: source.config_json[name] for name in kept if name in source.config_json
+    }
 
 
 def _main_dtype(source: CheckpointReader) -> torch.dtype:
@@ -169,7 +174,9 @@ def _main_dtype(source: CheckpointReader) -> torch.dtype:
 
 def _write_tokenizer_config(source: CheckpointReader, folder: Path, copy_code: bool) -> None:
     """The source's own, with a class that stock transformers have, and without what leads to code that is not there."""
-    values = tokenizer.read_optional_json(source.beside / "tokenizer_config.json") if source.beside else {}
+    values = (
+        tokenizer.read_optional_json(source.assets_dir / "tokenizer_config.json") if source.assets_dir else {}
+    )
     own_code = values.get("auto_map") is not None
     if not copy_code:
         values.pop("auto_map", None)

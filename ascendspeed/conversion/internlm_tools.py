@@ -81,7 +81,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
         logger.info(
             f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic"
         )
-    source = convert.open_reader(options.src, asked=asked)
+    source = convert.open_reader(options.src, internevo=asked)
     if source.config.family != family:
         raise UserError(
             f"{options.src} is a model of family {source.config.family}, not {family}: use {other}"
@@ -98,7 +98,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other:
         convert.write_hf(source, options.tgt, None, dtype, size)
     rope = f"{source.config.rope_scaling_type} rope scaling, factor {source.config.rope_scaling_factor}"
     print(
-        f"from {source.kind}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}"
+        f"from {source.description}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}"
     )
 
 
@@ -137,7 +137,7 @@ def to_internevo(
     target = convert.InternEvoWriter(
         options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash
     )
-    kind = target.kind(source.config)
+    kind = target.resolve_model_type(source.config)
     target = replace(target, qk_interleaved=kind == "LLAMA2" and not adapt_hf)
     convert.convert(source, options.tgt, target)
     print(

@@ -1,7 +1,7 @@
-"""The names that other programs gave to the parameters in their rank files: a table each.
+"""Parameter names of other training programs in rank files, one table each.
 
-What a tensor holds is the same under every name: `query_key_value` lies per key/value group [q..., k, v] (Megatron's order since
-version 2 of its checkpoints), `mlp.proj` and Megatron's `dense_h_to_4h` are [gate; up] on each rank. Only AscendSpeed's
+The content of a tensor is the same under every name: `query_key_value` is stored per key/value group [q..., k, v] (Megatron's order
+since version 2 of its checkpoints); `mlp.proj` and Megatron's `dense_h_to_4h` are [gate; up] on each rank. Only AscendSpeed's
 `dense_h_to_4h` beside a `gate_proj` is up alone.
 """
 
@@ -13,39 +13,39 @@ from ascendspeed.conversion.rank_files import NamingScheme
 from ascendspeed.models.families import FAMILIES, ParamMapping
 
 Names = Mapping[str, tuple[str, ...]]
-"""Our name -> theirs: one for each block, or one that holds them all."""
-JUNK = (r"(.*\.)?_extra_state", r".*rotary_(pos_)?emb\.inv_freq")
-TIED = ("word_embeddings_for_head.weight",)
+"""Megatron-core name -> names in the file: one for each block, or one that holds all blocks."""
+IGNORED = (r"(.*\.)?_extra_state", r".*rotary_(pos_)?emb\.inv_freq")
+TIED_HEAD = ("word_embeddings_for_head.weight",)
 """Megatron-LM's copy of tied embeddings on the last of several stages."""
-LAYER, ATTENTION, MLP = (f"decoder.layers.{{l}}.{module}" for module in ("", "self_attention.", "mlp."))
+LAYER = "decoder.layers.{l}."
+ATTENTION = LAYER + "self_attention."
+MLP = LAYER + "mlp."
+KINDS = ("weight", "bias")
 
 
 def rows(config: ModelConfig, names: Names) -> Iterator[ParamMapping]:
-    """The rows of a model under `names`; what is not there keeps our name."""
+    """Yields the mappings of a model under `names`; a parameter that is not there keeps its Megatron-core name."""
     for row in FAMILIES[config.family].param_mappings:
-        theirs = names.get(row.megatron_param, (row.megatron_param,))
+        stored_names = names.get(row.megatron_param, (row.megatron_param,))
         if (
             row.megatron_param == "output_layer.weight"
             and row.megatron_param in names
             and config.tie_embeddings
         ):
-            theirs = TIED
-        yield replace(
-            row,
-            hf_params=theirs,
-            fusion="qkv" if len(theirs) == 3 else "glu" if row.fusion == "glu" else "one",
-        )
+            stored_names = TIED_HEAD
+        fusion = "qkv" if len(stored_names) == 3 else "glu" if row.fusion == "glu" else "one"
+        yield replace(row, hf_params=stored_names, fusion=fusion)
 
 
 def naming_scheme(program: str, names: Names) -> NamingScheme:
-    """The dialect that differs from ours in `names`."""
-    return NamingScheme(program, lambda config: rows(config, names), JUNK)
+    """Returns the naming scheme of a program that differs from Megatron-core in `names`."""
+    return NamingScheme(program, lambda config: rows(config, names), IGNORED)
 
 
 def _names(
     layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down: str, ends: tuple[str, str, str]
 ) -> Names:
-    """`layer`: what stands before a layer's modules; `norm`: what their norms are called; `ends`: embedding, final norm, head."""
+    """Builds a table from a layer's prefix, the names of its modules, and `ends`: embedding, final norm and head."""
     modules = {
         "embedding.word_embeddings": (ends[0],),
         LAYER + "input_layernorm": (f"{layer}input_{norm}",),
@@ -58,18 +58,16 @@ def _names(
         "output_layer": (ends[2],),
     }
     return {
-        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in found)
-        for ours, found in modules.items()
+        f"{module}.{kind}": tuple(f"{name}.{kind}" for name in stored_names)
+        for module, stored_names in modules.items()
         for kind in KINDS
     }
 
 
-KINDS = ("weight", "bias")
-
-
 def _nested(norm: str, *gate_up: str) -> Names:
-    """Megatron-LM before Megatron-core, and what was built on it."""
-    top, inner = "language_model.", "language_model.encoder."
+    """Megatron-LM before Megatron-core, and programs built on it."""
+    top = "language_model."
+    inner = "language_model.encoder."
     ends = (top + "embedding.word_embeddings", f"{inner}final_{norm}", top + "output_layer")
     return _names(inner + "layers.{l}.", "self_attention", norm, gate_up, "dense_4h_to_h", ends)
 
@@ -84,7 +82,7 @@ TRANSFORMER_ENGINE = {
     LAYER + "input_layernorm.weight": (ATTENTION + "linear_qkv.layer_norm_weight",),
     LAYER + "pre_mlp_layernorm.weight": (MLP + "linear_fc1.layer_norm_weight",),
 }
-OLD = (
+BEFORE_MEGATRON_CORE = (
     naming_scheme("Megatron-LM before Megatron-core, ModelLink", _nested("norm", "dense_h_to_4h")),
     naming_scheme("Megatron-LM until 2023", _nested("layernorm", "dense_h_to_4h")),
     naming_scheme(
@@ -94,16 +92,16 @@ OLD = (
     naming_scheme("AscendSpeed of 2023", _flat("gate_proj", "up_proj")),
     naming_scheme("AscendSpeed of 2023, --merge-mlp", _flat("proj")),
 )
-"""Of programs before Megatron-core, or built on those."""
-OTHERS = (naming_scheme("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *OLD)
-"""All dialects but Megatron-core's own; they are read, not written."""
+"""Names of programs before Megatron-core, and of those built on them."""
+ALL = (naming_scheme("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE), *BEFORE_MEGATRON_CORE)
+"""All naming schemes but Megatron-core's own; they are read, not written."""
 
 
-def doubt(dialect: NamingScheme, config: ModelConfig, tp: int) -> str:
-    """What the names of a checkpoint let one fear and its tensors do not show; empty: nothing."""
-    if "AscendSpeed" in dialect.name and config.num_attention_heads > config.kv_heads > tp:
+def query_order_warning(scheme: NamingScheme, config: ModelConfig, tp: int) -> str:
+    """A warning about files whose query heads may have another order, which their tensors do not show; empty: none."""
+    if "AscendSpeed" in scheme.name and config.num_attention_heads > config.kv_heads > tp:
         return (
-            "AscendSpeed's converter of November 2023 to January 2024 gave grouped queries another order where a rank has several "
+            "AscendSpeed's converter of November 2023 to January 2024 gave grouped queries another order if a rank has several "
             "groups; if these files come from it, convert the Hugging Face model again"
         )
     return ""

@@ -1,4 +1,4 @@
-"""Files of tensors that others wrote: memory-mapped, never believed. Whatever is wrong with one is a `UserError` that names it."""
+"""Loads untrusted files of tensors, memory-mapped; a damaged or unsafe file is a `UserError` that names it."""
 
 import re
 import warnings
@@ -24,19 +24,19 @@ NOTHING: Mapping[str, type] = MappingProxyType({})
 
 
 def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, memory-mapped: nothing but the header is read before it is used.
+    """Loads every tensor of a safetensors file, memory-mapped; only the header is read at once.
 
-    The library itself refuses a header that is too long or no JSON, element types that it does not know, and offsets that overlap,
-    leave holes or end elsewhere than the file; a name that stands there twice it lets pass. `root`: see `inputs.checked`.
+    The library itself rejects a header that is too long or not JSON, unknown element types, and offsets that overlap, leave holes or
+    do not end with the file. It accepts a duplicate name, which `safetensors_header.read` rejects. `root`: see `safe_io.checked`.
     """
     checked_file(path, root)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            safetensors_header.read(path)  # a name that stands there twice is a `ValueError`
+            safetensors_header.read(path)
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (
         Exception
-    ) as error:  # also element types that the library knows and torch does not, in whatever words
+    ) as error:  # element types that the library knows and torch does not raise various exceptions
         _check_length(path)
         raise UserError(
             f"{path} is damaged or no safetensors file ({first_line(error, 200)}): {AGAIN}"
@@ -51,53 +51,55 @@ def _check_length(path: Path) -> None:
 
 
 def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NOTHING) -> Any:
-    """What `torch.save` wrote, memory-mapped. Only tensors and plain values are unpickled (`inert`): nothing in the file is run.
+    """Loads a file of `torch.save`, memory-mapped. Only tensors and plain values are unpickled (`safe_pickle`): no code runs.
 
-    Files of before torch 1.6 are read too, but into memory, and only if they hold nothing else. `root`: see `inputs.checked`;
-    `known`: `inert.stand_ins`.
+    Files from before torch 1.6 are read into memory, and only if they hold nothing else. `root`: see `safe_io.checked`; `known`:
+    see `safe_pickle.safe_globals`.
     """
     checked_file(path, root)
     with open(path, "rb") as file:
         start = file.read(4)
     is_zip = start == b"PK\x03\x04"
-    if not start or (is_zip and not zipfile.is_zipfile(path)):  # a zip says at its end what it holds
+    if not start or (is_zip and not zipfile.is_zipfile(path)):  # the directory of a zip is at its end
         raise UserError(f"{path} is cut off, {'its end is missing' if start else 'it is empty'}: {AGAIN}")
     try:
         if is_zip:
-            _records(path)
+            _check_uncompressed(path)
         with (
             torch.serialization.safe_globals(safe_globals(path, known) if is_zip else []),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("ignore")  # of a pickle protocol that other programs write
+            warnings.simplefilter("ignore")  # on a pickle protocol that other programs write
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
-    except Exception as error:  # a damaged pickle ends in whatever its instructions run into
+    except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(
             f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run code): {_reason(error)}"
         ) from None
 
 
 def _reason(error: Exception) -> str:
-    """Without torch's advice to load it all the same."""
+    """The reason of a refusal, without torch's advice to load the file anyway."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     inner = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
-    return f"{refused[1]} is no plain data" if refused else inner[1] if inner else first_line(error, 200)
+    return f"{refused[1]} is not plain data" if refused else inner[1] if inner else first_line(error, 200)
 
 
-def _records(path: Path) -> None:
-    """Raises `ValueError` when a record is compressed: torch.save never does, and a small file could fill the memory."""
+def _check_uncompressed(path: Path) -> None:
+    """Raises `ValueError` if a record is compressed: torch.save never does that, and a small file could fill the memory."""
     with zipfile.ZipFile(path) as archive:
-        packed = [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]
-    if packed:
-        raise ValueError(f"{packed[0]!r} in it is compressed, which torch.save does not do")
+        compressed = [
+            info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED
+        ]
+    if compressed:
+        raise ValueError(f"{compressed[0]!r} in it is compressed, which torch.save does not do")
 
 
 def read_index(path: Path, root: Path | None = None) -> dict[str, str]:
-    """Tensor -> file in the same folder, as `model.safetensors.index.json` says; all are there. Raises `UserError`."""
-    where = read_json_object(path, root).get("weight_map")
-    if not isinstance(where, dict) or not where:
+    """Reads `model.safetensors.index.json`: tensor -> file in the same folder. Raises `UserError`, also if a file is missing."""
+    weight_map = read_json_object(path, root).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map of names and files: {AGAIN}")
-    for file in sorted({plain_file_name(file, path) for file in where.values()}):
+    for file in sorted({plain_file_name(file, path) for file in weight_map.values()}):
         if not (path.parent / file).is_file():
             raise UserError(f"{path.parent} lacks {file}, which {path.name} names: {AGAIN}")
-    return where
+    return weight_map

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, from_maker
+from ascendspeed.conversion import weights_identity
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, from_factory
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping
@@ -116,24 +117,24 @@ def merged(source: CheckpointReader, adapter: Adapter) -> CheckpointReader:
 
     Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.
     """
-    check_base(adapter, source.where, adapter.fingerprint and source.fingerprint())
+    check_base(adapter, source.path, adapter.fingerprint and weights_identity.sampled(source))
     parameters = _parameters_of(adapter, source.config)
 
     def make(name: str) -> Tensor:
         parameter = parameters[name]
-        full = source.block(name, Slice2D(0, 0, 0, 0, *parameter.shape))
+        full = source.read_block(name, Slice2D(0, 0, 0, 0, *parameter.shape))
         parts = param_mapping.megatron_to_hf(source.config, parameter, full)
         for theirs, part in parts.items():
             if pair := adapter.pairs.get(theirs.removesuffix(".weight")):
                 parts[theirs] = (part + pair.delta()).to(part.dtype)
         return param_mapping.hf_to_megatron(source.config, parameter, parts)
 
-    made = from_maker(make)
+    made = from_factory(make)
 
     def block(name: str, wanted: Slice2D) -> Tensor:
-        return (made if name in parameters else source.block)(name, wanted)
+        return (made if name in parameters else source.read_block)(name, wanted)
 
-    return replace(source, kind=f"{source.kind} with adapters", block=block)
+    return replace(source, description=f"{source.description} with adapters", read_block=block)
 
 
 def check_base(adapter: Adapter, where: str | Path, fingerprint: str | None) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written piece by piece and appear whole or not at all."""
+"""Preallocated safetensors and torch files, whose tensors are written in blocks, in any order and by any thread."""
 
 import json
 import math
@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ascendspeed.utils import safetensors_header
 
 SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-"""The element types of weights, by their names in a safetensors header; others are refused."""
+"""Supported element types of weights and their names in a safetensors header."""
 
 Specs = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
-"""What a file will hold: name -> (type, shape)."""
+"""Tensors of a file to write: name -> (type, shape)."""
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -29,20 +29,23 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Indented, as Hugging Face writes them."""
+    """Writes JSON with an indentation of 2, as Hugging Face does."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 class PreallocatedFile:
-    """A file whose size and layout are known before its tensors are: rows are written in any order, by any thread."""
+    """A file of known size and layout whose rows are written in any order, by any thread."""
 
     def __init__(self, path: Path, specs: Specs, offsets: Mapping[str, int]) -> None:
-        self.path, self.specs, self.offsets = path, specs, offsets
-        self._left, self._lock = set(specs), threading.Lock()
+        self.path = path
+        self.specs = specs
+        self.offsets = offsets
+        self._unwritten = set(specs)
+        self._lock = threading.Lock()
         self._descriptor: int | None = None
 
     def write(self, name: str, row: int, block: Tensor) -> None:
-        """Puts whole rows, of the tensor's own type, from row `row` on; rows that nobody writes are zero."""
+        """Writes whole rows, in the tensor's own type, from row `row` on; rows that are never written are zero."""
         dtype, shape = self.specs[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         if block.dtype != dtype or block.nbytes % width or row * width + block.nbytes > nbytes(dtype, shape):
@@ -54,26 +57,27 @@ class PreallocatedFile:
         descriptor = self._open()
         while view:  # the system writes at most 2 GiB at a time
             written = os.pwrite(descriptor, view, offset)
-            view, offset = view[written:], offset + written
+            view = view[written:]
+            offset += written
 
     def done(self, name: str) -> None:
-        """Says that a tensor is there; after the last one, waits until everything is on the disk."""
+        """Marks a tensor as complete; after the last one, flushes the file to the disk and closes it."""
         with self._lock:
-            self._left.remove(name)
-            last = not self._left
-        if last:
+            self._unwritten.remove(name)
+            complete = not self._unwritten
+        if complete:
             os.fsync(self._open())
             self.close()
 
     def close(self) -> None:
-        """Also one that is not whole."""
+        """Closes the file, complete or not."""
         with self._lock:
             if self._descriptor is not None:
                 os.close(self._descriptor)
             self._descriptor = None
 
     def _open(self) -> int:
-        """At the first write: a model may have more files than a process may have open."""
+        """Opens the file at the first write: a model may have more files than a process may have open."""
         with self._lock:
             if self._descriptor is None:
                 self._descriptor = os.open(self.path, os.O_WRONLY)
@@ -81,7 +85,7 @@ class PreallocatedFile:
 
 
 def create_safetensors(path: Path, specs: Specs) -> PreallocatedFile:
-    """A safetensors file with its header and with room for the tensors."""
+    """Creates a safetensors file with its header and with space for the tensors."""
     named = {name: (SAFETENSORS_TYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
     first_bytes, header = safetensors_header.encode(named, {"format": "pt"})
     with open(path, "wb") as file:
@@ -90,20 +94,20 @@ def create_safetensors(path: Path, specs: Specs) -> PreallocatedFile:
     return PreallocatedFile(path, specs, {name: header.offset(name) for name in specs})
 
 
-def create_pt(path: Path, specs: Specs, around: Callable[[dict[str, Tensor]], Any]) -> PreallocatedFile:
-    """A file for `torch.load` that holds `around(tensors)`, with room for the tensors.
+def create_pt(path: Path, specs: Specs, wrap: Callable[[dict[str, Tensor]], Any]) -> PreallocatedFile:
+    """Creates a file for `torch.load` that holds `wrap(tensors)`, with space for the tensors.
 
-    Its pickle is made from tensors without storage. The zip's checksums stay 0: torch does not read them, `unzip` complains.
+    Its pickle comes from tensors without storage. The zip's checksums stay 0: torch does not read them, `unzip` complains.
     """
     with FakeTensorMode():
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
     with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(around(tensors), path)
+        torch.save(wrap(tensors), path)
     return PreallocatedFile(path, specs, _record_offsets(path, specs))
 
 
 def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
-    """Where the bytes of each tensor start: torch.save numbers its records in the order in which it meets the tensors."""
+    """Offset of each tensor's bytes: torch.save numbers its records in the order of the tensors."""
     offsets = {}
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         records = {info.filename.split("/", 1)[1]: info for info in archive.infolist()}
@@ -116,7 +120,7 @@ def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:
             file.seek(info.header_offset)
             header = file.read(
                 30
-            )  # of the zip format: ends with the lengths of the name and of the extra field
+            )  # of the zip format; ends with the lengths of the name and of the extra field
             name_length, extra_length = struct.unpack("<HH", header[26:30])
             offsets[name] = info.header_offset + 30 + name_length + extra_length
     return offsets

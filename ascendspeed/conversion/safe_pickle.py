@@ -1,8 +1,8 @@
-"""What training programs save beside the tensors (arguments, random states, enums): opened without being what it was.
+"""Restricted unpickling: unknown objects of a training program become stubs, so that no code of the file runs.
 
-`torch.load(weights_only=True)` refuses every class that it does not know, and with it the whole file. Here the names of plain
-data and of the training programs' own classes are answered with `Stub`, which takes anything and does nothing: no module is
-imported, no code of the file or of the program runs. Any other name stays refused.
+`torch.load(weights_only=True)` refuses every class that it does not know, and with it the whole file, although training programs save
+arguments, random states and enums beside the tensors. Here the names of plain data and of the training programs' own classes resolve
+to `Stub`, which accepts any arguments and does nothing: no module is imported. Any other name stays refused.
 """
 
 import re
@@ -17,17 +17,17 @@ PLAIN = re.compile(
     r"|numpy\.[\w.]+"
     r"|(megatron|modellink|mindspeed|mindspeed_llm|ascendspeed|deepspeed|deepspeed_npu|transformer_engine)\.[\w.]+"
 )
-"""Names of classes (and of what pickle rebuilds them with) that a training checkpoint may hold beside its tensors."""
+"""Names of classes, and of the functions that pickle rebuilds them with, that a training checkpoint may hold beside its tensors."""
 
 
 class Stub:
-    """Stands for an object that nobody needs."""
+    """Takes the place of an object that is not needed."""
 
     def __init__(self, *args: Any) -> None:
         pass
 
     def __new__(cls, *args: Any) -> "Stub":
-        """Takes what the object's own class would."""
+        """Accepts the arguments of the object's own class."""
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -35,12 +35,12 @@ class Stub:
 
 
 def safe_globals(path: Path, known: Mapping[str, type]) -> list[tuple[type, str]]:
-    """What `torch.serialization.safe_globals` needs to open a file of `torch.save`; the file's names are read, nothing is run.
+    """Returns the argument of `torch.serialization.safe_globals` for a file of `torch.save`; reads names, runs nothing.
 
-    `known`: names that are answered with something of use. Raises `ValueError` that names what is in the file and is no plain data.
+    `known`: names that resolve to a useful class. Raises `ValueError` naming what is not plain data.
     """
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    hostile = sorted(name for name in names if name not in known and not PLAIN.fullmatch(name))
-    if hostile:
-        raise ValueError(f"{', '.join(hostile)} is no plain data")
+    unsafe = sorted(name for name in names if name not in known and not PLAIN.fullmatch(name))
+    if unsafe:
+        raise ValueError(f"{', '.join(unsafe)} is not plain data")
     return [(known.get(name, Stub), name) for name in names]

@@ -1,4 +1,4 @@
-"""Writes a source into files, by what each of their tensors holds of ours: block by block, several at a time."""
+"""Writes the tensors of planned files: block by block, on several threads, with casts and checks for NaN and infinity."""
 
 import logging
 import os
@@ -19,8 +19,8 @@ from ascendspeed.utils.text import shorten_list
 
 logger = logging.getLogger(__name__)
 
-BLOCK = 1 << 22
-"""Bytes that are read, checked and written at a time: a processor's cache holds them."""
+BLOCK_BYTES = 1 << 22
+"""Bytes that are read, checked and written at a time: they fit into a processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +28,26 @@ class PlannedFile:
     """One file to write."""
 
     path: str
-    """Under the target's folder."""
-    holds: tuple[StoredTensor, ...]
+    """Path in the target folder."""
+    tensors: tuple[StoredTensor, ...]
     create: Callable[[Path, Specs], PreallocatedFile]
 
-    def specs(self, source: CheckpointReader, dtype: torch.dtype | None) -> Specs:
-        """Types and shapes of its tensors, cast to `dtype` when one is given."""
+    def specs(self, reader: CheckpointReader, dtype: torch.dtype | None) -> Specs:
+        """Types and shapes of its tensors, cast to `dtype` if it is given."""
         return {
-            entry.name: (dtype or source.dtypes[entry.parameter.name], entry.shape) for entry in self.holds
+            entry.name: (dtype or reader.dtypes[entry.parameter.name], entry.shape) for entry in self.tensors
         }
 
 
 @dataclass(frozen=True)
 class NonFiniteTensors:
-    """Names of tensors that hold what is no number."""
+    """Names of tensors that hold NaN or infinity."""
 
     nan: set[str] = field(default_factory=set)
     infinite: set[str] = field(default_factory=set)
 
-    def look(self, name: str, block: Tensor) -> None:
-        """NaN hides infinity here: only one of them is reported for a block."""
+    def check(self, name: str, block: Tensor) -> None:
+        """Records the tensor if this block of it is not finite; infinity beside NaN in a block is not recorded."""
         low, high = block.aminmax()
         if low.isnan():
             self.nan.add(name)
@@ -55,93 +55,96 @@ class NonFiniteTensors:
             self.infinite.add(name)
 
 
-def size(source: CheckpointReader, files: Iterable[PlannedFile], dtype: torch.dtype | None) -> int:
+def size(reader: CheckpointReader, files: Iterable[PlannedFile], dtype: torch.dtype | None) -> int:
     """Bytes of all tensors in the files."""
-    return sum(nbytes(*spec) for file in files for spec in file.specs(source, dtype).values())
+    return sum(nbytes(*spec) for file in files for spec in file.specs(reader, dtype).values())
 
 
 def write(
-    source: CheckpointReader,
+    reader: CheckpointReader,
     folder: Path,
     files: Sequence[PlannedFile],
     dtype: torch.dtype | None,
     advance: Advance,
     allow_nan: bool = False,
 ) -> None:
-    """Writes every file; they are on the disk when this returns.
+    """Writes every file; they are on the disk when this returns. Prints a note on tensors that hold infinity.
 
-    A note names tensors that hold infinity.
-    Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one that is too large for `dtype`.
+    Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one with values too large for `dtype`.
     """
-    seen = NonFiniteTensors()
-    opened = []
+    non_finite = NonFiniteTensors()
+    outputs = []
     for file in files:
-        (folder / file.path).parent.mkdir(parents=True, exist_ok=True)
-        opened.append(file.create(folder / file.path, file.specs(source, dtype)))
+        path = folder / file.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        outputs.append(file.create(path, file.specs(reader, dtype)))
     pool = ThreadPoolExecutor(workers())
     try:
         jobs = [
-            pool.submit(_write_one, source, target, entry, advance, seen)
-            for file, target in zip(files, opened, strict=True)
-            for entry in file.holds
+            pool.submit(_write_tensor, reader, output, entry, advance, non_finite)
+            for file, output in zip(files, outputs, strict=True)
+            for entry in file.tensors
         ]
         for job in wait(jobs, return_when=FIRST_EXCEPTION).done:
             job.result()
     finally:
         pool.shutdown(cancel_futures=True)
-        for target in opened:
-            target.close()
-    if seen.infinite:
-        logger.info(f"note: {source.where} holds infinity in {shorten_list(sorted(seen.infinite))}")
-    if seen.nan and not allow_nan:
-        raise UserError(
-            f"{source.where} holds NaN in {shorten_list(sorted(seen.nan))}; nothing was written (--allow-nan keeps them)"
-        )
+        for output in outputs:
+            output.close()
+    if non_finite.infinite:
+        names = shorten_list(sorted(non_finite.infinite))
+        logger.info(f"note: {reader.path} holds infinity in {names}")
+    if non_finite.nan and not allow_nan:
+        names = shorten_list(sorted(non_finite.nan))
+        raise UserError(f"{reader.path} holds NaN in {names}; nothing was written (--allow-nan keeps them)")
 
 
 def workers() -> int:
-    """Threads that a conversion keeps busy: they wait for memory and for the disk, so a few are enough."""
+    """Number of threads of a conversion: they wait for memory and for the disk, so a few are enough."""
     return min(THREADS, os.cpu_count() or 1)
 
 
-def _write_one(
-    source: CheckpointReader,
-    target: PreallocatedFile,
+def _write_tensor(
+    reader: CheckpointReader,
+    output: PreallocatedFile,
     entry: StoredTensor,
     advance: Advance,
-    seen: NonFiniteTensors,
+    non_finite: NonFiniteTensors,
 ) -> None:
-    dtype = target.specs[entry.name][0]
-    padding = nbytes(*target.specs[entry.name])
+    dtype = output.specs[entry.name][0]
+    padding = nbytes(*output.specs[entry.name])
     for tile in entry.slices:
-        for piece in pieces(tile, source.dtypes[entry.parameter.name]):
-            block = source.block(entry.parameter.name, piece).contiguous()
-            seen.look(entry.name, block)
+        for rows in row_blocks(tile, reader.dtypes[entry.parameter.name]):
+            block = reader.read_block(entry.parameter.name, rows).contiguous()
+            non_finite.check(entry.name, block)
             cast = _cast(entry.name, block, dtype)
-            target.write(entry.name, piece.local_row, cast)
+            output.write(entry.name, rows.local_row, cast)
             advance(cast.nbytes)
             padding -= cast.nbytes
-    target.done(entry.name)
+    output.done(entry.name)
     advance(padding)
 
 
-def pieces(tile: Slice2D, dtype: torch.dtype) -> Iterable[Slice2D]:
-    """A tile in blocks of whole rows, of about BLOCK bytes each."""
-    most = max(1, BLOCK // (tile.columns * dtype.itemsize))
-    for at in range(0, tile.rows, most):
-        yield tile._replace(row=tile.row + at, local_row=tile.local_row + at, rows=min(most, tile.rows - at))
+def row_blocks(tile: Slice2D, dtype: torch.dtype) -> Iterable[Slice2D]:
+    """Splits a rectangle into blocks of whole rows, of about `BLOCK_BYTES` each."""
+    most = max(1, BLOCK_BYTES // (tile.columns * dtype.itemsize))
+    for first in range(0, tile.rows, most):
+        yield tile._replace(
+            row=tile.row + first, local_row=tile.local_row + first, rows=min(most, tile.rows - first)
+        )
 
 
 def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
-    """Raises `UserError` when a finite value would become infinite; NaN and infinity stay what they are."""
+    """Casts a block; NaN and infinity stay. Raises `UserError` if a finite value would become infinite."""
     if block.dtype == dtype:
         return block
     cast = block.to(dtype)
     if not (cast.max().isfinite() and cast.min().isfinite()):
-        lost = block.isfinite() & ~cast.isfinite()
-        if lost.any():
-            largest, kind = block[lost].abs().max().item(), str(dtype).removeprefix("torch.")
+        overflows = block.isfinite() & ~cast.isfinite()
+        if overflows.any():
+            largest = block[overflows].abs().max().item()
+            type_name = str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} holds finite values up to {largest:.3g}, too large for {kind}; choose another --dtype"
+                f"{name} holds finite values up to {largest:.3g}, too large for {type_name}; choose another --dtype"
             )
     return cast

@@ -14,6 +14,7 @@ from ascendspeed.cli import command
 from ascendspeed.cli.compat import INFERENCE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import weights_identity
 from ascendspeed.evaluation import haystack as texts
 from ascendspeed.evaluation.haystack import Cell
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
@@ -116,7 +117,7 @@ def run(job: NeedleJob, device: Any, said: Sequence[str]) -> None:
         "dtype": where.dtype,
         "haystack_sha256": hashlib.sha256("\n".join(job.hay).encode()).hexdigest(),
         "tokenizer_sha256": fingerprint.of_tokenizer(Path(session.tokenizer.path)),
-        "model_sha256": fingerprint.of_model(session.source, session.readers),
+        "model_sha256": weights_identity.full_bytes(session.source, session.readers),
     }
     answers = open_together(Path(asked.output_dir), settings, session.grid)
     for note in said:

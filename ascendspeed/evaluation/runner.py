@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import weights_identity
 from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
@@ -91,7 +92,7 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
             f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question"
         )
     model = session.model
-    sha256 = fingerprint.of_model(session.source, session.readers)
+    sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, room)
     folder = Path(job.evaluation.output_dir)
     answers = open_together(folder, settings, grid)

@@ -18,8 +18,6 @@ from ascendspeed.utils.atomic import write_file
 from ascendspeed.utils.errors import UserError
 
 FILE_NAME = "origin.json"
-CHUNK = 1 << 24
-"""Elements of a tensor that are hashed at once."""
 
 
 def origin_of_log(log: str | Path) -> dict[str, str]:
@@ -87,9 +85,8 @@ def _hash_weights(run: Run, generator: str) -> str:
     if not run.train.load:
         settings = json.dumps([asdict(run.model), run.train.seed, generator])
         return f"random on {generator}: {hashlib.sha256(settings.encode()).hexdigest()}"
-    import torch
-
     from ascendspeed.checkpoint.paths import looks_like_checkpoint
+    from ascendspeed.conversion import weights_identity
     from ascendspeed.conversion.formats.registry import open_reader
 
     if looks_like_checkpoint(run.train.load) and not run.train.finetune:
@@ -97,12 +94,7 @@ def _hash_weights(run: Run, generator: str) -> str:
             f"--load {run.train.load} is a training checkpoint: begin both runs with weights, or with "
             "--finetune"
         )
-    sha = hashlib.sha256()
-    for name, tensor in open_reader(run.train.load).tensors():
-        sha.update(f"{name} {list(tensor.shape)}\n".encode())
-        for chunk in tensor.reshape(-1).split(CHUNK):
-            sha.update(memoryview(chunk.to(torch.float32).contiguous().numpy()))
-    return f"sha256: {sha.hexdigest()}"
+    return f"sha256: {weights_identity.full_values(open_reader(run.train.load))}"
 
 
 def _hash_data(run: Run) -> str:

@@ -11,8 +11,11 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import LoraConfig, Run
+from ascendspeed.conversion import weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
-from ascendspeed.conversion.formats import peft, training_checkpoint
+from ascendspeed.conversion.formats import peft
+from ascendspeed.conversion.formats.registry import open_reader
+from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
 from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
@@ -35,7 +38,9 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
         raise UserError(
             f"--lora-base {lora.lora_base} is for a --load that holds adapters; this one holds weights"
         )
-    lora = replace(lora, lora_base=str(Path(base.where).resolve()), lora_base_fingerprint=base.fingerprint())
+    lora = replace(
+        lora, lora_base=str(Path(base.path).resolve()), lora_base_fingerprint=weights_identity.sampled(base)
+    )
     count = targets.parameter_count(run.model, lora)
     logger.info(
         f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained"
@@ -83,11 +88,11 @@ def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tenso
         logger.info(
             f"note: --lora-load {run.lora.lora_load} was the start of the run; its adapters now come from {checkpoint.path}"
         )
-    base = training_checkpoint.base_of(checkpoint, run.lora.lora_base, readers)
-    logger.info(f"base weights of the adapters from {base.where} ({base.kind})")
+    base = training_checkpoint.base_of(checkpoint, open_reader, run.lora.lora_base, readers)
+    logger.info(f"base weights of the adapters from {base.path} ({base.description})")
     lora = replace(
         run.lora,
-        lora_base=str(Path(base.where).resolve()),
+        lora_base=str(Path(base.path).resolve()),
         lora_base_fingerprint=checkpoint.run.lora.lora_base_fingerprint,
     )
     return base.tensors(), lora

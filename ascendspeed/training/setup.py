@@ -15,8 +15,8 @@ from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import LoraConfig, Run
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
-from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.formats.registry import open_reader
+from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.param_mapping import random_tensors
@@ -65,7 +65,7 @@ def find_start(run: Run, grid: ProcessGrid, device: Device) -> Start:
         return _from_checkpoint(run, readers.open(load), grid, readers)
     if load and not (save_dir.is_same_folder(load, run.train.save) and save_dir.is_unused(Path(load))):
         reader = open_reader(load)
-        logger.info(f"weights from {load} ({reader.kind})")
+        logger.info(f"weights from {load} ({reader.description})")
         return _from_weights(run, reader, readers)
     return _from_random(run, device)
 
@@ -101,7 +101,7 @@ def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, reader
         logger.info(f"weights from {checkpoint.path}; optimizer and position start anew (--finetune)")
         if not (run.lora.lora_rank or checkpoint.run.lora.lora_rank):
             return Start(checkpoint.tensors())
-        return _from_weights(run, training_checkpoint.source_of(checkpoint, readers), readers)
+        return _from_weights(run, training_checkpoint.reader_of(checkpoint, open_reader, readers), readers)
     _log_resume(run, checkpoint, grid)
     return Start(None, checkpoint)
 

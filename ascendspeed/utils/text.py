@@ -1,6 +1,9 @@
-"""Formats lists, errors and sizes for one-line messages."""
+"""Formats lists, errors and sizes for one-line messages, and parses sizes."""
 
+import re
 from collections.abc import Sequence
+
+from ascendspeed.utils.errors import UserError
 
 
 def shorten_list(names: Sequence[object], limit: int = 5, more: str = "more") -> str:
@@ -18,3 +21,15 @@ def first_line(error: BaseException, limit: int | None = None) -> str:
 def readable_size(size: float) -> str:
     """`3.2 MB`, `14.60 GB`: a number of bytes."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def parse_size(text: int | str) -> int:
+    """Bytes of '10GB', '500MB', '2GiB' or a number. Raises `UserError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", str(text).strip(), re.IGNORECASE)
+    size = 0.0
+    if match:
+        base = 1024 if match[3] else 1000
+        size = float(match[1]) * base ** " KMGT".index(match[2].upper() or " ")
+    if size < 1:
+        raise UserError(f"{text!r} is not a size: write 10GB, 500MB or a number of bytes")
+    return int(size)

@@ -40,11 +40,11 @@ def main() -> None:
     peft.check_complete(adapter, base.config)
     source = merged(base, adapter)
     print(
-        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.where}: {base.kind}, {base.config.family}"
+        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.path}: {base.description}, {base.config.family}"
     )
     if not adapter.fingerprint:
         print(
-            f"note: {adapter.where} does not say which weights it was trained on: {base.where} could not be checked"
+            f"note: {adapter.where} does not say which weights it was trained on: {base.path} could not be checked"
         )
     to = convert.HuggingFaceWriter(None, convert.parse_size(options.max_shard_size))
     convert.convert(source, options.save, to, convert.DTYPES.get(options.dtype))

@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import check_names
-from ascendspeed.conversion.formats import training_checkpoint
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.conversion.output_files import (
@@ -66,7 +66,7 @@ INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
 def open_adapter(path: str | Path, readers: Readers | None = None) -> Adapter:
     """The adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
     folder = Path(path)
-    if training_checkpoint.is_one(folder):
+    if looks_like_checkpoint(folder):
         return of_checkpoint((readers or Readers()).open(folder))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no adapters: neither {CONFIG} of peft nor a training checkpoint")

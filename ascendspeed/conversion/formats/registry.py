@@ -1,54 +1,90 @@
-"""Checkpoint formats, a module each: how to read one as a stream of (name, tensor), and how to write one."""
+"""Registry of the checkpoint formats: detection, opening, and the support table of the documentation. Free of torch."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ascendspeed.checkpoint.discovery import Readers
-from ascendspeed.conversion.checkpoint_reader import CheckpointReader
-from ascendspeed.conversion.formats import huggingface, internevo, megatron, mindformers, training_checkpoint
+from ascendspeed.conversion.formats.base import CheckpointFormat, ReadOptions
+from ascendspeed.conversion.formats.huggingface import HuggingFaceFormat, LlamaFormat
+from ascendspeed.conversion.formats.internevo import InternEvoFormat
+from ascendspeed.conversion.formats.megatron import DeepSpeedFormat, LegacyRankFileFormat, MegatronFormat
+from ascendspeed.conversion.formats.mindformers import MindFormersFormat
+from ascendspeed.conversion.formats.training_checkpoint import TrainingCheckpointFormat
+from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
-__all__ = ["MODULES", "open_reader"]
+if TYPE_CHECKING:
+    from ascendspeed.checkpoint.discovery import Readers
+    from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 
-MODULES = {
-    "a training checkpoint": training_checkpoint,
-    "rank files": megatron,
-    "an InternEvo training folder": internevo,
-    "Hugging Face weights": huggingface,
-    "a .ckpt of MindFormers": mindformers,
-}
+FORMATS: tuple[CheckpointFormat, ...] = (
+    HuggingFaceFormat(),
+    LlamaFormat(),
+    MegatronFormat(),
+    DeepSpeedFormat(),
+    LegacyRankFileFormat(),
+    MindFormersFormat(),
+    InternEvoFormat(),
+    TrainingCheckpointFormat(),
+)
+"""All formats, in the order of the support table. The choices of `--format` and the round-trip tests come from here."""
+
+
+def format_named(name: str) -> CheckpointFormat:
+    """Returns the format of a `--format` value."""
+    return next(form for form in FORMATS if form.name == name)
+
+
+def writable_formats() -> tuple[CheckpointFormat, ...]:
+    """Formats that at least one family can be written in."""
+    return tuple(form for form in FORMATS if form.families("write"))
+
+
+def detect_formats(folder: Path) -> list[CheckpointFormat]:
+    """Formats that a folder holds a checkpoint of: one, unless the folder is empty of checkpoints or ambiguous."""
+    detected = [form for form in FORMATS if form.detect(folder)]
+    preferred = [form for form in detected if form.takes_precedence(folder)]
+    return preferred[-1:] or detected
 
 
 def open_reader(
     path: str | Path,
     config: str | Path | None = None,
-    asked: InternEvoOptions | None = None,
-    readers: Readers | None = None,
-) -> CheckpointReader:
-    """Recognises the checkpoint in a folder and opens it. Raises `UserError` when it is none, or is damaged.
+    internevo: InternEvoOptions | None = None,
+    readers: "Readers | None" = None,
+) -> "CheckpointReader":
+    """Detects the checkpoint in a folder and opens it.
 
-    `config`: the folder that has its config.json and its tokenizer; None: the same one. `asked`: what an InternEvo
-    training folder may not say itself. `readers`: the ranks that call this together and share the verification of a training
-    checkpoint; None: this process does all of it.
+    `config`: folder with its config.json and tokenizer; None: the same folder. `internevo`: facts that the files of an
+    InternEvo training folder may lack. `readers`: ranks that call this together and share the verification of a training
+    checkpoint; None: this process alone.
+    Raises `UserError` if the folder holds no checkpoint, several, or a damaged one.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a directory")
-    home = folder if config is None else Path(config)
-    found = [name for name, module in MODULES.items() if module.is_one(folder)]
-    if training_checkpoint.is_one(folder):
-        found = ["a training checkpoint"]  # its `latest` has the name of DeepSpeed's
-    elif len(found) > 1 and (folder / "trainer_state.json").exists():
-        found = ["Hugging Face weights"]  # its Trainer leaves DeepSpeed's own files beside them
-    if len(found) > 1:
-        raise UserError(f"{folder} holds {' and '.join(found)}: move one of them to a folder of its own")
-    if found:
-        more = {internevo: {"asked": asked}, training_checkpoint: {"readers": readers}}
-        module = MODULES[found[0]]
-        return module.open_folder(folder, home, **more.get(module, {}))
-    there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
-    raise UserError(
-        f"{folder} holds no checkpoint: looked for Hugging Face weights (model.safetensors, pytorch_model.bin or their index), "
-        "rank files (latest_checkpointed_iteration.txt or latest), an InternEvo training folder (model_tp0_pp0.pt), "
-        f"a .ckpt of MindFormers and a training checkpoint; found {there}"
-    )
+    detected = detect_formats(folder)
+    if len(detected) > 1:
+        contents = " and ".join(form.contents for form in detected)
+        raise UserError(f"{folder} holds {contents}: move one of them to a folder of its own")
+    if not detected:
+        known = ", ".join(f"{form.contents} ({form.marker_files})" for form in FORMATS if form.marker_files)
+        entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder} holds no checkpoint: looked for {known}; found {entries}")
+    config_dir = folder if config is None else Path(config)
+    options = ReadOptions(config_dir, internevo or InternEvoOptions(), readers, open_reader)
+    return detected[0].open(folder, options)
+
+
+def support_table() -> list[str]:
+    """Lines of the table of formats and families, in Markdown. R: read, W: written."""
+    lines = [f"| format | {' | '.join(FAMILIES)} |", "|---" * (1 + len(FAMILIES)) + "|"]
+    for form in FORMATS:
+        cells = [_cell(form, family) for family in FAMILIES]
+        lines.append(f"| `{form.name}` | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(form: CheckpointFormat, family: str) -> str:
+    marks = [mark for mark, direction in (("R", "read"), ("W", "write")) if form.supports(family, direction)]
+    return " ".join(marks) or "–"

@@ -236,7 +236,7 @@ def _check_model(reader: CheckpointReader, layout: ParallelConfig, model: str | 
     if model:
         preset = families.preset(model)
         if replace(preset, init_method_std=0.0) != replace(config, init_method_std=0.0):
-            raise UserError(f"--model {model} is {preset}, but {reader.where} holds {config}")
+            raise UserError(f"--model {model} is {preset}, but {reader.path} holds {config}")
     schema.check_tensor_parallel(config, layout.tensor_model_parallel_size)
     schema.check_pipeline_parallel(config, layout.pipeline_model_parallel_size)
 

@@ -54,7 +54,7 @@ def main() -> None:
         options.max_shard_size,
         options.verify,
     )
-    print(f"from {source.kind}: {options.output_model_dir}")
+    print(f"from {source.description}: {options.output_model_dir}")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def main() -> None:
         options.make_vocab_size_divisible_by,
         verify=options.verify,
     )
-    print(f"from {source.kind} to TP {tp} x PP {pp}: {options.output_model_dir}")
+    print(f"from {source.description} to TP {tp} x PP {pp}: {options.output_model_dir}")
 
 
 if __name__ == "__main__":

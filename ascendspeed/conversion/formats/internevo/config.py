@@ -1,4 +1,4 @@
-"""`model_config.pt` of an InternEvo training folder: the `model` table of its training configuration <-> our architecture."""
+"""Reads and writes `model_config.pt` of an InternEvo training folder: the `model` table of its training configuration."""
 
 import re
 from collections.abc import Mapping
@@ -12,10 +12,12 @@ from ascendspeed.conversion.load_files import load_pt
 from ascendspeed.models.families.internevo_names import InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
-NAME, WHOLE = "model_config.pt", "config_file.pt"
+NAME = "model_config.pt"
+TRAINING_CONFIG = "config_file.pt"
+"""The text of the whole training configuration."""
 TABLES = {"internlm.core.context.parallel_context.Config": dict}
-"""The class of InternEvo's tables, a dict with attributes, is read as the dict that it is; no code of InternEvo runs."""
-ONLY = {
+"""Class of InternEvo's tables, a dict with attributes -> the class that is unpickled instead; no code of InternEvo runs."""
+REQUIRED_VALUES = {
     "apply_post_layer_norm": False,
     "deepnorm": False,
     "is_reward": False,
@@ -24,8 +26,8 @@ ONLY = {
     "num_experts": 1,
     "use_swiglu": True,
 }
-"""What cannot be expressed otherwise; InternEvo's own defaults."""
-SAME = {
+"""Supported values, which are InternEvo's own defaults; a model with others cannot be expressed."""
+CONFIG_FIELDS = {
     "num_layers": "num_layers",
     "hidden_size": "hidden_size",
     "num_attention_heads": "num_attention_heads",
@@ -34,60 +36,61 @@ SAME = {
     "layer_norm_epsilon": "norm_epsilon",
     "rope_base": "rotary_base",
 }
-"""Entry of model_config.pt -> what it is of a `ModelConfig`."""
+"""Entry of model_config.pt -> field of `ModelConfig`."""
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The table, empty when there is none. Raises `UserError` when it holds more than plain values, or what cannot be expressed."""
+    """Reads the table; empty if there is none. Raises `UserError` if it holds more than plain values, or unsupported ones."""
     path = folder / NAME
     if not path.is_file():
         return {}
-    said = load_pt(path, known=TABLES)
-    if not isinstance(said, dict):
-        raise UserError(f"{path} holds a {type(said).__name__}, not a table")
-    for name, value in ONLY.items():
-        if said.get(name, value) not in (value, None):
-            raise UserError(f"{path}: {name} = {said[name]!r} is not supported, only {value!r}")
-    return said
+    table = load_pt(path, known=TABLES)
+    if not isinstance(table, dict):
+        raise UserError(f"{path} holds a {type(table).__name__}, not a table")
+    for name, value in REQUIRED_VALUES.items():
+        if table.get(name, value) not in (value, None):
+            raise UserError(f"{path}: {name} = {table[name]!r} is not supported, only {value!r}")
+    return table
 
 
-def trained_as(folder: Path) -> str:
-    """`model_type` of the training configuration, whose text InternEvo saves too; empty when it is not there or says none."""
-    path = folder / WHOLE
+def trained_model_type(folder: Path) -> str:
+    """`model_type` in the text of the training configuration, which InternEvo saves too; empty if unknown."""
+    path = folder / TRAINING_CONFIG
     text = load_pt(path, known=TABLES) if path.is_file() else ""
-    found = (
-        re.search(r"^\s*model_type\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
-        if isinstance(text, str)
-        else None
-    )
-    return found[1] if found else ""
+    if not isinstance(text, str):
+        return ""
+    match = re.search(r"^\s*model_type\s*=\s*[\"'](\w+)[\"']", text, re.MULTILINE)
+    return match[1] if match else ""
 
 
-def check(folder: Path, said: Mapping[str, Any], config: ModelConfig, by: str) -> None:
-    """Raises `UserError` when the table contradicts what is known by other means (`by`), naming both."""
-    known = {name: getattr(config, ours) for name, ours in SAME.items()}
+def check(folder: Path, table: Mapping[str, Any], config: ModelConfig, origin: str) -> None:
+    """Raises `UserError` if the table contradicts an architecture that is known from `origin`, naming both values."""
+    expected = {name: getattr(config, field) for name, field in CONFIG_FIELDS.items()}
     wrong = [
-        f"{name} = {said[name]!r}, {by} {known[name]!r}"
-        for name in SAME
-        if said.get(name) not in (None, known[name])
+        f"{name} = {table[name]!r}, {origin} {expected[name]!r}"
+        for name in CONFIG_FIELDS
+        if table.get(name) not in (None, expected[name])
     ]
     if wrong:
         raise UserError(f"{folder / NAME} says {'; '.join(wrong)}: correct the one that is wrong")
 
 
-def interleaved(folder: Path, said: Mapping[str, Any], style_of: str) -> bool | None:
-    """Whether the rows of q and k lie in pairs; None: the table does not say."""
-    new, old = said.get("qk_interleaved"), said.get("adapt_hf") if style_of != "INTERNLM" else None
+def interleaved(folder: Path, table: Mapping[str, Any], model_type: str) -> bool | None:
+    """True if the rows of q and k are stored in rotated pairs; None: the table does not say."""
+    new = table.get("qk_interleaved")
+    old = table.get("adapt_hf") if model_type != "INTERNLM" else None
     if new is not None and old is not None and bool(new) == bool(old):
         raise UserError(
             f"{folder / NAME} says qk_interleaved = {new!r} and adapt_hf = {old!r}, which is its opposite"
         )
-    return bool(new) if new is not None else not old if old is not None else None
+    if new is not None:
+        return bool(new)
+    return not old if old is not None else None
 
 
 def write(folder: Path, config: ModelConfig, style: InternEvoStyle, use_flash: bool, dtype: str) -> None:
-    """The table in plain values, so that it can be opened by anything."""
-    table = {name: getattr(config, ours) for name, ours in SAME.items()}
+    """Writes the table in plain values, which any program can open."""
+    table = {name: getattr(config, field) for name, field in CONFIG_FIELDS.items()}
     table |= {
         "embed_split_hidden": style.embed_split,
         "norm_type": "rmsnorm",
@@ -110,10 +113,11 @@ def write(folder: Path, config: ModelConfig, style: InternEvoStyle, use_flash: b
 
 
 def _ffn(config: ModelConfig) -> dict[str, Any]:
-    """`mlp_ratio` and `multiple_of`, from which InternEvo computes the width of the MLP: it truncates, then rounds up."""
-    width, hidden = config.ffn_hidden_size, config.hidden_size
+    """`mlp_ratio` and `multiple_of`, from which InternEvo computes the MLP's width: it truncates, then rounds up."""
+    width = config.ffn_hidden_size
+    hidden = config.hidden_size
     multiple = next(n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if width % n == 0)
     ratio = width / hidden
     if -(-int(hidden * ratio) // multiple) * multiple != width:
-        ratio = (width + 0.5) / hidden  # so that the product is not just below the width
+        ratio = (width + 0.5) / hidden  # keeps the product from falling just below the width
     return {"mlp_ratio": ratio, "multiple_of": multiple}

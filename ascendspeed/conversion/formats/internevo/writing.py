@@ -1,4 +1,4 @@
-"""Writes a training folder of InternEvo, which its trainer loads with `load_ckpt_info=dict(path=..., content=("model",))`."""
+"""Writes training folders of InternEvo, which its trainer loads with `load_ckpt_info=dict(path=..., content=("model",))`."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -10,37 +10,39 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import hf_assets, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.internevo import config as model_config
-from ascendspeed.conversion.formats.internevo.folder import TENSOR, WEIGHT
-from ascendspeed.conversion.formats.internevo.reading import dialect
+from ascendspeed.conversion.formats.internevo.folder import TENSOR_PARALLEL, WEIGHT_PARALLEL
+from ascendspeed.conversion.formats.internevo.reading import naming_scheme
 from ascendspeed.conversion.output_files import create_pt
 from ascendspeed.conversion.rank_files import RankLayout
 from ascendspeed.conversion.write import PlannedFile
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.models.families.internevo_names import InternEvoModelType, InternEvoStyle
+from ascendspeed.models.families.base import InternEvoModelType
+from ascendspeed.models.families.internevo_names import InternEvoStyle
 from ascendspeed.utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class InternEvoWriter:
-    """How to write a training folder."""
+    """Writer of a training folder."""
 
     tp: int = 1
     pp: int = 1
     wp: int = 0
     """Weight-parallel ranks (isp) instead of tensor-parallel ones; 0: tensor parallel."""
     model_type: InternEvoModelType | None = None
-    """What InternEvo trains it as; None: the kind that fits."""
+    """`model_type` in InternEvo's configuration; None: the first that fits."""
     version: int = 2
     """1: w2 is up and w3 is down; 2: w3 is up and w2 is down."""
     embed_split: bool = True
-    """Cut the embedding along the hidden size (`embed_split_hidden`), not along the vocabulary."""
+    """Shards the embedding along the hidden size (`embed_split_hidden`), not along the vocabulary."""
     qk_interleaved: bool = False
     use_flash: bool = True
-    """`use_flash_attn`: whether an embedding along the vocabulary is flash-attention's, which has another name."""
+    """`use_flash_attn`: an embedding along the vocabulary is then flash-attention's, which has another name."""
 
-    def check(self, source: CheckpointReader) -> None:
-        """Raises `UserError` when the source cannot be written so."""
-        config, style = source.config, self._style(source.config)
+    def check(self, reader: CheckpointReader) -> None:
+        """Raises `UserError` if the model does not split over these ranks, or InternEvo cannot train it."""
+        config = reader.config
+        style = self._style(config)
         if self.wp and self.tp > 1:
             raise UserError(
                 f"weight parallel (--wp {self.wp}) takes the place of tensor parallel: leave --tp {self.tp} out"
@@ -56,61 +58,59 @@ class InternEvoWriter:
             sizes += [config.num_attention_heads, config.kv_heads]  # a rank computes whole heads
         choices = [n for n in range(1, min(sizes) + 1) if all(size % n == 0 for size in sizes)]
         if style.ranks not in choices:
-            said = ", ".join(map(str, choices))
             raise UserError(
-                f"{sizes} (hidden size, MLP, vocabulary, heads) do not split over {style.ranks} ranks; choose {said}"
+                f"{sizes} (hidden size, MLP, vocabulary, heads) do not split over {style.ranks} ranks; "
+                f"choose {', '.join(map(str, choices))}"
             )
 
-    def files(self, source: CheckpointReader, dtype: torch.dtype | None) -> list[PlannedFile]:
-        """What will be written: a file for every rank; the last stages have a layer more where they are not even."""
-        config, style = source.config, self._style(source.config)
-        each, more = divmod(config.num_layers, self.pp)
-        grid = RankLayout(style.ranks, tuple(each + (p >= self.pp - more) for p in range(self.pp)), 0)
-        create, layout, names = (
-            partial(create_pt, around=lambda tensors: tensors),
-            WEIGHT if style.isp else TENSOR,
-            dialect(style),
-        )
+    def files(self, reader: CheckpointReader, dtype: torch.dtype | None) -> list[PlannedFile]:
+        """Plans one file for every rank; if the stages are uneven, the last ones have one layer more."""
+        config = reader.config
+        style = self._style(config)
+        layers, remainder = divmod(config.num_layers, self.pp)
+        stages = tuple(layers + (p >= self.pp - remainder) for p in range(self.pp))
+        layout = RankLayout(style.ranks, stages, 0)
+        file_names = WEIGHT_PARALLEL if style.isp else TENSOR_PARALLEL
+        scheme = naming_scheme(style)
+        create = partial(create_pt, wrap=lambda tensors: tensors)
         return [
             PlannedFile(
-                layout.path(t, p, self.pp), tuple(rank_files.stored(config, names, grid, t, p)), create
+                file_names.path(t, p, self.pp),
+                tuple(rank_files.stored_tensors(config, scheme, layout, t, p)),
+                create,
             )
             for t in range(style.ranks)
             for p in range(self.pp)
         ]
 
-    def finish(self, source: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
-        """Writes what stands beside the weights, and last the mark of a whole save."""
-        kinds = [str(dtype or kind).removeprefix("torch.") for kind in source.dtypes.values()]
-        model_config.write(
-            folder,
-            source.config,
-            self._style(source.config),
-            self.use_flash,
-            max(set(kinds), key=kinds.count),
-        )
-        hf_assets.write(source, folder, source.config, dtype)
-        torch.save(
-            {"step": 0}, folder / "0.step"
-        )  # 0: nothing was trained, and nothing resumes from it by itself
+    def finish(self, reader: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
+        """Writes model_config.pt, config.json and the tokenizer, and last the file that marks a complete save."""
+        types = [str(dtype or stored).removeprefix("torch.") for stored in reader.dtypes.values()]
+        main_type = max(set(types), key=types.count)
+        model_config.write(folder, reader.config, self._style(reader.config), self.use_flash, main_type)
+        hf_assets.write(reader, folder, reader.config, dtype)
+        torch.save({"step": 0}, folder / "0.step")  # step 0: nothing is trained, and no run resumes from it
 
-    def kind(self, config: ModelConfig) -> InternEvoModelType:
-        """What InternEvo trains such a model as. Raises `UserError` when there is nothing."""
-        fitting = [kind for kind in FAMILIES[config.family].internevo_types if _holds(kind, config)]
-        if not fitting or self.model_type not in (None, *fitting):
-            what = (
-                f"this {config.family} model"
-                if FAMILIES[config.family].internevo_types
-                else f"a model of family {config.family}"
-            )
+    def resolve_model_type(self, config: ModelConfig) -> InternEvoModelType:
+        """Returns the `model_type` that InternEvo trains such a model as. Raises `UserError` if there is none."""
+        candidates = [
+            model_type
+            for model_type in FAMILIES[config.family].internevo_types
+            if _can_hold(model_type, config)
+        ]
+        if not candidates or self.model_type not in (None, *candidates):
+            if FAMILIES[config.family].internevo_types:
+                model = f"this {config.family} model"
+            else:
+                model = f"a model of family {config.family}"
             raise UserError(
-                f"InternEvo has no {self.model_type or 'kind of model'} that holds {what}: {_why(config, self.model_type)}"
+                f"InternEvo has no {self.model_type or 'kind of model'} that holds {model}: {_reason(config, self.model_type)}"
             )
-        return self.model_type or fitting[0]
+        return self.model_type or candidates[0]
 
     def _style(self, config: ModelConfig) -> InternEvoStyle:
         return InternEvoStyle(
-            self.kind(config),
+            self.resolve_model_type(config),
             ranks=self.wp or self.tp,
             isp=bool(self.wp),
             version=self.version,
@@ -120,40 +120,41 @@ class InternEvoWriter:
         )
 
 
-def _plain(config: ModelConfig) -> bool:
-    """Without what none of them can have."""
-    strange = (
+def _is_plain(config: ModelConfig) -> bool:
+    """True if the model uses nothing that InternEvo lacks in all of its model types."""
+    unsupported = (
         config.add_mlp_bias,
         config.tie_embeddings,
         config.num_experts,
         config.zero_centered_norm,
         config.normalize_head,
+        config.scale_embeddings,
     )
     return (
-        not any(strange)
-        and not config.scale_embeddings
-        and config.activation == "silu"
-        and config.add_qkv_bias == config.add_dense_bias
+        not any(unsupported) and config.activation == "silu" and config.add_qkv_bias == config.add_dense_bias
     )
 
 
-def _holds(kind: InternEvoModelType, config: ModelConfig) -> bool:
-    if kind == "INTERNLM":  # its biases and its one width of q, k and v are fixed
-        return (
-            _plain(config)
-            and config.add_qkv_bias
-            and config.kv_heads == config.num_attention_heads
-            and config.kv_channels is None
-        )
-    return _plain(config)
+def _can_hold(model_type: InternEvoModelType, config: ModelConfig) -> bool:
+    if model_type != "INTERNLM":
+        return _is_plain(config)
+    # INTERNLM always has biases, and one width for q, k and v.
+    return (
+        _is_plain(config)
+        and config.add_qkv_bias
+        and config.kv_heads == config.num_attention_heads
+        and config.kv_channels is None
+    )
 
 
-def _why(config: ModelConfig, kind: InternEvoModelType | None) -> str:
+def _reason(config: ModelConfig, model_type: InternEvoModelType | None) -> str:
+    """Explains why `model_type` (None: every type) cannot hold the model, with the choices."""
     types = FAMILIES[config.family].internevo_types
     if not types:
         return f"there are {', '.join(name for name, family in FAMILIES.items() if family.internevo_types)}"
-    if kind == "INTERNLM" and _plain(config):
+    if model_type == "INTERNLM" and _is_plain(config):
         return "INTERNLM always has biases on q, k, v and o, and as many key/value heads as heads"
-    if kind and _plain(config):
-        return f"choose {' or '.join(k for k in types if _holds(k, config))}"
+    if model_type and _is_plain(config):
+        choices = (choice for choice in types if _can_hold(choice, config))
+        return f"choose {' or '.join(choices)}"
     return "it has biases in the MLP or not on all of q, k, v and o, or tied embeddings"

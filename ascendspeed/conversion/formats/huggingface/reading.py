@@ -1,0 +1,102 @@
+"""Reads Hugging Face directories: safetensors or .bin, one file or shards with an index."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion.checkpoint_reader import (
+    CheckpointReader,
+    check_names,
+    check_tensor,
+    common_dtype,
+    from_stored,
+    read_config,
+    same_bits,
+)
+from ascendspeed.conversion.config_check import config_mismatches
+from ascendspeed.conversion.formats.huggingface import WEIGHT_FILES
+from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.utils.errors import UserError
+
+DESCRIPTION = "Hugging Face directory"
+LOADERS: dict[str, Callable[[Path], Any]] = dict(zip(WEIGHT_FILES, (load_safetensors, load_pt), strict=True))
+
+
+def open_directory(folder: Path, config_dir: Path) -> CheckpointReader:
+    """Opens a directory. Raises `UserError` naming tensors that are missing, superfluous, mis-shaped or damaged; reads none."""
+    config_json, config = read_config(config_dir)
+    tensors = _without_tied_copy(read_tensors(folder), config)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
+    mismatches = config_mismatches(config, shapes)
+    if mismatches:
+        raise UserError(f"{folder}: {'; '.join(mismatches)}")
+    entries = {
+        parameter.name: param_mapping.stored_tensors(config, parameter)
+        for parameter in param_mapping.parameters(config)
+    }
+    expected = {entry.name: entry.shape for stored in entries.values() for entry in stored}
+    check_names(folder, expected, tensors, FAMILIES[config.family].ignored_tensors)
+    for name, shape in expected.items():
+        check_tensor(folder, name, tensors[name], shape)
+    dtypes = {}
+    matrices = {}
+    for name, stored in entries.items():
+        dtypes[name] = common_dtype(folder, {entry.name: tensors[entry.name] for entry in stored})
+        matrices[name] = [(param_mapping.as_matrix(tensors[entry.name]), entry.slices) for entry in stored]
+    return CheckpointReader(
+        DESCRIPTION, folder, config, config_json, dtypes, from_stored(matrices), config_dir
+    )
+
+
+def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Drops the output layer of a tied model, which some programs save too.
+
+    A copy with other bits than the embedding stays, and is refused later as superfluous.
+    """
+    names = {row.megatron_param: row.hf_params[0] for row in FAMILIES[config.family].param_mappings}
+    head = tensors.get(names["output_layer.weight"])
+    embedding = tensors.get(names["embedding.word_embeddings.weight"])
+    if (
+        config.tie_embeddings
+        and isinstance(head, Tensor)
+        and isinstance(embedding, Tensor)
+        and same_bits(head, embedding)
+    ):
+        return {name: tensor for name, tensor in tensors.items() if tensor is not head}
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Reads every tensor of the folder's weight files, memory-mapped, as the index lists them."""
+    for name, load in LOADERS.items():
+        single = folder / name
+        index = folder / f"{name}.index.json"
+        if single.exists() and index.exists():
+            raise UserError(f"{folder} has {name} and {index.name}: remove the one that is not meant")
+        if single.exists():
+            return _check_table(single, load(single))
+        if index.exists():
+            return _read_shards(folder, index, load)
+    raise UserError(f"{folder} has no weights: none of {', '.join(LOADERS)}, nor an index of shards")
+
+
+def _read_shards(folder: Path, index: Path, load: Callable[[Path], Any]) -> dict[str, Tensor]:
+    file_of = read_index(index)
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(file_of.values())):
+        shard = _check_table(folder / file, load(folder / file))
+        expected = (name for name in file_of if file_of[name] == file)
+        check_names(folder / file, expected, shard, of=f"what {index.name} says")
+        tensors |= shard
+    return tensors
+
+
+def _check_table(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a table of tensors")
+    return content

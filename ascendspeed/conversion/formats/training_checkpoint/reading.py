@@ -1,0 +1,93 @@
+"""Reads training checkpoints: the fp32 master weights, with adapters merged into their base."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.load import Checkpoint
+from ascendspeed.conversion import weights_identity
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, read_config
+from ascendspeed.conversion.formats.base import ReadOptions
+from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
+from ascendspeed.models import param_mapping
+from ascendspeed.models.param_mapping import ShardSpec, Slice2D
+from ascendspeed.utils.errors import UserError
+
+OpenReader = Callable[..., CheckpointReader]
+"""`registry.open_reader`, which opens base weights of any format."""
+
+
+def open_training_folder(folder: Path, options: ReadOptions) -> CheckpointReader:
+    """Opens and verifies the newest complete step; tokenizer and token ids are those of the run's tokenizer folder."""
+    if options.config_dir != folder:
+        raise UserError(
+            f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer names a tokenizer)"
+        )
+    readers = options.readers or Readers()
+    return reader_of(readers.open(folder), options.open_reader, readers)
+
+
+def reader_of(
+    checkpoint: Checkpoint, open_reader: OpenReader, readers: Readers | None = None
+) -> CheckpointReader:
+    """Reads an opened checkpoint; adapters are merged into their base weights."""
+    if checkpoint.run.lora.lora_rank:
+        base = base_of(checkpoint, open_reader, readers=readers)
+        return merged(base, of_checkpoint(checkpoint))
+    return _full_weights(checkpoint)
+
+
+def base_of(
+    checkpoint: Checkpoint,
+    open_reader: OpenReader,
+    moved_to: str | None = None,
+    readers: Readers | None = None,
+) -> CheckpointReader:
+    """Opens the base weights of a checkpoint of adapters, at the recorded path or `moved_to`.
+
+    Raises `UserError` if they are missing or are other weights than those that were trained on.
+    """
+    lora = checkpoint.run.lora
+    path = moved_to or lora.lora_base
+    if path is None or not Path(path).is_dir():
+        raise UserError(
+            f"{checkpoint.path} holds adapters of the weights in {path}, which are not there; name their folder now: "
+            "--lora-base to go on training, tools/lora/merge_lora.py --base for all else"
+        )
+    base = open_reader(path, readers=readers)
+    if weights_identity.sampled(base) != lora.lora_base_fingerprint:
+        raise UserError(
+            f"{checkpoint.path} holds adapters of other weights than those in {path} (trained on {lora.lora_base})"
+        )
+    return base
+
+
+def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
+    shapes = {parameter.name: parameter.shape for parameter in param_mapping.parameters(checkpoint.config)}
+    check_names(checkpoint.path, shapes, checkpoint.names(), of="the model of its run.json")
+    tokenizer = checkpoint.run.data.tokenizer_name_or_path
+    assets_dir = Path(tokenizer) if tokenizer else None
+    has_config = assets_dir is not None and (assets_dir / "config.json").is_file()
+    config_json = read_config(assets_dir)[0] if has_config else {}
+
+    def read_block(name: str, wanted: Slice2D) -> Tensor:
+        shape = shapes[name]
+        columns = math.prod(shape[1:])
+        flat = checkpoint.read(
+            name, "master", ShardSpec(shape), 0, wanted.row * columns, wanted.rows * columns
+        )
+        return flat.view(wanted.rows, columns)[:, wanted.column : wanted.column + wanted.columns]
+
+    return CheckpointReader(
+        "training checkpoint",
+        checkpoint.path,
+        checkpoint.config,
+        config_json,
+        dict.fromkeys(shapes, torch.float32),
+        read_block,
+        assets_dir,
+    )

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.conversion import command, hugging_face, load_script, same, written
+from helpers.round_trips import BY_FAMILY, round_trip, supported_pairs
 from safetensors.torch import load_file, save_file
-from test_convert import command, hugging_face, same, written
-from test_fronts import script
-from test_table import BY_FAMILY, round_trip, supported_pairs
 
 from ascendspeed.conversion import hf_assets
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_stored, full_slice, read_config
@@ -93,7 +92,7 @@ def test_the_command_offers_and_writes_it(with_toy, tmp_path, capsys):
 def test_help_describes_it(with_toy, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert.py", "--help"])
     with pytest.raises(SystemExit):
-        script(ROOT / "tools/ckpt_convert/convert.py").main()
+        load_script(ROOT / "tools/ckpt_convert/convert.py").main()
     assert "toy: a format of this test" in " ".join(capsys.readouterr().out.replace("│", "").split())
 
 

@@ -1,16 +1,13 @@
 """The published converters' command lines: what they wrote is read, what they are told is checked, nothing is lost."""
 
-import importlib.util
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from helpers.conversion import command
+from helpers.conversion import command, load_script
 from helpers.old_formats import DIVISOR, HEADS, HIDDEN, LAYERS, VOCAB, old_folder, same
 from safetensors.torch import load_file
 
@@ -22,16 +19,6 @@ from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 OLD = "AscendSpeed of 2023"
-
-
-def script(path: Path) -> ModuleType:
-    """A script as a module, not run."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = sys.modules[path.stem] = importlib.util.module_from_spec(
-        spec
-    )  # where the docstrings of its flags are looked up
-    spec.loader.exec_module(module)
-    return module
 
 
 def to_hugging_face(*args) -> None:
@@ -161,7 +148,7 @@ def test_the_page_has_the_table_of_the_code(page):
 def test_the_page_names_commands_and_flags_that_exist(line):
     words = shlex.split(line)
     assert words[0] == "python"
-    parse_command_line(script(ROOT / words[1]).Options, words[2:], TABLES.get(words[1]))
+    parse_command_line(load_script(ROOT / words[1]).Options, words[2:], TABLES.get(words[1]))
 
 
 def test_every_link_of_the_page_leads_somewhere():

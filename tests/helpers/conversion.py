@@ -5,6 +5,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -150,13 +151,18 @@ def training_checkpoint(
     save_checkpoint(folder, state, run, reversed(fragments), {}, 0, 1, lambda: None)
 
 
+def load_script(path: Path) -> ModuleType:
+    """Imports a script as a module without running its `main`."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # the docstrings of its flags are looked up there
+    spec.loader.exec_module(module)
+    return module
+
+
 def command(path: str, *args: str) -> None:
-    """Runs a script's `main` here."""
-    spec = importlib.util.spec_from_file_location("script", ROOT / "tools/ckpt_convert" / path)
-    script = sys.modules["script"] = importlib.util.module_from_spec(
-        spec
-    )  # where its docstrings are looked up
-    spec.loader.exec_module(script)
+    """Runs the `main` of a script in tools/ckpt_convert in this process."""
+    script = load_script(ROOT / "tools/ckpt_convert" / path)
     before, sys.argv = sys.argv, [path, *map(str, args)]
     try:
         script.main()

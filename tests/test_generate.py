@@ -1,4 +1,5 @@
-"""Generated text and log-probabilities against Hugging Face: token for token, in every version of InternLM and on every layout."""
+"""Generation and log-likelihoods of every InternLM version and layout, compared with Hugging Face token for
+token."""
 
 import math
 import weakref
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import launch, oracle
-from helpers.generate_worker import answers
-from helpers.generation import language_model, logs_of, texts, theirs
+from helpers.generate_worker import run_case
+from helpers.generation import hf_generate, hf_logprobs, language_model, token_lists
 from helpers.models import INTERNLM, ours, tensors_of
 from safetensors.torch import save_file
 
@@ -66,8 +67,8 @@ REQUESTS = [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)] + [
 ]
 
 
-def asked_of(cpu, name: str):
-    """Our model and Hugging Face's, with the same random weights."""
+def model_and_reference(cpu, name: str):
+    """The project's model and Hugging Face's, with the same random weights."""
     tensors = tensors_of(MODELS[name])
     return language_model(cpu, MODELS[name], tensors), hugging_face(
         MODELS[name], tensors, rope_of(MODELS[name])
@@ -75,7 +76,7 @@ def asked_of(cpu, name: str):
 
 
 def hugging_face(model: ModelConfig, tensors, rope: dict[str, Any] | None):
-    """Every version of InternLM is a Llama by other names."""
+    """Hugging Face's model: every version of InternLM is a Llama with other parameter names."""
     return oracle.hugging_face(
         replace(model, family="internlm" if model.add_qkv_bias else "llama"), tensors, rope
     ).eval()
@@ -91,37 +92,37 @@ def rope_of(model: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def check(reference, found: dict[str, Any]) -> None:
-    """Every answer is Hugging Face's, and the score of every text the sum of its log-probabilities."""
-    for name, answers_of_prompts in found["texts"].items():
-        for prompt, each in zip(PROMPTS, answers_of_prompts, strict=True):
-            assert [tokens for tokens, _, _ in each] == theirs(reference, prompt, **PARAMS[name]), (
+def check(reference, results: dict[str, Any]) -> None:
+    """Compares answers with Hugging Face's, and scores with the sums of its log-probabilities."""
+    for name, answers_of_prompts in results["texts"].items():
+        for prompt, group in zip(PROMPTS, answers_of_prompts, strict=True):
+            assert [tokens for tokens, _, _ in group] == hf_generate(reference, prompt, **PARAMS[name]), (
                 name,
                 prompt,
             )
-            for tokens, reason, total in each:
+            for tokens, reason, total in group:
                 if (
                     PARAMS[name].get("repetition_penalty", 1) == 1
                 ):  # the beams of a penalty are compared by penalized scores
                     assert total == pytest.approx(
                         score_of(reference, prompt, tokens, reason, PARAMS[name]), abs=2e-5
                     ), name
-    ends = [reason for texts in found["texts"].values() for each in texts for _, reason, _ in each]
+    ends = [reason for texts in results["texts"].values() for group in texts for _, reason, _ in group]
     assert {"stop", "length"} == set(ends)
-    for (context, continuation), (total, greedy, count) in zip(REQUESTS, found["scores"], strict=True):
-        logs = logs_of(reference, [*context, *continuation])[len(context) - 1 : -1]
+    for (context, continuation), (total, greedy, count) in zip(REQUESTS, results["scores"], strict=True):
+        logs = hf_logprobs(reference, [*context, *continuation])[len(context) - 1 : -1]
         assert total == pytest.approx(
             float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5
         )
         assert (greedy, count) == (logs.argmax(-1).tolist() == continuation, len(continuation))
-    for text, mine in zip(PROMPTS, found["logprobs"], strict=True):
-        wanted = logs_of(reference, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-        assert (torch.tensor(mine) - wanted).abs().max() < 1e-5
+    for text, actual in zip(PROMPTS, results["logprobs"], strict=True):
+        expected = hf_logprobs(reference, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+        assert (torch.tensor(actual) - expected).abs().max() < 1e-5
 
 
 def score_of(reference, prompt: list[int], tokens: list[int], reason: str, params: dict[str, Any]) -> float:
-    """Of a text that ended by the likeliest stop token."""
-    logs = logs_of(reference, [*prompt, *tokens])[len(prompt) - 1 :]
+    """Score of a text that ended with the most likely stop token."""
+    logs = hf_logprobs(reference, [*prompt, *tokens])[len(prompt) - 1 :]
     total = float(logs[: len(tokens)].gather(1, torch.tensor(tokens, dtype=torch.long)[:, None]).sum())
     size = len(tokens) + (reason == "stop")
     total += float(logs[-1, list(params["stop_ids"])].max()) if reason == "stop" else 0.0
@@ -130,9 +131,9 @@ def score_of(reference, prompt: list[int], tokens: list[int], reason: str, param
 
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_hugging_face(cpu, name):
-    """A ragged batch = every prompt alone: greedy, stop tokens, penalty, beams, log-probabilities."""
-    asked, reference = asked_of(cpu, name)
-    check(reference, answers(asked, {"prompts": PROMPTS, "params": PARAMS, "requests": REQUESTS}))
+    """A batch of prompts of different lengths gives the answers of each prompt alone."""
+    lm, reference = model_and_reference(cpu, name)
+    check(reference, run_case(lm, {"prompts": PROMPTS, "params": PARAMS, "requests": REQUESTS}))
 
 
 def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Path) -> None:
@@ -156,15 +157,15 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
                 "params": PARAMS | {"drawn": DRAWS},
                 "requests": REQUESTS,
             }
-    found = launch.ranks(
+    results = launch.ranks(
         math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200
     )
-    for case, answer in found.items():
+    for case, answer in results.items():
         name = case.split()[0]
         tensors = tensors_of(MODELS[name])
-        drawn = [[tokens for tokens, _, _ in each] for each in answer["texts"].pop("drawn")]
+        drawn = [[tokens for tokens, _, _ in group] for group in answer["texts"].pop("drawn")]
         alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, SamplingParams(**DRAWS))
-        assert drawn == texts(alone), case  # the same seed, the same text
+        assert drawn == token_lists(alone), case  # the same seed, the same text
         check(hugging_face(MODELS[name], tensors, rope_of(MODELS[name])), answer)
 
 
@@ -174,16 +175,19 @@ def test_two_ranks_equal_hugging_face(cpu, tmp_path):
 
 @pytest.mark.slow
 def test_four_ranks_equal_hugging_face(cpu, tmp_path):
-    """Fewer key/value heads than ranks too."""
+    """Includes fewer key/value heads than ranks."""
     on_layouts(cpu, [(4, 1), (2, 2)], list(MODELS), tmp_path)
 
 
 @pytest.mark.slow
 def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
-    """Experts, tied embeddings, whose stages both hold them, and a NormHead. Control: the same weights but for one matrix."""
+    """Experts, embeddings tied across stages, and a NormHead.
+
+    Control: one changed matrix gives other tokens.
+    """
     from helpers.family_models import MODELS as FAMILIES
 
-    cases, wanted = {}, {}
+    cases, expected = {}, {}
     for name in ("mixtral", "qwen2_moe", "qwen2-tied", "baichuan"):
         model, tensors = FAMILIES[name], tensors_of(FAMILIES[name])
         save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / f"{name}.safetensors")
@@ -192,7 +196,7 @@ def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
             "params": {k: PARAMS[k] for k in ("greedy", "beams")},
             "requests": REQUESTS,
         }
-        wanted[name] = answers(language_model(cpu, model, tensors), asks)
+        expected[name] = run_case(language_model(cpu, model, tensors), asks)
         for tp, pp in ((2, 1), (1, 2)):
             cases[f"{name} tp{tp} pp{pp}"] = {
                 "model": asdict(model),
@@ -202,25 +206,28 @@ def test_other_models_on_two_ranks_equal_one(cpu, tmp_path):
                 **asks,
             }
     last = "decoder.layers.0.self_attention.linear_proj.weight"
-    other = answers(language_model(cpu, model, {**tensors, last: -tensors[last]}), asks)
-    assert tokens_in(other) != tokens_in(wanted[name])
-    found = launch.ranks(2, "generate_worker.py", {"cases": cases}, tmp_path / "run", timeout=600)
-    for case, answer in found.items():
-        alone = wanted[case.split()[0]]
+    other = run_case(language_model(cpu, model, {**tensors, last: -tensors[last]}), asks)
+    assert tokens_in(other) != tokens_in(expected[name])
+    results = launch.ranks(2, "generate_worker.py", {"cases": cases}, tmp_path / "run", timeout=600)
+    for case, answer in results.items():
+        alone = expected[case.split()[0]]
         assert tokens_in(answer) == tokens_in(alone), case
         for ranks_logprobs, single_logprobs in zip(answer["logprobs"], alone["logprobs"], strict=True):
             assert ranks_logprobs == pytest.approx(single_logprobs, abs=1e-5), case
 
 
 def tokens_in(answer: dict[str, Any]) -> list:
-    return [[[one[:2] for one in each] for each in found] for found in answer["texts"].values()]
+    return [
+        [[completion[:2] for completion in group] for group in results]
+        for results in answer["texts"].values()
+    ]
 
 
 # ---------------------------------------------------------------- beyond the trained length
 
 
 def pinned(name: str, length: int):
-    """Hugging Face's model with the rope base of one prompt length, computed by hand."""
+    """Hugging Face's model with the RoPE base of one prompt length, computed here."""
     model = MODELS[name]
     d, trained, factor = model.head_dim, model.max_position_embeddings, model.rope_scaling_factor
     base = model.rotary_base
@@ -232,20 +239,22 @@ def pinned(name: str, length: int):
 def uncached(reference, prompt: list[int], steps: int) -> list[int]:
     tokens = list(prompt)
     for _ in range(steps):
-        tokens.append(int(logs_of(reference, tokens)[-1].argmax()))
+        tokens.append(int(hf_logprobs(reference, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
 LONG = [[1, *range(2, 100)], [1, *range(30, 60)], [1, *range(5, 79)], [1, 7, 7, *range(60, 120)]]
-"""Beyond the 64 trained positions, below, beyond, just before: the last one passes them while it is generated."""
+"""Lengths above, below, above and just below the 64 trained positions; the last one exceeds them during
+generation."""
 
 
 def test_rows_that_finish_leave_the_others_their_rope(cpu):
-    """Stop tokens, several draws, beams and a penalty, beyond the trained length: as each prompt alone."""
+    """With stop tokens, samples, beams and a penalty, beyond the trained length: same as each prompt
+    alone."""
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, _ = asked_of(cpu, "v3")
-    for more in (
+    lm, _ = model_and_reference(cpu, "v3")
+    for settings in (
         {"stop_ids": tuple(range(0, 125, 3))},
         {"stop_ids": tuple(range(0, 125, 9)), "repetition_penalty": 1.5},
         {
@@ -256,12 +265,12 @@ def test_rows_that_finish_leave_the_others_their_rope(cpu):
         },
         {"num_beams": 3, "stop_ids": STOPS},
     ):
-        params = SamplingParams(max_new_tokens=16, **more)
-        together = texts(sample(asked, LONG, params))
+        params = SamplingParams(max_new_tokens=16, **settings)
+        together = token_lists(sample(lm, LONG, params))
         assert together == [
-            texts(sample(asked, [prompt], params, prompt_numbers=[i]))[0] for i, prompt in enumerate(LONG)
-        ], more
-        assert len({len(tokens) for each in together for tokens in each}) > 1 or "num_beams" in more
+            token_lists(sample(lm, [prompt], params, prompt_numbers=[i]))[0] for i, prompt in enumerate(LONG)
+        ], settings
+        assert len({len(tokens) for group in together for tokens in group}) > 1 or "num_beams" in settings
 
 
 @pytest.mark.parametrize("name", ["v1", "v2", "v3"])
@@ -270,26 +279,27 @@ def test_each_row_keeps_the_rope_of_its_prompt(cpu, name, monkeypatch):
     from ascendspeed.inference.engine import language_model as model
 
     monkeypatch.setattr(model, "PREFILL_CHUNK", 40)  # several chunks
-    asked, dynamic = asked_of(cpu, name)
-    found = [one.tokens for (one,) in sample(asked, LONG, SamplingParams(max_new_tokens=24))]
-    for prompt, mine in zip(LONG, found, strict=True):
-        assert mine == uncached(pinned(name, len(prompt)), prompt, 24)
+    lm, dynamic = model_and_reference(cpu, name)
+    results = [completion.tokens for (completion,) in sample(lm, LONG, SamplingParams(max_new_tokens=24))]
+    for prompt, actual in zip(LONG, results, strict=True):
+        assert actual == uncached(pinned(name, len(prompt)), prompt, 24)
     # Control: the base of every length anew, as without a cache, is another function.
-    assert found[0] != uncached(dynamic, LONG[0], 24) or found[2] != uncached(dynamic, LONG[2], 24)
-    assert found[0] != uncached(pinned(name, 1), LONG[0], 24)
+    assert results[0] != uncached(dynamic, LONG[0], 24) or results[2] != uncached(dynamic, LONG[2], 24)
+    assert results[0] != uncached(pinned(name, 1), LONG[0], 24)
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
 def test_long_texts_are_scored_as_hugging_face_does(cpu, name):
-    """Each row with the base of its own length (Hugging Face's model keeps the longest it met); short ones share what is common."""
+    """Each long row has the RoPE base of its own length (Hugging Face keeps the longest so far); short rows
+    share a prefix."""
     from ascendspeed.inference.engine import score_continuations
 
-    asked, _ = asked_of(cpu, name)
+    lm, _ = model_and_reference(cpu, name)
     requests = [(LONG[0][:n], [7, 8]) for n in (30, 31, 70, 80, 90)] + [(LONG[0][:90], [9]), (LONG[0], [3])]
-    for (context, continuation), one in zip(requests, score_continuations(asked, requests), strict=True):
+    for (context, continuation), completion in zip(requests, score_continuations(lm, requests), strict=True):
         text = [*context, *continuation[:-1]]
-        logs = logs_of(pinned(name, len(text)), text)[len(context) - 1 :]
-        assert one.logprob == pytest.approx(
+        logs = hf_logprobs(pinned(name, len(text)), text)[len(context) - 1 :]
+        assert completion.logprob == pytest.approx(
             float(logs.gather(1, torch.tensor(continuation)[:, None]).sum()), abs=1e-5
         )
 
@@ -311,40 +321,43 @@ def test_warping_is_hugging_faces():
         (1.0, 1, 1.0, 0.8),
         (1.0, 500, 0.01, 1.0),
     ]:
-        wanted = (
+        expected = (
             hf.RepetitionPenaltyLogitsProcessor(penalty)(seen, scores.clone()) if penalty != 1 else scores
         )
-        wanted = hf.TemperatureLogitsWarper(temperature)(seen, wanted)
-        wanted = hf.TopKLogitsWarper(k)(seen, wanted) if k else wanted
-        wanted = hf.TopPLogitsWarper(p)(seen, wanted) if p < 1 else wanted
+        expected = hf.TemperatureLogitsWarper(temperature)(seen, expected)
+        expected = hf.TopKLogitsWarper(k)(seen, expected) if k else expected
+        expected = hf.TopPLogitsWarper(p)(seen, expected) if p < 1 else expected
         mask = torch.zeros_like(scores, dtype=torch.bool).scatter(1, seen, True) if penalty != 1 else None
-        found = warp_logits(
+        results = warp_logits(
             apply_repetition_penalty(scores, mask, penalty),
             SamplingParams(do_sample=True, temperature=temperature, top_k=k, top_p=p),
         )
-        assert torch.equal(found, wanted)
+        assert torch.equal(results, expected)
 
 
 def test_draws_follow_the_probabilities():
-    """Chi-square of 20,000 draws, of one at a time and of several; never what is -inf. A control is far off."""
+    """Chi-square test of 20,000 draws, single and several at once; -inf is never drawn.
+
+    A control is far off.
+    """
     from ascendspeed.inference.engine.logits_processors import sample_from_logits, sample_without_replacement
 
     scores, n = torch.tensor([[0.0, 1.0, float("-inf"), 2.0, -1.0, float("-inf")]]), 20_000
     generator = torch.Generator().manual_seed(2)
-    wanted = scores.softmax(-1)[0].double() * n
+    expected = scores.softmax(-1)[0].double() * n
 
     def far(counts: torch.Tensor, expected: torch.Tensor) -> float:
-        kept = expected > 0
-        assert counts[~kept].sum() == 0
-        return float(((counts - expected)[kept] ** 2 / expected[kept]).sum())
+        possible = expected > 0
+        assert counts[~possible].sum() == 0
+        return float(((counts - expected)[possible] ** 2 / expected[possible]).sum())
 
     uniforms = torch.rand(n, generator=generator, dtype=torch.float64)
     counts = sample_from_logits(scores.expand(n, -1), uniforms).bincount(minlength=6).double()
-    assert far(counts, wanted) < 16.3  # 3 degrees of freedom: 0.1 %
+    assert far(counts, expected) < 16.3  # 3 degrees of freedom: 0.1 %
     assert far(counts, (scores * 1.1).softmax(-1)[0].double() * n) > 16.3
     noise = torch.rand(n, 6, generator=generator, dtype=torch.float64)
     values, at = sample_without_replacement(scores.expand(n, -1), noise, 2)
-    assert far(at[:, 0].bincount(minlength=6).double(), wanted) < 16.3
+    assert far(at[:, 0].bincount(minlength=6).double(), expected) < 16.3
     assert (at[:, 0] != at[:, 1]).all()
     assert torch.equal(values, scores[0][at])
     assert sample_from_logits(scores, torch.tensor([1.0 - 2**-53], dtype=torch.float64)).item() == 4
@@ -353,20 +366,20 @@ def test_draws_follow_the_probabilities():
 def test_a_row_draws_the_same_whatever_is_beside_it(cpu):
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, _ = asked_of(cpu, "v2")
+    lm, _ = model_and_reference(cpu, "v2")
     params = SamplingParams(do_sample=True, max_new_tokens=20, temperature=1.5, top_k=40, seed=7)
-    together = sample(asked, PROMPTS, params)
-    assert texts(sample(asked, PROMPTS[:1], params)) == texts(together[:1])
+    together = sample(lm, PROMPTS, params)
+    assert token_lists(sample(lm, PROMPTS[:1], params)) == token_lists(together[:1])
     assert together[3][0].tokens != together[4][0].tokens  # equal prompts have streams of their own
-    assert texts(sample(asked, PROMPTS, replace(params, seed=8))) != texts(together)
-    four = sample(asked, PROMPTS[:1], replace(params, num_return_sequences=4))[0]
-    assert len({tuple(one.tokens) for one in four}) == 4
+    assert token_lists(sample(lm, PROMPTS, replace(params, seed=8))) != token_lists(together)
+    four = sample(lm, PROMPTS[:1], replace(params, num_return_sequences=4))[0]
+    assert len({tuple(completion.tokens) for completion in four}) == 4
     beams = replace(params, num_beams=4, num_return_sequences=2)
-    assert sample(asked, PROMPTS, beams) == sample(asked, PROMPTS, beams)
-    assert texts(sample(asked, PROMPTS[2:3], beams, prompt_numbers=[2])) == texts(
-        sample(asked, PROMPTS, beams)[2:3]
+    assert sample(lm, PROMPTS, beams) == sample(lm, PROMPTS, beams)
+    assert token_lists(sample(lm, PROMPTS[2:3], beams, prompt_numbers=[2])) == token_lists(
+        sample(lm, PROMPTS, beams)[2:3]
     )
-    assert texts(sample(asked, PROMPTS, beams)) != texts(sample(asked, PROMPTS, replace(beams, seed=8)))
+    assert token_lists(sample(lm, PROMPTS, beams)) != token_lists(sample(lm, PROMPTS, replace(beams, seed=8)))
 
 
 @pytest.mark.parametrize("seed", [-1, -2, 2**63, 2**63 + 1, 2**64 - 3])
@@ -399,12 +412,12 @@ def test_groups_share_what_saves_more_than_it_costs():
     few = [*range(50)]
     questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
     model = replace(MODELS["v2.5"], max_position_embeddings=64)
-    found = {
+    results = {
         group.prefix_length: [row.tokens for row in group.rows] for group in group_by_prefix(questions, model)
     }
-    assert set(found) == {0, 50}
-    assert len(found[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
-    assert len(found[0]) == 2
+    assert set(results) == {0, 50}
+    assert len(results[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
+    assert len(results[0]) == 2
     # One more token of the same: nothing of what is asked about is shared.
     assert {group.prefix_length for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {
         50
@@ -420,10 +433,10 @@ def test_groups_share_what_saves_more_than_it_costs():
 def test_shared_rows_are_read_once(cpu, monkeypatch):
     from ascendspeed.inference.engine import score_continuations
 
-    asked, _ = asked_of(cpu, "v2.5")
-    sizes, run = [], asked._forward
-    monkeypatch.setattr(asked, "_forward", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
-    score_continuations(asked, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
+    lm, _ = model_and_reference(cpu, "v2.5")
+    sizes, run = [], lm._forward
+    monkeypatch.setattr(lm, "_forward", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
+    score_continuations(lm, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
     assert sizes == [(1, 39), (4, 2), (2, 2)]
 
 
@@ -431,60 +444,61 @@ def test_shared_rows_are_read_once(cpu, monkeypatch):
 
 
 def test_the_cache_is_gone_afterwards(cpu, monkeypatch):
-    """Whatever happened, and the masks of chunks too; then the model trains as before."""
+    """The cache and the attention masks are freed after success and after an exception; the model then works
+    as before."""
     from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs
     from ascendspeed.inference.engine import language_model as model
     from ascendspeed.models.gpt.attention import _future
 
     monkeypatch.setattr(model, "PREFILL_CHUNK", 4)
-    asked, _ = asked_of(cpu, "v2")
-    plain = asked.gpt(torch.tensor([PROMPTS[0]]), None, None)
+    lm, _ = model_and_reference(cpu, "v2")
+    uncached_logits = lm.gpt(torch.tensor([PROMPTS[0]]), None, None)
 
     def fails(*_):
         raise KeyError
 
     for ask in (
-        lambda: sample(asked, PROMPTS, SamplingParams(max_new_tokens=2), fails),
-        lambda: score_continuations(asked, REQUESTS, on_score=fails),
+        lambda: sample(lm, PROMPTS, SamplingParams(max_new_tokens=2), fails),
+        lambda: score_continuations(lm, REQUESTS, on_score=fails),
     ):
         with pytest.raises(KeyError):
             ask()
-        assert asked.cache is None
-        assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
-    cache = weakref.ref(asked.allocate_cache(2, 30, [3]))
-    sample(asked, PROMPTS, SamplingParams(max_new_tokens=2))
-    token_logprobs(asked, PROMPTS)
+        assert lm.cache is None
+        assert torch.equal(lm.gpt(torch.tensor([PROMPTS[0]]), None, None), uncached_logits)
+    cache = weakref.ref(lm.allocate_cache(2, 30, [3]))
+    sample(lm, PROMPTS, SamplingParams(max_new_tokens=2))
+    token_logprobs(lm, PROMPTS)
     assert cache() is None
-    asked.allocate_cache(1, 30, [9])
-    asked.prefill([list(range(9))])
+    lm.allocate_cache(1, 30, [9])
+    lm.prefill([list(range(9))])
     assert _future.cache_info().currsize
-    asked.free_cache()
+    lm.free_cache()
     assert not _future.cache_info().currsize
-    assert torch.equal(asked.gpt(torch.tensor([PROMPTS[0]]), None, None), plain)
+    assert torch.equal(lm.gpt(torch.tensor([PROMPTS[0]]), None, None), uncached_logits)
 
 
-@pytest.mark.parametrize("more", [{}, {"do_sample": True}, {"num_beams": 2}, None])
-def test_nan_is_an_error(cpu, more):
+@pytest.mark.parametrize("settings", [{}, {"do_sample": True}, {"num_beams": 2}, None])
+def test_nan_is_an_error(cpu, settings):
     from ascendspeed.inference.engine import SamplingParams, sample, score_continuations
 
-    asked, _ = asked_of(cpu, "v2")
+    lm, _ = model_and_reference(cpu, "v2")
     with torch.no_grad():
-        asked.gpt.decoder.final_layernorm.weight[0] = float("nan")
+        lm.gpt.decoder.final_layernorm.weight[0] = float("nan")
     with pytest.raises(UserError, match="the model's output is NaN"):
-        score_continuations(asked, REQUESTS) if more is None else sample(
-            asked, PROMPTS, SamplingParams(max_new_tokens=3, **more)
+        score_continuations(lm, REQUESTS) if settings is None else sample(
+            lm, PROMPTS, SamplingParams(max_new_tokens=3, **settings)
         )
 
 
 def test_no_memory_is_an_error(cpu):
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, reference = asked_of(cpu, "v2")
+    lm, reference = model_and_reference(cpu, "v2")
     with pytest.raises(
         UserError, match=r"no memory for the keys and values of 5 sequences of 2000000000021 tokens, .* GiB"
     ):
-        sample(asked, PROMPTS, SamplingParams(max_new_tokens=2 * 10**12 - 1))
-    assert texts(sample(asked, PROMPTS[:1], SamplingParams(max_new_tokens=5)))[0] == theirs(
+        sample(lm, PROMPTS, SamplingParams(max_new_tokens=2 * 10**12 - 1))
+    assert token_lists(sample(lm, PROMPTS[:1], SamplingParams(max_new_tokens=5)))[0] == hf_generate(
         reference, PROMPTS[0], max_new_tokens=5
     )
 
@@ -492,64 +506,65 @@ def test_no_memory_is_an_error(cpu):
 def test_beams_that_never_were_are_no_answers(cpu):
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, _ = asked_of(cpu, "v2")
-    for each in sample(
-        asked, PROMPTS, SamplingParams(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)
+    lm, _ = model_and_reference(cpu, "v2")
+    for group in sample(
+        lm, PROMPTS, SamplingParams(num_beams=3, num_return_sequences=3, max_new_tokens=1, vocab_size=2)
     ):
-        assert [one.tokens for one in each] in ([[0], [1]], [[1], [0]])
-        assert all(one.score > -100 for one in each)
+        assert [completion.tokens for completion in group] in ([[0], [1]], [[1], [0]])
+        assert all(completion.score > -100 for completion in group)
 
 
 def test_more_stops_than_there_are_tokens(cpu):
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, _ = asked_of(cpu, "v2")
-    assert sample(asked, PROMPTS, SamplingParams(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
+    lm, _ = model_and_reference(cpu, "v2")
+    assert sample(lm, PROMPTS, SamplingParams(num_beams=2, stop_ids=tuple(range(124)), max_new_tokens=4))
 
 
 def test_a_finished_row_costs_nothing_more(cpu, monkeypatch):
-    """`watch` ends rows one after the other: every step has the rows that are left, and these are as if they were alone."""
+    """The stop callback ends rows one after the other: every step runs the remaining rows only, with
+    unchanged tokens."""
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, _ = asked_of(cpu, "v2")
-    whole = sample(asked, PROMPTS, SamplingParams(max_new_tokens=12))
-    sizes, step, heard = [], asked.decode_step, []
+    lm, _ = model_and_reference(cpu, "v2")
+    complete = sample(lm, PROMPTS, SamplingParams(max_new_tokens=12))
+    sizes, step, calls = [], lm.decode_step, []
     monkeypatch.setattr(
-        asked, "decode_step", lambda tokens, slots: sizes.append(len(tokens)) or step(tokens, slots)
+        lm, "decode_step", lambda tokens, slots: sizes.append(len(tokens)) or step(tokens, slots)
     )
 
     def watch(row: int, token: int) -> bool:
-        heard.append((row, token))
-        return sum(r == row for r, _ in heard) == 2 * row + 1
+        calls.append((row, token))
+        return sum(r == row for r, _ in calls) == 2 * row + 1
 
-    found = sample(asked, PROMPTS, SamplingParams(max_new_tokens=12), watch)
-    for row, ((one,), (full,)) in enumerate(zip(found, whole, strict=True)):
-        assert one.tokens == full.tokens[: 2 * row + 1] == [token for r, token in heard if r == row]
-        assert one.reason == "stop"
+    results = sample(lm, PROMPTS, SamplingParams(max_new_tokens=12), watch)
+    for row, ((completion,), (full,)) in enumerate(zip(results, complete, strict=True)):
+        assert completion.tokens == full.tokens[: 2 * row + 1] == [token for r, token in calls if r == row]
+        assert completion.reason == "stop"
     assert sizes == [4, 4, 3, 3, 2, 2, 1, 1]
 
 
 def test_ids_beyond_the_tokenizers_are_never_chosen(cpu):
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    asked, reference = asked_of(cpu, "v1")
-    for more in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
-        for each in sample(asked, PROMPTS, SamplingParams(max_new_tokens=20, vocab_size=30, **more)):
-            assert max(each[0].tokens) < 30
-    assert max(theirs(reference, PROMPTS[0], max_new_tokens=20)[0]) >= 30
+    lm, reference = model_and_reference(cpu, "v1")
+    for settings in ({}, {"do_sample": True, "temperature": 5.0}, {"num_beams": 3}):
+        for group in sample(lm, PROMPTS, SamplingParams(max_new_tokens=20, vocab_size=30, **settings)):
+            assert max(group[0].tokens) < 30
+    assert max(hf_generate(reference, PROMPTS[0], max_new_tokens=20)[0]) >= 30
 
 
 def test_bf16_follows_hugging_face(cpu):
-    """Log-probabilities within bf16's rounding of the fp32 ones, as theirs are."""
+    """Log-probabilities are within bf16's rounding of the fp32 ones."""
     from ascendspeed.inference.engine import LanguageModel, token_logprobs
 
     tensors = tensors_of(MODELS["v2"])
     fp32 = hugging_face(MODELS["v2"], tensors, rope_of(MODELS["v2"]))
     grid = language_model(cpu, MODELS["v2"], tensors).grid
-    asked = LanguageModel(ours(cpu, MODELS["v2"], tensors, "bf16"), MODELS["v2"], grid, cpu)
-    for text, mine in zip(PROMPTS, token_logprobs(asked, PROMPTS), strict=True):
-        wanted = logs_of(fp32, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
-        assert 1e-5 < (mine - wanted).abs().max() < 0.05
+    lm = LanguageModel(ours(cpu, MODELS["v2"], tensors, "bf16"), MODELS["v2"], grid, cpu)
+    for text, actual in zip(PROMPTS, token_logprobs(lm, PROMPTS), strict=True):
+        expected = hf_logprobs(fp32, text)[:-1].gather(1, torch.tensor(text[1:])[:, None])[:, 0]
+        assert 1e-5 < (actual - expected).abs().max() < 0.05
 
 
 @pytest.mark.parametrize(

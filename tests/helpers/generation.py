@@ -1,4 +1,4 @@
-"""Hugging Face's generation beside the project's."""
+"""Generation by the project and by Hugging Face, for comparison."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ def language_model(cpu, model: ModelConfig, tensors):
     )
 
 
-def texts(found) -> list[list[list[int]]]:
-    return [[one.tokens for one in each] for each in found]
+def token_lists(completions) -> list[list[list[int]]]:
+    return [[completion.tokens for completion in group] for group in completions]
 
 
-def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
-    """What Hugging Face's `generate` adds to one prompt; pad is eos."""
+def hf_generate(reference, prompt: list[int], **params: Any) -> list[list[int]]:
+    """New tokens of Hugging Face's `generate` for one prompt; the padding token is eos."""
     stops = list(params.pop("stop_ids", ())) or None
-    more = {"pad_token_id": stops[0] if stops else 0, "eos_token_id": stops, "do_sample": False}
+    settings = {"pad_token_id": stops[0] if stops else 0, "eos_token_id": stops, "do_sample": False}
     with torch.no_grad():
         out = reference.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            **more,
+            **settings,
             **params,
         )
     ends = [
@@ -39,6 +39,6 @@ def theirs(reference, prompt: list[int], **params: Any) -> list[list[int]]:
     return [row[:end] for row, end in zip(out[:, len(prompt) :].tolist(), ends, strict=True)]
 
 
-def logs_of(reference, tokens: list[int]) -> torch.Tensor:
+def hf_logprobs(reference, tokens: list[int]) -> torch.Tensor:
     with torch.no_grad():
         return reference(torch.tensor([tokens])).logits[0].log_softmax(-1)

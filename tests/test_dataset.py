@@ -11,10 +11,11 @@ from megatron.core.datasets.utils import Split
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data import dataset
-from ascendspeed.data.dataset import build_splits, micro_batches, parse_blend, split_range
+from ascendspeed.data.dataset import build_splits, micro_batches, parse_blend
 from ascendspeed.data.indexed import epoch
 from ascendspeed.data.indexed.epoch import NoTokenizer, load_or_build
 from ascendspeed.data.indexed.megatron_pair import PairWriter, pair_file
+from ascendspeed.data.splits import SPLITS, split_range
 from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
@@ -131,7 +132,7 @@ def test_splits_are_megatrons(prefix, tmp_path):
 @pytest.mark.parametrize("split", ["949,50,1", "100", "0.8,0.2", "1,1,1", "0,0,5"])
 def test_every_document_is_in_one_split(split):
     for count in (1, 7, 200, 12345):
-        ranges = [split_range(split, name, count) for name in dataset.SPLITS]
+        ranges = [split_range(split, name, count) for name in SPLITS]
         assert sorted(d for r in ranges for d in r) == list(range(count))
 
 
@@ -237,7 +238,10 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
             "--packing first-fit is for data with masks, and these are plain text; leave it out",
         ),
         ({"packing": "none"}, r"--packing none \(--no-pack\) is for data with masks"),
-        ({"max_segment_length": 8}, "--max-segment-length 8 is for InternEvo's packings"),
+        (
+            {"max_segment_length": 8},
+            "--max-segment-length is for .bin/.idx pairs with labels or InternEvo's data",
+        ),
     ],
 )
 def test_flags_that_mean_nothing_to_the_data(prefix, given, said):

@@ -93,7 +93,7 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
         "10 bytes!!",
         ["a"],
     ]
-    made = named("GeneralPretrainHandler", longest=10).make({"text": values})["text"]
+    made = named("GeneralPretrainHandler", longest=10).encode_rows({"text": values})["text"]
     kinds = [
         "null",
         "empty",

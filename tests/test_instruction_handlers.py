@@ -40,7 +40,7 @@ def maker(folders, name, handler, **options):
 def make(one, *rows):
     """The documents of rows."""
     columns = {name: [row.get(name) for row in rows] for name in one.handler.columns}
-    return one.make(columns)["packed"].documents
+    return one.encode(columns)["packed"].documents
 
 
 def table(one, *runs):
@@ -480,7 +480,7 @@ def test_cut_to_a_length(folders):
     first = int(np.flatnonzero(whole.loss_mask)[0])
     for length in (first, first + 1, len(whole.tokens) - 1, len(whole.tokens), 1000):
         one = maker(folders, "v2", "SharegptStyleInstructionHandler", seq_length=length)
-        made = one.make({name: [row.get(name)] for name in one.handler.columns})["packed"]
+        made = one.encode({name: [row.get(name)] for name in one.handler.columns})["packed"]
         (found,) = made.documents
         assert made.truncated == lost_by_hand([whole], length)
         if length == first:

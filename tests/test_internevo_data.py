@@ -18,9 +18,11 @@ from ascendspeed.data.dataset import build_splits, dataset_files, open_dataset
 from ascendspeed.data.document import Document
 from ascendspeed.data.indexed.internevo import InternEvoDataset, convert
 from ascendspeed.data.indexed.masked_pair import MaskedPair
+from ascendspeed.data.packing.algorithms import split_contiguous
 from ascendspeed.data.packing.internevo import SEED as SHUFFLED_BY
-from ascendspeed.data.packing.internevo import packer, split_contiguous
+from ascendspeed.data.packing.internevo import InternEvoCut
 from ascendspeed.data.packing.packed_dataset import PackedSamples
+from ascendspeed.data.packing.registry import create_packer
 from ascendspeed.utils.errors import UserError
 
 SEED, VOCAB = 7, 1000
@@ -51,7 +53,7 @@ def config(path, row, **options):
 
 
 def train(path, row, **options):
-    return build_splits(config(path, row, **options), SEED, VOCAB, ("train",), lambda line: None)["train"]
+    return build_splits(config(path, row, **options), SEED, VOCAB, ("train",))["train"]
 
 
 def told(sample):
@@ -128,7 +130,7 @@ class Held:
     def __init__(self, documents):
         self._documents = documents
         self.lengths = np.array([len(one) for one in documents])
-        self.files = np.array([0, len(documents)])
+        self.file_bounds = np.array([0, len(documents)])
 
     def document(self, number):
         tokens = np.array(self._documents[number])
@@ -142,9 +144,9 @@ def test_packs_are_internevos(documents, segment, often, whole):
     options = DataConfig(
         seq_length=row, max_segment_length=segment, packing="internevo-whole" if whole else "internevo-cut"
     )
-    source = (Held(documents), range(len(documents)), row, packer(options, ""), SEED)
+    source = (Held(documents), range(len(documents)), row, create_packer(options, InternEvoCut), SEED)
     if not expected:
-        with pytest.raises(UserError, match="none can be learnt from"):
+        with pytest.raises(UserError, match="none fills a row or has a supervised token"):
             PackedSamples(*source)
         return
     found = PackedSamples(*source)
@@ -157,7 +159,9 @@ def test_controls():
     """Another order, and labels that stop at the end of a pack, are seen."""
     documents = [[10 * d + t for t in range(1, 9)] for d in range(9)]
     found = in_file_order(
-        PackedSamples(Held(documents), range(9), 5, packer(DataConfig(seq_length=5), "internevo-cut"), SEED),
+        PackedSamples(
+            Held(documents), range(9), 5, create_packer(DataConfig(seq_length=5), InternEvoCut), SEED
+        ),
         14,
     )
     assert found == naive(documents, 5, 5, False)
@@ -192,9 +196,7 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
 
 def test_the_first_epoch_is_internevos_with_its_seed(tmp_path):
     documents = [[d * 9 + t + 1 for t in range(7)] for d in range(30)]
-    samples = build_splits(
-        config(write(tmp_path / "x.bin", documents), 6), 1024, VOCAB, ("train",), lambda line: None
-    )["train"]
+    samples = build_splits(config(write(tmp_path / "x.bin", documents), 6), 1024, VOCAB, ("train",))["train"]
     packs, order = naive(documents, 6, 6, False), np.arange(35)
     np.random.RandomState(1024).shuffle(order)
     assert [told(samples.sample(place)) for place in range(35)] == [packs[number] for number in order]
@@ -241,16 +243,14 @@ def test_validation_data_of_their_own(tmp_path):
             [[first + d, first + d + 1, first + d + 2] for d in range(12)],
         )
     options = config(tmp_path / "train", 6, split="949,50,1", valid_data_path=(str(tmp_path / "valid"),))
-    found = build_splits(options, SEED, VOCAB, ("train", "valid"), lambda line: None)
+    found = build_splits(options, SEED, VOCAB, ("train", "valid"))
     for name, low in (("train", 1), ("valid", 500)):
         rows = [found[name].sample(place)[0] for place in range(len(found[name]))]
         assert len(rows) == 6  # all 36 tokens
         assert all(low <= int(row.min()) and int(row.max()) < low + 20 for row in rows)
     with pytest.raises(UserError, match="there is no test split then"):
-        build_splits(options, SEED, VOCAB, ("test",), lambda line: None)
-    parts = build_splits(
-        config(tmp_path / "train", 6, split="1,1,0"), SEED, VOCAB, ("train", "valid"), lambda line: None
-    )
+        build_splits(options, SEED, VOCAB, ("test",))
+    parts = build_splits(config(tmp_path / "train", 6, split="1,1,0"), SEED, VOCAB, ("train", "valid"))
     tokens = [{int(t) for place in range(len(one)) for t in one.sample(place)[0]} for one in parts.values()]
     assert [len(part) for part in parts.values()] == [3, 3]
     assert tokens[0] != tokens[1]
@@ -260,9 +260,7 @@ def test_a_blend(tmp_path):
     for name, first in (("a", 1), ("b", 500)):
         write(tmp_path / f"{name}.bin", [[first + d, first + d + 1] for d in range(40)])
     path = ("3", str(tmp_path / "a.bin"), "1", str(tmp_path / "b.bin"))
-    samples = build_splits(
-        DataConfig(data_path=path, seq_length=4, split="1,0,0"), SEED, VOCAB, ("train",), lambda line: None
-    )
+    samples = build_splits(DataConfig(data_path=path, seq_length=4, split="1,0,0"), SEED, VOCAB, ("train",))
     firsts = [int(samples["train"].sample(n)[0][0]) for n in range(80)]
     assert sum(first >= 500 for first in firsts) == 20
 
@@ -327,17 +325,17 @@ DAMAGED = {
     "no meta of a file": (lambda path: os.unlink(f"{path}.meta"), r"there is no x\.bin\.meta beside it"),
     "text": (
         lambda path: Path(f"{path}.meta").write_text("[[0, 3]]"),
-        r"x\.bin\.meta is not an array of numpy's",
+        r"x\.bin\.meta is not a numpy array",
     ),
-    "cut off": (lambda path: os.truncate(f"{path}.meta", 140), r"x\.bin\.meta is not an array of numpy's"),
-    "empty": (lambda path: os.truncate(f"{path}.meta", 0), r"x\.bin\.meta is not an array of numpy's"),
+    "cut off": (lambda path: os.truncate(f"{path}.meta", 140), r"x\.bin\.meta is not a numpy array"),
+    "empty": (lambda path: os.truncate(f"{path}.meta", 0), r"x\.bin\.meta is not a numpy array"),
     "objects": (
         meta_of(lambda table: table.astype(object)),
-        r"x\.bin\.meta is not an array of numpy's: .*allow_pickle",
+        r"x\.bin\.meta is not a numpy array: .*allow_pickle",
     ),
     "one column": (
         meta_of(lambda table: table[:, :1]),
-        r"x\.bin\.meta is int64 \[20, 1\], not whole numbers",
+        r"x\.bin\.meta is int64 \[20, 1\], not integers",
     ),
     "floats": (meta_of(lambda table: table.astype(float)), r"x\.bin\.meta is float64"),
     "no rows": (meta_of(lambda table: table[:0]), r"x\.bin\.meta is int64 \[0, 2\]"),
@@ -397,7 +395,7 @@ def test_ids_beyond_the_vocabulary(tmp_path):
         UserError, match=rf"x\.bin, byte 22: token id {VOCAB}, but the vocabulary has {VOCAB} ids"
     ):
         train(path, 3)
-    build_splits(config(path, 3), SEED, VOCAB + 1, ("train",), lambda line: None)
+    build_splits(config(path, 3), SEED, VOCAB + 1, ("train",))
 
 
 def test_flags_that_mean_nothing(tmp_path):
@@ -411,7 +409,10 @@ def test_flags_that_mean_nothing(tmp_path):
             {"packing": "internevo-whole", "max_segment_length": 3},
             "--seq-length 4 is not a multiple of --max-segment-length 3",
         ),
-        ({"packing": "internevo-cut", "seq_length": 30}, "none can be learnt from at --seq-length 30"),
+        (
+            {"packing": "internevo-cut", "seq_length": 30},
+            "none fills a row or has a supervised token at --seq-length 30",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             train(path, options.pop("seq_length", 4), **options)

@@ -19,7 +19,7 @@ from ascendspeed.data.dataset import build_splits, dataset_facts, dataset_files,
 from ascendspeed.data.indexed import masked_pair
 from ascendspeed.data.indexed.masked_pair import MaskedPair, MaskedPairWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter, pair_file
-from ascendspeed.data.packing.algorithms import first_fit, one_each
+from ascendspeed.data.packing.algorithms import first_fit, one_per_row
 from ascendspeed.utils.errors import UserError
 
 SEQ, SEED, VOCAB = 16, 7, 50_000
@@ -62,7 +62,7 @@ def test_next_fit_and_best_fit_would_be_seen():
 
 @given(LENGTHS, st.integers(1, 50))
 def test_one_each(lengths, row):
-    found = one_each(np.array(lengths, np.int64), row)
+    found = one_per_row(np.array(lengths, np.int64), row)
     assert rows_of(found) == [[number] for number in range(len(lengths))]
     assert found.stops.tolist() == [min(length, row) for length in lengths]
 
@@ -190,7 +190,7 @@ def test_what_is_said_at_the_start(tmp_path):
     share = taken / (SEQ * len(samples))
     assert samples.notes == [
         f"{tmp_path}/p: {100 - lost} documents in {len(samples)} rows of {SEQ} tokens, {share:.1%} filled, "
-        f"{learnt:,} of {taken:,} tokens learnt; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
+        f"{learnt:,} of {taken:,} tokens in the loss; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
         f"{lost} left out, as nothing of their answers fits"
     ]
     assert (
@@ -365,12 +365,12 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
     with pytest.raises(UserError, match=r"/p: --split 1,0,0 gives valid 0 of 20 documents$"):
         build(tmp_path / "p", ("valid",))
     with pytest.raises(
-        UserError, match=r"--split 8,2 gives valid 4 of 20 documents, of which none .* at --seq-length 1$"
+        UserError, match=r"--split 8,2 gives valid 4 of 20 documents; none .* at --seq-length 1$"
     ):
         build(tmp_path / "p", ("valid",), seq_length=1, split="8,2")
     valid = (str(tmp_path / "p"),)
     with pytest.raises(
-        UserError, match=r"/p: valid has all of the 20 documents, of which none can be learnt from"
+        UserError, match=r"/p: valid has all of the 20 documents; none fills a row or has a supervised token"
     ):
         build(tmp_path / "p", ("valid",), seq_length=1, valid_data_path=valid)
     highest = dataset_facts(f"{tmp_path}/p")["max_token"]
@@ -425,14 +425,14 @@ def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, leng
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masked_pair, "CHUNK", chunk)
         chosen = np.arange(len(masks))[::-2]
-        found = MaskedPair(str(prefix), *masked_pair.find_pairs(str(prefix))).learnt(chosen, length)
+        found = MaskedPair(str(prefix), *masked_pair.find_pairs(str(prefix))).supervision(chosen, length)
     for place, number in enumerate(chosen):
         mask = masks[number]
         answers = "".join("x" if one else " " for one in mask)
         begins = [m.span() for m in re.finditer("x+", answers)]
         assert found.tokens[place] == sum(mask[1:length])
-        assert found.lost[place] == sum(begin >= length for begin, _ in begins)
-        assert found.cut[place] == sum(begin < length < end for begin, end in begins)
+        assert found.lost_answers[place] == sum(begin >= length for begin, _ in begins)
+        assert found.cut_answers[place] == sum(begin < length < end for begin, end in begins)
 
 
 def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp_path):
@@ -460,16 +460,16 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
         (note,) = samples.notes
         assert "2 documents in" in note
         assert (
-            "3 of 5 tokens learnt; 1 left out, as nothing of their answers fits; 3 left out, as they hold nothing to learn"
+            "3 of 5 tokens in the loss; 1 left out, as nothing of their answers fits; 3 left out, as they have no supervised token"
             in note
         )
     assert sum(samples.sample(0)[2].tolist()) == 3
     made(np.zeros(lengths.sum(), bool))
-    with pytest.raises(UserError, match="p: no token of its 6 documents is to be learnt"):
+    with pytest.raises(UserError, match="p: no token of its 6 documents is supervised"):
         build(tmp_path / "p")
     for key in masked_pair.KEYS:  # of another tool
         pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").unlink()
-    with pytest.raises(UserError, match="none can be learnt from"):
+    with pytest.raises(UserError, match="none fills a row or has a supervised token"):
         build(tmp_path / "p")
 
 

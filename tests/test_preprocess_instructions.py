@@ -73,7 +73,7 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
     assert (tmp_path / "p_packed_labels_document.idx").is_file()
     maker = DocumentEncoder(EncoderConfig(str(tokenizer), SHAREGPT))
     columns = {name: [row.get(name) for row in ROWS] for name in maker.handler.columns}
-    documents = maker.make(columns)["packed"].documents
+    documents = maker.encode(columns)["packed"].documents
     assert len(ids) == len(labels) == len(documents) == 120
     for i, document in enumerate(documents):
         assert ids[i].tolist() == document.tokens.tolist()
@@ -83,7 +83,7 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
     assert facts["chat_template"] == "v2.5"
     assert said[:2] == ["note: chat template v2.5", f"note: {tmp_path}/a.jsonl: columns not read: id"]
     assert (
-        f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them to be learnt"
+        f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them supervised"
         in said[2]
     )
     opened = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
@@ -270,10 +270,10 @@ def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     lost = lost_by_hand(documents, length)
     assert Truncation(*(facts[name] for name in ("truncated", "answers_lost", "answers_cut"))) == lost
     assert 0 < lost.documents < 120
-    assert lost.lost > lost.cut > 0
+    assert lost.lost_answers > lost.cut_answers > 0
     assert facts["seq_length"] == length
     assert (
-        f"{lost.documents} documents cut to --seq-length {length}: {lost.lost} answers lost, {lost.cut} cut"
+        f"{lost.documents} documents cut to --seq-length {length}: {lost.lost_answers} answers lost, {lost.cut_answers} cut"
         in said[2]
     )
     cut = MaskedPair("p", *find_pairs(str(tmp_path / "p")))

@@ -19,11 +19,12 @@ from helpers.log_lines import log_lines
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data.dataset import build_splits, dataset_files, micro_batches, split_range
+from ascendspeed.data.dataset import build_splits, dataset_files, micro_batches
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.indexed.masked_pair import MaskedPair, find_pairs
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.data.readers import random_access
+from ascendspeed.data.splits import split_range
 from ascendspeed.data.streaming import stream
 from ascendspeed.data.streaming.permutation import Permutation
 from ascendspeed.data.streaming.prefetch import Prefetch
@@ -280,13 +281,13 @@ def test_a_long_way_is_announced(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("ascendspeed.data.streaming.positions.LOG_SECONDS", -1)
     with log_lines() as said:
         opened(text, tokenizer).sample(4 * stream.SAVE_EVERY + 4)
-    assert any("the places where samples begin are not known (there are none in" in line for line in said)
+    assert any("the positions where samples begin are not known (there are none in" in line for line in said)
     assert any("samples tokenized again" in line for line in said)
     (tmp_path / "file").touch()
     with log_lines() as said:
         samples = opened(text, tokenizer, data_cache_path=str(tmp_path / "file"))
         assert samples.sample(0)
-    assert any("places cannot be kept there" in line for line in said)
+    assert any("positions cannot be stored there" in line for line in said)
 
 
 def test_bad_rows_are_counted_once_and_said(text, tokenizer):
@@ -423,8 +424,8 @@ def test_lines_are_found_wherever_they_end(tmp_path):
     assert len(table) == 4
     found = table.read(np.array([3, 2, 1, 0]), ["text"])
     assert found == {"text": ["c", "no newline at the end", "é"]}
-    assert list(found.places) == [3, 2, 0]
-    assert table.where(3) == f"{tmp_path}/c.jsonl, line 1"
+    assert list(found.locations) == [3, 2, 0]
+    assert table.describe_location(3) == f"{tmp_path}/c.jsonl, line 1"
 
 
 def test_the_next_batch_is_made_ahead():

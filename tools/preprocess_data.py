@@ -78,20 +78,22 @@ def main() -> None:
     line = command.parse(Options, table=PREPROCESS, description=__doc__ or "")
     options = line.options
     handler = HANDLERS.get(options.handler_name)
-    ignores_keys = handler and "json_keys" not in handler.takes and options.json_keys != handler.keys
+    ignores_keys = (
+        handler and "json_keys" not in handler.accepted_settings and options.json_keys != handler.keys
+    )
     if ignores_keys and "json_keys" in line.typed:
         raise errors.UserError(
             f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out"
         )
     for note in line.notes:
         print(note)
-    if "seq_length" in line.typed and not (handler and handler.learns_answers):
+    if "seq_length" in line.typed and not (handler and handler.has_loss_mask):
         print(
             "--seq-length is ignored: pre-training documents are stored whole, and cut into samples in training"
         )
     _check(options)
     template = options.chat_template
-    if template is None and handler and "chat_template" in handler.takes:
+    if template is None and handler and "chat_template" in handler.accepted_settings:
         template = chat_template_beside(options.tokenizer_name_or_path)
     job = EncoderConfig(
         tokenizer_path=str(options.tokenizer_name_or_path),

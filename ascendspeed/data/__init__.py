@@ -1,1 +1,1 @@
-"""From raw text to batches: rows -> handlers -> `Document` -> indexed .bin/.idx -> `Batch`. Each module is one arrow."""
+"""Training data: raw files -> readers -> handlers -> `Document` -> .bin/.idx -> packing -> `Batch`."""

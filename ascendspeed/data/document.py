@@ -1,4 +1,4 @@
-"""What rows become, and what keeps documents: the two types at this door, and why a row became none."""
+"""`Document`, the `Documents` protocol, and `Fault`: the reason why a row was skipped."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -8,106 +8,115 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Document:
-    """One document as the model sees it."""
+    """Token ids of one document and, for instruction data, its loss mask."""
 
     tokens: np.ndarray
     """Ids [n] int32."""
     loss_mask: np.ndarray | None = None
-    """[n] bool, False where a token is not to be learnt; None: all are."""
+    """[n] bool, False where a token is not supervised; None: all tokens are supervised."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Why a row makes no document."""
+    """Reason why a row gives no document."""
 
     kind: str
-    """What it is counted under."""
+    """Category under which the row is counted."""
     detail: str = ""
-    """What is wrong with this one."""
+    """Description of this row's error."""
 
     def __str__(self) -> str:
         return f"{self.detail} ({self.kind})" if self.detail else self.kind
 
 
 class Documents(Protocol):
-    """Documents of one origin, by number."""
+    """Documents of one dataset, by number."""
 
     prefix: str
-    """What the user calls it, for messages."""
+    """Path as the user gave it, for messages."""
     lengths: np.ndarray
-    """Ids of every document, [documents] of an integer type."""
-    files: np.ndarray
-    """The first document of every file, and the end: [files + 1] int64."""
+    """Number of ids of every document, [documents] of an integer type."""
+    file_bounds: np.ndarray
+    """First document of every file, then the number of documents: [files + 1] int64."""
 
     def document(self, number: int) -> Document:
-        """Document `number`, whole. Raises `UserError` when it is damaged."""
+        """Returns the whole document `number`. Raises `UserError` if it is damaged."""
 
-    def learnt(self, numbers: np.ndarray, length: int) -> "Supervision":
-        """Of the first `length` tokens of each of the documents `numbers`."""
+    def supervision(self, numbers: np.ndarray, length: int) -> "Supervision":
+        """Counts supervised tokens among the first `length` tokens of each of the documents `numbers`."""
 
 
 @dataclass(frozen=True)
 class Truncation:
-    """What was lost of documents that were cut to a length and kept."""
+    """Losses of documents that were truncated to a length and kept."""
 
     documents: int = 0
-    lost: int = 0
-    """Answers of which nothing is left."""
-    cut: int = 0
-    """Answers whose end is gone."""
+    lost_answers: int = 0
+    """Answers of which nothing remains."""
+    cut_answers: int = 0
+    """Answers whose end is missing."""
 
     def __add__(self, other: "Truncation") -> "Truncation":
-        return Truncation(self.documents + other.documents, self.lost + other.lost, self.cut + other.cut)
+        return Truncation(
+            self.documents + other.documents,
+            self.lost_answers + other.lost_answers,
+            self.cut_answers + other.cut_answers,
+        )
 
-    def said(self, length: int) -> str:
-        """For a person."""
-        return f"{self.documents:,} documents cut to --seq-length {length}: {self.lost:,} answers lost, {self.cut:,} cut"
+    def describe(self, length: int) -> str:
+        """Phrase for a log line; `length` is the --seq-length."""
+        answers = f"{self.lost_answers:,} answers lost, {self.cut_answers:,} cut"
+        return f"{self.documents:,} documents cut to --seq-length {length}: {answers}"
 
 
 @dataclass
 class EncodedRows:
-    """What rows became, one for each row and in their order."""
+    """Documents of a batch of rows: one document or fault for each row, in the order of the rows."""
 
     documents: list[Document | Fault]
     bytes: int = 0
-    """Of their text, in UTF-8."""
+    """Size of the text in UTF-8."""
     truncated: Truncation = field(default_factory=Truncation)
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """What is to be learnt of documents of which the first tokens are taken, up to a length. An answer is a run of tokens to be
-    learnt."""
+    """Supervised tokens of documents that are truncated to a length. An answer is a run of supervised
+    tokens."""
 
     tokens: np.ndarray
-    """[documents] int64: to be learnt of those taken; the first of all is predicted by none."""
-    lost: np.ndarray
-    """[documents] int64: answers of which nothing is taken."""
-    cut: np.ndarray
-    """[documents] int64: answers whose end is not taken, 0 or 1."""
+    """[documents] int64: supervised tokens after truncation; the first token of a document is never a
+    label."""
+    lost_answers: np.ndarray
+    """[documents] int64: answers that begin after the truncation."""
+    cut_answers: np.ndarray
+    """[documents] int64: answers that the truncation splits, 0 or 1."""
     exact: bool = True
-    """False: documents that are taken whole were not read, and `tokens` says how many there could be."""
+    """False: documents that fit were not read, and `tokens` is an upper bound for them."""
 
 
 def count_supervised(mask: np.ndarray, lengths: np.ndarray, length: int) -> Supervision:
-    """`mask` [tokens] bool, of documents one after the other; their `lengths` [documents]; `length`: tokens taken of each."""
+    """Counts supervised tokens and answers for documents that are truncated to `length` tokens.
+
+    `mask` [tokens] bool: loss masks of all documents, concatenated; `lengths` [documents].
+    """
     ends = np.cumsum(lengths, dtype=np.int64)
     begins = ends - lengths
     stops = begins + np.minimum(lengths, length)
-    before = _running(mask)
-    tokens = before[stops] - before[np.minimum(begins + 1, stops)]
+    supervised_before = _counts_before(mask)
+    tokens = supervised_before[stops] - supervised_before[np.minimum(begins + 1, stops)]
     lost, cut = np.zeros((2, len(ends)), np.int64)
     long = lengths > length
     if long.any():
-        opens = mask.copy()
-        opens[1:] &= ~mask[:-1]
-        opens[begins[long]] = mask[begins[long]]
-        answers = _running(opens)
-        lost[long] = (answers[ends] - answers[stops])[long]
+        answer_begins = mask.copy()
+        answer_begins[1:] &= ~mask[:-1]
+        answer_begins[begins[long]] = mask[begins[long]]
+        answers_before = _counts_before(answer_begins)
+        lost[long] = (answers_before[ends] - answers_before[stops])[long]
         cut[long] = (mask[stops[long] - 1] & mask[stops[long]]).astype(np.int64)
     return Supervision(tokens, lost, cut)
 
 
-def _running(mask: np.ndarray) -> np.ndarray:
-    """[tokens + 1] int64: how many are set before each place."""
+def _counts_before(mask: np.ndarray) -> np.ndarray:
+    """Number of set elements before each index, [tokens + 1] int64."""
     return np.concatenate([[0], np.cumsum(mask, dtype=np.int64)])

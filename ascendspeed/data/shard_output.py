@@ -1,4 +1,5 @@
-"""What shards make, on its way to the files."""
+"""Encoded documents on their way from a shard to the output files, with the counts for the report and
+P.meta."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,110 +12,125 @@ from ascendspeed.data.document import Document, EncodedRows, Fault, Truncation
 from ascendspeed.data.indexed import masked_pair
 from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter
-from ascendspeed.data.skipped_rows import SkippedRow, SkippedRows
+from ascendspeed.data.skipped_rows import FileLocation, SkippedRow, SkippedRows
 from ascendspeed.utils.errors import UserError
 
 
 @dataclass
-class ShardDocuments:
-    """What one shard makes under one key."""
+class RowCounts:
+    """Counts over rows of the input."""
 
-    tokens: np.ndarray
-    """Ids of all documents, one after the other, in the type of the .bin."""
-    lengths: np.ndarray
-    """Ids of each document, int32."""
-    learnt: np.ndarray | None = None
-    """[tokens] bool, of documents with masks."""
-    bytes: int = 0
-    """Of the tokenized text, in UTF-8."""
     rows: int = 0
+    bytes: int = 0
+    """Size of the tokenized text in UTF-8."""
     truncated: Truncation = field(default_factory=Truncation)
-    faults: SkippedRows = field(default_factory=SkippedRows)
+    skipped: SkippedRows = field(default_factory=SkippedRows)
+
+    def update(self, following: "RowCounts") -> None:
+        """Adds the counts of the next rows."""
+        self.rows += following.rows
+        self.bytes += following.bytes
+        self.truncated += following.truncated
+        self.skipped.update(following.skipped)
 
 
-class Gathered:
-    """What the batches of one shard make under one key."""
+class ShardDocuments:
+    """Documents of one shard under one key: collected by `add`, then joined to arrays, which processes pass
+    on cheaply."""
 
     def __init__(self, path: Path, dtype: np.dtype, masked: bool) -> None:
-        self._path, self._dtype, self._masked = path, dtype, masked
+        self._path = path
+        self._masked = masked
         self._documents: list[Document] = []
-        self._result = ShardDocuments(
-            np.zeros(0, dtype), np.zeros(0, np.int32), np.zeros(0, bool) if masked else None
-        )
+        self.counts = RowCounts()
+        self.tokens = np.zeros(0, dtype)
+        """Ids of all documents, concatenated, in the type of the .bin."""
+        self.lengths = np.zeros(0, np.int32)
+        """Number of ids of each document."""
+        self.supervised = np.zeros(0, bool) if masked else None
+        """[tokens] loss mask, for documents with masks."""
 
-    def add(self, made: EncodedRows, places: Sequence[int]) -> None:
-        """What rows at `places` became."""
-        both = list(zip(places, made.documents, strict=True))
-        self._result.faults.add(
-            SkippedRow(self._path, place, one) for place, one in both if isinstance(one, Fault)
-        )
-        self._documents += [one for _, one in both if isinstance(one, Document)]
-        self._result.rows += len(both)
-        self._result.bytes += made.bytes
-        self._result.truncated += made.truncated
+    def add(self, encoded: EncodedRows, locations: Sequence[int]) -> None:
+        """Appends the results of rows at `locations`."""
+        skipped = []
+        for location, result in zip(locations, encoded.documents, strict=True):
+            if isinstance(result, Fault):
+                skipped.append(SkippedRow(result, FileLocation(self._path, location)))
+            else:
+                self._documents.append(result)
+        self.counts.skipped.add(skipped)
+        self.counts.rows += len(encoded.documents)
+        self.counts.bytes += encoded.bytes
+        self.counts.truncated += encoded.truncated
 
-    def result(self) -> ShardDocuments:
-        """All of it."""
-        found, documents = self._result, self._documents
-        if documents:
-            found.tokens = np.concatenate([d.tokens for d in documents], dtype=self._dtype, casting="unsafe")
-            found.lengths = np.array([len(d.tokens) for d in documents], np.int32)
-            if self._masked:
-                found.learnt = np.concatenate([d.loss_mask for d in documents])  # type: ignore[misc]
-        return found
+    def join(self) -> None:
+        """Fills `tokens`, `lengths` and `supervised` from the documents."""
+        documents = self._documents
+        self._documents = []
+        if not documents:
+            return
+        dtype = self.tokens.dtype
+        self.tokens = np.concatenate([d.tokens for d in documents], dtype=dtype, casting="unsafe")
+        self.lengths = np.array([len(d.tokens) for d in documents], np.int32)
+        if self._masked:
+            self.supervised = np.concatenate([d.loss_mask for d in documents])  # type: ignore[misc]
 
 
-@dataclass
 class DatasetOutput:
-    """What all shards make under one key."""
+    """Documents of all shards under one key: writes them and counts."""
 
-    writer: PairWriter | MaskedPairWriter
-    strict: bool = False
-    """The first row that makes no document is an error."""
-    length: int | None = None
-    """To which documents are cut."""
-    bytes: int = 0
-    rows: int = 0
-    truncated: Truncation = field(default_factory=Truncation)
-    highest: int = 0
-    """Id."""
-    faults: SkippedRows = field(default_factory=SkippedRows)
+    def __init__(
+        self, writer: PairWriter | MaskedPairWriter, strict: bool = False, seq_length: int | None = None
+    ) -> None:
+        """`strict`: the first skipped row is an error; `seq_length`: length to which documents are
+        truncated."""
+        self.writer = writer
+        self._strict = strict
+        self._seq_length = seq_length
+        self.counts = RowCounts()
+        self._max_token = 0
 
-    def add(self, result: ShardDocuments) -> None:
-        """The next shard's. Raises `UserError`."""
-        if self.strict and result.faults.first:
-            first = result.faults.first
-            raise UserError(f"--strict: {first.where}: {first.fault}; nothing was written")
+    def add(self, shard: ShardDocuments) -> None:
+        """Writes the documents of the next shard. Raises `UserError` for a skipped row if `strict`."""
+        first = shard.counts.skipped.first
+        if self._strict and first:
+            raise UserError(f"--strict: {first.location}: {first.fault}; nothing was written")
         if isinstance(self.writer, MaskedPairWriter):
-            self.writer.add(result.tokens, result.lengths, result.learnt)  # type: ignore[arg-type]
+            assert shard.supervised is not None
+            self.writer.add(shard.tokens, shard.lengths, shard.supervised)
         else:
-            self.writer.add(result.tokens, result.lengths)
-        self.bytes += result.bytes
-        self.rows += result.rows
-        self.truncated += result.truncated
-        self.highest = max(self.highest, int(result.tokens.max(initial=0)))
-        self.faults.update(result.faults)
+            self.writer.add(shard.tokens, shard.lengths)
+        self._max_token = max(self._max_token, int(shard.tokens.max(initial=0)))
+        self.counts.update(shard.counts)
 
-    def said(self) -> str:
-        """One line for a person."""
+    def summary(self) -> str:
+        """One log line: files, documents, tokens and skipped rows."""
         writer = self.writer
-        made = f"{writer.prefix}.bin, .idx: {writer.documents:,} documents, {writer.tokens:,} tokens"
+        size = f"{writer.documents:,} documents, {writer.tokens:,} tokens"
+        written = f"{writer.prefix}.bin, .idx: {size}"
         if isinstance(writer, MaskedPairWriter):
-            names = " and ".join(f"{masked_pair.pair_prefix('', key)}" for key in masked_pair.KEYS)
-            made = f"{writer.prefix} ({names}): {writer.documents:,} documents, {writer.tokens:,} tokens"
-            made += f", {writer.learnt:,} of them to be learnt"
-            made += f", {self.truncated.said(self.length)}" if self.length else ""
-        return f"{made}; from {self.rows:,} rows, skipped: {self.faults.said() or 'none'}"
+            names = " and ".join(masked_pair.pair_prefix("", key) for key in masked_pair.KEYS)
+            written = f"{writer.prefix} ({names}): {size}, {writer.supervised:,} of them supervised"
+            if self._seq_length:
+                written += f", {self.counts.truncated.describe(self._seq_length)}"
+        skipped = self.counts.skipped.summary() or "none"
+        return f"{written}; from {self.counts.rows:,} rows, skipped: {skipped}"
 
     def facts(self) -> dict[str, Any]:
-        """Counts for P.meta; like all in it, they do not depend on when, where or by how many processes it was made."""
-        truncated = self.truncated
-        cut = {"truncated": truncated.documents, "answers_lost": truncated.lost, "answers_cut": truncated.cut}
-        return {
+        """Counts for P.meta; like all of it, independent of time, place and the number of processes."""
+        facts = {
             "documents": self.writer.documents,
             "tokens": self.writer.tokens,
-            "bytes": self.bytes,
-            "rows": self.rows,
-            "skipped": dict(sorted(self.faults.counts.items())),
-            "max_token": self.highest,
-        } | (cut if isinstance(self.writer, MaskedPairWriter) else {})
+            "bytes": self.counts.bytes,
+            "rows": self.counts.rows,
+            "skipped": dict(sorted(self.counts.skipped.counts.items())),
+            "max_token": self._max_token,
+        }
+        if isinstance(self.writer, MaskedPairWriter):
+            truncated = self.counts.truncated
+            facts |= {
+                "truncated": truncated.documents,
+                "answers_lost": truncated.lost_answers,
+                "answers_cut": truncated.cut_answers,
+            }
+        return facts

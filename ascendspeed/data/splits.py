@@ -1,4 +1,5 @@
-"""Which documents or rows are whose: the shares of `--split`, by Megatron's own rounding."""
+"""Splits: the part of the documents or rows that `--split` gives to train, valid and test, by Megatron's
+rounding."""
 
 import re
 
@@ -15,7 +16,8 @@ SPLITS = tuple(split.name for split in Split)  # train, valid, test
 
 
 def split_range(split: str, name: str, count: int) -> range:
-    """The documents, of `count`, that `--split` gives to the split `name`. Raises `UserError` for what are no shares."""
+    """Returns the range of `count` documents that `--split` gives to the split `name`. Raises `UserError` for
+    a wrong value."""
     if not re.fullmatch(r"(\d+\.?\d*|\.\d+)(,(\d+\.?\d*|\.\d+)){0,2}", split) or not any(
         map(float, split.split(","))
     ):
@@ -24,8 +26,9 @@ def split_range(split: str, name: str, count: int) -> range:
     return range(0) if share is None else range(round(share[0] * count), round(share[1] * count))
 
 
-def describe_split(data: DataConfig, name: str, chosen: int, count: int, things: str = "documents") -> str:
-    """What a split has, for messages: where it has data of its own, no --split is at work."""
+def describe_split(data: DataConfig, name: str, selected: int, count: int, noun: str = "documents") -> str:
+    """Describes the size of a split for messages; `--split` is unused if validation data have a path of their
+    own."""
     if data.valid_data_path:
-        return f"{name} has all of the {count:,} {things}"
-    return f"--split {data.split} gives {name} {chosen:,} of {count:,} {things}"
+        return f"{name} has all of the {count:,} {noun}"
+    return f"--split {data.split} gives {name} {selected:,} of {count:,} {noun}"

@@ -1,4 +1,5 @@
-"""Rows -> documents as they are trained on, without any file: what preprocessing writes, and what can be trained on at once."""
+"""Encodes rows as documents, in memory: preprocessing writes them to files, streaming trains on them at
+once."""
 
 from dataclasses import replace
 
@@ -13,50 +14,50 @@ from ascendspeed.utils.errors import UserError
 
 
 class DocumentEncoder:
-    """A handler and a tokenizer; one per process."""
+    """A handler and a tokenizer; appends eos and truncates. One per process."""
 
-    def __init__(self, job: EncoderConfig) -> None:
-        """Raises `UserError` for a tokenizer or a handler that is not there, and settings that do not go together."""
-        self.job = job
-        self.tokenizer = tokenizer.load(job.tokenizer_path)
-        self.handler = create_handler(job, self.tokenizer)
-        self._eod = (
-            np.array([self.tokenizer.eos] if job.append_eod else [], np.int32) if self._ends() else None
-        )
-        self._length = job.seq_length if self.handler.learns_answers else None
+    def __init__(self, config: EncoderConfig) -> None:
+        """Raises `UserError` for a missing tokenizer or handler, and for settings that do not go together."""
+        self.config = config
+        self.tokenizer = tokenizer.load(config.tokenizer_path)
+        self.handler = create_handler(config, self.tokenizer)
+        if config.append_eod and self.tokenizer.eos is None:
+            raise UserError(f"--append-eod: the tokenizer in {config.tokenizer_path} names no eos_token")
+        self._eod = np.array([self.tokenizer.eos], np.int32) if config.append_eod else None
+        self._max_length = config.seq_length if self.handler.has_loss_mask else None
 
-    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
-        """Key of the handler -> a document or a fault for each row. `rows`: at least the columns of the handler."""
-        return {key: self._finished(made) for key, made in self.handler.make(rows).items()}
+    def encode(self, rows: RowBatch) -> dict[str, EncodedRows]:
+        """Returns key of the handler -> a document or a fault for each row; `rows` has at least the handler's
+        columns."""
+        return {key: self._finish(encoded) for key, encoded in self.handler.encode_rows(rows).items()}
 
-    def _ends(self) -> bool:
-        if self.job.append_eod and self.tokenizer.eos is None:
-            raise UserError(f"--append-eod: the tokenizer in {self.job.tokenizer_path} names no eos_token")
-        return self.job.append_eod
-
-    def _finished(self, made: EncodedRows) -> EncodedRows:
-        documents = [one if isinstance(one, Fault) else self._ended(one) for one in made.documents]
+    def _finish(self, encoded: EncodedRows) -> EncodedRows:
+        documents: list[Document | Fault] = []
         truncated = Truncation()
-        for place, one in enumerate(documents):
-            if self._length is not None and isinstance(one, Document) and len(one.tokens) > self._length:
-                documents[place], lost = _cut(one, self._length)
-                truncated += lost
-        return replace(made, documents=documents, truncated=truncated)
+        for document in encoded.documents:
+            if isinstance(document, Document):
+                document = self._append_eod(document)
+                if self._max_length is not None and len(document.tokens) > self._max_length:
+                    document, truncation = _truncate(document, self._max_length)
+                    truncated += truncation
+            documents.append(document)
+        return replace(encoded, documents=documents, truncated=truncated)
 
-    def _ended(self, document: Document) -> Document:
+    def _append_eod(self, document: Document) -> Document:
         tokens, mask = document.tokens, document.loss_mask
-        if self._eod is None or (
-            mask is not None and mask[-1] and tokens[-1] == self._eod[0]
-        ):  # a turn that ends with eos
+        if self._eod is None:
+            return document
+        if mask is not None and mask[-1] and tokens[-1] == self._eod[0]:  # the last turn ends with eos
             return document
         return Document(np.concatenate([tokens, self._eod]), None if mask is None else np.append(mask, True))
 
 
-def _cut(document: Document, length: int) -> tuple[Document | Fault, Truncation]:
+def _truncate(document: Document, length: int) -> tuple[Document | Fault, Truncation]:
     tokens, mask = document.tokens, document.loss_mask
-    assert mask is not None  # plain text stays whole
-    found = count_supervised(mask, np.array([len(tokens)]), length)
-    if not found.tokens[0]:
-        what = f"{len(tokens)} tokens, and those to be learnt come after {length}"
-        return Fault("answers beyond --seq-length", what), Truncation()
-    return Document(tokens[:length], mask[:length]), Truncation(1, int(found.lost[0]), int(found.cut[0]))
+    assert mask is not None  # plain text is not truncated
+    supervision = count_supervised(mask, np.array([len(tokens)]), length)
+    if not supervision.tokens[0]:
+        detail = f"{len(tokens)} tokens, and the supervised ones come after {length}"
+        return Fault("answers beyond --seq-length", detail), Truncation()
+    truncation = Truncation(1, int(supervision.lost_answers[0]), int(supervision.cut_answers[0]))
+    return Document(tokens[:length], mask[:length]), truncation

@@ -1,1 +1,1 @@
-"""Dataset handlers: rows of a dataset to documents."""
+"""Dataset handlers: convert rows of a dataset to documents."""

@@ -1,4 +1,5 @@
-"""What a handler is: rows -> documents. Which there are: `handlers`."""
+"""`Handler`, the interface from rows to documents, and `EncoderConfig`, its settings. `registry` lists the
+handlers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,70 +10,74 @@ from ascendspeed.data.document import EncodedRows, Fault
 from ascendspeed.data.readers.shard import InvalidValue, RowBatch
 
 MAX_DOCUMENT_BYTES = 16 << 20
-"""Bytes; a longer document is skipped as huge. One of this size takes a quarter of a minute and 600 MiB."""
+"""A longer document is skipped as huge. One of this size takes a quarter of a minute and 600 MiB."""
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """How rows are made documents; small and picklable."""
+    """Settings that turn rows into documents; small and picklable.
+
+    Names and order of the fields are part of the key of cached stream positions.
+    """
 
     tokenizer_path: str
     handler_name: str
     json_keys: tuple[str, ...] = ("text",)
     append_eod: bool = False
     longest: int = MAX_DOCUMENT_BYTES
-    """Bytes of text of a document."""
+    """Maximum text of a document, in bytes."""
     seq_length: int | None = None
-    """Longer documents are cut to this many tokens, where the handler says so; None: they stay whole."""
+    """Documents with a loss mask are truncated to this many tokens; None: no truncation."""
     chat_template: str | None = None
-    """By name; None: that of the tokenizer or of the config.json beside it."""
+    """Name of the chat template; None: that of the tokenizer or of the config.json beside it."""
     system: str | None = None
-    """System message of conversations that have none."""
+    """System message of conversations without one."""
     loss_on: Literal["all", "last"] | None = None
-    """Which turns of the assistant are learnt; None: as the handler does."""
+    """Assistant turns in the loss; None: the handler's default."""
 
 
 class Handler(ABC):
-    """Rows -> documents."""
+    """Converts rows to documents."""
 
     keys: tuple[str, ...]
-    """Outputs; each becomes `<prefix>_<key>_document`, or a couple of them."""
+    """Outputs; each becomes `<prefix>_<key>_document`, or a masked pair."""
     required: tuple[str, ...]
-    """Columns without which it cannot work."""
+    """Columns that must exist."""
     optional: tuple[str, ...] = ()
     nested: tuple[str, ...] = ()
     """Columns that hold lists."""
-    takes: ClassVar[tuple[str, ...]] = ()
-    """Settings of a `Job` that mean something here, of those that only some handlers have."""
-    learns_answers: ClassVar[bool] = False
-    """Whether its documents have masks: they become a couple of pairs, and a row that makes none is not the end of it."""
+    accepted_settings: ClassVar[tuple[str, ...]] = ()
+    """Fields of `EncoderConfig` that apply, of those that only some handlers use."""
+    has_loss_mask: ClassVar[bool] = False
+    """True if documents have loss masks: they become masked pairs, and files that cannot be read are counted,
+    not refused."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Every column that it reads."""
+        """All columns that the handler reads."""
         return self.required + self.optional
 
     def missing(self, present: Sequence[str]) -> str | None:
-        """What it needs and is not among the columns; None: nothing."""
+        """Returns a required column that is not in `present`; None if all are."""
         return next((name for name in self.required if name not in present), None)
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know."""
+        """Log lines for the user."""
         return []
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What else there is to say of the documents, for P.meta."""
+        """Additional entries of P.meta."""
         return {}
 
     @abstractmethod
-    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
-        """Key -> the documents of the rows, as long as they are and without an eos at the end."""
+    def encode_rows(self, rows: RowBatch) -> dict[str, EncodedRows]:
+        """Returns key -> the documents of the rows, neither truncated nor with a final eos."""
 
 
 def text_size(value: Any, longest: int) -> int | Fault:
-    """The size of a text in bytes, or what is wrong with it."""
+    """Returns the size of a text in bytes, or the fault if it is no text or longer than `longest` bytes."""
     if isinstance(value, InvalidValue):
         return Fault(value.kind, value.detail)
     if not isinstance(value, str):

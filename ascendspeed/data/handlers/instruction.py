@@ -1,7 +1,7 @@
-"""Handlers for instruction data: rows -> conversations, of which the assistant's answers are learnt and nothing else.
+"""Handlers for instruction data: conversations of which only the assistant's answers are supervised.
 
-Two of them write the published prompt (`### Instruction:`), two the model's own chat format. What cannot be read is a `Fault` of
-its row, by kind.
+Two of them write the published prompt (`### Instruction:`), two the model's own chat format. A row that
+cannot be read becomes a `Fault`.
 """
 
 import json
@@ -29,106 +29,113 @@ WHERE = "conversation"
 
 
 class InstructionHandler(Handler):
-    """Rows -> pieces -> documents with masks."""
+    """Converts a row to segments of text, and these to a document with a loss mask."""
 
     keys = ("packed",)
-    learns_answers = True
-    encode: SegmentEncoder
+    has_loss_mask = True
+    encode_segments: SegmentEncoder
 
-    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
-        self._longest = job.longest
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer) -> None:
+        self._longest = config.longest
 
     @abstractmethod
-    def pieces(self, row: Row) -> list[PromptSegment]:
-        """What to learn from a row. Raises `WrongMessage` with what it is counted under."""
+    def segments(self, row: Row) -> list[PromptSegment]:
+        """Returns the segments of a row. Raises `InvalidConversation` with the kind of the fault."""
 
-    def make(self, rows: RowBatch) -> dict[str, EncodedRows]:
+    def encode_rows(self, rows: RowBatch) -> dict[str, EncodedRows]:
         names = self.columns
-        found = [
-            self._read(dict(zip(names, values, strict=True)))
-            for values in zip(*(rows[n] for n in names), strict=True)
-        ]
-        good = [one for one in found if not isinstance(one, Fault)]
-        encoded = iter(self.encode([pieces for pieces, _ in good]))
-        documents = [one if isinstance(one, Fault) else Document(*next(encoded)) for one in found]
-        return {"packed": EncodedRows(documents, sum(size for _, size in good))}
+        results = []
+        for values in zip(*(rows[name] for name in names), strict=True):
+            results.append(self._read(dict(zip(names, values, strict=True))))
+        valid = [result for result in results if not isinstance(result, Fault)]
+        encoded = iter(self.encode_segments([segments for segments, _ in valid]))
+        documents: list[Document | Fault] = []
+        for result in results:
+            documents.append(result if isinstance(result, Fault) else Document(*next(encoded)))
+        return {"packed": EncodedRows(documents, sum(size for _, size in valid))}
 
     def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
-        """Pieces and the bytes of their text."""
-        bad = next((value for value in row.values() if isinstance(value, InvalidValue)), None)
-        if bad:
-            return Fault(bad.kind, bad.detail)
+        """Returns the segments of a row and the size of their text in bytes."""
+        invalid = next((value for value in row.values() if isinstance(value, InvalidValue)), None)
+        if invalid:
+            return Fault(invalid.kind, invalid.detail)
         try:
-            pieces = self.pieces(row)
-            size = sum(len(piece.content.encode()) for piece in pieces if isinstance(piece.content, str))
+            segments = self.segments(row)
+            size = sum(
+                len(segment.content.encode()) for segment in segments if isinstance(segment.content, str)
+            )
         except InvalidConversation as error:
             return Fault(error.kind, str(error))
         except UnicodeEncodeError:
             return Fault("invalid UTF-8")
-        return Fault("huge", f"{size} bytes") if size > self._longest else (pieces, size)
+        return Fault("huge", f"{size} bytes") if size > self._longest else (segments, size)
 
 
 class GeneralInstructionHandler(InstructionHandler):
-    """Alpaca rows in the published prompt, byte for byte; a missing input is an empty one."""
+    """Alpaca rows in the published prompt, byte for byte; a missing input counts as empty."""
 
     required: tuple[str, ...] = ("instruction", "output")
     optional: tuple[str, ...] = ("input",)
 
     HEAD: ClassVar[str] = (
-        "\nBelow is an instruction that describes a task, paired with an input that provides further context. "
+        "\nBelow is an instruction that describes a task, paired with an input that provides further "
+        "context. "
         "Write a response that appropriately completes the request. "
         "Please note that you need to think through your response logically and step by step.\n"
     )
 
-    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
-        super().__init__(job, tokenizer)
-        begins = tokenizer.bos is not None and adds_bos_token(declared_tokens(tokenizer.path)[0])
-        self._begin = [PromptSegment(tokenizer.bos)] if begins else []  # type: ignore[arg-type]
-        self._every, self._ends = job.loss_on == "all", job.append_eod
-        self.encode = SegmentEncoder(tokenizer.encode_batch)
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        has_bos = tokenizer.bos is not None and adds_bos_token(declared_tokens(tokenizer.path)[0])
+        self._begin = [PromptSegment(tokenizer.bos)] if has_bos else []  # type: ignore[arg-type]
+        self._all_answers = config.loss_on == "all"
+        self._append_eod = config.append_eod
+        self.encode_segments = SegmentEncoder(tokenizer.encode_batch)
 
-    def pieces(self, row: Row) -> list[PromptSegment]:
-        found = [*self._begin, PromptSegment(self.HEAD)]
+    def segments(self, row: Row) -> list[PromptSegment]:
+        segments = [*self._begin, PromptSegment(self.HEAD)]
         turns = self.turns(row)
-        for place, (question, answer) in enumerate(turns, 1):
-            found += [PromptSegment(f"### Instruction:\n{question}\n### Response:\n")]
-            found += [PromptSegment(f"{answer}\n", self._every or place == len(turns))]
-        return found
+        for number, (question, answer) in enumerate(turns, 1):
+            segments.append(PromptSegment(f"### Instruction:\n{question}\n### Response:\n"))
+            segments.append(PromptSegment(f"{answer}\n", self._all_answers or number == len(turns)))
+        return segments
 
     @property
     def notes(self) -> list[str]:
-        return (
-            []
-            if self._ends
-            else ["answers have no end in the published prompt, so models learn none: add --append-eod"]
-        )
+        if self._append_eod:
+            return []
+        return ["answers have no end in the published prompt, so models learn none: add --append-eod"]
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
-        """Questions and answers."""
-        question, answer, given = _text(row, "instruction"), _text(row, "output"), _optional(row, "input")
-        return [(f"{question}\n{given or ''}", answer)]
+        """Returns (question, answer) of every turn."""
+        question = _text(row, "instruction")
+        answer = _text(row, "output")
+        context = _optional_text(row, "input")
+        return [(f"{question}\n{context or ''}", answer)]
 
 
 class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
-    """Belle's conversations in the same prompt: `instruction` is a text of turns, `output` answers the last of them.
+    """Belle's conversations in the published prompt: `instruction` is a text of turns, `output` answers the
+    last of them.
 
-    As published, the last answer is learnt; with `--loss-on all` every one.
+    As published, only the last answer is supervised; with `--loss-on all` all answers are.
     """
 
     optional = ()
-    takes = ("loss_on",)
+    accepted_settings = ("loss_on",)
     SPEAKERS: ClassVar[re.Pattern[str]] = re.compile("(Human|Assistant):")
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
-        before, *said = self.SPEAKERS.split(_text(row, "instruction"))
-        if said[-2:-1] == ["Assistant"] and not said[-1].strip():
-            said = said[:-2]  # whose turn it is
-        said += ["Assistant", _text(row, "output")]
-        speakers, texts = said[::2], [text.strip() for text in said[1::2]]
+        before, *parts = self.SPEAKERS.split(_text(row, "instruction"))
+        if parts[-2:-1] == ["Assistant"] and not parts[-1].strip():
+            parts = parts[:-2]  # the cue for the answer
+        parts += ["Assistant", _text(row, "output")]
+        speakers = parts[::2]
+        texts = [text.strip() for text in parts[1::2]]
         if before.strip() or speakers != ["Human", "Assistant"] * (len(speakers) // 2):
-            what = "a text before the first Human:" if before.strip() else ", ".join(speakers[:8])
+            detail = "a text before the first Human:" if before.strip() else ", ".join(speakers[:8])
             raise InvalidConversation(
-                "wrong order", f"instruction: Human: and Assistant: do not take turns: {what}"
+                "wrong order", f"instruction: Human: and Assistant: do not take turns: {detail}"
             )
         for speaker, text in zip(speakers, texts, strict=True):
             if not text:
@@ -140,22 +147,26 @@ class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
 class ChatHandler(InstructionHandler):
     """Conversations in the model's own chat format."""
 
-    takes = ("chat_template", "system", "loss_on")
+    accepted_settings = ("chat_template", "system", "loss_on")
 
-    def __init__(self, job: EncoderConfig, tokenizer: Tokenizer) -> None:
-        super().__init__(job, tokenizer)
-        self.chat = ChatFormat(tokenizer, job.chat_template)
-        self.encode = self.chat.encode_segments
-        self._system, self._last_only = job.system, job.loss_on == "last"
+    def __init__(self, config: EncoderConfig, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.chat = ChatFormat(tokenizer, config.chat_template)
+        self.encode_segments = self.chat.encode_segments
+        self._system = config.system
+        self._last_only = config.loss_on == "last"
 
-    def pieces(self, row: Row) -> list[PromptSegment]:
+    def segments(self, row: Row) -> list[PromptSegment]:
         messages = read_training_messages(self.messages(row), WHERE)
-        column, first = _optional(row, "system"), messages[0]
-        if first.role != "system" or first.name is not None:  # one with a name describes tools
-            messages[:0] = [Message("system", system)] if (system := column or self._system) else []
+        column = _optional_text(row, "system")
+        first = messages[0]
+        if first.role != "system" or first.name is not None:  # a system message with a name describes tools
+            system = column or self._system
+            if system:
+                messages.insert(0, Message("system", system))
         elif column and column.strip() != first.content.strip():
-            what = f"the column is {shorten(column)}, the conversation begins with {shorten(first.content)}"
-            raise InvalidConversation("two system messages", f"'system': {what}")
+            detail = f"the column is {shorten(column)}, the conversation begins with {shorten(first.content)}"
+            raise InvalidConversation("two system messages", f"'system': {detail}")
         return self.chat.training_segments(messages, WHERE, _tools(row.get("tools")), self._last_only)
 
     @property
@@ -168,31 +179,31 @@ class ChatHandler(InstructionHandler):
 
     @abstractmethod
     def messages(self, row: Row) -> Sequence[Any]:
-        """Roles and contents, at least one."""
+        """Returns the messages of a row, with role and content, at least one."""
 
 
 class AlpacaStyleInstructionHandler(ChatHandler):
-    """Alpaca rows: `history` is a list of questions and answers that came before."""
+    """Alpaca rows: `history` is a list of earlier questions and answers."""
 
     required = ("instruction", "output")
     optional = ("input", "system", "history")
     nested = ("history",)
 
     def messages(self, row: Row) -> Sequence[Any]:
-        question, answer, given = _text(row, "instruction"), _text(row, "output"), _optional(row, "input")
-        turns = [
-            *_history(row["history"]),
-            (f"{question}\n{given}" if given and given.strip() else question, answer),
-        ]
-        return [
-            {"role": role, "content": text}
-            for turn in turns
-            for role, text in zip(("user", "assistant"), turn, strict=True)
-        ]
+        question = _text(row, "instruction")
+        answer = _text(row, "output")
+        context = _optional_text(row, "input")
+        if context and context.strip():
+            question = f"{question}\n{context}"
+        messages = []
+        for user, assistant in [*_history(row["history"]), (question, answer)]:
+            messages.append({"role": "user", "content": user})
+            messages.append({"role": "assistant", "content": assistant})
+        return messages
 
 
 class SharegptStyleInstructionHandler(ChatHandler):
-    """Conversations as lists of from and value, or of role and content, under `conversations` or `messages`."""
+    """Conversations under `conversations` or `messages`: lists of from and value, or of role and content."""
 
     LISTS: ClassVar[tuple[str, ...]] = ("conversations", "messages")
     required = ()
@@ -210,18 +221,18 @@ class SharegptStyleInstructionHandler(ChatHandler):
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
 
     def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
-        """One of the two names is enough: what is much like the other one may stand beside it."""
-        said = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
-        near = [
-            name
-            for name in self.LISTS
-            if said and isinstance(row[name], InvalidValue) and row[name].kind == MISSPELLED
-        ]
-        return super()._read({**row, **dict.fromkeys(near)})
+        """Reads a row; one of the two lists is enough, so a column similar to the other name is no fault."""
+        has_list = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
+        misspelled = []
+        for name in self.LISTS:
+            value = row[name]
+            if has_list and isinstance(value, InvalidValue) and value.kind == MISSPELLED:
+                misspelled.append(name)
+        return super()._read({**row, **dict.fromkeys(misspelled)})
 
     def messages(self, row: Row) -> Sequence[Any]:
-        held = [row[name] for name in self.LISTS if row[name] is not None]
-        items = next((one for one in held if one), held[0] if held else None)
+        lists = [row[name] for name in self.LISTS if row[name] is not None]
+        items = next((items for items in lists if items), lists[0] if lists else None)
         if not isinstance(items, Sequence) or isinstance(items, str) or not items:
             raise InvalidConversation(
                 "no conversation", f"{' or '.join(self.LISTS)} is {shorten(items)}, not a list of messages"
@@ -229,24 +240,28 @@ class SharegptStyleInstructionHandler(ChatHandler):
         return [self._message(item) for item in items]
 
     def _message(self, item: Any) -> Any:
-        """In the words of role and content; columnar files have every key in every message, most of them null."""
+        """Converts a message to role and content; columnar files have every key in every message, most of
+        them null."""
         if not isinstance(item, Mapping):
             return item
-        known = {key: value for key, value in item.items() if value is not None}
-        if "from" not in known:
-            return known
-        role, said = known.pop("from"), known.pop("value", None)
+        fields = {key: value for key, value in item.items() if value is not None}
+        if "from" not in fields:
+            return fields
+        role = fields.pop("from")
+        content = fields.pop("value", None)
         if role == "function_call":
-            calls = _json(said, "wrong tool call")
-            return known | {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-        return known | {
-            "role": self.ROLES.get(role, role) if isinstance(role, str) else role,
-            "content": said,
-        }
+            calls = _json(content, "wrong tool call")
+            fields |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
+        else:
+            fields |= {
+                "role": self.ROLES.get(role, role) if isinstance(role, str) else role,
+                "content": content,
+            }
+        return fields
 
 
 def _text(row: Row, name: str) -> str:
-    """What a row must have."""
+    """Returns the text of a required column. Raises `InvalidConversation`."""
     value = row[name]
     if value is None:
         raise InvalidConversation(f"no {name!r}", f"{name!r} is missing or null")
@@ -259,7 +274,8 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
-def _optional(row: Row, name: str) -> str | None:
+def _optional_text(row: Row, name: str) -> str | None:
+    """Returns the text of an optional column, or None. Raises `InvalidConversation` for another type."""
     value = row.get(name)
     if value is not None and not isinstance(value, str):
         raise InvalidConversation("not text", f"{name!r} is {shorten(value)}, not a text")
@@ -267,6 +283,7 @@ def _optional(row: Row, name: str) -> str | None:
 
 
 def _history(value: Any) -> list[Sequence[str]]:
+    """Returns earlier questions and answers. Raises `InvalidConversation`."""
     turns = [] if value is None else value
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise InvalidConversation(
@@ -276,7 +293,7 @@ def _history(value: Any) -> list[Sequence[str]]:
 
 
 def _tools(value: Any) -> Any:
-    """Descriptions of functions, as a list or as its JSON."""
+    """Returns descriptions of functions, given as a list or as its JSON. Raises `InvalidConversation`."""
     return _json(value, "wrong tools") if isinstance(value, str) and value.strip() else value or None
 
 

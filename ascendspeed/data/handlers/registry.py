@@ -1,4 +1,4 @@
-"""Which handlers there are, by name; a new one is a class and a line in `HANDLERS`."""
+"""Registry of dataset handlers by name. A new handler is a class and a line in `HANDLER_CLASSES`."""
 
 import difflib
 from collections.abc import Sequence
@@ -29,39 +29,42 @@ HANDLER_CLASSES: tuple[type[Handler], ...] = (
 )
 HANDLERS: dict[str, type[Handler]] = {kind.__name__: kind for kind in HANDLER_CLASSES}
 HANDLER_SETTINGS = ("chat_template", "system", "loss_on")
-"""Of a `Job`, that only some handlers take."""
+"""Fields of `EncoderConfig` that only some handlers use."""
 MAX_LISTED = 12
-"""Names of columns that are said."""
+"""Names of columns in a note."""
 
 
-def create_handler(job: EncoderConfig, tokenizer: Tokenizer) -> Handler:
-    """The handler of `--handler-name`. Raises `UserError`: listing what there is, or for a setting that means nothing to it."""
-    name = job.handler_name
+def create_handler(config: EncoderConfig, tokenizer: Tokenizer) -> Handler:
+    """Creates the handler of `--handler-name`. Raises `UserError` if it does not exist or does not use a
+    given setting."""
+    name = config.handler_name
     if name not in HANDLERS:
-        within = [other for other in HANDLERS if name and name.casefold() in other.casefold()]
-        near = within or difflib.get_close_matches(name, HANDLERS, 1, 0.3)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        containing = [other for other in HANDLERS if name and name.casefold() in other.casefold()]
+        similar = containing or difflib.get_close_matches(name, HANDLERS, 1, 0.3)
+        hint = f"did you mean {' or '.join(similar)}? " if similar else ""
         raise UserError(f"unknown handler {name!r}; {hint}There are: {', '.join(HANDLERS)}")
-    kind = HANDLERS[name]
+    handler_class = HANDLERS[name]
     for setting in HANDLER_SETTINGS:
-        if getattr(job, setting) is not None and setting not in kind.takes:
-            others = ", ".join(other for other, one in HANDLERS.items() if setting in one.takes)
+        if getattr(config, setting) is not None and setting not in handler_class.accepted_settings:
+            others = [other for other, cls in HANDLERS.items() if setting in cls.accepted_settings]
             raise UserError(
-                f"--{setting.replace('_', '-')} means nothing to {name}, only to {others}; leave it out"
+                f"--{setting.replace('_', '-')} means nothing to {name}, only to {', '.join(others)}; leave "
+                "it out"
             )
-    return kind(job, tokenizer)  # type: ignore[call-arg]
+    return handler_class(config, tokenizer)  # type: ignore[call-arg]
 
 
-def unread_columns(made_by: Handler, present: Sequence[str]) -> str:
-    """What is said of columns that the handler does not read; empty when it reads all."""
-    names = [str(name) for name in present if name not in made_by.columns]
+def unread_columns(handler: Handler, present: Sequence[str]) -> str:
+    """Returns a note about columns that the handler does not read; empty if it reads all."""
+    names = [str(name) for name in present if name not in handler.columns]
     return f"columns not read: {shorten_list(names, MAX_LISTED)}" if names else ""
 
 
-def check_columns(made_by: Handler, where: Any, present: Sequence[str]) -> None:
-    """Raises `UserError` when a required column is missing, listing what there is."""
-    missing = made_by.missing(present)
+def check_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
+    """Raises `UserError` if a required column of `source` (a path) is missing."""
+    missing = handler.missing(present)
     if missing:
+        columns = ", ".join(map(str, present))
         raise UserError(
-            f"{where}: {type(made_by).__name__} needs the column {missing!r}; there are: {', '.join(map(str, present))}"
+            f"{source}: {type(handler).__name__} needs the column {missing!r}; there are: {columns}"
         )

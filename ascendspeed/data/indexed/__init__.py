@@ -1,1 +1,1 @@
-"""Indexed datasets on disk: Megatron's .bin/.idx, InternEvo's .bin/.meta."""
+"""Datasets on disk: Megatron .bin/.idx pairs and InternEvo .bin/.meta files."""

@@ -1,8 +1,9 @@
-"""One pass over the documents of a split, as a Megatron `GPTDataset`.
+"""One epoch of plain text as a Megatron `GPTDataset`.
 
-Megatron builds a data set for as many samples as the run asks for and shuffles its epochs together, so that the sample at a
-place depends on the length of the run. Here every epoch is a data set of its own, shuffled with seed + epoch: what comes at a
-place never changes, and no more than an epoch has to be built. Within it documents, cuts and order are Megatron's own.
+Megatron builds a dataset for as many samples as the run needs and shuffles its epochs together, so the sample
+at an index depends on the length of the run. Here every epoch is a dataset of its own, shuffled with seed +
+epoch: the sample at an index never changes, and only one epoch has to be built. Within an epoch, document
+order, splits and sample order are Megatron's.
 """
 
 import fcntl
@@ -28,8 +29,8 @@ from ascendspeed.utils.atomic import publish_folder
 from ascendspeed.utils.errors import UserError
 
 MIN_CACHED = 4 << 20
-"""Documents and samples from which on the indices of an epoch are kept in files, shared by the ranks; below, every rank makes
-its own in less than a second."""
+"""Documents plus samples from which on the indices of an epoch are cached in files that ranks share; for
+smaller data, every rank builds its own in less than a second."""
 INDICES = ("documents", "samples", "shuffle")
 
 Indices = tuple[np.ndarray, ...]
@@ -37,8 +38,8 @@ Indices = tuple[np.ndarray, ...]
 
 @dataclass(frozen=True)
 class NoTokenizer:
-    """What GPTDataset wants to know of a tokenizer. Nothing is padded: every sample is full, and the pad id of InternLM is its
-    eos, which is to be learnt."""
+    """The tokenizer fields that `GPTDataset` reads. Nothing is padded, because every sample is full; the pad
+    id of InternLM is its eos, which is supervised."""
 
     vocab_size: int | None = None
     pad: int = -1
@@ -47,7 +48,8 @@ class NoTokenizer:
 
 
 class EpochDataset(GPTDataset):
-    """Epoch number `epoch` of `documents` [n] int32 of an indexed data set: samples of `seq_length` tokens, all full."""
+    """One epoch over `documents` [n] int32 of an indexed dataset: samples of `seq_length` tokens, all
+    full."""
 
     def __init__(
         self,
@@ -58,7 +60,7 @@ class EpochDataset(GPTDataset):
         seed: int,
         cache: Path | None,
     ) -> None:
-        """`seed` is that of this epoch; `cache` a folder for the indices of large data sets."""
+        """`seed` is this epoch's; `cache` is a folder for the indices of large datasets."""
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
@@ -75,17 +77,14 @@ class EpochDataset(GPTDataset):
         tokens = self._get_num_tokens_per_epoch()
         if self._cache is None or len(self.indices) + tokens // self.config.sequence_length < MIN_CACHED:
             return self._build(tokens)
-        said = (
-            *(
-                f"{p.stat().st_size} {p.stat().st_mtime_ns}"
-                for p in (Path(f"{self.dataset.path_prefix}.{x}") for x in ("bin", "idx"))
-            ),
-            *(self.indices[0], self.indices[-1], self.config.sequence_length, self.config.random_seed),
-        )
-        digest = hashlib.sha256(" ".join(map(str, said)).encode()).hexdigest()[:16]
-        return load_or_build(
-            self._cache / f"{Path(self.dataset.path_prefix).name}-{digest}", lambda: self._build(tokens)
-        )
+        key = []
+        for suffix in ("bin", "idx"):
+            stat = Path(f"{self.dataset.path_prefix}.{suffix}").stat()
+            key.append(f"{stat.st_size} {stat.st_mtime_ns}")
+        key += [self.indices[0], self.indices[-1], self.config.sequence_length, self.config.random_seed]
+        digest = hashlib.sha256(" ".join(map(str, key)).encode()).hexdigest()[:16]
+        folder = self._cache / f"{Path(self.dataset.path_prefix).name}-{digest}"
+        return load_or_build(folder, lambda: self._build(tokens))
 
     def _build(self, tokens: int) -> Indices:
         random = np.random.RandomState(self.config.random_seed)
@@ -99,10 +98,11 @@ class EpochDataset(GPTDataset):
 
 
 def load_or_build(folder: Path, build: Callable[[], Indices]) -> Indices:
-    """The arrays in `folder`, mapped; made first if they are not there.
+    """Memory-maps the arrays in `folder`, which are built first if they do not exist.
 
-    Whoever comes first builds, the others on the machine wait for it. The folder appears whole; should the lock mean nothing
-    between machines, two of them make the same folder and one of the two stays.
+    The first process builds them, and the others on the machine wait. The folder appears complete; if the
+    file lock does not work between machines, two of them build the same folder and one of the two remains.
+    Raises `UserError`.
     """
     try:
         if not folder.is_dir():
@@ -114,7 +114,7 @@ def load_or_build(folder: Path, build: Callable[[], Indices]) -> Indices:
         return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in INDICES)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder}: the sample indices cannot be kept here: {error}; choose another --data-cache-path"
+            f"{folder}: the sample indices cannot be cached here: {error}; choose another --data-cache-path"
         ) from error
 
 
@@ -128,5 +128,5 @@ def _write(folder: Path, arrays: Indices) -> None:
         publish_folder(temporary, folder)
     except OSError:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not folder.is_dir():  # else another machine was faster, with the same content
+        if not folder.is_dir():  # otherwise another machine was faster, with the same content
             raise

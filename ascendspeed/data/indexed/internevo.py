@@ -1,8 +1,9 @@
-"""InternEvo's tokenized data: X.bin, a line of JSON for every document, and X.bin.meta, where the lines lie.
+"""InternEvo's tokenized data: X.bin, one line of JSON per document, and X.bin.meta, the offsets of the lines.
 
-A line is {"tokens": [...]}: token t > 0 is read and learnt, t < 0 is read as -t and not learnt, and id 0 is never learnt, as
-InternEvo takes for a label only what is above 0. X.bin.meta is an array of numpy's, a row for every document: (offset of its line,
-tokens), and from some tools a third column. Nothing of it is believed before the line itself was read.
+A line is {"tokens": [...]}: a token t > 0 is supervised, t < 0 stands for the id -t without supervision, and
+id 0 is never supervised, because InternEvo takes only labels above 0. X.bin.meta is a numpy array with a row
+for every document: (offset of its line, tokens), and a third column from some tools. It is checked against
+the lines before it is used.
 """
 
 import functools
@@ -11,12 +12,14 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import numpy as np
 
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.document import Document, Supervision, count_supervised
 from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
+from ascendspeed.data.token_dataset import SampleSource, TokenDataset
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,67 +30,78 @@ CHECKED_LINES = 8
 DOCUMENTS_PER_WRITE = 1024
 """Documents that a conversion writes at once."""
 CACHED_DOCUMENTS = 8
-"""Documents that were read last; a long one goes on in the next row."""
+"""Documents read last; a long one continues in the next row."""
 
 
 def find_files(path: str | Path) -> list[Path]:
-    """The .bin files that a path means: one, or all below a folder, sorted; none where it holds no such data."""
+    """Returns the .bin files that a path names: one, or all below a folder, sorted; empty if it holds no
+    InternEvo data."""
     path = Path(path)
     if path.is_file():
         return [path] if path.suffix == ".bin" and Path(f"{path}{META}").is_file() else []
-    found = [one for one in _below(path) if one.suffix == ".bin"] if path.is_dir() else []
-    return found if any(Path(f"{one}{META}").is_file() for one in found) else []
+    files = [file for file in _walk(path) if file.suffix == ".bin"] if path.is_dir() else []
+    return files if any(Path(f"{file}{META}").is_file() for file in files) else []
 
 
-def _below(folder: Path) -> Iterator[Path]:
-    """Files, through links too, folder by folder."""
-    seen = set()
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yields files below a folder in sorted order; follows links, and visits every folder once."""
+    visited = set()
     for root, folders, files in os.walk(folder, followlinks=True):
-        if (real := os.path.realpath(root)) in seen:
+        real = os.path.realpath(root)
+        if real in visited:
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders.sort()
         yield from (Path(root, name) for name in sorted(files))
 
 
 class InternEvoFile:
-    """One .bin and its .meta."""
+    """One .bin file and its .meta."""
 
     def __init__(self, path: Path, min_length: int, limit: int) -> None:
-        """`limit`: ids must be below. Raises `UserError` when the two are damaged or do not belong together."""
-        self.path, self._limit = path, limit
+        """`limit`: ids must be below it. Raises `UserError` if the two files are damaged or do not belong
+        together."""
+        self.path = path
+        self._limit = limit
         try:
             self._file = path.open("rb")
             self._size = os.fstat(self._file.fileno()).st_size
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        table = self._table()
-        self._offsets, self._ends = table[:, 0], np.append(table[1:, 0], self._size)
-        self.lengths = table[:, self._column(table)]
+        table = self._read_meta()
+        self._offsets = table[:, 0]
+        self._ends = np.append(table[1:, 0], self._size)
+        self.lengths = table[:, self._length_column(table)]
         if (self.lengths < 0).any() or (2 * self.lengths > self._ends - self._offsets).any():
-            self._damaged("says that documents have more tokens than their lines could hold")
+            self._raise_damaged("says that documents have more tokens than their lines could hold")
         self.documents = len(table)
         keep = self.lengths >= max(min_length, 1)
-        self._offsets, self._ends, self.lengths = self._offsets[keep], self._ends[keep], self.lengths[keep]
+        self._offsets = self._offsets[keep]
+        self._ends = self._ends[keep]
+        self.lengths = self.lengths[keep]
         for number in _spread(len(self.lengths)):
             self.read(number)
 
     def read(self, number: int) -> np.ndarray:
-        """Tokens [n] int64 of a document as they were written, negative where they are not to be learnt. Raises `UserError`."""
-        offset, end, count = int(self._offsets[number]), int(self._ends[number]), int(self.lengths[number])
-        tokens = self._tokens(offset, end)
+        """Returns the stored tokens [n] int64 of a document, negative if unsupervised. Raises `UserError` if
+        damaged."""
+        offset = int(self._offsets[number])
+        count = int(self.lengths[number])
+        tokens = self._read_line(offset, int(self._ends[number]))
         if len(tokens) != count:
-            self._wrong(offset, f"the line has {len(tokens)} tokens and {self.path.name}{META} says {count}")
+            self._raise_wrong_line(
+                offset, f"the line has {len(tokens)} tokens and {self.path.name}{META} says {count}"
+            )
         if tokens.min() <= -self._limit or tokens.max() >= self._limit:
             foreign = next(abs(token) for token in tokens.tolist() if abs(token) >= self._limit)
-            self._wrong(
+            self._raise_wrong_line(
                 offset,
                 f"token id {foreign}, but the vocabulary has {self._limit} ids; was another tokenizer used?",
             )
         return tokens
 
-    def _table(self) -> np.ndarray:
+    def _read_meta(self) -> np.ndarray:
         meta = Path(f"{self.path}{META}")
         if not meta.is_file():
             raise UserError(
@@ -96,104 +110,134 @@ class InternEvoFile:
         try:
             table = np.load(meta, allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{meta} is not an array of numpy's: {error}") from error
+            raise UserError(f"{meta} is not a numpy array: {error}") from error
         if table.ndim != 2 or table.shape[1] not in (2, 3) or table.dtype.kind not in "iu" or not len(table):
             raise UserError(
-                f"{meta} is {table.dtype} {list(table.shape)}, not whole numbers [documents, 2 or 3]"
+                f"{meta} is {table.dtype} {list(table.shape)}, not integers of the shape [documents, 2 or 3]"
             )
         table = table.astype(np.int64)
         offsets = table[:, 0]
         if offsets[0] < 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= self._size:
-            self._damaged(f"has offsets that do not ascend within the {self._size} bytes of the file")
+            self._raise_damaged(f"has offsets that do not ascend within the {self._size} bytes of the file")
         return table
 
-    def _column(self, table: np.ndarray) -> int:
-        """Where the lengths stand, told by the lines: second or last."""
-        looked = [
-            (number, len(self._tokens(int(self._offsets[number]), int(self._ends[number]))))
-            for number in _spread(len(table))
-        ]
+    def _length_column(self, table: np.ndarray) -> int:
+        """Finds the column of the lengths, second or last, by reading a few lines."""
+        counts = {}
+        for number in _spread(len(table)):
+            counts[number] = len(self._read_line(int(self._offsets[number]), int(self._ends[number])))
         for column in range(1, table.shape[1]):
-            if all(table[number, column] == count for number, count in looked):
+            if all(table[number, column] == count for number, count in counts.items()):
                 return column
-        number, count = next(one for one in looked if table[one[0], 1] != one[1])
-        said = f"the line has {count} tokens and {self.path.name}{META} says {table[number, 1]}"
-        self._wrong(int(self._offsets[number]), f"{said}; was one of the two made anew?")
-
-    def _tokens(self, offset: int, end: int) -> np.ndarray:
-        before = max(offset - 1, 0)
-        try:
-            read = os.pread(self._file.fileno(), end - before, before)
-        except OSError as error:
-            raise UserError(f"{self.path}, byte {offset}: cannot be read: {error.strerror}") from error
-        head, line = read[: offset - before], read[offset - before :].partition(b"\n")[0]
-        if head not in (b"", b"\n"):
-            self._wrong(
-                offset,
-                f"no line begins here, though {self.path.name}{META} says so; was one of the two made anew?",
-            )
-        try:
-            said = json.loads(line)
-            tokens = np.array(said["tokens"])
-        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
-            self._wrong(offset, f'not a line {{"tokens": [...]}}: {error!r}')
-        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind != "i"):
-            self._wrong(offset, "its tokens are not a list of whole numbers")
-        return tokens
-
-    def _damaged(self, what: str) -> NoReturn:
-        raise UserError(
-            f"{self.path}{META} {what}; make it anew, it does not belong to {self.path.name} as it is"
+        number, count = next((n, count) for n, count in counts.items() if table[n, 1] != count)
+        difference = f"the line has {count} tokens and {self.path.name}{META} says {table[number, 1]}"
+        self._raise_wrong_line(
+            int(self._offsets[number]), f"{difference}; was only one of the two files written again?"
         )
 
-    def _wrong(self, offset: int, what: str) -> NoReturn:
-        raise UserError(f"{self.path}, byte {offset}: {what}")
+    def _read_line(self, offset: int, end: int) -> np.ndarray:
+        first = max(offset - 1, 0)  # the byte before must end a line
+        try:
+            content = os.pread(self._file.fileno(), end - first, first)
+        except OSError as error:
+            raise UserError(f"{self.path}, byte {offset}: cannot be read: {error.strerror}") from error
+        byte_before = content[: offset - first]
+        line = content[offset - first :].partition(b"\n")[0]
+        if byte_before not in (b"", b"\n"):
+            self._raise_wrong_line(
+                offset,
+                f"no line begins here, though {self.path.name}{META} says so; "
+                "was only one of the two files written again?",
+            )
+        try:
+            tokens = np.array(json.loads(line)["tokens"])
+        except (ValueError, TypeError, KeyError, RecursionError, OverflowError) as error:
+            self._raise_wrong_line(offset, f'not a line {{"tokens": [...]}}: {error!r}')
+        if tokens.ndim != 1 or (len(tokens) and tokens.dtype.kind != "i"):
+            self._raise_wrong_line(offset, "its tokens are not a list of integers")
+        return tokens
+
+    def _raise_damaged(self, reason: str) -> NoReturn:
+        raise UserError(f"{self.path}{META} {reason}; write it again, it does not belong to {self.path.name}")
+
+    def _raise_wrong_line(self, offset: int, reason: str) -> NoReturn:
+        raise UserError(f"{self.path}, byte {offset}: {reason}")
 
 
 def _spread(count: int) -> list[int]:
-    """A few numbers below `count`, first and last among them."""
+    """Returns a few numbers below `count`, the first and the last among them."""
     return sorted({int(number) for number in np.linspace(0, count - 1, min(count, CHECKED_LINES))})
 
 
-class InternEvoDataset:
-    """All documents of one path, file by file: `Documents`."""
+class InternEvoDataset(TokenDataset):
+    """All documents below one path, file by file: `Documents` and a `TokenDataset`."""
+
+    description = "InternEvo's data"
+    flags = ("min_length", "max_segment_length")
+    has_loss_mask = True
 
     def __init__(self, path: str, min_length: int = 0, limit: int = 1 << 31) -> None:
-        """`min_length`: shorter documents are left out; `limit`: ids must be below. Raises `UserError` for damaged data."""
+        """`min_length`: shorter documents are left out; `limit`: ids must be below it. Raises `UserError` if
+        damaged."""
         self.prefix = path
-        self._files = [InternEvoFile(one, min_length, limit) for one in find_files(path)]
+        self._files = [InternEvoFile(file, min_length, limit) for file in find_files(path)]
         self.lengths = np.concatenate([file.lengths for file in self._files])
-        self.files = np.cumsum([0, *(len(file.lengths) for file in self._files)])
+        self.file_bounds = np.cumsum([0, *(len(file.lengths) for file in self._files)])
         self.left_out = sum(file.documents for file in self._files) - len(self.lengths)
         if not len(self.lengths):
             raise UserError(
-                f"{path}: none of its {self.left_out} documents has {max(min_length, 1)} tokens; lower --min-length"
+                f"{path}: none of its {self.left_out} documents has {max(min_length, 1)} tokens; lower "
+                "--min-length"
             )
-        self._read = functools.lru_cache(CACHED_DOCUMENTS)(self._document)
+        self._cached_document = functools.lru_cache(CACHED_DOCUMENTS)(self._read_document)
+
+    @classmethod
+    def match(cls, path: str) -> bool:
+        return bool(find_files(path))
+
+    @classmethod
+    def open(cls, path: str, data: DataConfig, vocab_size: int) -> Self:
+        dataset = cls(path, data.min_length, vocab_size)
+        logger.info(dataset.note)
+        return dataset
+
+    @classmethod
+    def files(cls, path: str) -> list[Path]:
+        return [part for file in find_files(path) for part in (file, Path(f"{file}{META}"))]
+
+    def samples(self, split: str, data: DataConfig, seed: int) -> SampleSource:
+        from ascendspeed.data.packing.internevo import InternEvoCut  # conversion needs no torch
+        from ascendspeed.data.packing.packed_dataset import packed_samples
+
+        return packed_samples(self, split, data, seed, InternEvoCut)
 
     @property
     def note(self) -> str:
-        """One line for a person."""
+        """One log line: files and documents."""
         short = f", {self.left_out:,} shorter ones left out" if self.left_out else ""
-        return f"{self.prefix}: {len(self._files):,} files of InternEvo's, {len(self.lengths):,} documents{short}"
+        return f"{self.prefix}: {len(self._files):,} InternEvo files, {len(self.lengths):,} documents{short}"
 
     def document(self, number: int) -> Document:
-        """Raises `UserError` with file and byte when its line is damaged."""
-        return self._read(number)
+        """Returns a document. Raises `UserError` with file and byte if its line is damaged."""
+        return self._cached_document(number)
 
-    def learnt(self, numbers: np.ndarray, length: int) -> Supervision:
-        """As `Documents` says, but the lines of documents that are taken whole are not read."""
+    def supervision(self, numbers: np.ndarray, length: int) -> Supervision:
+        """Counts as in `Documents`, but does not read the lines of documents that fit."""
         lengths = self.lengths[numbers]
-        tokens, (lost, cut) = np.maximum(lengths - 1, 0), np.zeros((2, len(numbers)), np.int64)
-        for place in np.flatnonzero(lengths > length):
-            mask = self._document(int(numbers[place])).loss_mask
-            found = count_supervised(mask, lengths[place : place + 1], length)  # type: ignore[arg-type]
-            tokens[place], lost[place], cut[place] = found.tokens[0], found.lost[0], found.cut[0]
+        tokens = np.maximum(lengths - 1, 0)
+        lost, cut = np.zeros((2, len(numbers)), np.int64)
+        for index in np.flatnonzero(lengths > length):
+            mask = self._read_document(int(numbers[index])).loss_mask
+            assert mask is not None
+            document = count_supervised(mask, lengths[index : index + 1], length)
+            tokens[index] = document.tokens[0]
+            lost[index] = document.lost_answers[0]
+            cut[index] = document.cut_answers[0]
         return Supervision(tokens, lost, cut, exact=False)
 
-    def _document(self, number: int) -> Document:
-        which = int(np.searchsorted(self.files, number, side="right")) - 1
-        tokens = self._files[which].read(number - int(self.files[which]))
+    def _read_document(self, number: int) -> Document:
+        which = int(np.searchsorted(self.file_bounds, number, side="right")) - 1
+        tokens = self._files[which].read(number - int(self.file_bounds[which]))
         return Document(np.abs(tokens).astype(np.int32), tokens > 0)
 
     def __len__(self) -> int:
@@ -201,35 +245,33 @@ class InternEvoDataset:
 
 
 def convert(path: str, prefix: str, min_length: int = 0) -> dict[str, Any]:
-    """The documents of a path as a couple of .bin/.idx pairs (`couple`), in their order; returns what P.meta says.
+    """Writes the documents of a path as a masked pair (`masked_pair`), in their order; returns the content of
+    P.meta.
 
-    Every line is read. Raises `UserError` for damaged data, and leaves old files as they are then.
+    Every line is read. Raises `UserError` for damaged data, and then leaves old files as they are.
     """
     if not find_files(path):
         raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
-    found = InternEvoDataset(path, min_length)
-    logger.info(found.note)
+    dataset = InternEvoDataset(path, min_length)
+    logger.info(dataset.note)
     with MaskedPairWriter(prefix) as writer:
-        highest = 0
-        for start in range(0, len(found), DOCUMENTS_PER_WRITE):
-            held = [
-                found.document(number)
-                for number in range(start, min(start + DOCUMENTS_PER_WRITE, len(found)))
-            ]
-            tokens, learnt = (
-                np.concatenate(column)
-                for column in zip(*((one.tokens, one.loss_mask) for one in held), strict=True)
-            )
-            writer.add(tokens, found.lengths[start : start + DOCUMENTS_PER_WRITE].astype(np.int32), learnt)
-            highest = max(highest, int(tokens.max()))
+        max_token = 0
+        for start in range(0, len(dataset), DOCUMENTS_PER_WRITE):
+            stop = min(start + DOCUMENTS_PER_WRITE, len(dataset))
+            documents = [dataset.document(number) for number in range(start, stop)]
+            tokens = np.concatenate([document.tokens for document in documents])
+            supervised = np.concatenate([document.loss_mask for document in documents])
+            writer.add(tokens, dataset.lengths[start:stop].astype(np.int32), supervised)
+            max_token = max(max_token, int(tokens.max()))
         facts = {
             "documents": writer.documents,
             "tokens": writer.tokens,
-            "max_token": highest,
-            "left_out": found.left_out,
+            "max_token": max_token,
+            "left_out": dataset.left_out,
         }
         writer.commit(facts)
     logger.info(
-        f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, {writer.learnt:,} of them to be learnt"
+        f"{writer.prefix}: {writer.documents:,} documents, {writer.tokens:,} tokens, "
+        f"{writer.supervised:,} of them supervised"
     )
     return facts

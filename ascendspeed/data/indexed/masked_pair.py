@@ -1,8 +1,10 @@
-"""Instruction data on disk: two pairs under the published names, of the same documents.
+"""Instruction data on disk: two Megatron pairs of the same documents, ids and labels, under the published
+names.
 
-`P_packed_input_ids_document` holds the ids; `P_packed_labels_document` the same ids where they are to be learnt and -100 where
-not, unshifted. Both metas carry the same digest, and the ids come last: a run that was killed leaves no two that open together.
-What the published tool wrote has no metas and a third pair, the attention mask, which says nothing and is not read.
+`P_packed_input_ids_document` holds the ids; `P_packed_labels_document` holds the same ids where a token is
+supervised and -100 elsewhere, unshifted. Both .meta files have the same digest, and the ids are published
+last, so a killed run leaves no two pairs that open together. Data of the published tool have no .meta and a
+third pair, the attention mask, which is not read.
 """
 
 import functools
@@ -15,32 +17,39 @@ from typing import Any, Self
 
 import numpy as np
 
+from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.document import Document, Supervision, count_supervised
 from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, pair_file, read_facts
+from ascendspeed.data.token_dataset import SampleSource, TokenDataset, check_max_token
 from ascendspeed.utils.errors import UserError
 
 KEYS = ("packed_input_ids", "packed_labels")
 UNTRAINABLE = {KEYS[1]: "labels", "packed_attention_mask": "attention masks"}
+"""Keys of pairs that only accompany the ids -> their content."""
 IGNORED = -100
 DTYPE = np.dtype(np.int32)
 CHUNK = 1 << 20
-"""Labels that are looked at together."""
+"""Labels that are scanned at once."""
+SUPERVISED_FACT = "learnt"
+"""Key of the number of supervised tokens in .meta files."""
 
 
 def pair_prefix(prefix: str | Path, key: str) -> str:
-    """Prefix of the pair that is kept under a key."""
+    """Returns the prefix of the pair that stores a key."""
     return f"{prefix}_{key}_document"
 
 
 def find_pairs(prefix: str) -> tuple[str, str] | None:
-    """(ids, labels) of the couple that `--data-path` means; None when it means something else.
+    """Returns the prefixes (ids, labels) of the masked pair that `--data-path` names; None if it names
+    something else.
 
-    It may be named by `P`, as given to preprocessing, by `P_packed`, or by its ids. Raises `UserError` for the name of another pair
-    of the couple, which is none to train on.
+    Its name is `P`, as given to preprocessing, `P_packed`, or the prefix of its ids. Raises `UserError` for
+    the name of its labels or attention masks.
     """
-    for key, what in UNTRAINABLE.items():
+    for key, content in UNTRAINABLE.items():
         if prefix.endswith(f"_{key}_document"):
-            raise UserError(f"{prefix}: these are {what}; give {prefix.removesuffix(f'_{key}_document')}")
+            name = prefix.removesuffix(f"_{key}_document")
+            raise UserError(f"{prefix}: these are {content}; give {name}")
     for name in (prefix, prefix.removesuffix("_packed"), prefix.removesuffix(f"_{KEYS[0]}_document")):
         ids, labels = (pair_prefix(name, key) for key in KEYS)
         if pair_file(ids, "idx").is_file() and (name != prefix or not pair_file(prefix, "idx").is_file()):
@@ -48,112 +57,147 @@ def find_pairs(prefix: str) -> tuple[str, str] | None:
     return None
 
 
-class MaskedPair:
-    """A couple that was opened: `Documents`."""
+class MaskedPair(TokenDataset):
+    """Ids and labels of the same documents: `Documents` and a `TokenDataset`."""
+
+    description = ".bin/.idx pairs with labels"
+    flags = ("max_segment_length",)
+    has_loss_mask = True
 
     def __init__(self, prefix: str, ids: str, labels: str) -> None:
-        """Raises `UserError` unless both pairs are there, whole, and belong together."""
+        """Raises `UserError` unless both pairs exist, are complete and belong together."""
         from megatron.core.datasets.indexed_dataset import IndexedDataset  # writing needs no torch
 
         self.prefix = prefix
         self.tokens = check_pair(ids)
         check_pair(labels)
-        self._ids, self._labels = IndexedDataset(ids), IndexedDataset(labels)
+        self._ids = IndexedDataset(ids)
+        self._labels = IndexedDataset(labels)
         self.lengths = self._ids.sequence_lengths
-        self.files = np.array([0, len(self.lengths)], np.int64)
-        digests = {read_facts(one).get("digest") for one in (ids, labels)}
+        self.file_bounds = np.array([0, len(self.lengths)], np.int64)
+        digests = {read_facts(pair).get("digest") for pair in (ids, labels)}
         if len(digests) > 1 or not np.array_equal(self.lengths, self._labels.sequence_lengths):
             raise UserError(
                 f"{ids} and {labels} are not of the same documents; was a run killed? Preprocess again"
             )
-        if read_facts(ids).get("learnt") == 0:
+        if read_facts(ids).get(SUPERVISED_FACT) == 0:
             raise UserError(
-                f"{prefix}: no token of its {len(self.lengths):,} documents is to be learnt; preprocess again"
+                f"{prefix}: no token of its {len(self.lengths):,} documents is supervised; preprocess again"
             )
-        self._learnt = functools.lru_cache(1)(self._looked_through)
+        self._supervision = functools.lru_cache(1)(self._scan_labels)
+
+    @classmethod
+    def match(cls, path: str) -> bool:
+        return find_pairs(path) is not None
+
+    @classmethod
+    def open(cls, path: str, data: DataConfig, vocab_size: int) -> Self:
+        dataset = cls(path, *_existing_pairs(path))
+        check_max_token(path, cls.facts(path), dataset.tokens, vocab_size)
+        return dataset
+
+    @classmethod
+    def files(cls, path: str) -> list[Path]:
+        return [pair_file(prefix, suffix) for prefix in _existing_pairs(path) for suffix in ("bin", "idx")]
+
+    @classmethod
+    def facts(cls, path: str) -> dict[str, Any]:
+        return read_facts(_existing_pairs(path)[0])
+
+    def samples(self, split: str, data: DataConfig, seed: int) -> SampleSource:
+        from ascendspeed.data.packing.algorithms import FirstFit  # writing needs no torch
+        from ascendspeed.data.packing.packed_dataset import packed_samples
+
+        return packed_samples(self, split, data, seed, FirstFit)
 
     def document(self, number: int) -> Document:
-        """Raises `UserError` for a label that is neither its token nor -100."""
-        tokens, labels = self._ids[number], self._labels[number]
-        learnt = labels != IGNORED
-        if (labels[learnt] != tokens[learnt]).any():
+        """Returns a document. Raises `UserError` for a label that is neither its token nor -100."""
+        tokens = self._ids[number]
+        labels = self._labels[number]
+        supervised = labels != IGNORED
+        if (labels[supervised] != tokens[supervised]).any():
             raise UserError(
-                f"{self.prefix}: document {number} has labels that are neither its tokens nor {IGNORED}; preprocess again"
+                f"{self.prefix}: document {number} has labels that are neither its tokens nor {IGNORED}; "
+                "preprocess again"
             )
-        return Document(tokens, learnt)
+        return Document(tokens, supervised)
 
-    def learnt(self, numbers: np.ndarray, length: int) -> Supervision:
-        """As `Documents` says. All labels are looked at, once, in parts that memory does not notice."""
-        found = self._learnt(length)
-        return Supervision(found.tokens[numbers], found.lost[numbers], found.cut[numbers])
+    def supervision(self, numbers: np.ndarray, length: int) -> Supervision:
+        """Counts as in `Documents`. The first call scans all labels, in chunks."""
+        total = self._supervision(length)
+        return Supervision(total.tokens[numbers], total.lost_answers[numbers], total.cut_answers[numbers])
 
-    def _looked_through(self, length: int) -> Supervision:
+    def _scan_labels(self, length: int) -> Supervision:
         labels = np.memmap(pair_file(self._labels.path_prefix, "bin"), self._labels.index.dtype, "r")
         ends = np.cumsum(self.lengths, dtype=np.int64)
-        firsts = np.searchsorted(
-            ends, np.arange(0, len(labels), CHUNK), side="right"
-        )  # of each part: whole documents
-        parts = []
+        # First documents of the chunks, which hold whole documents.
+        firsts = np.searchsorted(ends, np.arange(0, len(labels), CHUNK), side="right")
+        chunks = []
         for first, last in pairwise(np.unique([0, *firsts, len(ends)]).tolist()):
             lengths = self.lengths[first:last]
             begin = int(ends[first]) - int(lengths[0])
-            parts.append(count_supervised(labels[begin : int(ends[last - 1])] != IGNORED, lengths, length))
+            mask = labels[begin : int(ends[last - 1])] != IGNORED
+            chunks.append(count_supervised(mask, lengths, length))
         return Supervision(
-            *(
-                np.concatenate(column)
-                for column in zip(*((p.tokens, p.lost, p.cut) for p in parts), strict=True)
-            )
+            np.concatenate([chunk.tokens for chunk in chunks]),
+            np.concatenate([chunk.lost_answers for chunk in chunks]),
+            np.concatenate([chunk.cut_answers for chunk in chunks]),
         )
 
     def __len__(self) -> int:
         return len(self.lengths)
 
 
+def _existing_pairs(path: str) -> tuple[str, str]:
+    pairs = find_pairs(path)
+    assert pairs is not None  # after `match`
+    return pairs
+
+
 class MaskedPairWriter:
-    """Writes a couple, as `PairWriter` writes a pair."""
+    """Writes a masked pair, with the interface of `PairWriter`."""
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = f"{prefix}_packed"
-        self.learnt = 0
-        with ExitStack() as stack:
+        self.supervised = 0
+        with ExitStack() as stack:  # opens both pairs or none
             self._ids, self._labels = (
                 stack.enter_context(PairWriter(pair_prefix(prefix, key), DTYPE)) for key in KEYS
             )
-            self._stack = stack.pop_all()  # both, or none
-        self._digests = [
-            hashlib.sha256() for _ in range(3)
-        ]  # one each, so that they do not depend on how documents come
+            self._stack = stack.pop_all()
+        # One digest for each array, so that the result does not depend on how documents are grouped.
+        self._digests = [hashlib.sha256() for _ in range(3)]
 
-    def add(self, tokens: np.ndarray, lengths: np.ndarray, learnt: np.ndarray) -> None:
-        """Documents one after the other: ids and whether each is to be learnt, both [tokens], and [documents] lengths int32."""
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, supervised: np.ndarray) -> None:
+        """Appends documents: ids and the mask of supervised tokens, both [tokens], and lengths [documents]
+        int32."""
         tokens = tokens.astype(DTYPE)
         self._ids.add(tokens, lengths)
-        self._labels.add(np.where(learnt, tokens, DTYPE.type(IGNORED)), lengths)
-        self.learnt += int(learnt.sum())
-        for digest, array in zip(
-            self._digests, (tokens, lengths.astype(DTYPE), learnt.astype(bool)), strict=True
-        ):
+        self._labels.add(np.where(supervised, tokens, DTYPE.type(IGNORED)), lengths)
+        self.supervised += int(supervised.sum())
+        arrays = (tokens, lengths.astype(DTYPE), supervised.astype(bool))
+        for digest, array in zip(self._digests, arrays, strict=True):
             digest.update(np.ascontiguousarray(array).data)
 
     @property
     def documents(self) -> int:
-        """Written so far."""
+        """Documents written so far."""
         return self._ids.documents
 
     @property
     def tokens(self) -> int:
-        """Written so far."""
+        """Tokens written so far."""
         return self._ids.tokens
 
     @property
     def bytes_written(self) -> int:
-        """Size of the new .bin files so far."""
+        """Size of the new .bin files so far, in bytes."""
         return self._ids.bytes_written + self._labels.bytes_written
 
     def commit(self, facts: dict[str, Any]) -> None:
-        """Puts the new couple in the place of an old one."""
-        digest = hashlib.sha256(b"".join(one.digest() for one in self._digests)).hexdigest()
-        facts = facts | {"learnt": self.learnt, "digest": digest}
+        """Publishes the new masked pair in place of an old one."""
+        digest = hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+        facts = facts | {SUPERVISED_FACT: self.supervised, "digest": digest}
         self._labels.commit(facts)
         self._ids.commit(facts)
 

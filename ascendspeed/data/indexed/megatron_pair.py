@@ -1,12 +1,15 @@
-"""Megatron's indexed data set, P.bin and P.idx: written so that a pair that opens is whole.
+"""Reads and writes Megatron's indexed format: a pair of files P.bin and P.idx that is complete whenever it
+can be opened.
 
-P.bin holds the ids of all documents one after the other. P.idx, little-endian: `MMIDIDX\\0\\0`, uint64 version 1, uint8 type code,
-uint64 number of sequences n, uint64 n + 1, int32 lengths [n], int64 byte offsets [n], int64 document bounds [n + 1].
+P.bin holds the ids of all documents, concatenated. P.idx, little-endian: `MMIDIDX\\0\\0`, uint64 version 1,
+uint8 type code, uint64 number of sequences n, uint64 n + 1, int32 lengths [n], int64 byte offsets [n], int64
+document bounds [n + 1].
 
-`PairWriter` writes beside the old files and takes their place at the end: the old .idx goes first, the new one comes last, and
-nothing opens a pair without its .idx. Killed at any moment it leaves the old pair, no pair, or the new one.
-A third file, P.meta (JSON, but not called so: it may lie in a folder of input), says what the data is; whoever trains on it
-checks the vocabulary by it.
+`PairWriter` writes temporary files beside the old ones and renames them at the end: the old .idx is deleted
+first and the new one renamed last, and no reader opens a pair without its .idx. A writer that is killed
+leaves the old pair, no pair, or the new one. A third file, P.meta, records how the data was made; training
+checks the vocabulary by it. It is JSON, but its suffix is not .json, so that a folder of input may contain
+it.
 """
 
 import contextlib
@@ -31,23 +34,24 @@ CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes of one id for every integer type code that Megatron knows."""
 MAX_LISTED = 10
-"""Prefixes that are said."""
+"""Prefixes in an error."""
 UINT16_BELOW = 65500
 """Megatron's bound, not 65,536: the same vocabulary gives the same files."""
 
 
 def dtype_for(vocab_size: int) -> np.dtype:
-    """The type in which Megatron stores ids of a vocabulary."""
+    """Returns the type in which Megatron stores ids of a vocabulary."""
     return np.dtype(np.uint16 if vocab_size < UINT16_BELOW else np.int32)
 
 
 def pair_file(prefix: str | Path, suffix: str) -> Path:
-    """P.bin, P.idx or P.meta of a prefix, which may have dots in it."""
+    """Returns the path of P.bin, P.idx or P.meta; the prefix may contain dots."""
     return Path(f"{prefix}.{suffix}")
 
 
 def read_facts(prefix: str | Path) -> dict[str, Any]:
-    """What preprocessing wrote about a pair; empty where it wrote nothing (data from other tools)."""
+    """Returns P.meta, what preprocessing recorded about a pair; empty for data of other tools. Raises
+    `UserError` if damaged."""
     path = pair_file(prefix, "meta")
     try:
         return json.loads(path.read_text("utf-8")) if path.is_file() else {}
@@ -56,8 +60,10 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
 
 
 def check_pair(prefix: str | Path) -> int:
-    """The number of tokens of a pair. Raises `UserError` unless both files are there, whole, and belong together."""
-    index, tokens = pair_file(prefix, "idx"), pair_file(prefix, "bin")
+    """Returns the number of tokens. Raises `UserError` unless both files exist, are complete and belong
+    together."""
+    index = pair_file(prefix, "idx")
+    tokens = pair_file(prefix, "bin")
     for path in (index, tokens):
         if not path.is_file():
             raise UserError(f"{prefix}: there is no {path}; prefixes here: {_prefixes(path.parent)}")
@@ -80,33 +86,38 @@ def check_pair(prefix: str | Path) -> int:
     end = offset + last * SIZES[code]
     if tokens.stat().st_size != end or not end:
         raise UserError(
-            f"{tokens} has {tokens.stat().st_size} bytes and {index} describes {end}; not a pair, or a copy was cut off?"
+            f"{tokens} has {tokens.stat().st_size} bytes and {index} describes {end}; not a pair, or a copy "
+            "was cut off?"
         )
     return end // SIZES[code]
 
 
 def _prefixes(folder: Path) -> str:
-    """What could be named in a folder; a couple of pairs by its short name."""
-    names = [str(p).removesuffix(".idx") for p in folder.glob("*.idx")]
-    found = sorted(
-        {re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", name) for name in names}
-    )
-    return shorten_list(found, MAX_LISTED) or "none"
+    """Lists the prefixes that a folder offers; a masked pair by its short name."""
+    names = set()
+    for path in folder.glob("*.idx"):
+        prefix = str(path).removesuffix(".idx")
+        names.add(re.sub(r"_packed_(input_ids|labels|attention_mask)_document$", "", prefix))
+    return shorten_list(sorted(names), MAX_LISTED) or "none"
 
 
 class PairWriter:
-    """Writes one pair: `add` in order, then `commit`. As a context manager; left without a commit it leaves nothing behind."""
+    """Writes one pair: `add` in order, then `commit`. A context manager that without a commit removes all it
+    wrote."""
 
     def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
-        self.prefix, self.dtype = prefix, dtype
-        self.documents = self.tokens = 0
+        """Raises `UserError` if another process is writing the pair."""
+        self.prefix = prefix
+        self.dtype = dtype
+        self.documents = 0
+        self.tokens = 0
         self._lengths: list[np.ndarray] = []
         pair_file(prefix, "bin").parent.mkdir(parents=True, exist_ok=True)
         self._committed = False
         self._bin = self._claim()
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Documents one after the other: their ids, and the number of ids [documents] int32 of each."""
+        """Appends documents: their ids, concatenated, and the number of ids of each, [documents] int32."""
         self._bin.write(np.ascontiguousarray(tokens, self.dtype).data)
         self._lengths.append(lengths)
         self.documents += len(lengths)
@@ -114,20 +125,20 @@ class PairWriter:
 
     @property
     def bytes_written(self) -> int:
-        """Size of the new .bin so far."""
+        """Size of the new .bin so far, in bytes."""
         return self.tokens * self.dtype.itemsize
 
     def commit(self, facts: dict[str, Any]) -> None:
-        """Puts the new pair, and `facts` as P.meta, in the place of an old one."""
+        """Publishes the pair, and `facts` as P.meta, in place of an old one."""
         folder = pair_file(self.prefix, "bin").parent
         sync_file(self._bin)
         with self._temporary("idx").open("wb") as index:
-            for piece in self._index():
-                index.write(piece)
+            for block in self._index():
+                index.write(block)
             sync_file(index)
-        with self._temporary("meta").open("wb") as side:
-            side.write((json.dumps(facts, indent=2) + "\n").encode())
-            sync_file(side)
+        with self._temporary("meta").open("wb") as meta:
+            meta.write((json.dumps(facts, indent=2) + "\n").encode())
+            sync_file(meta)
         pair_file(self.prefix, "idx").unlink(missing_ok=True)
         sync_path(folder)
         for suffix in ("bin", "meta"):
@@ -143,14 +154,13 @@ class PairWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for suffix in (
-            () if self._committed else ("bin", "idx", "meta")
-        ):  # after that these names may be another writer's
-            self._temporary(suffix).unlink(missing_ok=True)
+        if not self._committed:  # after a commit these names may be another writer's
+            for suffix in ("bin", "idx", "meta"):
+                self._temporary(suffix).unlink(missing_ok=True)
         self._bin.close()
 
     def _claim(self) -> BinaryIO:
-        """The new .bin, locked for as long as it is open; what a killed run left is written over."""
+        """Opens the new .bin and locks it while it is open; the file of a killed run is overwritten."""
         path = self._temporary("bin")
         while True:
             claimed = path.open("ab")
@@ -165,19 +175,20 @@ class PairWriter:
                 if os.path.samestat(os.fstat(claimed.fileno()), path.stat()):
                     claimed.truncate(0)
                     return claimed
-            claimed.close()  # whoever had it has put it in place in between: it is no temporary file any more
+            claimed.close()  # the other writer has renamed it in the meantime
 
     def _temporary(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}.tmp")
 
     def _index(self) -> Iterator[bytes]:
+        """Yields the content of P.idx in blocks."""
         yield HEADER.pack(MAGIC, 1, CODES[self.dtype], self.documents, self.documents + 1)
         for lengths in self._lengths:
             yield lengths.astype("<i4").tobytes()
-        before = 0
+        offset = 0
         for lengths in self._lengths:
-            ends = before + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
+            ends = offset + np.cumsum(lengths, dtype="<i8") * self.dtype.itemsize
             yield (ends - lengths * self.dtype.itemsize).astype("<i8").tobytes()
-            before = int(ends[-1]) if len(ends) else before
+            offset = int(ends[-1]) if len(ends) else offset
         for start in range(0, self.documents + 1, 1 << 20):
             yield np.arange(start, min(start + (1 << 20), self.documents + 1), dtype="<i8").tobytes()

@@ -1,1 +1,1 @@
-"""Packing of documents into rows of one sequence length."""
+"""Packing: documents that share rows of one sequence length."""

@@ -1,148 +1,148 @@
-"""Documents -> rows of several documents, as samples without end.
+"""Samples of indexed documents with loss masks, packed several to a row."""
 
-A document of n tokens takes n positions of a row; the label of a position is the document's next token where that is to be learnt,
-and its last position never counts. Position ids begin at 0 with every document, and that alone says where one begins: attention
-reads it off there. What is not filled at the end of a row is one more segment in which nothing counts.
-"""
-
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from ascendspeed.data.document import Document, Documents, Truncation
-from ascendspeed.data.packing.algorithms import Packer, Packing, concatenate
+from ascendspeed.config.schema import DataConfig
+from ascendspeed.data.document import Documents, Truncation
+from ascendspeed.data.packing.base import Packer, Packing, concatenate
+from ascendspeed.data.packing.registry import create_packer
+from ascendspeed.data.packing.rows import Sample, assemble_row
+from ascendspeed.data.splits import describe_split, split_range
 from ascendspeed.utils.errors import UserError
 
-Sample = tuple[Tensor, Tensor, Tensor, Tensor]
-"""tokens, labels, loss_mask, position_ids, each [s]; int64, but the mask float32."""
+
+def packed_samples(
+    documents: Documents, split: str, data: DataConfig, seed: int, default: type[Packer]
+) -> "PackedSamples":
+    """Packs the documents of one split by `--packing`; every file is divided by `--split` on its own."""
+    selected = []
+    for start, stop in pairwise(documents.file_bounds):
+        selected.append(start + np.array(split_range(data.split, split, stop - start), int))
+    numbers = np.concatenate(selected)
+    description = describe_split(data, split, len(numbers), len(documents.lengths))
+    return PackedSamples(documents, numbers, data.seq_length, create_packer(data, default), seed, description)
 
 
 class PackedSamples:
-    """The rows of one origin's documents in one split. They are packed once, by the run's seed; an epoch shuffles the rows."""
+    """Rows of one dataset's documents in one split: a `SampleSource`.
+
+    The documents are packed once, in an order given by the run's seed; every epoch shuffles the rows.
+    """
 
     estimated = False
 
     def __init__(
         self,
         documents: Documents,
-        chosen: Sequence[int] | np.ndarray,
-        seq_length: int,
-        pack: Packer,
+        numbers: Sequence[int] | np.ndarray,
+        row_length: int,
+        packer: Packer,
         seed: int,
-        said: str = "",
+        description: str = "",
     ) -> None:
-        """`chosen`: the documents of the split, `said` in messages. Raises `UserError` if none of them fills a row."""
+        """Packs the documents `numbers`, which errors call `description`. Raises `UserError` if no row
+        results."""
         self.prefix = documents.prefix
-        self._documents, self._seq_length, self._pack, self._seed = documents, seq_length, pack, seed
-        chosen, self.truncated = np.asarray(chosen, np.int64), Truncation()
-        self.beyond = self.unlearnt = self.unfilled = 0
-        self.learnt: int | None = 0
-        edges = np.searchsorted(chosen, documents.files[1:-1]) if pack.apart else []
-        found = [self._packed(part) for part in np.split(chosen, edges)]
-        self._numbers = np.concatenate([numbers for numbers, _ in found])
-        self._packing = concatenate([packing for _, packing in found], [len(numbers) for numbers, _ in found])
+        self._documents = documents
+        self._row_length = row_length
+        self._packer = packer
+        self._seed = seed
+        self.truncated = Truncation()
+        self.without_answers = 0
+        self.unsupervised = 0
+        self.dropped_tokens = 0
+        self.supervised_tokens: int | None = 0
+        numbers = np.asarray(numbers, np.int64)
+        edges = np.searchsorted(numbers, documents.file_bounds[1:-1]) if packer.per_file else []
+        groups = [self._pack(group) for group in np.split(numbers, edges)]
+        self._numbers = np.concatenate([order for order, _ in groups])
+        self._packing = concatenate([packing for _, packing in groups], [len(order) for order, _ in groups])
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
-            why = f", of which none can be learnt from at --seq-length {seq_length}" if len(chosen) else ""
-            raise UserError(f"{self.prefix}: {said or f'{len(chosen)} documents'}{why}")
+            reason = f"; none fills a row or has a supervised token at --seq-length {row_length}"
+            split = description or f"{len(numbers)} documents"
+            raise UserError(f"{self.prefix}: {split}{reason if len(numbers) else ''}")
         self._orders: dict[int, np.ndarray] = {}
 
-    def _packed(self, chosen: np.ndarray) -> tuple[np.ndarray, Packing]:
-        """Documents in the order of their rows, and these."""
-        pack, length = self._pack, self._seq_length
-        numbers = np.random.RandomState(self._seed if pack.seed is None else pack.seed).permutation(chosen)
+    def _pack(self, group: np.ndarray) -> tuple[np.ndarray, Packing]:
+        """Shuffles and packs documents; returns their numbers in packing order, and the rows."""
+        packer = self._packer
+        seed = self._seed if packer.seed is None else packer.seed
+        numbers = np.random.RandomState(seed).permutation(group)
         lengths = np.asarray(self._documents.lengths)[numbers].astype(np.int64)
-        keep = lengths > 0 if pack.keeps else self._answered(numbers, lengths)
-        numbers, lengths = numbers[keep], lengths[keep]
-        packing = pack.pack(lengths, length)
-        self.unfilled += int(lengths.sum()) - packing.tokens if pack.keeps else 0
+        keep = lengths > 0 if packer.splits_documents else self._select_supervised(numbers, lengths)
+        numbers = numbers[keep]
+        lengths = lengths[keep]
+        packing = packer.pack(lengths, self._row_length)
+        if packer.splits_documents:
+            self.dropped_tokens += int(lengths.sum()) - packing.tokens
         return numbers, packing
+
+    def _select_supervised(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Mask [documents] bool of the documents with a supervised token in a row; counts what the others
+        lose."""
+        supervision = self._documents.supervision(numbers, self._row_length)
+        long = lengths > self._row_length
+        keep = supervision.tokens > 0
+        self.without_answers += int((long & ~keep).sum())
+        self.unsupervised += int((~long & ~keep).sum())
+        self.truncated += Truncation(
+            int((long & keep).sum()),
+            int(supervision.lost_answers[keep].sum()),
+            int(supervision.cut_answers[keep].sum()),
+        )
+        if not supervision.exact:
+            self.supervised_tokens = None
+        elif self.supervised_tokens is not None:
+            self.supervised_tokens += int(supervision.tokens.sum())
+        return keep
 
     @property
     def filled(self) -> float:
-        """Share of all positions that documents take."""
-        return self._packing.tokens / (len(self._packing) * self._seq_length)
+        """Fraction of all positions that hold tokens of documents."""
+        return self._packing.tokens / (len(self._packing) * self._row_length)
 
     @property
     def note(self) -> str:
-        """One line for a person."""
-        lost = [
-            (self.truncated.documents, self.truncated.said(self._seq_length)),
-            (self.beyond, f"{self.beyond:,} left out, as nothing of their answers fits"),
-            (self.unlearnt, f"{self.unlearnt:,} left out, as they hold nothing to learn"),
-            (self.unfilled, f"{self.unfilled:,} tokens left out, as they fill no row"),
+        """One log line: rows, fill rate, supervised tokens and losses."""
+        rows = f"{len(self._numbers):,} documents in {len(self._packing):,} rows of {self._row_length} tokens"
+        supervised = ""
+        if self.supervised_tokens:
+            supervised = f", {self.supervised_tokens:,} of {self._packing.tokens:,} tokens in the loss"
+        losses = [
+            (self.truncated.documents, self.truncated.describe(self._row_length)),
+            (self.without_answers, f"{self.without_answers:,} left out, as nothing of their answers fits"),
+            (self.unsupervised, f"{self.unsupervised:,} left out, as they have no supervised token"),
+            (self.dropped_tokens, f"{self.dropped_tokens:,} tokens left out, as they fill no row"),
         ]
-        rows = f"{len(self._numbers):,} documents in {len(self._packing):,} rows of {self._seq_length} tokens"
-        learnt = f", {self.learnt:,} of {self._packing.tokens:,} tokens learnt" if self.learnt else ""
-        return "; ".join(
-            [
-                f"{self.prefix}: {rows}, {self.filled:.1%} filled{learnt}",
-                *(said for count, said in lost if count),
-            ]
-        )
+        reported = [description for count, description in losses if count]
+        return "; ".join([f"{self.prefix}: {rows}, {self.filled:.1%} filled{supervised}", *reported])
 
     def sample(self, number: int) -> Sample:
-        """Sample `number` >= 0; numbers beyond an epoch go on into the next one."""
-        epoch, place = divmod(number, self.samples_per_epoch)
-        return self._row(int(self._order(epoch)[place]))
+        """Returns sample `number` >= 0; numbers beyond an epoch continue in the next one."""
+        epoch, index = divmod(number, self.samples_per_epoch)
+        return self._row(int(self._order(epoch)[index]))
 
     def _order(self, epoch: int) -> np.ndarray:
-        if epoch not in self._orders:
-            self._orders = {
-                n: order for n, order in self._orders.items() if n == epoch - 1
-            }  # a batch may reach over an edge
+        if epoch not in self._orders:  # keep the previous epoch: a batch may cross the boundary
+            self._orders = {number: order for number, order in self._orders.items() if number == epoch - 1}
             self._orders[epoch] = np.random.RandomState(self._seed + epoch).permutation(len(self._packing))
         return self._orders[epoch]
 
     def _row(self, number: int) -> Sample:
         packing = self._packing
-        found = slice(*packing.bounds[number : number + 2])
-        documents = (self._documents.document(int(self._numbers[one])) for one in packing.documents[found])
-        pieces = zip(documents, packing.starts[found].tolist(), packing.stops[found].tolist(), strict=True)
-        return assemble_row(pieces, self._seq_length, self._pack.goes_on, self._pack.segment)
-
-    def _answered(self, numbers: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """[documents] bool: those of which a row would hold something to be learnt. What is lost of the others is counted."""
-        found, long = self._documents.learnt(numbers, self._seq_length), lengths > self._seq_length
-        keep = found.tokens > 0
-        self.beyond += int((long & ~keep).sum())
-        self.unlearnt += int((~long & ~keep).sum())
-        self.truncated += Truncation(
-            int((long & keep).sum()), int(found.lost[keep].sum()), int(found.cut[keep].sum())
+        selected = slice(*packing.bounds[number : number + 2])
+        parts = []
+        for index, start, stop in zip(
+            packing.documents[selected],
+            packing.starts[selected].tolist(),
+            packing.stops[selected].tolist(),
+            strict=True,
+        ):
+            parts.append((self._documents.document(int(self._numbers[index])), start, stop))
+        return assemble_row(
+            parts, self._row_length, self._packer.predicts_across_rows, self._packer.position_period
         )
-        self.learnt = (
-            self.learnt + int(found.tokens.sum()) if found.exact and self.learnt is not None else None
-        )
-        return keep
-
-
-def assemble_row(
-    pieces: Iterable[tuple[Document, int, int]],
-    length: int,
-    goes_on: bool = False,
-    segment: int | None = None,
-) -> Sample:
-    """(document, start, stop) one after the other as a sample of `length` positions; `goes_on` and `segment` as of a `Packer`."""
-    tokens, labels, counts = (np.zeros(length, np.int64) for _ in range(3))
-    positions = np.empty(length, np.int64)
-    at = 0
-    for document, start, stop in pieces:
-        end = at + stop - start
-        last = stop + 1 if goes_on else stop  # the label of the last position, if it has one
-        following = document.tokens[start + 1 : last]
-        learnt = slice(at, at + len(following))
-        tokens[at:end], labels[learnt] = document.tokens[start:stop], following
-        counts[learnt] = 1 if document.loss_mask is None else document.loss_mask[start + 1 : last]
-        positions[at:end] = np.arange(stop - start)
-        at = end
-    positions[at:] = np.arange(length - at)
-    if segment:
-        positions = np.arange(length) % segment
-    return (
-        torch.from_numpy(tokens),
-        torch.from_numpy(labels),
-        torch.from_numpy(counts).float(),
-        torch.from_numpy(positions),
-    )

@@ -1,4 +1,4 @@
-"""Lines of jsonl and txt: a shard is a range of bytes and owns the lines that begin in it."""
+"""Reads lines of jsonl and txt files: a shard is a range of bytes and owns the lines that begin in it."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +24,7 @@ BOM = b"\xef\xbb\xbf"
 
 
 def json_row(line: bytes) -> Any:
-    """The object of a line, `Bad.MALFORMED` if it is none, None for a blank line."""
+    """Parses a line; returns `InvalidValue.MALFORMED` if it is not a JSON object, None if it is blank."""
     if not line.strip():
         return None
     try:
@@ -35,22 +35,22 @@ def json_row(line: bytes) -> Any:
 
 
 def text_row(line: bytes) -> Any:
-    """A line of plain text is a document of its own."""
+    """Returns a line of plain text as a row of its own."""
     return {"text": decode(line.rstrip(b"\r\n"))}
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-    """(offset, line)."""
+    """Yields (offset, line) for the lines that begin in [start, stop)."""
     with path.open("rb") as file:
         if start:
             file.seek(start - 1)
-            file.readline()  # begins in the shard before, or is the last byte of it
+            file.readline()  # begins in the previous shard, or is its last byte
         elif file.read(len(BOM)) != BOM:
             file.seek(0)
-        at = file.tell()
-        while at < stop and (line := file.readline()):
-            yield at, line
-            at += len(line)
+        offset = file.tell()
+        while offset < stop and (line := file.readline()):
+            yield offset, line
+            offset += len(line)
 
 
 def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
@@ -59,33 +59,38 @@ def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
         yield Shard(path, start, stop, weight=(stop - start) / size)
 
 
-def _where(path: Path, offset: int) -> str:
-    """Lines are counted when there is something to say about one."""
+def _describe_location(path: Path, offset: int) -> str:
+    """Counts the lines before `offset`, which is only needed for a message."""
+    lines = 0
     with path.open("rb") as file:
-        before = sum(file.read(min(CHUNK, offset - at)).count(b"\n") for at in range(0, offset, CHUNK))
-    return f"line {before + 1}"
+        for start in range(0, offset, CHUNK):
+            lines += file.read(min(CHUNK, offset - start)).count(b"\n")
+    return f"line {lines + 1}"
 
 
-def _grouped(rows: Iterator[Any]) -> Iterator[list[Any]]:
+def _groups(rows: Iterator[Any]) -> Iterator[list[Any]]:
     while group := list(islice(rows, BATCH_ROWS)):
         yield group
 
 
 def line_reader(parse: Callable[[bytes], Any]) -> FileReader:
-    """A format of lines, each read by `parse`."""
+    """Builds a reader for files of lines, each parsed by `parse`."""
 
     def rows(path: Path, start: int, stop: int) -> Iterator[tuple[int, Any]]:
-        parsed = ((at, parse(line)) for at, line in _lines(path, start, stop))
-        return ((at, row) for at, row in parsed if row is not None)
+        for offset, line in _lines(path, start, stop):
+            row = parse(line)
+            if row is not None:
+                yield offset, row
 
     def columns(path: Path) -> list[str]:
         return column_names(row for _, row in islice(rows(path, 0, path.stat().st_size), 1000))
 
     def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
-        for group in _grouped(rows(shard.path, shard.start, shard.stop)):
+        for group in _groups(rows(shard.path, shard.start, shard.stop)):
             yield rows_to_batch(group, wanted)
 
-    return FileReader(columns, _shards, read, _where)
+    return FileReader(columns, _shards, read, _describe_location)
 
 
-JSONL, TXT = line_reader(json_row), line_reader(text_row)
+JSONL = line_reader(json_row)
+TXT = line_reader(text_row)

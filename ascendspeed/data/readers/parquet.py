@@ -1,4 +1,4 @@
-"""Parquet: a shard is a row group, or a slice of a large one."""
+"""Reads parquet: a shard is a row group, or a range of rows of a large one."""
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,17 +21,18 @@ from ascendspeed.data.readers.shard import (
 )
 from ascendspeed.utils.errors import UserError
 
-SLICES = 16
-"""Of one row group at most: every slice reads over those before it, which costs a few per cent at this number."""
+MAX_SHARDS_PER_GROUP = 16
+"""A shard reads over the rows of its group before it, which costs a few per cent at this number."""
 
 
 def _open(path: Path) -> pyarrow.parquet.ParquetFile:
-    return _opened(path, path.stat().st_mtime_ns)
+    return _open_version(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(4)
-def _opened(path: Path, changed: int) -> pyarrow.parquet.ParquetFile:
-    """A process works on few files at a time and need not parse a footer for every shard."""
+def _open_version(path: Path, modified: int) -> pyarrow.parquet.ParquetFile:
+    """Opens a file once: a process works on few files at a time and need not parse a footer for every
+    shard."""
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
@@ -43,61 +44,68 @@ def _columns(path: Path) -> list[str]:
 
 
 def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
-    meta = _open(path).metadata
-    for group in range(meta.num_row_groups):
-        rows = meta.row_group(group)
-        chunks = [rows.column(i) for i in range(rows.num_columns)]
-        size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] in wanted)
-        for start, stop in split_evenly(rows.num_rows, min(SLICES, -(-size // SHARD_BYTES)) or 1):
-            yield Shard(path, start, stop, group, weight=(stop - start) / meta.num_rows)
+    metadata = _open(path).metadata
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group)
+        size = 0
+        for column in map(rows.column, range(rows.num_columns)):
+            if column.path_in_schema.split(".")[0] in wanted:
+                size += column.total_uncompressed_size
+        parts = min(MAX_SHARDS_PER_GROUP, -(-size // SHARD_BYTES)) or 1
+        for start, stop in split_evenly(rows.num_rows, parts):
+            yield Shard(path, start, stop, group, weight=(stop - start) / metadata.num_rows)
 
 
 def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
-    at, before = 0, _before(shard)
-    there = tuple(_columns(shard.path))
-    present = [name for name in wanted if name in there]
-    missing = {name: missing_value(name, there, tuple(wanted)) for name in wanted if name not in there}
+    group_begin = _rows_before_group(shard)
+    names = tuple(_columns(shard.path))
+    present = [name for name in wanted if name in names]
+    missing = {name: missing_value(name, names, tuple(wanted)) for name in wanted if name not in names}
+    row = 0  # of the group
     try:
-        groups = _open(shard.path).iter_batches(
+        batches = _open(shard.path).iter_batches(
             BATCH_ROWS, row_groups=[shard.group], columns=present, use_threads=False
         )
-        for batch in groups:
-            first = max(shard.start - at, 0)
-            part = batch[first : max(shard.stop - at, 0)]
+        for batch in batches:
+            first = max(shard.start - row, 0)
+            part = batch[first : max(shard.stop - row, 0)]
             if part.num_rows:
-                columns = {
-                    name: to_python(part[name]) if name in present else [missing[name]] * part.num_rows
-                    for name in wanted
-                }
-                yield RowBatch.at(range(before + at + first, before + at + first + part.num_rows), columns)
-            at += batch.num_rows
-            if at >= shard.stop:
+                columns = {}
+                for name in wanted:
+                    columns[name] = (
+                        to_python(part[name]) if name in present else [missing[name]] * part.num_rows
+                    )
+                location = group_begin + row + first
+                yield RowBatch.with_locations(range(location, location + part.num_rows), columns)
+            row += batch.num_rows
+            if row >= shard.stop:
                 return
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{shard.path}: row group {shard.group} cannot be read: {error}") from error
 
 
-def _before(shard: Shard) -> int:
-    """Rows of the groups before that of a shard."""
-    meta = _open(shard.path).metadata
-    return sum(meta.row_group(group).num_rows for group in range(shard.group))
+def _rows_before_group(shard: Shard) -> int:
+    metadata = _open(shard.path).metadata
+    return sum(metadata.row_group(group).num_rows for group in range(shard.group))
 
 
 def to_python(column: pyarrow.Array | pyarrow.ChunkedArray) -> list[Any]:
-    """Python values of an Arrow array; binary ones are taken as text."""
+    """Converts an Arrow array to Python values; binary values become text."""
     try:
         values = column.to_pylist()
-    except UnicodeDecodeError:  # Arrow does not look into strings when it reads them
-        nested = pyarrow.types.is_nested(column.type)
-        values = list(map(_value, column)) if nested else column.cast(pyarrow.large_binary()).to_pylist()
-    return [decode(v) if isinstance(v, bytes) else v for v in values]
+    except UnicodeDecodeError:  # Arrow does not validate strings when it reads them
+        if pyarrow.types.is_nested(column.type):
+            values = [_scalar_to_python(scalar) for scalar in column]
+        else:
+            values = column.cast(pyarrow.large_binary()).to_pylist()
+    return [decode(value) if isinstance(value, bytes) else value for value in values]
 
 
-def _value(scalar: pyarrow.Scalar) -> Any:
+def _scalar_to_python(scalar: pyarrow.Scalar) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
         return InvalidValue.NOT_UTF8
 
 
-PARQUET = FileReader(_columns, _shards, _read, lambda path, place: f"row {place + 1}")
+PARQUET = FileReader(_columns, _shards, _read, lambda path, location: f"row {location + 1}")

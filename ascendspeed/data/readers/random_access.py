@@ -1,7 +1,8 @@
-"""Rows that can be read at any place, in any order: what data are streamed from.
+"""Tables with random access to rows, for data that are tokenized in training.
 
-Lines (jsonl, txt) are read where they lie, by an index of their beginnings. All else goes through the `datasets` library: what
-`save_to_disk` wrote and arrow files as they lie, parquet, json and csv by way of the arrow files that it keeps in its cache.
+Lines (jsonl, txt) are read in place by an index of their offsets. Everything else goes through the `datasets`
+library: folders of `save_to_disk` and arrow files are read in place; parquet, json and csv are converted to
+arrow files in its cache.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ from ascendspeed.utils.text import first_line
 
 CHUNK = 1 << 24
 SAVED_FILES = ("state.json", "dataset_info.json")
-"""Files of a folder that `save_to_disk` wrote."""
+"""Files in a folder of `save_to_disk`."""
 ROWS_FOR_COLUMNS = 1000
-"""Rows that are looked at for the names of columns."""
+"""Rows from which the column names are taken."""
 
 
 class Table(ABC):
-    """Rows by number."""
+    """Rows of a dataset, by number."""
 
     columns: Sequence[str]
 
@@ -35,11 +36,12 @@ class Table(ABC):
 
     @abstractmethod
     def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
-        """The rows `numbers` [n] with exactly the columns `wanted`; blank lines are left out. Places are the rows' numbers."""
+        """Returns the rows `numbers` [n] with exactly the columns `wanted`, without blank lines; locations
+        are row numbers."""
 
     @abstractmethod
-    def where(self, number: int) -> str:
-        """The place of a row in words."""
+    def describe_location(self, number: int) -> str:
+        """Describes the location of a row: file and line or row."""
 
 
 class LineTable(Table):
@@ -47,55 +49,63 @@ class LineTable(Table):
 
     def __init__(self, files: Sequence[Path]) -> None:
         self._files = list(files)
-        begins = [_beginnings(path) for path in self._files]
-        self._begins = [
-            np.append(found, path.stat().st_size) for found, path in zip(begins, self._files, strict=True)
-        ]
-        self._first = np.cumsum([0, *map(len, begins)])
+        offsets = [_line_offsets(path) for path in self._files]
+        self._bounds = []
+        for path, begins in zip(self._files, offsets, strict=True):
+            self._bounds.append(np.append(begins, path.stat().st_size))
+        self._first_row = np.cumsum([0, *map(len, offsets)])
         self._parse = text_row if self._files[0].suffix == ".txt" else json_row
         rows = (self._row(number) for number in range(min(ROWS_FOR_COLUMNS, len(self))))
         self.columns = column_names(row for row in rows if row is not None)
 
     def __len__(self) -> int:
-        return int(self._first[-1])
+        return int(self._first_row[-1])
 
     def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
-        rows = ((int(number), self._row(int(number))) for number in numbers)
-        return rows_to_batch([(number, row) for number, row in rows if row is not None], wanted)
+        rows = []
+        for number in numbers.tolist():
+            row = self._row(number)
+            if row is not None:
+                rows.append((number, row))
+        return rows_to_batch(rows, wanted)
 
-    def where(self, number: int) -> str:
-        which, line = self._place(number)
+    def describe_location(self, number: int) -> str:
+        which, line = self._file_and_line(number)
         return f"{self._files[which]}, line {line + 1}"
 
-    def _place(self, number: int) -> tuple[int, int]:
-        which = int(np.searchsorted(self._first, number, side="right")) - 1
-        return which, number - int(self._first[which])
+    def _file_and_line(self, number: int) -> tuple[int, int]:
+        which = int(np.searchsorted(self._first_row, number, side="right")) - 1
+        return which, number - int(self._first_row[which])
 
     def _row(self, number: int) -> Any:
-        which, line = self._place(number)
-        start, stop = self._begins[which][line : line + 2].tolist()
+        which, line = self._file_and_line(number)
+        start, stop = self._bounds[which][line : line + 2].tolist()
         with self._files[which].open("rb") as file:
             file.seek(start)
-            read = file.read(stop - start)
-        return self._parse(read.removeprefix(BOM) if not start else read)
+            content = file.read(stop - start)
+        return self._parse(content.removeprefix(BOM) if not start else content)
 
 
-def _beginnings(path: Path) -> np.ndarray:
-    """Where each line begins, [lines] int64."""
-    found, at, size = [np.zeros(1, np.int64)], 0, path.stat().st_size
+def _line_offsets(path: Path) -> np.ndarray:
+    """Offset of each line, [lines] int64."""
+    size = path.stat().st_size
+    offsets = [np.zeros(1, np.int64)]
+    position = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
-            found.append(np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + at + 1)
-            at += len(chunk)
-    begins = np.concatenate(found)
+            newlines = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+            offsets.append(newlines + position + 1)
+            position += len(chunk)
+    begins = np.concatenate(offsets)
     return begins[begins < size]
 
 
 class ArrowTable(Table):
-    """A data set of the `datasets` library."""
+    """A dataset of the `datasets` library."""
 
     def __init__(self, path: str, data: Any) -> None:
-        self._path, self._data = path, data.with_format("arrow")
+        self._path = path
+        self._data = data.with_format("arrow")
         self._selected: dict[tuple[str, ...], Any] = {}
         self.columns = list(data.column_names)
 
@@ -107,30 +117,28 @@ class ArrowTable(Table):
         if present not in self._selected:
             self._selected[present] = self._data.select_columns(list(present))
         table = self._selected[present][numbers.tolist()] if present else None
-        there, asked = tuple(self.columns), tuple(wanted)
+        names = tuple(self.columns)
+        columns = {}
+        for name in wanted:
+            if name in present:
+                columns[name] = to_python(table[name])
+            else:
+                columns[name] = [missing_value(name, names, tuple(wanted))] * len(numbers)
+        return RowBatch.with_locations(numbers.tolist(), columns)
 
-        def column(name: str) -> list[Any]:
-            return (
-                to_python(table[name])
-                if name in present
-                else [missing_value(name, there, asked)] * len(numbers)
-            )
-
-        return RowBatch.at(numbers.tolist(), {name: column(name) for name in wanted})
-
-    def where(self, number: int) -> str:
+    def describe_location(self, number: int) -> str:
         return f"{self._path}, row {number + 1}"
 
 
 def open_table(path: str, files: Sequence[Path], cache: Path | None) -> Table:
-    """The rows of `files`, all of one kind. `cache`: where arrow files are kept; None: where the library does.
+    """Opens `files`, all of one kind. `cache`: folder for arrow files; None: the library's default.
 
-    Raises `UserError` for damaged files, and where the library is needed and not installed.
+    Raises `UserError` for damaged files, and if the library is needed and not installed.
     """
     try:
         if all(map(_holds_lines, files)):
             return LineTable(files)
-        return ArrowTable(path, _data_set(path, files, cache))
+        return ArrowTable(path, _load_dataset(path, files, cache))
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
@@ -142,7 +150,7 @@ def _holds_lines(file: Path) -> bool:
     return file.suffix in (".jsonl", ".txt")
 
 
-def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
+def _load_dataset(path: str, files: Sequence[Path], cache: Path | None) -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -150,28 +158,30 @@ def _data_set(path: str, files: Sequence[Path], cache: Path | None) -> Any:
             f"{path}: reading it takes the package datasets: pip install -e '.[streaming]'"
         ) from error
     datasets.disable_progress_bars()
-    names, kept = [str(file) for file in files], {"cache_dir": str(cache)} if cache else {}
+    names = [str(file) for file in files]
+    options = {"cache_dir": str(cache)} if cache else {}
     try:
         if (files[0].parent / SAVED_FILES[0]).is_file():
             return datasets.load_from_disk(str(files[0].parent))
         if files[0].suffix == ".arrow":
             return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
-        read = {
+        readers = {
             ".parquet": datasets.Dataset.from_parquet,
             ".csv": datasets.Dataset.from_csv,
             ".json": datasets.Dataset.from_json,
         }
-        return read[files[0].suffix](names, **kept)
+        return readers[files[0].suffix](names, **options)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the library and Arrow raise all kinds
         cause = error.__cause__ or error
         raise UserError(
-            f"{path} cannot be read as a data set: {first_line(cause)}; tools/preprocess_data.py counts bad rows instead"
+            f"{path} cannot be read as a data set: {first_line(cause)}; tools/preprocess_data.py counts bad "
+            "rows instead"
         ) from error
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """Changes when a file does: names, sizes and times."""
+    """Hashes the names, sizes and times of files, so that it changes when a file does."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()

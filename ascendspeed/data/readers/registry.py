@@ -1,8 +1,11 @@
-"""Rows of parquet, json, jsonl, csv and txt files, one or many, in shards that processes work on side by side.
+"""Registry of file readers: rows of parquet, json, jsonl, csv and txt files in shards that processes read in
+parallel.
 
-A file is cut into shards of about `SHARD_BYTES` of text by its content alone, so the cut is the same for any number of
-processes. Where a format can be entered in the middle, a shard says where its rows lie and whoever works on it reads them;
-elsewhere the file is read in order and the shards carry their rows. Memory is bounded by a few shards either way.
+A file is split into shards of about `SHARD_BYTES` of text by its content alone, so the split is the same for
+any number of processes. If a format allows random access, a shard is a range of the file, and the process
+that works on it reads the rows; otherwise the file is read in order and the shards carry their rows. Memory
+is bounded by a few shards in both cases. A new format is a `FileReader` in a file of its own and a line in
+`READERS`.
 """
 
 import glob
@@ -29,55 +32,59 @@ READERS: dict[str, FileReader] = {
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:
-    """Files named by paths, globs and directories (every known file below, sorted). Raises `UserError` if one names nothing."""
+    """Finds the files that paths, globs and folders name (of a folder all known files below, sorted).
+
+    Raises `UserError` if one of them names no file, or a file of an unknown type.
+    """
     found: list[Path] = []
     for name in map(str, inputs):
         if Path(name).is_dir():
-            files = sorted(
-                p
-                for p in Path(name).rglob("*")
-                if p.is_file() and _suffix(p) in READERS and p.name[0] not in "._"
-            )
+            files = sorted(path for path in Path(name).rglob("*") if _is_data(path))
         else:
-            named = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
-            files = [p for p in map(Path, named) if p.is_file()]
+            names = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
+            files = [path for path in map(Path, names) if path.is_file()]
         if not files:
             raise UserError(
                 f"--input {name}: there is no such file or folder, or it holds no {', '.join(READERS)}"
             )
         found.extend(files)
     for path in found:
-        _format(path)
+        _reader(path)
     return found
 
 
+def _is_data(path: Path) -> bool:
+    return path.is_file() and _suffix(path) in READERS and path.name[0] not in "._"
+
+
 def columns(path: Path) -> list[str]:
-    """Column names of a file (of jsonl and json: the keys of the first thousand rows); nothing for a file without rows."""
-    return _format(path).columns(path)
+    """Returns the column names of a file (of jsonl and json the keys of the first thousand rows); empty
+    without rows."""
+    return _reader(path).columns(path)
 
 
 def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
-    """The shards of a file, in order; `wanted` are the columns that will be read."""
-    return _format(path).shards(path, wanted)
+    """Yields the shards of a file in order; `wanted` are the columns that will be read."""
+    return _reader(path).shards(path, wanted)
 
 
 def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
-    """The rows of a shard in batches with exactly the columns `wanted`."""
-    return _format(shard.path).read(shard, wanted)
+    """Yields the rows of a shard in batches with exactly the columns `wanted`."""
+    return _reader(shard.path).read(shard, wanted)
 
 
-def describe_location(path: Path, place: int) -> str:
-    """The place of a row of a file in words."""
-    return _format(path).where(path, place)
+def describe_location(path: Path, location: int) -> str:
+    """Describes the location of a row, such as `line 7`."""
+    return _reader(path).describe_location(path, location)
 
 
 def _suffix(path: Path) -> str:
-    """Lower-case suffix; `.jsonl.gz` as one."""
+    """Returns the suffix in lower case; `.jsonl.gz` counts as one."""
     name = Path(path.name.lower())
     return "".join(name.suffixes[-2:]) if name.suffix == ".gz" else name.suffix
 
 
-def _format(path: Path) -> FileReader:
+def _reader(path: Path) -> FileReader:
     suffix = _suffix(path)
     if suffix not in READERS:
         raise UserError(

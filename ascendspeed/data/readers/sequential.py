@@ -1,4 +1,4 @@
-"""What can only be read from its beginning (json arrays, csv, .gz): it is read in order, and the shards carry their rows."""
+"""Reads files that have no random access (json arrays, csv, .gz) in order; their shards carry the rows."""
 
 import csv
 import gzip
@@ -27,68 +27,73 @@ from ascendspeed.data.readers.shard import (
 from ascendspeed.utils.errors import UserError
 
 NumberedRows = Iterator[tuple[int, Any]]
-"""Rows and their numbers, from 1 on."""
+"""Rows with their numbers, from 1."""
 RowParser = Callable[[BinaryIO], NumberedRows]
+ROW_OVERHEAD = 64
+"""Bytes that every row counts for, beside its text."""
 
 
 def csv_rows(file: BinaryIO) -> NumberedRows:
-    """Rows of a csv file with a header, which is none; one with more or fewer cells is `Bad`: which is which cannot be known."""
+    """Parses csv with a header; a row with more or fewer cells than the header is invalid, because cells
+    cannot be assigned."""
     csv.field_size_limit(sys.maxsize)
-    found = (
-        cells
-        for cells in csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
-        if cells
-    )
-    header = next(found, [])
-    return enumerate((_csv_row(header, cells) for cells in found), 1)
+    lines = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
+    rows = (cells for cells in lines if cells)
+    header = next(rows, [])
+    return enumerate((_csv_row(header, cells) for cells in rows), 1)
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:
     if len(cells) != len(header):
-        return InvalidValue("wrong number of cells", f"{len(cells)} cells, the header has {len(header)}")
+        detail = f"{len(cells)} cells, the header has {len(header)}"
+        return InvalidValue("wrong number of cells", detail)
     return dict(zip(header, cells, strict=True))
 
 
 def line_rows(parse: Callable[[bytes], Any]) -> RowParser:
-    """Lines, each read by `parse`."""
+    """Builds a parser for files of lines, each parsed by `parse`."""
 
     def rows(file: BinaryIO) -> NumberedRows:
-        parsed = (
-            (number, parse(line.removeprefix(BOM) if number == 1 else line))
-            for number, line in enumerate(file, 1)
-        )
-        return ((number, row) for number, row in parsed if row is not None)
+        for number, line in enumerate(file, 1):
+            row = parse(line.removeprefix(BOM) if number == 1 else line)
+            if row is not None:
+                yield number, row
 
     return rows
 
 
 def array_rows(file: BinaryIO) -> Iterator[Any]:
-    """Elements of a JSON array, one at a time. Raises `ValueError` where the text is damaged."""
-    text, decoder = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape"), json.JSONDecoder()
-    rest, at, last, step = "", 0, "", 1 << 16
-    while more := text.read(step):
-        rest, at = rest[at:] + more, 0
+    """Yields the elements of a JSON array one at a time. Raises `ValueError` if the text is damaged."""
+    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
+    decoder = json.JSONDecoder()
+    buffer, position = "", 0
+    last_separator = ""
+    step = 1 << 16
+    while chunk := text.read(step):
+        buffer, position = buffer[position:] + chunk, 0
         while True:
-            while at < len(rest) and rest[at] in "[], \t\r\n":  # between elements, which are objects
-                last, at = rest[at].strip() or last, at + 1
+            while position < len(buffer) and buffer[position] in "[], \t\r\n":  # between elements (objects)
+                last_separator = buffer[position].strip() or last_separator
+                position += 1
             try:
-                row, at = decoder.raw_decode(rest, at)
+                row, position = decoder.raw_decode(buffer, position)
             except (ValueError, RecursionError):
-                break  # the rest of this element is not read yet, or the file is damaged: then it never comes
-            last = ""
+                break  # the element is not complete yet, or the file is damaged
+            last_separator = ""
             yield row if isinstance(row, dict) else InvalidValue.MALFORMED
-        step = max(step, 2 * (len(rest) - at))  # doubling keeps a huge element from being parsed too often
-    if rest[at:] or last != "]":
-        raise ValueError(f"the array does not end, or no JSON value begins at {rest[at : at + 40]!r}")
+        step = max(step, 2 * (len(buffer) - position))  # doubling keeps a huge element from many parses
+    if buffer[position:] or last_separator != "]":
+        context = buffer[position : position + 40]
+        raise ValueError(f"the array does not end, or no JSON value begins at {context!r}")
 
 
 def numbered_array(file: BinaryIO) -> NumberedRows:
-    """The same with numbers."""
+    """Yields the elements of a JSON array with their numbers."""
     return enumerate(array_rows(file), 1)
 
 
 def json_rows(file: BinaryIO) -> NumberedRows:
-    """A JSON array or lines of objects: both are called .json."""
+    """Parses a JSON array or lines of objects: both have the suffix .json."""
     return numbered_array(file) if _is_array(file.peek(1 << 12)) else line_rows(json_row)(file)  # type: ignore[attr-defined]
 
 
@@ -96,28 +101,28 @@ def _is_array(head: bytes) -> bool:
     return head.removeprefix(BOM).lstrip()[:1] == b"["
 
 
-def _size(value: Any) -> int:
-    """Characters of all text in it."""
+def _text_length(value: Any) -> int:
+    """Number of characters in all strings of a nested value."""
     if isinstance(value, str):
         return len(value)
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return sum(map(_size, parts))
+    if isinstance(value, dict):
+        return sum(map(_text_length, value.values()))
+    return sum(map(_text_length, value)) if isinstance(value, list) else 0
 
 
-def _where(path: Path, number: int) -> str:
-    return f"row {number}"
-
-
-def sequential_reader(reader: RowParser) -> FileReader:
-    """A format that is read by one process."""
+def sequential_reader(parse: RowParser) -> FileReader:
+    """Builds a reader for files that one process reads in order."""
 
     def rows(path: Path) -> Iterator[tuple[int, Any, float]]:
-        """Every row and its number, with how far into the file it lies."""
+        """Yields (number, row, fraction of the file that is read)."""
         size = max(1, path.stat().st_size)
+        compressed = path.suffix.lower() == ".gz"
         try:
-            packed = path.suffix.lower() == ".gz"
-            with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) if packed else nullcontext(raw) as file:
-                for number, row in reader(file):  # type: ignore[arg-type]
+            with (
+                path.open("rb") as raw,
+                gzip.GzipFile(fileobj=raw) if compressed else nullcontext(raw) as file,
+            ):
+                for number, row in parse(file):  # type: ignore[arg-type]
                     yield number, row, raw.tell() / size
         except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
             raise UserError(f"{path} is damaged: {error}") from error
@@ -126,38 +131,40 @@ def sequential_reader(reader: RowParser) -> FileReader:
         return column_names(row for _, row, _ in islice(rows(path), 1000))
 
     def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
-        held: list[tuple[int, Any]] = []
-        size, before = 0, 0.0
-        for number, row, at in rows(path):
-            kept = select_columns(row, wanted) if isinstance(row, dict) else row
-            held.append((number, kept))
-            size += 64 + _size(kept)
+        collected: list[tuple[int, Any]] = []
+        size = 0
+        begin = 0.0
+        for number, row, end in rows(path):
+            selected = select_columns(row, wanted) if isinstance(row, dict) else row
+            collected.append((number, selected))
+            size += ROW_OVERHEAD + _text_length(selected)
             if size >= SHARD_BYTES:
-                yield Shard(path, held=rows_to_batch(held, wanted), weight=at - before)
-                held, size, before = [], 0, at
-        if held:
-            yield Shard(path, held=rows_to_batch(held, wanted), weight=1 - before)
+                yield Shard(path, rows=rows_to_batch(collected, wanted), weight=end - begin)
+                collected, size, begin = [], 0, end
+        if collected:
+            yield Shard(path, rows=rows_to_batch(collected, wanted), weight=1 - begin)
 
-    return FileReader(columns, shards, lambda shard, wanted: split_batch(shard.held or RowBatch()), _where)
+    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
+        return split_batch(shard.rows or RowBatch())
 
-
-CSV, GZ_JSON, GZ_TEXT, JSON_ARRAY = (
-    sequential_reader(csv_rows),
-    sequential_reader(json_rows),
-    sequential_reader(line_rows(text_row)),
-    sequential_reader(numbered_array),
-)
+    return FileReader(columns, shards, read, lambda path, number: f"row {number}")
 
 
-def _json(path: Path) -> FileReader:
+CSV = sequential_reader(csv_rows)
+GZ_JSON = sequential_reader(json_rows)
+GZ_TEXT = sequential_reader(line_rows(text_row))
+JSON_ARRAY = sequential_reader(numbered_array)
+
+
+def _json_reader(path: Path) -> FileReader:
     with path.open("rb") as file:
         return JSON_ARRAY if _is_array(file.read(1 << 12)) else JSONL
 
 
 JSON = FileReader(
-    lambda path: _json(path).columns(path),
-    lambda path, wanted: _json(path).shards(path, wanted),
-    lambda shard, wanted: (JSONL if shard.held is None else JSON_ARRAY).read(shard, wanted),
-    lambda path, place: _json(path).where(path, place),
+    lambda path: _json_reader(path).columns(path),
+    lambda path, wanted: _json_reader(path).shards(path, wanted),
+    lambda shard, wanted: (JSONL if shard.rows is None else JSON_ARRAY).read(shard, wanted),
+    lambda path, location: _json_reader(path).describe_location(path, location),
 )
-"""An array, or lines, which then are read side by side."""
+"""Reads an array, or lines, which processes read in parallel."""

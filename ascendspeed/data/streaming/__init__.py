@@ -1,1 +1,1 @@
-"""Training from raw files without preprocessing."""
+"""Training on raw files: rows are tokenized while the run consumes them, without preprocessing."""

@@ -1,4 +1,5 @@
-"""Makes the next batch behind the iteration that uses this one, where batches are work: the tokenizers let other threads run."""
+"""Prefetches the next batch in a thread: tokenizers release the GIL, so this overlaps with the current
+iteration."""
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,19 +9,21 @@ T = TypeVar("T")
 
 
 class Prefetch(Generic[T]):
-    """The same function of (split, consumed samples), called ahead in a thread of its own, by one call at a time."""
+    """Wraps a function of (split, consumed samples) and calls it in advance, one call at a time, in a thread
+    of its own."""
 
     def __init__(self, batches: Callable[[str, int], T], step: int) -> None:
-        """`step`: how many samples further the next call for a split will be."""
-        self._batches, self._step = batches, step
+        """`step`: samples between two successive calls for a split."""
+        self._batches = batches
+        self._step = step
         self._thread = ThreadPoolExecutor(1, "prefetch")
-        self._ahead: dict[str, tuple[int, Future[T]]] = {}
+        self._pending: dict[str, tuple[int, Future[T]]] = {}
 
     def __call__(self, split: str, consumed: int) -> T:
-        place, future = self._ahead.pop(split, (None, None))
-        if future is None or place != consumed:
+        prefetched, future = self._pending.pop(split, (None, None))
+        if future is None or prefetched != consumed:
             future = self._thread.submit(self._batches, split, consumed)
-        if split == "train":  # others are read a few batches at a time, from their beginning
+        if split == "train":  # other splits are read a few batches at a time, from their beginning
             following = consumed + self._step
-            self._ahead[split] = following, self._thread.submit(self._batches, split, following)
+            self._pending[split] = following, self._thread.submit(self._batches, split, following)
         return future.result()

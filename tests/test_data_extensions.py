@@ -150,7 +150,7 @@ def test_a_packer_is_a_class_and_an_entry(toy, tmp_path, monkeypatch):
         packing="pairs",
         tokenizer_name_or_path=tokenizer,
         handler_name="GeneralInstructionHandler",
-        seq_length=320,
+        seq_length=1024,
     )
     assert streamed.notes[0].endswith("two documents in each sample")
     positions = streamed.sample(3)[3].tolist()
@@ -161,7 +161,7 @@ def test_a_packer_is_a_class_and_an_entry(toy, tmp_path, monkeypatch):
             packing="internevo-cut",
             tokenizer_name_or_path=tokenizer,
             handler_name="GeneralInstructionHandler",
-            seq_length=320,
+            seq_length=1024,
         )
 
 

@@ -53,7 +53,7 @@ def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
+def _shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
     size = path.stat().st_size
     for start, stop in split_evenly(size, max(1, -(-size // SHARD_BYTES))):
         yield Shard(path, start, stop, weight=(stop - start) / size)
@@ -85,9 +85,9 @@ def line_reader(parse: Callable[[bytes], Any]) -> FileReader:
     def columns(path: Path) -> list[str]:
         return column_names(row for _, row in islice(rows(path, 0, path.stat().st_size), 1000))
 
-    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
+    def read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
         for group in _groups(rows(shard.path, shard.start, shard.stop)):
-            yield rows_to_batch(group, wanted)
+            yield rows_to_batch(group, needed)
 
     return FileReader(columns, _shards, read, _describe_location)
 

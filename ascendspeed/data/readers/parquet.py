@@ -43,24 +43,24 @@ def _columns(path: Path) -> list[str]:
     return list(_open(path).schema_arrow.names)
 
 
-def _shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
+def _shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
     metadata = _open(path).metadata
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group)
         size = 0
         for column in map(rows.column, range(rows.num_columns)):
-            if column.path_in_schema.split(".")[0] in wanted:
+            if column.path_in_schema.split(".")[0] in needed:
                 size += column.total_uncompressed_size
         parts = min(MAX_SHARDS_PER_GROUP, -(-size // SHARD_BYTES)) or 1
         for start, stop in split_evenly(rows.num_rows, parts):
             yield Shard(path, start, stop, group, weight=(stop - start) / metadata.num_rows)
 
 
-def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
+def _read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
     group_begin = _rows_before_group(shard)
     names = tuple(_columns(shard.path))
-    present = [name for name in wanted if name in names]
-    missing = {name: missing_value(name, names, tuple(wanted)) for name in wanted if name not in names}
+    present = [name for name in needed if name in names]
+    missing = {name: missing_value(name, names, tuple(needed)) for name in needed if name not in names}
     row = 0  # of the group
     try:
         batches = _open(shard.path).iter_batches(
@@ -71,7 +71,7 @@ def _read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
             part = batch[first : max(shard.stop - row, 0)]
             if part.num_rows:
                 columns = {}
-                for name in wanted:
+                for name in needed:
                     columns[name] = (
                         to_python(part[name]) if name in present else [missing[name]] * part.num_rows
                     )

@@ -35,8 +35,8 @@ class Table(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
-        """Returns the rows `numbers` [n] with exactly the columns `wanted`, without blank lines; locations
+    def read(self, numbers: np.ndarray, needed: Sequence[str]) -> RowBatch:
+        """Returns the rows `numbers` [n] with exactly the columns `needed`, without blank lines; locations
         are row numbers."""
 
     @abstractmethod
@@ -61,13 +61,13 @@ class LineTable(Table):
     def __len__(self) -> int:
         return int(self._first_row[-1])
 
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
+    def read(self, numbers: np.ndarray, needed: Sequence[str]) -> RowBatch:
         rows = []
         for number in numbers.tolist():
             row = self._row(number)
             if row is not None:
                 rows.append((number, row))
-        return rows_to_batch(rows, wanted)
+        return rows_to_batch(rows, needed)
 
     def describe_location(self, number: int) -> str:
         which, line = self._file_and_line(number)
@@ -112,18 +112,18 @@ class ArrowTable(Table):
     def __len__(self) -> int:
         return len(self._data)
 
-    def read(self, numbers: np.ndarray, wanted: Sequence[str]) -> RowBatch:
-        present = tuple(name for name in wanted if name in self.columns)
+    def read(self, numbers: np.ndarray, needed: Sequence[str]) -> RowBatch:
+        present = tuple(name for name in needed if name in self.columns)
         if present not in self._selected:
             self._selected[present] = self._data.select_columns(list(present))
         table = self._selected[present][numbers.tolist()] if present else None
         names = tuple(self.columns)
         columns = {}
-        for name in wanted:
+        for name in needed:
             if name in present:
                 columns[name] = to_python(table[name])
             else:
-                columns[name] = [missing_value(name, names, tuple(wanted))] * len(numbers)
+                columns[name] = [missing_value(name, names, tuple(needed))] * len(numbers)
         return RowBatch.with_locations(numbers.tolist(), columns)
 
     def describe_location(self, number: int) -> str:

@@ -63,14 +63,14 @@ def columns(path: Path) -> list[str]:
     return _reader(path).columns(path)
 
 
-def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
-    """Yields the shards of a file in order; `wanted` are the columns that will be read."""
-    return _reader(path).shards(path, wanted)
+def shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
+    """Yields the shards of a file in order; `needed` are the columns that will be read."""
+    return _reader(path).shards(path, needed)
 
 
-def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
-    """Yields the rows of a shard in batches with exactly the columns `wanted`."""
-    return _reader(shard.path).read(shard, wanted)
+def read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
+    """Yields the rows of a shard in batches with exactly the columns `needed`."""
+    return _reader(shard.path).read(shard, needed)
 
 
 def describe_location(path: Path, location: int) -> str:

@@ -130,21 +130,21 @@ def sequential_reader(parse: RowParser) -> FileReader:
     def columns(path: Path) -> list[str]:
         return column_names(row for _, row, _ in islice(rows(path), 1000))
 
-    def shards(path: Path, wanted: Sequence[str]) -> Iterator[Shard]:
+    def shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
         collected: list[tuple[int, Any]] = []
         size = 0
         begin = 0.0
         for number, row, end in rows(path):
-            selected = select_columns(row, wanted) if isinstance(row, dict) else row
+            selected = select_columns(row, needed) if isinstance(row, dict) else row
             collected.append((number, selected))
             size += ROW_OVERHEAD + _text_length(selected)
             if size >= SHARD_BYTES:
-                yield Shard(path, rows=rows_to_batch(collected, wanted), weight=end - begin)
+                yield Shard(path, rows=rows_to_batch(collected, needed), weight=end - begin)
                 collected, size, begin = [], 0, end
         if collected:
-            yield Shard(path, rows=rows_to_batch(collected, wanted), weight=1 - begin)
+            yield Shard(path, rows=rows_to_batch(collected, needed), weight=1 - begin)
 
-    def read(shard: Shard, wanted: Sequence[str]) -> Iterator[RowBatch]:
+    def read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
         return split_batch(shard.rows or RowBatch())
 
     return FileReader(columns, shards, read, lambda path, number: f"row {number}")
@@ -163,8 +163,8 @@ def _json_reader(path: Path) -> FileReader:
 
 JSON = FileReader(
     lambda path: _json_reader(path).columns(path),
-    lambda path, wanted: _json_reader(path).shards(path, wanted),
-    lambda shard, wanted: (JSONL if shard.rows is None else JSON_ARRAY).read(shard, wanted),
+    lambda path, needed: _json_reader(path).shards(path, needed),
+    lambda shard, needed: (JSONL if shard.rows is None else JSON_ARRAY).read(shard, needed),
     lambda path, location: _json_reader(path).describe_location(path, location),
 )
 """Reads an array, or lines, which processes read in parallel."""

@@ -67,15 +67,15 @@ class Shard:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Functions that read one kind of file. `wanted` are the needed columns; a batch has exactly these."""
+    """Functions that read one kind of file. `needed` are the needed columns; a batch has exactly these."""
 
     columns: Callable[[Path], list[str]]
     """(path) -> column names (of json, the keys of the first thousand rows); empty for a file without
     rows."""
     shards: Callable[[Path, Sequence[str]], Iterator[Shard]]
-    """(path, wanted) -> the file's shards in order; the split depends on the content of the file alone."""
+    """(path, needed) -> the file's shards in order; the split depends on the content of the file alone."""
     read: Callable[[Shard, Sequence[str]], Iterator[RowBatch]]
-    """(shard, wanted) -> rows of a shard."""
+    """(shard, needed) -> rows of a shard."""
     describe_location: Callable[[Path, int], str]
     """(path, location) -> text such as `line 7`."""
 
@@ -96,7 +96,7 @@ def column_names(rows: Iterable[Any]) -> list[str]:
     return list(dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row))
 
 
-def rows_to_batch(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> RowBatch:
+def rows_to_batch(rows: Sequence[tuple[int, Any]], needed: Sequence[str]) -> RowBatch:
     """Converts (location, row) to columns.
 
     A missing key becomes `missing_value`; a row that is not an object is repeated in every column.
@@ -104,25 +104,25 @@ def rows_to_batch(rows: Sequence[tuple[int, Any]], wanted: Sequence[str]) -> Row
     records = []
     for _, row in rows:
         is_object = isinstance(row, dict)
-        records.append(select_columns(row, wanted) if is_object else dict.fromkeys(wanted, row))
-    columns = {name: [record[name] for record in records] for name in wanted}
+        records.append(select_columns(row, needed) if is_object else dict.fromkeys(needed, row))
+    columns = {name: [record[name] for record in records] for name in needed}
     return RowBatch.with_locations([location for location, _ in rows], columns)
 
 
-def select_columns(row: dict[str, Any], wanted: Sequence[str]) -> dict[str, Any]:
-    """Returns the values of the columns `wanted`."""
-    keys, names = tuple(row), tuple(wanted)
-    return {name: row[name] if name in row else missing_value(name, keys, names) for name in wanted}
+def select_columns(row: dict[str, Any], needed: Sequence[str]) -> dict[str, Any]:
+    """Returns the values of the columns `needed`."""
+    keys, names = tuple(row), tuple(needed)
+    return {name: row[name] if name in row else missing_value(name, keys, names) for name in needed}
 
 
 @lru_cache(1 << 12)
-def missing_value(name: str, present: tuple[str, ...], wanted: tuple[str, ...]) -> InvalidValue | None:
+def missing_value(name: str, present: tuple[str, ...], needed: tuple[str, ...]) -> InvalidValue | None:
     """Returns the value for the column `name`, which is not in `present`.
 
     It is None, or an `InvalidValue` if an unread column has a similar name, because its values would be lost
     silently.
     """
-    unread = {str(other).casefold().strip(): other for other in present if other not in wanted}
+    unread = {str(other).casefold().strip(): other for other in present if other not in needed}
     similar = difflib.get_close_matches(name.casefold(), unread, 1, SIMILARITY)
     if not similar:
         return None

@@ -26,7 +26,7 @@ BatchFunction = Callable[[str, int], list[Batch]]
 def with_chat_template(data: DataConfig) -> DataConfig:
     """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take one."""
     handler = HANDLERS.get(data.handler_name or "")
-    takes_template = handler is not None and "chat_template" in handler.takes
+    takes_template = handler is not None and "chat_template" in handler.accepted_settings
     if data.chat_template or not data.tokenizer_name_or_path or not takes_template:
         return data
     return replace(data, chat_template=chat_template_beside(Path(data.tokenizer_name_or_path)))

@@ -1,4 +1,4 @@
-"""What lies beside the weights: config.json, generation settings, the tokenizer. Code is copied when asked for, and never run."""
+"""Files beside the weights: config.json, generation settings, the tokenizer. Code is copied on request and never run."""
 
 import logging
 import shutil
@@ -20,110 +20,107 @@ from ascendspeed.utils.safe_io import checked_file, read_json_object
 
 logger = logging.getLogger(__name__)
 
-GENERATION = "generation_config.json"
-TABLES = (GENERATION, "special_tokens_map.json", "added_tokens.json", "vocab.json")
-"""Copied when they can be read as what they are."""
-COPIED = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja")
+GENERATION_CONFIG = "generation_config.json"
+COPIED_TABLES = (GENERATION_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json")
+"""JSON tables to copy; each must parse."""
+COPIED_FILES = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja")
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-KEPT = (*TOKEN_IDS, "use_cache")
-"""Entries of a config.json that stay when the architecture is named anew."""
-CLASSES = {"PreTrainedTokenizer", "TokenizersBackend"} | {
+KEPT_ENTRIES = (*TOKEN_IDS, "use_cache")
+"""Entries of a config.json that are kept when the architecture is written anew."""
+TOKENIZER_CLASSES = {"PreTrainedTokenizer", "TokenizersBackend"} | {
     family.tokenizer_class for family in FAMILIES.values() if family.tokenizer_class
 }
 """Tokenizer classes of transformers that an export may name; each may end in Fast."""
 
 
-def with_tokenizer(source: CheckpointReader, folder: str | None) -> CheckpointReader:
-    """The source with the tokenizer in `folder` (None: its own), and with that one's token ids when it says none itself.
+def with_tokenizer(reader: CheckpointReader, folder: str | None) -> CheckpointReader:
+    """Returns the reader with the tokenizer in `folder` (None: its own), and with its token ids if config.json has none.
 
-    A note says so when the source has no tokenizer. Raises `UserError` when `folder` has none, or the tokenizer is damaged or too
+    Prints a note if the checkpoint has no tokenizer. Raises `UserError` if `folder` has none, or the tokenizer is damaged or too
     large for the model.
     """
-    where = Path(folder) if folder is not None else source.assets_dir
-    if folder is None and not _has_tokenizer(where):
-        logger.info(
-            f"note: no tokenizer was found{f' at {where}' if where else ''}; none is exported (give --tokenizer DIR)"
-        )
-        return source
-    found = _load(where, source.config)
-    says = any(source.config_json.get(name) is not None for name in TOKEN_IDS)
-    ids = zip(TOKEN_IDS, (found.bos, found.eos, found.pad), strict=True)
-    theirs = (
-        source.config_json
-        if says
-        else source.config_json | {name: number for name, number in ids if number is not None}
-    )
-    return replace(source, assets_dir=where, config_json=theirs)
+    assets_dir = Path(folder) if folder is not None else reader.assets_dir
+    if folder is None and not _has_tokenizer(assets_dir):
+        place = f" at {assets_dir}" if assets_dir else ""
+        logger.info(f"note: no tokenizer was found{place}; none is exported (give --tokenizer DIR)")
+        return reader
+    loaded = _load_tokenizer(assets_dir, reader.config)
+    config_json = reader.config_json
+    if all(config_json.get(name) is None for name in TOKEN_IDS):
+        ids = zip(TOKEN_IDS, (loaded.bos, loaded.eos, loaded.pad), strict=True)
+        config_json = config_json | {name: token for name, token in ids if token is not None}
+    return replace(reader, assets_dir=assets_dir, config_json=config_json)
 
 
-def check(source: CheckpointReader) -> None:
-    """Raises `UserError` when what lies beside the weights is damaged or another model's: to be asked before hours of writing."""
-    if _has_tokenizer(source.assets_dir):
-        _load(source.assets_dir, source.config)
-        if all((source.assets_dir / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
-            export.check(source.assets_dir)
-    _check_ids(f"{source.path}, by its config.json or its tokenizer", source.config_json, source.config)
-    for path in _neighbours(source):
+def check(reader: CheckpointReader) -> None:
+    """Raises `UserError` if a file beside the weights is damaged or belongs to another model; called before the long work."""
+    folder = reader.assets_dir
+    if _has_tokenizer(folder):
+        _load_tokenizer(folder, reader.config)
+        if all((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
+            export.check(folder)
+    _check_token_ids(f"{reader.path}, by its config.json or its tokenizer", reader.config_json, reader.config)
+    for path in _files_to_copy(reader):
         checked_file(path)
-        held = read_json_object(path) if path.name in TABLES else {}
-        if path.name == GENERATION:
-            _check_ids(str(path), held, source.config)
+        table = read_json_object(path) if path.name in COPIED_TABLES else {}
+        if path.name == GENERATION_CONFIG:
+            _check_token_ids(str(path), table, reader.config)
 
 
-def _check_ids(where: str, said: Mapping[str, Any], config: ModelConfig) -> None:
-    """Raises `UserError` for a token that the model has no row for; of several in a list each counts."""
+def _check_token_ids(origin: str, table: Mapping[str, Any], config: ModelConfig) -> None:
+    """Raises `UserError` for a token id, or one in a list of ids, that the model has no row for."""
     for name in TOKEN_IDS:
-        value = said.get(name)
-        for number in value if isinstance(value, list) else [value]:
-            if value is not None and (type(number) is not int or not 0 <= number < config.vocab_size):
+        value = table.get(name)
+        if value is None:
+            continue
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is not int or not 0 <= token < config.vocab_size:
                 raise UserError(
-                    f"{where}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}"
+                    f"{origin}: {name} = {value!r} is no token of a vocabulary of {config.vocab_size}"
                 )
 
 
-def check_code(source: CheckpointReader, config: ModelConfig) -> None:
-    """Raises `UserError` when the source has no code to copy, or has that of another family than `config`'s."""
-    if not source.assets_dir or not any(source.assets_dir.glob("*.py")):
-        raise UserError(f"{source.assets_dir or source.path} has no *.py: leave --copy-code out")
-    if source.config_json.get("model_type") != FAMILIES[config.family].name:
+def check_code(reader: CheckpointReader, config: ModelConfig) -> None:
+    """Raises `UserError` if the checkpoint has no code to copy, or code for another family than `config`'s."""
+    folder = reader.assets_dir
+    if not folder or not any(folder.glob("*.py")):
+        raise UserError(f"{folder or reader.path} has no *.py: leave --copy-code out")
+    if reader.config_json.get("model_type") != FAMILIES[config.family].name:
         raise UserError(
-            f"the code in {source.assets_dir} is not that of a model of family {config.family}: leave --copy-code out"
+            f"the code in {folder} is not that of a model of family {config.family}: leave --copy-code out"
         )
-    for path in _neighbours(source, copy_code=True):
+    for path in _files_to_copy(reader, copy_code=True):
         checked_file(path)
 
 
 def write(
-    source: CheckpointReader,
+    reader: CheckpointReader,
     folder: Path,
     config: ModelConfig,
     dtype: torch.dtype | None,
     for_transformers: bool = False,
     copy_code: bool = False,
 ) -> None:
-    """config.json of `config`, with the token ids and the type of the source, and its tokenizer and generation settings.
+    """Writes config.json of `config`, with the token ids and the type of the tensors, the tokenizer and the generation settings.
 
-    `for_transformers`: with a tokenizer.json if that can be made. `copy_code`: with the source's `*.py`, and with the entries that
-    lead to them, which only `trust_remote_code` follows.
+    `for_transformers`: also writes a tokenizer.json if that is possible. `copy_code`: copies the `*.py` files and keeps the entries
+    that refer to them, which only `trust_remote_code` follows.
     """
-    theirs = _config_json(source, config, copy_code)
-    theirs["torch_dtype"] = str(dtype or _main_dtype(source)).removeprefix("torch.")
-    write_json(folder / "config.json", theirs)
-    for path in _neighbours(source, copy_code):
+    config_json = _config_json(reader, config, copy_code)
+    config_json["torch_dtype"] = str(dtype or _most_common_dtype(reader)).removeprefix("torch.")
+    write_json(folder / "config.json", config_json)
+    for path in _files_to_copy(reader, copy_code):
         shutil.copyfile(checked_file(path), folder / path.name)
-    ids = {name: theirs[name] for name in TOKEN_IDS if theirs.get(name) is not None}
-    if ids and not (folder / GENERATION).exists():
-        write_json(folder / "generation_config.json", ids)
-    _write_tokenizer_config(source, folder, copy_code)
-    if (
-        for_transformers
-        and (folder / "tokenizer.model").exists()
-        and not (folder / "tokenizer.json").exists()
-    ):
-        why_not = export.write(folder)
-        if why_not:
+    token_ids = {name: config_json[name] for name in TOKEN_IDS if config_json.get(name) is not None}
+    if token_ids and not (folder / GENERATION_CONFIG).exists():
+        write_json(folder / GENERATION_CONFIG, token_ids)
+    _write_tokenizer_config(reader, folder, copy_code)
+    lacks_json = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
+    if for_transformers and lacks_json:
+        reason = export.write(folder)
+        if reason:
             logger.info(
-                f"note: no tokenizer.json: {why_not}; stock transformers may not load the tokenizer as it should"
+                f"note: no tokenizer.json: {reason}; stock transformers may not load the tokenizer as it should"
             )
 
 
@@ -131,58 +128,56 @@ def _has_tokenizer(folder: Path | None) -> bool:
     return folder is not None and any((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES)
 
 
-def _load(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
-    """Reads every tokenizer of the folder: none is copied unread. Raises `UserError`."""
-    for name, kind in tokenizer.TOKENIZER_CLASSES.items():
+def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
+    """Reads every tokenizer file of the folder, so that none is copied unread. Raises `UserError`."""
+    for name, tokenizer_class in tokenizer.TOKENIZER_CLASSES.items():
         if (folder / name).exists():
-            found = kind(folder)
-            if found.base_vocab_size > config.vocab_size:
+            size = tokenizer_class(folder).base_vocab_size
+            if size > config.vocab_size:
                 raise UserError(
-                    f"{folder / name} has {found.base_vocab_size} pieces, but the vocabulary of the model {config.vocab_size}: "
+                    f"{folder / name} has {size} pieces, but the vocabulary of the model {config.vocab_size}: "
                     "it is another model's (give --tokenizer DIR)"
                 )
     return tokenizer.load(folder)
 
 
-def _neighbours(source: CheckpointReader, copy_code: bool = False) -> Iterator[Path]:
-    """The files to copy as they are."""
-    if source.assets_dir:
-        code = sorted(source.assets_dir.glob("*.py")) if copy_code else []
-        named = (source.assets_dir / name for name in (*TABLES, *COPIED))
-        yield from (path for path in (*named, *code) if path.exists() or path.is_symlink())
+def _files_to_copy(reader: CheckpointReader, copy_code: bool = False) -> Iterator[Path]:
+    """Files that are copied unchanged."""
+    folder = reader.assets_dir
+    if folder:
+        paths = [folder / name for name in (*COPIED_TABLES, *COPIED_FILES)]
+        if copy_code:
+            paths += sorted(folder.glob("*.py"))
+        yield from (path for path in paths if path.exists() or path.is_symlink())
 
 
-def _config_json(source: CheckpointReader, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
-    """The source's own where it says the same; else ours, with what the source knows beyond it."""
+def _config_json(reader: CheckpointReader, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
+    """The checkpoint's own config.json if it describes `config`; else a new one with the entries that the architecture lacks."""
     family = FAMILIES[config.family]
-    if (
-        source.config_json.get("model_type") == family.name
-        and family.read_config(source.config_json) == config
-    ):
+    own = reader.config_json
+    if own.get("model_type") == family.name and family.read_config(own) == config:
         dropped = ("dtype",) if copy_code else ("dtype", "auto_map")
-        return {name: value for name, value in source.config_json.items() if name not in dropped}
-    kept = (*KEPT, "auto_map") if copy_code else KEPT
-    return family.write_config(config) | {
-        name: source.config_json[name] for name in kept if name in source.config_json
-    }
+        return {name: value for name, value in own.items() if name not in dropped}
+    kept = (*KEPT_ENTRIES, "auto_map") if copy_code else KEPT_ENTRIES
+    return family.write_config(config) | {name: own[name] for name in kept if name in own}
 
 
-def _main_dtype(source: CheckpointReader) -> torch.dtype:
-    kinds = list(source.dtypes.values())
-    return max(kinds, key=kinds.count)
+def _most_common_dtype(reader: CheckpointReader) -> torch.dtype:
+    dtypes = list(reader.dtypes.values())
+    return max(dtypes, key=dtypes.count)
 
 
-def _write_tokenizer_config(source: CheckpointReader, folder: Path, copy_code: bool) -> None:
-    """The source's own, with a class that stock transformers have, and without what leads to code that is not there."""
+def _write_tokenizer_config(reader: CheckpointReader, folder: Path, copy_code: bool) -> None:
+    """Writes the checkpoint's own file, with a class that stock transformers have and without references to code."""
     values = (
-        tokenizer.read_optional_json(source.assets_dir / "tokenizer_config.json") if source.assets_dir else {}
+        tokenizer.read_optional_json(reader.assets_dir / "tokenizer_config.json") if reader.assets_dir else {}
     )
-    own_code = values.get("auto_map") is not None
+    has_own_code = values.get("auto_map") is not None
     if not copy_code:
         values.pop("auto_map", None)
-    if "tokenizer_class" in values and (
-        own_code or str(values["tokenizer_class"]).removesuffix("Fast") not in CLASSES
-    ):
-        values["tokenizer_class"] = export.GENERIC
+    if "tokenizer_class" in values:
+        name = str(values["tokenizer_class"]).removesuffix("Fast")
+        if has_own_code or name not in TOKENIZER_CLASSES:
+            values["tokenizer_class"] = export.GENERIC_CLASS
     if values:
         write_json(folder / "tokenizer_config.json", values)

@@ -1,4 +1,4 @@
-"""The commands that InternLM published for InternEvo's training folders: their flags and defaults, and what they do now."""
+"""Implements InternLM's published commands for InternEvo training folders, with their flags and defaults."""
 
 import logging
 import shutil
@@ -59,52 +59,62 @@ class ToInternEvo:
     """Training has use_flash_attn=True: an embedding along the vocabulary is flash-attention's then, under its name."""
 
 
-def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other: str) -> None:
-    """`typed`: names of the flags that were given. `other`: the command for the other kinds. Raises `UserError`."""
+def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_command: str) -> None:
+    """Converts a training folder to a Hugging Face directory.
+
+    `typed`: names of the flags on the command line. `other_command`: the command for other families. Raises `UserError`.
+    """
     from ascendspeed.conversion import convert
     from ascendspeed.tokenization import tokenizer
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.tgt)
     size = convert.parse_size(options.max_shard)
-    defaults = not (Path(options.src) / "config.json").is_file()
-    asked = InternEvoOptions(
-        options.version,
-        options.qk_interleaved,
-        options.qkv_fused,
-        options.max_pos if defaults or "max_pos" in typed else None,
-        options.rotary_type if defaults or "rotary_type" in typed else None,
-        options.scaling_factor,
-        family,
-    )
-    if "scaling_factor" in typed and asked.rotary_type != "dynamic":
+    read_options = _read_options(options, typed, family)
+    if "scaling_factor" in typed and read_options.rotary_type != "dynamic":
         logger.info(
             f"note: --scaling_factor {options.scaling_factor} changes nothing without --rotary_type dynamic"
         )
-    source = convert.open_reader(options.src, internevo=asked)
-    if source.config.family != family:
+    reader = convert.open_reader(options.src, internevo=read_options)
+    if reader.config.family != family:
         raise UserError(
-            f"{options.src} is a model of family {source.config.family}, not {family}: use {other}"
+            f"{options.src} is a model of family {reader.config.family}, not {family}: use {other_command}"
         )
+    source = Path(options.src)
     if options.tokenizer is None and not any(
-        (Path(options.src) / name).is_file() for name in tokenizer.TOKENIZER_CLASSES
+        (source / name).is_file() for name in tokenizer.TOKENIZER_CLASSES
     ):
         raise UserError(
             f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)"
         )
     with _tokenizer_folder(options.tokenizer) as folder:
-        source = convert.with_tokenizer(source, folder)
+        reader = convert.with_tokenizer(reader, folder)
         dtype = getattr(convert.torch, options.dtype, None)
-        convert.write_hf(source, options.tgt, None, dtype, size)
-    rope = f"{source.config.rope_scaling_type} rope scaling, factor {source.config.rope_scaling_factor}"
+        convert.write_hf(reader, options.tgt, None, dtype, size)
+    config = reader.config
+    rope = f"{config.rope_scaling_type} rope scaling, factor {config.rope_scaling_factor}"
     print(
-        f"from {source.description}, up to {source.config.max_position_embeddings} positions, {rope}: {options.tgt}"
+        f"from {reader.description}, up to {config.max_position_embeddings} positions, {rope}: {options.tgt}"
+    )
+
+
+def _read_options(options: ToHuggingFace, typed: set[str], family: str) -> InternEvoOptions:
+    """The flags as read options; the defaults of positions and rope apply only if the folder has no config.json."""
+    use_defaults = not (Path(options.src) / "config.json").is_file()
+    return InternEvoOptions(
+        options.version,
+        options.qk_interleaved,
+        options.qkv_fused,
+        options.max_pos if use_defaults or "max_pos" in typed else None,
+        options.rotary_type if use_defaults or "rotary_type" in typed else None,
+        options.scaling_factor,
+        family,
     )
 
 
 @contextmanager
 def _tokenizer_folder(path: str | None) -> Iterator[str | None]:
-    """The published commands take the tokenizer's file, by any name; everything here takes its folder."""
+    """Copies a tokenizer file of any name into a temporary folder: the published commands take the file, `with_tokenizer` a folder."""
     if path is None or Path(path).is_dir():
         yield path
         return
@@ -115,32 +125,39 @@ def _tokenizer_folder(path: str | None) -> Iterator[str | None]:
         shutil.copyfile(path, copy)
         try:
             yield folder
-        except UserError as error:  # in the words of whoever typed the path
+        except UserError as error:  # name the path on the command line, not the temporary one
             raise UserError(str(error).replace(str(copy), path).replace(folder, path)) from None
 
 
 def to_internevo(
-    options: ToInternEvo, families: tuple[str, ...], other: str, version: int = 2, adapt_hf: bool = True
+    options: ToInternEvo,
+    families: tuple[str, ...],
+    other_command: str,
+    version: int = 2,
+    adapt_hf: bool = True,
 ) -> None:
-    """`families`: ours that the command is for, `other`: that for the others. `adapt_hf`: leave the rows of q and k as they are."""
+    """Converts a Hugging Face directory of one of `families` to a training folder.
+
+    `other_command`: the command for other families. `adapt_hf`: keeps the rows of q and k in their order. Raises `UserError`.
+    """
     from dataclasses import replace
 
     from ascendspeed.conversion import convert
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.tgt)
-    source = convert.open_reader(options.src)
-    if source.config.family not in families:
+    reader = convert.open_reader(options.src)
+    if reader.config.family not in families:
         raise UserError(
-            f"{options.src} is a model of family {source.config.family}, not {' or '.join(families)}: use {other}"
+            f"{options.src} is a model of family {reader.config.family}, not {' or '.join(families)}: use {other_command}"
         )
-    target = convert.InternEvoWriter(
+    writer = convert.InternEvoWriter(
         options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash
     )
-    kind = target.resolve_model_type(source.config)
-    target = replace(target, qk_interleaved=kind == "LLAMA2" and not adapt_hf)
-    convert.convert(source, options.tgt, target)
+    model_type = writer.resolve_model_type(reader.config)
+    writer = replace(writer, qk_interleaved=model_type == "LLAMA2" and not adapt_hf)
+    convert.convert(reader, options.tgt, writer)
     print(
-        f"for TP {options.tp_size}, to be trained as {kind} with embed_split_hidden={target.embed_split}, "
-        f"qk_interleaved={target.qk_interleaved} (adapt_hf={not target.qk_interleaved} once): {options.tgt}"
+        f"for TP {options.tp_size}, to be trained as {model_type} with embed_split_hidden={writer.embed_split}, "
+        f"qk_interleaved={writer.qk_interleaved} (adapt_hf={not writer.qk_interleaved} once): {options.tgt}"
     )

@@ -41,7 +41,7 @@ from ascendspeed.tokenization.tokenizer import (
 from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
 
-GENERIC = "PreTrainedTokenizerFast"
+GENERIC_CLASS = "PreTrainedTokenizerFast"
 """The class that takes a tokenizer.json as it is, in every version of transformers."""
 Added = dict[int, dict[str, Any]]
 """Id -> entry of `added_tokens`."""
@@ -80,7 +80,7 @@ def write(folder: Path) -> str | None:
     }
     write_json(
         folder / "tokenizer_config.json",
-        settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC},
+        settings | {"added_tokens_decoder": decoder, "tokenizer_class": GENERIC_CLASS},
     )
     return None
 

@@ -1,4 +1,4 @@
-"""Trains InternLM: `deepspeed pretrain_intern.py --deepspeed --model ...`, or `torchrun` without --deepspeed; see `--help`."""
+"""Trains InternLM: `deepspeed pretrain_intern.py --deepspeed ...`, or `torchrun` without --deepspeed."""
 
 import json
 import logging

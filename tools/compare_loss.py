@@ -3,8 +3,8 @@
     python tools/compare_loss.py REF CAND --out DIR [--ref2 SECOND_RUN_OF_REF] [--profile strict]
 
 REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, InternEvo, GPT-NeoX or DeepSpeed's
-pipeline engine, TensorBoard events, JSON lines, or the folder of a run. Exit code 0: parity, 1: no parity, 2: the logs cannot
-be compared.
+pipeline engine, TensorBoard events, JSON lines, or the folder of a run. Exit code 0: parity, 1: no parity, 2:
+the logs cannot be compared.
 """
 
 from dataclasses import dataclass
@@ -32,8 +32,8 @@ class Options:
     ref2: str | None = None
     """Log of a second run of the reference; the distance between the two is drawn as a band."""
     profile: Profile = "published"
-    """published: the mean relative error is below 2 %; strict: the error of every step is; bitwise: all losses
-    and gradient norms are identical."""
+    """published: the mean relative error is below 2 %; strict: the error of every step is; bitwise: all
+    losses and gradient norms are identical."""
     first: int | None = None
     """First position to compare, in consumed samples (in iterations if the logs have no samples)."""
     last: int | None = None

@@ -1,8 +1,9 @@
-"""InternEvo's tokenized data (X.bin, X.bin.meta) -> `P_packed_{input_ids,labels}_document.{bin,idx}`.
+"""Converts tokenized data of InternEvo (X.bin, X.bin.meta) to `P_packed_{input_ids,labels}_document`.
 
     python tools/convert_internevo_data.py --input TRAIN_FOLDER --output-prefix P
 
-Training reads TRAIN_FOLDER itself too (--data-path TRAIN_FOLDER); converted data are read faster, and every line was checked.
+Training can read TRAIN_FOLDER directly (--data-path TRAIN_FOLDER); converted data are read faster, and the
+conversion validates every line.
 """
 
 from dataclasses import dataclass
@@ -14,18 +15,19 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """What to convert."""
+    """Input and output of the conversion."""
 
     input: str
-    """A folder with .bin and .bin.meta files, at any depth, or one .bin file."""
+    """Folder with .bin and .bin.meta files at any depth, or one .bin file."""
     output_prefix: str
-    """Writes <prefix>_packed_input_ids_document and <prefix>_packed_labels_document, each .bin, .idx and .meta."""
+    """Prefix P of the files P_packed_input_ids_document and P_packed_labels_document, each .bin, .idx and
+    .meta."""
     min_length: int = 0
-    """Documents with fewer tokens are left out (InternEvo's min_length)."""
+    """Least tokens of a document; shorter ones are skipped (InternEvo's min_length)."""
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command."""
     options = parser.parse(Options, description=__doc__ or "")
     internevo.convert(options.input, options.output_prefix, options.min_length)
 

@@ -1,4 +1,4 @@
-"""Text -> `P_<key>_document.{bin,idx}` for training; instruction data -> `P_packed_{input_ids,labels}_document`.
+"""Tokenizes text to `P_<key>_document.{bin,idx}`, instruction data to `P_packed_{input_ids,labels}_document`.
 
     python tools/preprocess_data.py --input train.parquet --tokenizer-name-or-path DIR --output-prefix P \\
         --workers 4 --log-interval 1000 --handler-name AlpacaPretrainHandler --append-eod
@@ -21,39 +21,42 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of the published tool."""
+    """Input, tokenization and output."""
 
     input: tuple[str, ...]
-    """Parquet, json, jsonl, csv or txt files (json, jsonl, csv and txt also as .gz), globs or folders."""
+    """Parquet, json, jsonl, csv or txt files, all but parquet also as .gz; globs or folders."""
     tokenizer_name_or_path: Path
     """Hugging Face directory with tokenizer.model or tokenizer.json."""
     output_prefix: str
-    """Writes <prefix>_<key>_document.bin and .idx."""
+    """Prefix of the files <prefix>_<key>_document.bin and .idx."""
     handler_name: str = "GeneralPretrainHandler"
-    """How a row becomes a document. All of it is learnt: GeneralPretrainHandler, AlpacaPretrainHandler. The answers are learnt,
-    in the published prompt: GeneralInstructionHandler, BelleMultiTurnInstructionHandler; in the model's chat format:
-    AlpacaStyleInstructionHandler, SharegptStyleInstructionHandler."""
+    """Handler that converts a row to a document. The whole text is in the loss: GeneralPretrainHandler,
+    AlpacaPretrainHandler. The answers are in the loss, with the published prompt: GeneralInstructionHandler,
+    BelleMultiTurnInstructionHandler; with the model's chat template: AlpacaStyleInstructionHandler,
+    SharegptStyleInstructionHandler."""
     chat_template: str | None = None
-    """Chat format by name (v1, v1-eoh, v2, v2.5, v3); default: that of the config.json beside the tokenizer, or the tokenizer's."""
+    """Chat template: v1, v1-eoh, v2, v2.5 or v3; default: that of the config.json beside the tokenizer, or of
+    the tokenizer."""
     system: str | None = None
     """System message of conversations that have none."""
     loss_on: Literal["all", "last"] | None = None
-    """Answers that are learnt: all of a conversation or the last; default: all, of Belle's the last."""
+    """Answers of a conversation in the loss: all, or the last; default: all, the last for Belle."""
     strict: bool = False
-    """The first row that makes no document is an error, and nothing is written."""
+    """Stop at the first row that cannot be converted, and write nothing."""
     json_keys: tuple[str, ...] = ("text",)
-    """Columns that GeneralPretrainHandler reads, each into a data set of its own."""
+    """Columns for GeneralPretrainHandler; each is written to a dataset of its own."""
     append_eod: bool = False
-    """End every document with the tokenizer's eos."""
+    """Append the tokenizer's EOS to every document."""
     workers: Annotated[
-        int, tyro.conf.arg(help="Processes; default: one per core.", help_behavior_hint="")
+        int, tyro.conf.arg(help="Worker processes; default: one per core.", help_behavior_hint="")
     ] = 0
     log_interval: int = 1000
-    """Documents between two lines of progress in a log."""
+    """Documents between two progress lines."""
     max_document_mib: int = MAX_DOCUMENT_BYTES >> 20
-    """Longer documents are skipped and counted as huge."""
+    """Largest document in MiB; longer ones are skipped and counted as huge."""
     seq_length: int | None = None
-    """Instruction data: longer documents are cut to this many tokens; those whose answers are cut away are skipped and counted."""
+    """Instruction data: truncate documents to this many tokens; documents whose answers are truncated away
+    entirely are skipped and counted."""
 
 
 def _check(options: Options) -> None:
@@ -83,19 +86,18 @@ def main() -> None:
     )
     if ignores_keys and "json_keys" in line.typed:
         raise errors.UserError(
-            f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; leave it out"
+            f"--json-keys means nothing to {options.handler_name}, only to GeneralPretrainHandler; "
+            "leave it out"
         )
     for note in line.notes:
         print(note)
     if "seq_length" in line.typed and not (handler and handler.has_loss_mask):
-        print(
-            "--seq-length is ignored: pre-training documents are stored whole, and cut into samples in training"
-        )
+        print("--seq-length is ignored: pre-training documents are stored whole, and cut in training")
     _check(options)
     template = options.chat_template
     if template is None and handler and "chat_template" in handler.accepted_settings:
         template = chat_template_beside(options.tokenizer_name_or_path)
-    job = EncoderConfig(
+    encoder = EncoderConfig(
         tokenizer_path=str(options.tokenizer_name_or_path),
         handler_name=options.handler_name,
         json_keys=options.json_keys,
@@ -108,7 +110,7 @@ def main() -> None:
     )
     workers = options.workers or len(os.sched_getaffinity(0))
     preprocess(
-        options.input, options.output_prefix, job, workers, options.log_interval, strict=options.strict
+        options.input, options.output_prefix, encoder, workers, options.log_interval, strict=options.strict
     )
 
 

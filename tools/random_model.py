@@ -1,6 +1,7 @@
-"""Writes a model with random weights as a Hugging Face directory, to try the whole chain on before real weights are there.
+"""Writes a model with random weights as a Hugging Face directory, for trying the tools without real weights.
 
-python tools/random_model.py --model internlm-tiny --tokenizer dataset/internlm --output-dir model_from_hf/internlm-tiny
+python tools/random_model.py --model internlm-tiny --tokenizer dataset/internlm \\
+    --output-dir model_from_hf/internlm-tiny
 """
 
 import math
@@ -22,20 +23,25 @@ class Options:
     """Writes a model with random weights as a Hugging Face directory."""
 
     output_dir: str
-    """Folder to write; must not hold anything yet."""
+    """Folder to write; must be empty or absent."""
     model: str = "internlm-tiny"
-    """Architecture by name."""
+    """Name of the architecture."""
     tokenizer: str | None = None
-    """Folder with the tokenizer to copy beside the weights."""
+    """Folder with the tokenizer to copy."""
     seed: int = 1234
-    """The same seed gives the same weights."""
+    """Random seed of the weights."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
-    """Type of the weights."""
+    """Data type of the weights."""
     noise: float = 0.0
-    """Deviation of biases from 0 and norms from 1, where training starts: with 0.02, logits tell when a program loses one."""
+    """Standard deviation of biases around 0 and of norm weights around 1; above 0, logits reveal a program
+    that drops one of them."""
+
+
+INTERNLM_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 
 
 def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Tensor":
+    """Adds normal noise to a bias or a norm weight; matrices stay as they are."""
     import torch
 
     if not deviation or tensor.ndim > 1:
@@ -45,7 +51,7 @@ def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Te
 
 
 def main() -> None:
-    """Parses, draws, writes."""
+    """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__ or "")
     config = families.preset(options.model)
     if not 0 <= options.noise < math.inf:
@@ -57,22 +63,20 @@ def main() -> None:
     from ascendspeed.models.param_mapping import parameters, random_tensor
     from ascendspeed.utils.atomic import require_empty_dir
 
-    def make(name: str) -> "Tensor":
+    def random_parameter(name: str) -> "Tensor":
         return _with_noise(
-            random_tensor(config, known[name], options.seed), name, options.seed, options.noise
+            random_tensor(config, parameters_by_name[name], options.seed), name, options.seed, options.noise
         )
 
     require_empty_dir(options.output_dir)
-    known = {parameter.name: parameter for parameter in parameters(config)}
+    parameters_by_name = {parameter.name: parameter for parameter in parameters(config)}
     source = CheckpointReader(
         description="random weights",
         path=Path(options.model),
         config=config,
-        config_json={}
-        if options.tokenizer
-        else {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},  # InternLM's
-        dtypes=dict.fromkeys(known, torch.float32),
-        read_block=from_factory(make),
+        config_json={} if options.tokenizer else INTERNLM_TOKENS,
+        dtypes=dict.fromkeys(parameters_by_name, torch.float32),
+        read_block=from_factory(random_parameter),
         assets_dir=None,
     )
     source = convert.with_tokenizer(source, options.tokenizer)

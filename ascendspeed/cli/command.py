@@ -77,7 +77,8 @@ def check_device_precision(fp16: bool, device: Any) -> None:
 
 
 def run_inference(resolve: Resolver, work: Callable[[Any, Any, Sequence[str]], None]) -> None:
-    """Runs a command that needs weights: `resolve` checks the command line, `work(job, device, notes)` does the rest.
+    """Runs a command that needs weights: `resolve` checks the command line, `work(job, device, notes)` does
+    the rest.
 
     `job.spec.args` are the `EngineArgs`. Modules that need Megatron-core must be imported by `work`.
     """

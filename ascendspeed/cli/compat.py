@@ -1,7 +1,7 @@
 """Legacy flags of every command: tables from a flag to its effect, applied before the command line is parsed.
 
-A new legacy flag is one line here: the command accepts it, and `docs/legacy-flags.md` must list it, with the row
-that `python -m ascendspeed.cli.compat` prints.
+A new legacy flag is one line here: the command accepts it, and `docs/legacy-flags.md` must list it, with the
+row that `python -m ascendspeed.cli.compat` prints.
 """
 
 from collections.abc import Iterator
@@ -169,7 +169,7 @@ def _rank_layout(name: str, index: int, script: str) -> MustAgree:
     return MustAgree(f" against the files by `{script}`", int, layout_mismatches(name, index))
 
 
-ARCHITECTURE: Table = {  # of the converters of tools/ckpt_convert/llama; checked against the reader of the source
+ARCHITECTURE: Table = {  # of tools/ckpt_convert/llama; checked against the reader of the source
     "--type": MustAgree(
         " against `config.json`: the size of the model (7B, 20B, ...)",
         str,

@@ -1,4 +1,5 @@
-"""Kinds of legacy flags, and their translation into current flags before a command line is parsed. `compat` has the tables."""
+"""Kinds of legacy flags, and their translation into current flags; `compat` has the tables of the
+commands."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from ascendspeed.utils.errors import UserError
 WORDS = list
 """`value` of a flag that takes any number of words."""
 ValueType = Callable[[str], Any] | tuple[str, ...] | None
-"""Value of a legacy flag: None for a switch, the legal choices, `WORDS`, or a function that parses one word."""
+"""Value of a legacy flag: None (a switch), the legal choices, `WORDS`, or a function that parses a word."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Ignored:
     reason: str
     value: ValueType = None
     note: bool = True
-    """Tell the user; False for flags that published commands carry although the default has the same meaning."""
+    """Tell the user; False for flags of published commands that state the default."""
 
     @property
     def effect(self) -> str:
@@ -204,7 +205,7 @@ def _last_value(args: Sequence[str], flag: str) -> str | None:
 
 
 def documentation(table: Table, base: Table | None = None) -> list[str]:
-    """Renders the rows of a Markdown table for the flags that `base` lacks; flags with one effect share a row."""
+    """Renders the rows of a Markdown table for flags that `base` lacks; flags with one effect share a row."""
     rows: dict[str, list[str]] = {}
     for flag, entry in table.items():
         negation = flag.startswith("--no-") and f"--{flag.removeprefix('--no-')}" in table

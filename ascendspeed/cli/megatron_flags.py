@@ -1,67 +1,166 @@
 """Flags of Megatron-LM that do not exist in this project, with the equivalent or the reason."""
 
-_FLAGS_BY_ANSWER = {
-    "throughput is in every log line (tokens/s/device, TFLOP/s/device)": "--log-throughput --throughput-window-size --log-progress",
-    "metrics are written to --log-dir, and to TensorBoard with --tensorboard-dir": "--wandb-project --wandb-exp-name "
-    "--wandb-save-dir --wandb-entity --log-timers-to-tensorboard --log-memory-to-tensorboard --log-loss-scale-to-tensorboard "
-    "--log-validation-ppl-to-tensorboard --log-world-size-to-tensorboard --tensorboard-log-interval --tensorboard-queue-size "
-    "--timing-log-level --timing-log-option",
-    "--finetune takes the weights alone from --load and starts at iteration 0": "--no-load-optim --no-load-rng "
-    "--pretrained-checkpoint",
-    "a checkpoint always holds the whole state; tools/ckpt_convert/convert.py exports its weights": "--no-save-optim --no-save-rng",
-    "checkpoints have one format, which every layout and engine loads; tools/ckpt_convert/convert.py converts from and to others": (
-        "--ckpt-format --dist-ckpt-format --use-dist-ckpt --auto-detect-ckpt-format --ckpt-convert-format --ckpt-convert-save "
-        "--ckpt-fully-parallel-save --ckpt-fully-parallel-load --ckpt-assume-constant-structure --dist-ckpt-strictness"
+_ANSWERS = (
+    (
+        "throughput is in every log line (tokens/s/device, TFLOP/s/device)",
+        "--log-throughput --throughput-window-size --log-progress",
     ),
-    "name the folder of the step: --load CKPT/step_0001200": "--ckpt-step",
-    "--keep N keeps the newest N checkpoints": "--most-recent-k --save-retain-interval",
-    "the architecture comes from the checkpoint or the config.json in --load": "--use-checkpoint-args "
-    "--use-mp-args-from-checkpoint-args --use-tokenizer-model-from-checkpoint-args",
-    "attention is torch's SDPA, with variable-length kernels of the device for packed rows": "--attention-backend "
-    "--attention-softmax-in-fp32 --no-masked-softmax-fusion --cp-comm-type --window-size --softmax-type",
-    "layers are Megatron-core's own, without Transformer Engine": "--transformer-impl --use-mcore-models --use-legacy-models --spec "
-    "--fp8-format --fp8-recipe --fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --tp-comm-overlap",
-    "fused kernels are chosen by --use-fused-rmsnorm, --use-fused-rotary-pos-emb and --mlp-layer-fusion": "--no-bias-gelu-fusion "
-    "--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion "
-    "--cross-entropy-loss-fusion",
-    "--tokenizer-name-or-path names a directory with tokenizer.model or tokenizer.json": "--tokenizer-model --vocab-file --merge-file "
-    "--tiktoken-pattern --trust-remote-code --vocab-extra-ids",
-    "the length of a run is --train-iters or --train-epochs": "--train-samples",
-    "the schedule counts iterations: --lr-decay-iters, --lr-warmup-iters or --lr-warmup-fraction": "--lr-decay-samples "
-    "--lr-warmup-samples --lr-warmup-init --warmup",
-    "--lr-decay-style is cosine, linear or constant": "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples",
-    "the global batch size is constant: --global-batch-size": "--rampup-batch-size --step-batch-size-schedule "
-    "--decrease-batch-size-if-needed",
-    "weight decay is constant: --weight-decay": "--start-weight-decay --end-weight-decay --weight-decay-incr-style",
-    "--num-query-groups N is enough": "--group-query-attention",
-    "models have rotary embeddings over the whole head: --rotary-base, --rope-scaling-type, --rope-scaling-factor": (
-        "--use-rotary-position-embeddings --rotary-percent --rotary-interleaved --rotary-seq-len-interpolation-factor --rope-type "
-        "--use-rope-scaling --no-position-embedding"
+    (
+        "metrics are written to --log-dir, and to TensorBoard with --tensorboard-dir",
+        "--wandb-project --wandb-exp-name --wandb-save-dir --wandb-entity --log-timers-to-tensorboard "
+        "--log-memory-to-tensorboard --log-loss-scale-to-tensorboard --log-validation-ppl-to-tensorboard "
+        "--log-world-size-to-tensorboard --tensorboard-log-interval --tensorboard-queue-size "
+        "--timing-log-level --timing-log-option",
     ),
-    "biases are chosen one by one: --no-add-qkv-bias, --no-add-dense-bias, --no-add-mlp-bias": "--disable-bias-linear "
-    "--add-bias-linear",
-    "--activation is silu or gelu-tanh": "--squared-relu --openai-gelu --quick-geglu --glu-linear-offset",
-    "gradients are always accumulated and reduced in fp32": "--accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16",
-    "the loss scale is dynamic; --initial-loss-scale is the first": "--loss-scale --loss-scale-window --min-loss-scale --hysteresis",
-    "use --recompute-granularity selective": "--recompute-activations",
-    "SIGTERM and SIGUSR1 always save a checkpoint and stop the run": "--exit-signal-handler --exit-signal",
-    "data are memory-mapped; there are no loader processes": "--num-workers --dataloader-type --no-mmap-bin-files "
-    "--num-dataset-builder-threads",
-    "name data by --data-path with --split, or by --data-path and --valid-data-path": "--train-data-path --test-data-path "
-    "--data-args-path --per-split-data-args-path",
-    "packed instruction data (--packing) separate documents; see docs/fine-tuning.md": "--reset-position-ids --reset-attention-mask "
-    "--eod-mask-loss --sft",
-    "examples/intern/make_quickstart_data.py writes a small data set": "--mock-data",
-    "experts exchange tokens by all-gather, without an auxiliary loss": "--moe-token-dispatcher-type --moe-grouped-gemm "
-    "--moe-aux-loss-coeff --moe-router-load-balancing-type --moe-z-loss-coeff --expert-tensor-parallel-size",
-    "pipeline stages hold equal numbers of layers": "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
-    "--pipeline-model-parallel-layout",
-    "ZeRO is DeepSpeed's: --deepspeed --zero-stage 3": "--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy",
-    "offloading is DeepSpeed's: --deepspeed --zero-offload cpu": "--optimizer-cpu-offload --optimizer-offload-fraction",
-    "use --seq-length": "--encoder-seq-length --decoder-seq-length",
-    "use --num-layers": "--encoder-num-layers --decoder-num-layers",
-    "use --tensor-model-parallel-size": "--model-parallel-size",
-}
+    (
+        "--finetune takes the weights alone from --load and starts at iteration 0",
+        "--no-load-optim --no-load-rng --pretrained-checkpoint",
+    ),
+    (
+        "a checkpoint always holds the whole state; tools/ckpt_convert/convert.py exports its weights",
+        "--no-save-optim --no-save-rng",
+    ),
+    (
+        "checkpoints have one format, which every layout and engine loads; tools/ckpt_convert/convert.py "
+        "converts from and to others",
+        "--ckpt-format --dist-ckpt-format --use-dist-ckpt --auto-detect-ckpt-format --ckpt-convert-format "
+        "--ckpt-convert-save --ckpt-fully-parallel-save --ckpt-fully-parallel-load "
+        "--ckpt-assume-constant-structure --dist-ckpt-strictness",
+    ),
+    (
+        "name the folder of the step: --load CKPT/step_0001200",
+        "--ckpt-step",
+    ),
+    (
+        "--keep N keeps the newest N checkpoints",
+        "--most-recent-k --save-retain-interval",
+    ),
+    (
+        "the architecture comes from the checkpoint or the config.json in --load",
+        "--use-checkpoint-args --use-mp-args-from-checkpoint-args --use-tokenizer-model-from-checkpoint-args",
+    ),
+    (
+        "attention is torch's SDPA, with variable-length kernels of the device for packed rows",
+        "--attention-backend --attention-softmax-in-fp32 --no-masked-softmax-fusion --cp-comm-type "
+        "--window-size --softmax-type",
+    ),
+    (
+        "layers are Megatron-core's own, without Transformer Engine",
+        "--transformer-impl --use-mcore-models --use-legacy-models --spec --fp8-format --fp8-recipe "
+        "--fp8-margin --fp8-amax-history-len --fp8-amax-compute-algo --tp-comm-overlap",
+    ),
+    (
+        "fused kernels are chosen by --use-fused-rmsnorm, --use-fused-rotary-pos-emb and --mlp-layer-fusion",
+        "--no-bias-gelu-fusion --no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion "
+        "--no-persist-layer-norm --no-gradient-accumulation-fusion --cross-entropy-loss-fusion",
+    ),
+    (
+        "--tokenizer-name-or-path names a directory with tokenizer.model or tokenizer.json",
+        "--tokenizer-model --vocab-file --merge-file --tiktoken-pattern --trust-remote-code "
+        "--vocab-extra-ids",
+    ),
+    (
+        "the length of a run is --train-iters or --train-epochs",
+        "--train-samples",
+    ),
+    (
+        "the schedule counts iterations: --lr-decay-iters, --lr-warmup-iters or --lr-warmup-fraction",
+        "--lr-decay-samples --lr-warmup-samples --lr-warmup-init --warmup",
+    ),
+    (
+        "--lr-decay-style is cosine, linear or constant",
+        "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples",
+    ),
+    (
+        "the global batch size is constant: --global-batch-size",
+        "--rampup-batch-size --step-batch-size-schedule --decrease-batch-size-if-needed",
+    ),
+    (
+        "weight decay is constant: --weight-decay",
+        "--start-weight-decay --end-weight-decay --weight-decay-incr-style",
+    ),
+    (
+        "--num-query-groups N is enough",
+        "--group-query-attention",
+    ),
+    (
+        "models have rotary embeddings over the whole head: --rotary-base, --rope-scaling-type, "
+        "--rope-scaling-factor",
+        "--use-rotary-position-embeddings --rotary-percent --rotary-interleaved "
+        "--rotary-seq-len-interpolation-factor --rope-type --use-rope-scaling --no-position-embedding",
+    ),
+    (
+        "biases are chosen one by one: --no-add-qkv-bias, --no-add-dense-bias, --no-add-mlp-bias",
+        "--disable-bias-linear --add-bias-linear",
+    ),
+    (
+        "--activation is silu or gelu-tanh",
+        "--squared-relu --openai-gelu --quick-geglu --glu-linear-offset",
+    ),
+    (
+        "gradients are always accumulated and reduced in fp32",
+        "--accumulate-allreduce-grads-in-fp32 --grad-reduce-in-bf16",
+    ),
+    (
+        "the loss scale is dynamic; --initial-loss-scale is the first",
+        "--loss-scale --loss-scale-window --min-loss-scale --hysteresis",
+    ),
+    (
+        "use --recompute-granularity selective",
+        "--recompute-activations",
+    ),
+    (
+        "SIGTERM and SIGUSR1 always save a checkpoint and stop the run",
+        "--exit-signal-handler --exit-signal",
+    ),
+    (
+        "data are memory-mapped; there are no loader processes",
+        "--num-workers --dataloader-type --no-mmap-bin-files --num-dataset-builder-threads",
+    ),
+    (
+        "name data by --data-path with --split, or by --data-path and --valid-data-path",
+        "--train-data-path --test-data-path --data-args-path --per-split-data-args-path",
+    ),
+    (
+        "packed instruction data (--packing) separate documents; see docs/fine-tuning.md",
+        "--reset-position-ids --reset-attention-mask --eod-mask-loss --sft",
+    ),
+    (
+        "examples/intern/make_quickstart_data.py writes a small data set",
+        "--mock-data",
+    ),
+    (
+        "experts exchange tokens by all-gather, without an auxiliary loss",
+        "--moe-token-dispatcher-type --moe-grouped-gemm --moe-aux-loss-coeff "
+        "--moe-router-load-balancing-type --moe-z-loss-coeff --expert-tensor-parallel-size",
+    ),
+    (
+        "pipeline stages hold equal numbers of layers",
+        "--decoder-first-pipeline-num-layers --decoder-last-pipeline-num-layers "
+        "--pipeline-model-parallel-layout",
+    ),
+    (
+        "ZeRO is DeepSpeed's: --deepspeed --zero-stage 3",
+        "--use-torch-fsdp2 --use-megatron-fsdp --data-parallel-sharding-strategy",
+    ),
+    (
+        "offloading is DeepSpeed's: --deepspeed --zero-offload cpu",
+        "--optimizer-cpu-offload --optimizer-offload-fraction",
+    ),
+    (
+        "use --seq-length",
+        "--encoder-seq-length --decoder-seq-length",
+    ),
+    (
+        "use --num-layers",
+        "--encoder-num-layers --decoder-num-layers",
+    ),
+    (
+        "use --tensor-model-parallel-size",
+        "--model-parallel-size",
+    ),
+)
+"""(answer, flags)."""
 
-MEGATRON_FLAGS = {flag: answer for answer, flags in _FLAGS_BY_ANSWER.items() for flag in flags.split()}
-"""Flag -> its equivalent here, or why there is none."""
+MEGATRON_FLAGS = {flag: answer for answer, flags in _ANSWERS for flag in flags.split()}
+"""Flag -> its equivalent here, or the reason why there is none."""

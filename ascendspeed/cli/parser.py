@@ -1,4 +1,5 @@
-"""Command-line parser: dataclasses become flags by tyro; an unknown flag is an error of one line that names the nearest one."""
+"""Command-line parser: turns dataclasses into flags (tyro), and answers an unknown flag with the nearest
+one."""
 
 import contextlib
 import dataclasses
@@ -35,9 +36,9 @@ def parse(
 ) -> T:
     """Fills the dataclass `cls` (nested groups are flattened) from `args`, by default those of `sys.argv`.
 
-    The docstring below a field is its help. Hyphens and underscores, `--a b` and `--a=b` are equivalent. `other_flags` are
-    flags handled elsewhere; the error about an unknown flag may propose them. `--help` prints the help and exits with code 0.
-    Raises UserError for an unknown flag or a malformed value.
+    The docstring below a field is its help. Hyphens and underscores, `--a b` and `--a=b` are equivalent.
+    `other_flags` are handled elsewhere; the error about an unknown flag may propose them. `--help` prints the
+    help and exits with code 0. Raises UserError for an unknown flag or a malformed value.
     """
     args = list(sys.argv[1:] if args is None else args)
     parsed, unknown = _parse(cls, args, default, description)
@@ -77,7 +78,7 @@ def _parse(cls: type[T], args: list[str], default: T | None, description: str) -
 
 
 def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
-    """Returns the field of every flag of a (nested) dataclass; with `pairs`, `--no-x` of a boolean included."""
+    """Returns the field of every flag of a (nested) dataclass; with `pairs`, also of `--no-x` of booleans."""
     fields: dict[str, str] = {}
     hints = typing.get_type_hints(cls, include_extras=True)
     for field in dataclasses.fields(cls):
@@ -135,7 +136,7 @@ def _unknown(word: str, known: Sequence[str]) -> str:
 
 
 def _one_line(box: str) -> str:
-    """Extracts the message of a tyro error, which is a box (of ASCII off a terminal): title, rule, message, rule, hints."""
+    """Extracts the message of a tyro error, which is a box: title, rule, message, rule, hints."""
     parts: list[list[str]] = [[]]
     for line in box.splitlines():
         text = re.sub(r"\x1b\[[0-9;]*m", "", line).strip("│ ")

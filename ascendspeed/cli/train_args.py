@@ -1,4 +1,4 @@
-"""Command line of training: flags -> a validated `Run`. No torch, so that a wrong flag is an error at once."""
+"""Command line of training: flags -> a validated `Run`. No torch, so that errors come at once."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,8 @@ class Preset:
     """Architecture by name."""
 
     model: str | None = None
-    """Name of an architecture, such as internlm-7b, -20b, -65b or -tiny; None: that of --load, else internlm-7b."""
+    """Name of an architecture, such as internlm-7b, -20b, -65b or -tiny; None: that of --load, else
+    internlm-7b."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def _parallel_config(
         parallel = _virtual_stages(parallel, model.num_layers, layers, line.typed)
     if "zero_stage" in line.typed and not parallel.deepspeed:
         raise UserError(
-            f"--zero-stage {parallel.zero_stage}: ZeRO is DeepSpeed's; add --deepspeed, or use --use-distributed-optimizer"
+            f"--zero-stage {parallel.zero_stage}: ZeRO is DeepSpeed's; add --deepspeed, or use "
+            "--use-distributed-optimizer"
         )
     if parallel.sequence_parallel and parallel.tensor_model_parallel_size == 1:
         notes.append("--sequence-parallel does nothing at tensor-parallel size 1")
@@ -119,7 +121,8 @@ def _virtual_stages(
     if pp < 1 or num_layers % pp or layers_per_stage < 1 or per_rank % layers_per_stage:
         choices = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
         raise UserError(
-            f"{flag} does not divide {num_layers} layers / {pp} pipeline ranks = {num_layers / max(1, pp):g}; choose {choices}"
+            f"{flag} does not divide {num_layers} layers / {pp} pipeline ranks = "
+            f"{num_layers / max(1, pp):g}; choose {choices}"
         )
     return replace(parallel, num_virtual_stages_per_pipeline_rank=per_rank // layers_per_stage)
 
@@ -130,7 +133,8 @@ def _check_positions(data: DataConfig, model: ModelConfig, notes: list[str]) -> 
     longest = getattr(data, name)
     if longest > model.max_position_embeddings:
         notes.append(
-            f"{parser.flag_of(name)} {longest} is beyond the {model.max_position_embeddings} positions of the model"
+            f"{parser.flag_of(name)} {longest} is beyond the {model.max_position_embeddings} positions of "
+            "the model"
         )
 
 
@@ -140,7 +144,8 @@ def _check_data(data: DataConfig, typed: frozenset[str]) -> None:
         return
     if "eval_interval" not in typed:
         raise UserError(
-            f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by --eval-interval"
+            f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by "
+            "--eval-interval"
         )
     if "split" in typed and set(data.split.split(",")[1:]) - {"0"}:
         raise UserError(
@@ -151,7 +156,7 @@ def _check_data(data: DataConfig, typed: frozenset[str]) -> None:
 def model_of(line: CommandLine[Any], name: str | None, load: str | None) -> ModelConfig:
     """Returns the architecture: flags override the preset `name`, which overrides that of `load`.
 
-    `line.options` has the group `model`. Raises UserError if flags or the preset contradict what is in `load`.
+    `line.options` has the group `model`. Raises UserError if flags or the preset contradict `load`.
     """
     loaded = find_model(load) if load else None
     base = families.preset(name) if name else loaded or families.preset(DEFAULT_MODEL)
@@ -171,9 +176,10 @@ def model_of(line: CommandLine[Any], name: str | None, load: str | None) -> Mode
 
 
 def find_model(load: str) -> ModelConfig | None:
-    """Reads the architecture of a checkpoint, converted weights or a Hugging Face directory; None if it is not recorded.
+    """Reads the architecture of a checkpoint, converted weights or a Hugging Face directory; None if unknown.
 
-    In a folder of checkpoints it is that of the checkpoint which will be loaded, as far as run.json alone can tell.
+    In a folder of checkpoints it is that of the checkpoint which will be loaded, as far as run.json alone can
+    tell.
     """
     folder = Path(load)
     if (folder / "config.json").is_file():

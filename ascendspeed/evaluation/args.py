@@ -1,4 +1,4 @@
-"""Command line of evaluation: flags -> a checked `EvaluationJob` with its questions. No torch: a wrong flag or file is an error at once."""
+"""Command line of evaluation: flags -> a checked `EvaluationJob` with its questions. No torch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,23 +29,28 @@ class EvaluationArgs:
     """Benchmarks, prompts and results."""
 
     task: tuple[str, ...] = ()
-    """Benchmarks: mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag; several may stand in one word: --task "mmlu ceval"."""
+    """Benchmarks: mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag; several may stand in one word: --task "mmlu
+    ceval"."""
     task_data_path: tuple[str, ...] = ()
     """Folder of each benchmark, in the order of --task."""
     prompt_style: Literal["lm-eval", "opencompass", "hendrycks"] = "lm-eval"
     """Program whose prompts are reproduced byte for byte; scores are comparable only within one style."""
     num_fewshot: int | None = None
-    """Examples before each question, the first ones of dev; None: 5 for mmlu, ceval, cmmlu and gsm8k, 0 for boolq and hellaswag."""
+    """Examples before each question, the first ones of dev; None: 5 for mmlu, ceval, cmmlu and gsm8k, 0 for
+    boolq and hellaswag."""
     max_input_length: int | None = None
-    """Most tokens of a prompt and its answer: examples that do not fit are dropped; None: the positions of the model."""
+    """Most tokens of a prompt and its answer: examples that do not fit are dropped; None: the positions of
+    the model."""
     max_new_tokens: int | None = None
-    """Most tokens of a generated answer (gsm8k); None: 256. Multiple-choice answers are compared, not generated."""
+    """Most tokens of a generated answer (gsm8k); None: 256. Multiple-choice answers are compared, not
+    generated."""
     batch_size: int = 16
     """Prompts per batch; does not change the scores."""
     limit: int | None = None
     """Evaluate only this many questions of each subject, for a trial."""
     output_dir: str = "evaluation"
-    """Folder for results.json, results.csv, questions.jsonl and chart.png; an interrupted evaluation continues from there."""
+    """Folder for results.json, results.csv, questions.jsonl and chart.png; an interrupted evaluation
+    continues from there."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class EvaluationJob:
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
-    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    """Returns the job of `args` for `world` processes, and notes for the user. Raises UserError."""
     line = command.parse(EvaluateCommand, args, EVALUATE, EvaluateCommand.__doc__ or "")
     evaluation = line.options.evaluation
     command.check_minimum(
@@ -107,7 +112,8 @@ def _task_folders(evaluation: EvaluationArgs) -> dict[str, Path]:
         raise UserError(f"--task names {repeated[0]} twice")
     if len(tasks) != len(evaluation.task_data_path):
         raise UserError(
-            f"--task names {len(tasks)} ({' '.join(tasks)}) and --task-data-path {len(evaluation.task_data_path)}: "
+            f"--task names {len(tasks)} ({' '.join(tasks)}) and "
+            f"--task-data-path {len(evaluation.task_data_path)}: "
             "give one folder for each task, in their order"
         )
     return dict(zip(tasks, map(Path, evaluation.task_data_path), strict=True))

@@ -1,4 +1,4 @@
-"""Command line of generation: flags -> a checked `GenerationJob`. No torch, so that a wrong flag is an error at once."""
+"""Command line of generation: flags -> a checked `GenerationJob`. No torch, so that errors come at once."""
 
 import os
 from collections.abc import Sequence
@@ -31,7 +31,8 @@ USES = {
     "logprobs": set(),
     "chat": COMMON | SAMPLING | {"chat_template", "system", "history_turns"},
 }
-"""Task -> the flags that it uses. --seed is legal for every task: the published script gives one to all of them."""
+"""Task -> the flags that it uses. --seed is legal for every task: the published script gives one to all of
+them."""
 SPARE = 1024
 """Rows that a vocabulary may have beyond the ids of its tokenizer: padding, and tokens that may be added."""
 
@@ -41,7 +42,8 @@ class EngineArgs:
     """Weights, number format, layout and device."""
 
     load: str | None = None
-    """Hugging Face directory, converted weights, or a training checkpoint (the newest one in a folder of checkpoints)."""
+    """Hugging Face directory, converted weights, or a training checkpoint (the newest one in a folder of
+    checkpoints)."""
     tokenizer_name_or_path: str | None = None
     """Directory with tokenizer.model or tokenizer.json; None: that of --load."""
     bf16: bool = False
@@ -84,16 +86,19 @@ class GenerationArgs:
     """Tasks, prompts and sampling."""
 
     task: tuple[str, ...] = ()
-    """greedy, sample, beam, beam-sample, logprobs or chat, or their numbers 1 to 6; several run one after the other.
-    None: derived from the other flags, else greedy; without any input, a demonstration of tasks 1 to 5."""
+    """greedy, sample, beam, beam-sample, logprobs or chat, or their numbers 1 to 6; several run one after the
+    other. None: derived from the other flags, else greedy; without any input, a demonstration of tasks 1 to
+    5."""
     prompt: UseAppendAction[tuple[str, ...]] = ()
     """Text to continue, or the user's message for chat; may be repeated."""
     input_texts: tuple[str, ...] = ()
     """Several prompts at once."""
     input_file: str | None = None
-    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}; -: read stdin."""
+    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}; -:
+    read stdin."""
     max_input_length: int | None = None
-    """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are dropped."""
+    """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are
+    dropped."""
     max_new_tokens: int = 64
     """Most tokens of an answer."""
     batch_size: int = 16
@@ -144,7 +149,8 @@ class EngineSpec:
 
     args: EngineArgs
     model: ModelConfig | None
-    """Architecture of `args.load`; None if no config.json or run.json records it: it is checked when the weights are opened."""
+    """Architecture of `args.load`; None if no config.json or run.json records it: it is checked when the
+    weights are opened."""
     expected_model: ModelConfig | None
     """Architecture that the flags name, to compare with that of the weights; None if they name none."""
     tokenizer: str
@@ -164,7 +170,7 @@ class GenerationJob:
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
-    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    """Returns the job of `args` for `world` processes, and notes for the user. Raises UserError."""
     line = command.parse(GenerateCommand, args, GENERATE, GenerateCommand.__doc__ or "")
     spec = resolve_engine(line, world)
     generation = line.options.generation
@@ -180,7 +186,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[GenerationJob, list[str]]:
 
 
 def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
-    """Checks the groups `engine`, `preset` and `model` of a command. Reads nothing but config.json. Raises UserError."""
+    """Checks the groups `engine`, `preset` and `model`; reads config.json only. Raises UserError."""
     args: EngineArgs = line.options.engine
     if args.load is None:
         raise UserError(
@@ -201,7 +207,8 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
     ranks = args.layout.model_size
     if world != ranks:
         raise UserError(
-            f"{world} processes were started, but TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size} "
+            f"{world} processes were started, but TP {args.tensor_model_parallel_size} x "
+            f"PP {args.pipeline_model_parallel_size} "
             f"are {ranks}; start NPROC={ranks}, or choose other --tp and --pp"
         )
     return EngineSpec(args, loaded, expected, args.tokenizer_name_or_path or args.load)
@@ -243,18 +250,20 @@ def partial_of(path: Path) -> Path:
 
 
 def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
-    """Raises UserError if --output-file cannot be written, or if --stream cannot show the answers of `tasks`."""
+    """Raises UserError if --output-file cannot be written, or --stream cannot show the answers of `tasks`."""
     prompts = generation.prompt or generation.input_texts or generation.input_file
     if generation.output_file is not None:
         if tasks == ("chat",) and not prompts:
             raise UserError(
-                "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect stdout"
+                "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect "
+                "stdout"
             )
         _check_output_file(Path(generation.output_file))
     several = generation.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
     if generation.stream and several:
         raise UserError(
-            "--stream shows one answer as it comes: not several (--num-return-sequences), beams or log-probabilities"
+            "--stream shows one answer as it comes: not several (--num-return-sequences), beams or "
+            "log-probabilities"
         )
 
 
@@ -265,7 +274,8 @@ def _check_output_file(path: Path) -> None:
     partial = partial_of(path)
     if partial.exists() and partial.stat().st_size:
         raise UserError(
-            f"{partial} holds answers of a run that did not end; move it away, or give --output-file another name"
+            f"{partial} holds answers of a run that did not end; move it away, or give --output-file another "
+            "name"
         )
     folder = path.absolute().parent
     if not os.access(folder, os.W_OK):

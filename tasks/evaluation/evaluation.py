@@ -1,6 +1,7 @@
 """Evaluates a model on benchmark files on disk; `bash tasks/evaluation/eval_internlm.sh` starts it.
 
-python tasks/evaluation/evaluation.py --load model_from_hf/internlm-7b --task mmlu --task-data-path data/mmlu --bf16
+python tasks/evaluation/evaluation.py --load model_from_hf/internlm-7b --bf16 --task mmlu \\
+    --task-data-path data/mmlu
 """
 
 import importlib.util

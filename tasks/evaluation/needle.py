@@ -1,6 +1,7 @@
 """Needle-in-a-haystack test of a model; run by the launcher on --tp x --pp processes, or alone.
 
-python tasks/evaluation/needle.py --load model_from_hf/internlm2-chat-7b --bf16 --chat --lengths 32768 65536 131072 200000
+python tasks/evaluation/needle.py --load model_from_hf/internlm2-chat-7b --bf16 --chat \\
+    --lengths 32768 65536 131072 200000
 """
 
 from ascendspeed.cli import command

@@ -1,4 +1,4 @@
-"""Measures the speed of generation for given lengths; `benchmark.sh` starts it. See examples/intern/README.md, Inference.
+"""Measures the speed of generation for given lengths; `benchmark.sh` starts it (examples/intern/README.md).
 
 python tasks/inference/benchmark.py --load DIR --performance [[256,256],[512,512]] --batch-size 4
 python tasks/inference/benchmark.py --load DIR --performance-maxbs [[256,256]] --ranges [[1,64]] --limit-ms 50
@@ -68,7 +68,7 @@ class BenchmarkJob:
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[BenchmarkJob, list[str]]:
-    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    """Returns the job of `args` for `world` processes, and notes for the user. Raises UserError."""
     line = command.parse(BenchmarkCommand, args, INFERENCE, BenchmarkCommand.__doc__ or "")
     cases, ranges = _cases(line.options.benchmark)
     return BenchmarkJob(resolve_engine(line, world), line.options.benchmark, cases, ranges), line.notes
@@ -114,7 +114,8 @@ def _cases(options: BenchmarkArgs) -> tuple[Pairs, Pairs]:
     ranges = benchmark_report.parse_pairs(options.ranges or "null", "--ranges")
     if len(ranges) != len(cases) or any(low > high for low, high in ranges):
         raise UserError(
-            f"--ranges {options.ranges} must have a pair, smallest and largest batch, for each of the {len(cases)} lengths"
+            f"--ranges {options.ranges} must have a pair, smallest and largest batch, for each of the "
+            f"{len(cases)} lengths"
         )
     return cases, ranges
 

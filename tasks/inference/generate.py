@@ -1,6 +1,7 @@
 """Generates text with InternLM, or chats with it; run by the launcher on --tp x --pp processes, or alone.
 
-python tasks/inference/generate.py --load model_from_hf/internlm2-7b --bf16 --prompt "The capital of France is"
+python tasks/inference/generate.py --load model_from_hf/internlm2-7b --bf16 \\
+    --prompt "The capital of France is"
 python tasks/inference/generate.py --load model_from_hf/internlm2-chat-7b --bf16 --task chat
 """
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from ascendspeed.cli import parser
+from ascendspeed.cli import command, parser
 from ascendspeed.conversion.formats import registry
 from ascendspeed.conversion.formats.base import WriteOptions
 from ascendspeed.models import families
@@ -26,38 +26,36 @@ class Options:
     """Converts a checkpoint to another format; the format of --from is detected."""
 
     source: Annotated[str, arg(name="from")]
-    """Hugging Face directory, rank files (Megatron or DeepSpeed layout), training folder of InternEvo, or a training checkpoint."""
+    """Hugging Face directory, rank files (Megatron-LM or DeepSpeed layout), a training folder of InternEvo,
+    or a training checkpoint."""
     target: Annotated[str, arg(name="to")]
     """Folder to write; must be empty or absent."""
     format: Annotated[
         Literal[CHOICES], arg(help="; ".join(f"{form.name}: {form.summary}" for form in TARGETS))
     ]
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """Type of the written tensors; keep: the type of each tensor in --from."""
+    """Data type of the written tensors; keep: that of each tensor in --from."""
     config: str | None = None
-    """Folder with the model's config.json, and its tokenizer, if --from has none; None: --from itself."""
+    """Folder with the model's config.json and tokenizer, if --from lacks them; None: --from."""
     tokenizer: str | None = None
-    """Folder with the tokenizer to copy; None: the source's own."""
+    """Folder with the tokenizer to copy; None: that of the source."""
     verify: bool = False
     """Read the result back and compare every tensor bit by bit with the source, and the logits of both."""
     allow_nan: bool = False
-    """Convert tensors that hold NaN too; otherwise they are an error that names them."""
+    """Convert tensors that contain NaN; otherwise they are an error that names them."""
     writing: WriteOptions = field(default_factory=WriteOptions)
     reading: InternEvoOptions = field(default_factory=InternEvoOptions)
 
 
 def _check_write_options(options: Options, typed: set[str]) -> None:
-    """Raises `UserError` for options that --format does not use, or that are out of range."""
+    """Raises UserError for options that --format does not use, or that are out of range."""
     known = {name for form in TARGETS for name in form.write_options}
     for name in sorted(typed & known - set(registry.format_named(options.format).write_options)):
         if (name, getattr(options.writing, name)) in (("tp", 1), ("pp", 1)):
             continue  # every other format is written for one rank
         formats = " or ".join(form.name for form in TARGETS if name in form.write_options)
         raise errors.UserError(f"{parser.flag_of(name)} is for --format {formats}, not for {options.format}")
-    for name, least in (("tp", 1), ("pp", 1), ("make_vocab_size_divisible_by", 1), ("wp", 0)):
-        value = getattr(options.writing, name)
-        if value < least:
-            raise errors.UserError(f"{parser.flag_of(name)} {value} is too small: at least {least}")
+    command.check_minimum(options.writing, {"tp": 1, "pp": 1, "make_vocab_size_divisible_by": 1, "wp": 0})
     family = options.writing.to_family
     if family and family not in families.FAMILIES:
         raise errors.UserError(
@@ -68,7 +66,7 @@ def _check_write_options(options: Options, typed: set[str]) -> None:
 
 
 def _check_read_options(options: Options, typed: set[str]) -> None:
-    """Raises `UserError` for options that the format of --from does not use."""
+    """Raises UserError for options that the format of --from does not use."""
     source = Path(options.source)
     if not source.is_dir():
         return

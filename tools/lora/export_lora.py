@@ -1,4 +1,4 @@
-"""Makes a directory of peft from the adapters in a training checkpoint.
+"""Exports the LoRA adapters of a training checkpoint as a PEFT directory.
 
 python tools/lora/export_lora.py --from ckpt --to adapter --names llama
 """
@@ -15,41 +15,42 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Makes a directory of peft from the adapters in a training checkpoint."""
+    """Exports the LoRA adapters of a training checkpoint as a PEFT directory."""
 
     source: Annotated[str, arg(name="from")]
-    """A training checkpoint of adapters: a folder of steps, or one step."""
+    """Training checkpoint with adapters: a folder of steps, or one step."""
     target: Annotated[str, arg(name="to")]
-    """Folder to write; must not hold anything yet."""
+    """Folder to write; must be empty or absent."""
     names: Literal["keep", "llama"] = "keep"
-    """keep: the names under which they were trained; llama: those of LlamaForCausalLM, for weights exported as hf-llama."""
+    """Module names. keep: those that were trained; llama: those of LlamaForCausalLM, for weights exported as
+    hf-llama."""
     base: str | None = None
-    """Weights that adapter_config.json names; None: those that were trained on, where their modules have these names."""
+    """Base weights to name in adapter_config.json; None: those of the training, if their modules have these
+    names."""
 
 
 def main() -> None:
-    """Parses, exports, says where the result is."""
+    """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__)
-    from ascendspeed.checkpoint.discovery import (
-        open_checkpoint,  # after parsing, so that --help does not wait for torch
-    )
+    # imported after parsing, so that --help does not wait for torch
+    from ascendspeed.checkpoint.discovery import open_checkpoint
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
     from ascendspeed.utils.atomic import require_empty_dir
 
     target = require_empty_dir(options.target)
-    opened = open_checkpoint(Path(options.source))
-    adapter = of_checkpoint(opened)
+    checkpoint = open_checkpoint(Path(options.source))
+    adapter = of_checkpoint(checkpoint)
     if options.names == "llama":
-        adapter = as_llama(adapter, opened.config)
+        adapter = as_llama(adapter, checkpoint.config)
     peft.write(adapter, target, options.base)
     if not (options.base or adapter.base):
         print(
-            f"note: {peft.CONFIG} names no weights: --base names those of LlamaForCausalLM, once exported as hf-llama"
+            f"note: {peft.CONFIG} names no weights: --base names those of LlamaForCausalLM, "
+            "once exported as hf-llama"
         )
-    print(
-        f"{len(adapter.pairs)} adapters of rank {adapter.settings['r']} from {opened.path}: {options.target}"
-    )
+    rank = adapter.settings["r"]
+    print(f"{len(adapter.pairs)} adapters of rank {rank} from {checkpoint.path}: {options.target}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Merges LoRA adapters into the weights that they belong to, as peft does, bit for bit.
+"""Merges LoRA adapters into their base weights, bit for bit as PEFT does.
 
 python tools/lora/merge_lora.py --base internlm2-7b --adapter ckpt/adapter --save internlm2-7b-alpaca
 """
@@ -12,22 +12,22 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Merges LoRA adapters into the weights that they belong to, as peft does, bit for bit."""
+    """Merges LoRA adapters into their base weights, bit for bit as PEFT does."""
 
     base: str
-    """The weights: a Hugging Face directory, or whatever else tools/ckpt_convert/convert.py reads."""
+    """Base weights: a Hugging Face directory, or another format that tools/ckpt_convert/convert.py reads."""
     adapter: str
-    """The adapters: a directory of peft, or a training checkpoint of adapters."""
+    """Adapters: a PEFT directory, or a training checkpoint with adapters."""
     save: str
-    """Hugging Face directory to write, under the names that --base has; must not hold anything yet."""
+    """Hugging Face directory to write, with the names of --base; must be empty or absent."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
-    """Type of the written tensors; keep: those of --base."""
+    """Data type of the written tensors; keep: that of --base."""
     max_shard_size: str = "10GB"
-    """Size of a safetensors file."""
+    """Largest size of a safetensors file."""
 
 
 def main() -> None:
-    """Parses, merges, says where the result is."""
+    """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.conversion.formats import peft
@@ -40,14 +40,16 @@ def main() -> None:
     peft.check_complete(adapter, base.config)
     source = merged(base, adapter)
     print(
-        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.path}: {base.description}, {base.config.family}"
+        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.path}: "
+        f"{base.description}, {base.config.family}"
     )
     if not adapter.fingerprint:
         print(
-            f"note: {adapter.where} does not say which weights it was trained on: {base.path} could not be checked"
+            f"note: {adapter.where} does not record the weights it was trained on: "
+            f"{base.path} could not be checked"
         )
-    to = convert.HuggingFaceWriter(None, convert.parse_size(options.max_shard_size))
-    convert.convert(source, options.save, to, convert.DTYPES.get(options.dtype))
+    writer = convert.HuggingFaceWriter(None, convert.parse_size(options.max_shard_size))
+    convert.convert(source, options.save, writer, convert.DTYPES.get(options.dtype))
     print(options.save)
 
 

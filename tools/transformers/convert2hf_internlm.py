@@ -1,4 +1,4 @@
-"""Makes a Hugging Face directory of an InternEvo training folder of InternLM (7B, 20B, 65B).
+"""Converts an InternEvo training folder of InternLM (7B, 20B, 65B) to a Hugging Face directory.
 
 python tools/transformers/convert2hf_internlm.py --src 5000 --tgt mine --tokenizer v7.model --max_pos 2048
 """
@@ -12,11 +12,11 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options(internlm_tools.ToHuggingFace):
-    """Makes a Hugging Face directory of an InternEvo training folder of InternLM."""
+    """Converts an InternEvo training folder of InternLM to a Hugging Face directory."""
 
 
 def main() -> None:
-    """Parses, converts."""
+    """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__)
     internlm_tools.to_hugging_face(
         options,

@@ -1,6 +1,7 @@
-"""Makes a Hugging Face directory of an InternEvo training folder of InternLM2 or 2.5.
+"""Converts an InternEvo training folder of InternLM2 or 2.5 to a Hugging Face directory.
 
-python tools/transformers/convert2hf_internlm2.py --src 5000 --tgt mine --tokenizer internlm2.model --max_pos 32768
+python tools/transformers/convert2hf_internlm2.py --src 5000 --tgt internlm2-hf --tokenizer internlm2.model \\
+    --max_pos 32768
 """
 
 from dataclasses import dataclass
@@ -12,14 +13,15 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options(internlm_tools.ToHuggingFace):
-    """Makes a Hugging Face directory of an InternEvo training folder of InternLM2 or 2.5."""
+    """Converts an InternEvo training folder of InternLM2 or 2.5 to a Hugging Face directory."""
 
     scaling_factor: float = 2.0
-    """Factor of dynamic NTK: it counts with --rotary_type dynamic (and not, as the published page says, with origin)."""
+    """Factor of dynamic NTK; used with --rotary_type dynamic (not with origin, as the published page has
+    it)."""
 
 
 def main() -> None:
-    """Parses, converts."""
+    """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__)
     internlm_tools.to_hugging_face(
         options,

@@ -1,6 +1,7 @@
-"""Makes an InternEvo training folder of a Hugging Face directory of InternLM (7B, 20B, 65B), InternLM3 or Llama.
+"""Converts a Hugging Face directory of InternLM, InternLM3 or Llama to an InternEvo training folder.
 
-python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_size 2 --embed_split --use_flash --version 1
+python tools/transformers/revert_internlm.py --src internlm-7b --tgt ckpt --tp_size 2 --embed_split \\
+    --use_flash --version 1
 """
 
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True, kw_only=True)
 class Options(internlm_tools.ToInternEvo):
-    """Makes an InternEvo training folder of a Hugging Face directory of InternLM, InternLM3 or Llama."""
+    """Converts a Hugging Face directory of InternLM, InternLM3 or Llama to an InternEvo training folder."""
 
     version: Literal[1, 2]
     """1: w2 is up and w3 is down (InternEvo before March 2024); 2: w3 is up and w2 is down."""
     adapt_hf: bool = False
-    """Leave the rows of q and k as they are (training has adapt_hf=True, now qk_interleaved=False); else they are paired, as this
-    command always did. Of no effect on a model with biases, which is trained as INTERNLM: there they stay as they are."""
+    """Keep the order of the rows of q and k, for training with adapt_hf=True (now qk_interleaved=False); else
+    they are interleaved, as the published command does. No effect on a model with biases, which is trained as
+    INTERNLM and keeps the order."""
 
 
 def main() -> None:

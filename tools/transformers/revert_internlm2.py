@@ -1,6 +1,7 @@
-"""Makes an InternEvo training folder of a Hugging Face directory of InternLM2 or 2.5.
+"""Converts a Hugging Face directory of InternLM2 or 2.5 to an InternEvo training folder.
 
-python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp_size 2 --embed_split --use_flash
+python tools/transformers/revert_internlm2.py --src internlm2-7b --tgt ckpt --tp_size 2 --embed_split \\
+    --use_flash
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options(internlm_tools.ToInternEvo):
-    """Makes an InternEvo training folder of a Hugging Face directory of InternLM2 or 2.5."""
+    """Converts a Hugging Face directory of InternLM2 or 2.5 to an InternEvo training folder."""
 
 
 def main() -> None:

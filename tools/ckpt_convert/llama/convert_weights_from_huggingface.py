@@ -1,7 +1,8 @@
 """Splits the weights of a Hugging Face directory for tensor- and pipeline-parallel ranks.
 
-python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-model-dir internlm-7b --output-model-dir weights \
-    --tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 --type 7B --bias --deepspeed
+python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-model-dir internlm-7b \\
+    --output-model-dir weights --tensor-model-parallel-size 8 --pipeline-model-parallel-size 1 --type 7B \\
+    --bias --deepspeed
 """
 
 from dataclasses import dataclass
@@ -40,17 +41,17 @@ def main() -> None:
     require_empty_dir(options.output_model_dir)
     source = convert.open_reader(options.input_model_dir)
     check_source(line.legacy, options.input_model_dir, source)
+    tp = options.tensor_model_parallel_size
+    pp = options.pipeline_model_parallel_size
     convert.write_megatron(
         source,
         options.output_model_dir,
-        options.tensor_model_parallel_size,
-        options.pipeline_model_parallel_size,
+        tp,
+        pp,
         options.deepspeed,
         options.make_vocab_size_divisible_by,
     )
-    print(
-        f"for TP {options.tensor_model_parallel_size} x PP {options.pipeline_model_parallel_size}: {options.output_model_dir}"
-    )
+    print(f"for TP {tp} x PP {pp}: {options.output_model_dir}")
 
 
 if __name__ == "__main__":

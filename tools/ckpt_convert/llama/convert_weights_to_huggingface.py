@@ -1,7 +1,7 @@
-"""Merges rank files into a Hugging Face directory: those of this project, of AscendSpeed, ModelLink, MindSpeed-LLM and Megatron-LM.
+"""Merges rank files of this project, AscendSpeed, ModelLink, MindSpeed-LLM or Megatron-LM for Hugging Face.
 
-python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-dir weights --output-model-dir internlm-7b-hf \
-    --config model_from_hf/internlm-7b
+python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-dir weights \\
+    --output-model-dir internlm-7b-hf --config model_from_hf/internlm-7b
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,8 @@ class Options:
     """Merges rank files into a Hugging Face directory; their layout and parameter names are detected."""
 
     input_model_dir: str
-    """Rank files: the folder with the tracker (latest_checkpointed_iteration.txt or latest), or the folder of one iteration."""
+    """Folder of rank files: with the tracker (latest_checkpointed_iteration.txt or latest), or of one
+    iteration."""
     output_model_dir: str
     """Folder to write; must be empty or absent."""
     config: str | None = None

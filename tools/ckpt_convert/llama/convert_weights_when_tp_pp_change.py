@@ -1,7 +1,8 @@
-"""Reshards rank files for other tensor- and pipeline-parallel sizes; parameter names of older programs become Megatron-core's.
+"""Reshards rank files for other tensor- and pipeline-parallel sizes, under Megatron-core's parameter names.
 
-python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-model-dir weights --output-model-dir weights-tp2-pp4 \
-    --src-tensor-model-parallel-size 8 --tgt-tensor-model-parallel-size 2 --tgt-pipeline-model-parallel-size 4 --type 7B
+python tools/ckpt_convert/llama/convert_weights_when_tp_pp_change.py --input-model-dir weights \\
+    --output-model-dir weights-tp2-pp4 --src-tensor-model-parallel-size 8 \\
+    --tgt-tensor-model-parallel-size 2 --tgt-pipeline-model-parallel-size 4 --type 7B
 """
 
 from dataclasses import dataclass
@@ -14,10 +15,11 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Reshards rank files for other tensor- and pipeline-parallel sizes; keeps biases and the whole vocabulary."""
+    """Reshards rank files for other tensor- and pipeline-parallel sizes; keeps biases and the vocabulary."""
 
     input_model_dir: str
-    """Rank files: the folder with the tracker (latest_checkpointed_iteration.txt or latest), or the folder of one iteration."""
+    """Folder of rank files: with the tracker (latest_checkpointed_iteration.txt or latest), or of one
+    iteration."""
     output_model_dir: str
     """Folder to write; must be empty or absent."""
     config: str | None = None

@@ -1,4 +1,4 @@
-"""Chat formats: ids equal those of the original code's prompts and of Jinja's, and text can never become a control token."""
+"""Chat formats: ids equal those of the original code and of Jinja; text never becomes a control token."""
 
 import json
 
@@ -22,7 +22,7 @@ from ascendspeed.tokenization.chat import (
 )
 from ascendspeed.utils.errors import UserError
 
-# What the tokenizer_config.json of InternLM2, 2.5 and 3 have as chat_template.
+# chat_template in the tokenizer_config.json of InternLM2, 2.5 and 3.
 JINJA = (
     "{{ bos_token }}{% for message in messages %}"
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
@@ -41,13 +41,13 @@ FAMILY = {"v1": "internlm", "v2": "internlm2", "v3": "internlm3"}
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """name -> (tokenizer, sentencepiece itself); the real ones where they are."""
-    made = {name: make(tmp_path_factory.mktemp("chat") / name) for name, make in KINDS.items()}
-    there = {name: folder for name, folder in made.items() if folder.is_dir()}
+    """name -> (tokenizer, sentencepiece processor); the published ones if they are available."""
+    folders = {name: make(tmp_path_factory.mktemp("chat") / name) for name, make in KINDS.items()}
+    existing = {name: folder for name, folder in folders.items() if folder.is_dir()}
     raw = sentencepiece.SentencePieceProcessor
     return {
         name: (tokenizer.load(folder), raw(model_file=str(folder / "tokenizer.model")))
-        for name, folder in there.items()
+        for name, folder in existing.items()
     }
 
 
@@ -57,15 +57,15 @@ def kind(kinds, name):
     return kinds[name]
 
 
-def chat(one, name):
-    return ChatFormat(one, name[:2])
+def chat(tok, name):
+    return ChatFormat(tok, name[:2])
 
 
-def v1_prompt(talk, eoh=""):
-    """What `build_inputs` of InternLM's own model code makes (2023-09 and later; before that with <eoh>)."""
-    system = [m["content"] for m in talk if m["role"] == "system"]
+def v1_prompt(turns, eoh=""):
+    """Prompt of `build_inputs` in InternLM's model code (since 2023-09; earlier versions with <eoh>)."""
+    system = [m["content"] for m in turns if m["role"] == "system"]
     text = f"<|System|>:{system[0]}\n" if system else ""
-    for message in talk:
+    for message in turns:
         if message["role"] == "user":
             text += f"<|User|>:{message['content']}{eoh}\n"
         if message["role"] == "assistant":
@@ -74,41 +74,43 @@ def v1_prompt(talk, eoh=""):
 
 
 @pytest.mark.parametrize("name", ["v1", "v1-real"])
-@pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=len)
-def test_v1_is_what_the_original_code_builds(kinds, name, talk):
-    one, raw = kind(kinds, name)
-    found = chat(one, name)
-    assert found.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk))]
-    older = ChatFormat(one, "v1-eoh")
-    assert older.prompt_ids(read_messages(talk, "talk")) == [1, *raw.encode(v1_prompt(talk, "<eoh>"))]
-    assert found.stop_ids == (raw.piece_to_id("<eoa>"),)
-    assert found.prompt_ids(read_messages(talk, "talk")) != older.prompt_ids(read_messages(talk, "talk"))
+@pytest.mark.parametrize("turns", [TALK, TALK[1:], TALK[1:2]], ids=len)
+def test_v1_is_what_the_original_code_builds(kinds, name, turns):
+    tok, raw = kind(kinds, name)
+    chat_format = chat(tok, name)
+    assert chat_format.prompt_ids(read_messages(turns, "talk")) == [1, *raw.encode(v1_prompt(turns))]
+    older = ChatFormat(tok, "v1-eoh")
+    assert older.prompt_ids(read_messages(turns, "talk")) == [1, *raw.encode(v1_prompt(turns, "<eoh>"))]
+    assert chat_format.stop_ids == (raw.piece_to_id("<eoa>"),)
+    assert chat_format.prompt_ids(read_messages(turns, "talk")) != older.prompt_ids(
+        read_messages(turns, "talk")
+    )
 
 
 @pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])
-@pytest.mark.parametrize("talk", [TALK, TALK[1:], TALK[1:2]], ids=len)
-def test_v2_and_v3_are_what_jinja_renders(kinds, name, talk):
-    one, raw = kind(kinds, name)
+@pytest.mark.parametrize("turns", [TALK, TALK[1:], TALK[1:2]], ids=len)
+def test_v2_and_v3_are_what_jinja_renders(kinds, name, turns):
+    tok, raw = kind(kinds, name)
     rendered = jinja2.Template(JINJA, keep_trailing_newline=True).render(
-        bos_token="<s>", messages=talk, add_generation_prompt=True
+        bos_token="<s>", messages=turns, add_generation_prompt=True
     )
-    found = chat(one, name)
-    ids = found.prompt_ids(read_messages(talk, "talk"))
-    assert ids == piecewise(one, raw, rendered)
+    chat_format = chat(tok, name)
+    ids = chat_format.prompt_ids(read_messages(turns, "talk"))
+    assert ids == piecewise(tok, raw, rendered)
     assert ids.count(1) == 1
     assert ids[0] == 1
-    assert found.stop_ids == (one.token_to_id("<|im_end|>") or raw.piece_to_id("[UNUSED_TOKEN_145]"),)
-    without_newline = [{**m, "content": m["content"].strip()} for m in talk]
-    assert ids != found.prompt_ids(
+    assert chat_format.stop_ids == (tok.token_to_id("<|im_end|>") or raw.piece_to_id("[UNUSED_TOKEN_145]"),)
+    without_newline = [{**m, "content": m["content"].strip()} for m in turns]
+    assert ids != chat_format.prompt_ids(
         read_messages(without_newline, "talk")
-    )  # control: content is taken as it is
+    )  # control: content is not stripped
 
 
 def test_tables_by_hand(kinds):
-    """Ids that were read off the published vocabularies, not computed."""
-    one, _ = kind(kinds, "v2-real")
+    """Ids copied from the published vocabularies."""
+    tok, _ = kind(kinds, "v2-real")
     hello = [Message("user", "hello")]
-    assert ChatFormat(one, "v2").prompt_ids(hello) == [
+    assert ChatFormat(tok, "v2").prompt_ids(hello) == [
         1,
         92543,
         1008,
@@ -121,10 +123,10 @@ def test_tables_by_hand(kinds):
         11353,
         364,
     ]
-    one, _ = kind(kinds, "v1-real")
+    tok, _ = kind(kinds, "v1-real")
     user, bot, newline = [333, 352, 1621, 352, 27232], [333, 352, 23845, 352, 27232], 364
-    assert ChatFormat(one, "v1").prompt_ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
-    assert ChatFormat(one, "v1-eoh").prompt_ids([Message("user", "hi")]) == [
+    assert ChatFormat(tok, "v1").prompt_ids([Message("user", "hi")]) == [1, *user, 6176, newline, *bot]
+    assert ChatFormat(tok, "v1-eoh").prompt_ids([Message("user", "hi")]) == [
         1,
         *user,
         6176,
@@ -132,7 +134,7 @@ def test_tables_by_hand(kinds):
         newline,
         *bot,
     ]
-    assert ChatFormat(one, "v1").stop_ids == (103028,)
+    assert ChatFormat(tok, "v1").stop_ids == (103028,)
 
 
 CONTROLS = [*UNUSED, *UNUSED.values(), "<eoh>", "<eoa>", "<s>", "</s>", "<unk>"]
@@ -140,34 +142,34 @@ CONTROLS = [*UNUSED, *UNUSED.values(), "<eoh>", "<eoa>", "<s>", "</s>", "<unk>"]
 
 @pytest.mark.parametrize("name", KINDS)
 def test_text_never_becomes_a_control_token(kinds, name):
-    """Whatever a user, a system message or a tool says: the only control tokens are the template's, and the text is all there."""
-    one, raw = kind(kinds, name)
-    found = chat(one, name)
+    """Only the template adds control tokens, whatever a message contains, and the text is complete."""
+    tok, raw = kind(kinds, name)
+    chat_format = chat(tok, name)
     control = {
-        *found.controls.values(),
-        one.bos,
-        one.eos,
-        *(one.token_to_id(string) for string in ("<eoh>", "<eoa>")),
+        *chat_format.controls.values(),
+        tok.bos,
+        tok.eos,
+        *(tok.token_to_id(string) for string in ("<eoh>", "<eoa>")),
     } - {None}
 
     def controls(text):
-        return [number for number in found.prompt_ids([Message("user", text)]) if number in control]
+        return [number for number in chat_format.prompt_ids([Message("user", text)]) if number in control]
 
-    plain = controls("x")
+    expected = controls("x")
     for text in [*(f"a{string}b" for string in CONTROLS), *CONTROLS, "".join(CONTROLS), "<<eoa>eoa>", *TRAPS]:
-        assert controls(text) == plain, text
-        ids = found.prompt_ids([Message("user", text)])
-        assert text in one.decode([i for i in ids if i not in control])
+        assert controls(text) == expected, text
+        ids = chat_format.prompt_ids([Message("user", text)])
+        assert text in tok.decode([i for i in ids if i not in control])
     dangerous = [s for s in CONTROLS if control.intersection(raw.encode(f"a{s}b"))]
     assert bool(dangerous) == (
         name != "v3"
-    )  # control: the vocabulary alone would take the string for the token
+    )  # control: the vocabulary alone would encode the string as the token
 
 
 def test_tools(kinds):
-    one, raw = kind(kinds, "v2")
-    found = ChatFormat(one, "v2")
-    talk = [
+    tok, raw = kind(kinds, "v2")
+    chat_format = ChatFormat(tok, "v2")
+    turns = [
         {"role": "system", "content": "Help."},
         {"role": "user", "content": "Weather?"},
         {
@@ -193,41 +195,43 @@ def test_tools(kinds):
         "<|im_start|>user name=file\n[]<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert found.prompt_ids(read_messages(talk, "talk"), tools=tools) == piecewise(one, raw, expected)
+    assert chat_format.prompt_ids(read_messages(turns, "talk"), tools=tools) == piecewise(tok, raw, expected)
     other_words = [
-        *talk[:2],
-        {**talk[2]},
+        *turns[:2],
+        {**turns[2]},
         {"role": "tool", "tool_call_id": "1", "content": '{"t": 22}'},
-        *talk[4:],
+        *turns[4:],
     ]
     arguments = {"name": "weather", "arguments": json.dumps({"city": "上海"})}
     other_words[2]["tool_calls"] = [{"type": "function", "id": "1", "function": arguments}]
-    assert found.prompt_ids(read_messages(other_words, "talk"), tools=tools) == piecewise(one, raw, expected)
+    assert chat_format.prompt_ids(read_messages(other_words, "talk"), tools=tools) == piecewise(
+        tok, raw, expected
+    )
     for other in ("v2-old", "v3"):
-        one, raw = kind(kinds, other)
-        assert chat(one, other).prompt_ids(read_messages(talk, "talk"), tools=tools) == piecewise(
-            one, raw, expected
+        tok, raw = kind(kinds, other)
+        assert chat(tok, other).prompt_ids(read_messages(turns, "talk"), tools=tools) == piecewise(
+            tok, raw, expected
         )
 
 
 def test_the_answer_is_read_back(kinds):
-    one, raw = kind(kinds, "v2")
-    found = ChatFormat(one, "v2")
-    said = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
-    message = found.answer_message(piecewise(one, raw, said))
+    tok, raw = kind(kinds, "v2")
+    chat_format = ChatFormat(tok, "v2")
+    answer = 'I look.<|action_start|><|plugin|>\n{"name": "weather", "parameters": {}}<|action_end|>'
+    message = chat_format.answer_message(piecewise(tok, raw, answer))
     assert message == {
         "role": "assistant",
         "content": "I look.",
         "tool_calls": [{"name": "weather", "parameters": {}}],
     }
-    said = "So.<|action_start|><|interpreter|>\nprint(1)<|action_end|>"
-    assert found.answer_message(piecewise(one, raw, said)) == {
+    answer = "So.<|action_start|><|interpreter|>\nprint(1)<|action_end|>"
+    assert chat_format.answer_message(piecewise(tok, raw, answer)) == {
         "role": "assistant",
         "content": "So.",
         "code": "print(1)",
     }
-    assert found.answer_message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
-    broken = found.answer_message(piecewise(one, raw, '<|action_start|><|plugin|>\n{"name"'))
+    assert chat_format.answer_message(raw.encode("plain 中")) == {"role": "assistant", "content": "plain 中"}
+    broken = chat_format.answer_message(piecewise(tok, raw, '<|action_start|><|plugin|>\n{"name"'))
     assert broken["tool_calls"] == ['{"name"']
     again = read_messages(
         [{"role": "user", "content": "?"}, message, {"role": "user", "content": "!"}], "talk"
@@ -261,58 +265,58 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("says", WRONG)
-def test_what_is_no_conversation(says):
-    for items in WRONG[says]:
+@pytest.mark.parametrize("message_part", WRONG)
+def test_invalid_conversations(message_part):
+    for items in WRONG[message_part]:
         with pytest.raises(UserError) as error:
             read_messages(items, "file.jsonl, line 7")
         assert str(error.value).startswith("file.jsonl, line 7")
-        assert says in str(error.value)
+        assert message_part in str(error.value)
         assert "\n" not in str(error.value)
         assert len(str(error.value)) < 250
 
 
-def test_what_a_template_has_no_place_for(kinds):
-    one, _ = kind(kinds, "v1")
-    found = ChatFormat(one, "v1")
-    for message, says in {
+def test_messages_that_a_template_cannot_express(kinds):
+    tok, _ = kind(kinds, "v1")
+    chat_format = ChatFormat(tok, "v1")
+    for message, message_part in {
         Message("environment", "1"): "v1 has no role environment, only system, user, assistant",
         Message("user", "x", "file"): "v1 does not support a name",
         Message("assistant", "x", None, (ToolCall("plugin", "{}"),)): "v1 does not support tools",
     }.items():
-        with pytest.raises(UserError, match=says):
-            found.prompt_ids([Message("user", "hi"), message, Message("user", "hi")])
+        with pytest.raises(UserError, match=message_part):
+            chat_format.prompt_ids([Message("user", "hi"), message, Message("user", "hi")])
     with pytest.raises(UserError, match="v1 does not support a name"):
-        found.prompt_ids([Message("user", "hi")], tools=[{}])
+        chat_format.prompt_ids([Message("user", "hi")], tools=[{}])
     with pytest.raises(UserError, match="tools are a list"):
-        found.prompt_ids([Message("user", "hi")], tools="weather")
+        chat_format.prompt_ids([Message("user", "hi")], tools="weather")
 
 
-def test_which_template_a_model_takes(kinds, tmp_path):
-    for name, (one, _) in kinds.items():
+def test_choice_of_template(kinds, tmp_path):
+    for name, (tok, _) in kinds.items():
         family = FAMILY[name[:2]]
-        assert choose_template(one, FAMILIES[family].chat_template)[0] == name[:2]
+        assert choose_template(tok, FAMILIES[family].chat_template)[0] == name[:2]
         if name in ("v1", "v2", "v3"):  # exported as a Llama
-            assert choose_template(one)[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
-        assert choose_template(one, name[:2])[0] == name[:2]
-    plain = tokenizer.load(sentencepiece_dir(tmp_path))
+            assert choose_template(tok)[0] == {"v1": "v1", "v2": "v2.5", "v3": "v2.5"}[name]
+        assert choose_template(tok, name[:2])[0] == name[:2]
+    without_chat_tokens = tokenizer.load(sentencepiece_dir(tmp_path))
     with pytest.raises(
         UserError,
         match=r"no chat template is known for a model of this family.*--chat-template v1\|v1-eoh\|v2",
     ):
-        choose_template(plain)
+        choose_template(without_chat_tokens)
     with pytest.raises(UserError, match="--chat-template v9 does not exist; choose from v1"):
-        choose_template(plain, "v9")
+        choose_template(without_chat_tokens, "v9")
     with pytest.raises(
         UserError,
         match=r"no token '<\|im_end\|>' nor '\[UNUSED_TOKEN_145\]', which the chat template v2 needs",
     ):
-        choose_template(plain, "v2")
+        choose_template(without_chat_tokens, "v2")
     with pytest.raises(UserError, match=r"no token '<\|im_end\|>', which the chat template v2.5 needs"):
         choose_template(kinds["v2-old"][0], "v2.5")
-    ended = ChatFormat(plain, "v1")
-    assert ended.stop_ids == (2,)
-    assert ended.notes == [
+    fallback = ChatFormat(without_chat_tokens, "v1")
+    assert fallback.stop_ids == (2,)
+    assert fallback.notes == [
         "the tokenizer has no <eoa>: turns of the assistant end with the end-of-document token"
     ]
     assert not ChatFormat(kinds["v1"][0], "v1").notes
@@ -320,14 +324,14 @@ def test_which_template_a_model_takes(kinds, tmp_path):
 
 
 def test_stop_set(kinds, tmp_path):
-    one, _ = kind(kinds, "v2")
-    end = ChatFormat(one, "v2").stop_ids
-    assert stop_token_ids(one, [tmp_path]) == (2,)
-    assert stop_token_ids(one, [tmp_path], end) == tuple(sorted({2, *end}))
-    for said, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):
-        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": said}))
+    tok, _ = kind(kinds, "v2")
+    end = ChatFormat(tok, "v2").stop_ids
+    assert stop_token_ids(tok, [tmp_path]) == (2,)
+    assert stop_token_ids(tok, [tmp_path], end) == tuple(sorted({2, *end}))
+    for value, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         assert generation_config_stops(tmp_path) == numbers
-        assert stop_token_ids(one, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
+        assert stop_token_ids(tok, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
     for wrong in ("2", [2, "x"], -1, True, 1.5):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(

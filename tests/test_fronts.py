@@ -1,4 +1,5 @@
-"""The published converters' command lines: what they wrote is read, what they are told is checked, nothing is lost."""
+"""Command lines of the published converters: they read the same files, check their flags, and lose
+nothing."""
 
 import json
 import re
@@ -38,21 +39,21 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_back_to_hugging_face(tmp_path, capsys):
-    """The flags of the way there may stand on the way back."""
+    """Conversion to Hugging Face accepts the flags of the opposite direction."""
     tensors = old_folder(tmp_path / "old", OLD, "internlm", 4, 2, torch.bfloat16)
     (tmp_path / "old/config.json").rename(tmp_path / "config.json")
-    said = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --bias --deepspeed --merge-mlp --added-token-num 0"
+    layout_flags = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --bias --deepspeed --merge-mlp --added-token-num 0"
     sizes = f"--num_layers {LAYERS} --num-heads {HEADS} --hidden_size {HIDDEN}"
-    more = ("--config", tmp_path, *said.split(), *sizes.split())
-    to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"), *more)
+    options = ("--config", tmp_path, *layout_flags.split(), *sizes.split())
+    to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"), *options)
     assert f"TP 4 x PP 2, names of {OLD}" in capsys.readouterr().out
     assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
     assert json.loads((tmp_path / "hf/config.json").read_text())["model_type"] == "internlm"
     to_hugging_face(
-        *folders(tmp_path / "old", tmp_path / "llama"), *more, "--format", "hf-llama", "--dtype", "fp32"
+        *folders(tmp_path / "old", tmp_path / "llama"), *options, "--format", "hf-llama", "--dtype", "fp32"
     )
-    theirs = json.loads((tmp_path / "llama/config.json").read_text())
-    assert (theirs["model_type"], theirs["torch_dtype"]) == ("llama", "float32")
+    config = json.loads((tmp_path / "llama/config.json").read_text())
+    assert (config["model_type"], config["torch_dtype"]) == ("llama", "float32")
     assert equal(
         load_file(tmp_path / "llama/model.safetensors"),
         {name: tensor.float() for name, tensor in tensors.items()},
@@ -61,7 +62,7 @@ def test_back_to_hugging_face(tmp_path, capsys):
 
 @pytest.mark.parametrize("deepspeed", [False, True])
 def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
-    """The original dropped the biases and cut the vocabulary to 32000."""
+    """Unlike the original script, which dropped the biases and cut the vocabulary to 32000."""
     tensors = old_folder(tmp_path / "old", OLD, "internlm", 8, 1, deepspeed=deepspeed)
     tp, pp = 2, 1 if deepspeed else 4
     cut_anew(
@@ -79,7 +80,7 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
 
 
 @pytest.mark.parametrize(
-    ("run", "args", "said"),
+    ("run", "args", "message"),
     [
         (to_hugging_face, "--tensor-model-parallel-size 8", "tensor-parallel size 8, its files 2"),
         (to_hugging_face, "--pipeline-model-parallel-size 4", "pipeline-parallel size 4, its files 2"),
@@ -97,9 +98,9 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
         ),
     ],
 )
-def test_what_contradicts_is_refused(tmp_path, run, args, said):
+def test_contradicting_flags_are_refused(tmp_path, run, args, message):
     old_folder(tmp_path / "old", OLD, "internlm", 2, 2)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         run(*folders(tmp_path / "old", tmp_path / "out"), *args.split())
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
 
@@ -124,7 +125,8 @@ def test_the_converter_of_everything_takes_the_folder_of_the_model(tmp_path):
     assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
 
 
-# --- docs/coming-from.md -----------------------------------------------------------------------------------------------------
+# --- docs/coming-from.md
+# -----------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs/coming-from.md").read_text()
 COMMANDS = [

@@ -1,4 +1,4 @@
-"""Generation as a command: what is typed, prompts, answers in files, streams and conversations, and how fast it goes."""
+"""The generation command: flags, prompts, output files, streaming, conversations, and the benchmark."""
 
 import contextlib
 import importlib.util
@@ -38,12 +38,12 @@ from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
 
 
-def theirs(reference, ids, **params):
-    """Hugging Face's continuation, of ids that the tokenizer has."""
-    one = torch.tensor([ids])
+def hf_continuation(reference, ids, **params):
+    """New tokens of Hugging Face's greedy or beam search."""
+    input_ids = torch.tensor([ids])
     with torch.no_grad():
         out = reference.generate(
-            one, attention_mask=torch.ones_like(one), do_sample=False, pad_token_id=2, **params
+            input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, pad_token_id=2, **params
         )
     return out[0, len(ids) :].tolist()
 
@@ -77,7 +77,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("typed", WRONG)
-def test_what_was_typed_is_judged_first(typed, folder):
+def test_wrong_flags_are_refused_before_loading(typed, folder):
     with pytest.raises(UserError) as error:
         args.resolve(typed.format(*[folder] * typed.count("{}")).split(), 1)
     assert WRONG[typed] in str(error.value)
@@ -97,19 +97,19 @@ def test_the_published_flags_are_understood(folder):
         42,
         True,
     )
-    assert job.tasks == ()  # its --seed does not ask for drawing
+    assert job.tasks == ()  # its --seed does not imply sampling
     assert args.resolve([*PUBLISHED.format(folder).split(), "--task", "1"], 1)[0].tasks == ("greedy",)
-    told = {note.split()[0] for note in notes}
+    flags = {note.split()[0] for note in notes}
     assert {
         "--deepspeed",
         "--deepspeed-config",
         "--seq-length",
         "--no-contiguous-buffers-in-local-ddp",
         "--local-rank",
-    } <= told
+    } <= flags
 
 
-def test_which_task_is_meant(folder):
+def test_task_implied_by_flags(folder):
     def tasks(typed):
         return args.resolve(["--load", str(folder), *typed.split()], 1)[0].tasks
 
@@ -119,8 +119,8 @@ def test_which_task_is_meant(folder):
     assert tasks("--num-beams 2") == ("beam",)
     assert tasks("--num-beams 2 --temperature 2") == ("beam-sample",)
     assert tasks("--history-turns 2") == ("chat",)
-    words = ["--input_texts", "a", "b", "--max_output_length", "7", "--max_batch_size", "3"]
-    mindie = args.resolve(["--load", str(folder), *words], 1)[0]
+    flags = ["--input_texts", "a", "b", "--max_output_length", "7", "--max_batch_size", "3"]
+    mindie = args.resolve(["--load", str(folder), *flags], 1)[0]
     assert (
         mindie.generation.input_texts,
         mindie.generation.max_new_tokens,
@@ -140,10 +140,12 @@ LINES = {
 def test_lines_of_an_input_file(tmp_path):
     file = tmp_path / "in.jsonl"
     file.write_bytes(b"\n\n".join(LINES) + b"\n")
-    found = prompts.prompts_from_file(str(file))
-    assert [one.text if one.text is not None else one.messages for one in found] == list(LINES.values())
-    assert [one.where for one in found] == [f"{file}, line {n}" for n in (1, 3, 5, 7, 9)]
-    assert found[-1].tools == [{"name": "f"}]
+    parsed = prompts.prompts_from_file(str(file))
+    assert [prompt.text if prompt.text is not None else prompt.messages for prompt in parsed] == list(
+        LINES.values()
+    )
+    assert [prompt.where for prompt in parsed] == [f"{file}, line {n}" for n in (1, 3, 5, 7, 9)]
+    assert parsed[-1].tools == [{"name": "f"}]
     for line, says in {
         b"plain": "line 2 is not JSON",
         b"3": "line 2 is not one of: a text",
@@ -162,11 +164,11 @@ def test_lines_of_an_input_file(tmp_path):
     with pytest.raises(UserError, match="contains no prompts"):
         prompts.prompts_from_json_lines(b"\n \n", "in")
     assert [
-        one.text
-        for one in prompts.prompts_from_json_lines(b'\xef\xbb\xbf"x"', "in")
+        prompt.text
+        for prompt in prompts.prompts_from_json_lines(b'\xef\xbb\xbf"x"', "in")
         + prompts.prompts_from_text(b"\xef\xbb\xbfx", "in")
     ] == ["x"] * 2
-    assert [one.text for one in prompts.prompts_from_text("one\r\n\n 中 \n".encode(), "stdin")] == [
+    assert [prompt.text for prompt in prompts.prompts_from_text("one\r\n\n 中 \n".encode(), "stdin")] == [
         "one",
         " 中 ",
     ]
@@ -177,13 +179,13 @@ def test_lines_of_an_input_file(tmp_path):
 
 
 def test_one_bos(folder):
-    one = tokenizer.load(folder)
+    model_tokenizer = tokenizer.load(folder)
     text = prompts.InputPrompt("here", "<s>hello")
-    assert prompts.encode_prompt(text, one, None).count(1) == 1
-    assert prompts.encode_prompt(text, one, None, add_bos=False).count(1) == 0
-    assert prompts.encode_prompt(prompts.InputPrompt("here", ""), one, None) == [1]
+    assert prompts.encode_prompt(text, model_tokenizer, None).count(1) == 1
+    assert prompts.encode_prompt(text, model_tokenizer, None, add_bos=False).count(1) == 0
+    assert prompts.encode_prompt(prompts.InputPrompt("here", ""), model_tokenizer, None) == [1]
     with pytest.raises(UserError, match="here is empty"):
-        prompts.encode_prompt(prompts.InputPrompt("here", ""), one, None, add_bos=False)
+        prompts.encode_prompt(prompts.InputPrompt("here", ""), model_tokenizer, None, add_bos=False)
     assert tokenizer.adds_bos_token({})
     assert tokenizer.adds_bos_token({"add_bos_token": True})
     assert not tokenizer.adds_bos_token({"add_bos_token": False})
@@ -191,9 +193,9 @@ def test_one_bos(folder):
 
 def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
     path = tmp_path / "out.jsonl"
-    results = AnswerWriter(str(path), True)
-    for place in ((0, 2), (0, 0), (1, 0), (0, 1)):
-        results.add(place, {"place": place, "text": "中"}, "shown")
+    writer = AnswerWriter(str(path), True)
+    for key in ((0, 2), (0, 0), (1, 0), (0, 1)):
+        writer.add(key, {"place": key, "text": "中"}, "shown")
         assert not path.exists()
     partial = (tmp_path / "out.jsonl.partial").read_text().splitlines()
     assert [json.loads(line)["place"] for line in partial] == [
@@ -201,27 +203,27 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
         [0, 0],
         [1, 0],
         [0, 1],
-    ]  # a killed run leaves this
+    ]  # a killed run leaves these lines
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         with pytest.raises(UserError, match="No space left"):
-            results.finish()
+            writer.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.partial"]
-    kept = (tmp_path / "out.jsonl.partial").read_text()
-    results = AnswerWriter(str(path), True)  # the command line refuses this; even so nothing is lost
-    assert (tmp_path / "out.jsonl.partial").read_text() == kept
-    for place in ((0, 1), (0, 0)):
-        results.add(place, {"place": place}, None)
-    results.finish()
+    earlier = (tmp_path / "out.jsonl.partial").read_text()
+    writer = AnswerWriter(str(path), True)  # the command line refuses this; nothing is lost anyway
+    assert (tmp_path / "out.jsonl.partial").read_text() == earlier
+    for key in ((0, 1), (0, 0)):
+        writer.add(key, {"place": key}, None)
+    writer.finish()
     assert [json.loads(line)["place"] for line in path.read_text().splitlines()] == [[0, 0], [0, 1]]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl"]
     assert capsys.readouterr().out == ""
 
 
 def test_shown_in_the_order_of_the_prompts(capsys):
-    results = AnswerWriter(None, True)
-    for place in ((0, 1), (0, 0), (0, 2)):
-        results.add(place, {}, f"{place[1]}")
+    writer = AnswerWriter(None, True)
+    for key in ((0, 1), (0, 0), (0, 2)):
+        writer.add(key, {}, f"{key[1]}")
     assert capsys.readouterr().out == "0\n1\n2\n"
     silent = AnswerWriter(None, False)
     silent.add((0, 0), {}, "x")
@@ -236,10 +238,10 @@ def records(path):
 
 
 def test_answers_equal_hugging_faces(run, folder, reference, tmp_path):
-    """Greedy, beams and log-probabilities, as text, in a file; the batch size changes nothing."""
-    one = tokenizer.load(folder)
-    never = list(range(one.vocab_size, MODEL.vocab_size))
-    ids = [[1, *one.encode(text).tolist()] for text in PROMPTS]
+    """Greedy, beams and log-probabilities in the output file do not depend on the batch size."""
+    model_tokenizer = tokenizer.load(folder)
+    unused_ids = list(range(model_tokenizer.vocab_size, MODEL.vocab_size))
+    ids = [[1, *model_tokenizer.encode(text).tolist()] for text in PROMPTS]
     typed = [word for text in PROMPTS for word in ("--prompt", text)]
     common = ("--max-new-tokens", 12, *typed)
     outputs = {}
@@ -253,31 +255,31 @@ def test_answers_equal_hugging_faces(run, folder, reference, tmp_path):
     for a, b in zip(outputs[1], outputs[16], strict=True):
         assert [x["text"] for x in a.get("answers", [])] == [x["text"] for x in b.get("answers", [])]
         assert a.get("logprob", 0) == pytest.approx(b.get("logprob", 0), abs=1e-4)
-    found = outputs[16]
-    assert [(r["task"], r["number"], r["prompt"]) for r in found] == [
+    answers = outputs[16]
+    assert [(r["task"], r["number"], r["prompt"]) for r in answers] == [
         (task, n + 1, PROMPTS[n]) for task in ("greedy", "beam", "logprobs") for n in range(3)
     ]
     differs = False
     for n, prompt in enumerate(ids):
-        free = theirs(reference, prompt, max_new_tokens=12, eos_token_id=2)
-        for at, more in ((0, {}), (3, {"num_beams": 3})):
-            expected = theirs(
-                reference, prompt, max_new_tokens=12, eos_token_id=2, suppress_tokens=never, **more
+        unrestricted = hf_continuation(reference, prompt, max_new_tokens=12, eos_token_id=2)
+        for at, settings in ((0, {}), (3, {"num_beams": 3})):
+            expected = hf_continuation(
+                reference, prompt, max_new_tokens=12, eos_token_id=2, suppress_tokens=unused_ids, **settings
             )
             expected = expected[: expected.index(2)] if 2 in expected else expected
-            assert found[at + n]["answers"][0]["text"] == one.decode(expected)
-            differs |= at == 0 and free != expected
+            assert answers[at + n]["answers"][0]["text"] == model_tokenizer.decode(expected)
+            differs |= at == 0 and unrestricted != expected
         with torch.no_grad():
             logs = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
         expected = [float(logs[i, token]) for i, token in enumerate(prompt[1:])]
-        assert found[6 + n]["logprobs"] == pytest.approx(expected, abs=2e-4)
-    assert differs  # control: the rows that the tokenizer has no token for would have been chosen
+        assert answers[6 + n]["logprobs"] == pytest.approx(expected, abs=2e-4)
+    assert differs  # control: ids without a token would have been chosen
 
 
-def test_what_is_drawn_does_not_depend_on_batches(run, tmp_path):
+def test_samples_do_not_depend_on_batches(run, tmp_path):
     typed = [word for text in PROMPTS for word in ("--prompt", text)]
-    seen = {}
-    for name, more in {"one": (), "two": ("--batch-size", 2), "other": ("--seed", 7)}.items():
+    drawn = {}
+    for name, extra in {"one": (), "two": ("--batch-size", 2), "other": ("--seed", 7)}.items():
         file = tmp_path / name
         run(
             "--task",
@@ -287,30 +289,32 @@ def test_what_is_drawn_does_not_depend_on_batches(run, tmp_path):
             "--max-new-tokens",
             6,
             *typed,
-            *more,
+            *extra,
             "--output-file",
             file,
         )
-        seen[name] = [[a["text"] for a in r["answers"]] for r in records(file)]
-    assert seen["one"] == seen["two"]
-    assert seen["one"] != seen["other"]  # control
-    assert all(a != b for a, b in seen["one"])
+        drawn[name] = [[a["text"] for a in r["answers"]] for r in records(file)]
+    assert drawn["one"] == drawn["two"]
+    assert drawn["one"] != drawn["other"]  # control
+    assert all(a != b for a, b in drawn["one"])
 
 
 def test_stop_strings_and_streams(run):
-    whole = run("--prompt", "Document 7", "--max-new-tokens", 20)
-    text = whole.split("\n-> ", 1)[1].removesuffix("\n")
+    output = run("--prompt", "Document 7", "--max-new-tokens", 20)
+    text = output.split("\n-> ", 1)[1].removesuffix("\n")
     stop = text[7:10]
     assert text.count(stop)
     shown = run("--prompt", "Document 7", "--max-new-tokens", 20, "--stop", stop, "--stop", "never there")
     assert shown.startswith("== greedy 1/1: stop after ")
     assert shown.endswith(f"\n-> {text[: text.index(stop)]}\n")
-    for more in ((), ("--stop", stop)):
-        still = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, *more).split("== ")[1:]
-        stream = run(
-            "--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, "--stream", *more
+    for extra in ((), ("--stop", stop)):
+        at_once = run("--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, *extra).split("== ")[
+            1:
+        ]
+        streamed = run(
+            "--prompt", "Document 7", "--prompt", "x", "--max-new-tokens", 20, "--stream", *extra
         ).split("== ")[1:]
-        assert [s.split("\n", 1)[1] for s in stream] == [s.split("\n", 1)[1] for s in still]
+        assert [s.split("\n", 1)[1] for s in streamed] == [s.split("\n", 1)[1] for s in at_once]
 
 
 def test_input_from_everywhere(run, tmp_path):
@@ -339,7 +343,7 @@ NOTES = {
 
 @pytest.mark.parametrize("kind", NOTES)
 def test_longer_than_what_it_was_trained_on(run, folder, tmp_path, kind):
-    """Said once; not for what fits."""
+    """The note appears once, and not for prompts that fit."""
     short = tmp_path / "short"
     shutil.copytree(folder, short)
     model = replace(
@@ -352,8 +356,8 @@ def test_longer_than_what_it_was_trained_on(run, folder, tmp_path, kind):
     flags = ("--load", short, "--prompt", "x", "--prompt", "1234567", "--max-new-tokens")
     assert len(tokenizer.load(folder).encode("1234567")) == 7
     run(*flags, 1, "--task", 1, 5)
-    said = "note: --prompt 2 and its answer may have 9 tokens; the model was trained on 8, and"
-    assert run.stderr.count(f"{said} {NOTES[kind]}\n") == 1
+    note = "note: --prompt 2 and its answer may have 9 tokens; the model was trained on 8, and"
+    assert run.stderr.count(f"{note} {NOTES[kind]}\n") == 1
     run(*flags[:4], "--max-new-tokens", 6)
     assert "trained on" not in run.stderr
     run(*flags[:2], "--task", "chat", "--max-new-tokens", 1, stdin="1\n2\n")
@@ -361,7 +365,8 @@ def test_longer_than_what_it_was_trained_on(run, folder, tmp_path, kind):
 
 
 def test_the_tokenizer_of_another_model(run, folder, tmp_path):
-    """Beside the weights lies another one; there are too few tokens, or too many for the model."""
+    """Notes and errors for a tokenizer that differs from the one beside the weights, or has too few or too
+    many tokens."""
     other = vocabulary(tmp_path / "other", ["<eoh>", "<eoa>", "another"])
     flags = ("--max-new-tokens", 1, "--prompt", "x")
     run(*flags)
@@ -370,10 +375,10 @@ def test_the_tokenizer_of_another_model(run, folder, tmp_path):
     run(*flags, "--tokenizer-name-or-path", tmp_path / "same")
     assert "note: " not in run.stderr
     run(*flags, "--tokenizer-name-or-path", other)
-    said = (
+    note = (
         f"note: {other}/tokenizer.model differs from {folder}/tokenizer.model, which is beside the weights; "
     )
-    assert said in run.stderr
+    assert note in run.stderr
     ids = tokenizer.load(folder).vocab_size
 
     def sized(rows):
@@ -394,45 +399,52 @@ def test_the_tokenizer_of_another_model(run, folder, tmp_path):
         run("--load", sized(ids - 1), *flags)
 
 
-def spoken(folder, reference, talk, count):
-    """What the model says next by Hugging Face, in the original chat format."""
-    one = tokenizer.load(folder)
-    ids = [1, *one._model.encode("".join(talk) + "<|Bot|>:")]  # sentencepiece itself makes <eoa> a token
-    end = one.required_id("<eoa>")
-    never = list(range(one.vocab_size, MODEL.vocab_size))
-    out = theirs(reference, ids, max_new_tokens=count, eos_token_id=[2, end], suppress_tokens=never)
+def hf_reply(folder, reference, turns, count):
+    """Hugging Face's answer to a conversation in the original chat format."""
+    model_tokenizer = tokenizer.load(folder)
+    ids = [
+        1,
+        *model_tokenizer._model.encode("".join(turns) + "<|Bot|>:"),
+    ]  # sentencepiece itself makes <eoa> a token
+    end = model_tokenizer.required_id("<eoa>")
+    unused_ids = list(range(model_tokenizer.vocab_size, MODEL.vocab_size))
+    out = hf_continuation(
+        reference, ids, max_new_tokens=count, eos_token_id=[2, end], suppress_tokens=unused_ids
+    )
     ends = [i for i, token in enumerate(out) if token in (2, end)]
-    return one.decode(out[: ends[0]] if ends else out)
+    return model_tokenizer.decode(out[: ends[0]] if ends else out)
 
 
 def test_a_conversation(run, folder, reference):
-    """Through a pipe: answers on stdout and nothing else, with what was said before; clear, several lines, history, quit."""
+    """Through a pipe: stdout holds answers only; history, clear, several lines and quit work."""
     count = 5
 
-    def said(*talk):
-        return spoken(folder, reference, talk, count)
+    def reply(*turns):
+        return hf_reply(folder, reference, turns, count)
 
     def bot(text):
         return f"<|Bot|>:{text}<eoa>\n"
 
     hi, two, again = "<|User|>:hi\n", "<|User|>:two\nlines\n", "<|User|>:again\n"
-    first = said(hi)
-    second = said(hi, bot(first), two)
+    first = reply(hi)
+    second = reply(hi, bot(first), two)
     stdin = 'hi\n"""\ntwo\nlines\n"""\nclear\n\nagain\nq\nnever\n'
     chat = ("--task", "chat", "--max-new-tokens", count)
-    assert run(*chat, stdin=stdin) == f"{first}\n{second}\n{said(again)}\n"
+    assert run(*chat, stdin=stdin) == f"{first}\n{second}\n{reply(again)}\n"
     assert "<|Bot|>" not in run.stderr
     forgetful = run(*chat, "--history-turns", 0, stdin="hi\nagain\n")
-    assert forgetful == f"{first}\n{said(again)}\n"
+    assert forgetful == f"{first}\n{reply(again)}\n"
     assert (
         run(*chat, "--history-turns", 0, stdin='\ufeffhi\n"""\nagain') == forgetful
     )  # a BOM, and a message without its end
     quoted = run(*chat, stdin='"""\nclear\n"""\n"""\nq\n"""\n')  # no commands between quotes
-    clear = said("<|User|>:clear\n")
-    assert quoted == f"{clear}\n{said('<|User|>:clear' + chr(10), bot(clear), '<|User|>:q' + chr(10))}\n"
-    told = run(*chat, "--system", "Be brief", stdin="hi\nquit\n")
-    assert told == f"{said('<|System|>:Be brief' + chr(10), hi)}\n"
-    assert len({first, second, said(again), told}) == 4  # control: history, system and question all matter
+    clear = reply("<|User|>:clear\n")
+    assert quoted == f"{clear}\n{reply('<|User|>:clear' + chr(10), bot(clear), '<|User|>:q' + chr(10))}\n"
+    with_system = run(*chat, "--system", "Be brief", stdin="hi\nquit\n")
+    assert with_system == f"{reply('<|System|>:Be brief' + chr(10), hi)}\n"
+    assert (
+        len({first, second, reply(again), with_system}) == 4
+    )  # control: history, system and question all matter
     shown = run(*chat, "--task", "chat", "--stop", first[1:3], stdin="hi\n")
     assert shown == f"{first[: first.index(first[1:3])]}\n"
     both = run("--task", 1, 6, "--max-new-tokens", count, stdin="hi\n")
@@ -446,64 +458,71 @@ def test_a_conversation(run, folder, reference):
 
 
 def test_a_stop_string_belongs_to_no_history(run, folder, reference):
-    """Neither does what stood behind it in the answer's tokens: the next question goes on from what was shown."""
+    """Nor do the tokens after it: the next question follows the answer as shown."""
     hi, again = "<|User|>:hi\n", "<|User|>:again\n"
-    first = spoken(folder, reference, [hi], 9)
+    first = hf_reply(folder, reference, [hi], 9)
     stop = first[2:4]
     shown = first[: first.index(stop)]
     assert shown
     count = ("--task", "chat", "--max-new-tokens", 9)
     answers = run(*count, "--stop", stop, stdin="hi\nagain\n").removeprefix(f"{shown}\n")
-    expected, whole = (
-        spoken(folder, reference, [hi, f"<|Bot|>:{text}<eoa>\n", again], 9) for text in (shown, first)
+    expected, from_uncut = (
+        hf_reply(folder, reference, [hi, f"<|Bot|>:{text}<eoa>\n", again], 9) for text in (shown, first)
     )
     assert answers == f"{expected.split(stop)[0]}\n"
-    assert expected.split(stop)[0] != whole.split(stop)[0]  # control
+    assert expected.split(stop)[0] != from_uncut.split(stop)[0]  # control
 
 
 def test_a_model_ends_where_its_files_say(run, folder, tmp_path):
-    """By generation_config.json beside the weights, at any task; and BOS where tokenizer_config.json wants one."""
-    one, other = tokenizer.load(folder), tmp_path / "other"
+    """generation_config.json sets stop tokens for all tasks; tokenizer_config.json decides about BOS."""
+    model_tokenizer, other = tokenizer.load(folder), tmp_path / "other"
     shutil.copytree(folder, other)
     flags = ("--prompt", "Document 7", "--max-new-tokens", 12, "--output-file")
     run(*flags, tmp_path / "free")
-    free = records(tmp_path / "free")[0]
-    ids = [1, *one.encode("Document 7").tolist()]
-    assert free["prompt_tokens"] == len(ids)
+    unrestricted = records(tmp_path / "free")[0]
+    ids = [1, *model_tokenizer.encode("Document 7").tolist()]
+    assert unrestricted["prompt_tokens"] == len(ids)
     with_end = json.loads((folder / "tokenizer_config.json").read_text()) | {"add_bos_token": False}
     (other / "tokenizer_config.json").write_text(json.dumps(with_end))
     run("--load", other, *flags, tmp_path / "bare")
     assert records(tmp_path / "bare")[0]["prompt_tokens"] == len(ids) - 1
     shutil.copy(folder / "tokenizer_config.json", other)
     (other / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": list(range(3, one.vocab_size))})
+        json.dumps({"eos_token_id": list(range(3, model_tokenizer.vocab_size))})
     )
     run("--load", other, *flags, tmp_path / "ended")
-    found = records(tmp_path / "ended")[0]["answers"][0]
-    assert (found["reason"], found["tokens"] <= 1) == ("stop", True)
-    assert free["answers"][0]["tokens"] > 1  # control
+    answer = records(tmp_path / "ended")[0]["answers"][0]
+    assert (answer["reason"], answer["tokens"] <= 1) == ("stop", True)
+    assert unrestricted["answers"][0]["tokens"] > 1  # control
 
 
 def test_tools_in_files(cpu, tmp_path, monkeypatch):
-    """The tools of a conversation reach the model, and the calls of its answer the file."""
+    """Tools of a conversation are part of the prompt; tool calls of the answer are written to the file."""
     from ascendspeed.inference import batching, runner
 
     folder = vocabulary(tmp_path / "hf", UNUSED.values(), UNUSED)
     model = replace(families.preset("internlm2-tiny"), num_layers=1, vocab_size=512)
     (folder / "config.json").write_text(json.dumps(FAMILIES["internlm2"].write_config(model)))
-    one = tokenizer.load(folder)
-    said = piecewise(one, one._model, 'I look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>')
-    asked = []
+    model_tokenizer = tokenizer.load(folder)
+    call = piecewise(
+        model_tokenizer,
+        model_tokenizer._model,
+        'I look.<|action_start|><|plugin|>\n{"name": "f"}<|action_end|>',
+    )
+    received = []
 
     def answer(session, prompts, numbers, *_):
-        asked.extend(prompts)
-        return [[batching.Answer("", tokens, "stop", 0.0)] for tokens in (said, one.encode("No.").tolist())]
+        received.extend(prompts)
+        return [
+            [batching.Answer("", tokens, "stop", 0.0)]
+            for tokens in (call, model_tokenizer.encode("No.").tolist())
+        ]
 
     monkeypatch.setattr(runner, "generate_answers", answer)
     monkeypatch.setattr(runner.Session, "model", None)
-    talk = [{"role": "user", "content": "hi"}]
+    messages = [{"role": "user", "content": "hi"}]
     (tmp_path / "in").write_text(
-        "\n".join(json.dumps({"messages": talk, "tools": tools}) for tools in ([{"name": "f"}], []))
+        "\n".join(json.dumps({"messages": messages, "tools": tools}) for tools in ([{"name": "f"}], []))
     )
     flags = [
         "--load",
@@ -524,12 +543,15 @@ def test_tools_in_files(cpu, tmp_path, monkeypatch):
     }
     assert "message" not in without["answers"][0]
     turn = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
-    told = '<|im_start|>system name=<|plugin|>\n[{"name": "f"}]<|im_end|>\n'
-    assert asked == [piecewise(one, one._model, f"<s>{told}{turn}"), piecewise(one, one._model, f"<s>{turn}")]
+    tools_turn = '<|im_start|>system name=<|plugin|>\n[{"name": "f"}]<|im_end|>\n'
+    assert received == [
+        piecewise(model_tokenizer, model_tokenizer._model, f"<s>{tools_turn}{turn}"),
+        piecewise(model_tokenizer, model_tokenizer._model, f"<s>{turn}"),
+    ]
 
 
-def test_every_question_is_drawn_for_anew(run):
-    """The same one too, when nothing is remembered."""
+def test_every_question_is_sampled_anew(run):
+    """A repeated question is sampled anew, without history too."""
     drawn = run(
         "--task",
         "chat",
@@ -549,7 +571,7 @@ def test_every_question_is_drawn_for_anew(run):
 
 
 def test_a_terminal_gets_its_echo_back():
-    """After SIGTERM, which is what the launcher makes of Ctrl-C."""
+    """SIGTERM, which the launcher sends on Ctrl-C, restores the terminal's echo."""
     master, slave = pty.openpty()
     asks = "from ascendspeed.inference.stdin import read_stdin_message; read_stdin_message()"
     command, env = [sys.executable, "-c", asks], launch.environment(TERM="xterm")
@@ -558,7 +580,7 @@ def test_a_terminal_gets_its_echo_back():
         shown = b""
         while b"> " not in shown:
             shown += os.read(master, 1000)
-        assert not termios.tcgetattr(slave)[3] & termios.ECHO  # control: the line's editor has taken it away
+        assert not termios.tcgetattr(slave)[3] & termios.ECHO  # control: the line editor has switched it off
         for _ in range(
             60
         ):  # readline does not hear a signal in the moment between its prompt and its waiting: it hears the next one
@@ -573,13 +595,13 @@ def test_a_terminal_gets_its_echo_back():
         os.close(slave)
 
 
-def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
+def test_quoted_message_without_its_end(monkeypatch):
     typed = iter(['"""', "new", "more", EOFError])
 
     def line(prompt):
-        if (found := next(typed)) is EOFError:
+        if (text := next(typed)) is EOFError:
             raise EOFError
-        return found
+        return text
 
     monkeypatch.setattr("builtins.input", line)
     assert questions._read_from_terminal() == questions.UserMessage("new\nmore", quoted=True)
@@ -587,24 +609,24 @@ def test_what_is_typed_is_not_lost_at_the_end(monkeypatch):
     assert questions._read_from_terminal() is None
 
 
-def test_what_is_remembered(cpu, folder):
+def test_history_that_stays_in_the_prompt(cpu, folder):
     from ascendspeed.inference.chat import Conversation
 
-    one = tokenizer.load(folder)
+    model_tokenizer = tokenizer.load(folder)
 
     def after(turns=None, longest=None):
-        talk = Conversation(ChatFormat(one, "v1"), "S", turns, longest)
+        conversation = Conversation(ChatFormat(model_tokenizer, "v1"), "S", turns, longest)
         for n in range(4):
-            talk.add_question(f"question {n}")
-            talk.add_answer(one.encode(f"answer {n}").tolist())
-        return one.decode(talk.add_question("last"))
+            conversation.add_question(f"question {n}")
+            conversation.add_answer(model_tokenizer.encode(f"answer {n}").tolist())
+        return model_tokenizer.decode(conversation.add_question("last"))
 
-    whole = after()
-    assert [f"question {n}" in whole and f"answer {n}" in whole for n in range(4)] == [True] * 4
-    assert whole.startswith("<|System|>:S\n<|User|>:question 0")
+    full = after()
+    assert [f"question {n}" in full and f"answer {n}" in full for n in range(4)] == [True] * 4
+    assert full.startswith("<|System|>:S\n<|User|>:question 0")
     assert [f"question {n}" in after(turns=1) for n in range(4)] == [False, False, False, True]
     assert "question" not in after(turns=0)
-    size = len(one.encode(whole))
+    size = len(model_tokenizer.encode(full))
     cut = after(longest=size - 3)
     assert "question 0" not in cut
     assert "answer 3" in cut
@@ -622,19 +644,21 @@ CALLS = [
 
 
 def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
-    """Right or wrong, a conversation goes on from it."""
+    """A tool call stays in the history as written, malformed or not."""
     from ascendspeed.inference.chat import Conversation
 
-    one = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
+    model_tokenizer = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
     for call in CALLS:
-        talk, said = (
-            Conversation(ChatFormat(one, "v2")),
+        conversation, answer = (
+            Conversation(ChatFormat(model_tokenizer, "v2")),
             f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>",
         )
-        talk.add_question("x")
-        talk.add_answer(piecewise(one, one._model, said))
-        turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
-        assert talk.add_question("y") == piecewise(one, one._model, f"{turns}<|im_start|>assistant\n")
+        conversation.add_question("x")
+        conversation.add_answer(piecewise(model_tokenizer, model_tokenizer._model, answer))
+        turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
+        assert conversation.add_question("y") == piecewise(
+            model_tokenizer, model_tokenizer._model, f"{turns}<|im_start|>assistant\n"
+        )
 
 
 def test_clock_and_table(tmp_path):
@@ -657,8 +681,8 @@ def test_clock_and_table(tmp_path):
 
 
 @pytest.mark.parametrize(("low", "high"), [(1, 64), (1, 1), (5, 64), (3, 7), (1, 2048)])
-def test_the_find_largest_batch(low, high):
-    """Against trying all of them, for every limit; without memory from some batch on."""
+def test_largest_batch(low, high):
+    """Compared with trying all sizes, for every limit and memory size."""
     for fits in (0, 1, 2, 5, 6, 7, 31, 64, 100):
         for memory in (4, 50, 5000):
             tried = []
@@ -669,12 +693,12 @@ def test_the_find_largest_batch(low, high):
                     raise BatchOutOfMemory
                 return GenerationTiming(batch, 8, 3, 0.0 + 2 * batch, 0.0)
 
-            with log_lines() as said:
+            with log_lines() as lines:
                 best = find_largest_batch(low, high, fits, measure)
             expected = min(fits, memory, high)
             assert (best.batch if best else None) == (expected if expected >= low else None)
             assert len(tried) == len(set(tried)) <= 2 * max(1, high.bit_length())
-            assert any("out of memory" in line for line in said) == any(batch > memory for batch in tried)
+            assert any("out of memory" in line for line in lines) == any(batch > memory for batch in tried)
 
 
 def test_pairs():
@@ -697,7 +721,7 @@ def test_pairs():
 
 
 def test_benchmark_command(cpu, folder, tmp_path, capsys):
-    """Through the session of the other commands: it needs no tokenizer, and stdout is the table alone."""
+    """The command needs no tokenizer, and writes only the table to stdout."""
     weights = tmp_path / "weights"
     weights.mkdir()
     for name in ("config.json", "model.safetensors"):
@@ -721,7 +745,7 @@ def test_benchmark_command(cpu, folder, tmp_path, capsys):
 
 
 def started(folder, world, flags, stdin, tp=1, pp=1):
-    """The script on `world` ranks -> (exit codes, stdout of rank 0, its stderr)."""
+    """Runs the script on `world` ranks; returns (exit codes, stdout of rank 0, stderr of rank 0)."""
     command = [
         sys.executable,
         str(launch.ROOT / "tasks/inference/generate.py"),
@@ -734,13 +758,13 @@ def started(folder, world, flags, stdin, tp=1, pp=1):
     port, pipe = str(launch.free_port()), subprocess.PIPE
     processes = []
     for rank in range(world):
-        place = {
+        variables = {
             "RANK": str(rank),
             "LOCAL_RANK": str(rank),
             "WORLD_SIZE": str(world),
             "LOCAL_WORLD_SIZE": str(world),
         }
-        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **place)
+        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables)
         pipes = {"stdin": subprocess.DEVNULL if rank else pipe, "stdout": pipe, "stderr": pipe}
         processes.append(
             subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes)
@@ -815,7 +839,8 @@ def test_a_killed_run_leaves_no_file(folder, tmp_path):
 
 @pytest.fixture
 def shell(tmp_path):
-    """Runs a shell script with stand-ins for `python` and `deepspeed` that print their words -> (exit code, output)."""
+    """Runs a shell script in which `python` and `deepspeed` print their arguments; returns (exit code,
+    output)."""
     recipes.program(tmp_path, "deepspeed", '#!/bin/sh\necho deepspeed "$@"\n')
     recipes.program_python(tmp_path, 'echo python "$@"')
     settings = (
@@ -831,12 +856,16 @@ def shell(tmp_path):
         "OUT",
         "QUIET",
     )
-    bare = {k: v for k, v in launch.environment().items() if k not in settings}
+    environment = {k: v for k, v in launch.environment().items() if k not in settings}
 
-    def shell(script, *words, **env):
-        own = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
+    def shell(script, *arguments, **env):
+        extra = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
         done = subprocess.run(
-            ["bash", script, *words], env=bare | own, cwd=launch.ROOT, capture_output=True, text=True
+            ["bash", script, *arguments],
+            env=environment | extra,
+            cwd=launch.ROOT,
+            capture_output=True,
+            text=True,
         )
         return done.returncode, done.stdout + done.stderr
 
@@ -845,32 +874,32 @@ def shell(tmp_path):
 
 def test_fronts(shell):
     recipe = "examples/intern/generate_internlm_7b_deepspeed.sh"
-    code, said = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
+    code, output = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
     assert code == 0
-    assert said.startswith(
+    assert output.startswith(
         "python tasks/inference/generate.py --load ./model_weights --tokenizer-name-or-path ./dataset/internlm --model"
     )
-    assert said.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
-    _, said = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
-    assert said.startswith(
+    assert output.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
+    _, output = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
+    assert output.startswith(
         "deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 "
     )
-    assert "8 tasks/inference/generate.py" in said
-    assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in said
-    assert "--bf16" not in said
-    assert "--tokenizer-name-or-path" not in said
+    assert "8 tasks/inference/generate.py" in output
+    assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in output
+    assert "--bf16" not in output
+    assert "--tokenizer-name-or-path" not in output
     assert "--hostfile hosts tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE="hosts")[1]
     assert shell(recipe, DTYPE="fp8")[0] == 2
     for script in ("run_pa.sh", "run_fa.sh"):
-        _, said = shell(
+        _, output = shell(
             f"tasks/inference/{script}", "W", "chat", "--input_texts", "a b", "--max_output_length", "3"
         )
-        assert "generate.py --load W --tensor" in said
-        assert said.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
+        assert "generate.py --load W --tensor" in output
+        assert output.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
     assert "--task" not in shell("tasks/inference/run_pa.sh", "W")[1]
-    code, said = shell("tasks/inference/run_pa.sh")
+    code, output = shell("tasks/inference/run_pa.sh")
     assert code == 2
-    assert said.startswith("error: usage: ")
+    assert output.startswith("error: usage: ")
     evaluation = "tasks/evaluation/eval_internlm.sh"
     assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
     assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
@@ -886,29 +915,31 @@ def test_fronts(shell):
 
 def test_front_of_the_table(shell):
     script = "tasks/inference/benchmark.sh"
-    code, said = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")
+    code, output = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")
     assert code == 0
-    assert said.startswith("python tasks/inference/benchmark.py --load W")
-    assert said.endswith("--performance [[256,256]] --batch-size 4 --bf16\n")
-    _, said = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", "W", "4")
-    assert said.startswith("deepspeed")
-    assert "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in said
-    assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in said
-    for words in (
+    assert output.startswith("python tasks/inference/benchmark.py --load W")
+    assert output.endswith("--performance [[256,256]] --batch-size 4 --bf16\n")
+    _, output = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", "W", "4")
+    assert output.startswith("deepspeed")
+    assert (
+        "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in output
+    )
+    assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in output
+    for arguments in (
         (),
         ("performance",),
         ("performance", "[[1,1]]"),
         ("fly", "x", "y"),
         ("performance", "[[1,1]]", "1", "internlm"),
     ):
-        code, said = shell(script, *words, CHECKPOINT="W")
-        assert (code, said.count("\n")) == (2, 1)
-        assert said.startswith("error: usage")
+        code, output = shell(script, *arguments, CHECKPOINT="W")
+        assert (code, output.count("\n")) == (2, 1)
+        assert output.startswith("error: usage")
 
 
 @pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
-def test_nobody_reads_the_answers_any_more(folder, flags):
-    """`| head -1`: no traceback, and the code of a closed pipe."""
+def test_closed_stdout(folder, flags):
+    """`| head -1`: no traceback, and the exit code of a closed pipe."""
     command = [
         sys.executable,
         str(launch.ROOT / "tasks/inference/generate.py"),
@@ -924,10 +955,10 @@ def test_nobody_reads_the_answers_any_more(folder, flags):
     )
     process.stdout.close()
     process.stdout = None
-    _, said = process.communicate(b"one\ntwo\n", timeout=300)
-    assert process.returncode == 128 + signal.SIGPIPE, said
-    assert b"Traceback" not in said
-    assert b"BrokenPipe" not in said
+    _, errors = process.communicate(b"one\ntwo\n", timeout=300)
+    assert process.returncode == 128 + signal.SIGPIPE, errors
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
 
 
 def test_a_mistake_is_one_line_and_code_2(folder):

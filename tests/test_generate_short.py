@@ -1,4 +1,4 @@
-"""Where no gradient is wanted, linears, layers and a settled NormHead go a shorter way: to the same bits."""
+"""Inference fast paths of linears, layers and a folded NormHead: bit-identical to the ordinary forward."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ TOKENS = torch.randint(0, 125, (3, 24), generator=torch.Generator().manual_seed(
 
 
 @pytest.fixture
-def long_way(monkeypatch):
-    """Megatron-core's own way."""
+def megatron_forward(monkeypatch):
+    """Returns a function that switches the linears to Megatron-core's forward."""
 
     def take():
         from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
@@ -30,38 +30,38 @@ def logits(cpu, name: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_linears(cpu, name, long_way):
-    short = logits(cpu, name)
-    long_way()
-    assert torch.equal(short, logits(cpu, name))
+def test_linears(cpu, name, megatron_forward):
+    fast = logits(cpu, name)
+    megatron_forward()
+    assert torch.equal(fast, logits(cpu, name))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_layers_of_generation(cpu, name, long_way):
-    """A prompt that is read into the cache, against the model's own forward pass; its control is below."""
-    asked = language_model(cpu, MODELS[name], tensors_of(MODELS[name]))
+def test_layers_of_generation(cpu, name, megatron_forward):
+    """Prefill compared with the model's own forward pass; the control is below."""
+    lm = language_model(cpu, MODELS[name], tensors_of(MODELS[name]))
     with torch.inference_mode():
-        asked.allocate_cache(3, 24, [24])
-        hidden = torch.stack(asked.prefill(TOKENS.tolist(), positions=[range(24)] * 3))
-        found = asked.logits(hidden.flatten(0, 1)).view(3, 24, -1)
-    long_way()
-    wanted = logits(cpu, name)
-    assert torch.equal(found, wanted), float((found - wanted).abs().max())
+        lm.allocate_cache(3, 24, [24])
+        hidden = torch.stack(lm.prefill(TOKENS.tolist(), positions=[range(24)] * 3))
+        actual = lm.logits(hidden.flatten(0, 1)).view(3, 24, -1)
+    megatron_forward()
+    expected = logits(cpu, name)
+    assert torch.equal(actual, expected), float((actual - expected).abs().max())
 
 
-def test_a_bias_that_is_lost_shows(cpu, monkeypatch, long_way):
-    """The control of both."""
+def test_missing_bias_shows(cpu, monkeypatch, megatron_forward):
+    """Control of both tests above."""
     from ascendspeed.models.gpt.linear import RowLinear
 
     forward = RowLinear.forward
     monkeypatch.setattr(RowLinear, "forward", lambda self, given: (forward(self, given)[0], None))
-    short = logits(cpu, "internlm")
-    long_way()
-    assert not torch.equal(short, logits(cpu, "internlm"))
+    fast = logits(cpu, "internlm")
+    megatron_forward()
+    assert not torch.equal(fast, logits(cpu, "internlm"))
 
 
 def test_two_ranks(tmp_path):
-    """The sum and the gathering of tensor parallel too; control: a sum that was forgotten."""
-    same = launch.ranks(2, "linear_worker.py", {}, tmp_path)
-    assert not same.pop("not summed")
-    assert same == dict.fromkeys(("column", "own weight", "gathered", "row", "row, bias apart"), True)
+    """Includes all-reduce and all-gather of tensor parallelism. Control: a missing all-reduce."""
+    equal = launch.ranks(2, "linear_worker.py", {}, tmp_path)
+    assert not equal.pop("not summed")
+    assert equal == dict.fromkeys(("column", "own weight", "gathered", "row", "row, bias apart"), True)

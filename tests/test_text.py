@@ -1,4 +1,4 @@
-"""Streaming: what is shown piece by piece is what decoding at once gives; stop strings, however they are cut."""
+"""Incremental detokenization equals decoding at once; stop strings are found however the text is split."""
 
 import io
 import json
@@ -26,7 +26,7 @@ TEXTS = [*TRAPS, *words(3), "中文🦙é", "👩‍👩‍👧‍👦 family", 
 
 
 def with_prefix(folder):
-    """A sentencepiece model like Llama's: a space before every text, dropped when decoding; one added token beyond its pieces."""
+    """A sentencepiece model like Llama's, with a dummy prefix, one added token and one control token."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words(300)),
@@ -46,7 +46,7 @@ def with_prefix(folder):
 
 
 def with_fallback(folder):
-    """A tokenizer.json as converted from a sentencepiece model: bytes as <0x41>, a run of which is decoded as one."""
+    """A tokenizer.json converted from sentencepiece: bytes are tokens such as <0x41>, decoded in runs."""
     vocabulary = [
         "<unk>",
         "<s>",
@@ -63,7 +63,7 @@ def with_fallback(folder):
     parts = tokenizers.decoders
     model = tokenizers.Tokenizer(
         tokenizers.models.BPE(
-            {piece: i for i, piece in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"
+            {token: i for i, token in enumerate(vocabulary)}, [], byte_fallback=True, unk_token="<unk>"
         )
     )
     model.decoder = parts.Sequence(
@@ -89,13 +89,13 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
-    """Tokenizers of every kind by name; the real ones where they are."""
-    made = {name: make(tmp_path_factory.mktemp("tokenizers") / name) for name, make in KINDS.items()}
-    return {name: tokenizer.load(folder) for name, folder in made.items() if folder.is_dir()}
+    """Tokenizers of every kind by name; the published ones if they are available."""
+    folders = {name: make(tmp_path_factory.mktemp("tokenizers") / name) for name, make in KINDS.items()}
+    return {name: tokenizer.load(folder) for name, folder in folders.items() if folder.is_dir()}
 
 
-def streamed(one, ids):
-    decoder = IncrementalDecoder(one)
+def streamed(tok, ids):
+    decoder = IncrementalDecoder(tok)
     return "".join([*(decoder.push(i) for i in ids), decoder.finish()])
 
 
@@ -114,25 +114,25 @@ IDS = st.lists(
 def test_stream_equals_decoding_at_once(kinds, name, numbers):
     if name not in kinds:
         pytest.skip("no real tokenizers beside the repository")
-    one = kinds[name]
-    ids = [int(n * one.vocab_size) if isinstance(n, float) else n % one.vocab_size for n in numbers]
-    assert streamed(one, ids) == one.decode(ids)
+    tok = kinds[name]
+    ids = [int(n * tok.vocab_size) if isinstance(n, float) else n % tok.vocab_size for n in numbers]
+    assert streamed(tok, ids) == tok.decode(ids)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_text_streams(kinds, name):
     if name not in kinds:
         pytest.skip("no real tokenizers beside the repository")
-    one = kinds[name]
+    tok = kinds[name]
     for text in TEXTS:
-        ids = one.encode(text).tolist()
-        assert streamed(one, ids) == one.decode(ids)
+        ids = tok.encode(text).tolist()
+        assert streamed(tok, ids) == tok.decode(ids)
         if name in ("internlm-like", "internlm", "internlm2", "byte-level"):
-            assert streamed(one, ids) == text
+            assert streamed(tok, ids) == text
 
 
 def test_control_token_by_token_decoding_is_another_text(kinds):
-    """What a stream without memory would show: it loses half characters and leading spaces, and the comparison sees it."""
+    """Decoding token by token loses partial characters and leading spaces; the comparison shows it."""
     for name, text in (("internlm-like", "🦙"), ("byte-level", "🦙"), ("prefix", "Document 3 says")):
         ids = kinds[name].encode(text).tolist()
         assert len(ids) > 1
@@ -141,11 +141,11 @@ def test_control_token_by_token_decoding_is_another_text(kinds):
 
 @pytest.mark.parametrize("name", ["prefix", "byte-fallback"])
 def test_spaces_where_a_text_begins(kinds, name):
-    """A space is dropped at the beginning, and after an added token again where the decoder begins anew there."""
-    one = kinds[name]
+    """A space is dropped at the beginning, and after an added token that resets the decoder."""
+    tok = kinds[name]
     space, word, tool, end = (
-        one.token_to_id(piece)
-        for piece in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>")
+        tok.token_to_id(token)
+        for token in ("▁", "▁the" if name == "byte-fallback" else "▁says", "<tool>", "</s>")
     )
     assert None not in (space, word, tool, end)
     expected = set()
@@ -156,20 +156,20 @@ def test_spaces_where_a_text_begins(kinds, name):
         [tool, space, word],
         [word, end, tool, end, word],
     ):
-        assert streamed(one, ids) == one.decode(ids)
-        expected.add(one.decode(ids) == "".join(one.decode([i]) for i in ids))
-    assert False in expected  # control: decoded one by one, spaces are lost
+        assert streamed(tok, ids) == tok.decode(ids)
+        expected.add(tok.decode(ids) == "".join(tok.decode([i]) for i in ids))
+    assert False in expected  # control: decoding one by one loses spaces
 
 
 def test_half_a_character_is_held_back(kinds):
-    one = kinds["internlm-like"]
-    decoder = IncrementalDecoder(one)
+    tok = kinds["internlm-like"]
+    decoder = IncrementalDecoder(tok)
     shown = [decoder.push(3 + byte) for byte in "中é".encode()]
     assert shown == ["", "", "中", "", "é"]
     assert decoder.finish() == ""
-    broken = IncrementalDecoder(one)
+    broken = IncrementalDecoder(tok)
     assert [broken.push(3 + byte) for byte in "中".encode()[:2]] == ["", ""]
-    assert broken.push(3 + ord("a")) == one.decode([3 + 0xE4, 3 + 0xB8]) + "a"
+    assert broken.push(3 + ord("a")) == tok.decode([3 + 0xE4, 3 + 0xB8]) + "a"
 
 
 def test_unfinished():
@@ -186,15 +186,15 @@ def test_an_id_that_is_no_token(kinds):
 
 
 def test_work_does_not_grow_with_the_text(kinds, monkeypatch):
-    """Ids that are decoded in all, for a long text of bytes, characters and words: a few for each token."""
-    one = kinds["internlm-like"]
+    """A long text decodes a few ids per token in total."""
+    tok = kinds["internlm-like"]
     random.seed(0)
     ids = [random.randrange(3, 400) for _ in range(3000)]
-    expected, seen = one.decode(ids), []
-    decode = one.decode
-    monkeypatch.setattr(one, "decode", lambda ids: seen.append(len(ids)) or decode(ids))
-    assert streamed(one, ids) == expected
-    assert sum(seen) < 4 * len(ids)
+    expected, decoded_lengths = tok.decode(ids), []
+    decode = tok.decode
+    monkeypatch.setattr(tok, "decode", lambda ids: decoded_lengths.append(len(ids)) or decode(ids))
+    assert streamed(tok, ids) == expected
+    assert sum(decoded_lengths) < 4 * len(ids)
 
 
 STOPS = st.lists(st.text("ab\n中", min_size=1, max_size=4), min_size=1, max_size=3)
@@ -203,21 +203,21 @@ STOPS = st.lists(st.text("ab\n中", min_size=1, max_size=4), min_size=1, max_siz
 @given(text=st.text("ab\n中c", max_size=20), stops=STOPS, cuts=st.lists(st.integers(0, 20), max_size=8))
 def test_stop_strings_however_the_text_is_cut(text, stops, cuts):
     ends = sorted({0, len(text), *(c for c in cuts if c <= len(text))})
-    found = StopStringFilter(stops)
-    shown = "".join([*(found.push(text[a:b]) for a, b in pairwise(ends)), found.finish()])
-    # by hand: the shortest beginning of the text that ends in a stop string, without the longest such string
+    stop_filter = StopStringFilter(stops)
+    shown = "".join([*(stop_filter.push(text[a:b]) for a, b in pairwise(ends)), stop_filter.finish()])
+    # Reference: the shortest prefix of the text that ends in a stop string, without the longest such string.
     for end in range(len(text) + 1):
         ending = [s for s in stops if text[:end].endswith(s)]
         if ending:
-            assert (shown, found.stopped) == (text[: end - max(map(len, ending))], True)
+            assert (shown, stop_filter.stopped) == (text[: end - max(map(len, ending))], True)
             break
     else:
-        assert (shown, found.stopped) == (text, False)
+        assert (shown, stop_filter.stopped) == (text, False)
 
 
 def test_the_beginning_of_a_stop_string_is_held_back():
-    found = StopStringFilter(["END", "\n\n"])
-    assert [found.push(piece) for piece in ("a E", "N", "x\n", "b", "EN", "D and more")] == [
+    stop_filter = StopStringFilter(["END", "\n\n"])
+    assert [stop_filter.push(text) for text in ("a E", "N", "x\n", "b", "EN", "D and more")] == [
         "a ",
         "",
         "ENx",
@@ -225,28 +225,28 @@ def test_the_beginning_of_a_stop_string_is_held_back():
         "",
         "",
     ]
-    assert found.stopped
-    assert found.push("more") == found.finish() == ""
+    assert stop_filter.stopped
+    assert stop_filter.push("more") == stop_filter.finish() == ""
     free = StopStringFilter([])
     assert free.push("END") == "END"
 
 
 @pytest.mark.parametrize("name", ["internlm-like", "prefix", "byte-level"])
 def test_stop_string_over_tokens(kinds, name):
-    """Every place and length of a stop string in a real text: the stream ends there, at the token that completes it."""
-    one = kinds[name]
+    """For every position and length of a stop string, the stream ends at the token that completes it."""
+    tok = kinds[name]
     text = "Document 7 says 中文🦙 and more." if name != "prefix" else "Document 7 says and more."
-    ids = one.encode(text).tolist()
+    ids = tok.encode(text).tolist()
     for start in range(1, len(text)):
         for length in (1, 3, 7):
             stop = text[start : start + length]
-            stream = TextStream(one, [stop])
+            stream = TextStream(tok, [stop])
             used = next(
                 (n for n, i in enumerate(ids, 1) if stream.push(i) is not None and stream.stopped), None
             )
             stream.finish()
             assert stream.text == text[: text.index(stop)]
             assert used is not None
-            assert stop not in decode_until_stop(one, ids[: used - 1], [stop])[0]
-            assert decode_until_stop(one, ids, [stop]) == (stream.text, True)
-    assert decode_until_stop(one, ids, ["absent"]) == (text, False)
+            assert stop not in decode_until_stop(tok, ids[: used - 1], [stop])[0]
+            assert decode_until_stop(tok, ids, [stop]) == (stream.text, True)
+    assert decode_until_stop(tok, ids, ["absent"]) == (text, False)

@@ -1,3 +1,6 @@
+"""Tokenizers: ids equal those of sentencepiece and of the tokenizers library; control tokens in text stay
+text."""
+
 import json
 import shutil
 
@@ -15,31 +18,31 @@ REAL_ONES = [name for name in ("internlm", "internlm2") if (REAL / name).is_dir(
 
 @pytest.fixture(params=["small", *REAL_ONES])
 def folder(request, tmp_path):
-    """A directory with tokenizer.model: one made here, and the real ones of v1 and v2 where they are at hand."""
+    """A directory with tokenizer.model: a small one, and those of InternLM 1 and 2 if they are available."""
     return sentencepiece_dir(tmp_path / "small") if request.param == "small" else REAL / request.param
 
 
 def test_ids_are_sentencepieces_own(folder):
-    ours, theirs = (
+    tok, reference = (
         tokenizer.load(folder),
         sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model")),
     )
     texts = TRAPS + words(50)
-    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+    for text, ids in zip(texts, tok.encode_batch(texts), strict=True):
         assert ids.dtype == np.int32
-        assert ids.tolist() == theirs.encode(text)
-        assert ours.decode(ids) == text
-    assert ours.vocab_size == theirs.get_piece_size()
-    assert ours.encode_batch([]) == []
+        assert ids.tolist() == reference.encode(text)
+        assert tok.decode(ids) == text
+    assert tok.vocab_size == reference.get_piece_size()
+    assert tok.encode_batch([]) == []
 
 
 def test_control_tokens_in_text_stay_text(folder):
-    ours = tokenizer.load(folder)
-    ids = ours.encode("<s>a</s>").tolist()
-    assert not {ours.bos, ours.eos} & set(ids)
-    assert ours.decode(ids) == "<s>a</s>"
-    assert ours.decode([ours.bos, *ids, ours.eos]) == "<s>a</s>"
-    assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
+    tok = tokenizer.load(folder)
+    ids = tok.encode("<s>a</s>").tolist()
+    assert not {tok.bos, tok.eos} & set(ids)
+    assert tok.decode(ids) == "<s>a</s>"
+    assert tok.decode([tok.bos, *ids, tok.eos]) == "<s>a</s>"
+    assert (tok.bos, tok.eos, tok.pad) == (1, 2, 2)
 
 
 @pytest.mark.skipif(
@@ -55,41 +58,41 @@ def test_a_token_is_found_by_its_string_added_ones_first(tmp_path):
     config["added_tokens_decoder"] = {"7": {"content": "<|im_end|>"}}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "added_tokens.json").write_text(json.dumps({"<|beyond|>": 9999}))
-    ours = tokenizer.load(folder)
-    assert ours.required_id("<|im_end|>") == 7
-    assert ours.required_id("</s>") == 2
-    assert ours.vocab_size == 10000
+    tok = tokenizer.load(folder)
+    assert tok.required_id("<|im_end|>") == 7
+    assert tok.required_id("</s>") == 2
+    assert tok.vocab_size == 10000
     with pytest.raises(UserError, match=r"no token '<\|nobody\|>'"):
-        ours.required_id("<|nobody|>")
+        tok.required_id("<|nobody|>")
     with pytest.raises(UserError, match="id 10000"):
-        ours.decode([3, 10000])
+        tok.decode([3, 10000])
 
 
 def test_tokenizer_json(tmp_path):
     folder = json_dir(tmp_path)
-    ours, theirs = tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    theirs.no_truncation()  # one is saved in the file; text is never cut off here
-    for text, ids in zip(words(50), ours.encode_batch(words(50)), strict=True):
-        assert ids.tolist() == theirs.encode(text, add_special_tokens=False).ids
-        assert ours.decode(ids) == text
+    tok, reference = tokenizer.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    reference.no_truncation()  # the file sets a truncation, which the project ignores
+    for text, ids in zip(words(50), tok.encode_batch(words(50)), strict=True):
+        assert ids.tolist() == reference.encode(text, add_special_tokens=False).ids
+        assert tok.decode(ids) == text
     text = "<s>a</s> ordinary_added"
-    ids = ours.encode(text).tolist()
-    assert not {ours.bos, ours.eos} & set(ids)
-    assert ours.required_id("ordinary_added") in ids
+    ids = tok.encode(text).tolist()
+    assert not {tok.bos, tok.eos} & set(ids)
+    assert tok.required_id("ordinary_added") in ids
     assert (
-        ours.bos in theirs.encode(text).ids
-    )  # control: left alone, the library makes a control token of the text
-    assert ours.decode(ids) == text
-    assert (ours.bos, ours.eos, ours.pad) == (1, 2, 2)
+        tok.bos in reference.encode(text).ids
+    )  # control: by default the library encodes the text as a control token
+    assert tok.decode(ids) == text
+    assert (tok.bos, tok.eos, tok.pad) == (1, 2, 2)
 
 
-def test_the_models_own_file_is_preferred(tmp_path):
+def test_tokenizer_model_has_priority(tmp_path):
     sentencepiece_dir(tmp_path)
     json_dir(tmp_path)
     assert isinstance(tokenizer.load(tmp_path), tokenizer.SentencePieceTokenizer)
 
 
-def test_what_is_not_a_tokenizer(tmp_path):
+def test_invalid_tokenizer_files(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         tokenizer.load(tmp_path / "absent")
     with pytest.raises(

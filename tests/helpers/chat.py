@@ -15,7 +15,8 @@ UNUSED = {f"<|{name}|>": f"[UNUSED_TOKEN_{141 + i}]" for i, name in enumerate(NA
 
 
 def vocabulary(folder, pieces, added=None):
-    """A tokenizer.model like InternLM's, with the given strings as ordinary pieces, and names beside it."""
+    """Writes a tokenizer.model like InternLM's with the given strings as ordinary pieces, and names for added
+    tokens."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(words(300)),
@@ -41,8 +42,8 @@ def vocabulary(folder, pieces, added=None):
     config = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True}
     if added:
         numbers = [
-            raw.piece_to_id(piece) if piece else raw.get_piece_size() + i
-            for i, piece in enumerate(added.values())
+            raw.piece_to_id(string) if string else raw.get_piece_size() + i
+            for i, string in enumerate(added.values())
         ]
         named = dict(zip(numbers, added, strict=True))
         config["added_tokens_decoder"] = {
@@ -62,14 +63,14 @@ KINDS = {
 }
 
 
-def piecewise(one, raw, text):
-    """Ids of a rendered text, as tokenizers with control tokens do it: those are cut out first."""
+def piecewise(tok, raw, text):
+    """Ids of a rendered text; control tokens are split off first, as tokenizers do."""
     ids = []
     for part in re.split(r"(<s>|<\|\w+\|>)", text):
         if part == "<s>":
             ids.append(1)
         elif part in UNUSED:
-            ids.append(one.required_id(part) if one.token_to_id(part) else raw.piece_to_id(UNUSED[part]))
+            ids.append(tok.required_id(part) if tok.token_to_id(part) else raw.piece_to_id(UNUSED[part]))
         else:
             ids += raw.encode(part)
     return ids

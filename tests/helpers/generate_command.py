@@ -1,4 +1,4 @@
-"""The generation command with a tiny model."""
+"""Fixtures of the generation command with a tiny model."""
 
 import io
 import json
@@ -15,9 +15,7 @@ from helpers import oracle
 from helpers.chat import vocabulary
 
 MODEL = replace(families.preset("internlm-tiny"), num_layers=2, vocab_size=512)
-
-
-"""More rows than the tokenizer below has ids."""
+"""The embedding has more rows than the tokenizer below has ids."""
 
 
 @pytest.fixture(scope="module")
@@ -35,13 +33,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference():
-    """The same weights in Hugging Face's own class."""
+    """The same weights in Hugging Face's model class."""
     return oracle.native(MODEL)[0]
 
 
 @pytest.fixture
 def run(cpu, folder, monkeypatch, capsys):
-    """Runs the command here: run(*flags, stdin=...) -> what it wrote to stdout."""
+    """Runs the command in this process: run(*flags, stdin=...) returns its stdout."""
     from ascendspeed.inference import runner
 
     def run(*flags, stdin=""):

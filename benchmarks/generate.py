@@ -1,16 +1,20 @@
-"""Generation against Hugging Face's `generate`: the same weights, in the same process, in turns; prefill and decoding apart.
+"""Compares the speed of generation with Hugging Face's `generate` on the same weights, in alternating runs.
 
     python benchmarks/generate.py --out benchmarks/results/generate-cpu.md
-    python benchmarks/generate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --out benchmarks/results/generate.md
+    python benchmarks/generate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 \\
+        --out benchmarks/results/generate.md
 
-Prefill is the time to the first token, decoding what each further one takes: (all - prefill) / (new tokens - 1). What counts is the
-ratio of neighbours, theirs / ours: above 1 ours is faster. Both must give the same tokens: sides that do not cannot be compared.
+Prefill is the time to the first token, decoding the time of each further one, (total - prefill) /
+(new tokens - 1). The result is the ratio of neighbouring runs, Hugging Face / project: above 1 the project is faster.
+Both sides must generate the same tokens.
 """
 
 import datetime
+import functools
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +29,10 @@ from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
+Runs = dict[str, list[tuple[Took, Took]]]
+"""Side -> (time to the first token, total time) of every round; "ours" is the project, "theirs" Hugging
+Face."""
+
 SMALL = replace(
     preset("internlm2-1.8b"),
     num_layers=8,
@@ -34,7 +42,7 @@ SMALL = replace(
     num_query_groups=2,
     vocab_size=16000,
 )
-"""44M parameters; grouped heads as InternLM2 has them."""
+"""44M parameters, with grouped-query attention as in InternLM2."""
 
 
 @dataclass(frozen=True)
@@ -42,35 +50,35 @@ class Options:
     """Flags of this benchmark."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     model: str = "44m"
     """44m, or a preset such as internlm2-7b."""
     layers: int | None = None
-    """Layers, where the whole model does not fit twice."""
+    """Number of layers, if the whole model does not fit into memory twice."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute type."""
+    """Number format."""
     batches: tuple[int, ...] = (1, 4, 16)
-    """Prompts side by side."""
+    """Batch sizes."""
     prompts: tuple[int, ...] = (64, 768)
-    """Tokens of each prompt."""
+    """Prompt lengths in tokens."""
     new_tokens: int = 32
-    """Tokens generated for each prompt."""
+    """New tokens per prompt."""
     rounds: int = 5
-    """Measured runs of each side, after one that warms up."""
+    """Measured runs of each side, after a warm-up run."""
     threads: int | None = None
-    """CPU threads; None: torch's choice. 1 where the machine is shared."""
+    """CPU threads; None: torch's default. Use 1 on a shared machine."""
     out: Path | None = None
     """Markdown file to write; None: print only."""
 
 
 def model_of(options: Options) -> ModelConfig:
-    """The shape of both sides."""
+    """Returns the architecture of both sides."""
     model = SMALL if options.model == "44m" else preset(options.model)
     return replace(model, num_layers=options.layers) if options.layers else model
 
 
-def sides(options: Options, here: Any) -> tuple[Any, Any]:
-    """Our model and theirs, with the same random weights."""
+def build_models(options: Options, device: Any) -> tuple[Any, Any]:
+    """Returns the project's model and Hugging Face's, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from ascendspeed.distributed import fused_kernels, process_groups
@@ -78,13 +86,12 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
-    model, alone = model_of(options), ParallelConfig()
-    grid = process_groups.initialize(here, alone, 1)
-    fused = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
-    built = gpt_model.build_model(
-        model, alone, layer_spec.transformer_config(model, alone, TrainConfig(), options.dtype, fused)
-    )
-    gpt_model.load_weights(built, model, alone, param_mapping.random_tensors(model, 1, here.torch))
+    model, layout = model_of(options), ParallelConfig()
+    grid = process_groups.initialize(device, layout, 1)
+    kernels = fused_kernels.select_kernels(device, rms_norm=True, rotary=True, swiglu=True)
+    settings = layer_spec.transformer_config(model, layout, TrainConfig(), options.dtype, kernels)
+    gpt = gpt_model.build_model(model, layout, settings)
+    gpt_model.load_weights(gpt, model, layout, param_mapping.random_tensors(model, 1, device.torch))
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -96,129 +103,147 @@ def sides(options: Options, here: Any) -> tuple[Any, Any]:
         rms_norm_eps=model.norm_epsilon,
         rope_parameters={"rope_type": "default", "rope_theta": model.rotary_base},
     )
-    theirs = LlamaForCausalLM(config).to(here.torch, layer_spec.DTYPES[options.dtype]).eval()
-    named = {}
+    hugging_face = LlamaForCausalLM(config).to(device.torch, layer_spec.DTYPES[options.dtype]).eval()
+    llama = replace(model, family="llama")
+    state_dict = {}
     for parameter, (name, tensor) in zip(
-        param_mapping.parameters(replace(model, family="llama")),
-        param_mapping.random_tensors(model, 1, here.torch),
-        strict=True,
+        param_mapping.parameters(llama), param_mapping.random_tensors(model, 1, device.torch), strict=True
     ):
         assert parameter.name == name
-        named |= param_mapping.megatron_to_hf(replace(model, family="llama"), parameter, tensor)
-    theirs.load_state_dict(named)
-    return LanguageModel(built, model, grid, here), theirs
+        state_dict |= param_mapping.megatron_to_hf(llama, parameter, tensor)
+    hugging_face.load_state_dict(state_dict)
+    return LanguageModel(gpt, model, grid, device), hugging_face
 
 
-def measure(options: Options, here: Any) -> dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]]:
-    """(batch, prompt) -> side -> (to the first token, in all) of every round."""
-    import torch
-
+def generate_with_project(model: Any, ids: Any, new_tokens: int) -> list[list[int]]:
+    """Returns the new tokens of every prompt, greedy."""
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    ours, theirs = sides(options, here)
-    found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]] = {}
+    completions = sample(model, ids.tolist(), SamplingParams(max_new_tokens=new_tokens))
+    return [completion.tokens for (completion,) in completions]
+
+
+def generate_with_hugging_face(model: Any, ids: Any, new_tokens: int, device: Any) -> list[list[int]]:
+    """Returns the new tokens of every prompt, greedy."""
+    import torch
+
+    inputs = ids.to(device.torch)
+    with torch.inference_mode():
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    return output[:, inputs.size(1) :].tolist()
+
+
+def measure(options: Options, device: Any) -> dict[tuple[int, int], Runs]:
+    """Returns (batch, prompt length) -> runs of both sides."""
+    import torch
+
+    project, hugging_face = build_models(options, device)
+    results: dict[tuple[int, int], Runs] = {}
     for length in options.prompts:
         for batch in options.batches:
-            ids = torch.randint(
-                5,
-                ours.config.vocab_size,
-                (batch, length),
-                generator=torch.Generator().manual_seed(batch * length),
+            generator = torch.Generator().manual_seed(batch * length)
+            ids = torch.randint(5, project.config.vocab_size, (batch, length), generator=generator)
+            sides = {
+                "ours": functools.partial(generate_with_project, project, ids),
+                "theirs": functools.partial(generate_with_hugging_face, hugging_face, ids, device=device),
+            }
+            results[batch, length] = measure_sides(options, device, sides, f"batch {batch}, prompt {length}")
+            print(f"batch {batch}, prompt {length}: {row(results[batch, length], options)}", flush=True)
+    return results
+
+
+def measure_sides(options: Options, device: Any, sides: dict[str, Callable], case: str) -> Runs:
+    """Runs both sides in alternating order. Raises `UserError` if their tokens differ in fp32."""
+    runs: Runs = {side: [] for side in sides}
+    for number in range(options.rounds + 1):
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        tokens = {}
+        for side in order:
+            generate = sides[side]
+            _, first = timed(functools.partial(generate, new_tokens=1), device.synchronize)
+            tokens[side], total = timed(
+                functools.partial(generate, new_tokens=options.new_tokens), device.synchronize
             )
-
-            def mine(new: int, ids: Any = ids) -> list[list[int]]:
-                return [
-                    one.tokens for (one,) in sample(ours, ids.tolist(), SamplingParams(max_new_tokens=new))
-                ]
-
-            def their(new: int, ids: Any = ids) -> list[list[int]]:
-                given = ids.to(here.torch)
-                with torch.inference_mode():
-                    out = theirs.generate(
-                        given,
-                        attention_mask=torch.ones_like(given),
-                        max_new_tokens=new,
-                        do_sample=False,
-                        eos_token_id=None,
-                        pad_token_id=0,
-                    )
-                return out[:, given.size(1) :].tolist()
-
-            runs: dict[str, list[tuple[Took, Took]]] = {"ours": [], "theirs": []}
-            for number in range(options.rounds + 1):
-                turns = [("ours", mine), ("theirs", their)]
-                said = {}
-                for name, run in turns if number % 2 else turns[::-1]:
-                    _, first = timed(lambda run=run: run(1), here.synchronize)
-                    said[name], whole = timed(lambda run=run: run(options.new_tokens), here.synchronize)
-                    if number:
-                        runs[name].append((first, whole))
-                if options.dtype == "fp32" and said["ours"] != said["theirs"]:
-                    raise UserError(f"batch {batch}, prompt {length}: the sides do not give the same tokens")
-            found[batch, length] = runs
-            print(f"batch {batch}, prompt {length}: {row(runs, options)}", flush=True)
-    return found
+            if number:  # the first round warms up
+                runs[side].append((first, total))
+        if options.dtype == "fp32" and tokens["ours"] != tokens["theirs"]:
+            raise UserError(f"{case}: the sides do not give the same tokens")
+    return runs
 
 
-def parts(took: tuple[Took, Took], clock: str, new: int) -> tuple[float, float]:
-    """Seconds to the first token, and for each further one."""
-    first, whole = (getattr(one, clock) for one in took)
-    return first, (whole - first) / (new - 1)
+def parts(run: tuple[Took, Took], clock: str, new_tokens: int) -> tuple[float, float]:
+    """Returns the seconds to the first token and of each further one."""
+    first, total = (getattr(took, clock) for took in run)
+    return first, (total - first) / (new_tokens - 1)
 
 
-def row(runs: dict[str, list[tuple[Took, Took]]], options: Options) -> str:
-    """ours, theirs and ratios (median, least, largest; of CPU time) of prefill, then of decoding."""
+def row(runs: Runs, options: Options) -> str:
+    """Formats prefill, then decoding: both times, and the ratio (median, minimum, maximum; that of CPU
+    time)."""
     cells = []
     for part in (0, 1):
-        walls = {
-            side: [parts(took, "wall", options.new_tokens)[part] for took in taken]
-            for side, taken in runs.items()
-        }
-        cpus = {
-            side: [parts(took, "cpu", options.new_tokens)[part] for took in taken]
-            for side, taken in runs.items()
-        }
-        ratios = sorted(b / a for a, b in zip(walls["ours"], walls["theirs"], strict=True))
-        cpu = statistics.median(b / a for a, b in zip(cpus["ours"], cpus["theirs"], strict=True))
-        cells += [f"{1000 * statistics.median(walls[side]):.1f}" for side in ("ours", "theirs")]
-        cells.append(f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f}; {cpu:.2f})")
+        seconds = {}
+        for clock in ("wall", "cpu"):
+            for side in runs:
+                seconds[clock, side] = [parts(run, clock, options.new_tokens)[part] for run in runs[side]]
+        wall_ratios = sorted(ratios(seconds["wall", "ours"], seconds["wall", "theirs"]))
+        cpu_ratio = statistics.median(ratios(seconds["cpu", "ours"], seconds["cpu", "theirs"]))
+        for side in ("ours", "theirs"):
+            cells.append(f"{1000 * statistics.median(seconds['wall', side]):.1f}")
+        median = statistics.median(wall_ratios)
+        cells.append(f"**{median:.2f}** ({wall_ratios[0]:.2f} to {wall_ratios[-1]:.2f}; {cpu_ratio:.2f})")
     return " | ".join(cells)
 
 
-def report(
-    found: dict[tuple[int, int], dict[str, list[tuple[Took, Took]]]], options: Options, here: Any
-) -> str:
-    """The markdown file."""
+def ratios(project: list[float], hugging_face: list[float]) -> list[float]:
+    """Returns Hugging Face's seconds / the project's, run by run."""
+    return [b / a for a, b in zip(project, hugging_face, strict=True)]
+
+
+def report(results: dict[tuple[int, int], Runs], options: Options, device: Any) -> str:
+    """Formats the markdown file."""
     import torch
 
     model = model_of(options)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
-    lines = [f"| {batch} | {length} | {row(runs, options)} |" for (batch, length), runs in found.items()]
+    lines = [f"| {batch} | {length} | {row(runs, options)} |" for (batch, length), runs in results.items()]
     head = "| batch | prompt | first: ours | theirs | theirs / ours | next: ours | theirs | theirs / ours |"
-    same = " The tokens were the same." if options.dtype == "fp32" else ""
+    same_tokens = " The tokens were the same." if options.dtype == "fp32" else ""
     return (
-        f"# Generation against Hugging Face's generate\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} cores, "
+        f"# Generation against Hugging Face's generate\n\n{datetime.date.today()}, {device.name}, "
+        f"{os.cpu_count()} cores, "
         f"{torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}.\n\n"
-        f"{options.model}: {estimates.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} layers, "
-        f"hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys and values, {options.dtype}; "
-        f"{options.new_tokens} new tokens, greedy; {options.rounds} rounds in turns, medians. Milliseconds to the first token, and "
-        "for each further one (of the whole batch); theirs / ours with least and largest, then that of CPU time. Above 1 ours is "
-        f"faster.{same}\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        f"{options.model}: {estimates.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} "
+        "layers, "
+        f"hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys and "
+        f"values, {options.dtype}; "
+        f"{options.new_tokens} new tokens, greedy; {options.rounds} rounds in turns, medians. Milliseconds "
+        "to the first token, and "
+        "for each further one (of the whole batch); theirs / ours with least and largest, then that of CPU "
+        "time. Above 1 ours is "
+        f"faster.{same_tokens}\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     model_of(options)
     from ascendspeed.distributed import device as devices
 
-    here = devices.prepare(options.device)
+    device = devices.prepare(options.device)
     import torch
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    text = report(measure(options, here), options, here)
+    text = report(measure(options, device), options, device)
     print(text)
     if options.out:
         options.out.write_text(text)

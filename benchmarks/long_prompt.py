@@ -1,10 +1,11 @@
-"""A prompt as long as InternLM2's 200K tokens through a tiny model: time and memory by length, each in a process of its own.
+"""Measures time and memory of prompts up to InternLM2's 200K tokens with a tiny model, one process per
+length.
 
     python benchmarks/long_prompt.py --out benchmarks/results/long-prompt-cpu.md
 
-Memory is the peak beyond what the process had when the model was ready: the cache of keys and values, one chunk of the prompt, and
-the mask of one block of queries. It must grow as the cache does. A pass without chunks would hold the whole prompt's activations,
-and one without SDPA length x length scores (200K: 160 GB per head).
+Memory is the increase of the peak after the model is loaded: the KV cache, one chunk of the prompt, and the
+mask of one block of queries. It must grow with the cache only. Without chunks it would include the whole
+prompt's activations, and without SDPA length x length scores (200K: 160 GB per head).
 """
 
 import datetime
@@ -37,23 +38,23 @@ class Options:
     """Flags of this benchmark."""
 
     lengths: tuple[int, ...] = (25_000, 50_000, 100_000, 200_000)
-    """Tokens of the prompts."""
+    """Prompt lengths in tokens."""
     new_tokens: int = 8
-    """Tokens generated after each."""
+    """New tokens per prompt."""
     out: Path | None = None
     """Markdown file to write; None: print only."""
 
 
 def peak() -> int:
-    """Bytes that this process ever had."""
+    """Returns the peak memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def one(length: int, new_tokens: int) -> tuple[float, int, int]:
-    """Seconds, bytes beyond the model, bytes of the cache."""
+def measure(length: int, new_tokens: int) -> tuple[float, int, int]:
+    """Returns seconds, bytes beyond the model, and bytes of the KV cache."""
     from ascendspeed.distributed import device as devices
 
-    here, alone = devices.prepare("cpu"), ParallelConfig()
+    device, layout = devices.prepare("cpu"), ParallelConfig()
     import torch
 
     from ascendspeed.distributed import process_groups
@@ -62,24 +63,24 @@ def one(length: int, new_tokens: int) -> tuple[float, int, int]:
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     torch.set_num_threads(1)
-    grid = process_groups.initialize(here, alone, 1)
-    built = gpt_model.build_model(MODEL, alone, layer_spec.transformer_config(MODEL, alone, TrainConfig()))
-    gpt_model.load_weights(built, MODEL, alone, param_mapping.random_tensors(MODEL, 1))
-    model = LanguageModel(built, MODEL, grid, here)
+    grid = process_groups.initialize(device, layout, 1)
+    gpt = gpt_model.build_model(MODEL, layout, layer_spec.transformer_config(MODEL, layout, TrainConfig()))
+    gpt_model.load_weights(gpt, MODEL, layout, param_mapping.random_tensors(MODEL, 1))
+    model = LanguageModel(gpt, MODEL, grid, device)
     sample(model, [[1, 2, 3]], SamplingParams(max_new_tokens=2))
     before = peak()
     prompt = torch.randint(
         5, MODEL.vocab_size, (length,), generator=torch.Generator().manual_seed(1)
     ).tolist()
-    began = time.perf_counter()
-    ((found,),) = sample(model, [prompt], SamplingParams(max_new_tokens=new_tokens))
-    assert len(found.tokens) == new_tokens
+    start = time.perf_counter()
+    ((completion,),) = sample(model, [prompt], SamplingParams(max_new_tokens=new_tokens))
+    assert len(completion.tokens) == new_tokens
     cache = MODEL.num_layers * 2 * MODEL.kv_heads * (length + new_tokens) * MODEL.head_dim * 4
-    return time.perf_counter() - began, peak() - before, cache
+    return time.perf_counter() - start, peak() - before, cache
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     lines = [
         "| tokens | s | tokens/s | peak memory beyond the model | bytes per token | of which the cache |",
@@ -87,7 +88,7 @@ def main() -> None:
     ]
     for length in options.lengths:
         with get_context("spawn").Pool(1) as pool:
-            seconds, memory, cache = pool.apply(one, (length, options.new_tokens))
+            seconds, memory, cache = pool.apply(measure, (length, options.new_tokens))
         size = length + options.new_tokens
         row = (
             f"{length:,}",
@@ -103,8 +104,10 @@ def main() -> None:
     from ascendspeed.distributed import device as devices
 
     text = (
-        f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python {platform.python_version()}, "
-        f"{versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden {MODEL.hidden_size}, {MODEL.num_attention_heads} heads, "
+        f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python "
+        f"{platform.python_version()}, "
+        f"{versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden {MODEL.hidden_size}, "
+        f"{MODEL.num_attention_heads} heads, "
         f"{MODEL.kv_heads} of keys and values, fp32; {options.new_tokens} new tokens.\n\n"
         + "\n".join(lines)
         + "\n"

@@ -188,7 +188,8 @@ def test_tools(kinds):
         '<|im_start|>system name=<|plugin|>\n[{"name": "weather", "parameters": {}}]<|im_end|>\n'
         "<|im_start|>user\nWeather?<|im_end|>\n"
         "<|im_start|>assistant\nI look."
-        '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": "上海"}}<|action_end|><|im_end|>\n'
+        '<|action_start|><|plugin|>\n{"name": "weather", "parameters": {"city": '
+        '"上海"}}<|action_end|><|im_end|>\n'
         '<|im_start|>environment name=<|plugin|>\n{"t": 22}<|im_end|>\n'
         "<|im_start|>assistant\nNow code.<|action_start|><|interpreter|>\nprint(1)<|action_end|><|im_end|>\n"
         "<|im_start|>environment name=<|interpreter|>\n1<|im_end|>\n"

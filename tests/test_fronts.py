@@ -42,9 +42,10 @@ def test_back_to_hugging_face(tmp_path, capsys):
     """Conversion to Hugging Face accepts the flags of the opposite direction."""
     tensors = old_folder(tmp_path / "old", OLD, "internlm", 4, 2, torch.bfloat16)
     (tmp_path / "old/config.json").rename(tmp_path / "config.json")
-    layout_flags = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2 --bias --deepspeed --merge-mlp --added-token-num 0"
+    layout_flags = "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2"
+    other_flags = "--bias --deepspeed --merge-mlp --added-token-num 0"
     sizes = f"--num_layers {LAYERS} --num-heads {HEADS} --hidden_size {HIDDEN}"
-    options = ("--config", tmp_path, *layout_flags.split(), *sizes.split())
+    options = ("--config", tmp_path, *layout_flags.split(), *other_flags.split(), *sizes.split())
     to_hugging_face(*folders(tmp_path / "old", tmp_path / "hf"), *options)
     assert f"TP 4 x PP 2, names of {OLD}" in capsys.readouterr().out
     assert equal(load_file(tmp_path / "hf/model.safetensors"), tensors)
@@ -67,8 +68,9 @@ def test_other_sizes_keep_biases_and_vocabulary(tmp_path, deepspeed):
     tp, pp = 2, 1 if deepspeed else 4
     cut_anew(
         *folders(tmp_path / "old", tmp_path / "new"),
-        *f"--src-tensor-model-parallel-size 8 --src-pipeline-model-parallel-size 1 --tgt-tensor-model-parallel-size {tp}".split(),
-        *f"--tgt-pipeline-model-parallel-size {pp} --orig-vocab-size {VOCAB} --make-vocab-size-divisible-by {DIVISOR}".split(),
+        *["--src-tensor-model-parallel-size", "8", "--src-pipeline-model-parallel-size", "1"],
+        *f"--tgt-tensor-model-parallel-size {tp} --tgt-pipeline-model-parallel-size {pp}".split(),
+        *f"--orig-vocab-size {VOCAB} --make-vocab-size-divisible-by {DIVISOR}".split(),
         *(["--deepspeed"] if deepspeed else []),
     )
     kind = f"{'DeepSpeed' if deepspeed else 'Megatron'} rank files for TP {tp} x PP {pp}"

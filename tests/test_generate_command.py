@@ -60,7 +60,9 @@ WRONG = {
     "--load {} --model internlm2-tiny": "--model internlm2-tiny says",
     "--load {} --task fly": "--task fly does not exist; there are greedy (1), sample (2)",
     "--load {} --task 7": "--task 7 does not exist",
-    "--load {} --task greedy --top-k 3": "--top-k is for --task sample or beam-sample or chat, not for greedy",
+    "--load {} --task greedy --top-k 3": (
+        "--top-k is for --task sample or beam-sample or chat, not for greedy"
+    ),
     "--load {} --task sample --num-beams 3": "--num-beams is for --task beam or beam-sample, not for sample",
     "--load {} --task logprobs --stop x": "--stop is for --task",
     "--load {} --batch-size 0": "--batch-size 0 is too small: at least 1",
@@ -84,10 +86,11 @@ def test_wrong_flags_are_refused_before_loading(typed, folder):
     assert "\n" not in str(error.value)
 
 
-PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-ddp --tokenizer-not-use-fast --micro-batch-size 1
-    --seq-length 2048 --max-new-tokens 64 --seed 42 --deepspeed --deepspeed_config ds.json --no-pipeline-parallel --num-layers 2
-    --swiglu --tokenizer-name-or-path {0} --load {0} --position-embedding-type rope --normalization RMSNorm --use-fused-rmsnorm
-    --local_rank 0"""
+PUBLISHED = """--row-col-parallel-linear-bias --no-contiguous-buffers-in-local-ddp --tokenizer-not-use-fast
+    --micro-batch-size 1 --seq-length 2048 --max-new-tokens 64 --seed 42 --deepspeed
+    --deepspeed_config ds.json --no-pipeline-parallel --num-layers 2 --swiglu
+    --tokenizer-name-or-path {0} --load {0} --position-embedding-type rope --normalization RMSNorm
+    --use-fused-rmsnorm --local_rank 0"""
 
 
 def test_the_published_flags_are_understood(folder):
@@ -581,9 +584,8 @@ def test_a_terminal_gets_its_echo_back():
         while b"> " not in shown:
             shown += os.read(master, 1000)
         assert not termios.tcgetattr(slave)[3] & termios.ECHO  # control: the line editor has switched it off
-        for _ in range(
-            60
-        ):  # readline does not hear a signal in the moment between its prompt and its waiting: it hears the next one
+        for _ in range(60):
+            # readline misses a signal between writing its prompt and waiting for input; it notices the next one.
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 assert process.wait(1) == -signal.SIGTERM
@@ -649,13 +651,12 @@ def test_a_call_of_the_model_is_remembered_as_it_wrote_it(cpu, tmp_path):
 
     model_tokenizer = tokenizer.load(vocabulary(tmp_path / "v2", UNUSED.values(), UNUSED))
     for call in CALLS:
-        conversation, answer = (
-            Conversation(ChatFormat(model_tokenizer, "v2")),
-            f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>",
-        )
+        conversation = Conversation(ChatFormat(model_tokenizer, "v2"))
+        answer = f"I look.<|action_start|><|plugin|>\n{call}<|action_end|>"
         conversation.add_question("x")
         conversation.add_answer(piecewise(model_tokenizer, model_tokenizer._model, answer))
-        turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n<|im_start|>user\ny<|im_end|>\n"
+        first_turns = f"<s><|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n{answer}<|im_end|>\n"
+        turns = f"{first_turns}<|im_start|>user\ny<|im_end|>\n"
         assert conversation.add_question("y") == piecewise(
             model_tokenizer, model_tokenizer._model, f"{turns}<|im_start|>assistant\n"
         )
@@ -877,7 +878,8 @@ def test_fronts(shell):
     code, output = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
     assert code == 0
     assert output.startswith(
-        "python tasks/inference/generate.py --load ./model_weights --tokenizer-name-or-path ./dataset/internlm --model"
+        "python tasks/inference/generate.py --load ./model_weights --tokenizer-name-or-path "
+        "./dataset/internlm --model"
     )
     assert output.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
     _, output = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
@@ -972,7 +974,5 @@ def test_a_mistake_is_one_line_and_code_2(folder):
     ]
     done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)
     assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        done.stderr
-        == "error: 1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2, or choose other --tp and --pp\n"
-    )
+    reason = "1 processes were started, but TP 2 x PP 1 are 2"
+    assert done.stderr == f"error: {reason}; start NPROC=2, or choose other --tp and --pp\n"

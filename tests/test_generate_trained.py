@@ -24,8 +24,8 @@ from helpers.generation import hf_generate, hf_logprobs, token_lists
 from ascendspeed.data.indexed.megatron_pair import PairWriter
 from ascendspeed.tokenization import tokenizer
 
-FLAGS = """--model internlm-tiny --num-layers 2 --vocab-size 512 --seq-length 64 --micro-batch-size 4 --global-batch-size 4
-    --lr 5e-3 --min-lr 5e-4 --split 100,0,0 --device cpu"""
+FLAGS = """--model internlm-tiny --num-layers 2 --vocab-size 512 --seq-length 64
+    --micro-batch-size 4 --global-batch-size 4 --lr 5e-3 --min-lr 5e-4 --split 100,0,0 --device cpu"""
 ITERS = "110"
 ROUNDING = 1e-5
 """Rounding error of log-probabilities in fp32."""
@@ -100,7 +100,7 @@ def test_token_for_token(lm, reference, prompts):
         results = token_lists(sample(lm, prompts, SamplingParams(**params)))
         assert results == [hf_generate(reference, prompt, **params) for prompt in prompts], name
         if name == "greedy, stops":
-            assert any(len(item) < 40 for (item,) in results)  # the model predicts the end of documents
+            assert any(len(item) < 40 for (item,) in results)  # it predicts the end of documents
     gaps = [gap for prompt in prompts for gap in gaps_of(reference, prompt, 40)]
     assert min(gaps) > 10 * ROUNDING
 

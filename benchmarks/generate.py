@@ -4,8 +4,8 @@
     python benchmarks/generate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 \\
         --out benchmarks/results/generate.md
 
-Prefill is the time to the first token, decoding the time of each further one, (total - prefill) /
-(new tokens - 1). The result is the ratio of neighbouring runs, Hugging Face / project: above 1 the project is faster.
+Prefill is the time to the first token, decoding the time of each further one, (total - prefill) / (new tokens
+- 1). The result is the ratio of neighbouring runs, Hugging Face / project: above 1 the project is faster.
 Both sides must generate the same tokens.
 """
 

@@ -418,7 +418,7 @@ def test_groups_share_what_saves_more_than_it_costs():
     assert set(results) == {0, 50}
     assert len(results[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
     assert len(results[0]) == 2
-    # One more token of the same: nothing of what is asked about is shared.
+    # One more token of the same: scored positions are not shared.
     assert {group.prefix_length for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {
         50
     }

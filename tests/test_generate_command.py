@@ -585,7 +585,7 @@ def test_a_terminal_gets_its_echo_back():
             shown += os.read(master, 1000)
         assert not termios.tcgetattr(slave)[3] & termios.ECHO  # control: the line editor has switched it off
         for _ in range(60):
-            # readline misses a signal between writing its prompt and waiting for input; it notices the next one.
+            # readline misses a signal between writing its prompt and waiting for input, and notices the next.
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 assert process.wait(1) == -signal.SIGTERM

@@ -265,7 +265,7 @@ def test_layouts_of_training_are_refused(cpu, trained):
     from ascendspeed.inference import engine
     from ascendspeed.utils.errors import UserError
 
-    for more in (
+    for settings in (
         {"sequence_parallel": True},
         {"context_parallel_size": 2},
         {"num_virtual_stages_per_pipeline_rank": 2},
@@ -274,5 +274,7 @@ def test_layouts_of_training_are_refused(cpu, trained):
             UserError, match="do not use sequence_parallel, virtual stages, context or expert parallelism"
         ):
             engine.load(
-                trained / "export", parallel=ParallelConfig(tensor_model_parallel_size=2, **more), device=cpu
+                trained / "export",
+                parallel=ParallelConfig(tensor_model_parallel_size=2, **settings),
+                device=cpu,
             )

@@ -44,21 +44,21 @@ class Conversation:
 
         Raises `UserError` if the question alone is too long.
         """
-        kept = len(self.history)
+        remembered = len(self.history)
         if self.max_turns is not None:
-            kept = min(2 * self.max_turns, kept)
+            remembered = min(2 * self.max_turns, remembered)
         while True:
-            history = [*self.history[len(self.history) - kept :], Message("user", text)]
+            history = [*self.history[len(self.history) - remembered :], Message("user", text)]
             system = [Message("system", self.system)] if self.system is not None else []
             ids = self.chat_format.prompt_ids([*system, *history])
             if self.max_tokens is None or len(ids) <= self.max_tokens:
                 break
-            if not kept:
+            if not remembered:
                 raise UserError(
                     f"the question has {len(ids)} tokens with its template; "
                     f"--max-input-length is {self.max_tokens}"
                 )
-            kept -= 2
+            remembered -= 2
         self.history = history
         self.question_count += 1
         return ids

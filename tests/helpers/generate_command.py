@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference():
-    """The same weights in Hugging Face's model class."""
+    """Hugging Face's model class with these weights."""
     return oracle.native(MODEL)[0]
 
 

@@ -342,6 +342,15 @@ def gloo_worker(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def test_keys_of_the_shard_metadata_stay(tmp_path):
+    """Checkpoints of earlier versions are read by these keys, whatever the fields of `ShardSpec` are called."""
+    save(tmp_path, 1, TWO)
+    metadata, _ = safetensors_io.read_header(tmp_path / "step_0000001/shard-00000-of-00002.safetensors")
+    assert sorted(metadata) == ["cuts", "rank", "step", "world"]
+    specs = json.loads(metadata["cuts"]).values()
+    assert {tuple(spec) for spec in specs} == {("shape", "dim", "stride", "parts", "padded_rows")}
+
+
 def test_two_processes(tmp_path):
     context = multiprocessing.get_context("spawn")  # the parent may be a process group of its own already
     workers = [context.Process(target=gloo_worker, args=(rank, tmp_path)) for rank in range(2)]
@@ -548,7 +557,7 @@ def test_a_pickle_is_never_opened(ckpt):
     listed = json.loads((ckpt / "step_0000020" / "manifest.json").read_text())["files"]
     listed[path.name] = {"size": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
     (path.parent / "manifest.json").write_text(
-        saving.manifest.text(20, listed)
+        saving.manifest.manifest_text(20, listed)
     )  # even with a manifest that agrees
     opened, said = find_with(ckpt, 1)
     assert opened.path.name == "step_0000010"
@@ -845,13 +854,13 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
 
     def work(saver, rank, folder, copies, allowed):
         if not copies:
-            monkeypatch.setattr(saver, "_copy", list)
+            monkeypatch.setattr(saver, "_copy_to_host", list)
         for fragment in begin(saver, 4, rank, layout):
             fragment.tensor.fill_(-1.0)
-        assert not saver.news()
+        assert not saver.take_finished()
         allowed.wait(20)
         saver.wait()
-        (saved,) = saver.news()
+        (saved,) = saver.take_finished()
         assert saved.path == saver.last == folder / "step_0000004"
         assert 0 < saved.stall < saved.seconds
 
@@ -876,13 +885,13 @@ def test_what_is_saved_behind_is_what_was_there_when_it_began(tmp_path, layout, 
 def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
     (saver,) = savers(tmp_path, keep=2)
     begin(saver, 1)
-    where = {name: t.data_ptr() for name, t in saver._host.items()}
+    where = {name: t.data_ptr() for name, t in saver._host_buffers.items()}
     for step in (2, 3, 4):
         begin(saver, step)
         assert saver.last == tmp_path / f"step_{step - 1:07}"
     saver.wait()
-    assert {name: t.data_ptr() for name, t in saver._host.items()} == where
-    assert [saved.path.name[-1] for saved in saver.news()] == ["1", "2", "3", "4"]
+    assert {name: t.data_ptr() for name, t in saver._host_buffers.items()} == where
+    assert [saved.path.name[-1] for saved in saver.take_finished()] == ["1", "2", "3", "4"]
     assert sorted(os.listdir(tmp_path)) == ["latest", "step_0000003", "step_0000004"]
     check(find_checkpoint(tmp_path), 4)
 
@@ -944,7 +953,7 @@ def test_killed_behind_at_every_file_operation(tmp_path, monkeypatch):
 def test_saving_at_once_leaves_nothing_behind(tmp_path):
     (saver,) = savers(tmp_path, behind=False)
     begin(saver, 1)
-    (saved,) = saver.news()
+    (saved,) = saver.take_finished()
     assert saved.stall == saved.seconds
-    assert (saver._thread, saver._host) == (None, {})
+    assert (saver._thread, saver._host_buffers) == (None, {})
     check(find_checkpoint(tmp_path), 1)

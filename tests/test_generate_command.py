@@ -157,7 +157,7 @@ def test_lines_of_an_input_file(tmp_path):
         b"[]": "line 2: a conversation is a list",
         b'[{"role": "user"}]': "line 2, message 1: the content is missing",
         b'"\xff"': "line 2 is not JSON",
-        b'{"prompt": "a", "prompt": "b"}': "line 2 is not JSON: it says 'prompt' twice",
+        b'{"prompt": "a", "prompt": "b"}': "line 2 is not JSON: it has the key 'prompt' twice",
     }.items():
         with pytest.raises(UserError) as error:
             prompts.prompts_from_json_lines(b'"fine"\n' + line, "in")

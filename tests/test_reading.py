@@ -63,7 +63,7 @@ SAFETENSORS = {
     ),
     "a shape that overflows": (safetensors_bytes({"a": entry(0, 8, shape=[2**62, 4])}, 8), "overflow"),
     "a negative shape": (safetensors_bytes({"a": entry(0, 8, shape=[-2])}, 8), "invalid JSON in header"),
-    "a name that stands there twice": (safetensors_bytes(TWICE, 4), "it says 'a' twice"),
+    "a name that stands there twice": (safetensors_bytes(TWICE, 4), "it has the key 'a' twice"),
     "an element type that nobody knows": (
         safetensors_bytes({"a": entry(0, 8, "F99")}, 8),
         "unknown variant `F99`",
@@ -126,7 +126,7 @@ def test_what_git_keeps_in_place_of_large_files(name, tmp_path):
     )
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=rf"{name} is not the file itself.*: run git lfs pull there"):
+    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, not the file itself: run git lfs pull"):
         command("convert.py", *f"--from {folder} --to {tmp_path}/out --format hf".split())
     (folder / name).write_text("version https://git-lfs")  # control: any other text is not taken for it
     with pytest.raises(UserError) as error:
@@ -238,11 +238,11 @@ JSON = {
     "not UTF-8": (b'{"a": "\xff"}', "invalid start byte"),
     "UTF-16": ('{"a": 1}'.encode("utf-16"), "can't decode"),
     "half a character": (b'{"a": "\\ud800"}', "surrogates not allowed"),
-    "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "it says 'a' twice"),
+    "a name twice": (b'{"a": 1, "b": 2, "a": 3}', "it has the key 'a' twice"),
     "a number without end": (b"1" * 10**5, "digits"),
-    "NaN": (b'{"rms_norm_eps": NaN}', "NaN is no number of JSON"),
-    "infinity": (b'{"rope_theta": [-Infinity]}', "-Infinity is no number of JSON"),
-    "a number beyond all floats": (b'{"rope_theta": 1e400}', "1e400 is no number of JSON"),
+    "NaN": (b'{"rms_norm_eps": NaN}', "NaN is not a JSON number"),
+    "infinity": (b'{"rope_theta": [-Infinity]}', "-Infinity is not a JSON number"),
+    "a number beyond all floats": (b'{"rope_theta": 1e400}', "1e400 is not a JSON number"),
     "empty": (b"", "Expecting value"),
     "cut": (b'{"a": [1, 2', "Expecting"),
 }
@@ -263,7 +263,7 @@ def test_json(case, tmp_path):
 def test_huge_json_is_not_read(tmp_path):
     with open(tmp_path / "config.json", "wb") as file:
         file.truncate(safe_io.MAX_JSON_BYTES + 1)
-    with pytest.raises(UserError, match="64 MiB of JSON are more than any checkpoint needs"):
+    with pytest.raises(UserError, match="64 MiB of JSON is more than any checkpoint needs"):
         read_json(tmp_path / "config.json")
     (tmp_path / "emoji.json").write_text('"\\ud83d\\ude00"')  # control: a whole character, escaped
     assert read_json(tmp_path / "emoji.json") == "😀"

@@ -1,10 +1,10 @@
-"""The one training checkpoint, whatever the engine.
+"""Training checkpoints: one format for every layout and engine.
 
-    save_dir/step_0001200/shard-00003-of-00008.safetensors   what rank 3 owns, as flat fp32 pieces, and its random-number state
-    save_dir/step_0001200/{run,train_state}.json             what the run is, and how far
+    save_dir/step_0001200/shard-00003-of-00008.safetensors   flat fp32 fragments of rank 3, and its random-number states
+    save_dir/step_0001200/{run,train_state}.json             configuration of the run; position in it
     save_dir/step_0001200/manifest.json                      size and SHA-256 of every file; written last
-    save_dir/latest                                          `step_0001200`; replaced after that
-    save_dir/.owner                                          the run that saves there; an older one stops when it finds another
+    save_dir/latest                                          `step_0001200`; replaced after the manifest
+    save_dir/.owner                                          the run that saves here; an older run stops when it finds another
 
-An engine is a reader and writer of `Fragment`s. Loading under another layout or engine is the ordinary load.
+An engine reads and writes `Fragment`s. Any layout and engine loads the checkpoint of any other.
 """

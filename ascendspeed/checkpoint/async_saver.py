@@ -1,4 +1,4 @@
-"""Saves the checkpoints of a run, at once or behind the following iterations."""
+"""Saves the checkpoints of a run, in the training step or asynchronously behind the following iterations."""
 
 import threading
 import time
@@ -16,21 +16,21 @@ from ascendspeed.config.schema import Run
 
 
 class SavedCheckpoint(NamedTuple):
-    """A checkpoint that is whole and on the disk."""
+    """A complete checkpoint on the disk."""
 
     path: Path
     seconds: float
-    """From the start to the end of writing."""
+    """Time from the start of copying to the end of writing."""
     stall: float
-    """Of these and of copying, seconds in which training stood still."""
+    """Time in which training was blocked."""
 
 
 class CheckpointSaver:
-    """The run's `--save`, one checkpoint at a time.
+    """Saves to --save, one checkpoint at a time.
 
-    Behind the step: the pieces are copied to host memory, and a thread of every rank writes and publishes the copies by the same
-    steps, with a barrier of its own, so a crash at any moment leaves the last good checkpoint. What goes wrong in the thread is
-    raised by the next `wait` (or `save`, which waits first).
+    With --async-save the fragments are copied to host memory, and a thread of every rank writes and publishes the copies by the
+    same steps as a synchronous save, with its own barrier: a crash at any moment leaves the last good checkpoint. An error in the
+    thread is raised by the next `wait` (or `save`, which waits first).
     """
 
     def __init__(
@@ -42,44 +42,49 @@ class CheckpointSaver:
         last: Path | None = None,
         token: str = "",
     ) -> None:
-        """`barrier`: used by nothing else while a save goes on; `last`: the checkpoint that the run continues;
-        `token`: of `owner.claim`, the same on every rank.
+        """`barrier`: of a process group that nothing else uses during a save. `last`: the checkpoint that the run continues.
+        `token`: from `ownership.claim_folder`, the same on every rank.
         """
         self.last = last
-        """The newest checkpoint of this run that is whole."""
-        self._run, self._place, self._token = run, (rank, world, barrier), token
-        self._host: dict[str, Tensor] = {}  # the copies' memory, kept: fresh pages cost more than the copy
+        """Newest complete checkpoint of this run."""
+        self._run, self._token = run, token
+        self._rank, self._world, self._barrier = rank, world, barrier
+        self._host_buffers: dict[str, Tensor] = {}  # reused: fresh pages cost more than the copy
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._saved: list[SavedCheckpoint] = []
 
     def save(self, state: TrainState, fragments: Iterable[Fragment], rng: Mapping[str, Tensor]) -> None:
-        """Saves, or begins to; every rank calls this with its own. Raises as `save_checkpoint`, and what the last one met."""
+        """Saves a checkpoint, or starts to; every rank calls this with its own fragments.
+
+        Raises as `save_checkpoint` does, and the error of an earlier asynchronous save.
+        """
         began = time.perf_counter()
         self.wait()
         if not self._run.train.async_save:
             self._write(state, fragments, rng, began, None)
             self._raise()
             return
-        copies, rng = self._copy(fragments), {name: t.clone() for name, t in rng.items()}
+        copies = self._copy_to_host(fragments)
+        rng_copies = {name: t.clone() for name, t in rng.items()}
         stall = time.perf_counter() - began
         self._thread = threading.Thread(
-            target=self._write, args=(state, copies, rng, began, stall), daemon=True
+            target=self._write, args=(state, copies, rng_copies, began, stall), daemon=True
         )
         self._thread.start()
 
-    def news(self) -> list[SavedCheckpoint]:
-        """The checkpoints that were finished since the last call."""
+    def take_finished(self) -> list[SavedCheckpoint]:
+        """Checkpoints that were finished since the last call."""
         saved, self._saved = self._saved, []
         return saved
 
     @property
     def failed(self) -> bool:
-        """Whether `wait` would raise, as far as is known now."""
+        """True if an asynchronous save has failed, so that `wait` will raise."""
         return self._error is not None
 
     def wait(self) -> None:
-        """Returns when nothing is being saved. Raises what went wrong."""
+        """Waits for a save in progress. Raises its error."""
         if self._thread:
             self._thread.join()
             self._thread = None
@@ -98,15 +103,18 @@ class CheckpointSaver:
         began: float,
         stall: float | None,
     ) -> None:
+        """`stall`: seconds in which training was blocked; None: all of them."""
+        train = self._run.train
         try:
-            train = self._run.train
             self.last = save_checkpoint(
                 train.save,
                 state,
                 self._run,
                 fragments,
                 rng,
-                *self._place,
+                self._rank,
+                self._world,
+                self._barrier,
                 keep=train.keep,
                 token=self._token,
             )
@@ -117,17 +125,17 @@ class CheckpointSaver:
             self._saved.append(SavedCheckpoint(self.last, seconds, seconds if stall is None else stall))
 
     @torch.no_grad()
-    def _copy(self, fragments: Iterable[Fragment]) -> list[Fragment]:
-        """What this rank writes of them, in host memory."""
+    def _copy_to_host(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """Copies of the slices that this rank writes, in (pinned) host memory."""
         copies = []
         for fragment in fragments:
-            if (piece := owned_slice(fragment)) is None:
+            if (owned := owned_slice(fragment)) is None:
                 continue
-            address, view = piece
-            pinned = view.device.type != "cpu"
-            if (host := self._host.get(str(address))) is None or host.shape != view.shape:
-                host = self._host[str(address)] = torch.empty(
-                    view.shape, dtype=view.dtype, device="cpu", pin_memory=pinned
-                )
-            copies.append(replace(fragment, start=address.start, tensor=host.copy_(view), holder=(0, 1)))
+            address, view = owned
+            buffer = self._host_buffers.get(str(address))
+            if buffer is None or buffer.shape != view.shape:
+                pinned = view.device.type != "cpu"
+                buffer = torch.empty(view.shape, dtype=view.dtype, device="cpu", pin_memory=pinned)
+                self._host_buffers[str(address)] = buffer
+            copies.append(replace(fragment, start=address.start, tensor=buffer.copy_(view), holder=(0, 1)))
         return copies

@@ -1,6 +1,6 @@
-"""What a training checkpoint is made of: flat pieces of named parameters, each addressed in its tensor-parallel part.
+"""Fragments of a training checkpoint: flat ranges of named parameters, addressed within a tensor-parallel part.
 
-A part's padding (rows beyond the vocabulary) comes last in it, is never stored, and reads as zero.
+Padding (rows beyond the vocabulary) is at the end of a part; it is never stored and reads as zero.
 """
 
 from dataclasses import dataclass, field
@@ -17,38 +17,38 @@ KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainState:
-    """How far the run is."""
+    """Position of a run."""
 
     step: int
-    """Iterations done, skipped ones included."""
+    """Finished iterations, including skipped ones."""
     samples: int
     tokens: int
     engine: dict[str, Any] = field(default_factory=dict)
-    """Scalars of the engine (Adam's own step count, loss scale, ...); JSON, no tensors."""
+    """Scalars of the engine (Adam's step count, loss scale, ...); JSON values, no tensors."""
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """A flat fp32 piece of one parameter's state that this rank holds."""
+    """A flat fp32 range of one parameter's state on this rank."""
 
     name: str
-    """Ours, with the layer's number in the whole model."""
+    """Megatron name, with the layer's number in the whole model."""
     kind: str
     """One of KINDS."""
-    cut: ShardSpec
-    """How tensor parallel cuts the parameter in this layout."""
+    spec: ShardSpec
+    """Tensor-parallel shards of the parameter in this layout."""
     part: int
-    """Tensor-parallel rank whose part this lies in; 0 if replicated."""
+    """Tensor-parallel rank whose part contains the range; 0 if replicated."""
     start: int
-    """Elements from the start of that part, flattened."""
+    """First element, counted from the start of the flattened part."""
     tensor: Tensor
-    """Live flat view: copying into it restores."""
+    """Live flat view: copying into it restores the state."""
     holder: tuple[int, int] = (0, 1)
-    """(i, n): the i-th of n ranks that hold this very piece. They share the writing; i = -1 reads and never writes."""
+    """(i, n): this rank is the i-th of n that hold this range; they divide the writing. i = -1: never written, only restored."""
 
 
 class FragmentAddress(NamedTuple):
-    """Where a piece begins; its text is the key in a shard."""
+    """Start of a fragment; its text form is the tensor's name in a shard file."""
 
     name: str
     kind: str
@@ -59,39 +59,59 @@ class FragmentAddress(NamedTuple):
         return "|".join(map(str, self))
 
     @classmethod
-    def of(cls, key: str) -> "FragmentAddress":
-        """Raises ValueError for a key that is no address."""
+    def parse(cls, key: str) -> "FragmentAddress":
+        """Parses the text form. Raises `ValueError`."""
         name, kind, part, start = key.split("|")
         return cls(name, kind, int(part), int(start))
 
 
 def owned_slice(fragment: Fragment) -> tuple[FragmentAddress, Tensor] | None:
-    """What this rank writes of a fragment: its slice among the holders, without padding. None: nothing."""
-    f, (i, n) = fragment, fragment.holder
+    """The slice that this rank writes of a fragment, without padding; None if it writes nothing."""
+    f = fragment
+    i, n = fragment.holder
     if f.tensor.dtype != torch.float32 or f.kind not in KINDS:
         raise ValueError(
             f"{f.kind} of {f.name} in {f.tensor.dtype}: a checkpoint holds {', '.join(KINDS)} in fp32"
         )
-    size = min(f.tensor.numel(), max(0, stored_numel(f.cut, f.part) - f.start))
-    a, b = size * i // n, size * (i + 1) // n
-    if i < 0 or a == b:
+    size = min(f.tensor.numel(), max(0, stored_numel(f.spec, f.part) - f.start))
+    begin = size * i // n
+    end = size * (i + 1) // n
+    if i < 0 or begin == end:
         return None
-    return FragmentAddress(f.name, f.kind, f.part, f.start + a), f.tensor.detach().view(-1)[a:b]
+    return FragmentAddress(f.name, f.kind, f.part, f.start + begin), f.tensor.detach().view(-1)[begin:end]
 
 
-def part_count(cut: ShardSpec) -> int:
-    """Parts that differ: 1 for a replicated parameter."""
-    return 1 if cut.dim is None else cut.num_shards
+def spec_to_json(spec: ShardSpec) -> dict[str, Any]:
+    """A `ShardSpec` under the keys that shard files have, which do not follow the names of the class."""
+    return {
+        "shape": list(spec.shape),
+        "dim": spec.dim,
+        "stride": spec.stride,
+        "parts": spec.num_shards,
+        "padded_rows": spec.padded_rows,
+    }
 
 
-def stored_numel(cut: ShardSpec, part: int) -> int:
-    """Elements of a part, without padding."""
-    rows, *rest = cut.shard_shape or (1,)
-    if cut.padded_rows:
-        rows = min(rows, max(0, cut.shape[0] - part * rows))
-    return rows * prod(rest)
+def spec_from_json(table: dict[str, Any]) -> ShardSpec:
+    """Inverse of `spec_to_json`. Raises `KeyError` or `TypeError` for another table."""
+    return ShardSpec(
+        tuple(table["shape"]), table["dim"], table["stride"], table["parts"], table["padded_rows"]
+    )
+
+
+def part_count(spec: ShardSpec) -> int:
+    """Number of different parts: 1 for a replicated parameter."""
+    return 1 if spec.dim is None else spec.num_shards
+
+
+def stored_numel(spec: ShardSpec, part: int) -> int:
+    """Number of elements of a part, without padding."""
+    rows, *other = spec.shard_shape or (1,)
+    if spec.padded_rows:
+        rows = min(rows, max(0, spec.shape[0] - part * rows))
+    return rows * prod(other)
 
 
 def column_count(shape: tuple[int, ...]) -> int:
-    """Columns of a tensor seen as a matrix."""
+    """Number of columns of a tensor seen as a matrix [first dimension, others]."""
     return prod(shape[1:])

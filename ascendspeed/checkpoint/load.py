@@ -1,4 +1,4 @@
-"""Reads a training checkpoint: any range of any part under any tensor-parallel cut, by the bytes that it needs."""
+"""Reads training checkpoints: any range of a parameter, under any tensor-parallel layout, reading only the bytes it needs."""
 
 import bisect
 import json
@@ -17,6 +17,7 @@ from ascendspeed.checkpoint.fragment import (
     TrainState,
     column_count,
     part_count,
+    spec_from_json,
     stored_numel,
 )
 from ascendspeed.config import schema
@@ -28,94 +29,101 @@ RNG = "rng"
 
 
 def shard_name(rank: int, world: int) -> str:
-    """File of one rank."""
+    """File name of one rank's shard."""
     return f"shard-{rank:05}-of-{world:05}.safetensors"
 
 
-class _Stored(NamedTuple):
+class _StoredRange(NamedTuple):
+    """Elements `start` to `start + numel` of a part, at byte `offset` of `file`."""
+
     start: int
-    size: int
+    numel: int
     file: Path
     offset: int
 
 
 class ShardIndex:
-    """Where everything lies in the shards of one save. Raises `UserError` unless they are one whole: no gap, no overlap."""
+    """Locations of all tensors in the shards of one save. Raises `UserError` if elements are missing or stored twice."""
 
     def __init__(self, folder: Path, step: int, world: int) -> None:
-        self.cuts: dict[str, ShardSpec] = {}
+        self.specs: dict[str, ShardSpec] = {}
         self.kinds: dict[str, None] = {}
         self.rng: dict[int, dict[str, tuple[Path, safetensors_io.TensorEntry]]] = defaultdict(dict)
-        self._at: dict[tuple[str, str, int], list[_Stored]] = defaultdict(list)
+        self._ranges: dict[tuple[str, str, int], list[_StoredRange]] = defaultdict(list)
         for rank in range(world):
-            self._add(
-                folder / shard_name(rank, world),
-                rank,
-                {"step": str(step), "world": str(world), "rank": str(rank)},
-            )
-        for stored in self._at.values():
-            stored.sort()
+            expected = {"step": str(step), "world": str(world), "rank": str(rank)}
+            self._add(folder / shard_name(rank, world), rank, expected)
+        for ranges in self._ranges.values():
+            ranges.sort()
         self._check(folder)
 
     def _add(self, file: Path, rank: int, expected: dict[str, str]) -> None:
+        """Adds the tensors of one shard file; `expected`: metadata that it must have."""
         metadata, entries = safetensors_io.read_header(file)
-        if wrong := [f"{k} {metadata.get(k)}, not {v}" for k, v in expected.items() if metadata.get(k) != v]:
+        wrong = [f"{k} {metadata.get(k)}, not {v}" for k, v in expected.items() if metadata.get(k) != v]
+        if wrong:
             raise UserError(f"{file}: belongs to another save ({'; '.join(wrong)})")
         try:
-            cuts = {
-                name: ShardSpec(**c | {"shape": tuple(c["shape"])})
-                for name, c in json.loads(metadata["cuts"]).items()
-            }
+            specs = {name: spec_from_json(table) for name, table in json.loads(metadata["cuts"]).items()}
             for key, entry in entries.items():
                 if key.startswith(RNG + "|"):
                     self.rng[rank][key.partition("|")[2]] = file, entry
                 else:
-                    name, kind, part, start = FragmentAddress.of(key)
-                    self._at[name, kind, part].append(_Stored(start, entry.shape[0], file, entry.offset))
+                    name, kind, part, start = FragmentAddress.parse(key)
+                    stored = _StoredRange(start, entry.shape[0], file, entry.offset)
+                    self._ranges[name, kind, part].append(stored)
                     self.kinds[kind] = None
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise UserError(f"{file}: not a shard of a training checkpoint ({error!r})") from error
-        for name, cut in cuts.items():
-            if self.cuts.setdefault(name, cut) != cut:
-                raise UserError(f"{file}: {name} is cut as {cut}, elsewhere as {self.cuts[name]}")
+        for name, spec in specs.items():
+            if self.specs.setdefault(name, spec) != spec:
+                raise UserError(f"{file}: {name} is cut as {spec}, elsewhere as {self.specs[name]}")
 
     def _check(self, folder: Path) -> None:
-        for name, kind, part in self._at:
-            if name not in self.cuts or part >= part_count(self.cuts[name]):
-                raise UserError(f"{folder}: a piece of part {part} of {kind} of {name}, which does not exist")
-        for name, cut in self.cuts.items():
+        for name, kind, part in self._ranges:
+            if name not in self.specs or part >= part_count(self.specs[name]):
+                raise UserError(
+                    f"{folder}: has elements of part {part} of {kind} of {name}, which does not exist"
+                )
+        for name, spec in self.specs.items():
             for kind in self.kinds:
-                for part in range(part_count(cut)):
-                    end = 0
-                    for stored in (
-                        *self._at.get((name, kind, part), ()),
-                        _Stored(stored_numel(cut, part), 0, folder, 0),
-                    ):
-                        if stored.start != end:
-                            what = f"{'missing' if stored.start > end else 'doubled'} from element {min(end, stored.start)}"
-                            raise UserError(
-                                f"{folder}: {kind} of {name}, part {part} of {part_count(cut)}: {what} on"
-                            )
-                        end += stored.size
+                for part in range(part_count(spec)):
+                    self._check_part(folder, name, kind, part)
+
+    def _check_part(self, folder: Path, name: str, kind: str, part: int) -> None:
+        """Raises `UserError` unless the ranges of a part adjoin and end at its last element."""
+        spec = self.specs[name]
+        end = 0
+        after_last = _StoredRange(stored_numel(spec, part), 0, folder, 0)
+        for stored in (*self._ranges.get((name, kind, part), ()), after_last):
+            if stored.start != end:
+                problem = "missing" if stored.start > end else "doubled"
+                raise UserError(
+                    f"{folder}: {kind} of {name}, part {part} of {part_count(spec)}: "
+                    f"{problem} from element {min(end, stored.start)} on"
+                )
+            end += stored.numel
 
     def fill(self, out: Tensor, name: str, kind: str, part: int, start: int) -> None:
-        """Reads elements from `start` of a part into the flat `out`; what lies beyond the stored extent is left as it is."""
-        stored, end = self._at.get((name, kind, part), []), start + out.numel()
-        for piece in stored[max(0, bisect.bisect_right(stored, start, key=lambda s: s.start) - 1) :]:
-            if piece.start >= end:
+        """Reads elements from `start` of a part into the flat `out`; elements of padding keep their value."""
+        ranges = self._ranges.get((name, kind, part), [])
+        end = start + out.numel()
+        first = max(0, bisect.bisect_right(ranges, start, key=lambda stored: stored.start) - 1)
+        for stored in ranges[first:]:
+            if stored.start >= end:
                 break
-            a, b = max(start, piece.start), min(end, piece.start + piece.size)
-            if a < b:
-                safetensors_io.read_into(
-                    out[a - start : b - start], piece.file, piece.offset + 4 * (a - piece.start)
-                )
+            lower = max(start, stored.start)
+            upper = min(end, stored.start + stored.numel)
+            if lower < upper:
+                offset = stored.offset + 4 * (lower - stored.start)
+                safetensors_io.read_into(out[lower - start : upper - start], stored.file, offset)
 
 
 class Checkpoint:
-    """One training checkpoint, opened: `run`, `state`, and its tensors by name, kind and place."""
+    """An opened training checkpoint: `run`, `state`, and tensors by name, kind and tensor-parallel part."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the headers only. Raises `UserError` when it is not whole; `find` and `open_checkpoint` verify the bytes first."""
+        """Reads headers only; `discovery.open_checkpoint` verifies the bytes first. Raises `UserError` if it is not complete."""
         self.path = path
         try:
             self.run: Run = schema.from_dict(json.loads((path / "run.json").read_text()))
@@ -132,72 +140,74 @@ class Checkpoint:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture."""
+        """Architecture of the model."""
         return self.run.model
 
     def rng(self, rank: int) -> dict[str, Tensor]:
-        """Random-number states of a rank of the saving run; empty for a rank that it did not have."""
-        found = {}
+        """Random-number states of a rank of the saving run; empty if the run had no such rank."""
+        states = {}
         for name, (file, entry) in self._index.rng.get(rank, {}).items():
-            safetensors_io.read_into(out := torch.empty(entry.shape, dtype=entry.dtype), file, entry.offset)
-            found[name] = out
-        return found
+            states[name] = torch.empty(entry.shape, dtype=entry.dtype)
+            safetensors_io.read_into(states[name], file, entry.offset)
+        return states
 
     def names(self, kind: str = "master") -> list[str]:
-        """Names of all parameters stored with this kind."""
-        return list(self._index.cuts) if kind in self._index.kinds else []
+        """Names of all parameters that are stored with this kind."""
+        return list(self._index.specs) if kind in self._index.kinds else []
 
     def tensors(self, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
         """Every full, unpadded fp32 tensor, one at a time."""
         for name in self.names(kind):
-            whole = ShardSpec(self._index.cuts[name].shape)
-            yield name, self.read(name, kind, whole, 0, 0, stored_numel(whole, 0)).view(whole.shape)
+            full = ShardSpec(self._index.specs[name].shape)
+            yield name, self.read(name, kind, full, 0, 0, stored_numel(full, 0)).view(full.shape)
 
-    def read(self, name: str, kind: str, cut: ShardSpec, part: int, start: int, numel: int) -> Tensor:
-        """Flat fp32 elements `start` to `start + numel` of a part under any `cut`; rows of padding are zero.
+    def read(self, name: str, kind: str, spec: ShardSpec, part: int, start: int, numel: int) -> Tensor:
+        """Flat fp32 elements `start` to `start + numel` of a part under any `spec`; rows of padding are zero.
 
-        Raises `UserError` when the checkpoint has no such parameter, or has it in another shape.
+        Raises `UserError` if the checkpoint does not have the parameter, or has it in another shape.
         """
-        if kind not in self._index.kinds or name not in self._index.cuts:
+        if kind not in self._index.kinds or name not in self._index.specs:
             raise UserError(f"{self.path}: has no {kind} of {name}")
-        old = self._index.cuts[name]
-        if old.shape != cut.shape:
+        stored_spec = self._index.specs[name]
+        if stored_spec.shape != spec.shape:
             raise UserError(
-                f"{self.path}: {name} is {list(old.shape)} there, but {list(cut.shape)} in this run"
+                f"{self.path}: {name} is {list(stored_spec.shape)} there, but {list(spec.shape)} in this run"
             )
-        if old == cut:
-            self._index.fill(out := torch.zeros(numel), name, kind, part, start)
+        if stored_spec == spec:
+            out = torch.zeros(numel)
+            self._index.fill(out, name, kind, part, start)
             return out
-        columns = column_count(cut.shard_shape)
-        first, last = start // columns, -(-(start + numel) // columns)  # whole rows
-        out = torch.zeros(last - first, columns)
-        for new in cut.slices(part):
-            for there in range(part_count(old)):
-                for tile in old.slices(there):
-                    self._copy(out, first, new, tile, name, kind, there)
-        return out.view(-1)[start - first * columns :][:numel]
+        columns = column_count(spec.shard_shape)
+        first_row = start // columns
+        end_row = -(-(start + numel) // columns)
+        out = torch.zeros(end_row - first_row, columns)
+        for target in spec.slices(part):
+            if (rows := target.within_local_rows(first_row, end_row)) is None:
+                continue
+            for stored_part in range(part_count(stored_spec)):
+                for stored in stored_spec.slices(stored_part):
+                    self._copy_overlap(out, rows, stored, name, kind, stored_part)
+        return out.view(-1)[start - first_row * columns :][:numel]
 
-    def _copy(
-        self, out: Tensor, first: int, new: Slice2D, old: Slice2D, name: str, kind: str, part: int
+    def _copy_overlap(
+        self, out: Tensor, target: Slice2D, stored: Slice2D, name: str, kind: str, part: int
     ) -> None:
-        """What an old and a new tile share, into `out`, whose rows are the new part's from `first` on."""
-        shift = new.row - new.local_row  # from rows of the new part to rows of the full tensor
-        top = max(new.row, old.row, first + shift)
-        bottom = min(new.row + new.rows, old.row + old.rows, first + len(out) + shift)
-        left, right = max(new.column, old.column), min(new.column + new.columns, old.column + old.columns)
-        if top >= bottom or left >= right:
+        """Copies the rectangle that both slices hold from a stored part into `out`, which `target` addresses."""
+        destination, source = target.intersection(stored), stored.intersection(target)
+        if destination is None or source is None:
             return
-        columns = column_count(self._index.cuts[name].shard_shape)
-        source = torch.empty(bottom - top, columns)
-        self._index.fill(source.view(-1), name, kind, part, (top - old.row + old.local_row) * columns)
-        taken = source[:, left - old.column + old.local_column :][:, : right - left]
-        out[top - shift - first : bottom - shift - first, left - new.column + new.local_column :][
-            :, : right - left
-        ] = taken
+        columns = column_count(self._index.specs[name].shard_shape)
+        rows = torch.empty(source.rows, columns)
+        self._index.fill(rows.view(-1), name, kind, part, source.local_row * columns)
+        row, column = destination.local_row, destination.local_column
+        out[row : row + source.rows, column : column + source.columns] = rows[
+            :, source.local_column : source.local_column + source.columns
+        ]
 
 
 def load_fragments(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
-    """Copies the checkpoint into every live fragment of a layout that need not be the one that saved it."""
+    """Copies the checkpoint into live fragments; their layout may differ from that of the saving run."""
     with torch.no_grad():
         for f in fragments:
-            f.tensor.view(-1).copy_(checkpoint.read(f.name, f.kind, f.cut, f.part, f.start, f.tensor.numel()))
+            values = checkpoint.read(f.name, f.kind, f.spec, f.part, f.start, f.tensor.numel())
+            f.tensor.view(-1).copy_(values)

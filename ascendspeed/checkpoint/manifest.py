@@ -1,4 +1,4 @@
-"""manifest.json: size and SHA-256 of every file of a checkpoint, and of itself; written last."""
+"""manifest.json: size and SHA-256 of every file of a checkpoint, and its own SHA-256."""
 
 import hashlib
 import json
@@ -12,22 +12,22 @@ from ascendspeed.checkpoint.paths import MANIFEST
 
 
 def manifest_text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
-    """The file's text; `listed`: name -> {"size": bytes, "sha256": hex}."""
+    """Text of manifest.json; `listed`: file name -> {"size": bytes, "sha256": hex digits}."""
     body = {"step": step, "files": {name: dict(listed[name]) for name in sorted(listed)}}
-    own = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return json.dumps(body | {"sha256": own}, indent=1) + "\n"
+    sha256 = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps(body | {"sha256": sha256}, indent=1) + "\n"
 
 
 def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
-    """What is wrong with a step's folder, each naming its file; empty when every byte is as it was written.
+    """Problems of a step's folder, each with its file; empty if every byte is as it was written.
 
-    Sizes are looked at by every rank, and the hashing is shared: rank r of w takes the files r, r + w, ...
+    Every rank checks all sizes; hashing is divided: rank r of w hashes the files r, r + w, ...
     """
     try:
-        said = (folder / MANIFEST).read_text()
-        listed = json.loads(said)["files"]
-        step = json.loads(said)["step"]
-        if said != manifest_text(step, listed):
+        text = (folder / MANIFEST).read_text()
+        table = json.loads(text)
+        listed, step = table["files"], table["step"]
+        if text != manifest_text(step, listed):
             return [f"{MANIFEST}: it was changed after it was written"]
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so the save never ended or the file was deleted"]
@@ -37,33 +37,30 @@ def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
         return [f"{MANIFEST}: not a manifest (empty, cut off or overwritten)"]
     if re.fullmatch(r"step_\d+", folder.name) and int(folder.name[5:]) != step:
         return [f"{MANIFEST}: it is of step {step}"]
-    wrong = {name: _size_problem(folder / name, entry["size"]) for name, entry in listed.items()}
-    if not any(wrong.values()):
-        wrong = {
-            name: _hash_problem(folder / name, listed[name]["sha256"]) for name in list(listed)[rank::world]
-        }
-    return [f"{name}: {problem}" for name, problem in wrong.items() if problem]
+    problems = {name: _size_problem(folder / name, entry["size"]) for name, entry in listed.items()}
+    if not any(problems.values()):
+        share = list(listed)[rank::world]
+        problems = {name: _hash_problem(folder / name, listed[name]["sha256"]) for name in share}
+    return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Total size in bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
 
 
 def _size_problem(path: Path, expected: int) -> str | None:
     try:
-        found = path.stat().st_size
+        size = path.stat().st_size
     except OSError as error:
         return "missing" if isinstance(error, FileNotFoundError) else error.strerror
-    return None if found == expected else f"{found} bytes instead of {expected}"
+    return None if size == expected else f"{size} bytes instead of {expected}"
 
 
 def _hash_problem(path: Path, expected: str) -> str | None:
     try:
-        return (
-            None
-            if safetensors_io.file_sha256(path) == expected
-            else "its SHA-256 is not the one in the manifest: damaged, or another file"
-        )
+        if safetensors_io.file_sha256(path) != expected:
+            return "its SHA-256 is not the one in the manifest: damaged, or another file"
+        return None
     except OSError as error:
         return error.strerror

@@ -1,4 +1,4 @@
-"""Who saves in a folder: the run that began last. An older one finds that out before it publishes, and stops."""
+"""Ownership of a checkpoint folder: the most recent run owns it; an older run stops before publishing."""
 
 import json
 import os
@@ -14,13 +14,14 @@ OWNER_FILE = ".owner"
 
 
 class OwnershipLost(UserError):
-    """Another run saves there now."""
+    """Another run owns the checkpoint folder now."""
 
 
 def claim_folder(folder: str | Path) -> str:
-    """Makes this run the owner, on one rank; what a killed run left is replaced. Returns the run's token. Raises `UserError`."""
-    folder, token = Path(folder), secrets.token_hex(4)
-    who = {
+    """Makes this run the owner and returns its token; called on one rank. Raises `UserError` if the folder is not writable."""
+    folder = Path(folder)
+    token = secrets.token_hex(4)
+    owner = {
         "token": token,
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -28,7 +29,7 @@ def claim_folder(folder: str | Path) -> str:
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic.replace_file(folder / OWNER_FILE, json.dumps(who) + "\n")
+        atomic.replace_file(folder / OWNER_FILE, json.dumps(owner) + "\n")
     except OSError as error:
         raise UserError(
             f"--save {folder}: cannot save there: {error.strerror}; choose another --save"
@@ -37,13 +38,14 @@ def claim_folder(folder: str | Path) -> str:
 
 
 def check_ownership(folder: Path, token: str) -> None:
-    """Raises `Superseded` when another run has claimed the folder; a file that is gone or cannot be read says nothing."""
+    """Raises `OwnershipLost` if another run has claimed the folder; a missing or unreadable file is ignored."""
     try:
-        now = json.loads((folder / OWNER_FILE).read_text())
-        theirs, where = now["token"], f"process {now['pid']} on {now['host']}, since {now['since']}"
+        owner = json.loads((folder / OWNER_FILE).read_text())
+        owner_token = owner["token"]
+        process = f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):
         return
-    if theirs != token:
+    if owner_token != token:
         raise OwnershipLost(
-            f"another run saves in {folder} ({where}), so this one stops; give every run a --save of its own"
+            f"another run saves in {folder} ({process}), so this one stops; give every run a --save of its own"
         )

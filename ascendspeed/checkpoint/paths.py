@@ -1,20 +1,20 @@
-"""Names in a folder of training checkpoints, by which they are known before anything of them is read. No torch."""
+"""Names of files and folders of training checkpoints; detects checkpoints by name alone. Imports no torch."""
 
 import re
 from pathlib import Path
 
 STEP_PATTERN = re.compile(r"step_\d{7,}")
 MANIFEST = "manifest.json"
-"""Written last into a step's folder."""
+"""File that is written last into the folder of a step."""
 
 
 def step_name(step: int) -> str:
-    """Folder of a step."""
+    """Name of a step's folder."""
     return f"step_{step:07}"
 
 
 def read_latest(folder: Path) -> str | None:
-    """What `latest` says; None when there is no such file."""
+    """Content of the file `latest`; None if it does not exist."""
     try:
         return (folder / "latest").read_bytes().decode(errors="replace").strip()
     except OSError:
@@ -22,14 +22,14 @@ def read_latest(folder: Path) -> str | None:
 
 
 def step_folders(folder: Path) -> dict[str, Path]:
-    """Step -> folder. One that was being replaced when the save was killed still lies under its other name."""
-    found = {p.name[1 : -len(".old")]: p for p in folder.glob(".step_*.old")}
-    found |= {p.name: p for p in folder.glob("step_*")}
-    return {name: p for name, p in found.items() if STEP_PATTERN.fullmatch(name) and p.is_dir()}
+    """Name of a step -> its folder; a save killed while it replaced a step leaves that step under `.step_*.old`."""
+    folders = {path.name[1 : -len(".old")]: path for path in folder.glob(".step_*.old")}
+    folders |= {path.name: path for path in folder.glob("step_*")}
+    return {name: path for name, path in folders.items() if STEP_PATTERN.fullmatch(name) and path.is_dir()}
 
 
 def looks_like_checkpoint(path: str | Path) -> bool:
-    """Whether a path holds, or is, a training checkpoint of ours, be it whole, damaged or lost. Looks at names only."""
+    """True if a path is a training checkpoint, or a folder of them, complete or damaged. Looks at names only."""
     path = Path(path)
     if (path / MANIFEST).exists() or (STEP_PATTERN.fullmatch(path.name) and path.is_dir()):
         return True

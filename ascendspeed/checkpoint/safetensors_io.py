@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and safetensors written as a stream: hashed on the way, never a second copy in memory."""
+"""Streaming safetensors files: tensors are written and hashed in chunks, without a second copy in memory."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from ascendspeed.utils.atomic import sync_file
 from ascendspeed.utils.errors import UserError
 
 CHUNK = 4 << 20
-"""Elements that leave the device, are hashed and are written at a time."""
+"""Elements that are copied from the device, hashed and written at a time."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -29,7 +29,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies in a file."""
+    """Location of one tensor in a file."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class TensorEntry:
 
 
 class ShardWriter:
-    """One safetensors file to be: its size is known before it is written, and its tensors stay live views until then."""
+    """Writer of one safetensors file: its size is known before it is written; until then its tensors are live views."""
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.tensors = tensors
@@ -47,7 +47,7 @@ class ShardWriter:
         self.size = header.file_size
 
     def write(self, path: Path) -> str:
-        """Writes and fsyncs; returns the SHA-256 of what was meant to be written."""
+        """Writes and fsyncs; returns the SHA-256 of the bytes in memory, so that a later check finds a failing disk."""
         sha = hashlib.sha256(self._header)
         with open(path, "wb") as file:
             file.write(self._header)
@@ -61,7 +61,7 @@ class ShardWriter:
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
-    """Metadata and entries of a safetensors file. Raises `UserError` when it is not one, or is cut off."""
+    """Metadata and tensor entries of a safetensors file. Raises `UserError` if it is damaged or truncated."""
     try:
         header = safetensors_header.read(path)
         entries = {
@@ -78,20 +78,21 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
 
 
 def read_into(out: Tensor, path: Path, offset: int) -> None:
-    """Fills the contiguous CPU tensor `out` with the bytes from `offset` on. Raises `UserError` when they are not there."""
+    """Fills the contiguous CPU tensor `out` with the bytes from `offset` on. Raises `UserError` if the file is too short."""
     if not out.numel():
         return
-    left = memoryview(out.numpy().reshape(-1)).cast("B")
+    buffer = memoryview(out.numpy().reshape(-1)).cast("B")
     try:
-        fd = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            while left:
-                got = os.preadv(fd, [left], offset)
-                if not got:
-                    raise UserError(f"{path}: ends before byte {offset + len(left)}")
-                left, offset = left[got:], offset + got
+            while buffer:
+                count = os.preadv(descriptor, [buffer], offset)
+                if not count:
+                    raise UserError(f"{path}: ends before byte {offset + len(buffer)}")
+                buffer = buffer[count:]
+                offset += count
         finally:
-            os.close(fd)
+            os.close(descriptor)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
 

@@ -1,4 +1,4 @@
-"""Saves a training checkpoint: every rank writes what it owns at the same time; rank 0 publishes the whole, or nothing."""
+"""Saves training checkpoints: all ranks write their shards in parallel; then rank 0 publishes the whole checkpoint or nothing."""
 
 import contextlib
 import dataclasses
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from ascendspeed.checkpoint import manifest, ownership, safetensors_io
-from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned_slice
+from ascendspeed.checkpoint.fragment import Fragment, TrainState, owned_slice, spec_to_json
 from ascendspeed.checkpoint.load import RNG, ShardIndex, shard_name
 from ascendspeed.checkpoint.paths import MANIFEST, step_name
 from ascendspeed.config import schema
@@ -26,7 +26,7 @@ from ascendspeed.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 DISK_MARGIN = 64 << 20
-"""Bytes left free on the disk beyond the checkpoint itself, for logs and small files."""
+"""Bytes that must stay free on the disk beyond the checkpoint itself, for logs and small files."""
 
 
 def save_checkpoint(
@@ -41,54 +41,62 @@ def save_checkpoint(
     keep: int | None = None,
     token: str = "",
 ) -> Path:
-    """Writes `folder`/step_XXXXXXX and points `folder`/latest at it; every rank calls this with its own fragments.
+    """Writes `folder`/step_XXXXXXX and points `folder`/latest to it; every rank calls this with its own fragments.
 
-    What exists is not touched until the new checkpoint is whole and on the disk. `keep`: how many of the newest steps up to
-    this one to keep; one that cannot be removed is a warning of rank 0. Raises the same `UserError` on every rank
-    when a rank could not write, the disk is too small, or (with the `token` of `owner.claim`) another run saves there by now.
+    Existing checkpoints are not touched until the new one is complete and on the disk. `keep`: number of steps to keep, this one
+    included; a failed removal is only a warning. `token`: from `ownership.claim_folder`.
+
+    Raises the same `UserError` on every rank if a rank could not write, the disk is too small, or another run owns the folder.
     """
-    team = _Team(Path(folder), step_name(state.step), rank, world, barrier, token)
+    group = _SaveGroup(Path(folder), step_name(state.step), rank, world, barrier, token)
     shard: safetensors_io.ShardWriter | None = None
 
-    def announce() -> dict[str, Any]:
+    def announce_size() -> dict[str, Any]:
         nonlocal shard
-        team.enter()
-        shard = _shard(fragments, rng, {"step": str(state.step), "world": str(world), "rank": str(rank)})
+        group.prepare()
+        metadata = {"step": str(state.step), "world": str(world), "rank": str(rank)}
+        shard = _shard_writer(fragments, rng, metadata)
         return {"size": shard.size}
 
     def write() -> dict[str, Any]:
-        return {"size": shard.size, "sha256": shard.write(team.shard)}
+        return {"size": shard.size, "sha256": shard.write(group.shard)}
 
     try:
-        team.together("size", announce, lambda reports: _check_space(team, sum(r["size"] for r in reports)))
-        team.together("written", write, lambda reports: _publish(team, state, run, reports))
+        group.run_phase(
+            "size", announce_size, lambda reports: _check_space(group, sum(r["size"] for r in reports))
+        )
+        group.run_phase("written", write, lambda reports: _publish(group, state, run, reports))
     except BaseException:
-        with contextlib.suppress(OSError):  # what went wrong before is what must be told
-            team.shard.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            group.shard.unlink(missing_ok=True)
         raise
-    if keep and rank == 0:  # not before all know that it is saved: an old one that stays is no reason to stop
-        _prune(team.folder, team.final.name, keep)
-    return team.final
+    if (
+        keep and rank == 0
+    ):  # after all ranks know that it is saved: an old checkpoint that stays is not an error
+        _prune(group.folder, group.final.name, keep)
+    return group.final
 
 
-def _shard(
+def _shard_writer(
     fragments: Iterable[Fragment], rng: Mapping[str, Tensor], metadata: dict[str, str]
 ) -> safetensors_io.ShardWriter:
-    tensors, cuts = {}, {}
+    """Writer of this rank's shard. Raises `ValueError` for two fragments at one address."""
+    tensors: dict[str, Tensor] = {}
+    specs = {}
     for fragment in fragments:
-        if (piece := owned_slice(fragment)) is None:
+        if (owned := owned_slice(fragment)) is None:
             continue
-        address, view = piece
+        address, view = owned
         if tensors.setdefault(str(address), view) is not view:
             raise ValueError(f"two fragments at {address}")
-        cuts[fragment.name] = dataclasses.asdict(fragment.cut)
+        specs[fragment.name] = spec_to_json(fragment.spec)
     tensors |= {f"{RNG}|{name}": t for name, t in rng.items()}
-    return safetensors_io.ShardWriter(tensors, metadata | {"cuts": json.dumps(cuts)})
+    return safetensors_io.ShardWriter(tensors, metadata | {"cuts": json.dumps(specs)})
 
 
 @dataclass(frozen=True)
-class _Team:
-    """The ranks of one save. They speak through small files in the temporary folder: no collective but the barrier."""
+class _SaveGroup:
+    """The ranks of one save. They exchange small files in the temporary folder and use no collective but the barrier."""
 
     folder: Path
     name: str
@@ -101,28 +109,29 @@ class _Team:
     def final(self) -> Path:
         return self.folder / self.name
 
-    def beside(self, kind: str) -> Path:
-        """A name of this run's own beside `final`."""
-        return self.folder / ".".join(["", self.name, *filter(None, [self.token]), kind])
+    def _hidden(self, suffix: str) -> Path:
+        """A name beside `final` that only this run uses."""
+        return self.folder / ".".join(["", self.name, *filter(None, [self.token]), suffix])
 
     @property
     def temporary(self) -> Path:
-        return self.beside("tmp")
+        return self._hidden("tmp")
 
     @property
     def shard(self) -> Path:
         return self.temporary / shard_name(self.rank, self.world)
 
     @property
-    def verdict(self) -> Path:
-        """Where rank 0 says that nothing was saved: beside the temporary folder, which gets another name."""
-        return self.beside("failed")
+    def failure(self) -> Path:
+        """File of rank 0 that says why nothing was saved; beside the temporary folder, which is renamed on success."""
+        return self._hidden("failed")
 
-    def report(self, about: str, rank: int) -> Path:
-        return self.temporary / f"{rank:05}.{about}"
+    def report(self, phase: str, rank: int) -> Path:
+        """File in which a rank reports a phase."""
+        return self.temporary / f"{rank:05}.{phase}"
 
-    def enter(self) -> None:
-        """Makes the temporary folder; what a killed save left is gone, or will be overwritten."""
+    def prepare(self) -> None:
+        """Makes the temporary folder; files of a killed save are deleted, or will be overwritten."""
         if self.rank == 0:
             self.check_owner()
         self.temporary.mkdir(parents=True, exist_ok=True)
@@ -132,50 +141,51 @@ class _Team:
             old.unlink(missing_ok=True)
 
     def check_owner(self) -> None:
+        """Raises `OwnershipLost` if another run owns the folder now."""
         if self.token:
             ownership.check_ownership(self.folder, self.token)
 
-    def together(
-        self, about: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]
+    def run_phase(
+        self, phase: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]
     ) -> None:
-        """Every rank works and reports, rank 0 judges the reports, and all go on or all raise."""
-        mine = cause = verdict = None
+        """Runs `work` on every rank and `judge` with all reports on rank 0; then all ranks continue or all raise."""
+        own_error, failure, cause = None, "", None
         try:
             report = work()
-        except Exception as error:  # whatever it is, the others must not wait for this rank
-            mine, report = error, {"error": _reason(error)}
+        except Exception as error:  # of any kind: the other ranks must not wait for this one
+            own_error = error
+            report = {"error": _describe(error)}
         try:
-            self.temporary.mkdir(
-                parents=True, exist_ok=True
-            )  # where that was what failed, the reason is still told
-            self.report(about, self.rank).write_text(json.dumps(report))
+            self.temporary.mkdir(parents=True, exist_ok=True)  # its creation may be what failed
+            self.report(phase, self.rank).write_text(json.dumps(report))
         except OSError as error:
-            mine = mine or error
+            own_error = own_error or error
         self.barrier()
         if self.rank == 0:
             try:
-                judge(self._reports(about))
+                judge(self._reports(phase))
             except (UserError, OSError) as error:
-                cause, verdict = error, f"{self.final} was not saved: {_reason(error)}"
-                _mark(self.verdict, verdict)
+                cause = error
+                failure = f"{self.final} was not saved: {_describe(error)}"
+                _write_failure(self.failure, failure)
         self.barrier()
-        if mine and not isinstance(mine, UserError | OSError):
-            raise mine  # a mistake in the program keeps its traceback
-        if mine or verdict or self.verdict.exists():
-            raise UserError(
-                verdict or self._read_verdict() or f"{self.final} was not saved: {_reason(mine)}"
-            ) from mine or cause
+        if own_error and not isinstance(own_error, UserError | OSError):
+            raise own_error  # a bug keeps its traceback
+        if own_error or failure or self.failure.exists():
+            failure = failure or self._read_failure() or f"{self.final} was not saved: {_describe(own_error)}"
+            raise UserError(failure) from own_error or cause
 
-    def _read_verdict(self) -> str:
+    def _read_failure(self) -> str:
         with contextlib.suppress(OSError):
-            return self.verdict.read_text()
+            return self.failure.read_text()
         return ""
 
-    def _reports(self, about: str) -> list[dict[str, Any]]:
+    def _reports(self, phase: str) -> list[dict[str, Any]]:
+        """Reports of all ranks. Raises `UserError` if one is missing or reports an error."""
         reports = []
         for rank in range(self.world):
             try:
-                reports.append(json.loads(self.report(about, rank).read_text()))
+                reports.append(json.loads(self.report(phase, rank).read_text()))
             except (OSError, ValueError):
                 raise UserError(
                     f"rank {rank} could not report (is {self.folder} on storage that all nodes share?)"
@@ -185,36 +195,39 @@ class _Team:
         return reports
 
 
-def _reason(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename or 'writing'}: {error.strerror}"
     return str(error) or repr(error)
 
 
-def _mark(verdict: Path, text: str) -> None:
-    """An empty mark says as much as the others need, on a disk that takes no more; without any, rank 0 leaves."""
+def _write_failure(path: Path, text: str) -> None:
+    """On a full disk an empty file is enough to signal failure to the other ranks; without any, rank 0 still raises."""
     with contextlib.suppress(OSError):
-        verdict.touch()
-        verdict.write_text(text)
+        path.touch()
+        path.write_text(text)
 
 
-def _check_space(team: _Team, size: int) -> None:
-    free = shutil.disk_usage(team.temporary).free
+def _check_space(group: _SaveGroup, size: int) -> None:
+    """Raises `UserError` if the disk has less than `size` bytes and the margin."""
+    free = shutil.disk_usage(group.temporary).free
     if size + DISK_MARGIN > free:
-        gib = f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
-        raise UserError(f"{gib} in {team.folder}; free some space or choose another --save")
+        figures = f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
+        raise UserError(f"{figures} in {group.folder}; free some space or choose another --save")
 
 
-def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, Any]]) -> None:
-    """Checks that the shards make a whole, writes what is written last, and puts it in place."""
-    temporary, final = team.temporary, team.final
-    if (team.folder / "latest").is_dir():  # before the new one has its name: nothing would point at it
-        raise UserError(f"{team.folder}/latest is a folder; remove it")
-    ShardIndex(temporary, state.step, team.world)
-    listed = {shard_name(rank, team.world): report for rank, report in enumerate(reports)}
+def _publish(group: _SaveGroup, state: TrainState, run: Run, reports: list[dict[str, Any]]) -> None:
+    """Checks that the shards are complete, writes the JSON files and the manifest, and renames the folder."""
+    temporary, final = group.temporary, group.final
+    if (
+        group.folder / "latest"
+    ).is_dir():  # checked before the rename: else nothing would point to the checkpoint
+        raise UserError(f"{group.folder}/latest is a folder; remove it")
+    ShardIndex(temporary, state.step, group.world)
+    listed = {shard_name(rank, group.world): report for rank, report in enumerate(reports)}
     texts = {
         "run.json": schema.to_dict(run),
-        "train_state.json": dataclasses.asdict(state) | {"world": team.world},
+        "train_state.json": dataclasses.asdict(state) | {"world": group.world},
     }
     for name, values in texts.items():
         atomic.replace_file(temporary / name, json.dumps(values, indent=1) + "\n")
@@ -227,41 +240,41 @@ def _publish(team: _Team, state: TrainState, run: Run, reports: list[dict[str, A
         if path.name not in listed and path.name != MANIFEST:
             path.unlink()
     atomic.sync_path(temporary)
-    point = atomic.stage_file(team.folder / "latest", final.name + "\n")
-    replaced = team.folder / f".{final.name}.old"
-    team.check_owner()
+    replace_latest = atomic.stage_file(group.folder / "latest", final.name + "\n")
+    replaced = group.folder / f".{final.name}.old"
+    group.check_owner()
     if final.exists():
-        os.rename(final, replaced)  # `find` knows this name, should we be killed before the next line
+        os.rename(final, replaced)  # `step_folders` knows this name, in case of a kill before the next line
     os.rename(temporary, final)
-    atomic.sync_path(team.folder)
-    point()
+    atomic.sync_path(group.folder)
+    replace_latest()
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _prune(folder: Path, newest: str, keep: int) -> None:
-    """Removes all but the `keep` newest steps up to `newest`; later ones, of a run that was given up, are left alone."""
+    """Deletes all but the `keep` newest steps up to `newest`; later steps, of an abandoned run, stay."""
     try:
         steps = sorted(
-            p.name for p in folder.iterdir() if re.fullmatch(r"step_\d{7}", p.name) and p.name <= newest
+            path.name
+            for path in folder.iterdir()
+            if re.fullmatch(r"step_\d{7}", path.name) and path.name <= newest
         )
     except OSError as error:
-        logger.warning(f"{_reason(error)}; older checkpoints stay")
+        logger.warning(f"{_describe(error)}; older checkpoints stay")
         return
     for name in steps[:-keep]:
-        gone = folder / f".{name}.tmp"
+        hidden = folder / f".{name}.tmp"
         try:
-            os.rename(
-                folder / name, gone
-            )  # a removal that is cut short must not look like a damaged checkpoint
+            os.rename(folder / name, hidden)  # a half-deleted folder must not look like a damaged checkpoint
         except FileNotFoundError:
-            continue  # somebody else removed it
+            continue  # already deleted by someone else
         except OSError as error:
-            logger.warning(f"{_reason(error)}; this older checkpoint stays")
-        shutil.rmtree(gone, ignore_errors=True)
+            logger.warning(f"{_describe(error)}; this older checkpoint stays")
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _tidy(folder: Path, current: Path) -> None:
-    """Removes what killed and failed saves left behind, and ends a replacement that was cut short."""
+    """Deletes remains of killed and failed saves, and completes an interrupted replacement."""
     for path in (*folder.glob(".step_*.failed"), folder / ".latest.tmp"):
         path.unlink(missing_ok=True)
     for path in folder.glob(".step_*.tmp"):

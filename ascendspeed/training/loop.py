@@ -122,7 +122,7 @@ def train(
             saver.save(replace(state, engine=engine.scalars()), engine.fragments(), engine.rng())
         if saver and last:
             saver.wait()
-        for saved in saver.news() if saver else ():
+        for saved in saver.take_finished() if saver else ():
             behind = (
                 f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
             )

@@ -126,7 +126,9 @@ def test_what_git_keeps_in_place_of_large_files(name, tmp_path):
     )
     if name == "pytorch_model.bin":
         (folder / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=rf"{name} is a Git LFS pointer, not the file itself: run git lfs pull"):
+    with pytest.raises(
+        UserError, match=rf"{name} is a Git LFS pointer, not the file itself: run git lfs pull"
+    ):
         command("convert.py", *f"--from {folder} --to {tmp_path}/out --format hf".split())
     (folder / name).write_text("version https://git-lfs")  # control: any other text is not taken for it
     with pytest.raises(UserError) as error:

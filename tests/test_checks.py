@@ -1,4 +1,5 @@
-"""Every combination that cannot run: one line, the numbers in it and the legal choices, before anything is started."""
+"""Validation of runs: every illegal combination is an error of one line with the numbers and the legal
+choices."""
 
 from dataclasses import replace
 
@@ -15,13 +16,11 @@ RUN = Run(
 )
 GROUPED = {"family": "llama", "num_query_groups": 8, "add_qkv_bias": False, "add_dense_bias": False}
 EXPERTS = {"family": "mixtral", "num_experts": 8, "add_qkv_bias": False, "add_dense_bias": False}
-TP, PP, VPP, CP, EP = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "num_virtual_stages_per_pipeline_rank",
-    "context_parallel_size",
-    "expert_model_parallel_size",
-)
+TP = "tensor_model_parallel_size"
+PP = "pipeline_model_parallel_size"
+VPP = "num_virtual_stages_per_pipeline_rank"
+CP = "context_parallel_size"
+EP = "expert_model_parallel_size"
 ZERO = {"deepspeed": True, "zero_stage": 3}
 
 
@@ -86,7 +85,7 @@ def run_of(changes):
         ),
     ],
 )
-def test_what_can_run(world, changes):
+def test_legal_combinations(world, changes):
     validation.check_run(run_of(changes), world)
 
 
@@ -96,7 +95,8 @@ def test_what_can_run(world, changes):
         (
             3,
             {"parallel": {TP: 3}},
-            "32 attention heads, 32 key/value heads and an FFN width of 11008 do not split over 3 .* choose 1, 2",
+            "32 attention heads, 32 key/value heads and an FFN width of 11008 do not split over 3 .* choose "
+            "1, 2",
         ),
         (
             3,
@@ -118,7 +118,8 @@ def test_what_can_run(world, changes):
         (
             8,
             {"parallel": {PP: 2, VPP: 2}, "train": {"global_batch_size": 12}},
-            "3 micro-batches per iteration .* 2 pipeline stages.* --global-batch-size that is a multiple of 8",
+            "3 micro-batches per iteration .* 2 pipeline stages.* --global-batch-size that is a multiple of "
+            "8",
         ),
         (
             6,
@@ -285,7 +286,7 @@ def test_what_can_run(world, changes):
         ),
     ],
 )
-def test_what_cannot_run_is_one_line(world, changes, message):
+def test_illegal_combinations_are_errors_of_one_line(world, changes, message):
     with pytest.raises(UserError, match=message) as caught:
         validation.check_run(run_of(changes), world)
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The converters' command lines: what is wrong with what was typed is said first, before anything is read or printed."""
+"""Command lines of the converters: mistakes are reported before anything is read or printed."""
 
 from dataclasses import replace
 
@@ -17,10 +17,14 @@ TYPED = {
     "hf --tp 2": "--tp is for --format megatron or deepspeed or internevo, not for hf",
     "hf-llama --pp 2": "--pp is for --format megatron or internevo, not for hf-llama",
     "deepspeed --pp 2": "--pp is for --format megatron or internevo, not for deepspeed",
-    "internevo --make-vocab-size-divisible-by 64": "--make-vocab-size-divisible-by is for --format megatron or deepspeed",
+    "internevo --make-vocab-size-divisible-by 64": (
+        "--make-vocab-size-divisible-by is for --format megatron or deepspeed"
+    ),
     "megatron --max-shard-size 1GB": "--max-shard-size is for --format hf or hf-llama",
     "hf-llama --to-family internlm2": "--to-family is for --format hf, not for hf-llama",
-    "hf --to-family internlm9": "--to-family internlm9 does not exist; there are internlm, internlm2, internlm3",
+    "hf --to-family internlm9": (
+        "--to-family internlm9 does not exist; there are internlm, internlm2, internlm3"
+    ),
     "megatron --copy-code": "--copy-code is for --format hf, not for megatron",
     "megatron --wp 2": "--wp is for --format internevo, not for megatron",
     "hf --internevo-version 1": "--internevo-version is for --format internevo, not for hf",
@@ -36,8 +40,8 @@ TYPED = {
 
 
 @pytest.mark.parametrize("typed", TYPED)
-def test_what_was_typed_is_judged_before_anything_is_opened(typed, tmp_path, capsys):
-    """--from is not even there."""
+def test_flags_are_checked_before_the_source_is_opened(typed, tmp_path, capsys):
+    """--from does not exist."""
     with pytest.raises(UserError) as error:
         command("convert.py", *f"--from {tmp_path}/nowhere --to {tmp_path}/out --format {typed}".split())
     assert str(error.value).startswith(TYPED[typed])
@@ -57,7 +61,7 @@ FULL = {
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_a_target_that_is_taken_is_said_first(name, tmp_path):
+def test_a_target_that_is_not_empty_is_reported_first(name, tmp_path):
     (tmp_path / "thesis.txt").touch()
     words = FULL[name].format(source=tmp_path / "nowhere", target=tmp_path).split()
     with pytest.raises(UserError, match="exists and is not an empty directory"):
@@ -77,11 +81,11 @@ def test_a_target_that_is_taken_is_said_first(name, tmp_path):
         "--rotary-type dynamic --scaling-factor 2",
     ],
 )
-def test_what_only_an_internevo_folder_may_not_say(typed, tmp_path):
+def test_flags_of_internevo_folders(typed, tmp_path):
     hugging_face(tmp_path / "hf", replace(BASE, num_layers=1))
     directory(tmp_path / "evo-hf", "internlm", BIASED)
     command("convert.py", *f"--from {tmp_path}/evo-hf --to {tmp_path}/evo --format internevo --tp 1".split())
-    with pytest.raises(UserError, match=r"is for a training folder of InternEvo, which .*hf is not"):
+    with pytest.raises(UserError, match=r"is for an InternEvo training folder, which .*hf is not"):
         command("convert.py", *f"--from {tmp_path}/hf --to {tmp_path}/out --format hf {typed}".split())
     if "yes" in typed or "fused" in typed:
         return
@@ -107,7 +111,7 @@ def test_a_size_is_that_of_any_generation(name, size):
     assert mismatch == f"--type {size}: num_layers {PRESETS[name].num_layers}, config.json 5"
 
 
-def test_a_size_that_no_generation_has():
+def test_a_size_that_the_family_lacks():
     with pytest.raises(
         UserError, match=r"--type 8B: the family llama has no such size; there are llama-7b, llama-13b"
     ):
@@ -117,14 +121,14 @@ def test_a_size_that_no_generation_has():
     ]
 
 
-def test_a_tokenizer_that_does_not_fit_is_named_as_it_was_typed(tmp_path):
+def test_an_error_names_the_tokenizer_as_it_was_typed(tmp_path):
     directory(tmp_path / "hf", "internlm", BIASED)
     command("convert.py", *f"--from {tmp_path}/hf --to {tmp_path}/evo --format internevo".split())
     large = corpus.sentencepiece_dir(tmp_path / "tokens", 400) / "tokenizer.model"
-    mine = large.rename(tmp_path / "v7.model")
+    too_large = large.rename(tmp_path / "v7.model")
     junk = tmp_path / "junk.model"
     junk.write_bytes(b"pieces")
-    for path, said in ((mine, "has 400 pieces"), (junk, "is not a sentencepiece model")):
+    for path, message in ((too_large, "has 400 pieces"), (junk, "is not a sentencepiece model")):
         with pytest.raises(UserError) as error:
             command(
                 "../transformers/convert2hf_internlm.py",
@@ -135,29 +139,27 @@ def test_a_tokenizer_that_does_not_fit_is_named_as_it_was_typed(tmp_path):
                 "--tokenizer",
                 path,
             )
-        assert str(error.value).startswith(f"{path} {said}")
+        assert str(error.value).startswith(f"{path} {message}")
     assert not (tmp_path / "x").exists()
 
 
 def test_a_random_model_with_noise(tmp_path):
-    """So that the loss of a bias or a norm can be seen: without, they are 0 and 1."""
+    """With noise, a lost bias or norm changes the logits; without, biases are 0 and norms 1."""
 
-    def made(name: str, *more: str) -> dict[str, torch.Tensor]:
-        command("../random_model.py", "--output-dir", tmp_path / name, *more)
+    def random_weights(name: str, *flags: str) -> dict[str, torch.Tensor]:
+        command("../random_model.py", "--output-dir", tmp_path / name, *flags)
         return load_file(tmp_path / name / "model.safetensors")
 
-    plain, noisy, again, other = (
-        made("a"),
-        made("b", "--noise", "0.02"),
-        made("c", "--noise=0.02"),
-        made("d", "--noise=0.02", "--seed=1"),
-    )
-    small = [name for name in plain if plain[name].ndim == 1]
+    standard = random_weights("a")
+    noisy = random_weights("b", "--noise", "0.02")
+    again = random_weights("c", "--noise=0.02")
+    other_seed = random_weights("d", "--noise=0.02", "--seed=1")
+    small = [name for name in standard if standard[name].ndim == 1]
     assert all(torch.equal(noisy[name], again[name]) for name in noisy)
-    assert all(torch.equal(plain[name], noisy[name]) == (name not in small) for name in plain)
-    assert all(0 < (noisy[name] - plain[name]).std() < 0.04 for name in small)
-    assert not any(torch.equal(noisy[name], other[name]) for name in small)
-    assert {float(plain[name].unique()) for name in small} == {0.0, 1.0}
+    assert all(torch.equal(standard[name], noisy[name]) == (name not in small) for name in standard)
+    assert all(0 < (noisy[name] - standard[name]).std() < 0.04 for name in small)
+    assert not any(torch.equal(noisy[name], other_seed[name]) for name in small)
+    assert {float(standard[name].unique()) for name in small} == {0.0, 1.0}
     for wrong in ("-1", "nan", "inf"):
-        with pytest.raises(UserError, match=r"--noise .* is no deviation"):
+        with pytest.raises(UserError, match=r"--noise .* is not a standard deviation"):
             command("../random_model.py", "--output-dir", tmp_path / "x", f"--noise={wrong}")

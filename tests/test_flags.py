@@ -1,4 +1,4 @@
-"""The command line: every spelling that people type, and one line with the nearest name for what it does not know."""
+"""Command-line parser: spellings, errors of one line, `--help`."""
 
 import dataclasses
 import subprocess
@@ -29,9 +29,9 @@ DEFAULT = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), Trai
 @dataclass(frozen=True)
 class Inner:
     layer_count: Annotated[int, alias("layers")] = 2
-    """How many."""
+    """Number of layers."""
     style: Literal["plain", "fancy"] = "plain"
-    """Which."""
+    """Style."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
     fast: bool = False
     """Hurry."""
     rate: float | None = None
-    """How fast."""
+    """Rate."""
 
 
 def parse(*args: str) -> Options:
@@ -66,7 +66,7 @@ def test_spellings_mean_the_same(args):
     assert parser.typed_fields(Options, args) == {"input", "layer_count", "fast"}
 
 
-def test_defaults_and_what_was_typed():
+def test_defaults_and_typed_fields():
     assert parse("--input", "a") == Options(("a",))
     assert parser.typed_fields(Options, ["--input", "a"]) == {"input"}
     assert parser.spellings(Options) == {
@@ -82,7 +82,7 @@ def test_defaults_and_what_was_typed():
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["--input", "a", "--layer-cuont", "3"], "unknown flag --layer-cuont; did you mean --layer-count?"),
         (["--input", "a", "--fasst"], "unknown flag --fasst; did you mean --fast?"),
@@ -95,10 +95,10 @@ def test_defaults_and_what_was_typed():
     ],
     ids=str,
 )
-def test_errors_are_one_line(args, said):
+def test_errors_are_one_line(args, message):
     with pytest.raises(UserError) as error:
         parse(*args)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 300
 
@@ -116,7 +116,9 @@ def test_help(capsys):
         parse("--help")
     shown = capsys.readouterr().out
     assert not stop.value.code
-    assert all(text in shown for text in ("--layer-count", "--layers", "How many.", "plain", "Hurry."))
+    assert all(
+        text in shown for text in ("--layer-count", "--layers", "Number of layers.", "plain", "Hurry.")
+    )
 
 
 def test_every_field_of_a_run_is_a_flag_with_help(capsys):

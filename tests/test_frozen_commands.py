@@ -1,7 +1,7 @@
-"""Published command lines and every legacy flag resolve to the same run, notes and errors as when they were recorded.
+"""Frozen command lines: published commands and legacy flags resolve to the recorded runs, notes and errors.
 
-`python tests/test_frozen_commands.py` prints the expectations of `frozen_commands.json` as the current code resolves them.
-A new command line is added to the file by hand; an expectation that changes is a change of behaviour.
+`python tests/test_frozen_commands.py` prints `frozen_commands.json` as the current code resolves it. A new
+command line is added to the file by hand; an expectation that changes is a change of behaviour.
 """
 
 import dataclasses
@@ -34,14 +34,16 @@ def script(path: str) -> Any:
 
 
 def changed(value: Any, default: Any, prefix: str = "") -> dict[str, Any]:
-    """Fields of a (nested) dataclass that differ from those of `default`, by dotted name, as JSON has them."""
+    """Fields of a (nested) dataclass that differ from those of `default`, by dotted name, as JSON has
+    them."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(value):
-        mine, theirs = getattr(value, field.name), getattr(default, field.name)
-        if dataclasses.is_dataclass(mine):
-            values |= changed(mine, theirs, f"{prefix}{field.name}.")
-        elif mine != theirs:
-            values[prefix + field.name] = mine
+        item = getattr(value, field.name)
+        default_item = getattr(default, field.name)
+        if dataclasses.is_dataclass(item):
+            values |= changed(item, default_item, f"{prefix}{field.name}.")
+        elif item != default_item:
+            values[prefix + field.name] = item
     return json.loads(json.dumps(values, default=str))
 
 
@@ -141,5 +143,5 @@ if __name__ == "__main__":
 
     with tempfile.TemporaryDirectory() as folder:
         for entry in json.loads(FROZEN.read_text() if len(sys.argv) < 2 else Path(sys.argv[1]).read_text()):
-            kept = {name: entry[name] for name in ("command", "words", "world") if name in entry}
-            print(json.dumps(kept | outcome(entry, tiny(Path(folder)))), flush=True)
+            command_line = {name: entry[name] for name in ("command", "words", "world") if name in entry}
+            print(json.dumps(command_line | outcome(entry, tiny(Path(folder)))), flush=True)

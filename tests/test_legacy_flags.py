@@ -1,4 +1,4 @@
-"""Legacy flags: translation of every kind, the tables of the commands, `--help`, the page of the documentation, Megatron-LM's flags."""
+"""Legacy flags: translation, tables of the commands, `--help`, documentation; flags of Megatron-LM."""
 
 import importlib.util
 import re
@@ -119,7 +119,8 @@ def test_notes_and_values():
 
 
 def test_a_new_legacy_flag_is_one_line(monkeypatch):
-    """The training command accepts a toy entry and notes it; the page of the documentation lacks it, and a test says so."""
+    """The training command accepts a toy entry and notes it; the page of the documentation lacks it, and a
+    test says so."""
     words = ["--deepspeed", "--data-path", "data", "--fuse-everything"]
     with pytest.raises(UserError, match="unknown flag --fuse-everything"):
         resolve(words, 1)
@@ -220,7 +221,7 @@ def test_every_group_of_training_in_the_order_of_use(capsys, monkeypatch):
     assert positions == sorted(positions)
 
 
-# --- flags of Megatron-LM ----------------------------------------------------------------------------------------------------
+# --- flags of Megatron-LM --------------------------------------------------------------------------------
 
 
 def test_megatron_flags_are_unknown_flags_with_an_answer_that_exists():

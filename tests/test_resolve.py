@@ -1,4 +1,4 @@
-"""The command line of pre-training: the published commands, presets and contradictions, and the frozen set of flags."""
+"""Command line of training: published commands, presets, errors, and the frozen set of flags."""
 
 import dataclasses
 import json
@@ -15,19 +15,23 @@ from ascendspeed.utils.errors import UserError
 
 GOOD = ["--deepspeed", "--data-path", "data"]
 
-PUBLISHED_7B = """--DDP-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --num-layers 32 --hidden-size
-    4096 --position-embedding-type rope --normalization RMSNorm --ffn-hidden-size 11008 --num-attention-heads 32
-    --micro-batch-size 8 --global-batch-size 64 --seq-length 2048 --max-position-embeddings 2048 --train-iters
-    5000 --data-path ./dataset/alpaca_text_document --load ./model_weights/ --tokenizer-name-or-path
-    ./dataset/internlm --tokenizer-not-use-fast --data-impl mmap --split 949,50,1 --distributed-backend nccl --lr
-    1.0e-6 --min-lr 1.0e-6 --lr-decay-style cosine --lr-warmup-fraction .01 --weight-decay 1e-2 --clip-grad 1.0
-    --adam-beta1 0.9 --adam-beta2 0.95 --log-interval 1 --save-interval 1000 --eval-interval 10000 --eval-iters 10
-    --use-flash-attn --use-fused-rmsnorm --use-fused-rotary-pos-emb --auto-recompute-device-size 46080 --deepspeed
-    --no-pipeline-parallel --deepspeed_config ds.json --zero-stage 2 --deepspeed-activation-checkpointing --bf16"""
+PUBLISHED_7B = """
+    --DDP-impl local --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --num-layers 32
+    --hidden-size 4096 --position-embedding-type rope --normalization RMSNorm --ffn-hidden-size 11008
+    --num-attention-heads 32 --micro-batch-size 8 --global-batch-size 64 --seq-length 2048
+    --max-position-embeddings 2048 --train-iters 5000 --data-path ./dataset/alpaca_text_document --load
+    ./model_weights/ --tokenizer-name-or-path ./dataset/internlm --tokenizer-not-use-fast --data-impl
+    mmap --split 949,50,1 --distributed-backend nccl --lr 1.0e-6 --min-lr 1.0e-6 --lr-decay-style cosine
+    --lr-warmup-fraction .01 --weight-decay 1e-2 --clip-grad 1.0 --adam-beta1 0.9 --adam-beta2 0.95
+    --log-interval 1 --save-interval 1000 --eval-interval 10000 --eval-iters 10 --use-flash-attn
+    --use-fused-rmsnorm --use-fused-rotary-pos-emb --auto-recompute-device-size 46080 --deepspeed
+    --no-pipeline-parallel --deepspeed_config ds.json --zero-stage 2
+    --deepspeed-activation-checkpointing --bf16
+"""
 
 
-def test_the_published_command_is_understood_as_it_stands():
-    run, said = resolve(PUBLISHED_7B.split(), 8)
+def test_the_published_command_runs_unchanged():
+    run, notes = resolve(PUBLISHED_7B.split(), 8)
     assert run.model == families.preset("internlm-7b")
     assert (run.optim.lr, run.optim.min_lr, run.optim.adam_beta2, run.optim.clip_grad, run.optim.bf16) == (
         1e-6,
@@ -47,7 +51,7 @@ def test_the_published_command_is_understood_as_it_stands():
         "949,50,1",
     )
     assert run.train.recompute_granularity == "full"
-    text = "\n".join(said)
+    text = "\n".join(notes)
     assert "--deepspeed-activation-checkpointing is accepted as --recompute-granularity full" in text
     for accepted in ("--use-flash-attn", "--DDP-impl", "--tokenizer-not-use-fast"):
         assert f"{accepted} is accepted and ignored: " in text
@@ -87,13 +91,13 @@ def test_flags_override_the_preset_and_no_typed_flag_is_lost():
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """A folder that says what it holds."""
+    """A folder with a config.json."""
     tiny = families.preset("internlm-tiny")
     (tmp_path / "config.json").write_text(json.dumps(families.FAMILIES["internlm"].write_config(tiny)))
     return tmp_path
 
 
-def test_the_architecture_comes_from_what_is_loaded(weights):
+def test_the_architecture_comes_from_load(weights):
     assert resolve([*GOOD, "--load", str(weights)], 1)[0].model == families.preset("internlm-tiny")
     assert resolve([*GOOD, "--load", str(weights), "--model", "internlm-tiny", "--num-layers", "4"], 1)
 
@@ -101,13 +105,13 @@ def test_the_architecture_comes_from_what_is_loaded(weights):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--num-layers", "5"], "the command line says num_layers = 5, but --load .* holds num_layers = 4"),
+        (["--num-layers", "5"], "the command line sets num_layers = 5, but --load .* holds num_layers = 4"),
         (["--norm-epsilon", "1e-5"], "norm_epsilon = 1e-05, but --load .* holds norm_epsilon = 1e-06"),
         (["--no-add-dense-bias"], "add_dense_bias = False, but --load .* holds add_dense_bias = True"),
-        (["--model", "internlm-7b"], "--model internlm-7b says .* but --load .* holds "),
+        (["--model", "internlm-7b"], "--model internlm-7b sets .* but --load .* holds "),
     ],
 )
-def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, message):
+def test_a_mismatch_with_load_names_both_values(weights, words, message):
     with pytest.raises(UserError, match=message):
         resolve([*GOOD, "--load", str(weights), *words], 1)
 
@@ -128,7 +132,7 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
         (
             "--data-path x --pp 2 --vpp 2 --num-layers-per-virtual-pipeline-stage 8",
             2,
-            "say the same; give one of them",
+            "set the same; give one of them",
         ),
         ("--deepspeed", 1, "--data-path is missing"),
         (
@@ -209,21 +213,22 @@ def test_a_contradiction_with_what_is_loaded_names_both_values(weights, words, m
         ("--data-path x --deepspeed stray", 1, "'stray' does not belong to any flag"),
     ],
 )
-def test_what_cannot_run_is_one_clear_line(words, world, message):
+def test_errors_are_one_line(words, world, message):
     with pytest.raises(UserError, match=message) as caught:
         resolve(words.split(), world)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"x"', "{", '{"model_type": "gpt2"}'])
-def test_a_config_json_that_is_none_is_an_error(tmp_path, text):
+def test_a_malformed_config_json_is_an_error(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json"):
         resolve([*GOOD, "--load", str(tmp_path)], 1)
 
 
 def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
-    """The architecture is that of the checkpoint that will be loaded: what `latest` names, if it is whole."""
+    """The architecture is that of the checkpoint which will be loaded: the one in `latest`, if it is
+    intact."""
     import hashlib
 
     for step, layers in ((2, 4), (4, 5), (6, 6)):
@@ -245,16 +250,16 @@ def test_a_damaged_run_json_does_not_hide_the_checkpoint_before(tmp_path):
     assert resolve([*GOOD, "--load", str(tmp_path)], 1)[0].model.num_layers == 4
 
 
-def test_auto_resume_goes_on_in_save_whatever_load_says(tmp_path, weights):
-    """With a checkpoint in --save it is loaded, as it is; without one the run begins as --load and --finetune say."""
+def test_auto_resume_prefers_save_to_load(tmp_path, weights):
+    """A checkpoint in --save is resumed; without one, the run starts from --load as --finetune requires."""
     words = [*GOOD, "--load", str(weights), "--finetune", "--save", str(tmp_path / "ckpt"), "--auto-resume"]
-    run, said = resolve(words, 1)
+    run, notes = resolve(words, 1)
     assert (run.train.load, run.train.finetune) == (str(weights), True)
-    assert f"--auto-resume: {tmp_path}/ckpt holds no checkpoint yet, so this is the start of the run" in said
+    assert f"--auto-resume: {tmp_path}/ckpt holds no checkpoint yet, so this is the start of the run" in notes
     (tmp_path / "ckpt" / ".step_0000001.tmp").mkdir(parents=True)  # the very first save was killed
     assert resolve(words, 1)[0].train.load == str(weights)
     (tmp_path / "ckpt" / "step_0000001").mkdir()
-    run, said = resolve(words, 1)
+    run, notes = resolve(words, 1)
     assert (run.train.load, run.train.finetune) == (str(tmp_path / "ckpt"), False)
     with pytest.raises(UserError, match="--auto-resume continues the run in --save; give --save"):
         resolve([*GOOD, "--auto-resume"], 1)
@@ -279,17 +284,17 @@ def test_virtual_stages_by_the_layers_in_each():
     assert resolve(["--data-path", "data", "--tp", "2", "--cp", "2"], 8)[0].train.global_batch_size == 2
 
 
-def test_sequence_parallel_at_size_one_is_switched_off_aloud():
-    run, said = resolve([*GOOD, "--sequence-parallel"], 1)
+def test_sequence_parallel_at_size_one_is_switched_off_with_a_note():
+    run, notes = resolve([*GOOD, "--sequence-parallel"], 1)
     assert not run.parallel.sequence_parallel
-    assert any("does nothing at tensor-parallel size 1" in text for text in said)
+    assert any("does nothing at tensor-parallel size 1" in text for text in notes)
 
 
 FROZEN = Path(__file__).parent / "flags.txt"
 
 
 def test_the_set_of_flags_is_frozen():
-    """People have these in their shell history. A new one is added to tests/flags.txt on purpose; none is ever taken away."""
+    """A new flag is added to tests/flags.txt on purpose; no flag is ever removed, because scripts use it."""
     assert sorted({*parser.spellings(TrainCommand), *TRAIN}) == FROZEN.read_text().split()
 
 

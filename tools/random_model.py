@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse(Options, description=Options.__doc__ or "")
     config = families.preset(options.model)
     if not 0 <= options.noise < math.inf:
-        raise errors.UserError(f"--noise {options.noise} is no deviation: 0, or a little more")
+        raise errors.UserError(f"--noise {options.noise} is not a standard deviation: 0 or a little more")
     import torch  # after parsing, so that --help does not wait for torch
 
     from ascendspeed.conversion import convert

@@ -83,7 +83,7 @@ class MustAgree:
     """Property that is checked."""
     value: ValueType = None
     mismatches: Callable[[Any, Any], Iterable[str]] | None = None
-    """(subject of the command, value) -> contradictions; None: the legal values are the whole check."""
+    """(subject of the command, value) -> mismatches; None: the legal values are the whole check."""
 
     @property
     def effect(self) -> str:

@@ -11,7 +11,7 @@ from ascendspeed.utils.errors import UserError
 SIZES = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 """Fields of a configuration that a size such as 7B determines."""
 Mismatches = Callable[[Any, Any], Iterator[str]]
-"""(checkpoint reader, value of the flag) -> contradictions."""
+"""(checkpoint reader, value of the flag) -> mismatches."""
 
 
 def check_source(legacy: Translation, folder: str, reader: Any) -> None:

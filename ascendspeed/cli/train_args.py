@@ -116,7 +116,7 @@ def _virtual_stages(
     pp = parallel.pipeline_model_parallel_size
     flag = f"--num-layers-per-virtual-pipeline-stage {layers_per_stage}"
     if "num_virtual_stages_per_pipeline_rank" in typed:
-        raise UserError(f"{flag} and --num-virtual-stages-per-pipeline-rank say the same; give one of them")
+        raise UserError(f"{flag} and --num-virtual-stages-per-pipeline-rank set the same; give one of them")
     per_rank = num_layers // max(1, pp)
     if pp < 1 or num_layers % pp or layers_per_stage < 1 or per_rank % layers_per_stage:
         choices = ", ".join(str(n) for n in range(1, per_rank + 1) if per_rank % n == 0)
@@ -144,8 +144,8 @@ def _check_data(data: DataConfig, typed: frozenset[str]) -> None:
         return
     if "eval_interval" not in typed:
         raise UserError(
-            f"--valid-data-path {' '.join(data.valid_data_path)}: say how often it is evaluated on by "
-            "--eval-interval"
+            f"--valid-data-path {' '.join(data.valid_data_path)}: set --eval-interval, the "
+            "iterations between evaluations"
         )
     if "split" in typed and set(data.split.split(",")[1:]) - {"0"}:
         raise UserError(
@@ -169,7 +169,7 @@ def model_of(line: CommandLine[Any], name: str | None, load: str | None) -> Mode
         if value != actual:
             origin = "the command line" if field_name in line.typed or not name else f"--model {name}"
             raise UserError(
-                f"{origin} says {field_name} = {value}, but --load {load} holds {field_name} = {actual}; "
+                f"{origin} sets {field_name} = {value}, but --load {load} holds {field_name} = {actual}; "
                 "correct the flag or leave it out"
             )
     return model

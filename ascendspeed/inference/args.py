@@ -279,4 +279,4 @@ def _check_output_file(path: Path) -> None:
         )
     folder = path.absolute().parent
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--output-file {path}: {folder} is no directory that can be written to")
+        raise UserError(f"--output-file {path}: {folder} is not a writable directory")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ascendspeed.cli.compat import TABLES
+from ascendspeed.conversion.formats.base import CheckpointFormat
 from ascendspeed.models.families import base as family_base
 
 ROOT = Path(__file__).parent.parent
@@ -277,6 +278,21 @@ def test_paths_exist(page):
 @pytest.mark.parametrize("page", ALL, ids=named)
 def test_flags_exist(page):
     assert unknown_flags(page.read_text()) == []
+
+
+def unknown_members(text: str) -> list[str]:
+    """Members in the table of "Add a checkpoint format" that `CheckpointFormat` does not have."""
+    section = text[text.index("`CheckpointFormat`**") :]
+    rows = re.findall(r"^\| (`[^|]+) \|", section[: section.index("**2.")], re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)", row)]
+    return [name for name in names if not hasattr(CheckpointFormat, name)] if names else ["no table"]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
+def test_the_contract_of_a_format_has_the_names_of_the_code(page):
+    text = (ROOT / page).read_text()
+    assert unknown_members(text) == []
+    assert unknown_members(text.replace("`detect(folder)`", "`is_one(folder)`")) == ["is_one"]  # control
 
 
 def unknown_names(text: str) -> list[str]:

@@ -285,7 +285,8 @@ def unknown_members(text: str) -> list[str]:
     section = text[text.index("`CheckpointFormat`**") :]
     rows = re.findall(r"^\| (`[^|]+) \|", section[: section.index("**2.")], re.MULTILINE)
     names = [name for row in rows for name in re.findall(r"`(\w+)", row)]
-    return [name for name in names if not hasattr(CheckpointFormat, name)] if names else ["no table"]
+    members = {*dir(CheckpointFormat), *CheckpointFormat.__annotations__}
+    return [name for name in names if name not in members] if names else ["no table"]
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
@@ -293,6 +294,66 @@ def test_the_contract_of_a_format_has_the_names_of_the_code(page):
     text = (ROOT / page).read_text()
     assert unknown_members(text) == []
     assert unknown_members(text.replace("`detect(folder)`", "`is_one(folder)`")) == ["is_one"]  # control
+
+
+@cache
+def sources() -> dict[str, str]:
+    folders = ("ascendspeed", "tests", "tools", "tasks")
+    return {named(path): path.read_text() for folder in folders for path in (ROOT / folder).rglob("*.py")}
+
+
+@cache
+def messages() -> str:
+    """The string literals of the library, adjacent ones joined and values replaced by an ellipsis."""
+    code = " ".join(text for name, text in sources().items() if name.startswith("ascendspeed/"))
+    joined = re.sub(r'"\s*f?"', "", code)
+    return re.sub(r"\s+", " ", re.sub(r"\{[^{}]*\}", "…", joined))
+
+
+def unknown_messages(text: str) -> list[str]:
+    """Error messages of the first column of which no three consecutive words are in the code."""
+    found = []
+    for row in re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE):
+        if "DeepSpeed" in row or "import torch" in row:
+            continue
+        for message in re.findall(r"`([^`]+)`", row):
+            words = message.split()
+            windows = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
+            if not any(window in messages() for window in windows):
+                found.append(message)
+    return found
+
+
+@pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/troubleshooting_zh.md"])
+def test_error_messages_are_those_of_the_code(page):
+    text = (ROOT / page).read_text()
+    assert unknown_messages(text) == []
+    assert unknown_messages(text.replace("another run saves in …", "someone else saves here")) == [
+        "someone else saves here"
+    ]
+
+
+def undefined(text: str) -> list[str]:
+    """Classes and constants in code spans that no Python file of the library or the tests defines."""
+    python = [
+        path.read_text() for folder in ("ascendspeed", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    names = sorted(set(re.findall(r"`([A-Z]\w*[a-z]\w*[A-Z]\w*|[A-Z][A-Z_]{3,})`", text)))
+    definition = r"^(?:class {0}\b|{0}\b[^\n]*=)"
+    return [
+        name
+        for name in names
+        if not any(re.search(definition.format(name), code, re.MULTILINE) for code in python)
+    ]
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])
+def test_classes_and_constants_exist(page):
+    text = (ROOT / page).read_text()
+    assert undefined(text) == []
+    assert undefined(text.replace("`CheckpointReader`", "`CheckpointSource`")) == [
+        "CheckpointSource"
+    ]  # control
 
 
 def unknown_names(text: str) -> list[str]:

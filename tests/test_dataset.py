@@ -22,7 +22,7 @@ SEQ, SEED, VOCAB = 16, 7, 50_000
 
 
 def write(prefix, count, start=0, seed=0):
-    """Documents of 1 to 40 ids; all ids of the data set are different, so that a token says where it is from."""
+    """Documents of 1 to 40 ids; all ids of the data set are different, so that a token identifies its document."""
     lengths = np.random.default_rng(seed).integers(1, 41, count).astype(np.int32)
     tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
     with PairWriter(prefix, np.dtype(np.uint16)) as writer:
@@ -47,25 +47,25 @@ def tokens_of(batches):
     return torch.cat([b.tokens for b in batches]).tolist()
 
 
-def by_hand(documents, seed, passes):
-    """What the samples of some epochs are: documents in a shuffled order, one after the other, cut, shuffled."""
-    found = []
+def expected_samples(documents, seed, passes):
+    """Samples of some epochs: shuffled documents, concatenated, split and shuffled again."""
+    samples_by_epoch = []
     for number in range(passes):
         random = np.random.RandomState(seed + number)
         order = np.arange(len(documents))
         random.shuffle(order)
         row = [token for d in order for token in documents[d]]
         samples = [row[at : at + SEQ + 1] for at in range(0, len(row) - SEQ, SEQ)]
-        places = np.arange(len(samples))
-        random.shuffle(places)
-        found += [samples[p] for p in places]
-    return found
+        order = np.arange(len(samples))
+        random.shuffle(order)
+        samples_by_epoch += [samples[p] for p in order]
+    return samples_by_epoch
 
 
-def test_samples_are_shuffled_documents_cut_in_pieces_epoch_after_epoch(tmp_path):
+def test_samples_are_shuffled_documents_split_epoch_after_epoch(tmp_path):
     documents = write(tmp_path / "a", 60)
     samples = train(str(tmp_path / "a"), split="1,0,0")
-    expected = by_hand(documents, SEED, 3)
+    expected = expected_samples(documents, SEED, 3)
     assert len(expected) == 3 * len(samples)
     for number, row in enumerate(expected):
         tokens, labels, mask, positions = samples.sample(number)
@@ -74,14 +74,14 @@ def test_samples_are_shuffled_documents_cut_in_pieces_epoch_after_epoch(tmp_path
         assert mask.tolist() == [1.0] * SEQ
         assert positions.tolist() == list(range(SEQ))
         assert {t.dtype for t in (tokens, labels, positions)} == {torch.int64}
-    assert by_hand(documents, SEED + 1, 1) != expected[: len(samples)]  # control: the seed matters
+    assert expected_samples(documents, SEED + 1, 1) != expected[: len(samples)]  # control: the seed matters
     assert (
         expected[: len(samples)] != expected[len(samples) : 2 * len(samples)]
     )  # and no epoch is like the one before
 
 
-def test_an_epoch_is_megatrons_own(prefix, tmp_path):
-    def theirs(num_samples, seed=SEED):
+def test_an_epoch_equals_megatrons(prefix, tmp_path):
+    def megatron_epoch(num_samples, seed=SEED):
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=SEQ,
@@ -98,12 +98,15 @@ def test_an_epoch_is_megatrons_own(prefix, tmp_path):
 
     samples = train(prefix, split="1,0,0")
     for number in (0, 1):
-        one = theirs(None, SEED + number)
-        assert len(one) == len(samples)
-        for place in range(len(one)):
-            assert samples.sample(number * len(one) + place)[0].tolist() == one[place]["tokens"].tolist()
+        reference = megatron_epoch(None, SEED + number)
+        assert len(reference) == len(samples)
+        for index in range(len(reference)):
+            assert (
+                samples.sample(number * len(reference) + index)[0].tolist()
+                == reference[index]["tokens"].tolist()
+            )
     # control: built for as many samples as a run asks for, what comes first depends on the length of the run
-    firsts = {tuple(theirs(count)[0]["tokens"].tolist()) for count in (100, 1000, 5000)}
+    firsts = {tuple(megatron_epoch(count)[0]["tokens"].tolist()) for count in (100, 1000, 5000)}
     assert len(firsts) == 3
 
 
@@ -119,13 +122,13 @@ def test_splits_are_megatrons(prefix, tmp_path):
         reset_attention_mask=False,
         eod_mask_loss=False,
     )
-    theirs = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
-    ours = build_splits(DataConfig(data_path=(prefix,), seq_length=SEQ, split="900,70,30"), SEED, VOCAB)
-    assert list(ours) == ["train", "valid", "test"]
-    for name, one in zip(ours, theirs, strict=True):
-        assert len(ours[name]) == len(one)
-        assert [ours[name].sample(i)[0].tolist() for i in range(len(one))] == [
-            x["tokens"].tolist() for x in one
+    references = BlendedMegatronDatasetBuilder(GPTDataset, [None, None, None], lambda: True, config).build()
+    samples = build_splits(DataConfig(data_path=(prefix,), seq_length=SEQ, split="900,70,30"), SEED, VOCAB)
+    assert list(samples) == ["train", "valid", "test"]
+    for name, reference in zip(samples, references, strict=True):
+        assert len(samples[name]) == len(reference)
+        assert [samples[name].sample(i)[0].tolist() for i in range(len(reference))] == [
+            x["tokens"].tolist() for x in reference
         ]
 
 
@@ -136,13 +139,13 @@ def test_every_document_is_in_one_split(split):
         assert sorted(d for r in ranges for d in r) == list(range(count))
 
 
-def test_the_batch_at_a_step_depends_on_nothing_but_consumed_samples(prefix):
-    walked = train(prefix)
-    steps = [tokens_of(micro_batches(walked, consumed, 8, 2)) for consumed in range(0, 1000, 8)]
-    assert 3 * len(walked) < 1000  # several epochs
+def test_batch_depends_only_on_consumed_samples(prefix):
+    samples = train(prefix)
+    steps = [tokens_of(micro_batches(samples, consumed, 8, 2)) for consumed in range(0, 1000, 8)]
+    assert 3 * len(samples) < 1000  # several epochs
     for step in (124, 3, 57, 0):  # a resumed run, forwards and backwards
         assert tokens_of(micro_batches(train(prefix), step * 8, 8, 2)) == steps[step]
-        assert tokens_of(micro_batches(walked, step * 8, 8, 2)) == steps[step]
+        assert tokens_of(micro_batches(samples, step * 8, 8, 2)) == steps[step]
     assert tokens_of(micro_batches(train(prefix, seed=SEED + 100), 0, 8, 2)) != steps[0]
 
 
@@ -153,10 +156,13 @@ def test_data_parallel_ranks_share_the_same_samples(prefix, micro):
     assert alone == [samples.sample(consumed + i)[0].tolist() for i in range(16)]
     for size in (2, 4):
         ranks = [micro_batches(train(prefix), consumed, 16, micro, rank, size) for rank in range(size)]
-        assert all(len(found) == 16 // micro // size for found in ranks)
-        assert all(b.tokens.shape == b.loss_mask.shape == (micro, SEQ) for found in ranks for b in found)
+        assert all(len(batches) == 16 // micro // size for batches in ranks)
+        assert all(b.tokens.shape == b.loss_mask.shape == (micro, SEQ) for batches in ranks for b in batches)
         rounds = [
-            row for number in range(len(ranks[0])) for found in ranks for row in found[number].tokens.tolist()
+            row
+            for number in range(len(ranks[0]))
+            for batches in ranks
+            for row in batches[number].tokens.tolist()
         ]
         assert rounds == alone
     with pytest.raises(UserError, match="16 is not a multiple of micro batch"):
@@ -175,10 +181,10 @@ def test_a_blend_follows_its_weights_and_skips_nothing(tmp_path, monkeypatch):
     alone = {name: train(str(tmp_path / name), split="1,0,0") for name in edges}
     taken, weights = dict.fromkeys(edges, 0), {"a": 0.6, "b": 0.2, "c": 0.2}
     for number in range(1000):
-        found = blended.sample(number)[0].tolist()
-        name = max(n for n in edges if edges[n] <= found[0])
-        assert found == alone[name].sample(taken[name])[0].tolist()
-        if number < 50:  # Megatron's rule: whoever is furthest behind its share
+        tokens = blended.sample(number)[0].tolist()
+        name = max(n for n in edges if edges[n] <= tokens[0])
+        assert tokens == alone[name].sample(taken[name])[0].tolist()
+        if number < 50:  # Megatron's rule: the dataset furthest behind its share
             behind = {n: w * max(number, 1) - taken[n] for n, w in weights.items()}
             assert behind[name] == pytest.approx(max(behind.values()))
         taken[name] += 1
@@ -189,7 +195,7 @@ def test_a_blend_follows_its_weights_and_skips_nothing(tmp_path, monkeypatch):
 def test_blend_of_the_command_line():
     assert parse_blend(["a"]) == [(1.0, "a")]
     assert parse_blend(["0.3", "a", "0.7", "b"]) == [(0.3, "a"), (0.7, "b")]
-    for bad, said in {
+    for words, message in {
         (): "takes one prefix",
         ("1", "a", "b"): "takes one prefix",
         ("a", "b"): "'a' is not a weight",
@@ -197,13 +203,13 @@ def test_blend_of_the_command_line():
         ("nan", "a"): "not a weight",
         ("1e-6", "a", "1", "b"): "weight 1e-06 of a is less",
     }.items():
-        with pytest.raises(UserError, match=said):
-            parse_blend(bad)
+        with pytest.raises(UserError, match=message):
+            parse_blend(words)
 
 
 def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
     data = DataConfig(data_path=(prefix,), seq_length=SEQ)
-    build_splits(data, SEED, VOCAB, ("train", "valid"))  # nobody asked for the test split
+    build_splits(data, SEED, VOCAB, ("train", "valid"))  # the test split is not needed
     with pytest.raises(
         UserError, match=r"--split 1,0,0 gives valid 0 of 200 documents with 0 tokens, .* takes 17"
     ):
@@ -224,7 +230,7 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         (
             {"handler_name": "AlpacaPretrainHandler"},
@@ -244,9 +250,9 @@ def test_a_split_without_a_sample_is_an_error_with_numbers(prefix):
         ),
     ],
 )
-def test_flags_that_mean_nothing_to_the_data(prefix, given, said):
-    with pytest.raises(UserError, match=said):
-        train(prefix, **given)
+def test_flags_that_mean_nothing_to_the_data(prefix, options, message):
+    with pytest.raises(UserError, match=message):
+        train(prefix, **options)
 
 
 def test_one_sample_needs_one_token_more_than_its_length(tmp_path):
@@ -266,16 +272,16 @@ def test_ids_beyond_the_vocabulary(prefix):
     data = DataConfig(data_path=(prefix,), seq_length=SEQ, split="1,0,0")
     build_splits(data, SEED, highest + 1, ("train",))
     with pytest.raises(UserError, match=f"token id {highest}, but the model's vocabulary has {highest} ids"):
-        build_splits(data, SEED, highest, ("train",))  # known before the first step
+        build_splits(data, SEED, highest, ("train",))  # noticed before the first step
     pair_file(prefix, "meta").unlink()
     samples = build_splits(data, SEED, highest, ("train",))[
         "train"
-    ]  # data from another tool: known when it comes up
+    ]  # data of another tool: noticed when the sample is read
     with pytest.raises(UserError, match=f"a has the token id {highest}"):
         [samples.sample(i) for i in range(2 * len(samples))]
 
 
-def test_eos_counts_though_it_is_the_pad_id_too(tmp_path):
+def test_eos_is_supervised_though_it_is_the_pad_id(tmp_path):
     with PairWriter(tmp_path / "a", np.dtype(np.int32)) as writer:
         writer.add(np.tile([5, 2], 40), np.full(40, 2, np.int32))
         writer.commit({})
@@ -284,11 +290,11 @@ def test_eos_counts_though_it_is_the_pad_id_too(tmp_path):
     assert mask.min() == 1
 
 
-def test_large_indices_are_kept_in_files_and_are_the_same(prefix, tmp_path, monkeypatch):
+def test_large_indices_are_cached_in_files(prefix, tmp_path, monkeypatch):
     in_memory = [train(prefix).sample(i)[0].tolist() for i in range(500)]
     assert not (tmp_path / "index-cache").exists()
     monkeypatch.setattr(epoch, "MIN_CACHED", 0)
-    for _ in range(2):  # made, then found
+    for _ in range(2):  # built, then loaded
         samples = train(prefix)
         assert [samples.sample(i)[0].tolist() for i in range(500)] == in_memory
     folders = [p for p in (tmp_path / "index-cache").iterdir() if p.is_dir()]
@@ -304,7 +310,7 @@ def test_large_indices_are_kept_in_files_and_are_the_same(prefix, tmp_path, monk
 
 
 def test_one_builds_and_the_others_wait(tmp_path):
-    built, found = [], []
+    built, results = [], []
 
     def build():
         built.append(1)
@@ -312,7 +318,8 @@ def test_one_builds_and_the_others_wait(tmp_path):
         return np.arange(3), np.arange(6).reshape(3, 2), np.arange(3)
 
     threads = [
-        threading.Thread(target=lambda: found.append(load_or_build(tmp_path / "k", build))) for _ in range(4)
+        threading.Thread(target=lambda: results.append(load_or_build(tmp_path / "k", build)))
+        for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -320,7 +327,9 @@ def test_one_builds_and_the_others_wait(tmp_path):
         thread.join()
     assert built == [1]
     assert all(
-        np.array_equal(x, y) for one, other in pairwise(found) for x, y in zip(one, other, strict=True)
+        np.array_equal(x, y)
+        for result, following in pairwise(results)
+        for x, y in zip(result, following, strict=True)
     )
     assert not list(tmp_path.glob("*.tmp"))
 

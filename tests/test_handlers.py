@@ -9,13 +9,13 @@ from ascendspeed.utils.errors import UserError
 
 
 class Words:
-    """A tokenizer: the number of words and of bytes."""
+    """A tokenizer whose ids are the number of words and of bytes."""
 
     def encode_batch(self, texts):
         return [np.array([len(text.split()), len(text.encode())]) for text in texts]
 
 
-def named(name, keys=("text",), **options):
+def create(name, keys=("text",), **options):
     return create_handler(EncoderConfig("", name, keys, **options), Words())
 
 
@@ -27,40 +27,40 @@ HEAD = (
 
 
 def test_alpaca_prompt_is_the_published_one_without_its_none():
-    made = named("AlpacaPretrainHandler").texts(
+    texts = create("AlpacaPretrainHandler").texts(
         {
             "instruction": ["Add."] * 5,
             "input": ["1, {2}", "", None, "  ", 3],
             "output": ["3"] * 5,
         }
     )["text"]
-    assert made[0] == HEAD + "### Input:\n1, {2}\n\n### Response: ASSISTANT: 3"
-    assert made[1] == made[2] == made[3] == HEAD + "### Response: ASSISTANT: 3"
-    assert made[4] == 3
-    assert "None" not in "".join(made[:4])
+    assert texts[0] == HEAD + "### Input:\n1, {2}\n\n### Response: ASSISTANT: 3"
+    assert texts[1] == texts[2] == texts[3] == HEAD + "### Response: ASSISTANT: 3"
+    assert texts[4] == 3
+    assert "None" not in "".join(texts[:4])
 
 
-def test_an_alpaca_row_without_instruction_or_output_is_none():
-    alpaca = named("AlpacaPretrainHandler")
-    made = alpaca.texts(
+def test_alpaca_row_without_instruction_or_output_has_no_text():
+    alpaca = create("AlpacaPretrainHandler")
+    result = alpaca.texts(
         {
             "instruction": [None, "a", "a", InvalidValue.MALFORMED],
             "input": ["b"] * 4,
             "output": ["c", None, " ", "c"],
         }
     )
-    assert made["text"] == [None, None, " ", InvalidValue.MALFORMED]
+    assert result["text"] == [None, None, " ", InvalidValue.MALFORMED]
 
 
 def test_general_takes_the_columns_of_json_keys():
-    general = named("GeneralPretrainHandler", ("text", "title", "text"))
+    general = create("GeneralPretrainHandler", ("text", "title", "text"))
     assert general.keys == general.columns == ("text", "title")
     assert general.texts({"text": ["a"], "title": [None]}) == {"text": ["a"], "title": [None]}
 
 
 def test_errors_list_what_there_is():
     with pytest.raises(UserError, match="did you mean AlpacaPretrainHandler") as error:
-        named("AlpacaHandler")
+        create("AlpacaHandler")
     assert all(name in str(error.value) for name in HANDLERS)
     for typed, meant in {
         "AlpacaStyle": "AlpacaStyleInstructionHandler",
@@ -69,16 +69,16 @@ def test_errors_list_what_there_is():
         "GeneralInstructHandler": "GeneralInstructionHandler",
     }.items():
         with pytest.raises(UserError, match=rf"did you mean {meant}\? There are"):
-            named(typed)
+            create(typed)
     with pytest.raises(
         UserError,
         match=r"f\.csv: AlpacaPretrainHandler needs the column 'output'; there are: instruction, text",
     ):
-        check_columns(named("AlpacaPretrainHandler"), "f.csv", ["instruction", "text"])
-    check_columns(named("AlpacaPretrainHandler"), "f.csv", ["output", "instruction"])  # input may be absent
+        check_columns(create("AlpacaPretrainHandler"), "f.csv", ["instruction", "text"])
+    check_columns(create("AlpacaPretrainHandler"), "f.csv", ["output", "instruction"])  # input may be absent
 
 
-def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
+def test_untokenizable_values_are_faults_in_order():
     values = [
         "good",
         None,
@@ -93,7 +93,7 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
         "10 bytes!!",
         ["a"],
     ]
-    made = named("GeneralPretrainHandler", longest=10).encode_rows({"text": values})["text"]
+    encoded = create("GeneralPretrainHandler", longest=10).encode_rows({"text": values})["text"]
     kinds = [
         "null",
         "empty",
@@ -106,12 +106,12 @@ def test_what_cannot_be_tokenized_is_a_fault_in_its_place():
         "huge",
     ]
     details = {4: "not a JSON object", 7: "11 bytes", 8: "12 bytes"}
-    assert made.documents[1:10] == [Fault(kind, details.get(i, "")) for i, kind in enumerate(kinds)]
-    assert [str(made.documents[i]) for i in (2, 5)] == ["empty", "not a JSON object (malformed)"]
-    assert made.documents[11] == Fault("not text")
-    good = [one.tokens.tolist() for one in made.documents if isinstance(one, Document)]
-    assert good == [[1, 4], [2, 10]]
-    assert made.bytes == 14
+    assert encoded.documents[1:10] == [Fault(kind, details.get(i, "")) for i, kind in enumerate(kinds)]
+    assert [str(encoded.documents[i]) for i in (2, 5)] == ["empty", "not a JSON object (malformed)"]
+    assert encoded.documents[11] == Fault("not text")
+    ids = [document.tokens.tolist() for document in encoded.documents if isinstance(document, Document)]
+    assert ids == [[1, 4], [2, 10]]
+    assert encoded.bytes == 14
 
 
 def test_a_setting_that_means_nothing_to_a_handler_is_an_error():
@@ -120,4 +120,4 @@ def test_a_setting_that_means_nothing_to_a_handler_is_an_error():
             UserError,
             match=f"--{option.replace('_', '-')} means nothing to GeneralInstructionHandler, only to ",
         ):
-            named("GeneralInstructionHandler", **{option: value})
+            create("GeneralInstructionHandler", **{option: value})

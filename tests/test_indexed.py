@@ -24,15 +24,16 @@ def write(prefix, documents, dtype=np.int32, commit=True, facts=None):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_the_files_are_megatrons_byte_for_byte(tmp_path, dtype):
+def test_files_equal_megatrons_byte_for_byte(tmp_path, dtype):
     write(tmp_path / "v1.5", DOCUMENTS, dtype)  # a dot in the prefix is no suffix
-    builder = IndexedDatasetBuilder(str(tmp_path / "theirs.bin"), dtype=dtype)
+    builder = IndexedDatasetBuilder(str(tmp_path / "megatron.bin"), dtype=dtype)
     for document in DOCUMENTS:
         builder.add_document(torch.from_numpy(document), [len(document)])
-    builder.finalize(str(tmp_path / "theirs.idx"))
+    builder.finalize(str(tmp_path / "megatron.idx"))
     for suffix in ("bin", "idx"):
         assert (
-            pair_file(tmp_path / "v1.5", suffix).read_bytes() == (tmp_path / f"theirs.{suffix}").read_bytes()
+            pair_file(tmp_path / "v1.5", suffix).read_bytes()
+            == (tmp_path / f"megatron.{suffix}").read_bytes()
         )
     read = IndexedDataset(str(tmp_path / "v1.5"))
     assert [d.tolist() for d in read[0 : len(read)]] == [d.tolist() for d in DOCUMENTS]
@@ -77,14 +78,14 @@ def test_a_file_that_is_put_in_place_while_it_is_claimed_stays_whole(tmp_path, m
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with PairWriter(tmp_path / "p", np.dtype(np.int32)) as late:
-        other.__exit__(None, None, None)  # takes nothing of the late one's away
+        other.__exit__(None, None, None)  # must not delete files of the late writer
         assert check_pair(tmp_path / "p") == 9
         late.add(np.arange(5), np.array([5], np.int32))
         late.commit({})
     assert check_pair(tmp_path / "p") == 5
 
 
-def test_prefixes_that_are_said(tmp_path):
+def test_errors_list_prefixes(tmp_path):
     for name in (
         *(f"p_packed_{key}_document" for key in ("input_ids", "labels", "attention_mask")),
         "text_document",
@@ -139,7 +140,7 @@ def test_killed_between_any_two_steps_there_is_the_old_pair_or_none_or_the_new_o
                     for s in (old, new)}  # fmt: skip
             assert sum(same.values()) == 1
             states.append("old" if same["old"] else "new")
-        write(at / "p", DOCUMENTS[:3])  # whatever is left over is no hindrance
+        write(at / "p", DOCUMENTS[:3])  # leftovers do not prevent a new run
         assert pair_file(at / "p", "bin").read_bytes() == pair_file(new / "p", "bin").read_bytes()
         if not died:
             break
@@ -171,8 +172,8 @@ def test_what_is_not_a_pair_is_an_error(tmp_path):
         ),
         "gone": (tmp_path / "gone", r"there is no .*gone\.idx; prefixes here: .*good, "),
     }
-    for prefix, said in cases.values():
-        with pytest.raises(UserError, match=said):
+    for prefix, message in cases.values():
+        with pytest.raises(UserError, match=message):
             check_pair(prefix)
     pair_file(tmp_path / "good", "meta").write_text("{")
     with pytest.raises(UserError, match="damaged"):

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from ascendspeed.cli.train_args import resolve
 from ascendspeed.config.schema import DataConfig
-from ascendspeed.data import dataset
-from ascendspeed.data.dataset import build_splits, dataset_facts, dataset_files, micro_batches
+from ascendspeed.data.dataset import build_splits, dataset_facts, dataset_files, micro_batches, open_dataset
 from ascendspeed.data.indexed import masked_pair
 from ascendspeed.data.indexed.masked_pair import MaskedPair, MaskedPairWriter
 from ascendspeed.data.indexed.megatron_pair import PairWriter, pair_file
@@ -27,14 +26,14 @@ SEQ, SEED, VOCAB = 16, 7, 50_000
 
 def naive_first_fit(lengths, row):
     """Documents of each row."""
-    rows, room = [], []
+    rows, free = [], []
     for document, length in enumerate(min(length, row) for length in lengths):
-        number = next((n for n, left in enumerate(room) if left >= length), len(rows))
+        number = next((n for n, positions in enumerate(free) if positions >= length), len(rows))
         if number == len(rows):
             rows.append([])
-            room.append(row)
+            free.append(row)
         rows[number].append(document)
-        room[number] -= length
+        free[number] -= length
     return rows
 
 
@@ -47,12 +46,12 @@ LENGTHS = st.lists(st.integers(1, 40), max_size=60)
 
 @given(LENGTHS, st.integers(1, 50))
 def test_first_fit_is_what_a_naive_loop_finds(lengths, row):
-    found = first_fit(np.array(lengths, np.int64), row)
-    assert rows_of(found) == naive_first_fit(lengths, row)
-    assert (found.stops - found.starts).tolist() == [min(lengths[d], row) for d in found.documents]
-    assert not found.starts.any()
-    assert len(found) == len(found.bounds) - 1
-    assert found.tokens == sum(min(length, row) for length in lengths)
+    packing = first_fit(np.array(lengths, np.int64), row)
+    assert rows_of(packing) == naive_first_fit(lengths, row)
+    assert (packing.stops - packing.starts).tolist() == [min(lengths[d], row) for d in packing.documents]
+    assert not packing.starts.any()
+    assert len(packing) == len(packing.bounds) - 1
+    assert packing.tokens == sum(min(length, row) for length in lengths)
 
 
 def test_next_fit_and_best_fit_would_be_seen():
@@ -62,25 +61,25 @@ def test_next_fit_and_best_fit_would_be_seen():
 
 @given(LENGTHS, st.integers(1, 50))
 def test_one_each(lengths, row):
-    found = one_per_row(np.array(lengths, np.int64), row)
-    assert rows_of(found) == [[number] for number in range(len(lengths))]
-    assert found.stops.tolist() == [min(length, row) for length in lengths]
+    packing = one_per_row(np.array(lengths, np.int64), row)
+    assert rows_of(packing) == [[number] for number in range(len(lengths))]
+    assert packing.stops.tolist() == [min(length, row) for length in lengths]
 
 
 def write(prefix, count, longest=30, seed=0, start=0):
-    """Documents of 2 to `longest` ids, all different; the second half of each is learnt. Returns (ids, learnt) of each."""
+    """Documents of 2 to `longest` ids, all different; the second half of each is supervised. Returns (ids, mask) of each."""
     random = np.random.default_rng(seed)
     lengths = random.integers(2, longest + 1, count).astype(np.int32)
     tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
-    learnt = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
+    supervised = np.concatenate([np.arange(n) >= n // 2 for n in lengths])
     with MaskedPairWriter(prefix) as writer:
-        writer.add(tokens, lengths, learnt)
+        writer.add(tokens, lengths, supervised)
         writer.commit({"tokens": writer.tokens, "max_token": int(tokens.max()), "vocab_size": VOCAB})
     cuts = np.cumsum(lengths)[:-1]
     return list(
         zip(
             [t.tolist() for t in np.split(tokens, cuts)],
-            [m.tolist() for m in np.split(learnt, cuts)],
+            [m.tolist() for m in np.split(supervised, cuts)],
             strict=True,
         )
     )
@@ -90,16 +89,16 @@ def by_hand(documents, passes, pack=naive_first_fit):
     """Rows as lists of (token, label or None, position)."""
     order = np.random.RandomState(SEED).permutation(len(documents))
     shuffled = [documents[d] for d in order]
-    shuffled = [(ids, learnt) for ids, learnt in shuffled if any(learnt[1:SEQ])]
+    shuffled = [(ids, supervised) for ids, supervised in shuffled if any(supervised[1:SEQ])]
     rows = []
     for row in pack([len(ids) for ids, _ in shuffled], SEQ):
-        found = []
+        row_tokens = []
         for document in row:
-            ids, learnt = (one[:SEQ] for one in shuffled[document])
+            ids, supervised = (column[:SEQ] for column in shuffled[document])
             for i in range(len(ids)):
-                counts = i + 1 < len(ids) and learnt[i + 1]
-                found.append((ids[i], ids[i + 1] if counts else None, i))
-        rows.append(found)
+                counts = i + 1 < len(ids) and supervised[i + 1]
+                row_tokens.append((ids[i], ids[i + 1] if counts else None, i))
+        rows.append(row_tokens)
     return [
         rows[r] for epoch in range(passes) for r in np.random.RandomState(SEED + epoch).permutation(len(rows))
     ]
@@ -115,7 +114,7 @@ def build(prefix, names=("train",), **options):
 
 
 def check(sample, row):
-    tokens, labels, mask, positions = (one.tolist() for one in sample)
+    tokens, labels, mask, positions = (column.tolist() for column in sample)
     filling = SEQ - len(row)
     assert tokens[: len(row)] == [token for token, _, _ in row]
     assert [label if counts else None for label, counts in zip(labels, mask, strict=True)] == [
@@ -124,7 +123,7 @@ def check(sample, row):
     ]
     assert positions == [position for _, _, position in row] + list(range(filling))
     assert all(0 <= i < VOCAB for i in tokens + labels)
-    assert [one.dtype for one in sample] == [torch.int64, torch.int64, torch.float32, torch.int64]
+    assert [column.dtype for column in sample] == [torch.int64, torch.int64, torch.float32, torch.int64]
 
 
 @pytest.mark.parametrize("packing", ["first-fit", "none"])
@@ -157,40 +156,40 @@ def test_rows_are_those_assembled_by_hand(tmp_path, packing):
             check((*sample[:3], torch.arange(SEQ)), first)
 
 
-def test_every_learnt_token_is_learnt_once_in_an_epoch(tmp_path):
+def test_every_supervised_token_is_a_label_once_in_an_epoch(tmp_path):
     documents = write(tmp_path / "p", 200, longest=SEQ)
-    wanted = sorted(
+    expected = sorted(
         token
-        for ids, learnt in documents
-        for token, counts in zip(ids[1:], learnt[1:], strict=True)
+        for ids, supervised in documents
+        for token, counts in zip(ids[1:], supervised[1:], strict=True)
         if counts
     )
     for packing in ("first-fit", "none"):
         samples = build(tmp_path / "p", packing=packing)["train"]
         for epoch in (0, 1):
             numbers = range(epoch * len(samples), (epoch + 1) * len(samples))
-            found = [
+            labels = [
                 label for n in numbers for label in samples.sample(n)[1][samples.sample(n)[2] > 0].tolist()
             ]
-            assert sorted(found) == wanted
+            assert sorted(labels) == expected
 
 
-def test_what_is_said_at_the_start(tmp_path):
+def test_note_at_the_start(tmp_path):
     documents = write(tmp_path / "p", 100, longest=60)
     samples = build(tmp_path / "p")["train"]
-    cut = sum(len(ids) > SEQ and any(learnt[1:SEQ]) for ids, learnt in documents)
-    lost = sum(not any(learnt[1:SEQ]) for _, learnt in documents)
+    cut = sum(len(ids) > SEQ and any(supervised[1:SEQ]) for ids, supervised in documents)
+    lost = sum(not any(supervised[1:SEQ]) for _, supervised in documents)
     ends = sum(
-        len(ids) // 2 < SEQ < len(ids) and any(learnt[1:SEQ]) for ids, learnt in documents
-    )  # half of each is learnt
-    learnt = sum(sum(learnt[1:SEQ]) for _, learnt in documents)
-    taken = sum(min(len(ids), SEQ) for ids, learnt in documents if any(learnt[1:SEQ]))
+        len(ids) // 2 < SEQ < len(ids) and any(supervised[1:SEQ]) for ids, supervised in documents
+    )  # half of each is supervised
+    supervised = sum(sum(supervised[1:SEQ]) for _, supervised in documents)
+    taken = sum(min(len(ids), SEQ) for ids, supervised in documents if any(supervised[1:SEQ]))
     assert cut
     assert lost
     share = taken / (SEQ * len(samples))
     assert samples.notes == [
         f"{tmp_path}/p: {100 - lost} documents in {len(samples)} rows of {SEQ} tokens, {share:.1%} filled, "
-        f"{learnt:,} of {taken:,} tokens in the loss; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
+        f"{supervised:,} of {taken:,} tokens in the loss; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
         f"{lost} left out, as nothing of their answers fits"
     ]
     assert (
@@ -202,13 +201,13 @@ def test_what_is_said_at_the_start(tmp_path):
 
 def test_batches_depend_on_consumed_samples_alone(tmp_path):
     write(tmp_path / "p", 80)
-    walked = build(tmp_path / "p")["train"]
+    samples = build(tmp_path / "p")["train"]
 
     def tokens(batches):
         return torch.cat([torch.cat([b.tokens, b.labels, b.position_ids], 1) for b in batches]).tolist()
 
-    steps = [tokens(micro_batches(walked, consumed, 8, 2)) for consumed in range(0, 400, 8)]
-    assert 3 * len(walked) < 400
+    steps = [tokens(micro_batches(samples, consumed, 8, 2)) for consumed in range(0, 400, 8)]
+    assert 3 * len(samples) < 400
     for step in (49, 3, 22, 0):  # a resumed run
         again = build(tmp_path / "p")["train"]
         assert tokens(micro_batches(again, step * 8, 8, 2)) == steps[step]
@@ -221,23 +220,23 @@ def test_batches_depend_on_consumed_samples_alone(tmp_path):
 
 def test_splits_and_blends_with_plain_text(tmp_path):
     documents = write(tmp_path / "p", 100, longest=SEQ)
-    plain = np.arange(30_000, 31_000, dtype=np.int32)
+    text_ids = np.arange(30_000, 31_000, dtype=np.int32)
     with PairWriter(tmp_path / "t", np.dtype(np.int32)) as writer:
-        writer.add(plain, np.full(100, 10, np.int32))
+        writer.add(text_ids, np.full(100, 10, np.int32))
         writer.commit({})
-    found = build(tmp_path / "p", ("train", "valid"), split="80,20,0")
-    seen = {
+    splits = build(tmp_path / "p", ("train", "valid"), split="80,20,0")
+    tokens = {
         name: {
             t
-            for n in range(len(one))
-            for t, p in zip(*(x.tolist() for x in one.sample(n)[::3]), strict=True)
+            for n in range(len(samples))
+            for t, p in zip(*(x.tolist() for x in samples.sample(n)[::3]), strict=True)
             if t or p == 0
         }
-        for name, one in found.items()
+        for name, samples in splits.items()
     }
     first_of_valid = documents[80][0][0]
-    assert max(seen["train"]) == first_of_valid - 1
-    assert min(seen["valid"] - {0}) == first_of_valid
+    assert max(tokens["train"]) == first_of_valid - 1
+    assert min(tokens["valid"] - {0}) == first_of_valid
     blend = build_splits(
         DataConfig(
             data_path=("1", str(tmp_path / "p"), "3", str(tmp_path / "t")), seq_length=SEQ, split="1,0,0"
@@ -254,7 +253,7 @@ def test_splits_and_blends_with_plain_text(tmp_path):
     assert text[3].tolist() == list(range(SEQ))
 
 
-def test_the_names_that_a_couple_goes_by(tmp_path):
+def test_names_of_a_masked_pair(tmp_path):
     write(tmp_path / "p", 20)
     ids, labels = (f"{tmp_path}/p_{key}_document" for key in masked_pair.KEYS)
     assert ids.endswith("p_packed_input_ids_document")
@@ -264,10 +263,10 @@ def test_the_names_that_a_couple_goes_by(tmp_path):
         assert samples.sample(0)[0].tolist() == build(tmp_path / "p")["train"].sample(0)[0].tolist()
         assert masked_pair.find_pairs(f"{tmp_path}/{name}") == (ids, labels)
         assert {str(path) for path in dataset_files(f"{tmp_path}/{name}")} == {
-            f"{one}.{x}" for one in (ids, labels) for x in ("bin", "idx")
+            f"{pair}.{x}" for pair in (ids, labels) for x in ("bin", "idx")
         }
         assert dataset_facts(f"{tmp_path}/{name}")["vocab_size"] == VOCAB
-    with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a plain pair of the very name goes first
+    with PairWriter(tmp_path / "p", np.dtype(np.int32)) as writer:  # a text pair of this name has priority
         writer.add(np.arange(100), np.array([100], np.int32))
         writer.commit({})
     assert masked_pair.find_pairs(f"{tmp_path}/p") is None
@@ -302,9 +301,9 @@ def test_two_pairs_that_do_not_belong_together(tmp_path):
     swap(("bin", "idx", "meta"))
     with pytest.raises(UserError, match=r"are not of the same documents; was a run killed\?"):
         build(tmp_path / "a")
-    for one in (ids, labels):
-        pair_file(one, "meta").unlink()
-    samples = build(tmp_path / "a")["train"]  # nothing says it, until a document is read
+    for pair in (ids, labels):
+        pair_file(pair, "meta").unlink()
+    samples = build(tmp_path / "a")["train"]  # unnoticed until a document is read
     with pytest.raises(UserError, match=r"document \d+ has labels that are neither its tokens nor -100"):
         samples.sample(0)
     write(tmp_path / "b", 21, seed=1)
@@ -319,7 +318,7 @@ def test_two_pairs_that_do_not_belong_together(tmp_path):
         build(tmp_path / "a")
 
 
-def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_path, monkeypatch):
+def test_a_run_killed_between_the_two_pairs_leaves_nothing_that_opens(tmp_path, monkeypatch):
     write(tmp_path / "p", 20)
     committed = []
 
@@ -342,7 +341,7 @@ def test_a_run_that_is_killed_between_the_two_pairs_leaves_none_that_open(tmp_pa
     build(tmp_path / "p")
 
 
-def test_both_metas_say_the_same(tmp_path):
+def test_both_metas_are_equal(tmp_path):
     write(tmp_path / "p", 20)
     metas = [
         json.loads(pair_file(masked_pair.pair_prefix(tmp_path / "p", key), "meta").read_text())
@@ -360,7 +359,7 @@ def test_both_metas_say_the_same(tmp_path):
     )
 
 
-def test_what_is_wrong_is_said_at_the_start(tmp_path):
+def test_errors_at_the_start(tmp_path):
     write(tmp_path / "p", 20, SEQ)
     with pytest.raises(UserError, match=r"/p: --split 1,0,0 gives valid 0 of 20 documents$"):
         build(tmp_path / "p", ("valid",))
@@ -391,14 +390,14 @@ def test_what_is_wrong_is_said_at_the_start(tmp_path):
         build(tmp_path / "t", is_instruction_dataset=True)
 
 
-def test_a_couple_is_documents(tmp_path):
+def test_masked_pair_returns_its_documents(tmp_path):
     documents = write(tmp_path / "p", 30)
-    one = MaskedPair("p", *masked_pair.find_pairs(f"{tmp_path}/p"))
-    assert one.lengths.tolist() == [len(ids) for ids, _ in documents]
-    for number, (ids, learnt) in enumerate(documents):
-        found = one.document(number)
-        assert (found.tokens.tolist(), found.loss_mask.tolist()) == (ids, learnt)
-    assert isinstance(dataset.open_dataset(f"{tmp_path}/p", DataConfig(), VOCAB), MaskedPair)
+    dataset = MaskedPair("p", *masked_pair.find_pairs(f"{tmp_path}/p"))
+    assert dataset.lengths.tolist() == [len(ids) for ids, _ in documents]
+    for number, (ids, supervised) in enumerate(documents):
+        document = dataset.document(number)
+        assert (document.tokens.tolist(), document.loss_mask.tolist()) == (ids, supervised)
+    assert isinstance(open_dataset(f"{tmp_path}/p", DataConfig(), VOCAB), MaskedPair)
 
 
 def test_no_pack_on_the_command_line():
@@ -414,7 +413,7 @@ MASKS = st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, m
 
 
 @given(MASKS, st.integers(1, 12), st.integers(1, 40))
-def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, length, chunk):
+def test_supervised_counts_equal_a_loop(tmp_path_factory, masks, length, chunk):
     prefix = tmp_path_factory.mktemp("masks") / "p"
     lengths = np.array([len(mask) for mask in masks], np.int32)
     with MaskedPairWriter(prefix) as writer:
@@ -425,18 +424,20 @@ def test_what_is_to_be_learnt_is_what_a_loop_finds(tmp_path_factory, masks, leng
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(masked_pair, "CHUNK", chunk)
         chosen = np.arange(len(masks))[::-2]
-        found = MaskedPair(str(prefix), *masked_pair.find_pairs(str(prefix))).supervision(chosen, length)
-    for place, number in enumerate(chosen):
+        supervision = MaskedPair(str(prefix), *masked_pair.find_pairs(str(prefix))).supervision(
+            chosen, length
+        )
+    for index, number in enumerate(chosen):
         mask = masks[number]
-        answers = "".join("x" if one else " " for one in mask)
+        answers = "".join("x" if supervised else " " for supervised in mask)
         begins = [m.span() for m in re.finditer("x+", answers)]
-        assert found.tokens[place] == sum(mask[1:length])
-        assert found.lost_answers[place] == sum(begin >= length for begin, _ in begins)
-        assert found.cut_answers[place] == sum(begin < length < end for begin, end in begins)
+        assert supervision.tokens[index] == sum(mask[1:length])
+        assert supervision.lost_answers[index] == sum(begin >= length for begin, _ in begins)
+        assert supervision.cut_answers[index] == sum(begin < length < end for begin, end in begins)
 
 
-def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp_path):
-    """Short ones too: of one token, or a prompt alone."""
+def test_unsupervised_documents_are_left_out_and_counted(tmp_path):
+    """Includes short documents: one token, or a prompt alone."""
     masks = [
         [False, True, True],
         [True],
@@ -447,12 +448,12 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
     ]
     lengths = np.array([len(mask) for mask in masks], np.int32)
 
-    def made(learnt):
+    def write_masks(supervised):
         with MaskedPairWriter(tmp_path / "p") as writer:
-            writer.add(np.arange(lengths.sum()), lengths, learnt)
+            writer.add(np.arange(lengths.sum()), lengths, supervised)
             writer.commit({})
 
-    made(np.concatenate(masks))
+    write_masks(np.concatenate(masks))
     for packing in ("none", "first-fit"):
         samples = build(tmp_path / "p", packing=packing)["train"]
         assert len(samples) == (2 if packing == "none" else 1)
@@ -464,7 +465,7 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
             in note
         )
     assert sum(samples.sample(0)[2].tolist()) == 3
-    made(np.zeros(lengths.sum(), bool))
+    write_masks(np.zeros(lengths.sum(), bool))
     with pytest.raises(UserError, match="p: no token of its 6 documents is supervised"):
         build(tmp_path / "p")
     for key in masked_pair.KEYS:  # of another tool
@@ -473,27 +474,27 @@ def test_documents_in_which_nothing_is_to_be_learnt_are_left_out_and_counted(tmp
         build(tmp_path / "p")
 
 
-def test_packing_means_nothing_to_the_plain_part_of_a_blend(tmp_path):
+def test_packing_is_ignored_for_the_text_part_of_a_blend(tmp_path):
     write(tmp_path / "p", 40)
     with PairWriter(tmp_path / "t", np.dtype(np.int32)) as writer:
         writer.add(np.arange(100), np.array([100], np.int32))
         writer.commit({})
     data = DataConfig(data_path=("1", f"{tmp_path}/p", "1", f"{tmp_path}/t"), seq_length=SEQ, split="1,0,0")
-    with log_lines() as said:
+    with log_lines() as lines:
         build_splits(data, SEED, VOCAB, ("train",))
-        assert not said
+        assert not lines
         build_splits(dataclasses.replace(data, packing="none"), SEED, VOCAB, ("train",))
-    assert said == [f"{tmp_path}/t: plain text, cut where a sample ends; --packing none means nothing to it"]
+    assert lines == [f"{tmp_path}/t: plain text, cut where a sample ends; --packing none means nothing to it"]
 
 
-def test_the_other_pairs_of_a_couple_are_none_to_train_on(tmp_path):
+def test_labels_and_attention_masks_cannot_be_trained_on(tmp_path):
     write(tmp_path / "p", 20)
     for key, what in {"packed_labels": "labels", "packed_attention_mask": "attention masks"}.items():
         with pytest.raises(UserError, match=f"p_{key}_document: these are {what}; give {tmp_path}/p$"):
             build(f"{tmp_path}/p_{key}_document")
 
 
-def test_a_couple_that_is_being_written_is_left_alone(tmp_path):
+def test_a_masked_pair_has_one_writer_at_a_time(tmp_path):
     with (
         PairWriter(masked_pair.pair_prefix(tmp_path / "p", masked_pair.KEYS[1]), np.dtype(np.int32)),
         pytest.raises(UserError, match="another process is writing"),

@@ -329,7 +329,7 @@ def test_the_command_and_what_it_says(tmp_path):
     )
     short = subprocess.run([*command, "--seq-length", "1"], capture_output=True, text=True)
     assert short.returncode == 2
-    assert "nothing to learn in a document of one token" in short.stderr
+    assert "a document of one token has no token to predict" in short.stderr
 
 
 def test_columns_that_are_not_read(tmp_path, tokenizer):

@@ -19,7 +19,7 @@ ROWS = [{"text": text, "other": i} for i, text in enumerate(TEXTS)]
 
 
 def write(path, kind):
-    """The same rows in every format."""
+    """Writes the test rows in a format."""
     if kind == "parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=700)
         return path
@@ -38,12 +38,12 @@ def write(path, kind):
     return path
 
 
-def values(path, name="text", wanted=("text",)):
-    """Everything in a column, read shard by shard; also the number of shards."""
-    shards = list(registry.shards(path, wanted))
+def values(path, name="text", needed=("text",)):
+    """Reads a column shard by shard; returns its values and the number of shards."""
+    shards = list(registry.shards(path, needed))
     assert sum(shard.weight for shard in shards) == pytest.approx(1)
-    batches = [batch for shard in shards for batch in registry.read(shard, wanted)]
-    assert all(list(batch) == list(wanted) and len(batch[name]) <= BATCH_ROWS for batch in batches)
+    batches = [batch for shard in shards for batch in registry.read(shard, needed)]
+    assert all(list(batch) == list(needed) and len(batch[name]) <= BATCH_ROWS for batch in batches)
     return [value for batch in batches for value in batch[name]], len(shards)
 
 
@@ -67,8 +67,8 @@ def test_every_format_gives_the_rows_in_order(tmp_path, monkeypatch, name, kind,
         monkeypatch.setattr(module, "SHARD_BYTES", shard_bytes)
     path = write(tmp_path / name, kind)
     assert registry.columns(path) == ["text", "other"]
-    found, shards = values(path)
-    assert found == TEXTS
+    rows, shards = values(path)
+    assert rows == TEXTS
     assert shards > 2 if shard_bytes == 5000 else shards <= 2
     assert values(path, "absent", ("text", "absent"))[0] == [None] * len(ROWS)
 
@@ -85,12 +85,12 @@ def test_lines_belong_to_one_shard_wherever_the_cut_falls(tmp_path_factory, cont
     path.write_bytes(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lines, "SHARD_BYTES", shard_bytes)
-        found = [
+        rows = [
             v for s in registry.shards(path, ["text"]) for b in registry.read(s, ["text"]) for v in b["text"]
         ]
-    pieces = raw.removeprefix(lines.BOM).split(b"\n")
-    expected = pieces if pieces[-1] else pieces[:-1]
-    assert found == [line.rstrip(b"\r").decode("utf-8", "surrogateescape") for line in expected]
+    parts = raw.removeprefix(lines.BOM).split(b"\n")
+    expected = parts if parts[-1] else parts[:-1]
+    assert rows == [line.rstrip(b"\r").decode("utf-8", "surrogateescape") for line in expected]
 
 
 def test_an_array_is_read_in_pieces_with_elements_larger_than_a_piece(tmp_path):
@@ -117,16 +117,16 @@ def test_a_byte_order_mark_is_not_text(tmp_path):
 
 
 def test_bad_bytes_and_bad_lines_are_handed_on(tmp_path):
-    bad, said = b"caf\xe9", "caf\udce9"
-    (tmp_path / "a.txt").write_bytes(b"good\n" + bad + b"\n")
-    (tmp_path / "a.csv").write_bytes(b"text\ngood\n" + bad + b"\n")
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "' + bad + b'"}\n')
-    (tmp_path / "a.json").write_bytes(b'[{"text": "good"}, {"text": "' + bad + b'"}]')
-    strings = pyarrow.array([b"good", bad], pyarrow.binary())
+    invalid, decoded = b"caf\xe9", "caf\udce9"
+    (tmp_path / "a.txt").write_bytes(b"good\n" + invalid + b"\n")
+    (tmp_path / "a.csv").write_bytes(b"text\ngood\n" + invalid + b"\n")
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good"}\n{"text": "' + invalid + b'"}\n')
+    (tmp_path / "a.json").write_bytes(b'[{"text": "good"}, {"text": "' + invalid + b'"}]')
+    strings = pyarrow.array([b"good", invalid], pyarrow.binary())
     for name, column in {"a": strings.view(pyarrow.string()), "b": strings}.items():
         pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / f"{name}.parquet")
     for path in tmp_path.iterdir():
-        assert values(path)[0] == ["good", said], path
+        assert values(path)[0] == ["good", decoded], path
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": 1}\n{broken\n[1]\n"text"\n{}\n' + "[" * 100_000)
     assert values(path)[0] == [
@@ -173,11 +173,11 @@ def test_find(tmp_path):
     assert registry.find_files([tmp_path]) == at
     assert registry.find_files([at[1], at[0]]) == [at[1], at[0]]
     assert registry.find_files([f"{tmp_path}/*.jsonl", str(tmp_path / "**/*.txt")]) == [at[1], at[3]]
-    for name, said in {
+    for name, message in {
         "absent.json": "no such file",
         "notes.md": r"type \.md cannot be read; there are: \.parquet",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             registry.find_files([tmp_path / name])
 
 
@@ -193,7 +193,7 @@ def test_a_row_of_csv_with_other_cells_than_the_header(tmp_path, name):
 
 
 def test_a_column_that_is_much_like_one_that_is_missing(tmp_path):
-    def said(wrong, right):
+    def misspelled(wrong, right):
         return InvalidValue("misspelt column", f"{wrong!r} is not read; did you mean {right!r}?")
 
     content = [{"instruction": "q", "inputs": "x", "text": "t"}]
@@ -203,15 +203,15 @@ def test_a_column_that_is_much_like_one_that_is_missing(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     (tmp_path / "a.csv").write_text("instruction,inputs,text\nq,x,t\n")
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), tmp_path / "a.parquet")
-    wanted = ("instruction", "input", "system")
+    needed = ("instruction", "input", "system")
     for name in ("a.jsonl", "a.json", "a.csv", "a.parquet"):
-        found = values(tmp_path / name, "input", wanted)[0]
-        assert found == [said("inputs", "input")] + ["x"] * (name == "a.jsonl"), name
-        assert values(tmp_path / name, "instruction", wanted)[0][0] == "q"
-        assert values(tmp_path / name, "system", wanted)[0][0] is None
+        column = values(tmp_path / name, "input", needed)[0]
+        assert column == [misspelled("inputs", "input")] + ["x"] * (name == "a.jsonl"), name
+        assert values(tmp_path / name, "instruction", needed)[0][0] == "q"
+        assert values(tmp_path / name, "system", needed)[0][0] is None
     for right, wrong in {"output": "Output ", "history": "histroy", "conversations": "conversation"}.items():
         (tmp_path / "b.jsonl").write_text(json.dumps({wrong: "x"}))
-        assert values(tmp_path / "b.jsonl", right, (right,))[0] == [said(wrong, right)]
+        assert values(tmp_path / "b.jsonl", right, (right,))[0] == [misspelled(wrong, right)]
     for right, other in {"input": "output", "system": "system_prompt", "history": "id"}.items():
         (tmp_path / "b.jsonl").write_text(json.dumps({other: "x"}))
         assert values(tmp_path / "b.jsonl", right, (right,))[0] == [None]

@@ -1,4 +1,5 @@
-"""Toy extensions of the data path: a kind of data, a packer, a reader and a handler, each one class and one registry entry."""
+"""Toy extensions of the data path: a kind of data, a packer, a reader and a handler, each one class and one
+registry entry."""
 
 import json
 from pathlib import Path

@@ -22,7 +22,8 @@ SEQ, SEED, VOCAB = 16, 7, 50_000
 
 
 def write(prefix, count, start=0, seed=0):
-    """Documents of 1 to 40 ids; all ids of the data set are different, so that a token identifies its document."""
+    """Documents of 1 to 40 ids; all ids of the data set are different, so that a token identifies its
+    document."""
     lengths = np.random.default_rng(seed).integers(1, 41, count).astype(np.int32)
     tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
     with PairWriter(prefix, np.dtype(np.uint16)) as writer:

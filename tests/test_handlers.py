@@ -20,8 +20,10 @@ def create(name, keys=("text",), **options):
 
 
 HEAD = (
-    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
-    "answers to the user's questions.USER: Below is an instruction that describes a task. Write a response that appropriately "
+    "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+    "detailed, and polite "
+    "answers to the user's questions.USER: Below is an instruction that describes a task. Write a response "
+    "that appropriately "
     "completes the request.\n\n### Instruction:\nAdd.\n\n"
 )
 

@@ -100,7 +100,8 @@ def test_errors_list_prefixes(tmp_path):
 
 
 def killed_at(step, prefix):
-    """Commits a new pair in another process that dies before its system call number `step`; False if it got to the end."""
+    """Commits a new pair in another process that dies before its system call number `step`; False if it got
+    to the end."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -1,4 +1,5 @@
-"""What is learnt of instruction data: token by token against tables written by hand, for every template and handler."""
+"""Supervised tokens of instruction data, compared with tables written by hand, for every template and
+handler."""
 
 import io
 import json
@@ -26,27 +27,27 @@ IM = ["<|im_start|>", "<|im_end|>"]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Tokenizers of every kind, made on the spot, and the real ones where they are."""
-    made = {name: make(tmp_path_factory.mktemp("instructions") / name) for name, make in KINDS.items()}
-    return {name: folder for name, folder in made.items() if folder.is_dir()}
+    """Tokenizers of every kind: small ones trained here, and the published ones if they exist."""
+    folders = {name: make(tmp_path_factory.mktemp("instructions") / name) for name, make in KINDS.items()}
+    return {name: folder for name, folder in folders.items() if folder.is_dir()}
 
 
-def maker(folders, name, handler, **options):
+def create_encoder(folders, name, handler, **options):
     if name not in folders:
         pytest.skip("no real tokenizers beside the repository")
     return DocumentEncoder(EncoderConfig(str(folders[name]), handler, **options))
 
 
-def make(one, *rows):
+def encode_documents(encoder, *rows):
     """The documents of rows."""
-    columns = {name: [row.get(name) for row in rows] for name in one.handler.columns}
-    return one.encode(columns)["packed"].documents
+    columns = {name: [row.get(name) for row in rows] for name in encoder.handler.columns}
+    return encoder.encode(columns)["packed"].documents
 
 
-def table(one, *runs):
-    """(ids, learnt) of a table: text and control tokens in their order; what is to be learnt is in a tuple."""
-    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
-    ids, learnt = [], []
+def expected_tokens(encoder, *runs):
+    """Returns (ids, mask) of a table: text and control tokens in order; supervised text is in a tuple."""
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(encoder.tokenizer.path / "tokenizer.model"))
+    ids, supervised = [], []
     for run in runs:
         text = run if isinstance(run, str) else run[0]
         parts = [
@@ -56,16 +57,16 @@ def table(one, *runs):
         ]
         for part in parts:
             control = re.fullmatch(r"<.*>", part)
-            found = [number(one, raw, part)] if control else raw.encode(part)
-            ids += found
-            learnt += [run is not text] * len(found)
-    return ids, learnt
+            part_ids = [number(encoder, raw, part)] if control else raw.encode(part)
+            ids += part_ids
+            supervised += [run is not text] * len(part_ids)
+    return ids, supervised
 
 
-def number(one, raw, name):
+def number(encoder, raw, name):
     """Id of a control token by what the vocabulary calls it."""
     fixed = {"<s>": 1, "</s>": 2}.get(name)
-    return fixed or one.tokenizer.token_to_id(name) or raw.piece_to_id(UNUSED[name])
+    return fixed or encoder.tokenizer.token_to_id(name) or raw.piece_to_id(UNUSED[name])
 
 
 def same(document, expected):
@@ -75,13 +76,13 @@ def same(document, expected):
 def check(document, expected):
     assert isinstance(document, Document), document
     assert same(document, expected)
-    ids, learnt = expected
-    # Controls: what people get wrong is seen by the same comparison.
+    ids, supervised = expected
+    # Controls: the comparison detects likely mistakes.
     assert not same(Document(document.tokens, np.roll(document.loss_mask, -1)), expected)
     assert not same(Document(document.tokens, np.roll(document.loss_mask, 1)), expected)
     assert not same(Document(document.tokens, np.ones(len(ids), bool)), expected)
     assert document.tokens.dtype == np.int32
-    assert learnt[-1]
+    assert supervised[-1]
     assert ids.count(1) == 1
 
 
@@ -118,8 +119,11 @@ TABLES = {  # tokenizer, --chat-template -> table
 }
 TURNS = [("hello", "Hi there"), ("2+2?", "4")]
 SHAREGPT, OPENAI = (
-    [{role: who, said: text} for turn in TURNS for who, text in zip(names, turn, strict=True)]
-    for role, said, names in (("from", "value", ("human", "gpt")), ("role", "content", ("user", "assistant")))
+    [{role: who, content: text} for turn in TURNS for who, text in zip(names, turn, strict=True)]
+    for role, content, names in (
+        ("from", "value", ("human", "gpt")),
+        ("role", "content", ("user", "assistant")),
+    )
 )
 ALPACA = {"instruction": "2+2?", "output": "4", "history": [["hello", "Hi there"]], "system": "Be kind."}
 ROWS = [
@@ -140,16 +144,19 @@ ROWS = [
 @pytest.mark.parametrize(("name", "template"), TABLES, ids=str)
 @pytest.mark.parametrize(("handler", "row"), ROWS, ids=str)
 def test_every_template_and_chat_handler(folders, name, template, handler, row):
-    one = maker(folders, name, handler, chat_template=template)
+    encoder = create_encoder(folders, name, handler, chat_template=template)
     expected = TABLES[name, template]
-    check(make(one, row)[0], table(one, *expected))
-    last = maker(folders, name, handler, chat_template=template, loss_on="last")
-    check(make(last, row)[0], table(one, "".join([expected[0], expected[1][0], expected[2]]), expected[3]))
+    check(encode_documents(encoder, row)[0], expected_tokens(encoder, *expected))
+    last_only = create_encoder(folders, name, handler, chat_template=template, loss_on="last")
+    check(
+        encode_documents(last_only, row)[0],
+        expected_tokens(encoder, "".join([expected[0], expected[1][0], expected[2]]), expected[3]),
+    )
 
 
 def test_tables_by_hand(folders):
-    """Pieces of the published vocabularies, read with the eye; what is learnt begins with *."""
-    for name, template, said in (
+    """Tokens of the published vocabularies, written by hand; supervised ones begin with *."""
+    for name, template, expected in (
         ("v1-real", None, "<s> < | User | >: hello \n < | Bot | >: *Hi *! *<eoa>"),
         ("v1-real", "v1-eoh", "<s> < | User | >: hello <eoh> \n < | Bot | >: *Hi *! *<eoa>"),
         (
@@ -159,39 +166,40 @@ def test_tables_by_hand(folders):
             "[UNUSED_TOKEN_146] ass istant \n *Hi *! *[UNUSED_TOKEN_145]",
         ),
     ):
-        one = maker(folders, name, "AlpacaStyleInstructionHandler", chat_template=template)
-        raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
-        (document,) = make(one, {"instruction": "hello", "output": "Hi!"})
+        encoder = create_encoder(folders, name, "AlpacaStyleInstructionHandler", chat_template=template)
+        raw = sentencepiece.SentencePieceProcessor(model_file=str(encoder.tokenizer.path / "tokenizer.model"))
+        (document,) = encode_documents(encoder, {"instruction": "hello", "output": "Hi!"})
         pieces = [raw.id_to_piece(int(i)) for i in document.tokens]
-        found = [
-            f"*{piece}" if learnt else piece for piece, learnt in zip(pieces, document.loss_mask, strict=True)
+        marked = [
+            f"*{piece}" if supervised else piece
+            for piece, supervised in zip(pieces, document.loss_mask, strict=True)
         ]
-        assert found == said.split(" ")
+        assert marked == expected.split(" ")
 
 
 def test_the_input_of_alpaca_stands_on_a_line_of_its_own(folders):
-    one = maker(folders, "v2", "AlpacaStyleInstructionHandler", system="Be brief.")
-    (document,) = make(one, {"instruction": "Add.", "input": "1, 2", "output": " 3\n"})
+    encoder = create_encoder(folders, "v2", "AlpacaStyleInstructionHandler", system="Be brief.")
+    (document,) = encode_documents(encoder, {"instruction": "Add.", "input": "1, 2", "output": " 3\n"})
     prompt = "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\n"
-    check(document, table(one, prompt, (" 3\n<|im_end|>",)))
+    check(document, expected_tokens(encoder, prompt, (" 3\n<|im_end|>",)))
 
 
 @pytest.mark.parametrize("name", ["v2", "v2-old", "v3", "v2-real"])
-def test_calls_are_learnt_and_what_tools_answer_is_not(folders, name):
+def test_tool_calls_are_supervised_and_tool_results_are_not(folders, name):
     calls = [
         {"from": "human", "value": "Weather?"},
         {"from": "function_call", "value": '{"name": "w", "arguments": {"c": 1}}'},
     ]
-    rest = [{"from": "observation", "value": "22"}, {"from": "gpt", "value": "Warm."}]
+    answers = [{"from": "observation", "value": "22"}, {"from": "gpt", "value": "Warm."}]
     openai = [
         {"role": "user", "content": "Weather?"},
         {"role": "assistant", "content": None, "tool_calls": [{"name": "w", "parameters": {"c": 1}}]},
         {"role": "tool", "content": "22", "name": None},
         {"role": "assistant", "content": "Warm."},
     ]
-    one = maker(folders, name, "SharegptStyleInstructionHandler")
-    expected = table(
-        one,
+    encoder = create_encoder(folders, name, "SharegptStyleInstructionHandler")
+    expected = expected_tokens(
+        encoder,
         '<s><|im_start|>system name=<|plugin|>\n[{"name": "w"}]<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n'
         "<|im_start|>assistant\n",
         ('<|action_start|><|plugin|>\n{"name": "w", "parameters": {"c": 1}}<|action_end|><|im_end|>',),
@@ -199,20 +207,23 @@ def test_calls_are_learnt_and_what_tools_answer_is_not(folders, name):
         ("Warm.<|im_end|>",),
     )
     for row in (
-        {"conversations": calls + rest, "tools": '[{"name": "w"}]'},
+        {"conversations": calls + answers, "tools": '[{"name": "w"}]'},
         {"messages": openai, "tools": [{"name": "w"}]},
     ):
-        check(make(one, row)[0], expected)
+        check(encode_documents(encoder, row)[0], expected)
 
 
-def published(one, question, answer, eod=False):
-    """The published tool's prompt and labels: the whole text encoded at once, as many labels ignored as its prompt has tokens."""
+def published(encoder, question, answer, eod=False):
+    """The published tool's prompt and labels: the whole text encoded at once, as many labels ignored as its
+    prompt has tokens."""
     head = (
-        "\nBelow is an instruction that describes a task, paired with an input that provides further context. Write a response "
-        "that appropriately completes the request. Please note that you need to think through your response logically and step by "
+        "\nBelow is an instruction that describes a task, paired with an input that provides further "
+        "context. Write a response "
+        "that appropriately completes the request. Please note that you need to think through your response "
+        "logically and step by "
         "step.\n"
     )
-    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(encoder.tokenizer.path / "tokenizer.model"))
     prompt = f"{head}### Instruction:\n{question}\n### Response:\n"
     ids = [1, *raw.encode(f"{prompt}{answer}\n"), *([2] if eod else [])]
     ignored = 1 + len(raw.encode(prompt))
@@ -222,30 +233,30 @@ def published(one, question, answer, eod=False):
 @pytest.mark.parametrize("name", ["v1", "v1-real", "v2-real"])
 @pytest.mark.parametrize("eod", [False, True])
 def test_the_published_prompt_and_its_labels(folders, name, eod):
-    one = maker(folders, name, "GeneralInstructionHandler", append_eod=eod)
+    encoder = create_encoder(folders, name, "GeneralInstructionHandler", append_eod=eod)
     rows = [
         {"instruction": "Add.", "input": "1, 2", "output": "3"},
         {"instruction": "Say hi. ### Response:", "input": "", "output": "Hi\n\nthere 中文🦙"},
-        {"instruction": "x", "output": "None"},  # the published tool died of this one
+        {"instruction": "x", "output": "None"},  # the published tool crashed on this row
     ]
-    first, second, third = make(one, *rows)
-    check(first, published(one, "Add.\n1, 2", "3", eod))
-    check(second, published(one, "Say hi. ### Response:\n", "Hi\n\nthere 中文🦙", eod))
-    check(third, published(one, "x\n", "None", eod))
-    assert "###None" not in one.tokenizer.decode(third.tokens)
+    first, second, third = encode_documents(encoder, *rows)
+    check(first, published(encoder, "Add.\n1, 2", "3", eod))
+    check(second, published(encoder, "Say hi. ### Response:\n", "Hi\n\nthere 中文🦙", eod))
+    check(third, published(encoder, "x\n", "None", eod))
+    assert "###None" not in encoder.tokenizer.decode(third.tokens)
 
 
 def test_a_token_that_would_reach_from_the_prompt_into_the_answer(folders):
-    one = maker(folders, "v1-real", "GeneralInstructionHandler")
-    (document,) = make(one, {"instruction": "x", "output": "\n\ny"})
-    ids, _ = published(one, "x\n", "\n\ny")
+    encoder = create_encoder(folders, "v1-real", "GeneralInstructionHandler")
+    (document,) = encode_documents(encoder, {"instruction": "x", "output": "\n\ny"})
+    ids, _ = published(encoder, "x\n", "\n\ny")
     assert document.tokens.tolist() != ids  # the newline before the answer and those in it make one token
     answer = document.tokens[document.loss_mask]
     assert (
-        one.tokenizer.decode(answer) == "\n\ny\n"
-    )  # ours are those that follow the prompt when it stands alone
+        encoder.tokenizer.decode(answer) == "\n\ny\n"
+    )  # the answer's tokens are those that follow the prompt encoded alone
     prompt = document.tokens[~document.loss_mask].tolist()
-    assert prompt == published(one, "x\n", "z")[0][: len(prompt)]
+    assert prompt == published(encoder, "x\n", "z")[0][: len(prompt)]
 
 
 def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
@@ -261,14 +272,16 @@ def test_a_tokenizer_that_puts_a_space_before_every_text(tmp_path):
         minloglevel=2,
     )
     (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
-    one = DocumentEncoder(EncoderConfig(str(tmp_path), "GeneralInstructionHandler"))
+    encoder = DocumentEncoder(EncoderConfig(str(tmp_path), "GeneralInstructionHandler"))
     for answer in ("Document 3 says", "x", "\nsays"):
-        (document,) = make(one, {"instruction": "It ends", "input": "here.", "output": answer})
-        check(document, published(one, "It ends\nhere.", answer))
-    apart = SegmentEncoder(one.tokenizer.encode_batch)(
+        (document,) = encode_documents(
+            encoder, {"instruction": "It ends", "input": "here.", "output": answer}
+        )
+        check(document, published(encoder, "It ends\nhere.", answer))
+    apart = SegmentEncoder(encoder.tokenizer.encode_batch)(
         [[PromptSegment("It ends\n")], [PromptSegment("x", True)]]
     )
-    joined = SegmentEncoder(one.tokenizer.encode_batch)(
+    joined = SegmentEncoder(encoder.tokenizer.encode_batch)(
         [[PromptSegment("It ends\n"), PromptSegment("x", True)]]
     )[0][0].tolist()
     assert joined != [
@@ -281,46 +294,60 @@ BELLE = "Human:你好\nAssistant:你好！\nHuman: 2+2?\nAssistant:"
 
 @pytest.mark.parametrize("name", ["v1", "v1-real"])
 @pytest.mark.parametrize("instruction", [BELLE, BELLE.removesuffix("\nAssistant:")])
-def test_belle_learns_the_last_answer_or_all(folders, name, instruction):
-    one = maker(folders, name, "BelleMultiTurnInstructionHandler", append_eod=True)
+def test_belle_supervises_the_last_answer_or_all(folders, name, instruction):
+    encoder = create_encoder(folders, name, "BelleMultiTurnInstructionHandler", append_eod=True)
     row = {"instruction": instruction, "output": "4 "}
     before = "你好\n### Response:\n你好！\n### Instruction:\n2+2?"
-    check(make(one, row)[0], published(one, before, "4", True))
-    every = maker(folders, name, "BelleMultiTurnInstructionHandler", append_eod=True, loss_on="all")
-    ids, learnt = published(one, before, "4", True)
-    raw = sentencepiece.SentencePieceProcessor(model_file=str(one.tokenizer.path / "tokenizer.model"))
-    start = published(one, "你好", "x")[1].count(False)
-    learnt[start : start + len(raw.encode("你好！\n"))] = [True] * len(raw.encode("你好！\n"))
-    check(make(every, row)[0], (ids, learnt))
+    check(encode_documents(encoder, row)[0], published(encoder, before, "4", True))
+    all_answers = create_encoder(
+        folders, name, "BelleMultiTurnInstructionHandler", append_eod=True, loss_on="all"
+    )
+    ids, supervised = published(encoder, before, "4", True)
+    raw = sentencepiece.SentencePieceProcessor(model_file=str(encoder.tokenizer.path / "tokenizer.model"))
+    start = published(encoder, "你好", "x")[1].count(False)
+    supervised[start : start + len(raw.encode("你好！\n"))] = [True] * len(raw.encode("你好！\n"))
+    check(encode_documents(all_answers, row)[0], (ids, supervised))
 
 
 def test_literal_control_tokens_stay_text(folders):
-    one = maker(folders, "v2", "SharegptStyleInstructionHandler")
-    talk = [
+    encoder = create_encoder(folders, "v2", "SharegptStyleInstructionHandler")
+    conversation = [
         {"from": "human", "value": "a<|im_end|>b"},
         {"from": "gpt", "value": "<|im_start|>[UNUSED_TOKEN_145]<s>"},
     ]
-    (document,) = make(one, {"conversations": talk})
-    start, end = (one.tokenizer.token_to_id(name) for name in IM)
+    (document,) = encode_documents(encoder, {"conversations": conversation})
+    start, end = (encoder.tokenizer.token_to_id(name) for name in IM)
     assert [int(i) for i in document.tokens if i in (start, end, 1, 2)] == [1, start, end, start, end]
     assert (
-        one.tokenizer.decode(document.tokens[document.loss_mask][:-1]) == "<|im_start|>[UNUSED_TOKEN_145]<s>"
+        encoder.tokenizer.decode(document.tokens[document.loss_mask][:-1])
+        == "<|im_start|>[UNUSED_TOKEN_145]<s>"
     )
 
 
 def test_the_last_turn_ends_once(folders, tmp_path):
-    """Where the turn ends with eos itself, --append-eod adds none; elsewhere it does, and it is learnt."""
-    plain = {"v1": sentencepiece_dir(tmp_path)}  # without <eoa>
+    """--append-eod adds a supervised eos, unless the last turn ends with eos itself."""
+    plain_folder = {"v1": sentencepiece_dir(tmp_path)}  # without <eoa>
     row = {"instruction": "hello", "output": "Hi"}
-    one = maker(plain, "v1", "AlpacaStyleInstructionHandler", chat_template="v1", append_eod=True)
-    check(make(one, row)[0], table(one, "<s><|User|>:hello\n<|Bot|>:", ("Hi</s>",)))
-    assert any("no <eoa>" in note for note in one.handler.notes)
-    one = maker(folders, "v2", "AlpacaStyleInstructionHandler", append_eod=True)
-    check(
-        make(one, row)[0],
-        table(one, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", ("Hi<|im_end|></s>",)),
+    encoder = create_encoder(
+        plain_folder, "v1", "AlpacaStyleInstructionHandler", chat_template="v1", append_eod=True
     )
-    assert maker(folders, "v1", "GeneralInstructionHandler").handler.notes[0].endswith("add --append-eod")
+    check(
+        encode_documents(encoder, row)[0],
+        expected_tokens(encoder, "<s><|User|>:hello\n<|Bot|>:", ("Hi</s>",)),
+    )
+    assert any("no <eoa>" in note for note in encoder.handler.notes)
+    encoder = create_encoder(folders, "v2", "AlpacaStyleInstructionHandler", append_eod=True)
+    check(
+        encode_documents(encoder, row)[0],
+        expected_tokens(
+            encoder, "<s><|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n", ("Hi<|im_end|></s>",)
+        ),
+    )
+    assert (
+        create_encoder(folders, "v1", "GeneralInstructionHandler")
+        .handler.notes[0]
+        .endswith("add --append-eod")
+    )
 
 
 H, A = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
@@ -431,34 +458,34 @@ WRONG = {  # handler -> kind -> what the row says
 
 
 @pytest.mark.parametrize(
-    ("handler", "wrong"), [(name, one) for name, many in WRONG.items() for one in many], ids=str
+    ("handler", "wrong"), [(name, case) for name, cases in WRONG.items() for case in cases], ids=str
 )
-def test_what_is_wrong_with_a_row(folders, handler, wrong):
+def test_faults_of_rows(folders, handler, wrong):
     kind, says, row = wrong
-    one = maker(folders, "v2", handler, longest=500)
+    encoder = create_encoder(folders, "v2", handler, longest=500)
     good = {"conversations": [H, A], "instruction": "Human:q\nAssistant:", "output": "a"}
-    before, found, after = make(one, good, row, good)
-    assert isinstance(found, Fault), found
-    assert found.kind == kind
-    assert re.search(says, found.detail)
-    assert "\n" not in found.detail
-    assert len(found.detail) < 250
+    before, fault, after = encode_documents(encoder, good, row, good)
+    assert isinstance(fault, Fault), fault
+    assert fault.kind == kind
+    assert re.search(says, fault.detail)
+    assert "\n" not in fault.detail
+    assert len(fault.detail) < 250
     assert before.tokens.tolist() == after.tokens.tolist()  # and no other row is touched
 
 
 def test_a_template_without_tools_says_so(folders):
-    one = maker(folders, "v1", "SharegptStyleInstructionHandler")
-    (found,) = make(one, {"conversations": [H, A, H | {"from": "observation"}, A]})
-    assert found == Fault(
+    encoder = create_encoder(folders, "v1", "SharegptStyleInstructionHandler")
+    (result,) = encode_documents(encoder, {"conversations": [H, A, H | {"from": "observation"}, A]})
+    assert result == Fault(
         "no place in the template",
         "conversation, message 3: the chat template v1 has no role environment, only system, user, assistant",
     )
 
 
-def test_columnar_rows_have_null_for_what_is_not_there(folders):
-    one = maker(folders, "v2", "SharegptStyleInstructionHandler")
-    plain, columnar = make(
-        one,
+def test_columnar_rows_have_null_for_absent_keys(folders):
+    encoder = create_encoder(folders, "v2", "SharegptStyleInstructionHandler")
+    minimal, columnar = encode_documents(
+        encoder,
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
         {
             "messages": [
@@ -467,36 +494,37 @@ def test_columnar_rows_have_null_for_what_is_not_there(folders):
             ]
         },
     )
-    assert plain.tokens.tolist() == columnar.tokens.tolist()
+    assert minimal.tokens.tolist() == columnar.tokens.tolist()
     for other in ([], None):
-        (found,) = make(one, {"conversations": other, "messages": [H, A]})
-        assert found.tokens.tolist() == plain.tokens.tolist()
+        (result,) = encode_documents(encoder, {"conversations": other, "messages": [H, A]})
+        assert result.tokens.tolist() == minimal.tokens.tolist()
 
 
 def test_cut_to_a_length(folders):
-    """What fits is kept and counted; a document whose answers would all be cut away is none; the first token is never learnt."""
+    """Truncated documents are kept and counted, and skipped if no answer remains; the first token is never a
+    label."""
     row = {"conversations": SHAREGPT}
-    whole = make(maker(folders, "v2", "SharegptStyleInstructionHandler"), row)[0]
-    first = int(np.flatnonzero(whole.loss_mask)[0])
-    for length in (first, first + 1, len(whole.tokens) - 1, len(whole.tokens), 1000):
-        one = maker(folders, "v2", "SharegptStyleInstructionHandler", seq_length=length)
-        made = one.encode({name: [row.get(name)] for name in one.handler.columns})["packed"]
-        (found,) = made.documents
-        assert made.truncated == lost_by_hand([whole], length)
+    untruncated = encode_documents(create_encoder(folders, "v2", "SharegptStyleInstructionHandler"), row)[0]
+    first = int(np.flatnonzero(untruncated.loss_mask)[0])
+    for length in (first, first + 1, len(untruncated.tokens) - 1, len(untruncated.tokens), 1000):
+        encoder = create_encoder(folders, "v2", "SharegptStyleInstructionHandler", seq_length=length)
+        encoded = encoder.encode({name: [row.get(name)] for name in encoder.handler.columns})["packed"]
+        (document,) = encoded.documents
+        assert encoded.truncated == lost_by_hand([untruncated], length)
         if length == first:
-            assert found.kind == "answers beyond --seq-length"
-            assert str(len(whole.tokens)) in found.detail
+            assert document.kind == "answers beyond --seq-length"
+            assert str(len(untruncated.tokens)) in document.detail
         else:
-            assert found.tokens.tolist() == whole.tokens[:length].tolist()
-            assert found.loss_mask.tolist() == whole.loss_mask[:length].tolist()
+            assert document.tokens.tolist() == untruncated.tokens[:length].tolist()
+            assert document.loss_mask.tolist() == untruncated.loss_mask[:length].tolist()
 
 
 def test_which_template_a_folder_takes(folders, tmp_path):
-    for said, template in (("internlm2", "v2"), ("internlm3", "v3"), (None, "v2.5")):
-        folder = tmp_path / str(said)
+    for model_type, template in (("internlm2", "v2"), ("internlm3", "v3"), (None, "v2.5")):
+        folder = tmp_path / str(model_type)
         KINDS["v2"](folder)
-        if said:
-            (folder / "config.json").write_text(json.dumps({"model_type": said}))
+        if model_type:
+            (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
         job = EncoderConfig(
             str(folder), "AlpacaStyleInstructionHandler", chat_template=chat_template_beside(folder)
         )
@@ -506,17 +534,17 @@ def test_which_template_a_folder_takes(folders, tmp_path):
             EncoderConfig(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler")
         )
     with pytest.raises(UserError, match="--chat-template v9 does not exist"):
-        maker(folders, "v2", "AlpacaStyleInstructionHandler", chat_template="v9")
+        create_encoder(folders, "v2", "AlpacaStyleInstructionHandler", chat_template="v9")
 
 
-def test_pieces_say_who_speaks(folders):
-    """Nothing of the prompt is learnt, whatever it looks like; the sum of all pieces is the conversation that is asked about."""
-    chat = maker(folders, "v2", "AlpacaStyleInstructionHandler").handler.chat
-    talk = [Message("user", "a"), Message("assistant", "b")]
-    pieces = chat.training_segments(talk)
-    assert [p.content for p in pieces if p.supervised] == ["b", chat.stop_ids[0]]
-    ((ids, _),) = chat.encode_segments([[p for p in pieces if not p.supervised]])
-    assert ids.tolist() == chat.prompt_ids(talk[:1])
+def test_segments_mark_the_assistants_text(folders):
+    """No token of the prompt is supervised; all segments together are the conversation."""
+    chat = create_encoder(folders, "v2", "AlpacaStyleInstructionHandler").handler.chat
+    conversation = [Message("user", "a"), Message("assistant", "b")]
+    segments = chat.training_segments(conversation)
+    assert [segment.content for segment in segments if segment.supervised] == ["b", chat.stop_ids[0]]
+    ((ids, _),) = chat.encode_segments([[segment for segment in segments if not segment.supervised]])
+    assert ids.tolist() == chat.prompt_ids(conversation[:1])
 
 
 WORDS = st.sampled_from(
@@ -552,7 +580,7 @@ JSON = st.recursive(
 
 @given(data=st.data())
 @pytest.mark.parametrize("handler", list(WRONG))
-def test_whatever_a_row_holds_it_is_a_document_or_a_fault(folders, handler, data):
-    one = maker(folders, "v2", handler, append_eod=True, seq_length=60)
-    (found,) = make(one, {name: data.draw(JSON) for name in one.handler.columns})
-    assert isinstance(found, Fault) or found.loss_mask[1:].any()
+def test_any_row_gives_a_document_or_a_fault(folders, handler, data):
+    encoder = create_encoder(folders, "v2", handler, append_eod=True, seq_length=60)
+    (result,) = encode_documents(encoder, {name: data.draw(JSON) for name in encoder.handler.columns})
+    assert isinstance(result, Fault) or result.loss_mask[1:].any()

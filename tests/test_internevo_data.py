@@ -1,4 +1,4 @@
-"""InternEvo's tokenized data read as they lie: its packings position by position, and what is wrong by file and byte."""
+"""InternEvo's tokenized data: packings position by position, and errors by file and byte."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def train(path, row, **options):
     return build_splits(config(path, row, **options), SEED, VOCAB, ("train",))["train"]
 
 
-def told(sample):
+def as_lists(sample):
     """Tokens, labels with -100 where they do not count, positions."""
     tokens, labels, counts, positions = sample
     return [tokens.tolist(), torch.where(counts > 0, labels, -100).tolist(), positions.tolist()]
@@ -65,25 +65,28 @@ def told(sample):
 def in_file_order(samples, rows):
     """The rows of the first epoch as they were packed."""
     order = np.random.RandomState(SEED).permutation(rows)
-    found = [told(samples.sample(place)) for place in range(rows)]
-    return [found[place] for place in np.argsort(order)]
+    rows_in_order = [as_lists(samples.sample(index)) for index in range(rows)]
+    return [rows_in_order[index] for index in np.argsort(order)]
 
 
-def naive(documents, row, segment, whole, shuffled_by=SHUFFLED_BY, joins=True):
-    """The packs of one file, position by position. `joins`: a label looks over the end of a pack."""
+def naive_packs(
+    documents, row, segment, across_documents, shuffled_by=SHUFFLED_BY, predicts_across_packs=True
+):
+    """The packs of one file, position by position. `predicts_across_packs`: the last position
+    of a pack predicts the next token of its document."""
     order = np.random.RandomState(shuffled_by).permutation(len(documents))
-    flat = [(documents[d], place) for d in order for place in range(len(documents[d]))]
+    flat = [(documents[d], index) for d in order for index in range(len(documents[d]))]
     packs = []
     for start in range(0, len(flat) - row + 1, row):
         tokens, labels, positions = [], [], []
         for at in range(row):
-            document, place = flat[start + at]
-            following = document[place + 1] if place + 1 < len(document) else -100
-            beyond = at + 1 == row and (whole or not joins)
-            since = min(at, place)  # the beginning of the document, or of the pack
-            tokens.append(abs(document[place]))
+            document, index = flat[start + at]
+            following = document[index + 1] if index + 1 < len(document) else -100
+            beyond = at + 1 == row and (across_documents or not predicts_across_packs)
+            since = min(at, index)  # the beginning of the document, or of the pack
+            tokens.append(abs(document[index]))
             labels.append(following if following > 0 and not beyond else -100)
-            positions.append((at if whole else since) % segment)
+            positions.append((at if across_documents else since) % segment)
         packs.append([tokens, labels, positions])
     return packs
 
@@ -111,7 +114,7 @@ BY_HAND = {
 def test_packs_by_hand(tmp_path, name, row, segment):
     order = np.random.RandomState(1024).permutation(4)
     stored = [
-        FOUR[place] for place in np.argsort(order)
+        FOUR[index] for index in np.argsort(order)
     ]  # so that shuffling brings them into the order above
     path = write(tmp_path / "x.bin", stored)
     samples = train(path, row, packing=name, max_segment_length=segment)
@@ -122,14 +125,14 @@ def test_packs_by_hand(tmp_path, name, row, segment):
 TOKENS = st.lists(st.integers(-99, 99), min_size=1, max_size=30)
 
 
-class Held:
+class MemoryDocuments:
     """Documents in memory."""
 
-    prefix = "held"
+    prefix = "memory"
 
     def __init__(self, documents):
         self._documents = documents
-        self.lengths = np.array([len(one) for one in documents])
+        self.lengths = np.array([len(document) for document in documents])
         self.file_bounds = np.array([0, len(documents)])
 
     def document(self, number):
@@ -138,36 +141,48 @@ class Held:
 
 
 @given(st.lists(TOKENS, min_size=1, max_size=25), st.integers(1, 8), st.integers(1, 3), st.booleans())
-def test_packs_are_internevos(documents, segment, often, whole):
-    row = segment * often
-    expected = naive(documents, row, segment, whole)
+def test_packs_are_internevos(documents, segment, segments, across_documents):
+    row = segment * segments
+    expected = naive_packs(documents, row, segment, across_documents)
     options = DataConfig(
-        seq_length=row, max_segment_length=segment, packing="internevo-whole" if whole else "internevo-cut"
+        seq_length=row,
+        max_segment_length=segment,
+        packing="internevo-whole" if across_documents else "internevo-cut",
     )
-    source = (Held(documents), range(len(documents)), row, create_packer(options, InternEvoCut), SEED)
+    source = (
+        MemoryDocuments(documents),
+        range(len(documents)),
+        row,
+        create_packer(options, InternEvoCut),
+        SEED,
+    )
     if not expected:
         with pytest.raises(UserError, match="none fills a row or has a supervised token"):
             PackedSamples(*source)
         return
-    found = PackedSamples(*source)
-    assert found.samples_per_epoch == len(expected)
-    assert found.filled == 1
-    assert in_file_order(found, len(expected)) == expected
+    samples = PackedSamples(*source)
+    assert samples.samples_per_epoch == len(expected)
+    assert samples.filled == 1
+    assert in_file_order(samples, len(expected)) == expected
 
 
 def test_controls():
-    """Another order, and labels that stop at the end of a pack, are seen."""
+    """The comparison detects another order, and labels that stop at the end of a pack."""
     documents = [[10 * d + t for t in range(1, 9)] for d in range(9)]
-    found = in_file_order(
+    packs = in_file_order(
         PackedSamples(
-            Held(documents), range(9), 5, create_packer(DataConfig(seq_length=5), InternEvoCut), SEED
+            MemoryDocuments(documents),
+            range(9),
+            5,
+            create_packer(DataConfig(seq_length=5), InternEvoCut),
+            SEED,
         ),
         14,
     )
-    assert found == naive(documents, 5, 5, False)
-    assert found != naive(documents, 5, 5, False, shuffled_by=1023)
-    assert found != naive(documents, 5, 5, False, joins=False)
-    assert found != naive(documents, 5, 5, True)
+    assert packs == naive_packs(documents, 5, 5, False)
+    assert packs != naive_packs(documents, 5, 5, False, shuffled_by=1023)
+    assert packs != naive_packs(documents, 5, 5, False, predicts_across_packs=False)
+    assert packs != naive_packs(documents, 5, 5, True)
 
 
 def test_a_folder_is_packed_file_by_file(tmp_path):
@@ -180,7 +195,7 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
         write(tmp_path / f"{name}.bin", documents)
     (tmp_path / "README.md").write_text("no data")
     expected = [
-        pack for name in ("cn/c", "en/a", "en/b") for pack in naive(files[name], 4, 4, False)
+        pack for name in ("cn/c", "en/a", "en/b") for pack in naive_packs(files[name], 4, 4, False)
     ]  # sorted
     samples = train(tmp_path, 4)  # their packing is the default for their data
     assert in_file_order(samples, len(expected)) == expected
@@ -197,19 +212,19 @@ def test_a_folder_is_packed_file_by_file(tmp_path):
 def test_the_first_epoch_is_internevos_with_its_seed(tmp_path):
     documents = [[d * 9 + t + 1 for t in range(7)] for d in range(30)]
     samples = build_splits(config(write(tmp_path / "x.bin", documents), 6), 1024, VOCAB, ("train",))["train"]
-    packs, order = naive(documents, 6, 6, False), np.arange(35)
+    packs, order = naive_packs(documents, 6, 6, False), np.arange(35)
     np.random.RandomState(1024).shuffle(order)
-    assert [told(samples.sample(place)) for place in range(35)] == [packs[number] for number in order]
+    assert [as_lists(samples.sample(index)) for index in range(35)] == [packs[number] for number in order]
 
 
-def test_tokens_that_are_not_learnt(tmp_path):
-    """Negative ones, and id 0, whose sign says nothing: InternEvo learns what is above 0."""
+def test_unsupervised_tokens(tmp_path):
+    """Negative ids, and id 0, which has no sign: InternEvo supervises ids above 0."""
     path = write(tmp_path / "x.bin", [[1, -5, -6, 7, 0, 8, 2]])
-    one = InternEvoDataset(path).document(0)
-    assert one.tokens.tolist() == [1, 5, 6, 7, 0, 8, 2]
-    assert one.loss_mask.tolist() == [True, False, False, True, False, True, True]
+    document = InternEvoDataset(path).document(0)
+    assert document.tokens.tolist() == [1, 5, 6, 7, 0, 8, 2]
+    assert document.loss_mask.tolist() == [True, False, False, True, False, True, True]
     for name in ("none", "first-fit", "internevo-cut"):
-        assert told(train(path, 7, packing=name).sample(0)) == [
+        assert as_lists(train(path, 7, packing=name).sample(0)) == [
             [1, 5, 6, 7, 0, 8, 2],
             [N, N, 7, N, 8, 2, N],
             list(range(7)),
@@ -222,15 +237,15 @@ def test_three_columns_wherever_the_length_stands(tmp_path):
         write(tmp_path / "x.bin", documents, columns=3)
         table = np.load(tmp_path / "x.bin.meta")
         save(f"{tmp_path}/x.bin.meta", table[:, order])
-        found = InternEvoDataset(str(tmp_path / "x.bin"))
-        assert found.lengths.tolist() == [3, 2]
-        assert found.document(1).tokens.tolist() == [4, 5]
+        dataset = InternEvoDataset(str(tmp_path / "x.bin"))
+        assert dataset.lengths.tolist() == [3, 2]
+        assert dataset.document(1).tokens.tolist() == [4, 5]
 
 
 def test_short_documents_are_left_out_before_all_else(tmp_path):
     documents = [list(range(1, n + 1)) for n in (3, 9, 2, 5, 1, 7)]
     path = write(tmp_path / "x.bin", documents)
-    expected = naive([one for one in documents if len(one) >= 5], 3, 3, False)
+    expected = naive_packs([document for document in documents if len(document) >= 5], 3, 3, False)
     assert in_file_order(train(path, 3, min_length=5), len(expected)) == expected
     with pytest.raises(UserError, match="none of its 6 documents has 10 tokens; lower --min-length"):
         train(path, 3, min_length=10)
@@ -243,15 +258,18 @@ def test_validation_data_of_their_own(tmp_path):
             [[first + d, first + d + 1, first + d + 2] for d in range(12)],
         )
     options = config(tmp_path / "train", 6, split="949,50,1", valid_data_path=(str(tmp_path / "valid"),))
-    found = build_splits(options, SEED, VOCAB, ("train", "valid"))
+    splits = build_splits(options, SEED, VOCAB, ("train", "valid"))
     for name, low in (("train", 1), ("valid", 500)):
-        rows = [found[name].sample(place)[0] for place in range(len(found[name]))]
+        rows = [splits[name].sample(index)[0] for index in range(len(splits[name]))]
         assert len(rows) == 6  # all 36 tokens
         assert all(low <= int(row.min()) and int(row.max()) < low + 20 for row in rows)
     with pytest.raises(UserError, match="there is no test split then"):
         build_splits(options, SEED, VOCAB, ("test",))
     parts = build_splits(config(tmp_path / "train", 6, split="1,1,0"), SEED, VOCAB, ("train", "valid"))
-    tokens = [{int(t) for place in range(len(one)) for t in one.sample(place)[0]} for one in parts.values()]
+    tokens = [
+        {int(t) for index in range(len(samples)) for t in samples.sample(index)[0]}
+        for samples in parts.values()
+    ]
     assert [len(part) for part in parts.values()] == [3, 3]
     assert tokens[0] != tokens[1]
 
@@ -270,9 +288,9 @@ def test_converted_data_are_the_same(tmp_path):
     documents = [
         (rng.integers(1, 99, n) * rng.choice([1, 1, -1], n)).tolist() for n in rng.integers(2, 40, 60)
     ]
-    for one in documents:  # where nothing is to be learnt, a couple leaves documents out that InternEvo's lines would have to be read for
-        one[1] = abs(one[1])
-    path, prefix = write(tmp_path / "en" / "x.bin", documents), str(tmp_path / "out" / "made")
+    for document in documents:  # without supervised tokens a masked pair omits documents, for which InternEvo's lines would have to be read
+        document[1] = abs(document[1])
+    path, prefix = write(tmp_path / "en" / "x.bin", documents), str(tmp_path / "out" / "converted")
     command = [
         sys.executable,
         "tools/convert_internevo_data.py",
@@ -286,17 +304,17 @@ def test_converted_data_are_the_same(tmp_path):
     assert "60 documents" in done.stdout
     assert isinstance(open_dataset(prefix, CONFIG, 99), MaskedPair)
     for name in ("internevo-cut", "internevo-whole", "first-fit", "none"):
-        one, other = train(path, 16, packing=name), train(prefix, 16, packing=name)
-        assert len(one) == len(other)
-        assert [told(one.sample(n)) for n in range(2 * len(one))] == [
-            told(other.sample(n)) for n in range(2 * len(one))
+        internevo, converted = train(path, 16, packing=name), train(prefix, 16, packing=name)
+        assert len(internevo) == len(converted)
+        assert [as_lists(internevo.sample(n)) for n in range(2 * len(internevo))] == [
+            as_lists(converted.sample(n)) for n in range(2 * len(internevo))
         ]
     with pytest.raises(UserError, match=r"token id \d+, but the model's vocabulary has 50 ids"):
         open_dataset(prefix, CONFIG, 50)
     again = subprocess.run([*command, "--min-length", "100"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
-    assert train(prefix, 16)  # what was there is left as it was
+    assert train(prefix, 16)  # the old files are unchanged
     with pytest.raises(UserError, match=r"neither a \.bin"):
         convert(str(tmp_path / "out"), prefix)
 
@@ -368,9 +386,9 @@ DAMAGED = {
 def test_damaged_data(tmp_path, name):
     path = write(tmp_path / "x.bin", [[11, 12, 13]] * 20)
     write(tmp_path / "y.bin", [[1, 2, 3]])
-    damage, said = DAMAGED[name]
+    damage, message = DAMAGED[name]
     damage(path)
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         train(tmp_path, 3)
     assert "\n" not in str(caught.value)
 
@@ -383,10 +401,10 @@ def test_what_is_not_looked_at_in_the_beginning_is_seen_when_it_is_read(tmp_path
         file.write(b'{"tokens": [11, 12    ]}\n')
     samples = train(path, 3)
     with pytest.raises(UserError, match=r"x\.bin, byte 425: the line has 2 tokens and x\.bin\.meta says 3"):
-        [samples.sample(place) for place in range(lines)]
+        [samples.sample(index) for index in range(lines)]
     os.truncate(path, 100)  # under an open file
     with pytest.raises(UserError, match=r"x\.bin, byte \d+: "):
-        [samples.sample(place) for place in range(lines)]
+        [samples.sample(index) for index in range(lines)]
 
 
 def test_ids_beyond_the_vocabulary(tmp_path):
@@ -400,7 +418,7 @@ def test_ids_beyond_the_vocabulary(tmp_path):
 
 def test_flags_that_mean_nothing(tmp_path):
     path = write(tmp_path / "x.bin", [[1, 2, 3, 4]] * 5)
-    for options, said in (
+    for options, message in (
         (
             {"packing": "none", "max_segment_length": 2},
             "--max-segment-length 2 belongs to --packing internevo-cut and",
@@ -414,14 +432,14 @@ def test_flags_that_mean_nothing(tmp_path):
             "none fills a row or has a supervised token at --seq-length 30",
         ),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             train(path, options.pop("seq_length", 4), **options)
 
 
 def test_a_row_of_many_long_pieces_is_fast_to_pack():
     """No loop over tokens: a billion of them, in documents of any length."""
     lengths = np.random.default_rng(0).integers(1, 20_000, 100_000)
-    found = split_contiguous(lengths, 8192, 4096)
-    assert found.tokens == len(found) * 8192 == int(lengths.sum()) // 8192 * 8192
-    assert (found.stops - found.starts).max() <= 4096
-    assert ((found.stops - found.starts) > 0).all()
+    packing = split_contiguous(lengths, 8192, 4096)
+    assert packing.tokens == len(packing) * 8192 == int(lengths.sum()) // 8192 * 8192
+    assert (packing.stops - packing.starts).max() <= 4096
+    assert ((packing.stops - packing.starts) > 0).all()

@@ -1,4 +1,5 @@
-"""Documents with masks: packed first-fit into rows, as a naive loop packs them, and read as a row assembled by hand."""
+"""Documents with masks: packed first-fit into rows, as a naive loop packs them, and read as a row assembled
+by hand."""
 
 import dataclasses
 import json
@@ -67,7 +68,8 @@ def test_one_each(lengths, row):
 
 
 def write(prefix, count, longest=30, seed=0, start=0):
-    """Documents of 2 to `longest` ids, all different; the second half of each is supervised. Returns (ids, mask) of each."""
+    """Documents of 2 to `longest` ids, all different; the second half of each is supervised. Returns (ids,
+    mask) of each."""
     random = np.random.default_rng(seed)
     lengths = random.integers(2, longest + 1, count).astype(np.int32)
     tokens = np.arange(start, start + lengths.sum(), dtype=np.int32)
@@ -189,7 +191,8 @@ def test_note_at_the_start(tmp_path):
     share = taken / (SEQ * len(samples))
     assert samples.notes == [
         f"{tmp_path}/p: {100 - lost} documents in {len(samples)} rows of {SEQ} tokens, {share:.1%} filled, "
-        f"{supervised:,} of {taken:,} tokens in the loss; {cut} documents cut to --seq-length {SEQ}: 0 answers lost, {ends} cut; "
+        f"{supervised:,} of {taken:,} tokens in the loss; {cut} documents cut to --seq-length {SEQ}: 0 "
+        f"answers lost, {ends} cut; "
         f"{lost} left out, as nothing of their answers fits"
     ]
     assert (
@@ -461,8 +464,8 @@ def test_unsupervised_documents_are_left_out_and_counted(tmp_path):
         (note,) = samples.notes
         assert "2 documents in" in note
         assert (
-            "3 of 5 tokens in the loss; 1 left out, as nothing of their answers fits; 3 left out, as they have no supervised token"
-            in note
+            "3 of 5 tokens in the loss; 1 left out, as nothing of their answers fits; 3 left out, as they "
+            "have no supervised token" in note
         )
     assert sum(samples.sample(0)[2].tolist()) == 3
     write_masks(np.zeros(lengths.sum(), bool))

@@ -40,16 +40,16 @@ def run(*args):
     return subprocess.run([sys.executable, TOOL, *map(str, args)], capture_output=True, text=True)
 
 
-def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
+def test_documents_are_sentencepiece_ids_and_eos(tmp_path, tokenizer):
     parquet_of(tmp_path / "a.parquet", TEXTS, row_group_size=100)
     facts = preprocess(
         [tmp_path / "a.parquet"],
         str(tmp_path / "p"),
         EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True),
     )
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
     read = IndexedDataset(str(tmp_path / "p_text_document"))
-    expected = [[*theirs.encode(text), 2] for text in TEXTS]
+    expected = [[*processor.encode(text), 2] for text in TEXTS]
     assert [d.tolist() for d in read[0 : len(read)]] == expected
     assert read.index.dtype == np.uint16
     assert json.loads(made(tmp_path / "p_text_document")["meta"]) == facts["text"]
@@ -58,8 +58,8 @@ def test_documents_are_sentencepieces_ids_and_eos(tmp_path, tokenizer):
     preprocess(
         [tmp_path / "a.parquet"], str(tmp_path / "q"), EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
     )
-    bare = IndexedDataset(str(tmp_path / "q_text_document"))
-    assert [d.tolist() for d in bare[0 : len(bare)]] == [ids[:-1] for ids in expected]
+    without_eos = IndexedDataset(str(tmp_path / "q_text_document"))
+    assert [d.tolist() for d in without_eos[0 : len(without_eos)]] == [ids[:-1] for ids in expected]
 
 
 def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
@@ -77,9 +77,7 @@ def test_a_large_vocabulary_is_stored_in_32_bits(tmp_path):
 
 def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, tokenizer, monkeypatch):
     for module in (parquet, lines, sequential):
-        monkeypatch.setattr(
-            module, "SHARD_BYTES", 6000
-        )  # many shards; whoever reads one need not know how they are cut
+        monkeypatch.setattr(module, "SHARD_BYTES", 6000)  # many shards
     inputs = {
         "one group": parquet_of(tmp_path / "one.parquet", TEXTS),
         "groups": parquet_of(tmp_path / "groups.parquet", TEXTS, row_group_size=77),
@@ -91,18 +89,18 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
     inputs["jsonl"].write_text("\n".join(map(json.dumps, rows)))
     inputs["array"].write_text(json.dumps(rows))
     inputs["gz"].write_bytes(gzip.compress(inputs["jsonl"].read_bytes()))
-    job, found = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
+    job, outputs = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
     for name, path in inputs.items():
         for workers in (1, 3) if name in ("one group", "gz") else (1,):
             preprocess([path], str(tmp_path / name), job, workers)
-            found[name, workers] = made(f"{tmp_path / name}_text_document")
-    first = found["one group", 1]
-    assert all(files == first for files in found.values())
+            outputs[name, workers] = made(f"{tmp_path / name}_text_document")
+    first = outputs["one group", 1]
+    assert all(files == first for files in outputs.values())
     parquet_of(tmp_path / "one.parquet", TEXTS[:50] + TEXTS[51:52] + TEXTS[50:51] + TEXTS[52:])
     preprocess([tmp_path / "one.parquet"], str(tmp_path / "swapped"), job)
     assert (
         made(tmp_path / "swapped_text_document")["bin"] != first["bin"]
-    )  # control: the order of the rows is seen
+    )  # control: the comparison detects the order of the rows
 
 
 def test_several_files_and_keys(tmp_path, tokenizer):
@@ -113,13 +111,11 @@ def test_several_files_and_keys(tmp_path, tokenizer):
     (data / "c.csv").write_text("")  # holds no rows and misses no column
     job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", ("text", "title"))
     preprocess([data], str(data / "new" / "p"), job)
-    facts = preprocess(
-        [data], str(data / "new" / "p"), job
-    )  # its own output among the input is not taken for rows
+    facts = preprocess([data], str(data / "new" / "p"), job)  # its own output in the input folder is ignored
     assert [facts[key]["documents"] for key in ("text", "title")] == [3, 2]
     assert facts["title"]["skipped"] == {"null": 1}
-    one, other = (IndexedDataset(str(data / "new" / f"p_{key}_document")) for key in ("text", "title"))
-    assert (len(one), len(other)) == (3, 2)
+    texts, titles = (IndexedDataset(str(data / "new" / f"p_{key}_document")) for key in ("text", "title"))
+    assert (len(texts), len(titles)) == (3, 2)
 
 
 def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer):
@@ -136,7 +132,7 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
     ]
     path.write_bytes(b"\n".join(good + bad + [json.dumps({"text": "x" * 5000}).encode()] + good))
     job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", longest=4000)
-    with log_lines() as said:
+    with log_lines() as lines:
         facts = preprocess([path], str(tmp_path / "p"), job)
     assert facts["text"]["rows"] == 10
     assert facts["text"]["documents"] == 2
@@ -150,7 +146,7 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
         "huge": 1,
     }
     assert facts["text"]["skipped"] == expected
-    assert "from 10 rows, skipped: 1 empty, 1 huge, 2 invalid UTF-8" in said[0]
+    assert "from 10 rows, skipped: 1 empty, 1 huge, 2 invalid UTF-8" in lines[0]
 
 
 def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, tokenizer):
@@ -198,7 +194,7 @@ def test_errors_before_anything_is_written(tmp_path, tokenizer):
     assert not list(tmp_path.glob("p_*"))
 
 
-def test_a_full_disk_is_known_early(tmp_path, tokenizer, monkeypatch):
+def test_a_full_disk_is_detected_early(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(parquet, "SHARD_BYTES", 2000)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match=r"are still to be written, but 0\.0 GB are free"):
@@ -247,12 +243,12 @@ def test_the_published_command(tmp_path, tokenizer):
     )
     assert done.returncode == 0, done.stderr
     assert len(IndexedDataset(f"{prefix}_text_document")) == 100
-    for said in (
+    for message in (
         "--streaming is accepted and ignored: rows are always",
         "--seq-length is ignored: ",
         "--tokenizer-not-use-fast is accepted and ignored: ",
     ):
-        assert said in done.stdout
+        assert message in done.stdout
     assert "100 documents" in done.stdout
     assert "documents/s" in done.stderr
     assert "left" in done.stderr
@@ -290,12 +286,12 @@ def tool_with_workers(tmp_path, tokenizer):
     return tool, workers
 
 
-def test_a_worker_that_dies_is_said_and_nothing_is_left(tmp_path, tokenizer):
+def test_a_dead_worker_is_reported_and_leaves_no_files(tmp_path, tokenizer):
     tool, workers = tool_with_workers(tmp_path, tokenizer)
     workers[0].kill()
-    said = tool.communicate()[1]
+    stderr = tool.communicate()[1]
     assert tool.returncode == 2
-    assert "error: a worker process died" in said.splitlines()[-1]
+    assert "error: a worker process died" in stderr.splitlines()[-1]
     assert not list(tmp_path.glob("p_*"))
 
 
@@ -308,14 +304,14 @@ def test_workers_end_with_a_killed_parent(tmp_path, tokenizer):
 
 
 def kill_at_random(folder, tokenizer, times, seed):
-    """SIGKILLs the tool at random moments beside an older pair; returns what was found after each."""
+    """Kills the tool (SIGKILL) at random moments beside an older pair; returns the state after each."""
     old, new = (
         parquet_of(folder / "old.parquet", words(50)),
         parquet_of(folder / "new.parquet", words(20000), row_group_size=2000),
     )
     job, prefix = EncoderConfig(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
     preprocess([new], str(folder / "whole"), job)
-    whole, found = made(folder / "whole_text_document"), []
+    complete, outcomes = made(folder / "whole_text_document"), []
     command = [
         sys.executable,
         TOOL,
@@ -330,7 +326,7 @@ def kill_at_random(folder, tokenizer, times, seed):
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     duration, chance = time.monotonic() - began, random.Random(seed)
-    assert made(prefix) == whole
+    assert made(prefix) == complete
     for _ in range(times):
         preprocess([old], str(folder / "p"), job)
         before = made(prefix)
@@ -340,12 +336,12 @@ def kill_at_random(folder, tokenizer, times, seed):
         tool.wait()
         if pair_file(prefix, "idx").exists():
             after = made(prefix)
-            assert after in (before, whole)
+            assert after in (before, complete)
             check_pair(prefix)
-            found.append("old" if after == before else "new")
+            outcomes.append("old" if after == before else "new")
         else:
-            found.append("none")
-    return found
+            outcomes.append("none")
+    return outcomes
 
 
 def test_killed_at_any_moment_no_wrong_pair_is_left(tmp_path, tokenizer):

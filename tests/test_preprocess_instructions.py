@@ -1,4 +1,4 @@
-"""Instruction data through the tool: the couple on disk, and rows that are wrong, by file and line."""
+"""Preprocessing of instruction data: the masked pair on disk, and errors of rows by file and line."""
 
 import gzip
 import json
@@ -55,25 +55,25 @@ def write(path, rows, **options):
 
 
 def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", strict=False, **options):
-    """(facts, what was said)."""
+    """Returns the facts and the log lines."""
     job = EncoderConfig(str(tokenizer), handler, **options)
-    with log_lines() as said:
+    with log_lines() as lines:
         facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict)
-    return facts["packed"], said
+    return facts["packed"], lines
 
 
-def couple(prefix):
+def masked_files(prefix):
     return {key: made(pair_prefix(prefix, key)) for key in KEYS}
 
 
-def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
-    facts, said = run(tmp_path, [write(tmp_path / "a.jsonl", ROWS)], tokenizer)
+def test_masked_pair_has_the_published_names_and_content(tmp_path, tokenizer):
+    facts, log = run(tmp_path, [write(tmp_path / "a.jsonl", ROWS)], tokenizer)
     ids, labels = (IndexedDataset(pair_prefix(tmp_path / "p", key)) for key in KEYS)
     assert (tmp_path / "p_packed_input_ids_document.bin").is_file()
     assert (tmp_path / "p_packed_labels_document.idx").is_file()
-    maker = DocumentEncoder(EncoderConfig(str(tokenizer), SHAREGPT))
-    columns = {name: [row.get(name) for row in ROWS] for name in maker.handler.columns}
-    documents = maker.encode(columns)["packed"].documents
+    encoder = DocumentEncoder(EncoderConfig(str(tokenizer), SHAREGPT))
+    columns = {name: [row.get(name) for row in ROWS] for name in encoder.handler.columns}
+    documents = encoder.encode(columns)["packed"].documents
     assert len(ids) == len(labels) == len(documents) == 120
     for i, document in enumerate(documents):
         assert ids[i].tolist() == document.tokens.tolist()
@@ -81,10 +81,10 @@ def test_the_couple_is_what_the_published_names_hold(tmp_path, tokenizer):
     assert ids.index.dtype == labels.index.dtype == np.int32
     assert facts["tokens"] == sum(len(d.tokens) for d in documents)
     assert facts["chat_template"] == "v2.5"
-    assert said[:2] == ["note: chat template v2.5", f"note: {tmp_path}/a.jsonl: columns not read: id"]
+    assert log[:2] == ["note: chat template v2.5", f"note: {tmp_path}/a.jsonl: columns not read: id"]
     assert (
-        f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of them supervised"
-        in said[2]
+        f"120 documents, {facts['tokens']:,} tokens, {sum(int(d.loss_mask.sum()) for d in documents):,} of "
+        "them supervised" in log[2]
     )
     opened = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     assert opened.document(7).tokens.tolist() == documents[7].tokens.tolist()
@@ -95,15 +95,15 @@ def test_the_same_bytes_for_any_number_of_workers_and_any_format(tmp_path, token
         monkeypatch.setattr(module, "SHARD_BYTES", 3000)
     inputs = {name: write(tmp_path / name, ROWS) for name in ("a.jsonl", "b.json", "c.jsonl.gz", "d.parquet")}
     inputs["e.parquet"] = write(tmp_path / "e.parquet", ROWS, row_group_size=17)
-    found = {}
+    outputs = {}
     for name, path in inputs.items():
         for workers in (1, 3) if name in ("a.jsonl", "d.parquet") else (1,):
             run(tmp_path, [path], tokenizer, workers=workers, prefix=name)
-            found[name, workers] = couple(tmp_path / name)
-    first = found["a.jsonl", 1]
-    assert all(files == first for files in found.values())
+            outputs[name, workers] = masked_files(tmp_path / name)
+    first = outputs["a.jsonl", 1]
+    assert all(files == first for files in outputs.values())
     run(tmp_path, [write(tmp_path / "f.jsonl", ROWS[::-1])], tokenizer, prefix="f")
-    assert couple(tmp_path / "f") != first  # control
+    assert masked_files(tmp_path / "f") != first  # control
 
 
 BAD = [
@@ -118,17 +118,17 @@ KINDS_OF_BAD = ["malformed", "wrong role", "empty answer", "unknown field", "wro
 
 
 def mixed(seed=3):
-    """Good lines, blank ones, and bad ones in places that are known: (lines, kind -> line numbers)."""
+    """Good, blank and bad lines in random order: (lines, kind -> numbers of the bad lines)."""
     chance = random.Random(seed)
-    found, places = [], {kind: [] for kind in KINDS_OF_BAD}
+    rows, numbers = [], {kind: [] for kind in KINDS_OF_BAD}
     for row in ROWS:
         while chance.random() < 0.4:
             which = chance.randrange(-2, len(BAD))
-            found.append(BAD[which] if which >= 0 else "")
+            rows.append(BAD[which] if which >= 0 else "")
             if which >= 0:
-                places[KINDS_OF_BAD[which]].append(len(found))
-        found.append(row)
-    return found, places
+                numbers[KINDS_OF_BAD[which]].append(len(rows))
+        rows.append(row)
+    return rows, numbers
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
@@ -137,14 +137,14 @@ def test_bad_rows_are_said_by_line_whatever_the_shards(tmp_path, tokenizer, monk
     if workers == 1:
         for module in (lines, sequential):
             monkeypatch.setattr(module, "SHARD_BYTES", 1500)
-    rows, places = mixed()
+    rows, bad_numbers = mixed()
     path = write(tmp_path / name, rows)
-    facts, said = run(tmp_path, [path], tokenizer, workers=workers)
+    facts, log = run(tmp_path, [path], tokenizer, workers=workers)
     assert facts["documents"] == len(ROWS)
-    assert facts["skipped"] == {kind: len(numbers) for kind, numbers in places.items()}
+    assert facts["skipped"] == {kind: len(numbers) for kind, numbers in bad_numbers.items()}
     word = "line" if name == "a.jsonl" else "row"
-    for kind, numbers in places.items():
-        shown = [line for line in said if line.startswith(f"skipped, {kind}: ")]
+    for kind, numbers in bad_numbers.items():
+        shown = [line for line in log if line.startswith(f"skipped, {kind}: ")]
         assert len(numbers) > 4
         assert [re.match(rf".*{re.escape(name)}, {word} (\d+): ", line).group(1) for line in shown[:3]] == [
             str(n) for n in numbers[:3]
@@ -155,25 +155,25 @@ def test_bad_rows_are_said_by_line_whatever_the_shards(tmp_path, tokenizer, monk
 
 def test_bad_rows_of_columnar_files_are_said_by_row(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(parquet, "SHARD_BYTES", 1500)
-    rows = [{"conversations": one["conversations"]} for one in ROWS]
+    rows = [{"conversations": row["conversations"]} for row in ROWS]
     for number in (5, 50, 51, 119):
         rows[number] = {"conversations": [{"from": "human", "value": "q"}]}
     for name, options in (("a.parquet", {}), ("b.parquet", {"row_group_size": 13}), ("c.json", {})):
-        _, said = run(tmp_path, [write(tmp_path / name, rows, **options)], tokenizer)
+        _, log = run(tmp_path, [write(tmp_path / name, rows, **options)], tokenizer)
         assert [
-            re.search(rf"{name}, row (\d+)", line).group(1) for line in said if "wrong order: /" in line
+            re.search(rf"{name}, row (\d+)", line).group(1) for line in log if "wrong order: /" in line
         ] == ["6", "51", "52"]
-        assert "skipped, wrong order: ... and 1 more" in said
+        assert "skipped, wrong order: ... and 1 more" in log
     header, *more = ["instruction,output\n", *(f'q{i},"a\n{i}"\n' for i in range(9))]
     (tmp_path / "d.csv").write_text("".join([header, *more[:4], "x,\n", *more[4:]]))
-    facts, said = run(tmp_path, [tmp_path / "d.csv"], tokenizer, ALPACA)
+    facts, log = run(tmp_path, [tmp_path / "d.csv"], tokenizer, ALPACA)
     assert facts["documents"] == 9
-    assert any(line.endswith("d.csv, row 5: 'output' says nothing") for line in said)
+    assert any(line.endswith("d.csv, row 5: 'output' says nothing") for line in log)
 
 
 def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path, tokenizer):
-    rows, places = mixed()
-    path, first = write(tmp_path / "a.jsonl", rows), min(min(numbers) for numbers in places.values())
+    rows, bad_numbers = mixed()
+    path, first = write(tmp_path / "a.jsonl", rows), min(min(numbers) for numbers in bad_numbers.values())
     for workers in (1, 2):
         with pytest.raises(UserError, match=rf"--strict: .*a\.jsonl, line {first}: .*nothing was written"):
             run(tmp_path, [path], tokenizer, strict=True, workers=workers)
@@ -209,11 +209,11 @@ def test_mixed_schemas(tmp_path, tokenizer):
         [{"instruction": "q", "output": "a"}, ["q", "a"], {"instruction": "q", "output": ["a"]}],
     )
     other = write(tmp_path / "2.jsonl", [{"question": "q", "answer": "a"}] * 5)
-    facts, said = run(tmp_path, [good, other], tokenizer, ALPACA)
+    facts, log = run(tmp_path, [good, other], tokenizer, ALPACA)
     assert facts["documents"] == 1
     assert facts["skipped"] == {"malformed": 1, "no 'instruction'": 5, "not text": 1}
-    assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in said)
-    assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in said)
+    assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in log)
+    assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in log)
     with pytest.raises(
         UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"
     ):
@@ -253,42 +253,42 @@ def test_text_that_is_not_utf8_deep_in_a_columnar_file(tmp_path, tokenizer):
     pairs = pyarrow.StructArray.from_arrays([pyarrow.array(["human", "gpt"] * 3), values], ["from", "value"])
     table = pyarrow.table({"conversations": pyarrow.ListArray.from_arrays([0, 2, 4, 6], pairs)})
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    facts, said = run(tmp_path, [tmp_path / "a.parquet"], tokenizer)
+    facts, log = run(tmp_path, [tmp_path / "a.parquet"], tokenizer)
     assert facts["documents"] == 2
     assert facts["skipped"] == {"invalid UTF-8": 1}
-    assert any("a.parquet, row 2" in line for line in said)
+    assert any("a.parquet, row 2" in line for line in log)
 
 
 def test_seq_length_cuts_and_counts(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", ROWS)
     assert not any("cut to" in line for line in run(tmp_path, [path], tokenizer)[1])
-    whole = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
-    length = int(np.median(whole.lengths))
-    documents = [whole.document(i) for i in range(120)]
-    kept = [d for d in documents if len(d.tokens) <= length or d.loss_mask[1:length].any()]
-    facts, said = run(tmp_path, [path], tokenizer, seq_length=length)
+    untruncated = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
+    length = int(np.median(untruncated.lengths))
+    documents = [untruncated.document(i) for i in range(120)]
+    expected = [d for d in documents if len(d.tokens) <= length or d.loss_mask[1:length].any()]
+    facts, log = run(tmp_path, [path], tokenizer, seq_length=length)
     lost = lost_by_hand(documents, length)
     assert Truncation(*(facts[name] for name in ("truncated", "answers_lost", "answers_cut"))) == lost
     assert 0 < lost.documents < 120
     assert lost.lost_answers > lost.cut_answers > 0
     assert facts["seq_length"] == length
     assert (
-        f"{lost.documents} documents cut to --seq-length {length}: {lost.lost_answers} answers lost, {lost.cut_answers} cut"
-        in said[2]
+        f"{lost.documents} documents cut to --seq-length {length}: {lost.lost_answers} answers lost, "
+        f"{lost.cut_answers} cut" in log[2]
     )
     cut = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
-    assert [cut.document(i).tokens.tolist() for i in range(len(kept))] == [
-        d.tokens[:length].tolist() for d in kept
+    assert [cut.document(i).tokens.tolist() for i in range(len(expected))] == [
+        d.tokens[:length].tolist() for d in expected
     ]
     first = [int(np.flatnonzero(d.loss_mask)[0]) for d in documents]
     short = int(np.median(first))
-    facts, said = run(tmp_path, [path], tokenizer, seq_length=short)
+    facts, log = run(tmp_path, [path], tokenizer, seq_length=short)
     assert facts["skipped"] == {"answers beyond --seq-length": sum(at >= short for at in first)}
-    assert any("skipped, answers beyond --seq-length: " in line and "a.jsonl, line" in line for line in said)
+    assert any("skipped, answers beyond --seq-length: " in line and "a.jsonl, line" in line for line in log)
 
 
 def test_the_command_and_what_it_says(tmp_path):
-    plain = sentencepiece_dir(tmp_path / "plain")
+    tokenizer = sentencepiece_dir(tmp_path / "plain")
     rows = [{"instruction": f"Say {i}.", "input": None, "output": f"{i}!"} for i in range(30)]
     path = write(tmp_path / "train.parquet", rows)
     command = [
@@ -297,7 +297,7 @@ def test_the_command_and_what_it_says(tmp_path):
         "--input",
         path,
         "--tokenizer-name-or-path",
-        plain,
+        tokenizer,
         "--output-prefix",
         tmp_path / "alpaca",
     ]
@@ -316,10 +316,10 @@ def test_the_command_and_what_it_says(tmp_path):
     assert "ignored" not in done.stdout
     assert "note:" not in done.stdout
     assert "30 documents" in done.stdout
-    bare = subprocess.run(command, capture_output=True, text=True)
+    without_eod = subprocess.run(command, capture_output=True, text=True)
     assert (
         "note: answers have no end in the published prompt, so models learn none: add --append-eod"
-        in bare.stdout
+        in without_eod.stdout
     )
     keys = subprocess.run([*command, "--json-keys", "foo"], capture_output=True, text=True)
     assert keys.returncode == 2
@@ -338,13 +338,13 @@ def test_columns_that_are_not_read(tmp_path, tokenizer):
         write(tmp_path / name, rows)
     wrong = [{"instruction": "q", "inputs": f"{i}", "output": "a"} for i in range(4)]
     inputs = [tmp_path / "a.parquet", tmp_path / "b.parquet", write(tmp_path / "c.jsonl", rows[:2] + wrong)]
-    facts, said = run(tmp_path, inputs, tokenizer, ALPACA)
+    facts, log = run(tmp_path, inputs, tokenizer, ALPACA)
     assert facts["documents"] == 10
     assert facts["skipped"] == {"misspelt column": 4}
-    assert f"note: {inputs[0]} and 1 more: columns not read: text" in said
-    assert f"note: {inputs[2]}: columns not read: text, inputs" in said
+    assert f"note: {inputs[0]} and 1 more: columns not read: text" in log
+    assert f"note: {inputs[2]}: columns not read: text, inputs" in log
     assert (
-        f"skipped, misspelt column: {inputs[2]}, line 3: 'inputs' is not read; did you mean 'input'?" in said
+        f"skipped, misspelt column: {inputs[2]}, line 3: 'inputs' is not read; did you mean 'input'?" in log
     )
     for handler in (ALPACA, GENERAL, "AlpacaPretrainHandler"):
         with pytest.raises(
@@ -356,23 +356,28 @@ def test_columns_that_are_not_read(tmp_path, tokenizer):
         UserError, match=r"no document .*'inputs' is not read; did you mean 'input'\?; nothing was written"
     ):
         run(tmp_path, [write(tmp_path / "d.parquet", wrong)], tokenizer, ALPACA)
-    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]  # one of two names is enough
-    facts, said = run(
-        tmp_path, [write(tmp_path / "e.jsonl", [{"conversations": talk, "message": "x"}] * 3)], tokenizer
+    conversation = [
+        {"from": "human", "value": "q"},
+        {"from": "gpt", "value": "a"},
+    ]  # one of two names is enough
+    facts, log = run(
+        tmp_path,
+        [write(tmp_path / "e.jsonl", [{"conversations": conversation, "message": "x"}] * 3)],
+        tokenizer,
     )
     assert facts["documents"] == 3
-    assert any(line.endswith("columns not read: message") for line in said)
+    assert any(line.endswith("columns not read: message") for line in log)
 
 
 @pytest.mark.parametrize("handler", [ALPACA, "AlpacaPretrainHandler"])
 def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer, handler):
     (tmp_path / "a.csv").write_text("instruction,input,output\nq,x,a\nq,1, 2,3,a\nq,x,a\nq,a\n")
     job = EncoderConfig(str(tokenizer), handler)
-    with log_lines() as said:
+    with log_lines() as log:
         (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job).values()
     assert facts["documents"] == 2
     assert facts["skipped"] == {"wrong number of cells": 2}
-    assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in said
+    assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in log
     with pytest.raises(
         UserError, match=r"--strict: .*a\.csv, row 2: 5 cells, the header has 3 \(wrong number of cells\)"
     ):

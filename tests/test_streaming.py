@@ -1,4 +1,5 @@
-"""Hugging Face data sets on disk, tokenized in training: the documents of preprocessing, and the same batch from anywhere."""
+"""Hugging Face datasets on disk, tokenized in training: the documents of preprocessing, and batches that
+depend on nothing else."""
 
 import json
 import os
@@ -80,7 +81,7 @@ def opened(path, tokenizer, name="train", seed=SEED, **options):
     return build_splits(data, seed, VOCAB, (name,))[name]
 
 
-def told(sample):
+def as_lists(sample):
     return [column.tolist() for column in sample]
 
 
@@ -95,22 +96,25 @@ def order_of(which, streams, count, epochs):
 
 @pytest.mark.parametrize("count", [1, 2, 3, 16, 17, 100, 4097])
 def test_a_permutation(count):
-    places = np.arange(count)
-    found = [Permutation(count, seed)(places) for seed in (0, 1, 2**40)]
-    assert all(sorted(one.tolist()) == places.tolist() for one in found)
+    indices = np.arange(count)
+    permutations = [Permutation(count, seed)(indices) for seed in (0, 1, 2**40)]
+    assert all(sorted(permutation.tolist()) == indices.tolist() for permutation in permutations)
     if count > 16:
-        assert (found[0] != found[1]).any()
-        assert (found[0] != places).any()
-        assert [int(Permutation(count, 1)(np.array([p]))[0]) for p in places[:9]] == found[1][:9].tolist()
+        assert (permutations[0] != permutations[1]).any()
+        assert (permutations[0] != indices).any()
+        assert [int(Permutation(count, 1)(np.array([p]))[0]) for p in indices[:9]] == permutations[1][
+            :9
+        ].tolist()
 
 
 def test_a_permutation_mixes():
-    """Neighbours part, and no seed repeats another: as far apart on average as chance has it, a third of all."""
-    found = [Permutation(10_000, seed)(np.arange(10_000)) for seed in range(4)]
-    for one in found:
-        assert np.abs(np.diff(one)).mean() == pytest.approx(10_000 / 3, rel=0.05)
-        assert abs(np.corrcoef(one, np.arange(10_000))[0, 1]) < 0.05
-    assert all((a == b).mean() < 0.01 for i, a in enumerate(found) for b in found[:i])
+    """Neighbours are a third of the range apart on average, as by chance, and permutations of different seeds
+    differ."""
+    permutations = [Permutation(10_000, seed)(np.arange(10_000)) for seed in range(4)]
+    for permutation in permutations:
+        assert np.abs(np.diff(permutation)).mean() == pytest.approx(10_000 / 3, rel=0.05)
+        assert abs(np.corrcoef(permutation, np.arange(10_000))[0, 1]) < 0.05
+    assert all((a == b).mean() < 0.01 for i, a in enumerate(permutations) for b in permutations[:i])
 
 
 def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokenizer, tmp_path):
@@ -126,24 +130,24 @@ def test_text_is_that_of_preprocessing_in_the_order_of_its_streams(text, tokeniz
     samples = opened(text, tokenizer, split="1,0,0")
     for which in range(streams):
         flat = [token for row in order_of(which, streams, count, 4) for token in documents[row]]
-        for place in range(len(flat) // SEQ - 1):
-            expected = flat[place * SEQ : (place + 1) * SEQ + 1]
-            found = samples.sample(place * streams + which)
-            assert told(found) == [expected[:-1], expected[1:], [1.0] * SEQ, list(range(SEQ))]
-    assert place > 3 * len(samples) / streams / 2  # several epochs
+        for index in range(len(flat) // SEQ - 1):
+            expected = flat[index * SEQ : (index + 1) * SEQ + 1]
+            sample = samples.sample(index * streams + which)
+            assert as_lists(sample) == [expected[:-1], expected[1:], [1.0] * SEQ, list(range(SEQ))]
+    assert index > 3 * len(samples) / streams / 2  # several epochs
     assert len(samples) == pytest.approx(sum(map(len, documents)) / SEQ, rel=0.1)
     assert samples.estimated
 
 
 def test_the_flags_of_conversations(chats, chat_tokenizer):
-    def row(**given):
+    def row(**options):
         name = {"handler_name": "AlpacaStyleInstructionHandler", "packing": "none", "seq_length": LONG}
-        return told(opened(chats, chat_tokenizer, **name | given).sample(0))
+        return as_lists(opened(chats, chat_tokenizer, **name | options).sample(0))
 
-    plain = row()
-    assert row(chat_template="v2", loss_on="all") == plain
-    assert len(row(system="Be brief.")[0]) == len(plain[0])
-    assert row(system="Be brief.") != plain
+    default = row()
+    assert row(chat_template="v2", loss_on="all") == default
+    assert len(row(system="Be brief.")[0]) == len(default[0])
+    assert row(system="Be brief.") != default
     with pytest.raises(UserError, match="--chat-template v9 does not exist"):
         row(chat_template="v9")
     with pytest.raises(UserError, match="--system means nothing to GeneralPretrainHandler"):
@@ -160,7 +164,7 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
     rows.to_json(tmp_path / "rows.jsonl")
     job = EncoderConfig(chat_tokenizer, "AlpacaStyleInstructionHandler", seq_length=LONG, chat_template="v2")
     preprocess([tmp_path / "rows.jsonl"], str(tmp_path / "p"), job)
-    couple = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
+    masked_pair = MaskedPair("p", *find_pairs(str(tmp_path / "p")))
     samples = opened(
         chats,
         chat_tokenizer,
@@ -171,65 +175,67 @@ def test_conversations_are_those_of_preprocessing(chats, chat_tokenizer, tmp_pat
     )
     streams = 200 // 64
     for which in range(streams):
-        order, place = order_of(which, streams, 200, 3), 0
+        order, index = order_of(which, streams, 200, 3), 0
         while len(order) > 20:
-            row, room = [], LONG
-            while room >= len(couple.document(order[0]).tokens) and (packing is None or not row):
-                row.append(couple.document(order.pop(0)))
-                room -= len(row[-1].tokens)
-            tokens, labels, counts, positions = told(samples.sample(place * streams + which))
-            assert tokens[: LONG - room] == [t for one in row for t in one.tokens.tolist()]
-            assert positions == [p for one in row for p in range(len(one.tokens))] + list(range(room))
-            learnt = [float(m) for one in row for m in [*one.loss_mask.tolist()[1:], False]]
-            assert counts == learnt + [0.0] * room
+            row, free = [], LONG
+            while free >= len(masked_pair.document(order[0]).tokens) and (packing is None or not row):
+                row.append(masked_pair.document(order.pop(0)))
+                free -= len(row[-1].tokens)
+            tokens, labels, counts, positions = as_lists(samples.sample(index * streams + which))
+            assert tokens[: LONG - free] == [t for document in row for t in document.tokens.tolist()]
+            assert positions == [p for document in row for p in range(len(document.tokens))] + list(
+                range(free)
+            )
+            supervised = [float(m) for document in row for m in [*document.loss_mask.tolist()[1:], False]]
+            assert counts == supervised + [0.0] * free
             assert [x for x, c in zip(labels, counts, strict=True) if c] == [
                 t
-                for one in row
-                for t, m in list(zip(one.tokens.tolist(), one.loss_mask.tolist(), strict=True))[1:]
+                for document in row
+                for t, m in list(zip(document.tokens.tolist(), document.loss_mask.tolist(), strict=True))[1:]
                 if m
             ]
-            place += 1
-    assert (place > 3 * 200 / streams * 0.8) == (packing == "none")
+            index += 1
+    assert (index > 3 * 200 / streams * 0.8) == (packing == "none")
 
 
-def test_what_is_cut_away_is_said(chats, chat_tokenizer):
+def test_truncation_is_reported(chats, chat_tokenizer):
     def note(length):
         options = {"handler_name": "AlpacaStyleInstructionHandler", "seq_length": length, "split": "1,0,0"}
         return opened(chats, chat_tokenizer, **options).notes[0]
 
-    found = re.search(
+    match = re.search(
         r"each by 128 of them; of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;",
         note(70),
     )
-    assert found
-    assert 10 < int(found[1]) == int(found[2]) < 128  # one answer in each
+    assert match
+    assert 10 < int(match[1]) == int(match[2]) < 128  # one answer in each
     assert "cut to" not in note(400)
 
 
-def test_any_sample_at_any_time_with_places_and_without(text, tokenizer, tmp_path, monkeypatch):
+def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "SAVE_EVERY", 4)
-    walked = opened(text, tokenizer)
-    expected = [told(walked.sample(n)) for n in range(400)]
-    kept = sorted((tmp_path / "index-cache").rglob("stream-*.npy"))
-    assert len(kept) == 4
+    samples = opened(text, tokenizer)
+    expected = [as_lists(samples.sample(n)) for n in range(400)]
+    files = sorted((tmp_path / "index-cache").rglob("stream-*.npy"))
+    assert len(files) == 4
     backwards = opened(text, tokenizer)
-    assert [told(backwards.sample(n)) for n in range(399, -1, -7)] == expected[::-7]
-    made = []
+    assert [as_lists(backwards.sample(n)) for n in range(399, -1, -7)] == expected[::-7]
+    packed = []
     monkeypatch.setattr(
         stream.SampleStream,
         "_take",
-        lambda self, take=stream.SampleStream._take: made.append(1) or take(self),
+        lambda self, take=stream.SampleStream._take: packed.append(1) or take(self),
     )
     for seed, distance in ((SEED, 4), (SEED + 1, 100)):
-        made.clear()
-        found = told(opened(text, tokenizer, seed=seed).sample(399))
-        assert (found == expected[399]) == (seed == SEED)  # another seed is another order
-        assert len(made) <= distance
-        assert (len(made) > 60) == (seed != SEED)  # without places it is a long way
-    kept[0].write_bytes(kept[0].read_bytes()[:-8])  # a copy was cut off
-    kept[1].write_bytes(b"")
+        packed.clear()
+        sample = as_lists(opened(text, tokenizer, seed=seed).sample(399))
+        assert (sample == expected[399]) == (seed == SEED)  # another seed is another order
+        assert len(packed) <= distance
+        assert (len(packed) > 60) == (seed != SEED)  # without positions many samples are packed again
+    files[0].write_bytes(files[0].read_bytes()[:-8])  # a copy was cut off
+    files[1].write_bytes(b"")
     again = opened(text, tokenizer)
-    assert [told(again.sample(n)) for n in range(380, 400)] == expected[380:]
+    assert [as_lists(again.sample(n)) for n in range(380, 400)] == expected[380:]
 
 
 def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):
@@ -242,9 +248,14 @@ def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):
             opened(text, tokenizer, data_cache_path=str(tmp_path / f"{size}.{rank}")) for rank in range(size)
         ]
         for i, expected in enumerate(alone):
-            found = [micro_batches(one, 40 + 8 * i, 8, 2, rank, size) for rank, one in enumerate(ranks)]
+            batches = [
+                micro_batches(samples, 40 + 8 * i, 8, 2, rank, size) for rank, samples in enumerate(ranks)
+            ]
             rows = [
-                row for number in range(len(found[0])) for one in found for row in one[number].tokens.tolist()
+                row
+                for number in range(len(batches[0]))
+                for samples in batches
+                for row in samples[number].tokens.tolist()
             ]
             assert rows == expected.tolist()
 
@@ -256,45 +267,45 @@ def test_a_rank_tokenizes_its_own_streams_only(text, tokenizer):
     for consumed in range(0, 64, 8):
         micro_batches(samples, consumed, 8, 2, 1, 2)  # samples 2 and 3 of every four: streams 2 and 3 of 4
     count = len(split_range("949,50,1", "train", ROWS))
-    own = {row for which in (2, 3) for row in order_of(which, 4, count, 1)}
+    expected = {row for which in (2, 3) for row in order_of(which, 4, count, 1)}
     assert read
-    assert set(read) <= own
+    assert set(read) <= expected
 
 
 def test_changed_data_are_noticed(text, tokenizer, tmp_path):
-    with log_lines() as said:
-        before = told(opened(text, tokenizer).sample(100))
-    assert not any("other data" in line for line in said)
+    with log_lines() as lines:
+        before = as_lists(opened(text, tokenizer).sample(100))
+    assert not any("other data" in line for line in lines)
     os.utime(text, ns=(1, 1))
     with open(text, "r+") as file:
         file.write(json.dumps({"text": "A change of the same len"[: len(words(1)[0])]}))
-    with log_lines() as said:
-        after = told(opened(text, tokenizer).sample(100))
+    with log_lines() as lines:
+        after = as_lists(opened(text, tokenizer).sample(100))
     assert any(
-        re.search(r"a\.jsonl-train-\w+ is of other data or settings than these", line) for line in said
+        re.search(r"a\.jsonl-train-\w+ is of other data or settings than these", line) for line in lines
     )
     assert len(list((tmp_path / "index-cache").glob("a.jsonl-train-*"))) == 2
     assert before[0] != after[0] or before == after  # whatever the change reached
 
 
-def test_a_long_way_is_announced(text, tokenizer, tmp_path, monkeypatch):
+def test_retokenizing_is_announced(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("ascendspeed.data.streaming.positions.LOG_SECONDS", -1)
-    with log_lines() as said:
+    with log_lines() as lines:
         opened(text, tokenizer).sample(4 * stream.SAVE_EVERY + 4)
-    assert any("the positions where samples begin are not known (there are none in" in line for line in said)
-    assert any("samples tokenized again" in line for line in said)
+    assert any("the positions where samples begin are not known (there are none in" in line for line in lines)
+    assert any("samples tokenized again" in line for line in lines)
     (tmp_path / "file").touch()
-    with log_lines() as said:
+    with log_lines() as lines:
         samples = opened(text, tokenizer, data_cache_path=str(tmp_path / "file"))
         assert samples.sample(0)
-    assert any("positions cannot be stored there" in line for line in said)
+    assert any("positions cannot be stored there" in line for line in lines)
 
 
-def test_bad_rows_are_counted_once_and_said(text, tokenizer):
-    with log_lines() as said:
+def test_bad_rows_are_counted_and_reported_once(text, tokenizer):
+    with log_lines() as lines:
         samples = opened(text, tokenizer, split="1,0,0")
         [samples.sample(n) for n in range(3 * len(samples))]  # three epochs
-    skipped = [line for line in said if line.startswith("skipped")]
+    skipped = [line for line in lines if line.startswith("skipped")]
     assert sorted(skipped) == sorted(
         [
             f"skipped, null: {text}, line 18: null",
@@ -304,13 +315,13 @@ def test_bad_rows_are_counted_once_and_said(text, tokenizer):
             f"skipped, malformed: {text}, line 300: not a JSON object",
         ]
     )
-    counts = [line for line in said if "rows skipped so far" in line]
+    counts = [line for line in lines if "rows skipped so far" in line]
     assert counts
     with pytest.raises(UserError, match=r"--strict: .*a\.jsonl, line \d+: "):
         [opened(text, tokenizer, split="1,0,0", strict=True).sample(n) for n in range(2 * len(samples))]
 
 
-def test_rows_that_make_nothing_at_all(tokenizer, tmp_path):
+def test_rows_without_any_document(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 200)
     with pytest.raises(UserError, match="none of 128 rows makes a document: 128 empty"):
         opened(str(tmp_path / "a.jsonl"), tokenizer)
@@ -346,10 +357,10 @@ def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
         "list",
         "saved/data-00000-of-00001.arrow",
     )
-    found = {form: opened(str(tmp_path / form), tokenizer, **options) for form in forms}
-    expected = [told(found["saved"].sample(n)) for n in range(50)]
-    for form, samples in found.items():
-        assert [told(samples.sample(n)) for n in range(50)] == expected, form
+    samples_by_form = {form: opened(str(tmp_path / form), tokenizer, **options) for form in forms}
+    expected = [as_lists(samples_by_form["saved"].sample(n)) for n in range(50)]
+    for form, samples in samples_by_form.items():
+        assert [as_lists(samples.sample(n)) for n in range(50)] == expected, form
         assert dataset_files(str(tmp_path / form))
     with pytest.raises(UserError, match="needs the column 'content'; there are: text, other"):
         opened(str(tmp_path / "saved"), tokenizer, json_keys=("content",))
@@ -365,13 +376,13 @@ def test_splits_must_be_named(tokenizer, tmp_path):
     ):
         opened(str(tmp_path / "dict"), tokenizer)
     valid = (str(tmp_path / "dict" / "test"),)
-    found = build_splits(
+    splits = build_splits(
         config(str(tmp_path / "dict" / "train"), tokenizer, valid_data_path=valid),
         SEED,
         VOCAB,
         ("train", "valid"),
     )
-    assert all(one.sample(0) for one in found.values())
+    assert all(samples.sample(0) for samples in splits.values())
     (tmp_path / "hub" / "data").mkdir(parents=True)
     for name in ("train", "validation"):
         data.to_parquet(tmp_path / "hub" / "data" / f"{name}-00000-of-00001.parquet")
@@ -407,7 +418,7 @@ def test_what_cannot_be_streamed(tokenizer, tmp_path, monkeypatch, text):
     assert opened(text, tokenizer).sample(0)  # lines need no package
 
 
-def test_nothing_is_asked_of_the_network(tokenizer, tmp_path, monkeypatch):
+def test_no_network_access(tokenizer, tmp_path, monkeypatch):
     saved(tmp_path / "saved").to_parquet(tmp_path / "a.parquet")
     monkeypatch.setattr("socket.socket.connect", lambda *args: pytest.fail("connects"))
     for name in ("saved", "a.parquet"):
@@ -422,29 +433,29 @@ def test_lines_are_found_wherever_they_end(tmp_path):
     (tmp_path / "c.jsonl").write_bytes(b'{"text": "c"}\n')
     table = random_access.LineTable([tmp_path / f"{name}.jsonl" for name in "abc"])
     assert len(table) == 4
-    found = table.read(np.array([3, 2, 1, 0]), ["text"])
-    assert found == {"text": ["c", "no newline at the end", "é"]}
-    assert list(found.locations) == [3, 2, 0]
+    batch = table.read(np.array([3, 2, 1, 0]), ["text"])
+    assert batch == {"text": ["c", "no newline at the end", "é"]}
+    assert list(batch.locations) == [3, 2, 0]
     assert table.describe_location(3) == f"{tmp_path}/c.jsonl, line 1"
 
 
-def test_the_next_batch_is_made_ahead():
-    calls, made = [], threading.Event()
+def test_the_next_batch_is_prefetched():
+    calls, prefetched = [], threading.Event()
 
     def batches(split, consumed):
         calls.append((split, consumed))
         if consumed == 12:
-            made.set()
+            prefetched.set()
         if consumed == 16:
             raise UserError("no more")
         return (split, consumed)
 
     ahead = Prefetch(batches, 4)
     assert ahead("train", 8) == ("train", 8)
-    assert made.wait(10)
+    assert prefetched.wait(10)
     assert ahead("valid", 0) == ("valid", 0)
     assert ahead("train", 12) == ("train", 12)
-    assert ahead("train", 4) == ("train", 4)  # not what was made ahead
+    assert ahead("train", 4) == ("train", 4)  # not the prefetched batch
     assert ahead("train", 8) == ("train", 8)
     with pytest.raises(UserError, match="no more"):
         ahead("train", 16)
@@ -457,16 +468,16 @@ def test_passes_over_text_cannot_be_counted(cpu, text, tokenizer):
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import data_setup
 
-    given = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
+    run_config = replace(RUN, data=config(text, tokenizer), model=replace(RUN.model, vocab_size=VOCAB))
     grid = process_groups.initialize(cpu, RUN.parallel, seed=1)
-    with log_lines() as said:
-        _, batches = data_setup.open_data(given, grid)
-    assert any(line.startswith("train data: about ") for line in said)
-    assert [told(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
-        told(opened(text, tokenizer, seed=1234).sample(0))
+    with log_lines() as lines:
+        _, batches = data_setup.open_data(run_config, grid)
+    assert any(line.startswith("train data: about ") for line in lines)
+    assert [as_lists(row) for row in zip(*vars(batches("train", 0)[0]).values(), strict=True)] == [
+        as_lists(opened(text, tokenizer, seed=1234).sample(0))
     ]
     with pytest.raises(UserError, match="give --train-iters"):
-        data_setup.open_data(replace(given, train=replace(RUN.train, train_epochs=2.0)), grid)
+        data_setup.open_data(replace(run_config, train=replace(RUN.train, train_epochs=2.0)), grid)
 
 
 def run(folder, text, tokenizer, world, *flags):
@@ -524,13 +535,13 @@ def run(folder, text, tokenizer, world, *flags):
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [[], ["--deepspeed", "--zero-stage", "1"]])
 def test_a_resumed_run_has_the_same_curve(text, tokenizer, tmp_path, engine):
-    whole, said = run(tmp_path / "whole", text, tokenizer, 1, *engine)
-    assert "tokenized while it is trained on" in said
+    uninterrupted, output = run(tmp_path / "whole", text, tokenizer, 1, *engine)
+    assert "tokenized while it is trained on" in output
     run(tmp_path / "broken", text, tokenizer, 1, *engine, "--exit-interval", "3")
-    broken, _ = run(tmp_path / "broken", text, tokenizer, 1, *engine, "--load", str(tmp_path / "broken"))
-    assert len(whole) == 8
-    assert broken == whole
+    resumed, _ = run(tmp_path / "broken", text, tokenizer, 1, *engine, "--load", str(tmp_path / "broken"))
+    assert len(uninterrupted) == 8
+    assert resumed == uninterrupted
     two, _ = run(tmp_path / "two", text, tokenizer, 2, *engine)
-    assert two == pytest.approx(whole, abs=2e-5)
+    assert two == pytest.approx(uninterrupted, abs=2e-5)
     other, _ = run(tmp_path / "other", text, tokenizer, 1, *engine, "--seed", "5")
-    assert other != pytest.approx(whole, abs=1e-3)
+    assert other != pytest.approx(uninterrupted, abs=1e-3)

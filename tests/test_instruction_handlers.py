@@ -180,7 +180,10 @@ def test_tables_by_hand(folders):
 def test_the_input_of_alpaca_stands_on_a_line_of_its_own(folders):
     encoder = create_encoder(folders, "v2", "AlpacaStyleInstructionHandler", system="Be brief.")
     (document,) = encode_documents(encoder, {"instruction": "Add.", "input": "1, 2", "output": " 3\n"})
-    prompt = "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\n"
+    prompt = (
+        "<s><|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nAdd.\n1, 2<|im_end|>\n<|im_start|>assistant\n"
+    )
     check(document, expected_tokens(encoder, prompt, (" 3\n<|im_end|>",)))
 
 
@@ -200,7 +203,8 @@ def test_tool_calls_are_supervised_and_tool_results_are_not(folders, name):
     encoder = create_encoder(folders, name, "SharegptStyleInstructionHandler")
     expected = expected_tokens(
         encoder,
-        '<s><|im_start|>system name=<|plugin|>\n[{"name": "w"}]<|im_end|>\n<|im_start|>user\nWeather?<|im_end|>\n'
+        '<s><|im_start|>system name=<|plugin|>\n[{"name": "w"}]<|im_end|>\n'
+        "<|im_start|>user\nWeather?<|im_end|>\n"
         "<|im_start|>assistant\n",
         ('<|action_start|><|plugin|>\n{"name": "w", "parameters": {"c": 1}}<|action_end|><|im_end|>',),
         "\n<|im_start|>environment name=<|plugin|>\n22<|im_end|>\n<|im_start|>assistant\n",

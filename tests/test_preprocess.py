@@ -155,7 +155,8 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
     before = made(tmp_path / "p_text_document")
     with pytest.raises(
         UserError,
-        match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; nothing was written",
+        match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; "
+        "nothing was written",
     ):
         preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
     assert made(tmp_path / "p_text_document") == before
@@ -259,7 +260,8 @@ def test_the_published_command(tmp_path, tokenizer):
 
 
 def test_the_workers_need_no_torch():
-    code = "import sys, ascendspeed.data.preprocess; sys.exit(any(m in sys.modules for m in ('torch', 'megatron', 'transformers')))"
+    heavy = ("torch", "megatron", "transformers")
+    code = f"import sys, ascendspeed.data.preprocess; sys.exit(any(m in sys.modules for m in {heavy}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

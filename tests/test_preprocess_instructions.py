@@ -227,7 +227,8 @@ def test_mixed_schemas(tmp_path, tokenizer):
         run(tmp_path, [other], tokenizer)
     with pytest.raises(
         UserError,
-        match=r"no document under 'packed' in 1 files: .* skipped, wrong order: .*line 1: .*nothing was written",
+        match=r"no document under 'packed' in 1 files: .* skipped, wrong order: .*line 1: .*"
+        "nothing was written",
     ):
         run(tmp_path, [write(tmp_path / "3.jsonl", [BAD[4]])], tokenizer)
 

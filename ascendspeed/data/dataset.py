@@ -113,8 +113,9 @@ def build_splits(
 ) -> dict[str, BlendedSamples]:
     """Builds the samples of the splits `names` out of `train`, `valid` and `test`.
 
-    `vocab_size` is the model's, without padding. Every rank may call this; nothing is communicated. Raises `UserError` for data that is missing or
-    damaged, for ids beyond the vocabulary, and for a named split without a sample.
+    `vocab_size` is the model's, without padding. Every rank may call this; nothing is communicated. Raises
+    `UserError` for data that is missing or damaged, for ids beyond the vocabulary, and for a named split
+    without a sample.
     """
     if not data.valid_data_path:
         datasets = _open_blend(data.data_path, data, vocab_size)

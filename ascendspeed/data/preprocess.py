@@ -185,7 +185,8 @@ def _write_outputs(
     with ExitStack() as stack:
         outputs = {}
         for key in encoder.handler.keys:
-            writer = stack.enter_context(encoder.writer(prefix, key))
+            writer = encoder.writer(prefix, key)
+            stack.enter_context(writer)
             outputs[key] = DatasetOutput(writer, strict, encoder.config.seq_length)
         progress = stack.enter_context(DocumentProgress(log_interval))
         for result, done in _encode_in_order(encoder, _shards(files, encoder.handler), workers):

@@ -73,7 +73,7 @@ class ShardDocuments:
         self.tokens = np.concatenate([d.tokens for d in documents], dtype=dtype, casting="unsafe")
         self.lengths = np.array([len(d.tokens) for d in documents], np.int32)
         if self._masked:
-            self.supervised = np.concatenate([d.loss_mask for d in documents])  # type: ignore[misc]
+            self.supervised = np.concatenate([d.loss_mask for d in documents])
 
 
 class DatasetOutput:

@@ -1,5 +1,4 @@
-"""`TokenDataset`, the interface of one kind of training data, and `SampleSource`, its samples in one
-split."""
+"""Interfaces of training data: `TokenDataset` (one kind of data) and `SampleSource` (its samples in a split)."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path

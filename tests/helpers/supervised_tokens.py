@@ -1,20 +1,21 @@
-"""Supervised tokens of a conversation, computed by hand."""
+"""Answers that a truncation loses, counted by a loop."""
 
 from ascendspeed.data.document import Truncation
 
 
 def lost_by_hand(documents, length):
-    """What is lost of documents that are cut and kept."""
-    found = Truncation()
-    for one in documents:
-        answers, before = [], False
-        for place, learnt in enumerate(one.loss_mask.tolist()):
-            if learnt and not before:
-                answers.append([place, place])
-            if learnt:
-                answers[-1][1] = place
-            before = learnt
-        if len(one.tokens) > length and any(one.loss_mask[1:length]):
+    """Returns the losses of documents that are truncated to `length` tokens and kept."""
+    truncation = Truncation()
+    for document in documents:
+        answers = []  # [first token, last token]
+        previous = False
+        for index, supervised in enumerate(document.loss_mask.tolist()):
+            if supervised and not previous:
+                answers.append([index, index])
+            if supervised:
+                answers[-1][1] = index
+            previous = supervised
+        if len(document.tokens) > length and any(document.loss_mask[1:length]):
             lost = sum(first >= length for first, _ in answers)
-            found += Truncation(1, lost, sum(first < length <= last for first, last in answers))
-    return found
+            truncation += Truncation(1, lost, sum(first < length <= last for first, last in answers))
+    return truncation

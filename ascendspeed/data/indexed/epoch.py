@@ -64,7 +64,7 @@ class EpochDataset(GPTDataset):
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
-            tokenizer=NoTokenizer(),  # type: ignore[arg-type]
+            tokenizer=NoTokenizer(),
             reset_position_ids=False,
             reset_attention_mask=False,
             eod_mask_loss=False,

@@ -56,10 +56,12 @@ class PackedSamples:
         self.dropped_tokens = 0
         self.supervised_tokens: int | None = 0
         numbers = np.asarray(numbers, np.int64)
-        edges = np.searchsorted(numbers, documents.file_bounds[1:-1]) if packer.per_file else []
-        groups = [self._pack(group) for group in np.split(numbers, edges)]
-        self._numbers = np.concatenate([order for order, _ in groups])
-        self._packing = concatenate([packing for _, packing in groups], [len(order) for order, _ in groups])
+        groups = [numbers]
+        if packer.per_file:
+            groups = np.split(numbers, np.searchsorted(numbers, documents.file_bounds[1:-1]))
+        packed = [self._pack(group) for group in groups]
+        self._numbers = np.concatenate([order for order, _ in packed])
+        self._packing = concatenate([packing for _, packing in packed], [len(order) for order, _ in packed])
         self.samples_per_epoch = len(self._packing)
         if not self.samples_per_epoch:
             reason = f"; none fills a row or has a supervised token at --seq-length {row_length}"

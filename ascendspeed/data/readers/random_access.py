@@ -116,7 +116,7 @@ class ArrowTable(Table):
         present = tuple(name for name in needed if name in self.columns)
         if present not in self._selected:
             self._selected[present] = self._data.select_columns(list(present))
-        table = self._selected[present][numbers.tolist()] if present else None
+        table: Any = self._selected[present][numbers.tolist()] if present else None
         names = tuple(self.columns)
         columns = {}
         for name in needed:

@@ -79,8 +79,7 @@ class GeneralInstructionHandler(InstructionHandler):
 
     HEAD: ClassVar[str] = (
         "\nBelow is an instruction that describes a task, paired with an input that provides further "
-        "context. "
-        "Write a response that appropriately completes the request. "
+        "context. Write a response that appropriately completes the request. "
         "Please note that you need to think through your response logically and step by step.\n"
     )
 

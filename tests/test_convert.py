@@ -510,7 +510,7 @@ def test_rank_file_with_other_tensors(ranks):
 def test_nothing_that_is_known(tmp_path):
     (tmp_path / "a.txt").touch()
     with pytest.raises(
-        UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint; found a.txt"
+        UserError, match=r"looked for .*safetensors.*rank files.*training checkpoint \(.*\); found a.txt"
     ):
         convert.open_reader(tmp_path)
     with pytest.raises(UserError, match="is not a directory"):
@@ -820,7 +820,7 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     flags = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 16 --bias --deepspeed"
     more = "--num_layers 4 --num_heads 8 --num_kv_heads 8 --hidden_size 64 --merge-mlp --added-token-num 0"
     split(folder, tmp_path / "out", *flags.split(), *more.split())
-    assert "--merge-mlp changes nothing" in capsys.readouterr().out
+    assert "--merge-mlp is accepted and ignored" in capsys.readouterr().out
     source = convert.open_reader(tmp_path / "out")
     assert source.description == "DeepSpeed rank files for TP 2 x PP 1"
     convert.compare(source, convert.open_reader(folder))
@@ -831,8 +831,8 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     [
         ("--type 7B", "num_layers 32, config.json 4"),
         ("--type 9B", "--type 9B: the family internlm has no such size; there are internlm-7b, internlm-20b"),
-        ("--num_layers 5", "--num_layers 5, config.json 4"),
-        ("--num_kv_heads 2", "--num_kv_heads 2, config.json 8"),
+        ("--num_layers 5", "--num-layers 5, config.json 4"),
+        ("--num_kv_heads 2", "--num-kv-heads 2, config.json 8"),
         ("--added-token-num 3", "resize_token_embeddings"),
         ("--pipeline-model-parallel-size 2 --deepspeed", "no pipeline stages"),
     ],

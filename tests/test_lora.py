@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from ascendspeed.checkpoint.discovery import open_checkpoint
 from ascendspeed.config import lr_schedule, schema
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
-from ascendspeed.conversion import lora_adapter as adapters
 from ascendspeed.conversion.formats import peft as directory
 from ascendspeed.models import param_mapping
+from ascendspeed.models.lora import adapter as adapters
 from ascendspeed.models.lora.targets import parameter_count
 
 STEPS = 10
@@ -50,7 +50,7 @@ class Setting:
         self.folder = folder
         torch.manual_seed(3)
         self.fresh().save_pretrained(folder / "peft")
-        made = adapters.tensors_of(directory.open_adapter(folder / "peft"), model, self.lora)
+        made = adapters.training_tensors(directory.open_adapter(folder / "peft"), model, self.lora)
         self.file = str(folder / "weights.safetensors")
         save_file({name: tensor.contiguous() for name, tensor in (*self.base.items(), *made)}, self.file)
 
@@ -255,7 +255,8 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
         lora = replace(LORA, lora_target_modules=(leaf,))
         generator = torch.Generator().manual_seed(4)
         own = {
-            n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in adapters.initial(model, lora, 1)
+            n: torch.randn(t.shape, generator=generator) * 0.1
+            for n, t in adapters.initial_tensors(model, lora, 1)
         }
         file = str(folder / f"{name}.safetensors")
         save_file(base | own, file)
@@ -441,7 +442,7 @@ def test_nothing_is_kept_for_frozen_weights(cpu):
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     lora = replace(LORA, lora_target_modules=ALL)
     base = dict(param_mapping.random_tensors(BIASES, 1))
-    fresh = dict(adapters.initial(BIASES, lora, 1))
+    fresh = dict(adapters.initial_tensors(BIASES, lora, 1))
     engine = MegatronEngine(replace(RUN, lora=lora), grid, cpu, Kernels(), [*base.items(), *fresh.items()])
     count = sum(tensor.numel() for tensor in fresh.values())
     assert count == parameter_count(BIASES, lora) == 2 * 4 * (4 * (64 + 64) + 3 * (64 + 96))

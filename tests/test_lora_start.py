@@ -256,11 +256,13 @@ def save(folder: Path, run: Run, tensors: dict[str, torch.Tensor]) -> str:
 @pytest.fixture
 def saved(start, bases, tmp_path) -> str:
     """A training checkpoint of adapters on a copy of the weights."""
-    from ascendspeed.conversion.lora_adapter import initial
+    from ascendspeed.models.lora.adapter import initial_tensors
 
     shutil.copytree(bases["hf"], tmp_path / "base")
     found, _ = start(load=str(tmp_path / "base"))
-    return save(tmp_path / "ckpt", found.saved_run(RUN), {name: t + 1 for name, t in initial(MODEL, LORA, 7)})
+    return save(
+        tmp_path / "ckpt", found.saved_run(RUN), {name: t + 1 for name, t in initial_tensors(MODEL, LORA, 7)}
+    )
 
 
 @pytest.fixture

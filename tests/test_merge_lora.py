@@ -17,11 +17,11 @@ from helpers.conversion import command
 from safetensors.torch import load_file, save_file
 
 from ascendspeed.config.schema import LoraConfig, ModelConfig
-from ascendspeed.conversion import lora_adapter as adapters
-from ascendspeed.conversion import weights_identity
+from ascendspeed.conversion import lora_merge, weights_identity
 from ascendspeed.conversion.formats import peft as directory
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.models.families import FAMILIES
+from ascendspeed.models.lora import adapter as adapters
 from ascendspeed.utils.errors import UserError
 
 SMALL = ModelConfig(
@@ -151,17 +151,17 @@ def test_wqkv_by_llamas_names(tmp_path):
     lora = LoraConfig(4, 8.0, lora_target_modules=("wqkv", "wo", "w1", "w2"))
     generator = torch.Generator().manual_seed(2)
     pairs = {}
-    for name, tensor in adapters.initial(model, lora, 1):
+    for name, tensor in adapters.initial_tensors(model, lora, 1):
         layer, leaf = name.split(".")[2], name.rpartition(".")[2]
         pairs.setdefault((layer, leaf[:-2]), {})[leaf[-1]] = (
             torch.randn(tensor.shape, generator=generator) * 0.1
         )
     where = {"wqkv": "attention.wqkv", "wo": "attention.wo", "w1": "feed_forward.w1", "w2": "feed_forward.w2"}
     named = {
-        f"model.layers.{n}.{where[leaf]}": adapters.Pair(ab["A"], ab["B"], 2.0)
+        f"model.layers.{n}.{where[leaf]}": adapters.LoraPair(ab["A"], ab["B"], 2.0)
         for (n, leaf), ab in pairs.items()
     }
-    own = adapters.Adapter(
+    own = adapters.LoraAdapter(
         tmp_path, named, {"r": 4, "lora_alpha": 8, "target_modules": list(where)}, "trained/on"
     )
     llama = adapters.as_llama(own, model)
@@ -175,7 +175,7 @@ def test_wqkv_by_llamas_names(tmp_path):
         "gate_proj",
         "down_proj",
     ]
-    by_own, by_llama = (dict(adapters.merged(source, one).tensors()) for one in (own, llama))
+    by_own, by_llama = (dict(lora_merge.merge(source, one).tensors()) for one in (own, llama))
     for name, tensor in by_own.items():
         assert torch.allclose(by_llama[name], tensor, atol=1e-6), name
         assert torch.equal(tensor, dict(source.tensors())[name]) == ("linear" not in name)
@@ -202,7 +202,7 @@ REFUSED = {
     "trainable_token_indices": ([1], "trainable_token_indices"),
     "something_new": ({"x": 1}, "something_new"),
     "r": (8, "A of model.layers.0.* has 4 rows, but adapter_config.json says r = 8"),
-    "lora_alpha": (None, "lora_alpha = None cannot be"),
+    "lora_alpha": (None, "lora_alpha must be a number, got None"),
     "alpha_pattern": ({"(": 1}, "is no regular expression"),
     "target_modules": (
         [*SOME, "k_proj"],

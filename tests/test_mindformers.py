@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ascendspeed.conversion import convert
-from ascendspeed.conversion.formats import mindformers
+from ascendspeed.conversion.formats.mindformers import reading as mindformers
 from ascendspeed.utils.errors import UserError
 
 BY_MINDSPORE = (  # save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)

@@ -3,9 +3,8 @@
 import ctypes
 import math
 import mmap
-import re
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from ascendspeed.models.families import family_of
 from ascendspeed.models.param_mapping import Parameter, Slice2D
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import read_json_object
-from ascendspeed.utils.text import shorten_list
 
 THREADS = 4
 """Threads that read from a checkpoint at the same time, at most."""
@@ -124,29 +122,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
         return config_json, family_of(config_json).read_config(config_json)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-
-
-def check_names(
-    path: Path,
-    expected: Iterable[str],
-    actual: Iterable[str],
-    ignored: Iterable[str] = (),
-    of: str = "the model of its config.json",
-) -> None:
-    """Raises `UserError` naming missing and superfluous tensors; `ignored`: regular expressions of superfluous ones to accept."""
-    expected = set(expected)
-    actual = set(actual)
-    missing = sorted(expected - actual)
-    superfluous = sorted(
-        name for name in actual - expected if not any(re.fullmatch(pattern, name) for pattern in ignored)
-    )
-    problems = []
-    if missing:
-        problems.append(f"it lacks {shorten_list(missing)}")
-    if superfluous:
-        problems.append(f"it has left over {shorten_list(superfluous)}")
-    if problems:
-        raise UserError(f"{path} does not hold {of}: {'; '.join(problems)}")
 
 
 def check_tensor(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import (
     CheckpointReader,
-    check_names,
     check_tensor,
     common_dtype,
     from_stored,
@@ -27,6 +26,7 @@ from ascendspeed.conversion.rank_files import (
 from ascendspeed.models import param_mapping
 from ascendspeed.models.param_mapping import Parameter, Slice2D, StoredTensor
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.name_check import check_names
 
 logger = logging.getLogger(__name__)
 

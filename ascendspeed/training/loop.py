@@ -17,7 +17,7 @@ from ascendspeed.checkpoint.ownership import claim_folder
 from ascendspeed.config.lr_schedule import lr_at
 from ascendspeed.config.schema import Run
 from ascendspeed.conversion.formats import peft
-from ascendspeed.conversion.lora_adapter import of_checkpoint
+from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
@@ -133,7 +133,7 @@ def train(
     watch.done = state.step >= run.train.train_iters
     if watch.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
         adapter = Path(run.train.save, "adapter")
-        peft.replace_with(of_checkpoint(Checkpoint(saver.last)), adapter)
+        peft.replace_with(adapter_of(Checkpoint(saver.last)), adapter)
         logger.info(f" adapters for peft in {adapter}")
     return state
 

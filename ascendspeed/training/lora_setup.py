@@ -16,8 +16,8 @@ from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats import peft
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.conversion.formats.training_checkpoint import reading as training_checkpoint
-from ascendspeed.conversion.lora_adapter import check_base, initial, tensors_of
 from ascendspeed.models.lora import targets
+from ascendspeed.models.lora.adapter import check_base, initial_tensors, training_tensors
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -46,12 +46,12 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
         f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained"
     )
     if not lora.lora_load:
-        return chain(base.tensors(), initial(run.model, lora, run.train.seed)), lora
+        return chain(base.tensors(), initial_tensors(run.model, lora, run.train.seed)), lora
     adapter = peft.open_adapter(lora.lora_load, readers)
     check_base(adapter, f"--load {run.train.load}", lora.lora_base_fingerprint)
     unchecked = "" if adapter.fingerprint else ", which do not say whether they belong to these weights"
     logger.info(f"adapters from {lora.lora_load}{unchecked}")
-    return chain(base.tensors(), list(tensors_of(adapter, run.model, lora))), lora
+    return chain(base.tensors(), list(training_tensors(adapter, run.model, lora))), lora
 
 
 def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
@@ -100,4 +100,4 @@ def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tenso
 
 def with_placeholders(run: Run, base: Tensors) -> Tensors:
     """Base weights with initial adapters: an engine is built from all tensors, and restoring then replaces the adapters."""
-    return chain(base, initial(run.model, run.lora, run.train.seed))
+    return chain(base, initial_tensors(run.model, run.lora, run.train.seed))

@@ -35,12 +35,13 @@ def main() -> None:
     # imported after parsing, so that --help does not wait for torch
     from ascendspeed.checkpoint.discovery import open_checkpoint
     from ascendspeed.conversion.formats import peft
-    from ascendspeed.conversion.lora_adapter import as_llama, of_checkpoint
+    from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
+    from ascendspeed.models.lora.adapter import as_llama
     from ascendspeed.utils.atomic import require_empty_dir
 
     target = require_empty_dir(options.target)
     checkpoint = open_checkpoint(Path(options.source))
-    adapter = of_checkpoint(checkpoint)
+    adapter = adapter_of(checkpoint)
     if options.names == "llama":
         adapter = as_llama(adapter, checkpoint.config)
     peft.write(adapter, target, options.base)

@@ -31,21 +31,21 @@ def main() -> None:
     options = parser.parse(Options, description=Options.__doc__)
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.conversion.formats import peft
-    from ascendspeed.conversion.lora_adapter import merged
+    from ascendspeed.conversion.lora_merge import merge
     from ascendspeed.utils.atomic import require_empty_dir
 
     require_empty_dir(options.save)
     adapter = peft.open_adapter(options.adapter)
     base = convert.with_tokenizer(convert.open_reader(options.base), None)
     peft.check_complete(adapter, base.config)
-    source = merged(base, adapter)
+    source = merge(base, adapter)
     print(
-        f"{len(adapter.pairs)} adapters from {adapter.where} into {base.path}: "
+        f"{len(adapter.pairs)} adapters from {adapter.path} into {base.path}: "
         f"{base.description}, {base.config.family}"
     )
     if not adapter.fingerprint:
         print(
-            f"note: {adapter.where} does not record the weights it was trained on: "
+            f"note: {adapter.path} does not record the weights it was trained on: "
             f"{base.path} could not be checked"
         )
     writer = convert.HuggingFaceWriter(None, convert.parse_size(options.max_shard_size))

@@ -1,4 +1,4 @@
-"""Adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin). What is not plain LoRA is refused."""
+"""Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin), plain LoRA only."""
 
 import math
 import re
@@ -12,114 +12,208 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion.checkpoint_reader import check_names
+from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
-from ascendspeed.conversion.lora_adapter import Adapter, Pair, of_checkpoint
 from ascendspeed.conversion.output_files import (
     SAFETENSORS_TYPES,
     create_safetensors,
     nbytes,
     write_json,
 )
-from ascendspeed.models.lora import targets as adapters
+from ascendspeed.models.lora import targets as lora_targets
+from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair
 from ascendspeed.utils.atomic import draft_of, staged_folder
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.name_check import check_names
 from ascendspeed.utils.safe_io import read_json_object
 from ascendspeed.utils.text import shorten_list
 
-CONFIG, WEIGHTS = (
-    "adapter_config.json",
-    {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt},
-)
-BASE, FINGERPRINT = "base_fingerprint.json", "fingerprint"
-"""Ours, which peft does not look at: the weights that the adapters were trained on, as `Source.fingerprint` knows them."""
+CONFIG = "adapter_config.json"
+LOADERS = {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
+BASE = "base_fingerprint.json"
+FINGERPRINT = "fingerprint"
+"""Entry of this project's own `BASE` file, which peft ignores: hash of the base weights (`weights_identity.sampled`)."""
 PREFIX = "base_model.model."
-UNDERSTOOD = {
-    *(
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "use_rslora",
-        "rank_pattern",
-        "alpha_pattern",
-    ),
-    *("layers_to_transform", "init_lora_weights", "peft_type"),
+SUPPORTED_ENTRIES = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "init_lora_weights",
+    "peft_type",
+    "bias",
 }
-NOT_NUMBERS = {  # what says nothing of the numbers
-    *(
-        "base_model_name_or_path",
-        "auto_mapping",
-        "inference_mode",
-        "peft_version",
-        "revision",
-        "task_type",
-        "layers_pattern",
-    ),
-    *("megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying"),
+IRRELEVANT_ENTRIES = {
+    "base_model_name_or_path",
+    "auto_mapping",
+    "inference_mode",
+    "peft_version",
+    "revision",
+    "task_type",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "eva_config",
+    "ensure_weight_tying",
 }
-INITIAL = (True, False, "gaussian", "eva", "orthogonal", None)
-"""Ways to begin that leave the weights beneath as they are."""
+"""Entries of adapter_config.json that do not change the result."""
+INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", None)
+"""Values of `init_lora_weights` that leave the base weights unchanged."""
 
 
-def open_adapter(path: str | Path, readers: Readers | None = None) -> Adapter:
-    """The adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
+def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapter:
+    """Reads the adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
     folder = Path(path)
     if looks_like_checkpoint(folder):
-        return of_checkpoint((readers or Readers()).open(folder))
+        return adapter_of((readers or Readers()).open(folder))
     if not (folder / CONFIG).exists():
         raise UserError(f"{folder} holds no adapters: neither {CONFIG} of peft nor a training checkpoint")
     return read(folder)
 
 
-def read(folder: Path) -> Adapter:
-    """A directory of peft. Raises `UserError` for what is damaged, left over, missing, or more than plain LoRA."""
+# ---------------------------------------------------------------- reading
+
+
+def read(folder: Path) -> LoraAdapter:
+    """Reads a directory of peft. Raises `UserError` for what is damaged, superfluous, missing, or more than plain LoRA."""
     settings = read_json_object(folder / CONFIG)
-    _refuse(folder, settings)
-    halves: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    odd = []
-    for key, tensor in _tensors(folder).items():
+    _check_settings(folder, settings)
+    matrices: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
+    unknown = []
+    for key, tensor in _load_tensors(folder).items():
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        if (
-            not match
-            or not isinstance(tensor, Tensor)
-            or tensor.dtype not in SAFETENSORS_TYPES
-            or tensor.dim() != 2
-        ):
-            odd.append(key)
+        is_matrix = isinstance(tensor, Tensor) and tensor.dtype in SAFETENSORS_TYPES and tensor.dim() == 2
+        if match and is_matrix:
+            matrices[match[2]][match[1]] = tensor
         else:
-            halves[match[2]][match[1]] = tensor
-    if odd:
-        raise UserError(f"{folder} holds what is no matrix of a LoRA adapter: {shorten_list(sorted(odd))}")
-    check_names(folder, halves["A"], halves["B"], of="an A and a B of every adapter")
+            unknown.append(key)
+    if unknown:
+        raise UserError(
+            f"{folder} holds what is no matrix of a LoRA adapter: {shorten_list(sorted(unknown))}"
+        )
+    check_names(folder, matrices["A"], matrices["B"], of="an A and a B of every adapter")
     pairs = {
-        name: Pair(a, halves["B"][name], _scale(folder, settings, name, len(a)))
-        for name, a in halves["A"].items()
+        name: LoraPair(a, matrices["B"][name], _scale(folder, settings, name, len(a)))
+        for name, a in matrices["A"].items()
     }
-    return Adapter(folder, pairs, settings, settings.get("base_model_name_or_path"), _fingerprint(folder))
+    base = settings.get("base_model_name_or_path")
+    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder))
 
 
-def check_complete(adapter: Adapter, model: ModelConfig) -> None:
-    """Raises `UserError` when adapters are missing that adapter_config.json says there are."""
-    for targets in adapters.naming_schemes(model):
+def check_complete(adapter: LoraAdapter, model: ModelConfig) -> None:
+    """Raises `UserError` if adapters are missing that adapter_config.json lists."""
+    for targets in lora_targets.naming_schemes(model):
         names = [target.hf_module.format(l=layer) for layer in range(model.num_layers) for target in targets]
-        if adapter.pairs.keys() & set(names):
-            said = [name for name in names if _targeted(adapter, name)]
-            if missing := [name for name in said if name not in adapter.pairs]:
-                raise UserError(
-                    f"{adapter.where} lacks the adapters of {shorten_list(missing)}, which its {CONFIG} names"
-                )
+        if not adapter.pairs.keys() & set(names):
+            continue
+        missing = [name for name in names if _is_listed(adapter, name) and name not in adapter.pairs]
+        if missing:
+            raise UserError(
+                f"{adapter.path} lacks the adapters of {shorten_list(missing)}, which its {CONFIG} names"
+            )
 
 
-def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
-    """A directory of peft, whole or not there. `base`: of the weights, in place of where they lay; None: the same."""
-    halves = {
-        f"{name}.lora_{which}": x
-        for name, pair in adapter.pairs.items()
-        for which, x in (("A", pair.a), ("B", pair.b))
-    }
-    tensors = {f"{PREFIX}{name}.weight": x.contiguous() for name, x in halves.items()}
+def _read_fingerprint(folder: Path) -> str | None:
+    """Hash of the base weights, if the directory records it."""
+    path = folder / BASE
+    if not path.exists():
+        return None
+    fingerprint = read_json_object(path).get(FINGERPRINT)
+    if not isinstance(fingerprint, str) or not re.fullmatch("[0-9a-f]{64}", fingerprint):
+        raise UserError(
+            f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)"
+        )
+    return fingerprint
+
+
+def _load_tensors(folder: Path) -> dict[str, Any]:
+    name = next((name for name in LOADERS if (folder / name).exists()), None)
+    if name is None:
+        raise UserError(f"{folder} has no weights: none of {', '.join(LOADERS)}")
+    content = LOADERS[name](folder / name)
+    if not isinstance(content, Mapping):
+        raise UserError(f"{folder / name} holds a {type(content).__name__}, not a table of tensors")
+    return dict(content)
+
+
+def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises `UserError` for settings beyond plain LoRA, and for values of a wrong type."""
+    path = folder / CONFIG
+    if settings.get("peft_type") != "LORA":
+        raise UserError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported, only 'LORA'")
+    if settings.get("bias", "none") != "none":
+        raise UserError(f"{path}: bias {settings['bias']!r} is not supported, only 'none'")
+    if settings.get("init_lora_weights", True) not in INITIALIZATIONS:
+        raise UserError(
+            f"{path}: init_lora_weights {settings['init_lora_weights']!r} changes the base weights: "
+            "let peft save it as plain LoRA first"
+        )
+    for name, value in settings.items():
+        if value and name not in SUPPORTED_ENTRIES | IRRELEVANT_ENTRIES:
+            raise UserError(f"{path}: {name} = {value!r} is not supported, only plain LoRA is")
+    for name, types, noun in (("r", int, "an integer"), ("lora_alpha", (int, float), "a number")):
+        if not isinstance(settings.get(name), types) or isinstance(settings[name], bool):
+            raise UserError(f"{path}: {name} must be {noun}, got {settings.get(name)!r}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(settings.get(name) or {}, dict) or isinstance(settings.get(name), bool):
+            raise UserError(f"{path}: {name} must be a table, got {settings[name]!r}")
+
+
+def _scale(folder: Path, settings: dict[str, Any], name: str, rank: int) -> float:
+    """alpha / rank of one module, each by the first pattern that matches the module, as in peft."""
+    stated = _by_pattern(folder, settings.get("rank_pattern"), name, settings["r"])
+    if stated != rank:
+        raise UserError(f"{folder}: A of {name} has {rank} rows, but {CONFIG} says r = {stated}")
+    alpha = _by_pattern(folder, settings.get("alpha_pattern"), name, settings["lora_alpha"])
+    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
+
+
+def _by_pattern(folder: Path, patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    for pattern, value in (patterns or {}).items():
+        if _matches(folder, rf"(.*\.)?({pattern})", name):
+            return value
+    return default
+
+
+def _matches(folder: Path, pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise UserError(f"{folder / CONFIG}: {pattern!r} is no regular expression ({error})") from None
+
+
+def _is_listed(adapter: LoraAdapter, name: str) -> bool:
+    """True if adapter_config.json gives the module an adapter."""
+    layers = adapter.settings.get("layers_to_transform")
+    if layers is not None:
+        layer = next(int(word) for word in name.split(".") if word.isdigit())
+        if layer not in ([layers] if isinstance(layers, int) else layers):
+            return False
+    return _is_among(adapter, "target_modules", name) and not _is_among(adapter, "exclude_modules", name)
+
+
+def _is_among(adapter: LoraAdapter, key: str, name: str) -> bool:
+    words = adapter.settings.get(key)
+    if isinstance(words, str):
+        return words == lora_targets.ALL or _matches(adapter.path, words, name)
+    return any(name == word or name.endswith(f".{word}") for word in words or ())
+
+
+# ---------------------------------------------------------------- writing
+
+
+def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
+    """Writes a directory of peft atomically. `base`: folder of the base weights to record; None: the adapter's own."""
+    tensors: dict[str, Tensor] = {}
+    for name, pair in adapter.pairs.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b.contiguous()
     alpha = adapter.settings["lora_alpha"]
     settings = {
         "peft_type": "LORA",
@@ -133,118 +227,31 @@ def write(adapter: Adapter, target: Path, base: str | None = None) -> None:
         "base_model_name_or_path": base or adapter.base,
         "lora_alpha": int(alpha) if float(alpha).is_integer() else alpha,
     }
-    specs = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    specs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with staged_folder(target, sum(nbytes(*spec) for spec in specs.values()) + (1 << 20)) as folder:
         file = create_safetensors(folder / "adapter_model.safetensors", specs)
-        for name, x in tensors.items():
-            file.write(name, 0, x)
+        for name, tensor in tensors.items():
+            file.write(name, 0, tensor)
             file.done(name)
         write_json(folder / CONFIG, settings)
         if adapter.fingerprint:
             write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint})
 
 
-def replace_with(adapter: Adapter, target: Path) -> None:
-    """Writes it where an older one of the same run may lie, which stays until the new one is whole.
+def replace_with(adapter: LoraAdapter, target: Path) -> None:
+    """Writes a directory of peft and replaces the one of an earlier step of the same run, which stays until the new one is complete.
 
-    A whole one is in `target`, or beside it after a kill between two renames; the next call then puts it there first.
+    After a kill between the two renames, a complete directory is beside `target`; the next call moves it there first.
     """
-    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for kept in (new, old):  # beside a target that is gone each is whole, and the first is the newer one
-        if kept.exists() and not target.exists():
-            kept.rename(target)
-    for left in (new, old, draft_of(new)):  # nobody but this run writes here
-        shutil.rmtree(left, ignore_errors=True)
+    new = target.with_name(f".{target.name}.new")
+    old = target.with_name(f".{target.name}.old")
+    for complete in (new, old):  # both are complete if `target` is missing, and `new` is the newer one
+        if complete.exists() and not target.exists():
+            complete.rename(target)
+    for leftover in (new, old, draft_of(new)):  # only this run writes here
+        shutil.rmtree(leftover, ignore_errors=True)
     write(adapter, new)
     if target.exists():
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fingerprint(folder: Path) -> str | None:
-    """Of the weights beneath, where somebody has written it."""
-    path = folder / BASE
-    if not path.exists():
-        return None
-    found = read_json_object(path).get(FINGERPRINT)
-    if not isinstance(found, str) or not re.fullmatch("[0-9a-f]{64}", found):
-        raise UserError(
-            f"{path} holds no fingerprint of weights: write the adapters again (tools/lora/export_lora.py)"
-        )
-    return found
-
-
-def _tensors(folder: Path) -> dict[str, Any]:
-    found = [name for name in WEIGHTS if (folder / name).exists()]
-    if not found:
-        raise UserError(f"{folder} has no weights: none of {', '.join(WEIGHTS)}")
-    held = WEIGHTS[found[0]](folder / found[0])
-    if not isinstance(held, Mapping):
-        raise UserError(f"{folder / found[0]} holds a {type(held).__name__}, not a table of tensors")
-    return dict(held)
-
-
-def _refuse(folder: Path, settings: dict[str, Any]) -> None:
-    where = f"{folder / CONFIG}:"
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{where} peft_type {settings.get('peft_type')!r} is not supported, only 'LORA'")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{where} bias {settings['bias']!r} is not supported, only 'none'")
-    if settings.get("init_lora_weights", True) not in INITIAL:
-        how = settings["init_lora_weights"]
-        raise UserError(
-            f"{where} init_lora_weights {how!r} changes the weights beneath: let peft save it as plain LoRA first"
-        )
-    for name, value in settings.items():
-        if value and name not in UNDERSTOOD | NOT_NUMBERS | {"bias"}:
-            raise UserError(f"{where} {name} = {value!r} is not supported, only plain LoRA is")
-    for name, kind in (
-        ("r", int),
-        ("lora_alpha", (int, float)),
-        ("rank_pattern", dict),
-        ("alpha_pattern", dict),
-    ):
-        value = settings.get(name)
-        if (value is None and kind is not dict) or (
-            value is not None and (not isinstance(value, kind) or isinstance(value, bool))
-        ):
-            raise UserError(f"{where} {name} = {value!r} cannot be")
-
-
-def _scale(folder: Path, settings: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / rank, each by its pattern where one names the module, as peft finds it."""
-    wanted = _by_pattern(folder, settings.get("rank_pattern"), name, settings["r"])
-    if wanted != rank:
-        raise UserError(f"{folder}: A of {name} has {rank} rows, but {CONFIG} says r = {wanted}")
-    alpha = _by_pattern(folder, settings.get("alpha_pattern"), name, settings["lora_alpha"])
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(folder: Path, patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    return next(
-        (value for key, value in (patterns or {}).items() if _match(folder, rf"(.*\.)?({key})", name)),
-        default,
-    )
-
-
-def _match(folder: Path, pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(f"{folder / CONFIG}: {pattern!r} is no regular expression ({error})") from None
-
-
-def _targeted(adapter: Adapter, name: str) -> bool:
-    """Whether adapter_config.json says that a module has an adapter."""
-
-    def among(key: str) -> bool:
-        words = adapter.settings.get(key)
-        if isinstance(words, str):
-            return words == adapters.ALL or _match(adapter.where, words, name)
-        return any(name == word or name.endswith(f".{word}") for word in words or ())
-
-    layers = adapter.settings.get("layers_to_transform")
-    layer = next(int(word) for word in name.split(".") if word.isdigit())
-    here = layers is None or layer in ([layers] if isinstance(layers, int) else layers)
-    return here and among("target_modules") and not among("exclude_modules")

@@ -9,7 +9,6 @@ from torch import Tensor
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import (
     CheckpointReader,
-    check_names,
     check_tensor,
     common_dtype,
     from_stored,
@@ -22,6 +21,7 @@ from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_in
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.name_check import check_names
 
 DESCRIPTION = "Hugging Face directory"
 LOADERS: dict[str, Callable[[Path], Any]] = dict(zip(WEIGHT_FILES, (load_safetensors, load_pt), strict=True))

@@ -61,10 +61,11 @@ def _stored_blocks(config: ModelConfig, row: ParamMapping, style: InternEvoStyle
     by_head.append([[span] for span in v])
     if row.fusion == "qkv" and not style.cut_qkv:
         return [[span for head in block for span in head] for block in by_head]
-    blocks = []
-    for group in zip(*by_head, strict=True):  # one key/value group: q..., k, v
-        blocks.append([span for head in group for span in head])
-    return blocks
+    grouped: list[Span] = []
+    for group in zip(*by_head, strict=True):  # q..., k, v of one key/value group
+        for head in group:
+            grouped += head
+    return [grouped]
 
 
 def _rotary_pairs(span: Span, d: int) -> list[Span]:

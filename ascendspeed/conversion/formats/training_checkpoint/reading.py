@@ -10,12 +10,15 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.conversion import weights_identity
-from ascendspeed.conversion.checkpoint_reader import CheckpointReader, check_names, read_config
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.base import ReadOptions
-from ascendspeed.conversion.lora_adapter import merged, of_checkpoint
+from ascendspeed.conversion.lora_merge import merge
 from ascendspeed.models import param_mapping
+from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair
+from ascendspeed.models.lora.targets import selected_targets
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.name_check import check_names
 
 OpenReader = Callable[..., CheckpointReader]
 """`registry.open_reader`, which opens base weights of any format."""
@@ -37,7 +40,7 @@ def reader_of(
     """Reads an opened checkpoint; adapters are merged into their base weights."""
     if checkpoint.run.lora.lora_rank:
         base = base_of(checkpoint, open_reader, readers=readers)
-        return merged(base, of_checkpoint(checkpoint))
+        return merge(base, adapter_of(checkpoint))
     return _full_weights(checkpoint)
 
 
@@ -64,6 +67,30 @@ def base_of(
             f"{checkpoint.path} holds adapters of other weights than those in {path} (trained on {lora.lora_base})"
         )
     return base
+
+
+def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
+    """The adapters in a training checkpoint, fp32. Raises `UserError` if it has none."""
+    model = checkpoint.config
+    lora = checkpoint.run.lora
+    if not lora.lora_rank:
+        raise UserError(
+            f"{checkpoint.path} holds all weights of a model, no adapters (it was trained without --lora-rank)"
+        )
+    tensors = dict(checkpoint.tensors())
+    pairs = {}
+    for layer in range(model.num_layers):
+        for target in selected_targets(model, lora):
+            a = tensors[target.megatron_name("A", layer)]
+            b = tensors[target.megatron_name("B", layer)]
+            pairs[target.hf_module.format(l=layer)] = LoraPair(a, b, lora.lora_alpha / lora.lora_rank)
+    settings = {
+        "r": lora.lora_rank,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "target_modules": list(lora.lora_target_modules),
+    }
+    return LoraAdapter(checkpoint.path, pairs, settings, lora.lora_base, lora.lora_base_fingerprint)
 
 
 def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:

@@ -1,0 +1,36 @@
+"""Merges LoRA adapters into the weights of a checkpoint, bit for bit as peft does."""
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from ascendspeed.conversion import weights_identity
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader, from_factory, full_slice
+from ascendspeed.models import param_mapping
+from ascendspeed.models.lora.adapter import LoraAdapter, changed_parameters, check_base
+from ascendspeed.models.param_mapping import Slice2D
+
+
+def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
+    """Returns a reader of the merged weights; each tensor is computed when it is read.
+
+    Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.
+    """
+    check_base(adapter, reader.path, adapter.fingerprint and weights_identity.sampled(reader))
+    parameters = changed_parameters(adapter, reader.config)
+
+    def merged_parameter(name: str) -> Tensor:
+        parameter = parameters[name]
+        full = reader.read_block(name, full_slice(parameter))
+        matrices = param_mapping.megatron_to_hf(reader.config, parameter, full)
+        for hf_name, matrix in matrices.items():
+            if pair := adapter.pairs.get(hf_name.removesuffix(".weight")):
+                matrices[hf_name] = (matrix + pair.delta()).to(matrix.dtype)
+        return param_mapping.hf_to_megatron(reader.config, parameter, matrices)
+
+    read_merged = from_factory(merged_parameter)
+
+    def read_block(name: str, wanted: Slice2D) -> Tensor:
+        return (read_merged if name in parameters else reader.read_block)(name, wanted)
+
+    return replace(reader, description=f"{reader.description} with adapters", read_block=read_block)

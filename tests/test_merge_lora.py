@@ -198,7 +198,7 @@ REFUSED = {
     "modules_to_save": (["lm_head"], "modules_to_save"),
     "layer_replication": ([[0, 1]], "layer_replication"),
     "peft_type": ("LOHA", "peft_type 'LOHA' is not supported"),
-    "init_lora_weights": ("pissa", "init_lora_weights 'pissa' changes the weights beneath"),
+    "init_lora_weights": ("pissa", "init_lora_weights 'pissa' changes the base weights"),
     "trainable_token_indices": ([1], "trainable_token_indices"),
     "something_new": ({"x": 1}, "something_new"),
     "r": (8, "A of model.layers.0.* has 4 rows, but adapter_config.json says r = 8"),

@@ -1,1 +1,1 @@
-"""The InternLM GPTModel: a thin layer on megatron-core."""
+"""The GPT model on megatron-core: layer spec, attention, rotary embedding, packed sequences, experts, loss, and KV cache."""

@@ -1,4 +1,4 @@
-"""Core attention by torch's SDPA: grouped queries, rotary embedding, never s x s scores or masks - with dropout neither."""
+"""Causal core attention by torch's SDPA: grouped queries, rotary embedding, and no s x s scores or masks, even with dropout."""
 
 from contextlib import nullcontext
 from functools import lru_cache
@@ -15,14 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard, gather_sequence
 from ascendspeed.models.gpt.packed_sequences import PackedSequences
 
-BLOCK = 128  # queries whose scores, or mask, exist at the same time
+BLOCK = 128
+"""Queries whose scores or mask exist at the same time."""
 
 
 class RotaryAttention(MegatronModule):
-    """Drop-in for megatron-core's DotProductAttention that also rotates q and k.
+    """Replacement for megatron-core's DotProductAttention that also rotates q and k.
 
-    Rotating here rather than in megatron-core's SelfAttention computes cos and sin once per length instead of twice per layer,
-    and is where a device's fused rotary kernel fits.
+    Rotating here, not in megatron-core's SelfAttention, computes cos and sin once per length instead of twice per layer, and allows
+    a device's fused rotary kernel.
     """
 
     def __init__(
@@ -52,46 +53,46 @@ class RotaryAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Always causal; s is this rank's share.
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Causal; s is this rank's share.
 
-        `packed_seq_params`: the batch's `Segments`, None where every row is one document.
+        `packed_seq_params`: the batch's `PackedSequences`; None if every row is one document.
         """
         if (
             attention_mask is not None
             or attention_bias is not None
             or not isinstance(packed_seq_params, PackedSequences | None)
         ):
-            raise NotImplementedError("only causal attention, of whole rows or within `Segments`")
-        length, segments = query.size(0) * self.share.size, packed_seq_params
-        if segments is None:
+            raise NotImplementedError("only causal attention, of whole rows or within `PackedSequences`")
+        length, packed = query.size(0) * self.share.size, packed_seq_params
+        if packed is None:
             cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
         else:
-            cos, sin = segments.cos_sin(self.config.rope, query.dtype, query.device, self.share)
+            cos, sin = packed.cos_sin(self.config.rope, query.dtype, query.device, self.share)
         rotate = self.config.kernels.rotary
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         dropout = self.dropout if self.training else 0.0
-        if segments is not None and self._fused(query, dropout):
+        if packed is not None and self._can_use_varlen_kernel(query, dropout):
             q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-            out = self.config.kernels.varlen(q, k, v, segments.bounds(q.device))
+            out = self.config.kernels.varlen(q, k, v, packed.bounds(q.device))
             return out.unflatten(0, (-1, length)).transpose(0, 1).flatten(2)
         if self.share.size > 1:
             key, value = gather_sequence(key, self.group), gather_sequence(value, self.group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        # Ranks hold different heads: different masks. Under sequence parallel the block has already changed to them, and a second
-        # change would make a recomputed pass draw others than the first.
+        # Ranks hold different heads and draw different masks. Under sequence parallel megatron-core's block has already forked the
+        # random state, and a second fork would make a recomputed pass draw other masks than the first.
         with (
             get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
         ):
-            if segments is None:
+            if packed is None:
                 firsts = self.share.chunk_starts(length)
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
                 out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
             else:
-                out = [attend_packed(segments, q, k, v, self.share, dropout, self.scale)]
+                out = [attend_packed(packed, q, k, v, self.share, dropout, self.scale)]
         return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
 
-    def _fused(self, query: Tensor, dropout: float) -> bool:
-        """Whether the device's kernel for sequences of various lengths can do it."""
+    def _can_use_varlen_kernel(self, query: Tensor, dropout: float) -> bool:
+        """True if the device's kernel for sequences of different lengths supports this call."""
         fits = (
             query.dtype in (torch.bfloat16, torch.float16)
             and query.size(-1) % 8 == 0
@@ -115,15 +116,14 @@ def attend(
     scale: float | None = None,
     longest: int = 0,
 ) -> Tensor:
-    """Causal attention of the queries at positions `first` and on: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
+    """Causal attention of queries at positions from `first`: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
 
-    torch's SDPA has no word for queries that begin later than the keys (but for a mask of n x m), and makes scores of n x m when it
-    must drop (on a CPU). So queries go block by block, and nothing is larger than BLOCK x m. `longest`: the largest m of
-    several calls, which then share one mask.
+    torch's SDPA supports queries that begin later than the keys only by a mask of n x m, and on a CPU it makes scores of n x m for
+    dropout. Queries are therefore processed in blocks, and nothing is larger than BLOCK x m. `longest`: the largest m of several
+    calls, which then share one mask.
     """
-    future = (
-        _future(longest or k.size(2), q.dtype, q.device) if dropout or first else None
-    )  # of all keys there are, which every call shares
+    # Computed for all keys, so that every call shares one mask.
+    future = _future_mask(longest or k.size(2), q.dtype, q.device) if dropout or first else None
     k, v = k[:, :, : first + q.size(2)], v[:, :, : first + q.size(2)]
     grouped = q.size(1) != k.size(1)
     if not dropout and not first:
@@ -134,13 +134,9 @@ def attend(
     blocks = []
     for i in range(0, q.size(2), BLOCK):
         end = first + min(i + BLOCK, q.size(2))
-        block, keys, values, mask = (
-            q[:, :, i : i + BLOCK],
-            k[:, :, :end],
-            v[:, :, :end],
-            future[-(end - first - i) :, -end:],
-        )
-        if dropout:  # the scores are computed again in the backward pass instead of kept
+        block, keys, values = q[:, :, i : i + BLOCK], k[:, :, :end], v[:, :, :end]
+        mask = future[-(end - first - i) :, -end:]
+        if dropout:  # the backward pass recomputes the scores, so that they need not be kept
             blocks.append(
                 checkpoint(_attend_block, block, keys, values, mask, dropout, scale, use_reentrant=False)
             )
@@ -152,7 +148,7 @@ def attend(
 
 
 def attend_packed(
-    segments: PackedSequences,
+    packed: PackedSequences,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -160,48 +156,50 @@ def attend_packed(
     dropout: float = 0.0,
     scale: float | None = None,
 ) -> Tensor:
-    """Causal attention within each segment, one after the other: q [b, heads, n, d] of the positions that `share` has, k and v
-    [b, groups, s, d] of all."""
+    """Causal attention within each packed sequence, one after the other.
+
+    q [b, heads, n, d] has the positions in `share`, k and v [b, groups, s, d] have all positions.
+    """
     rows = []
-    # Split, never sliced: what comes back through a slice is as large as all rows, for every segment.
+    # Split, not sliced: the gradient of a slice is as large as all rows, for every sequence.
     for row, (lengths, *qkv) in enumerate(
-        zip(segments.lengths, q.split(1), k.split(1), v.split(1), strict=True)
+        zip(packed.lengths, q.split(1), k.split(1), v.split(1), strict=True)
     ):
-        pieces = segments.query_blocks(row, share)
-        sizes = [piece.count for piece in pieces], lengths, lengths
+        blocks = packed.query_blocks(row, share)
+        sizes = [block.count for block in blocks], lengths, lengths
         queries, keys, values = (x.split(size, 2) for x, size in zip(qkv, sizes, strict=True))
         out = [
             attend(
                 query,
-                keys[piece.sequence],
-                values[piece.sequence],
-                piece.first,
+                keys[block.sequence],
+                values[block.sequence],
+                block.first,
                 dropout,
                 scale,
-                segments.longest,
+                packed.longest,
             )
-            for query, piece in zip(queries, pieces, strict=True)
+            for query, block in zip(queries, blocks, strict=True)
         ]
         rows.append(torch.cat(out, 2))
     return torch.cat(rows)
 
 
 @lru_cache(4)
-def _future(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What is added to the scores of the last BLOCK queries of `keys` keys: 0, or -inf where a key is later than the query.
+def _future_mask(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Causal mask [BLOCK, keys] of the last BLOCK queries: 0, or -inf for a key that is later than the query.
 
-    Its last rows and columns are that of fewer queries and of fewer keys; as all blocks and layers use views of one tensor, the
-    backward pass keeps it once.
+    Its last rows and columns serve fewer queries and fewer keys. All blocks and layers use views of one tensor, so the backward
+    pass keeps it once.
     """
     return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
 
 
 def clear_mask_cache() -> None:
-    """Frees the masks of queries that begin later than the keys, which are kept from call to call: of long texts they are large."""
-    _future.cache_clear()
+    """Frees the causal masks that are cached between calls; for long texts they are large."""
+    _future_mask.cache_clear()
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, future: Tensor, dropout: float, scale: float) -> Tensor:
-    """The last queries of a prefix of keys: q [b, heads, n, d], k and v [b, heads, m, d], future [n, m]."""
+    """Attention with dropout of the last n of m positions: q [b, heads, n, d], k and v [b, heads, m, d], future [n, m]."""
     scores = q @ k.transpose(-1, -2) * scale + future
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v

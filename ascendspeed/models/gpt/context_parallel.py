@@ -1,7 +1,7 @@
-"""Context parallel: which positions of a sequence a rank has, and all keys and values for its queries.
+"""Context parallelism: the positions of a sequence that a rank holds, and the exchange of keys and values.
 
-The sequence is cut into 2n chunks for n ranks; rank r has chunks r and 2n - 1 - r. Causal attention of an early chunk is cheap and
-of a late one dear: so every rank has as much to do as every other.
+The sequence is cut into 2n chunks for n ranks; rank r holds chunks r and 2n - 1 - r. Causal attention costs little in early chunks
+and much in late ones, so this balances the work over the ranks.
 """
 
 from typing import Any, NamedTuple
@@ -12,20 +12,20 @@ from torch import Tensor
 
 
 class SequenceShard(NamedTuple):
-    """Rank `rank` of the `size` that share a sequence."""
+    """The share of rank `rank` of `size` context-parallel ranks in a sequence."""
 
     rank: int
     size: int
 
-    def take(self, whole: Tensor, dim: int) -> Tensor:
-        """This rank's two chunks of a whole sequence, which lies along `dim`; all of it for a rank that is alone."""
+    def take(self, full: Tensor, dim: int) -> Tensor:
+        """Selects this rank's two chunks of a full sequence along `dim`; for a single rank, all of it."""
         if self.size == 1:
-            return whole
-        chunks = whole.chunk(2 * self.size, dim)
+            return full
+        chunks = full.chunk(2 * self.size, dim)
         return torch.cat((chunks[self.rank], chunks[-1 - self.rank]), dim)
 
     def chunk_starts(self, length: int) -> list[int]:
-        """Where this rank's chunks begin in a whole sequence of `length`."""
+        """First position of each of this rank's chunks in a full sequence of `length`."""
         chunk = length // (2 * self.size)
         return [0] if self.size == 1 else [self.rank * chunk, (2 * self.size - 1 - self.rank) * chunk]
 
@@ -34,9 +34,8 @@ WHOLE_SEQUENCE = SequenceShard(0, 1)
 
 
 def gather_sequence(x: Tensor, group: Any) -> Tensor:
-    """The whole sequence, in its own order, from every rank's share of it: [s / n, ...] -> [s, ...]; differentiable."""
+    """Gathers the full sequence, in order, from all ranks: [s / n, ...] -> [s, ...]; differentiable."""
     n = group.size()
-    early, late = (
-        gather_from_sequence_parallel_region(x, group=group).unflatten(0, (n, 2, len(x) // 2)).unbind(1)
-    )
+    gathered = gather_from_sequence_parallel_region(x, group=group)  # [rank][early, late chunk]
+    early, late = gathered.unflatten(0, (n, 2, len(x) // 2)).unbind(1)
     return torch.cat((early.flatten(0, 1), late.flip(0).flatten(0, 1)))

@@ -1,4 +1,4 @@
-"""Builds the GPTModel and fills it: from a stream of full tensors, cut for this rank, whatever the stream's source."""
+"""Builds the GPT model of this rank and loads weights into it from a stream of full tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,20 +18,20 @@ from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
-Gather = Callable[[torch.nn.Parameter], AbstractContextManager]
-
+GatherParameter = Callable[[torch.nn.Parameter], AbstractContextManager]
+"""Context in which a partitioned parameter is complete."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class GPTLanguageModel(GPTModel):
-    """Megatron-core's GPTModel with our loss, and with what some families do to the embeddings and to the output layer."""
+    """Megatron-core's GPTModel with the loss of `cross_entropy`, scaled embeddings and normalized output layers."""
 
     def __init__(self, config: GPTConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         if self.pre_process and config.scale_embeddings:
             self.embedding.register_forward_hook(_Scale(config.hidden_size**0.5, config.params_dtype))
-        if self.post_process:  # megatron-core does not ask for the class of this layer
+        if self.post_process:  # megatron-core has no setting for the class of this layer
             self.output_layer.__class__ = NormHead if config.normalize_head else ColumnLinear
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
@@ -46,23 +46,23 @@ def build_model(
     virtual_stage: int | None = None,
     lora: LoraConfig | None = None,
 ) -> GPTLanguageModel:
-    """This rank's part of the model, or one of the pieces that it has of an interleaved pipeline; weights not yet written (`fill`).
+    """Builds this rank's part of the model, or one of its virtual stages; `load_weights` writes the weights.
 
-    With `lora` only its adapters are to be trained.
+    With `lora` only the adapters require gradients.
 
     `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
     of every token [b, s], computed on vocabulary shards.
     """
     padded = padded_vocab_size(model, parallel)
-    place = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
+    stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
     gpt = GPTLanguageModel(
         config,
         block_spec(config, virtual_stage),
         padded,
         model.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(**place),
-        post_process=parallel_state.is_pipeline_last_stage(**place),
-        position_embedding_type="none",  # RotaryAttention rotates
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        position_embedding_type="none",  # RotaryAttention applies the rotary embedding
         share_embeddings_and_output_weights=model.tie_embeddings,
         vp_stage=virtual_stage,
     )
@@ -77,7 +77,7 @@ def build_model(
 
 
 class _Scale:
-    """Multiplies what a module gives by a number that is first rounded to the model's type, as Hugging Face does."""
+    """Forward hook: multiplies the output by a factor rounded to the model's dtype, as Hugging Face does."""
 
     def __init__(self, factor: float, dtype: torch.dtype) -> None:
         self.factor = float(torch.tensor(factor, dtype=dtype))
@@ -87,23 +87,24 @@ class _Scale:
 
 
 class _MaskPadding:
-    """Takes the rows of padding out of the softmax, and out of reach of a sampler: their logits become -1e9."""
+    """Forward hook: sets the logits of vocabulary padding to -1e9, out of the softmax and of sampling."""
 
     def __init__(self, vocab_size: int, first: int) -> None:
-        self.vocab_size, self.first = vocab_size, first  # first row of this rank
+        self.vocab_size = vocab_size
+        self.first = first  # first vocabulary row of this rank
 
     def __call__(self, module: torch.nn.Module, inputs: tuple, output: tuple[Tensor, Tensor | None]) -> None:
         logits = output[0]
         gathered = logits.size(-1) == module.output_size
         rows = max(0, self.vocab_size - (0 if gathered else self.first))
         if rows < logits.size(-1):
-            # In place, and unseen by autograd: a copy of the logits or of their gradient would be the largest tensor of the step.
-            # What comes back to these rows is zero without it, as their probability is.
+            # In place and hidden from autograd: a copy of the logits or of their gradient would be the largest tensor of the step.
+            # The gradient of these rows is zero anyway, as their probability is.
             logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
 def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """The parameters by the names they have in the whole model: layers and experts count from 0 over all ranks."""
+    """The parameters by their names in the whole model: layers and experts count from 0 over all ranks."""
     named = {}
     for name, parameter in gpt.named_parameters():
         parts = name.split(".")
@@ -120,10 +121,10 @@ def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
 def shard_specs(
     model: ModelConfig, parallel: ParallelConfig, lora: LoraConfig | None = None
 ) -> dict[str, param_mapping.ShardSpec]:
-    """How every parameter of the model, and of its adapters, is cut in this layout."""
+    """Partition of every parameter of the model and of its adapters in this layout."""
     tp, padded = parallel.tensor_model_parallel_size, padded_vocab_size(model, parallel)
-    own = {parameter.name: parameter.shard_spec(tp, padded) for parameter in param_mapping.parameters(model)}
-    return own | adapters.shard_specs(model, parallel, lora or LoraConfig())
+    specs = {p.name: p.shard_spec(tp, padded) for p in param_mapping.parameters(model)}
+    return specs | adapters.shard_specs(model, parallel, lora or LoraConfig())
 
 
 @torch.no_grad()
@@ -132,22 +133,25 @@ def load_weights(
     model: ModelConfig,
     parallel: ParallelConfig,
     tensors: Iterable[tuple[str, Tensor]],
-    gather: Gather = lambda parameter: nullcontext(),
+    gather: GatherParameter = lambda parameter: nullcontext(),
     lora: LoraConfig | None = None,
 ) -> None:
-    """Writes this rank's part of every (name, full tensor) into the model, or into the pieces of it that the rank has.
+    """Writes this rank's shard of every (name, full tensor) into the model, or into its virtual stages `chunks`.
 
-    `gather` makes a parameter whole for the time of writing (ZeRO-3). Raises `UserError` when a parameter got no tensor.
+    `gather` completes a parameter while it is written (ZeRO-3). Raises `UserError` if a parameter gets no tensor.
     """
     chunks = chunks if isinstance(chunks, Sequence) else [chunks]
-    mine = {name: parameter for chunk in chunks for name, parameter in named_parameters(chunk).items()}
-    cut, rank = shard_specs(model, parallel, lora), parallel_state.get_tensor_model_parallel_rank()
+    pending: dict[str, torch.nn.Parameter] = {}
+    for chunk in chunks:
+        pending |= named_parameters(chunk)
+    specs = shard_specs(model, parallel, lora)
+    rank = parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
-        # A tied output layer on another stage than the embedding has a copy of it. What is neither here is another stage's.
+        # A tied output layer on another stage than the embedding holds a copy of it. Other tensors may belong to other stages.
         copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)
-        for parameter in (mine.pop(own) for own in copies if own in mine):
+        for parameter in [pending.pop(copy) for copy in copies if copy in pending]:
             with gather(parameter):
                 if parameter.numel():
-                    parameter.copy_(cut[name].shard(full, rank))
-    if mine:
-        raise UserError(f"the weights lack {shorten_list(sorted(mine))}")
+                    parameter.copy_(specs[name].shard(full, rank))
+    if pending:
+        raise UserError(f"the weights lack {shorten_list(sorted(pending), 5)}")

@@ -1,4 +1,4 @@
-"""ModelConfig -> megatron-core's TransformerConfig and layer spec."""
+"""Converts `ModelConfig` to megatron-core's TransformerConfig and layer spec."""
 
 from copy import copy
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ GELU = partial(F.gelu, approximate="tanh")
 
 @dataclass
 class GPTConfig(TransformerConfig):
-    """Megatron-core's configuration and what our own modules read besides."""
+    """Megatron-core's configuration with the settings of this package's own modules."""
 
     kernels: Kernels = field(default_factory=Kernels)
     rope: Rope | None = None
@@ -41,7 +41,7 @@ class GPTConfig(TransformerConfig):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm that sequence parallel knows: its weight's gradient is summed over the tensor-parallel ranks."""
+    """RMSNorm that supports sequence parallel: its weight's gradient is summed over the tensor-parallel ranks."""
 
     def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class RMSNorm(torch.nn.Module):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """Keeps w and multiplies by 1 + w, all of it in fp32: in bf16 the sum would lose most of w."""
+    """RMSNorm that stores w and multiplies by 1 + w, in fp32: in bf16 the sum would lose most of w."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., h]."""
@@ -65,43 +65,45 @@ class ZeroCenteredRMSNorm(RMSNorm):
 
 
 class DenseLinear(RowLinear):
-    """The attention's output projection, whose bias is a choice of its own; megatron-core ties it to that of the MLP."""
+    """Attention output projection with its own bias setting; megatron-core uses the MLP's setting."""
 
     def __init__(self, *args: object, bias: bool, config: GPTConfig, **kwargs: object) -> None:
         super().__init__(*args, bias=config.add_dense_bias, config=config, **kwargs)
 
 
 class GatedMLP(MLP):
-    """The gated MLP without megatron-core's detours: fc1 -> activation(gate) * up -> fc2."""
+    """Gated MLP: fc1 -> activation(gate) * up -> fc2, with the fused kernels of `Kernels`."""
 
     def __init__(self, config: GPTConfig) -> None:
-        own = copy(config)
-        own.add_bias_linear = config.add_mlp_bias  # which megatron-core ties to the attention's biases
+        mlp_config = copy(config)
+        mlp_config.add_bias_linear = (
+            config.add_mlp_bias
+        )  # megatron-core has one setting for attention and MLP
         super().__init__(
-            own,
+            mlp_config,
             MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear),
             ffn_hidden_size=config.ffn_hidden_size,
         )
         self.glu = config.kernels.geglu if config.activation_func is GELU else config.kernels.swiglu
 
     def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, Tensor | None]:
-        """[s, b, h] -> [s, b, h]; the second value is the bias still to be added, if there is one."""
+        """[s, b, h] -> ([s, b, h], bias that the caller must add or None)."""
         hidden, bias = self.linear_fc1(hidden_states)
         return self.linear_fc2(self.glu(hidden if bias is None else hidden + bias))
 
 
 class NormHead(ColumnLinear):
-    """An output layer whose rows are brought to length 1. Tensor parallel cuts between rows, so every rank needs its own only."""
+    """Output layer with rows normalized to length 1. Tensor parallel cuts between rows, so ranks need no communication."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, **kwargs: object
     ) -> tuple[Tensor, Tensor | None]:
-        """input_ [s, b, h], weight [V / TP, h] in place of the layer's own -> [s, b, V / TP]."""
+        """input_ [s, b, h] -> [s, b, V / TP]; `weight` [V / TP, h] replaces the layer's own."""
         return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
 
     @torch.no_grad()
     def fold_normalization(self) -> None:
-        """The weight will not change any more: its rows are brought to length 1 once, instead of at every pass."""
+        """Normalizes the rows once and for all, instead of in every pass; for a weight that does not change any more."""
         self.weight.copy_(F.normalize(self.weight))
         self.__class__ = ColumnLinear
 
@@ -114,7 +116,7 @@ def transformer_config(
     kernels: Kernels | None = None,
 ) -> GPTConfig:
     """Megatron-core's configuration of a run."""
-    kind = DTYPES[dtype]
+    torch_dtype = DTYPES[dtype]
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
     return GPTConfig(
         num_layers=model.num_layers,
@@ -144,21 +146,21 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # The interleaved schedule gives wrong losses without a word when its messages go in batches (megatron-core's default).
+        # The interleaved schedule silently gives wrong losses with batched messages (megatron-core's default).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        # Nor may it free what it sends: it goes on before the messages have left.
+        # It must not free its outputs either: it continues before they are sent.
         deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and not interleaved,
-        calculate_per_token_loss=True,  # gradients are summed as they are: the loss is already a share of the global batch's
+        calculate_per_token_loss=True,  # gradients are summed: the loss is already divided by the global batch's tokens
         **_recompute(train),
-        params_dtype=kind,
-        pipeline_dtype=kind,
+        params_dtype=torch_dtype,
+        pipeline_dtype=torch_dtype,
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
-        # Every weight is written afterwards, from files or from a generator that knows no layout; megatron-core must still run its
-        # initialisation, because there it marks the tensor-parallel ones.
-        init_method=_leave,
-        output_layer_init_method=_leave,
+        # All weights are written afterwards, from files or from a layout-independent generator. Megatron-core's initialisation must
+        # still run, because it marks the tensor-parallel parameters.
+        init_method=_keep,
+        output_layer_init_method=_keep,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -186,7 +188,7 @@ def _recompute(train: TrainConfig) -> dict[str, object]:
 
 
 def block_spec(config: GPTConfig, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage, or of one of its virtual stages."""
+    """Spec of the layers of this pipeline stage, or of one of its virtual stages."""
     norm = ZeroCenteredRMSNorm if config.layernorm_zero_centered_gamma else RMSNorm
     layer = ModuleSpec(
         module=TransformerLayer,
@@ -210,5 +212,5 @@ def block_spec(config: GPTConfig, virtual_stage: int | None = None) -> Transform
     )
 
 
-def _leave(weight: Tensor) -> Tensor:
+def _keep(weight: Tensor) -> Tensor:
     return weight

@@ -1,10 +1,10 @@
-"""The mixture of experts on megatron-core's MoE layer: what that needs TransformerEngine for, in plain torch.
+"""Mixture of experts on megatron-core's MoE layer, with plain torch for the parts that need TransformerEngine.
 
-Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes unless they are asked for router logits.
+Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes by default (`output_router_logits=False`).
 
 Under tensor parallel every rank holds a part of every expert, and sequence parallel gives it a part of the tokens: the dispatcher
-gathers them before the experts and scatters what comes out. Without sequence parallel each rank would bring all the tokens, and the
-gradients of the experts would be too large by the number of ranks: `checks.py` refuses to train so.
+gathers them before the experts and scatters the outputs. Without sequence parallel each rank would contribute all tokens, and the
+gradients of the experts would be too large by the number of ranks; `cli.validation` refuses to train so.
 """
 
 from copy import copy
@@ -27,10 +27,10 @@ LINEARS = MLPSubmodules(linear_fc1=ColumnLinear, linear_fc2=RowLinear)
 
 
 class Router(TopKRouter):
-    """Megatron-core's choice of experts; its own scores need TransformerEngine."""
+    """Megatron-core's router with scores in plain torch; its own need TransformerEngine."""
 
     def gating(self, input: Tensor) -> Tensor:
-        """Scores in fp32, whatever the model's type: [s, b, h] -> [s, b, experts]."""
+        """Router scores in fp32, whatever the model's dtype: [s, b, h] -> [s, b, experts]."""
         return F.linear(input.float(), self.weight.float())
 
 
@@ -39,19 +39,21 @@ class Expert(MLP):
 
     def __init__(self, config: Any, tp_group: Any) -> None:
         config = copy(config)
-        config.ffn_hidden_size = config.moe_ffn_hidden_size  # the second layer's width is read from here
+        config.ffn_hidden_size = (
+            config.moe_ffn_hidden_size
+        )  # Megatron-core's MLP reads the width of linear_fc2 from here
         super().__init__(
             config, LINEARS, is_expert=True, ffn_hidden_size=config.ffn_hidden_size, tp_group=tp_group
         )
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """tokens [n, h], their weights [n] in fp32 -> [n, h], still to be summed over the tensor-parallel ranks."""
-        inner = self.config.kernels.swiglu(self.linear_fc1(tokens)[0])
-        return self.linear_fc2((inner * weights[:, None]).to(inner.dtype))[0]
+        """tokens [n, h], router weights [n] in fp32 -> [n, h], partial sums over the tensor-parallel ranks."""
+        hidden = self.config.kernels.swiglu(self.linear_fc1(tokens)[0])
+        return self.linear_fc2((hidden * weights[:, None]).to(hidden.dtype))[0]
 
 
 class Experts(MegatronModule):
-    """The experts of a layer, one after the other; all of them, as ranks and steps must agree on the order of their collectives."""
+    """The experts of a layer, called one after the other. All are called, as ranks must agree on the order of collectives."""
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__(config)
@@ -60,14 +62,14 @@ class Experts(MegatronModule):
         )
 
     def forward(self, tokens: Tensor, counts: Tensor, weights: Tensor) -> tuple[Tensor, None]:
-        """tokens [n, h] and weights [n], sorted by expert; counts [experts] -> [n, h]; the second value is a bias: none."""
+        """tokens [n, h] and weights [n], sorted by expert; counts [experts] -> ([n, h], no bias)."""
         sizes = counts.tolist()
         parts = zip(self.local_experts, tokens.split(sizes), weights.split(sizes), strict=True)
-        return torch.cat([expert(mine, weight) for expert, mine, weight in parts]), None
+        return torch.cat([expert(part, weight) for expert, part, weight in parts]), None
 
 
 class SharedExpert(SharedExpertMLP):
-    """The expert that every token is sent to, times a gate of its own."""
+    """Expert for every token, multiplied by a sigmoid gate."""
 
     def __init__(self, config: Any, pg_collection: Any, gate: bool) -> None:
         super().__init__(config, LINEARS, gate, pg_collection)
@@ -79,7 +81,7 @@ class SharedExpert(SharedExpertMLP):
 
 
 def settings(model: ModelConfig) -> dict[str, Any]:
-    """The fields of megatron-core's configuration that experts need; of a dense model none."""
+    """Fields of megatron-core's configuration for experts; empty for a dense model."""
     if model.num_experts is None:
         return {}
     shared = model.moe_shared_expert_intermediate_size
@@ -97,7 +99,7 @@ def settings(model: ModelConfig) -> dict[str, Any]:
 
 
 def moe_spec() -> ModuleSpec:
-    """The MLP of a layer with experts."""
+    """Spec of the MLP of a layer with experts."""
     return ModuleSpec(
         MoELayer, submodules=MoESubmodules(experts=Experts, shared_experts=SharedExpert, router=Router)
     )

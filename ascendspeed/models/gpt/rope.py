@@ -1,4 +1,4 @@
-"""Rotary position embedding: plain, linearly scaled, or dynamic NTK, from the architecture alone."""
+"""Rotary position embedding: plain, linearly scaled, or dynamic NTK."""
 
 from dataclasses import dataclass, field
 
@@ -8,17 +8,22 @@ from torch import Tensor
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard
 
+KEPT_TABLES = 8
+
 
 @dataclass(eq=False)
 class Rope:
-    """Tables of cos and sin; one object serves every layer and keeps the tables of the last few lengths."""
+    """Tables of cos and sin, shared by all layers; the tables of the last few lengths are cached."""
 
     model: ModelConfig
     _tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def inverse_frequencies(self, length: int) -> Tensor:
-        """1 / base^(2i/d), fp32 [d/2]. Dynamic NTK, where length L exceeds the trained P:
-        base · ((f·L/P) - (f - 1))^(d/(d-2)), as in the original InternLM code and in Hugging Face's."""
+        """1 / base^(2i/d), fp32 [d/2].
+
+        Dynamic NTK, for a length L above the trained P, takes base · ((f·L/P) - (f - 1))^(d/(d-2)) as its base, as the original
+        InternLM code and Hugging Face do.
+        """
         model, d, base = self.model, self.model.head_dim, self.model.rotary_base
         if model.rope_scaling_type == "dynamic" and length > model.max_position_embeddings:
             factor = model.rope_scaling_factor
@@ -29,10 +34,10 @@ class Rope:
     def tables(
         self, length: int, dtype: torch.dtype, device: torch.device, share: SequenceShard = WHOLE_SEQUENCE
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin for the positions 0 ... length - 1 that `share` has, computed in fp32: [positions, 1, 1, d] each."""
+        """cos and sin, each [positions, 1, 1, d], for the positions 0 ... length - 1 in `share`; computed in fp32."""
         key = (length, dtype, device, share)
         if key not in self._tables:
-            if len(self._tables) >= 8:
+            if len(self._tables) >= KEPT_TABLES:
                 self._tables.pop(next(iter(self._tables)))
             positions = share.take(torch.arange(length, dtype=torch.float32, device="cpu"), 0)
             cos, sin = self.cos_sin(positions[:, None], self.inverse_frequencies(length)[None], dtype)
@@ -41,7 +46,7 @@ class Rope:
 
     @staticmethod
     def cos_sin(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin [s, b, 1, d] for positions [s, b] and frequencies [b, d/2], fp32 both; either b may be 1."""
+        """cos and sin [s, b, 1, d] for fp32 positions [s, b] and frequencies [b, d/2]; either b may be 1."""
         angles = positions[..., None] * frequencies
         angles = torch.cat((angles, angles), -1)[:, :, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)

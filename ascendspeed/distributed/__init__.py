@@ -1,1 +1,1 @@
-"""Devices, process groups and fused kernels."""
+"""Device, process groups, and fused kernels."""

@@ -1,7 +1,7 @@
-"""CPU, CUDA or Ascend NPU: the only file that names a device, and the only place where torch is adapted to one.
+"""Device support for CPU, CUDA and Ascend NPU: the only file that names a device or adapts torch to one.
 
-`prepare` is called by `main()` before Megatron-core or DeepSpeed is imported. On CUDA it changes nothing; on an NPU it hands over
-to torch_npu's own `transfer_to_npu`; on a CPU it makes the `torch.cuda` of which Megatron-core speaks mean the CPU.
+`main()` calls `prepare` before it imports Megatron-core or DeepSpeed. On CUDA it changes nothing; on an NPU it activates
+torch_npu's `transfer_to_npu`; on a CPU it redirects the `torch.cuda` calls of Megatron-core to the CPU.
 """
 
 import functools
@@ -22,6 +22,14 @@ import torch.utils._device
 from ascendspeed.utils.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+MEGATRON_WARNINGS = (
+    "Transformer Engine",
+    "Apex",
+    "full scope is deprecated",
+    "not a leaf Tensor is being accessed",
+    r"torch\.distributed\.\w+. is deprecated",
+)
+"""Warnings of Megatron-core at import and in every run, which are suppressed."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +41,9 @@ class Device:
     index: int
     """Local number of the device; 0 on a CPU."""
     backend: str
-    """Of torch.distributed."""
+    """Backend of torch.distributed."""
     name: str
-    """Of the hardware, as the driver gives it."""
+    """Hardware name as reported by the driver."""
 
     @property
     def torch(self) -> torch.device:
@@ -44,22 +52,22 @@ class Device:
 
     @property
     def fused_adamw(self) -> bool:
-        """Whether torch has AdamW as one pass over the memory here, instead of some ten."""
+        """True if torch has a fused AdamW for this device (one pass over memory instead of about ten)."""
         return self.kind != "npu"
 
     def peak_memory(self) -> int:
-        """Peak bytes in use: of the device's allocator, or of the process on a CPU."""
+        """Peak memory in bytes: of the device's allocator, or of the process on a CPU."""
         if self.kind == "cpu":
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return getattr(torch, self.kind).max_memory_allocated()
 
     def synchronize(self) -> None:
-        """Waits for the device's queue."""
+        """Waits until the device has finished all queued work."""
         if self.kind != "cpu":
             getattr(torch, self.kind).synchronize()
 
     def empty_cache(self) -> None:
-        """Gives memory back that the allocator keeps for later."""
+        """Releases cached memory of the allocator."""
         if self.kind != "cpu":
             getattr(torch, self.kind).empty_cache()
 
@@ -67,24 +75,19 @@ class Device:
 def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     """Chooses the device and adapts torch to it; once per process, before megatron.core is imported.
 
-    `backend` "nccl" or "hccl" in a recipe means the device's own; "gloo" is taken at its word. Raises `UserError` when the device
-    that was asked for is not there.
+    `backend` "nccl" or "hccl" means the device's own backend; "gloo" means gloo. Raises `UserError` if the requested device is not
+    available.
     """
-    said = ("Transformer Engine", "Apex", "full scope is deprecated", "not a leaf Tensor is being accessed")
-    for text in (
-        *said,
-        r"torch\.distributed\.\w+. is deprecated",
-    ):  # by Megatron-core, at import and in every run
+    for text in MEGATRON_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{text}")
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
-        importlib.import_module(
-            "torch_npu.contrib.transfer_to_npu"
-        )  # acts on import: torch.cuda and nccl become npu and hccl
+        # Takes effect on import: torch.cuda and nccl become npu and hccl.
+        importlib.import_module("torch_npu.contrib.transfer_to_npu")
     if kind == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would otherwise look for the hardware by itself
-        _cuda_is_cpu()
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed detects the hardware itself
+        _redirect_cuda_to_cpu()
     else:
         count = getattr(torch, kind).device_count()
         if index >= count:
@@ -97,19 +100,19 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
 
 
 def _choose(choice: str) -> str:
-    there = {
+    available = {
         "npu": importlib.util.find_spec("torch_npu") is not None,
         "cuda": torch.cuda.is_available(),
         "cpu": True,
     }
-    if there["npu"] and choice in ("auto", "npu"):
-        importlib.import_module("torch_npu")  # gives torch its `npu`
-        there["npu"] = torch.npu.is_available()
+    if available["npu"] and choice in ("auto", "npu"):
+        importlib.import_module("torch_npu")  # defines torch.npu
+        available["npu"] = torch.npu.is_available()
     if choice == "auto":
-        return next(kind for kind, is_there in there.items() if is_there)
-    if not there[choice]:
-        here = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise UserError(f"--device {choice}: no such device here (torch {torch.__version__} sees: {here})")
+        return next(kind for kind, is_available in available.items() if is_available)
+    if not available[choice]:
+        seen = ", ".join(kind for kind, is_available in available.items() if is_available)
+        raise UserError(f"--device {choice}: no such device here (torch {torch.__version__} sees: {seen})")
     return choice
 
 
@@ -121,12 +124,12 @@ def _cpu_name() -> str:
 
 
 @functools.cache
-def _cuda_is_cpu() -> None:
-    """Answers on the CPU the `torch.cuda` calls that Megatron-core makes (rope, RNG tracker, p2p, gradient buffers, clipping)."""
+def _redirect_cuda_to_cpu() -> None:
+    """Redirects the `torch.cuda` calls of Megatron-core (rope, RNG tracker, p2p, gradient buffers, clipping) to the CPU."""
     cpu, cuda, tensor = torch.device("cpu"), torch.cuda, torch.Tensor
     cuda.current_device = lambda: cpu
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
-    # One generator plays both the CPU's and the accelerator's. `_lazy_call` would queue the RNG tracker's set_state for ever.
+    # One generator serves as the CPU's and the accelerator's. `_lazy_call` would queue the RNG tracker's set_state forever.
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -140,28 +143,28 @@ def _cuda_is_cpu() -> None:
     tensor.type = lambda self, *a, **k: (
         type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
     )
-    # `with torch.device(...)` knows constructors by identity, in a set made on first use: made now, it holds the real ones.
+    # `with torch.device(...)` identifies constructors by a set that is built on first use: build it before they are replaced.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 
 
-def _on_cpu(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(make)
-    def made(*args: Any, **kwargs: Any) -> torch.Tensor:
+def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(constructor)
+    def construct(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = "cpu"
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
-        return make(*args, **kwargs)
+        return constructor(*args, **kwargs)
 
-    return made
+    return construct
 
 
 def current_device() -> torch.device:
-    """The device on which this process builds its tensors; after `prepare`."""
-    here = torch.cuda.current_device()  # answered for every kind after `prepare`
-    return here if isinstance(here, torch.device) else torch.device("cuda", here)
+    """The device of this process's tensors; call after `prepare`."""
+    device = torch.cuda.current_device()  # works for every kind after `prepare`
+    return device if isinstance(device, torch.device) else torch.device("cuda", device)
 
 
 def rng_state() -> torch.Tensor:
@@ -170,13 +173,13 @@ def rng_state() -> torch.Tensor:
 
 
 def set_rng_state(state: torch.Tensor) -> None:
-    """Sets what `rng_state` gave."""
+    """Restores the state that `rng_state` returned."""
     torch.cuda.set_rng_state(state)
 
 
 @dataclass(frozen=True)
 class FusedKernel:
-    """A fused kernel that the device offers."""
+    """A fused kernel of the device."""
 
     source: str
     """Package and function, for the log."""
@@ -184,10 +187,10 @@ class FusedKernel:
 
 
 class SequenceBounds(NamedTuple):
-    """Where sequences that lie one after the other begin and end."""
+    """Boundaries of consecutive sequences."""
 
     ends: list[int]
-    """Of every sequence; the last one is the number of tokens."""
+    """End of every sequence; the last one is the number of tokens."""
     cumulative: torch.Tensor
     """int32 [sequences + 1] on the device: 0, then the ends."""
     longest: int
@@ -195,7 +198,7 @@ class SequenceBounds(NamedTuple):
 
 
 def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
-    """The device's fused kernel for one of these, if one is installed; x is [s, b, ...]:
+    """The device's fused kernel for an operation, or None if none is installed; x is [s, b, ...]:
 
     - `rms_norm(x, weight, eps)`;
     - `rotary(x, cos, sin)`: x [s, b, heads, d], cos and sin [s, 1 or b, 1, d];
@@ -203,8 +206,8 @@ def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
     - `varlen(q, k, v, bounds)`: causal attention within each of many sequences, in bf16 or fp16, d a multiple of 8 up to 256;
       q [tokens, heads, d], k and v [tokens, groups, d].
     """
-    maker = {"npu": _fused_npu, "cuda": _fused_cuda}.get(device.kind)
-    return maker(operation) if maker else None
+    lookup = {"npu": _fused_npu, "cuda": _fused_cuda}.get(device.kind)
+    return lookup(operation) if lookup else None
 
 
 def _fused_npu(operation: str) -> FusedKernel | None:
@@ -225,9 +228,9 @@ def _fused_npu(operation: str) -> FusedKernel | None:
 
 
 def _fused_cuda(operation: str) -> FusedKernel | None:
-    """Liger's kernels, else Apex's RMSNorm; flash-attention's, else torch's own copy of it.
+    """Liger's kernels, else Apex's RMSNorm; flash-attention, else torch's own version of it.
 
-    No rotary: Liger's wants [b, heads, s, d] and turns q and k at once.
+    There is no rotary kernel: Liger's takes [b, heads, s, d] and rotates q and k in one call.
     """
     if operation == "varlen":
         return _varlen_cuda()
@@ -259,30 +262,32 @@ def _varlen_cuda() -> FusedKernel | None:
         )
     if importlib.util.find_spec("torch.nn.attention.varlen"):
         varlen = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        takes = inspect.signature(varlen).parameters  # they changed from version to version
-        words: dict[str, Any] = {"is_causal": True} if "is_causal" in takes else {"window_size": (-1, 0)}
-        if "enable_gqa" in takes:
-            words["enable_gqa"] = True
+        parameters = inspect.signature(varlen).parameters  # they differ between versions of torch
+        options: dict[str, Any] = (
+            {"is_causal": True} if "is_causal" in parameters else {"window_size": (-1, 0)}
+        )
+        if "enable_gqa" in parameters:
+            options["enable_gqa"] = True
         return FusedKernel(
             "torch.nn.attention.varlen",
-            functools.partial(_varlen_flash, varlen, words, "enable_gqa" in takes),
+            functools.partial(_varlen_flash, varlen, options, "enable_gqa" in parameters),
         )
     return None
 
 
 def _varlen_flash(
     kernel: Callable,
-    words: dict[str, Any],
-    groups: bool,
+    options: dict[str, Any],
+    supports_gqa: bool,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     bounds: SequenceBounds,
 ) -> torch.Tensor:
-    """`groups`: whether the kernel takes fewer heads of keys than of queries."""
-    if not groups:
+    """`supports_gqa`: True if the kernel accepts fewer key heads than query heads."""
+    if not supports_gqa:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
-    return kernel(q, k, v, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest, **words)
+    return kernel(q, k, v, bounds.cumulative, bounds.cumulative, bounds.longest, bounds.longest, **options)
 
 
 def _varlen_npu(
@@ -290,10 +295,8 @@ def _varlen_npu(
 ) -> torch.Tensor:
     return kernel(
         *(q, k, v, q.size(1), "TND"),
-        atten_mask=_upper(
-            2048, q.device
-        ),  # this size, whatever the lengths: mode 3 is causal, each sequence by its own end
-        sparse_mode=3,
+        atten_mask=_future_mask(2048, q.device),  # a fixed size, whatever the lengths
+        sparse_mode=3,  # causal within each sequence
         scale=q.size(-1) ** -0.5,
         actual_seq_qlen=bounds.ends,
         actual_seq_kvlen=bounds.ends,
@@ -301,6 +304,6 @@ def _varlen_npu(
 
 
 @functools.lru_cache(1)
-def _upper(size: int, device: torch.device) -> torch.Tensor:
-    """What is not seen: bool [size, size]."""
+def _future_mask(size: int, device: torch.device) -> torch.Tensor:
+    """bool [size, size], True where a key is later than the query."""
     return torch.ones(size, size, dtype=torch.bool, device=device).triu(1)

@@ -1,4 +1,4 @@
-"""The small operations that fused kernels exist for: plain torch, or the device's own where a flag asks for it."""
+"""Operations with optional fused kernels: plain torch, or the device's own kernel if a flag enables it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the halves of every head (arXiv 2104.09864, Llama's layout): x [s, b, heads, d]; cos, sin [s, 1 or b, 1, d]."""
-    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _turn(x, cos, sin)
+    return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin)
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -34,12 +34,12 @@ def geglu(x: Tensor) -> Tensor:
 
 
 class _Rotary(torch.autograd.Function):
-    """Turned back by the same turn: autograd's own way back is twice as many passes."""
+    """Rotation whose backward pass is the inverse rotation, half the passes over memory of autograd's own."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -47,44 +47,46 @@ class _Rotary(torch.autograd.Function):
         return _Rotary.apply(gradient, cos, -sin), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x_first, x_second = x.chunk(2, -1)
     sin_first, sin_second = sin.chunk(2, -1)
-    turned = x * cos
-    left, right = turned.chunk(2, -1)
-    left.addcmul_(second, sin_first, value=-1)
-    right.addcmul_(first, sin_second)
-    return turned
+    out = x * cos
+    out_first, out_second = out.chunk(2, -1)
+    out_first.addcmul_(x_second, sin_first, value=-1)
+    out_second.addcmul_(x_first, sin_second)
+    return out
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """The operations in use, and where each comes from."""
+    """The operations in use and their sources."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor] = rms_norm
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor] = rotary
     swiglu: Callable[[Tensor], Tensor] = swiglu
     geglu: Callable[[Tensor], Tensor] = geglu
     varlen: Callable[[Tensor, Tensor, Tensor, SequenceBounds], Tensor] | None = None
-    """Causal attention within each of many sequences; None: torch's SDPA, one after the other."""
+    """Causal attention within each of many sequences; None: torch's SDPA, one sequence after the other."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:
         return ", ".join(f"{operation}: {source}" for operation, source in self.sources)
 
 
-def select_kernels(device: Device, **wanted: bool) -> Kernels:
-    """`choose(device, rms_norm=True, ...)`: the device's fused kernel for each that is wanted and there, torch for the others."""
-    found = {name: fused_kernel(device, name) if want else None for name, want in wanted.items()}
-    sources = tuple(
-        (
-            name,
-            kernel.source
-            if kernel
-            else "torch (no fused kernel is installed for this device)"
-            if wanted[name]
-            else "torch",
-        )
-        for name, kernel in found.items()
-    )
-    return Kernels(**{name: kernel.call for name, kernel in found.items() if kernel}, sources=sources)
+def select_kernels(device: Device, **enabled: bool) -> Kernels:
+    """Selects the device's fused kernel for every enabled operation that has one, and torch for the others.
+
+    Example: `select_kernels(device, rms_norm=True, rotary=False)`.
+    """
+    kernels: dict[str, Callable[..., Any]] = {}
+    sources = []
+    for operation, is_enabled in enabled.items():
+        kernel = fused_kernel(device, operation) if is_enabled else None
+        if kernel:
+            kernels[operation] = kernel.call
+            sources.append((operation, kernel.source))
+        elif is_enabled:
+            sources.append((operation, "torch (no fused kernel is installed for this device)"))
+        else:
+            sources.append((operation, "torch"))
+    return Kernels(**kernels, sources=tuple(sources))

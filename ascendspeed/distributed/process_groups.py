@@ -1,4 +1,4 @@
-"""The rank grid: which ranks share a layer, the stack, a sequence and which share the data; and the view that DeepSpeed wants."""
+"""Process grid (tensor, pipeline, context, expert and data parallel), random states, and DeepSpeed's `mpu` interface."""
 
 import os
 from collections.abc import Iterator
@@ -19,44 +19,44 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
-SEEDS = 1_000_003
-"""Between the seeds of two replicas; further than Megatron's own seeds of one are apart."""
+SEED_STRIDE = 1_000_003
+"""Distance between the seeds of two replicas; larger than the distances between Megatron's own seeds in one replica."""
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """This rank's place."""
+    """Position of this rank in the process grid."""
 
     rank: int
     world: int
     tp_rank: int
     tp: int
     dp_rank: int
-    """Which samples of a global batch are this rank's."""
+    """Selects the samples of a global batch."""
     dp: int
     pp_rank: int = 0
     pp: int = 1
     cp_rank: int = 0
-    """Which part of every sequence is this rank's."""
+    """Selects the chunks of every sequence."""
     cp: int = 1
     ep_rank: int = 0
-    """Which experts are this rank's."""
+    """Selects the experts of every layer."""
     ep: int = 1
 
     def __str__(self) -> str:
-        more = "".join(f" x {name} {size}" for name, size in (("PP", self.pp), ("CP", self.cp)) if size > 1)
-        return f"{self.world} processes: TP {self.tp} x DP {self.dp}{more}" + (
-            f", EP {self.ep}" if self.ep > 1 else ""
-        )
+        text = f"{self.world} processes: TP {self.tp} x DP {self.dp}"
+        for name, size in (("PP", self.pp), ("CP", self.cp)):
+            text += f" x {name} {size}" if size > 1 else ""
+        return text + (f", EP {self.ep}" if self.ep > 1 else "")
 
     @property
     def tp_group(self) -> Any:
-        """Process group of the ranks that share this rank's layers."""
+        """Tensor-parallel process group of this rank."""
         return parallel_state.get_tensor_model_parallel_group()
 
     @property
     def dp_group(self) -> Any:
-        """Process group of the ranks that differ in their samples alone."""
+        """Data-parallel process group of this rank, without context-parallel ranks."""
         return parallel_state.get_data_parallel_group()
 
     def barrier(self) -> None:
@@ -65,7 +65,7 @@ class ProcessGrid:
             dist.barrier()
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's (small, picklable) value, in rank order, on every rank."""
+        """Returns every rank's small, picklable value, in rank order, on every rank."""
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
@@ -76,18 +76,19 @@ def initialize(
 ) -> ProcessGrid:
     """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the grid.
 
-    Also seeds every generator: outside tensor-parallel regions one seed for the ranks of a tensor-parallel group, as they must draw
-    the same there, inside them one of its own for every rank. Groups that were built before stay as they are.
+    Seeds every generator too: outside tensor-parallel regions the ranks of a tensor-parallel group share one seed, as they must
+    draw equal numbers there; inside them every rank has its own. Existing groups are kept. Raises `UserError` if the ranks do not
+    meet.
     """
-    alone = {
+    single_process = {
         "RANK": "0",
         "LOCAL_RANK": "0",
         "WORLD_SIZE": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
     }
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)  # a plain `python pretrain_intern.py` is a world of one
+    for name, value in single_process.items():
+        os.environ.setdefault(name, value)  # `python pretrain_intern.py` without a launcher
     if not dist.is_initialized():
         _join(device, timeout_minutes)
     if not parallel_state.model_parallel_is_initialized():
@@ -101,11 +102,10 @@ def initialize(
             distributed_timeout_minutes=timeout_minutes,
             create_gloo_process_groups=False,
         )
-    replica = (
-        dist.get_rank() // parallel_state.get_tensor_model_parallel_world_size()
-    )  # ranks of a tensor-parallel group adjoin
-    torch.manual_seed(seed + SEEDS * replica)
-    model_parallel_cuda_manual_seed(seed + SEEDS * replica)
+    # Ranks of a tensor-parallel group are consecutive.
+    replica = dist.get_rank() // parallel_state.get_tensor_model_parallel_world_size()
+    torch.manual_seed(seed + SEED_STRIDE * replica)
+    model_parallel_cuda_manual_seed(seed + SEED_STRIDE * replica)
     return ProcessGrid(
         rank=dist.get_rank(),
         world=dist.get_world_size(),
@@ -138,13 +138,13 @@ def _join(device: Device, timeout_minutes: float) -> None:
 
 
 def rng_states() -> dict[str, Tensor]:
-    """State (uint8) of this rank's random number generators: torch's, the device's, and those of the tensor-parallel regions."""
+    """States (uint8) of this rank's random number generators: torch's, the device's, and those of the tensor-parallel regions."""
     tracked = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
     return {"torch": torch.get_rng_state(), "device": devices.rng_state(), **tracked}
 
 
 def set_rng_states(states: dict[str, Tensor]) -> None:
-    """Sets what `generators` gave."""
+    """Restores the states that `rng_states` returned."""
     torch.set_rng_state(states["torch"])
     devices.set_rng_state(states["device"])
     tracked = {
@@ -154,18 +154,18 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
 
 
 def new_cpu_group(timeout_minutes: float) -> Any:
-    """A process group of all ranks beside the others, on the CPU: for a thread of its own, or for what no device needs to know."""
+    """Creates an additional process group of all ranks on the CPU, for a background thread or for data that no device needs."""
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 @contextmanager
 def initialized(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[ProcessGrid]:
-    """`initialize` for the time of a block; groups that were there before stay."""
-    before = dist.is_initialized()
+    """Context manager around `initialize` that leaves the process groups at the end, unless they existed before."""
+    existed = dist.is_initialized()
     try:
         yield initialize(device, parallel, seed)
     finally:
-        if not before:
+        if not existed:
             destroy()
 
 
@@ -177,31 +177,31 @@ def destroy() -> None:
 
 
 class MPU:
-    """What DeepSpeed asks of an `mpu`, answered by Megatron's groups; bare `parallel_state` lacks half of it."""
+    """DeepSpeed's `mpu` interface on Megatron's process groups; `parallel_state` itself lacks half of the methods."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)
 
     def get_model_parallel_group(self) -> Any:
-        """The tensor-parallel group: there are no pipeline stages under DeepSpeed."""
+        """The tensor-parallel group; the DeepSpeed engine has no pipeline stages."""
         return parallel_state.get_tensor_model_parallel_group()
 
     def get_model_parallel_world_size(self) -> int:
-        """Ranks in it."""
+        """Size of the tensor-parallel group."""
         return parallel_state.get_tensor_model_parallel_world_size()
 
     def get_model_parallel_rank(self) -> int:
-        """This rank in it."""
+        """Rank in the tensor-parallel group."""
         return parallel_state.get_tensor_model_parallel_rank()
 
     def get_data_parallel_group(self) -> Any:
-        """Context-parallel ranks average gradients like data-parallel ones."""
+        """Data-parallel group that includes context-parallel ranks: both average gradients."""
         return parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def get_data_parallel_world_size(self) -> int:
-        """Ranks in it."""
+        """Size of the data-parallel group."""
         return parallel_state.get_data_parallel_world_size(with_context_parallel=True)
 
     def get_data_parallel_rank(self) -> int:
-        """This rank in it."""
+        """Rank in the data-parallel group."""
         return parallel_state.get_data_parallel_rank(with_context_parallel=True)

@@ -106,7 +106,7 @@ def test_the_internlm_families_are_llama_to_stock_transformers(name, tmp_path):
 
 def test_biases_that_llama_cannot_say_are_refused(tmp_path):
     source = open_reader(directory("internlm3-bias-but-qkv", tmp_path / "hf"))
-    with pytest.raises(UserError, match="cannot say add_dense_bias = True"):
+    with pytest.raises(UserError, match="cannot express add_dense_bias = True"):
         convert.write_hf(source, tmp_path / "llama", family="llama")
     assert not (tmp_path / "llama").exists()
 

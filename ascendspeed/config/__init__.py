@@ -1,1 +1,1 @@
-"""Run configuration: frozen dataclasses and learning-rate schedules."""
+"""Configuration of a run and learning-rate schedules."""

@@ -1,4 +1,5 @@
-"""The learning rate as a pure function of the step, equal to `megatron.core.optimizer_param_scheduler`. No torch, no state."""
+"""Learning-rate schedule as a pure function of the iteration, equal to
+`megatron.core.optimizer_param_scheduler`. No torch."""
 
 import math
 
@@ -7,10 +8,11 @@ from ascendspeed.utils.errors import UserError
 
 
 def lr_at(iteration: int, optim: OptimConfig, train_iters: int) -> float:
-    """Learning rate of the optimizer step that comes after `iteration` completed ones.
+    """Learning rate of the optimizer step after `iteration` completed steps.
 
-    Skipped steps (overflow, NaN) are not completed: Megatron's loop does not move the schedule for them. Hence the very first
-    step has `iteration` 0, which is learning rate 0 with warmup and the peak without. `check` says which settings make sense.
+    Skipped steps (overflow, NaN) do not count as completed, as in Megatron's loop. The first step has
+    `iteration` 0, which gives learning rate 0 with warmup and the peak without. `check` validates the
+    settings.
     """
     warmup, decay = warmup_iters(optim, train_iters), decay_iters(optim, train_iters)
     if warmup > 0 and iteration <= warmup:
@@ -19,25 +21,28 @@ def lr_at(iteration: int, optim: OptimConfig, train_iters: int) -> float:
         return optim.lr
     if iteration > decay:
         return optim.min_lr
-    done = (iteration - warmup) / (decay - warmup)
-    left = 1.0 - done if optim.lr_decay_style == "linear" else 0.5 * (math.cos(math.pi * done) + 1.0)
-    return optim.min_lr + left * (optim.lr - optim.min_lr)
+    progress = (iteration - warmup) / (decay - warmup)
+    if optim.lr_decay_style == "linear":
+        coefficient = 1.0 - progress
+    else:
+        coefficient = 0.5 * (math.cos(math.pi * progress) + 1.0)
+    return optim.min_lr + coefficient * (optim.lr - optim.min_lr)
 
 
 def decay_iters(optim: OptimConfig, train_iters: int) -> int:
-    """Iterations until the learning rate has reached its minimum, warmup included."""
+    """Iterations, including warmup, until the learning rate reaches its minimum."""
     return train_iters if optim.lr_decay_iters is None else optim.lr_decay_iters
 
 
 def warmup_iters(optim: OptimConfig, train_iters: int) -> float:
-    """Iterations of warmup; not rounded when given as a fraction, as in Megatron."""
+    """Iterations of warmup; not rounded if given as a fraction, as in Megatron."""
     if optim.lr_warmup_fraction is None:
         return optim.lr_warmup_iters
     return optim.lr_warmup_fraction * decay_iters(optim, train_iters)
 
 
 def check(optim: OptimConfig, train_iters: int) -> None:
-    """Raises `UserError` for a schedule that makes no sense."""
+    """Raises `UserError` for an invalid schedule."""
     decay, warmup = decay_iters(optim, train_iters), warmup_iters(optim, train_iters)
     if train_iters < 1:
         raise UserError(f"--train-iters {train_iters}: must be at least 1")

@@ -1,7 +1,8 @@
 """Device support for CPU, CUDA and Ascend NPU: the only file that names a device or adapts torch to one.
 
-`main()` calls `prepare` before it imports Megatron-core or DeepSpeed. On CUDA it changes nothing; on an NPU it activates
-torch_npu's `transfer_to_npu`; on a CPU it redirects the `torch.cuda` calls of Megatron-core to the CPU.
+`main()` calls `prepare` before it imports Megatron-core or DeepSpeed. On CUDA it changes nothing; on an NPU
+it activates torch_npu's `transfer_to_npu`; on a CPU it redirects the `torch.cuda` calls of Megatron-core to
+the CPU.
 """
 
 import functools
@@ -75,8 +76,8 @@ class Device:
 def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     """Chooses the device and adapts torch to it; once per process, before megatron.core is imported.
 
-    `backend` "nccl" or "hccl" means the device's own backend; "gloo" means gloo. Raises `UserError` if the requested device is not
-    available.
+    `backend` "nccl" or "hccl" means the device's own backend; "gloo" means gloo. Raises `UserError` if the
+    requested device is not available.
     """
     for text in MEGATRON_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{text}")
@@ -92,7 +93,8 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
         count = getattr(torch, kind).device_count()
         if index >= count:
             raise UserError(
-                f"local rank {index} has no {kind} device: this machine shows {count}; start fewer processes per node"
+                f"local rank {index} has no {kind} device: this machine shows {count}; "
+                "start fewer processes per node"
             )
         getattr(torch, kind).set_device(index)
     name = _cpu_name() if kind == "cpu" else getattr(torch, kind).get_device_name(index)
@@ -125,11 +127,13 @@ def _cpu_name() -> str:
 
 @functools.cache
 def _redirect_cuda_to_cpu() -> None:
-    """Redirects the `torch.cuda` calls of Megatron-core (rope, RNG tracker, p2p, gradient buffers, clipping) to the CPU."""
+    """Redirects the `torch.cuda` calls of Megatron-core (rope, RNG tracker, p2p, gradient buffers, clipping)
+    to the CPU."""
     cpu, cuda, tensor = torch.device("cpu"), torch.cuda, torch.Tensor
     cuda.current_device = lambda: cpu
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None
-    # One generator serves as the CPU's and the accelerator's. `_lazy_call` would queue the RNG tracker's set_state forever.
+    # One generator serves as the CPU's and the accelerator's. `_lazy_call` would queue the RNG tracker's
+    # set_state forever.
     cuda.manual_seed = torch.manual_seed
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device=None: torch.get_rng_state()
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
@@ -143,7 +147,8 @@ def _redirect_cuda_to_cpu() -> None:
     tensor.type = lambda self, *a, **k: (
         type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
     )
-    # `with torch.device(...)` identifies constructors by a set that is built on first use: build it before they are replaced.
+    # `with torch.device(...)` identifies constructors by a set that is built on first use: build it before
+    # they are replaced.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
@@ -203,8 +208,8 @@ def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
     - `rms_norm(x, weight, eps)`;
     - `rotary(x, cos, sin)`: x [s, b, heads, d], cos and sin [s, 1 or b, 1, d];
     - `swiglu(x)`: x is [gate; up] in the last dimension;
-    - `varlen(q, k, v, bounds)`: causal attention within each of many sequences, in bf16 or fp16, d a multiple of 8 up to 256;
-      q [tokens, heads, d], k and v [tokens, groups, d].
+    - `varlen(q, k, v, bounds)`: causal attention within each of many sequences, in bf16 or fp16, d a multiple
+      of 8 up to 256; q [tokens, heads, d], k and v [tokens, groups, d].
     """
     lookup = {"npu": _fused_npu, "cuda": _fused_cuda}.get(device.kind)
     return lookup(operation) if lookup else None

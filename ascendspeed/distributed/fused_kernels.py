@@ -12,12 +12,14 @@ from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); x [..., h], weight [h]."""
+    """x / sqrt(mean(x²) + eps) · weight over the last dimension (arXiv 1910.07467); x [..., h], weight
+    [h]."""
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the halves of every head (arXiv 2104.09864, Llama's layout): x [s, b, heads, d]; cos, sin [s, 1 or b, 1, d]."""
+    """Rotates the halves of every head (arXiv 2104.09864, Llama's layout): x [s, b, heads, d]; cos, sin [s, 1
+    or b, 1, d]."""
     return _Rotary.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin)
 
 
@@ -28,7 +30,8 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def geglu(x: Tensor) -> Tensor:
-    """gelu(gate) · up (arXiv 2002.05202), gelu by its tanh approximation; x [..., 2f] holds [gate; up] -> [..., f]."""
+    """gelu(gate) · up (arXiv 2002.05202), gelu by its tanh approximation; x [..., 2f] holds [gate; up] ->
+    [..., f]."""
     gate, up = x.chunk(2, -1)
     return F.gelu(gate, approximate="tanh") * up
 

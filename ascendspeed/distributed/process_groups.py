@@ -1,4 +1,5 @@
-"""Process grid (tensor, pipeline, context, expert and data parallel), random states, and DeepSpeed's `mpu` interface."""
+"""Process grid (tensor, pipeline, context, expert and data parallel), random states, and DeepSpeed's `mpu`
+interface."""
 
 import os
 from collections.abc import Iterator
@@ -20,7 +21,8 @@ from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
 SEED_STRIDE = 1_000_003
-"""Distance between the seeds of two replicas; larger than the distances between Megatron's own seeds in one replica."""
+"""Distance between the seeds of two replicas; larger than the distances between Megatron's own seeds in one
+replica."""
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class ProcessGrid:
 def initialize(
     device: Device, parallel: ParallelConfig, seed: int, timeout_minutes: float = 30
 ) -> ProcessGrid:
-    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the grid.
+    """Joins the process group that the launcher describes (RANK, WORLD_SIZE, MASTER_ADDR, ...) and builds the
+    grid.
 
-    Seeds every generator too: outside tensor-parallel regions the ranks of a tensor-parallel group share one seed, as they must
-    draw equal numbers there; inside them every rank has its own. Existing groups are kept. Raises `UserError` if the ranks do not
-    meet.
+    Seeds every generator too: outside tensor-parallel regions the ranks of a tensor-parallel group share one
+    seed, as they must draw equal numbers there; inside them every rank has its own. Existing groups are kept.
+    Raises `UserError` if the ranks do not meet.
     """
     single_process = {
         "RANK": "0",
@@ -132,13 +135,15 @@ def _join(device: Device, timeout_minutes: float) -> None:
         dist.init_process_group(device.backend, timeout=timedelta(minutes=timeout_minutes), **store)
     except dist.DistError as error:
         raise UserError(
-            f"rank {rank} of {world} did not meet the others at {host}:{port}: {first_line(error)}; choose another "
-            f"MASTER_PORT if it is taken, or more --distributed-timeout-minutes than {timeout_minutes:g} if the start takes long"
+            f"rank {rank} of {world} did not meet the others at {host}:{port}: {first_line(error)}; "
+            "choose another MASTER_PORT if it is taken, or more --distributed-timeout-minutes than "
+            f"{timeout_minutes:g} if the start takes long"
         ) from error
 
 
 def rng_states() -> dict[str, Tensor]:
-    """States (uint8) of this rank's random number generators: torch's, the device's, and those of the tensor-parallel regions."""
+    """States (uint8) of this rank's random number generators: torch's, the device's, and those of the
+    tensor-parallel regions."""
     tracked = {f"tracker.{name}": state for name, state in get_cuda_rng_tracker().get_states().items()}
     return {"torch": torch.get_rng_state(), "device": devices.rng_state(), **tracked}
 
@@ -154,13 +159,15 @@ def set_rng_states(states: dict[str, Tensor]) -> None:
 
 
 def new_cpu_group(timeout_minutes: float) -> Any:
-    """Creates an additional process group of all ranks on the CPU, for a background thread or for data that no device needs."""
+    """Creates an additional process group of all ranks on the CPU, for a background thread or for data that
+    no device needs."""
     return dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
 @contextmanager
 def initialized(device: Device, parallel: ParallelConfig, seed: int) -> Iterator[ProcessGrid]:
-    """Context manager around `initialize` that leaves the process groups at the end, unless they existed before."""
+    """Context manager around `initialize` that leaves the process groups at the end, unless they existed
+    before."""
     existed = dist.is_initialized()
     try:
         yield initialize(device, parallel, seed)
@@ -177,7 +184,8 @@ def destroy() -> None:
 
 
 class MPU:
-    """DeepSpeed's `mpu` interface on Megatron's process groups; `parallel_state` itself lacks half of the methods."""
+    """DeepSpeed's `mpu` interface on Megatron's process groups; `parallel_state` itself lacks half of the
+    methods."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(parallel_state, name)

@@ -1,1 +1,1 @@
-"""Model families, the GPT model on megatron-core, LoRA, parameter mappings and size estimates."""
+"""Model families, the GPT model on megatron-core, LoRA, parameter mappings, and estimates."""

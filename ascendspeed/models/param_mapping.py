@@ -1,8 +1,10 @@
-"""Tensor arithmetic between checkpoints and the Megatron-core model, for every file format and parallel layout.
+"""Tensor arithmetic between checkpoints and the Megatron-core model, for every file format and parallel
+layout.
 
-`ParamMapping` entries of a family name the tensors; this module computes, as rectangles (`Slice2D`), which part of a full
-Megatron-core parameter each stored tensor holds. Row order of the full parameters is Megatron's: [q ..., k, v] for every key/value
-group in `linear_qkv`, and [gate; up] in `linear_fc1` (on each tensor-parallel rank).
+`ParamMapping` entries of a family name the tensors; this module computes, as rectangles (`Slice2D`), which
+part of a full Megatron-core parameter each stored tensor holds. Row order of the full parameters is
+Megatron's: [q ..., k, v] for every key/value group in `linear_qkv`, and [gate; up] in `linear_fc1` (on each
+tensor-parallel rank).
 """
 
 import math
@@ -31,7 +33,8 @@ SHARD_DIM: dict[Partition, int | None] = {"replicated": None, "rows": 0, "column
 
 
 class Slice2D(NamedTuple):
-    """Rectangle of a full tensor that a stored tensor or shard holds, both viewed as matrices [first dimension, all others]."""
+    """Rectangle of a full tensor that a stored tensor or shard holds, both viewed as matrices [first
+    dimension, all others]."""
 
     row: int
     column: int
@@ -43,7 +46,8 @@ class Slice2D(NamedTuple):
     columns: int
 
     def intersection(self, other: "Slice2D") -> "Slice2D | None":
-        """Rectangle of the full tensor that both hold, with the local position of `self`; None if they are disjoint."""
+        """Rectangle of the full tensor that both hold, with the local position of `self`; None if they are
+        disjoint."""
         top, bottom = max(self.row, other.row), min(self.row + self.rows, other.row + other.rows)
         left, right = (
             max(self.column, other.column),
@@ -55,7 +59,8 @@ class Slice2D(NamedTuple):
         return Slice2D(top, left, local_row, local_column, bottom - top, right - left)
 
     def within_local_rows(self, first: int, last: int) -> "Slice2D | None":
-        """Part in the local rows `first` to `last`, with local rows counted from `first`; None if there is none."""
+        """Part in the local rows `first` to `last`, with local rows counted from `first`; None if there is
+        none."""
         top, bottom = max(first, self.local_row), min(last, self.local_row + self.rows)
         if top >= bottom:
             return None
@@ -70,7 +75,8 @@ def shard_slices(
     shard: int = 0,
     padded_rows: int = 0,
 ) -> Iterator[Slice2D]:
-    """Slices of shard `shard`: each block is cut along `dim` (None: not cut), and the shard holds its parts consecutively.
+    """Slices of shard `shard`: each block is cut along `dim` (None: not cut), and the shard holds its parts
+    consecutively.
 
     `padded_rows`: rows of a padded vocabulary; padding belongs to no slice.
     """
@@ -153,7 +159,8 @@ class Parameter:
         return Slice2D(0, 0, 0, 0, self.shape[0], math.prod(self.shape[1:]))
 
     def shard_spec(self, tensor_parallel: int, padded_vocab: int) -> ShardSpec:
-        """Partition over `tensor_parallel` ranks; `padded_vocab`: rows of the padded vocabulary in that layout."""
+        """Partition over `tensor_parallel` ranks; `padded_vocab`: rows of the padded vocabulary in that
+        layout."""
         dim = SHARD_DIM[self.mapping.partition]
         if dim is None:
             return ShardSpec(self.shape)
@@ -162,7 +169,8 @@ class Parameter:
 
 
 def parameters(config: ModelConfig, mappings: Iterable[ParamMapping] | None = None) -> Iterator[Parameter]:
-    """Yields every parameter of the model, in order, by its family's mappings or by others for the same parameters."""
+    """Yields every parameter of the model, in order, by its family's mappings or by others for the same
+    parameters."""
     for mapping in FAMILIES[config.family].mappings_of(config, mappings):
         shape = param_shape(config, mapping)
         layers = range(config.num_layers) if "{l}" in mapping.megatron_param else [None]
@@ -175,7 +183,8 @@ def parameters(config: ModelConfig, mappings: Iterable[ParamMapping] | None = No
 
 
 class StoredTensor(NamedTuple):
-    """One tensor of a file and its slices of a Megatron-core parameter; rows outside all slices are padding."""
+    """One tensor of a file and its slices of a Megatron-core parameter; rows outside all slices are
+    padding."""
 
     name: str
     parameter: Parameter
@@ -192,7 +201,8 @@ def stored_tensor(
     shard: int = 0,
     padded_rows: int = 0,
 ) -> StoredTensor:
-    """The tensor that holds shard `shard` of some blocks of a parameter, consecutively; see `shard_slices`."""
+    """The tensor that holds shard `shard` of some blocks of a parameter, consecutively; see
+    `shard_slices`."""
     columns = math.prod(parameter.shape[1:])
     rows = sum((padded_rows or span_rows(block)) // (num_shards if dim == 0 else 1) for block in blocks)
     width = (columns // num_shards if dim == 1 else columns,) * (len(parameter.shape) - 1)
@@ -229,7 +239,8 @@ def hf_to_megatron(config: ModelConfig, parameter: Parameter, tensors: Mapping[s
 
 
 def megatron_to_hf(config: ModelConfig, parameter: Parameter, full: Tensor) -> dict[str, Tensor]:
-    """Splits the full Megatron-core tensor into the Hugging Face ones; the exact inverse of `hf_to_megatron`."""
+    """Splits the full Megatron-core tensor into the Hugging Face ones; the exact inverse of
+    `hf_to_megatron`."""
     tensors = {}
     for entry in stored_tensors(config, parameter):
         rows = [as_matrix(full)[part.row : part.row + part.rows] for part in entry.slices]
@@ -243,7 +254,8 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def assemble(matrices: Iterable[tuple[Tensor, Iterable[Slice2D]]], region: Slice2D) -> Tensor:
-    """Builds a rectangle [region.rows, region.columns] of the full tensor from matrices that hold slices of it.
+    """Builds a rectangle [region.rows, region.columns] of the full tensor from matrices that hold slices of
+    it.
 
     Returns a view where one matrix holds all of it. Raises ValueError if no slice covers some elements.
     """
@@ -282,8 +294,8 @@ def random_tensor(
 ) -> Tensor:
     """Random fp32 weights of one parameter, from a generator seeded by `seed` and the parameter's name.
 
-    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1 (0 where the model
-    multiplies by 1 + weight).
+    Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1
+    (0 where the model multiplies by 1 + weight).
     """
     if parameter.name.endswith(".bias"):
         return torch.zeros(parameter.shape, device=device)

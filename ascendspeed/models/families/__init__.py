@@ -1,4 +1,5 @@
-"""The model families, one declarative entry each. To add one, write its entry and name it here."""
+"""Registry of model families, one declarative entry each. To add a family, write its entry and add it to
+`FAMILIES`."""
 
 import difflib
 from collections.abc import Mapping
@@ -32,14 +33,15 @@ REFERENCE = LLAMA
 
 
 def chat_template_beside(folder: Path) -> str | None:
-    """Chat template of the family that a config.json in `folder` names; None: no config.json, or no template of its own."""
+    """Chat template of the family that a config.json in `folder` names; None: no config.json, or no template
+    of its own."""
     path = folder / "config.json"
     family = FAMILIES.get(read_json_object(path).get("model_type")) if path.is_file() else None
     return family.chat_template if family else None
 
 
 def preset(name: str) -> ModelConfig:
-    """The architecture of `--model NAME`. Raises `UserError` with the nearest name."""
+    """Returns the architecture of `--model NAME`. Raises `UserError` with the nearest name and all names."""
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, 1, 0)
         raise UserError(f"unknown model {name!r}; did you mean {near[0]}? There are: {', '.join(PRESETS)}")
@@ -47,7 +49,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def family_of(config_json: Mapping[str, Any]) -> Family:
-    """The family that a config.json names by its `model_type`. Raises `UserError` for one that is not known."""
+    """Returns the family of a config.json by its `model_type`. Raises `UserError` for an unknown one."""
     name = config_json.get("model_type")
     if name not in FAMILIES:
         raise UserError(
@@ -57,9 +59,10 @@ def family_of(config_json: Mapping[str, Any]) -> Family:
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The architecture that a config.json describes. Raises `UserError` when it is unreadable, or of a family that is not known."""
-    theirs = read_json_object(path)
-    return family_of(theirs).read_config(theirs)
+    """Returns the architecture in a config.json. Raises `UserError` for an unreadable file or an unknown
+    family."""
+    config_json = read_json_object(path)
+    return family_of(config_json).read_config(config_json)
 
 
 __all__ = [

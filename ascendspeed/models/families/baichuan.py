@@ -1,4 +1,4 @@
-"""Baichuan 2 7B: Llama with one matrix for q, k and v, and a head whose rows have length 1."""
+"""Baichuan 2 7B: Llama with one matrix for q, k and v, and a normalized output layer."""
 
 from dataclasses import replace
 

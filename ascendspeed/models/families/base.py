@@ -1,4 +1,5 @@
-"""Declarative entry of a model family: config.json and tensor names, each read in both directions. No torch."""
+"""Declarative entry of a model family: config.json and tensor names, each read in both directions. No
+torch."""
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,8 @@ Partition = Literal["replicated", "rows", "columns", "vocab"]
 Span = tuple[int, int]
 """(first row of the full tensor, number of rows)."""
 InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
-"""Model type of an InternEvo configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the names of LLAMA2."""
+"""Model type of an InternEvo configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the
+names of LLAMA2."""
 REQUIRED = object()
 FIELD_TYPES = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
 """Type of every field of `ModelConfig`; fields that may be None are counts."""
@@ -30,13 +32,16 @@ class ParamMapping:
     megatron_param: str
     """Name in `GPTModel.named_parameters()`."""
     hf_params: tuple[str, ...]
-    """Names in the checkpoint: one for each block of `fusion`, or a single one that holds the blocks consecutively."""
+    """Names in the checkpoint: one for each block of `fusion`, or a single one that holds the blocks
+    consecutively."""
     fusion: Fusion = "one"
     """Blocks of the Megatron-core parameter: itself; q, k and v; gate and up. See `block_spans`."""
     partition: Partition = "replicated"
-    """Tensor-parallel cut: none, along dimension 0, along dimension 1, or along a padded vocabulary (dimension 0)."""
+    """Tensor-parallel cut: none, along dimension 0, along dimension 1, or along a padded vocabulary
+    (dimension 0)."""
     condition: str = ""
-    """Boolean of `ModelConfig` that the parameter depends on; `!name`: the parameter exists if it is false."""
+    """Boolean of `ModelConfig` that the parameter depends on; `!name`: the parameter exists if it is
+    false."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,8 @@ class ConfigMapping:
 class LlamaNames:
     """Tensor names in transformers' Llama, for a family that has no class in transformers.
 
-    They are written down apart from `param_mappings`, so that `conversion.verify` has an independent check of the mappings.
+    They are written down apart from `param_mappings`, so that `conversion.verify` has an independent check of
+    the mappings.
     """
 
     renames: tuple[tuple[str, str], ...] = ()
@@ -70,7 +76,8 @@ class LlamaNames:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family: presets, `config.json` <-> `ModelConfig`, tensor names, tokenizer, and supported formats."""
+    """One model family: presets, `config.json` <-> `ModelConfig`, tensor names, tokenizer, and supported
+    formats."""
 
     name: str
     """`model_type` of config.json."""
@@ -81,9 +88,11 @@ class Family:
     presets: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Name of `--model` -> architecture."""
     required_values: Mapping[str, Any] = field(default_factory=dict)
-    """Values that config.json must have, if present. Every value of a tuple is accepted, the first one is written."""
+    """Values that config.json must have, if present. Every value of a tuple is accepted, the first one is
+    written."""
     unsupported: tuple[tuple[Mapping[str, Any], str], ...] = ()
-    """Other models of the same `model_type`: values in their config.json, and the reason for refusing them."""
+    """Other models of the same `model_type`: values in their config.json, and the reason for refusing
+    them."""
     implicit_config: Mapping[str, Any] = field(default_factory=dict)
     """Fields of `ModelConfig` that are constant for the family and have no entry in config.json."""
     rope_spelling: Literal["rotary", "rope_scaling"] = "rope_scaling"
@@ -101,11 +110,14 @@ class Family:
     llama_names: LlamaNames | None = None
     """For a family without a class in transformers."""
     internevo_types: tuple[InternEvoModelType, ...] = ()
-    """Model types that InternEvo trains the family as; the first one that can express a model is written. Empty: none."""
+    """Model types that InternEvo trains the family as; the first one that can express a model is written.
+    Empty: none."""
     internevo_aliases: tuple[str, ...] = ()
-    """`model_type` values of InternEvo configurations that mean this family, where the tensor names are ambiguous."""
+    """`model_type` values of InternEvo configurations that mean this family, where the tensor names are
+    ambiguous."""
     extra_formats: tuple[str, ...] = ()
-    """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`, `mindformers`)."""
+    """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`,
+    `mindformers`)."""
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that hold no weights."""
 
@@ -117,14 +129,16 @@ class Family:
     def mappings_of(
         self, config: ModelConfig, mappings: Iterable[ParamMapping] | None = None
     ) -> Iterator[ParamMapping]:
-        """Yields the family's mappings (or those given) whose parameters a model of this configuration has."""
+        """Yields the family's mappings (or those given) whose parameters a model of this configuration
+        has."""
         for mapping in self.param_mappings if mappings is None else mappings:
             negated = mapping.condition.startswith("!")
             if not mapping.condition or bool(getattr(config, mapping.condition.lstrip("!"))) != negated:
                 yield mapping
 
     def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
-        """config.json -> ModelConfig. Raises `UserError` for missing, ill-typed, contradictory or unsupported entries."""
+        """config.json -> ModelConfig. Raises `UserError` for missing, ill-typed, contradictory or unsupported
+        entries."""
         for name, value in (self.required_values | dict.fromkeys(self.refused_keys)).items():
             if config_json.get(name) not in (*_choices(value), None):
                 raise UserError(
@@ -170,8 +184,8 @@ class Family:
     def write_config(self, config: ModelConfig) -> dict[str, Any]:
         """ModelConfig -> config.json, without entries that only the source knows (token ids, dtype).
 
-        `read_config` gives the same configuration again. Raises `UserError` for a configuration that this family's config.json
-        cannot express.
+        `read_config` gives the same configuration again. Raises `UserError` for a configuration that this
+        family's config.json cannot express.
         """
         config_json: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.name}
         config_json |= {name: _choices(value)[0] for name, value in self.required_values.items()}
@@ -186,7 +200,8 @@ class Family:
             entries = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
             instead = ", ".join(repr(getattr(read_back, name)) for name in lost)
             raise UserError(
-                f"the config.json of a model of family {self.name} cannot say {entries} (it would be read as {instead})"
+                f"the config.json of a model of family {self.name} cannot express {entries} "
+                f"(it would be read as {instead})"
             )
         return config_json
 
@@ -194,7 +209,8 @@ class Family:
 def override_keys(
     mappings: Iterable[ConfigMapping], without: Sequence[str] = (), **defaults: Any
 ) -> tuple[ConfigMapping, ...]:
-    """Another family's config mappings, without some and with other defaults, both given by their key in config.json."""
+    """Another family's config mappings, without some and with other defaults, both given by their key in
+    config.json."""
     return tuple(
         replace(mapping, default=defaults.get(mapping.hf_key, mapping.default))
         for mapping in mappings
@@ -205,7 +221,8 @@ def override_keys(
 def replace_mappings(
     mappings: Iterable[ParamMapping], *new: ParamMapping, without: Sequence[str] = ()
 ) -> tuple[ParamMapping, ...]:
-    """Another family's mappings; `new` replace those of the same parameter, `without` names parameters to leave out."""
+    """Another family's mappings; `new` replace those of the same parameter, `without` names parameters to
+    leave out."""
     by_name = {mapping.megatron_param: mapping for mapping in new}
     return tuple(
         by_name.get(mapping.megatron_param, mapping)
@@ -238,7 +255,8 @@ def check_experts(config: ModelConfig) -> None:
         raise UserError(f"a token cannot be sent to {topk} of {experts} experts")
     if topk == 1 and not config.moe_router_pre_softmax:
         raise UserError(
-            "one expert per token, whose weight is then always 1, is not supported: its router would learn nothing"
+            "one expert per token, whose weight is then always 1, is not supported: "
+            "its router would learn nothing"
         )
 
 

@@ -1,4 +1,4 @@
-"""Gemma (the first): Llama with GeGLU, 1 + w norms, scaled and tied embeddings, and wide heads."""
+"""Gemma 1: Llama with GeGLU, 1 + w norms, scaled and tied embeddings, and wide heads."""
 
 from dataclasses import replace
 
@@ -34,7 +34,10 @@ GEMMA = Family(
     param_mappings=PARAM_MAPPINGS,
     implicit_config=SPECIAL,
     required_values={
-        "hidden_act": ("gelu_pytorch_tanh", "gelu"),  # early config.json files say gelu and mean tanh's
+        "hidden_act": (
+            "gelu_pytorch_tanh",
+            "gelu",
+        ),  # early config.json files say gelu for the tanh approximation
         "hidden_activation": "gelu_pytorch_tanh",
         "use_bidirectional_attention": False,
     },

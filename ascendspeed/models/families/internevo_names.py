@@ -1,4 +1,4 @@
-"""InternEvo's names of our parameters: a table for each kind of model that it trains, and the ways in which its folders differ."""
+"""InternEvo's parameter names: one table per model type, and the variants of its training folders."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,69 +43,72 @@ PARAM_MAPPINGS: dict[InternEvoModelType, tuple[ParamMapping, ...]] = {
         ParamMapping("decoder.final_layernorm.weight", ("norm.weight",)),
         ParamMapping("output_layer.weight", ("head.weight",), partition="rows"),
     ),
-    "INTERNLM2": replace_mappings(  # wqkv lies per key/value group, as ours
+    "INTERNLM2": replace_mappings(  # wqkv has [q ..., k, v] per key/value group, as Megatron-core
         LLAMA2,
         ParamMapping(QKV + "weight", (A + "wqkv.weight",), partition="rows"),
         ParamMapping(QKV + "bias", (A + "wqkv.bias",), partition="rows", condition="add_qkv_bias"),
     ),
     "LLAMA2": LLAMA2,
 }
-"""Names of version 2 (w3 is up, w2 is down) and of an embedding that is cut along the hidden size."""
+"""Names of version 2 (w3 is up, w2 is down), with an embedding that is cut along the hidden size."""
 IGNORED_TENSORS = (r".*\.inv_freq",)
-"""Regular expressions of tensors that carry nothing."""
+"""Regular expressions of tensors that hold no weights."""
 
 
 @dataclass(frozen=True)
 class InternEvoStyle:
-    """How the tensors of one training folder are named and lie."""
+    """Names and layout of the tensors of one training folder."""
 
     model_type: InternEvoModelType
     ranks: int = 1
-    """That share every layer: tensor parallel, or weight parallel (isp)."""
+    """Ranks that share every layer: tensor parallel, or weight parallel (isp)."""
     isp: bool = False
-    """Weight parallel cuts every matrix and bias along dimension 0, and one that is fused, whole."""
+    """Weight parallel: cuts every matrix and bias along dimension 0, a fused matrix as one block."""
     outer: int = 0
-    """Ranks that share embedding and head, where that is another number (early isp); 0: the same."""
+    """Ranks that share embedding and head if their number differs (early isp); 0: equal to `ranks`."""
     version: Literal[1, 2] = 2
     """1: w2 is up and w3 is down (InternLM's releases of 2023)."""
     embed_split: bool = True
-    """The embedding is cut along the hidden size, not along the vocabulary."""
+    """True: the embedding is cut along the hidden size, not along the vocabulary."""
     word_embeddings: bool = False
-    """The embedding is flash-attention's module, which has one more level of names."""
+    """True: the embedding is flash-attention's module, with one more level of names."""
     qk_interleaved: bool = False
-    """The rows of every head of q and k lie in rotated pairs: 0, d/2, 1, d/2 + 1, ... of ours."""
+    """True: rows of every head of q and k are in the order of rotated pairs: 0, d/2, 1, d/2 + 1, ... of
+    Megatron-core's rows."""
     cut_qkv: bool = False
-    """wq, wk and wv are only consecutive pieces of a rank's wqkv (releases of 2024 saved a fused one so)."""
+    """True: wq, wk and wv are consecutive parts of a rank's fused wqkv (saved so by releases of 2024)."""
     cut_glu: bool = False
-    """w1 and w3 are only the halves of a rank's fused [w1; w3] (isp with `mlp_layer_fusion`)."""
+    """True: w1 and w3 are the halves of a rank's fused [w1; w3] (isp with `mlp_layer_fusion`)."""
 
     def rows(self) -> Iterator[ParamMapping]:
-        """The table in this folder's names."""
+        """Yields the mappings with this folder's names."""
         swapped = {"w2.": "w3.", "w3.": "w2."} if self.version == 1 else {}
-        for row in PARAM_MAPPINGS[self.model_type]:
-            if row.megatron_param.startswith("embedding."):
+        for mapping in PARAM_MAPPINGS[self.model_type]:
+            if mapping.megatron_param.startswith("embedding."):
                 name = (
-                    row.hf_params[0].replace(".weight", ".word_embeddings.weight")
+                    mapping.hf_params[0].replace(".weight", ".word_embeddings.weight")
                     if self.word_embeddings
-                    else row.hf_params[0]
+                    else mapping.hf_params[0]
                 )
-                yield replace(row, hf_params=(name,), partition="columns" if self.embed_split else "rows")
-            elif swapped and ".mlp." in row.megatron_param:
-                yield replace(row, hf_params=tuple(_exchange(name, swapped) for name in row.hf_params))
+                yield replace(mapping, hf_params=(name,), partition="columns" if self.embed_split else "rows")
+            elif swapped and ".mlp." in mapping.megatron_param:
+                yield replace(
+                    mapping, hf_params=tuple(_exchange(name, swapped) for name in mapping.hf_params)
+                )
             else:
-                yield row
+                yield mapping
 
-    def named(self, ours: str) -> tuple[str, ...]:
-        """The names of one of our parameters there, in the first layer."""
+    def named(self, suffix: str) -> tuple[str, ...]:
+        """InternEvo's names of a Megatron-core parameter in the first layer; `suffix`: end of its name."""
         return next(
-            tuple(name.format(l=0) for name in row.hf_params)
-            for row in self.rows()
-            if row.megatron_param.endswith(ours)
+            tuple(name.format(l=0) for name in mapping.hf_params)
+            for mapping in self.rows()
+            if mapping.megatron_param.endswith(suffix)
         )
 
     @property
     def family(self) -> str:
-        """Ours, where nothing but the names says it."""
+        """Name of the family, if only the tensor names identify it."""
         return {
             "INTERNLM": "internlm",
             "INTERNLM2": "internlm2",
@@ -119,19 +122,25 @@ def _exchange(name: str, words: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class InternEvoOptions:
-    """What the files of a training folder may not say; where it is said, it goes before what config.json or model_config.pt say."""
+    """Options for reading a training folder whose files lack information; they override config.json and
+    model_config.pt."""
 
     version: Literal[1, 2] | None = None
-    """InternEvo folder to read: 1, w2 is up and w3 is down; 2, the other way round; None: their shapes tell, unless equal."""
+    """InternEvo folder to read: 1: w2 is up, w3 is down; 2: w3 is up, w2 is down; None: decided by shapes,
+    unless equal."""
     qk_interleaved: Literal["yes", "no"] | None = None
-    """InternEvo folder to read: the rows of q and k lie in pairs (once adapt_hf=False); None: as its model_config.pt says."""
+    """InternEvo folder to read: rows of q and k are in rotated pairs (adapt_hf=False); None: as in its
+    model_config.pt."""
     qkv_fused: Literal["yes", "no"] | None = None
-    """InternEvo folder to read: wq, wk, wv are a fused wqkv cut in three (releases of 2024); None: as model_config.pt says."""
+    """InternEvo folder to read: wq, wk, wv are a fused wqkv cut in three (releases of 2024); None: as in
+    model_config.pt."""
     max_pos: int | None = None
-    """InternEvo folder to read: longest trained sequence; None: as its config.json or model_config.pt says."""
+    """InternEvo folder to read: longest training sequence; None: as in its config.json or model_config.pt."""
     rotary_type: Literal["origin", "dynamic"] | None = None
-    """InternEvo folder to read: plain rope, or dynamic NTK beyond --max-pos; None: as its config.json or model_config.pt says."""
+    """InternEvo folder to read: plain rope, or dynamic NTK beyond --max-pos; None: as in its config.json or
+    model_config.pt."""
     scaling_factor: float = 1.0
-    """Factor of dynamic NTK: with --rotary-type dynamic only."""
+    """Factor of dynamic NTK; only with --rotary-type dynamic."""
     family: Suppress[str | None] = None
-    """Ours, where the names fit several; None: as config.json says, or the one that the names belong to."""
+    """Name of the family, if the tensor names fit several; None: as in config.json, or decided by the
+    names."""

@@ -1,4 +1,4 @@
-"""InternLM2 and 2.5: Llama with grouped queries under names of its own; `wqkv` lies as Megatron wants it."""
+"""InternLM2 and 2.5: Llama with grouped queries and its own tensor names; `wqkv` has Megatron's row order."""
 
 from dataclasses import replace
 
@@ -21,7 +21,7 @@ BASE = ModelConfig(  # the 7B, 2 and 2.5
     add_dense_bias=False,
 )
 SMALL = replace(BASE, num_layers=24, hidden_size=2048, ffn_hidden_size=8192, num_attention_heads=16)  # 1.8B
-# Revisions of the 20B differ in the factor (none, 2, 3), which only counts beyond the trained length.
+# Revisions of the 20B differ in the factor (none, 2, 3), which only matters beyond the training length.
 LARGE = replace(BASE, num_layers=48, hidden_size=6144, ffn_hidden_size=16384, num_attention_heads=48)
 
 INTERNLM2 = Family(
@@ -79,7 +79,8 @@ INTERNLM2 = Family(
         "internlm2.5-1.8b": SMALL,
         "internlm2.5-7b": BASE,
         "internlm2.5-20b": LARGE,
-        # Base and factor differ in what was written about it: its own config.json is right, and `--load` reads that.
+        # Publications differ in base and factor; the model's config.json is authoritative, and `--load` reads
+        # it.
         "internlm2.5-7b-1m": replace(
             BASE, max_position_embeddings=262144, rotary_base=5e7, rope_scaling_factor=2.5
         ),

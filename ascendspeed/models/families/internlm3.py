@@ -1,4 +1,5 @@
-"""InternLM3: Llama with a head width of its own and two switches for biases: for q, k, v; for the output projection and the MLP."""
+"""InternLM3: Llama with an explicit head width and two settings for biases: q, k, v; output projection and
+MLP."""
 
 from dataclasses import replace
 
@@ -28,7 +29,7 @@ INTERNLM3 = Family(
         *override_keys(CONFIG_MAPPINGS, max_position_embeddings=32768),
         ConfigMapping(
             "qkv_bias", ("add_qkv_bias",), False, aliases=("attention_bias",)
-        ),  # the second names are those of transformers 5
+        ),  # aliases are the names in transformers 5
         ConfigMapping("bias", ("add_dense_bias", "add_mlp_bias"), False, aliases=("mlp_bias",)),
     ),
     param_mappings=PARAM_MAPPINGS,

@@ -1,4 +1,4 @@
-"""Llama: the entry that the InternLM families extend."""
+"""Llama: the entry that most other families extend."""
 
 from dataclasses import replace
 
@@ -23,7 +23,7 @@ CONFIG_MAPPINGS = (
     ConfigMapping("initializer_range", ("init_method_std",), 0.02),
 )
 
-TINY = {  # the sizes of every family's smallest preset, for trying things out
+TINY = {  # sizes of every family's smallest preset, for tests and experiments
     "num_layers": 4,
     "hidden_size": 128,
     "ffn_hidden_size": 352,

@@ -1,4 +1,4 @@
-"""Mixtral: Llama whose MLP is eight experts, of which every token is sent to two."""
+"""Mixtral: Llama with eight experts per MLP, two of which process each token."""
 
 from dataclasses import replace
 
@@ -10,13 +10,10 @@ EXPERT = MLP + "experts.local_experts.{e}."
 
 
 def sparse(*experts: ParamMapping) -> tuple[ParamMapping, ...]:
-    """Llama's rows with `experts` where the dense MLP was."""
-    at = next(i for i, row in enumerate(PARAM_MAPPINGS) if row.megatron_param.startswith(MLP))
-    return (
-        *PARAM_MAPPINGS[:at],
-        *experts,
-        *(row for row in PARAM_MAPPINGS[at:] if not row.megatron_param.startswith(MLP)),
-    )
+    """Llama's mappings with `experts` in place of the dense MLP."""
+    first = next(i for i, mapping in enumerate(PARAM_MAPPINGS) if mapping.megatron_param.startswith(MLP))
+    after = (mapping for mapping in PARAM_MAPPINGS[first:] if not mapping.megatron_param.startswith(MLP))
+    return (*PARAM_MAPPINGS[:first], *experts, *after)
 
 
 W = LAYER + "block_sparse_moe.experts.{e}.w"

@@ -1,4 +1,4 @@
-"""Qwen2 and 2.5: Llama with grouped queries and biases on q, k and v alone."""
+"""Qwen2 and 2.5: Llama with grouped queries and biases on q, k and v only."""
 
 from dataclasses import replace
 

@@ -1,6 +1,7 @@
-"""Qwen2-MoE: many small experts, and a shared one with a gate of its own that every token is sent to.
+"""Qwen2-MoE: many small experts, and a gated shared expert for every token.
 
-Only models whose layers all have experts; one with dense layers among them (`mlp_only_layers`, `decoder_sparse_step`) is refused.
+Every layer must have experts; a model with dense layers (`mlp_only_layers`, `decoder_sparse_step`) is
+refused.
 """
 
 from dataclasses import replace
@@ -11,7 +12,7 @@ from ascendspeed.models.families.llama import CONFIG_MAPPINGS, LAYER, MLP, TINY
 from ascendspeed.models.families.mixtral import EXPERT, sparse
 
 SHARED = MLP + "shared_experts."
-THEIR_EXPERT, THEIR_SHARED = LAYER + "mlp.experts.{e}.", LAYER + "mlp.shared_expert."
+HF_EXPERT, HF_SHARED = LAYER + "mlp.experts.{e}.", LAYER + "mlp.shared_expert."
 
 BASE = ModelConfig(  # Qwen1.5-MoE-A2.7B
     "qwen2_moe",
@@ -48,18 +49,18 @@ QWEN2_MOE = Family(
         ParamMapping(MLP + "router.weight", (LAYER + "mlp.gate.weight",)),
         ParamMapping(
             EXPERT + "linear_fc1.weight",
-            (THEIR_EXPERT + "gate_proj.weight", THEIR_EXPERT + "up_proj.weight"),
+            (HF_EXPERT + "gate_proj.weight", HF_EXPERT + "up_proj.weight"),
             "glu",
             "rows",
         ),
-        ParamMapping(EXPERT + "linear_fc2.weight", (THEIR_EXPERT + "down_proj.weight",), partition="columns"),
+        ParamMapping(EXPERT + "linear_fc2.weight", (HF_EXPERT + "down_proj.weight",), partition="columns"),
         ParamMapping(
             SHARED + "linear_fc1.weight",
-            (THEIR_SHARED + "gate_proj.weight", THEIR_SHARED + "up_proj.weight"),
+            (HF_SHARED + "gate_proj.weight", HF_SHARED + "up_proj.weight"),
             "glu",
             "rows",
         ),
-        ParamMapping(SHARED + "linear_fc2.weight", (THEIR_SHARED + "down_proj.weight",), partition="columns"),
+        ParamMapping(SHARED + "linear_fc2.weight", (HF_SHARED + "down_proj.weight",), partition="columns"),
         ParamMapping(SHARED + "gate_weight", (LAYER + "mlp.shared_expert_gate.weight",)),
     ),
     required_values={

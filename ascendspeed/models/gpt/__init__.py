@@ -1,1 +1,2 @@
-"""The GPT model on megatron-core: layer spec, attention, rotary embedding, packed sequences, experts, loss, and KV cache."""
+"""The GPT model on megatron-core: layer spec, attention, rotary embedding, packed sequences, experts, loss,
+and KV cache."""

@@ -1,4 +1,5 @@
-"""Causal core attention by torch's SDPA: grouped queries, rotary embedding, and no s x s scores or masks, even with dropout."""
+"""Causal core attention by torch's SDPA: grouped queries, rotary embedding, and no s x s scores or masks,
+even with dropout."""
 
 from contextlib import nullcontext
 from functools import lru_cache
@@ -22,8 +23,8 @@ BLOCK = 128
 class RotaryAttention(MegatronModule):
     """Replacement for megatron-core's DotProductAttention that also rotates q and k.
 
-    Rotating here, not in megatron-core's SelfAttention, computes cos and sin once per length instead of twice per layer, and allows
-    a device's fused rotary kernel.
+    Rotating here, not in megatron-core's SelfAttention, computes cos and sin once per length instead of twice
+    per layer, and allows a device's fused rotary kernel.
     """
 
     def __init__(
@@ -53,7 +54,8 @@ class RotaryAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Causal; s is this rank's share.
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d]. Causal; s is this
+        rank's share.
 
         `packed_seq_params`: the batch's `PackedSequences`; None if every row is one document.
         """
@@ -78,8 +80,9 @@ class RotaryAttention(MegatronModule):
         if self.share.size > 1:
             key, value = gather_sequence(key, self.group), gather_sequence(value, self.group)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        # Ranks hold different heads and draw different masks. Under sequence parallel megatron-core's block has already forked the
-        # random state, and a second fork would make a recomputed pass draw other masks than the first.
+        # Ranks hold different heads and draw different masks. Under sequence parallel megatron-core's block
+        # has already forked the random state, and a second fork would make a recomputed pass draw other masks
+        # than the first.
         with (
             get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
         ):
@@ -116,11 +119,12 @@ def attend(
     scale: float | None = None,
     longest: int = 0,
 ) -> Tensor:
-    """Causal attention of queries at positions from `first`: q [b, heads, n, d], k and v [b, groups, m, d], m >= first + n.
+    """Causal attention of queries at positions from `first`: q [b, heads, n, d], k and v [b, groups, m, d], m
+    >= first + n.
 
-    torch's SDPA supports queries that begin later than the keys only by a mask of n x m, and on a CPU it makes scores of n x m for
-    dropout. Queries are therefore processed in blocks, and nothing is larger than BLOCK x m. `longest`: the largest m of several
-    calls, which then share one mask.
+    torch's SDPA supports queries that begin later than the keys only by a mask of n x m, and on a CPU it
+    makes scores of n x m for dropout. Queries are therefore processed in blocks, and nothing is larger than
+    BLOCK x m. `longest`: the largest m of several calls, which then share one mask.
     """
     # Computed for all keys, so that every call shares one mask.
     future = _future_mask(longest or k.size(2), q.dtype, q.device) if dropout or first else None
@@ -188,8 +192,8 @@ def attend_packed(
 def _future_mask(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Causal mask [BLOCK, keys] of the last BLOCK queries: 0, or -inf for a key that is later than the query.
 
-    Its last rows and columns serve fewer queries and fewer keys. All blocks and layers use views of one tensor, so the backward
-    pass keeps it once.
+    Its last rows and columns serve fewer queries and fewer keys. All blocks and layers use views of one
+    tensor, so the backward pass keeps it once.
     """
     return torch.full((BLOCK, keys), float("-inf"), dtype=dtype, device=device).triu(keys - BLOCK + 1)
 
@@ -200,6 +204,7 @@ def clear_mask_cache() -> None:
 
 
 def _attend_block(q: Tensor, k: Tensor, v: Tensor, future: Tensor, dropout: float, scale: float) -> Tensor:
-    """Attention with dropout of the last n of m positions: q [b, heads, n, d], k and v [b, heads, m, d], future [n, m]."""
+    """Attention with dropout of the last n of m positions: q [b, heads, n, d], k and v [b, heads, m, d],
+    future [n, m]."""
     scores = q @ k.transpose(-1, -2) * scale + future
     return F.dropout(scores.softmax(-1, dtype=torch.float32).to(q.dtype), dropout) @ v

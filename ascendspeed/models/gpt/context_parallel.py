@@ -1,7 +1,7 @@
 """Context parallelism: the positions of a sequence that a rank holds, and the exchange of keys and values.
 
-The sequence is cut into 2n chunks for n ranks; rank r holds chunks r and 2n - 1 - r. Causal attention costs little in early chunks
-and much in late ones, so this balances the work over the ranks.
+The sequence is cut into 2n chunks for n ranks; rank r holds chunks r and 2n - 1 - r. Causal attention costs
+little in early chunks and much in late ones, so this balances the work over the ranks.
 """
 
 from typing import Any, NamedTuple

@@ -1,7 +1,7 @@
 """Cross entropy of every token on vocabulary shards, computed in slices of rows.
 
-Megatron-core's version keeps an fp32 softmax of all logits, the largest tensor of a step. This one keeps the logits as they are and
-overwrites them with their gradient.
+Megatron-core's version keeps an fp32 softmax of all logits, the largest tensor of a step. This one keeps the
+logits as they are and overwrites them with their gradient.
 """
 
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ DEVICE_SLICE_ELEMENTS = 1 << 26
 def cross_entropy(logits: Tensor, labels: Tensor, group: Any) -> Tensor:
     """-log softmax(logits)[label] of every token, fp32 [s, b].
 
-    logits [s, b, V / TP] are this rank's part of the vocabulary, labels [s, b] index the whole vocabulary, `group` holds the
-    tensor-parallel ranks. A label outside the vocabulary gives log sum exp(logits); mask it. The backward pass overwrites the
-    logits; a second one raises RuntimeError.
+    logits [s, b, V / TP] are this rank's part of the vocabulary, labels [s, b] index the whole vocabulary,
+    `group` holds the tensor-parallel ranks. A label outside the vocabulary gives log sum exp(logits); mask
+    it. The backward pass overwrites the logits; a second one raises RuntimeError.
     """
     return _CrossEntropy.apply(logits, labels, group)
 

@@ -25,7 +25,8 @@ EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class GPTLanguageModel(GPTModel):
-    """Megatron-core's GPTModel with the loss of `cross_entropy`, scaled embeddings and normalized output layers."""
+    """Megatron-core's GPTModel with the loss of `cross_entropy`, scaled embeddings and normalized output
+    layers."""
 
     def __init__(self, config: GPTConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -50,8 +51,8 @@ def build_model(
 
     With `lora` only the adapters require gradients.
 
-    `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(..., labels=[b, s])` the loss
-    of every token [b, s], computed on vocabulary shards.
+    `forward(tokens [b, s], position_ids, None)` gives logits [b, s, padded vocabulary / TP], `forward(...,
+    labels=[b, s])` the loss of every token [b, s], computed on vocabulary shards.
     """
     padded = padded_vocab_size(model, parallel)
     stage = {"ignore_virtual": virtual_stage is None, "vp_stage": virtual_stage}
@@ -98,8 +99,8 @@ class _MaskPadding:
         gathered = logits.size(-1) == module.output_size
         rows = max(0, self.vocab_size - (0 if gathered else self.first))
         if rows < logits.size(-1):
-            # In place and hidden from autograd: a copy of the logits or of their gradient would be the largest tensor of the step.
-            # The gradient of these rows is zero anyway, as their probability is.
+            # In place and hidden from autograd: a copy of the logits or of their gradient would be the
+            # largest tensor of the step. The gradient of these rows is zero anyway, as their probability is.
             logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
@@ -136,9 +137,11 @@ def load_weights(
     gather: GatherParameter = lambda parameter: nullcontext(),
     lora: LoraConfig | None = None,
 ) -> None:
-    """Writes this rank's shard of every (name, full tensor) into the model, or into its virtual stages `chunks`.
+    """Writes this rank's shard of every (name, full tensor) into the model, or into its virtual stages
+    `chunks`.
 
-    `gather` completes a parameter while it is written (ZeRO-3). Raises `UserError` if a parameter gets no tensor.
+    `gather` completes a parameter while it is written (ZeRO-3). Raises `UserError` if a parameter gets no
+    tensor.
     """
     chunks = chunks if isinstance(chunks, Sequence) else [chunks]
     pending: dict[str, torch.nn.Parameter] = {}
@@ -147,7 +150,8 @@ def load_weights(
     specs = shard_specs(model, parallel, lora)
     rank = parallel_state.get_tensor_model_parallel_rank()
     for name, full in tensors:
-        # A tied output layer on another stage than the embedding holds a copy of it. Other tensors may belong to other stages.
+        # A tied output layer on another stage than the embedding holds a copy of it. Other tensors may belong
+        # to other stages.
         copies = (EMBEDDING, OUTPUT) if name == EMBEDDING and model.tie_embeddings else (name,)
         for parameter in [pending.pop(copy) for copy in copies if copy in pending]:
             with gather(parameter):

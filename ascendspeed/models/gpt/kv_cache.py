@@ -1,4 +1,5 @@
-"""KV cache: rotated keys, and values, of earlier tokens, so that a new token costs one token and not the sequence again."""
+"""KV cache: rotated keys, and values, of earlier tokens, so that a new token costs one token and not the
+sequence again."""
 
 from collections.abc import Sequence
 
@@ -15,9 +16,9 @@ from ascendspeed.models.gpt.rope import Rope
 class KVCache:
     """Keys and values of every layer of this rank, [rows, groups / TP, capacity, d] each, allocated once.
 
-    A row is a sequence, and its slot i holds token i, so that rows may have different lengths. The slots beyond a row's length hold
-    arbitrary finite numbers: causal attention never reads a slot before it is written. `begin_prefill` or `begin_decode` chooses
-    the slots of the next forward pass.
+    A row is a sequence, and its slot i holds token i, so that rows may have different lengths. The slots
+    beyond a row's length hold arbitrary finite numbers: causal attention never reads a slot before it is
+    written. `begin_prefill` or `begin_decode` chooses the slots of the next forward pass.
     """
 
     def __init__(self, gpt: GPTModel, rows: int, capacity: int) -> None:
@@ -38,10 +39,11 @@ class KVCache:
         self.set_rope_lengths([0])
 
     def set_rope_lengths(self, lengths: Sequence[int]) -> None:
-        """Fixes the rotary frequencies of each row by the length of its prompt; a single length applies to every row.
+        """Fixes the rotary frequencies of each row by the length of its prompt; a single length applies to
+        every row.
 
-        Dynamic NTK has another base for every length beyond the trained one. Keys in the cache are already rotated, so a row keeps
-        the base it began with.
+        Dynamic NTK has another base for every length beyond the trained one. Keys in the cache are already
+        rotated, so a row keeps the base it began with.
         """
         rows = [self.rope.inverse_frequencies(length) for length in lengths]
         equal = all(torch.equal(rows[0], row) for row in rows[1:])
@@ -72,7 +74,8 @@ class KVCache:
         self._rotate = self.rotary if self._cos.size(1) == 1 else rotary
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        """Stores key and value [s, b, groups, d] of this pass and attends: query [s, b, heads, d] -> [s, b, heads * d]."""
+        """Stores key and value [s, b, groups, d] of this pass and attends: query [s, b, heads, d] -> [s, b,
+        heads * d]."""
         (keys, values), (count, rows) = self.layers[layer], query.shape[:2]
         query, key = self._rotate(query, self._cos, self._sin), self._rotate(key, self._cos, self._sin)
         if self._slots is None:
@@ -85,7 +88,8 @@ class KVCache:
             keys[:rows, :, self._first], values[:rows, :, self._first] = key[0], value[0]
         else:
             keys[self._row, :, self._slots], values[self._row, :, self._slots] = key[0], value[0]
-        # Query heads that share a key take the place of several queries of one head, so that keys need not be copied.
+        # Query heads that share a key take the place of several queries of one head, so that keys need not be
+        # copied.
         grouped = query[0].unflatten(1, (key.size(2), -1))
         out = F.scaled_dot_product_attention(
             grouped, keys[:rows, :, : self._end], values[:rows, :, : self._end], self._mask, scale=scale

@@ -41,7 +41,8 @@ class GPTConfig(TransformerConfig):
 
 
 class RMSNorm(torch.nn.Module):
-    """RMSNorm that supports sequence parallel: its weight's gradient is summed over the tensor-parallel ranks."""
+    """RMSNorm that supports sequence parallel: its weight's gradient is summed over the tensor-parallel
+    ranks."""
 
     def __init__(self, config: GPTConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> None:
         super().__init__()
@@ -93,7 +94,8 @@ class GatedMLP(MLP):
 
 
 class NormHead(ColumnLinear):
-    """Output layer with rows normalized to length 1. Tensor parallel cuts between rows, so ranks need no communication."""
+    """Output layer with rows normalized to length 1. Tensor parallel cuts between rows, so ranks need no
+    communication."""
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, **kwargs: object
@@ -103,7 +105,8 @@ class NormHead(ColumnLinear):
 
     @torch.no_grad()
     def fold_normalization(self) -> None:
-        """Normalizes the rows once and for all, instead of in every pass; for a weight that does not change any more."""
+        """Normalizes the rows once and for all, instead of in every pass; for a weight that does not change
+        any more."""
         self.weight.copy_(F.normalize(self.weight))
         self.__class__ = ColumnLinear
 
@@ -146,19 +149,21 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        # The interleaved schedule silently gives wrong losses with batched messages (megatron-core's default).
+        # The interleaved schedule silently gives wrong losses with batched messages (megatron-core's
+        # default).
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         # It must not free its outputs either: it continues before they are sent.
         deallocate_pipeline_outputs=parallel.pipeline_model_parallel_size > 1 and not interleaved,
-        calculate_per_token_loss=True,  # gradients are summed: the loss is already divided by the global batch's tokens
+        # Gradients are summed: the loss is already divided by the tokens of the global batch.
+        calculate_per_token_loss=True,
         **_recompute(train),
         params_dtype=torch_dtype,
         pipeline_dtype=torch_dtype,
         bf16=dtype == "bf16",
         fp16=dtype == "fp16",
-        # All weights are written afterwards, from files or from a layout-independent generator. Megatron-core's initialisation must
-        # still run, because it marks the tensor-parallel parameters.
+        # All weights are written afterwards, from files or from a layout-independent generator.
+        # Megatron-core's initialisation must still run, because it marks the tensor-parallel parameters.
         init_method=_keep,
         output_layer_init_method=_keep,
         bias_activation_fusion=False,

@@ -1,7 +1,8 @@
-"""Tensor-parallel linears with an inference fast path: without gradients, equal results without the autograd functions.
+"""Tensor-parallel linears with an inference fast path: without gradients, equal results without the autograd
+functions.
 
-Megatron-core's autograd functions keep inputs for a backward pass; for the forward pass of a single token they take a fifth of the
-time.
+Megatron-core's autograd functions keep inputs for a backward pass; for the forward pass of a single token
+they take a fifth of the time.
 """
 
 import torch

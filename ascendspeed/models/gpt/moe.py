@@ -1,10 +1,13 @@
-"""Mixture of experts on megatron-core's MoE layer, with plain torch for the parts that need TransformerEngine.
+"""Mixture of experts on megatron-core's MoE layer, with plain torch for the parts that need
+TransformerEngine.
 
-Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes by default (`output_router_logits=False`).
+Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes by default
+(`output_router_logits=False`).
 
-Under tensor parallel every rank holds a part of every expert, and sequence parallel gives it a part of the tokens: the dispatcher
-gathers them before the experts and scatters the outputs. Without sequence parallel each rank would contribute all tokens, and the
-gradients of the experts would be too large by the number of ranks; `cli.validation` refuses to train so.
+Under tensor parallel every rank holds a part of every expert, and sequence parallel gives it a part of the
+tokens: the dispatcher gathers them before the experts and scatters the outputs. Without sequence parallel
+each rank would contribute all tokens, and the gradients of the experts would be too large by the number of
+ranks; `cli.validation` refuses to train so.
 """
 
 from copy import copy
@@ -47,13 +50,15 @@ class Expert(MLP):
         )
 
     def forward(self, tokens: Tensor, weights: Tensor) -> Tensor:
-        """tokens [n, h], router weights [n] in fp32 -> [n, h], partial sums over the tensor-parallel ranks."""
+        """tokens [n, h], router weights [n] in fp32 -> [n, h], partial sums over the tensor-parallel
+        ranks."""
         hidden = self.config.kernels.swiglu(self.linear_fc1(tokens)[0])
         return self.linear_fc2((hidden * weights[:, None]).to(hidden.dtype))[0]
 
 
 class Experts(MegatronModule):
-    """The experts of a layer, called one after the other. All are called, as ranks must agree on the order of collectives."""
+    """The experts of a layer, called one after the other. All are called, as ranks must agree on the order of
+    collectives."""
 
     def __init__(self, num_local_experts: int, config: Any, pg_collection: Any) -> None:
         super().__init__(config)

@@ -1,7 +1,9 @@
-"""Packed sequences: several documents in one row, their boundaries, and rotary positions that restart in every document.
+"""Packed sequences: several documents in one row, their boundaries, and rotary positions that restart in
+every document.
 
-Position ids [b, s] that restart at 0 describe the packing. `attention.py` restricts attention to the document; the rotary embedding
-of a document uses its own positions, and under dynamic NTK the base of its own length, as if it were alone in the row.
+Position ids [b, s] that restart at 0 describe the packing. `attention.py` restricts attention to the
+document; the rotary embedding of a document uses its own positions, and under dynamic NTK the base of its own
+length, as if it were alone in the row.
 """
 
 from dataclasses import dataclass, field
@@ -30,7 +32,8 @@ class QueryBlock(NamedTuple):
 
 @dataclass(eq=False)
 class PackedSequences(PackedSeqParams):
-    """Packed sequences of a batch [b, s]. Megatron-core hands this object unchanged to the attention of every layer.
+    """Packed sequences of a batch [b, s]. Megatron-core hands this object unchanged to the attention of every
+    layer.
 
     Megatron-core would unpack a batch of format "thd"; the format "sbhd" is left alone.
     """
@@ -68,7 +71,8 @@ class PackedSequences(PackedSeqParams):
         return self._cos_sin[key]
 
     def _frequencies(self, rope: Rope, share: SequenceShard) -> Tensor:
-        """[1, d/2] if all sequences have equal frequencies, else those of every position in `share`: [s, b, d/2]."""
+        """[1, d/2] if all sequences have equal frequencies, else those of every position in `share`: [s, b,
+        d/2]."""
         lengths = {n for row in self.lengths for n in row}
         by_length = {n: rope.inverse_frequencies(n) for n in lengths}
         first = next(iter(by_length.values()))

@@ -21,8 +21,8 @@ class Rope:
     def inverse_frequencies(self, length: int) -> Tensor:
         """1 / base^(2i/d), fp32 [d/2].
 
-        Dynamic NTK, for a length L above the trained P, takes base · ((f·L/P) - (f - 1))^(d/(d-2)) as its base, as the original
-        InternLM code and Hugging Face do.
+        Dynamic NTK, for a length L above the trained P, takes base · ((f·L/P) - (f - 1))^(d/(d-2)) as its
+        base, as the original InternLM code and Hugging Face do.
         """
         model, d, base = self.model, self.model.head_dim, self.model.rotary_base
         if model.rope_scaling_type == "dynamic" and length > model.max_position_embeddings:
@@ -34,7 +34,8 @@ class Rope:
     def tables(
         self, length: int, dtype: torch.dtype, device: torch.device, share: SequenceShard = WHOLE_SEQUENCE
     ) -> tuple[Tensor, Tensor]:
-        """cos and sin, each [positions, 1, 1, d], for the positions 0 ... length - 1 in `share`; computed in fp32."""
+        """cos and sin, each [positions, 1, 1, d], for the positions 0 ... length - 1 in `share`; computed in
+        fp32."""
         key = (length, dtype, device, share)
         if key not in self._tables:
             if len(self._tables) >= KEPT_TABLES:

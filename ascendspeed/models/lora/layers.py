@@ -1,11 +1,12 @@
 """LoRA layers beside Megatron-core's frozen linears. Activations are [s, b, width] throughout.
 
-The product z = x A^T of all adapters of a linear, [s, b, n x rank], is narrow, so tensor parallel communicates z:
-- Linear cut along rows (q, k, v; gate, up): A is replicated, B is cut as the weight is. In the backward pass the gradient of z is
-  summed over the ranks, which completes the gradient of A. Under sequence parallel z is gathered, and the gradient of A is partial:
-  it is summed afterwards.
-- Linear cut along columns (o; down): A is cut, z is summed, B is replicated. Under sequence parallel z is scattered, and the
-  gradient of B is partial.
+The product z = x A^T of all adapters of a linear, [s, b, n x rank], is narrow, so tensor parallel
+communicates z:
+- Linear cut along rows (q, k, v; gate, up): A is replicated, B is cut as the weight is. In the backward pass
+  the gradient of z is summed over the ranks, which completes the gradient of A. Under sequence parallel z is
+  gathered, and the gradient of A is partial: it is summed afterwards.
+- Linear cut along columns (o; down): A is cut, z is summed, B is replicated. Under sequence parallel z is
+  scattered, and the gradient of B is partial.
 """
 
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,8 @@ def shard_spec(model: ModelConfig, target: LoraTarget, which: str, rank: int, tp
 
 
 def _needs_full_b(model: ModelConfig, target: LoraTarget, tp: int) -> bool:
-    """True if a rank's rows of q, k and v are not an equal part of each: every rank then holds all of B and selects its rows."""
+    """True if a rank's rows of q, k and v are not an equal part of each: every rank then holds all of B and
+    selects its rows."""
     mapping = target.mapping
     return tp > 1 and mapping.fusion == "qkv" and (len(mapping.hf_params) == 1 or model.kv_heads % tp > 0)
 
@@ -81,7 +83,8 @@ def _add(
 
 
 def _begin(embedding: torch.nn.Module, inputs: tuple, output: Tensor) -> None:
-    """Forward hook of the embedding: recomputed layers silently give adapters no gradient unless their input requires one."""
+    """Forward hook of the embedding: recomputed layers silently give adapters no gradient unless their input
+    requires one."""
     if torch.is_grad_enabled():
         output.requires_grad_()
 
@@ -117,7 +120,8 @@ class LinearAdapter(torch.nn.Module):
         weight = torch.nn.Parameter(torch.zeros(spec.shard_shape, dtype=dtype, device=current_device()))
         if spec.dim is not None:
             set_tensor_model_parallel_attributes(weight, True, spec.dim, 1)
-        # A replicated weight on the sequence-parallel side of the exchange of z sees a part of the sequence: its gradient is partial.
+        # A replicated weight on the sequence-parallel side of the exchange of z sees a part of the sequence:
+        # its gradient is partial.
         sees_part = which == ("B" if self.cut_along_columns else "A")
         weight.sequence_parallel = self.sequence_parallel and spec.dim is None and sees_part
         self.register_parameter(f"{target.leaf}_{which}", weight)
@@ -134,7 +138,8 @@ class LinearAdapter(torch.nn.Module):
         for target in self.targets:
             weight = getattr(self, f"{target.leaf}_{which}")
             if which == "B" and self.needs_full_b:
-                # Each rank uses some rows of B and has the gradient of these rows: the backward pass sums over the ranks.
+                # Each rank uses some rows of B and has the gradient of these rows: the backward pass sums
+                # over the ranks.
                 weight = copy_to_tensor_model_parallel_region(weight, group=self.group)
             yield weight
 
@@ -163,7 +168,8 @@ class LinearAdapter(torch.nn.Module):
         return copy_to_tensor_model_parallel_region(z, group=self.group)
 
     def _fuse(self, deltas: list[Tensor]) -> Tensor:
-        """Concatenates in the order of the linear's outputs: [q ..., k, v] per key/value group; [gate; up]. No adapter adds 0."""
+        """Concatenates in the order of the linear's outputs: [q ..., k, v] per key/value group; [gate; up].
+        No adapter adds 0."""
         if len(self.widths) == 1:
             return deltas[0]
         blocks = [block.unflatten(-1, (self.groups, -1)) for block in self._blocks(deltas)]

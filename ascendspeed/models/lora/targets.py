@@ -1,7 +1,8 @@
 """LoRA targets: which matrices of a model can have an adapter, their names and shapes. No torch.
 
-An adapter belongs to one matrix of the Hugging Face model, so that adapter directories of peft map one to one; several of them
-(q, k, v) share one linear of Megatron-core. A family with its own tensor names (InternLM2's wqkv) also accepts Llama's names.
+An adapter belongs to one matrix of the Hugging Face model, so that adapter directories of peft map one to
+one; several of them (q, k, v) share one linear of Megatron-core. A family with its own tensor names
+(InternLM2's wqkv) also accepts Llama's names.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,7 +58,8 @@ class LoraTarget:
 
 
 def targets_of(model: ModelConfig, mappings: Iterable[ParamMapping] | None = None) -> list[LoraTarget]:
-    """Every matrix that can have an adapter, in the model's order, by its family's mappings or by others for the same parameters."""
+    """Every matrix that can have an adapter, in the model's order, by its family's mappings or by others for
+    the same parameters."""
     targets = []
     for mapping in FAMILIES[model.family].mappings_of(model, mappings):
         *_, linear, kind = mapping.megatron_param.split(".")
@@ -118,7 +120,8 @@ def target_names(model: ModelConfig, words: Sequence[str]) -> tuple[str, ...]:
             f"--lora-target-modules {' '.join(unknown)}: no such matrix; there are {_choices(schemes)}"
         )
     raise UserError(
-        f"--lora-target-modules {' '.join(words)} mixes two ways to name the matrices; use one of {_choices(schemes)}"
+        f"--lora-target-modules {' '.join(words)} mixes two ways to name the matrices; "
+        f"use one of {_choices(schemes)}"
     )
 
 
@@ -128,7 +131,8 @@ def _choices(schemes: Iterable[Iterable[str]]) -> str:
 
 
 def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConfig | None = None) -> int:
-    """Number of adapter parameters of the whole model, or with `parallel` of one tensor- and pipeline-parallel rank."""
+    """Number of adapter parameters of the whole model, or with `parallel` of one tensor- and
+    pipeline-parallel rank."""
     tp = parallel.tensor_model_parallel_size if parallel else 1
     pp = parallel.pipeline_model_parallel_size if parallel else 1
     widths = 0  # in_features of A + out_features of B on one rank, over the targets of a layer
@@ -142,7 +146,8 @@ def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConf
 
 
 def resolve_config(model: ModelConfig, lora: LoraConfig) -> LoraConfig:
-    """The LoRA settings with target modules as single names. Raises `UserError` for unsupported or contradictory settings."""
+    """The LoRA settings with target modules as single names. Raises `UserError` for unsupported or
+    contradictory settings."""
     if not lora.lora_rank:
         if lora != LoraConfig():
             raise UserError(

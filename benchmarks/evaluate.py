@@ -26,9 +26,9 @@ from clock import Took, timed
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.evaluation.prompt_styles import style
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
-from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.evaluation.subjects import SUBJECTS
+from ascendspeed.evaluation.tasks import find_style
 from ascendspeed.models import families
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
@@ -103,7 +103,7 @@ def benchmark(options: Options) -> Benchmark:
         return Question(name, name, text, choices, draw.randrange(4))
 
     subjects = []
-    for topic in list(TOPICS["mmlu"].values())[: options.subjects]:
+    for topic in list(SUBJECTS["mmlu"].values())[: options.subjects]:
         shots = tuple(question(f"{topic.name}/dev/{i}", options.words) for i in range(options.shots))
         lengths = (draw.randint(options.words // 2, options.words * 3 // 2) for _ in range(options.questions))
         subjects.append(
@@ -173,17 +173,17 @@ def sides(
     from lm_eval.models.huggingface import HFLM
 
     from ascendspeed.evaluation import lm_eval as harness
-    from ascendspeed.evaluation.answer_cache import Answers
-    from ascendspeed.evaluation.prompts import Encoder, prepare
-    from ascendspeed.evaluation.runner import Model
+    from ascendspeed.evaluation.answer_cache import AnswerCache
+    from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
+    from ascendspeed.evaluation.runner import EngineBackend
     from ascendspeed.inference import engine
     from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(folder)
     model = engine.load(folder, dtype=options.dtype, device=here)
     room, one = model.config.max_position_embeddings, benchmark(options)
-    put = style("lm-eval", "mmlu", options.shots)
-    prompts = list(prepare(one, put, Encoder(tokens), room, 0))
+    put = find_style("lm-eval", "mmlu", options.shots)
+    prompts = list(build_prompts(one, put, PromptEncoder(tokens), room, 0))
     theirs = HFLM(
         str(folder),
         device=str(here.torch),
@@ -194,20 +194,22 @@ def sides(
     )
 
     def ask(adapter: Any) -> list[float]:
-        grades = harness.ask(adapter, prompts, 0)
-        return [value for grade in grades for value in adapter.answers.known[grade.key]["loglikelihoods"]]
+        grades = harness.grade_prompts(adapter, prompts, 0)
+        return [value for grade in grades for value in adapter.answers.records[grade.key]["loglikelihoods"]]
 
     def ask_ours() -> list[float]:
-        encoder = Encoder(tokens)  # with nothing remembered
+        encoder = PromptEncoder(tokens)  # with nothing remembered
         return ask(
-            harness.Adapter(Model(model, tokens, options.batch_size), encoder, room, Answers(None, {}))
+            harness.HarnessModel(
+                EngineBackend(model, tokens, options.batch_size), encoder, room, AnswerCache(None, {})
+            )
         )
 
     def ask_theirs() -> list[float]:
         by_subject: dict[str, list[Any]] = {}
-        for key, prompt in zip(harness.keys_of(prompts, {}), prompts, strict=True):
+        for key, prompt in zip(harness.answer_keys(prompts, {}), prompts, strict=True):
             by_subject.setdefault(prompt.subject, []).append((key, prompt))
-        tasks = {name: harness.task_of(name, some, 0) for name, some in by_subject.items()}
+        tasks = {name: harness.harness_task(name, some, 0) for name, some in by_subject.items()}
         with contextlib.redirect_stderr(io.StringIO()), torch.inference_mode():
             samples = evaluate(theirs, tasks, bootstrap_iters=0, log_samples=True)["samples"]
         return [
@@ -226,7 +228,7 @@ def measure(options: Options) -> str:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    from ascendspeed.evaluation.prompts import Encoder
+    from ascendspeed.evaluation.prompts import PromptEncoder
     from ascendspeed.tokenization import tokenizer
 
     base = families.preset(options.model) if options.model else SMALL
@@ -235,7 +237,7 @@ def measure(options: Options) -> str:
         write_model(Path(home), model)
         folder = Path(home) / "llama"
         prompts, run = sides(folder, options, here)
-        encoder = Encoder(tokenizer.load(folder))
+        encoder = PromptEncoder(tokenizer.load(folder))
         lengths = [len(encoder.encode(prompt.context)) for prompt in prompts]
         took: dict[str, list[Took]] = {"ours": [], "theirs": []}
         for number in range(options.rounds + 1):

@@ -17,18 +17,25 @@ from lm_eval.models.huggingface import HFLM
 
 from ascendspeed.conversion import weights_identity
 from ascendspeed.evaluation import lm_eval as harness
-from ascendspeed.evaluation import metrics as figures
-from ascendspeed.evaluation import report
-from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
-from ascendspeed.evaluation.loaders import load
-from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
-from ascendspeed.evaluation.prompts import Encoder, prepare
-from ascendspeed.evaluation.runner import Model, check_vocabulary
+from ascendspeed.evaluation import loaders, metrics, prompt_styles, report
+from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerCache, open_on_all_ranks
+from ascendspeed.evaluation.args import resolve
+from ascendspeed.evaluation.prompt_styles import PromptStyle
+from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
+from ascendspeed.evaluation.questions import Question
+from ascendspeed.evaluation.runner import EngineBackend, check_vocabulary
+from ascendspeed.evaluation.tasks import TASKS, EvaluationTask, find_style, load_benchmark
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 SCRIPT = launch.ROOT / "tasks/evaluation/evaluation.py"
 SUBJECTS, QUESTIONS, NEW = 2, 2, 24
+STYLES = [
+    (style, name)
+    for style in ("opencompass", "hendrycks")
+    for name, task in TASKS.items()
+    if style in task.styles
+]
 LIMIT = 1e-5
 """Of log-likelihoods down to -64: lm-eval adds them up in fp32, whose last digit is worth 4e-6 there and 8e-6 beyond."""
 
@@ -73,7 +80,7 @@ def hf(folders) -> HFLM:
 
 def benchmark(task: str, folders, shots: int | None = None):
     """Its first subjects."""
-    found = load(task, folders[task], SHOTS[task] if shots is None else shots, QUESTIONS)
+    found = load_benchmark(task, folders[task], TASKS[task].num_shots if shots is None else shots, QUESTIONS)
     return replace(found, subjects=found.subjects[:SUBJECTS])
 
 
@@ -89,15 +96,15 @@ def asked(
 ):
     """(benchmark, grades, what was answered) of our own way."""
     tokens = tokenizer.load(folders["ours"])
-    encoder = encoder or Encoder(tokens)
+    encoder = encoder or PromptEncoder(tokens)
     one = benchmark(task, folders, shots)
-    put = style(name, task, SHOTS[task] if shots is None else shots)
+    put = find_style(name, task, TASKS[task].num_shots if shots is None else shots)
     room = model.config.max_position_embeddings
-    prompts = list(prepare(one, put, encoder, room, NEW))
-    answers = Answers(None, {}) if answers is None else answers
-    adapter = harness.Adapter(Model(model, tokens, batch_size), encoder, room, answers)
-    grades = harness.ask(adapter, prompts, NEW)
-    return one, grades, [answers.known[grade.key] for grade in grades]
+    prompts = list(build_prompts(one, put, encoder, room, NEW))
+    answers = AnswerCache(None, {}) if answers is None else answers
+    adapter = harness.HarnessModel(EngineBackend(model, tokens, batch_size), encoder, room, answers)
+    grades = harness.grade_prompts(adapter, prompts, NEW)
+    return one, grades, [answers.records[grade.key] for grade in grades]
 
 
 def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
@@ -108,7 +115,7 @@ def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
         made = harness_task(
             task,
             folders[task],
-            subject.topic.name if task in ("mmlu", "ceval", "cmmlu") else "",
+            subject.info.name if task in ("mmlu", "ceval", "cmmlu") else "",
             shots,
             QUESTIONS,
         )
@@ -137,16 +144,18 @@ def far(answers: list[dict], samples: list[dict]) -> float:
 def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, folders):
     one, grades, answers = asked(model, folders, task, shots=shots)
     samples = their_samples(hf, folders, task, shots)
-    assert all(grade.prompt.shots == shots and not grade.prompt.cut for grade in grades)
+    assert all(grade.prompt.num_shots == shots and not grade.prompt.truncated for grade in grades)
     assert far(answers, samples) < LIMIT
     assert [a["greedy"] for a in answers] == [[g for _, g in s["filtered_resps"]] for s in samples]
     for grade, sample in zip(grades, samples, strict=True):
         assert {name: grade.metrics[name] for name in grade.metrics} == {
             n: sample[n] for n in sample["metrics"] if n in grade.metrics
         }
-        assert harness.main_metric(task) in grade.metrics
-    values = [sample[harness.main_metric(task)] for sample in samples]
-    assert figures.of(one, grades, shots).groups["all"]["micro"] == pytest.approx(sum(values) / len(values))
+        assert TASKS[task].main_metric in grade.metrics
+    values = [sample[TASKS[task].main_metric] for sample in samples]
+    assert metrics.score_task(one, grades, shots).groups["all"]["micro"] == pytest.approx(
+        sum(values) / len(values)
+    )
 
 
 def test_written_answers_and_scores_are_lm_evals(model, hf, folders):
@@ -169,26 +178,28 @@ def test_numbers_are_found_in_written_answers(folders):
             for i in reversed(range(len(prompts))):
                 got(i, says[i])
 
-    one = load("gsm8k", folders["gsm8k"], 1, 4)
-    encoder = Encoder(tokenizer.load(folders["ours"]))
-    prompts = list(prepare(one, style("lm-eval", "gsm8k", 1), encoder, 1024, 64))
-    grades = harness.ask(harness.Adapter(Says(), encoder, 1024, Answers(None, {})), prompts, 64)
+    one = load_benchmark("gsm8k", folders["gsm8k"], 1, 4)
+    encoder = PromptEncoder(tokenizer.load(folders["ours"]))
+    prompts = list(build_prompts(one, find_style("lm-eval", "gsm8k", 1), encoder, 1024, 64))
+    grades = harness.grade_prompts(
+        harness.HarnessModel(Says(), encoder, 1024, AnswerCache(None, {})), prompts, 64
+    )
     assert [g.metrics["strict-match"] for g in grades] == [1, 0, 0, 0]
     assert [g.metrics["flexible-extract"] for g in grades] == [1, 1, 0, 0]
-    result = figures.of(one, grades, 1)
+    result = metrics.score_task(one, grades, 1)
     assert result.groups["all"]["micro"] == 0.5
-    assert "strict-match: 25.00" in report.text(result, "x")
+    assert "strict-match: 25.00" in report.as_text(result, "x")
 
 
-class TwoStarts(Encoder):
+class TwoStarts(PromptEncoder):
     """The mistake of a BOS before a text that has one already."""
 
     def __init__(self, tokens) -> None:
         super().__init__(tokens)
-        self.start = self.start * 2
+        self.bos_ids = self.bos_ids * 2
 
 
-class Shifted(Model):
+class Shifted(EngineBackend):
     """The mistake of a continuation that begins one token late."""
 
     def score(self, pairs, got):
@@ -200,14 +211,14 @@ def test_controls(model, hf, folders, monkeypatch):
     assert far(asked(model, folders, "hellaswag")[2], samples) < LIMIT
     tokens = tokenizer.load(folders["ours"])
     assert far(asked(model, folders, "hellaswag", encoder=TwoStarts(tokens))[2], samples) > 1e-2
-    bare = Encoder(tokens)
-    bare.start = []
-    assert far(asked(model, folders, "hellaswag", encoder=bare)[2], samples) > 1e-2
-    monkeypatch.setattr(sys.modules[__name__], "Model", Shifted)
+    without_bos = PromptEncoder(tokens)
+    without_bos.bos_ids = []
+    assert far(asked(model, folders, "hellaswag", encoder=without_bos)[2], samples) > 1e-2
+    monkeypatch.setattr(sys.modules[__name__], "EngineBackend", Shifted)
     assert far(asked(model, folders, "hellaswag")[2], samples) > 1e-2
 
 
-@pytest.mark.parametrize(("name", "task"), [(n, t) for n in ("opencompass", "hendrycks") for t in STYLES[n]])
+@pytest.mark.parametrize(("name", "task"), STYLES)
 def test_other_styles_have_transformers_log_likelihoods(name, task, model, hf, folders):
     """The same texts, given to lm-eval's model."""
     _, grades, answers = asked(model, folders, task, name=name, shots=0)
@@ -228,10 +239,10 @@ def test_batch_sizes_change_nothing(task, model, folders):
 
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
     one = benchmark("boolq", folders)
-    encoder = Encoder(tokenizer.load(folders["ours"]))
-    [prompt, *_] = prepare(one, style("lm-eval", "boolq", 0), encoder, 20, 0)
-    whole = max((len(a) + len(b) - 1 for a, b in encoder.pairs(prompt.context, prompt.answers)))
-    assert prompt.cut == whole - 20 > 0
+    encoder = PromptEncoder(tokenizer.load(folders["ours"]))
+    [prompt, *_] = build_prompts(one, find_style("lm-eval", "boolq", 0), encoder, 20, 0)
+    whole = max((len(a) + len(b) - 1 for a, b in encoder.encode_pairs(prompt.context, prompt.answers)))
+    assert prompt.truncated == whole - 20 > 0
     seen = []
 
     class Sees:
@@ -240,17 +251,57 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
             for i in range(len(pairs)):
                 got(i, -1.0, False)
 
-    grades = harness.ask(harness.Adapter(Sees(), encoder, 20, Answers(None, {})), [prompt], 0)
-    for (context, answer), (full, _) in zip(seen, encoder.pairs(prompt.context, prompt.answers), strict=True):
+    grades = harness.grade_prompts(
+        harness.HarnessModel(Sees(), encoder, 20, AnswerCache(None, {})), [prompt], 0
+    )
+    for (context, answer), (full, _) in zip(
+        seen, encoder.encode_pairs(prompt.context, prompt.answers), strict=True
+    ):
         assert len(context) + len(answer) - 1 <= 20
         assert context == [1, *full[-(len(context) - 1) :]]
         assert context.count(1) == 1
-    assert "lost their beginning" in report.text(
-        figures.of(
+    assert "lost their beginning" in report.as_text(
+        metrics.score_task(
             replace(one, subjects=(replace(one.subjects[0], questions=(prompt.question,)),)), grades, 0
         ),
         "x",
     )
+
+
+def test_a_task_is_one_entry(folders, tmp_path, monkeypatch):
+    """The command, the loader, the prompts, the grades and the report take a toy task from the registry."""
+
+    def parse(name, location, row):
+        return Question(name, location, row["sum"], ("2", "3"), row["right"])
+
+    toy = EvaluationTask(
+        "toy",
+        load=loaders.json_lines("toy", ("toy.jsonl",), ("train.jsonl",), parse),
+        styles={"lm-eval": PromptStyle(lambda subject, shots, q: f"{q.text} =", prompt_styles.texts)},
+    )
+    monkeypatch.setitem(TASKS, toy.name, toy)
+    rows = [{"sum": "1 + 1", "right": 0}, {"sum": "1 + 2", "right": 1}]
+    (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--load", str(folders["ours"]), "--task-data-path", str(tmp_path), "--task"]
+    [(one, put)] = resolve([*words, "toy"], 1)[0].benchmarks
+    with pytest.raises(UserError, match=r"--task other does not exist; choose from mmlu, .*, hellaswag, toy"):
+        resolve([*words, "other"], 1)
+
+    class AlwaysTwo:
+        def score(self, pairs, on_score):
+            for i in range(len(pairs)):
+                on_score(i, -1.0 - i % 2, False)
+
+    encoder = PromptEncoder(tokenizer.load(folders["ours"]))
+    prompts = list(build_prompts(one, put, encoder, 1024, 0))
+    assert [(p.context, p.answers) for p in prompts] == [("1 + 1 =", [" 2", " 3"]), ("1 + 2 =", [" 2", " 3"])]
+    grades = harness.grade_prompts(
+        harness.HarnessModel(AlwaysTwo(), encoder, 1024, AnswerCache(None, {})), prompts, 0
+    )
+    score = metrics.score_task(one, grades, 0)
+    assert (score.metric, score.groups["all"]["micro"]) == ("acc", 0.5)
+    assert report.as_text(score, "x").startswith(f"toy ({tmp_path}), x, acc in %")
+    assert report.as_json(score, 0)["questions"] == 2
 
 
 class Stops(Exception):
@@ -273,24 +324,24 @@ class Counts:
 
 def sampled(folders, backend, answers):
     """Asks the sample."""
-    one, encoder = load("mmlu", SAMPLE, 1), Encoder(tokenizer.load(folders["ours"]))
-    prompts = list(prepare(one, style("lm-eval", "mmlu", 1), encoder, 1024, 0))
-    return one, harness.ask(harness.Adapter(backend, encoder, 1024, answers), prompts, 0)
+    one, encoder = load_benchmark("mmlu", SAMPLE, 1), PromptEncoder(tokenizer.load(folders["ours"]))
+    prompts = list(build_prompts(one, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    return one, harness.grade_prompts(harness.HarnessModel(backend, encoder, 1024, answers), prompts, 0)
 
 
 def test_killed_it_goes_on_where_it_was(tmp_path, folders):
     settings = {"model_sha256": "m", "prompt_style": "lm-eval"}
-    whole = sampled(folders, Counts(), Answers(None, settings))[1]
-    answers = Answers(tmp_path, settings)
+    whole = sampled(folders, Counts(), AnswerCache(None, settings))[1]
+    answers = AnswerCache(tmp_path, settings)
     with pytest.raises(Stops):
         sampled(folders, Counts(4 * 23 + 2), answers)  # in the middle of a question
     answers.close()
-    path = tmp_path / NAME
+    path = tmp_path / FILE_NAME
     assert len(path.read_text().splitlines()) == 1 + 23
     with open(path, "ab") as file:
         file.write(path.read_bytes().splitlines()[-1][:50])  # what a kill leaves of a line
-    answers, backend = Answers(tmp_path, settings), Counts()
-    assert len(answers.known) == 23
+    answers, backend = AnswerCache(tmp_path, settings), Counts()
+    assert len(answers.records) == 23
     again = sampled(folders, backend, answers)[1]
     answers.close()
     assert backend.asked == 4 * (60 - 23)
@@ -298,7 +349,7 @@ def test_killed_it_goes_on_where_it_was(tmp_path, folders):
     assert len(path.read_text().splitlines()) == 1 + 60
     assert all(json.loads(line) for line in path.read_text().splitlines())
     idle = Counts(0)  # all of it is there
-    assert [g.metrics for g in sampled(folders, idle, Answers(tmp_path, settings))[1]] == [
+    assert [g.metrics for g in sampled(folders, idle, AnswerCache(tmp_path, settings))[1]] == [
         g.metrics for g in whole
     ]
 
@@ -310,27 +361,27 @@ def test_a_model_that_gives_no_number(value, folders):
             got(0, value, False)
 
     with pytest.raises(UserError, match=r"arithmetic_test\.csv:1: the model's log-likelihood is -?(nan|inf)"):
-        sampled(folders, Broken(), Answers(None, {}))
+        sampled(folders, Broken(), AnswerCache(None, {}))
 
 
 def test_answers_of_another_run_are_refused(tmp_path):
-    Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"}).close()
+    AnswerCache(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"}).close()
     with pytest.raises(
         UserError,
-        match="holds answers of prompt_style lm-eval, and this is hendrycks: choose another --output-dir",
+        match="holds answers of prompt_style lm-eval, this run has hendrycks: choose another --output-dir",
     ):
-        Answers(tmp_path, {"model_sha256": "m", "prompt_style": "hendrycks"})
-    with pytest.raises(UserError, match="holds answers of model_sha256 m, and this is n"):
-        Answers(tmp_path, {"model_sha256": "n", "prompt_style": "lm-eval"})
-    path = tmp_path / NAME
+        AnswerCache(tmp_path, {"model_sha256": "m", "prompt_style": "hendrycks"})
+    with pytest.raises(UserError, match="holds answers of model_sha256 m, this run has n"):
+        AnswerCache(tmp_path, {"model_sha256": "n", "prompt_style": "lm-eval"})
+    path = tmp_path / FILE_NAME
     path.write_text(path.read_text() + "{}\n")
-    with pytest.raises(UserError, match=r"questions\.jsonl:2: this is no answer of an evaluation"):
-        Answers(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"})
+    with pytest.raises(UserError, match=r"questions\.jsonl:2: this line is not an answer of an evaluation"):
+        AnswerCache(tmp_path, {"model_sha256": "m", "prompt_style": "lm-eval"})
     path.write_text("")
-    assert not Answers(tmp_path, {}).known  # killed before the first line was whole
+    assert not AnswerCache(tmp_path, {}).records  # killed before the first line was whole
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
-        Answers(tmp_path / "file", {})
+        AnswerCache(tmp_path / "file", {})
 
 
 class Ranks:
@@ -349,11 +400,11 @@ class Ranks:
 
 def test_a_refused_folder_is_refused_on_every_rank(tmp_path):
     """With one line that is the same, and none of them waits for the other; a good one is known to all."""
-    Answers(tmp_path, {"seed": 1}).close()
+    AnswerCache(tmp_path, {"seed": 1}).close()
 
-    def opened(rank: int, settings: dict) -> Answers | str:
+    def opened(rank: int, settings: dict) -> AnswerCache | str:
         try:
-            return open_together(tmp_path, settings, Ranks(rank, meet, given))
+            return open_on_all_ranks(tmp_path, settings, Ranks(rank, meet, given))
         except UserError as error:
             return str(error)
 
@@ -363,34 +414,34 @@ def test_a_refused_folder_is_refused_on_every_rank(tmp_path):
             found = list(pool.map(opened, (0, 1), (settings, settings)))
         if settings["seed"] == 2:
             assert found[0] == found[1]
-            assert "holds answers of seed 1, and this is 2: choose another --output-dir" in found[0]
+            assert "holds answers of seed 1, this run has 2: choose another --output-dir" in found[0]
         else:
-            assert [one.known for one in found] == [{}, {}]
+            assert [one.records for one in found] == [{}, {}]
             found[0].close()
 
 
 def test_means_by_hand(folders):
     """Two subjects of different sizes in one category: macro and micro differ."""
-    one = load("mmlu", SAMPLE, 1)
+    one = load_benchmark("mmlu", SAMPLE, 1)
     sizes = {"arithmetic": 3, "computer_basics": 1, "english_words": 2, "world_geography": 2}
     one = replace(
-        one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.topic.name]]) for s in one.subjects)
+        one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.info.name]]) for s in one.subjects)
     )
-    encoder = Encoder(tokenizer.load(folders["ours"]))
-    prompts = list(prepare(one, style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    encoder = PromptEncoder(tokenizer.load(folders["ours"]))
+    prompts = list(build_prompts(one, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
     values = [1, 0, 0, 1, 1, 0, 0, 0]
     grades = [
         harness.Grade(prompt, str(i), {"acc": float(v)})
         for i, (prompt, v) in enumerate(zip(prompts, values, strict=True))
     ]
-    result = figures.of(one, grades, 2)
+    result = metrics.score_task(one, grades, 2)
     stem = result.groups["STEM"]
     assert (stem["macro"], stem["micro"]) == pytest.approx(((1 / 3 + 1) / 2, 2 / 4))
     assert (result.groups["all"]["macro"], result.groups["all"]["micro"]) == pytest.approx(
         ((1 / 3 + 1 + 1 / 2 + 0) / 4, 3 / 8)
     )
-    assert (result.dropped, result.shortened, result.cut) == (8, 8, 0)
-    shown = report.text(result, "title")
+    assert (result.dropped, result.shortened, result.truncated) == (8, 8, 0)
+    shown = report.as_text(result, "title")
     assert "8 examples did not fit before 8 questions" in shown
     assert any(line.split()[:4] == ["STEM", "4", "66.67", "50.00"] for line in shown.splitlines())
     table = list(csv.DictReader(report.as_csv([result]).splitlines()))
@@ -402,9 +453,9 @@ def test_means_by_hand(folders):
         "metric": "acc micro",
         "value": "0.375",
     } in table
-    assert report.chart([result, result], "title").startswith(b"\x89PNG")
+    assert report.draw_chart([result, result], "title").startswith(b"\x89PNG")
     with pytest.raises(AssertionError):  # control: a subject that shrank
-        figures.of(one, grades[1:], 2)
+        metrics.score_task(one, grades[1:], 2)
 
 
 def test_hashes_of_a_model(folders, tmp_path):
@@ -452,7 +503,7 @@ def run(folder: Path, *words: str, world: int = 1) -> tuple[int, str]:
 
 def records(folder: Path) -> list[dict]:
     """The answers, in the order of the file."""
-    return [json.loads(line) for line in (folder / NAME).read_text().splitlines()[1:]]
+    return [json.loads(line) for line in (folder / FILE_NAME).read_text().splitlines()[1:]]
 
 
 def same(folder: Path, other: Path) -> None:
@@ -512,16 +563,20 @@ def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
         8,
     )
     assert {"torch", "lm_eval", "megatron-core", "ascendspeed"} <= whole["versions"].keys()
-    theirs, encoder = records(tmp_path), Encoder(tokenizer.load(folders["ours"]))
-    found = [(load("mmlu", SAMPLE, 2, 2), 2), (load("gsm8k", folders["gsm8k"], 2, 2), 2)]
-    prompts = [p for one, n in found for p in prepare(one, style("lm-eval", one.name, n), encoder, 1024, NEW)]
-    adapter = harness.Adapter(
-        Model(model, encoder.tokenizer, 3), encoder, 1024, Answers(None, whole["settings"])
+    theirs, encoder = records(tmp_path), PromptEncoder(tokenizer.load(folders["ours"]))
+    found = [(load_benchmark("mmlu", SAMPLE, 2, 2), 2), (load_benchmark("gsm8k", folders["gsm8k"], 2, 2), 2)]
+    prompts = [
+        p
+        for one, n in found
+        for p in build_prompts(one, find_style("lm-eval", one.name, n), encoder, 1024, NEW)
+    ]
+    adapter = harness.HarnessModel(
+        EngineBackend(model, encoder.tokenizer, 3), encoder, 1024, AnswerCache(None, whole["settings"])
     )
-    grades = harness.ask(adapter, prompts, NEW)
+    grades = harness.grade_prompts(adapter, prompts, NEW)
     assert [grade.key for grade in grades] == [record["key"] for record in theirs]
     for grade, record in zip(grades, theirs, strict=True):
-        own = adapter.answers.known[grade.key]
+        own = adapter.answers.records[grade.key]
         assert grade.metrics == record["metrics"]
         assert own.get("text") == record.get("text")
         assert own.get("loglikelihoods") == pytest.approx(record.get("loglikelihoods"), abs=LIMIT)
@@ -549,7 +604,7 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
     with subprocess.Popen(
         list(map(str, command)), env=launch.environment(), stdout=subprocess.DEVNULL, cwd=launch.ROOT
     ) as process:
-        while process.poll() is None and not (tmp_path / "three" / NAME).exists():
+        while process.poll() is None and not (tmp_path / "three" / FILE_NAME).exists():
             pass
         process.kill()
     code, said = run(tmp_path, *words, "--output-dir", tmp_path / "three")
@@ -570,7 +625,7 @@ def test_eval_internlm_sh_says_what_is_wrong_in_one_line(folders, tmp_path):
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: --task bbh: BBH is not there yet; there are mmlu" in done.stderr + done.stdout
+    assert "error: --task bbh: BBH is not supported; choose from mmlu" in done.stderr + done.stdout
 
 
 @pytest.mark.slow
@@ -587,4 +642,4 @@ def test_an_answer_longer_than_the_model(folders, tmp_path):
     ]
     code, said = run(tmp_path, *words, "--max-input-length", "200", "--device", "cpu")
     assert (code, said.count("\n")) == (2, 1), said
-    assert "--max-new-tokens 256 of gsm8k leaves nothing of 200 tokens for the question" in said
+    assert "--max-new-tokens 256 of gsm8k leaves none of the 200 tokens for the question" in said

@@ -9,9 +9,9 @@ import pytest
 from helpers.evaluating import MAKERS, SAMPLE, mmlu, put_csv, put_jsonl, rows
 
 from ascendspeed.evaluation.args import resolve
-from ascendspeed.evaluation.loaders import OWN, TASKS, load
-from ascendspeed.evaluation.prompt_styles import SHOTS
-from ascendspeed.evaluation.subjects import CEVAL_HARD, TOPICS
+from ascendspeed.evaluation.loaders import CUSTOM_SUBJECTS
+from ascendspeed.evaluation.subjects import CEVAL_HARD, SUBJECTS
+from ascendspeed.evaluation.tasks import TASKS, load_benchmark
 from ascendspeed.utils.errors import UserError
 
 ONE = "subject,category\nanatomy,STEM\n"
@@ -20,19 +20,19 @@ ONE = "subject,category\nanatomy,STEM\n"
 def small(folder, count=3):
     """One subject, declared as a set of one's own."""
     mmlu(folder, count, ["anatomy"])
-    (folder / OWN).write_text(ONE)
+    (folder / CUSTOM_SUBJECTS).write_text(ONE)
     return folder
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_benchmark_is_read_whole(task, tmp_path):
-    found = load(task, MAKERS[task](tmp_path), SHOTS[task])
+    found = load_benchmark(task, MAKERS[task](tmp_path), TASKS[task].num_shots)
     expected = {"mmlu": 57 * 3, "ceval": 52 * 2, "cmmlu": 67 * 2, "boolq": 8, "gsm8k": 6, "hellaswag": 8}
-    assert (found.size, found.own) == (expected[task], False)
-    assert {len(subject.shots) for subject in found.subjects} == {SHOTS[task]}
-    assert load(task, tmp_path, SHOTS[task], limit=1).size == len(found.subjects)
+    assert (found.size, found.custom) == (expected[task], False)
+    assert {len(subject.shots) for subject in found.subjects} == {TASKS[task].num_shots}
+    assert load_benchmark(task, tmp_path, TASKS[task].num_shots, limit=1).size == len(found.subjects)
     assert all(
-        question.where.startswith(str(tmp_path))
+        question.location.startswith(str(tmp_path))
         for subject in found.subjects
         for question in subject.questions
     )
@@ -40,7 +40,7 @@ def test_every_benchmark_is_read_whole(task, tmp_path):
 
 def test_text_is_kept_verbatim(tmp_path):
     """Numbers, None, NA, quotes, commas, newlines and blanks: what Python's own csv reads there is what we ask."""
-    [subject] = load("mmlu", small(tmp_path, 10), 5).subjects
+    [subject] = load_benchmark("mmlu", small(tmp_path, 10), 5).subjects
     for question, row in zip(subject.questions, rows("anatomy", "test", 10), strict=True):
         assert [question.text, *question.choices, "ABCD"[question.answer]] == row
     assert {"0.50", "None", "NA", "nan", "1e5", "two\nlines", " 007 ", "a, b"} <= {
@@ -51,19 +51,19 @@ def test_text_is_kept_verbatim(tmp_path):
     ]  # in the order of the file
     # lines are those of the file, where a question may have several
     lines = (tmp_path / "test/anatomy_test.csv").read_text().split("\n")
-    assert all(lines[int(q.where.rsplit(":", 1)[1]) - 1].startswith(q.text) for q in subject.questions)
+    assert all(lines[int(q.location.rsplit(":", 1)[1]) - 1].startswith(q.text) for q in subject.questions)
 
 
 def test_a_folder_around_the_data(tmp_path):
     mmlu(tmp_path / "data")
-    assert load("mmlu", tmp_path, 5).size == 57 * 3
+    assert load_benchmark("mmlu", tmp_path, 5).size == 57 * 3
     MAKERS["ceval"](tmp_path / "formal_ceval")
-    assert load("ceval", tmp_path, 5).size == 52 * 2
+    assert load_benchmark("ceval", tmp_path, 5).size == 52 * 2
 
 
 def test_categories():
     assert {
-        c: sum(t.category == c for t in TOPICS["mmlu"].values())
+        c: sum(t.category == c for t in SUBJECTS["mmlu"].values())
         for c in ("STEM", "humanities", "social sciences", "other")
     } == {
         "STEM": 19,
@@ -71,10 +71,14 @@ def test_categories():
         "social sciences": 12,
         "other": 13,
     }
-    assert (len(TOPICS["ceval"]), len(TOPICS["cmmlu"])) == (52, 67)
-    assert sum("hard" in topic.sets for topic in TOPICS["ceval"].values()) == len(CEVAL_HARD.split()) == 8
-    assert TOPICS["ceval"]["law"].title == "法学"
-    assert {t.category for t in TOPICS["cmmlu"].values()} == {
+    assert (len(SUBJECTS["ceval"]), len(SUBJECTS["cmmlu"])) == (52, 67)
+    assert (
+        sum("hard" in topic.extra_groups for topic in SUBJECTS["ceval"].values())
+        == len(CEVAL_HARD.split())
+        == 8
+    )
+    assert SUBJECTS["ceval"]["law"].title == "法学"
+    assert {t.category for t in SUBJECTS["cmmlu"].values()} == {
         "STEM",
         "humanities",
         "social sciences",
@@ -103,18 +107,18 @@ def hub(folder, subject="anatomy", answers=(0, 3), shards=1, **more):
 
 
 def test_the_hubs_parquet(tmp_path):
-    for subject in TOPICS["mmlu"]:
+    for subject in SUBJECTS["mmlu"]:
         hub(tmp_path, subject)
     hub(tmp_path, "all")  # the hub has one with everything beside them
-    found = load("mmlu", tmp_path, 2)
+    found = load_benchmark("mmlu", tmp_path, 2)
     assert found.size == 57 * 2
     question = found.subjects[0].questions[1]
     assert (question.text, question.choices, question.answer) == ("Q1 test", ("0.50", "None", "NA", "x"), 3)
-    assert question.where.endswith("test-00000-of-00001.parquet: row 1")
+    assert question.location.endswith("test-00000-of-00001.parquet: row 1")
 
 
 def test_ceval_on_the_hub(tmp_path):
-    for subject in TOPICS["ceval"]:
+    for subject in SUBJECTS["ceval"]:
         (tmp_path / subject).mkdir()
         for split in ("dev", "val"):
             tables = [
@@ -132,7 +136,7 @@ def test_ceval_on_the_hub(tmp_path):
             pyarrow.parquet.write_table(
                 pyarrow.Table.from_pylist(tables), tmp_path / subject / f"{split}-00000-of-00001.parquet"
             )
-    assert load("ceval", tmp_path, 1).subjects[3].questions[0].answer == 2
+    assert load_benchmark("ceval", tmp_path, 1).subjects[3].questions[0].answer == 2
 
 
 def broken_csv(line):
@@ -163,7 +167,7 @@ BROKEN = {
     "too few fields": (broken_csv("Q,a,b,c,A"), r"anatomy_test\.csv:2: 5 fields, not 6"),
     "too many fields": (
         broken_csv("Q,a,b,c,d,e,A"),
-        r"anatomy_test\.csv:2: 7 fields, not 6; a field that holds commas",
+        r"anatomy_test\.csv:2: 7 fields, not 6; a field with commas",
     ),
     "answer E": (broken_csv("Q,a,b,c,d,E"), r"anatomy_test\.csv:2: the answer 'E' is not one of A, B, C, D"),
     "answer a": (broken_csv("Q,a,b,c,d,a"), r"anatomy_test\.csv:2: the answer 'a' is not one of"),
@@ -191,19 +195,25 @@ BROKEN = {
         r"test: mmlu has anatomy \(1\), which it does not know",
     ),
     "a double subject": (
-        lambda f: (small(f) / OWN).write_text(ONE + "anatomy,other\n"),
+        lambda f: (small(f) / CUSTOM_SUBJECTS).write_text(ONE + "anatomy,other\n"),
         r"subjects\.csv names anatomy twice",
     ),
     "a strange subject": (
-        lambda f: (small(f) / OWN).write_text(ONE + "../x,other\n"),
-        r"'\.\./x' is no name of a subject",
+        lambda f: (small(f) / CUSTOM_SUBJECTS).write_text(ONE + "../x,other\n"),
+        r"'\.\./x' is not a valid subject name",
     ),
-    "no subjects": (lambda f: (small(f) / OWN).write_text("subject,category\n"), r"names no subject"),
+    "no subjects": (
+        lambda f: (small(f) / CUSTOM_SUBJECTS).write_text("subject,category\n"),
+        r"names no subject",
+    ),
     "a nameless column": (
-        lambda f: (small(f) / OWN).write_text("anatomy,STEM\n"),
+        lambda f: (small(f) / CUSTOM_SUBJECTS).write_text("anatomy,STEM\n"),
         r"subjects\.csv:1: the first line must name",
     ),
-    "nothing": (lambda f: (f / "test").mkdir(), r"holds no mmlu: looked for test/SUBJECT_test\.csv and"),
+    "nothing": (
+        lambda f: (f / "test").mkdir(),
+        r"has no files of mmlu: looked for test/SUBJECT_test\.csv and",
+    ),
 }
 
 
@@ -212,12 +222,12 @@ def test_what_is_wrong_is_named(case, tmp_path):
     put, said = BROKEN[case]
     put(tmp_path)
     with pytest.raises(UserError, match=said) as error:
-        load("mmlu", tmp_path, 5)
+        load_benchmark("mmlu", tmp_path, 5)
     assert "\n" not in str(error.value)
 
 
 def test_parquet_that_is_wrong(tmp_path):
-    (tmp_path / OWN).write_text(ONE)
+    (tmp_path / CUSTOM_SUBJECTS).write_text(ONE)
     for wrong, said in (
         ((0, 4), "the answer 4 is not one of"),
         ((-1,), "the answer -1 is not one of"),
@@ -225,12 +235,12 @@ def test_parquet_that_is_wrong(tmp_path):
     ):
         hub(tmp_path, answers=wrong)
         with pytest.raises(UserError, match=rf"test-00000-of-00001\.parquet: row .: {said}"):
-            load("mmlu", tmp_path, 0)
+            load_benchmark("mmlu", tmp_path, 0)
     (tmp_path / "anatomy/test-00000-of-00001.parquet").unlink()
     hub(tmp_path, shards=2)
     (tmp_path / "anatomy/dev-00000-of-00001.parquet").unlink()
     with pytest.raises(UserError, match="is one of 2 files, but 1 are there"):
-        load("mmlu", tmp_path, 0)
+        load_benchmark("mmlu", tmp_path, 0)
 
 
 JSONL = {
@@ -262,54 +272,57 @@ def test_json_lines_that_are_wrong(task, change, said, tmp_path):
     tables[4] |= change
     put_jsonl(path, tables)
     with pytest.raises(UserError, match=rf"{path.name}:5: .*{said}"):
-        load(task, tmp_path, 0)
+        load_benchmark(task, tmp_path, 0)
     path.write_text('{"question": "q"\n')
     with pytest.raises(UserError, match=rf"{path.name}:1: this line is not JSON"):
-        load(task, tmp_path, 0)
+        load_benchmark(task, tmp_path, 0)
     path.unlink()
     with pytest.raises(UserError, match=f"{task} lacks"):
-        load(task, tmp_path, 0)
+        load_benchmark(task, tmp_path, 0)
 
 
 def test_two_files_for_one_split(tmp_path):
     MAKERS["boolq"](tmp_path)
     (tmp_path / "dev.jsonl").write_text("")
-    with pytest.raises(UserError, match=r"boolq holds val\.jsonl and dev\.jsonl: remove one"):
-        load("boolq", tmp_path, 0)
+    with pytest.raises(UserError, match=r"boolq has both val\.jsonl and dev\.jsonl: remove one"):
+        load_benchmark("boolq", tmp_path, 0)
 
 
 def test_the_originals_names_of_boolq(tmp_path):
     put_jsonl(tmp_path / "dev.jsonl", [{"question": "q", "title": "t", "answer": True, "passage": "p"}])
-    assert load("boolq", tmp_path, 0).subjects[0].questions[0].answer == 1
+    assert load_benchmark("boolq", tmp_path, 0).subjects[0].questions[0].answer == 1
 
 
 @pytest.mark.parametrize(
     ("task", "said"),
     [
-        ("agieval", "AGIEval is not there yet"),
-        ("bbh", "BBH is not there yet"),
-        ("human_eval", "HumanEval is not there yet"),
-        ("mmlu-pro", "--task mmlu-pro does not exist; there are mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag"),
+        ("agieval", "AGIEval is not supported"),
+        ("bbh", "BBH is not supported"),
+        ("human_eval", "HumanEval is not supported"),
+        (
+            "mmlu-pro",
+            "--task mmlu-pro does not exist; choose from mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag",
+        ),
     ],
 )
 def test_tasks_that_do_not_exist(task, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        load(task, tmp_path, 0)
+        load_benchmark(task, tmp_path, 0)
     with pytest.raises(UserError, match="is not a directory"):
-        load("mmlu", tmp_path / "nowhere", 0)
+        load_benchmark("mmlu", tmp_path / "nowhere", 0)
 
 
 def test_too_few_examples(tmp_path):
     with pytest.raises(UserError, match="5 examples for anatomy, fewer than --num-fewshot 6"):
-        load("mmlu", small(tmp_path), 6)
-    assert load("mmlu", tmp_path, 0).subjects[0].shots == ()
+        load_benchmark("mmlu", small(tmp_path), 6)
+    assert load_benchmark("mmlu", tmp_path, 0).subjects[0].shots == ()
 
 
 def test_the_sample_is_sound():
     """Every question once, four different choices, and answers that are as often A as D."""
-    found = load("mmlu", SAMPLE, 5)
+    found = load_benchmark("mmlu", SAMPLE, 5)
     questions = [q for subject in found.subjects for q in (*subject.shots, *subject.questions)]
-    assert found.own
+    assert found.custom
     assert (len(found.subjects), found.size) == (4, 60)
     assert len({q.text for q in questions}) == len(questions) == 80
     assert all(
@@ -333,16 +346,16 @@ def test_the_sample_is_sound():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--task-data-path {data}", "--task is needed"),
+        ("--task-data-path {data}", "--task is required"),
         ("--task mmlu", "--task names 1 \\(mmlu\\) and --task-data-path 0: give one folder for each"),
         ("--task mmlu boolq --task-data-path {data}", "names 2 \\(mmlu boolq\\) and --task-data-path 1"),
         ("--task mmlu mmlu --task-data-path {data} {data}", "--task names mmlu twice"),
-        ("--task bbh --task-data-path {data}", "BBH is not there yet"),
+        ("--task bbh --task-data-path {data}", "BBH is not supported"),
         ("--task mmlu --task-data-path {data} --num-fewshot -1", "--num-fewshot -1 is too small: at least 0"),
         ("--task mmlu --task-data-path {data} --limit 0", "--limit 0 is too small"),
         (
             "--task gsm8k --task-data-path {data} --max-new-tokens 2",
-            "--max-new-tokens 2: gsm8k's answers are worked out",
+            "--max-new-tokens 2 is too few for gsm8k",
         ),
         ("--task mmlu --task-data-path {data} --prompt-style helm", "helm"),
         ("--task mmlu --task-data-path {data} --tp 2", "1 processes were started, but TP 2"),

@@ -10,7 +10,7 @@ import pytest
 from helpers import corpus, launch
 
 from ascendspeed.evaluation import haystack
-from ascendspeed.evaluation.haystack import Cell, cells
+from ascendspeed.evaluation.haystack import Cell, make_cells
 from ascendspeed.utils.errors import UserError
 
 
@@ -25,12 +25,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def test_cells():
-    found = cells((200, 100), (50, 0), 2)
+    found = make_cells((200, 100), (50, 0), 2)
     assert [(c.length, c.depth, c.trial) for c in found] == [
         (n, d, t) for n in (100, 200) for d in (0, 50) for t in (0, 1)
     ]
-    assert len({haystack.number(1, c) for c in found} | {haystack.number(2, c) for c in found}) == 16
-    assert all(len(haystack.number(1, c)) == 7 for c in found)
+    assert (
+        len({haystack.magic_number(1, c) for c in found} | {haystack.magic_number(2, c) for c in found}) == 16
+    )
+    assert all(len(haystack.magic_number(1, c)) == 7 for c in found)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +47,12 @@ def test_cells():
 )
 def test_cells_that_mean_nothing(lengths, depths, says):
     with pytest.raises(UserError, match=re.escape(says)):
-        cells(lengths, depths, 1)
+        make_cells(lengths, depths, 1)
 
 
 @pytest.mark.parametrize(("depth", "before"), [(0, 0), (25, 5), (50, 10), (100, 20)])
 def test_the_needle_lies_where_it_should(depth, before):
-    made = haystack.text(Cell(0, depth, 0), "Needle.", ["One.", "Two two."], [1, 2], 30)
+    made = haystack.build_text(Cell(0, depth, 0), "Needle.", ["One.", "Two two."], [1, 2], 30)
     parts = made.split(" Needle.") if depth else ["", made.removeprefix("Needle.")]
     assert parts[0].count(".") == before
     assert made.count(".") == 21
@@ -59,12 +61,19 @@ def test_the_needle_lies_where_it_should(depth, before):
 
 def test_files_are_cut_into_sentences(tmp_path):
     (tmp_path / "a.txt").write_text("One. Two!  Three?\nFour\n\n五。 六")
-    assert haystack.sentences([str(tmp_path / "a.txt")]) == ["One.", "Two!", "Three?", "Four", "五。", "六"]
-    assert haystack.sentences([]) == list(haystack.FILLER)
+    assert haystack.read_sentences([str(tmp_path / "a.txt")]) == [
+        "One.",
+        "Two!",
+        "Three?",
+        "Four",
+        "五。",
+        "六",
+    ]
+    assert haystack.read_sentences([]) == list(haystack.FILLER)
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
     for name in ("b.txt", "none.txt"):
         with pytest.raises(UserError, match=name):
-            haystack.sentences([str(tmp_path / name)])
+            haystack.read_sentences([str(tmp_path / name)])
 
 
 @pytest.mark.parametrize(
@@ -77,7 +86,7 @@ def test_files_are_cut_into_sentences(tmp_path):
     ],
 )
 def test_answers(answer, wanted, found):
-    assert haystack.found(answer, wanted) is found
+    assert haystack.contains_answer(answer, wanted) is found
 
 
 def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_path, monkeypatch, capsys):
@@ -143,19 +152,19 @@ def test_what_is_too_short_or_not_to_be_found(cpu, tiny, tmp_path):
     from ascendspeed.evaluation import needle
 
     flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out")]
-    with pytest.raises(UserError, match="of use only with --chat"):
+    with pytest.raises(UserError, match="has no effect without --chat"):
         needle.resolve([*flags, "--chat-template", "v1"], 1)
     with pytest.raises(UserError, match=r"--lengths 60: at least \d+ tokens are needed"):
         needle.run(needle.resolve([*flags, "--lengths", "60"], 1)[0], cpu, [])
-    with pytest.raises(UserError, match="say with --answer what is to be found"):
+    with pytest.raises(UserError, match="give the expected text with --answer"):
         needle.resolve([*flags, "--needle", "The best thing is a sandwich."], 1)
 
 
 @pytest.mark.slow
 def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
-    from ascendspeed.evaluation.answer_cache import Answers
+    from ascendspeed.evaluation.answer_cache import AnswerCache
 
-    Answers(tmp_path, {"haystack": ["another"]}).close()
+    AnswerCache(tmp_path, {"haystack": ["another"]}).close()
     flags = [
         "--load",
         str(tiny),
@@ -187,5 +196,5 @@ def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
     said = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [2, 2]
     assert said[0].startswith("error: ")
-    assert "holds answers of haystack ['another'], and this is []" in said[0]
+    assert "holds answers of haystack ['another'], this run has []" in said[0]
     assert said[1] == f"[rank 1] {said[0]}"

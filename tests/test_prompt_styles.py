@@ -5,11 +5,10 @@ from dataclasses import replace
 import pytest
 from helpers.evaluating import MAKERS, harness_task
 
-from ascendspeed.evaluation.loaders import load
-from ascendspeed.evaluation.prompt_styles import SHOTS, STYLES, style
-from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
-from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.evaluation.subjects import SUBJECTS
+from ascendspeed.evaluation.tasks import TASKS, find_style, load_benchmark
 from ascendspeed.utils.errors import UserError
 
 ASKED = [
@@ -51,9 +50,9 @@ OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave fo
 
 def whole(name: str, task: str, subject: str, shots: int) -> str:
     """Context, delimiter and the last choice."""
-    found = STYLES[name][task]
+    found = TASKS[task].styles[name]
     return (
-        found.context(TOPICS[task][subject], ASKED[:shots], ASKED[2])
+        found.context(SUBJECTS[task][subject], ASKED[:shots], ASKED[2])
         + found.delimiter
         + found.choices(ASKED[2])[-1]
     )
@@ -66,8 +65,8 @@ def test_opencompass(task, subject, shots):
 
 def test_opencompass_boolq():
     question = Question("", "", "is it so", ("no", "yes"), 1, "P -- p")
-    found = style("opencompass", "boolq", 0)
-    assert found.context(TOPICS["mmlu"]["anatomy"], (), question) == "P -- p\nQuestion: is it so?"
+    found = find_style("opencompass", "boolq", 0)
+    assert found.context(SUBJECTS["mmlu"]["anatomy"], (), question) == "P -- p\nQuestion: is it so?"
     assert (found.delimiter, found.choices(question)) == ("\n", ("No", "Yes"))
 
 
@@ -85,22 +84,25 @@ def test_hendrycks():
     )
 
 
-@pytest.mark.parametrize(("task", "shots"), [*SHOTS.items(), ("boolq", 2), ("hellaswag", 3), ("mmlu", 0)])
+@pytest.mark.parametrize(
+    ("task", "shots"),
+    [*((name, task.num_shots) for name, task in TASKS.items()), ("boolq", 2), ("hellaswag", 3), ("mmlu", 0)],
+)
 def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
     """Against the prompts that lm-eval builds from its own files."""
-    ours = load(task, MAKERS[task](tmp_path), shots)
-    put = style("lm-eval", task, shots)
+    ours = load_benchmark(task, MAKERS[task](tmp_path), shots)
+    put = find_style("lm-eval", task, shots)
     for subject in ours.subjects[:3]:  # the titles of all are compared below
         theirs = harness_task(
             task,
             tmp_path,
-            subject.topic.name if len(ours.subjects) > 1 else "",
+            subject.info.name if len(ours.subjects) > 1 else "",
             shots,
             len(subject.questions),
         )
         assert len(theirs.eval_docs) == len(subject.questions)
         for question, doc in zip(subject.questions, theirs.eval_docs, strict=True):
-            context = put.context(subject.topic, subject.shots, question)
+            context = put.context(subject.info, subject.shots, question)
             assert context == theirs.fewshot_context(doc, shots)
             if put.choices(question):
                 assert list(put.choices(question)) == theirs.doc_to_choice(doc)
@@ -113,19 +115,19 @@ def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
 def test_titles_of_all_subjects_are_lm_evals(task):
     from helpers.evaluating import FILES, HARNESS, _yaml
 
-    for name, topic in TOPICS[task].items():
+    for name, topic in SUBJECTS[task].items():
         theirs = _yaml(HARNESS / FILES[task].format(name))["description"]
-        assert STYLES["lm-eval"][task].context(topic, (), ASKED[0]).startswith(theirs), name
+        assert TASKS[task].styles["lm-eval"].context(topic, (), ASKED[0]).startswith(theirs), name
 
 
 def test_what_a_style_does_not_say_is_refused():
     with pytest.raises(
         UserError,
-        match="--prompt-style hendrycks does not say how to put ceval; choose lm-eval or opencompass",
+        match="--prompt-style hendrycks has no prompts for ceval; choose lm-eval or opencompass",
     ):
-        style("hendrycks", "ceval", 5)
-    with pytest.raises(UserError, match="puts boolq with 0 examples; leave --num-fewshot 3 out"):
-        style("opencompass", "boolq", 3)
+        find_style("hendrycks", "ceval", 5)
+    with pytest.raises(UserError, match="defines boolq with 0 examples; remove --num-fewshot 3"):
+        find_style("opencompass", "boolq", 3)
 
 
 class Letters:
@@ -147,13 +149,13 @@ def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
     from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(corpus.sentencepiece_dir(tmp_path))
-    encoder = Encoder(tokens)
+    encoder = PromptEncoder(tokens)
     theirs = type("Theirs", (TemplateLM,), dict.fromkeys(TemplateLM.__abstractmethods__))()
     theirs.tok_encode = lambda text: [tokens.bos, *tokens.encode(text).tolist()]
     merged = 0
     for context in ("Document 3 says", "Document 3 says  ", "答案: ", "答案:", "It ends", "Docu"):
         for answer in (" that", "\nB", "ment 4", " A", "中"):
-            [pair] = encoder.pairs(context, [answer])
+            [pair] = encoder.encode_pairs(context, [answer])
             assert pair == theirs._encode_pair(context, answer)
             merged += pair[0] + pair[1] != theirs.tok_encode(context + answer)
     assert merged  # control: somewhere the two ways differ
@@ -162,28 +164,28 @@ def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
 @pytest.mark.parametrize("room", [99999, 250, 200, 150, 99, 40])
 def test_examples_are_dropped_one_by_one_the_last_one_first(room):
     """The room is counted by hand: BOS, the context, and all of the longest answer but its last token."""
-    topic = TOPICS["mmlu"]["anatomy"]
+    topic = SUBJECTS["mmlu"]["anatomy"]
     benchmark = Benchmark("mmlu", None, (Subject(topic, tuple(ASKED[:2]), (ASKED[2],)),))
-    put = style("lm-eval", "mmlu", 2)
-    [prompt] = prepare(benchmark, put, Encoder(Letters()), room, 0)
+    put = find_style("lm-eval", "mmlu", 2)
+    [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), room, 0)
     lengths = [1 + len(put.context(topic, ASKED[:shots], ASKED[2])) + len(" A") - 1 for shots in range(3)]
     fitting = [shots for shots, length in enumerate(lengths) if length <= room]
-    assert prompt.shots == max(fitting, default=0)
-    assert prompt.cut == max(0, lengths[0] - room)
-    assert prompt.context == put.context(topic, ASKED[: prompt.shots], ASKED[2])
-    exact = lengths[prompt.shots]  # the border itself
-    [again] = prepare(benchmark, put, Encoder(Letters()), exact, 0)
-    assert again.shots == prompt.shots
-    [less] = prepare(benchmark, put, Encoder(Letters()), exact - 1, 0)
-    assert (less.shots, less.cut) == ((prompt.shots - 1, 0) if prompt.shots else (0, 1))
+    assert prompt.num_shots == max(fitting, default=0)
+    assert prompt.truncated == max(0, lengths[0] - room)
+    assert prompt.context == put.context(topic, ASKED[: prompt.num_shots], ASKED[2])
+    exact = lengths[prompt.num_shots]  # the border itself
+    [again] = build_prompts(benchmark, put, PromptEncoder(Letters()), exact, 0)
+    assert again.num_shots == prompt.num_shots
+    [less] = build_prompts(benchmark, put, PromptEncoder(Letters()), exact - 1, 0)
+    assert (less.num_shots, less.truncated) == ((prompt.num_shots - 1, 0) if prompt.num_shots else (0, 1))
 
 
 def test_a_written_answer_needs_room():
-    topic = replace(TOPICS["mmlu"]["anatomy"], name="gsm8k")
+    topic = replace(SUBJECTS["mmlu"]["anatomy"], name="gsm8k")
     sums = [Question(f"x/{i}", "", f"Q{i}", (), "#### 3") for i in range(2)]
     benchmark = Benchmark("gsm8k", None, (Subject(topic, (sums[0],), (sums[1],)),))
-    put = style("lm-eval", "gsm8k", 1)
+    put = find_style("lm-eval", "gsm8k", 1)
     length = 1 + len(put.context(topic, sums[:1], sums[1]))
     for room, shots in ((length + 20, 1), (length + 19, 0)):
-        [prompt] = prepare(benchmark, put, Encoder(Letters()), room, 20)
-        assert prompt.shots == shots
+        [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), room, 20)
+        assert prompt.num_shots == shots

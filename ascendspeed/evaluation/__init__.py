@@ -1,1 +1,1 @@
-"""How well a model answers: benchmarks as they lie on disk -> questions -> prompts -> answers -> figures."""
+"""Benchmark evaluation: files on disk -> questions -> prompts -> answers -> scores."""

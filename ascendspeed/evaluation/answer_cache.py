@@ -1,4 +1,6 @@
-"""What the model has answered, kept as it comes: a killed evaluation goes on where it was."""
+"""Answers of the model on disk, appended as they arrive, so that a killed evaluation continues where it
+stopped.
+"""
 
 import hashlib
 import json
@@ -10,65 +12,73 @@ from typing import Any
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
 
-NAME = "questions.jsonl"
-BLOCK, SECONDS = 64, 5.0
-"""Answers are on the disk after so many of them, or so long."""
-Record = dict[str, Any]
+FILE_NAME = "questions.jsonl"
+FLUSH_ANSWERS, FLUSH_SECONDS = 64, 5.0
+"""Answers are flushed to disk after this many, or after this time."""
+AnswerRecord = dict[str, Any]
 
 
-def key_of(*parts: Any) -> str:
-    """A name for everything that an answer depends on."""
+def answer_key(*parts: Any) -> str:
+    """Returns a hash of everything that an answer depends on."""
     return hashlib.sha256(json.dumps(parts, ensure_ascii=False, sort_keys=True).encode()).hexdigest()
 
 
-def open_together(folder: Path, settings: Record, grid: Any) -> "Answers":
-    """Rank 0 keeps the file; all know what it holds, or why it cannot be used. Raises `UserError` on every rank alike."""
-    opened, fault = None, None
+def open_on_all_ranks(folder: Path, settings: AnswerRecord, grid: Any) -> "AnswerCache":
+    """Opens the file on rank 0 and sends its records to all ranks.
+
+    Raises the same UserError on every rank.
+    """
+    cache, fault = None, None
     if grid.rank == 0:
         try:
-            opened = Answers(folder, settings)
+            cache = AnswerCache(folder, settings)
         except UserError as error:
             fault = str(error)
-    fault, known = grid.all_gather_object((fault, opened.known if opened else {}))[0]
+    fault, records = grid.all_gather_object((fault, cache.records if cache else {}))[0]
     if fault:
         raise UserError(fault)
-    if opened is None:
-        opened = Answers(None, settings)
-        opened.known = known
-    return opened
+    if cache is None:
+        cache = AnswerCache(None, settings)
+        cache.records = records
+    return cache
 
 
-class Answers:
-    """Key of a question -> what was answered. The first line of the file holds the settings of the run, every other an answer."""
+class AnswerCache:
+    """Answers by the key of their question.
 
-    def __init__(self, folder: Path | None, settings: Record) -> None:
-        """Opens or makes the file in `folder`; None: in memory only.
+    The first line of the file has the settings of the run, each other one an answer.
+    """
 
-        Raises `UserError` when it holds the answers of another model or of other settings, or is damaged. A last line that
-        a kill has cut off is dropped.
+    def __init__(self, folder: Path | None, settings: AnswerRecord) -> None:
+        """Opens or creates the file in `folder`; None: in memory only.
+
+        A last line that a kill has cut off is dropped.
+
+        Raises UserError if the file has answers of another model or of other settings, or is damaged.
         """
-        self.settings, self.known = settings, {}
-        self._file, self._waiting, self._last = None, 0, time.monotonic()
+        self.settings = settings
+        self.records: dict[str, AnswerRecord] = {}
+        self._file, self._unflushed, self._flushed_at = None, 0, time.monotonic()
         if folder is None:
             return
-        path = folder / NAME
+        path = folder / FILE_NAME
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            whole = self._read(path) if path.exists() else 0
-            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - lives as long as this
-            self._file.truncate(whole)
-            self._file.seek(whole)
+            size = self._read(path) if path.exists() else 0
+            self._file = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115 - closed by close()
+            self._file.truncate(size)
+            self._file.seek(size)
         except OSError as error:
             raise UserError(
                 f"{path}: cannot be written: {error.strerror}; choose another --output-dir"
             ) from None
-        if not whole:
+        if not size:
             self._write({"settings": settings})
             self.flush()
 
     def _read(self, path: Path) -> int:
-        """Reads what is there; returns the bytes of whole lines."""
-        whole = 0
+        """Reads the records and returns the number of bytes of complete lines."""
+        size = 0
         with open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.endswith(b"\n"):
@@ -76,40 +86,41 @@ class Answers:
                 try:
                     record = parse_json(line)
                     if number == 1:
-                        self._compare(path, record["settings"])
+                        self._check_settings(path, record["settings"])
                     else:
-                        self.known[record["key"]] = record
+                        self.records[record["key"]] = record
                 except (ValueError, KeyError, TypeError):
                     raise UserError(
-                        f"{path}:{number}: this is no answer of an evaluation; delete the file, or choose another --output-dir"
+                        f"{path}:{number}: this line is not an answer of an evaluation; delete the file, or "
+                        "choose another --output-dir"
                     ) from None
-                whole += len(line)
-        return whole
+                size += len(line)
+        return size
 
-    def _compare(self, path: Path, found: Record) -> None:
-        for name in {**self.settings, **found}:
-            then, now = found.get(name), self.settings.get(name)
-            if then != now:
+    def _check_settings(self, path: Path, previous: AnswerRecord) -> None:
+        for name in {**self.settings, **previous}:
+            if previous.get(name) != self.settings.get(name):
                 raise UserError(
-                    f"{path} holds answers of {name} {then}, and this is {now}: "
-                    "choose another --output-dir, or delete the folder to start anew"
+                    f"{path} holds answers of {name} {previous.get(name)}, this run has "
+                    f"{self.settings.get(name)}: choose another --output-dir, or delete the folder to start "
+                    "over"
                 )
 
-    def put(self, record: Record) -> None:
-        """Keeps an answer under its `key`."""
-        self.known[record["key"]] = record
+    def put(self, record: AnswerRecord) -> None:
+        """Stores an answer under its `key`."""
+        self.records[record["key"]] = record
         if self._file is None:
             return
         self._write(record)
-        self._waiting += 1
-        if self._waiting >= BLOCK or time.monotonic() - self._last > SECONDS:
+        self._unflushed += 1
+        if self._unflushed >= FLUSH_ANSWERS or time.monotonic() - self._flushed_at > FLUSH_SECONDS:
             self.flush()
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: AnswerRecord) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
 
     def flush(self) -> None:
-        """Waits until all of it is on the disk. Raises `UserError`."""
+        """Writes all answers to disk (fsync). Raises UserError."""
         if self._file is None:
             return
         try:
@@ -117,10 +128,10 @@ class Answers:
             os.fsync(self._file.fileno())
         except OSError as error:
             raise UserError(f"{self._file.name}: cannot be written: {error.strerror}") from None
-        self._waiting, self._last = 0, time.monotonic()
+        self._unflushed, self._flushed_at = 0, time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes."""
+        """Flushes and closes the file."""
         self.flush()
         if self._file is not None:
             self._file.close()

@@ -3,34 +3,31 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import FlagCreatePairsOff
+from tyro.conf import FlagCreatePairsOff, arg
 
 from ascendspeed.cli import command
 from ascendspeed.cli.compat import EVALUATE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.evaluation.loaders import load
-from ascendspeed.evaluation.prompt_styles import SHOTS, Style, style
+from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import Benchmark
+from ascendspeed.evaluation.tasks import TASKS, find_style, find_task, load_benchmark
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
-SHORTEST_ANSWER = 16
-"""Least tokens of a worked answer: the published --max-new-tokens 2 is enough for a letter only."""
 ANSWER_TOKENS = 256
 """Default of --max-new-tokens."""
+TASK_HELP = f'Benchmarks: {", ".join(TASKS)}; several may be given in one word: --task "mmlu ceval".'
 
 
 @dataclass(frozen=True)
 class EvaluationArgs:
     """Benchmarks, prompts and results."""
 
-    task: tuple[str, ...] = ()
-    """Benchmarks: mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag; several may stand in one word: --task "mmlu
-    ceval"."""
+    task: Annotated[tuple[str, ...], arg(help=TASK_HELP)] = ()
     task_data_path: tuple[str, ...] = ()
     """Folder of each benchmark, in the order of --task."""
     prompt_style: Literal["lm-eval", "opencompass", "hendrycks"] = "lm-eval"
@@ -69,7 +66,7 @@ class EvaluationJob:
 
     spec: EngineSpec
     evaluation: EvaluationArgs
-    benchmarks: tuple[tuple[Benchmark, Style], ...]
+    benchmarks: tuple[tuple[Benchmark, PromptStyle], ...]
     shots: dict[str, int]
     """Examples before each question, by task."""
     new_tokens: int
@@ -86,19 +83,20 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
     )
     folders = _task_folders(evaluation)
     new_tokens = ANSWER_TOKENS if evaluation.max_new_tokens is None else evaluation.max_new_tokens
-    if "gsm8k" in folders and new_tokens < SHORTEST_ANSWER:
-        raise UserError(
-            f"--max-new-tokens {new_tokens}: gsm8k's answers are worked out in some 100 tokens; leave it out"
-        )
+    shots = {}
+    for name in folders:
+        task = find_task(name)
+        shots[name] = task.num_shots if evaluation.num_fewshot is None else evaluation.num_fewshot
+        if new_tokens < task.min_new_tokens:
+            raise UserError(
+                f"--max-new-tokens {new_tokens} is too few for {name}, whose answers have some 100 tokens; "
+                "leave it out"
+            )
     spec = resolve_engine(line, world)
-    shots = {
-        task: SHOTS.get(task, 0) if evaluation.num_fewshot is None else evaluation.num_fewshot
-        for task in folders
-    }
     benchmarks = []
-    for task, folder in folders.items():
-        benchmark = load(task, folder, shots[task], evaluation.limit)
-        benchmarks.append((benchmark, style(evaluation.prompt_style, benchmark.name, shots[benchmark.name])))
+    for name, folder in folders.items():
+        benchmark = load_benchmark(name, folder, shots[name], evaluation.limit)
+        benchmarks.append((benchmark, find_style(evaluation.prompt_style, name, shots[name])))
     return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens), line.notes
 
 
@@ -106,7 +104,7 @@ def _task_folders(evaluation: EvaluationArgs) -> dict[str, Path]:
     """Returns the folder of each task. Raises UserError unless every task has one and is named once."""
     tasks = [task.lower() for words in evaluation.task for task in words.split()]
     if not tasks:
-        raise UserError("--task is needed: one or more of mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag")
+        raise UserError(f"--task is required: one or more of {', '.join(TASKS)}")
     repeated = [task for task in tasks if tasks.count(task) > 1]
     if repeated:
         raise UserError(f"--task names {repeated[0]} twice")

@@ -1,4 +1,4 @@
-"""Hash that identifies a tokenizer, for evaluation reports. That of a model is `conversion.weights_identity.full_bytes`."""
+"""Hash that identifies a tokenizer. For a model, see `conversion.weights_identity`."""
 
 import hashlib
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from ascendspeed.tokenization.tokenizer import TOKENIZER_CLASSES
 
 
-def of_tokenizer(folder: Path) -> str:
-    """SHA-256 of the vocabulary file in a folder."""
+def hash_tokenizer(folder: Path) -> str:
+    """Returns a SHA-256 of the vocabulary file in a folder."""
     name = next(name for name in TOKENIZER_CLASSES if (folder / name).is_file())
     return hashlib.sha256((folder / name).read_bytes()).hexdigest()

@@ -1,8 +1,8 @@
-"""A needle in a haystack: texts of a wanted length in tokens, with one sentence somewhere in them that is asked for."""
+"""Texts for the needle-in-a-haystack test: filler of a given length with one sentence to retrieve."""
 
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,37 +17,29 @@ FILLER = (
 )
 NEEDLE = "The magic number of the day is {number}."
 QUESTION = "What is the magic number of the day? Answer with the number alone."
-ENDS = re.compile(r"(?<=[.!?。！？])\s+|\n+")
-
-Count = Callable[[Sequence[str]], list[int]]
-"""Texts -> how many tokens each of them has."""
+SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s+|\n+")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One question: how long the text is, how deep the needle lies, and which try it is."""
+    """One prompt of the test."""
 
     length: int
-    """Tokens that the whole prompt may have."""
+    """Most tokens of the prompt."""
     depth: float
-    """Percent of the text that comes before the needle."""
+    """Percent of the text before the needle."""
     trial: int
 
     @property
     def key(self) -> str:
-        """Its name in a file of answers."""
+        """Key in the file of answers."""
         return f"{self.length} tokens, {self.depth:g} %, {self.trial}"
 
 
-def cells(lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
-    """All of them, the shortest texts first. Raises `UserError`."""
-    for flag, values, least, most in (("--lengths", lengths, 1, float("inf")), ("--depths", depths, 0, 100)):
-        wrong = [value for value in values if not least <= value <= most]
-        if not values or wrong or len(set(values)) < len(values):
-            raise UserError(
-                f"{flag} {' '.join(map(str, values))}: give different numbers"
-                + (f", not {wrong[0]}" if wrong else "")
-            )
+def make_cells(lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[Cell]:
+    """Returns the cells of all combinations, the shortest texts first. Raises UserError."""
+    _check_values("--lengths", lengths, 1, float("inf"))
+    _check_values("--depths", depths, 0, 100)
     return [
         Cell(length, depth, trial)
         for length in sorted(lengths)
@@ -56,34 +48,52 @@ def cells(lengths: Sequence[int], depths: Sequence[float], trials: int) -> list[
     ]
 
 
-def number(seed: int, cell: Cell) -> str:
-    """Seven digits that belong to a cell."""
+def _check_values(flag: str, values: Sequence[float], lowest: float, highest: float) -> None:
+    wrong = [value for value in values if not lowest <= value <= highest]
+    if not values or wrong or len(set(values)) < len(values):
+        bad_value = f", not {wrong[0]}" if wrong else ""
+        raise UserError(f"{flag} {' '.join(map(str, values))}: give different numbers{bad_value}")
+
+
+def magic_number(seed: int, cell: Cell) -> str:
+    """Returns seven digits determined by the seed and the cell."""
     return str(random.Random(f"{seed}: {cell.key}").randrange(1_000_000, 10_000_000))
 
 
-def sentences(paths: Sequence[str]) -> list[str]:
-    """Of text files, in their order; without any the filler. Raises `UserError`."""
-    found: list[str] = []
+def read_sentences(paths: Sequence[str]) -> list[str]:
+    """Returns the sentences of text files in their order, or the filler if there are no files.
+
+    Raises UserError.
+    """
+    sentences: list[str] = []
     for path in paths:
         try:
-            found += [part.strip() for part in ENDS.split(Path(path).read_text()) if part.strip()]
+            parts = SENTENCE_END.split(Path(path).read_text())
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--haystack {path}: cannot be read: {error}") from None
-    if paths and not found:
+        sentences += [part.strip() for part in parts if part.strip()]
+    if paths and not sentences:
         raise UserError(f"--haystack {' '.join(paths)}: there is no text in it")
-    return found or list(FILLER)
+    return sentences or list(FILLER)
 
 
-def text(cell: Cell, needle: str, hay: Sequence[str], sizes: Sequence[int], room: int) -> str:
-    """`room` tokens of hay (`sizes`: of each sentence, at least 1), again from the start when it ends, the needle between two."""
-    taken, used = [], 0
-    while (size := sizes[len(taken) % len(hay)]) + used <= room:
-        taken.append(hay[len(taken) % len(hay)])
+def build_text(
+    cell: Cell, needle: str, sentences: Sequence[str], sizes: Sequence[int], max_tokens: int
+) -> str:
+    """Returns at most `max_tokens` tokens of sentences, repeated if needed, with the needle between two of
+    them.
+
+    `sizes`: tokens of each sentence, at least 1.
+    """
+    chosen: list[str] = []
+    used = 0
+    while (size := sizes[len(chosen) % len(sentences)]) + used <= max_tokens:
+        chosen.append(sentences[len(chosen) % len(sentences)])
         used += size
-    at = round(cell.depth / 100 * len(taken))
-    return " ".join([*taken[:at], needle, *taken[at:]])
+    split = round(cell.depth / 100 * len(chosen))
+    return " ".join([*chosen[:split], needle, *chosen[split:]])
 
 
-def found(answer: str, wanted: str) -> bool:
-    """Whether the answer says what was wanted, whatever the case and the spaces."""
-    return "".join(wanted.casefold().split()) in "".join(answer.casefold().split())
+def contains_answer(answer: str, expected: str) -> bool:
+    """True if the answer contains the expected text, ignoring case and white space."""
+    return "".join(expected.casefold().split()) in "".join(answer.casefold().split())

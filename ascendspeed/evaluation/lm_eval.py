@@ -1,4 +1,6 @@
-"""lm-evaluation-harness as the engine: it makes requests of our prompts and grades what comes back; here is what answers them."""
+"""Adapter to lm-evaluation-harness: builds its tasks from our prompts, answers its requests with a backend,
+returns its grades.
+"""
 
 import contextlib
 import io
@@ -15,206 +17,211 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from ascendspeed.evaluation.answer_cache import Answers, key_of
-from ascendspeed.evaluation.prompts import Encoder, Prompt, clip
+from ascendspeed.evaluation.answer_cache import AnswerCache, answer_key
+from ascendspeed.evaluation.prompts import Prompt, PromptEncoder, truncate_left
+from ascendspeed.evaluation.tasks import TASKS, EvaluationTask
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import Advance
 
-Pair = tuple[Sequence[int], Sequence[int]]
+TokenPair = tuple[Sequence[int], Sequence[int]]
+"""Ids of a context and of its continuation."""
+OnScore = Callable[[int, float, bool], None]
+"""(index, log-probability, whether greedy decoding gives the continuation)."""
+OnText = Callable[[int, str], None]
+"""(index, generated text)."""
 
 
 class Backend(Protocol):
-    """A model."""
+    """A language model."""
 
-    def score(self, pairs: Sequence[Pair], got: Callable[[int, float, bool], None]) -> None:
-        """Tells of every (context, continuation), in any order: number, log-probability, whether greedy decoding gives it."""
+    def score(self, pairs: Sequence[TokenPair], on_score: OnScore) -> None:
+        """Calls `on_score` for every (context, continuation), in any order."""
 
     def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        until: Sequence[str],
-        new_tokens: int,
-        got: Callable[[int, str], None],
+        self, prompts: Sequence[Sequence[int]], until: Sequence[str], new_tokens: int, on_text: OnText
     ) -> None:
-        """Tells of every prompt, in any order: number and greedy text up to the first of `until`."""
+        """Calls `on_text` for every prompt, in any order, with the greedy text up to the first string of
+        `until`.
+        """
 
 
-class Adapter(TemplateLM):
-    """A language model as lm-evaluation-harness sees one: asks the backend what is not answered yet, and keeps the answers."""
+class HarnessModel(TemplateLM):
+    """A model of lm-evaluation-harness that asks a backend for the missing answers and stores them."""
 
     def __init__(
         self,
         backend: Backend,
-        encoder: Encoder,
-        room: int,
-        answers: Answers,
+        encoder: PromptEncoder,
+        max_length: int,
+        answers: AnswerCache,
         advance: Advance = lambda amount: None,
     ) -> None:
+        """`max_length`: most tokens of the model's input. `advance`: progress in questions."""
         super().__init__()
-        self.backend, self.encoder, self.room, self.answers, self.advance = (
-            backend,
-            encoder,
-            room,
-            answers,
-            advance,
-        )
+        self.backend = backend
+        self.encoder = encoder
+        self.max_length = max_length
+        self.answers = answers
+        self.advance = advance
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-probability of each continuation, and whether it is the greedy one."""
-        by_question = self._by_question(requests)
-        pairs: list[Pair] = []
-        owner: list[tuple[str, int]] = []
-        for key, asked in by_question.items():
-            if key not in self.answers.known:
-                for i, pair in enumerate(
-                    self.encoder.pairs(asked[0].args[0], [request.args[1] for request in asked])
-                ):
-                    context, continuation = pair
-                    pairs.append(
-                        (
-                            clip(context, self.room + 1 - len(continuation), len(self.encoder.start)),
-                            continuation,
-                        )
-                    )
-                    owner.append((key, i))
-        found: dict[str, dict[int, tuple[float, bool]]] = defaultdict(dict)
+        """Returns the log-probability of each continuation, and whether it is the greedy one."""
+        by_question = _group_by_question(requests)
+        pairs: list[TokenPair] = []
+        owners: list[tuple[str, int]] = []  # (key of the question, index of the choice) of each pair
+        for key, choices in by_question.items():
+            if key not in self.answers.records:
+                question_pairs = self._encode_pairs(choices)
+                pairs += question_pairs
+                owners += [(key, i) for i in range(len(question_pairs))]
+        scores: dict[str, dict[int, tuple[float, bool]]] = defaultdict(dict)
 
-        def got(number: int, logprob: float, greedy: bool) -> None:
-            key, i = owner[number]
+        def on_score(number: int, logprob: float, greedy: bool) -> None:
+            key, i = owners[number]
+            first, *_ = by_question[key]
             if not math.isfinite(logprob):
-                where = by_question[key][0].doc["where"]
                 raise UserError(
-                    f"{where}: the model's log-likelihood is {logprob}: its weights are broken, or fp16 overflowed (try --bf16)"
+                    f"{first.doc['where']}: the model's log-likelihood is {logprob}: its weights are broken, "
+                    "or fp16 overflowed (try --bf16)"
                 )
-            found[key][i] = (logprob, greedy)
-            if len(found[key]) == len(by_question[key]):
-                values, flags = zip(*(found[key][i] for i in range(len(by_question[key]))), strict=True)
-                del found[key]
-                self._keep(key, by_question[key][0], {"loglikelihoods": list(values), "greedy": list(flags)})
+            scores[key][i] = (logprob, greedy)
+            if len(scores[key]) == len(by_question[key]):
+                complete = scores.pop(key)
+                ordered = [complete[i] for i in range(len(complete))]
+                answer = {"loglikelihoods": [x for x, _ in ordered], "greedy": [g for _, g in ordered]}
+                self._store(key, first, answer)
 
-        self.backend.score(pairs, got)
-        answers = (self.answers.known[request.doc["key"]] for request in requests)
+        self.backend.score(pairs, on_score)
+        results = []
+        for request in requests:
+            record = self.answers.records[request.doc["key"]]
+            results.append((record["loglikelihoods"][request.idx], record["greedy"][request.idx]))
+        return results
+
+    def _encode_pairs(self, choices: Sequence[Instance]) -> list[TokenPair]:
+        """Encodes the choices of a question, truncated to the length of the model's input."""
+        context = choices[0].args[0]
+        encoded = self.encoder.encode_pairs(context, [request.args[1] for request in choices])
+        num_bos = len(self.encoder.bos_ids)
+        # The last token of a continuation is never an input.
         return [
-            (a["loglikelihoods"][r.idx], a["greedy"][r.idx]) for r, a in zip(requests, answers, strict=True)
+            (truncate_left(head, self.max_length + 1 - len(continuation), num_bos), continuation)
+            for head, continuation in encoded
         ]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy text after each prompt."""
-        by_question = self._by_question(requests)
-        todo = {key: asked[0] for key, asked in by_question.items() if key not in self.answers.known}
+        """Returns the greedy text after each prompt."""
+        missing = {
+            key: instances[0]
+            for key, instances in _group_by_question(requests).items()
+            if key not in self.answers.records
+        }
         groups: dict[tuple[tuple[str, ...], int], list[str]] = defaultdict(list)
-        for key, request in todo.items():
+        for key, request in missing.items():
             groups[tuple(request.args[1]["until"]), request.args[1]["max_gen_toks"]].append(key)
         for (until, new_tokens), keys in groups.items():
+            max_length = self.max_length - new_tokens
+            num_bos = len(self.encoder.bos_ids)
             prompts = [
-                clip(self.encoder.encode(todo[key].args[0]), self.room - new_tokens, len(self.encoder.start))
-                for key in keys
+                truncate_left(self.encoder.encode(missing[key].args[0]), max_length, num_bos) for key in keys
             ]
-            self.backend.generate(
-                prompts,
-                until,
-                new_tokens,
-                lambda i, text, keys=keys: self._keep(keys[i], todo[keys[i]], {"text": text}),
-            )
-        return [self.answers.known[request.doc["key"]]["text"] for request in requests]
 
-    def _by_question(self, requests: Iterable[Instance]) -> dict[str, list[Instance]]:
-        found: dict[str, list[Instance]] = defaultdict(list)
-        for request in requests:
-            found[request.doc["key"]].append(request)
-        return {key: sorted(asked, key=lambda request: request.idx) for key, asked in found.items()}
+            def on_text(i: int, text: str, keys: list[str] = keys) -> None:
+                self._store(keys[i], missing[keys[i]], {"text": text})
 
-    def _keep(self, key: str, request: Instance, answer: dict[str, Any]) -> None:
+            self.backend.generate(prompts, until, new_tokens, on_text)
+        return [self.answers.records[request.doc["key"]]["text"] for request in requests]
+
+    def _store(self, key: str, request: Instance, answer: dict[str, Any]) -> None:
         doc = request.doc
-        about = {name: doc[name] for name in ("task", "id", "where", "shots", "cut")}
-        self.answers.put({"key": key, **about, "answer": doc["answer"], **answer})
+        question = {name: doc[name] for name in ("task", "id", "where", "shots", "cut")}
+        self.answers.put({"key": key, **question, "answer": doc["answer"], **answer})
         self.advance(1)
 
     @property
     def eot_token_id(self) -> int:
-        """Of a text."""
+        """EOS token."""
         return self.encoder.tokenizer.eos
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before an empty context."""
-        return self.encoder.start[0] if self.encoder.start else self.eot_token_id
+        """Token before an empty context."""
+        return self.encoder.bos_ids[0] if self.encoder.bos_ids else self.eot_token_id
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **more: Any) -> list[int]:
-        """Ids, with BOS unless told otherwise."""
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Returns ids, with BOS unless `add_special_tokens` is False."""
         ids = self.encoder.encode(string)
-        return ids[len(self.encoder.start) :] if add_special_tokens is False else ids
+        return ids[len(self.encoder.bos_ids) :] if add_special_tokens is False else ids
 
-    def _loglikelihood_tokens(self, requests: list[Any], **more: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
         raise NotImplementedError("requests are answered by question")
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """None of the benchmarks asks for it."""
+        """Not implemented: no task needs it."""
         raise NotImplementedError("no benchmark here asks for the likelihood of a whole text")
+
+
+def _group_by_question(requests: Iterable[Instance]) -> dict[str, list[Instance]]:
+    """Returns key -> the requests of a question, in the order of its choices."""
+    groups: dict[str, list[Instance]] = defaultdict(list)
+    for request in requests:
+        groups[request.doc["key"]].append(request)
+    return {key: sorted(group, key=lambda request: request.idx) for key, group in groups.items()}
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What one question came to."""
+    """Metrics of one question."""
 
     prompt: Prompt
     key: str
     metrics: dict[str, float]
 
 
-METRICS = {"hellaswag": ("acc", "acc_norm")}
-"""Of tasks with choices; acc alone where nothing is said."""
-MAIN = {"hellaswag": "acc_norm", "gsm8k": "flexible-extract"}
-"""The metric that is quoted; acc where nothing is said."""
+def answer_keys(prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[str]:
+    """Returns for each prompt a hash of everything that its answer depends on."""
+    return [answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until) for p in prompts]
 
 
-def main_metric(task: str) -> str:
-    """The metric of a task that is quoted."""
-    return MAIN.get(task, "acc")
-
-
-def keys_of(prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[str]:
-    """A name for each question with everything that its answer depends on."""
-    return [key_of(settings, p.task, p.question.id, p.context, p.answers, p.until) for p in prompts]
-
-
-def ask(adapter: Adapter, prompts: Sequence[Prompt], new_tokens: int) -> list[Grade]:
-    """Puts the prompts and grades the answers, in their order."""
-    keys = keys_of(prompts, adapter.answers.settings)
+def grade_prompts(model: HarnessModel, prompts: Sequence[Prompt], new_tokens: int) -> list[Grade]:
+    """Answers and grades the prompts; returns the grades in their order."""
+    keys = answer_keys(prompts, model.answers.settings)
     by_subject: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))
-    logging.getLogger("lm_eval").setLevel(
-        logging.ERROR
-    )  # it warns of what is meant here: datasets that are not on the hub
-    tasks = {name: task_of(name, asked, new_tokens) for name, asked in by_subject.items()}
-    with contextlib.redirect_stderr(io.StringIO()):  # where it draws a bar for every subject
-        samples = evaluate(adapter, tasks, bootstrap_iters=0, log_samples=True)["samples"]
+    # lm-eval warns that the datasets are not on the hub, which is intended, and draws a progress bar for each
+    # subject.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = {name: harness_task(name, keyed, new_tokens) for name, keyed in by_subject.items()}
+    with contextlib.redirect_stderr(io.StringIO()):
+        samples = evaluate(model, tasks, bootstrap_iters=0, log_samples=True)["samples"]
     metrics: dict[str, dict[str, float]] = defaultdict(dict)
-    for sample in (sample for name in by_subject for sample in samples[name]):
-        for metric in sample["metrics"]:
-            name = sample["filter"] if metric == "exact_match" else metric
-            metrics[sample["doc"]["key"]][name] = float(sample[metric])
+    for subject in by_subject:
+        for sample in samples[subject]:
+            for metric in sample["metrics"]:
+                name = sample["filter"] if metric == "exact_match" else metric
+                metrics[sample["doc"]["key"]][name] = float(sample[metric])
     return [Grade(prompt, key, metrics[key]) for key, prompt in zip(keys, prompts, strict=True)]
 
 
-def task_of(name: str, asked: Sequence[tuple[str, Prompt]], new_tokens: int) -> ConfigurableTask:
-    """lm-evaluation-harness' task of some prompts of one kind, with their keys."""
-    first = asked[0][1]
+def harness_task(name: str, keyed_prompts: Sequence[tuple[str, Prompt]], new_tokens: int) -> ConfigurableTask:
+    """Builds lm-evaluation-harness' task from (key, prompt) of one subject."""
+    first = keyed_prompts[0][1]
+    # `where`, `shots` and `cut` are keys of questions.jsonl.
     docs = Dataset.from_list(
         [
             {
                 "key": key,
-                "task": p.task,
-                "id": p.question.id,
-                "where": p.question.where,
-                "shots": p.shots,
-                "cut": p.cut,
-                "prompt": p.context,
-                "choices": list(p.choices),
-                "answer": p.question.answer,
+                "task": prompt.task,
+                "id": prompt.question.id,
+                "where": prompt.question.location,
+                "shots": prompt.num_shots,
+                "cut": prompt.truncated,
+                "prompt": prompt.context,
+                "choices": list(prompt.choices),
+                "answer": prompt.question.answer,
             }
-            for key, p in asked
+            for key, prompt in keyed_prompts
         ]
     )
     config: dict[str, Any] = {
@@ -226,25 +233,18 @@ def task_of(name: str, asked: Sequence[tuple[str, Prompt]], new_tokens: int) -> 
         "doc_to_target": "answer",
         "target_delimiter": first.delimiter,
     }
-    return ConfigurableTask(
-        config=config | (_choosing(first.task) if first.choices else _writing(first.until, new_tokens))
-    )
+    task = TASKS[first.task]
+    output = _choice_config(task) if first.choices else _generation_config(task, first.until, new_tokens)
+    return ConfigurableTask(config=config | output)
 
 
-def _choosing(task: str) -> dict[str, Any]:
-    metrics = [
-        {"metric": m, "aggregation": "mean", "higher_is_better": True} for m in METRICS.get(task, ("acc",))
-    ]
+def _choice_config(task: EvaluationTask) -> dict[str, Any]:
+    metrics = [{"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in task.metrics]
     return {"output_type": "multiple_choice", "doc_to_choice": "choices", "metric_list": metrics}
 
 
-def _writing(until: Sequence[str], new_tokens: int) -> dict[str, Any]:
-    """GSM8K: the number after ####, or the last number of all."""
-    patterns = {
-        "strict-match": {"regex_pattern": r"#### (\-?[0-9\.\,]+)"},
-        "flexible-extract": {"group_select": -1, "regex_pattern": r"(-?[$0-9.,]{2,})|(-?[0-9]+)"},
-    }
-    exact = {
+def _generation_config(task: EvaluationTask, until: Sequence[str], new_tokens: int) -> dict[str, Any]:
+    exact_match = {
         "metric": "exact_match",
         "aggregation": "mean",
         "higher_is_better": True,
@@ -253,13 +253,12 @@ def _writing(until: Sequence[str], new_tokens: int) -> dict[str, Any]:
         "regexes_to_ignore": [",", r"\$", "(?s).*#### ", r"\.$"],
     }
     filters = [
-        {"name": n, "filter": [{"function": "regex", **p}, {"function": "take_first"}]}
-        for n, p in patterns.items()
+        {"name": name, "filter": [{"function": "regex", **arguments}, {"function": "take_first"}]}
+        for name, arguments in task.extractions.items()
     ]
-    generation = {"until": list(until), "do_sample": False, "max_gen_toks": new_tokens}
     return {
         "output_type": "generate_until",
-        "metric_list": [exact],
+        "metric_list": [exact_match],
         "filter_list": filters,
-        "generation_kwargs": generation,
+        "generation_kwargs": {"until": list(until), "do_sample": False, "max_gen_toks": new_tokens},
     }

@@ -1,4 +1,4 @@
-"""Grades of single questions -> means by subject, by category and of all."""
+"""Aggregates the grades of questions into means by subject, by category and over all."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -6,80 +6,92 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-from ascendspeed.evaluation.lm_eval import Grade, main_metric
+from ascendspeed.evaluation.lm_eval import Grade
 from ascendspeed.evaluation.questions import Benchmark
+from ascendspeed.evaluation.tasks import TASKS
 
 
 @dataclass(frozen=True)
-class Figures:
-    """Of some questions; shares are of 1."""
+class SubjectScore:
+    """Mean metrics of a subject, as shares of 1."""
 
     questions: int
     metrics: dict[str, float]
-    """Mean over the questions."""
+    """Means over the questions."""
 
 
 @dataclass(frozen=True)
-class Result:
-    """Of one task."""
+class TaskScore:
+    """Scores of one task."""
 
     benchmark: Benchmark
     metric: str
-    """The one that is quoted."""
-    subjects: dict[str, Figures]
+    """The main metric."""
+    subjects: dict[str, SubjectScore]
     groups: dict[str, dict[str, Any]]
-    """Category, further sets of subjects, and `all` -> macro and micro means of the quoted metric."""
+    """Category, further group, or `all` -> macro and micro means of the main metric."""
     dropped: int
     """Examples that did not fit before their question."""
     shortened: int
-    """Questions with fewer examples than asked for."""
-    cut: int
-    """Questions that did not even fit alone, and lost their beginning."""
+    """Questions with fewer examples than requested."""
+    truncated: int
+    """Questions that did not fit even without examples and lost their beginning."""
 
 
-def of(benchmark: Benchmark, grades: Sequence[Grade], shots: int) -> Result:
-    """Grades of one task, all of its questions."""
+def score_task(benchmark: Benchmark, grades: Sequence[Grade], num_shots: int) -> TaskScore:
+    """Aggregates the grades of all questions of one task."""
     by_subject: dict[str, list[Grade]] = defaultdict(list)
     for grade in grades:
         by_subject[grade.prompt.subject].append(grade)
-    subjects = {name: _mean(of_one) for name, of_one in by_subject.items()}
-    assert {s.topic.name: len(s.questions) for s in benchmark.subjects} == {
-        n: f.questions for n, f in subjects.items()
-    }
-    metric = main_metric(benchmark.name)
-    members: dict[str, list[Figures]] = defaultdict(list)
-    for subject in benchmark.subjects:
-        for group in (subject.topic.category, *subject.topic.sets):
-            members[group].append(subjects[subject.topic.name])
-    groups = {} if len(subjects) == 1 else {name: _means(some, metric) for name, some in members.items()}
-    groups["all"] = _means(list(subjects.values()), metric)
-    missing = [shots - grade.prompt.shots for grade in grades]
-    return Result(
-        benchmark,
-        metric,
-        subjects,
-        groups,
-        sum(missing),
-        sum(map(bool, missing)),
-        sum(bool(g.prompt.cut) for g in grades),
+    subjects = {name: _mean(subject_grades) for name, subject_grades in by_subject.items()}
+    expected = {subject.info.name: len(subject.questions) for subject in benchmark.subjects}
+    assert expected == {name: score.questions for name, score in subjects.items()}
+    metric = TASKS[benchmark.name].main_metric
+    missing_shots = [num_shots - grade.prompt.num_shots for grade in grades]
+    return TaskScore(
+        benchmark=benchmark,
+        metric=metric,
+        subjects=subjects,
+        groups=_groups(benchmark, subjects, metric),
+        dropped=sum(missing_shots),
+        shortened=sum(map(bool, missing_shots)),
+        truncated=sum(bool(grade.prompt.truncated) for grade in grades),
     )
 
 
-def _mean(grades: Sequence[Grade]) -> Figures:
-    metrics = {name: sum(g.metrics[name] for g in grades) / len(grades) for name in grades[0].metrics}
-    return Figures(len(grades), metrics)
+def _groups(
+    benchmark: Benchmark, subjects: dict[str, SubjectScore], metric: str
+) -> dict[str, dict[str, Any]]:
+    """Returns the means of every group of subjects and of all; only of all if there is one subject."""
+    groups = {}
+    if len(subjects) > 1:
+        members: dict[str, list[SubjectScore]] = defaultdict(list)
+        for subject in benchmark.subjects:
+            for group in (subject.info.category, *subject.info.extra_groups):
+                members[group].append(subjects[subject.info.name])
+        groups = {name: _group_means(scores, metric) for name, scores in members.items()}
+    groups["all"] = _group_means(list(subjects.values()), metric)
+    return groups
 
 
-def _means(some: Sequence[Figures], metric: str) -> dict[str, Any]:
-    """macro: mean of the subjects, as OpenCompass reports it; micro: mean of the questions, as Hendrycks and lm-eval do."""
-    questions = sum(figures.questions for figures in some)
-    micro = sum(figures.metrics[metric] * figures.questions for figures in some) / questions
-    macro = sum(figures.metrics[metric] for figures in some) / len(some)
-    error = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else 0.0
+def _mean(grades: Sequence[Grade]) -> SubjectScore:
+    names = grades[0].metrics
+    means = {name: sum(grade.metrics[name] for grade in grades) / len(grades) for name in names}
+    return SubjectScore(len(grades), means)
+
+
+def _group_means(scores: Sequence[SubjectScore], metric: str) -> dict[str, Any]:
+    """Means of a group. macro: over subjects, as in OpenCompass; micro: over questions, as in Hendrycks et
+    al. and lm-eval.
+    """
+    questions = sum(score.questions for score in scores)
+    micro = sum(score.metrics[metric] * score.questions for score in scores) / questions
+    macro = sum(score.metrics[metric] for score in scores) / len(scores)
+    stderr = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else 0.0
     return {
-        "subjects": len(some),
+        "subjects": len(scores),
         "questions": questions,
         "macro": macro,
         "micro": micro,
-        "micro_stderr": error,
+        "micro_stderr": stderr,
     }

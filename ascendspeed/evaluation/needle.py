@@ -1,4 +1,4 @@
-"""Asks a model for needles in haystacks; a table, a chart of lengths and depths, and every answer."""
+"""Needle-in-a-haystack test: prompts, answers, and the share found by length and depth."""
 
 import hashlib
 import json
@@ -14,9 +14,8 @@ from ascendspeed.cli import command
 from ascendspeed.cli.compat import INFERENCE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import weights_identity
-from ascendspeed.evaluation import haystack as texts
-from ascendspeed.evaluation.haystack import Cell
+from ascendspeed.evaluation import haystack
+from ascendspeed.evaluation.haystack import NEEDLE, QUESTION, Cell
 from ascendspeed.inference.args import EngineArgs, EngineSpec, resolve_engine
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
@@ -37,16 +36,18 @@ class NeedleArgs:
     """Prompts for each length and depth, with different numbers."""
     haystack: tuple[str, ...] = ()
     """Text files of the haystack; None: five short sentences, repeated."""
-    needle: str = texts.NEEDLE
+    needle: str = NEEDLE
     """Sentence to hide; {number} stands for seven random digits."""
-    question: str = texts.QUESTION
+    question: str = QUESTION
     """Question after the text."""
     answer: str | None = None
     """Text that a right answer contains; None: the number."""
     chat: bool = False
     """Use the chat template of the model."""
     chat_template: str | None = None
-    """Chat template with --chat: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
+    """Chat template with --chat: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its
+    tokenizer.
+    """
     max_new_tokens: int = 32
     """Most tokens of an answer."""
     seed: int = 42
@@ -72,145 +73,150 @@ class NeedleJob:
     spec: EngineSpec
     needle: NeedleArgs
     cells: tuple[Cell, ...]
-    hay: tuple[str, ...]
+    sentences: tuple[str, ...]
+    """Sentences of the haystack."""
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[NeedleJob, list[str]]:
-    """Returns the job that `args` describe for `world` processes, and notes for the user. Raises UserError."""
+    """Returns the job that `args` describe for `world` processes, and notes for the user.
+
+    Raises UserError.
+    """
     line = command.parse(NeedleCommand, args, INFERENCE, NeedleCommand.__doc__ or "")
     needle = line.options.needle
     command.check_minimum(needle, {"trials": 1, "max_new_tokens": 1})
     if needle.answer is None and "{number}" not in needle.needle:
-        raise UserError("--needle has no {number} in it: say with --answer what is to be found")
+        raise UserError("--needle has no {number} in it: give the expected text with --answer")
     if needle.chat_template and not needle.chat:
-        raise UserError(f"--chat-template {needle.chat_template} is of use only with --chat; add it")
-    cells = texts.cells(needle.lengths, needle.depths, needle.trials)
-    hay = texts.sentences(needle.haystack)
-    return NeedleJob(resolve_engine(line, world), needle, tuple(cells), tuple(hay)), line.notes
+        raise UserError(f"--chat-template {needle.chat_template} has no effect without --chat; add it")
+    cells = haystack.make_cells(needle.lengths, needle.depths, needle.trials)
+    sentences = haystack.read_sentences(needle.haystack)
+    return NeedleJob(resolve_engine(line, world), needle, tuple(cells), tuple(sentences)), line.notes
 
 
-def run(job: NeedleJob, device: Any, said: Sequence[str]) -> None:
-    """Asks for every needle that was not asked for before, and reports. Raises `UserError`."""
-    from ascendspeed.evaluation import fingerprint
-    from ascendspeed.evaluation.answer_cache import open_together
+SETTINGS = ("haystack", "needle", "question", "answer", "chat", "chat_template", "max_new_tokens", "seed")
+"""Fields of `NeedleArgs` that answers depend on."""
+
+
+def run(job: NeedleJob, device: Any, notes: Sequence[str]) -> None:
+    """Answers every prompt without an answer in the output folder, and reports. Raises UserError."""
+    from ascendspeed.evaluation.answer_cache import open_on_all_ranks
     from ascendspeed.inference.session import Session
 
-    asked = job.needle
-    session = Session.open(job.spec, device, asked.chat_template)
+    needle = job.needle
+    session = Session.open(job.spec, device, needle.chat_template)
     prompts = {cell: _prompt(job, session, cell) for cell in job.cells}
-    session.warn_if_too_long("a prompt", max(map(len, prompts.values())) + asked.max_new_tokens)
-    settings = {
-        name: getattr(asked, name)
-        for name in (
-            "haystack",
-            "needle",
-            "question",
-            "answer",
-            "chat",
-            "chat_template",
-            "max_new_tokens",
-            "seed",
-        )
-    }
-    speaks, where = session.grid.rank == 0, job.spec.args
-    settings = json.loads(json.dumps(settings)) | {
-        "dtype": where.dtype,
-        "haystack_sha256": hashlib.sha256("\n".join(job.hay).encode()).hexdigest(),
-        "tokenizer_sha256": fingerprint.of_tokenizer(Path(session.tokenizer.path)),
-        "model_sha256": weights_identity.full_bytes(session.source, session.readers),
-    }
-    answers = open_together(Path(asked.output_dir), settings, session.grid)
-    for note in said:
+    session.warn_if_too_long("a prompt", max(map(len, prompts.values())) + needle.max_new_tokens)
+    settings = _settings(job, session)
+    answers = open_on_all_ranks(Path(needle.output_dir), settings, session.grid)
+    for note in notes:
         logger.info(f"note: {note}")
-    left = [cell for cell in job.cells if cell.key not in answers.known]
-    with progress(
-        of_items("questions"), len(job.cells), len(job.cells) - len(left), quiet=not speaks
-    ) as advance:
-        for cell in left:
-            answers.put(
-                {"key": cell.key, "tokens": len(prompts[cell])} | _ask(job, session, cell, prompts[cell])
-            )
+    missing = [cell for cell in job.cells if cell.key not in answers.records]
+    done = len(job.cells) - len(missing)
+    with progress(of_items("questions"), len(job.cells), done, quiet=session.grid.rank != 0) as advance:
+        for cell in missing:
+            prompt = prompts[cell]
+            answers.put({"key": cell.key, "tokens": len(prompt)} | _answer(job, session, cell, prompt))
             answers.flush()
             advance(1)
     answers.close()
-    if speaks:
-        _report(job, answers.known, settings)
+    if session.grid.rank == 0:
+        _report(job, answers.records, settings)
 
 
-def _hidden(job: NeedleJob, cell: Cell) -> tuple[str, str]:
-    """The needle of a cell, and what an answer must hold."""
-    number = texts.number(job.needle.seed, cell)
+def _settings(job: NeedleJob, session: Any) -> dict[str, Any]:
+    """Returns everything that answers depend on, beside the cell. Collective."""
+    from ascendspeed.conversion import weights_identity
+    from ascendspeed.evaluation import fingerprint
+
+    settings = {name: getattr(job.needle, name) for name in SETTINGS}
+    return json.loads(json.dumps(settings)) | {
+        "dtype": job.spec.args.dtype,
+        "haystack_sha256": hashlib.sha256("\n".join(job.sentences).encode()).hexdigest(),
+        "tokenizer_sha256": fingerprint.hash_tokenizer(Path(session.tokenizer.path)),
+        "model_sha256": weights_identity.full_bytes(session.source, session.readers),
+    }
+
+
+def _needle_and_answer(job: NeedleJob, cell: Cell) -> tuple[str, str]:
+    """Returns the needle of a cell and the text that a right answer contains."""
+    number = haystack.magic_number(job.needle.seed, cell)
     return job.needle.needle.replace("{number}", number), job.needle.answer or number
 
 
 def _prompt(job: NeedleJob, session: Any, cell: Cell) -> list[int]:
-    """At most as many tokens as the cell says."""
+    """Returns the longest prompt with at most `cell.length` tokens.
+
+    Raises UserError if it would have no text.
+    """
     from ascendspeed.tokenization.chat import Message
 
-    sizes = [
-        max(1, len(ids)) for ids in session.tokenizer.encode_batch([f" {sentence}" for sentence in job.hay])
-    ]
+    tokenizer = session.tokenizer
+    encoded_sentences = tokenizer.encode_batch([f" {sentence}" for sentence in job.sentences])
+    sizes = [max(1, len(ids)) for ids in encoded_sentences]
+    needle, _ = _needle_and_answer(job, cell)
 
-    def encoded(room: int) -> list[int]:
-        text = texts.text(cell, _hidden(job, cell)[0], job.hay, sizes, room)
+    def encode(max_text_tokens: int) -> list[int]:
+        text = haystack.build_text(cell, needle, job.sentences, sizes, max_text_tokens)
         if job.needle.chat:
             return session.chat_format.prompt_ids([Message("user", f"{text}\n\n{job.needle.question}")])
-        bos = [session.tokenizer.bos] if session.adds_bos and session.tokenizer.bos is not None else []
-        return bos + session.tokenizer.encode(f"{text}\n\nQuestion: {job.needle.question}\nAnswer:").tolist()
+        bos = [tokenizer.bos] if session.adds_bos and tokenizer.bos is not None else []
+        return bos + tokenizer.encode(f"{text}\n\nQuestion: {job.needle.question}\nAnswer:").tolist()
 
-    room = cell.length - len(encoded(0))
-    if room < sum(sizes):
-        raise UserError(
-            f"--lengths {cell.length}: at least {cell.length - room + sum(sizes)} tokens are needed for text and question"
-        )
-    while (
-        len(ids := encoded(room)) > cell.length
-    ):  # sentences are a little longer together than apart, in some vocabularies
-        room -= len(ids) - cell.length
+    max_text_tokens = cell.length - len(encode(0))
+    if max_text_tokens < sum(sizes):
+        least = cell.length - max_text_tokens + sum(sizes)
+        raise UserError(f"--lengths {cell.length}: at least {least} tokens are needed for text and question")
+    # In some vocabularies, joined sentences have slightly more tokens than the sentences alone.
+    while len(ids := encode(max_text_tokens)) > cell.length:
+        max_text_tokens -= len(ids) - cell.length
     return ids
 
 
-def _ask(job: NeedleJob, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
+def _answer(job: NeedleJob, session: Any, cell: Cell, prompt: list[int]) -> dict[str, Any]:
+    """Returns the record of an answer: `answer`, `wanted` and `found` are keys of questions.jsonl."""
     from ascendspeed.inference.engine import SamplingParams, sample
 
-    stops = session.stop_ids(job.needle.chat)
-    tokens = session.usable_vocab_size
-    ((answer,),) = sample(
-        session.model,
-        [prompt],
-        SamplingParams(max_new_tokens=job.needle.max_new_tokens, stop_ids=stops, vocab_size=tokens),
+    params = SamplingParams(
+        max_new_tokens=job.needle.max_new_tokens,
+        stop_ids=session.stop_ids(job.needle.chat),
+        vocab_size=session.usable_vocab_size,
     )
-    text, wanted = session.tokenizer.decode(answer.tokens), _hidden(job, cell)[1]
-    return {"answer": text, "wanted": wanted, "found": texts.found(text, wanted)}
+    ((completion,),) = sample(session.model, [prompt], params)
+    text = session.tokenizer.decode(completion.tokens)
+    _, expected = _needle_and_answer(job, cell)
+    return {"answer": text, "wanted": expected, "found": haystack.contains_answer(text, expected)}
 
 
-def _report(job: NeedleJob, known: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+def _report(job: NeedleJob, records: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
+    """Prints the table and writes results.json and chart.png."""
     from ascendspeed.utils.atomic import write_file
 
     lengths, depths = sorted(job.needle.lengths), sorted(job.needle.depths)
-    shares = [[_share(job, known, length, depth) for length in lengths] for depth in depths]
+    shares = [[_share_found(job, records, length, depth) for length in lengths] for depth in depths]
     print("found, in % | " + " | ".join(f"{length:,} tokens" for length in lengths))
     for depth, row in zip(depths, shares, strict=True):
         print(f"depth {depth:g} % | " + " | ".join(f"{100 * share:.0f}" for share in row))
     folder = Path(job.needle.output_dir)
-    about = {
+    results = {
         "settings": settings,
         "lengths": lengths,
         "depths": depths,
         "trials": job.needle.trials,
         "found": shares,
     }
-    write_file(folder / "results.json", json.dumps(about, indent=2, ensure_ascii=False) + "\n")
-    write_file(folder / "chart.png", _chart(lengths, depths, shares))
+    write_file(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    write_file(folder / "chart.png", _draw_chart(lengths, depths, shares))
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
 
 
-def _share(job: NeedleJob, known: dict[str, dict[str, Any]], length: int, depth: float) -> float:
-    tries = [known[Cell(length, depth, trial).key]["found"] for trial in range(job.needle.trials)]
-    return sum(tries) / len(tries)
+def _share_found(job: NeedleJob, records: dict[str, dict[str, Any]], length: int, depth: float) -> float:
+    trials = range(job.needle.trials)
+    return sum(records[Cell(length, depth, trial).key]["found"] for trial in trials) / len(trials)
 
 
-def _chart(lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Sequence[float]]) -> bytes:
+def _draw_chart(lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Sequence[float]]) -> bytes:
+    """Returns a PNG: share found by length and depth."""
     import io
 
     from matplotlib.figure import Figure
@@ -222,6 +228,6 @@ def _chart(lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Seq
     axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
     axes.set(xlabel="tokens", ylabel="depth of the needle")
     figure.colorbar(image, label="found")
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=120)
-    return out.getvalue()
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=120)
+    return png.getvalue()

@@ -1,16 +1,21 @@
-"""Prompts that fit: examples are dropped one by one, the last one first, only where a prompt would be too long; and their ids."""
+"""Prompts within the model's length limit, and their token ids.
+
+Few-shot examples that do not fit are dropped, the last one first.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ascendspeed.evaluation.prompt_styles import Style
+from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import Benchmark, Question, Subject
 from ascendspeed.tokenization.tokenizer import Tokenizer
+
+CACHED_CONTEXTS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One question as it is put."""
+    """A question with its context and possible answers."""
 
     task: str
     subject: str
@@ -19,105 +24,115 @@ class Prompt:
     choices: tuple[str, ...]
     delimiter: str
     until: tuple[str, ...]
-    shots: int
-    """Examples before it."""
-    cut: int
-    """Tokens that had to go at its beginning, because it is too long without any example."""
+    num_shots: int
+    """Examples in the context."""
+    truncated: int
+    """Tokens to remove at the beginning, because the question alone is too long."""
 
     @property
     def answers(self) -> list[str]:
-        """What may follow the context."""
+        """Texts that may follow the context."""
         return [self.delimiter + choice for choice in self.choices]
 
 
-class Encoder:
-    """Text -> ids with one BOS, as lm-evaluation-harness parts a context from what follows."""
+class PromptEncoder:
+    """Encodes text with one BOS; separates context and continuation as lm-evaluation-harness does."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.start = [] if tokenizer.bos is None else [tokenizer.bos]
-        self._known: dict[str, list[int]] = {}
+        self.bos_ids = [] if tokenizer.bos is None else [tokenizer.bos]
+        self._cache: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the ids of a context; those of the last ones are remembered."""
-        if text not in self._known:
-            if len(self._known) > 1 << 16:
-                self._known.clear()
-            self._known[text] = self.batch([text])[0]
-        return self._known[text]
+        """Returns BOS and the ids of a context; recent contexts are cached."""
+        if text not in self._cache:
+            if len(self._cache) > CACHED_CONTEXTS:
+                self._cache.clear()
+            self._cache[text] = self.encode_batch([text])[0]
+        return self._cache[text]
 
-    def batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """BOS and the ids of each."""
-        return [[*self.start, *ids.tolist()] for ids in self.tokenizer.encode_batch(texts)]
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns BOS and the ids of each text."""
+        return [[*self.bos_ids, *ids.tolist()] for ids in self.tokenizer.encode_batch(texts)]
 
-    def pairs(self, context: str, continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """Ids of the context and of each continuation after it: those that the whole text has more than the context.
+    def encode_pairs(self, context: str, continuations: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """Returns the ids of the context and of each continuation: those that the whole text has beyond the
+        context.
 
-        White space at the end of a context belongs to what follows, as tokenizers have it.
+        Trailing white space of the context belongs to the continuation, as tokenizers merge it with what
+        follows.
         """
-        kept = context.rstrip()
-        head = self.encode(kept)
-        wholes = self.batch([context + continuation for continuation in continuations])
-        # An answer that melts into the end of the context, so that the whole text has no more ids, is the last one of these.
-        return [
-            (head, whole[len(head) :]) if len(whole) > len(head) else (whole[:-1], whole[-1:])
-            for whole in wholes
-        ]
+        head = self.encode(context.rstrip())
+        pairs = []
+        for ids in self.encode_batch([context + continuation for continuation in continuations]):
+            # If the continuation merges with the end of the context, so that the whole text has no more ids,
+            # its last id is the continuation.
+            split = len(head) if len(ids) > len(head) else len(ids) - 1
+            pairs.append((head if len(ids) > len(head) else ids[:split], ids[split:]))
+        return pairs
 
 
-def prepare(
-    benchmark: Benchmark, style: Style, encoder: Encoder, room: int, new_tokens: int
+def build_prompts(
+    benchmark: Benchmark, style: PromptStyle, encoder: PromptEncoder, max_length: int, new_tokens: int
 ) -> Iterator[Prompt]:
-    """The prompts of a benchmark, in the order of its files.
+    """Yields the prompts of a benchmark, in the order of its files.
 
-    `room`: tokens that the model may be given; `new_tokens`: of these, for an answer that is written.
+    `max_length`: most tokens of the model's input; `new_tokens`: tokens of it that are reserved for a
+    generated answer.
     """
     for subject in benchmark.subjects:
         for question in subject.questions:
-            yield _fit(
-                benchmark.name,
-                subject,
-                question,
-                style,
-                encoder,
-                room if style.choices(question) else room - new_tokens,
-            )
+            limit = max_length if style.choices(question) else max_length - new_tokens
+            yield _fit(benchmark.name, subject, question, style, encoder, limit)
 
 
 def _fit(
-    task: str, subject: Subject, question: Question, style: Style, encoder: Encoder, room: int
+    task: str,
+    subject: Subject,
+    question: Question,
+    style: PromptStyle,
+    encoder: PromptEncoder,
+    max_length: int,
 ) -> Prompt:
+    """Builds the prompt with the most examples that fit."""
     choices = tuple(style.choices(question))
-    for shots in range(len(subject.shots), -1, -1):
-        context = style.context(subject.topic, subject.shots[:shots], question)
-        over = _length(context, [style.delimiter + choice for choice in choices], encoder, room) - room
-        if over <= 0 or not shots:
+    answers = [style.delimiter + choice for choice in choices]
+    for num_shots in range(len(subject.shots), -1, -1):
+        context = style.context(subject.info, subject.shots[:num_shots], question)
+        excess = _length(context, answers, encoder, max_length) - max_length
+        if excess <= 0 or not num_shots:
             return Prompt(
-                task,
-                subject.topic.name,
-                question,
-                context,
-                choices,
-                style.delimiter,
-                style.until,
-                shots,
-                max(over, 0),
+                task=task,
+                subject=subject.info.name,
+                question=question,
+                context=context,
+                choices=choices,
+                delimiter=style.delimiter,
+                until=style.until,
+                num_shots=num_shots,
+                truncated=max(excess, 0),
             )
-    raise AssertionError("without examples there is always a prompt")
+    raise AssertionError("the loop ends with a prompt without examples")
 
 
-def _length(context: str, answers: list[str], encoder: Encoder, room: int) -> int:
-    """Tokens that go into the model: all but the last one of the longest answer. Exact where it matters."""
+def _length(context: str, answers: list[str], encoder: PromptEncoder, max_length: int) -> int:
+    """Returns the length of the model's input: all tokens but the last one of the longest answer.
+
+    The result is an upper bound if that bound is within `max_length`, and exact otherwise.
+    """
     if not answers:
         return len(encoder.encode(context))
-    length = len(encoder.encode(context.rstrip()))
-    most = length + len(context) - len(context.rstrip()) + max(len(answer.encode()) for answer in answers)
-    if most <= room:  # an answer has no more tokens than bytes
-        return most
-    return max(len(head) + len(tail) for head, tail in encoder.pairs(context, answers)) - 1
+    stripped = context.rstrip()
+    longest_answer = max(
+        len(answer.encode()) for answer in answers
+    )  # an answer has no more tokens than bytes
+    bound = len(encoder.encode(stripped)) + len(context) - len(stripped) + longest_answer
+    if bound <= max_length:
+        return bound
+    return max(len(head) + len(tail) for head, tail in encoder.encode_pairs(context, answers)) - 1
 
 
-def clip(tokens: list[int], room: int, start: int) -> list[int]:
-    """The last `room` tokens, with the first `start` ones (BOS) kept."""
-    over = len(tokens) - room
-    return tokens if over <= 0 else tokens[:start] + tokens[start + over :]
+def truncate_left(tokens: list[int], max_length: int, num_bos: int) -> list[int]:
+    """Returns the last `max_length` tokens, including the first `num_bos` ones (BOS)."""
+    excess = len(tokens) - max_length
+    return tokens if excess <= 0 else tokens[:num_bos] + tokens[num_bos + excess :]

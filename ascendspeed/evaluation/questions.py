@@ -1,49 +1,49 @@
-"""What a benchmark consists of, whatever files it came in."""
+"""Types of a loaded benchmark, independent of its files: questions, subjects, benchmark."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from ascendspeed.evaluation.subjects import Topic
+from ascendspeed.evaluation.subjects import SubjectInfo
 
 LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question and its answer, verbatim."""
+    """A question and its answer, verbatim."""
 
     id: str
-    """Subject, split and number from 0: `anatomy/test/7`."""
-    where: str
+    """Subject, split and index: `anatomy/test/7`."""
+    location: str
     """File and line."""
     text: str
     choices: tuple[str, ...]
-    """Of which one is right; empty where the answer is to be written."""
+    """Possible answers; empty if the answer is generated."""
     answer: int | str
-    """Number of the right choice from 0, or the answer as text."""
+    """Index of the right choice, or the text of the answer."""
     passage: str = ""
-    """What the question is about."""
+    """Text that the question is about."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """Questions that are asked under one title, after the same examples."""
+    """Questions with a common title and common examples."""
 
-    topic: Topic
+    info: SubjectInfo
     shots: tuple[Question, ...]
-    """Examples, in the order of their file."""
+    """Few-shot examples, in the order of their file."""
     questions: tuple[Question, ...]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """A whole task."""
+    """All questions of a task."""
 
     name: str
     folder: Path
     subjects: tuple[Subject, ...]
-    own: bool = False
-    """Whether the set is one of one's own, in the shape of the published one."""
+    custom: bool = False
+    """True for a user-provided dataset in the benchmark's format."""
 
     @property
     def size(self) -> int:

@@ -1,4 +1,7 @@
-"""A job from the first rank's greeting to the files that it leaves. Imported after the command line was found good."""
+"""Runs an evaluation job: loads the model, answers the questions, reports.
+
+Imported after argument parsing.
+"""
 
 import logging
 import platform
@@ -14,9 +17,9 @@ from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import weights_identity
 from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
-from ascendspeed.evaluation.answer_cache import NAME, Answers, open_together
+from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerCache, open_on_all_ranks
 from ascendspeed.evaluation.args import EvaluationJob
-from ascendspeed.evaluation.prompts import Encoder, prepare
+from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
 from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 from ascendspeed.tokenization.tokenizer import Tokenizer
@@ -26,27 +29,33 @@ from ascendspeed.utils.progress import of_items, progress
 logger = logging.getLogger(__name__)
 
 
-class Model:
-    """`ascendspeed.inference.engine` as a backend; every rank asks it the same."""
+class EngineBackend:
+    """Backend over `ascendspeed.inference.engine`. Collective: every rank makes the same calls."""
 
     def __init__(self, model: Any, tokenizer: Tokenizer, batch_size: int) -> None:
-        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self.model = model
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
 
-    def score(self, pairs: Sequence[Any], got: Callable[[int, float, bool], None]) -> None:
-        """As `harness.Backend` says."""
+    def score(self, pairs: Sequence[Any], on_score: Callable[[int, float, bool], None]) -> None:
+        """Calls `on_score` with index, log-probability and greediness of every (context, continuation)."""
         from ascendspeed.inference import engine
 
         engine.score_continuations(
             self.model,
             pairs,
             self.batch_size,
-            on_score=lambda i, score: got(i, score.logprob, score.is_greedy),
+            on_score=lambda i, score: on_score(i, score.logprob, score.is_greedy),
         )
 
     def generate(
-        self, prompts: Sequence[Any], until: Sequence[str], new_tokens: int, got: Callable[[int, str], None]
+        self,
+        prompts: Sequence[Any],
+        until: Sequence[str],
+        new_tokens: int,
+        on_text: Callable[[int, str], None],
     ) -> None:
-        """As `harness.Backend` says."""
+        """Calls `on_text` with index and greedy text of every prompt, the longest prompts first."""
         from ascendspeed.inference import engine
 
         params = engine.SamplingParams(
@@ -57,115 +66,120 @@ class Model:
             batch = order[start : start + self.batch_size]
             streams = [TextStream(self.tokenizer, until) for _ in batch]
 
-            def ends(row: int, token: int, streams: list[TextStream] = streams) -> bool:
+            def is_finished(row: int, token: int, streams: list[TextStream] = streams) -> bool:
                 streams[row].push(token)
                 return streams[row].stopped
 
-            done = engine.sample(self.model, [prompts[i] for i in batch], params, ends)
-            for i, completions in zip(batch, done, strict=True):
-                got(i, decode_until_stop(self.tokenizer, completions[0].tokens, until)[0])
+            results = engine.sample(self.model, [prompts[i] for i in batch], params, is_finished)
+            for i, completions in zip(batch, results, strict=True):
+                text, *_ = decode_until_stop(self.tokenizer, completions[0].tokens, until)
+                on_text(i, text)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
-    """Raises `UserError` when the ids of one are not the rows of the other."""
+    """Raises UserError if the tokenizer does not fit the model's vocabulary."""
     ids, rows = tokenizer.vocab_size, model.vocab_size
     if ids > rows or rows - ids > SPARE:
         raise UserError(
-            f"{tokenizer.path} has {ids} tokens, but the model's vocabulary has {rows} rows: this is not the model's tokenizer; "
-            "give the right one (--tokenizer-name-or-path)"
+            f"{tokenizer.path} has {ids} tokens, but the model's vocabulary has {rows} rows: this is not the "
+            "model's tokenizer; give the right one (--tokenizer-name-or-path)"
         )
 
 
 def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> None:
-    """Loads, asks, grades, reports. Raises `UserError`."""
+    """Loads the model, answers all questions and writes the reports. Raises UserError."""
     from ascendspeed.inference.session import Session
 
     session = Session.open(job.spec, device)
-    tokenizer, grid = session.tokenizer, session.grid
+    tokenizer = session.tokenizer
     check_vocabulary(tokenizer, session.config)
     for note in notes:
         logger.info(f"note: {note}")
-    room = job.evaluation.max_input_length or session.config.max_position_embeddings
-    written = [one.name for one, style in job.benchmarks if style.until]
-    if written and room <= job.new_tokens:
+    max_length = job.evaluation.max_input_length or session.config.max_position_embeddings
+    generated = [benchmark.name for benchmark, style in job.benchmarks if style.until]
+    if generated and max_length <= job.new_tokens:
         raise UserError(
-            f"--max-new-tokens {job.new_tokens} of {written[0]} leaves nothing of {room} tokens for the question"
+            f"--max-new-tokens {job.new_tokens} of {generated[0]} leaves none of the {max_length} tokens for "
+            "the question"
         )
-    model = session.model
+    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size)
     sha256 = weights_identity.full_bytes(session.source, session.readers)
-    settings = _settings(job, sha256, tokenizer, room)
-    folder = Path(job.evaluation.output_dir)
-    answers = open_together(folder, settings, grid)
+    settings = _settings(job, sha256, tokenizer, max_length)
+    answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)
     try:
-        _ask(job, Model(model, tokenizer, job.evaluation.batch_size), answers, tokenizer, room, device)
+        _evaluate(job, backend, answers, max_length, device)
     finally:
         answers.close()
 
 
-def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, room: int) -> dict[str, Any]:
-    """What answers depend on, beside the questions. The layout and the batch size are not among it."""
+def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
+    """Returns everything that answers depend on, beside the questions; not the layout or the batch size."""
     return {
         "model_sha256": sha256,
-        "tokenizer_sha256": fingerprint.of_tokenizer(Path(tokenizer.path)),
+        "tokenizer_sha256": fingerprint.hash_tokenizer(Path(tokenizer.path)),
         "dtype": job.spec.args.dtype,
         "prompt_style": job.evaluation.prompt_style,
         "num_fewshot": job.evaluation.num_fewshot,
-        "max_input_length": room,
+        "max_input_length": max_length,
         "max_new_tokens": job.new_tokens,
         "lm_eval": version("lm_eval"),
     }
 
 
-def _ask(
+def _evaluate(
     job: EvaluationJob,
-    backend: Model,
-    answers: Answers,
-    tokenizer: Tokenizer,
-    room: int,
-    device: Any,
+    backend: EngineBackend,
+    answers: AnswerCache,
+    max_length: int,
+    device: devices.Device,
 ) -> None:
-    from ascendspeed.evaluation import lm_eval, metrics, report  # lm-eval: after the device was prepared
+    """Answers and grades the questions on all ranks; rank 0 writes the reports."""
+    # lm-eval imports torch, so it is imported after the device was prepared.
+    from ascendspeed.evaluation import lm_eval, metrics, report
 
-    began, encoder = time.time(), Encoder(tokenizer)
-    prompts = [p for one, style in job.benchmarks for p in prepare(one, style, encoder, room, job.new_tokens)]
-    keys = lm_eval.keys_of(prompts, answers.settings)
-    before = sum(key in answers.known for key in keys)
-    limited = f", the first {job.evaluation.limit} of each subject only" if job.evaluation.limit else ""
+    started = time.time()
+    encoder, grid = PromptEncoder(backend.tokenizer), backend.model.grid
+    prompts = []
+    for benchmark, style in job.benchmarks:
+        prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
+    cached = sum(key in answers.records for key in lm_eval.answer_keys(prompts, answers.settings))
+    options = job.evaluation
+    limited = f", the first {options.limit} of each subject only" if options.limit else ""
     logger.info(
-        f"{len(prompts)} questions{limited}; {before} were answered before (in {job.evaluation.output_dir}/{NAME})"
+        f"{len(prompts)} questions{limited}; {cached} were answered before (in "
+        f"{options.output_dir}/{FILE_NAME})"
     )
-    grid = backend.model.grid
-    with progress(of_items("questions"), len(prompts), before, quiet=grid.rank != 0) as advance:
-        adapter = lm_eval.Adapter(backend, encoder, room, answers, advance)
-        grades = lm_eval.ask(adapter, prompts, job.new_tokens)
+    with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
+        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance)
+        grades = lm_eval.grade_prompts(model, prompts, job.new_tokens)
     if grid.rank != 0:
         return
     answers.close()
-    results = [
-        metrics.of(one, [g for g in grades if g.prompt.task == one.name], job.shots[one.name])
-        for one, _ in job.benchmarks
-    ]
-    for result in results:
-        shots = job.shots[result.benchmark.name]
-        logger.info(report.text(result, f"{job.evaluation.prompt_style} prompts, {shots} examples{limited}"))
-    about = {
+    scores = []
+    for benchmark, _ in job.benchmarks:
+        task, num_shots = benchmark.name, job.shots[benchmark.name]
+        task_grades = [grade for grade in grades if grade.prompt.task == task]
+        scores.append(metrics.score_task(benchmark, task_grades, num_shots))
+        title = f"{options.prompt_style} prompts, {num_shots} examples{limited}"
+        logger.info(report.as_text(scores[-1], title))
+    run_facts = {
         "model": {
             "path": str(job.spec.args.load),
             "sha256": answers.settings["model_sha256"],
             "family": backend.model.config.family,
         },
         "settings": answers.settings,
-        "limit": job.evaluation.limit,
-        "batch_size": job.evaluation.batch_size,
+        "limit": options.limit,
+        "batch_size": options.batch_size,
         "layout": str(grid),
         "device": f"{device.kind} ({device.name})",
         "versions": _versions(),
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(time.time() - started, 1),
         "shots": job.shots,
     }
-    folder = Path(job.evaluation.output_dir)
-    report.write(folder, results, about, grades, answers.known)
-    logger.info(f"wrote {folder}/results.json, results.csv, chart.png and {NAME}")
+    folder = Path(options.output_dir)
+    report.write_reports(folder, scores, run_facts, grades, answers.records)
+    logger.info(f"wrote {folder}/results.json, results.csv, chart.png and {FILE_NAME}")
 
 
 def _versions() -> dict[str, str]:

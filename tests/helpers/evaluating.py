@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.registry import open_reader
-from ascendspeed.evaluation.subjects import TOPICS
+from ascendspeed.evaluation.subjects import SUBJECTS
 from ascendspeed.models import families, param_mapping
 from helpers import corpus
 
@@ -51,7 +51,7 @@ def put_csv(path: Path, lines: Sequence[Sequence[str]], header: Sequence[str] = 
 
 def mmlu(folder: Path, count: int = 3, subjects: Sequence[str] | None = None) -> Path:
     """All 57 subjects, or some."""
-    for subject in TOPICS["mmlu"] if subjects is None else subjects:
+    for subject in SUBJECTS["mmlu"] if subjects is None else subjects:
         for split, many in (("dev", 5), ("test", count)):
             put_csv(folder / split / f"{subject}_{split}.csv", rows(subject, split, many))
     return folder
@@ -59,7 +59,7 @@ def mmlu(folder: Path, count: int = 3, subjects: Sequence[str] | None = None) ->
 
 def ceval(folder: Path, count: int = 2) -> Path:
     """C-Eval: headed, with numbers before and explanations after."""
-    for subject in TOPICS["ceval"]:
+    for subject in SUBJECTS["ceval"]:
         for split, many in (("dev", 5), ("val", count)):
             lines = [
                 [str(i), *row, *(["because, 0.5"] if split == "dev" else [])]
@@ -72,7 +72,7 @@ def ceval(folder: Path, count: int = 2) -> Path:
 
 def cmmlu(folder: Path, count: int = 2) -> Path:
     """CMMLU: a nameless first column."""
-    for subject in TOPICS["cmmlu"]:
+    for subject in SUBJECTS["cmmlu"]:
         for split, many in (("dev", 5), ("test", count)):
             lines = [[str(i), *row] for i, row in enumerate(rows(subject, split, many))]
             put_csv(folder / split / f"{subject}.csv", lines, ["", "Question", *"ABCD", "Answer"])

@@ -65,7 +65,7 @@ def _decode_line(line: bytes) -> str:
         raise UserError(f"stdin is not UTF-8: {error.reason} at byte {error.start} of the line") from None
 
 
-class _Terminated(BaseException):
+class _SigtermReceived(BaseException):
     """SIGTERM while the user types."""
 
 
@@ -75,7 +75,7 @@ def _read_from_terminal() -> UserMessage | None:
     previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         return _parse_message(_input_line)
-    except _Terminated:
+    except _SigtermReceived:
         signal.signal(signal.SIGTERM, previous)
         signal.raise_signal(signal.SIGTERM)
         return None
@@ -84,7 +84,7 @@ def _read_from_terminal() -> UserMessage | None:
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
-    raise _Terminated
+    raise _SigtermReceived
 
 
 def _input_line(is_first: bool) -> str | None:

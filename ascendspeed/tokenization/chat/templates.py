@@ -76,7 +76,7 @@ TEMPLATES: dict[str, ChatTemplate] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.
 
 
 def choose_template(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, ChatTemplate]:
-    """Returns (name, template): `name` if given (the model's family names one), else the template of the tokenizer.
+    """Returns (name, template): `name` (from a flag or the model's family), else the tokenizer's template.
 
     An InternLM that was exported as a Llama is recognized by its tokenizer. Raises `UserError` if no template
     is known, or if the tokenizer lacks a control token that the template needs.

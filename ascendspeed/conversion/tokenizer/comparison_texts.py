@@ -1,4 +1,4 @@
-"""Texts on which tokenizers differ, and the comparison of a tokenizer.json with sentencepiece on them."""
+"""Adversarial strings for comparing a `tokenizer.json` with sentencepiece, and the comparison."""
 
 import random
 from collections.abc import Collection, Iterator, Sequence
@@ -44,67 +44,68 @@ ALPHABET = "ab 1\n\t▁你 é😀.-_<>/\\\"'\r\0" + "\u200d"
 
 
 def texts(pieces: Any, ranked: Sequence[Merge]) -> Iterator[str]:
-    """The lines above, runs, noise, every piece alone, user-defined ones in company, and where merges of one score compete."""
+    """Yields fixed lines, runs of one character, noise, single pieces, user-defined pieces in context, and competing merges."""
     yield from LINES
-    yield from (
-        first * count + last
-        for first in RUNS
-        for count in (*range(1, 40), 63, 64, 65, 130)
-        for last in ("", "x")
-    )
-    dice = random.Random(0)
-    yield from ("".join(dice.choices(ALPHABET, k=dice.randint(1, 40))) for _ in range(500))
-    some = [piece.piece.replace("▁", " ") for piece in dice.sample(list(pieces), min(2000, len(pieces)))]
-    yield from ("".join(dice.choices(some, k=5)) for _ in range(500))
-    yield from (piece.piece.replace("▁", " ") for piece in pieces if piece.type == NORMAL)
+    for char in RUNS:
+        for count in (*range(1, 40), 63, 64, 65, 130):
+            yield char * count
+            yield char * count + "x"
+    rng = random.Random(0)
+    for _ in range(500):
+        yield "".join(rng.choices(ALPHABET, k=rng.randint(1, 40)))
+    sample = [_text_of(piece) for piece in rng.sample(list(pieces), min(2000, len(pieces)))]
+    for _ in range(500):
+        yield "".join(rng.choices(sample, k=5))
+    yield from (_text_of(piece) for piece in pieces if piece.type == NORMAL)
     for piece in pieces:
         if piece.type == USER_DEFINED:
-            yield from (
-                around.format(piece.piece.replace("▁", " ")) for around in ("{}", "a {0}{0} b {0}x{0}")
-            )
+            text = _text_of(piece)
+            yield text
+            yield f"a {text}{text} b {text}x{text}"
     for _, tied in groupby(ranked, attrgetter("score")):
-        yield from (text.replace("▁", " ") for text in _contested(list(tied)))
+        yield from (text.replace("▁", " ") for text in _competing_texts(list(tied)))
 
 
-def _contested(tied: Sequence[Merge]) -> Iterator[str]:
-    """Three symbols of which two merges of one score want the middle one."""
+def _text_of(piece: Any) -> str:
+    return piece.piece.replace("▁", " ")
+
+
+def _competing_texts(tied: Sequence[Merge]) -> Iterator[str]:
+    """Yields sequences of three symbols of which two merges of equal score want the middle one."""
     lefts = {merge.left for merge in tied}
     for first in tied:
         if first.right in lefts:
-            yield from (
-                f"{first.left}{first.right}{second.right}" for second in tied if second.left == first.right
-            )
+            for second in tied:
+                if second.left == first.right:
+                    yield f"{first.left}{first.right}{second.right}"
 
 
-def compare(path: Path, ours: Any, samples: Collection[str], found_raw: Collection[str]) -> None:
-    """Raises `Inexact` for the first sample whose ids, or whose way back, differ between the model at `path` and a tokenizer.json.
+def compare(path: Path, converted: Any, samples: Collection[str], foreign_strings: Collection[str]) -> None:
+    """Raises `InexactTokenizerError` for the first sample whose ids or decoded text differ between two tokenizers.
 
-    `ours`: the latter, as the `tokenizers.Tokenizer` that was made of it. `found_raw`: strings that are declared beside the model;
-    samples that hold one are left out, for sentencepiece does not know them.
+    `path`: tokenizer.model. `converted`: the `tokenizers.Tokenizer` of the tokenizer.json. `foreign_strings`: strings that are declared
+    beside the model and unknown to sentencepiece; samples that contain one are skipped.
     """
     import sentencepiece
 
-    sentencepiece.set_min_log_level(2)  # InternLM's unused NUL piece would be warned about
-    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    ours.no_truncation()
-    ours.no_padding()
-    ours.encode_special_tokens = True
-    samples = [sample for sample in samples if not any(token in sample for token in found_raw)]
-    ids = theirs.encode(samples)
-    encoded = ours.encode_batch_fast(samples, add_special_tokens=False)
-    back = zip(
-        theirs.decode(ids),
-        ours.decode_batch([e.ids for e in encoded], skip_special_tokens=False),
-        strict=True,
-    )
-    for sample, mine, expected, (a, b) in zip(samples, encoded, ids, back, strict=True):
-        if mine.ids != expected:
+    sentencepiece.set_min_log_level(2)  # no warning about InternLM's unused NUL piece
+    original = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    converted.no_truncation()
+    converted.no_padding()
+    converted.encode_special_tokens = True
+    samples = [sample for sample in samples if not any(text in sample for text in foreign_strings)]
+    expected_ids = original.encode(samples)
+    actual_ids = [encoding.ids for encoding in converted.encode_batch_fast(samples, add_special_tokens=False)]
+    expected_texts = original.decode(expected_ids)
+    actual_texts = converted.decode_batch(actual_ids, skip_special_tokens=False)
+    for i, sample in enumerate(samples):
+        expected = expected_ids[i]
+        if actual_ids[i] != expected:
             raise InexactTokenizerError(
-                f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {mine.ids[:8]}"
+                f"gives {expected[:8]} for {sample[:40]!r}, where tokenizer.json gives {actual_ids[i][:8]}"
             )
-        if (
-            a != b and theirs.unk_id() not in expected
-        ):  # sentencepiece shows what is unknown by a sign of its own
+        # Unknown characters are decoded to a replacement of sentencepiece's own.
+        if actual_texts[i] != expected_texts[i] and original.unk_id() not in expected:
             raise InexactTokenizerError(
-                f"reads its ids of {sample[:40]!r} back as {a[:40]!r}, tokenizer.json as {b[:40]!r}"
+                f"reads its ids of {sample[:40]!r} back as {expected_texts[i][:40]!r}, tokenizer.json as {actual_texts[i][:40]!r}"
             )

@@ -1,13 +1,12 @@
-"""tokenizer.model -> tokenizer.json: stock transformers load it without anybody's code and give sentencepiece's own ids.
+"""Converts tokenizer.model to a tokenizer.json that stock transformers loads without custom code, with sentencepiece's ids.
 
-What transformers makes of a bare tokenizer.model by itself orders the merges by id; sentencepiece orders them by score, and in
-InternLM's vocabulary the two are not the same. Whatever cannot be said exactly is not written: a reason is given instead, and what
-is written has first been compared with sentencepiece.
+Transformers' own conversion orders the merges by id; sentencepiece orders them by score, and in InternLM's vocabulary the two differ.
+A tokenizer that cannot be expressed exactly is not written, with a reason; a written one has been compared with sentencepiece.
 
-Text is what the model's original tokenizer takes it for. The strings that tokenizer_config.json and its neighbours declare (`<s>`,
-`<|im_start|>`, added tokens) become their ids wherever they stand in a text, as in every tokenizer of Hugging Face; sentencepiece
-itself never makes a control token of text: who wants that too loads with `split_special_tokens=True`. User-defined pieces of the
-vocabulary (`[UNUSED_TOKEN_3]`, runs of spaces) are found either way.
+Text is treated as by the model's original tokenizer. The strings that tokenizer_config.json and similar files declare (`<s>`,
+`<|im_start|>`, added tokens) become their ids wherever they occur in a text, as in every tokenizer of Hugging Face; sentencepiece
+itself never produces a control token from text, which `split_special_tokens=True` selects at loading. User-defined pieces of the
+vocabulary (`[UNUSED_TOKEN_3]`, runs of spaces) are recognized either way.
 """
 
 import json
@@ -42,35 +41,37 @@ from ascendspeed.utils.atomic import replace_file
 from ascendspeed.utils.errors import UserError
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
-"""The class that takes a tokenizer.json as it is, in every version of transformers."""
+"""Class that uses a tokenizer.json unchanged, in every version of transformers."""
 Added = dict[int, dict[str, Any]]
-"""Id -> entry of `added_tokens`."""
+"""Token id -> entry of `added_tokens`."""
 
 
 def write(folder: Path) -> str | None:
     """Writes tokenizer.json and its settings beside the tokenizer.model of a folder; 100,000 pieces take a few seconds.
 
-    Returns why not, in words, when it would not give the ids of sentencepiece; then nothing is written. Raises `UserError`.
+    Returns the reason if it would not give the ids of sentencepiece; then nothing is written. Raises `UserError`.
     """
     import tokenizers
 
     path = folder / "tokenizer.model"
-    kind = read_optional_json(folder / "config.json").get("model_type")
-    family = FAMILIES.get(kind)
+    model_type = read_optional_json(folder / "config.json").get("model_type")
+    family = FAMILIES.get(model_type)
     if family and family.requires_tokenizer_class:
-        return f"transformers use no tokenizer but {family.tokenizer_class} for a model of the type {kind}"
+        return (
+            f"transformers use no tokenizer but {family.tokenizer_class} for a model of the type {model_type}"
+        )
     try:
         model = parse(path)
-        said, tokens = declared_tokens(folder)
-        settings = _defaults(model, said) | said
-        added = _added(model.pieces, _named(settings) | tokens)
+        declared_settings, tokens = declared_tokens(folder)
+        settings = _defaults(model, declared_settings) | declared_settings
+        added = _added(model.pieces, _control_tokens(settings) | tokens)
         ranked = merges(model.pieces)
         text = json.dumps(_tokenizer(model, settings, added, ranked), ensure_ascii=False)
         comparison_texts.compare(
             path,
             tokenizers.Tokenizer.from_str(text),
             list(comparison_texts.texts(model.pieces, ranked)),
-            _foreign(model.pieces, added),
+            _foreign_strings(model.pieces, added),
         )
     except InexactTokenizerError as error:
         return f"tokenizer.model {error}"
@@ -86,113 +87,114 @@ def write(folder: Path) -> str | None:
 
 
 def check(folder: Path) -> None:
-    """Raises `UserError` when a folder's tokenizer.json is not its tokenizer.model, naming a text that they take differently.
+    """Raises `UserError` if a folder's tokenizer.json differs from its tokenizer.model, naming a text with different ids.
 
-    Both are readable. One that somebody made otherwise may differ in little things, as that of transformers does for InternLM's.
+    Both must be readable. A tokenizer.json from another converter may differ in details, as that of transformers does for InternLM.
     """
     import tokenizers
 
     path = folder / "tokenizer.model"
-    found = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    beside = declared_tokens(folder)[1]
+    converted = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    declared = declared_tokens(folder)[1]
     try:
-        for name, number in ((name, token.number) for name, token in beside.items()):
-            other = found.token_to_id(name)
-            if number is not None and other not in (None, number):
+        for name, token in declared.items():
+            other = converted.token_to_id(name)
+            if token.number is not None and other not in (None, token.number):
                 raise InexactTokenizerError(
-                    f"has neighbours that say that {name!r} is {number}, and tokenizer.json says {other}"
+                    f"has neighbours that say that {name!r} is {token.number}, and tokenizer.json says {other}"
                 )
         pieces = read(path).pieces
-        own = {
+        added_tokens = {
             token.content: DeclaredToken(i, token.special, {})
-            for i, token in found.get_added_tokens_decoder().items()
+            for i, token in converted.get_added_tokens_decoder().items()
         }
-        known = {i: entry for i, entry in _added(pieces, own).items() if entry["content"] in beside}
-        comparison_texts.compare(
-            path, found, list(comparison_texts.texts(pieces, _ranked(pieces))), _foreign(pieces, known)
-        )
+        known = {
+            i: entry for i, entry in _added(pieces, added_tokens).items() if entry["content"] in declared
+        }
+        samples = list(comparison_texts.texts(pieces, _ordered_merges(pieces)))
+        comparison_texts.compare(path, converted, samples, _foreign_strings(pieces, known))
     except InexactTokenizerError as error:
         raise UserError(
             f"{path} {error}: move the one away that is not meant, or give --tokenizer DIR with one of them"
         ) from None
 
 
-def _ranked(pieces: Any) -> list[Merge]:
-    """Only to find texts where they compete."""
+def _ordered_merges(pieces: Any) -> list[Merge]:
+    """Merges for finding texts in which they compete; empty if the model has no exact order."""
     try:
         return merges(pieces)
     except InexactTokenizerError:
         return []
 
 
-def _defaults(model: Any, said: Mapping[str, Any]) -> dict[str, Any]:
-    """What holds where tokenizer_config.json says nothing: the special tokens of the model."""
-    if model.normalizer_spec.add_dummy_prefix and said.get("legacy") is False:
+def _defaults(model: Any, declared_settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that tokenizer_config.json leaves out: the special tokens of the model."""
+    if model.normalizer_spec.add_dummy_prefix and declared_settings.get("legacy") is False:
         raise InexactTokenizerError(
             "begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens"
         )
     numbers = {f"{name}_token": getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
-    own = {name: model.pieces[i].piece for name, i in numbers.items() if 0 <= i < len(model.pieces)}
-    return own | {
-        "pad_token": said.get("eos_token", own.get("eos_token")),
+    model_tokens = {name: model.pieces[i].piece for name, i in numbers.items() if 0 <= i < len(model.pieces)}
+    return model_tokens | {
+        "pad_token": declared_settings.get("eos_token", model_tokens.get("eos_token")),
         "clean_up_tokenization_spaces": False,
     }
 
 
-def _named(settings: Mapping[str, Any]) -> dict[str, DeclaredToken]:
+def _control_tokens(settings: Mapping[str, Any]) -> dict[str, DeclaredToken]:
     names = (settings.get(f"{name}_token") for name in CONTROL_TOKEN_NAMES)
     return {token_text(token): DeclaredToken(None, True, {}) for token in names if token is not None}
 
 
 def _added(pieces: Any, tokens: Mapping[str, DeclaredToken]) -> Added:
-    """What is declared, and the user-defined pieces. Raises `Inexact` for an id of two names, or a name of two ids."""
+    """Declared tokens and user-defined pieces. Raises `InexactTokenizerError` for an id of two names, or a name of two ids."""
     numbers = {piece.piece: i for i, piece in enumerate(pieces)}
     added = {
         i: _entry(i, piece.piece, DeclaredToken(i, False, {}), True)
         for i, piece in enumerate(pieces)
         if piece.type == USER_DEFINED
     }
-    taken: dict[int, str] = {}
+    names_by_id: dict[int, str] = {}
     for name, token in tokens.items():
         number = numbers.get(name) if token.number is None else token.number
         if number is None:
-            continue  # a name for a token that is nowhere: transformers add it behind the vocabulary, as ever
+            continue  # a token without an id: transformers append it to the vocabulary, as always
         piece = pieces[number] if number < len(pieces) else None
         renamed = piece is not None and piece.piece != name
         if (
             numbers.get(name, number) != number
-            or number in taken
+            or number in names_by_id
             or (renamed and piece.type in (NORMAL, BYTE))
         ):
-            also = taken.get(number) or (piece.piece if renamed else f"piece {numbers[name]}")
+            also = names_by_id.get(number) or (piece.piece if renamed else f"piece {numbers[name]}")
             raise InexactTokenizerError(
                 f"does not go with its neighbours: they say that {name!r} is {number}, which is also {also!r}"
             )
-        taken[number] = name
+        names_by_id[number] = name
         added[number] = _entry(number, name, token, piece is not None and piece.type == USER_DEFINED)
     return dict(sorted(added.items()))
 
 
 def _entry(number: int, name: str, token: DeclaredToken, normalized: bool) -> dict[str, Any]:
-    """`normalized`: looked for when spaces are ▁ already, as sentencepiece does with user-defined pieces; else before."""
+    """Entry of `added_tokens`; `normalized`: matched after spaces became ▁, as sentencepiece matches user-defined pieces."""
     flags = {flag: token.flags.get(flag, False) for flag in ADDED_TOKEN_FLAGS}
     return {"id": number, "content": name, **flags, "normalized": normalized, "special": token.special}
 
 
-def _foreign(pieces: Any, added: Added) -> list[str]:
-    """Strings in which sentencepiece sees something else than the tokenizer.json is to see."""
+def _foreign_strings(pieces: Any, added: Added) -> list[str]:
+    """Strings that sentencepiece must treat differently from the tokenizer.json."""
     return [name for number, token in added.items() for name in _foreign_names(pieces, number, token)]
 
 
 def _foreign_names(pieces: Any, number: int, token: Mapping[str, Any]) -> list[str]:
-    own = pieces[number].piece if number < len(pieces) else None
-    if own != token["content"]:
-        return [token["content"], *([own] if own and pieces[number].type == USER_DEFINED else [])]
-    return [] if token["special"] or pieces[number].type == USER_DEFINED else [own]
+    text = pieces[number].piece if number < len(pieces) else None
+    if text != token["content"]:
+        return [token["content"], *([text] if text and pieces[number].type == USER_DEFINED else [])]
+    return [] if token["special"] or pieces[number].type == USER_DEFINED else [text]
 
 
 def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: list[Merge]) -> dict[str, Any]:
-    """tokenizer.json as a table."""
+    """Content of tokenizer.json."""
     prefix, fallback = model.normalizer_spec.add_dummy_prefix, bool(model.trainer_spec.byte_fallback)
     vocabulary = {i: _key(i, piece, fallback) for i, piece in enumerate(model.pieces)} | {
         i: t["content"] for i, t in added.items()
@@ -239,18 +241,18 @@ def _user_defined(pieces: Any) -> list[tuple[int, Any]]:
 
 
 def _key(number: int, piece: Any, byte_fallback: bool) -> str:
-    """A piece that sentencepiece never makes gets a name that no text is split into: unused ones, and NUL beside byte pieces."""
+    """Name of a piece; one that sentencepiece never produces (unused, NUL beside byte pieces) gets a name that no text contains."""
     unused = piece.type == UNUSED or (byte_fallback and piece.type == NORMAL and piece.piece == "\0")
     return f"<unused piece {number}>" if unused else piece.piece
 
 
 def _template(settings: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
-    """Which special tokens stand around a text, and around each of two."""
+    """Special tokens around a text, and around each of a pair."""
     names = {"bos": settings.get("add_bos_token", True), "eos": settings.get("add_eos_token", False)}
     used = {
         name: token_text(settings[f"{name}_token"])
-        for name, wanted in names.items()
-        if wanted and settings.get(f"{name}_token")
+        for name, is_used in names.items()
+        if is_used and settings.get(f"{name}_token")
     }
     special = {
         name: [{"SpecialToken": {"id": token, "type_id": 0}}]

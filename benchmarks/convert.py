@@ -1,11 +1,13 @@
-"""Conversion against a plain copy of the same bytes: GB/s and peak anonymous memory, in interleaved rounds.
+"""Benchmark of conversion against a copy of the same bytes: GB/s and peak anonymous memory, in interleaved rounds.
 
-Every piece of work runs in a process of its own, writes to the same disk, and ends with the data on it (fsync). Time starts after
-the imports. Memory is sampled from /proc while the work runs. A model that does not fit twice into memory is read from the disk by
-all alike; a small one stays in the page cache.
+Every task runs in a process of its own, writes to the same disk, and ends with the data on it
+(fsync). Time starts after the imports. Memory is sampled from /proc while the work runs. A model that does
+not fit twice into memory is read from the disk by all tasks; a small one stays in the page cache.
 
     python benchmarks/convert.py --rounds 5 --out benchmarks/results/convert-cpu.md
-    python benchmarks/convert.py --model internlm-7b --rounds 3 --out benchmarks/results/convert-7b-cpu.md   # 60 GB of disk
+    python benchmarks/convert.py --model internlm-7b --rounds 3 --out benchmarks/results/convert-7b-cpu.md
+
+The second command needs 60 GB of disk.
 """
 
 import math
@@ -31,12 +33,12 @@ from ascendspeed.utils import errors
 GB = 1e9
 RANKS = (1, 8)
 SHARD = ("5GB", "500MB")
-"""Of a model by name, and of the small one."""
+"""Shard size of a model chosen by name, and of the small one."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Conversion against a plain copy of the same bytes."""
+    """Compares conversion with a copy of the same bytes."""
 
     rounds: int = 5
     """Rounds; each does every piece of work once."""
@@ -60,12 +62,12 @@ class Result:
 
 
 def architecture(name: str | None) -> ModelConfig:
-    """Of the model that is converted."""
+    """Returns the architecture of the model to convert."""
     return families.preset(name) if name else ModelConfig("internlm", 6, 2048, 5504, 16, vocab_size=32000)
 
 
 def generate(folder: Path, model: str | None) -> None:
-    """A random model in bf16 as a Hugging Face directory."""
+    """Writes a random model in bf16 as a Hugging Face directory."""
     import torch
 
     from ascendspeed.conversion import convert
@@ -92,7 +94,7 @@ def generate(folder: Path, model: str | None) -> None:
 
 
 def copy(source: Path, target: Path) -> None:
-    """As `cp -r`, and waits for the disk."""
+    """Copies like `cp -r` and flushes to the disk."""
     shutil.copytree(source, target)
     for path in target.rglob("*"):
         descriptor = os.open(path, os.O_RDONLY)
@@ -101,14 +103,14 @@ def copy(source: Path, target: Path) -> None:
 
 
 def split(source: Path, target: Path, tp: int) -> None:
-    """Hugging Face to rank files."""
+    """Converts Hugging Face to rank files."""
     from ascendspeed.conversion import convert
 
     convert.write_megatron(convert.open_reader(source), target, tp)
 
 
 def merge(source: Path, target: Path, shard: str) -> None:
-    """Rank files back to Hugging Face."""
+    """Converts rank files back to Hugging Face."""
     from ascendspeed.conversion import convert
 
     convert.write_hf(convert.open_reader(source), target, max_shard_size=shard)
@@ -179,13 +181,19 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
     lines = [
         "# Conversion against a plain copy",
         "",
-        f"{time.strftime('%Y-%m-%d')}, {_cpu()}, {os.cpu_count()} cores, {platform.system()} {platform.release()}, "
-        f"Python {platform.python_version()}, torch {version('torch')}, safetensors {version('safetensors')}. "
-        f"Load average at the end: {os.getloadavg()[1]:.1f} (5 minutes), so other work ran beside where it is above 1.",
+        f"{time.strftime('%Y-%m-%d')}, {_cpu()}, {os.cpu_count()} cores, {platform.system()} "
+        f"{platform.release()}, "
+        f"Python {platform.python_version()}, torch {version('torch')}, safetensors "
+        f"{version('safetensors')}. "
+        f"Load average at the end: {os.getloadavg()[1]:.1f} (5 minutes), so other work ran beside where it "
+        f"is above 1.",
         "",
-        f"{options.model or 'A model of 6 layers, hidden size 2048,'} with random weights in bf16: {size:.2f} GB in shards of "
-        f"{SHARD[options.model is None]}. Medians of {options.rounds} interleaved rounds, each piece of work in a fresh process, "
-        f"fsync included. The machine has {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GB:.0f} GB of memory.",
+        f"{options.model or 'A model of 6 layers, hidden size 2048,'} with random weights in bf16: "
+        f"{size:.2f} GB in shards of "
+        f"{SHARD[options.model is None]}. Medians of {options.rounds} interleaved rounds, each piece of "
+        f"work in a fresh process, "
+        f"fsync included. The machine has "
+        f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GB:.0f} GB of memory.",
         "",
         "| work | s (min to max) | GB/s | time / copy | peak anonymous memory |",
         "|---|---|---|---|---|",
@@ -197,13 +205,15 @@ def report(results: dict[str, list[Result]], options: Options) -> str:
         memory = max(r.anonymous for r in runs) / 1e6
         rate = runs[0].written / GB / middle
         lines.append(
-            f"| {name} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {rate:.2f} | {ratio:.2f} | {memory:.0f} MB |"
+            f"| {name} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {rate:.2f} | {ratio:.2f} "
+            f"| {memory:.0f} MB |"
         )
     config = architecture(options.model)
     largest = config.vocab_size * config.hidden_size * 2 / 1e6
     lines += [
         "",
-        f"The largest tensor has {largest:.0f} MB. Memory is what the work adds to an idle process with its imports done.",
+        f"The largest tensor has {largest:.0f} MB. Memory is what the work adds to an idle process with its "
+        f"imports done.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -23,7 +23,7 @@ INTERNLM2, INTERNLM3, MIXTRAL, QWEN2_MOE = (
 
 
 def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What the tensors of such a model are called, and how large they are."""
+    """Names and shapes of the tensors of such a model."""
     return {
         name: shape for p in param_mapping.parameters(config) for name, shape in hf_shapes(config, p).items()
     }
@@ -67,12 +67,14 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
     (
         LLAMA,
         {"num_query_groups": 4},
-        "config.json says num_key_value_heads = 4 of width 16, but k and v of the tensors has 32 rows, 2 heads",
+        "config.json says num_key_value_heads = 4 of width 16, but k and v of the tensors has 32 rows, 2 "
+        "heads",
     ),
     (
         INTERNLM2,
         {"num_query_groups": 4},
-        "config.json says num_key_value_heads = 4 of width 8, but k and v of the tensors has 16 rows, 2 heads",
+        "config.json says num_key_value_heads = 4 of width 8, but k and v of the tensors has 16 rows, 2 "
+        "heads",
     ),
     (INTERNLM2, {"hidden_size": 32}, "config.json says hidden_size = 32, but model.norm.weight is [64]"),
     (
@@ -115,12 +117,14 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
     (
         QWEN2_MOE,
         {"moe_ffn_hidden_size": 24},
-        "config.json says moe_intermediate_size = 24, but model.layers.0.mlp.experts.0.down_proj.weight is [64, 16]",
+        "config.json says moe_intermediate_size = 24, but model.layers.0.mlp.experts.0.down_proj.weight is "
+        "[64, 16]",
     ),
     (
         QWEN2_MOE,
         {"moe_shared_expert_intermediate_size": 24},
-        "config.json says shared_expert_intermediate_size = 24, but model.layers.0.mlp.shared_expert.down_proj.weight is [64, 32]",
+        "config.json says shared_expert_intermediate_size = 24, but "
+        "model.layers.0.mlp.shared_expert.down_proj.weight is [64, 32]",
     ),
 ]
 
@@ -168,7 +172,9 @@ def test_a_directory_says_it_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_experts_as_transformers_hold_them(family, tmp_path):
-    """`torch.save(model.state_dict())` of transformers 5 is no model that anybody reads; `save_pretrained` takes it apart."""
+    """`torch.save(model.state_dict())` of transformers 5 is no model that anybody reads; `save_pretrained`
+    takes it apart.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = replace(PRESETS[f"{family}-tiny"], num_layers=1, vocab_size=32)

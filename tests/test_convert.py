@@ -1,4 +1,4 @@
-"""Conversion: bit-exact every way round, equal to transformers, and honest about everything that is damaged."""
+"""Conversion: bit-exact in all directions, equal to transformers; damaged input is refused."""
 
 import itertools
 import json
@@ -108,7 +108,8 @@ def test_stages_count_their_layers_from_0(sources, tmp_path):
     assert not any(n.startswith(("embedding", "decoder.layers.2")) for n in held)
 
 
-# --- Hugging Face directories -----------------------------------------------------------------------------------------------
+# --- Hugging Face directories
+# -----------------------------------------------------------------------------------------------
 
 
 def test_shards_index_and_sidecars(sources, tmp_path):
@@ -209,7 +210,8 @@ def test_training_checkpoint_becomes_a_model_directory(sources, tmp_path):
     assert (tmp_path / "hf/tokenizer.model").read_bytes() == (beside / "tokenizer.model").read_bytes()
 
 
-# --- against transformers ---------------------------------------------------------------------------------------------------
+# --- against transformers
+# ---------------------------------------------------------------------------------------------------
 
 
 def plain_llama(config: ModelConfig):
@@ -253,7 +255,9 @@ def logits_of(folder: Path, ids: torch.Tensor, **more) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def oracle(tmp_path_factory):
-    """An InternLM directory whose tensors come from a transformers model, token ids beyond max_position, and its logits."""
+    """An InternLM directory whose tensors come from a transformers model, token ids beyond max_position, and
+    its logits.
+    """
     config = replace(BASE, num_layers=2, rope_scaling_type="dynamic", rope_scaling_factor=2.0)
     model, folder = plain_llama(config), tmp_path_factory.mktemp("oracle") / "hf"
     hugging_face(folder, config)
@@ -314,7 +318,8 @@ def test_reference_logits(tmp_path):
         assert difference < 1e-4, kind
 
 
-# --- what is damaged --------------------------------------------------------------------------------------------------------
+# --- what is damaged
+# --------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -548,7 +553,9 @@ def test_a_rank_whose_copy_differs(ranks):
 
 
 def test_rows_beyond_the_vocabulary(tmp_path, capsys):
-    """Padding that holds something is said; more of it than padding can be (128 rows) is refused: config.json is a stale one."""
+    """Padding that holds something is said; more of it than padding can be (128 rows) is refused: config.json
+    is a stale one.
+    """
     config = replace(BASE, vocab_size=250)
     tensors = hugging_face(tmp_path / "hf", config)
     to_ranks(convert.open_reader(tmp_path / "hf"), tmp_path / "ranks", 1)
@@ -614,7 +621,8 @@ def test_infinity_is_said(sources, tmp_path, capsys):
         convert.write_megatron(convert.open_reader(tmp_path / "hf"), tmp_path / "again", 2)
 
 
-# --- the target -------------------------------------------------------------------------------------------------------------
+# --- the target ---------------------------------------------------------------------------------------------
+# ----------------
 
 
 def test_layouts_that_cannot_be_written(sources, tmp_path):
@@ -765,7 +773,8 @@ from ascendspeed.conversion import convert
 from ascendspeed.conversion.output_files import PreallocatedFile
 
 def anonymous():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) * 1024
 
 def watched(self, name, row, block):
     global peak
@@ -774,7 +783,8 @@ def watched(self, name, row, block):
 
 write, PreallocatedFile.write, folder, peak = PreallocatedFile.write, watched, Path(sys.argv[1]), 0
 convert.write_megatron(convert.open_reader(folder / "hf"), folder / "first", 2, allow_nan=True)  # imports
-for source, target, to in (("hf", "ranks", convert.RankFileWriter(2)), ("ranks", "back", convert.HuggingFaceWriter())):
+writers = {("hf", "ranks"): convert.RankFileWriter(2), ("ranks", "back"): convert.HuggingFaceWriter()}
+for (source, target), to in writers.items():
     opened = convert.open_reader(folder / source)
     peak = before = anonymous()
     convert.convert(opened, folder / target, to, allow_nan=True)
@@ -802,7 +812,8 @@ def test_memory_is_about_one_tensor(tmp_path):
     assert held > 140e6  # control: the measure sees tensors that are held
 
 
-# --- the commands -----------------------------------------------------------------------------------------------------------
+# --- the commands
+# -----------------------------------------------------------------------------------------------------------
 
 
 def split(folder: Path, out: Path, *args: str) -> None:
@@ -818,7 +829,8 @@ def split(folder: Path, out: Path, *args: str) -> None:
 
 def test_split_command_of_the_recipe(sources, tmp_path, capsys):
     folder, _ = sources("internlm", "finite")
-    flags = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --make-vocab-size-divisible-by 16 --bias --deepspeed"
+    flags = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 1 --bias --deepspeed"
+    flags += " --make-vocab-size-divisible-by 16"
     more = "--num_layers 4 --num_heads 8 --num_kv_heads 8 --hidden_size 64 --merge-mlp --added-token-num 0"
     split(folder, tmp_path / "out", *flags.split(), *more.split())
     assert "--merge-mlp is accepted and ignored" in capsys.readouterr().out
@@ -866,7 +878,8 @@ def test_convert_command(sources, tmp_path, capsys):
     )
     command(
         "convert.py",
-        *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --tokenizer {tmp_path}/tokenizer --allow-nan".split(),
+        *f"--from {tmp_path}/w --to {tmp_path}/hf --format hf --allow-nan".split(),
+        *f"--tokenizer {tmp_path}/tokenizer".split(),
     )
     verdict = (
         r"verified, every byte of \d+ parameters; logits not compared: the weights hold NaN or infinity: "
@@ -900,7 +913,9 @@ def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
 
 
 def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, capsys):
-    """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was started."""
+    """The run of a training checkpoint names its tokenizer as it was typed: relative to where the run was
+    started.
+    """
     corpus.sentencepiece_dir(tmp_path / "home/words", 100)
     (tmp_path / "elsewhere").mkdir()
     full = dict(convert.open_reader(sources("internlm", "finite")[0]).tensors())

@@ -1,4 +1,6 @@
-"""Adding a checkpoint format: one class and one entry in `FORMATS` reach the command, the support table and the round trips."""
+"""Adding a checkpoint format: one class and one entry in `FORMATS` reach the command, the support table and
+the round trips.
+"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Training folders of InternEvo: read and written tensor by tensor as plain torch makes them (`evo_oracle`)."""
+"""Training folders of InternEvo, compared tensor by tensor with an oracle in plain torch (`evo_oracle`)."""
 
 import json
 import math
@@ -49,7 +49,7 @@ def trained(folder: Path, shape: Shape, how: Trained, **more) -> Path:
 
 
 def back(source: convert.CheckpointReader, family: str) -> dict[str, torch.Tensor]:
-    """What a source says, by the Hugging Face names of a family."""
+    """Tensors of a reader under the Hugging Face names of a family."""
     from ascendspeed.models import param_mapping
 
     config = replace(source.config, family=family)
@@ -62,7 +62,7 @@ def back(source: convert.CheckpointReader, family: str) -> dict[str, torch.Tenso
 
 
 def right(source: convert.CheckpointReader, family: str, shape: Shape) -> bool:
-    """Whether a source holds the oracle's model, bit by bit."""
+    """True if a reader holds the oracle's model, bit by bit."""
     return same(back(source, family), hugging_face(family, shape, parts_of(shape)))
 
 
@@ -118,7 +118,9 @@ def test_every_family_in_every_layout(tmp_path, kind):
     [("INTERNLM", 2, 0), ("INTERNLM2", 4, 0), ("LLAMA2", 1, 2), ("INTERNLM", 1, 4)],
 )
 def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, version, interleaved):
-    """Uneven stages, version 1, either cut of the embedding, rotated pairs, weight parallel; read without config.json."""
+    """Uneven stages, version 1, either cut of the embedding, rotated pairs, weight parallel; read without
+    config.json.
+    """
     shape = BIASED if model_type == "INTERNLM" else GROUPED
     how = Trained(
         model_type,
@@ -169,7 +171,9 @@ def test_every_switch_both_ways(tmp_path, model_type, tp, wp, embed_split, versi
     ids=str,
 )
 def test_whatever_trained_it_is_read(tmp_path, how):
-    """Wrappers, interleaved pipelines, isp of both times and what some releases save differently from what they train."""
+    """Wrappers, interleaved pipelines, isp of both times and what some releases save differently from what
+    they train.
+    """
     shape = BIASED if how.kind == "INTERNLM" else GROUPED
     said = {"mlp_layer_fusion": how.fused_mlp} | (
         {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
@@ -202,7 +206,9 @@ def test_a_folder_that_is_told_wrongly_is_another_model(tmp_path, lie):
 
 
 def test_parallel_modes_cut_differently(tmp_path):
-    """Control: Wqkv of two ranks is q, k and v of each one's heads, or (isp) the halves of [q; k; v]: of the same shapes."""
+    """Control: Wqkv of two ranks is q, k and v of each one's heads, or (isp) the halves of [q; k; v]: of the
+    same shapes.
+    """
     whole, each = (
         states(BIASED, how, parts_of(BIASED)) for how in (Trained("INTERNLM", wp=2), Trained("INTERNLM", 2))
     )
@@ -227,7 +233,9 @@ def rotate(x: torch.Tensor, neighbours: bool) -> torch.Tensor:
 
 
 def test_interleaved_rows_compute_the_same_attention():
-    """What the permutation means: scores under a rotation of neighbours equal those of ours under one of halves."""
+    """Attention scores: those under a rotation of neighbours equal those of ours under one of
+    halves.
+    """
     shape = Shape()
     parts = {name: tensor.float() for name, tensor in parts_of(shape).items()}
     x = torch.randn(7, shape.hidden, generator=torch.Generator().manual_seed(3))
@@ -244,7 +252,9 @@ def test_interleaved_rows_compute_the_same_attention():
 
 
 def test_the_folder_that_is_written(tmp_path):
-    """Plain values only, the mark of a whole save, and InternEvo's own formula gives back the width of the MLP."""
+    """Plain values only, the mark of a whole save, and InternEvo's own formula gives back the width of the
+    MLP.
+    """
     for i, (hidden, ffn) in enumerate(
         [(64, 96), (4096, 11008), (4096, 14336), (5120, 13824), (48, 101), (96, 257)]
     ):

@@ -1,4 +1,6 @@
-"""Adapters in and out: merged as peft merges, bit for bit; read and written as peft does; what is more than LoRA is refused."""
+"""Adapters in and out: merged as peft merges, bit for bit; read and written as peft does; what is more than
+LoRA is refused.
+"""
 
 import itertools
 import json
@@ -128,7 +130,7 @@ def test_control_a_sum_in_bf16_is_not_pefts(tmp_path):
 
 
 def test_what_is_written_peft_reads(tmp_path):
-    """The same logits, and the same settings."""
+    """peft computes the same logits with the same settings."""
     reference = base("llama", tmp_path / "base")
     adapter = directory.open_adapter(made(reference, tmp_path / "adapter", target_modules=SOME))
     tokens = torch.arange(30).view(2, 15)
@@ -302,7 +304,8 @@ def test_the_weights_beneath_are_known(work, capsys):
         other.rename(work / "base")
         refused(
             work,
-            "base does not hold the weights that .*adapter was trained on: it is another model, or was changed since",
+            "base does not hold the weights that .*adapter was trained on: it is another model, or was "
+            "changed since",
         )
     (work / "adapter" / directory.BASE).unlink()  # control
     merge(work)
@@ -323,7 +326,9 @@ def test_a_damaged_fingerprint_is_refused(text, work):
 
 
 def killed(before: int, *, among: dict[Any, tuple[str, ...]], work: Callable[[], None]) -> bool:
-    """Does some work in a process that ends at once before the call of this number to one of these functions: whether it did."""
+    """Does some work in a process that ends at once before the call of this number to one of these functions:
+    whether it did.
+    """
     process = os.fork()
     if process:
         return bool(os.waitpid(process, 0)[1])
@@ -344,7 +349,7 @@ def killed(before: int, *, among: dict[Any, tuple[str, ...]], work: Callable[[],
 
 @pytest.mark.parametrize("older", [True, False], ids=["over an older one", "the first one"])
 def test_a_kill_never_loses_the_adapters(older, work):
-    """Killed before every rename and clearing, and again while the next call writes: what was whole is there."""
+    """Killed before every rename and deletion, and again in the next call: a complete folder remains."""
     target = work / "save" / "adapter"
     first = directory.open_adapter(work / "adapter")
     one, two = (replace(first, settings={**first.settings, "revision": note}) for note in ("", "two"))

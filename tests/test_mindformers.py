@@ -1,4 +1,6 @@
-"""MindFormers: a file that MindSpore itself wrote, and folders renamed as MindFormers' `convert_weight.py` renames, read back."""
+"""MindFormers: a file that MindSpore itself wrote, and folders renamed as MindFormers' `convert_weight.py`
+renames, read back.
+"""
 
 import base64
 import json
@@ -15,7 +17,8 @@ from ascendspeed.conversion import convert
 from ascendspeed.conversion.formats.mindformers import reading as mindformers
 from ascendspeed.utils.errors import UserError
 
-BY_MINDSPORE = (  # save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)
+# save_checkpoint of MindSpore 2.10.0: w (fp32), half.w (fp16), brain (bf16), epoch_num (int32), x (a scalar)
+BY_MINDSPORE = (
     "CiwKAXcSJwgCCAMSB0Zsb2F0MzIaGAAAAL8AAIC+AAAAAAAAgD4AAAA/AABAPwolCgZoYWxmLncSGwgCCAMSB0Zsb2F0MTYaDAC4ALQAAAA0ADgAOgolCgVi"
     "cmFpbhIcCAIIAxIIQkZsb2F0MTYaDAC/gL4AAIA+AD9APwoaCgllcG9jaF9udW0SDRIFSW50MzIaBAMAAAAKFAoBeBIPEgdGbG9hdDMyGgQAAMA/"
 )

@@ -1,4 +1,5 @@
-"""Checkpoints of AscendSpeed, ModelLink, MindSpeed-LLM and Megatron-LM: built here as their own converters cut them, and read back.
+"""Checkpoints of AscendSpeed, ModelLink, MindSpeed-LLM and Megatron-LM: built here as their own converters
+cut them, and read back.
 
 Nothing of the library makes these folders: plain torch, names and slices written out once more.
 """
@@ -23,10 +24,12 @@ from ascendspeed.utils.errors import UserError
 LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
 
 
-# --- the other programs' converters ------------------------------------------------------------------------------------------
+# --- the other programs' converters
+# ------------------------------------------------------------------------------------------
 
 
-# --- read back, byte by byte -------------------------------------------------------------------------------------------------
+# --- read back, byte by byte
+# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,7 +119,8 @@ def test_grouped_queries_of_ascendspeed_are_doubted(tmp_path, capsys, program, m
     assert ("note: " in capsys.readouterr().out) == doubted
 
 
-# --- what a training run leaves ----------------------------------------------------------------------------------------------
+# --- what a training run leaves
+# ----------------------------------------------------------------------------------------------
 
 
 def program_of_the_run() -> tuple[types.ModuleType, type]:
@@ -183,7 +187,8 @@ def test_what_could_run_code_is_refused_by_name(tmp_path):
     assert path.exists()
 
 
-# --- what lies about the files -----------------------------------------------------------------------------------------------
+# --- what lies about the files
+# -----------------------------------------------------------------------------------------------
 
 
 def test_interleaved_pipeline(tmp_path):

@@ -1,4 +1,6 @@
-"""InternLM's own four commands for InternEvo's folders, and the general one: flags, defaults, and what they write."""
+"""InternLM's own four commands for InternEvo's folders, and the general one: flags, defaults, and what they
+write.
+"""
 
 import json
 from dataclasses import replace
@@ -28,7 +30,9 @@ def config_at(folder: Path) -> ModelConfig:
 
 
 def test_the_published_commands_of_internlm(tmp_path, capsys):
-    """revert_internlm.py -> convert2hf_internlm.py, with their defaults; config.json goes before those, what is typed before it."""
+    """revert_internlm.py -> convert2hf_internlm.py, with their defaults; config.json goes before those, what
+    is typed before it.
+    """
     shape = replace(BIASED, vocab=512)
     tensors = directory(tmp_path / "hf", "internlm", shape)
     tokens = corpus.sentencepiece_dir(tmp_path / "tokens") / "tokenizer.model"
@@ -104,7 +108,7 @@ def test_the_published_commands_of_internlm2(tmp_path):
 
 @pytest.mark.parametrize("adapt_hf", [False, True])
 def test_revert_pairs_the_rows_of_a_model_without_biases(tmp_path, adapt_hf):
-    """As the original did unless it was told --adapt_hf; the 20B's 40 heads at TP 4 were cut wrongly there."""
+    """Like the original without --adapt_hf, which split the 20B's 40 heads at TP 4 wrongly."""
     shape = replace(PLAIN, hidden=80, heads=40, kv=40, vocab=80)
     tensors = directory(tmp_path / "hf", "internlm", shape)
     more = ["--adapt_hf"] if adapt_hf else []

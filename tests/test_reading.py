@@ -47,7 +47,8 @@ def safetensors_bytes(header: dict | bytes, data: int, length: int | None = None
     return struct.pack("<Q", len(text) if length is None else length) + text + b"\0" * data
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
+ENTRY = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+TWICE = b"{" + ENTRY + b"," + ENTRY + b"}"
 SAFETENSORS = {
     "a header of 100 MB": (safetensors_bytes(b"", 0, 100_000_001), "header too large"),
     "a header of 2**63 bytes": (safetensors_bytes(b"{}", 0, 2**63), "header too large"),
@@ -167,7 +168,7 @@ def test_a_hostile_pickle_does_not_run(how, tmp_path):
         torch.save(held, path, _use_new_zipfile_serialization=how != "before torch 1.6")
     with pytest.raises(
         UserError,
-        match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is not plain data",
+        match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is not plain",
     ):
         load_pt(path)
     assert not marker.exists()
@@ -308,7 +309,9 @@ def test_what_is_no_file_of_the_folder(load, tmp_path, monkeypatch):
 
 
 def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
-    """huggingface_hub keeps files as blobs/SHA and links to them from snapshots/REVISION; its own blobs, no others."""
+    """huggingface_hub keeps files as blobs/SHA and links to them from snapshots/REVISION; its own blobs, no
+    others.
+    """
     tensors = {"a": torch.ones(3)}
     mine, others = (tmp_path / f"hub/models--x--{name}" for name in ("mine", "others"))
     for repository in (mine, others):
@@ -335,7 +338,8 @@ def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
             load_safetensors(snapshot / f"{name}.safetensors")
 
 
-# --- by the command line ----------------------------------------------------------------------------------------------------
+# --- by the command line
+# ----------------------------------------------------------------------------------------------------
 
 
 def model_folder(folder: Path) -> Path:
@@ -409,7 +413,8 @@ def test_the_command_says_one_line_and_exits_with_2(fault, tmp_path, capsys):
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 
 
-# --- anything at all --------------------------------------------------------------------------------------------------------
+# --- anything at all
+# --------------------------------------------------------------------------------------------------------
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -1,4 +1,4 @@
-"""What lies beside the weights: what is kept, what is dropped, what is refused before anything is written."""
+"""Files beside the weights: kept, dropped, or refused before anything is written."""
 
 import json
 import shutil
@@ -124,7 +124,9 @@ def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
 
 
 def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
-    """Its class too where stock transformers have it; a class of the repository's own becomes the general one."""
+    """Its class too where stock transformers have it; a class of the repository's own becomes the general
+    one.
+    """
     source = corpus.json_dir(directory(tmp_path / "source", None))
     for given, written in {
         "Qwen2TokenizerFast": "Qwen2TokenizerFast",
@@ -139,7 +141,9 @@ def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
 
 
 def test_rank_files_and_back(chat, tmp_path):
-    """The tokenizer goes with rank files and comes back; the tokenizer.json is made where transformers look for it."""
+    """The tokenizer goes with rank files and comes back; the tokenizer.json is made where transformers look
+    for it.
+    """
     convert.convert(convert.open_reader(chat), tmp_path / "ranks", convert.RankFileWriter(2))
     assert (tmp_path / "ranks/tokenizer.model").exists()
     assert "auto_map" not in held(tmp_path / "ranks", "tokenizer_config")

@@ -1,4 +1,6 @@
-"""Every pair of format and family in the support table is exact in both directions; every other pair is refused."""
+"""Every pair of format and family in the support table is exact in both directions; every other pair is
+refused.
+"""
 
 import pytest
 import torch

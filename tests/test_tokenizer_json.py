@@ -1,4 +1,6 @@
-"""The exported tokenizer: stock transformers, without remote code, give the ids of sentencepiece and of the original tokenizer."""
+"""The exported tokenizer: stock transformers, without remote code, give the ids of sentencepiece and of the
+original tokenizer.
+"""
 
 import inspect
 import json
@@ -46,9 +48,14 @@ def models() -> dict[str, bytes]:
 
 
 def texts(count: int, pieces: list[str]) -> list[str]:
-    """Code, noise of every script and of every kind of space, runs, pieces in any order, and what looks like special tokens."""
+    """Code, noise of every script and of every kind of space, runs, pieces in any order, and what looks like
+    special tokens.
+    """
     dice, library = random.Random(7), "".join(inspect.getsource(m) for m in (inspect, json, random, shutil))
-    scripts = "ab1 \n\t▁你好日本語한국 éÅﬁ\u0301😀👨\u200d👩❤️\ufe0f🇨🇳العـ\u202eע\u0e44\u0e17हि<>/\\\"'{}.-_=*#\r\0\x01\x1b\x7f"
+    scripts = (
+        "ab1 \n\t▁你好日本語한국 éÅﬁ\u0301😀👨\u200d👩❤️\ufe0f🇨🇳العـ\u202eע"
+        "\u0e44\u0e17हि<>/\\\"'{}.-_=*#\r\0\x01\x1b\x7f"
+    )
     scripts += "\u00a0\u3000\ufeff\ud7ff\ue000\U0010ffff𠀀Ｆ…"
     named = [
         "<s>",
@@ -84,7 +91,7 @@ def texts(count: int, pieces: list[str]) -> list[str]:
 
 
 def original(model, tokens: dict[str, int], text: str) -> list[int]:
-    """As the published Python classes do: the declared strings first, sentencepiece for what lies between."""
+    """Encodes like the published Python classes: declared strings first, sentencepiece between them."""
     pattern = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
     parts = re.split(f"({pattern})", text) if tokens else [text]
     return [i for part in parts for i in ([tokens[part]] if part in tokens else model.encode(part))]
@@ -136,7 +143,9 @@ def test_published_tokenizers(name, count, tmp_path):
 
 @pytest.mark.parametrize("kind", ["internlm", pytest.param("published internlm2", marks=pytest.mark.slow)])
 def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
-    """`<|im_start|>` is the id of [UNUSED_TOKEN_146], by either string, as in the original; decoded it has its new name."""
+    """`<|im_start|>` is the id of [UNUSED_TOKEN_146], by either string, as in the original; decoded it has
+    its new name.
+    """
     if kind not in models:
         pytest.skip("the published tokenizer of v2; a trained one is tested beside it")
     files = chat_files(models[kind])
@@ -171,7 +180,9 @@ def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
 
 
 def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
-    """Also with the prefix of Llama 2: every stretch between such tokens is encoded as sentencepiece encodes it alone."""
+    """Also with the prefix of Llama 2: every stretch between such tokens is encoded as sentencepiece encodes
+    it alone.
+    """
     size = sentencepiece.SentencePieceProcessor(model_proto=models["llama2"]).vocab_size()
     added = {"<|im_start|>": size, "[PAD]": size + 3, "二 words": size + 1}
     folder = folder_with(
@@ -273,7 +284,7 @@ def test_neighbours_that_contradict_the_model(models, reason, config, tmp_path):
 
 
 def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
-    """Merges in the order of ids, as transformers would make them: the comparison with sentencepiece sees it."""
+    """Merges in the order of ids, as in transformers: the comparison with sentencepiece finds them."""
     folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepiece_bpe.merges
     monkeypatch.setattr(
         export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made)
@@ -283,7 +294,9 @@ def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
 
 
 def test_equal_scores_are_taken_from_the_left(models, tmp_path):
-    """Two merges of one score that want the same symbol: sentencepiece takes the one on the left, whatever their ids."""
+    """Two merges of one score that want the same symbol: sentencepiece takes the one on the left, whatever
+    their ids.
+    """
 
     def tie(proto) -> None:
         normal = [p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL]
@@ -298,7 +311,8 @@ def test_equal_scores_are_taken_from_the_left(models, tmp_path):
         assert stock(folder)(text, add_special_tokens=False).input_ids == model.encode(text)
 
 
-# --- one that came with the model -------------------------------------------------------------------------------------------
+# --- one that came with the model
+# -------------------------------------------------------------------------------------------
 
 
 def pair(folder: Path, model: bytes, change=None) -> Path:
@@ -313,7 +327,7 @@ def pair(folder: Path, model: bytes, change=None) -> Path:
 
 
 def cut_and_filled(values: dict) -> None:
-    """What a training program may leave in it, and transformers ignore."""
+    """Adds settings that training programs write and transformers ignore."""
     values["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     values["padding"] = {
         "strategy": {"Fixed": 9},

@@ -130,7 +130,9 @@ def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
 
 
 def test_what_transformers_saved_itself(cpu, tmp_path):
-    """Its config.json has lists of one entry a layer; a vocabulary as large as the hidden size is told apart by name."""
+    """Its config.json has lists of one entry a layer; a vocabulary as large as the hidden size is told apart
+    by name.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(0)

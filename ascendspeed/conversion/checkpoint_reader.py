@@ -1,4 +1,6 @@
-"""`CheckpointReader`: a checkpoint of any format as an architecture and a stream of full tensors under Megatron-core names."""
+"""`CheckpointReader`: a checkpoint of any format as an architecture and a stream of full tensors under
+Megatron-core names.
+"""
 
 import ctypes
 import math
@@ -23,19 +25,24 @@ from ascendspeed.utils.safe_io import read_json_object
 THREADS = 4
 """Threads that read from a checkpoint at the same time, at most."""
 ReadBlock = Callable[[str, Slice2D], Tensor]
-"""(parameter name, rectangle of the full tensor seen as a matrix) -> that matrix; it may be a read-only view of a file."""
+"""(parameter name, rectangle of the full tensor seen as a matrix) -> that matrix; it may be a read-only view
+of a file.
+"""
 
 
 @dataclass(frozen=True)
 class CheckpointReader:
-    """An opened checkpoint. Opening reads names, shapes and types only, and checks them all; any thread may read blocks."""
+    """An opened checkpoint. Opening reads names, shapes and types only, and checks them all; any thread may
+    read blocks.
+    """
 
     description: str
     """Format in words, such as "Megatron rank files for TP 2 x PP 1"."""
     path: Path
     config: ModelConfig
     config_json: dict[str, Any]
-    """The config.json of the checkpoint, for what `config` does not hold (token ids); empty if there is none."""
+    """The config.json of the checkpoint, for what `config` does not hold (token ids); empty if there is none.
+    """
     dtypes: Mapping[str, torch.dtype]
     """Parameter name -> type on disk, in the order of `param_mapping.parameters`."""
     read_block: ReadBlock
@@ -55,7 +62,8 @@ class CheckpointReader:
         return list(self.dtypes)
 
     def tensors(self, first: int = 0, step: int = 1) -> Iterator[tuple[str, Tensor]]:
-        """Yields (name, full unpadded tensor) of every `step`-th parameter from `first` on, in the model's order.
+        """Yields (name, full unpadded tensor) of every `step`-th parameter from `first` on, in the model's
+        order.
 
         A tensor may be a read-only view of a file.
         """
@@ -72,7 +80,9 @@ def full_slice(parameter: Parameter) -> Slice2D:
 
 
 def from_stored(stored: Mapping[str, Sequence[tuple[Tensor, Sequence[Slice2D]]]]) -> ReadBlock:
-    """Reads from memory-mapped tensors: parameter name -> matrices, each with the rectangles of the parameter in it."""
+    """Reads from memory-mapped tensors: parameter name -> matrices, each with the rectangles of the parameter
+    in it.
+    """
     prefetched: set[str] = set()
 
     def read_block(name: str, wanted: Slice2D) -> Tensor:
@@ -86,7 +96,9 @@ def from_stored(stored: Mapping[str, Sequence[tuple[Tensor, Sequence[Slice2D]]]]
 
 
 def _read_ahead(tensor: Tensor) -> None:
-    """Asks the system to load a mapped tensor; interleaved reads from several files would load it in small parts."""
+    """Asks the system to load a mapped tensor; interleaved reads from several files would load it in small
+    parts.
+    """
     first = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
     ctypes.CDLL(None).madvise(
         ctypes.c_void_p(first), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - first), mmap.MADV_WILLNEED
@@ -94,7 +106,9 @@ def _read_ahead(tensor: Tensor) -> None:
 
 
 def from_factory(make: Callable[[str], Tensor]) -> ReadBlock:
-    """Reads from full tensors that are computed on demand; the most recent ones are cached, one for each reading thread."""
+    """Reads from full tensors that are computed on demand; the most recent ones are cached, one for each
+    reading thread.
+    """
     cache: dict[str, Tensor] = {}
     lock = threading.Lock()
 
@@ -115,7 +129,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(
-            f"{folder} has no config.json: copy the one of the Hugging Face model there, or name its folder (--config DIR)"
+            f"{folder} has no config.json: copy the one of the Hugging Face model there, or name its folder "
+            f"(--config DIR)"
         )
     config_json = read_json_object(path)
     try:
@@ -134,7 +149,9 @@ def check_tensor(path: Path, name: str, tensor: Any, shape: tuple[int, ...]) -> 
 
 
 def common_dtype(path: Path, tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The type that the stored parts of one parameter share. Raises `UserError` if they differ: fusing them would change bits."""
+    """The type that the stored parts of one parameter share. Raises `UserError` if they differ: fusing them
+    would change bits.
+    """
     dtypes = {tensor.dtype for tensor in tensors.values()}
     if len(dtypes) > 1:
         types = ", ".join(f"{name} {tensor.dtype}" for name, tensor in tensors.items())
@@ -143,7 +160,9 @@ def common_dtype(path: Path, tensors: Mapping[str, Tensor]) -> torch.dtype:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """True if two tensors are equal byte by byte (NaN equals itself, 0 is not -0); compares 1024 rows at a time."""
+    """True if two tensors are equal byte by byte (NaN equals itself, 0 is not -0); compares 1024 rows at a
+    time.
+    """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
     integers = {2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.uint8)

@@ -1,4 +1,6 @@
-"""Checks that tensor names and shapes match config.json; mismatches are reported with the keys of config.json. No torch."""
+"""Checks that tensor names and shapes match config.json; mismatches are reported with the keys of
+config.json. No torch.
+"""
 
 import json
 import re
@@ -13,7 +15,9 @@ from ascendspeed.models.families import FAMILIES, Family
 Shape = tuple[int, ...]
 Shapes = Mapping[str, Shape]
 FUSED_EXPERTS = (".experts.gate_up_proj", ".experts.down_proj")
-"""Tensors that hold all experts of a layer, as transformers 5 keep them in memory; `save_pretrained` splits them."""
+"""Tensors that hold all experts of a layer, as transformers 5 keep them in memory; `save_pretrained` splits
+them.
+"""
 SIZES = (
     ("hidden_size", "final_layernorm.weight", 0),
     ("hidden_size", "input_layernorm.weight", 0),
@@ -22,7 +26,9 @@ SIZES = (
     ("moe_ffn_hidden_size", "linear_fc2.weight", 1),
     ("moe_shared_expert_intermediate_size", "linear_fc2.weight", 1),
 )
-"""Field of `ModelConfig`, suffix of a Megatron-core name, and the dimension of the stored tensor that equals the field."""
+"""Field of `ModelConfig`, suffix of a Megatron-core name, and the dimension of the stored tensor that equals
+the field.
+"""
 EXPERT_MODULES = {
     "moe_ffn_hidden_size": ".experts.",
     "moe_shared_expert_intermediate_size": ".shared_experts.",
@@ -32,7 +38,9 @@ IMPLICIT_KEYS = {
     "kv_channels": "head_dim",
     "moe_ffn_hidden_size": "intermediate_size",
 }
-"""Keys for fields that some families leave out: as many key/value heads as heads, heads of hidden size / heads."""
+"""Keys for fields that some families leave out: as many key/value heads as heads, heads of hidden size /
+heads.
+"""
 
 
 class TensorInventory(NamedTuple):
@@ -41,18 +49,23 @@ class TensorInventory(NamedTuple):
     layers: int
     experts: int
     shapes: Mapping[str, Shapes]
-    """Megatron-core name with {l} and {e} -> stored names and shapes of the first layer and expert that has it."""
+    """Megatron-core name with {l} and {e} -> stored names and shapes of the first layer and expert that has
+    it.
+    """
 
 
 def config_mismatches(config: ModelConfig, shapes: Shapes) -> list[str]:
-    """Returns a line for each mismatch between `config`, as read from a config.json, and tensors of these names and shapes.
+    """Returns a line for each mismatch between `config`, as read from a config.json, and tensors of these
+    names and shapes.
 
-    Empty if shapes cannot tell (the number of heads, if each is hidden size / heads wide), and if no tensor is known at all.
+    Empty if shapes cannot tell (the number of heads, if each is hidden size / heads wide), and if no tensor
+    is known at all.
     """
     fused = next((name for name in shapes if name.endswith(FUSED_EXPERTS)), None)
     if fused:
         return [
-            f"{fused} holds all experts of a layer, as transformers 5 keep them in memory: write the model by save_pretrained"
+            f"{fused} holds all experts of a layer, as transformers 5 keep them in memory: write the model "
+            f"by save_pretrained"
         ]
     family = FAMILIES[config.family]
     inventory = _inventory(family, shapes)
@@ -122,7 +135,9 @@ def _switch_mismatches(family: Family, config: ModelConfig, inventory: TensorInv
 
 
 def _size_mismatches(family: Family, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
-    """Wrong widths; each check assumes the widths that the tensors showed before, so that one error is reported once."""
+    """Wrong widths; each check assumes the widths that the tensors showed before, so that one error is
+    reported once.
+    """
     stated_head_dim = config.head_dim
     for field, suffix, dimension in SIZES:
         names = (name for name in inventory.shapes if name.endswith(suffix) and _is_module_of(field, name))
@@ -148,7 +163,8 @@ def _is_module_of(field: str, megatron_param: str) -> bool:
 def _head_mismatches(
     family: Family, config: ModelConfig, inventory: TensorInventory, head_dims: set[int]
 ) -> Iterator[str]:
-    """Compares heads: the output projection is as wide as all query heads; the other rows of q, k and v are two sets of k/v heads.
+    """Compares heads: the output projection is as wide as all query heads; the other rows of q, k and v are
+    two sets of k/v heads.
 
     `head_dims`: by config.json, and by the hidden size of the tensors if that is another one.
     """
@@ -163,7 +179,8 @@ def _head_mismatches(
         return
     if q_rows * kv_heads == kv_rows * heads and q_rows % heads == 0:
         yield (
-            f"{_states(family, 'kv_channels', d)}, but the {heads} heads of the tensors are {q_rows // heads} wide"
+            f"{_states(family, 'kv_channels', d)}, but the {heads} heads of the tensors are "
+            f"{q_rows // heads} wide"
         )
         return
     for field, number, rows, tensors in (
@@ -173,7 +190,10 @@ def _head_mismatches(
         if rows != number * d:
             key = _config_key(family, field)
             actual = f", {rows // d} heads" if rows % d == 0 else ""
-            yield f"config.json says {key} = {number} of width {d}, but {tensors} of the tensors has {rows} rows{actual}"
+            yield (
+                f"config.json says {key} = {number} of width {d}, "
+                f"but {tensors} of the tensors has {rows} rows{actual}"
+            )
 
 
 def _shapes_of(inventory: TensorInventory, suffix: str) -> Shapes:

@@ -1,6 +1,7 @@
 """Converts a checkpoint of any format to any other and, on request, proves that nothing changed.
 
-The whole model is never in memory: sources are memory-mapped, targets are written in place, a block of one tensor at a time.
+The whole model is never in memory: sources are memory-mapped, targets are written in place, a block of one
+tensor at a time.
 """
 
 from pathlib import Path
@@ -51,11 +52,12 @@ def convert(
     verify: bool = False,
     allow_nan: bool = False,
 ) -> dict[str, Any] | None:
-    """Writes a checkpoint to the folder `target`, which must be empty or absent and appears when it is complete.
+    """Writes a checkpoint to the folder `target`, which must be empty or absent and appears when it is
+    complete.
 
-    `dtype`: type of the written tensors; None keeps the type of each. `verify`: reads the result back, proves that it is the same
-    model (`verify.verify`), leaves the report in `conversion.json` and returns it.
-    Raises `UserError`, also if a tensor holds NaN and not `allow_nan`.
+    `dtype`: type of the written tensors; None keeps the type of each. `verify`: reads the result back, proves
+    that it is the same model (`verify.verify`), leaves the report in `conversion.json` and returns it. Raises
+    `UserError`, also if a tensor holds NaN and not `allow_nan`.
     """
     writer.check(reader)
     hf_assets.check(reader)
@@ -81,7 +83,9 @@ def write_hf(
     verify: bool = False,
     allow_nan: bool = False,
 ) -> None:
-    """Writes a Hugging Face directory: under the model's own names, or those of another `family` ("llama"). Raises `UserError`."""
+    """Writes a Hugging Face directory: under the model's own names, or those of another `family` ("llama").
+    Raises `UserError`.
+    """
     convert(reader, target, HuggingFaceWriter(family, parse_size(max_shard_size)), dtype, verify, allow_nan)
 
 
@@ -96,6 +100,8 @@ def write_megatron(
     verify: bool = False,
     allow_nan: bool = False,
 ) -> None:
-    """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe. Raises `UserError`."""
+    """Writes rank files for `tp` x `pp` ranks, in Megatron's layout or in that of the DeepSpeed recipe.
+    Raises `UserError`.
+    """
     writer = RankFileWriter(tp, pp, deepspeed, make_vocab_size_divisible_by)
     convert(reader, target, writer, dtype, verify, allow_nan)

@@ -1,4 +1,6 @@
-"""Files beside the weights: config.json, generation settings, the tokenizer. Code is copied on request and never run."""
+"""Files beside the weights: config.json, generation settings, the tokenizer. Code is copied on request and
+never run.
+"""
 
 import logging
 import shutil
@@ -34,10 +36,11 @@ TOKENIZER_CLASSES = {"PreTrainedTokenizer", "TokenizersBackend"} | {
 
 
 def with_tokenizer(reader: CheckpointReader, folder: str | None) -> CheckpointReader:
-    """Returns the reader with the tokenizer in `folder` (None: its own), and with its token ids if config.json has none.
+    """Returns the reader with the tokenizer in `folder` (None: its own), and with its token ids if
+    config.json has none.
 
-    Prints a note if the checkpoint has no tokenizer. Raises `UserError` if `folder` has none, or the tokenizer is damaged or too
-    large for the model.
+    Prints a note if the checkpoint has no tokenizer. Raises `UserError` if `folder` has none, or the
+    tokenizer is damaged or too large for the model.
     """
     assets_dir = Path(folder) if folder is not None else reader.assets_dir
     if folder is None and not _has_tokenizer(assets_dir):
@@ -53,7 +56,9 @@ def with_tokenizer(reader: CheckpointReader, folder: str | None) -> CheckpointRe
 
 
 def check(reader: CheckpointReader) -> None:
-    """Raises `UserError` if a file beside the weights is damaged or belongs to another model; called before the long work."""
+    """Raises `UserError` if a file beside the weights is damaged or belongs to another model; called before
+    the long work.
+    """
     folder = reader.assets_dir
     if _has_tokenizer(folder):
         _load_tokenizer(folder, reader.config)
@@ -81,7 +86,7 @@ def _check_token_ids(origin: str, table: Mapping[str, Any], config: ModelConfig)
 
 
 def check_code(reader: CheckpointReader, config: ModelConfig) -> None:
-    """Raises `UserError` if the checkpoint has no code to copy, or code for another family than `config`'s."""
+    """Raises `UserError` if the checkpoint has no code to copy, or that of another family than `config`'s."""
     folder = reader.assets_dir
     if not folder or not any(folder.glob("*.py")):
         raise UserError(f"{folder or reader.path} has no *.py: leave --copy-code out")
@@ -101,10 +106,11 @@ def write(
     for_transformers: bool = False,
     copy_code: bool = False,
 ) -> None:
-    """Writes config.json of `config`, with the token ids and the type of the tensors, the tokenizer and the generation settings.
+    """Writes config.json of `config`, with the token ids and the type of the tensors, the tokenizer and the
+    generation settings.
 
-    `for_transformers`: also writes a tokenizer.json if that is possible. `copy_code`: copies the `*.py` files and keeps the entries
-    that refer to them, which only `trust_remote_code` follows.
+    `for_transformers`: also writes a tokenizer.json if that is possible. `copy_code`: copies the `*.py` files
+    and keeps the entries that refer to them, which only `trust_remote_code` follows.
     """
     config_json = _config_json(reader, config, copy_code)
     config_json["torch_dtype"] = str(dtype or _most_common_dtype(reader)).removeprefix("torch.")
@@ -120,7 +126,8 @@ def write(
         reason = export.write(folder)
         if reason:
             logger.info(
-                f"note: no tokenizer.json: {reason}; stock transformers may not load the tokenizer as it should"
+                f"note: no tokenizer.json: {reason}; stock transformers may not load the tokenizer as it "
+                f"should"
             )
 
 
@@ -135,7 +142,8 @@ def _load_tokenizer(folder: Path, config: ModelConfig) -> tokenizer.Tokenizer:
             size = tokenizer_class(folder).base_vocab_size
             if size > config.vocab_size:
                 raise UserError(
-                    f"{folder / name} has {size} pieces, but the vocabulary of the model {config.vocab_size}: "
+                    f"{folder / name} has {size} pieces, but the vocabulary of the model "
+                    f"{config.vocab_size}: "
                     "it is another model's (give --tokenizer DIR)"
                 )
     return tokenizer.load(folder)
@@ -152,7 +160,9 @@ def _files_to_copy(reader: CheckpointReader, copy_code: bool = False) -> Iterato
 
 
 def _config_json(reader: CheckpointReader, config: ModelConfig, copy_code: bool) -> dict[str, Any]:
-    """The checkpoint's own config.json if it describes `config`; else a new one with the entries that the architecture lacks."""
+    """The checkpoint's own config.json if it describes `config`; else a new one with the entries that the
+    architecture lacks.
+    """
     family = FAMILIES[config.family]
     own = reader.config_json
     if own.get("model_type") == family.name and family.read_config(own) == config:
@@ -168,7 +178,9 @@ def _most_common_dtype(reader: CheckpointReader) -> torch.dtype:
 
 
 def _write_tokenizer_config(reader: CheckpointReader, folder: Path, copy_code: bool) -> None:
-    """Writes the checkpoint's own file, with a class that stock transformers have and without references to code."""
+    """Writes the checkpoint's own file, with a class that stock transformers have and without references to
+    code.
+    """
     values = (
         tokenizer.read_optional_json(reader.assets_dir / "tokenizer_config.json") if reader.assets_dir else {}
     )

@@ -30,13 +30,18 @@ class ToHuggingFace:
     max_shard: str = "10GB"
     """Size of a safetensors file."""
     max_pos: int = 4096
-    """Longest trained sequence. A config.json in --src goes before this default and the next, not before what is typed."""
+    """Longest trained sequence. A config.json in --src goes before this default and the next, not before what
+    is typed.
+    """
     rotary_type: Literal["origin", "dynamic"] = "origin"
     """Plain rotary embedding, or dynamic NTK beyond --max_pos."""
     scaling_factor: float = 1.0
-    """Factor of dynamic NTK: it counts with --rotary_type dynamic (and not, as the published page says, with origin)."""
+    """Factor of dynamic NTK: it counts with --rotary_type dynamic (and not, as the published page says, with
+    origin).
+    """
     version: Literal[1, 2] | None = None
-    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down; None: their shapes tell, unless they are equal."""
+    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down; None: their shapes tell, unless they are equal.
+    """
     qk_interleaved: Literal["yes", "no"] | None = None
     """The rows of q and k lie in pairs (once adapt_hf=False); None: as model_config.pt says."""
     qkv_fused: Literal["yes", "no"] | None = None
@@ -54,15 +59,20 @@ class ToInternEvo:
     tp_size: int = 1
     """Tensor-parallel ranks."""
     embed_split: bool = False
-    """Cut the embedding along the hidden size (embed_split_hidden=True, InternEvo's default); else along the vocabulary."""
+    """Cut the embedding along the hidden size (embed_split_hidden=True, InternEvo's default); else along the
+    vocabulary.
+    """
     use_flash: bool = False
-    """Training has use_flash_attn=True: an embedding along the vocabulary is flash-attention's then, under its name."""
+    """Training has use_flash_attn=True: an embedding along the vocabulary is flash-attention's then, under
+    its name.
+    """
 
 
 def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_command: str) -> None:
     """Converts a training folder to a Hugging Face directory.
 
-    `typed`: names of the flags on the command line. `other_command`: the command for other families. Raises `UserError`.
+    `typed`: names of the flags on the command line. `other_command`: the command for other families. Raises
+    `UserError`.
     """
     from ascendspeed.conversion import convert
     from ascendspeed.tokenization import tokenizer
@@ -85,7 +95,8 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
         (source / name).is_file() for name in tokenizer.TOKENIZER_CLASSES
     ):
         raise UserError(
-            f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that has it)"
+            f"{options.src} has no tokenizer: --tokenizer is needed (tokenizer.model, or the folder that "
+            f"has it)"
         )
     with _tokenizer_folder(options.tokenizer) as folder:
         reader = convert.with_tokenizer(reader, folder)
@@ -99,7 +110,9 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
 
 
 def _read_options(options: ToHuggingFace, typed: set[str], family: str) -> InternEvoOptions:
-    """The flags as read options; the defaults of positions and rope apply only if the folder has no config.json."""
+    """The flags as read options; the defaults of positions and rope apply only if the folder has no
+    config.json.
+    """
     use_defaults = not (Path(options.src) / "config.json").is_file()
     return InternEvoOptions(
         options.version,
@@ -114,7 +127,9 @@ def _read_options(options: ToHuggingFace, typed: set[str], family: str) -> Inter
 
 @contextmanager
 def _tokenizer_folder(path: str | None) -> Iterator[str | None]:
-    """Copies a tokenizer file of any name into a temporary folder: the published commands take the file, `with_tokenizer` a folder."""
+    """Copies a tokenizer file of any name into a temporary folder: the published commands take the file,
+    `with_tokenizer` a folder.
+    """
     if path is None or Path(path).is_dir():
         yield path
         return
@@ -138,7 +153,8 @@ def to_internevo(
 ) -> None:
     """Converts a Hugging Face directory of one of `families` to a training folder.
 
-    `other_command`: the command for other families. `adapt_hf`: keeps the rows of q and k in their order. Raises `UserError`.
+    `other_command`: the command for other families. `adapt_hf`: keeps the rows of q and k in their order.
+    Raises `UserError`.
     """
     from dataclasses import replace
 
@@ -149,7 +165,8 @@ def to_internevo(
     reader = convert.open_reader(options.src)
     if reader.config.family not in families:
         raise UserError(
-            f"{options.src} is a model of family {reader.config.family}, not {' or '.join(families)}: use {other_command}"
+            f"{options.src} is a model of family {reader.config.family}, not {' or '.join(families)}: use "
+            f"{other_command}"
         )
     writer = convert.InternEvoWriter(
         options.tp_size, version=version, embed_split=options.embed_split, use_flash=options.use_flash
@@ -158,6 +175,7 @@ def to_internevo(
     writer = replace(writer, qk_interleaved=model_type == "LLAMA2" and not adapt_hf)
     convert.convert(reader, options.tgt, writer)
     print(
-        f"for TP {options.tp_size}, to be trained as {model_type} with embed_split_hidden={writer.embed_split}, "
+        f"for TP {options.tp_size}, to be trained as {model_type} with "
+        f"embed_split_hidden={writer.embed_split}, "
         f"qk_interleaved={writer.qk_interleaved} (adapt_hf={not writer.qk_interleaved} once): {options.tgt}"
     )

@@ -1,8 +1,8 @@
 """Parameter names of other training programs in rank files, one table each.
 
-The content of a tensor is the same under every name: `query_key_value` is stored per key/value group [q..., k, v] (Megatron's order
-since version 2 of its checkpoints); `mlp.proj` and Megatron's `dense_h_to_4h` are [gate; up] on each rank. Only AscendSpeed's
-`dense_h_to_4h` beside a `gate_proj` is up alone.
+The content of a tensor is the same under every name: `query_key_value` is stored per key/value group [q...,
+k, v] (Megatron's order since version 2 of its checkpoints); `mlp.proj` and Megatron's `dense_h_to_4h` are
+[gate; up] on each rank. Only AscendSpeed's `dense_h_to_4h` beside a `gate_proj` is up alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -24,7 +24,9 @@ KINDS = ("weight", "bias")
 
 
 def rows(config: ModelConfig, names: Names) -> Iterator[ParamMapping]:
-    """Yields the mappings of a model under `names`; a parameter that is not there keeps its Megatron-core name."""
+    """Yields the mappings of a model under `names`; a parameter that is not there keeps its Megatron-core
+    name.
+    """
     for row in FAMILIES[config.family].param_mappings:
         stored_names = names.get(row.megatron_param, (row.megatron_param,))
         if (
@@ -45,7 +47,9 @@ def naming_scheme(program: str, names: Names) -> NamingScheme:
 def _names(
     layer: str, attention: str, norm: str, gate_up: tuple[str, ...], down: str, ends: tuple[str, str, str]
 ) -> Names:
-    """Builds a table from a layer's prefix, the names of its modules, and `ends`: embedding, final norm and head."""
+    """Builds a table from a layer's prefix, the names of its modules, and `ends`: embedding, final norm and
+    head.
+    """
     modules = {
         "embedding.word_embeddings": (ends[0],),
         LAYER + "input_layernorm": (f"{layer}input_{norm}",),
@@ -98,10 +102,13 @@ ALL = (naming_scheme("Megatron-core with Transformer Engine", TRANSFORMER_ENGINE
 
 
 def query_order_warning(scheme: NamingScheme, config: ModelConfig, tp: int) -> str:
-    """A warning about files whose query heads may have another order, which their tensors do not show; empty: none."""
+    """A warning about files whose query heads may have another order, which their tensors do not show; empty:
+    none.
+    """
     if "AscendSpeed" in scheme.name and config.num_attention_heads > config.kv_heads > tp:
         return (
-            "AscendSpeed's converter of November 2023 to January 2024 gave grouped queries another order if a rank has several "
+            "AscendSpeed's converter of November 2023 to January 2024 gave grouped queries another order if "
+            "a rank has several "
             "groups; if these files come from it, convert the Hugging Face model again"
         )
     return ""

@@ -1,4 +1,4 @@
-"""Loads untrusted files of tensors, memory-mapped; a damaged or unsafe file is a `UserError` that names it."""
+"""Loads untrusted files of tensors, memory-mapped; a damaged or unsafe file raises `UserError`."""
 
 import re
 import warnings
@@ -26,8 +26,9 @@ NOTHING: Mapping[str, type] = MappingProxyType({})
 def load_safetensors(path: Path, root: Path | None = None) -> dict[str, Tensor]:
     """Loads every tensor of a safetensors file, memory-mapped; only the header is read at once.
 
-    The library itself rejects a header that is too long or not JSON, unknown element types, and offsets that overlap, leave holes or
-    do not end with the file. It accepts a duplicate name, which `safetensors_header.read` rejects. `root`: see `safe_io.checked`.
+    The library itself rejects a header that is too long or not JSON, unknown element types, and offsets that
+    overlap, leave holes or do not end with the file. It accepts a duplicate name, which
+    `safetensors_header.read` rejects. `root`: see `safe_io.checked`.
     """
     checked_file(path, root)
     try:
@@ -51,10 +52,11 @@ def _check_length(path: Path) -> None:
 
 
 def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NOTHING) -> Any:
-    """Loads a file of `torch.save`, memory-mapped. Only tensors and plain values are unpickled (`safe_pickle`): no code runs.
+    """Loads a file of `torch.save`, memory-mapped. Only tensors and plain values are unpickled
+    (`safe_pickle`): no code runs.
 
-    Files from before torch 1.6 are read into memory, and only if they hold nothing else. `root`: see `safe_io.checked`; `known`:
-    see `safe_pickle.safe_globals`.
+    Files from before torch 1.6 are read into memory, and only if they hold nothing else. `root`: see
+    `safe_io.checked`; `known`: see `safe_pickle.safe_globals`.
     """
     checked_file(path, root)
     with open(path, "rb") as file:
@@ -73,7 +75,8 @@ def load_pt(path: Path, root: Path | None = None, known: Mapping[str, type] = NO
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle may raise any exception
         raise UserError(
-            f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run code): {_reason(error)}"
+            f"{path} is damaged ({AGAIN}), or holds more than tensors (then it is not loaded: it could run "
+            f"code): {_reason(error)}"
         ) from None
 
 
@@ -85,7 +88,9 @@ def _reason(error: Exception) -> str:
 
 
 def _check_uncompressed(path: Path) -> None:
-    """Raises `ValueError` if a record is compressed: torch.save never does that, and a small file could fill the memory."""
+    """Raises `ValueError` if a record is compressed: torch.save never does that, and a small file could fill
+    the memory.
+    """
     with zipfile.ZipFile(path) as archive:
         compressed = [
             info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED
@@ -95,7 +100,9 @@ def _check_uncompressed(path: Path) -> None:
 
 
 def read_index(path: Path, root: Path | None = None) -> dict[str, str]:
-    """Reads `model.safetensors.index.json`: tensor -> file in the same folder. Raises `UserError`, also if a file is missing."""
+    """Reads `model.safetensors.index.json`: tensor -> file in the same folder. Raises `UserError`, also if a
+    file is missing.
+    """
     weight_map = read_json_object(path, root).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{path} has no weight_map of names and files: {AGAIN}")

@@ -14,7 +14,8 @@ from ascendspeed.models.param_mapping import Slice2D
 def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
     """Returns a reader of the merged weights; each tensor is computed when it is read.
 
-    Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another model.
+    Each matrix is that of peft's `merge_and_unload`, bit for bit. Raises `UserError` for adapters of another
+    model.
     """
     check_base(adapter, reader.path, adapter.fingerprint and weights_identity.sampled(reader))
     parameters = changed_parameters(adapter, reader.config)

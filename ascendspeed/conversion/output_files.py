@@ -1,4 +1,6 @@
-"""Preallocated safetensors and torch files, whose tensors are written in blocks, in any order and by any thread."""
+"""Preallocated safetensors and torch files, whose tensors are written in blocks, in any order and by any
+thread.
+"""
 
 import json
 import math
@@ -45,7 +47,9 @@ class PreallocatedFile:
         self._descriptor: int | None = None
 
     def write(self, name: str, row: int, block: Tensor) -> None:
-        """Writes whole rows, in the tensor's own type, from row `row` on; rows that are never written are zero."""
+        """Writes whole rows, in the tensor's own type, from row `row` on; rows that are never written are
+        zero.
+        """
         dtype, shape = self.specs[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         if block.dtype != dtype or block.nbytes % width or row * width + block.nbytes > nbytes(dtype, shape):
@@ -97,7 +101,8 @@ def create_safetensors(path: Path, specs: Specs) -> PreallocatedFile:
 def create_pt(path: Path, specs: Specs, wrap: Callable[[dict[str, Tensor]], Any]) -> PreallocatedFile:
     """Creates a file for `torch.load` that holds `wrap(tensors)`, with space for the tensors.
 
-    Its pickle comes from tensors without storage. The zip's checksums stay 0: torch does not read them, `unzip` complains.
+    Its pickle comes from tensors without storage. The zip's checksums stay 0: torch does not read them,
+    `unzip` complains.
     """
     with FakeTensorMode():
         tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}

@@ -66,7 +66,8 @@ def open_reader(
                 matrices.setdefault(name, []).append((param_mapping.as_matrix(tensor), entry.slices))
             elif not same_bits(tensor, first):
                 raise UserError(
-                    f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it should be"
+                    f"{folder}: {entry.name} of rank {t}, stage {p} is not the copy of another's that it "
+                    f"should be"
                 )
     _check_distinct_shards(folder, config, scheme, layout, tensors)
     _check_padding(folder, config, layout, matrices)
@@ -77,7 +78,9 @@ def open_reader(
 def _check_distinct_shards(
     folder: Path, config: ModelConfig, scheme: NamingScheme, layout: RankLayout, tensors: RankTensors
 ) -> None:
-    """Raises `UserError` if two files that should hold different weights hold the same: one was copied over the other."""
+    """Raises `UserError` if two files that should hold different weights hold the same: one was copied over
+    the other.
+    """
     owners: dict[bytes, tuple[object, str]] = {}
     for (t, p), rank_tensors in tensors.items():
         entry = _first_shard(config, scheme, layout, t, p)
@@ -91,7 +94,8 @@ def _check_distinct_shards(
         other_shard, owner = owners.setdefault(digest, (shard, f"rank {t}, stage {p}"))
         if other_shard != shard:
             raise UserError(
-                f"{folder}: rank {t}, stage {p} holds the weights of {owner}: was one file copied over the other?"
+                f"{folder}: rank {t}, stage {p} holds the weights of {owner}: was one file copied over the "
+                f"other?"
             )
 
 
@@ -113,8 +117,9 @@ def _first_shard(
 def _check_padding(folder: Path, config: ModelConfig, layout: RankLayout, matrices: StoredMatrices) -> None:
     """Prints a note on rows beyond the vocabulary that hold values.
 
-    Accepted without a note: zeros, which this project writes, and copies of the last rows, which AscendSpeed's converter wrote.
-    Raises `UserError` if there are more such rows than padding explains: config.json is then out of date.
+    Accepted without a note: zeros, which this project writes, and copies of the last rows, which
+    AscendSpeed's converter wrote. Raises `UserError` if there are more such rows than padding explains:
+    config.json is then out of date.
     """
     if layout.padded_vocab <= config.vocab_size:
         return
@@ -129,7 +134,8 @@ def _check_padding(folder: Path, config: ModelConfig, layout: RankLayout, matric
             continue
         if rows >= PADDING_MULTIPLE * layout.tp:
             raise UserError(
-                f"{folder}: {parameter.name} has {rows} rows beyond the vocab_size = {config.vocab_size} of config.json, and they "
+                f"{folder}: {parameter.name} has {rows} rows beyond the vocab_size = {config.vocab_size} of "
+                f"config.json, and they "
                 "hold values that would be lost: correct vocab_size"
             )
         logger.info(

@@ -1,4 +1,6 @@
-"""Rank files: one file per tensor-parallel rank and pipeline stage, read and planned under any file and parameter names."""
+"""Rank files: one file per tensor-parallel rank and pipeline stage, read and planned under any file and
+parameter names.
+"""
 
 import re
 from bisect import bisect_right
@@ -76,7 +78,9 @@ class RankLayout:
         return len(self.layers)
 
     def locate(self, parameter: Parameter) -> tuple[int, int]:
-        """Pipeline stage of a parameter, and the number of its layer there (0 for a parameter outside the layers)."""
+        """Pipeline stage of a parameter, and the number of its layer there (0 for a parameter outside the
+        layers).
+        """
         if parameter.layer is None:
             return (0 if parameter.name.startswith("embedding.") else self.pp - 1), 0
         first_layers = [0, *accumulate(self.layers)]
@@ -112,7 +116,8 @@ def stored_tensors(
 def read(folder: Path, file_names: RankFileNames) -> dict[tuple[int, int], dict[str, Tensor]]:
     """Reads every rank's tensors, memory-mapped. Raises `UserError` if a file is missing or damaged.
 
-    The chunks of an interleaved pipeline become stages of their own: chunk `v` of stage `p` is number `v` x stages + `p`.
+    The chunks of an interleaved pipeline become stages of their own: chunk `v` of stage `p` is number `v` x
+    stages + `p`.
     """
     chunks_of: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
     for path in sorted(folder.rglob("*.pt")):
@@ -134,7 +139,9 @@ def read(folder: Path, file_names: RankFileNames) -> dict[tuple[int, int], dict[
 
 
 def _chunks(path: Path, file_names: RankFileNames) -> list[dict[str, Any]]:
-    """Tables of tensors in a file: one, or one per chunk of an interleaved pipeline (`model0`, `model1`, ...)."""
+    """Tables of tensors in a file: one, or one per chunk of an interleaved pipeline (`model0`, `model1`,
+    ...).
+    """
     content = load_pt(path)
     key = file_names.key
     tables = [content]
@@ -142,7 +149,8 @@ def _chunks(path: Path, file_names: RankFileNames) -> list[dict[str, Any]]:
         version = content.get("checkpoint_version", GROUPED_QKV_VERSION)
         if isinstance(version, (int, float)) and version < GROUPED_QKV_VERSION:
             raise UserError(
-                f"{path} is of version {version} of Megatron's format, which orders query_key_value differently"
+                f"{path} is of version {version} of Megatron's format, which orders query_key_value "
+                f"differently"
             )
         numbered = takewhile(lambda name: name in content, (f"{key}{v}" for v in count()))
         tables = [content[name] for name in ([key] if key in content else numbered)]
@@ -170,7 +178,9 @@ def _sizes(ranks: Iterable[tuple[int, int]]) -> tuple[int, int]:
 def detect_naming(
     path: Path, schemes: Sequence[NamingScheme], config: ModelConfig, tensors: RankTensors
 ) -> NamingScheme:
-    """Returns the naming scheme that knows most names of the first rank's tensors. Raises `UserError` if none knows any."""
+    """Returns the naming scheme that knows most names of the first rank's tensors. Raises `UserError` if none
+    knows any.
+    """
     first_rank = tensors[0, 0]
 
     def known_names(scheme: NamingScheme) -> int:
@@ -195,12 +205,15 @@ def check_layers(path: Path, scheme: NamingScheme, config: ModelConfig, tensors:
     if sum(layers) != config.num_layers:
         stages = f" on {len(layers)} pipeline stages" if len(layers) > 1 else ""
         raise UserError(
-            f"{path} holds {sum(layers)} layers{stages}, config.json says {config.num_layers}: another model's, or is a file missing?"
+            f"{path} holds {sum(layers)} layers{stages}, config.json says {config.num_layers}: another "
+            f"model's, or is a file missing?"
         )
 
 
 def layout_of(path: Path, file_names: RankFileNames, tensors: RankTensors, config: ModelConfig) -> RankLayout:
-    """Derives the layout of Megatron's rank files: stages of equal length, vocabulary rows from the embedding."""
+    """Derives the layout of Megatron's rank files: stages of equal length, vocabulary rows from the
+    embedding.
+    """
     tp, pp = _sizes(tensors)
     embedding = next(
         (t for name, t in tensors[0, 0].items() if "embedding" in name and isinstance(t, Tensor) and t.dim()),
@@ -209,6 +222,7 @@ def layout_of(path: Path, file_names: RankFileNames, tensors: RankTensors, confi
     rows = config.vocab_size if embedding is None else len(embedding) * tp
     if rows < config.vocab_size:
         raise UserError(
-            f"{path}: the embedding has {rows} rows, but config.json says {config.vocab_size}: is a rank's file missing?"
+            f"{path}: the embedding has {rows} rows, but config.json says {config.vocab_size}: is a rank's "
+            f"file missing?"
         )
     return RankLayout(tp, (config.num_layers // pp,) * pp, rows)

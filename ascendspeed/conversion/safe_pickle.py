@@ -1,8 +1,10 @@
-"""Restricted unpickling: unknown objects of a training program become stubs, so that no code of the file runs.
+"""Restricted unpickling: unknown objects of a training program become stubs, so that no code of the file
+runs.
 
-`torch.load(weights_only=True)` refuses every class that it does not know, and with it the whole file, although training programs save
-arguments, random states and enums beside the tensors. Here the names of plain data and of the training programs' own classes resolve
-to `Stub`, which accepts any arguments and does nothing: no module is imported. Any other name stays refused.
+`torch.load(weights_only=True)` refuses every class that it does not know, and with it the whole file,
+although training programs save arguments, random states and enums beside the tensors. Here the names of plain
+data and of the training programs' own classes resolve to `Stub`, which accepts any arguments and does
+nothing: no module is imported. Any other name stays refused.
 """
 
 import re
@@ -17,7 +19,9 @@ PLAIN = re.compile(
     r"|numpy\.[\w.]+"
     r"|(megatron|modellink|mindspeed|mindspeed_llm|ascendspeed|deepspeed|deepspeed_npu|transformer_engine)\.[\w.]+"
 )
-"""Names of classes, and of the functions that pickle rebuilds them with, that a training checkpoint may hold beside its tensors."""
+"""Names of classes, and of the functions that pickle rebuilds them with, that a training checkpoint may hold
+beside its tensors.
+"""
 
 
 class Stub:
@@ -35,7 +39,8 @@ class Stub:
 
 
 def safe_globals(path: Path, known: Mapping[str, type]) -> list[tuple[type, str]]:
-    """Returns the argument of `torch.serialization.safe_globals` for a file of `torch.save`; reads names, runs nothing.
+    """Returns the argument of `torch.serialization.safe_globals` for a file of `torch.save`; reads names,
+    runs nothing.
 
     `known`: names that resolve to a useful class. Raises `ValueError` naming what is not plain data.
     """

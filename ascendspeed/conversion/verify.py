@@ -1,4 +1,6 @@
-"""Verifies a conversion: every byte through the parameter mappings, and logits of both models at reduced depth."""
+"""Verifies a conversion: every byte through the parameter mappings, and logits of both models at reduced
+depth.
+"""
 
 import platform
 from collections.abc import Iterator
@@ -25,7 +27,9 @@ VERSIONS = ("ascendspeed", "torch", "safetensors", "transformers")
 def verify(
     source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Returns the report for conversion.json. Raises `UserError` naming what differs (after a cast to `dtype`)."""
+    """Returns the report for conversion.json. Raises `UserError` naming what differs (after a cast to
+    `dtype`).
+    """
     hashes = compare(source, result, dtype)
     logits = compare_logits(source, result, dtype)
     cast = f", cast to {dtype}" if dtype else ""
@@ -67,7 +71,8 @@ def _file_sizes(folder: Path) -> dict[str, int]:
 def compare(
     source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
 ) -> dict[str, str]:
-    """Returns the SHA-256 of every full parameter (row-major, little-endian, without padding), equal on both sides.
+    """Returns the SHA-256 of every full parameter (row-major, little-endian, without padding), equal on both
+    sides.
 
     Raises `UserError` naming the first parameter that differs.
     """

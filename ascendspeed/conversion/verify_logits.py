@@ -1,7 +1,9 @@
-"""Compares the logits of a checkpoint and its conversion, each in a model of a few layers and a small vocabulary.
+"""Compares the logits of a checkpoint and its conversion, each in a model of a few layers and a small
+vocabulary.
 
-The logits of a checkpoint that transformers has a class for come from that class, fed from the files under their own names; those of
-any other from this project's model. A wrong mapping is thus found even if it is wrong in both directions.
+The logits of a checkpoint that transformers has a class for come from that class, fed from the files under
+their own names; those of any other from this project's model. A wrong mapping is thus found even if it is
+wrong in both directions.
 """
 
 import json
@@ -42,17 +44,19 @@ class LogitsUnavailable(Exception):
 def compare_logits(
     source: CheckpointReader, result: CheckpointReader, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """Compares the logits of both checkpoints on fixed tokens, each in a model of a few layers and a small vocabulary.
+    """Compares the logits of both checkpoints on fixed tokens, each in a model of a few layers and a small
+    vocabulary.
 
-    Returns {"skipped": reason} if memory is short, transformers cannot load the model, or the weights are not finite.
-    Raises `UserError` if the logits differ.
+    Returns {"skipped": reason} if memory is short, transformers cannot load the model, or the weights are not
+    finite. Raises `UserError` if the logits differ.
     """
     small = _reduced(source.config)
     needed = 12 * estimates.parameter_count(small)
     free = _available_memory()
     if needed > free:
         return {
-            "skipped": f"{needed / 1e9:.1f} GB of memory are needed for {small.num_layers} layers, {free / 1e9:.1f} GB are free"
+            "skipped": f"{needed / 1e9:.1f} GB of memory are needed for {small.num_layers} layers, "
+            "{free / 1e9:.1f} GB are free"
         }
     tokens = torch.randint(0, small.vocab_size, TOKENS, generator=torch.Generator().manual_seed(0))
     try:
@@ -66,7 +70,8 @@ def compare_logits(
         return {"skipped": "the weights hold NaN or infinity"}
     if not difference <= TOLERANCE * largest:
         raise UserError(
-            f"verification failed: logits of {source_model} ({source.description}) and {result_model} ({result.description}) "
+            f"verification failed: logits of {source_model} ({source.description}) and {result_model} "
+            f"({result.description}) "
             f"differ by {difference:.2g}, the largest being {largest:.2g}; nothing was written"
         )
     return {
@@ -97,7 +102,9 @@ def _available_memory() -> int:
 def _logits(
     reader: CheckpointReader, small: ModelConfig, tokens: Tensor, dtype: torch.dtype | None
 ) -> tuple[str, Tensor]:
-    """Returns the name of the implementation and its fp32 logits [b, s, v], from the weights cast to `dtype` first."""
+    """Returns the name of the implementation and its fp32 logits [b, s, v], from the weights cast to `dtype`
+    first.
+    """
     is_hf = reader.description == huggingface.DESCRIPTION
     config_json = _config_of_transformers_class(reader) if is_hf else None
     if config_json:
@@ -107,7 +114,9 @@ def _logits(
 
 
 def _config_of_transformers_class(reader: CheckpointReader) -> dict[str, Any] | None:
-    """The config.json for the class in transformers that can hold the tensors of a directory; None: there is no such class."""
+    """The config.json for the class in transformers that can hold the tensors of a directory; None: there is
+    no such class.
+    """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     family = REFERENCE.name if FAMILIES[reader.config.family].llama_names else reader.config.family
@@ -151,7 +160,9 @@ def _transformers_logits(
     tokens: Tensor,
     dtype: torch.dtype | None,
 ) -> Tensor:
-    """Logits of transformers' class for a directory with the first layers and vocabulary rows of the checkpoint."""
+    """Logits of transformers' class for a directory with the first layers and vocabulary rows of the
+    checkpoint.
+    """
     from safetensors.torch import save_file
 
     tensors = _reduced_tensors(reader, small, dtype)
@@ -175,7 +186,9 @@ def _transformers_logits(
 
 
 def _load_with_transformers(folder: str) -> torch.nn.Module:
-    """Loads a directory in fp32. Raises `LogitsUnavailable` if the installed transformers cannot load the model."""
+    """Loads a directory in fp32. Raises `LogitsUnavailable` if the installed transformers cannot load the
+    model.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -209,7 +222,9 @@ def _reduced_tensors(
 
 
 def as_llama(config: ModelConfig, name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Renames a tensor, and splits a fused qkv, as transformers' Llama has them; other families keep their names."""
+    """Renames a tensor, and splits a fused qkv, as transformers' Llama has them; other families keep their
+    names.
+    """
     names = FAMILIES[config.family].llama_names or LlamaNames()
     for own, llama in names.renames:
         name = name.replace(own, llama)

@@ -2,12 +2,12 @@
 
 | function | reads | equal for |
 |---|---|---|
-| `sampled` | a few rows of each matrix, as fp32 | the same weights, practically; immediate for a model of any size |
+| `sampled` | a few rows of each matrix, as fp32 | the same weights, in practice; fast for any size |
 | `full_values` | every value, as fp32 | exactly the same values, whatever the type on disk |
 | `full_bytes` | every byte | exactly the same values and types on disk |
 
-`sampled` is stored with LoRA adapters and in training checkpoints, `full_values` in `origin.json`, `full_bytes` in evaluation reports:
-none of the three may change.
+`sampled` is stored with LoRA adapters and in training checkpoints, `full_values` in `origin.json`,
+`full_bytes` in evaluation reports: none of the three may change.
 """
 
 import hashlib
@@ -36,7 +36,8 @@ CHUNK = 1 << 24
 def sampled(reader: CheckpointReader) -> str:
     """SHA-256 of the architecture and of some rows of every parameter.
 
-    Tells apart models of one architecture, and weights before and after further training or a merge of adapters.
+    Tells apart models of one architecture, and weights before and after further training or a merge of
+    adapters.
     """
     architecture = _architecture(reader, without=("family", "init_method_std"))
     sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
@@ -76,7 +77,8 @@ def full_values(reader: CheckpointReader) -> str:
 def full_bytes(reader: CheckpointReader, readers: Readers | None = None) -> str:
     """SHA-256 of the architecture and of every parameter's name, type, shape and bytes.
 
-    `readers`: ranks that call this together, each hashing its share of the parameters; None: this process hashes all.
+    `readers`: ranks that call this together, each hashing its share of the parameters; None: this process
+    hashes all.
     """
     readers = readers or Readers()
     tensors = reader.tensors(readers.rank, readers.world)

@@ -1,4 +1,6 @@
-"""Writes the tensors of planned files: block by block, on several threads, with casts and checks for NaN and infinity."""
+"""Writes the tensors of planned files: block by block, on several threads, with casts and checks for NaN and
+infinity.
+"""
 
 import logging
 import os
@@ -47,7 +49,9 @@ class NonFiniteTensors:
     infinite: set[str] = field(default_factory=set)
 
     def check(self, name: str, block: Tensor) -> None:
-        """Records the tensor if this block of it is not finite; infinity beside NaN in a block is not recorded."""
+        """Records the tensor if this block of it is not finite; infinity beside NaN in a block is not
+        recorded.
+        """
         low, high = block.aminmax()
         if low.isnan():
             self.nan.add(name)
@@ -70,7 +74,8 @@ def write(
 ) -> None:
     """Writes every file; they are on the disk when this returns. Prints a note on tensors that hold infinity.
 
-    Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one with values too large for `dtype`.
+    Raises `UserError` naming the tensors that hold NaN (unless `allow_nan`), or one with values too large for
+    `dtype`.
     """
     non_finite = NonFiniteTensors()
     outputs = []
@@ -145,6 +150,7 @@ def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
             largest = block[overflows].abs().max().item()
             type_name = str(dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} holds finite values up to {largest:.3g}, too large for {type_name}; choose another --dtype"
+                f"{name} holds finite values up to {largest:.3g}, too large for {type_name}; choose another "
+                f"--dtype"
             )
     return cast

@@ -108,7 +108,7 @@ def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) 
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """The same bytes as integers, so that NaN equals itself and 0 is not -0."""
+    """Views the bytes as integers, so that NaN equals itself and 0 is not -0."""
     return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
 
 
@@ -131,7 +131,7 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 def training_checkpoint(
     folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path
 ) -> None:
-    """As a run of one rank saves it."""
+    """Saves a checkpoint like a run of one rank."""
     run = Run(
         config,
         ParallelConfig(),

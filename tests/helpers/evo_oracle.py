@@ -1,7 +1,8 @@
-"""InternEvo's training folders in plain torch, from how its modules are built, cut and saved; none of the project's code.
+"""InternEvo's training folders in plain torch, from how its modules are built, cut and saved; none of the
+project's code.
 
-A model is given by its separate matrices, as a plain Llama has them; from these both the Hugging Face tensors of a family and the
-files of InternEvo's ranks are made.
+A model is given by its separate matrices, as a plain Llama has them; from these both the Hugging Face tensors
+of a family and the files of InternEvo's ranks are made.
 """
 
 import sys
@@ -54,7 +55,9 @@ def parts_of(shape: Shape, seed: int = 0) -> dict[str, Tensor]:
 
 
 def grouped(shape: Shape, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """InternLM2's wqkv, of which a forward pass takes `(h gs d)`: per key/value head its queries, its key, its value."""
+    """InternLM2's wqkv, of which a forward pass takes `(h gs d)`: per key/value head its queries, its key,
+    its value.
+    """
     q, k, v = (t.view(shape.kv, -1, shape.d, *t.shape[1:]) for t in (q, k, v))
     return torch.cat([q, k, v], 1).flatten(0, 2)
 
@@ -110,7 +113,9 @@ class Trained:
     """Layers of every stage."""
     wp: int = 0
     early: bool = False
-    """isp before the middle of 2024: head and embedding over the tensor-parallel ranks, both numbers in the names."""
+    """isp before the middle of 2024: head and embedding over the tensor-parallel ranks, both numbers in the
+    names.
+    """
     version: int = 2
     embed_split: bool = True
     flash_embedding: bool = False
@@ -158,7 +163,7 @@ def _attention(
 
 
 def _layer(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int) -> list[dict[str, Tensor]]:
-    """What every rank has of one layer."""
+    """Shards of one layer on every rank."""
     n = how.wp or how.tp
     first = how.kind == "INTERNLM"
     row = 0 if how.wp else 1  # the dimension that a row-parallel matrix is cut along
@@ -272,7 +277,7 @@ def save(
 
 
 def save_config(path: Path, table: dict) -> None:
-    """As InternEvo does: a table of its own class, under the name by which pickle would look for it."""
+    """Saves a table of InternEvo's own class, under the name that pickle would look up."""
     names = ("internlm", "internlm.core", "internlm.core.context", "internlm.core.context.parallel_context")
     sys.modules |= {name: types.ModuleType(name) for name in names}
 

@@ -22,7 +22,7 @@ def value(tag: str, shape: tuple[int, ...], kind: str, content: bytes) -> bytes:
 
 
 def write_ckpt(path: Path, tensors: dict[str, Tensor], pieces: int = 1) -> None:
-    """What `save_checkpoint` writes; large tensors in `pieces` of any length."""
+    """Writes a file like `save_checkpoint`; large tensors in `pieces` of any length."""
     with open(path, "wb") as file:
         for tag, tensor in tensors.items():
             raw = tensor.contiguous().view(torch.uint8).numpy().tobytes()
@@ -33,7 +33,7 @@ def write_ckpt(path: Path, tensors: dict[str, Tensor], pieces: int = 1) -> None:
 
 
 def renamed(name: str) -> str:
-    """As the converters of internlm, internlm2 and llama rename."""
+    """Renames like the converters of internlm, internlm2 and llama."""
     for theirs, ours in (
         ("embed_tokens.weight", "tok_embeddings.embedding_weight"),
         ("tok_embeddings.weight", "tok_embeddings.embedding_weight"),

@@ -89,7 +89,7 @@ class Cut:
 def old_layer(
     cut: Cut, theirs: str, attention: str, norm: str, qkv: str = "query_key_value", dense: str = "dense"
 ) -> dict:
-    """What all of them agree on: attention and norms; `theirs`: the layer of Hugging Face."""
+    """Attention and norms of one layer, equal in all programs; `theirs`: the layer of Hugging Face."""
     kinds = [kind for kind in ("weight", "bias") if f"{theirs}self_attn.q_proj.{kind}" in cut.tensors]
     held = {f"{attention}.{qkv}.{kind}": cut.qkv(theirs, kind) for kind in kinds}
     held[f"{attention}.{dense}.weight"] = cut.columns(theirs + "self_attn.o_proj.weight")
@@ -126,7 +126,9 @@ def flat(cut: Cut, layers: range, first: bool, last: bool, merge: bool = False) 
 def nested(
     cut: Cut, layers: range, first: bool, last: bool, norm: str = "layernorm", mlp: str = "two"
 ) -> dict:
-    """AscendSpeed from December 2023 on ("two", "proj"), ModelLink and Megatron-LM ("one"): tables within tables."""
+    """AscendSpeed from December 2023 on ("two", "proj"), ModelLink and Megatron-LM ("one"): tables within
+    tables.
+    """
     encoder: dict[str, Tensor] = {}
     head: dict = {}
     embedding: dict = {}
@@ -156,7 +158,9 @@ def nested(
 
 
 def mcore(cut: Cut, layers: range, first: bool, last: bool, fused_norms: bool = False) -> dict:
-    """MindSpeed-LLM and Megatron-LM on Megatron-core; with Transformer Engine the norms lie in the layers that they feed."""
+    """MindSpeed-LLM and Megatron-LM on Megatron-core; with Transformer Engine the norms lie in the layers
+    that they feed.
+    """
     held: dict = {}
     if first:
         held["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
@@ -201,7 +205,7 @@ def old_folder(
     cut=Cut,
     **more,
 ) -> dict[str, Tensor]:
-    """Writes what a program's converter leaves, and returns the tensors of Hugging Face that it was made of."""
+    """Writes the output of a program's converter; returns the Hugging Face tensors of the same model."""
     tensors, groups = hugging_face(model, dtype), MODELS[model].get("num_key_value_heads", HEADS)
     release = folder / "release"
     release.mkdir(parents=True)
@@ -225,7 +229,7 @@ def old_folder(
 
 
 def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
-    """Whether Hugging Face's tensors come out of `folder`, byte by byte."""
+    """True if `folder` converts to the Hugging Face tensors, byte by byte."""
     convert.write_hf(convert.open_reader(folder), tmp / "hf")
     back = load_file(tmp / "hf/model.safetensors")
     return back.keys() == tensors.keys() and all(

@@ -16,7 +16,9 @@ from helpers.mindformers import renamed, write_ckpt
 
 BY_FAMILY = {config.family: config for config in reversed(MODELS.values())}
 EVEN = {"num_attention_heads": 16, "vocab_size": 136}
-"""InternEvo's ranks hold whole key/value groups and equal shares of the vocabulary; 8 groups, so that 8 ranks can."""
+"""InternEvo's ranks hold whole key/value groups and equal shares of the vocabulary; 8 groups, so that 8 ranks
+can.
+"""
 
 
 def model(form: str, family: str):
@@ -57,7 +59,9 @@ def to_old_names(folder: Path) -> None:
 
 
 def write_as(form: CheckpointFormat, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
-    """Writes a Hugging Face directory in a format, at `tmp_path / "there"`; formats that no writer has are made by hand."""
+    """Writes a Hugging Face directory in a format, at `tmp_path / "there"`; formats that no writer has are
+    made by hand.
+    """
     source, target = convert.open_reader(folder), tmp_path / "there"
     if form.name == "mindformers":
         target.mkdir()

@@ -1,4 +1,6 @@
-"""The contract of a checkpoint format and the options of reading and writing. Free of torch: `--help` lists the formats."""
+"""The contract of a checkpoint format and the options of reading and writing. Free of torch: `--help` lists
+the formats.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,7 +33,9 @@ class ReadOptions:
     readers: "Readers | None" = None
     """Ranks that open a training checkpoint together and share its verification; None: this process alone."""
     open_reader: "Callable[..., CheckpointReader] | None" = None
-    """`registry.open_reader`, for a checkpoint whose weights are in another one (LoRA adapters and their base)."""
+    """`registry.open_reader`, for a checkpoint whose weights are in another one (LoRA adapters and their
+    base).
+    """
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,23 @@ class WriteOptions:
     max_shard_size: str = "10GB"
     """Size of a safetensors file."""
     to_family: str | None = None
-    """Write under another family's names (--format hf): internlm2 for a plain Llama that was one; None: the source's own."""
+    """Write under another family's names (--format hf): internlm2 for a plain Llama that was one; None: the
+    source's own.
+    """
     copy_code: bool = False
-    """Copy the model's *.py too (--format hf), unexecuted, and keep the auto_map that refers to them; otherwise both are left out."""
+    """Copy the model's *.py too (--format hf), unexecuted, and keep the auto_map that refers to them;
+    otherwise both are left out.
+    """
     wp: int = 0
     """Weight-parallel ranks (isp) to write an InternEvo folder for, in place of --tp."""
     internevo_version: Literal[1, 2] = 2
-    """InternEvo folder to write: 1, w2 is up and w3 is down (releases before March 2024); 2, w3 is up and w2 is down."""
+    """InternEvo folder to write: 1, w2 is up and w3 is down (releases before March 2024); 2, w3 is up and w2
+    is down.
+    """
     embed_split: bool = True
-    """InternEvo folder to write: cut the embedding along the hidden size, as embed_split_hidden=True; else along the vocabulary."""
+    """InternEvo folder to write: cut the embedding along the hidden size, as embed_split_hidden=True; else
+    along the vocabulary.
+    """
 
 
 class CheckpointWriter(Protocol):
@@ -97,7 +109,8 @@ class CheckpointFormat(ABC):
     def detect(self, folder: Path) -> bool:
         """True if a folder holds a checkpoint of this format, by file names.
 
-        A variant that another format detects and opens (other parameter names in the same files) returns False.
+        A variant that another format detects and opens (other parameter names in the same files) returns
+        False.
         """
         return False
 
@@ -106,7 +119,9 @@ class CheckpointFormat(ABC):
         return False
 
     def open(self, folder: Path, options: ReadOptions) -> "CheckpointReader":
-        """Opens a folder that `detect` accepts. Raises `UserError` if the checkpoint is damaged or not supported."""
+        """Opens a folder that `detect` accepts. Raises `UserError` if the checkpoint is damaged or not
+        supported.
+        """
         raise UserError(f"{folder}: checkpoints of the format {self.name} cannot be read")
 
     def writer(self, options: WriteOptions) -> CheckpointWriter:

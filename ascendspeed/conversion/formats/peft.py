@@ -1,4 +1,6 @@
-"""Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin), plain LoRA only."""
+"""Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin),
+plain LoRA only.
+"""
 
 import math
 import re
@@ -32,7 +34,9 @@ CONFIG = "adapter_config.json"
 LOADERS = {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
 BASE = "base_fingerprint.json"
 FINGERPRINT = "fingerprint"
-"""Entry of this project's own `BASE` file, which peft ignores: hash of the base weights (`weights_identity.sampled`)."""
+"""Entry of this project's own `BASE` file, which peft ignores: hash of the base weights
+(`weights_identity.sampled`).
+"""
 PREFIX = "base_model.model."
 SUPPORTED_ENTRIES = {
     "r",
@@ -68,7 +72,9 @@ INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", None)
 
 
 def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapter:
-    """Reads the adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises `UserError`."""
+    """Reads the adapters in a directory of peft, or in a training checkpoint, which `readers` verify. Raises
+    `UserError`.
+    """
     folder = Path(path)
     if looks_like_checkpoint(folder):
         return adapter_of((readers or Readers()).open(folder))
@@ -81,7 +87,9 @@ def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapte
 
 
 def read(folder: Path) -> LoraAdapter:
-    """Reads a directory of peft. Raises `UserError` for what is damaged, superfluous, missing, or more than plain LoRA."""
+    """Reads a directory of peft. Raises `UserError` for what is damaged, superfluous, missing, or more than
+    plain LoRA.
+    """
     settings = read_json_object(folder / CONFIG)
     _check_settings(folder, settings)
     matrices: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
@@ -209,7 +217,9 @@ def _is_among(adapter: LoraAdapter, key: str, name: str) -> bool:
 
 
 def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
-    """Writes a directory of peft atomically. `base`: folder of the base weights to record; None: the adapter's own."""
+    """Writes a directory of peft atomically. `base`: folder of the base weights to record; None: the
+    adapter's own.
+    """
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()
@@ -239,9 +249,11 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
 
 
 def replace_with(adapter: LoraAdapter, target: Path) -> None:
-    """Writes a directory of peft and replaces the one of an earlier step of the same run, which stays until the new one is complete.
+    """Writes a directory of peft and replaces the one of an earlier step of the same run, which stays until
+    the new one is complete.
 
-    After a kill between the two renames, a complete directory is beside `target`; the next call moves it there first.
+    After a kill between the two renames, a complete directory is beside `target`; the next call moves it
+    there first.
     """
     new = target.with_name(f".{target.name}.new")
     old = target.with_name(f".{target.name}.old")

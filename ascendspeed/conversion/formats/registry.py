@@ -1,4 +1,6 @@
-"""Registry of the checkpoint formats: detection, opening, and the support table of the documentation. Free of torch."""
+"""Registry of the checkpoint formats: detection, opening, and the support table of the documentation. Free of
+torch.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,7 +29,9 @@ FORMATS: tuple[CheckpointFormat, ...] = (
     InternEvoFormat(),
     TrainingCheckpointFormat(),
 )
-"""All formats, in the order of the support table. The choices of `--format` and the round-trip tests come from here."""
+"""All formats, in the order of the support table. The choices of `--format` and the round-trip tests come
+from here.
+"""
 
 
 def format_named(name: str) -> CheckpointFormat:
@@ -41,7 +45,9 @@ def writable_formats() -> tuple[CheckpointFormat, ...]:
 
 
 def detect_formats(folder: Path) -> list[CheckpointFormat]:
-    """Formats that a folder holds a checkpoint of: one, unless the folder is empty of checkpoints or ambiguous."""
+    """Formats that a folder holds a checkpoint of: one, unless the folder is empty of checkpoints or
+    ambiguous.
+    """
     detected = [form for form in FORMATS if form.detect(folder)]
     preferred = [form for form in detected if form.takes_precedence(folder)]
     return preferred[-1:] or detected
@@ -55,10 +61,10 @@ def open_reader(
 ) -> "CheckpointReader":
     """Detects the checkpoint in a folder and opens it.
 
-    `config`: folder with its config.json and tokenizer; None: the same folder. `internevo`: facts that the files of an
-    InternEvo training folder may lack. `readers`: ranks that call this together and share the verification of a training
-    checkpoint; None: this process alone.
-    Raises `UserError` if the folder holds no checkpoint, several, or a damaged one.
+    `config`: folder with its config.json and tokenizer; None: the same folder. `internevo`: facts that the
+    files of an InternEvo training folder may lack. `readers`: ranks that call this together and share the
+    verification of a training checkpoint; None: this process alone. Raises `UserError` if the folder holds no
+    checkpoint, several, or a damaged one.
     """
     folder = Path(path)
     if not folder.is_dir():

@@ -34,7 +34,8 @@ LINES = (
     "▁under ▁ x▁▁y ▁▁▁",
     "\ud7ff\ue000\uf8ff\ufffd\uffff\U00010000\U0001f9ff\U0010ffff",
     "𠀀𪚥𝒳 ḁ̂̃ Z̸̢a̶l̵g̷o",
-    "<s>a</s> <unk> <pad> <bos> <0x41> <|im_start|>user\n<|im_end|> [UNUSED_TOKEN_145] [INST] <eoh> <eoa> <|User|>:hi\n<|Bot|>:",
+    "<s>a</s> <unk> <pad> <bos> <0x41> <|im_start|>user\n<|im_end|> [UNUSED_TOKEN_145] [INST] <eoh> <eoa> "
+    "<|User|>:hi\n<|Bot|>:",
     "http://example.org/a?b=c&d=%20 C:\\x\\y 'q' \"r\" `s` $t$ <html> &amp;",
     "x" * 300,
     "é" * 150 + "你" * 150,
@@ -44,7 +45,9 @@ ALPHABET = "ab 1\n\t▁你 é😀.-_<>/\\\"'\r\0" + "\u200d"
 
 
 def texts(pieces: Any, ranked: Sequence[Merge]) -> Iterator[str]:
-    """Yields fixed lines, runs of one character, noise, single pieces, user-defined pieces in context, and competing merges."""
+    """Yields fixed lines, runs of one character, noise, single pieces, user-defined pieces in context, and
+    competing merges.
+    """
     yield from LINES
     for char in RUNS:
         for count in (*range(1, 40), 63, 64, 65, 130):
@@ -81,10 +84,12 @@ def _competing_texts(tied: Sequence[Merge]) -> Iterator[str]:
 
 
 def compare(path: Path, converted: Any, samples: Collection[str], foreign_strings: Collection[str]) -> None:
-    """Raises `InexactTokenizerError` for the first sample whose ids or decoded text differ between two tokenizers.
+    """Raises `InexactTokenizerError` for the first sample whose ids or decoded text differ between two
+    tokenizers.
 
-    `path`: tokenizer.model. `converted`: the `tokenizers.Tokenizer` of the tokenizer.json. `foreign_strings`: strings that are declared
-    beside the model and unknown to sentencepiece; samples that contain one are skipped.
+    `path`: tokenizer.model. `converted`: the `tokenizers.Tokenizer` of the tokenizer.json. `foreign_strings`:
+    strings that are declared beside the model and unknown to sentencepiece; samples that contain one are
+    skipped.
     """
     import sentencepiece
 
@@ -107,5 +112,6 @@ def compare(path: Path, converted: Any, samples: Collection[str], foreign_string
         # Unknown characters are decoded to a replacement of sentencepiece's own.
         if actual_texts[i] != expected_texts[i] and original.unk_id() not in expected:
             raise InexactTokenizerError(
-                f"reads its ids of {sample[:40]!r} back as {expected_texts[i][:40]!r}, tokenizer.json as {actual_texts[i][:40]!r}"
+                f"reads its ids of {sample[:40]!r} back as {expected_texts[i][:40]!r}, tokenizer.json as "
+                f"{actual_texts[i][:40]!r}"
             )

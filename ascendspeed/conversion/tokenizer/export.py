@@ -1,12 +1,15 @@
-"""Converts tokenizer.model to a tokenizer.json that stock transformers loads without custom code, with sentencepiece's ids.
+"""Converts tokenizer.model to a tokenizer.json that stock transformers loads without custom code, with
+sentencepiece's ids.
 
-Transformers' own conversion orders the merges by id; sentencepiece orders them by score, and in InternLM's vocabulary the two differ.
-A tokenizer that cannot be expressed exactly is not written, with a reason; a written one has been compared with sentencepiece.
+Transformers' own conversion orders the merges by id; sentencepiece orders them by score, and in InternLM's
+vocabulary the two differ. A tokenizer that cannot be expressed exactly is not written, with a reason; a
+written one has been compared with sentencepiece.
 
-Text is treated as by the model's original tokenizer. The strings that tokenizer_config.json and similar files declare (`<s>`,
-`<|im_start|>`, added tokens) become their ids wherever they occur in a text, as in every tokenizer of Hugging Face; sentencepiece
-itself never produces a control token from text, which `split_special_tokens=True` selects at loading. User-defined pieces of the
-vocabulary (`[UNUSED_TOKEN_3]`, runs of spaces) are recognized either way.
+Text is treated as by the model's original tokenizer. The strings that tokenizer_config.json and similar files
+declare (`<s>`, `<|im_start|>`, added tokens) become their ids wherever they occur in a text, as in every
+tokenizer of Hugging Face; sentencepiece itself never produces a control token from text, which
+`split_special_tokens=True` selects at loading. User-defined pieces of the vocabulary (`[UNUSED_TOKEN_3]`,
+runs of spaces) are recognized either way.
 """
 
 import json
@@ -47,9 +50,11 @@ Added = dict[int, dict[str, Any]]
 
 
 def write(folder: Path) -> str | None:
-    """Writes tokenizer.json and its settings beside the tokenizer.model of a folder; 100,000 pieces take a few seconds.
+    """Writes tokenizer.json and its settings beside the tokenizer.model of a folder; 100,000 pieces take a
+    few seconds.
 
-    Returns the reason if it would not give the ids of sentencepiece; then nothing is written. Raises `UserError`.
+    Returns the reason if it would not give the ids of sentencepiece; then nothing is written. Raises
+    `UserError`.
     """
     import tokenizers
 
@@ -87,9 +92,11 @@ def write(folder: Path) -> str | None:
 
 
 def check(folder: Path) -> None:
-    """Raises `UserError` if a folder's tokenizer.json differs from its tokenizer.model, naming a text with different ids.
+    """Raises `UserError` if a folder's tokenizer.json differs from its tokenizer.model, naming a text with
+    different ids.
 
-    Both must be readable. A tokenizer.json from another converter may differ in details, as that of transformers does for InternLM.
+    Both must be readable. A tokenizer.json from another converter may differ in details, as that of
+    transformers does for InternLM.
     """
     import tokenizers
 
@@ -101,7 +108,8 @@ def check(folder: Path) -> None:
             other = converted.token_to_id(name)
             if token.number is not None and other not in (None, token.number):
                 raise InexactTokenizerError(
-                    f"has neighbours that say that {name!r} is {token.number}, and tokenizer.json says {other}"
+                    f"has neighbours that say that {name!r} is {token.number}, and tokenizer.json says "
+                    f"{other}"
                 )
         pieces = read(path).pieces
         added_tokens = {
@@ -131,7 +139,8 @@ def _defaults(model: Any, declared_settings: Mapping[str, Any]) -> dict[str, Any
     """Settings that tokenizer_config.json leaves out: the special tokens of the model."""
     if model.normalizer_spec.add_dummy_prefix and declared_settings.get("legacy") is False:
         raise InexactTokenizerError(
-            "begins the text with a space, and legacy = false in tokenizer_config.json wants none behind special tokens"
+            "begins the text with a space, and legacy = false in tokenizer_config.json wants none behind "
+            "special tokens"
         )
     numbers = {f"{name}_token": getattr(model.trainer_spec, f"{name}_id") for name in ("bos", "eos", "unk")}
     model_tokens = {name: model.pieces[i].piece for name, i in numbers.items() if 0 <= i < len(model.pieces)}
@@ -147,7 +156,9 @@ def _control_tokens(settings: Mapping[str, Any]) -> dict[str, DeclaredToken]:
 
 
 def _added(pieces: Any, tokens: Mapping[str, DeclaredToken]) -> Added:
-    """Declared tokens and user-defined pieces. Raises `InexactTokenizerError` for an id of two names, or a name of two ids."""
+    """Declared tokens and user-defined pieces. Raises `InexactTokenizerError` for an id of two names, or a
+    name of two ids.
+    """
     numbers = {piece.piece: i for i, piece in enumerate(pieces)}
     added = {
         i: _entry(i, piece.piece, DeclaredToken(i, False, {}), True)
@@ -176,7 +187,9 @@ def _added(pieces: Any, tokens: Mapping[str, DeclaredToken]) -> Added:
 
 
 def _entry(number: int, name: str, token: DeclaredToken, normalized: bool) -> dict[str, Any]:
-    """Entry of `added_tokens`; `normalized`: matched after spaces became ▁, as sentencepiece matches user-defined pieces."""
+    """Entry of `added_tokens`; `normalized`: matched after spaces became ▁, as sentencepiece matches
+    user-defined pieces.
+    """
     flags = {flag: token.flags.get(flag, False) for flag in ADDED_TOKEN_FLAGS}
     return {"id": number, "content": name, **flags, "normalized": normalized, "special": token.special}
 
@@ -241,7 +254,9 @@ def _user_defined(pieces: Any) -> list[tuple[int, Any]]:
 
 
 def _key(number: int, piece: Any, byte_fallback: bool) -> str:
-    """Name of a piece; one that sentencepiece never produces (unused, NUL beside byte pieces) gets a name that no text contains."""
+    """Name of a piece; one that sentencepiece never produces (unused, NUL beside byte pieces) gets a name
+    that no text contains.
+    """
     unused = piece.type == UNUSED or (byte_fallback and piece.type == NORMAL and piece.piece == "\0")
     return f"<unused piece {number}>" if unused else piece.piece
 

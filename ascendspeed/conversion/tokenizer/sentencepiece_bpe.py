@@ -1,4 +1,6 @@
-"""Converts a sentencepiece BPE model to the ordered merges of tokenizer.json; detects models for which that is not exact."""
+"""Converts a sentencepiece BPE model to the ordered merges of tokenizer.json; detects models for which that
+is not exact.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -66,9 +68,10 @@ class Merge(NamedTuple):
 def merges(pieces: Any) -> list[Merge]:
     """Returns every merge in the order in which sentencepiece prefers them. Raises `InexactTokenizerError`.
 
-    The best score comes first. Among equal scores sentencepiece takes the leftmost in the text, which no fixed order expresses for
-    every text; but if two of them compete for the same symbols, "xy" and "yz" in x y z, the one that can be on the left comes first.
-    Two merges for one piece compete only in runs of one pattern, which fill up from the left: the longer left part comes first.
+    The best score comes first. Among equal scores sentencepiece takes the leftmost in the text, which no
+    fixed order expresses for every text; but if two of them compete for the same symbols, "xy" and "yz" in x
+    y z, the one that can be on the left comes first. Two merges for one piece compete only in runs of one
+    pattern, which fill up from the left: the longer left part comes first.
     """
     ordered: list[Merge] = []
     for _, tied in groupby(_all_merges(pieces), attrgetter("score")):
@@ -92,7 +95,9 @@ def _all_merges(pieces: Any) -> list[Merge]:
 
 
 def competing(tied: Sequence[Merge]) -> Iterator[tuple[Merge, Merge]]:
-    """Yields pairs of merges for different pieces that want the same symbol: the first on its right, the second on its left."""
+    """Yields pairs of merges for different pieces that want the same symbol: the first on its right, the
+    second on its left.
+    """
     by_left = defaultdict(list)
     for merge in tied:
         by_left[merge.left].append(merge)

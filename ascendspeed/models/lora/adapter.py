@@ -1,4 +1,6 @@
-"""LoRA adapters as matrices under Hugging Face module names: initial values, checks against a model, Llama's names."""
+"""LoRA adapters as matrices under Hugging Face module names: initial values, checks against a model, Llama's
+names.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +53,9 @@ class LoraAdapter:
 
 
 def initial_tensors(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Yields new adapters, equal for every layout, under Megatron names: A uniform to 1 / sqrt(inputs), as peft's, B zero."""
+    """Yields new adapters, equal for every layout, under Megatron names: A uniform to 1 / sqrt(inputs), as
+    peft's, B zero.
+    """
     for layer, target in _in_all_layers(model, selected_targets(model, lora)):
         name = target.megatron_name("A", layer)
         generator = torch.Generator().manual_seed(crc32(f"{seed} {name}".encode()))
@@ -76,12 +80,14 @@ def training_tensors(
         pair = adapter.pairs[name]
         if len(pair.a) != lora.lora_rank:
             raise UserError(
-                f"{adapter.path}: {name} has rank {len(pair.a)}, but --lora-rank is {lora.lora_rank}; give that one"
+                f"{adapter.path}: {name} has rank {len(pair.a)}, but --lora-rank is {lora.lora_rank}; give "
+                f"that one"
             )
         if not math.isclose(pair.scale, scale):
             alpha = f"{pair.scale * lora.lora_rank:g}"
             raise UserError(
-                f"{adapter.path}: {name} has an alpha of {alpha}, but --lora-alpha is {lora.lora_alpha:g}; give that one"
+                f"{adapter.path}: {name} has an alpha of {alpha}, but --lora-alpha is {lora.lora_alpha:g}; "
+                f"give that one"
             )
         _check_shapes(adapter, name, target)
         yield target.megatron_name("A", layer), pair.a.float()
@@ -117,7 +123,8 @@ def changed_parameters(adapter: LoraAdapter, model: ModelConfig) -> dict[str, Pa
     unknown = sorted(adapter.pairs.keys() - targets.keys())
     if unknown:
         raise UserError(
-            f"{adapter.path} has left over {shorten_list(unknown)}, which the model ({model.family}) has no matrix for"
+            f"{adapter.path} has left over {shorten_list(unknown)}, which the model ({model.family}) has no "
+            f"matrix for"
         )
     if not adapter.pairs:
         raise UserError(f"{adapter.path} holds no adapters")
@@ -128,7 +135,8 @@ def changed_parameters(adapter: LoraAdapter, model: ModelConfig) -> dict[str, Pa
 
 
 def as_llama(adapter: LoraAdapter, model: ModelConfig) -> LoraAdapter:
-    """The same adapters under Llama's names: if one matrix becomes several (wqkv), each gets all of A and its rows of B.
+    """Renames the adapters to Llama's names: if one matrix becomes several (wqkv), each gets all of A and its
+    rows of B.
 
     `base` becomes None if the modules of the base weights have other names than Llama's.
     """

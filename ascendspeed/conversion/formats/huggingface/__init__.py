@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-"""Names of the single file; shards are `model-00001-of-00002.safetensors` and so on, with `NAME.index.json`."""
+"""Names of the single file; shards are `model-00001-of-00002.safetensors` and so on, with `NAME.index.json`.
+"""
 
 
 class HuggingFaceFormat(CheckpointFormat):
@@ -39,7 +40,9 @@ class HuggingFaceFormat(CheckpointFormat):
         return any((folder / name).exists() for name in names)
 
     def takes_precedence(self, folder: Path) -> bool:
-        """True for the output of transformers' Trainer, which leaves DeepSpeed's own files beside the weights."""
+        """True for the output of transformers' Trainer, which leaves DeepSpeed's own files beside the
+        weights.
+        """
         return (folder / "trainer_state.json").exists()
 
     def open(self, folder: Path, options: ReadOptions) -> "CheckpointReader":
@@ -56,7 +59,9 @@ class HuggingFaceFormat(CheckpointFormat):
 
 
 class LlamaFormat(HuggingFaceFormat):
-    """A Hugging Face directory of a plain LlamaForCausalLM, for programs that do not know InternLM; it is read as `hf`."""
+    """A Hugging Face directory of a plain LlamaForCausalLM, for programs that do not know InternLM; it is
+    read as `hf`.
+    """
 
     name = "hf-llama"
     summary = "plain LlamaForCausalLM"

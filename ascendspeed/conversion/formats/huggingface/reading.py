@@ -28,7 +28,9 @@ LOADERS: dict[str, Callable[[Path], Any]] = dict(zip(WEIGHT_FILES, (load_safeten
 
 
 def open_directory(folder: Path, config_dir: Path) -> CheckpointReader:
-    """Opens a directory. Raises `UserError` naming tensors that are missing, superfluous, mis-shaped or damaged; reads none."""
+    """Opens a directory. Raises `UserError` naming tensors that are missing, superfluous, mis-shaped or
+    damaged; reads none.
+    """
     config_json, config = read_config(config_dir)
     tensors = _without_tied_copy(read_tensors(folder), config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}

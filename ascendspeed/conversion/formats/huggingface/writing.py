@@ -21,7 +21,9 @@ class HuggingFaceWriter:
     """Writer of a Hugging Face directory."""
 
     family: str | None = None
-    """Writes under the names of this family (`REFERENCE.name`: for programs that support no other); None: the model's own."""
+    """Writes under the names of this family (`REFERENCE.name`: for programs that support no other); None: the
+    model's own.
+    """
     max_shard_size: int = 10 * 10**9
     """Bytes of one file; a larger tensor gets a file of its own."""
     copy_code: bool = False

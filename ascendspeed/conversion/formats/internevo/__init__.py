@@ -1,8 +1,9 @@
 """Training folders of InternEvo: a file for every rank and stage, as its trainer writes and loads them.
 
-Tensor parallel: `model_tp{t}_pp{p}.pt`. Weight parallel (isp): `model_wp{w}_pp{p}.pt`, early in 2024 `model_tp{t}_wp{w}_pp{p}.pt`,
-for those ranks only that differ. Layers count from 0 on every stage; stages may be of any length. The optimizer's and the trainer's
-own files (`optimizer_*`, `context.pt`, `schedulder.pt`, `sampler*.pt`, `topo_*`) are not opened.
+Tensor parallel: `model_tp{t}_pp{p}.pt`. Weight parallel (isp): `model_wp{w}_pp{p}.pt`, early in 2024
+`model_tp{t}_wp{w}_pp{p}.pt`, for those ranks only that differ. Layers count from 0 on every stage; stages may
+be of any length. The optimizer's and the trainer's own files (`optimizer_*`, `context.pt`, `schedulder.pt`,
+`sampler*.pt`, `topo_*`) are not opened.
 """
 
 from dataclasses import fields
@@ -38,7 +39,9 @@ class InternEvoFormat(CheckpointFormat):
         return bool(FAMILIES[family].internevo_types)
 
     def detect(self, folder: Path) -> bool:
-        """True if there are rank files under InternEvo's names. Raises `UserError` for forms that cannot be read."""
+        """True if there are rank files under InternEvo's names. Raises `UserError` for forms that cannot be
+        read.
+        """
         from ascendspeed.conversion.formats.internevo.folder import file_names_of
 
         return file_names_of(folder) is not None

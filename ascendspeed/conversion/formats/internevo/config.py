@@ -1,4 +1,6 @@
-"""Reads and writes `model_config.pt` of an InternEvo training folder: the `model` table of its training configuration."""
+"""Reads and writes `model_config.pt` of an InternEvo training folder: the `model` table of its training
+configuration.
+"""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +18,9 @@ NAME = "model_config.pt"
 TRAINING_CONFIG = "config_file.pt"
 """The text of the whole training configuration."""
 TABLES = {"internlm.core.context.parallel_context.Config": dict}
-"""Class of InternEvo's tables, a dict with attributes -> the class that is unpickled instead; no code of InternEvo runs."""
+"""Class of InternEvo's tables, a dict with attributes -> the class that is unpickled instead; no code of
+InternEvo runs.
+"""
 REQUIRED_VALUES = {
     "apply_post_layer_norm": False,
     "deepnorm": False,
@@ -40,7 +44,9 @@ CONFIG_FIELDS = {
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """Reads the table; empty if there is none. Raises `UserError` if it holds more than plain values, or unsupported ones."""
+    """Reads the table; empty if there is none. Raises `UserError` if it holds more than plain values, or
+    unsupported ones.
+    """
     path = folder / NAME
     if not path.is_file():
         return {}
@@ -64,7 +70,9 @@ def trained_model_type(folder: Path) -> str:
 
 
 def check(folder: Path, table: Mapping[str, Any], config: ModelConfig, origin: str) -> None:
-    """Raises `UserError` if the table contradicts an architecture that is known from `origin`, naming both values."""
+    """Raises `UserError` if the table contradicts an architecture that is known from `origin`, naming both
+    values.
+    """
     expected = {name: getattr(config, field) for name, field in CONFIG_FIELDS.items()}
     wrong = [
         f"{name} = {table[name]!r}, {origin} {expected[name]!r}"
@@ -113,7 +121,9 @@ def write(folder: Path, config: ModelConfig, style: InternEvoStyle, use_flash: b
 
 
 def _ffn(config: ModelConfig) -> dict[str, Any]:
-    """`mlp_ratio` and `multiple_of`, from which InternEvo computes the MLP's width: it truncates, then rounds up."""
+    """`mlp_ratio` and `multiple_of`, from which InternEvo computes the MLP's width: it truncates, then rounds
+    up.
+    """
     width = config.ffn_hidden_size
     hidden = config.hidden_size
     multiple = next(n for n in (256, 128, 64, 32, 16, 8, 4, 2, 1) if width % n == 0)

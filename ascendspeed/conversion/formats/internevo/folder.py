@@ -1,4 +1,6 @@
-"""`InternEvoFolder`: parallel mode, stages and tensor order of a training folder, from the names and shapes in its files."""
+"""`InternEvoFolder`: parallel mode, stages and tensor order of a training folder, from the names and shapes
+in its files.
+"""
 
 import logging
 import re
@@ -77,14 +79,17 @@ def file_names_of(folder: Path) -> ShardedFileNames | None:
 
 
 def _early_file_names(folder: Path, matches: list[re.Match[str]]) -> ShardedFileNames:
-    """File names of early 2024, which number the same ranks twice: modulo the tensor- and the weight-parallel size."""
+    """File names of early 2024, which number the same ranks twice: modulo the tensor- and the weight-parallel
+    size.
+    """
     tp = 1 + max(int(match[1]) for match in matches)
     wp = 1 + max(int(match[2]) for match in matches)
     for match in matches:
         rank = max(int(match[1]), int(match[2]))
         if (rank % tp, rank % wp) != (int(match[1]), int(match[2])):
             raise UserError(
-                f"{folder} has {match[0]}, which no rank of TP {tp} and WP {wp} writes: keep the files of one save"
+                f"{folder} has {match[0]}, which no rank of TP {tp} and WP {wp} writes: keep the files of "
+                f"one save"
             )
     pattern, name = (r"tp\d+_wp(\d+)", "tp*_wp{t}") if wp >= tp else (r"tp(\d+)_wp\d+", "tp{t}_wp*")
     file_names = replace(
@@ -96,7 +101,9 @@ def _early_file_names(folder: Path, matches: list[re.Match[str]]) -> ShardedFile
 
 
 def read(folder: Path, file_names: RankFileNames) -> dict[tuple[int, int], dict[str, Tensor]]:
-    """Reads every rank's tensors without the wrapper's prefix; each chunk of an interleaved pipeline becomes a stage."""
+    """Reads every rank's tensors without the wrapper's prefix; each chunk of an interleaved pipeline becomes
+    a stage.
+    """
     files = rank_files.read(folder, file_names)
     stages: dict[tuple[int, int], dict[str, Tensor]] = {}
     pp = 1 + max(p for _, p in files)
@@ -161,7 +168,7 @@ class InternEvoFolder:
         return tuple(tensor.shape)
 
     def style(self, options: InternEvoOptions) -> InternEvoStyle:
-        """Names and order of the tensors. Raises `UserError` if they are ambiguous or contradict `options`."""
+        """Names and order of the tensors. Raises `UserError` if they are ambiguous or not as in `options`."""
         style = InternEvoStyle(
             self._model_type(), self.ranks, self.isp, self.vocabulary_ranks, self._version(options)
         )
@@ -171,7 +178,8 @@ class InternEvoFolder:
         parts = self.vocabulary_ranks
         if width not in (hidden, hidden / parts):
             raise UserError(
-                f"{self.folder}: the embedding is {width} wide, neither {hidden} nor what {parts} ranks have of it"
+                f"{self.folder}: the embedding is {width} wide, neither {hidden} nor what {parts} ranks "
+                f"have of it"
             )
         return replace(
             style,
@@ -196,7 +204,9 @@ class InternEvoFolder:
         raise UserError(f"{self.folder} holds tensors of unknown names: {shorten_list(sorted(self.names))}")
 
     def _version(self, options: InternEvoOptions) -> Literal[1, 2]:
-        """The version by the shapes: the up projection has the shape of the gate (w1), the down projection has not."""
+        """The version by the shapes: the up projection has the shape of the gate (w1), the down projection
+        has not.
+        """
         modules = (
             name.removesuffix("1.weight") for name in sorted(self.names) if name.endswith(".w1.weight")
         )
@@ -222,13 +232,15 @@ class InternEvoFolder:
         interleaved = config.interleaved(self.folder, self.model_config, style.model_type)
         if interleaved is None and style.model_type != "INTERNLM":
             logger.info(
-                f"note: {self.folder} does not say qk_interleaved or adapt_hf: q and k are taken as not interleaved, InternEvo's "
+                f"note: {self.folder} does not say qk_interleaved or adapt_hf: q and k are taken as not "
+                f"interleaved, InternEvo's "
                 "default; say --qk-interleaved yes if training had adapt_hf=False"
             )
         return bool(interleaved)
 
     def has_fused_qkv(self, options: InternEvoOptions) -> bool | None:
-        """True if wq, wk and wv were one wqkv in training, which releases of 2024 saved in three parts; None: unknown.
+        """True if wq, wk and wv were one wqkv in training, which releases of 2024 saved in three parts; None:
+        unknown.
 
         Before that could be switched, InternLM2 was always fused and Llama never.
         """

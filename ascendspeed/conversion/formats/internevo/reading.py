@@ -33,7 +33,8 @@ def naming_scheme(style: InternEvoStyle) -> NamingScheme:
 def open_training_folder(
     folder: Path, config_dir: Path | None = None, options: InternEvoOptions | None = None
 ) -> CheckpointReader:
-    """Opens a folder; `config_dir` has config.json (preferred to model_config.pt) and the tokenizer, by default the folder itself.
+    """Opens a folder; `config_dir` has config.json (preferred to model_config.pt) and the tokenizer, by
+    default the folder itself.
 
     Raises `UserError` naming what is missing, superfluous, mis-shaped, damaged or unknown; reads no tensor.
     """
@@ -56,7 +57,9 @@ def open_training_folder(
 
 
 def _warn_if_unfinished(folder: Path) -> None:
-    """Prints a note if the file that ends a save is missing: all weights are there, but they may mix two steps."""
+    """Prints a note if the file that ends a save is missing: all weights are there, but they may mix two
+    steps.
+    """
     is_training_save = (folder / "context.pt").exists() or any(folder.glob("optimizer_*.pt"))
     if is_training_save and not any(folder.glob("*.step")):
         logger.info(
@@ -67,7 +70,9 @@ def _warn_if_unfinished(folder: Path) -> None:
 def _architecture(
     opened: InternEvoFolder, style: InternEvoStyle, config_dir: Path, options: InternEvoOptions
 ) -> tuple[dict[str, Any], ModelConfig]:
-    """The architecture from config.json, or else from model_config.pt and the tensors; all sources must agree."""
+    """The architecture from config.json, or else from model_config.pt and the tensors; all sources must
+    agree.
+    """
     has_config = (config_dir / "config.json").is_file()
     config_json, config = (
         read_config(config_dir) if has_config else ({}, _config_from_tensors(opened, style, options))
@@ -79,14 +84,16 @@ def _architecture(
         )
     if config.num_layers != sum(opened.layers):
         raise UserError(
-            f"{opened.folder} has {sum(opened.layers)} layers, but {config_dir / 'config.json'} says {config.num_layers}"
+            f"{opened.folder} has {sum(opened.layers)} layers, but {config_dir / 'config.json'} says "
+            f"{config.num_layers}"
         )
     origin = "config.json" if has_config else "the tensors"
     model_config.check(opened.folder, opened.model_config, config, origin)
     may_be_fused = "INTERNLM2" in internevo_types and style.model_type == "LLAMA2"
     if may_be_fused and opened.has_fused_qkv(options) is None:
         logger.info(
-            f"note: {opened.folder} does not say enable_qkv_fusion: wq, wk and wv are taken as trained apart; say --qkv-fused yes "
+            f"note: {opened.folder} does not say enable_qkv_fusion: wq, wk and wv are taken as trained "
+            f"apart; say --qkv-fused yes "
             "if a release of 2024 saved a fused wqkv so"
         )
     if options.max_pos is not None:
@@ -106,7 +113,9 @@ def _family_trained_as(model_type: str) -> str | None:
 def _config_from_tensors(
     opened: InternEvoFolder, style: InternEvoStyle, options: InternEvoOptions
 ) -> ModelConfig:
-    """The architecture from model_config.pt, and from the tensors where the file is silent or imprecise (`mlp_ratio`)."""
+    """The architecture from model_config.pt, and from the tensors where the file is silent or imprecise
+    (`mlp_ratio`).
+    """
     table = opened.model_config
     heads = table.get("num_attention_heads")
     max_positions = options.max_pos or table.get("max_position_embeddings")
@@ -117,7 +126,8 @@ def _config_from_tensors(
         unknown.append("the longest trained sequence (--max_pos N)")
     if unknown:
         raise UserError(
-            f"{opened.folder} does not say {' nor '.join(unknown)}; or copy the Hugging Face model's config.json there"
+            f"{opened.folder} does not say {' nor '.join(unknown)}; or copy the Hugging Face model's "
+            f"config.json there"
         )
     hidden = opened.shape(style.named("input_layernorm.weight")[0])[0]
     kv_heads = table.get("num_kv_attention_heads") or heads
@@ -125,7 +135,8 @@ def _config_from_tensors(
     qkv_rows = opened.ranks * sum(opened.shape(name)[0] for name in style.named("linear_qkv.weight"))
     if qkv_rows != (heads + 2 * kv_heads) * head_dim:
         raise UserError(
-            f"{opened.folder}: model_config.pt says {heads} heads, {kv_heads} key/value heads of width {head_dim}, "
+            f"{opened.folder}: model_config.pt says {heads} heads, {kv_heads} key/value heads of width "
+            f"{head_dim}, "
             f"but q, k and v have {qkv_rows} rows together"
         )
     trained_as = model_config.trained_model_type(opened.folder)

@@ -14,7 +14,9 @@ from ascendspeed.models.param_mapping import SHARD_DIM, Parameter, Slice2D, Span
 def stored_tensors(
     style: InternEvoStyle, config: ModelConfig, parameter: Parameter, rank: int
 ) -> list[StoredTensor]:
-    """The tensors that store a parameter in the file of one of `style.ranks` ranks, under the names in `theirs`; may be empty."""
+    """The tensors that store a parameter in the file of one of `style.ranks` ranks, under the names in
+    `theirs`; may be empty.
+    """
     row = parameter.mapping
     parts = style.outer if style.outer and parameter.layer is None else style.ranks
     part = rank % parts

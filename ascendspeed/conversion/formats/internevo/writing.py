@@ -1,4 +1,6 @@
-"""Writes training folders of InternEvo, which its trainer loads with `load_ckpt_info=dict(path=..., content=("model",))`."""
+"""Writes training folders of InternEvo, which its trainer loads with `load_ckpt_info=dict(path=...,
+content=("model",))`.
+"""
 
 from dataclasses import dataclass
 from functools import partial
@@ -37,7 +39,8 @@ class InternEvoWriter:
     """Shards the embedding along the hidden size (`embed_split_hidden`), not along the vocabulary."""
     qk_interleaved: bool = False
     use_flash: bool = True
-    """`use_flash_attn`: an embedding along the vocabulary is then flash-attention's, which has another name."""
+    """`use_flash_attn`: an embedding along the vocabulary is then flash-attention's, which has another name.
+    """
 
     def check(self, reader: CheckpointReader) -> None:
         """Raises `UserError` if the model does not split over these ranks, or InternEvo cannot train it."""
@@ -45,13 +48,15 @@ class InternEvoWriter:
         style = self._style(config)
         if self.wp and self.tp > 1:
             raise UserError(
-                f"weight parallel (--wp {self.wp}) takes the place of tensor parallel: leave --tp {self.tp} out"
+                f"weight parallel (--wp {self.wp}) takes the place of tensor parallel: leave --tp {self.tp} "
+                f"out"
             )
         if not 1 <= self.pp <= config.num_layers:
             raise UserError(f"{config.num_layers} layers do not give {self.pp} stages something each")
         if self.version not in (1, 2):
             raise UserError(
-                f"--version {self.version} does not exist: 1 (w2 is up, w3 is down) or 2 (w3 is up, w2 is down)"
+                f"--version {self.version} does not exist: 1 (w2 is up, w3 is down) or 2 (w3 is up, w2 is "
+                f"down)"
             )
         sizes = [config.hidden_size, config.ffn_hidden_size, config.vocab_size]
         if not style.isp:
@@ -84,7 +89,9 @@ class InternEvoWriter:
         ]
 
     def finish(self, reader: CheckpointReader, folder: Path, dtype: torch.dtype | None) -> None:
-        """Writes model_config.pt, config.json and the tokenizer, and last the file that marks a complete save."""
+        """Writes model_config.pt, config.json and the tokenizer, and last the file that marks a complete
+        save.
+        """
         types = [str(dtype or stored).removeprefix("torch.") for stored in reader.dtypes.values()]
         main_type = max(set(types), key=types.count)
         model_config.write(folder, reader.config, self._style(reader.config), self.use_flash, main_type)
@@ -92,7 +99,9 @@ class InternEvoWriter:
         torch.save({"step": 0}, folder / "0.step")  # step 0: nothing is trained, and no run resumes from it
 
     def resolve_model_type(self, config: ModelConfig) -> InternEvoModelType:
-        """Returns the `model_type` that InternEvo trains such a model as. Raises `UserError` if there is none."""
+        """Returns the `model_type` that InternEvo trains such a model as. Raises `UserError` if there is
+        none.
+        """
         candidates = [
             model_type
             for model_type in FAMILIES[config.family].internevo_types
@@ -104,7 +113,8 @@ class InternEvoWriter:
             else:
                 model = f"a model of family {config.family}"
             raise UserError(
-                f"InternEvo has no {self.model_type or 'kind of model'} that holds {model}: {_reason(config, self.model_type)}"
+                f"InternEvo has no {self.model_type or 'kind of model'} that holds {model}: "
+                f"{_reason(config, self.model_type)}"
             )
         return self.model_type or candidates[0]
 

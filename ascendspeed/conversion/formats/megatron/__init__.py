@@ -1,4 +1,6 @@
-"""Rank files: one file for each tensor-parallel rank and pipeline stage, in Megatron's layout and in DeepSpeed's."""
+"""Rank files: one file for each tensor-parallel rank and pipeline stage, in Megatron's layout and in
+DeepSpeed's.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +75,9 @@ class DeepSpeedFormat(MegatronFormat):
 
 
 class LegacyRankFileFormat(CheckpointFormat):
-    """Rank files with parameter names from before Megatron-core (`legacy_names`); `megatron` and `deepspeed` open them."""
+    """Rank files with parameter names from before Megatron-core (`legacy_names`); `megatron` and `deepspeed`
+    open them.
+    """
 
     name = "ascendspeed"
 

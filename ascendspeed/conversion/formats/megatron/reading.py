@@ -1,6 +1,7 @@
 """Reads rank files under Megatron-core's parameter names and under older ones.
 
-The names in a file are those of `GPTModel.named_parameters()` on that rank: layers count from 0 on every pipeline stage.
+The names in a file are those of `GPTModel.named_parameters()` on that rank: layers count from 0 on every
+pipeline stage.
 """
 
 import logging
@@ -91,7 +92,8 @@ def _check_not_sharded(iteration: Path) -> None:
     """Raises `UserError` for a checkpoint in Megatron-core's own sharded format, whose index is a pickle."""
     if (iteration / ".metadata").exists() or any(iteration.glob("*.distcp")):
         raise UserError(
-            f"{iteration} is in Megatron's torch_dist format, which is not read here: let Megatron-LM write rank files first "
+            f"{iteration} is in Megatron's torch_dist format, which is not read here: let Megatron-LM write "
+            f"rank files first "
             "(--ckpt-convert-format torch --ckpt-convert-save DIR)"
         )
 

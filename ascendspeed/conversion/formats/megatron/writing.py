@@ -38,7 +38,8 @@ class RankFileWriter:
         """Raises `UserError` if the model does not split over these ranks."""
         if self.deepspeed and self.pp > 1:
             raise UserError(
-                f"the DeepSpeed layout has no pipeline stages: leave --deepspeed out, or set them to 1 (not {self.pp})"
+                f"the DeepSpeed layout has no pipeline stages: leave --deepspeed out, or set them to 1 (not "
+                f"{self.pp})"
             )
         if self.make_vocab_size_divisible_by < 1:
             raise UserError(f"the vocabulary cannot be made divisible by {self.make_vocab_size_divisible_by}")

@@ -1,4 +1,6 @@
-"""Checkpoints of MindFormers: MindSpore's `.ckpt`, one file with the whole model under MindFormers' parameter names."""
+"""Checkpoints of MindFormers: MindSpore's `.ckpt`, one file with the whole model under MindFormers' parameter
+names.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

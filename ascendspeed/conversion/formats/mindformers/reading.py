@@ -1,7 +1,8 @@
 """Reads MindFormers' `.ckpt` files.
 
-A `.ckpt` is a list of values in protobuf's encoding: a tag, and the dimensions, type and bytes of a tensor. A large tensor (over
-512 MB) is several values of one tag and is read into memory; all others are memory-mapped. The encoding holds no code.
+A `.ckpt` is a list of values in protobuf's encoding: a tag, and the dimensions, type and bytes of a tensor. A
+large tensor (over 512 MB) is several values of one tag and is read into memory; all others are memory-mapped.
+The encoding holds no code.
 """
 
 import math
@@ -104,7 +105,9 @@ class TensorChunk(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Reads every tensor of weights in a file, memory-mapped; the parts of a large one are concatenated. Raises `UserError`."""
+    """Reads every tensor of weights in a file, memory-mapped; the parts of a large one are concatenated.
+    Raises `UserError`.
+    """
     try:
         with open(path, "rb") as file:
             view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
@@ -160,14 +163,17 @@ def _chunk(view: mmap.mmap, tag: str, start: int, end: int) -> TensorChunk:
 def _fields(
     view: mmap.mmap, position: int, end: int, known: Mapping[int, int]
 ) -> Iterator[tuple[int, int, int]]:
-    """Yields (number, value, 0) of the integer fields of one message, and (number, start, end) of the byte fields."""
+    """Yields (number, value, 0) of the integer fields of one message, and (number, start, end) of the byte
+    fields.
+    """
     while position < end:
         key, position = _varint(view, position)
         number = key >> 3
         wire_type = key & 7
         if known.get(number) != wire_type:
             raise ValueError(
-                f"byte {position} should begin one of the fields {sorted(known)}, not {number} of kind {wire_type}"
+                f"byte {position} should begin one of the fields {sorted(known)}, not {number} of kind "
+                f"{wire_type}"
             )
         value, position = _varint(view, position)
         if wire_type == NUMBER:

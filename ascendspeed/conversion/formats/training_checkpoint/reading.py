@@ -25,10 +25,13 @@ OpenReader = Callable[..., CheckpointReader]
 
 
 def open_training_folder(folder: Path, options: ReadOptions) -> CheckpointReader:
-    """Opens and verifies the newest complete step; tokenizer and token ids are those of the run's tokenizer folder."""
+    """Opens and verifies the newest complete step; tokenizer and token ids are those of the run's tokenizer
+    folder.
+    """
     if options.config_dir != folder:
         raise UserError(
-            f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer names a tokenizer)"
+            f"{folder} is a training checkpoint, which knows its model: leave --config out (--tokenizer "
+            f"names a tokenizer)"
         )
     readers = options.readers or Readers()
     return reader_of(readers.open(folder), options.open_reader, readers)
@@ -58,13 +61,15 @@ def base_of(
     path = moved_to or lora.lora_base
     if path is None or not Path(path).is_dir():
         raise UserError(
-            f"{checkpoint.path} holds adapters of the weights in {path}, which are not there; name their folder now: "
+            f"{checkpoint.path} holds adapters of the weights in {path}, which are not there; name their "
+            f"folder now: "
             "--lora-base to go on training, tools/lora/merge_lora.py --base for all else"
         )
     base = open_reader(path, readers=readers)
     if weights_identity.sampled(base) != lora.lora_base_fingerprint:
         raise UserError(
-            f"{checkpoint.path} holds adapters of other weights than those in {path} (trained on {lora.lora_base})"
+            f"{checkpoint.path} holds adapters of other weights than those in {path} (trained on "
+            f"{lora.lora_base})"
         )
     return base
 
@@ -75,7 +80,8 @@ def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
     lora = checkpoint.run.lora
     if not lora.lora_rank:
         raise UserError(
-            f"{checkpoint.path} holds all weights of a model, no adapters (it was trained without --lora-rank)"
+            f"{checkpoint.path} holds all weights of a model, no adapters (it was trained without "
+            f"--lora-rank)"
         )
     tensors = dict(checkpoint.tensors())
     pairs = {}

@@ -1,4 +1,4 @@
-"""Benchmark of conversion against a copy of the same bytes: GB/s and peak anonymous memory, interleaved rounds.
+"""Benchmark of conversion against a copy of the same bytes: GB/s and peak anonymous memory, in rounds.
 
 Every task runs in a process of its own, writes to the same disk, and ends with the data on it
 (fsync). Time starts after the imports. Memory is sampled from /proc while the work runs. A model that does

@@ -286,7 +286,7 @@ def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
     grid = process_groups.initialize(cpu, ParallelConfig(), seed=1)
     for begun in (False, True):  # the second is the control
         watch = RunMonitor(changed(save=str(tmp_path)), grid)
-        watch.begun = begun
+        watch.started = begun
         with log_lines() as said, pytest.raises(UserError), watch:
             raise UserError("--save already holds checkpoints")
         assert bool(said) == begun

@@ -1,4 +1,4 @@
-"""The training loop: what it does every iteration, what it says and keeps."""
+"""The training loop: steps, learning rate, logging, evaluation and checkpoints."""
 
 import logging
 import math
@@ -33,18 +33,18 @@ from ascendspeed.utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 SAVE_MINUTES = 24 * 60
-"""What the ranks wait for each other while saving."""
+"""Timeout of the barriers of a save."""
 
 
 @dataclass
 class LogInterval:
-    """What has happened since the last log line."""
+    """Results since the last log line."""
 
     results: list[StepResult] = field(default_factory=list)
     began: float = field(default_factory=time.perf_counter)
 
     def line(self, run: Run, state: TrainState, lr: float, grid: ProcessGrid, device: Device) -> TrainLine:
-        """The log line, and a new window."""
+        """Makes the log line and starts a new interval."""
         results, seconds = self.results, time.perf_counter() - self.began
         counted = [r for r in results if math.isfinite(r.loss)]
         tokens = sum(r.tokens for r in counted)
@@ -84,69 +84,85 @@ def train(
     batches: BatchFunction,
     log: MetricsLogger,
     start: Start,
-    watch: RunMonitor,
+    monitor: RunMonitor,
 ) -> TrainState:
-    """Trains from `start` to `--train-iters`, or to where `watch` or `--exit-interval` stop it; evaluates and saves on the way.
+    """Trains from `start` to --train-iters or until `monitor` or --exit-interval stops the run; evaluates and saves in between.
 
-    Raises `UserError` after `--max-skipped-steps` skipped iterations in a row, and when a checkpoint cannot be saved.
+    Raises `UserError` after --max-skipped-steps skipped iterations in a row, or if a checkpoint cannot be saved.
     """
-    state, window, saver = start.state, LogInterval(), _saver(run, grid, start)
-    if state.step >= run.train.train_iters:
-        logger.info(f"nothing to do: iteration {state.step} of --train-iters {run.train.train_iters} is done")
-    watch.begun = True
+    settings = run.train
+    state, interval, saver = start.state, LogInterval(), _saver(run, grid, start)
+    if state.step >= settings.train_iters:
+        logger.info(f"nothing to do: iteration {state.step} of --train-iters {settings.train_iters} is done")
+    monitor.started = True
     if not saver:
         logger.info("note: no --save, so no checkpoint will be kept")
-    leaving = ""
-    while state.step < run.train.train_iters and not leaving:
-        before, lr = state, lr_at(engine.updates, run.optim, run.train.train_iters)
+    stop_text = ""
+    while state.step < settings.train_iters and not stop_text:
+        before, lr = state, lr_at(engine.updates, run.optim, settings.train_iters)
         result = engine.step(batches("train", state.samples), lr)
         state = replace(
             state,
             step=state.step + 1,
-            samples=state.samples + run.train.global_batch_size,
-            tokens=state.tokens + run.train.global_batch_size * run.data.seq_length,
+            samples=state.samples + settings.global_batch_size,
+            tokens=state.tokens + settings.global_batch_size * run.data.seq_length,
         )
-        window.results.append(result)
-        watch.health.look(before, result)
-        if watch.health.skipped_in_a_row >= run.train.max_skipped_steps:
-            raise UserError(_give_up(watch.health.skipped_in_a_row, state.step, saver))
-        leaving = _leaving(run, watch, state, saver)
-        last = bool(leaving) or state.step == run.train.train_iters
-        if last or state.step % run.train.log_interval == 0:
-            log.line(window.line(run, state, lr, grid, device))
+        interval.results.append(result)
+        monitor.loss_monitor.check_step(before, result)
+        _check_skipped(run, monitor, state, saver)
+        stop_text = _stop_text(run, monitor, state, saver)
+        is_last = bool(stop_text) or state.step == settings.train_iters
+        if is_last or state.step % settings.log_interval == 0:
+            log.line(interval.line(run, state, lr, grid, device))
         paused = time.perf_counter()
-        hurried = watch.reason and watch.reason.signal  # who sent it may not wait for an evaluation
-        if run.train.eval_interval and state.step % run.train.eval_interval == 0 and not hurried:
+        signalled = monitor.reason and monitor.reason.signal  # a scheduler may not wait for an evaluation
+        if settings.eval_interval and state.step % settings.eval_interval == 0 and not signalled:
             log.line(evaluate(run, engine, batches, state.step))
-        if saver and (last or (run.train.save_interval and state.step % run.train.save_interval == 0)):
-            saver.save(replace(state, engine=engine.scalars()), engine.fragments(), engine.rng())
-        if saver and last:
-            saver.wait()
-        for saved in saver.take_finished() if saver else ():
-            behind = (
-                f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
-            )
-            logger.info(f" saved {saved.path} in {saved.seconds:.1f} s{behind}")
-        window.began += time.perf_counter() - paused  # the pause is no part of an iteration's time
-    if leaving:
-        logger.info(f"{leaving}: stopped after iteration {state.step}")
-    watch.done = state.step >= run.train.train_iters
-    if watch.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
-        adapter = Path(run.train.save, "adapter")
+        if saver:
+            _save(run, engine, saver, state, is_last)
+        interval.began += time.perf_counter() - paused  # the time of an iteration excludes the pause
+    if stop_text:
+        logger.info(f"{stop_text}: stopped after iteration {state.step}")
+    monitor.done = state.step >= settings.train_iters
+    if monitor.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
+        adapter = Path(settings.save, "adapter")
         peft.replace_with(adapter_of(Checkpoint(saver.last)), adapter)
         logger.info(f" adapters for peft in {adapter}")
     return state
 
 
-def _leaving(run: Run, watch: RunMonitor, state: TrainState, saver: CheckpointSaver | None) -> str:
-    """Why this iteration is the last one here, the same on every rank; empty: it is not."""
-    watch.reason = watch.stop.reason(failed=bool(saver) and saver.failed)
-    if watch.reason and watch.reason.failed:
-        saver.wait()  # raises what its thread met, where that was this rank
-        raise UserError(f"rank {watch.reason.rank} could not save a checkpoint; {_last_good(saver)}")
-    if watch.reason and watch.reason.signal:
-        return f"{watch.reason.signal.name} to rank {watch.reason.rank}"
-    if watch.reason:
+def _save(run: Run, engine: Engine, saver: CheckpointSaver, state: TrainState, is_last: bool) -> None:
+    """Saves if a checkpoint is due, waits for the last one, and logs the checkpoints that are complete."""
+    interval = run.train.save_interval
+    if is_last or (interval and state.step % interval == 0):
+        saver.save(replace(state, engine=engine.scalars()), engine.fragments(), engine.rng())
+    if is_last:
+        saver.wait()
+    for saved in saver.take_finished():
+        stall = f", of which training stood still for {saved.stall:.1f} s" if run.train.async_save else ""
+        logger.info(f" saved {saved.path} in {saved.seconds:.1f} s{stall}")
+
+
+def _check_skipped(run: Run, monitor: RunMonitor, state: TrainState, saver: CheckpointSaver | None) -> None:
+    """Raises `UserError` after --max-skipped-steps skipped iterations in a row."""
+    skipped = monitor.loss_monitor.skipped_in_a_row
+    if skipped >= run.train.max_skipped_steps:
+        raise UserError(
+            f"{skipped} iterations in a row were skipped (last: {state.step}); {_last_good(saver)}; "
+            "lower --lr or check the data"
+        )
+
+
+def _stop_text(run: Run, monitor: RunMonitor, state: TrainState, saver: CheckpointSaver | None) -> str:
+    """Reason for which this iteration is the last one, equal on every rank; empty if it is not. Collective."""
+    reason = monitor.stop.reason(failed=bool(saver) and saver.failed)
+    monitor.reason = reason
+    if reason and reason.failed:
+        saver.wait()  # on the rank that failed this raises the error itself
+        raise UserError(f"rank {reason.rank} could not save a checkpoint; {_last_good(saver)}")
+    if reason and reason.signal:
+        return f"{reason.signal.name} to rank {reason.rank}"
+    if reason:
         return f"--exit-duration-in-mins {run.train.exit_duration_in_mins:g}"
     if run.train.exit_interval and state.step % run.train.exit_interval == 0:
         return f"--exit-interval {run.train.exit_interval}"
@@ -154,33 +170,28 @@ def _leaving(run: Run, watch: RunMonitor, state: TrainState, saver: CheckpointSa
 
 
 def _saver(run: Run, grid: ProcessGrid, start: Start) -> CheckpointSaver | None:
+    """The saver of the run, which now owns --save; collective."""
     if not run.train.save:
         return None
     barrier = grid.barrier
-    if (
-        grid.world > 1
-    ):  # a group of its own, as it may be used from a thread; a disk may be slow, and the dead are known otherwise
+    if grid.world > 1:
+        # Its own group, since a thread may use it. The long timeout is for slow disks; heartbeats find dead ranks.
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.all_gather_object(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
-    return CheckpointSaver(
-        start.saved_run(run), grid.rank, grid.world, barrier, start.resume and start.resume.path, token
-    )
-
-
-def _give_up(skipped: int, step: int, saver: CheckpointSaver | None) -> str:
-    return f"{skipped} iterations in a row were skipped (last: {step}); {_last_good(saver)}; lower --lr or check the data"
+    last = start.resume and start.resume.path
+    return CheckpointSaver(start.saved_run(run), grid.rank, grid.world, barrier, last, token)
 
 
 def _last_good(saver: CheckpointSaver | None) -> str:
     if saver:
         saver.wait()
-    return (
-        f"the last good checkpoint is {saver.last}" if saver and saver.last else "there is no checkpoint yet"
-    )
+    if saver and saver.last:
+        return f"the last good checkpoint is {saver.last}"
+    return "there is no checkpoint yet"
 
 
 def evaluate(run: Run, engine: Engine, batches: BatchFunction, step: int, split: str = "valid") -> EvalLine:
-    """Mean loss over the first `--eval-iters` global batches of a split; the same ones every time."""
+    """Mean loss over the first --eval-iters global batches of a split, which are the same at every evaluation."""
 
     def micro_batches() -> Iterator[Batch]:
         for i in range(run.train.eval_iters):

@@ -1,4 +1,4 @@
-"""The one format of a training log line, in Megatron's look: writes it and parses it back. And who writes it where. No torch."""
+"""Training log lines in Megatron's format: formatting, parsing, and the logger of rank 0. Imports no torch."""
 
 import contextlib
 import logging
@@ -17,31 +17,31 @@ from ascendspeed.utils.errors import UserError
 
 @dataclass(frozen=True)
 class TrainLine:
-    """One interval of training. What is None is not known, and is left out of the line."""
+    """One interval of training. Fields that are None are left out of the line."""
 
     time: str
     """Local time, `YYYY-MM-DD hh:mm:ss`."""
     iteration: int
     train_iters: int
     samples: int | None = None
-    """Consumed since the start of the whole run, as are tokens."""
+    """Consumed since the start of the run; tokens too."""
     tokens: int | None = None
     ms_per_iteration: float | None = None
     tokens_per_s: float | None = None
-    """Per device, as are TFLOP/s."""
+    """Per device; TFLOP/s too."""
     tflops: float | None = None
     mfu: float | None = None
     """Share of the device's peak, 0 to 1."""
     lr: float | None = None
     global_batch_size: int | None = None
     loss: float | None = None
-    """Mean over the interval's counted tokens; NaN when no iteration counted."""
+    """Mean over the supervised tokens of the interval; NaN if all iterations were skipped."""
     interval: int | None = None
     """Iterations since the last line, or since the run was resumed."""
     loss_scale: float | None = None
     grad_norm: float | None = None
     skipped: int | None = None
-    """Skipped iterations of the interval, as are NaN ones."""
+    """Skipped iterations of the interval; `nans` counts those with a non-finite loss."""
     nans: int | None = None
     memory_gib: float | None = None
     """Peak on the device (rank 0)."""
@@ -50,11 +50,11 @@ class TrainLine:
 
 @dataclass(frozen=True)
 class EvalLine:
-    """One evaluation."""
+    """Result of one evaluation."""
 
     iteration: int
     loss: float
-    """Mean over the counted tokens."""
+    """Mean over the supervised tokens."""
     split: str = "validation"
 
     @property
@@ -108,7 +108,7 @@ _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \|
 
 
 def format_line(line: TrainLine | EvalLine) -> str:
-    """The text of a line, without a newline."""
+    """Text of a line, without the newline."""
     if isinstance(line, EvalLine):
         numbers = f"lm loss value: {line.loss:.8E} | lm loss PPL: {line.perplexity:.6E}"
         return f" {line.split} loss at iteration {line.iteration} | {numbers} |"
@@ -133,7 +133,7 @@ def split_fields(text: str) -> dict[str, str] | None:
 
 
 def parse_line(text: str) -> TrainLine | EvalLine | None:
-    """Parses a line that `format` wrote; returns None for any other text and for a line that is cut off.
+    """Parses a line of `format_line`; returns None for other text and for truncated lines.
 
     Unknown labels are ignored, so that Megatron-LM's own logs are read as well.
     """
@@ -151,7 +151,7 @@ def parse_line(text: str) -> TrainLine | EvalLine | None:
 
 
 def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
-    """The lines of a log file, in order; everything else in it is passed over. Raises `UserError` if it cannot be read."""
+    """Reads the metric lines of a log file in order and ignores all others. Raises `UserError` if it cannot be read."""
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from (line for line in map(parse_line, file) if line is not None)
@@ -160,19 +160,19 @@ def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
 
 
 class MetricsLogger:
-    """Says things once: on rank 0, to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
+    """Writes the log of rank 0: to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
 
     def __init__(
         self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None
     ) -> None:
-        """Makes the folders. Raises `UserError` when they cannot be written, or when TensorBoard is wanted and missing."""
-        self.speaks = self._prints = rank == 0
-        self._file = _append(Path(log_dir) / "train.log") if log_dir and self.speaks else None
-        self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.speaks else None
+        """Makes the folders. Raises `UserError` if they cannot be written, or if TensorBoard is not installed."""
+        self.is_writer = self._prints = rank == 0
+        self._file = _append(Path(log_dir) / "train.log") if log_dir and self.is_writer else None
+        self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.is_writer else None
 
     def say(self, text: str) -> None:
-        """One line of text. A log file that can no longer be written is given up with a warning: training is worth more."""
-        if not self.speaks:
+        """Writes one line. A log file that cannot be written is closed with a warning: training continues."""
+        if not self.is_writer:
             return
         self._print(text)
         try:
@@ -199,7 +199,7 @@ class MetricsLogger:
             self.say(f"warning: stdout: {error.strerror}; no more is written there")
 
     def line(self, line: TrainLine | EvalLine) -> None:
-        """One formatted line, and its numbers to TensorBoard."""
+        """Writes a metrics line, and its numbers to TensorBoard."""
         self.say(format_line(line))
         try:
             for tag, value in _scalars(line) if self._board else ():
@@ -209,21 +209,21 @@ class MetricsLogger:
             self.say(f"warning: --tensorboard-dir: {error.strerror or error}; no more is written there")
 
     def close(self) -> None:
-        """Flushes and closes; saying something afterwards still reaches stdout."""
+        """Flushes and closes; later lines still reach stdout."""
         for sink in (self._file, self._board):
             if sink:
-                with contextlib.suppress(OSError):  # of a full disk; the run itself has ended
+                with contextlib.suppress(OSError):  # a full disk; the run has ended anyway
                     sink.close()
         self._file = self._board = None
 
     def __enter__(self) -> "MetricsLogger":
-        """Takes the log lines of the library's modules until it is closed."""
-        self._taking = logs.handled_by(_LineHandler(self))
-        self._taking.__enter__()
+        """Receives the log lines of the library's modules until it is closed."""
+        self._handled = logs.handled_by(_LineHandler(self))
+        self._handled.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._taking.__exit__(None, None, None)
+        self._handled.__exit__(None, None, None)
         self.close()
 
 
@@ -249,25 +249,27 @@ def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:
 
 
 def _silence(stream: TextIO) -> None:
-    """What is still to be written there goes nowhere; else the interpreter, at its end, would fail on it with a code of its own."""
+    """Redirects a stream to /dev/null: else the interpreter would fail at exit when it flushes the stream."""
     with contextlib.suppress(OSError, ValueError):
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, stream.fileno())
+        os.close(devnull)
 
 
 def _append(path: Path) -> TextIO:
-    """Opens for appending, line-buffered; what a killed run left half a line of is ended first."""
+    """Opens a file for appending, line-buffered; an unfinished line of a killed run is ended first."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the Logger
         with open(path, "rb") as written:
-            torn = written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) and written.read() != b"\n"
+            unfinished = (
+                written.seek(0, os.SEEK_END) and written.seek(-1, os.SEEK_END) and written.read() != b"\n"
+            )
     except OSError as error:
         raise UserError(
             f"{path}: cannot write the log: {error.strerror}; choose another --log-dir"
         ) from error
-    if torn:
+    if unfinished:
         file.write("\n")
     return file
 

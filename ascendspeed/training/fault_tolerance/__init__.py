@@ -1,7 +1,7 @@
-"""What watches over training: whether to stop, whether all ranks are alive, whether the numbers are sane.
+"""Fault tolerance of a run: stop signals, heartbeats between ranks, and checks of the loss.
 
-A run ends with exit code 0 (done, or stopped as --exit-interval or --exit-duration-in-mins said), 2 (the user's error), 69 (a rank
-is lost), 75 (a signal asked: saved and stopped) or 1 (a mistake in the program). After 69 and 75, --auto-resume continues it.
+A run ends with exit code 0 (finished, or stopped by --exit-interval or --exit-duration-in-mins), 2 (user error), 69 (a rank is
+lost), 75 (saved and stopped after a signal) or 1 (a bug). After 69 and 75, --auto-resume continues it.
 """
 
 import logging
@@ -27,58 +27,56 @@ __all__ = ["Heartbeat", "LossMonitor", "RunMonitor", "StopCoordinator", "StopRea
 
 
 class RunMonitor:
-    """Signals, heartbeats and health of one run, inside `with`."""
+    """Context manager of a run: handles stop signals, exchanges heartbeats and monitors the loss."""
 
     def __init__(self, run: Run, grid: ProcessGrid) -> None:
-        """Collective."""
+        """Creates the process groups; collective."""
         minutes = run.train.distributed_timeout_minutes
         self.stop = StopCoordinator(
             grid,
             process_groups.new_cpu_group(minutes) if grid.world > 1 else None,
             run.train.exit_duration_in_mins,
         )
-        self.health = LossMonitor(run, grid)
+        self.loss_monitor = LossMonitor(run, grid)
         self.reason: StopReason | None = None
-        """Why training stopped before its end, if it did."""
-        self.begun = False
-        """Training has: what ended before is not mended by going on."""
+        """Cause of a stop before the last iteration."""
+        self.started = False
+        """True once training has started; earlier failures are not resumable."""
         self.done = False
-        """The last iteration is over: there is nothing to continue."""
-        self._run, self._inside = run, ExitStack()
-        self._heartbeat = Heartbeat(grid, minutes, self._farewell)
+        """True after the last iteration: there is nothing to continue."""
+        self._run = run
+        self._contexts = ExitStack()
+        self._heartbeat = Heartbeat(grid, minutes, self._log_resume_command)
 
     def __enter__(self) -> "RunMonitor":
-        self._inside.enter_context(self.stop)
-        self._inside.enter_context(self._heartbeat)
+        self._contexts.enter_context(self.stop)
+        self._contexts.enter_context(self._heartbeat)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        if not isinstance(
-            getattr(error[1], "__cause__", None), OwnershipLost
-        ):  # going on here would stop the other run
-            self._farewell()
-        self._inside.__exit__(*error)
+        cause = getattr(error[1], "__cause__", None)
+        if not isinstance(cause, OwnershipLost):  # resuming would stop the run that owns the folder now
+            self._log_resume_command()
+        self._contexts.__exit__(*error)
 
-    def _farewell(self) -> None:
-        if (
-            self.begun
-            and not self.done
-            and self._run.train.save
-            and looks_like_checkpoint(self._run.train.save)
-        ):
+    def _log_resume_command(self) -> None:
+        save = self._run.train.save
+        if self.started and not self.done and save and looks_like_checkpoint(save):
             logger.info(f"to continue: {resume_command()}")
 
     @property
     def exit_code(self) -> int:
-        """Of a run that ended without an error."""
+        """Exit code of a run that ended without an error."""
         return errors.EXIT_STOPPED if self.reason and self.reason.signal and not self.done else 0
 
 
 def resume_command() -> str:
-    """The command that goes on where this run stopped."""
-    typed = os.environ.get("RECIPE")  # the shell launcher's: what was typed, flags included
-    if not typed:
+    """The command that continues this run."""
+    recipe = os.environ.get("RECIPE")  # set by the launcher of the recipes: the command as it was typed
+    command = recipe
+    if not command:
         launcher = "python" if os.environ.get("WORLD_SIZE", "1") == "1" else "<the same launcher>"
-        typed = f"{launcher} {shlex.join(sys.argv)}"
-    words = typed if "--auto-resume" in typed.replace("_", "-") else f"{typed} --auto-resume"
-    return f"{words}  # with the same variables" if os.environ.get("RECIPE") else words
+        command = f"{launcher} {shlex.join(sys.argv)}"
+    if "--auto-resume" not in command.replace("_", "-"):
+        command += " --auto-resume"
+    return f"{command}  # with the same variables" if recipe else command

@@ -1,7 +1,7 @@
-"""Signs of life between the ranks: one that died, hangs or left is named by the others, which leave too.
+"""Heartbeats between the ranks: if one dies, hangs or exits, the others name it and exit too.
 
-A thread of every rank sends rank 0 a small datagram again and again, and rank 0 answers with who is gone. No collective and no
-store: these are what hangs when a rank is gone. Where datagrams do not get through, nobody is ever heard, and nobody is judged.
+A thread of every rank regularly sends a UDP datagram to rank 0, which answers with the lost ranks. Collectives and stores are not
+used, because they hang when a rank is lost. If UDP is blocked, the monitor is inactive.
 """
 
 import contextlib
@@ -20,192 +20,192 @@ from ascendspeed.utils import errors
 from ascendspeed.utils.errors import RankLost, UserError
 
 INTERVAL = 2.0
-"""Seconds between the signs of life of a rank; a tenth of the timeout where that is less."""
+"""Seconds between the heartbeats of a rank; a tenth of the timeout if that is less."""
 NAMED = 8
-"""Ranks that are named; when a whole node is gone, some of them say it."""
+"""Largest number of lost ranks that are named; for a lost node some of its ranks suffice."""
 SILENT = 3
-"""Intervals without a sign after which a rank is named when a collective fails; to end a run by itself it takes the timeout."""
+"""Intervals without a heartbeat after which a rank is named if a collective fails; the timeout ends a run by itself."""
 
 
 @dataclass(frozen=True)
 class LostRank:
-    """What is known of a rank that is gone."""
+    """A rank that has exited or does not respond."""
 
     seconds: float
-    """Since its last sign of life, or its last words."""
-    left: str | None = None
-    """Its last words, if it had any."""
+    """Time since its last heartbeat, or since its exit message arrived."""
+    message: str | None = None
+    """Its exit message; None if it just stopped responding."""
     code: int = errors.EXIT_RANK_LOST
-    """The exit code it left with."""
+    """Its exit code."""
 
 
 class Heartbeat:
-    """The signs of life of this rank, and what it knows of the others. Inside `with`, from a thread of its own."""
+    """Context manager that sends this rank's heartbeats from a thread and tracks the other ranks."""
 
     def __init__(
-        self, grid: ProcessGrid, timeout_minutes: float, farewell: Callable[[], None] = lambda: None
+        self, grid: ProcessGrid, timeout_minutes: float, before_exit: Callable[[], None] = lambda: None
     ) -> None:
-        """Collective. After `timeout_minutes` without a sign of life a rank is taken for dead, and all others leave.
+        """Collective. After `timeout_minutes` without a heartbeat a rank counts as dead, and all others exit.
 
-        `farewell` is called before they do, when it is the thread that ends them.
+        `before_exit` is called before the thread ends this process.
         """
         self._rank, self._world = grid.rank, grid.world
         self._timeout = timeout_minutes * 60
         self._interval = min(INTERVAL, self._timeout / 10)
-        self._farewell = farewell
-        self._heard: dict[
-            int, float
-        ] = {}  # rank -> when it last was; on other ranks only those that rank 0 misses, and rank 0
-        self._left: dict[
-            int, tuple[float, int, str]
-        ] = {}  # rank -> when we heard of it, its exit code, its last words
-        self._where: dict[int, Any] = {}  # on rank 0: the others' addresses
-        self._looked = time.monotonic()
-        self._last_words: tuple[int, str] | None = None
+        self._before_exit = before_exit
+        # Rank -> time of its last heartbeat. On other ranks than 0: only rank 0 and the ranks that it misses.
+        self._last_heard: dict[int, float] = {}
+        # Rank -> (time of arrival, exit code, exit message).
+        self._exited: dict[int, tuple[float, int, str]] = {}
+        self._addresses: dict[int, Any] = {}  # of the other ranks; on rank 0 only
+        self._last_check = time.monotonic()
+        self._exit_message: tuple[int, str] | None = None
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         if grid.world > 1:
-            self._socket, self._hub, self._token = _meet(grid)
+            self._socket, self._rank0_address, self._token = _open_socket(grid)
 
     def __enter__(self) -> "Heartbeat":
         if self._world > 1:
             self._socket.settimeout(self._interval / 2)
-            self._thread = threading.Thread(
-                target=self._answer if self._rank == 0 else self._ask, daemon=True
-            )
+            work = self._serve if self._rank == 0 else self._send_heartbeats
+            self._thread = threading.Thread(target=work, daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Stops. When a collective failed because a rank is gone, that is what is raised: `RankLost`, with its number."""
+        """Ends the thread. Raises `RankLost`, naming the rank, if a collective failed because a rank is lost."""
         if self._thread is None:
             return
         try:
             if isinstance(error, RuntimeError) and (lost := self.lost(wait=True)):
                 raise lost from error
             if error is not None:
-                self._last_words = (
-                    error.code if isinstance(error, UserError) else 1,
-                    (str(error) or repr(error))[:500],
-                )
+                code = error.code if isinstance(error, UserError) else 1
+                self._exit_message = (code, (str(error) or repr(error))[:500])
         finally:
             self._ended.set()
             self._thread.join()
             self._socket.close()
 
     def lost(self, wait: bool = False) -> RankLost | None:
-        """The ranks that are gone as one error; with `wait`, after they had the time to be missed."""
+        """The lost ranks as one error; with `wait`, after the time in which their silence becomes known."""
         until = time.monotonic() + (2 * SILENT * self._interval if wait else 0)
-        while not (gone := self._gone()) and time.monotonic() < until:
+        while not (ranks := self._lost_ranks()) and time.monotonic() < until:
             time.sleep(self._interval / 4)
-        return _name(gone, self._world) if gone else None
+        return _rank_lost(ranks, self._world) if ranks else None
 
-    def _gone(self) -> dict[int, LostRank]:
+    def _lost_ranks(self) -> dict[int, LostRank]:
         now = time.monotonic()
-        gone = {r: LostRank(now - at, words, code) for r, (at, code, words) in list(self._left.items())}
-        silent = {r: now - at for r, at in list(self._heard.items()) if now - at > SILENT * self._interval}
+        exited = {
+            rank: LostRank(now - at, message, code)
+            for rank, (at, code, message) in list(self._exited.items())
+        }
+        limit = SILENT * self._interval
+        silent = {rank: now - at for rank, at in list(self._last_heard.items()) if now - at > limit}
         if self._rank and 0 in silent:
-            silent = {0: silent[0]}  # what rank 0 once said of the others no longer counts
-        return {r: LostRank(seconds) for r, seconds in silent.items()} | gone
+            silent = {0: silent[0]}  # what rank 0 reported of the other ranks is out of date
+        return {rank: LostRank(seconds) for rank, seconds in silent.items()} | exited
 
     # ---------------------------------------------------------------- the thread
 
-    def _answer(self) -> None:
-        """Rank 0: hears the others, answers each."""
-        looked, news = 0.0, self._news()
+    def _serve(self) -> None:
+        """Loop of rank 0: receives heartbeats and answers each with the lost ranks."""
+        checked_at, report = 0.0, self._report()
         while not self._ended.is_set():
-            if (
-                time.monotonic() > looked + self._interval / 2
-            ):  # not at every message: there may be thousands of ranks
-                self._judge()
-                looked, news = time.monotonic(), self._news()
-            if message := self._receive():
-                said, who = message
-                self._heard[said["rank"]] = time.monotonic()
-                if said["left"]:
-                    self._left.setdefault(said["rank"], (time.monotonic(), *said["left"]))
-                self._where[said["rank"]] = who
-                self._send(news, who)
-        self._tell_all()
+            # Not at every message: there may be thousands of ranks.
+            if time.monotonic() > checked_at + self._interval / 2:
+                self._exit_if_lost()
+                checked_at, report = time.monotonic(), self._report()
+            if received := self._receive():
+                message, address = received
+                rank = message["rank"]
+                self._last_heard[rank] = time.monotonic()
+                if message["left"]:
+                    self._exited.setdefault(rank, (time.monotonic(), *message["left"]))
+                self._addresses[rank] = address
+                self._send(report, address)
+        self._broadcast_report()
 
-    def _ask(self) -> None:
-        """The others: say that they are there, hear who is not."""
+    def _send_heartbeats(self) -> None:
+        """Loop of the other ranks: sends heartbeats and receives the lost ranks."""
         while not self._ended.is_set():
-            self._judge()
-            self._send({"rank": self._rank, "left": self._last_words}, self._hub)
-            if message := self._receive():
-                now, news = time.monotonic(), message[0]
-                self._heard = {0: now} | {int(r): now - seconds for r, seconds in news["silent"].items()}
-                for r, words in news["left"].items():
-                    self._left.setdefault(int(r), (now, *words))
+            self._exit_if_lost()
+            self._send({"rank": self._rank, "left": self._exit_message}, self._rank0_address)
+            if received := self._receive():
+                now, report = time.monotonic(), received[0]
+                silent = {int(rank): now - seconds for rank, seconds in report["silent"].items()}
+                self._last_heard = {0: now} | silent
+                for rank, message in report["left"].items():
+                    self._exited.setdefault(int(rank), (now, *message))
             self._ended.wait(self._interval)
-        if self._last_words:
-            self._send({"rank": self._rank, "left": self._last_words}, self._hub)
+        if self._exit_message:
+            self._send({"rank": self._rank, "left": self._exit_message}, self._rank0_address)
 
-    def _tell_all(self) -> None:
-        """Rank 0 leaves: who does not hear of its reason now would take it, gone silent, for the reason."""
-        if self._last_words or self._gone():
-            for who in self._where.values():
-                self._send(self._news(), who)
+    def _broadcast_report(self) -> None:
+        """Sends the lost ranks to all before rank 0 exits: else they would name rank 0, which falls silent, as the cause."""
+        if self._exit_message or self._lost_ranks():
+            for address in self._addresses.values():
+                self._send(self._report(), address)
 
-    def _news(self) -> dict[str, Any]:
-        gone = sorted(self._gone().items())[:NAMED]
-        left = {r: (g.code, g.left) for r, g in gone if g.left} | (
-            {0: self._last_words} if self._last_words else {}
-        )
-        return {"silent": {r: g.seconds for r, g in gone if not g.left}, "left": left}
+    def _report(self) -> dict[str, Any]:
+        lost = sorted(self._lost_ranks().items())[:NAMED]
+        exited = {rank: (state.code, state.message) for rank, state in lost if state.message}
+        if self._exit_message:
+            exited[0] = self._exit_message
+        return {"silent": {rank: state.seconds for rank, state in lost if not state.message}, "left": exited}
 
-    def _judge(self) -> None:
-        """Ends this process when a rank is surely gone: the main thread may hang in a collective, where no exception reaches it."""
+    def _exit_if_lost(self) -> None:
+        """Ends this process if a rank is certainly lost: the main thread may hang in a collective, where no exception reaches it."""
         now = time.monotonic()
-        if (
-            now - self._looked > SILENT * self._interval
-        ):  # it was this process that stood still (Ctrl-Z): the others get their time anew
-            self._heard = dict.fromkeys(self._heard, now)
-        self._looked, gone = now, self._gone()
-        # Of one that left, the others usually meet the same error, and say so themselves.
-        if any(
-            g.seconds > (errors.LAUNCHER_GRACE_SECONDS if g.left else self._timeout) for g in gone.values()
-        ):
-            self._leave(_name(gone, self._world))
+        if now - self._last_check > SILENT * self._interval:
+            # This process itself was suspended (Ctrl-Z): the other ranks get their full time again.
+            self._last_heard = dict.fromkeys(self._last_heard, now)
+        self._last_check = now
+        lost = self._lost_ranks()
+        # After an exit the other ranks usually fail with the same error, and report it themselves.
+        grace = errors.LAUNCHER_GRACE_SECONDS
+        if any(state.seconds > (grace if state.message else self._timeout) for state in lost.values()):
+            self._exit(_rank_lost(lost, self._world))
 
-    def _leave(self, lost: RankLost) -> None:
+    def _exit(self, lost: RankLost) -> None:
         if self._rank == 0:
-            self._tell_all()
-        self._farewell()
+            self._broadcast_report()
+        self._before_exit()
         errors.report_error(lost)
         os._exit(lost.code)
 
-    def _send(self, message: dict[str, Any], to: Any) -> None:
-        with contextlib.suppress(OSError):  # what does not arrive is missed by who waits for it
-            self._socket.sendto(json.dumps({"token": self._token, **message}).encode(), to)
+    def _send(self, message: dict[str, Any], address: Any) -> None:
+        with contextlib.suppress(OSError):  # a lost datagram is like a missing heartbeat
+            self._socket.sendto(json.dumps({"token": self._token, **message}).encode(), address)
 
     def _receive(self) -> tuple[dict[str, Any], Any] | None:
+        """(message, sender's address); None without one, or for a datagram of another program."""
         try:
-            data, who = self._socket.recvfrom(65536)
+            data, address = self._socket.recvfrom(65536)
             message = json.loads(data)
-            return (message, who) if message["token"] == self._token else None
+            return (message, address) if message["token"] == self._token else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
 
-def _meet(grid: ProcessGrid) -> tuple[socket.socket, Any, str]:
-    """This rank's socket, rank 0's address, and the word by which the ranks of this run know each other."""
+def _open_socket(grid: ProcessGrid) -> tuple[socket.socket, Any, str]:
+    """(this rank's socket, address of rank 0, token that marks the messages of this run); collective."""
     host = os.environ["MASTER_ADDR"]
     family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]
-    own = socket.socket(family, kind)
-    own.bind(("", 0))
-    port, token = grid.all_gather_object((own.getsockname()[1], secrets.token_hex(8)))[0]
-    return own, (address[0], port, *address[2:]), token
+    own_socket = socket.socket(family, kind)
+    own_socket.bind(("", 0))
+    port, token = grid.all_gather_object((own_socket.getsockname()[1], secrets.token_hex(8)))[0]
+    return own_socket, (address[0], port, *address[2:]), token
 
 
-def _name(gone: dict[int, LostRank], world: int) -> RankLost:
-    words = [
-        f"rank {rank} left: {one.left}"
-        if one.left
-        else f"rank {rank} gave no sign of life for {one.seconds:.0f} s"
-        for rank, one in sorted(gone.items())[:NAMED]
+def _rank_lost(lost: dict[int, LostRank], world: int) -> RankLost:
+    texts = [
+        f"rank {rank} left: {state.message}"
+        if state.message
+        else f"rank {rank} gave no sign of life for {state.seconds:.0f} s"
+        for rank, state in sorted(lost.items())[:NAMED]
     ]
-    error = RankLost(f"{'; '.join(words)} (of {world} ranks); all leave")
-    error.code = next((one.code for one in gone.values() if one.left), RankLost.code)
+    error = RankLost(f"{'; '.join(texts)} (of {world} ranks); all leave")
+    error.code = next((state.code for state in lost.values() if state.message), RankLost.code)
     return error

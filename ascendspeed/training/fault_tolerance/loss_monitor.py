@@ -1,4 +1,4 @@
-"""Whether training goes well: iterations that were skipped, by whom and on which samples; losses that jump."""
+"""Monitors training: reports skipped iterations, with ranks and samples, and loss spikes."""
 
 import logging
 import math
@@ -14,19 +14,19 @@ from ascendspeed.training.engines import StepResult
 logger = logging.getLogger(__name__)
 
 SMALL_SCALE = 128.0
-"""A loss scale that is still above it may fall further; overflows there are how fp16 finds its scale, and no failure."""
+"""While the loss scale is larger, overflows are not failures: fp16 finds its scale by them."""
 WINDOW = 64
-"""Losses that a new one is compared with; the first comparison needs a quarter of them."""
+"""Number of losses that a new one is compared with; the first comparison needs a quarter of them."""
 SPIKE = 8.0
-"""A spike is this many deviations above the median ..."""
+"""Deviations above the median from which a loss is a spike."""
 LEAST = 0.01
-"""... where a deviation is at least this share of the median, lest a flat curve spike at every ripple."""
+"""Smallest deviation, as a fraction of the median: else a flat curve would have spikes at every ripple."""
 NAMED = 8
-"""Ranks that a line names; then it says how many more."""
+"""Ranks that a line names; for others it gives the number."""
 
 
 class LossMonitor:
-    """Looks at every iteration's result. What it says, it says once, on rank 0."""
+    """Checks the result of every iteration and logs what is wrong."""
 
     def __init__(self, run: Run, grid: ProcessGrid) -> None:
         self._run, self._grid = run, grid
@@ -34,53 +34,55 @@ class LossMonitor:
         self._in_spike = False
         self.skipped_in_a_row = 0
 
-    def look(self, before: TrainState, result: StepResult) -> None:
-        """At the result of the iteration that began at `before`; the ranks talk to each other when it was skipped."""
+    def check_step(self, before: TrainState, result: StepResult) -> None:
+        """Checks the result of the iteration that began at `before`; collective if the iteration was skipped."""
         if result.skipped:
-            finding = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
-            self.skipped_in_a_row += not finding
-            logger.info(
-                f" iteration {before.step + 1} skipped, nothing was updated: {self._blame(before, result)}"
-            )
+            finds_scale = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
+            self.skipped_in_a_row += not finds_scale
+            cause = self._cause_of_skip(before, result)
+            logger.info(f" iteration {before.step + 1} skipped, nothing was updated: {cause}")
             return
         if not math.isfinite(result.loss):
             raise RuntimeError(
                 f"iteration {before.step + 1} was not skipped, though its loss is {result.loss}"
             )
         self.skipped_in_a_row = 0
-        self._compare(before, result.loss)
+        self._check_spike(before, result.loss)
 
-    def _blame(self, before: TrainState, result: StepResult) -> str:
-        """Ranks and samples, of a skipped iteration: those with a loss that is not finite, or else all of them."""
+    def _cause_of_skip(self, before: TrainState, result: StepResult) -> str:
+        """Describes a skipped iteration: ranks and samples with a non-finite loss, or all samples if every loss is finite."""
+        bad_samples = self._bad_samples_by_rank(before, result)
+        scale = f"loss scale {result.loss_scale:g}"
+        samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
+        if not result.tokens:
+            return f"{samples} have no supervised token"
+        if not bad_samples:
+            return (
+                f"a gradient is not finite, every loss is ({result.loss:.6E}); all ranks: {samples}; {scale}"
+            )
+        more = f" and {len(bad_samples) - NAMED} more ranks" if len(bad_samples) > NAMED else ""
+        return f"loss {result.loss:.6E}; {'; '.join(bad_samples[:NAMED])}{more}; {scale}"
+
+    def _bad_samples_by_rank(self, before: TrainState, result: StepResult) -> list[str]:
+        """`rank 1: samples 8-9` for every rank with a non-finite loss; collective."""
         size = self._run.train.micro_batch_size
         starts = micro_batch_starts(
             before.samples, self._run.train.global_batch_size, size, self._grid.dp_rank, self._grid.dp
         )
-        mine = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
-        guilty = [
+        ranges = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
+        return [
             f"rank {rank}: samples {', '.join(bad)}"
-            for rank, bad in enumerate(self._grid.all_gather_object(mine))
+            for rank, bad in enumerate(self._grid.all_gather_object(ranges))
             if bad
         ]
-        scale = f"loss scale {result.loss_scale:g}"
-        if not result.tokens:
-            last = before.samples + self._run.train.global_batch_size - 1
-            return f"no token of samples {before.samples}-{last} is to be learnt"
-        if not guilty:
-            samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
-            return (
-                f"a gradient is not finite, every loss is ({result.loss:.6E}); all ranks: {samples}; {scale}"
-            )
-        more = f" and {len(guilty) - NAMED} more ranks" if len(guilty) > NAMED else ""
-        return f"loss {result.loss:.6E}; {'; '.join(guilty[:NAMED])}{more}; {scale}"
 
-    def _compare(self, before: TrainState, loss: float) -> None:
+    def _check_spike(self, before: TrainState, loss: float) -> None:
+        """Warns once of losses far above the median of the window, until one is normal again."""
         if len(self._losses) >= WINDOW // 4:
             median = statistics.median(self._losses)
-            spread = 1.4826 * statistics.median(
-                abs(one - median) for one in self._losses
-            )  # a normal curve's sigma
-            height = (loss - median) / max(spread, LEAST * abs(median), math.ulp(1.0))
+            deviation = statistics.median(abs(earlier - median) for earlier in self._losses)
+            sigma = 1.4826 * deviation  # of a normal distribution with this median deviation
+            height = (loss - median) / max(sigma, LEAST * abs(median), math.ulp(1.0))
             if height > SPIKE and not self._in_spike:
                 last = before.samples + self._run.train.global_batch_size - 1
                 logger.warning(

@@ -42,6 +42,8 @@ TORCH_FREE = [
     "cli.parser",
     "config.lr_schedule",
     "cli.validation",
+    "cli.command",
+    "cli.compat",
     "cli.train_args",
 ]
 TORCH_FREE += ["cli.launch", "inference.args", "inference.benchmark_report", "inference.stdin"]

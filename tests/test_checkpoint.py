@@ -93,7 +93,7 @@ class Model:
     def fragments(
         self, layout: Layout, rank: int, full: dict[tuple[str, str], torch.Tensor]
     ) -> list[Fragment]:
-        """What a rank of a layout holds, as copies of slices of the full tensors."""
+        """Fragments of a rank in a layout, as copies of slices of the full tensors."""
         data, tensor = divmod(rank, layout.tp)
         found = []
         for (name, kind), whole in full.items():

@@ -1,4 +1,4 @@
-"""What a run is: frozen, equal after a round trip through JSON, one spelling for one architecture."""
+"""Run configuration: frozen, equal after a round trip through JSON, one spelling for one architecture."""
 
 import dataclasses
 import json

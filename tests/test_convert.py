@@ -112,7 +112,7 @@ def test_stages_count_their_layers_from_0(sources, tmp_path):
 # -----------------------------------------------------------------------------------------------
 
 
-def test_shards_index_and_sidecars(sources, tmp_path):
+def test_shards_index_and_config_files(sources, tmp_path):
     folder, tensors = sources("internlm", "bf16")
     to_hf(convert.open_reader(folder), tmp_path / "hf", max_shard_size="60KB", verify=True)
     index = json.loads((tmp_path / "hf/model.safetensors.index.json").read_text())

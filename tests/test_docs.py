@@ -110,7 +110,7 @@ def code_spans(text: str) -> set[str]:
 
 
 def target(page: Path, link: str) -> tuple[str, int | None]:
-    """What a link leads to, the same for both languages: the file (or address), and the number of the heading."""
+    """Target of a link, equal for both languages: the file (or address) and the number of the heading."""
     if "://" in link:
         return link, None
     name, _, anchor = link.partition("#")
@@ -121,7 +121,7 @@ def target(page: Path, link: str) -> tuple[str, int | None]:
 
 
 def differences(page: Path, other: Path, texts: tuple[str, str] | None = None) -> list[str]:
-    """What the English `page` and the Chinese `other` do not have in common."""
+    """Lists the differences between the English `page` and the Chinese `other`."""
     ours, theirs = texts or (page.read_text(), other.read_text())
     found = []
     if [level for level, _ in headings(ours)] != [level for level, _ in headings(theirs)]:

@@ -65,7 +65,7 @@ Check = Callable[[dict[str, Curve]], None]
 
 
 class Theme(NamedTuple):
-    """What is run, and what is asked of the curves; several themes share one start of processes."""
+    """Cases to run and a check of their curves; several themes share one start of processes."""
 
     cases: dict[str, Case]
     check: Check

@@ -1,4 +1,4 @@
-"""How a program ends: one line, an exit code that says why, and nothing half-written."""
+"""Failure of a program: one line, an exit code for the reason, and no partial files."""
 
 import os
 import signal

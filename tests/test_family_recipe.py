@@ -27,7 +27,7 @@ def test_every_size_passes_the_checks(name):
 
 @pytest.mark.parametrize("name", ["internlm2-7b", "internlm2.5-20b", "internlm3-8b", "gemma-7b"])
 def test_the_script_takes_every_name(name, tmp_path):
-    """What the script would start is parsed as the program parses it."""
+    """The command that the script would start is parsed as the program parses it."""
     (tmp_path / "deepspeed").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "deepspeed").chmod(0o755)
     env = launch.environment(

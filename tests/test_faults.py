@@ -1,7 +1,8 @@
-"""What happens to a run when something happens to it: two real ranks of a toy over gloo, real files, real signals.
+"""Fault tolerance of a run: two real ranks of a toy over gloo, real files, real signals.
 
-The curve that a broken run leaves, restarts and all, must be that of one that was never touched, in hexadecimal. The same under the
-real launcher, with the real engine, and killed at random moments a hundred times and more: benchmarks/faults.py.
+The curve of an interrupted and restarted run must equal, in hexadecimal, the curve of an undisturbed one.
+benchmarks/faults.py does it under the real launcher, with the real engine, and kills runs at random moments
+more than a hundred times.
 """
 
 import json
@@ -89,7 +90,7 @@ class Job:
         return ended(self.start(*more), self)
 
     def said(self) -> str:
-        """What all ranks said, in all starts."""
+        """Output of all ranks, over all starts."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
 
     def curve(self) -> dict[int, str]:
@@ -137,7 +138,7 @@ def finish(job: Job, whole: dict[int, str]) -> None:
     "lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))]
 )
 def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
-    """What the comparison is worth: a resumed run that lost one thing has another curve."""
+    """Control of the comparison: a resumed run that lost one part of its state has another curve."""
     job = Job(tmp_path / "job")
     assert job.run("--exit-interval", "6") == [0, 0]
     job.env["TOY_LOSES"] = lost

@@ -80,7 +80,7 @@ def package_of(module: str) -> str:
 
 
 def says(tree: ast.AST, words: str) -> set[str]:
-    """Which of `words` (a regular expression of whole words) a module says outside comments and docstrings."""
+    """Matches of `words` (a regular expression of whole words) outside comments and docstrings."""
     bare = {
         id(n.value) for n in ast.walk(tree) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)
     }
@@ -149,7 +149,7 @@ def test_only_device_names_a_device(name):
 
 
 def test_controls():
-    """What the rules are made of sees what it should."""
+    """The helpers of the rules detect violations."""
     source = "def f():\n    from ascendspeed.models import families\n    import ascendspeed.training.engines.deepspeed"
     assert inner(ast.parse(source)) == {"models", "training"}
     assert inner(ast.parse("from ascendspeed import data")) == {"data"}

@@ -100,7 +100,7 @@ def run(world: int, cases: dict[str, Any], folder: Path) -> dict[str, Curve]:
 
 
 class Theme(NamedTuple):
-    """What is run, and what is asked of the curves; several themes share one start of processes."""
+    """Cases to run and a check of their curves; several themes share one start of processes."""
 
     cases: dict[str, Any]
     check: Callable[[dict[str, Curve]], None]
@@ -224,7 +224,10 @@ class Shared(torch.nn.Module):
 
 
 def rows_of(model: ModelConfig) -> dict[str, list[int]]:
-    """Which rows of the one matrix are q's, k's and v's: per key/value head [q..., k, v] (InternLM2), or one after the other."""
+    """Rows of q, k and v in the fused matrix.
+
+    InternLM2: [q..., k, v] per key/value head; the others: all q, all k, all v.
+    """
     d, group = model.head_dim, model.num_attention_heads // model.kv_heads
     heads = {"q": [], "k": [], "v": []}
     if model.family == "internlm2":
@@ -306,7 +309,10 @@ MODES = {
 
 
 def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
-    """The same layout goes on bit by bit, dropout included; another one, under the other engine too, continues peft's curve."""
+    """Resumes from a checkpoint.
+
+    The layout that saved it resumes bit by bit, dropout included; another layout or engine continues peft's curve.
+    """
     cases = {}
     for mode in modes:
         parallel, optim = MODES[mode]
@@ -399,7 +405,10 @@ def test_four_ranks_equal_peft(biases, grouped, tmp_path):
 
 @pytest.mark.slow
 def test_recomputed_dropout_draws_the_same_masks(biases, tmp_path):
-    """Whether the block forks the generators (sequence parallel) or the adapter does; the masks of two ranks' halves differ."""
+    """Holds if the block forks the generators (sequence parallel) and if the adapter does.
+
+    The dropout masks of the two ranks' halves differ.
+    """
     cases = {}
     for layout, parallel in (("tp2", TP), ("tp2 sp", TP | SP), ("zero 3", zero(3))):
         for name, recompute in (

@@ -1,4 +1,4 @@
-"""Where a run of adapters begins and goes on: its flags, the weights beneath, the commands from the first step to peft's logits."""
+"""Start and resume of a LoRA run: flags, base weights, and the commands from the first step to peft's logits."""
 
 import dataclasses
 import json
@@ -221,7 +221,7 @@ def test_weights_that_differ_in_some_rows_are_others(name, rows, bases):
 
 @pytest.fixture
 def start(cpu):
-    """What `find_start` finds, and what it says."""
+    """Returns the result of `find_start` and its log."""
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import setup
 

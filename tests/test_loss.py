@@ -34,7 +34,7 @@ class Ranks:
         tensor.copy_(found.amax(0) if op == ReduceOp.MAX else found.sum(0))
 
     def run(self, work) -> list:
-        """What `work(rank)` gives on every rank."""
+        """Runs `work(rank)` on every rank and returns the results."""
         results = [None] * self.size
 
         def one(rank: int) -> None:

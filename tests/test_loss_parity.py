@@ -1,4 +1,7 @@
-"""What two runs began with, and loss_parity.sh: hashes of values whatever the files, halves on two machines, and the real thing."""
+"""Loss comparison: fingerprints of the inputs of two runs, and loss_parity.sh.
+
+Hashes of values that do not depend on the files, halves on two machines, and a real comparison.
+"""
 
 import json
 import os

@@ -81,7 +81,7 @@ def saved(model, layers: int, here) -> int:
 
 @pytest.mark.parametrize("name", SIZES)
 def test_activations_are_counted(cpu, name):
-    """Of a narrower layer of the same proportions, as autograd keeps them without fused kernels."""
+    """Saved by autograd without fused kernels, in a narrower layer of the same proportions."""
     whole = PRESETS[name]
     times = min(whole.kv_heads, 8)
     model = dataclasses.replace(

@@ -356,7 +356,7 @@ def tool(monkeypatch, capsys):
 
 
 class Links(html.parser.HTMLParser):
-    """What a page asks its browser to fetch."""
+    """Collects the addresses that a page makes its browser fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -444,7 +444,7 @@ def test_a_comparison_that_is_refused_leaves_no_older_verdict(tool, tmp_path):
 
 
 def test_logs_of_two_kinds(tool, tmp_path):
-    """The same run seen by another program's log: seven digits, iterations only."""
+    """A run compared with its log from another program: seven digits, iterations only."""
     ref = write_run(tmp_path / "ref", CURVE)
     lines = (f" samples/sec: 7.8 | iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1))
     (tmp_path / "neox.log").write_text("".join(lines))

@@ -93,7 +93,7 @@ def test_every_size_has_its_count():
 
 
 def test_active_parameters():
-    """Of 8 experts in 32 layers, 6 are not met; of 60 in 24, 56."""
+    """Inactive experts: 6 of 8 in each of 32 layers; 56 of 60 in each of 24."""
     counts = {
         name: estimates.active_parameter_count(PRESETS[name])
         for name in ("mixtral-8x7b", "qwen1.5-moe-a2.7b", "gemma-2b")

@@ -225,7 +225,7 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> dict[str, str]:
-    """Random tokens that can be learnt, in 300 documents, and a tokenizer of as many ids."""
+    """Random tokens of a skewed distribution, in 300 documents, and a tokenizer of as many ids."""
     folder, drawn = tmp_path_factory.mktemp("data"), np.random.default_rng(1)
     corpus.sentencepiece_dir(folder, 400)
     lengths = drawn.integers(40, 120, 300)

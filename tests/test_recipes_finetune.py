@@ -16,7 +16,7 @@ RECIPES = {
 
 @pytest.fixture
 def resolved(tmp_path, monkeypatch):
-    """What a recipe's flags make of `world` processes."""
+    """Resolves the flags of a recipe for `world` processes."""
     monkeypatch.chdir(tmp_path)
 
     def go(name: str, *flags: str, world: int = 8, **env: str) -> Run:

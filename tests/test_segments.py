@@ -55,7 +55,7 @@ Rows = list[list[list[int]]]
 
 
 def packed(steps: int = STEPS, samples: int = 4, seed: int = 11) -> tuple[Batches, Rows]:
-    """Rows of documents of 1 to 48 tokens whose prompts are not to be learnt; the end of a row is padding."""
+    """Rows of documents of 1 to 48 tokens whose prompts are not supervised; the end of a row is padding."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int) -> int:
@@ -410,7 +410,7 @@ def test_documents_are_turned_as_if_alone(cpu, scaling):
 
 
 def flat_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """What the devices' kernels compute: q [tokens, heads, d], k and v [tokens, groups, d]."""
+    """Reference for the devices' kernels: q [tokens, heads, d], k and v [tokens, groups, d]."""
     ids = torch.arange(len(ends)).repeat_interleave(torch.tensor(ends).diff(prepend=torch.tensor([0])))
     return dense(*(x.transpose(0, 1)[None] for x in (q, k, v)), ids[None])[0].transpose(0, 1)
 
@@ -526,8 +526,8 @@ def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
     by_bounds(found.call)
 
 
-def test_torchs_own_kernel_has_the_words_we_use():
-    """Of the torch that is installed here; that it computes what it should, a GPU must say."""
+def test_torch_kernel_accepts_our_arguments():
+    """Signature in the installed torch; its results need a GPU to be checked."""
     found = device._varlen_cuda()
     kernel, words, _ = found.call.args
     inspect.signature(kernel).bind(*range(7), **words)

@@ -1,4 +1,4 @@
-"""Where a run begins: what `--load` and `--save` mean together, and what data and tokenizer must fit."""
+"""Start of a run: `--load` and `--save` together, and the checks of data and tokenizer."""
 
 import shutil
 from dataclasses import replace
@@ -37,7 +37,7 @@ def saved(tmp_path):
 
 @pytest.fixture
 def start(cpu):
-    """What `find_start` finds, and what it says."""
+    """Returns the result of `find_start` and its log."""
     from ascendspeed.distributed import process_groups
     from ascendspeed.training import setup
 
@@ -130,8 +130,11 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
 
 
 def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkeypatch):
-    """internlm-tiny by hand: 4 layers of 201,472 parameters, 2 x 2048 x 128 and a norm; 12 bytes each, beside 64 MiB left free."""
-    room = (4 * 201_472 + 2 * 2048 * 128 + 128) * 12 + (64 << 20)
+    """internlm-tiny by hand: 4 layers of 201,472 parameters, 2 x 2048 x 128 and a norm.
+
+    12 bytes each, and 64 MiB that must stay free.
+    """
+    required = (4 * 201_472 + 2 * 2048 * 128 + 128) * 12 + (64 << 20)
     asked = []
 
     def disk(free):
@@ -142,12 +145,12 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
         )
 
     run = changed(save=str(tmp_path / "not" / "yet"))
-    disk(room - 1)
+    disk(required - 1)
     words = rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet; free some space or choose another --save"
     with pytest.raises(UserError, match=words):
         start(run)
     assert set(asked) == {str(tmp_path)}  # the nearest folder that is there
-    disk(room)
+    disk(required)
     assert "not enough" not in start(run)[1]  # one checkpoint, at the end
     _, said = start(changed(save=str(tmp_path), save_interval=5))
     assert (

@@ -12,7 +12,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 fixed --deepspeed
-value --zero-stage ZERO_STAGE 2                                         # README: "Will it fit my cards?"
+value --zero-stage ZERO_STAGE 2                                         # docs/memory.md
 fixed --no-pipeline-parallel
 value --model MODEL internlm2-7b                                        # any name (internlm2.5-7b, internlm2-20b, internlm3-8b ...)
 value --tensor-model-parallel-size TP 1

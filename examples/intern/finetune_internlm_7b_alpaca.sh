@@ -11,7 +11,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 
 fixed --deepspeed
-value --zero-stage ZERO_STAGE 2                                         # README: "Will it fit my cards?"
+value --zero-stage ZERO_STAGE 2                                         # docs/memory.md
 fixed --no-pipeline-parallel
 value --model MODEL internlm-7b                                         # any name (internlm-20b, internlm2-1.8b ...)
 value --tensor-model-parallel-size TP 1

@@ -63,7 +63,7 @@ def our_loss(work: Path, samples: Any) -> float:
 
 
 def their_loss(work: Path, samples: Any) -> float:
-    """The same, of the exported directory in stock transformers."""
+    """Mean loss per token of the same samples, from the exported directory in stock transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 

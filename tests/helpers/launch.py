@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Of a child process: one thread (two cores are shared by several ranks), quiet, offline, a rank of nothing yet."""
+    """Environment of a child process: one thread (ranks share two cores), quiet, offline, no rank set."""
     quiet = {
         "OMP_NUM_THREADS": "1",
         "PYTHONWARNINGS": "ignore",

@@ -53,7 +53,10 @@ def main() -> None:
 
 
 def forward(model: Any, run: schema.Run, inputs: Any, **more: Any) -> tuple[Any, Any]:
-    """What this pipeline stage was given (None: tokens), and its output: hidden states [s, b, h], of the last stage the model's."""
+    """Returns the input of this pipeline stage (None: tokens) and its output.
+
+    Both are hidden states [s, b, h]; the output of the last stage is the model's.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -86,7 +89,10 @@ def backward(model: Any, given: Any, out: Any) -> None:
 
 
 def facts_of(named: dict[str, Any]) -> dict[str, Any]:
-    """Of this rank's parameters: shapes, cuts, whether all gradients are finite, and those whose gradient is nowhere but 0."""
+    """Describes this rank's parameters.
+
+    Shapes, partition dimensions, `finite` (all gradients are finite) and `idle` (gradients that are 0 everywhere).
+    """
     return {
         "shapes": {n: list(p.shape) for n, p in named.items()},
         "finite": all(p.grad is not None and bool(p.grad.isfinite().all()) for p in named.values()),

@@ -76,7 +76,7 @@ def published(reference: PreTrainedModel, model: ModelConfig) -> dict[str, Tenso
 
 
 def config_of(model: ModelConfig) -> PreTrainedConfig:
-    """What transformers builds the model from."""
+    """Configuration from which transformers builds the model."""
     known = model.family not in RENAMED and (
         not model.add_mlp_bias or model.add_qkv_bias == model.add_dense_bias
     )

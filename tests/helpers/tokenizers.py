@@ -59,14 +59,14 @@ def folder_with(folder: Path, model: bytes, config: dict | None = None, **files:
 
 
 def stock(folder: Path, **settings):
-    """What a user of transformers has."""
+    """Loads the tokenizer as a user of transformers does."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **settings)
 
 
 def special(model: bytes) -> dict[str, int]:
-    """What counts as declared when no file says anything: <s>, </s> and <unk>, whatever they are called."""
+    """Tokens declared when no file declares any: BOS, EOS and UNK of the sentencepiece model."""
     made = sentencepiece.SentencePieceProcessor(model_proto=model)
     return {made.id_to_piece(i): i for i in (made.bos_id(), made.eos_id(), made.unk_id())}
 

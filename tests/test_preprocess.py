@@ -15,7 +15,7 @@ import pytest
 import sentencepiece
 from helpers.corpus import TRAPS, big_vocabulary_dir, sentencepiece_dir, words
 from helpers.log_lines import log_lines
-from helpers.preprocess import TOOL, made
+from helpers.preprocess import TOOL, read_pair
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file
@@ -52,7 +52,7 @@ def test_documents_are_sentencepiece_ids_and_eos(tmp_path, tokenizer):
     expected = [[*processor.encode(text), 2] for text in TEXTS]
     assert [d.tolist() for d in read[0 : len(read)]] == expected
     assert read.index.dtype == np.uint16
-    assert json.loads(made(tmp_path / "p_text_document")["meta"]) == facts["text"]
+    assert json.loads(read_pair(tmp_path / "p_text_document")["meta"]) == facts["text"]
     assert facts["text"]["max_token"] == max(map(max, expected))
     assert facts["text"]["bytes"] == sum(len(t.encode()) for t in TEXTS)
     preprocess(
@@ -93,13 +93,13 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
     for name, path in inputs.items():
         for workers in (1, 3) if name in ("one group", "gz") else (1,):
             preprocess([path], str(tmp_path / name), job, workers)
-            outputs[name, workers] = made(f"{tmp_path / name}_text_document")
+            outputs[name, workers] = read_pair(f"{tmp_path / name}_text_document")
     first = outputs["one group", 1]
     assert all(files == first for files in outputs.values())
     parquet_of(tmp_path / "one.parquet", TEXTS[:50] + TEXTS[51:52] + TEXTS[50:51] + TEXTS[52:])
     preprocess([tmp_path / "one.parquet"], str(tmp_path / "swapped"), job)
     assert (
-        made(tmp_path / "swapped_text_document")["bin"] != first["bin"]
+        read_pair(tmp_path / "swapped_text_document")["bin"] != first["bin"]
     )  # control: the comparison detects the order of the rows
 
 
@@ -152,14 +152,14 @@ def test_rows_that_make_no_document_are_counted_and_reported(tmp_path, tokenizer
 def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, tokenizer):
     job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
     preprocess([parquet_of(tmp_path / "a.parquet", ["old"])], str(tmp_path / "p"), job)
-    before = made(tmp_path / "p_text_document")
+    before = read_pair(tmp_path / "p_text_document")
     with pytest.raises(
         UserError,
         match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; "
         "nothing was written",
     ):
         preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
-    assert made(tmp_path / "p_text_document") == before
+    assert read_pair(tmp_path / "p_text_document") == before
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match=r"^no rows in .*empty\.jsonl$"):
         preprocess([tmp_path / "empty.jsonl"], str(tmp_path / "p"), job)
@@ -171,7 +171,7 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
     (tmp_path / "c.json").write_text('[{"text": "good"}, {"te')
     with pytest.raises(UserError, match="damaged"):
         preprocess([tmp_path / "c.json"], str(tmp_path / "p"), job, workers=2)
-    assert made(tmp_path / "p_text_document") == before
+    assert read_pair(tmp_path / "p_text_document") == before
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -313,7 +313,7 @@ def kill_at_random(folder, tokenizer, times, seed):
     )
     job, prefix = EncoderConfig(str(tokenizer), "GeneralPretrainHandler"), folder / "p_text_document"
     preprocess([new], str(folder / "whole"), job)
-    complete, outcomes = made(folder / "whole_text_document"), []
+    complete, outcomes = read_pair(folder / "whole_text_document"), []
     command = [
         sys.executable,
         TOOL,
@@ -328,16 +328,16 @@ def kill_at_random(folder, tokenizer, times, seed):
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     duration, chance = time.monotonic() - began, random.Random(seed)
-    assert made(prefix) == complete
+    assert read_pair(prefix) == complete
     for _ in range(times):
         preprocess([old], str(folder / "p"), job)
-        before = made(prefix)
+        before = read_pair(prefix)
         tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.3, 1.1) * duration)
         os.kill(tool.pid, signal.SIGKILL)
         tool.wait()
         if pair_file(prefix, "idx").exists():
-            after = made(prefix)
+            after = read_pair(prefix)
             assert after in (before, complete)
             check_pair(prefix)
             outcomes.append("old" if after == before else "new")

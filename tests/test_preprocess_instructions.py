@@ -15,7 +15,7 @@ from helpers.chat import KINDS
 from helpers.corpus import sentencepiece_dir
 from helpers.instruction_rows import ROWS
 from helpers.log_lines import log_lines
-from helpers.preprocess import TOOL, made
+from helpers.preprocess import TOOL, read_pair
 from helpers.supervised_tokens import lost_by_hand
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
@@ -63,7 +63,7 @@ def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", st
 
 
 def masked_files(prefix):
-    return {key: made(pair_prefix(prefix, key)) for key in KEYS}
+    return {key: read_pair(pair_prefix(prefix, key)) for key in KEYS}
 
 
 def test_masked_pair_has_the_published_names_and_content(tmp_path, tokenizer):

@@ -5,19 +5,18 @@ import random
 from helpers.corpus import words
 
 
-def talks(count):
+def conversations(count):
     """Conversations of one to three turns, all different."""
     texts = iter(words(6 * count))
-    chance = random.Random(count)
-    turns = [[(next(texts), next(texts)) for _ in range(chance.randint(1, 3))] for _ in range(count)]
-    return [
-        [
-            {"from": who, "value": text}
-            for turn in one
-            for who, text in zip(("human", "gpt"), turn, strict=True)
-        ]
-        for one in turns
-    ]
+    generator = random.Random(count)
+    result = []
+    for _ in range(count):
+        messages = []
+        for _ in range(generator.randint(1, 3)):
+            messages.append({"from": "human", "value": next(texts)})
+            messages.append({"from": "gpt", "value": next(texts)})
+        result.append(messages)
+    return result
 
 
-ROWS = [{"id": i, "conversations": talk} for i, talk in enumerate(talks(120))]
+ROWS = [{"id": number, "conversations": messages} for number, messages in enumerate(conversations(120))]

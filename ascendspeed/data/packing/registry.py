@@ -11,24 +11,33 @@ PACKERS: tuple[type[Packer], ...] = (FirstFit, OnePerRow, InternEvoCut, InternEv
 
 
 def create_packer(data: DataConfig, default: type[Packer]) -> Packer:
-    """Returns the packer of `--packing`, or `default`. Raises `UserError` if --max-segment-length does not
+    """Creates the packer of `--packing`, or `default`. Raises `UserError` if --max-segment-length does not
     apply to it."""
-    packer = next((packer for packer in PACKERS if packer.name == data.packing), default)
+    packer = _packer_class(data, default)
     if data.max_segment_length is not None and not packer.uses_segment_length:
         names = " and ".join(packer.name for packer in PACKERS if packer.uses_segment_length)
         raise UserError(
-            f"--max-segment-length {data.max_segment_length} belongs to --packing {names}, not to "
-            f"{packer.name}; "
-            "leave it out"
+            f"--max-segment-length {data.max_segment_length} belongs to --packing {names}, "
+            f"not to {packer.name}; leave it out"
         )
     return packer.from_config(data)
 
 
 def create_stream_packer(data: DataConfig) -> Packer:
-    """Returns the packer of `--packing` for masked documents in a stream. Raises `UserError` if it cannot
+    """Creates the packer of `--packing` for masked documents in a stream. Raises `UserError` if it cannot
     pack streams."""
-    packer = next((packer for packer in PACKERS if packer.name == data.packing), FirstFit)
+    packer = _packer_class(data, FirstFit)
     if not packer.packs_streams:
         names = " or ".join(packer.name for packer in PACKERS if packer.packs_streams)
         raise UserError(f"--packing {data.packing}: documents that are tokenized in training take {names}")
     return packer.from_config(data)
+
+
+def _packer_class(data: DataConfig, default: type[Packer]) -> type[Packer]:
+    if data.packing is None:
+        return default
+    for packer in PACKERS:
+        if packer.name == data.packing:
+            return packer
+    names = ", ".join(packer.name for packer in PACKERS)
+    raise UserError(f"--packing {data.packing} does not exist; there are: {names}")

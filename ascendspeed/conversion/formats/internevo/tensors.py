@@ -1,14 +1,13 @@
 """Maps parameters to the tensors of InternEvo's rank files, for every parallel mode and release."""
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import param_mapping
-from ascendspeed.models.families.base import ParamMapping
+from ascendspeed.models.families.base import ParamMapping, Span, block_spans, span_rows
 from ascendspeed.models.families.internevo_names import InternEvoStyle
-from ascendspeed.models.param_mapping import SHARD_DIM, Parameter, Slice2D, Span, StoredTensor
+from ascendspeed.models.param_mapping import SHARD_DIM, Parameter, StoredTensor
 
 
 def stored_tensors(
@@ -27,12 +26,12 @@ def stored_tensors(
     if not _sharded_as_one(row, style):
         groups = [blocks] if len(row.hf_params) == 1 else [[block] for block in blocks]
         return [
-            _entry(name, parameter, group, dim, parts, part)
+            param_mapping.stored_tensor(name, parameter, group, dim, parts, part)
             for name, group in zip(parameter.hf_names, groups, strict=True)
         ]
     spans = [span for block in blocks for span in block]
-    fused = _entry("", parameter, [spans], dim, parts, part)
-    lengths = [_length(block) // parts for block in param_mapping.block_spans(config, row)]
+    fused = param_mapping.stored_tensor("", parameter, [spans], dim, parts, part)
+    lengths = [span_rows(block) // parts for block in block_spans(config, row)]
     if len(row.hf_params) == 1:
         lengths = [sum(lengths)]
     return list(_split(fused, parameter.hf_names, lengths))
@@ -54,8 +53,8 @@ def _sharded_as_one(row: ParamMapping, style: InternEvoStyle) -> bool:
 def _stored_blocks(config: ModelConfig, row: ParamMapping, style: InternEvoStyle) -> list[list[Span]]:
     """Blocks of a parameter as row spans of the Megatron tensor, in InternEvo's order."""
     if ".linear_qkv." not in row.megatron_param:
-        return param_mapping.block_spans(config, row)
-    q, k, v = param_mapping.block_spans(config, replace(row, fusion="qkv"))
+        return block_spans(config, row)
+    q, k, v = block_spans(config, replace(row, fusion="qkv"))
     by_head = [
         [_rotary_pairs(span, config.head_dim) if style.qk_interleaved else [span] for span in block]
         for block in (q, k)
@@ -81,33 +80,11 @@ def _rotary_pairs(span: Span, d: int) -> list[Span]:
     ]
 
 
-def _length(block: Iterable[Span]) -> int:
-    return sum(n for _, n in block)
-
-
-def _entry(
-    name: str, parameter: Parameter, blocks: Sequence[Sequence[Span]], dim: int | None, parts: int, part: int
-) -> StoredTensor:
-    columns = math.prod(parameter.shape[1:])
-    rows = sum(_length(block) // (parts if dim == 0 else 1) for block in blocks)
-    width = (columns // parts if dim == 1 else columns,) * (len(parameter.shape) - 1)
-    tiles = tuple(param_mapping.shard_slices(blocks, columns, dim, parts, part))
-    return StoredTensor(name, parameter, (rows, *width), tiles)
-
-
 def _split(entry: StoredTensor, names: Sequence[str], lengths: Sequence[int]) -> Iterator[StoredTensor]:
     """Splits a tensor into consecutive parts that were saved under several names."""
     first = 0
     for name, length in zip(names, lengths, strict=True):
-        tiles = tuple(_window(entry.slices, first, first + length))
-        yield entry._replace(name=name, shape=(length, *entry.shape[1:]), slices=tiles)
+        within = (held.within_local_rows(first, first + length) for held in entry.slices)
+        slices = tuple(held for held in within if held is not None)
+        yield entry._replace(name=name, shape=(length, *entry.shape[1:]), slices=slices)
         first += length
-
-
-def _window(tiles: Iterable[Slice2D], first: int, last: int) -> Iterator[Slice2D]:
-    """The parts of rectangles in the rows from `first` to `last` of a tensor, relative to `first`."""
-    for tile in tiles:
-        top = max(first, tile.local_row)
-        bottom = min(last, tile.local_row + tile.rows)
-        if top < bottom:
-            yield tile._replace(row=tile.row + top - tile.local_row, local_row=top - first, rows=bottom - top)

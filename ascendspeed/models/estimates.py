@@ -86,7 +86,7 @@ def flops_per_token(model: ModelConfig, seq_length: int, lora: LoraConfig | None
     have no gradient: with LoRA they count 4 each, and the adapters' weights 6.
     """
     adapted = lora is not None and lora.lora_rank > 0
-    adapters = 6.0 * targets.parameter_count(model, lora) if adapted else 0.0
+    adapters = 6.0 * targets.parameter_count(model, lora) if lora is not None and adapted else 0.0
     tied = model.tie_embeddings  # then the embedding is the output layer, a matrix product
     weights = sum(
         math.prod(shape) * copies

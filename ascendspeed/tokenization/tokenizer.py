@@ -9,7 +9,7 @@ Callers insert control tokens by id (`bos`, `eos`, `required_id`).
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -279,8 +279,8 @@ class JsonTokenizer(Tokenizer):
         if token is None or number in self._special:
             return b""
         if self._byte_alphabet:
-            values = [self._byte_alphabet.get(letter) for letter in token]
-            return token.encode() if None in values else bytes(values)
+            values = [self._byte_alphabet[letter] for letter in token if letter in self._byte_alphabet]
+            return bytes(values) if len(values) == len(token) else token.encode()
         if self.decodes_byte_runs and re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return None
@@ -289,7 +289,7 @@ class JsonTokenizer(Tokenizer):
         return self._model.token_to_id(token)
 
 
-TOKENIZER_CLASSES: dict[str, type[Tokenizer]] = {
+TOKENIZER_CLASSES: dict[str, Callable[[Path], Tokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": JsonTokenizer,
 }

@@ -88,7 +88,8 @@ def progress(
         yield lambda amount: None
     elif stream.isatty():
         with bar(stream) as live:
-            task = live.add_task("", total=total, completed=done)
+            task = live.add_task("", total=total)
+            live.update(task, completed=done)
 
             def advance_bar(amount: int) -> None:
                 with lock:

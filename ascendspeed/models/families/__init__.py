@@ -36,7 +36,8 @@ def chat_template_beside(folder: Path) -> str | None:
     """Chat template of the family that a config.json in `folder` names; None: no config.json, or no template
     of its own."""
     path = folder / "config.json"
-    family = FAMILIES.get(read_json_object(path).get("model_type")) if path.is_file() else None
+    model_type = read_json_object(path).get("model_type") if path.is_file() else None
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     return family.chat_template if family else None
 
 

@@ -18,7 +18,9 @@ InternEvoModelType = Literal["INTERNLM", "INTERNLM2", "LLAMA2"]
 """Model type of an InternEvo configuration. INTERNLM3, and INTERNLM2 with `enable_qkv_fusion=False`, have the
 names of LLAMA2."""
 REQUIRED = object()
-FIELD_TYPES = {f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)}
+FIELD_TYPES: dict[str, Any] = {
+    f.name: type(f.default) if f.default is not None else int for f in fields(ModelConfig)
+}
 """Type of every field of `ModelConfig`; fields that may be None are counts."""
 
 
@@ -139,7 +141,7 @@ class Family:
     def read_config(self, config_json: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig. Raises `UserError` for missing, ill-typed, contradictory or unsupported
         entries."""
-        for name, value in (self.required_values | dict.fromkeys(self.refused_keys)).items():
+        for name, value in {**self.required_values, **dict.fromkeys(self.refused_keys)}.items():
             if config_json.get(name) not in (*_choices(value), None):
                 raise UserError(
                     f"config.json: {name} = {config_json[name]!r} is not supported for {self.name}, "
@@ -157,7 +159,7 @@ class Family:
                 values[name.lstrip("!")] = not value if name.startswith("!") else value
         check_layer_types(config_json)
         rope = read_rope(config_json, self.rope_default)
-        config = ModelConfig(family=self.name, **self.implicit_config | values | rope)
+        config = ModelConfig(family=self.name, **{**self.implicit_config, **values, **rope})
         check_heads(config)
         check_experts(config)
         return config

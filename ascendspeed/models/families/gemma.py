@@ -1,12 +1,13 @@
 """Gemma 1: Llama with GeGLU, 1 + w norms, scaled and tied embeddings, and wide heads."""
 
 from dataclasses import replace
+from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
 from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
-SPECIAL = {"activation": "gelu-tanh", "zero_centered_norm": True, "scale_embeddings": True}
+SPECIAL: dict[str, Any] = {"activation": "gelu-tanh", "zero_centered_norm": True, "scale_embeddings": True}
 BASE = ModelConfig(  # the 7B
     "gemma",
     num_layers=28,

@@ -1,6 +1,7 @@
 """Llama: the entry that most other families extend."""
 
 from dataclasses import replace
+from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping
@@ -23,7 +24,7 @@ CONFIG_MAPPINGS = (
     ConfigMapping("initializer_range", ("init_method_std",), 0.02),
 )
 
-TINY = {  # sizes of every family's smallest preset, for tests and experiments
+TINY: dict[str, Any] = {  # sizes of every family's smallest preset, for tests and experiments
     "num_layers": 4,
     "hidden_size": 128,
     "ffn_hidden_size": 352,
@@ -67,7 +68,12 @@ BASE = ModelConfig(
     "llama", vocab_size=32000, norm_epsilon=1e-6, add_qkv_bias=False, add_dense_bias=False
 )  # LLaMA-7B
 BASE2 = replace(BASE, max_position_embeddings=4096, norm_epsilon=1e-5)  # Llama 2 7B
-B13 = {"num_layers": 40, "hidden_size": 5120, "ffn_hidden_size": 13824, "num_attention_heads": 40}
+B13: dict[str, Any] = {
+    "num_layers": 40,
+    "hidden_size": 5120,
+    "ffn_hidden_size": 13824,
+    "num_attention_heads": 40,
+}
 
 LLAMA = Family(
     name="llama",

@@ -126,12 +126,12 @@ def attend(
     makes scores of n x m for dropout. Queries are therefore processed in blocks, and nothing is larger than
     BLOCK x m. `longest`: the largest m of several calls, which then share one mask.
     """
-    # Computed for all keys, so that every call shares one mask.
-    future = _future_mask(longest or k.size(2), q.dtype, q.device) if dropout or first else None
+    mask_size = longest or k.size(2)  # of all keys, so that every call shares one mask
     k, v = k[:, :, : first + q.size(2)], v[:, :, : first + q.size(2)]
     grouped = q.size(1) != k.size(1)
     if not dropout and not first:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+    future = _future_mask(mask_size, q.dtype, q.device)
     if dropout:
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -170,7 +170,7 @@ def attend_packed(
         zip(packed.lengths, q.split(1), k.split(1), v.split(1), strict=True)
     ):
         blocks = packed.query_blocks(row, share)
-        sizes = [block.count for block in blocks], lengths, lengths
+        sizes = [block.length for block in blocks], lengths, lengths
         queries, keys, values = (x.split(size, 2) for x, size in zip(qkv, sizes, strict=True))
         out = [
             attend(

@@ -31,6 +31,8 @@ class KVCache:
         parameter = next(gpt.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self._slots: Tensor | None = None
+        self._mask: Tensor | None = None
         for layer in gpt.decoder.layers:
             shape = (rows, layer.self_attention.num_query_groups_per_partition, capacity, config.kv_channels)
             # Zeros, as masked slots are still multiplied by 0 and must not be NaN.

@@ -98,10 +98,11 @@ class NormHead(ColumnLinear):
     communication."""
 
     def forward(
-        self, input_: Tensor, weight: Tensor | None = None, **kwargs: object
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """input_ [s, b, h] -> [s, b, V / TP]; `weight` [V / TP, h] replaces the layer's own."""
-        return super().forward(input_, F.normalize(self.weight if weight is None else weight), **kwargs)
+        rows = F.normalize(self.weight if weight is None else weight)
+        return super().forward(input_, rows, runtime_gather_output)
 
     @torch.no_grad()
     def fold_normalization(self) -> None:

@@ -27,7 +27,8 @@ class QueryBlock(NamedTuple):
     """Index of the sequence in its row."""
     first: int
     """Position of the first query in its sequence."""
-    count: int
+    length: int
+    """Number of queries."""
 
 
 @dataclass(eq=False)

@@ -164,7 +164,7 @@ def _llama_pairs(
         return {module: adapter.pairs[module] for module in modules if module in adapter.pairs}
     if len(own_pairs) == len(modules):
         return {module: pair for module, pair in zip(modules, own_pairs, strict=True) if pair}
-    a, b, scale = own_pairs[0]
+    a, b, scale = next(pair for pair in own_pairs if pair)
     shape = (llama.shape[0], b.shape[1])
     full = param_mapping.hf_to_megatron(model, replace(own, shape=shape), {own.hf_names[0]: b})
     rows = param_mapping.megatron_to_hf(model, replace(llama, shape=shape), full)

@@ -60,9 +60,8 @@ class SegmentEncoder:
         ]
 
     def _remove_lead(self, ids: np.ndarray, text: str) -> np.ndarray:
-        size = len(self._lead)  # type: ignore[arg-type]
-        if np.array_equal(ids[:size], self._lead):
-            return ids[size:]
+        if self._lead is not None and np.array_equal(ids[: len(self._lead)], self._lead):
+            return ids[len(self._lead) :]
         # The beginning of the text was merged with the lead's last token: encode it by itself.
         return np.asarray(self._encode([text])[0])
 

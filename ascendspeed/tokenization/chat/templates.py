@@ -50,8 +50,8 @@ V1 = ChatTemplate(
 )
 V1_EOH = replace(  # the first chat models, and the fine-tuning tools of 2023
     V1,
-    turns=V1.turns | {"user": "<|User|>:{content}{eoh}\n"},
-    controls=V1.controls | {"eoh": ("<eoh>",)},
+    turns={**V1.turns, "user": "<|User|>:{content}{eoh}\n"},
+    controls={**V1.controls, "eoh": ("<eoh>",)},
 )
 
 NAMES = ("plugin", "interpreter", "action_end", "action_start", "im_end", "im_start")

@@ -24,23 +24,25 @@ EXIT_CODE_FILE = "EXIT_CODE_FILE"
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 """Signal received -> signal sent to the ranks. Training saves and stops on Ctrl-C as on SIGTERM."""
 FORWARDED_QUIET = {**FORWARDED, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
-"""In quiet mode Ctrl-C ends one answer only; a closed terminal would not end the launcher in its other session."""
+"""Quiet: Ctrl-C ends one answer only, and a closed terminal does not reach the launcher's own session."""
 NO_RESTART = (0, EXIT_USER_ERROR, EXIT_STOPPED)
 SECONDARY_CODES = (256 - signal.SIGTERM, 256 - signal.SIGABRT)
 """Exit codes of DeepSpeed's launcher for a rank that ended by SIGTERM or SIGABRT."""
 SECONDARY_SECONDS = 10
 """Time after Ctrl-C in which a rank that leaves may take others down with it, by one of the codes above."""
 POLL_SECONDS = 0.1
-TERM_ATTEMPTS, KILL_ATTEMPTS = 100, 100
+TERM_ATTEMPTS = 100
+KILL_ATTEMPTS = 100
 """Attempts, `POLL_SECONDS` apart, to end the processes of a run by SIGTERM, then by SIGKILL."""
 
 
 class Supervisor:
-    """Runs a launcher until it succeeds, is stopped by a signal, fails by the user's mistake, or no restart is left.
+    """Runs a launcher until it succeeds, is stopped, fails by a user error, or has no restart left.
 
-    `quiet`: the launcher runs in a session of its own, because Ctrl-C at the terminal would end it; a guard ends
-    that session if this process is killed. Signals are blocked and read one at a time (which needs a process of one
-    thread), so that none is lost between two statements. A signal that was ignored at the start stays ignored.
+    `quiet`: the launcher runs in a session of its own, because Ctrl-C at the terminal would end it; a guard
+    ends that session if this process is killed. Signals are blocked and read one at a time (which needs a
+    single thread), so that none is lost between two statements. A signal that was ignored at the start stays
+    ignored.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Supervisor:
 def rank_signals(pid: int, number: signal.Signals) -> list[tuple[psutil.Process, signal.Signals]]:
     """Finds the ranks among process `pid` and its descendants, and the signal that each should get.
 
-    A rank that does not catch SIGINT gets SIGTERM instead. A launcher sets RANK for its ranks, and has none itself.
+    A rank that does not catch SIGINT gets SIGTERM instead. A launcher sets RANK for its ranks only.
     """
     try:
         process = psutil.Process(pid)
@@ -176,7 +178,7 @@ def rank_signals(pid: int, number: signal.Signals) -> list[tuple[psutil.Process,
 
 
 def catches_sigint(pid: int) -> bool:
-    """Tells if a process has a handler for SIGINT (ranks inherit SIG_IGN). psutil does not give signal masks."""
+    """Returns True if a process handles SIGINT (ranks inherit SIG_IGN). psutil does not give signal masks."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -185,7 +187,7 @@ def catches_sigint(pid: int) -> bool:
 
 
 def end_marked_processes(exit_code_file: Path) -> None:
-    """Ends every process with this EXIT_CODE_FILE in its environment, also orphans and those that just start."""
+    """Ends every process with this EXIT_CODE_FILE in its environment, including orphans and new processes."""
     for attempt in range(TERM_ATTEMPTS + KILL_ATTEMPTS):
         marked = [
             process

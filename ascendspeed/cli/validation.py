@@ -87,7 +87,8 @@ def _check_precision(run: Run) -> None:
 
 def _check_model(run: Run) -> None:
     """Raises UserError for an inconsistent architecture, or one that does not split over the ranks."""
-    model, parallel = run.model, run.parallel
+    model = run.model
+    parallel = run.parallel
     check_heads(model)
     schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
     schema.check_pipeline_parallel(

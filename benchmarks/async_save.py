@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, saved at once and behind the step; and what asking whether to stop costs.
+"""Time in which a checkpoint blocks training, saved synchronously and asynchronously; cost of the stop check.
 
     python benchmarks/async_save.py --out benchmarks/results/async-save.md
 
@@ -36,7 +36,7 @@ class Options:
     """Flags of this benchmark."""
 
     layers: int = 8
-    """Of a model of width 512 with 24,064 words: 8 make 50 million parameters, a checkpoint of 0.56 GiB."""
+    """Architecture: width 512 and 24,064 words; 8 layers make 50 million parameters, 0.56 GiB of checkpoint."""
     iters: int = 12
     """Iterations of a run."""
     every: int = 4
@@ -92,7 +92,7 @@ def data(work: Path) -> Path:
 
 
 def free_port() -> str:
-    """Of this machine."""
+    """Description of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])

@@ -42,7 +42,7 @@ LAYOUTS = {
     "Megatron's, PP2 x VPP2": "--pp 2 --num-layers-per-virtual-pipeline-stage 1",
     "Megatron's, shards, overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
-"""What the two ranks are."""
+"""Layout of the two ranks."""
 TRAINING = f"""--model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
     --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1 --auto-resume --device cpu""".split()
 
@@ -54,7 +54,7 @@ class Options:
     kills: int = 10
     """Kills to add; the run that is under way when they are done is still brought to its end."""
     seed: int = 0
-    """Of the schedule; records of another seed are added to the same file."""
+    """Seed of the schedule; records of another seed are added to the same file."""
     work: str = ".faults"
     """Folder for data and runs; data that are there are used again."""
     out: str | None = None
@@ -308,7 +308,7 @@ ranks know each other, and the launcher ends the others at once, is not named.
 
 
 def device_name() -> str:
-    """Of the processor."""
+    """Name of the processor."""
     with open("/proc/cpuinfo") as lines:
         return next(
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),

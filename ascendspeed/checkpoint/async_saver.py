@@ -28,9 +28,9 @@ class SavedCheckpoint(NamedTuple):
 class CheckpointSaver:
     """Saves to --save, one checkpoint at a time.
 
-    With --async-save the fragments are copied to host memory, and a thread of every rank writes and publishes the copies by the
-    same steps as a synchronous save, with its own barrier: a crash at any moment leaves the last good checkpoint. An error in the
-    thread is raised by the next `wait` (or `save`, which waits first).
+    With --async-save the fragments are copied to host memory, and a thread of every rank writes and publishes
+    the copies by the same steps as a synchronous save, with its own barrier: a crash at any moment leaves the
+    last good checkpoint. An error in the thread is raised by the next `wait` (or `save`, which waits first).
     """
 
     def __init__(
@@ -42,8 +42,9 @@ class CheckpointSaver:
         last: Path | None = None,
         token: str = "",
     ) -> None:
-        """`barrier`: of a process group that nothing else uses during a save. `last`: the checkpoint that the run continues.
-        `token`: from `ownership.claim_folder`, the same on every rank.
+        """`barrier`: of a process group that nothing else uses during a save.
+
+        `last`: the checkpoint that the run continues. `token`: of `ownership.claim_folder`, equal on all ranks.
         """
         self.last = last
         """Newest complete checkpoint of this run."""

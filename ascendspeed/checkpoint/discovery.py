@@ -27,7 +27,7 @@ def _alone(texts: list[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Readers:
-    """The ranks that open a checkpoint together and divide its verification; by default this process alone."""
+    """The ranks that open a checkpoint together and divide its verification; by default one process."""
 
     rank: int = 0
     world: int = 1
@@ -63,17 +63,19 @@ def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gat
 def find_checkpoint(
     save_dir: str | Path, rank: int = 0, world: int = 1, gather: Gather = _alone
 ) -> Checkpoint | None:
-    """Opens the checkpoint that `latest` names, or the next older good one with a warning that names the problem.
+    """Opens the checkpoint that `latest` names, or the next older good one with a warning that names the
+    problem.
 
-    Every rank logs the same lines. Returns None for a folder without checkpoints. Raises `UserError` if none of the checkpoints is
-    complete, or if the ranks do not see the same files.
+    Every rank logs the same lines. Returns None for a folder without checkpoints. Raises `UserError` if none
+    of the checkpoints is complete, or if the ranks do not see the same files.
     """
     folder = Path(save_dir)
     latest, folders = read_latest(folder), step_folders(folder)
     views = set(gather([f"{latest} {sorted(folders)}"]))
     if len(views) > 1:
         raise UserError(
-            f"{folder}: the ranks do not see the same files there; use storage that all nodes share ({len(views)} views)"
+            f"{folder}: the ranks do not see the same files there; use storage that all nodes share "
+            f"({len(views)} views)"
         )
     if not folders:
         if latest is None or (latest and not STEP_PATTERN.fullmatch(latest)):

@@ -1,4 +1,4 @@
-"""Fragments of a training checkpoint: flat ranges of named parameters, addressed within a tensor-parallel part.
+"""Fragments of a training checkpoint: flat ranges of parameters, addressed within a tensor-parallel part.
 
 Padding (rows beyond the vocabulary) is at the end of a part; it is never stored and reads as zero.
 """
@@ -44,7 +44,7 @@ class Fragment:
     tensor: Tensor
     """Live flat view: copying into it restores the state."""
     holder: tuple[int, int] = (0, 1)
-    """(i, n): this rank is the i-th of n that hold this range; they divide the writing. i = -1: never written, only restored."""
+    """(i, n): this rank is the i-th of n that hold and write this range. i = -1: restored, never written."""
 
 
 class FragmentAddress(NamedTuple):

@@ -1,4 +1,4 @@
-"""Reads training checkpoints: any range of a parameter, under any tensor-parallel layout, reading only the bytes it needs."""
+"""Reads training checkpoints: any range of a parameter, under any tensor-parallel layout."""
 
 import bisect
 import json
@@ -43,7 +43,10 @@ class _StoredRange(NamedTuple):
 
 
 class ShardIndex:
-    """Locations of all tensors in the shards of one save. Raises `UserError` if elements are missing or stored twice."""
+    """Locations of all tensors in the shards of one save.
+
+    Raises `UserError` if elements are missing or stored twice.
+    """
 
     def __init__(self, folder: Path, step: int, world: int) -> None:
         self.specs: dict[str, ShardSpec] = {}
@@ -123,7 +126,10 @@ class Checkpoint:
     """An opened training checkpoint: `run`, `state`, and tensors by name, kind and tensor-parallel part."""
 
     def __init__(self, path: Path) -> None:
-        """Reads headers only; `discovery.open_checkpoint` verifies the bytes first. Raises `UserError` if it is not complete."""
+        """Reads headers only; `discovery.open_checkpoint` verifies the bytes first.
+
+        Raises `UserError` if it is not complete.
+        """
         self.path = path
         try:
             self.run: Run = schema.from_dict(json.loads((path / "run.json").read_text()))
@@ -192,7 +198,7 @@ class Checkpoint:
     def _copy_overlap(
         self, out: Tensor, target: Slice2D, stored: Slice2D, name: str, kind: str, part: int
     ) -> None:
-        """Copies the rectangle that both slices hold from a stored part into `out`, which `target` addresses."""
+        """Copies the rectangle that both slices hold from a stored part into `out`, addressed by `target`."""
         destination, source = target.intersection(stored), stored.intersection(target)
         if destination is None or source is None:
             return

@@ -18,7 +18,10 @@ class OwnershipLost(UserError):
 
 
 def claim_folder(folder: str | Path) -> str:
-    """Makes this run the owner and returns its token; called on one rank. Raises `UserError` if the folder is not writable."""
+    """Makes this run the owner and returns its token; called on one rank.
+
+    Raises `UserError` if the folder is not writable.
+    """
     folder = Path(folder)
     token = secrets.token_hex(4)
     owner = {
@@ -38,7 +41,10 @@ def claim_folder(folder: str | Path) -> str:
 
 
 def check_ownership(folder: Path, token: str) -> None:
-    """Raises `OwnershipLost` if another run has claimed the folder; a missing or unreadable file is ignored."""
+    """Raises `OwnershipLost` if another run has claimed the folder.
+
+    A missing or unreadable file is ignored.
+    """
     try:
         owner = json.loads((folder / OWNER_FILE).read_text())
         owner_token = owner["token"]
@@ -47,5 +53,6 @@ def check_ownership(folder: Path, token: str) -> None:
         return
     if owner_token != token:
         raise OwnershipLost(
-            f"another run saves in {folder} ({process}), so this one stops; give every run a --save of its own"
+            f"another run saves in {folder} ({process}), so this one stops; give every run a --save of its "
+            "own"
         )

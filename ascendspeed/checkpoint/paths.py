@@ -22,14 +22,19 @@ def read_latest(folder: Path) -> str | None:
 
 
 def step_folders(folder: Path) -> dict[str, Path]:
-    """Name of a step -> its folder; a save killed while it replaced a step leaves that step under `.step_*.old`."""
+    """Name of a step -> its folder; a save killed while it replaced a step leaves that step under
+    `.step_*.old`.
+    """
     folders = {path.name[1 : -len(".old")]: path for path in folder.glob(".step_*.old")}
     folders |= {path.name: path for path in folder.glob("step_*")}
     return {name: path for name, path in folders.items() if STEP_PATTERN.fullmatch(name) and path.is_dir()}
 
 
 def looks_like_checkpoint(path: str | Path) -> bool:
-    """True if a path is a training checkpoint, or a folder of them, complete or damaged. Looks at names only."""
+    """True if a path is a training checkpoint, or a folder of them, complete or damaged.
+
+    Looks at names only.
+    """
     path = Path(path)
     if (path / MANIFEST).exists() or (STEP_PATTERN.fullmatch(path.name) and path.is_dir()):
         return True

@@ -38,7 +38,10 @@ class TensorEntry:
 
 
 class ShardWriter:
-    """Writer of one safetensors file: its size is known before it is written; until then its tensors are live views."""
+    """Writer of one safetensors file.
+
+    Its size is known before it is written; until then its tensors are views.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self.tensors = tensors
@@ -47,7 +50,9 @@ class ShardWriter:
         self.size = header.file_size
 
     def write(self, path: Path) -> str:
-        """Writes and fsyncs; returns the SHA-256 of the bytes in memory, so that a later check finds a failing disk."""
+        """Writes and fsyncs; returns the SHA-256 of the bytes in memory, so that a later check finds a
+        failing disk.
+        """
         sha = hashlib.sha256(self._header)
         with open(path, "wb") as file:
             file.write(self._header)
@@ -78,7 +83,10 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
 
 
 def read_into(out: Tensor, path: Path, offset: int) -> None:
-    """Fills the contiguous CPU tensor `out` with the bytes from `offset` on. Raises `UserError` if the file is too short."""
+    """Fills the contiguous CPU tensor `out` with the bytes from `offset` on.
+
+    Raises `UserError` if the file is too short.
+    """
     if not out.numel():
         return
     buffer = memoryview(out.numpy().reshape(-1)).cast("B")

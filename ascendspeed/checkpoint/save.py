@@ -1,4 +1,4 @@
-"""Saves training checkpoints: all ranks write their shards in parallel; then rank 0 publishes the whole checkpoint or nothing."""
+"""Saves training checkpoints: all ranks write shards in parallel, then rank 0 publishes all or nothing."""
 
 import contextlib
 import dataclasses
@@ -41,12 +41,15 @@ def save_checkpoint(
     keep: int | None = None,
     token: str = "",
 ) -> Path:
-    """Writes `folder`/step_XXXXXXX and points `folder`/latest to it; every rank calls this with its own fragments.
+    """Writes `folder`/step_XXXXXXX and points `folder`/latest to it; every rank calls this with its own
+    fragments.
 
-    Existing checkpoints are not touched until the new one is complete and on the disk. `keep`: number of steps to keep, this one
-    included; a failed removal is only a warning. `token`: from `ownership.claim_folder`.
+    Existing checkpoints are not touched until the new one is complete and on the disk. `keep`: number of
+    steps to keep, this one included; a failed removal is only a warning. `token`: from
+    `ownership.claim_folder`.
 
-    Raises the same `UserError` on every rank if a rank could not write, the disk is too small, or another run owns the folder.
+    Raises the same `UserError` on every rank if a rank could not write, the disk is too small, or another run
+    owns the folder.
     """
     group = _SaveGroup(Path(folder), step_name(state.step), rank, world, barrier, token)
     shard: safetensors_io.ShardWriter | None = None
@@ -96,7 +99,10 @@ def _shard_writer(
 
 @dataclass(frozen=True)
 class _SaveGroup:
-    """The ranks of one save. They exchange small files in the temporary folder and use no collective but the barrier."""
+    """The ranks of one save.
+
+    They exchange small files in the temporary folder and use no collective but the barrier.
+    """
 
     folder: Path
     name: str
@@ -123,7 +129,9 @@ class _SaveGroup:
 
     @property
     def failure(self) -> Path:
-        """File of rank 0 that says why nothing was saved; beside the temporary folder, which is renamed on success."""
+        """File of rank 0 that says why nothing was saved; beside the temporary folder, which is renamed on
+        success.
+        """
         return self._hidden("failed")
 
     def report(self, phase: str, rank: int) -> Path:
@@ -148,7 +156,9 @@ class _SaveGroup:
     def run_phase(
         self, phase: str, work: Callable[[], dict[str, Any]], judge: Callable[[list[dict[str, Any]]], None]
     ) -> None:
-        """Runs `work` on every rank and `judge` with all reports on rank 0; then all ranks continue or all raise."""
+        """Runs `work` on every rank and `judge` with all reports on rank 0; then all ranks continue or all
+        raise.
+        """
         own_error, failure, cause = None, "", None
         try:
             report = work()
@@ -202,7 +212,9 @@ def _describe(error: BaseException) -> str:
 
 
 def _write_failure(path: Path, text: str) -> None:
-    """On a full disk an empty file is enough to signal failure to the other ranks; without any, rank 0 still raises."""
+    """On a full disk an empty file is enough to signal failure to the other ranks; without any, rank 0 still
+    raises.
+    """
     with contextlib.suppress(OSError):
         path.touch()
         path.write_text(text)

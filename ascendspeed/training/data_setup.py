@@ -24,7 +24,9 @@ BatchFunction = Callable[[str, int], list[Batch]]
 
 
 def with_chat_template(data: DataConfig) -> DataConfig:
-    """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take one."""
+    """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take
+    one.
+    """
     handler = HANDLERS.get(data.handler_name or "")
     takes_template = handler is not None and "chat_template" in handler.accepted_settings
     if data.chat_template or not data.tokenizer_name_or_path or not takes_template:
@@ -35,8 +37,8 @@ def with_chat_template(data: DataConfig) -> DataConfig:
 def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
     """Opens the data. Returns the run, with --train-epochs resolved to iterations, and its batches.
 
-    The tensor-parallel ranks of a replica get the same samples. Raises `UserError` if data or tokenizer are missing, or do not
-    match each other or the model.
+    The tensor-parallel ranks of a replica get the same samples. Raises `UserError` if data or tokenizer are
+    missing, or do not match each other or the model.
     """
     _check_tokenizer(run)
     size = run.train.global_batch_size
@@ -61,10 +63,14 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
 
 
 def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:
-    """The run with --train-iters computed from --train-epochs. Raises `UserError` if an epoch has no known length."""
+    """The run with --train-iters computed from --train-epochs.
+
+    Raises `UserError` if an epoch has no known length.
+    """
     if samples.estimated:
         raise UserError(
-            "--train-epochs: the number of samples of streamed text is known only after it is tokenized; give --train-iters"
+            "--train-epochs: the number of samples of streamed text is known only after it is tokenized; "
+            "give --train-iters"
         )
     if len(samples.passes(1)) > 1:
         raise UserError(
@@ -89,7 +95,9 @@ def _log_split(run: Run, name: str, samples: dataset.BlendedSamples, iterations:
 
 
 def _check_tokenizer(run: Run) -> None:
-    """Raises `UserError` if the tokenizer has more ids than the model, or another size than the one that made the data."""
+    """Raises `UserError` if the tokenizer has more ids than the model, or another size than the one that made
+    the data.
+    """
     path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
     if not path:
         return
@@ -101,5 +109,6 @@ def _check_tokenizer(run: Run) -> None:
             data_ids = dataset.dataset_facts(prefix).get("vocab_size", ids)
             if data_ids != ids:
                 raise UserError(
-                    f"{prefix} was made with a tokenizer of {data_ids} ids, but --tokenizer-name-or-path {path} has {ids}"
+                    f"{prefix} was made with a tokenizer of {data_ids} ids, but --tokenizer-name-or-path "
+                    f"{path} has {ids}"
                 )

@@ -86,9 +86,11 @@ def train(
     start: Start,
     monitor: RunMonitor,
 ) -> TrainState:
-    """Trains from `start` to --train-iters or until `monitor` or --exit-interval stops the run; evaluates and saves in between.
+    """Trains from `start` to --train-iters or until `monitor` or --exit-interval stops the run; evaluates and
+    saves in between.
 
-    Raises `UserError` after --max-skipped-steps skipped iterations in a row, or if a checkpoint cannot be saved.
+    Raises `UserError` after --max-skipped-steps skipped iterations in a row, or if a checkpoint cannot be
+    saved.
     """
     settings = run.train
     state, interval, saver = start.state, LogInterval(), _saver(run, grid, start)
@@ -154,7 +156,10 @@ def _check_skipped(run: Run, monitor: RunMonitor, state: TrainState, saver: Chec
 
 
 def _stop_text(run: Run, monitor: RunMonitor, state: TrainState, saver: CheckpointSaver | None) -> str:
-    """Reason for which this iteration is the last one, equal on every rank; empty if it is not. Collective."""
+    """Reason for which this iteration is the last one, equal on every rank; empty if it is not.
+
+    Collective.
+    """
     reason = monitor.stop.reason(failed=bool(saver) and saver.failed)
     monitor.reason = reason
     if reason and reason.failed:
@@ -175,7 +180,8 @@ def _saver(run: Run, grid: ProcessGrid, start: Start) -> CheckpointSaver | None:
         return None
     barrier = grid.barrier
     if grid.world > 1:
-        # Its own group, since a thread may use it. The long timeout is for slow disks; heartbeats find dead ranks.
+        # Its own group, since a thread may use it. The long timeout is for slow disks; heartbeats find dead
+        # ranks.
         barrier = partial(dist.barrier, group=process_groups.new_cpu_group(SAVE_MINUTES))
     token = grid.all_gather_object(claim_folder(run.train.save) if grid.rank == 0 else "")[0]
     last = start.resume and start.resume.path
@@ -191,7 +197,9 @@ def _last_good(saver: CheckpointSaver | None) -> str:
 
 
 def evaluate(run: Run, engine: Engine, batches: BatchFunction, step: int, split: str = "valid") -> EvalLine:
-    """Mean loss over the first --eval-iters global batches of a split, which are the same at every evaluation."""
+    """Mean loss over the first --eval-iters global batches of a split, which are the same at every
+    evaluation.
+    """
 
     def micro_batches() -> Iterator[Batch]:
         for i in range(run.train.eval_iters):

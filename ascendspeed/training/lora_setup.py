@@ -1,4 +1,4 @@
-"""The start of a LoRA run: base weights, and adapters that are new, from --lora-load or from a training checkpoint."""
+"""The start of a LoRA run: base weights, and adapters that are new, from --lora-load or from a checkpoint."""
 
 import logging
 from collections.abc import Iterable
@@ -43,7 +43,8 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
     )
     count = targets.parameter_count(run.model, lora)
     logger.info(
-        f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are trained"
+        f"adapters of rank {lora.lora_rank} on {' '.join(lora.lora_target_modules)}: {count} parameters are "
+        "trained"
     )
     if not lora.lora_load:
         return chain(base.tensors(), initial_tensors(run.model, lora, run.train.seed)), lora
@@ -55,7 +56,9 @@ def start_adapters(run: Run, base: CheckpointReader, readers: Readers) -> tuple[
 
 
 def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` if run and checkpoint differ in their adapters: only one has any, or their settings differ."""
+    """Raises `UserError` if run and checkpoint differ in their adapters: only one has any, or their settings
+    differ.
+    """
     wanted, saved = run.lora, checkpoint.run.lora
     if not saved.lora_rank:
         if wanted.lora_rank and not run.train.finetune:
@@ -77,16 +80,18 @@ def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
     different = [name for name in FIXED_SETTINGS if getattr(wanted, name) != getattr(saved, name)]
     if different:
         raise UserError(
-            f"{checkpoint.path} holds adapters of {flags}; {', '.join(different)} cannot change: give these flags, "
+            f"{checkpoint.path} holds adapters of {flags}; {', '.join(different)} cannot change: give these "
+            "flags, "
             "or merge the adapters (tools/lora/merge_lora.py) and --load the result to train new ones"
         )
 
 
 def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tensors, LoraConfig]:
-    """The base weights of a checkpoint's adapters, and the settings that the checkpoints of the run record."""
+    """Base weights of a checkpoint's adapters, and the settings that checkpoints of the run record."""
     if run.lora.lora_load:
         logger.info(
-            f"note: --lora-load {run.lora.lora_load} was the start of the run; its adapters now come from {checkpoint.path}"
+            f"note: --lora-load {run.lora.lora_load} was the start of the run; its adapters now come from "
+            f"{checkpoint.path}"
         )
     base = training_checkpoint.base_of(checkpoint, open_reader, run.lora.lora_base, readers)
     logger.info(f"base weights of the adapters from {base.path} ({base.description})")
@@ -99,5 +104,7 @@ def open_base(run: Run, checkpoint: Checkpoint, readers: Readers) -> tuple[Tenso
 
 
 def with_placeholders(run: Run, base: Tensors) -> Tensors:
-    """Base weights with initial adapters: an engine is built from all tensors, and restoring then replaces the adapters."""
+    """Base weights with initial adapters: an engine is built from all tensors, and restoring then replaces
+    the adapters.
+    """
     return chain(base, initial_tensors(run.model, run.lora, run.train.seed))

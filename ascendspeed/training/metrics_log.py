@@ -1,4 +1,7 @@
-"""Training log lines in Megatron's format: formatting, parsing, and the logger of rank 0. Imports no torch."""
+"""Training log lines in Megatron's format: formatting, parsing, and the logger of rank 0.
+
+Imports no torch.
+"""
 
 import contextlib
 import logging
@@ -118,10 +121,12 @@ def format_line(line: TrainLine | EvalLine) -> str:
 
 
 def split_fields(text: str) -> dict[str, str] | None:
-    """Splits `iteration 10/ 100 | consumed samples: 640 | ... |` into label -> text, with `iteration` and `train iters`.
+    """Splits `iteration 10/ 100 | consumed samples: 640 | ... |` into label -> text, with `iteration` and
+    `train iters`.
 
-    Reads every log of Megatron's format. Text after the last bar may be cut off and is ignored. Returns None unless there
-    is exactly one iteration: in two lines that ran into each other, fields cannot be assigned to their line.
+    Reads every log of Megatron's format. Text after the last bar may be cut off and is ignored. Returns None
+    unless there is exactly one iteration: in two lines that ran into each other, fields cannot be assigned to
+    their line.
     """
     parts = text.split("|")[:-1]
     heads = [match for part in parts if "iteration" in part and (match := _ITERATION.search(part))]
@@ -151,7 +156,10 @@ def parse_line(text: str) -> TrainLine | EvalLine | None:
 
 
 def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
-    """Reads the metric lines of a log file in order and ignores all others. Raises `UserError` if it cannot be read."""
+    """Reads the metric lines of a log file in order and ignores all others.
+
+    Raises `UserError` if it cannot be read.
+    """
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
             yield from (line for line in map(parse_line, file) if line is not None)
@@ -160,12 +168,14 @@ def read_lines(path: str | Path) -> Iterator[TrainLine | EvalLine]:
 
 
 class MetricsLogger:
-    """Writes the log of rank 0: to stdout, to `log_dir`/train.log (appended) and, as scalars, to TensorBoard."""
+    """Writes the log of rank 0: to stdout, `log_dir`/train.log (appended) and TensorBoard (scalars)."""
 
     def __init__(
         self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None
     ) -> None:
-        """Makes the folders. Raises `UserError` if they cannot be written, or if TensorBoard is not installed."""
+        """Makes the folders. Raises `UserError` if they cannot be written, or if TensorBoard is not
+        installed.
+        """
         self.is_writer = self._prints = rank == 0
         self._file = _append(Path(log_dir) / "train.log") if log_dir and self.is_writer else None
         self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.is_writer else None

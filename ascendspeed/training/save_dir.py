@@ -1,4 +1,4 @@
-"""Checks of --save and --load before a run starts: every rank sees the same files, and checkpoints can be written."""
+"""Checks of --save and --load before a run: all ranks see the same files and can write checkpoints."""
 
 import logging
 import shutil
@@ -26,7 +26,9 @@ def check_folders(run: Run, grid: ProcessGrid) -> None:
 
 
 def check_same_view(run: Run, grid: ProcessGrid) -> None:
-    """Raises `UserError` unless all ranks see the same checkpoints; with --auto-resume, --load too could differ."""
+    """Raises `UserError` unless all ranks see the same checkpoints; with --auto-resume, --load too could
+    differ.
+    """
     load, save = run.train.load, run.train.save
     holds = {
         flag: bool(path) and looks_like_checkpoint(path) for flag, path in (("load", load), ("save", save))
@@ -40,7 +42,8 @@ def check_same_view(run: Run, grid: ProcessGrid) -> None:
         for rank in (0, other)
     )
     raise UserError(
-        f"the ranks do not see the same files there: {seen}; --save and --load must be on storage that all nodes share"
+        f"the ranks do not see the same files there: {seen}; --save and --load must be on storage that all "
+        "nodes share"
     )
 
 
@@ -49,7 +52,9 @@ def _flags_with_checkpoints(holds: dict[str, bool]) -> str:
 
 
 def _check_space(run: Run, grid: ProcessGrid) -> None:
-    """Raises `UserError` if --save has no space for one checkpoint; logs a note if it has none for all that will be kept."""
+    """Raises `UserError` if --save has no space for one checkpoint; logs a note if it has none for all that
+    will be kept.
+    """
     train = run.train
     size = estimates.checkpoint_bytes(run.model, run.lora)
     folder = Path(train.save).resolve()
@@ -83,7 +88,7 @@ def check_writable(folder: Path, grid: ProcessGrid) -> None:
     file, problem = None, ""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = NamedTemporaryFile(dir=folder, prefix=".try_", buffering=0)  # noqa: SIM115 - all ranks look at it first
+        file = NamedTemporaryFile(dir=folder, prefix=".try_", buffering=0)  # noqa: SIM115 - other ranks look
         file.write(b"x")
     except OSError as error:
         problem = f"{error.strerror}; choose another --save"
@@ -110,7 +115,8 @@ def _check_unused(run: Run) -> None:
         )
     if not is_same_folder(load, save):
         raise UserError(
-            f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another folder"
+            f"--save {save} already holds checkpoints: continue them with --load {save}, or choose another "
+            "folder"
         )
 
 

@@ -33,7 +33,7 @@ REPORTED_TRAIN = ("seed", "global_batch_size", "train_iters", "attention_dropout
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run starts."""
+    """Start of a run: weights, and the checkpoint to continue."""
 
     tensors: Iterable[tuple[str, Tensor]] | None
     """Weights to load into the model; None: `resume` has them."""
@@ -53,10 +53,11 @@ class Start:
 
 
 def find_start(run: Run, grid: ProcessGrid, device: Device) -> Start:
-    """Resolves --load: a training checkpoint to continue (or, with --finetune, its weights), weights, or an empty folder.
+    """Resolves --load: a training checkpoint to continue (or, with --finetune, its weights), weights, or an
+    empty folder.
 
-    Raises `UserError`, the same on every rank, if --load holds nothing usable, if --save holds another run or cannot be written,
-    or if the ranks do not see the same files. Collective.
+    Raises `UserError`, the same on every rank, if --load holds nothing usable, if --save holds another run or
+    cannot be written, or if the ranks do not see the same files. Collective.
     """
     load = run.train.load
     save_dir.check_folders(run, grid)
@@ -107,7 +108,9 @@ def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, reader
 
 
 def _check_model(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` if the checkpoint holds another architecture; the width of random weights does not matter."""
+    """Raises `UserError` if the checkpoint holds another architecture; the width of random weights does not
+    matter.
+    """
     saved = dataclasses.replace(checkpoint.config, init_method_std=run.model.init_method_std)
     if saved != run.model:
         raise UserError(f"{checkpoint.path} holds another model than this run: {saved}, not {run.model}")

@@ -1,7 +1,8 @@
-"""Atomic writes: a file or a folder appears whole under its name or not at all, and stays there after a power failure.
+"""Atomic writes: a file or folder appears whole or not at all, and stays after a power failure.
 
-A file is written under a temporary name beside its own, flushed to the disk (fsync) and renamed; then its folder is flushed, which
-makes the new name durable. A folder is filled under a hidden name and renamed when it is complete.
+A file is written under a temporary name beside its own, flushed to the disk (fsync) and renamed; then its
+folder is flushed, which makes the new name durable. A folder is filled under a hidden name and renamed when
+it is complete.
 """
 
 import contextlib
@@ -42,9 +43,11 @@ def sync_path(path: Path) -> None:
 
 @contextmanager
 def open_atomic(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
-    """Opens a file for writing that replaces `path` when the block ends without an exception. Raises `OSError`.
+    """Opens a file for writing that replaces `path` when the block ends without an exception. Raises
+    `OSError`.
 
-    `shared`: other processes may write the same path at the same time; each then has a temporary file of its own.
+    `shared`: other processes may write the same path at the same time; each then has a temporary file of its
+    own.
     """
     temporary = _temporary(path, shared)
     try:
@@ -59,7 +62,10 @@ def open_atomic(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
 
 
 def stage_file(path: Path, content: str | bytes) -> Callable[[], None]:
-    """Writes a temporary file beside `path`; calling the result renames it, which needs no more disk space. Raises `OSError`."""
+    """Writes a temporary file beside `path`; calling the result renames it, which needs no more disk space.
+
+    Raises `OSError`.
+    """
     temporary = _temporary(path)
     with open(temporary, "wb") as file:
         file.write(_encoded(content))
@@ -108,7 +114,10 @@ def _rename(temporary: Path, path: Path) -> None:
 
 
 def publish_folder(draft: Path, target: Path) -> None:
-    """Flushes a complete folder to the disk and renames it to `target`. Raises `OSError`, also if `target` holds files."""
+    """Flushes a complete folder to the disk and renames it to `target`.
+
+    Raises `OSError`, also if `target` holds files.
+    """
     for path in draft.rglob("*"):
         sync_path(path)
     sync_path(draft)
@@ -134,10 +143,11 @@ def draft_of(target: Path) -> Path:
 
 @contextmanager
 def staged_folder(target: Path, needed: int = 0) -> Iterator[Path]:
-    """Gives a hidden folder beside `target` to fill; it becomes `target` when the block ends, and is deleted on an exception.
+    """Gives a hidden folder beside `target` to fill; it becomes `target` when the block ends, and is deleted
+    on an exception.
 
-    A killed writer leaves only the hidden folder, which the next one clears. Raises `UserError` when `target` is not empty,
-    when another process is writing it, or when the disk has less than `needed` bytes free.
+    A killed writer leaves only the hidden folder, which the next one clears. Raises `UserError` when `target`
+    is not empty, when another process is writing it, or when the disk has less than `needed` bytes free.
     """
     target = require_empty_dir(target)
     draft = draft_of(target)
@@ -175,7 +185,10 @@ def _may_clear(draft: Path) -> bool:
 
 
 def _lock(draft: Path) -> int:
-    """Descriptor of the folder, locked while it is open. Raises `UserError` if another process holds the lock."""
+    """Descriptor of the folder, locked while it is open.
+
+    Raises `UserError` if another process holds the lock.
+    """
     lock = os.open(draft, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""`UserError` and exit codes: a command ends with one line on stderr, without traceback, and a code that gives the cause."""
+"""`UserError` and exit codes: a command ends with one line on stderr and a code that gives the cause."""
 
 import contextlib
 import os
@@ -37,10 +37,11 @@ class RankLost(UserError):
 
 
 def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
-    """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError` or Ctrl-C.
+    """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError` or
+    Ctrl-C.
 
-    `clean_up`: SIGTERM raises an exception in `main`, so that unfinished output is deleted. Training does not use it: there
-    SIGTERM takes effect at the end of the iteration (`fault_tolerance.stop_signals`).
+    `clean_up`: SIGTERM raises an exception in `main`, so that unfinished output is deleted. Training does not
+    use it: there SIGTERM takes effect at the end of the iteration (`fault_tolerance.stop_signals`).
     """
     logging.configure()
     if clean_up:
@@ -83,8 +84,9 @@ def _write_exit_code(code: int) -> None:
 def report_error(error: UserError) -> None:
     """Prints the error to stderr.
 
-    Under a launcher usually every rank raises the same error. Rank 0 prints at once; the others first wait for the launcher to
-    end them, so that the line appears once. An error of a single other rank is printed with its number.
+    Under a launcher usually every rank raises the same error. Rank 0 prints at once; the others first wait
+    for the launcher to end them, so that the line appears once. An error of a single other rank is printed
+    with its number.
     """
     rank = int(os.environ.get("RANK", "0"))
     if rank:

@@ -1,7 +1,8 @@
-"""Log lines of the library: modules use `logging.getLogger(__name__)`, an entry installs one handler, and rank 0 alone writes.
+"""Log lines of the library: modules use `logging.getLogger(__name__)`, a command installs one handler for
+rank 0.
 
-Nothing is installed on import. `errors.run` sends the lines of a command to stdout; `configure` chooses other streams, and training
-installs the handler of its log file (`training.metrics_log`).
+Nothing is installed on import. `errors.run` sends the lines of a command to stdout; `configure` chooses other
+streams, and training installs the handler of its log file (`training.metrics_log`).
 """
 
 import contextlib
@@ -54,7 +55,10 @@ class ConsoleHandler(logging.Handler):
 
 
 def configure(rank: int | None = None, streams: Mapping[str, str] = TO_STDOUT) -> None:
-    """Sends the library's log lines to the console, in place of any earlier handler. `rank`: by default that of the launcher."""
+    """Sends the library's log lines to the console, in place of any earlier handler.
+
+    `rank`: by default that of the launcher.
+    """
     handler = ConsoleHandler(streams)
     handler.addFilter(RankFilter(int(os.environ.get("RANK", "0")) if rank is None else rank))
     _install([handler])

@@ -15,7 +15,9 @@ def check_names(
     ignored: Iterable[str] = (),
     of: str = "the model of its config.json",
 ) -> None:
-    """Raises `UserError` naming missing and superfluous names; `ignored`: regular expressions of superfluous ones to accept."""
+    """Raises `UserError` naming missing and superfluous names; `ignored`: regular expressions of superfluous
+    ones to accept.
+    """
     expected = set(expected)
     actual = set(actual)
     missing = sorted(expected - actual)

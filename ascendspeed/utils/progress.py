@@ -77,7 +77,8 @@ def progress(
     every: float = EVERY,
     stream: TextIO | None = None,
 ) -> Iterator[Advance]:
-    """Shows the progress of work of `total` units, `done` of which were finished before; `quiet` shows nothing.
+    """Shows the progress of work of `total` units, `done` of which were finished before; `quiet` shows
+    nothing.
 
     `describe` makes the line of text from the rate. `stream`: stdout by default.
     """
@@ -114,7 +115,9 @@ def progress(
 
 
 def bar(stream: TextIO) -> "Progress":
-    """A rich progress bar with percentage, description and remaining time; disabled if `stream` is not a terminal."""
+    """A rich progress bar with percentage, description and remaining time; disabled if `stream` is not a
+    terminal.
+    """
     from rich.console import Console  # not at the top: `--help` needs no progress bar
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 

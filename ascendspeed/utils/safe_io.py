@@ -21,9 +21,9 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 def checked_file(path: str | Path, root: str | Path | None = None) -> Path:
     """Returns the path if it is a readable regular file. Raises `UserError` otherwise.
 
-    A link may not point outside `root` (None: the file's own folder): else an unpacked checkpoint could include any file of this
-    machine. One exception is the cache of huggingface_hub, which consists of such links: `snapshots/REVISION/model.safetensors`
-    may point to `blobs/` of the same repository.
+    A link may not point outside `root` (None: the file's own folder): else an unpacked checkpoint could
+    include any file of this machine. One exception is the cache of huggingface_hub, which consists of such
+    links: `snapshots/REVISION/model.safetensors` may point to `blobs/` of the same repository.
     """
     path = Path(path)
     try:
@@ -56,7 +56,10 @@ def _blob_folders(home: Path) -> Iterable[Path]:
 
 
 def plain_file_name(name: Any, where: str | Path) -> str:
-    """Returns `name`, read from the file `where`, if it names a file of the same folder. Raises `UserError` otherwise."""
+    """Returns `name`, read from the file `where`, if it names a file of the same folder.
+
+    Raises `UserError` otherwise.
+    """
     if (
         not isinstance(name, str)
         or name in ("", ".", "..")
@@ -70,7 +73,8 @@ def plain_file_name(name: Any, where: str | Path) -> str:
 def read_json(path: str | Path, root: str | Path | None = None) -> Any:
     """Reads a JSON file.
 
-    Raises `UserError` if it cannot be read, is too large or nested too deeply, repeats a key, or holds NaN or infinity.
+    Raises `UserError` if it cannot be read, is too large or nested too deeply, repeats a key, or holds NaN or
+    infinity.
     """
     path = checked_file(path, root)
     try:
@@ -121,7 +125,10 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_json_object(path: str | Path, root: str | Path | None = None) -> dict[str, Any]:
-    """Reads a JSON file whose top level is an object. Raises `UserError` as `read_json` does, or if it is something else."""
+    """Reads a JSON file whose top level is an object.
+
+    Raises `UserError` as `read_json` does, or if it is something else.
+    """
     table = read_json(path, root)
     if not isinstance(table, dict):
         raise UserError(f"{path} is not a table of names and values")

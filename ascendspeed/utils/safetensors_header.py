@@ -1,4 +1,4 @@
-"""The header of a safetensors file: 8 bytes of length, then JSON with name -> element type, shape and byte range."""
+"""Header of a safetensors file: 8 bytes of length, then JSON: name -> element type, shape and byte range."""
 
 import json
 from collections.abc import Mapping
@@ -36,7 +36,8 @@ class Header(NamedTuple):
 def encode(
     specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, Header]:
-    """The first bytes of a file that will hold tensors of these element types and shapes, in this order, without gaps.
+    """The first bytes of a file that will hold tensors of these element types and shapes, in this order,
+    without gaps.
 
     Raises `ValueError` if the header is larger than the safetensors library accepts.
     """
@@ -56,7 +57,10 @@ def encode(
 
 
 def read(path: Path) -> Header:
-    """Reads the header of a file. Raises `OSError`, or `ValueError` if it is too long, cut off or not valid JSON."""
+    """Reads the header of a file.
+
+    Raises `OSError`, or `ValueError` if it is too long, cut off or not valid JSON.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER:
@@ -68,7 +72,9 @@ def read(path: Path) -> Header:
 
 
 def declared_size(path: Path) -> int:
-    """Bytes that a file should have by its header, or by the part of the header that is there; 0 if it is not readable."""
+    """Bytes that a file should have by its header, or by the part of the header that is there; 0 if it is not
+    readable.
+    """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         text = file.read(length) if length <= MAX_HEADER else b""

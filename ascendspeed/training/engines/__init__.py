@@ -45,14 +45,18 @@ class StepResult:
 
 
 EMPTY_STEP = StepResult(loss=math.nan, tokens=0, grad_norm=None, skipped=True, loss_scale=1.0)
-"""Result for a global batch without supervised tokens: an update would still move weights, by momentum and weight decay."""
+"""Result for a global batch without supervised tokens: an update would still move weights, by momentum and
+weight decay.
+"""
 
 
 class Engine(Protocol):
     """Interface between the training loop and an engine."""
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
-        """Runs forward and backward over this rank's micro-batches of one global batch, then one update at learning rate `lr`."""
+        """Runs forward and backward over this rank's micro-batches of one global batch, then one update at
+        learning rate `lr`.
+        """
 
     @property
     def updates(self) -> int:
@@ -71,7 +75,9 @@ class Engine(Protocol):
         """States of this rank's random-number generators."""
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Loads weights, moments, scalars and (in the same layout) generator states from a checkpoint of any layout and engine."""
+        """Loads weights, moments, scalars and (in the same layout) generator states from a checkpoint of any
+        layout and engine.
+        """
 
 
 def engine_builder(
@@ -85,7 +91,8 @@ def engine_builder(
         from ascendspeed.training.engines.megatron import MegatronEngine
 
         logger.info(
-            f"engine: Megatron-core, {'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
+            "engine: Megatron-core, "
+            f"{'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
         )
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine

@@ -1,4 +1,4 @@
-"""Parts that both engines share: AdamW settings and states, sums over ranks, restoring, random-number states."""
+"""Base of both engines: AdamW settings and states, sums over ranks, restoring, random-number states."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +29,9 @@ def adamw_settings(optim: OptimConfig, device: Device) -> dict[str, Any]:
 
 
 def new_adamw_state(parameter: Tensor, device: Device) -> dict[str, Tensor]:
-    """The state of a parameter before its first update, which torch would make lazily; every parameter has its own `step`."""
+    """The state of a parameter before its first update, which torch would make lazily; every parameter has
+    its own `step`.
+    """
     step_device = parameter.device if device.fused_adamw else "cpu"  # where torch puts it
     moments = {kind: torch.zeros_like(parameter.data) for kind in MOMENTS}
     return {"step": torch.zeros((), device=step_device), **moments}

@@ -2,9 +2,11 @@
 
 Rules of the integration, each found by a wrong loss:
 - weights are loaded before `deepspeed.initialize`; later ones would be lost at the first step;
-- DeepSpeed does not sum the gradients of sequence-parallel parameters over the tensor-parallel ranks: a hook does;
-- DeepSpeed divides by the accumulation steps and the data-parallel size, so the loss of a micro-batch is multiplied by both and
-  divided by the supervised tokens of the global batch: the result is the mean over these tokens, whatever the layout.
+- DeepSpeed does not sum the gradients of sequence-parallel parameters over the tensor-parallel ranks: a hook
+  does;
+- DeepSpeed divides by the accumulation steps and the data-parallel size, so the loss of a micro-batch is
+  multiplied by both and divided by the supervised tokens of the global batch: the result is the mean over
+  these tokens, whatever the layout.
 """
 
 import importlib
@@ -33,7 +35,9 @@ from ascendspeed.training.engines.common import MOMENTS, BaseEngine, adamw_setti
 
 
 class AdamW(torch.optim.AdamW):
-    """AdamW that skips an update while `overflow` is set; ZeRO's own optimizers do so themselves, stage 0 does not."""
+    """AdamW that skips an update while `overflow` is set; ZeRO's own optimizers do so themselves, stage 0
+    does not.
+    """
 
     overflow = False
 
@@ -54,7 +58,9 @@ class DeepSpeedEngine(BaseEngine):
         kernels: Kernels,
         tensors: Tensors | None,
     ) -> None:
-        """Builds the model, loads `tensors` (full, by Megatron names; None: `restore` follows) and passes it to DeepSpeed."""
+        """Builds the model, loads `tensors` (full, by Megatron names; None: `restore` follows) and passes it
+        to DeepSpeed.
+        """
         super().__init__(run, grid, device)
         self.stage = run.parallel.zero_stage
         deepspeed = _import(device)
@@ -73,7 +79,8 @@ class DeepSpeedEngine(BaseEngine):
         if scaler := getattr(self.zero, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run with a UserError
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
-            # With one replica there is nothing to sum, but DeepSpeed would copy every gradient into a buffer and back.
+            # With one replica there is nothing to sum, but DeepSpeed would copy every gradient into a buffer
+            # and back.
             self.engine.enable_backward_allreduce = False
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
@@ -177,7 +184,8 @@ class DeepSpeedEngine(BaseEngine):
             if parameter.requires_grad and (
                 self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
             ):
-                # Rows are summed in fp32, then in fp64: a copy of the gradient in fp64 costs 50 times as much.
+                # Rows are summed in fp32, then in fp64: a copy of the gradient in fp64 costs 50 times as
+                # much.
                 squares += torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
         dist.all_reduce(squares, group=self.grid.tp_group)
         return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.nan
@@ -202,7 +210,9 @@ class DeepSpeedEngine(BaseEngine):
                     yield Fragment(name, kind, spec, part, start, view, holder)
 
     def _owned_views(self, parameter: torch.nn.Parameter) -> Iterator[tuple[int, list[Tensor]]]:
-        """(flat start within the parameter, flat views of master, exp_avg and exp_avg_sq) that this rank owns of it."""
+        """(flat start within the parameter, flat views of master, exp_avg and exp_avg_sq) that this rank owns
+        of it.
+        """
         zero = self.zero
         if self.stage == 0:
             moments = self._moments(parameter, parameter)
@@ -269,7 +279,8 @@ class DeepSpeedEngine(BaseEngine):
 
     def _refresh_weights(self) -> None:
         if self.stage == 3:
-            self.zero.invalidate_secondary_tensor()  # the secondary copy of a node (hpZ) holds the old weights
+            # The secondary copy of a node (hpZ) holds the old weights.
+            self.zero.invalidate_secondary_tensor()
             for i in range(len(self.zero.fp32_partitioned_groups_flat)):
                 self.zero._reassign_or_swap_out_partitioned_parameters(i)
         elif self.stage:
@@ -277,7 +288,9 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def _import(device: Device) -> Any:
-    """Imports DeepSpeed with quiet logging and without the shared-memory op, which it would compile on a CPU (25 s, needs ninja)."""
+    """Imports DeepSpeed with quiet logging and without the shared-memory op, which it would compile on a CPU
+    (25 s, needs ninja).
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.WARNING)

@@ -10,7 +10,10 @@ from ascendspeed.utils.errors import UserError
 
 
 def ds_config(run: Run, world: int) -> dict[str, Any]:
-    """Returns the configuration; a `--deepspeed_config` file may add to it. Raises `UserError` if it contradicts the flags."""
+    """Returns the configuration; a `--deepspeed_config` file may add to it.
+
+    Raises `UserError` if it contradicts the flags.
+    """
     given: dict[str, Any] = {}
     if run.parallel.deepspeed_config:
         given = _read_json(run.parallel.deepspeed_config)
@@ -42,7 +45,9 @@ def _derived(run: Run, world: int) -> dict[str, Any]:
 
 
 def _zero_options(parallel: ParallelConfig) -> dict[str, Any]:
-    """ZeRO options beyond the stage: a secondary partition within each node (hpZ) and offloaded optimizer states."""
+    """ZeRO options beyond the stage: a secondary partition within each node (hpZ) and offloaded optimizer
+    states.
+    """
     options: dict[str, Any] = {}
     if parallel.zero_hpz_partition_size > 1:
         options["zero_hpz_partition_size"] = parallel.zero_hpz_partition_size
@@ -66,7 +71,8 @@ def _defaults(parallel: ParallelConfig) -> dict[str, Any]:
         del zero["allgather_bucket_size"], zero["reduce_scatter"]
     return {
         "zero_optimization": zero,
-        "communication_data_type": "fp32",  # as in Megatron; bf16 halves the traffic and rounds every gradient
+        # As in Megatron; bf16 halves the traffic and rounds every gradient.
+        "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
@@ -83,7 +89,8 @@ def _read_json(path: str) -> dict[str, Any]:
         raise UserError(f"--deepspeed_config {path} is not a JSON object")
     if (config.get("fp16") or {}).get("loss_scale"):
         raise UserError(
-            f"--deepspeed_config {path}: fp16.loss_scale sets a constant scale; remove it, the loss scale is dynamic here"
+            f"--deepspeed_config {path}: fp16.loss_scale sets a constant scale; remove it, the loss scale "
+            "is dynamic here"
         )
     return config
 
@@ -91,18 +98,23 @@ def _read_json(path: str) -> dict[str, Any]:
 def _refuse_contradictions(
     derived: dict[str, Any], given: dict[str, Any], path: str | None, prefix: str = ""
 ) -> None:
-    """Raises `UserError` for a setting of the file that differs from the flags. `prefix`: the enclosing keys, `a.b.`."""
+    """Raises `UserError` for a setting of the file that differs from the flags.
+
+    `prefix`: the enclosing keys, `a.b.`.
+    """
     for key, value in given.items():
         expected = derived.get(key)
         if isinstance(expected, dict) and isinstance(value, dict):
             _refuse_contradictions(expected, value, path, f"{prefix}{key}.")
         elif key in derived and value not in (expected, "auto"):
             raise UserError(
-                f"--deepspeed_config {path}: {prefix}{key} = {value!r}, but the flags make it {expected!r}; correct one of them"
+                f"--deepspeed_config {path}: {prefix}{key} = {value!r}, but the flags make it {expected!r}; "
+                "correct one of them"
             )
     if not prefix and (extra := {"optimizer", "scheduler"} & given.keys()):
         raise UserError(
-            f"--deepspeed_config {path}: {', '.join(sorted(extra))} come from the flags (--lr, --adam-beta2 ...); remove them there"
+            f"--deepspeed_config {path}: {', '.join(sorted(extra))} come from the flags (--lr, --adam-beta2 "
+            "...); remove them there"
         )
 
 

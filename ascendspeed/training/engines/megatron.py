@@ -1,11 +1,14 @@
 """Megatron-core engine: its data parallelism, distributed optimizer and pipeline schedules, for every layout.
 
 Rules of the integration, each found by a wrong loss:
-- the loss of a micro-batch is its sum divided by the supervised tokens of the *global* batch, and gradients are not scaled
-  afterwards: the result is the mean over these tokens, whatever the layout (and fp16's loss scale has its usual meaning);
-- Megatron-core applies `wd_mult` in its scheduler, which is not used here: weight decay is set for each group of AdamW;
+- the loss of a micro-batch is its sum divided by the supervised tokens of the *global* batch, and gradients
+  are not scaled afterwards: the result is the mean over these tokens, whatever the layout (and fp16's loss
+  scale has its usual meaning);
+- Megatron-core applies `wd_mult` in its scheduler, which is not used here: weight decay is set for each group
+  of AdamW;
 - AdamW's states are created at once, each with its own `step`: a shared one would advance once per parameter;
-- in fp32 and bf16 Megatron-core would apply gradients that are not finite: the step is split, with a check in between.
+- in fp32 and bf16 Megatron-core would apply gradients that are not finite: the step is split, with a check in
+  between.
 """
 
 import math
@@ -47,7 +50,7 @@ class MegatronEngine(BaseEngine):
     def __init__(
         self, run: Run, grid: ProcessGrid, device: Device, kernels: Kernels, tensors: Tensors | None
     ) -> None:
-        """Builds the model, loads `tensors` (full, by Megatron names; None: `restore` follows) and wraps it."""
+        """Builds the model, loads `tensors` (full, by Megatron name; None: `restore` follows), wraps it."""
         super().__init__(run, grid, device)
         self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
         self.updates = 0
@@ -111,7 +114,9 @@ class MegatronEngine(BaseEngine):
         )
 
     def _adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
-        """torch's AdamW, whatever else is installed, with Megatron-core's parameter groups and with its states."""
+        """torch's AdamW, whatever else is installed, with Megatron-core's parameter groups and with its
+        states.
+        """
         decay = self.run.optim.weight_decay
         adamw = torch.optim.AdamW(
             [{"params": [], "weight_decay": decay * group["wd_mult"]} for group in groups],
@@ -172,9 +177,11 @@ class MegatronEngine(BaseEngine):
         return self._all_reduce_sum(total), int(self._all_reduce_sum(tokens, self.grid.dp_group))
 
     def _run_schedule(self, batches: list[Batch], scale: float, forward_only: bool = False) -> list[float]:
-        """Runs forward (and backward) over the micro-batches by the pipeline schedule; returns the loss sum of each.
+        """Runs forward (and backward) over the micro-batches by the pipeline schedule; returns the loss sum
+        of each.
 
-        Only the last pipeline stage reports losses, and of each tensor-parallel group only rank 0; other ranks return [].
+        Only the last pipeline stage reports losses, and of each tensor-parallel group only rank 0; other
+        ranks return [].
         """
         forward_backward = get_forward_backward_func()
         micro_batch, length = batches[0].tokens.shape
@@ -192,7 +199,9 @@ class MegatronEngine(BaseEngine):
     def _forward(
         self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel
     ) -> tuple[Tensor, Any]:
-        """Runs one micro-batch through a model chunk; returns its output and the function that makes the loss of it."""
+        """Runs one micro-batch through a model chunk; returns its output and the function that makes the loss
+        of it.
+        """
         batch = next(batches)
         tokens, labels, mask, positions = (
             self.sequence_shard.take(x, 1).to(self.device.torch)
@@ -211,7 +220,10 @@ class MegatronEngine(BaseEngine):
     # ---------------------------------------------------------------- checkpoint
 
     def fragments(self) -> Iterator[Fragment]:
-        """See `Engine.fragments`. A data-parallel rank has a whole parameter or, with the distributed optimizer, its shard."""
+        """See `Engine.fragments`.
+
+        A data-parallel rank has a whole parameter or, with the distributed optimizer, its shard.
+        """
         owned = dict(self._masters())
         for module in self.modules:
             for name, parameter in gpt_model.named_parameters(module).items():
@@ -232,7 +244,9 @@ class MegatronEngine(BaseEngine):
                     )
 
     def _masters(self) -> Iterator[tuple[torch.nn.Parameter, tuple[list[Tensor], int, tuple[int, int]]]]:
-        """Parameter -> ([master, exp_avg, exp_avg_sq], flat start within the parameter, (i, n)): the i-th of n holders."""
+        """Parameter -> ([master, exp_avg, exp_avg_sq], flat start within the parameter, (i, n)): the i-th of
+        n holders.
+        """
         for chained in self.optimizer.chained_optimizers:
             for parameter, master in _parameters_and_masters(chained):
                 state = chained.optimizer.state[master]
@@ -279,12 +293,14 @@ class MegatronEngine(BaseEngine):
 def _sum_gradients(
     model: list[DistributedDataParallel], num_tokens: Tensor | None = None, **groups: Any
 ) -> None:
-    """Sums gradients over the ranks that must agree; does not divide by `num_tokens`, since the losses are divided already."""
+    """Sums gradients over the ranks that must agree; does not divide by `num_tokens`, since the losses are
+    divided already.
+    """
     finalize_model_grads(model, None, **groups)
 
 
 def _parameters_and_masters(chained: Any) -> Iterator[tuple[torch.nn.Parameter, Tensor]]:
-    """Each parameter with its fp32 master (or this rank's shard of it) in one of Megatron-core's optimizers."""
+    """Each parameter with its fp32 master (or this rank's shard of it) in a Megatron-core optimizer."""
     if isinstance(chained, DistributedOptimizer):
         groups = zip(
             chained.model_fp32_groups + chained.model_float16_groups,

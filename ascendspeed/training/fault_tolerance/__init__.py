@@ -1,7 +1,8 @@
 """Fault tolerance of a run: stop signals, heartbeats between ranks, and checks of the loss.
 
-A run ends with exit code 0 (finished, or stopped by --exit-interval or --exit-duration-in-mins), 2 (user error), 69 (a rank is
-lost), 75 (saved and stopped after a signal) or 1 (a bug). After 69 and 75, --auto-resume continues it.
+A run ends with exit code 0 (finished, or stopped by --exit-interval or --exit-duration-in-mins), 2 (user
+error), 69 (a rank is lost), 75 (saved and stopped after a signal) or 1 (a bug). After 69 and 75,
+--auto-resume continues it.
 """
 
 import logging

@@ -1,7 +1,8 @@
 """Heartbeats between the ranks: if one dies, hangs or exits, the others name it and exit too.
 
-A thread of every rank regularly sends a UDP datagram to rank 0, which answers with the lost ranks. Collectives and stores are not
-used, because they hang when a rank is lost. If UDP is blocked, the monitor is inactive.
+A thread of every rank regularly sends a UDP datagram to rank 0, which answers with the lost ranks.
+Collectives and stores are not used, because they hang when a rank is lost. If UDP is blocked, the monitor is
+inactive.
 """
 
 import contextlib
@@ -24,7 +25,9 @@ INTERVAL = 2.0
 NAMED = 8
 """Largest number of lost ranks that are named; for a lost node some of its ranks suffice."""
 SILENT = 3
-"""Intervals without a heartbeat after which a rank is named if a collective fails; the timeout ends a run by itself."""
+"""Intervals without a heartbeat after which a rank is named if a collective fails; the timeout ends a run by
+itself.
+"""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ class Heartbeat:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Ends the thread. Raises `RankLost`, naming the rank, if a collective failed because a rank is lost."""
+        """Ends the thread. Raises `RankLost`, naming the rank, if a lost rank made a collective fail."""
         if self._thread is None:
             return
         try:
@@ -143,7 +146,9 @@ class Heartbeat:
             self._send({"rank": self._rank, "left": self._exit_message}, self._rank0_address)
 
     def _broadcast_report(self) -> None:
-        """Sends the lost ranks to all before rank 0 exits: else they would name rank 0, which falls silent, as the cause."""
+        """Sends the lost ranks to all before rank 0 exits: else they would name rank 0, which falls silent,
+        as the cause.
+        """
         if self._exit_message or self._lost_ranks():
             for address in self._addresses.values():
                 self._send(self._report(), address)
@@ -156,7 +161,9 @@ class Heartbeat:
         return {"silent": {rank: state.seconds for rank, state in lost if not state.message}, "left": exited}
 
     def _exit_if_lost(self) -> None:
-        """Ends this process if a rank is certainly lost: the main thread may hang in a collective, where no exception reaches it."""
+        """Ends this process if a rank is certainly lost: the main thread may hang in a collective, where no
+        exception reaches it.
+        """
         now = time.monotonic()
         if now - self._last_check > SILENT * self._interval:
             # This process itself was suspended (Ctrl-Z): the other ranks get their full time again.

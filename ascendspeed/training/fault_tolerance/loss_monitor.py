@@ -35,7 +35,7 @@ class LossMonitor:
         self.skipped_in_a_row = 0
 
     def check_step(self, before: TrainState, result: StepResult) -> None:
-        """Checks the result of the iteration that began at `before`; collective if the iteration was skipped."""
+        """Checks the result of the iteration that began at `before`; collective if it was skipped."""
         if result.skipped:
             finds_scale = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
             self.skipped_in_a_row += not finds_scale
@@ -50,7 +50,9 @@ class LossMonitor:
         self._check_spike(before, result.loss)
 
     def _cause_of_skip(self, before: TrainState, result: StepResult) -> str:
-        """Describes a skipped iteration: ranks and samples with a non-finite loss, or all samples if every loss is finite."""
+        """Describes a skipped iteration: ranks and samples with a non-finite loss, or all samples if every
+        loss is finite.
+        """
         bad_samples = self._bad_samples_by_rank(before, result)
         scale = f"loss scale {result.loss_scale:g}"
         samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
@@ -86,7 +88,8 @@ class LossMonitor:
             if height > SPIKE and not self._in_spike:
                 last = before.samples + self._run.train.global_batch_size - 1
                 logger.warning(
-                    f"iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations above the "
+                    f"iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations "
+                    "above the "
                     f"median {median:.4f} of the last {len(self._losses)}; samples {before.samples}-{last}"
                 )
             self._in_spike = height > SPIKE

@@ -1,4 +1,4 @@
-"""Stops all ranks after the same iteration: on a signal to any rank, at a time limit, or after a failed asynchronous save."""
+"""Stops all ranks after the same iteration: on a signal, at a time limit, or after a failed save."""
 
 import signal
 import time
@@ -39,13 +39,17 @@ class StopReason:
 
 
 class StopCoordinator:
-    """Lets the ranks agree, once per iteration, whether to stop: an all-reduce of one number over a CPU group.
+    """Lets the ranks agree, once per iteration, whether to stop: an all-reduce of one number over a CPU
+    group.
 
     Inside `with`, signals take effect at the end of the iteration. A second Ctrl-C ends the process at once.
     """
 
     def __init__(self, grid: ProcessGrid, group: Any, minutes: float | None = None) -> None:
-        """`group`: from `process_groups.new_cpu_group`, used by nothing else. `minutes`: time limit from now on."""
+        """`group`: from `process_groups.new_cpu_group`, used by nothing else.
+
+        `minutes`: time limit from now on.
+        """
         self._grid, self._group = grid, group
         self._deadline = time.monotonic() + minutes * 60 if minutes else None
         self._signal = 0
@@ -65,7 +69,10 @@ class StopCoordinator:
             signal.signal(number, self._earlier_handlers[number])
 
     def reason(self, failed: bool = False) -> StopReason | None:
-        """The reason of any rank; collective, and equal on every rank. `failed`: an asynchronous save of this rank has failed."""
+        """The reason of any rank; collective, and equal on every rank.
+
+        `failed`: an asynchronous save of this rank has failed.
+        """
         own_kind = 0
         if self._signal:
             own_kind = FIRST_SIGNAL + self._signal

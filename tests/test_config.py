@@ -1,4 +1,4 @@
-"""Run configuration: frozen, equal after a round trip through JSON, one spelling for one architecture."""
+"""Run configuration: frozen, equal after a round trip through JSON, one form for each architecture."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Context parallel without other ranks: which positions a rank has, and attention of chunks that begin later than the keys."""
+"""Context parallelism on one rank: positions of a rank, and attention of chunks that begin after the keys."""
 
 from types import SimpleNamespace
 
@@ -12,7 +12,7 @@ LENGTH, HEADS, GROUPS, D = 24, 4, 2, 8
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
-    """As megatron-core's own `get_batch_on_this_cp_rank` and TransformerEngine have it."""
+    """Chunks are those of megatron-core's own `get_batch_on_this_cp_rank` and of TransformerEngine."""
     from ascendspeed.models.gpt.context_parallel import SequenceShard
 
     whole, seen = torch.arange(LENGTH), []
@@ -95,7 +95,8 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
 
 
 def test_dropped_probabilities_are_those_of_the_chunk(cpu):
-    """With v the identity, what comes out are the probabilities: each is 0 or 1 / (1 - p) of what it was, and none is later."""
+    """With v the identity, what comes out are the probabilities: each is 0 or 1 / (1 - p) of what it was, and
+    none is later."""
     from ascendspeed.models.gpt.attention import attend
 
     q, k, _ = tensors(192)
@@ -129,7 +130,8 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_grows_with_the_length_not_with_its_square(cpu, dropout):
-    """Neither on the way nor among what the backward pass keeps, which is counted once for all views of a tensor."""
+    """Neither on the way nor among what the backward pass keeps, which is counted once for all views of a
+    tensor."""
     from ascendspeed.models.gpt.attention import attend
 
     def cost(length: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Choosing the device, with a stand-in for torch_npu; and what adapting torch on a CPU must leave alone."""
+"""Device selection, with a stand-in for torch_npu, and the limits of adapting torch on a CPU."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from ascendspeed.utils.errors import UserError
 
 
 def fake_npu(monkeypatch, available: bool = True) -> list[str]:
-    """Puts a torch_npu into sys.modules that notes what is asked of it."""
+    """Puts a stand-in for torch_npu, which records its calls, into sys.modules."""
     asked: list[str] = []
     npu = types.SimpleNamespace(
         is_available=lambda: available,
@@ -110,7 +110,8 @@ def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
 
 
 def test_adapting_torch_leaves_transformers_alone(tmp_path):
-    """A patched constructor once hid from `with torch.device("meta")`: models then loaded with uninitialised rope buffers."""
+    """A patched constructor once hid from `with torch.device("meta")`: models then loaded with uninitialised
+    rope buffers."""
     script = """
 import sys, torch
 if sys.argv[2] == "adapted":

@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig: every spelling in, one spelling out, and what cannot be expressed is refused."""
+"""config.json <-> ModelConfig: reads every spelling, writes one, and refuses what it cannot express."""
 
 from dataclasses import replace
 
@@ -339,7 +339,7 @@ def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
 
 
 def test_rope_scaling_is_written_with_two_entries():
-    """More, transformers before 4.43 and InternLM2's own code refuse; of these two the newest reads the same."""
+    """transformers before 4.43 and InternLM2's own code refuse a third entry; newer versions read two."""
     theirs = FAMILIES["llama"].write_config(
         llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4})
     )

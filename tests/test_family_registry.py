@@ -1,4 +1,5 @@
-"""Adding a model family: one entry reaches `--model`, `--load`, conversion, the support table and the estimates."""
+"""Adding a model family: one entry reaches `--model`, `--load`, conversion, the support table and the
+estimates."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""LoRA against peft: the same model, adapters and batches, and every loss of the run, under both engines and on every layout."""
+"""LoRA against peft: equal model, adapters and batches; every loss, under both engines, in every layout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,7 +180,8 @@ ALL_OTHERS = {which: [name for name in CASES if name not in FEW[which]] for whic
 
 
 def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting) -> Theme:
-    """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative
+    in fp32."""
     settings = {"biases": biases, "grouped": grouped}
     cases = {
         f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]
@@ -311,7 +312,8 @@ MODES = {
 def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
     """Resumes from a checkpoint.
 
-    The layout that saved it resumes bit by bit, dropout included; another layout or engine continues peft's curve.
+    The layout that saved it resumes bit by bit, dropout included; another layout or engine continues peft's
+    curve.
     """
     cases = {}
     for mode in modes:
@@ -443,7 +445,8 @@ def test_bf16_stays_in_a_band_around_fp32(biases, tmp_path):
 
 
 def test_nothing_is_kept_for_frozen_weights(cpu):
-    """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its base at first."""
+    """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its
+    base at first."""
     from ascendspeed.distributed import process_groups
     from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.training.engines.megatron import MegatronEngine

@@ -1,4 +1,4 @@
-"""The model against Hugging Face: losses, rope, types, dropout, padding, random weights. Its families: test_family_models.py."""
+"""The GPT model against Hugging Face: losses, rope, dtypes, dropout, padding, random weights."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The planner against the table of parameters, figures that were measured, and FLOPs counted by torch."""
+"""Estimates against known parameter counts, measured sizes, and FLOPs counted by torch."""
 
 import dataclasses
 
@@ -79,7 +79,7 @@ COUNTS = {  # of the published models, each once; 2.5 has the sizes of 2
 
 @pytest.mark.parametrize("name", COUNTS)
 def test_known_counts(name):
-    """As written out, and as Hugging Face's class counts when it is built without memory."""
+    """Counts equal those computed by hand, and those of Hugging Face's class on the meta device."""
     model = PRESETS[name]
     with torch.device("meta"):
         reference = AutoModelForCausalLM.from_config(oracle.config_of(model))
@@ -122,7 +122,8 @@ def test_pipeline_stages_share_the_layers():
 
 @pytest.mark.parametrize("name", ["internlm-7b", "gemma-7b", "baichuan2-tiny"])
 def test_the_fullest_pipeline_stage(name):
-    """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if that is tied."""
+    """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if
+    that is tied."""
     model, parallel = (
         SHAPES[name],
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
@@ -147,7 +148,8 @@ def test_flops_of_the_recipe():
     "name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"]
 )
 def test_flops_counted_by_torch(name):
-    """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal attention half of s x s."""
+    """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal
+    attention half of s x s."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, s = dataclasses.replace(SHAPES[name], num_layers=1), 64

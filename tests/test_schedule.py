@@ -1,4 +1,4 @@
-"""The learning rate against megatron.core's own scheduler, driven as Megatron-LM drives it: in samples, without skipped steps."""
+"""Learning-rate schedule against megatron.core's scheduler, driven in samples and without skipped steps."""
 
 import dataclasses
 
@@ -94,7 +94,8 @@ def test_equals_megatron_anywhere(style, train_iters, decay, warmup, lr, share, 
         assert isinstance(warmup, int)
         assert warmup >= (decay or train_iters)  # the one thing that can be wrong here
         return
-    # a fraction is multiplied by iterations here and by samples there, which may round differently in the last bit
+    # a fraction is multiplied by iterations here and by samples there, which may round differently in the
+    # last bit
     assert our_curve(optim, train_iters) == pytest.approx(
         megatron_curve(optim, train_iters, batch), rel=1e-12, abs=0
     )

@@ -1,4 +1,4 @@
-"""Packed rows against the same documents one by one through Hugging Face's model, under both engines; and what they are made of."""
+"""Packed sequences under both engines against Hugging Face's model on each document alone."""
 
 import inspect
 from dataclasses import asdict, replace
@@ -122,7 +122,8 @@ def theirs(model: ModelConfig, folder: Path) -> Any:
 def trained(
     model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder: Path
 ) -> tuple[Curve, dict[str, torch.Tensor]]:
-    """Plain torch, one document after the other: the curve, and by our names what Adam holds of the first step's gradients."""
+    """Plain torch, one document after the other: the curve, and by our names what Adam holds of the first
+    step's gradients."""
     data = [{name: column[i] for name, column in batches.items()} for i in range(steps)]
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     model = model if model.num_experts else replace(model, family="llama")
@@ -195,7 +196,7 @@ def layouts_of(world: int, data: Path, folder: Path) -> dict[str, dict[str, Any]
 
 
 def others(data: Path) -> dict[str, dict[str, Any]]:
-    """Other families; bf16; recomputation, whose second pass drops what the first one did."""
+    """Cases of other families, bf16, and recomputation, whose second pass must draw equal dropout masks."""
     layouts, cases = LAYOUTS[2] | {"ep2": EP}, {}
     for family, model in FAMILIES.items():
         cases |= {f"{family}: {name}": case(layouts[name], data, 3, model) for name in ELSEWHERE[family]}
@@ -232,7 +233,8 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
 
 
 def check(curves: dict[str, Curve], folder: Path) -> None:
-    """1e-5 relative for every loss and gradient norm in fp32; gradients tensor by tensor; controls are off by more."""
+    """1e-5 relative for every loss and gradient norm in fp32; gradients tensor by tensor; controls are off by
+    more."""
     batches, rows = packed()
     expected, moments = trained(INTERNLM, batches, rows, STEPS, folder / "internlm")
     families = {name: trained(model, batches, rows, 5, folder / name)[0] for name, model in FAMILIES.items()}
@@ -270,7 +272,8 @@ def run(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> None:
 
 
 def test_packed_rows_train_as_documents_one_by_one(tmp_path):
-    """Two ranks: losses, norms and gradients under ZeRO, TP, SP, PP, VPP, CP, EP, recomputation; InternLM, InternLM2, Mixtral."""
+    """Two ranks: losses, norms and gradients under ZeRO, TP, SP, PP, VPP, CP, EP, recomputation; InternLM,
+    InternLM2, Mixtral."""
     batches, _ = packed()
     data = written(batches, tmp_path / "data")
     run(2, layouts_of(2, data, tmp_path) | others(data) | controls(batches, data), tmp_path)
@@ -325,7 +328,8 @@ def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Softmax of all scores but those of other documents and of the future: q, k, v [b, heads, s, d], ids [b, s]."""
+    """Softmax of all scores but those of other documents and of the future: q, k, v [b, heads, s, d], ids [b,
+    s]."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     seen = (ids[:, :, None] == ids[:, None]) & torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()
     scores = (q @ k.mT * q.size(-1) ** -0.5).masked_fill(~seen[:, None], -torch.inf)
@@ -355,7 +359,8 @@ ROWS = st.lists(
 @settings(max_examples=25)
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
-    """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents begin."""
+    """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents
+    begin."""
     from ascendspeed.models.gpt.attention import attend_packed
     from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.packed_sequences import PackedSequences
@@ -455,7 +460,8 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
 
 
 def cuda_kernels() -> dict[str, tuple[str, Any]]:
-    """package -> (name, a stand-in with its signature): flash-attention, and torch's as it changed from 2.10 on."""
+    """package -> (name, a stand-in with its signature): flash-attention, and torch's as it changed from 2.10
+    on."""
 
     def causal(q, k, v, bounds_q, bounds_k, longest_q, longest_k, right: bool) -> torch.Tensor:
         assert right

@@ -354,7 +354,7 @@ class LoraConfig:
     lora_base: str | None = None
     """Current path of the base weights of the adapters in --load; None: the path at the time of saving."""
     lora_base_fingerprint: Suppress[str | None] = None
-    """Of the weights that the adapters belong to (`conversion.weights_identity.sampled`)."""
+    """Fingerprint of the base weights of the adapters (`conversion.weights_identity.sampled`)."""
 
 
 @dataclass(frozen=True)

@@ -130,9 +130,9 @@ class ShardSpec:
         """Shard of rank `rank`, a view of `full` where possible; rows of vocabulary padding are zero."""
         if self.padded_rows:
             rows = self.padded_rows // self.num_shards
-            held = full[rank * rows : (rank + 1) * rows]
-            missing = rows - len(held)
-            return torch.cat([held, full.new_zeros(missing, *full.shape[1:])]) if missing else held
+            shard = full[rank * rows : (rank + 1) * rows]
+            padding = rows - len(shard)
+            return torch.cat([shard, full.new_zeros(padding, *full.shape[1:])]) if padding else shard
         if self.dim is None or self.num_shards == 1:
             return full
         blocks = full.chunk(self.stride, self.dim)
@@ -219,8 +219,8 @@ def stored_tensors(
     blocks_of_tensors = [blocks] if len(parameter.hf_names) == 1 else [[block] for block in blocks]
     padded_rows = padded_vocab if mapping.partition == "vocab" else 0
     return [
-        stored_tensor(name, parameter, held, SHARD_DIM[mapping.partition], tp, rank, padded_rows)
-        for name, held in zip(parameter.hf_names, blocks_of_tensors, strict=True)
+        stored_tensor(name, parameter, group, SHARD_DIM[mapping.partition], tp, rank, padded_rows)
+        for name, group in zip(parameter.hf_names, blocks_of_tensors, strict=True)
     ]
 
 
@@ -262,8 +262,8 @@ def assemble(matrices: Iterable[tuple[Tensor, Iterable[Slice2D]]], region: Slice
     out = None
     missing = region.rows * region.columns
     for matrix, slices in matrices:
-        for held in slices:
-            common = held.intersection(region)
+        for stored in slices:
+            common = stored.intersection(region)
             if common is None:
                 continue
             rows = slice(common.local_row, common.local_row + common.rows)

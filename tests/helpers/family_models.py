@@ -1,4 +1,4 @@
-"""A tiny model of every family."""
+"""Tiny models of every family."""
 
 from dataclasses import replace
 
@@ -23,7 +23,8 @@ MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
     "internlm2-bias": shrunk(TINY["internlm2"], add_qkv_bias=True, add_dense_bias=True),
     "internlm3-bias": shrunk(TINY["internlm3"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True),
     "internlm3-bias-but-qkv": shrunk(TINY["internlm3"], add_dense_bias=True, add_mlp_bias=True),
-    "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True, rope_scaling_type="linear",
+    "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True,
+        rope_scaling_type="linear",
         rope_scaling_factor=4.0),
     "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
 }  # fmt: skip

@@ -1,4 +1,5 @@
-"""One rank of a test of the tensor-parallel linears: whether they give, without gradients, the bits of megatron-core's own."""
+"""Rank of a test of the tensor-parallel linears: the inference path must equal megatron-core's bit for
+bit."""
 
 import json
 import sys

@@ -1,6 +1,7 @@
 """One rank of a model test: logits, losses and gradients of every case of the job; the last rank writes them.
 
-A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}; cases of one layout are best named one after the other.
+A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}; cases of one layout are best named one
+after the other.
 """
 
 import json
@@ -13,7 +14,8 @@ from ascendspeed.distributed import device
 
 
 def main() -> None:
-    """Reads the job, runs the cases, saves NAME.logits [b, s, v], NAME.losses [b, s] and facts about the parameters."""
+    """Reads the job, runs the cases, saves NAME.logits [b, s, v], NAME.losses [b, s] and facts about the
+    parameters."""
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare("cpu")
 
@@ -91,7 +93,8 @@ def backward(model: Any, given: Any, out: Any) -> None:
 def facts_of(named: dict[str, Any]) -> dict[str, Any]:
     """Describes this rank's parameters.
 
-    Shapes, partition dimensions, `finite` (all gradients are finite) and `idle` (gradients that are 0 everywhere).
+    Shapes, partition dimensions, `finite` (all gradients are finite) and `idle` (gradients that are 0
+    everywhere).
     """
     return {
         "shapes": {n: list(p.shape) for n, p in named.items()},

@@ -1,4 +1,5 @@
-"""The independent reference: a plain torch loop over Hugging Face's model, one process, none of the project's model code."""
+"""Independent reference: a plain torch loop over Hugging Face's model in one process, without project
+code."""
 
 import copy
 import re
@@ -28,7 +29,8 @@ from ascendspeed.models.families import FAMILIES
 def hugging_face(
     model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None
 ) -> LlamaForCausalLM:
-    """HF Llama with our weights, plain rope unless given: InternLM v1 is Llama with biases on q, k, v and o."""
+    """HF Llama with our weights, plain rope unless given: InternLM v1 is Llama with biases on q, k, v and
+    o."""
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -55,10 +57,12 @@ def hugging_face(
 
 
 def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A Hugging Face model with random weights, biases and norms random too, and these as the family's checkpoints name them.
+    """A Hugging Face model with random weights, biases and norms random too, and these as the family's
+    checkpoints name them.
 
-    A family that transformers knows is built from the config.json that we write, and named by its `save_pretrained`. The others,
-    and biases that it cannot part, are a Llama: what makes them one is written out here, and owes nothing to the family's rows.
+    A family that transformers knows is built from the config.json that we write, and named by its
+    `save_pretrained`. The others, and biases that it cannot part, are a Llama: what makes them one is written
+    out here, and owes nothing to the family's rows.
     """
     reference = AutoModelForCausalLM.from_config(config_of(model), attn_implementation="sdpa").eval()
     randomize(reference, model, seed)
@@ -66,7 +70,8 @@ def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str
 
 
 def published(reference: PreTrainedModel, model: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a model of `native`, as the family's checkpoints name them. Once for baichuan, which it re-parametrizes."""
+    """The weights of a model of `native`, as the family's checkpoints name them. Once for baichuan, which it
+    re-parametrizes."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         named = load_file(Path(folder) / "model.safetensors")
@@ -86,7 +91,7 @@ def config_of(model: ModelConfig) -> PreTrainedConfig:
 
 
 def as_llama(model: ModelConfig) -> LlamaConfig:
-    """The dense families in the words of `LlamaConfig`."""
+    """`LlamaConfig` of a model of a dense family."""
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": model.rotary_base}
     if model.rope_scaling_type != "none":
         rope |= {"rope_type": model.rope_scaling_type, "factor": model.rope_scaling_factor}
@@ -109,7 +114,8 @@ def as_llama(model: ModelConfig) -> LlamaConfig:
 
 @torch.no_grad()
 def randomize(reference: PreTrainedModel, model: ModelConfig, seed: int) -> None:
-    """Matrices normal(0, std); what is added to biases and norms is too. Biases that the model lacks are 0."""
+    """Matrices normal(0, std); what is added to biases and norms is too. Biases that the model lacks are
+    0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in reference.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -132,7 +138,8 @@ def internlm(named: dict[str, Tensor], model: ModelConfig, reference: PreTrained
 
 
 def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
-    """Names of its own; wqkv holds, for each key/value head, the query heads that it serves, then k, then v."""
+    """Names of its own; wqkv holds, for each key/value head, the query heads that it serves, then k, then
+    v."""
     words = {
         "embed_tokens": "tok_embeddings",
         "lm_head": "output",
@@ -167,7 +174,8 @@ class RowsOfLength1(torch.nn.Module):
 
 
 def baichuan(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
-    """W_pack is q, then k, then v; the rows of the head have some length in the checkpoint, and length 1 when they are used."""
+    """W_pack is q, then k, then v; the rows of the head have some length in the checkpoint, and length 1 when
+    they are used."""
     found = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
     for layer in range(model.num_layers):
         where = f"model.layers.{layer}.self_attn."
@@ -197,8 +205,8 @@ def train(
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights.
 
-    `half`: a copy in another type that goes forward and backward over `samples` at a time (None: all); `model` holds the masters
-    and sums the gradients.
+    `half`: a copy in another type that goes forward and backward over `samples` at a time (None: all);
+    `model` holds the masters and sums the gradients.
     """
     worker = model if half is None else half
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -232,7 +240,8 @@ def train(
 
 
 def halved(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """A copy whose parameters are of another type; its buffers (the frequencies of the rotary embedding) are not."""
+    """A copy whose parameters are of another type; its buffers (the frequencies of the rotary embedding) are
+    not."""
     half = copy.deepcopy(model)
     for parameter in half.parameters():
         parameter.data = parameter.data.to(dtype)

@@ -1,4 +1,4 @@
-"""Interfaces of training data: `TokenDataset` (a kind of data) and `SampleSource` (its samples in a split)."""
+"""Interfaces of training data: `TokenDataset` (a kind of data), `SampleSource` (its samples in a split)."""
 
 from abc import ABC, abstractmethod
 from pathlib import Path

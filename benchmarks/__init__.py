@@ -1,8 +1,8 @@
-"""Scripts that measure; see README.md."""
+"""Benchmarks; README.md describes them."""
 
 import sys
 from pathlib import Path
 
 sys.path.append(
     str(Path(__file__).parent)
-)  # `python -m benchmarks.generate` finds what lies beside it as `python benchmarks/generate.py` does
+)  # `python -m benchmarks.generate` finds the modules beside it as `python benchmarks/generate.py` does

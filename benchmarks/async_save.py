@@ -1,9 +1,11 @@
-"""Time in which a checkpoint blocks training, saved synchronously and asynchronously; cost of the stop check.
+"""Measures the time that training loses for a checkpoint, with and without --async-save, and the cost of the
+stop decision.
 
     python benchmarks/async_save.py --out benchmarks/results/async-save.md
 
-Two ranks of ZeRO-2 train the same small model in turns with and without --async-save; all numbers are read from the runs' own logs.
-The iterations behind which a checkpoint is written share the machine with the writing: they are compared with the others.
+Two ranks of ZeRO-2 train the same small model in turns with and without --async-save; all numbers are read
+from the runs' own logs. Iterations during the writing of a checkpoint share the machine with it: they are
+compared with the others.
 """
 
 import datetime
@@ -36,7 +38,9 @@ class Options:
     """Flags of this benchmark."""
 
     layers: int = 8
-    """Architecture: width 512 and 24,064 words; 8 layers make 50 million parameters, 0.56 GiB of checkpoint."""
+    """Layers of a model of width 512 with 24,064 tokens: 8 give 50 million parameters, a checkpoint of 0.56
+    GiB.
+    """
     iters: int = 12
     """Iterations of a run."""
     every: int = 4
@@ -44,26 +48,26 @@ class Options:
     rounds: int = 2
     """Runs of each kind, in turns."""
     work: str = ".async_save"
-    """Folder for data and checkpoints: its disk is what is measured."""
+    """Folder for data and checkpoints; its disk is measured."""
     out: str | None = None
-    """Markdown file for the table; None: it is printed."""
+    """Markdown file for the table; None: print only."""
 
 
 @dataclass
-class Measured:
-    """One run."""
+class RunTimings:
+    """Times of one run."""
 
     seconds: list[float]
-    """From the start of each save to the checkpoint that is whole."""
+    """Seconds from the start of each save to the complete checkpoint."""
     stalls: list[float]
     calm: list[float]
-    """Milliseconds of the iterations while nothing is written."""
+    """Milliseconds of iterations without a save in progress."""
     busy: list[float]
-    """Milliseconds of those that follow the start of a save."""
+    """Milliseconds of the iterations after the start of a save."""
 
 
 def data(work: Path) -> Path:
-    """The prefix of a small data set; made when it is not there."""
+    """Returns the prefix of a small data set, which is created if missing."""
     prefix = work / "alpaca_text_document"
     if not prefix.with_suffix(".idx").exists():
         make = [
@@ -92,14 +96,14 @@ def data(work: Path) -> Path:
 
 
 def free_port() -> str:
-    """Description of this machine."""
+    """Returns a free TCP port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
 
 
-def train(options: Options, work: Path, behind: bool) -> Measured:
-    """One run, by torchrun."""
+def train(options: Options, work: Path, behind: bool) -> RunTimings:
+    """Runs training once, under torchrun."""
     shutil.rmtree(work / "run", ignore_errors=True)
     words = f"""-m torch.distributed.run --nproc-per-node 2 --master-port {free_port()} -- {ROOT}/pretrain_intern.py --deepspeed
         --zero-stage 2 --device cpu --model internlm-7b --num-layers {options.layers} --hidden-size 512 --ffn-hidden-size 1376
@@ -120,18 +124,18 @@ def train(options: Options, work: Path, behind: bool) -> Measured:
         line
         for line in metrics_log.read_lines(path)
         if isinstance(line, metrics_log.TrainLine) and line.iteration > 1
-    ]  # the first one warms up
+    ]  # the first iteration warms up
     calm, busy = [], []
     for line in lines:
         follows = (line.iteration - 1) % options.every == 0
         (busy if follows else calm).append(line.ms_per_iteration)
-    return Measured(
+    return RunTimings(
         [a for a, _ in saves[:-1]], [b for _, b in saves[:-1]], calm, busy
-    )  # the last one is waited for: the run ends
+    )  # the run waits for the last save, so it is left out
 
 
-def ask(rank: int, port: str, calls: int, out: Any) -> None:
-    """One of two ranks that ask whether to stop, and do nothing else."""
+def decide_to_stop(rank: int, port: str, calls: int, out: Any) -> None:
+    """Runs one of two ranks that only decide whether to stop."""
     place = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -159,11 +163,11 @@ def ask(rank: int, port: str, calls: int, out: Any) -> None:
     process_groups.destroy()
 
 
-def asking() -> float:
-    """Seconds per question, median."""
+def measure_stop_decision() -> float:
+    """Returns the median seconds per decision."""
     context, port = get_context("spawn"), free_port()
     out = context.Queue()
-    ranks = [context.Process(target=ask, args=(rank, port, 2000, out)) for rank in range(2)]
+    ranks = [context.Process(target=decide_to_stop, args=(rank, port, 2000, out)) for rank in range(2)]
     for process in ranks:
         process.start()
     seconds = out.get(timeout=300)
@@ -172,8 +176,8 @@ def asking() -> float:
     return seconds
 
 
-def table(options: Options, kinds: dict[str, list[Measured]], question: float) -> str:
-    """The report."""
+def table(options: Options, kinds: dict[str, list[RunTimings]], question: float) -> str:
+    """Formats the report."""
     rows = []
     for name, runs in kinds.items():
         numbers = [
@@ -182,7 +186,8 @@ def table(options: Options, kinds: dict[str, list[Measured]], question: float) -
         ]
         worst = max(x for run in runs for x in run.stalls)
         rows.append(
-            f"| {name} | {numbers[0]:.1f} s | {numbers[1]:.2f} s | {worst:.2f} s | {numbers[2]:.0f} ms | {numbers[3]:.0f} ms |"
+            f"| {name} | {numbers[0]:.1f} s | {numbers[1]:.2f} s | {worst:.2f} s | {numbers[2]:.0f} ms | "
+            f"{numbers[3]:.0f} ms |"
         )
     step = statistics.median(x for run in kinds["at once"] for x in run.calm)
     with open("/proc/cpuinfo") as lines:
@@ -208,19 +213,19 @@ ranks, {question / (step / 1e3):.3%} of an iteration here.
 
 
 def main() -> None:
-    """Both kinds in turns, the question, the table."""
+    """Runs both kinds in turns, measures the stop decision, and writes the table."""
     options = parser.parse(Options, description=__doc__ or "")
     work = Path(options.work).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    kinds: dict[str, list[Measured]] = {"at once": [], "behind the step": []}
+    kinds: dict[str, list[RunTimings]] = {"at once": [], "behind the step": []}
     for _ in range(options.rounds):
         for name, runs in kinds.items():
             runs.append(train(options, work, name != "at once"))
             print(f"{name}: {runs[-1]}", flush=True)
-    said = table(options, kinds, asking())
+    report = table(options, kinds, measure_stop_decision())
     if options.out:
-        Path(options.out).write_text(said)
-    print(said)
+        Path(options.out).write_text(report)
+    print(report)
 
 
 if __name__ == "__main__":

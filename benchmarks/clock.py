@@ -1,4 +1,4 @@
-"""What a run of one side took, by the wall and by the CPU; for benchmarks that have both sides in one process."""
+"""Measures wall and CPU time of a call, for benchmarks with both sides in one process."""
 
 import time
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Took:
-    """One run of one side."""
+class Timing:
+    """Seconds of one call."""
 
     wall: float
     cpu: float
 
 
-def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Took]:
-    """What it gave, and what it took."""
+def timed(run: Callable[[], Any], wait: Callable[[], None]) -> tuple[Any, Timing]:
+    """Returns the result of `run` and its times. `wait` synchronizes the device."""
     wait()
     wall, cpu = time.perf_counter(), time.process_time()
     value = run()
     wait()
-    return value, Took(time.perf_counter() - wall, time.process_time() - cpu)
+    return value, Timing(time.perf_counter() - wall, time.process_time() - cpu)

@@ -51,7 +51,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Result:
+class ConversionTiming:
     """One piece of work."""
 
     seconds: float
@@ -121,7 +121,7 @@ def _anonymous() -> int:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
 
 
-def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> Result:
+def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> ConversionTiming:
     """Runs in a fresh process."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -144,18 +144,18 @@ def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> R
     seconds = time.perf_counter() - start
     done.set()
     watcher.join()
-    return Result(
+    return ConversionTiming(
         seconds,
         sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
         max(0, peak - before),
     )
 
 
-def run(options: Options, folder: Path) -> dict[str, list[Result]]:
+def run(options: Options, folder: Path) -> dict[str, list[ConversionTiming]]:
     """Every piece of work in every round; the targets of a round are removed after it."""
     fresh = multiprocessing.get_context("spawn")
 
-    def alone(function: Callable, *args: object) -> Result:
+    def alone(function: Callable, *args: object) -> ConversionTiming:
         with fresh.Pool(1) as pool:
             return pool.apply(function, args)
 
@@ -166,7 +166,7 @@ def run(options: Options, folder: Path) -> dict[str, list[Result]]:
         alone(split, hf, folder / f"ranks-{tp}", tp)
         jobs[f"Hugging Face → Megatron TP {tp}"] = (partial(split, tp=tp), hf)
         jobs[f"Megatron TP {tp} → Hugging Face"] = (partial(merge, shard=shard), folder / f"ranks-{tp}")
-    results: dict[str, list[Result]] = {name: [] for name in jobs}
+    results: dict[str, list[ConversionTiming]] = {name: [] for name in jobs}
     for number in range(options.rounds):
         for name, (work, source) in jobs.items():
             results[name].append(alone(measure, work, source, folder / "out"))
@@ -175,7 +175,7 @@ def run(options: Options, folder: Path) -> dict[str, list[Result]]:
     return results
 
 
-def report(results: dict[str, list[Result]], options: Options) -> str:
+def report(results: dict[str, list[ConversionTiming]], options: Options) -> str:
     """A markdown table of medians; ratios are medians of the rounds' own."""
     size = results["copy"][0].written / GB
     lines = [

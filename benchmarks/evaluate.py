@@ -1,10 +1,12 @@
-"""Evaluation against lm-evaluation-harness' own model of transformers: the same questions, weights and batch size, in turns.
+"""Compares the speed of evaluation with lm-evaluation-harness' HFLM on the same questions and weights, in
+turns.
 
     python benchmarks/evaluate.py --threads 1 --out benchmarks/results/evaluate-cpu.md
     python benchmarks/evaluate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --questions 100 --out ...
 
-Both sides are the harness with all that it does: requests, tokens, the model, grades. The questions have MMLU's shape: subjects,
-examples before each question, four letters to choose from. What counts is the ratio theirs / ours; the log-likelihoods must agree.
+Both sides run the whole harness: requests, tokens, the model, grades. The questions have MMLU's format:
+subjects, examples before each question, four letters to choose from. The result is the ratio theirs / ours;
+the log-likelihoods must agree.
 """
 
 import contextlib
@@ -22,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clock import Took, timed
+from clock import Timing, timed
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
@@ -68,33 +70,33 @@ class Options:
     """Flags of this benchmark."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     model: str | None = None
     """A preset such as internlm2-7b; None: 16M parameters."""
     layers: int | None = None
-    """Layers, where the whole model does not fit twice."""
+    """Number of layers, if the whole model does not fit into memory twice."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Compute type."""
+    """Number format."""
     subjects: int = 3
-    """Subjects; MMLU has 57."""
+    """Number of subjects; MMLU has 57."""
     questions: int = 20
-    """Questions of each; MMLU has 246 on average."""
+    """Questions per subject; MMLU has 246 on average."""
     words: int = 40
-    """Words of a question."""
+    """Words per question."""
     shots: int = 5
     """Examples before each question."""
     batch_size: int = 8
-    """Rows side by side, on both sides."""
+    """Batch size of both sides."""
     rounds: int = 3
-    """Measured runs of each side, after one that warms up."""
+    """Measured runs of each side, after a warm-up run."""
     threads: int | None = None
-    """CPU threads; None: torch's choice. 1 where the machine is shared."""
+    """CPU threads; None: torch's default. Use 1 on a shared machine."""
     out: Path | None = None
     """Markdown file to write; None: print only."""
 
 
 def benchmark(options: Options) -> Benchmark:
-    """Questions of random words, in MMLU's shape."""
+    """Returns questions of random words in MMLU's format."""
     draw = random.Random(5)
 
     def question(name: str, length: int) -> Question:
@@ -113,7 +115,7 @@ def benchmark(options: Options) -> Benchmark:
 
 
 def write_model(folder: Path, model: ModelConfig) -> None:
-    """A Llama with random weights as a Hugging Face directory, and a tokenizer of the words."""
+    """Writes a Llama with random weights as a Hugging Face directory, with a tokenizer of WORDS."""
     import sentencepiece
     import torch
 
@@ -167,7 +169,7 @@ def write_model(folder: Path, model: ModelConfig) -> None:
 def sides(
     folder: Path, options: Options, here: Any
 ) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:
-    """The prompts, and for each side what gives the log-likelihoods of all choices."""
+    """Returns the prompts, and for each side a function that returns the log-likelihoods of all choices."""
     import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -181,16 +183,16 @@ def sides(
 
     tokens = tokenizer.load(folder)
     model = engine.load(folder, dtype=options.dtype, device=here)
-    room, one = model.config.max_position_embeddings, benchmark(options)
+    max_length, questions = model.config.max_position_embeddings, benchmark(options)
     put = find_style("lm-eval", "mmlu", options.shots)
-    prompts = list(build_prompts(one, put, PromptEncoder(tokens), room, 0))
+    prompts = list(build_prompts(questions, put, PromptEncoder(tokens), max_length, 0))
     theirs = HFLM(
         str(folder),
         device=str(here.torch),
         dtype={"fp32": "float32", "bf16": "bfloat16"}[options.dtype],
         batch_size=options.batch_size,
         add_bos_token=True,
-        max_length=room,
+        max_length=max_length,
     )
 
     def ask(adapter: Any) -> list[float]:
@@ -198,10 +200,10 @@ def sides(
         return [value for grade in grades for value in adapter.answers.records[grade.key]["loglikelihoods"]]
 
     def ask_ours() -> list[float]:
-        encoder = PromptEncoder(tokens)  # with nothing remembered
+        encoder = PromptEncoder(tokens)  # with an empty cache
         return ask(
             harness.HarnessModel(
-                EngineBackend(model, tokens, options.batch_size), encoder, room, AnswerCache(None, {})
+                EngineBackend(model, tokens, options.batch_size), encoder, max_length, AnswerCache(None, {})
             )
         )
 
@@ -220,7 +222,7 @@ def sides(
 
 
 def measure(options: Options) -> str:
-    """Markdown."""
+    """Measures both sides and returns the report."""
     from ascendspeed.distributed import device as devices
 
     here = devices.prepare(options.device)
@@ -239,7 +241,7 @@ def measure(options: Options) -> str:
         prompts, run = sides(folder, options, here)
         encoder = PromptEncoder(tokenizer.load(folder))
         lengths = [len(encoder.encode(prompt.context)) for prompt in prompts]
-        took: dict[str, list[Took]] = {"ours": [], "theirs": []}
+        took: dict[str, list[Timing]] = {"ours": [], "theirs": []}
         for number in range(options.rounds + 1):
             values = {}
             for side in took:
@@ -247,10 +249,10 @@ def measure(options: Options) -> str:
                 if number:
                     took[side].append(once)
                     print(f"round {number}: {side} {once.wall:.1f} s, {once.cpu:.1f} s of CPU", flush=True)
-        apart = max(abs(a - b) for a, b in zip(values["ours"], values["theirs"], strict=True))
-    if apart > (1e-4 if options.dtype == "fp32" else 0.5):
-        raise UserError(f"the sides differ by {apart:.2g}: they cannot be compared")
-    return _markdown(options, model, here, lengths, took, apart)
+        largest_difference = max(abs(a - b) for a, b in zip(values["ours"], values["theirs"], strict=True))
+    if largest_difference > (1e-4 if options.dtype == "fp32" else 0.5):
+        raise UserError(f"the sides differ by {largest_difference:.2g}: they cannot be compared")
+    return _markdown(options, model, here, lengths, took, largest_difference)
 
 
 def _markdown(
@@ -258,8 +260,8 @@ def _markdown(
     model: ModelConfig,
     here: Any,
     lengths: list[int],
-    took: dict[str, list[Took]],
-    apart: float,
+    took: dict[str, list[Timing]],
+    largest_difference: float,
 ) -> str:
     import torch
 
@@ -271,14 +273,15 @@ def _markdown(
     lines = [
         "# Evaluation against lm-evaluation-harness' HFLM",
         "",
-        f"{date.today()}, {here.name} ({here.kind}), {torch.get_num_threads()} thread(s), load {load:.0f} with that of others; "
-        f"Python {platform.python_version()}, torch {torch.__version__}, "
+        f"{date.today()}, {here.name} ({here.kind}), {torch.get_num_threads()} thread(s), load {load:.0f} "
+        f"with that of others; Python {platform.python_version()}, torch {torch.__version__}, "
         + ", ".join(f"{name} {version(name)}" for name in ("lm_eval", "transformers")),
         "",
-        f"{model.num_layers} layers of {model.hidden_size}, {options.dtype}; {options.subjects} subjects x {options.questions} "
-        f"questions, {options.shots} examples, prompts of {min(lengths)} to {max(lengths)} tokens (mean "
-        f"{statistics.mean(lengths):.0f}), 4 choices of one token, batch size {options.batch_size}, {options.rounds} rounds. "
-        f"Largest difference of two log-likelihoods: {apart:.1e}.",
+        f"{model.num_layers} layers of {model.hidden_size}, {options.dtype}; {options.subjects} subjects x "
+        f"{options.questions} questions, {options.shots} examples, prompts of {min(lengths)} to "
+        f"{max(lengths)} tokens (mean {statistics.mean(lengths):.0f}), 4 choices of one token, batch size "
+        f"{options.batch_size}, {options.rounds} rounds. Largest difference of two log-likelihoods: "
+        f"{largest_difference:.1e}.",
         "",
         "| | questions/s (median) | CPU s per question |",
         "|---|---|---|",
@@ -288,21 +291,23 @@ def _markdown(
         lines.append(f"| {side} | {len(lengths) / wall:.2f} | {cpu / len(lengths):.4f} |")
     lines += [
         "",
-        f"theirs / ours (median of the rounds): {ratio('wall'):.2f} in time, **{ratio('cpu'):.2f} in CPU time**",
+        f"theirs / ours (median of the rounds): {ratio('wall'):.2f} in time, **{ratio('cpu'):.2f} in CPU "
+        "time**",
         "",
     ]
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     if (
         min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1
         or options.shots < 0
     ):
         raise UserError(
-            "--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or more"
+            "--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or "
+            "more"
         )
     text = measure(options)
     print(text)

@@ -1,13 +1,14 @@
-"""Kills training again and again, by a seeded schedule, and looks whether the curve is that of a run that nobody touched.
+"""Kills training repeatedly by a seeded schedule and compares its curve with that of an uninterrupted run.
 
     python benchmarks/faults.py --kills 10 --out benchmarks/results/faults.md
 
-Every start is the real launcher (DeepSpeed's or torchrun, as the dice say) with two ranks of a real engine (one of LAYOUTS). A rank
-gets SIGKILL from outside: half of the kills are aimed at the time in which a checkpoint is being saved, the others at any moment
-from the start of the program on. What counts as inside is seen afterwards: that start left a step's folder under its temporary
-name. The run is started again with --auto-resume until it ends; then loss and gradient norm of every iteration, of all starts, must
-be those of the run that was left alone, in hexadecimal. The records are added to OUT with the ending .jsonl, and the table is made
-of all that lie there.
+Every start is a real launcher (DeepSpeed's or torchrun, at random) with two ranks of a real engine (one of
+LAYOUTS). A rank gets SIGKILL from outside: half of the kills are aimed at the time of a save, the others at
+any moment from the start of the program on. Whether a kill was inside a save is seen afterwards: that start
+left a step's folder under its temporary name. The run is restarted with --auto-resume until it ends; then
+loss and gradient norm of every iteration of all starts must equal those of the uninterrupted run, in
+hexadecimal. The records are appended to OUT with the ending .jsonl, and the table is made from all records
+there.
 """
 
 import contextlib
@@ -34,15 +35,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ITERS, EVERY = 40, 2
 """Iterations of a run, and between its checkpoints."""
 AHEAD = 10
-"""A kill comes at most so many iterations after the first one of its start."""
+"""Most iterations between the first one of a start and a kill."""
 WINDOW = 0.06
-"""Seconds: about as long as a save takes here."""
+"""Seconds: about the duration of a save here."""
 LAYOUTS = {
     "ZeRO-2": "--deepspeed --zero-stage 2",
     "Megatron's, PP2 x VPP2": "--pp 2 --num-layers-per-virtual-pipeline-stage 1",
     "Megatron's, shards, overlap": "--use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather",
 }
-"""Layout of the two ranks."""
+"""Layouts of the two ranks."""
 TRAINING = f"""--model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
     --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1 --auto-resume --device cpu""".split()
 
@@ -52,46 +53,46 @@ class Options:
     """Flags of this benchmark."""
 
     kills: int = 10
-    """Kills to add; the run that is under way when they are done is still brought to its end."""
+    """Kills to add; the last run is still brought to its end."""
     seed: int = 0
     """Seed of the schedule; records of another seed are added to the same file."""
     work: str = ".faults"
-    """Folder for data and runs; data that are there are used again."""
+    """Folder for data and runs; existing data are reused."""
     out: str | None = None
-    """Markdown file for the table, and beside it the records; None: the table is printed."""
+    """Markdown file for the table, with the records beside it; None: print only."""
     timeout_minutes: float = 0.5
     """The runs' --distributed-timeout-minutes."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill and what came of it."""
+    """One kill and its outcome."""
 
     seed: int
     launcher: str
     rank: int
     aimed_at_save: bool
     behind: bool
-    """With --async-save."""
+    """True with --async-save."""
     inside: bool
-    """A save was under way."""
+    """True if a save was in progress."""
     iteration: int
     """Iterations that the run had done before."""
     named: bool
-    """The other rank named the one that was lost."""
+    """True if the other rank named the lost one."""
     code: int
-    """The launcher's exit code."""
+    """Exit code of the launcher."""
     seconds: float
-    """From the kill to the end of the launcher."""
+    """Seconds from the kill to the end of the launcher."""
     layout: str = "ZeRO-2"
-    """One of LAYOUTS; the oldest records do not name theirs."""
+    """Key of LAYOUTS; the oldest records lack it."""
     same: bool | None = None
-    """The whole curve of its run, at the end, was that of the untouched one, in hexadecimal."""
+    """True if the whole curve of the run equals that of the uninterrupted one, in hexadecimal."""
 
 
 @dataclass
-class Place:
-    """The folder of one run."""
+class TrainingRun:
+    """One run and its folder."""
 
     folder: Path
     data: Path
@@ -100,7 +101,7 @@ class Place:
     behind: bool = False
 
     def start(self, launcher: str) -> subprocess.Popen:
-        """The launcher, with what it says in folder/said."""
+        """Starts the launcher, with its output in folder/said."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -145,32 +146,32 @@ class Place:
             )
 
     def end(self, launcher: subprocess.Popen) -> None:
-        """Waits for a start that nothing happens to."""
+        """Waits for the end of a start without a kill."""
         if code := launcher.wait():
             raise RuntimeError(
                 f"untouched, it ended with code {code}: {(self.folder / 'said').read_text()[-3000:]}"
             )
 
     def curve(self) -> list[str]:
-        """Lines of the iterations done, in all starts."""
+        """Returns a line for every iteration done, of all starts."""
         path = self.folder / "curve"
         return path.read_text().splitlines() if path.exists() else []
 
     def unfinished(self) -> set[tuple[str, int]]:
-        """The checkpoints that are being saved, or were when all were killed, and when they were last touched."""
+        """Returns name and modification time of checkpoints whose save is in progress or was interrupted."""
         found = set()
         for path in (self.folder / "ckpt").glob(".step_*.tmp"):
-            with contextlib.suppress(FileNotFoundError):  # it was finished at this moment
+            with contextlib.suppress(FileNotFoundError):  # its save ended in the meantime
                 found.add((path.name, path.stat().st_mtime_ns))
         return found
 
     def ranks(self) -> dict[int, int]:
-        """Rank -> process, of those that are there."""
+        """Returns rank -> process id of the running ranks."""
         found, mine = {}, f"FAULT_DIR={self.folder}".encode()
         for entry in Path("/proc").glob("[0-9]*"):
             try:
                 words = (entry / "environ").read_bytes().split(b"\0")
-            except OSError:  # not ours, or gone
+            except OSError:  # another user's process, or ended
                 continue
             rank = next((word[5:] for word in words if word.startswith(b"RANK=")), None)
             if rank is not None and mine in words:
@@ -179,7 +180,7 @@ class Place:
 
 
 def until(happened: Callable[[], bool], launcher: subprocess.Popen, pause: float = 0.002) -> bool:
-    """Waits; False when the launcher ended first."""
+    """Waits until `happened()`; returns False if the launcher ended first."""
     while not happened():
         if launcher.poll() is not None:
             return False
@@ -187,10 +188,10 @@ def until(happened: Callable[[], bool], launcher: subprocess.Popen, pause: float
     return True
 
 
-def kill(place: Place, dice: random.Random) -> Kill | None:
-    """One start with one kill; None when the run was over before."""
+def kill(run: TrainingRun, dice: random.Random) -> Kill | None:
+    """Does one start with one kill; returns None if the run ended before."""
     plan = {
-        "seed": place.options.seed,
+        "seed": run.options.seed,
         "launcher": dice.choice(["deepspeed", "torchrun"]),
         "rank": dice.randrange(2),
     }
@@ -200,36 +201,36 @@ def kill(place: Place, dice: random.Random) -> Kill | None:
         dice.randrange(AHEAD),
         dice.random(),
     )
-    place.behind = dice.random() < 0.5
-    already, left = len(place.curve()), place.unfinished()
-    launcher = place.start(plan["launcher"])
-    alive = until(lambda: len(place.ranks()) == 2, launcher, 0.05)
+    run.behind = dice.random() < 0.5
+    already, left = len(run.curve()), run.unfinished()
+    launcher = run.start(plan["launcher"])
+    alive = until(lambda: len(run.ranks()) == 2, launcher, 0.05)
     if alive and early and not at_save:
-        time.sleep(within * 8)  # while it imports, builds, verifies and loads
+        time.sleep(within * 8)  # during imports, building, verifying or loading
     elif alive:
-        alive = until(lambda: len(place.curve()) >= already + 1 + ahead, launcher)
+        alive = until(lambda: len(run.curve()) >= already + 1 + ahead, launcher)
         if alive and at_save:
-            alive = until(lambda: bool(place.unfinished() - left), launcher, 0.0005)
+            alive = until(lambda: bool(run.unfinished() - left), launcher, 0.0005)
         time.sleep(within * WINDOW)
-    victim = place.ranks().get(plan["rank"])
+    victim = run.ranks().get(plan["rank"])
     if not alive or victim is None or launcher.poll() is not None:
-        place.end(launcher)
+        run.end(launcher)
         return None
-    done, began = len(place.curve()), time.monotonic()
+    done, began = len(run.curve()), time.monotonic()
     os.kill(victim, signal.SIGKILL)
     try:
         code = launcher.wait(timeout=180)
     except subprocess.TimeoutExpired:
-        for process in (launcher.pid, *place.ranks().values()):
+        for process in (launcher.pid, *run.ranks().values()):
             os.kill(process, signal.SIGKILL)
-        raise RuntimeError(f"{place.folder}: the launcher did not end in 180 s after a kill") from None
-    said = (place.folder / "said").read_text()
+        raise RuntimeError(f"{run.folder}: the launcher did not end in 180 s after a kill") from None
+    said = (run.folder / "said").read_text()
     return Kill(
         **plan,
-        layout=place.layout,
+        layout=run.layout,
         aimed_at_save=at_save,
-        behind=place.behind,
-        inside=bool(place.unfinished() - left),  # what the kill before left does not count
+        behind=run.behind,
+        inside=bool(run.unfinished() - left),  # leftovers of the previous kill do not count
         iteration=done,
         named=f"rank {plan['rank']} gave no sign of life" in said,
         code=code,
@@ -237,43 +238,43 @@ def kill(place: Place, dice: random.Random) -> Kill | None:
     )
 
 
-def one_run(place: Place, reference: dict[str, str], dice: random.Random, most: int) -> list[Kill]:
-    """A run to its end, with at most so many kills; the curve of all its starts is compared."""
-    shutil.rmtree(place.folder, ignore_errors=True)
-    place.folder.mkdir(parents=True)
+def one_run(run: TrainingRun, reference: dict[str, str], dice: random.Random, most: int) -> list[Kill]:
+    """Runs training to its end, with at most `most` kills, and compares the curve of all its starts."""
+    shutil.rmtree(run.folder, ignore_errors=True)
+    run.folder.mkdir(parents=True)
     kills: list[Kill] = []
     finished = re.compile(rf"^{ITERS} ", re.MULTILINE)
-    while not finished.search("\n".join(place.curve())) or place.unfinished():
+    while not finished.search("\n".join(run.curve())) or run.unfinished():
         if len(kills) < most:
-            if found := kill(place, dice):
+            if found := kill(run, dice):
                 kills.append(found)
-                (place.folder / "said").rename(place.folder / f"said.{len(kills)}")
+                (run.folder / "said").rename(run.folder / f"said.{len(kills)}")
                 print(f"kill {len(kills)} of this run: {found}", flush=True)
         else:
-            place.end(place.start("deepspeed"))
-    wrong = [line for line in place.curve() if reference.get(line.split()[0]) != line]
-    same = not wrong and {line.split()[0] for line in place.curve()} == set(reference)
+            run.end(run.start("deepspeed"))
+    wrong = [line for line in run.curve() if reference.get(line.split()[0]) != line]
+    same = not wrong and {line.split()[0] for line in run.curve()} == set(reference)
     if not same:
-        kept = place.folder.rename(f"{place.folder}-{time.time_ns()}")
+        kept = run.folder.rename(f"{run.folder}-{time.time_ns()}")
         print(f"{kept}: {len(wrong)} iterations differ, first {wrong[:1]}", flush=True)
     return [Kill(**asdict(one) | {"same": same}) for one in kills]
 
 
-def untouched(place: Place) -> dict[str, str]:
-    """Iteration -> line of a run that nothing happens to; made twice, by both launchers, and equal."""
+def untouched(run: TrainingRun) -> dict[str, str]:
+    """Returns iteration -> line of an uninterrupted run; both launchers must give the same."""
     curves = []
     for launcher in ("deepspeed", "torchrun"):
-        shutil.rmtree(place.folder, ignore_errors=True)
-        place.folder.mkdir(parents=True)
-        place.end(place.start(launcher))
-        curves.append({line.split()[0]: line for line in place.curve()})
+        shutil.rmtree(run.folder, ignore_errors=True)
+        run.folder.mkdir(parents=True)
+        run.end(run.start(launcher))
+        curves.append({line.split()[0]: line for line in run.curve()})
     if curves[0] != curves[1] or len(curves[0]) != ITERS:
         raise RuntimeError("two untouched runs have different curves; nothing can be compared with them")
     return curves[0]
 
 
 def table(records: list[dict]) -> str:
-    """The report of all records."""
+    """Formats the report of all records."""
     seeds = sorted({one["seed"] for one in records})
     rows = []
     for name, chosen in (
@@ -291,7 +292,8 @@ def table(records: list[dict]) -> str:
             same, named = sum(bool(one["same"]) for one in chosen), sum(one["named"] for one in chosen)
             seconds = sorted(one["seconds"] for one in chosen)
             rows.append(
-                f"| {name} | {len(chosen)} | {same} | {named} | {seconds[len(seconds) // 2]:.1f} | {seconds[-1]:.1f} |"
+                f"| {name} | {len(chosen)} | {same} | {named} | {seconds[len(seconds) // 2]:.1f} | "
+                f"{seconds[-1]:.1f} |"
             )
     share = sum(one["inside"] for one in records) / max(1, len(records))
     return f"""# Killed again and again
@@ -308,7 +310,7 @@ ranks know each other, and the launcher ends the others at once, is not named.
 
 
 def device_name() -> str:
-    """Name of the processor."""
+    """Returns the name of the processor."""
     with open("/proc/cpuinfo") as lines:
         return next(
             (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
@@ -317,7 +319,7 @@ def device_name() -> str:
 
 
 def main() -> int:
-    """Data, the untouched run, kills, the table; exit code 1 when a curve differs."""
+    """Makes data, runs, kills and the table; returns 1 if a curve differs."""
     options = parser.parse(Options, description=__doc__ or "")
     work, records = (
         Path(options.work).resolve(),
@@ -354,9 +356,12 @@ def main() -> int:
     while len(kills) < options.kills:
         layout = dice.choice(list(LAYOUTS))
         if layout not in references:
-            references[layout] = untouched(Place(work / "untouched", work, options, layout))
+            references[layout] = untouched(TrainingRun(work / "untouched", work, options, layout))
         found = one_run(
-            Place(work / "run", work, options, layout), references[layout], dice, options.kills - len(kills)
+            TrainingRun(work / "run", work, options, layout),
+            references[layout],
+            dice,
+            options.kills - len(kills),
         )
         kills += found
         if records:

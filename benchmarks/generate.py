@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clock import Took, timed
+from clock import Timing, timed
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
@@ -29,7 +29,7 @@ from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
-Runs = dict[str, list[tuple[Took, Took]]]
+Runs = dict[str, list[tuple[Timing, Timing]]]
 """Side -> (time to the first token, total time) of every round; "ours" is the project, "theirs" Hugging
 Face."""
 
@@ -178,7 +178,7 @@ def measure_sides(options: Options, device: Any, sides: dict[str, Callable], cas
     return runs
 
 
-def parts(run: tuple[Took, Took], clock: str, new_tokens: int) -> tuple[float, float]:
+def parts(run: tuple[Timing, Timing], clock: str, new_tokens: int) -> tuple[float, float]:
     """Returns the seconds to the first token and of each further one."""
     first, total = (getattr(took, clock) for took in run)
     return first, (total - first) / (new_tokens - 1)
@@ -218,16 +218,13 @@ def report(results: dict[tuple[int, int], Runs], options: Options, device: Any) 
     same_tokens = " The tokens were the same." if options.dtype == "fp32" else ""
     return (
         f"# Generation against Hugging Face's generate\n\n{datetime.date.today()}, {device.name}, "
-        f"{os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}.\n\n"
+        f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
+        f"{versions}.\n\n"
         f"{options.model}: {estimates.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} "
-        "layers, "
-        f"hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys and "
-        f"values, {options.dtype}; "
-        f"{options.new_tokens} new tokens, greedy; {options.rounds} rounds in turns, medians. Milliseconds "
-        "to the first token, and "
-        "for each further one (of the whole batch); theirs / ours with least and largest, then that of CPU "
-        "time. Above 1 ours is "
+        f"layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys "
+        f"and values, {options.dtype}; {options.new_tokens} new tokens, greedy; {options.rounds} rounds in "
+        "turns, medians. Milliseconds to the first token, and for each further one (of the whole batch); "
+        "theirs / ours with least and largest, then that of CPU time. Above 1 ours is "
         f"faster.{same_tokens}\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
     )
 

@@ -105,12 +105,9 @@ def main() -> None:
 
     text = (
         f"# A long prompt\n\n{datetime.date.today()}, {devices.prepare('cpu').name}, 1 thread; Python "
-        f"{platform.python_version()}, "
-        f"{versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden {MODEL.hidden_size}, "
-        f"{MODEL.num_attention_heads} heads, "
-        f"{MODEL.kv_heads} of keys and values, fp32; {options.new_tokens} new tokens.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{platform.python_version()}, {versions}. A tiny InternLM2: {MODEL.num_layers} layers, hidden "
+        f"{MODEL.hidden_size}, {MODEL.num_attention_heads} heads, {MODEL.kv_heads} of keys and values, fp32; "
+        f"{options.new_tokens} new tokens.\n\n" + "\n".join(lines) + "\n"
     )
     if options.out:
         options.out.write_text(text)

@@ -1,14 +1,17 @@
-"""Attention within the documents of packed rows, in the ways there are: values and gradients, in one process, in turns.
+"""Compares methods for attention within packed documents: forward and backward, in one process, in turns.
 
     python benchmarks/packed_attention.py --threads 1 --out benchmarks/results/packed-attention-cpu.md
     python benchmarks/packed_attention.py --device cuda --dtypes bf16 --heads 32 --groups 8 --head-dim 128 --rows 4
 
-- `documents`: ours, torch's SDPA on one document after the other; `kernel`: the device's own for sequences of various lengths.
-- `grouped`: SDPA on the documents of similar lengths at once, padded to multiples of 64.
-- `block mask`: SDPA once, with a mask of s x s that hides the other documents.
-- `whole row`: SDPA once, causal over the row. Another function: documents see those before them. What packing costs without masks.
+- `documents`: this project's: torch's SDPA on one document after the other.
+- `kernel`: the device's variable-length kernel.
+- `grouped`: SDPA on documents of similar lengths at once, padded to multiples of 64.
+- `block mask`: one SDPA call with an s x s mask that hides the other documents.
+- `whole row`: one causal SDPA call over the row. A different function, as documents see those before them:
+  the cost of packing without masks.
 
-What counts is the ratio of neighbours, another way / `documents`: above 1 ours is faster. All but `whole row` must give the same.
+The result is the ratio of neighbouring runs, other method / `documents`: above 1 this project is faster. All
+but `whole row` must give the same values.
 """
 
 import datetime
@@ -23,14 +26,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clock import Took, timed
+from clock import Timing, timed
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
 
 SAME = {"fp32": 1e-5, "bf16": 2e-2}
-"""Largest difference between the ways."""
+"""Largest difference between the methods."""
 
 
 @dataclass(frozen=True)
@@ -38,31 +41,31 @@ class Options:
     """Flags of this benchmark."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Compute types."""
+    """Number formats."""
     seq_length: int = 2048
-    """Tokens of a row."""
+    """Tokens per row."""
     rows: int = 2
-    """Rows of the batch."""
+    """Rows per batch."""
     medians: tuple[int, ...] = (100, 250)
-    """Median lengths of documents; they are spread as those of Alpaca are, some several times as long."""
+    """Median lengths of documents, distributed as in Alpaca: some are several times as long."""
     heads: int = 16
-    """Heads of queries."""
+    """Query heads."""
     groups: int = 8
-    """Heads of keys and values."""
+    """Key/value heads."""
     head_dim: int = 64
     """Size of a head."""
     rounds: int = 7
-    """Measured turns of each way, after one that warms up."""
+    """Measured runs of each method, after a warm-up run."""
     threads: int | None = None
-    """CPU threads; None: torch's choice. 1 where the machine is shared."""
+    """CPU threads; None: torch's default. Use 1 on a shared machine."""
     out: Path | None = None
     """Markdown file to write; None: print only."""
 
 
 def draw(options: Options, median: int) -> tuple[tuple[int, ...], ...]:
-    """Lengths in every row: log-normal with a spread of 0.6; what is left at the end of a row is padding."""
+    """Returns the document lengths of every row: log-normal with sigma 0.6; the rest of a row is padding."""
     import torch
 
     generator, rows = torch.Generator().manual_seed(median), []
@@ -76,7 +79,7 @@ def draw(options: Options, median: int) -> tuple[tuple[int, ...], ...]:
 
 
 def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
-    """Name -> (q [b, heads, s, d], k, v [b, groups, s, d]) -> [b, heads, s, d]."""
+    """Returns method -> function of (q [b, heads, s, d], k, v [b, groups, s, d]) that gives [b, heads, s, d]."""
     import torch
     from torch.nn import functional as F
 
@@ -122,7 +125,9 @@ def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
 
 
 def groups_of(lengths: list[int], device: Any) -> tuple[list[Any], Any]:
-    """For each padded length the places [documents, length] to take; and of every token, which of those taken is it."""
+    """Returns index tensors [documents, length] for each padded length, and for every token its place in
+    their concatenation.
+    """
     import torch
 
     sizes: dict[int, list[tuple[int, int]]] = {}
@@ -141,8 +146,8 @@ def groups_of(lengths: list[int], device: Any) -> tuple[list[Any], Any]:
     return takes, gives.to(device)
 
 
-def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dict[str, list[Took]]]]:
-    """(dtype, median length) -> (documents, way -> what every turn took)."""
+def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dict[str, list[Timing]]]]:
+    """Returns (dtype, median length) -> (number of documents, method -> its times)."""
     import torch
 
     from ascendspeed.models.gpt.packed_sequences import PackedSequences
@@ -160,14 +165,14 @@ def measure(options: Options, here: Any) -> dict[tuple[str, int], tuple[int, dic
     return found
 
 
-def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -> dict[str, list[Took]]:
-    """What each way took in every turn. Raises `UserError` when two do not agree."""
+def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -> dict[str, list[Timing]]:
+    """Returns the times of each method. Raises UserError if two do not agree."""
     import torch
 
     from ascendspeed.models.gpt.layer_spec import DTYPES
 
     generator = torch.Generator().manual_seed(1)
-    qkv = [  # as the model gives them: [s, b, heads, d], permuted
+    qkv = [  # in the model's memory layout: [s, b, heads, d], permuted
         torch.randn(options.seq_length, options.rows, heads, options.head_dim, generator=generator)
         .to(here.torch, DTYPES[dtype])
         .permute(1, 2, 0, 3)
@@ -180,7 +185,7 @@ def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -
         torch.autograd.grad(out, qkv, torch.ones_like(out))
         return out.detach()
 
-    took: dict[str, list[Took]] = {name: [] for name in calls}
+    took: dict[str, list[Timing]] = {name: [] for name in calls}
     values: dict[str, Any] = {}
     for number in range(options.rounds + 1):
         for name, call in list(calls.items())[:: 1 if number % 2 else -1]:
@@ -194,8 +199,8 @@ def turns(calls: dict[str, Callable], options: Options, here: Any, dtype: str) -
     return took
 
 
-def cells(took: dict[str, list[Took]]) -> str:
-    """Milliseconds of `documents`, and of each other way its ratio to it."""
+def cells(took: dict[str, list[Timing]]) -> str:
+    """Formats the milliseconds of `documents` and the ratio of each other method to it."""
     parts = [f"{1000 * statistics.median(one.wall for one in took['documents']):.1f}"]
     for name, turns in took.items():
         if name != "documents":
@@ -212,9 +217,9 @@ def cells(took: dict[str, list[Took]]) -> str:
 
 
 def report(
-    found: dict[tuple[str, int], tuple[int, dict[str, list[Took]]]], options: Options, here: Any
+    found: dict[tuple[str, int], tuple[int, dict[str, list[Timing]]]], options: Options, here: Any
 ) -> str:
-    """The markdown file."""
+    """Formats the markdown file."""
     import torch
 
     (_, first), *_ = found.values()
@@ -225,12 +230,14 @@ def report(
     ]
     load = os.getloadavg()[0]
     return (
-        f"# Attention within packed documents\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} cores, "
-        f"{torch.get_num_threads()} threads, load {load:.0f} with that of others; Python {platform.python_version()}, "
-        f"torch {version('torch')}.\n\n{options.rows} rows of {options.seq_length} tokens, {options.heads} heads, "
-        f"{options.groups} of keys and values, of {options.head_dim}; values and gradients; {options.rounds} rounds in turns, "
-        "medians. Milliseconds of `documents`; of the other ways the ratio to it, with least and largest, then that of CPU time. "
-        "Above 1 ours is faster. All but `whole row`, where documents see those before them, gave the same values.\n\n"
+        f"# Attention within packed documents\n\n{datetime.date.today()}, {here.name}, {os.cpu_count()} "
+        f"cores, {torch.get_num_threads()} threads, load {load:.0f} with that of others; Python "
+        f"{platform.python_version()}, torch {version('torch')}.\n\n{options.rows} rows of "
+        f"{options.seq_length} tokens, {options.heads} heads, {options.groups} of keys and values, of "
+        f"{options.head_dim}; values and gradients; {options.rounds} rounds in turns, medians. Milliseconds "
+        "of `documents`; of the other ways the ratio to it, with least and largest, then that of CPU time. "
+        "Above 1 ours is faster. All but `whole row`, where documents see those before them, gave the same "
+        "values.\n\n"
         f"| type | median length | documents | documents, ms | {names} |\n|{'---|' * (3 + len(first))}\n"
         + "\n".join(lines)
         + "\n"
@@ -238,7 +245,7 @@ def report(
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     from ascendspeed.distributed import device as devices
 

@@ -1,14 +1,14 @@
-"""Preprocessing against its peers: bare sentencepiece, and Megatron-LM's own tool where its source is at hand.
+"""Compares preprocessing with bare sentencepiece, and with Megatron-LM's tool if a checkout is given.
 
     python benchmarks/preprocess.py --output benchmarks/results/preprocess.md [--megatron DIR] [--tokenizer DIR]
 
-Every arm turns the same text into ids with the same tokenizer.model and the same number of processes, each as a program of
-its own, in turns: ours (parquet -> .bin/.idx), ours with masks (the same text as questions and answers of half a document
-each -> ids and labels), bare (parquet -> sentencepiece, batches of 512, ids thrown away) and Megatron's (jsonl ->
-.bin/.idx). Starting a program takes seconds where it imports torch and says nothing about a large corpus, so every arm is
-also run on next to no text in every round, and rates are given with that time and without it. The text is the source of the
-installed Python library.
-DIR of --megatron is a checkout of github.com/NVIDIA/Megatron-LM whose tools/ and megatron/ belong to one version.
+Every method turns the same text into ids with the same tokenizer.model and number of processes, each as its
+own program, in turns: this project's (parquet -> .bin/.idx), this project's with masks (the same text as
+questions and answers of half a document each -> ids and labels), bare (parquet -> sentencepiece, batches of
+512, ids discarded) and Megatron's (jsonl -> .bin/.idx). Starting a program takes seconds if it imports torch,
+which is irrelevant for a large corpus: every method also runs on a tiny corpus in every round, and rates are
+given with and without that time. The text is the source of the installed Python library. DIR of --megatron is
+a checkout of github.com/NVIDIA/Megatron-LM whose tools/ and megatron/ belong to one version.
 """
 
 import datetime
@@ -34,13 +34,13 @@ from ascendspeed.utils import errors
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "fixtures" / "tokenizers" / "internlm"
 CHARS = 3000
-"""Of one document, about."""
+"""Approximate characters of a document."""
 
 
 Seconds = tuple[float, float, float, float]
-"""Of one run: wall and CPU of the program and its processes on the corpus, then both on next to no text."""
+"""Wall and CPU seconds of a run's processes on the corpus, then both on a tiny corpus."""
 Times = dict[str, dict[str, list[Seconds]]]
-"""Workers -> arm -> every round."""
+"""Workers -> method -> seconds of every round."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,23 @@ class Options:
     """Flags of this benchmark."""
 
     output: Path | None = None
-    """Markdown file to write; the figures go beside it as .json. Default: print only."""
+    """Markdown file to write, with the measurements beside it as .json. None: print only."""
     megatron: Path | None = None
     """Checkout of Megatron-LM to compare with."""
     tokenizer: Path | None = None
-    """Directory with tokenizer.model; default: InternLM's of the shared fixtures, else one trained on the spot."""
+    """Directory with tokenizer.model; default: InternLM's of the shared fixtures, else one trained for the
+    benchmark.
+    """
     workers: tuple[int, ...] = (1, 2)
     """Numbers of processes."""
     rounds: int = 3
-    """Runs of every arm, in turns."""
+    """Runs of every method, in turns."""
     megabytes: int = 32
-    """Of text."""
+    """Megabytes of text."""
 
 
 def corpus(megabytes: int) -> list[str]:
-    """Pieces of the library's source, whole lines, the same every time."""
+    """Returns documents of whole lines of the standard library's source, always the same."""
     texts, size = [], 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
         if "site-packages" in path.parts:
@@ -80,7 +82,7 @@ def corpus(megabytes: int) -> list[str]:
 
 
 def write(folder: Path, texts: Sequence[str]) -> int:
-    """The corpus as parquet and as jsonl; returns its bytes."""
+    """Writes the corpus as parquet and as jsonl; returns its bytes."""
     import pyarrow
     import pyarrow.parquet
 
@@ -97,7 +99,7 @@ def write(folder: Path, texts: Sequence[str]) -> int:
 
 
 def bare_share(path: str, model: str, share: int, of: int) -> None:
-    """What one process of the bare arm does: its row groups through sentencepiece."""
+    """Runs one process of bare sentencepiece over its row groups."""
     import pyarrow.parquet
     import sentencepiece
 
@@ -109,20 +111,20 @@ def bare_share(path: str, model: str, share: int, of: int) -> None:
 
 
 def bare(path: str, model: str, workers: int) -> None:
-    """The bare arm."""
+    """Runs bare sentencepiece."""
     processes = [
         get_context("spawn").Process(target=bare_share, args=(path, model, n, workers))
         for n in range(workers)
     ]
     for process in processes[1:]:
         process.start()
-    bare_share(path, model, 0, workers)  # as ours, one worker needs no second process
+    bare_share(path, model, 0, workers)  # as in this project, one worker needs no second process
     for process in processes[1:]:
         process.join()
 
 
 def commands(folder: Path, tokenizer: Path, workers: int, megatron: Path | None) -> dict[str, list[str]]:
-    """Arm -> its program."""
+    """Returns method -> its command."""
     model, me = str(tokenizer / "tokenizer.model"), [sys.executable, __file__]
     ours = [
         sys.executable,
@@ -163,7 +165,10 @@ def commands(folder: Path, tokenizer: Path, workers: int, megatron: Path | None)
 
 
 def timed(command: Sequence[str], megatron: Path | None) -> tuple[float, float]:
-    """(wall seconds, CPU seconds of the program and its processes). Raises `UserError` when it fails."""
+    """Returns (wall seconds, CPU seconds) of a command and its child processes.
+
+    Raises UserError if it fails.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | ({"PYTHONPATH": str(megatron)} if megatron else {})
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -174,7 +179,7 @@ def timed(command: Sequence[str], megatron: Path | None) -> tuple[float, float]:
 
 
 def measure(options: Options, folder: Path, tokenizer: Path) -> Times:
-    """Runs every arm in turns, on the corpus and on next to nothing."""
+    """Runs every method in turns, on the corpus and on the tiny one."""
     times: Times = {}
     for number in range(options.rounds):
         for workers in options.workers:
@@ -193,11 +198,11 @@ KINDS: dict[str, Callable[[Seconds], float]] = {
     "MB/s without start": lambda t: t[0] - t[2],
     "MB per CPU second without start": lambda t: t[1] - t[3],
 }
-"""How a rate is made of the seconds of a run."""
+"""Rate -> its seconds, from those of a run."""
 
 
 def table(times: Times, size: int) -> str:
-    """Medians of the rates, and medians of the ratios within each round."""
+    """Formats medians of the rates, and medians of the ratios within each round."""
     head = [*KINDS, *(f"ours / it, {kind}" for kind in KINDS)]
     lines = [f"| workers | arm | {' | '.join(head)} |", "|---|---" + "|---" * len(head) + "|"]
     for workers, arms in times.items():
@@ -221,7 +226,7 @@ def table(times: Times, size: int) -> str:
 
 
 def same_ids(folder: Path) -> str:
-    """Whether ours and Megatron's files are equal."""
+    """Returns a sentence on whether this project's and Megatron's files are equal."""
     if not (folder / "theirs_text_document.bin").exists():
         return ""
     equal = all(
@@ -233,7 +238,7 @@ def same_ids(folder: Path) -> str:
 
 
 def cpu() -> str:
-    """Name of the processor."""
+    """Returns the name of the processor."""
     info = Path("/proc/cpuinfo")
     names = (
         [
@@ -248,7 +253,7 @@ def cpu() -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), options.tokenizer or REAL
@@ -270,10 +275,10 @@ def main() -> None:
             else tokenizer.name
         )
         report = (
-            f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in {len(texts)} documents of Python "
-            f"source, {which}, {options.rounds} rounds in turns; medians. "
-            f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a core per worker; on "
-            f"a busy machine only the CPU column says something).\n\n"
+            f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in "
+            f"{len(texts)} documents of Python source, {which}, {options.rounds} rounds in turns; medians. "
+            f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a "
+            "core per worker; on a busy machine only the CPU column says something).\n\n"
             f"{table(times, size)}\n\n{same_ids(folder)}\n"
         )
     print(report)
@@ -286,7 +291,7 @@ def main() -> None:
 
 
 def train(path: Path, texts: Sequence[str]) -> None:
-    """A BPE tokenizer for machines that have no other."""
+    """Trains a BPE tokenizer for machines without InternLM's."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(

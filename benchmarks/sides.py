@@ -1,4 +1,4 @@
-"""The two sides of `train_step.py`: ours and Hugging Face's, each built and stepped in a process of its own."""
+"""Both sides of `train_step.py`, the project's and Hugging Face's, each in its own process."""
 
 import importlib
 import time
@@ -13,13 +13,13 @@ from ascendspeed.config.schema import Run
 from ascendspeed.distributed import device
 from ascendspeed.models.families import FAMILIES
 
-Step = Callable[[], float]
-"""Does one step and returns its loss."""
+StepFunction = Callable[[], float]
+"""Runs one step and returns its loss."""
 
 
 @dataclass(frozen=True)
-class Hello:
-    """What a side says when it is ready."""
+class SideInfo:
+    """Facts that a side sends when it is ready."""
 
     device: str
     kind: str
@@ -28,20 +28,22 @@ class Hello:
 
 
 @dataclass(frozen=True)
-class Took:
-    """One step of one side."""
+class StepTiming:
+    """Measurement of one step of one side."""
 
     wall: float
     """Seconds."""
     cpu: float
-    """Seconds of all threads; other people's work on the machine stretches them less than the wall's."""
+    """CPU seconds of all threads; other load on the machine affects them less than wall time."""
     loss: float
     memory: int
-    """Peak bytes while stepping: of the device, or of the process beyond its imports."""
+    """Peak bytes during the step: of the device, or of the process beyond its imports."""
 
 
 def worker(connection: Any, side: str, level: str, run: Run, threads: int | None) -> None:
-    """Builds its side, says `Hello`, then does one step for every true message and sends what it `Took`; or sends its error."""
+    """Builds a side, sends `SideInfo`, then does one step for every true message and sends its timing; or
+    sends an error.
+    """
     try:
         here = device.prepare(run.train.device)
         torch = importlib.import_module("torch")
@@ -50,9 +52,9 @@ def worker(connection: Any, side: str, level: str, run: Run, threads: int | None
         if threads:
             torch.set_num_threads(threads)
         idle = _resident("VmRSS") if here.kind == "cpu" else 0
-        step, kernels = MAKERS[side, level](run, here)
+        step, kernels = BUILDERS[side, level](run, here)
         _forget_peak()
-        connection.send(Hello(here.name, here.kind, torch.get_num_threads(), kernels))
+        connection.send(SideInfo(here.name, here.kind, torch.get_num_threads(), kernels))
         while connection.recv():
             here.synchronize()
             wall, cpu = time.perf_counter(), time.process_time()
@@ -60,24 +62,24 @@ def worker(connection: Any, side: str, level: str, run: Run, threads: int | None
             here.synchronize()
             wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
             peak = _resident("VmHWM") if here.kind == "cpu" else here.peak_memory()
-            connection.send(Took(wall, cpu, loss, peak - idle))
+            connection.send(StepTiming(wall, cpu, loss, peak - idle))
     except Exception as error:
         connection.send(error)
 
 
 def _resident(what: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most."""
+    """Returns bytes of this process: `VmRSS` now, `VmHWM` at peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024
 
 
 def _forget_peak() -> None:
-    with suppress(OSError):  # the peak then includes building
+    with suppress(OSError):  # without it, the peak includes building the model
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def batch_of(run: Run) -> Any:
-    """Random tokens, every one of which counts."""
+    """Returns random tokens, all of them in the loss."""
     import torch
 
     from ascendspeed.data.dataset import Batch
@@ -88,8 +90,8 @@ def batch_of(run: Run) -> Any:
     return Batch(text[:, :-1].contiguous(), text[:, 1:].contiguous(), torch.ones(size, length), positions)
 
 
-def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
-    """Forward, loss and backward of the model by our layer spec."""
+def our_model(run: Run, here: device.Device) -> tuple[StepFunction, str]:
+    """Builds forward, loss and backward of the project's model."""
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
@@ -110,8 +112,8 @@ def our_model(run: Run, here: device.Device) -> tuple[Step, str]:
     return _forward_backward(model, forward), str(chosen)
 
 
-def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
-    """A whole step of the DeepSpeed engine, as the training loop calls it."""
+def our_step(run: Run, here: device.Device) -> tuple[StepFunction, str]:
+    """Builds a complete step of the DeepSpeed engine, as the training loop calls it."""
     from ascendspeed.distributed import fused_kernels, process_groups
     from ascendspeed.models import param_mapping
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
@@ -125,14 +127,16 @@ def our_step(run: Run, here: device.Device) -> tuple[Step, str]:
     return lambda: engine.step([batch], run.optim.lr).loss, str(chosen)
 
 
-def their_model(run: Run, here: device.Device) -> tuple[Step, str]:
-    """Forward, loss and backward of Hugging Face's model, with its own loss function."""
+def their_model(run: Run, here: device.Device) -> tuple[StepFunction, str]:
+    """Builds forward, loss and backward of Hugging Face's model, with its own loss function."""
     model, forward = _llama(run, here)
     return _forward_backward(model, forward), "torch"
 
 
-def their_step(run: Run, here: device.Device, fused: bool | None = None) -> tuple[Step, str]:
-    """Hugging Face's model, clipping and torch's AdamW (`fused` None: as torch chooses); in bf16 on fp32 masters."""
+def their_step(run: Run, here: device.Device, fused: bool | None = None) -> tuple[StepFunction, str]:
+    """Builds Hugging Face's model, clipping and torch's AdamW (`fused` None: torch's default); bf16 over fp32
+    masters.
+    """
     import torch
 
     model, forward = _llama(run, here)
@@ -161,7 +165,7 @@ def their_step(run: Run, here: device.Device, fused: bool | None = None) -> tupl
     return step, "torch"
 
 
-def _forward_backward(model: Any, forward: Callable[[], Any]) -> Step:
+def _forward_backward(model: Any, forward: Callable[[], Any]) -> StepFunction:
     parameters = list(model.parameters())
 
     def step() -> float:
@@ -175,7 +179,9 @@ def _forward_backward(model: Any, forward: Callable[[], Any]) -> Step:
 
 
 def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
-    """HF Llama (InternLM v1 is Llama with biases) with our weights, and its loss on the batch."""
+    """Returns HF Llama (InternLM v1 is Llama with biases) with the project's weights, and its loss on the
+    batch.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -198,7 +204,7 @@ def _llama(run: Run, here: device.Device) -> tuple[Any, Callable[[], Any]]:
     )
 
 
-MAKERS: dict[tuple[str, str], Callable[[Run, device.Device], tuple[Step, str]]] = {
+BUILDERS: dict[tuple[str, str], Callable[[Run, device.Device], tuple[StepFunction, str]]] = {
     ("ours", "model"): our_model,
     ("ours", "step"): our_step,
     ("theirs", "model"): their_model,

@@ -1,14 +1,15 @@
-"""Our training step against Hugging Face's Llama with torch's AdamW: the same shape, weights, batch and arithmetic, in one run.
+"""Compares the training step with Hugging Face's Llama and torch's AdamW: same shape, weights, batch,
+arithmetic.
 
     python benchmarks/train_step.py --out benchmarks/results/train-step.md
     python benchmarks/train_step.py --device cuda --model internlm-7b --layers 8 --dtypes bf16 --seq-length 2048
 
-Levels. `model` is forward, loss and backward alone. `step` is all of training: ours is the DeepSpeed engine as the recipe runs it
-(bf16: ZeRO-1 with fp32 masters and fp32 accumulation; fp32: ZeRO-0 and ZeRO-1), theirs clips and steps torch's AdamW as torch sets
-it up, in bf16 on fp32 masters kept by hand; `fused-step` asks torch for the fused AdamW, which ours uses. Each side is a process of
-its own that steps only when told, in turns (A B, B A, ...), so that both see the same machine. What counts is the ratio of
-neighbours, theirs / ours: above 1 ours is faster. The losses of every step are compared too: sides that do not compute the same
-cannot be compared.
+Levels: `model` is forward, loss and backward alone. `step` is all of training: ours is the DeepSpeed engine
+as the recipe runs it (bf16: ZeRO-1 with fp32 masters and fp32 accumulation; fp32: ZeRO-0 and ZeRO-1), theirs
+clips and steps torch's AdamW with its defaults, in bf16 on fp32 masters kept by hand; `fused-step` uses
+torch's fused AdamW, as ours does. Each side is a process that steps on request, in turns (A B, B A, ...), so
+that both see the same load. The result is the ratio of neighbouring steps, theirs / ours: above 1 ours is
+faster. The losses of every step must agree.
 """
 
 import datetime
@@ -51,60 +52,65 @@ class Options:
     """Flags of this benchmark."""
 
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
-    """Where to run."""
+    """Device to run on."""
     model: str = "50m"
     """50m, or a preset such as internlm-7b."""
     layers: int | None = None
-    """Layers, where the whole model does not fit: both sides' states are in memory at once."""
+    """Number of layers, if the whole model does not fit: the states of both sides are in memory at once."""
     dtypes: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Compute types."""
+    """Number formats."""
     levels: tuple[Literal["model", "step", "fused-step"], ...] = ("model", "step", "fused-step")
-    """model: forward, loss, backward. step: and the optimizer, theirs as torch chooses it. fused-step: theirs fused, as ours is."""
+    """model: forward, loss, backward; step: with the optimizer, torch's default on the other side;
+    fused-step: with torch's fused optimizer, as in this project.
+    """
     micro_batch_size: int = 2
     """Samples per step."""
     seq_length: int = 512
     """Tokens per sample."""
     rounds: int = 9
-    """Measured steps of each side, after one that warms up."""
+    """Measured steps of each side, after a warm-up step."""
     threads: int | None = None
-    """CPU threads; None: torch's choice. 1 where the machine is shared: threads that wait for each other measure the others."""
+    """CPU threads; None: torch's default.
+
+    Use 1 on a shared machine, where waiting threads would distort the measurement.
+    """
     out: Path | None = None
     """Markdown file to write; None: print only."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What the two sides do."""
+class StepJob:
+    """A combination of level, number format and ZeRO stage."""
 
     level: str
     dtype: str
     stage: int
-    """ZeRO stage of our step."""
+    """ZeRO stage of the project's step."""
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.level}" + (f", ZeRO-{self.stage}" if self.level != "model" else "")
 
 
 @dataclass(frozen=True)
-class Measured:
-    """All rounds of a job: side -> what each step took, and who ran it."""
+class JobTimings:
+    """All rounds of a job: side -> measurement of every step, and facts about the machine."""
 
     took: dict[str, list[Any]]
-    hello: Any
+    info: Any
 
     def ratios(self, clock: Callable[[Any], float]) -> list[float]:
-        """theirs / ours of every round."""
+        """Returns theirs / ours of every round."""
         return [
             clock(theirs) / clock(ours)
             for ours, theirs in zip(self.took["ours"], self.took["theirs"], strict=True)
         ]
 
 
-def jobs(options: Options) -> list[Job]:
-    """Every combination asked for; bf16 has no ZeRO-0, and a model alone no ZeRO."""
+def jobs(options: Options) -> list[StepJob]:
+    """Returns every requested combination; bf16 has no ZeRO-0, and a model alone no ZeRO."""
     stages = {("step", "fp32"): (0, 1), ("fused-step", "fp32"): (0, 1)}
     return [
-        Job(level, dtype, stage)
+        StepJob(level, dtype, stage)
         for dtype in options.dtypes
         for level in options.levels
         for stage in stages.get((level, dtype), (1,))
@@ -112,7 +118,7 @@ def jobs(options: Options) -> list[Job]:
 
 
 def model_of(options: Options) -> ModelConfig:
-    """The shape of both sides. Raises `UserError` for one that is not known or too short."""
+    """Returns the architecture of both sides. Raises UserError if it is unknown or too short."""
     model = SMALL if options.model == "50m" else preset(options.model)
     if options.layers is not None:
         if options.layers < 1:
@@ -120,13 +126,14 @@ def model_of(options: Options) -> ModelConfig:
         model = replace(model, num_layers=options.layers)
     if not 1 <= options.seq_length <= model.max_position_embeddings:
         raise UserError(
-            f"--seq-length {options.seq_length}: {options.model} has 1 to {model.max_position_embeddings} positions"
+            f"--seq-length {options.seq_length}: {options.model} has 1 to {model.max_position_embeddings} "
+            "positions"
         )
     return model
 
 
-def run_of(options: Options, job: Job) -> Run:
-    """The run of both sides."""
+def run_of(options: Options, job: StepJob) -> Run:
+    """Returns the run of both sides."""
     size = options.micro_batch_size
     return Run(
         model_of(options),
@@ -138,8 +145,8 @@ def run_of(options: Options, job: Job) -> Run:
 
 
 @contextmanager
-def started(side: str, job: Job, options: Options) -> Iterator[Callable[[bool], Any]]:
-    """A side in a process of its own: called with False it waits until the side is built, with True for one step."""
+def started(side: str, job: StepJob, options: Options) -> Iterator[Callable[[bool], Any]]:
+    """Starts a side in its own process; the function waits until it is built (False) or does one step (True)."""
     import sides
 
     fresh = get_context("spawn")
@@ -171,11 +178,11 @@ def started(side: str, job: Job, options: Options) -> Iterator[Callable[[bool], 
         process.join()
 
 
-def measure(options: Options, job: Job) -> Measured:
-    """The rounds of a job, in turns, with a line for each."""
+def measure(options: Options, job: StepJob) -> JobTimings:
+    """Runs the rounds of a job, in turns, and prints each."""
     with started("ours", job, options) as ours, started("theirs", job, options) as theirs:
         sides = {"ours": ours, "theirs": theirs}
-        hello = {name: side(False) for name, side in sides.items()}["ours"]
+        info = {name: side(False) for name, side in sides.items()}["ours"]
         took: dict[str, list[Any]] = {name: [] for name in sides}
         began = time.perf_counter()
         for number in range(options.rounds + 1):
@@ -186,27 +193,29 @@ def measure(options: Options, job: Job) -> Measured:
             left = (time.perf_counter() - began) / (number + 1) * (options.rounds - number)
             said = f"ours {a.wall:.2f} s, Hugging Face {b.wall:.2f} s, ratio {b.wall / a.wall:.3f} (CPU time {b.cpu / a.cpu:.3f})"
             print(f"{job}: round {number} of {options.rounds}: {said}; {left:.0f} s left", flush=True)
-    return Measured({name: steps[1:] for name, steps in took.items()}, hello)
+    return JobTimings({name: steps[1:] for name, steps in took.items()}, info)
 
 
-def check_same(job: Job, number: int, ours: float, theirs: float) -> None:
-    """Raises `UserError` when the losses of a step differ by more than rounding."""
+def check_same(job: StepJob, number: int, ours: float, theirs: float) -> None:
+    """Raises UserError if the losses of a step differ by more than rounding."""
     if not math.isclose(ours, theirs, rel_tol=SAME[job.dtype]):
         raise UserError(
-            f"{job}: the sides do not compute the same: in step {number} ours lost {ours:.6f}, Hugging Face {theirs:.6f}"
+            f"{job}: the sides do not compute the same: in step {number} ours lost {ours:.6f}, Hugging Face "
+            f"{theirs:.6f}"
         )
 
 
-def table(measured: dict[Job, Measured], options: Options) -> str:
-    """Medians of the sides, and of the ratios of every round."""
+def table(measured: dict[StepJob, JobTimings], options: Options) -> str:
+    """Formats the medians of both sides, and of the ratios of all rounds."""
     model, tokens = model_of(options), options.micro_batch_size * options.seq_length
     flops = estimates.flops_per_token(model, options.seq_length)
     lines = [
-        "| | side | s | tokens/s | TFLOP/s | MFU | peak memory | theirs / ours, wall (min to max) | theirs / ours, CPU time |",
+        "| | side | s | tokens/s | TFLOP/s | MFU | peak memory | theirs / ours, wall (min to max) | theirs "
+        "/ ours, CPU time |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for job, found in measured.items():
-        peak = estimates.peak_tflops(found.hello.device) if job.dtype == "bf16" else None
+        peak = estimates.peak_tflops(found.info.device) if job.dtype == "bf16" else None
         for side, took in found.took.items():
             seconds = statistics.median(t.wall for t in took)
             rate = tokens / seconds
@@ -234,27 +243,29 @@ def table(measured: dict[Job, Measured], options: Options) -> str:
     return "\n".join(lines)
 
 
-def report(measured: dict[Job, Measured], options: Options) -> str:
-    """The markdown file."""
-    model, hello = model_of(options), next(iter(measured.values())).hello
+def report(measured: dict[StepJob, JobTimings], options: Options) -> str:
+    """Formats the markdown file."""
+    model, info = model_of(options), next(iter(measured.values())).info
     versions = ", ".join(
         f"{name} {version(name)}" for name in ("torch", "megatron-core", "deepspeed", "transformers")
     )
     return (
-        f"# Training step against Hugging Face Llama\n\n{datetime.date.today()}, {hello.device}, {os.cpu_count()} cores, "
-        f"{hello.threads} threads per side; Python {platform.python_version()}, {versions}. Kernels: {hello.kernels}.\n\n"
-        f"{options.model}: {estimates.parameter_count(model) / 1e6:.1f}M parameters, {model.num_layers} layers, "
-        f"hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} heads, "
-        f"vocabulary {model.vocab_size}; {options.micro_batch_size} x {options.seq_length} tokens per step, "
-        f"{options.rounds} rounds in turns; medians.\n\n"
+        f"# Training step against Hugging Face Llama\n\n{datetime.date.today()}, {info.device}, "
+        f"{os.cpu_count()} cores, {info.threads} threads per side; Python {platform.python_version()}, "
+        f"{versions}. Kernels: {info.kernels}.\n\n"
+        f"{options.model}: {estimates.parameter_count(model) / 1e6:.1f}M parameters, {model.num_layers} "
+        f"layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, {model.num_attention_heads} "
+        f"heads, vocabulary {model.vocab_size}; {options.micro_batch_size} x {options.seq_length} tokens per "
+        f"step, {options.rounds} rounds in turns; medians.\n\n"
         f"{table(measured, options)}\n\n"
-        "Ratios above 1: ours is faster. Every round's ratio is of neighbouring steps; memory is that of stepping"
-        f"{', without the imports' if hello.kind == 'cpu' else ''}; the losses of every step were equal within rounding.\n"
+        "Ratios above 1: ours is faster. Every round's ratio is of neighbouring steps; memory is that of "
+        f"stepping{', without the imports' if info.kind == 'cpu' else ''}; the losses of every step were "
+        "equal within rounding.\n"
     )
 
 
 def main() -> None:
-    """Measures, prints, writes."""
+    """Measures, prints and writes the report."""
     options = parser.parse(Options, description=__doc__ or "")
     model_of(options)
     text = report({job: measure(options, job) for job in jobs(options)}, options)

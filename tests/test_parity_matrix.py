@@ -21,20 +21,25 @@ from ascendspeed.utils.errors import UserError
 
 sys.path.append(str(launch.ROOT))  # as `python -m benchmarks.parity_matrix` has it
 
-from benchmarks import parity_matrix
-from benchmarks.parity import figures, reference, rows, running, table
-from benchmarks.parity.figures import Figures, compare
-from benchmarks.parity.reference import Trained
-from benchmarks.parity.running import Measured, Result
+from benchmarks.parity_matrix import __main__ as command_line
+from benchmarks.parity_matrix import differences, layouts, reference, report, runner
+from benchmarks.parity_matrix.differences import Differences, compare
+from benchmarks.parity_matrix.reference import TrainedModel
+from benchmarks.parity_matrix.runner import MatrixResults, RowResult
 
-LAYOUT, CONTROL = rows.NAMED["Megatron DP2"], rows.CONTROLS[0]
+LAYOUT, CONTROL = layouts.NAMED["Megatron DP2"], layouts.CONTROLS[0]
 
 
 def command(*words: str, timeout: float = 600) -> subprocess.CompletedProcess:
     """The real one."""
-    line = [sys.executable, "-m", "benchmarks.parity_matrix", *words]
+    result_line = [sys.executable, "-m", "benchmarks.parity_matrix", *words]
     return subprocess.run(
-        line, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=timeout
+        result_line,
+        cwd=launch.ROOT,
+        env=launch.environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
@@ -89,10 +94,10 @@ def test_the_reference_owes_nothing_to_our_model_or_engines():
     )  # control: it would be seen
 
 
-@pytest.mark.parametrize("family", rows.MODELS)
+@pytest.mark.parametrize("family", layouts.MODELS)
 def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
     """Every tensor has gone some way; wrong weights differ from the right ones in what they say."""
-    theirs = reference.reference(family, 2, set(mistakes_of(family)), tmp_path)
+    theirs = reference.build_reference(family, 2, set(mistakes_of(family)), tmp_path)
     assert theirs.end.weights.keys() == theirs.start.keys()
     assert all(not torch.equal(theirs.end.weights[name], tensor) for name, tensor in theirs.start.items())
     assert len({Path(path).read_bytes() for path in theirs.files.values()}) == 1 + len(mistakes_of(family))
@@ -102,16 +107,16 @@ def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
 def mistakes_of(family: str) -> list[str]:
     return [
         row.weights
-        for row in rows.CONTROLS
+        for row in layouts.CONTROLS
         if family in row.families and row.weights and row.precision == "fp32"
     ]
 
 
 def test_masters_and_copies_of_the_same_type_train_like_one_model():
     """Sample by sample over masters is the plain loop; in bf16 it is not, and the rotary embedding keeps its frequencies."""
-    model = rows.MODELS["internlm2"]
+    model = layouts.MODELS["internlm2"]
     data = oracle.batches(model.vocab_size, 3, 4, 32, 7)
-    optim = vars(rows.run_of(model, 3).optim)
+    optim = vars(layouts.base_run(model, 3).optim)
 
     def curve(make, samples=None):
         masters, _ = oracle.native(model)
@@ -130,12 +135,12 @@ def test_masters_and_copies_of_the_same_type_train_like_one_model():
 
 START = {"a": torch.zeros(2, 2), "b": torch.zeros(3)}
 END = {"a": torch.tensor([[3.0, 0.0], [1.0, 0.0]]), "b": torch.tensor([0.0, 0.0, 4.0])}
-EXPECTED = Trained([(2.0, 10.0), (1.0, 5.0)], END)
-BOUNDS = figures.Bounds({"loss_relative": 1e-5, "norm_relative": 1e-5, "weight": 1e-3})
+EXPECTED = TrainedModel([(2.0, 10.0), (1.0, 5.0)], END)
+BOUNDS = differences.Bounds({"loss_relative": 1e-5, "norm_relative": 1e-5, "weight": 1e-3})
 
 
-def judged(curve=EXPECTED.curve, weights=END) -> tuple[Figures, list[str]]:
-    found = compare(Trained(curve, weights), EXPECTED, START)
+def judged(curve=EXPECTED.curve, weights=END) -> tuple[Differences, list[str]]:
+    found = compare(TrainedModel(curve, weights), EXPECTED, START)
     return found, BOUNDS.broken(found)
 
 
@@ -152,7 +157,7 @@ def test_figures_by_hand():
         }
     )
     assert broken == ["loss_relative", "norm_relative", "weight"]
-    assert judged() == (Figures(0, 0, 0, 0, 0, 0), [])
+    assert judged() == (Differences(0, 0, 0, 0, 0, 0), [])
 
 
 @pytest.mark.parametrize(
@@ -177,8 +182,8 @@ def test_every_column_sees_what_it_should(changes, seen):
 
 def test_the_band_of_bf16():
     """Between a tenth of the nearer reference's distance and twice the farther one's, column by column."""
-    near, far = Figures(1, 1e-3, 1, 4e-2, 1, 5e-2), Figures(1, 2e-3, 1, 3e-2, 1, 4e-2)
-    bounds = figures.band(near, far)
+    near, far = Differences(1, 1e-3, 1, 4e-2, 1, 5e-2), Differences(1, 2e-3, 1, 3e-2, 1, 4e-2)
+    bounds = differences.bf16_bounds(near, far)
     assert bounds.most == pytest.approx(
         {"loss_relative": 4e-3, "norm_relative": 8e-2, "weight_relative": 0.1}
     )
@@ -190,13 +195,13 @@ def test_the_band_of_bf16():
 
 
 def test_a_result_is_good_when_it_is_as_it_should_be():
-    found = Figures(0, 0, 0, 0, 0, 0)
-    assert Result("internlm", LAYOUT, found, []).good
-    assert not Result("internlm", LAYOUT, found, ["weight"]).good
-    assert Result("internlm", CONTROL, found, ["weight"]).good
-    assert not Result("internlm", CONTROL, found, []).good
-    assert not Result("internlm", LAYOUT, None, []).good
-    assert not Result("internlm", CONTROL, None, []).good
+    found = Differences(0, 0, 0, 0, 0, 0)
+    assert RowResult("internlm", LAYOUT, found, []).good
+    assert not RowResult("internlm", LAYOUT, found, ["weight"]).good
+    assert RowResult("internlm", CONTROL, found, ["weight"]).good
+    assert not RowResult("internlm", CONTROL, found, []).good
+    assert not RowResult("internlm", LAYOUT, None, []).good
+    assert not RowResult("internlm", CONTROL, None, []).good
 
 
 def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
@@ -205,11 +210,13 @@ def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
 
     monkeypatch.setattr(launch, "ranks", ranks)
     theirs = reference.Reference(
-        rows.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"}
+        layouts.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"}
     )
     said: list[str] = []
     found = list(
-        running.start("internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, running.Progress(2, said.append))
+        runner.run_ranks(
+            "internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, runner.ProgressLog(2, said.append)
+        )
     )
     assert found == [(LAYOUT, None), (CONTROL, None)]
     assert "exit codes [1, 0]" in said[0]
@@ -217,22 +224,22 @@ def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
 
 def test_every_row_is_told_once_as_it_begins(tmp_path):
     told: list[str] = []
-    with running.watching(tmp_path / "log", {"one", "two", "three"}, told.append):
+    with runner.report_cases(tmp_path / "log", {"one", "two", "three"}, told.append):
         (tmp_path / "log").write_text("a warning\none\nsomething else\ntwo\n")
     assert told == ["one", "two"]
 
 
 def test_the_page_and_the_record():
     results = [
-        Result("internlm", LAYOUT, Figures(1e-7, 2e-8, 1, math.nan, 1, 1), ["norm_relative"]),
-        Result("internlm", rows.NAMED["Megatron TP2"], None, []),
-        Result("internlm", CONTROL, Figures(0, 0, 0, 0, 0, 0), []),
+        RowResult("internlm", LAYOUT, Differences(1e-7, 2e-8, 1, math.nan, 1, 1), ["norm_relative"]),
+        RowResult("internlm", layouts.NAMED["Megatron TP2"], None, []),
+        RowResult("internlm", CONTROL, Differences(0, 0, 0, 0, 0, 0), []),
     ]
     facts = {"date": "today", "hardware": "here", "python": "3", "versions": {"torch": "2"}, "commit": "abc"}
-    apart = {("internlm", reference.FP32): Figures(0, 0, 0, 0, 0, 0)}
-    measured = Measured(results, {("internlm", "fp32"): BOUNDS}, apart, 20, 60.0)
+    apart = {("internlm", reference.FP32): Differences(0, 0, 0, 0, 0, 0)}
+    measured = MatrixResults(results, {("internlm", "fp32"): BOUNDS}, apart, 20, 60.0)
     assert not measured.good
-    page = table.as_markdown(measured, facts)
+    page = report.as_markdown(measured, facts)
     assert "**0 of 2 rows within bounds, 0 of 1 controls out of them.**" in page
     assert (
         "| Megatron DP2 | 2 | 1.0e-07 | 2.0e-08 | 1.0e+00 | **nan** | 1.0e+00 | 1.0e+00 | **out of bounds** |"
@@ -243,7 +250,7 @@ def test_the_page_and_the_record():
         "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | **not seen** |"
         in page
     )
-    record = json.loads(table.as_json(measured, facts))
+    record = json.loads(report.as_json(measured, facts))
     assert [row["good"] for row in record["rows"]] == [False] * 3
     assert record["rows"][0]["figures"]["norm_relative"] is None
     assert record["rows"][1]["figures"] is None
@@ -253,19 +260,19 @@ def test_the_page_and_the_record():
 
 
 def test_every_row_is_a_run_that_the_recipe_would_take():
-    starts = rows.chosen(list(rows.MODELS), [])
+    starts = layouts.select_rows(list(layouts.MODELS), [])
     for (family, world), wanted in starts.items():
         titles = [row.title for row in wanted]
         assert len(titles) == len(set(titles))
         assert not any("hpz" in title for title in titles[:-1])  # a process can have it once, as its last
         for row in wanted:
             assert (row.world, family in FAMILIES) == (world, True)
-            validation.check_run(row.run(rows.MODELS[family], 20), world)
+            validation.check_run(row.run(layouts.MODELS[family], 20), world)
 
 
 def test_every_control_has_one_mistake():
-    for row in rows.CONTROLS:
-        right = next(one for one in rows.NAMED.values() if row.title.startswith(one.title + "; control"))
+    for row in layouts.CONTROLS:
+        right = next(one for one in layouts.NAMED.values() if row.title.startswith(one.title + "; control"))
         differs = [
             name
             for name in ("optim", "mistake", "weights", "as_bf16")
@@ -276,8 +283,8 @@ def test_every_control_has_one_mistake():
 
 
 def test_rows_are_chosen_by_their_titles():
-    chosen = rows.chosen(["internlm2", "mixtral"], ["ep2X", "cp4"])
-    assert {start: [row.name for row in some] for start, some in chosen.items()} == {
+    select_rows = layouts.select_rows(["internlm2", "mixtral"], ["ep2X", "cp4"])
+    assert {start: [row.name for row in some] for start, some in select_rows.items()} == {
         ("internlm2", 4): ["CP4"],
         ("mixtral", 4): ["EP2xPP2", "EP2xTP2+SP"],
     }
@@ -289,12 +296,12 @@ def test_rows_are_chosen_by_their_titles():
         (["--steps", "1"], "--steps 1: at least 2"),
         (["--out", "x.json"], "--out x.json: the name of a Markdown file"),
         (["--families", "gpt"], "gpt"),
-        (["--rows", "TP3", "--families", "internlm"], "--rows TP3: no row of internlm is called so"),
+        (["--rows", "TP3", "--families", "internlm"], "--rows TP3: no row of internlm has such a title"),
     ],
 )
 def test_what_cannot_be_run_is_one_line(words, said, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parity_matrix", *words])
     with pytest.raises(UserError, match=said) as error:
-        parity_matrix.main()
+        command_line.main()
     assert "\n" not in str(error.value)
     assert error.value.code == errors.EXIT_USER_ERROR

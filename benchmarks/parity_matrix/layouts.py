@@ -1,4 +1,4 @@
-"""The rows of the parity matrix: layouts as data, and the mistakes that must be seen. No torch."""
+"""Rows of the parity matrix: layouts as data, and controls with one mistake each. No torch."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -12,7 +12,7 @@ SMALL = {
     "hidden_size": 64,
     "ffn_hidden_size": 96,
     "num_attention_heads": 4,
-    "vocab_size": 125,  # padding is not a multiple of anything
+    "vocab_size": 125,  # so that the vocabulary needs padding
     "max_position_embeddings": 64,
     "init_method_std": 0.1,
 }
@@ -25,8 +25,10 @@ DENSE, SPARSE = ("internlm", "internlm2"), ("mixtral",)
 STEPS, DATA_SEED = 20, 7
 
 
-def run_of(model: ModelConfig, steps: int) -> Run:
-    """What all rows of a model share: accumulation, warmup, decay of the learning rate and of the weights, clipping."""
+def base_run(model: ModelConfig, steps: int) -> Run:
+    """Returns the settings common to all rows: accumulation, warmup, decay of learning rate and weights,
+    clipping.
+    """
     return Run(
         model,
         ParallelConfig(),
@@ -39,51 +41,51 @@ def run_of(model: ModelConfig, steps: int) -> Run:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One layout, of one engine, in one precision; or a control."""
+class MatrixRow:
+    """A layout of one engine in one precision, or a control."""
 
     engine: str
     name: str
     world: int
-    """Processes."""
+    """Number of processes."""
     parallel: dict[str, Any]
     train: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
     families: tuple[str, ...] = DENSE
     control: str | None = None
-    """What is wrong in it on purpose; None: nothing, it must be within bounds."""
+    """Description of the mistake of a control; None: a regular row, which must be within bounds."""
     mistake: str | None = None
-    """What the worker is to do wrong."""
+    """Mistake that the worker makes."""
     weights: str | None = None
-    """Which of `running.MIXED_UP` its weights are."""
+    """Key of `reference.WEIGHT_MISTAKES` for the initial weights."""
     as_bf16: bool = False
-    """Judged as bf16, whatever it is."""
+    """Judge by the bounds of bf16, whatever the precision."""
 
     @property
     def precision(self) -> str:
-        """Whose bounds are its own: fp32 or bf16."""
+        """Precision whose bounds apply: fp32 or bf16."""
         return "bf16" if self.as_bf16 or self.optim.get("bf16") else "fp32"
 
     @property
     def title(self) -> str:
-        """Names it among all rows."""
+        """Unique title."""
         kind = ", bf16" if self.optim.get("bf16") else ""
         return f"{self.engine} {self.name}{kind}" + (f"; control: {self.control}" if self.control else "")
 
     def run(self, model: ModelConfig, steps: int) -> Run:
-        """The whole run of this row."""
-        run = run_of(model, steps)
+        """Returns the complete run of this row."""
+        run = base_run(model, steps)
         for group, changes in self.changes.items():
             run = replace(run, **{group: replace(getattr(run, group), **changes)})
         return run
 
     @property
     def changes(self) -> dict[str, dict[str, Any]]:
-        """Group of the `Run` -> what differs from `run_of`."""
+        """Group of the `Run` -> fields that differ from `base_run`."""
         return {"parallel": self.parallel, "train": self.train, "optim": self.optim}
 
-    def wrong(self, control: str, **how: Any) -> "Row":
-        """The same with a mistake."""
+    def with_mistake(self, control: str, **how: Any) -> "MatrixRow":
+        """Returns a control: this row with a mistake."""
         return replace(self, control=control, **how)
 
 
@@ -105,12 +107,14 @@ SELECTIVE = {"recompute_granularity": "selective"}
 BF16 = {"bf16": True}
 
 
-def megatron(name: str, world: int, parallel: dict[str, Any], **more: Any) -> Row:
-    return Row("Megatron", name, world, parallel, **more)
+def megatron(name: str, world: int, parallel: dict[str, Any], **more: Any) -> MatrixRow:
+    return MatrixRow("Megatron", name, world, parallel, **more)
 
 
-def zero(name: str, world: int, stage: int, parallel: dict[str, Any] | None = None, **more: Any) -> Row:
-    return Row("DeepSpeed", name, world, {"deepspeed": True, "zero_stage": stage} | (parallel or {}), **more)
+def zero(name: str, world: int, stage: int, parallel: dict[str, Any] | None = None, **more: Any) -> MatrixRow:
+    return MatrixRow(
+        "DeepSpeed", name, world, {"deepspeed": True, "zero_stage": stage} | (parallel or {}), **more
+    )
 
 
 LAYOUTS = (
@@ -150,7 +154,7 @@ LAYOUTS = (
     zero("TP2xDP2+SP, ZeRO-3", 4, 3, TP | SP),
     zero(
         "ZeRO-3 with hpz 2", 4, 3, {"zero_hpz_partition_size": 2}
-    ),  # the last of its start: a process can have it once
+    ),  # last of its start: a process can create this group only once
 )
 HALVES = (
     megatron("ZeRO-1 (distributed optimizer)", 2, SHARDS, optim=BF16),
@@ -162,34 +166,42 @@ HALVES = (
 )
 NAMED = {row.title: row for row in (*LAYOUTS, *HALVES)}
 CONTROLS = (
-    NAMED["Megatron DP2"].wrong("mean of means", mistake="mean of means"),
-    NAMED["Megatron DP2"].wrong("beta2 0.94 for 0.95", optim={"adam_beta2": 0.94}),
-    NAMED["Megatron DP2"].wrong("one attention output transposed", weights="transposed", families=DENSE),
-    NAMED["Megatron DP2"].wrong("two key/value heads exchanged", weights="heads", families=DENSE),
-    NAMED["Megatron DP2"].wrong("gate and up exchanged in one layer", weights="gate", families=DENSE),
-    NAMED["Megatron EP2"].wrong("two experts exchanged", weights="experts"),
-    NAMED["Megatron ZeRO-1 (distributed optimizer)"].wrong(
+    NAMED["Megatron DP2"].with_mistake("mean of means", mistake="mean of means"),
+    NAMED["Megatron DP2"].with_mistake("beta2 0.94 for 0.95", optim={"adam_beta2": 0.94}),
+    NAMED["Megatron DP2"].with_mistake(
+        "one attention output transposed", weights="transposed", families=DENSE
+    ),
+    NAMED["Megatron DP2"].with_mistake("two key/value heads exchanged", weights="heads", families=DENSE),
+    NAMED["Megatron DP2"].with_mistake("gate and up exchanged in one layer", weights="gate", families=DENSE),
+    NAMED["Megatron EP2"].with_mistake("two experts exchanged", weights="experts"),
+    NAMED["Megatron ZeRO-1 (distributed optimizer)"].with_mistake(
         "weight decay on all", mistake="weight decay on all"
     ),
-    NAMED["Megatron TP2+SP"].wrong("sequence-parallel sum missing", mistake="sequence-parallel sum"),
-    NAMED["Megatron PP2xVPP2"].wrong("messages batched", mistake="batched messages"),
-    NAMED["Megatron CP2"].wrong("chunks in a row", mistake="chunks in a row"),
-    NAMED["DeepSpeed ZeRO-2"].wrong("no clipping", optim={"clip_grad": 0.0}),
-    NAMED["DeepSpeed TP2+SP, ZeRO-2"].wrong(
+    NAMED["Megatron TP2+SP"].with_mistake("sequence-parallel sum missing", mistake="sequence-parallel sum"),
+    NAMED["Megatron PP2xVPP2"].with_mistake("messages batched", mistake="batched messages"),
+    NAMED["Megatron CP2"].with_mistake("chunks in a row", mistake="chunks in a row"),
+    NAMED["DeepSpeed ZeRO-2"].with_mistake("no clipping", optim={"clip_grad": 0.0}),
+    NAMED["DeepSpeed TP2+SP, ZeRO-2"].with_mistake(
         "sequence-parallel sum missing", mistake="sequence-parallel hook"
     ),
-    NAMED["Megatron DP2"].wrong("fp32 where bf16 is said", as_bf16=True, families=DENSE),
-    # Of those above, what is smaller than the rounding of bf16 (a missing sum under sequence parallel, say) only fp32 can see.
-    NAMED["Megatron ZeRO-1 (distributed optimizer), bf16"].wrong("mean of means", mistake="mean of means"),
-    NAMED["Megatron CP2, bf16"].wrong("chunks in a row", mistake="chunks in a row"),
-    NAMED["DeepSpeed ZeRO-2, bf16"].wrong("two key/value heads exchanged", weights="heads"),
+    NAMED["Megatron DP2"].with_mistake("fp32 where bf16 is said", as_bf16=True, families=DENSE),
+    # bf16 repeats the controls that exceed its rounding; a missing sum under sequence parallelism shows in
+    # fp32 only.
+    NAMED["Megatron ZeRO-1 (distributed optimizer), bf16"].with_mistake(
+        "mean of means", mistake="mean of means"
+    ),
+    NAMED["Megatron CP2, bf16"].with_mistake("chunks in a row", mistake="chunks in a row"),
+    NAMED["DeepSpeed ZeRO-2, bf16"].with_mistake("two key/value heads exchanged", weights="heads"),
 )
 
 
-def chosen(families: Iterable[str], parts: Iterable[str]) -> dict[tuple[str, int], list[Row]]:
-    """(family, processes) -> rows to run in one start, controls last. `parts`: of the titles that are wanted; none: all."""
+def select_rows(families: Iterable[str], parts: Iterable[str]) -> dict[tuple[str, int], list[MatrixRow]]:
+    """Returns (family, number of processes) -> rows of one start, controls last.
+
+    `parts`: substrings of titles; none: all.
+    """
     wanted = [part.lower() for part in parts]
-    starts: dict[tuple[str, int], list[Row]] = {}
+    starts: dict[tuple[str, int], list[MatrixRow]] = {}
     for family in families:
         for row in (*LAYOUTS, *HALVES, *CONTROLS):
             if family in row.families and (not wanted or any(part in row.title.lower() for part in wanted)):
@@ -197,12 +209,12 @@ def chosen(families: Iterable[str], parts: Iterable[str]) -> dict[tuple[str, int
     return dict(sorted(starts.items(), key=lambda start: (start[0][1], start[0][0])))
 
 
-def case(row: Row, steps: int, weights: str, save: str) -> dict[str, Any]:
-    """The row as the worker wants it."""
-    found = {"changes": row.changes, "last": steps, "weights": weights, "save": save}
-    return found | ({"break": row.mistake} if row.mistake else {})
+def worker_case(row: MatrixRow, steps: int, weights: str, save: str) -> dict[str, Any]:
+    """Returns the worker's description of a row."""
+    description = {"changes": row.changes, "last": steps, "weights": weights, "save": save}
+    return description | ({"break": row.mistake} if row.mistake else {})
 
 
-def job(model: ModelConfig, steps: int, cases: dict[str, Any]) -> dict[str, Any]:
-    """What the worker reads."""
-    return {"run": asdict(run_of(model, steps)), "steps": steps, "data_seed": DATA_SEED, "cases": cases}
+def worker_job(model: ModelConfig, steps: int, cases: dict[str, Any]) -> dict[str, Any]:
+    """Returns the worker's input."""
+    return {"run": asdict(base_run(model, steps)), "steps": steps, "data_seed": DATA_SEED, "cases": cases}

@@ -129,11 +129,11 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
 ]
 
 
-@pytest.mark.parametrize(("tensors", "wrong", "said"), CASES)
-def test_one_contradiction_is_said_once(tensors, wrong, said):
+@pytest.mark.parametrize(("tensors", "wrong", "message"), CASES)
+def test_one_contradiction_is_said_once(tensors, wrong, message):
     found = config_mismatches(replace(tensors, **wrong), shapes_of(tensors))
     assert len(found) == 1
-    assert found[0].startswith(said)
+    assert found[0].startswith(message)
 
 
 def test_several_are_all_said():
@@ -158,15 +158,15 @@ def test_what_cannot_be_told_is_not_said():
 def test_a_directory_says_it_in_one_line(tmp_path):
     tensors = {name: torch.zeros(shape) for name, shape in shapes_of(LLAMA).items()}
     save_file(tensors, tmp_path / "model.safetensors")
-    theirs = FAMILIES["llama"].write_config(LLAMA)
-    (tmp_path / "config.json").write_text(json.dumps(theirs | {"num_hidden_layers": 32}))
+    config_json = FAMILIES["llama"].write_config(LLAMA)
+    (tmp_path / "config.json").write_text(json.dumps(config_json | {"num_hidden_layers": 32}))
     with pytest.raises(UserError) as error:
         convert.open_reader(tmp_path)
     assert (
         str(error.value)
         == f"{tmp_path}: config.json says num_hidden_layers = 32, but the tensors have 4 layers"
     )
-    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    (tmp_path / "config.json").write_text(json.dumps(config_json))
     convert.open_reader(tmp_path)
 
 

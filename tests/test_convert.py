@@ -87,13 +87,13 @@ def test_deepspeed_layout(sources, tmp_path, tp):
     assert (tmp_path / "ranks/latest").read_text() == "release"
     files = sorted(path.name for path in (tmp_path / "ranks/release").iterdir())
     assert files == [f"mp_rank_{t:02d}_model_states.pt" for t in range(tp)]
-    held = torch.load(tmp_path / "ranks/release" / files[-1], weights_only=True)
-    assert (held["checkpoint_version"], held["dp_world_size"]) == (3.0, 0)
+    content = torch.load(tmp_path / "ranks/release" / files[-1], weights_only=True)
+    assert (content["checkpoint_version"], content["dp_world_size"]) == (3.0, 0)
     rows = {1: 256, 2: 128, 8: 128}[tp]  # 131 pieces are padded to a multiple of 128 x TP
-    assert held["module"]["embedding.word_embeddings.weight"].shape == (rows, 64)
-    assert not held["module"]["embedding.word_embeddings.weight"][-1].any()
+    assert content["module"]["embedding.word_embeddings.weight"].shape == (rows, 64)
+    assert not content["module"]["embedding.word_embeddings.weight"][-1].any()
     bias = "decoder.layers.3.self_attention.linear_proj.bias"
-    assert same({bias: held["module"][bias]}, {bias: tensors["model.layers.3.self_attn.o_proj.bias"]})
+    assert same({bias: content["module"][bias]}, {bias: tensors["model.layers.3.self_attn.o_proj.bias"]})
 
 
 def test_stages_count_their_layers_from_0(sources, tmp_path):
@@ -101,11 +101,11 @@ def test_stages_count_their_layers_from_0(sources, tmp_path):
     to_ranks(convert.open_reader(folder), tmp_path / "ranks", 2, 2)
     assert (tmp_path / "ranks/latest_checkpointed_iteration.txt").read_text() == "release"
     path = tmp_path / "ranks/release/mp_rank_01_001/model_optim_rng.pt"
-    held = torch.load(path, weights_only=True)["model"]
+    content = torch.load(path, weights_only=True)["model"]
     name = "decoder.layers.0.input_layernorm.weight"
-    assert same({name: held[name]}, {name: tensors["model.layers.2.input_layernorm.weight"]})
-    assert "output_layer.weight" in held
-    assert not any(n.startswith(("embedding", "decoder.layers.2")) for n in held)
+    assert same({name: content[name]}, {name: tensors["model.layers.2.input_layernorm.weight"]})
+    assert "output_layer.weight" in content
+    assert not any(n.startswith(("embedding", "decoder.layers.2")) for n in content)
 
 
 # --- Hugging Face directories
@@ -120,13 +120,17 @@ def test_shards_index_and_config_files(sources, tmp_path):
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
     for file in files:
-        held = load_file(tmp_path / "hf" / file)
-        assert set(held) == {name for name, where in index["weight_map"].items() if where == file}
-        assert sum(t.nbytes for t in held.values()) <= 60_000
+        content = load_file(tmp_path / "hf" / file)
+        assert set(content) == {name for name, where in index["weight_map"].items() if where == file}
+        assert sum(t.nbytes for t in content.values()) <= 60_000
     assert same(written(tmp_path / "hf"), tensors)
-    theirs = json.loads((tmp_path / "hf/config.json").read_text())
-    assert (theirs["torch_dtype"], theirs["bos_token_id"], theirs["bias"]) == ("bfloat16", 1, True)
-    assert "auto_map" not in theirs
+    config_json = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config_json["torch_dtype"], config_json["bos_token_id"], config_json["bias"]) == (
+        "bfloat16",
+        1,
+        True,
+    )
+    assert "auto_map" not in config_json
     assert json.loads((tmp_path / "hf/generation_config.json").read_text()) == {
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -142,9 +146,9 @@ def test_bin_files(tmp_path, shards, is_zip):
     names, where = list(tensors), {}
     for i in range(shards):
         file = "pytorch_model.bin" if shards == 1 else f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin"
-        held = {name: tensors[name] for name in names[i::shards]}
-        torch.save(held, tmp_path / "hf" / file, _use_new_zipfile_serialization=is_zip)
-        where |= dict.fromkeys(held, file)
+        content = {name: tensors[name] for name in names[i::shards]}
+        torch.save(content, tmp_path / "hf" / file, _use_new_zipfile_serialization=is_zip)
+        where |= dict.fromkeys(content, file)
     if shards > 1:
         (tmp_path / "hf/pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": where}))
     round_trip(tmp_path / "hf", tensors, 2, 2, tmp_path)
@@ -163,11 +167,13 @@ def test_another_type_on_request(tmp_path):
     assert json.loads((tmp_path / "hf/config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize(("stored", "asked"), [("fp32", "fp16"), ("bf16", "fp16"), ("fp32", "bf16")])
+@pytest.mark.parametrize(("stored", "wanted_type"), [("fp32", "fp16"), ("bf16", "fp16"), ("fp32", "bf16")])
 @pytest.mark.parametrize("out", ["hf", "ranks"])
-def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp_path, stored, asked, out):
+def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(
+    sources, tmp_path, stored, wanted_type, out
+):
     tensors = {name: torch.zeros_like(tensor) for name, tensor in sources("internlm", stored)[1].items()}
-    name, target = "model.layers.2.mlp.down_proj.weight", convert.DTYPES[asked]
+    name, target = "model.layers.2.mlp.down_proj.weight", convert.DTYPES[wanted_type]
     limit = torch.finfo(target).max
     source = tmp_path / "hf"
     hugging_face(source, BASE, stored)
@@ -182,18 +188,20 @@ def test_a_type_that_is_too_small_is_an_error_that_names_the_tensor(sources, tmp
             to_ranks(opened, tmp_path / "out", 2, dtype=target, verify=True)
         return tensors
 
-    beyond = 7e4 if asked == "fp16" else torch.finfo(torch.float32).max  # finite in the source's type
+    beyond = 7e4 if wanted_type == "fp16" else torch.finfo(torch.float32).max  # finite in the source's type
     ours = name if out == "hf" else "decoder.layers.2.mlp.linear_fc2.weight"
     with pytest.raises(
         UserError,
-        match=rf"{ours} holds finite values up to .*, too large for {'b' * (asked == 'bf16')}float16",
+        match=rf"{ours} holds finite values up to .*, too large for {'b' * (wanted_type == 'bf16')}float16",
     ):
         write(beyond, -beyond, 0.5)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
-    kept = limit if stored == "fp32" else 65280.0  # the largest of both types
-    write(kept, float("inf"), float("nan"))  # control: what fits is written, and what was infinite stays so
+    largest = limit if stored == "fp32" else 65280.0  # the largest of both types
+    write(
+        largest, float("inf"), float("nan")
+    )  # control: what fits is written, and what was infinite stays so
     back = dict(convert.open_reader(tmp_path / "out").tensors())["decoder.layers.2.mlp.linear_fc2.weight"]
-    assert back[0, 0] == kept
+    assert back[0, 0] == largest
     assert back[0, 1].isinf()
     assert back[0, 2].isnan()
 
@@ -354,11 +362,11 @@ def edit_json(path: Path, change) -> None:
     path.write_text(json.dumps(values))
 
 
-def refused(folder: Path, *said: str) -> None:
+def refused(folder: Path, *message: str) -> None:
     """Opening it is a `UserError` of one line that says all of this, and a conversion writes nothing."""
     with pytest.raises(UserError) as caught:
         to_ranks(convert.open_reader(folder), folder.parent / "out", 1)
-    assert all(text in str(caught.value) for text in said), str(caught.value)
+    assert all(text in str(caught.value) for text in message), str(caught.value)
     assert "\n" not in str(caught.value)
     assert not [path for path in folder.parent.iterdir() if "out" in path.name]
 
@@ -494,18 +502,18 @@ def test_truncated_and_missing_rank_files(ranks):
 
 def test_rank_file_with_other_tensors(ranks):
     path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
-    held = torch.load(path, weights_only=True)
-    final = held["model"].pop("decoder.final_layernorm.weight")
-    torch.save(held, path)
+    content = torch.load(path, weights_only=True)
+    final = content["model"].pop("decoder.final_layernorm.weight")
+    torch.save(content, path)
     refused(ranks, "lacks decoder.final_layernorm.weight")
-    held["model"] |= {
+    content["model"] |= {
         "decoder.final_layernorm.weight": final,
         "decoder.final_layernorm._extra_state": torch.zeros(1),
     }
-    torch.save(held, path)
+    torch.save(content, path)
     assert len(convert.open_reader(ranks).names()) == 35
-    held["model"]["decoder.final_layernorm.weight"] = final[:-1]
-    torch.save(held, path)
+    content["model"]["decoder.final_layernorm.weight"] = final[:-1]
+    torch.save(content, path)
     refused(ranks, "final_layernorm.weight is [63]")
     torch.save([1], path)
     refused(ranks, "no table of tensors")
@@ -546,9 +554,9 @@ def test_a_rank_that_holds_another_ones_weights(ranks):
 
 def test_a_rank_whose_copy_differs(ranks):
     path = ranks / "release/mp_rank_01_001/model_optim_rng.pt"
-    held = torch.load(path, weights_only=True)
-    held["model"]["decoder.final_layernorm.weight"][0] += 1
-    torch.save(held, path)
+    content = torch.load(path, weights_only=True)
+    content["model"]["decoder.final_layernorm.weight"][0] += 1
+    torch.save(content, path)
     refused(ranks, "decoder.final_layernorm.weight of rank 1, stage 1 is not the copy of another's")
 
 
@@ -563,24 +571,24 @@ def test_rows_beyond_the_vocabulary(tmp_path, capsys):
     def set_vocabulary(size: int) -> None:
         edit_json(tmp_path / "ranks/config.json", lambda values: values.update(vocab_size=size))
 
-    for size, said in ((250, False), (200, True)):
+    for size, has_note in ((250, False), (200, True)):
         set_vocabulary(size)
         capsys.readouterr()
         convert.open_reader(tmp_path / "ranks")
         note = f"{256 - size} rows of padding in embedding.word_embeddings.weight hold values"
-        assert (note in capsys.readouterr().out) == said
+        assert (note in capsys.readouterr().out) == has_note
     set_vocabulary(120)
     refused(tmp_path / "ranks", "136 rows beyond the vocab_size = 120 of config.json", "correct vocab_size")
     path = tmp_path / "ranks/release/mp_rank_00/model_optim_rng.pt"
-    held = torch.load(path, weights_only=True)
-    for name, theirs in (
+    content = torch.load(path, weights_only=True)
+    for name, hf_name in (
         ("embedding.word_embeddings.weight", "model.embed_tokens.weight"),
         ("output_layer.weight", "lm_head.weight"),
     ):
-        held["model"][name] = torch.cat(
-            [tensors[theirs], tensors[theirs][-6:]]
+        content["model"][name] = torch.cat(
+            [tensors[hf_name], tensors[hf_name][-6:]]
         )  # as AscendSpeed's converter padded
-    torch.save(held, path)
+    torch.save(content, path)
     set_vocabulary(250)
     capsys.readouterr()
     convert.open_reader(tmp_path / "ranks")
@@ -627,14 +635,14 @@ def test_infinity_is_said(sources, tmp_path, capsys):
 
 def test_layouts_that_cannot_be_written(sources, tmp_path):
     source = convert.open_reader(sources("internlm", "fp32")[0])
-    for more, said in (
+    for more, message in (
         ({"tp": 3}, "choose 1, 2, 4, 8"),
         ({"tp": 1, "pp": 3}, "choose 1, 2, 4"),
         ({"tp": 1, "pp": 2, "deepspeed": True}, "no pipeline stages"),
         ({"tp": 0}, "choose"),
         ({"tp": 1, "make_vocab_size_divisible_by": 0}, "divisible by 0"),
     ):
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             to_ranks(source, tmp_path / "out", **more)
     assert not list(tmp_path.iterdir())
 
@@ -713,8 +721,8 @@ def test_what_no_conversion_left_is_not_cleared(sources, tmp_path):
     (tmp_path / ".b.partial").mkdir()
     (tmp_path / ".b.partial/thesis.txt").touch()
     (tmp_path / "c").symlink_to(tmp_path / "nowhere")
-    for name, said in (("a", "is in the way"), ("b", "is in the way"), ("c", "is not an empty directory")):
-        with pytest.raises(UserError, match=said):
+    for name, message in (("a", "is in the way"), ("b", "is in the way"), ("c", "is not an empty directory")):
+        with pytest.raises(UserError, match=message):
             to_hf(source, tmp_path / name)
     assert (precious / "thesis.txt").exists()
     assert (tmp_path / ".b.partial/thesis.txt").exists()
@@ -805,11 +813,11 @@ def test_memory_is_about_one_tensor(tmp_path):
     }  # freed memory goes back at once: what is measured is in use
     command = [sys.executable, "-c", MEMORY, tmp_path]
     result = subprocess.run(command, env=at_once, capture_output=True, text=True, check=True)
-    split, merge, held = (
+    split, merge, content = (
         int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("PEAK")
     )
     assert max(split, merge) < 30e6
-    assert held > 140e6  # control: the measure sees tensors that are held
+    assert content > 140e6  # control: the measure sees tensors that are held
 
 
 # --- the commands
@@ -840,7 +848,7 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         ("--type 7B", "num_layers 32, config.json 4"),
         ("--type 9B", "--type 9B: the family internlm has no such size; there are internlm-7b, internlm-20b"),
@@ -850,8 +858,8 @@ def test_split_command_of_the_recipe(sources, tmp_path, capsys):
         ("--pipeline-model-parallel-size 2 --deepspeed", "no pipeline stages"),
     ],
 )
-def test_split_command_checks_what_it_is_told(sources, tmp_path, args, said):
-    with pytest.raises(UserError, match=said):
+def test_split_command_checks_what_it_is_told(sources, tmp_path, args, message):
+    with pytest.raises(UserError, match=message):
         split(sources("internlm", "finite")[0], tmp_path / "out", *args.split())
     assert not list(tmp_path.iterdir())
 
@@ -904,11 +912,11 @@ def test_a_plain_llama_becomes_what_it_was(sources, tmp_path):
         *f"--from {tmp_path}/llama --to {tmp_path}/back --format hf --to-family internlm2 --verify".split(),
     )
     assert same(written(tmp_path / "back"), tensors)
-    for more, said in {
+    for more, message in {
         "hf --to-family internlm9": "--to-family internlm9 does not exist; there are internlm, internlm2",
         "megatron --to-family internlm2": "--to-family is for --format hf, not for megatron",
     }.items():
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             command("convert.py", *f"--from {folder} --to {tmp_path}/x --format {more}".split())
 
 
@@ -932,18 +940,22 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
         return capsys.readouterr().out, json.loads((tmp_path / name / "config.json").read_text())
 
     note = "note: no tokenizer was found at words; none is exported (give --tokenizer DIR)"
-    said, theirs = export("elsewhere", "a")
-    assert said.count(note) == 1
-    assert "bos_token_id" not in theirs
-    said, theirs = export("home", "b")
-    assert "no tokenizer was found" not in said
-    assert (theirs["bos_token_id"], theirs["eos_token_id"]) == (1, 2)
+    message, config_json = export("elsewhere", "a")
+    assert message.count(note) == 1
+    assert "bos_token_id" not in config_json
+    message, config_json = export("home", "b")
+    assert "no tokenizer was found" not in message
+    assert (config_json["bos_token_id"], config_json["eos_token_id"]) == (1, 2)
     assert (tmp_path / "b/tokenizer.model").exists()
-    said, theirs = export(
+    message, config_json = export(
         "elsewhere", "c", "--tokenizer", str(corpus.big_vocabulary_dir(tmp_path / "other", 100))
     )
-    assert "no tokenizer was found" not in said
-    assert (theirs["eos_token_id"], theirs["pad_token_id"], "bos_token_id" in theirs) == (1, 1, False)
+    assert "no tokenizer was found" not in message
+    assert (config_json["eos_token_id"], config_json["pad_token_id"], "bos_token_id" in config_json) == (
+        1,
+        1,
+        False,
+    )
     assert json.loads((tmp_path / "c/generation_config.json").read_text()) == {
         "eos_token_id": 1,
         "pad_token_id": 1,
@@ -956,16 +968,20 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
 def test_token_ids_that_the_source_says_are_kept(sources, tmp_path):
     folder, other = sources("internlm", "finite")[0], corpus.big_vocabulary_dir(tmp_path / "other", 100)
     command("convert.py", *f"--from {folder} --to {tmp_path}/hf --format hf --tokenizer {other}".split())
-    theirs = json.loads((tmp_path / "hf/config.json").read_text())
-    assert (theirs["bos_token_id"], theirs["eos_token_id"], "pad_token_id" in theirs) == (1, 2, False)
+    config_json = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config_json["bos_token_id"], config_json["eos_token_id"], "pad_token_id" in config_json) == (
+        1,
+        2,
+        False,
+    )
 
 
 def test_random_model_takes_its_token_ids_from_its_tokenizer(tmp_path, capsys):
     def ids(*flags: str) -> list[int | None]:
         command("../random_model.py", "--output-dir", tmp_path / "out", *flags)
-        theirs = json.loads((tmp_path / "out/config.json").read_text())
+        config_json = json.loads((tmp_path / "out/config.json").read_text())
         shutil.rmtree(tmp_path / "out")
-        return [theirs.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+        return [config_json.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
 
     assert ids() == [1, 2, 2]
     assert "note: no tokenizer was found; none is exported (give --tokenizer DIR)" in capsys.readouterr().out

@@ -42,14 +42,14 @@ def directory(folder: Path, model: bytes | None, config: ModelConfig = MODEL, **
         n: torch.zeros(s) for p in param_mapping.parameters(config) for n, s in hf_shapes(config, p).items()
     }
     save_file(tensors, folder / "model.safetensors")
-    theirs = FAMILIES[config.family].write_config(config) | {
+    config_json = FAMILIES[config.family].write_config(config) | {
         "auto_map": AUTO_MAP,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
     if model is not None:
         folder_with(folder, model)
-    for name, values in ({"config": theirs} | files).items():
+    for name, values in ({"config": config_json} | files).items():
         (folder / f"{name}.json").write_text(json.dumps(values))
     (folder / "modeling_internlm2.py").write_text(CODE)
     return folder
@@ -70,7 +70,7 @@ def export(
     return target
 
 
-def held(folder: Path, name: str) -> dict:
+def stored(folder: Path, name: str) -> dict:
     return json.loads((folder / f"{name}.json").read_text())
 
 
@@ -95,23 +95,23 @@ def chat(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("family", [None, "llama"])
 def test_a_published_chat_model(chat, family, tmp_path):
     out = export(chat, tmp_path / "out", family=family)
-    assert held(out, "generation_config") == held(chat, "generation_config")  # both ends of a turn
+    assert stored(out, "generation_config") == stored(chat, "generation_config")  # both ends of a turn
     assert (out / "chat_template.jinja").read_bytes() == (chat / "chat_template.jinja").read_bytes()
     assert (out / "tokenizer.model").read_bytes() == (chat / "tokenizer.model").read_bytes()
-    theirs = held(out, "tokenizer_config")
-    assert theirs["chat_template"] == held(chat, "tokenizer_config")["chat_template"]
-    assert theirs["tokenizer_class"] == "PreTrainedTokenizerFast"
+    tokenizer_config = stored(out, "tokenizer_config")
+    assert tokenizer_config["chat_template"] == stored(chat, "tokenizer_config")["chat_template"]
+    assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert not [name for name in out.glob("*.json") if "auto_map" in name.read_text()]
     assert not list(out.glob("*.py"))
-    ends = held(chat, "generation_config")["eos_token_id"]
+    ends = stored(chat, "generation_config")["eos_token_id"]
     assert stock(out)("</s><|im_end|>", add_special_tokens=False).input_ids == ends
 
 
 def test_code_is_copied_unexecuted_when_asked_for(chat, tmp_path):
     out = export(chat, tmp_path / "out", copy_code=True)
     assert (out / "modeling_internlm2.py").read_text() == CODE
-    assert held(out, "config")["auto_map"] == AUTO_MAP
-    assert held(out, "tokenizer_config")["auto_map"] == TOKENIZER_MAP
+    assert stored(out, "config")["auto_map"] == AUTO_MAP
+    assert stored(out, "tokenizer_config")["auto_map"] == TOKENIZER_MAP
     assert stock(out)("a").input_ids[0] == 1  # without trust_remote_code the code stays where it is
     assert "modeling_internlm2" not in sys.modules
     with pytest.raises(UserError, match="not that of a model of family llama: leave --copy-code out"):
@@ -137,7 +137,7 @@ def test_a_tokenizer_json_of_the_source_is_copied(tmp_path):
         )
         out = export(source, tmp_path / given)
         assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
-        assert held(out, "tokenizer_config") == {"tokenizer_class": written, "bos_token": "<s>"}
+        assert stored(out, "tokenizer_config") == {"tokenizer_class": written, "bos_token": "<s>"}
 
 
 def test_rank_files_and_back(chat, tmp_path):
@@ -146,9 +146,9 @@ def test_rank_files_and_back(chat, tmp_path):
     """
     convert.convert(convert.open_reader(chat), tmp_path / "ranks", convert.RankFileWriter(2))
     assert (tmp_path / "ranks/tokenizer.model").exists()
-    assert "auto_map" not in held(tmp_path / "ranks", "tokenizer_config")
+    assert "auto_map" not in stored(tmp_path / "ranks", "tokenizer_config")
     out = export(tmp_path / "ranks", tmp_path / "out")
-    assert held(out, "generation_config") == held(chat, "generation_config")
+    assert stored(out, "generation_config") == stored(chat, "generation_config")
     assert (out / "tokenizer.json").read_bytes() == (
         export(chat, tmp_path / "straight") / "tokenizer.json"
     ).read_bytes()
@@ -174,7 +174,7 @@ def broken(folder: Path, **files: str | bytes) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("files", "said"),
+    ("files", "message"),
     [
         ({"tokenizer__model": b"pieces"}, "tokenizer.model is not a sentencepiece model"),
         ({"tokenizer__json": "{}"}, "tokenizer.json is not a tokenizer"),
@@ -198,11 +198,11 @@ def broken(folder: Path, **files: str | bytes) -> Path:
         ),
     ],
 )
-def test_damage_is_an_error_before_anything_is_written(chat, files, said, tmp_path):
+def test_damage_is_an_error_before_anything_is_written(chat, files, message, tmp_path):
     folder = directory(tmp_path / "source", (chat / "tokenizer.model").read_bytes())
     with pytest.raises(UserError) as error:
         export(broken(folder, **files), tmp_path / "out")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -230,7 +230,7 @@ def test_two_tokenizers_that_differ_are_an_error(chat, tmp_path):
     out = export(chat, tmp_path / "out")
     source = Path(shutil.copytree(out, tmp_path / "source"))
     export(source, tmp_path / "again")  # control: the pair that was written here
-    values = held(source, "tokenizer")
+    values = stored(source, "tokenizer")
     values["model"]["merges"].reverse()
     (source / "tokenizer.json").write_text(json.dumps(values))
     for to in (convert.HuggingFaceWriter(), convert.RankFileWriter(2)):
@@ -261,7 +261,7 @@ def test_token_ids_that_the_model_does_not_have(case, file, tmp_path):
         tmp_path / "source", None, generation_config={"eos_token_id": [2, 999], "pad_token_id": None}
     )
     export(folder, tmp_path / "fine")  # control: the last row, several ends, null
-    (folder / f"{file}.json").write_text(json.dumps(held(folder, file) | {name: value}))
+    (folder / f"{file}.json").write_text(json.dumps(stored(folder, file) | {name: value}))
     with pytest.raises(UserError) as error:
         export(folder, tmp_path / "out")
     assert f": {name} = {value!r} is no token of a vocabulary of 1000" in str(error.value)

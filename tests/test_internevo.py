@@ -279,8 +279,8 @@ def test_the_folder_that_is_written(tmp_path):
     )
     assert torch.load(tmp_path / "out/0.step", weights_only=True) == {"step": 0}
     assert (tmp_path / "out/config.json").is_file()
-    held = [torch.load(tmp_path / f"out/model_tp{t}_pp0.pt", weights_only=True) for t in range(2)]
-    assert ["blocks.0.mixer.out_proj.bias" in tensors for tensors in held] == [True, False]
+    stored = [torch.load(tmp_path / f"out/model_tp{t}_pp0.pt", weights_only=True) for t in range(2)]
+    assert ["blocks.0.mixer.out_proj.bias" in tensors for tensors in stored] == [True, False]
 
 
 def read(
@@ -377,7 +377,7 @@ class Hostile:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda f: (f / "model_tp1_pp0.pt").unlink(), "lacks model_tp1_pp0.pt"),
         (lambda f: edit(f, "model_tp1_pp1.pt", lambda h: h.pop("norm.weight")), "lacks norm.weight"),
@@ -417,19 +417,19 @@ class Hostile:
         (lambda f: config_json(f, "internlm2", BIASED), "names of INTERNLM, which is no internlm2 model"),
     ],
 )
-def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
+def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
     folder = trained(tmp_path / "evo", BIASED, Trained("INTERNLM", 2, (2, 2)), rope_base=10000)
     assert right(read(folder, InternEvoOptions(max_pos=32)), "internlm", BIASED)
     change(folder)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         convert.open_reader(folder, internevo=InternEvoOptions(max_pos=32))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 
 
 @pytest.mark.parametrize(
-    ("family", "shape", "to", "said"),
+    ("family", "shape", "to", "message"),
     [
         ("internlm", BIASED, convert.InternEvoWriter(3), "do not split over 3 ranks; choose 1, 2, 4, 8"),
         ("llama", Shape(heads=8, kv=2), convert.InternEvoWriter(4), "do not split over 4 ranks; choose 1, 2"),
@@ -441,9 +441,9 @@ def test_damaged_and_contradicting_folders(tmp_path, monkeypatch, change, said):
         ("gemma", Shape(), convert.InternEvoWriter(), "gemma"),
     ],
 )
-def test_what_cannot_be_written(tmp_path, family, shape, to, said):
+def test_what_cannot_be_written(tmp_path, family, shape, to, message):
     source = convert.CheckpointReader(
         "test", tmp_path, config_of(family, shape), {}, {}, lambda name, tile: torch.ones(1), None
     )
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         to.check(source)

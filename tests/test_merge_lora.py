@@ -309,7 +309,9 @@ def test_the_weights_beneath_are_known(work, capsys):
         )
     (work / "adapter" / directory.BASE).unlink()  # control
     merge(work)
-    assert f"note: {work / 'adapter'} does not record the weights it was trained on" in capsys.readouterr().out
+    assert (
+        f"note: {work / 'adapter'} does not record the weights it was trained on" in capsys.readouterr().out
+    )
 
 
 def spoiled_base(work: Path) -> Path:

@@ -78,13 +78,13 @@ def same(folder: Path, tensors: dict[str, Tensor], tmp: Path) -> bool:
 
 def test_a_file_of_mindspore_itself(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(base64.b64decode(BY_MINDSPORE))
-    held = mindformers.read(tmp_path / "x.ckpt")
+    stored = mindformers.read(tmp_path / "x.ckpt")
     expected = torch.tensor([[-0.5, -0.25, 0.0], [0.25, 0.5, 0.75]])
-    assert list(held) == ["w", "half.w", "brain", "x"]
+    assert list(stored) == ["w", "half.w", "brain", "x"]
     for name, dtype in (("w", torch.float32), ("half.w", torch.float16), ("brain", torch.bfloat16)):
-        assert held[name].dtype == dtype
-        assert torch.equal(held[name], expected.to(dtype))
-    assert held["x"] == 1.5
+        assert stored[name].dtype == dtype
+        assert torch.equal(stored[name], expected.to(dtype))
+    assert stored["x"] == 1.5
     value_of_w = value("w", (2, 3), "Float32", expected.numpy().tobytes())
     assert base64.b64decode(BY_MINDSPORE).startswith(
         value_of_w
@@ -96,9 +96,9 @@ def test_a_file_of_mindspore_itself(tmp_path):
 def test_internlm_and_llama(tmp_path, family, dtype):
     tensors = hugging_face(family, dtype)
     config_json(tmp_path / "mf", family)
-    held = {renamed(name): tensor for name, tensor in tensors.items()}
-    held["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-    write_ckpt(tmp_path / "mf/model.ckpt", held | {"adam_m.lm_head.weight": torch.ones(2)})
+    stored = {renamed(name): tensor for name, tensor in tensors.items()}
+    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    write_ckpt(tmp_path / "mf/model.ckpt", stored | {"adam_m.lm_head.weight": torch.ones(2)})
     assert convert.open_reader(tmp_path / "mf").description == "MindFormers .ckpt"
     assert same(tmp_path / "mf", tensors, tmp_path)
 
@@ -108,10 +108,10 @@ def test_internlm_and_llama(tmp_path, family, dtype):
 def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
     tensors = internlm2()
     config_json(tmp_path / "mf", "internlm2")
-    held = {renamed(name): tensor for name, tensor in tensors.items()}
+    stored = {renamed(name): tensor for name, tensor in tensors.items()}
     if not concat:
-        held = {new: part for name, tensor in held.items() for new, part in apart(name, tensor).items()}
-    write_ckpt(tmp_path / "mf/model.ckpt", held, pieces)
+        stored = {new: part for name, tensor in stored.items() for new, part in apart(name, tensor).items()}
+    write_ckpt(tmp_path / "mf/model.ckpt", stored, pieces)
     assert (
         convert.open_reader(tmp_path / "mf").description
         == f"MindFormers{', --qkv_concat' if concat else ''} .ckpt"
@@ -122,11 +122,11 @@ def test_internlm2_with_and_without_qkv_concat(tmp_path, concat, pieces):
 def test_control_another_order_is_seen(tmp_path):
     tensors = internlm2()
     config_json(tmp_path / "mf", "internlm2")
-    held = {}
+    stored = {}
     for name, tensor in tensors.items():
         parts = apart(renamed(name), tensor)
-        held[renamed(name)] = torch.cat(list(parts.values()))  # w as [q; k; v]
-    write_ckpt(tmp_path / "mf/model.ckpt", held)
+        stored[renamed(name)] = torch.cat(list(parts.values()))  # w as [q; k; v]
+    write_ckpt(tmp_path / "mf/model.ckpt", stored)
     assert not same(tmp_path / "mf", tensors, tmp_path)
 
 
@@ -143,8 +143,8 @@ def test_what_is_not_read_is_said(tmp_path):
     config_json(tmp_path / "mf", "internlm")
     path = tmp_path / "mf/model.ckpt"
 
-    def refused(said: str) -> None:
-        with pytest.raises(UserError, match=said):
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
             convert.open_reader(tmp_path / "mf")
 
     write_ckpt(path, tensors | {"model.layers.0.attention.w_qkv.weight": torch.ones(2, 2)})

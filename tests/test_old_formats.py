@@ -197,12 +197,12 @@ def test_interleaved_pipeline(tmp_path):
     release = tmp_path / "old/release"
     for t in range(2):
         stages = [release / f"mp_rank_{t:02d}_{p:03d}/model_optim_rng.pt" for p in range(4)]
-        held = [torch.load(path, weights_only=True)["model"] for path in stages]
+        stored = [torch.load(path, weights_only=True)["model"] for path in stages]
         for p in range(2):
-            torch.save({"checkpoint_version": 3.0, "model0": held[p], "model1": held[p + 2]}, stages[p])
+            torch.save({"checkpoint_version": 3.0, "model0": stored[p], "model1": stored[p + 2]}, stages[p])
             stages[p + 2].unlink()
     assert same(tmp_path / "old", tensors, tmp_path)
-    torch.save({"checkpoint_version": 3.0, "model0": held[1]}, stages[1])
+    torch.save({"checkpoint_version": 3.0, "model0": stored[1]}, stages[1])
     with pytest.raises(UserError, match="different numbers of chunks"):
         convert.open_reader(tmp_path / "old")
 
@@ -229,8 +229,8 @@ def change(path: Path, **more) -> None:
 
 
 def test_what_is_not_read_is_said(tmp_path):
-    def refused(said: str) -> None:
-        with pytest.raises(UserError, match=said):
+    def refused(message: str) -> None:
+        with pytest.raises(UserError, match=message):
             convert.open_reader(tmp_path / "old")
 
     old_folder(tmp_path / "old", "Megatron-LM until 2023", "internlm", 1, 1)
@@ -248,10 +248,10 @@ def test_what_is_not_read_is_said(tmp_path):
 def test_what_is_missing_or_left_over_is_named(tmp_path):
     old_folder(tmp_path / "old", "AscendSpeed and ModelLink around 2024", "internlm", 2, 1)
     path = tmp_path / "old/release/mp_rank_01/model_optim_rng.pt"
-    held = torch.load(path, weights_only=True)["model"]
-    encoder = held["language_model"]["encoder"]
+    stored = torch.load(path, weights_only=True)["model"]
+    encoder = stored["language_model"]["encoder"]
     encoder["layers.2.mlp.extra.weight"] = encoder.pop("layers.2.mlp.gate_proj.weight")
-    change(path, model=held)
+    change(path, model=stored)
     with pytest.raises(
         UserError,
         match=r"rank 1.* lacks language_model\S+2\.mlp\.gate_proj\S+ it has left over \S+2\.mlp\.extra",

@@ -25,8 +25,8 @@ def run(name: str, *args) -> None:
 
 
 def config_at(folder: Path) -> ModelConfig:
-    theirs = json.loads((folder / "config.json").read_text())
-    return FAMILIES[theirs["model_type"]].read_config(theirs)
+    config_json = json.loads((folder / "config.json").read_text())
+    return FAMILIES[config_json["model_type"]].read_config(config_json)
 
 
 def test_the_published_commands_of_internlm(tmp_path, capsys):

@@ -95,25 +95,25 @@ CUT = {
 
 @pytest.mark.parametrize("case", SAFETENSORS)
 def test_safetensors(case, tmp_path):
-    raw, said = SAFETENSORS[case]
+    raw, message = SAFETENSORS[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(UserError) as error:
         load_safetensors(path)
     assert str(error.value).startswith(f"{path} is damaged or no safetensors file (")
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert str(error.value).endswith("download or copy it again")
     assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("case", CUT)
 def test_safetensors_that_are_cut_off(case, tmp_path):
-    raw, said = CUT[case]
+    raw, message = CUT[case]
     path = tmp_path / "model.safetensors"
     path.write_bytes(raw)
     with pytest.raises(UserError) as error:
         load_safetensors(path)
-    assert str(error.value).startswith(f"{path} is cut off, it has {said}")
+    assert str(error.value).startswith(f"{path} is cut off, it has {message}")
     assert str(error.value).endswith("bytes: download or copy it again")
     path.write_bytes(WHOLE)
     assert load_safetensors(path)["a"].shape == (2,)
@@ -146,26 +146,26 @@ def test_control_what_is_whole_is_read(tmp_path):
     save_file(tensors, tmp_path / "m.safetensors")
     for is_zip in (True, False):
         torch.save(tensors, tmp_path / f"{is_zip}.bin", _use_new_zipfile_serialization=is_zip)
-        held = load_pt(tmp_path / f"{is_zip}.bin")
-        assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
-    held = load_safetensors(tmp_path / "m.safetensors")
-    assert all(torch.equal(held[name], tensor) for name, tensor in tensors.items())
+        stored = load_pt(tmp_path / f"{is_zip}.bin")
+        assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    stored = load_safetensors(tmp_path / "m.safetensors")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
     with open(tmp_path / "m.safetensors", "r+b") as file:
         file.seek(-2, os.SEEK_END)
         file.write(b"\0\0")
-    assert held["c"] == 0  # it is mapped: nothing was read
+    assert stored["c"] == 0  # it is mapped: nothing was read
 
 
 @pytest.mark.parametrize("how", ["zip", "before torch 1.6", "bare pickle", "beside tensors"])
 def test_a_hostile_pickle_does_not_run(how, tmp_path):
     marker, path = tmp_path / "ran", tmp_path / "pytorch_model.bin"
-    held = (
+    stored = (
         {"weight": torch.zeros(2), "extra": Payload(marker)} if how == "beside tensors" else Payload(marker)
     )
     if how == "bare pickle":
-        path.write_bytes(pickle.dumps(held, 2))
+        path.write_bytes(pickle.dumps(stored, 2))
     else:
-        torch.save(held, path, _use_new_zipfile_serialization=how != "before torch 1.6")
+        torch.save(stored, path, _use_new_zipfile_serialization=how != "before torch 1.6")
     with pytest.raises(
         UserError,
         match=r"more than tensors \(then it is not loaded: it could run code\): \w+\.system is not plain",
@@ -223,12 +223,12 @@ INDICES = {
 
 @pytest.mark.parametrize("case", INDICES)
 def test_an_index(case, tmp_path):
-    where, said = INDICES[case]
+    where, message = INDICES[case]
     path = tmp_path / "model.safetensors.index.json"
     path.write_text(json.dumps({"weight_map": where}))
     with pytest.raises(UserError) as error:
         read_index(path)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value).splitlines()) == 1
     (tmp_path / "x.safetensors").touch()
     path.write_text(json.dumps({"weight_map": {"a": "x.safetensors"}}))
@@ -253,13 +253,13 @@ JSON = {
 
 @pytest.mark.parametrize("case", JSON)
 def test_json(case, tmp_path):
-    raw, said = JSON[case]
+    raw, message = JSON[case]
     path = tmp_path / "config.json"
     path.write_bytes(raw)
     with pytest.raises(UserError) as error:
         read_json(path)
     assert f"{path} cannot be read, it is not JSON: " in str(error.value)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert len(str(error.value)) < 400 + len(str(path))
 
 
@@ -278,10 +278,10 @@ def test_huge_json_is_not_read(tmp_path):
 
 @pytest.mark.parametrize("load", [load_safetensors, load_pt, read_json])
 def test_what_is_no_file_of_the_folder(load, tmp_path, monkeypatch):
-    def refused(path: Path, said: str) -> None:
+    def refused(path: Path, message: str) -> None:
         with pytest.raises(UserError) as error:
             load(path)
-        assert said in str(error.value)
+        assert message in str(error.value)
         assert len(str(error.value).splitlines()) == 1
 
     (tmp_path / "outside").write_bytes(b"secret")
@@ -399,7 +399,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_command_says_one_line_and_exits_with_2(fault, tmp_path, capsys):
-    change, said = FAULTS[fault]
+    change, message = FAULTS[fault]
     folder = model_folder(tmp_path / "source")
     change(folder)
     with pytest.raises(SystemExit) as end:
@@ -408,7 +408,7 @@ def test_the_command_says_one_line_and_exits_with_2(fault, tmp_path, capsys):
     assert end.value.code == errors.EXIT_USER_ERROR == 2
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    assert said in err
+    assert message in err
     assert not (folder / "ran").exists()
     assert not [path for path in tmp_path.iterdir() if "out" in path.name]
 

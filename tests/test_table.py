@@ -58,11 +58,11 @@ def test_control_a_name_that_is_not_renamed_is_seen(tmp_path):
     hugging_face(tmp_path / "hf", BY_FAMILY["internlm"], "bf16")
     write_as(LEGACY, tmp_path / "hf", tmp_path, 1, 1)
     (path,) = (tmp_path / "there").rglob("*.pt")
-    held = torch.load(path, weights_only=True)
-    held["model"]["language_model.encoder.layers.1.mlp.up"] = held["model"].pop(
+    stored = torch.load(path, weights_only=True)
+    stored["model"]["language_model.encoder.layers.1.mlp.up"] = stored["model"].pop(
         "language_model.encoder.layers.1.mlp.dense_h_to_4h.weight"
     )
-    torch.save(held, path)
+    torch.save(stored, path)
     with pytest.raises(
         UserError,
         match=r"lacks .*layers\.1\.mlp\.dense_h_to_4h\.weight; it has left over .*layers\.1\.mlp\.up",

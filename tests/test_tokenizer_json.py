@@ -103,10 +103,10 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
     pieces = [model.id_to_piece(i) for i in range(model.vocab_size())]
     assert export.write(folder) is None
     sample = texts(count, pieces)
-    theirs = stock(folder)
-    bos = [] if theirs.bos_token_id is None else [theirs.bos_token_id]
+    hf_tokenizer = stock(folder)
+    bos = [] if hf_tokenizer.bos_token_id is None else [hf_tokenizer.bos_token_id]
     declared = [original(model, tokens, text) for text in sample]
-    for text, ids, expected in zip(sample, theirs(sample).input_ids, declared, strict=True):
+    for text, ids, expected in zip(sample, hf_tokenizer(sample).input_ids, declared, strict=True):
         assert ids == [*bos, *expected], repr(text)
     plain = [model.encode(text) for text in sample]
     renamed = {number for name, number in tokens.items() if number < len(pieces) and pieces[number] != name}
@@ -114,7 +114,7 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
         if not {model.unk_id(), *renamed} & set(
             ids
         ):  # sentencepiece writes what is unknown as a sign of its own
-            assert theirs.decode(ids) == model.decode(ids) == text.replace("▁", " "), repr(text)
+            assert hf_tokenizer.decode(ids) == model.decode(ids) == text.replace("▁", " "), repr(text)
     assert (
         declared != plain
     )  # the sample does hold declared strings: sentencepiece alone makes no control token of them
@@ -136,9 +136,9 @@ def test_ids_are_those_of_sentencepiece_and_of_the_original(models, kind, tmp_pa
 def test_published_tokenizers(name, count, tmp_path):
     folder = Path(shutil.copytree(REAL / name, tmp_path / name, copy_function=shutil.copyfile))
     check(folder, {"<unk>": 0, "<s>": 1, "</s>": 2}, count)
-    theirs = stock(folder)
-    assert theirs("\n", add_special_tokens=False).input_ids == [364]
-    assert (theirs.pad_token, len(theirs)) == ("</s>", 103168 if name == "internlm" else 92544)
+    hf_tokenizer = stock(folder)
+    assert hf_tokenizer("\n", add_special_tokens=False).input_ids == [364]
+    assert (hf_tokenizer.pad_token, len(hf_tokenizer)) == ("</s>", 103168 if name == "internlm" else 92544)
 
 
 @pytest.mark.parametrize("kind", ["internlm", pytest.param("published internlm2", marks=pytest.mark.slow)])
@@ -153,18 +153,18 @@ def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
     check(folder, special(models[kind]) | files["added_tokens"], 1200)
     again = stock(folder)
     again.save_pretrained(tmp_path / "again")
-    for theirs in (again, stock(tmp_path / "again")):
+    for hf_tokenizer in (again, stock(tmp_path / "again")):
         ids = files["added_tokens"]
-        assert {name: theirs.convert_tokens_to_ids(name) for name in ids} == ids
+        assert {name: hf_tokenizer.convert_tokens_to_ids(name) for name in ids} == ids
         assert (
-            theirs("[UNUSED_TOKEN_146]<|im_start|>", add_special_tokens=False).input_ids
+            hf_tokenizer("[UNUSED_TOKEN_146]<|im_start|>", add_special_tokens=False).input_ids
             == [ids["<|im_start|>"]] * 2
         )
-        assert theirs.decode([ids["<|im_start|>"]]) == "<|im_start|>"
-        assert theirs.decode([ids["<|im_end|>"]], skip_special_tokens=True) == ""
-        said = [{"role": "user", "content": "hi  you"}]
+        assert hf_tokenizer.decode([ids["<|im_start|>"]]) == "<|im_start|>"
+        assert hf_tokenizer.decode([ids["<|im_end|>"]], skip_special_tokens=True) == ""
+        message = [{"role": "user", "content": "hi  you"}]
         text = "<s><|im_start|>user\nhi  you<|im_end|>\n"
-        assert theirs.apply_chat_template(said, tokenize=False) == text
+        assert hf_tokenizer.apply_chat_template(message, tokenize=False) == text
         model = tokenizer.load(folder)
         expected = [
             1,
@@ -173,7 +173,7 @@ def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
             ids["<|im_end|>"],
             *model.encode("\n"),
         ]
-        assert theirs.apply_chat_template(said, return_dict=False) == expected
+        assert hf_tokenizer.apply_chat_template(message, return_dict=False) == expected
     assert kind == "internlm" or (ids["<|im_start|>"], ids["<|im_end|>"]) == (92543, 92542)
     if kind != "internlm":
         assert len(stock(folder)) == 92544  # a name over a piece makes no new row
@@ -189,11 +189,11 @@ def test_added_tokens_beyond_the_vocabulary(models, tmp_path):
         tmp_path, models["llama2"], {"pad_token": "[PAD]", "add_eos_token": True}, added_tokens=added
     )
     assert export.write(folder) is None
-    model, theirs = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), stock(folder)
+    model, hf_tokenizer = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model")), stock(folder)
     text = "a b<|im_start|> user  x二 words[PAD]</s>y"
     expected = original(model, special(models["llama2"]) | added, text)
-    assert theirs(text).input_ids == [1, *expected, 2]
-    assert theirs.pad_token_id == size + 3
+    assert hf_tokenizer(text).input_ids == [1, *expected, 2]
+    assert hf_tokenizer.pad_token_id == size + 3
     assert {size, size + 1, size + 3} < set(expected)
     ours = tokenizer.load(folder)
     assert ours.decode([size + 1, *ours.encode("a b"), 2, size + 3]) == "二 wordsa b"

@@ -38,29 +38,31 @@ def converted(source, target, to, **more) -> dict:
 
 def test_what_is_left_behind(cpu, tmp_path):
     config = replace(TINY["internlm"], num_layers=4)
-    said = converted(
+    result_json = converted(
         directory(tmp_path / "hf", config),
         tmp_path / "ranks",
         convert.RankFileWriter(2, 2),
         dtype=torch.bfloat16,
     )
-    assert said["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16; logits equal"
-    assert said["from"] == {
+    assert (
+        result_json["verdict"] == "exact: every byte of 35 parameters, cast to torch.bfloat16; logits equal"
+    )
+    assert result_json["from"] == {
         "kind": "Hugging Face directory",
         "folder": str(tmp_path / "hf"),
         "family": "internlm",
     }
-    assert said["to"]["kind"] == "Megatron rank files for TP 2 x PP 2"
-    files = said["to"]["files"]
+    assert result_json["to"]["kind"] == "Megatron rank files for TP 2 x PP 2"
+    files = result_json["to"]["files"]
     assert files["release/mp_rank_01_001/model_optim_rng.pt"] == (
         (tmp_path / "ranks/release/mp_rank_01_001/model_optim_rng.pt").stat().st_size
     )
     down = load_file(tmp_path / "hf/model.safetensors")["model.layers.3.mlp.down_proj.weight"].bfloat16()
     by_hand = hashlib.sha256(down.view(torch.int16).numpy().tobytes()).hexdigest()
-    assert said["sha256"]["decoder.layers.3.mlp.linear_fc2.weight"] == by_hand
-    assert len(said["sha256"]) == 35
-    assert said["versions"]["torch"] == torch.__version__
-    logits = said["logits"]
+    assert result_json["sha256"]["decoder.layers.3.mlp.linear_fc2.weight"] == by_hand
+    assert len(result_json["sha256"]) == 35
+    assert result_json["versions"]["torch"] == torch.__version__
+    logits = result_json["logits"]
     assert (logits["source"], logits["result"], logits["layers"]) == ("transformers' llama", "our model", 2)
     assert 0 < logits["difference"] < 1e-4 * logits["largest"]
 
@@ -68,23 +70,23 @@ def test_what_is_left_behind(cpu, tmp_path):
 @pytest.mark.parametrize("name", TINY)
 def test_ends_are_compared_by_an_implementation_of_their_own_where_there_is_one(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=3)
-    said = converted(directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFileWriter(2))[
-        "logits"
-    ]
-    assert said["source"] == f"transformers' {STAND_INS.get(config.family, config.family)}"
-    assert said["result"] == "our model"
-    assert said["layers"] == 2
-    assert said["difference"] <= 2e-5 * said["largest"]
+    result_json = converted(
+        directory(tmp_path / "hf", config), tmp_path / "ranks", convert.RankFileWriter(2)
+    )["logits"]
+    assert result_json["source"] == f"transformers' {STAND_INS.get(config.family, config.family)}"
+    assert result_json["result"] == "our model"
+    assert result_json["layers"] == 2
+    assert result_json["difference"] <= 2e-5 * result_json["largest"]
 
 
 @pytest.mark.parametrize("name", ["internlm", "internlm2", "internlm3"])
 def test_a_plain_llama_is_compared_by_transformers(cpu, tmp_path, name):
     config = replace(TINY[name], num_layers=2)
-    said = converted(
+    result_json = converted(
         directory(tmp_path / "hf", config), tmp_path / "llama", convert.HuggingFaceWriter("llama")
     )["logits"]
-    assert said["result"] == "transformers' llama"
-    assert said["difference"] <= 2e-5 * said["largest"]
+    assert result_json["result"] == "transformers' llama"
+    assert result_json["difference"] <= 2e-5 * result_json["largest"]
 
 
 def test_a_row_that_is_wrong_both_ways_round_is_seen(cpu, tmp_path, monkeypatch):
@@ -122,11 +124,11 @@ def test_a_type_that_is_not_the_one_asked_for_is_seen(tmp_path):
 
 def test_too_little_memory_is_said(cpu, tmp_path, monkeypatch):
     monkeypatch.setattr(verify_logits, "_available_memory", lambda: 1000)
-    said = converted(
+    result_json = converted(
         directory(tmp_path / "hf", TINY["internlm"]), tmp_path / "ranks", convert.RankFileWriter(2)
     )
-    assert "GB of memory" in said["logits"]["skipped"]
-    assert said["verdict"].startswith("exact: every byte of 35 parameters; logits not compared: ")
+    assert "GB of memory" in result_json["logits"]["skipped"]
+    assert result_json["verdict"].startswith("exact: every byte of 35 parameters; logits not compared: ")
 
 
 def test_what_transformers_saved_itself(cpu, tmp_path):
@@ -145,9 +147,9 @@ def test_what_transformers_saved_itself(cpu, tmp_path):
     }
     Qwen2ForCausalLM(Qwen2Config(num_hidden_layers=5, **sizes)).save_pretrained(tmp_path / "hf")
     assert len(json.loads((tmp_path / "hf/config.json").read_text())["layer_types"]) == 5
-    said = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFileWriter(2))["logits"]
-    assert (said["source"], said["vocabulary"]) == ("transformers' qwen2", 256)
-    assert said["difference"] <= 2e-5 * said["largest"]
+    result_json = converted(tmp_path / "hf", tmp_path / "ranks", convert.RankFileWriter(2))["logits"]
+    assert (result_json["source"], result_json["vocabulary"]) == ("transformers' qwen2", 256)
+    assert result_json["difference"] <= 2e-5 * result_json["largest"]
 
 
 @pytest.mark.parametrize("name", ["internlm2", "baichuan2"])

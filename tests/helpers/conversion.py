@@ -97,12 +97,12 @@ def hugging_face(folder: Path, config: ModelConfig, kind: str = "fp32", **more) 
         tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
         folder / "model.safetensors",
     )
-    theirs = FAMILIES[config.family].write_config(config) | {
+    config_json = FAMILIES[config.family].write_config(config) | {
         "auto_map": {"AutoModel": "m.M"},
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    (folder / "config.json").write_text(json.dumps(theirs | more))
+    (folder / "config.json").write_text(json.dumps(config_json | more))
     (folder / "modeling_internlm.py").write_text("raise SystemExit")
     return tensors
 

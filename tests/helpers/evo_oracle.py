@@ -169,8 +169,8 @@ def _layer(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int) -> 
     row = 0 if how.wp else 1  # the dimension that a row-parallel matrix is cut along
     mlp, out = ("mlp", "mixer.out_proj") if first else ("feed_forward", "attention.wo")
     norms = ("norm1", "norm2") if first else ("attention_norm", "ffn_norm")
-    held = _attention(shape, how, parts, layer, "weight")
-    held[f"{out}.weight"] = list(parts[f"{layer}.o"].chunk(n, row))
+    stored = _attention(shape, how, parts, layer, "weight")
+    stored[f"{out}.weight"] = list(parts[f"{layer}.o"].chunk(n, row))
     gate, up = list(parts[f"{layer}.gate"].chunk(n)), list(parts[f"{layer}.up"].chunk(n))
     if how.fused_mlp:
         fused = (
@@ -180,19 +180,21 @@ def _layer(shape: Shape, how: Trained, parts: dict[str, Tensor], layer: int) -> 
         )
         gate, up = (list(x) for x in zip(*(w.chunk(2) for w in fused), strict=True))
     w2, w3 = ("w2", "w3") if how.version == 2 else ("w3", "w2")
-    held |= {
+    stored |= {
         f"{mlp}.w1.weight": gate,
         f"{mlp}.{w3}.weight": up,
         f"{mlp}.{w2}.weight": list(parts[f"{layer}.down"].chunk(n, row)),
     }
-    held |= {f"{norm}.weight": [parts[f"{layer}.norm{i}"]] * n for i, norm in enumerate(norms, 1)}
+    stored |= {f"{norm}.weight": [parts[f"{layer}.norm{i}"]] * n for i, norm in enumerate(norms, 1)}
     if shape.bias:
-        held |= _attention(shape, how, parts, layer, "bias")
+        stored |= _attention(shape, how, parts, layer, "bias")
         bias = parts[f"{layer}.o.bias"]
-        held[f"{out}.bias"] = (
+        stored[f"{out}.bias"] = (
             list(bias.chunk(n)) if how.wp else [bias] + [None] * (n - 1)
         )  # the sum's bias is the first rank's
-    return [{name: tensors[r] for name, tensors in held.items() if tensors[r] is not None} for r in range(n)]
+    return [
+        {name: tensors[r] for name, tensors in stored.items() if tensors[r] is not None} for r in range(n)
+    ]
 
 
 def states(shape: Shape, how: Trained, parts: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -265,8 +267,8 @@ def save(
 ) -> None:
     """A folder as the trainer leaves it."""
     folder.mkdir()
-    for name, held in states(shape, how, parts).items():
-        state = OrderedDict((key, tensor.contiguous().clone()) for key, tensor in held.items())
+    for name, stored in states(shape, how, parts).items():
+        state = OrderedDict((key, tensor.contiguous().clone()) for key, tensor in stored.items())
         state._metadata = OrderedDict({"": {"version": 1}})  # as state_dict() leaves it
         torch.save(state, folder / name)
     if config is not None:

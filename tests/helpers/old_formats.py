@@ -78,8 +78,8 @@ class Cut:
         """For every key/value group of the rank: its query heads, its key, its value."""
         d, per_group = HIDDEN // HEADS, HEADS // self.groups
         q, k, v = (self.tensors[f"{layer}self_attn.{x}_proj.{kind}"].unflatten(0, (-1, d)) for x in "qkv")
-        mine = range(self.t * self.groups // self.tp, (self.t + 1) * self.groups // self.tp)
-        heads = [torch.cat([*q[g * per_group : (g + 1) * per_group], k[g], v[g]]) for g in mine]
+        own_rows = range(self.t * self.groups // self.tp, (self.t + 1) * self.groups // self.tp)
+        heads = [torch.cat([*q[g * per_group : (g + 1) * per_group], k[g], v[g]]) for g in own_rows]
         return torch.cat(heads)
 
     def gate_up(self, layer: str) -> Tensor:
@@ -87,40 +87,40 @@ class Cut:
 
 
 def old_layer(
-    cut: Cut, theirs: str, attention: str, norm: str, qkv: str = "query_key_value", dense: str = "dense"
+    cut: Cut, hf_layer: str, attention: str, norm: str, qkv: str = "query_key_value", dense: str = "dense"
 ) -> dict:
     """Attention and norms of one layer, equal in all programs; `theirs`: the layer of Hugging Face."""
-    kinds = [kind for kind in ("weight", "bias") if f"{theirs}self_attn.q_proj.{kind}" in cut.tensors]
-    held = {f"{attention}.{qkv}.{kind}": cut.qkv(theirs, kind) for kind in kinds}
-    held[f"{attention}.{dense}.weight"] = cut.columns(theirs + "self_attn.o_proj.weight")
+    kinds = [kind for kind in ("weight", "bias") if f"{hf_layer}self_attn.q_proj.{kind}" in cut.tensors]
+    stored = {f"{attention}.{qkv}.{kind}": cut.qkv(hf_layer, kind) for kind in kinds}
+    stored[f"{attention}.{dense}.weight"] = cut.columns(hf_layer + "self_attn.o_proj.weight")
     if "bias" in kinds:
-        held[f"{attention}.{dense}.bias"] = cut.whole(theirs + "self_attn.o_proj.bias")
-    held[f"input_{norm}.weight"] = cut.whole(theirs + "input_layernorm.weight")
-    held[f"post_attention_{norm}.weight"] = cut.whole(theirs + "post_attention_layernorm.weight")
-    return held
+        stored[f"{attention}.{dense}.bias"] = cut.whole(hf_layer + "self_attn.o_proj.bias")
+    stored[f"input_{norm}.weight"] = cut.whole(hf_layer + "input_layernorm.weight")
+    stored[f"post_attention_{norm}.weight"] = cut.whole(hf_layer + "post_attention_layernorm.weight")
+    return stored
 
 
 def flat(cut: Cut, layers: range, first: bool, last: bool, merge: bool = False) -> dict:
     """AscendSpeed until November 2023: one flat table."""
-    held = {}
+    stored = {}
     if first:
-        held["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
+        stored["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
     for i, number in enumerate(layers):
-        theirs, stem = f"model.layers.{number}.", f"language_model.layers.{i}."
-        held |= {
-            stem + name: tensor for name, tensor in old_layer(cut, theirs, "attention", "layernorm").items()
+        hf_layer, stem = f"model.layers.{number}.", f"language_model.layers.{i}."
+        stored |= {
+            stem + name: tensor for name, tensor in old_layer(cut, hf_layer, "attention", "layernorm").items()
         }
-        held[stem + "attention.rotary_emb.inv_freq"] = torch.ones(4)
+        stored[stem + "attention.rotary_emb.inv_freq"] = torch.ones(4)
         if merge:
-            held[stem + "mlp.proj.weight"] = cut.gate_up(theirs)
+            stored[stem + "mlp.proj.weight"] = cut.gate_up(hf_layer)
         else:
-            held[stem + "mlp.gate_proj.weight"] = cut.rows(theirs + "mlp.gate_proj.weight")
-            held[stem + "mlp.up_proj.weight"] = cut.rows(theirs + "mlp.up_proj.weight")
-        held[stem + "mlp.down_proj.weight"] = cut.columns(theirs + "mlp.down_proj.weight")
+            stored[stem + "mlp.gate_proj.weight"] = cut.rows(hf_layer + "mlp.gate_proj.weight")
+            stored[stem + "mlp.up_proj.weight"] = cut.rows(hf_layer + "mlp.up_proj.weight")
+        stored[stem + "mlp.down_proj.weight"] = cut.columns(hf_layer + "mlp.down_proj.weight")
     if last:
-        held["language_model.final_layernorm.weight"] = cut.whole("model.norm.weight")
-        held["lm_head.lm_head.weight"] = cut.vocabulary("lm_head.weight")
-    return held
+        stored["language_model.final_layernorm.weight"] = cut.whole("model.norm.weight")
+        stored["lm_head.lm_head.weight"] = cut.vocabulary("lm_head.weight")
+    return stored
 
 
 def nested(
@@ -135,16 +135,18 @@ def nested(
     if first:
         embedding = cut.vocabulary("model.embed_tokens.weight")
     for i, number in enumerate(layers):
-        theirs, stem = f"model.layers.{number}.", f"layers.{i}."
+        hf_layer, stem = f"model.layers.{number}.", f"layers.{i}."
         encoder |= {
-            stem + name: tensor for name, tensor in old_layer(cut, theirs, "self_attention", norm).items()
+            stem + name: tensor for name, tensor in old_layer(cut, hf_layer, "self_attention", norm).items()
         }
         if mlp == "two":
-            encoder[stem + "mlp.gate_proj.weight"] = cut.rows(theirs + "mlp.gate_proj.weight")
-            encoder[stem + "mlp.dense_h_to_4h.weight"] = cut.rows(theirs + "mlp.up_proj.weight")
+            encoder[stem + "mlp.gate_proj.weight"] = cut.rows(hf_layer + "mlp.gate_proj.weight")
+            encoder[stem + "mlp.dense_h_to_4h.weight"] = cut.rows(hf_layer + "mlp.up_proj.weight")
         else:
-            encoder[stem + f"mlp.{'proj' if mlp == 'proj' else 'dense_h_to_4h'}.weight"] = cut.gate_up(theirs)
-        encoder[stem + "mlp.dense_4h_to_h.weight"] = cut.columns(theirs + "mlp.down_proj.weight")
+            encoder[stem + f"mlp.{'proj' if mlp == 'proj' else 'dense_h_to_4h'}.weight"] = cut.gate_up(
+                hf_layer
+            )
+        encoder[stem + "mlp.dense_4h_to_h.weight"] = cut.columns(hf_layer + "mlp.down_proj.weight")
     if last:
         encoder[f"final_{norm}.weight"] = cut.whole("model.norm.weight")
         head = {"weight": cut.vocabulary("lm_head.weight")}
@@ -161,25 +163,25 @@ def mcore(cut: Cut, layers: range, first: bool, last: bool, fused_norms: bool = 
     """MindSpeed-LLM and Megatron-LM on Megatron-core; with Transformer Engine the norms lie in the layers
     that they feed.
     """
-    held: dict = {}
+    stored: dict = {}
     if first:
-        held["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
+        stored["embedding.word_embeddings.weight"] = cut.vocabulary("model.embed_tokens.weight")
     for i, number in enumerate(layers):
-        theirs, stem = f"model.layers.{number}.", f"decoder.layers.{i}."
-        layer = old_layer(cut, theirs, "self_attention", "layernorm", "linear_qkv", "linear_proj")
+        hf_layer, stem = f"model.layers.{number}.", f"decoder.layers.{i}."
+        layer = old_layer(cut, hf_layer, "self_attention", "layernorm", "linear_qkv", "linear_proj")
         into, before = layer.pop("input_layernorm.weight"), layer.pop("post_attention_layernorm.weight")
         layer["self_attention.linear_qkv.layer_norm_weight" if fused_norms else "input_layernorm.weight"] = (
             into
         )
         layer["mlp.linear_fc1.layer_norm_weight" if fused_norms else "pre_mlp_layernorm.weight"] = before
-        layer["mlp.linear_fc1.weight"] = cut.gate_up(theirs)
-        layer["mlp.linear_fc2.weight"] = cut.columns(theirs + "mlp.down_proj.weight")
+        layer["mlp.linear_fc1.weight"] = cut.gate_up(hf_layer)
+        layer["mlp.linear_fc2.weight"] = cut.columns(hf_layer + "mlp.down_proj.weight")
         layer["self_attention.linear_qkv._extra_state"] = None
-        held |= {stem + name: tensor for name, tensor in layer.items()}
+        stored |= {stem + name: tensor for name, tensor in layer.items()}
     if last:
-        held["decoder.final_layernorm.weight"] = cut.whole("model.norm.weight")
-        held["output_layer.weight"] = cut.vocabulary("lm_head.weight")
-    return held
+        stored["decoder.final_layernorm.weight"] = cut.whole("model.norm.weight")
+        stored["output_layer.weight"] = cut.vocabulary("lm_head.weight")
+    return stored
 
 
 PROGRAMS = {
@@ -214,15 +216,15 @@ def old_folder(
     for p in range(pp):
         layers = range(p * LAYERS // pp, (p + 1) * LAYERS // pp)
         for t in range(tp):
-            held = PROGRAMS[program](cut(tensors, tp, t, groups), layers, p == 0, p == pp - 1)
+            stored = PROGRAMS[program](cut(tensors, tp, t, groups), layers, p == 0, p == pp - 1)
             if deepspeed:
                 path, around = (
                     release / f"mp_rank_{t:02d}_model_states.pt",
-                    {"module": held, "dp_world_size": 0},
+                    {"module": stored, "dp_world_size": 0},
                 )
             else:
                 rank = f"mp_rank_{t:02d}" if pp == 1 else f"mp_rank_{t:02d}_{p:03d}"
-                path, around = release / rank / "model_optim_rng.pt", {"model": held}
+                path, around = release / rank / "model_optim_rng.pt", {"model": stored}
                 path.parent.mkdir()
             torch.save({"checkpoint_version": 3.0, **around, **more}, path)
     return tensors

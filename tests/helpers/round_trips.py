@@ -35,10 +35,10 @@ def to_old_names(folder: Path) -> None:
     inner, layer = "language_model.encoder.", "language_model.encoder.layers."
     tied = json.loads((folder / "config.json").read_text()).get("tie_word_embeddings")
     for path in folder.rglob("*.pt"):
-        held = torch.load(path, weights_only=True)
+        stored = torch.load(path, weights_only=True)
         renamed = {}
-        for name, tensor in held["model"].items():
-            for ours, theirs in (
+        for name, tensor in stored["model"].items():
+            for megatron_name, old_name in (
                 ("embedding.", "language_model.embedding."),
                 ("output_layer.", "word_embeddings_for_head." if tied else "language_model.output_layer."),
                 ("decoder.layers.", layer),
@@ -48,14 +48,14 @@ def to_old_names(folder: Path) -> None:
                 ("pre_mlp", "post_attention"),
                 ("linear_fc2", "dense_4h_to_h"),
             ):
-                name = name.replace(ours, theirs)
+                name = name.replace(megatron_name, old_name)
             for new, part in (
                 zip(("gate_proj", "dense_h_to_4h"), tensor.chunk(2), strict=True)
                 if "linear_fc1" in name
                 else [("", tensor)]
             ):
                 renamed[name.replace("linear_fc1", new)] = part.clone()
-        torch.save(held | {"model": renamed}, path)
+        torch.save(stored | {"model": renamed}, path)
 
 
 def write_as(form: CheckpointFormat, folder: Path, tmp_path: Path, tp: int, pp: int) -> None:
@@ -66,8 +66,8 @@ def write_as(form: CheckpointFormat, folder: Path, tmp_path: Path, tp: int, pp: 
     if form.name == "mindformers":
         target.mkdir()
         shutil.copyfile(folder / "config.json", target / "config.json")
-        held = {name: tensor for name, tensor in written(folder).items() if "inv_freq" not in name}
-        write_ckpt(target / "model.ckpt", {renamed(name): tensor for name, tensor in held.items()})
+        stored = {name: tensor for name, tensor in written(folder).items() if "inv_freq" not in name}
+        write_ckpt(target / "model.ckpt", {renamed(name): tensor for name, tensor in stored.items()})
     elif form.name == "training":
         training_checkpoint(target, source.config, dict(source.tensors()), folder)
     elif form.name == "ascendspeed":

@@ -287,7 +287,7 @@ def test_control_a_wrong_one_is_dropped(models, tmp_path, monkeypatch):
     """Merges in the order of ids, as in transformers: the comparison with sentencepiece finds them."""
     folder, ranked = folder_with(tmp_path, models["internlm"]), sentencepiece_bpe.merges
     monkeypatch.setattr(
-        export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.made)
+        export, "merges", lambda pieces: sorted(ranked(pieces), key=lambda merge: -merge.piece)
     )
     assert "where tokenizer.json gives" in export.write(folder)
     assert not (folder / "tokenizer.json").exists()

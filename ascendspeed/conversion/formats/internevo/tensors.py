@@ -14,7 +14,7 @@ def stored_tensors(
     style: InternEvoStyle, config: ModelConfig, parameter: Parameter, rank: int
 ) -> list[StoredTensor]:
     """The tensors that store a parameter in the file of one of `style.ranks` ranks, under the names in
-    `theirs`; may be empty.
+    `hf_names`; may be empty.
     """
     row = parameter.mapping
     parts = style.outer if style.outer and parameter.layer is None else style.ranks

@@ -44,7 +44,7 @@ class CheckpointSaver:
     ) -> None:
         """`barrier`: of a process group that nothing else uses during a save.
 
-        `last`: the checkpoint that the run continues. `token`: of `ownership.claim_folder`, equal on all ranks.
+        `last`: checkpoint that the run continues. `token`: of `ownership.claim_folder`, equal on all ranks.
         """
         self.last = last
         """Newest complete checkpoint of this run."""

@@ -59,9 +59,9 @@ def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
     """Raises `UserError` if run and checkpoint differ in their adapters: only one has any, or their settings
     differ.
     """
-    wanted, saved = run.lora, checkpoint.run.lora
+    requested, saved = run.lora, checkpoint.run.lora
     if not saved.lora_rank:
-        if wanted.lora_rank and not run.train.finetune:
+        if requested.lora_rank and not run.train.finetune:
             raise UserError(
                 f"{checkpoint.path} holds all weights of a model: to train adapters on them add --finetune"
             )
@@ -70,14 +70,14 @@ def check_compatible(run: Run, checkpoint: Checkpoint) -> None:
         f"--lora-rank {saved.lora_rank} --lora-alpha {saved.lora_alpha:g} "
         f"--lora-target-modules {' '.join(saved.lora_target_modules)}"
     )
-    if not wanted.lora_rank:
+    if not requested.lora_rank:
         if not run.train.finetune:
             raise UserError(
                 f"{checkpoint.path} holds adapters: continue training them with {flags}, "
                 "or train all weights, with the adapters merged, with --finetune"
             )
         return
-    different = [name for name in FIXED_SETTINGS if getattr(wanted, name) != getattr(saved, name)]
+    different = [name for name in FIXED_SETTINGS if getattr(requested, name) != getattr(saved, name)]
     if different:
         raise UserError(
             f"{checkpoint.path} holds adapters of {flags}; {', '.join(different)} cannot change: give these "

@@ -105,11 +105,12 @@ def free_port() -> str:
 def train(options: Options, work: Path, behind: bool) -> RunTimings:
     """Runs training once, under torchrun."""
     shutil.rmtree(work / "run", ignore_errors=True)
-    words = f"""-m torch.distributed.run --nproc-per-node 2 --master-port {free_port()} -- {ROOT}/pretrain_intern.py --deepspeed
-        --zero-stage 2 --device cpu --model internlm-7b --num-layers {options.layers} --hidden-size 512 --ffn-hidden-size 1376
-        --num-attention-heads 8 --vocab-size 24064 --seq-length 128 --micro-batch-size 1 --global-batch-size 4 --train-iters
-        {options.iters} --save-interval {options.every} --keep 1 --data-path {data(work)} --save {work}/run/ckpt --log-dir
-        {work}/run/log""".split()
+    words = f"""-m torch.distributed.run --nproc-per-node 2 --master-port {free_port()} --
+        {ROOT}/pretrain_intern.py --deepspeed --zero-stage 2 --device cpu --model internlm-7b
+        --num-layers {options.layers} --hidden-size 512 --ffn-hidden-size 1376 --num-attention-heads 8
+        --vocab-size 24064 --seq-length 128 --micro-batch-size 1 --global-batch-size 4
+        --train-iters {options.iters} --save-interval {options.every} --keep 1 --data-path {data(work)}
+        --save {work}/run/ckpt --log-dir {work}/run/log""".split()
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     subprocess.run(
         [sys.executable, *words, *(["--async-save"] if behind else [])],
@@ -198,17 +199,17 @@ def table(options: Options, kinds: dict[str, list[RunTimings]], question: float)
     command = (
         f"--layers {options.layers} --iters {options.iters} --every {options.every} --rounds {options.rounds}"
     )
-    return f"""# How long training stands still for a checkpoint
+    return f"""# Time that training is blocked by a checkpoint
 
-`python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of {name}, shared with other work.
-Two ranks of ZeRO-2; medians, every first iteration and every last checkpoint left out.
+`python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of
+{name}, shared with other work. Two ranks of ZeRO-2; medians, without first iterations and last checkpoints.
 
-| saved | until it is whole | training stands still | at most | an iteration while nothing is written | the one after a save began |
+| saved | until complete | training blocked | at most | iteration without a save | iteration after a save began |
 |---|---:|---:|---:|---:|---:|
 {chr(10).join(rows)}
 
-Asking all ranks whether to stop (a signal, the clock, a save that failed) took {question * 1e6:.0f} µs per iteration between two
-ranks, {question / (step / 1e3):.3%} of an iteration here.
+The common decision to stop (a signal, the time limit, a failed save) took {question * 1e6:.0f} µs
+per iteration between two ranks, {question / (step / 1e3):.3%} of an iteration here.
 """
 
 

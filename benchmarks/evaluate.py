@@ -2,7 +2,7 @@
 turns.
 
     python benchmarks/evaluate.py --threads 1 --out benchmarks/results/evaluate-cpu.md
-    python benchmarks/evaluate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --questions 100 --out ...
+    python benchmarks/evaluate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --out ...
 
 Both sides run the whole harness: requests, tokens, the model, grades. The questions have MMLU's format:
 subjects, examples before each question, four letters to choose from. The result is the ratio theirs / ours;

@@ -45,7 +45,8 @@ LAYOUTS = {
 }
 """Layouts of the two ranks."""
 TRAINING = f"""--model internlm-tiny --seq-length 64 --micro-batch-size 1 --global-batch-size 4
-    --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1 --auto-resume --device cpu""".split()
+    --train-iters {ITERS} --save-interval {EVERY} --keep 3 --hidden-dropout 0.1
+    --auto-resume --device cpu""".split()
 
 
 @dataclass(frozen=True)
@@ -298,10 +299,11 @@ def table(records: list[dict]) -> str:
     share = sum(one["inside"] for one in records) / max(1, len(records))
     return f"""# Killed again and again
 
-`python benchmarks/faults.py`, seeds {", ".join(map(str, seeds))}; {datetime.date.today()}, {os.cpu_count()} cores of
-{device_name()}, shared with other work. Two ranks train a tiny InternLM with dropout; {ITERS} iterations, a checkpoint every
-{EVERY}. {len(records)} kills by SIGKILL, {share:.0%} of them while a checkpoint was being saved. A rank that is killed before the
-ranks know each other, and the launcher ends the others at once, is not named.
+`python benchmarks/faults.py`, seeds {", ".join(map(str, seeds))}; {datetime.date.today()},
+{os.cpu_count()} cores of {device_name()}, shared with other work. Two ranks train a tiny InternLM with
+dropout; {ITERS} iterations, a checkpoint every {EVERY}. {len(records)} kills by SIGKILL,
+{share:.0%} of them during a save.
+A rank that is killed before the ranks have joined is not named: the launcher ends the others at once.
 
 | kills | number | curve bit-identical | lost rank named | seconds to the end, median | longest |
 |---|---:|---:|---:|---:|---:|

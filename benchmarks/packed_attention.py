@@ -1,7 +1,7 @@
 """Compares methods for attention within packed documents: forward and backward, in one process, in turns.
 
     python benchmarks/packed_attention.py --threads 1 --out benchmarks/results/packed-attention-cpu.md
-    python benchmarks/packed_attention.py --device cuda --dtypes bf16 --heads 32 --groups 8 --head-dim 128 --rows 4
+    python benchmarks/packed_attention.py --device cuda --dtypes bf16 --heads 32 --head-dim 128 --rows 4
 
 - `documents`: this project's: torch's SDPA on one document after the other.
 - `kernel`: the device's variable-length kernel.
@@ -79,7 +79,7 @@ def draw(options: Options, median: int) -> tuple[tuple[int, ...], ...]:
 
 
 def ways(segments: Any, here: Any, dtype: str) -> dict[str, Callable]:
-    """Returns method -> function of (q [b, heads, s, d], k, v [b, groups, s, d]) that gives [b, heads, s, d]."""
+    """Returns method -> function of q [b, heads, s, d] and k, v [b, groups, s, d]."""
     import torch
     from torch.nn import functional as F
 

@@ -1,6 +1,6 @@
 """Compares preprocessing with bare sentencepiece, and with Megatron-LM's tool if a checkout is given.
 
-    python benchmarks/preprocess.py --output benchmarks/results/preprocess.md [--megatron DIR] [--tokenizer DIR]
+    python benchmarks/preprocess.py --output benchmarks/results/preprocess.md [--megatron DIR]
 
 Every method turns the same text into ids with the same tokenizer.model and number of processes, each as its
 own program, in turns: this project's (parquet -> .bin/.idx), this project's with masks (the same text as
@@ -266,7 +266,8 @@ def main() -> None:
             train(tokenizer / "tokenizer.model", texts[::10])
         load = os.getloadavg()[0]
         times = measure(options, folder, tokenizer)
-        made = f"sentencepiece {version('sentencepiece')}, pyarrow {version('pyarrow')}, Python {platform.python_version()}"
+        versions = ", ".join(f"{name} {version(name)}" for name in ("sentencepiece", "pyarrow"))
+        versions += f", Python {platform.python_version()}"
         which = (
             "InternLM v1"
             if tokenizer == REAL
@@ -275,7 +276,7 @@ def main() -> None:
             else tokenizer.name
         )
         report = (
-            f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {made}. {size / 1e6:.1f} MB in "
+            f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {versions}. {size / 1e6:.1f} MB in "
             f"{len(texts)} documents of Python source, {which}, {options.rounds} rounds in turns; medians. "
             f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a "
             "core per worker; on a busy machine only the CPU column says something).\n\n"

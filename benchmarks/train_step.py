@@ -2,7 +2,7 @@
 arithmetic.
 
     python benchmarks/train_step.py --out benchmarks/results/train-step.md
-    python benchmarks/train_step.py --device cuda --model internlm-7b --layers 8 --dtypes bf16 --seq-length 2048
+    python benchmarks/train_step.py --device cuda --model internlm-7b --layers 8 --dtypes bf16
 
 Levels: `model` is forward, loss and backward alone. `step` is all of training: ours is the DeepSpeed engine
 as the recipe runs it (bf16: ZeRO-1 with fp32 masters and fp32 accumulation; fp32: ZeRO-0 and ZeRO-1), theirs
@@ -146,7 +146,7 @@ def run_of(options: Options, job: StepJob) -> Run:
 
 @contextmanager
 def started(side: str, job: StepJob, options: Options) -> Iterator[Callable[[bool], Any]]:
-    """Starts a side in its own process; the function waits until it is built (False) or does one step (True)."""
+    """Starts a side in its own process. Calls wait until it is built (False) or does one step (True)."""
     import sides
 
     fresh = get_context("spawn")
@@ -191,8 +191,10 @@ def measure(options: Options, job: StepJob) -> JobTimings:
             a, b = took["ours"][-1], took["theirs"][-1]
             check_same(job, number, a.loss, b.loss)
             left = (time.perf_counter() - began) / (number + 1) * (options.rounds - number)
-            said = f"ours {a.wall:.2f} s, Hugging Face {b.wall:.2f} s, ratio {b.wall / a.wall:.3f} (CPU time {b.cpu / a.cpu:.3f})"
-            print(f"{job}: round {number} of {options.rounds}: {said}; {left:.0f} s left", flush=True)
+            times = f"ours {a.wall:.2f} s, Hugging Face {b.wall:.2f} s"
+            ratios = f"ratio {b.wall / a.wall:.3f} (CPU time {b.cpu / a.cpu:.3f})"
+            progress = f"{job}: round {number} of {options.rounds}"
+            print(f"{progress}: {times}, {ratios}; {left:.0f} s left", flush=True)
     return JobTimings({name: steps[1:] for name, steps in took.items()}, info)
 
 

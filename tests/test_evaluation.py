@@ -1,4 +1,4 @@
-"""Scores and every log-likelihood against lm-evaluation-harness' own model of transformers; resuming; reports; the command."""
+"""Evaluation against lm-evaluation-harness' HFLM: log-likelihoods, scores, resuming, reports, the command."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ STYLES = [
     if style in task.styles
 ]
 LIMIT = 1e-5
-"""Of log-likelihoods down to -64: lm-eval adds them up in fp32, whose last digit is worth 4e-6 there and 8e-6 beyond."""
+"""Tolerance of log-likelihoods down to -64: lm-eval sums in fp32, whose last digit is worth 4e-6 there."""
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,10 @@ def model(folders, cpu):
 
 @pytest.fixture(scope="module")
 def hf(folders) -> HFLM:
-    """Theirs. Text comes from our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8."""
+    """Theirs.
+
+    Text comes from our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8.
+    """
     tokens = tokenizer.load(folders["ours"])
 
     class Ours(HFLM):
@@ -99,10 +102,10 @@ def asked(
     encoder = encoder or PromptEncoder(tokens)
     one = benchmark(task, folders, shots)
     put = find_style(name, task, TASKS[task].num_shots if shots is None else shots)
-    room = model.config.max_position_embeddings
-    prompts = list(build_prompts(one, put, encoder, room, NEW))
+    max_length = model.config.max_position_embeddings
+    prompts = list(build_prompts(one, put, encoder, max_length, NEW))
     answers = AnswerCache(None, {}) if answers is None else answers
-    adapter = harness.HarnessModel(EngineBackend(model, tokens, batch_size), encoder, room, answers)
+    adapter = harness.HarnessModel(EngineBackend(model, tokens, batch_size), encoder, max_length, answers)
     grades = harness.grade_prompts(adapter, prompts, NEW)
     return one, grades, [answers.records[grade.key] for grade in grades]
 
@@ -220,7 +223,7 @@ def test_controls(model, hf, folders, monkeypatch):
 
 @pytest.mark.parametrize(("name", "task"), STYLES)
 def test_other_styles_have_transformers_log_likelihoods(name, task, model, hf, folders):
-    """The same texts, given to lm-eval's model."""
+    """Compares with lm-eval's model on identical texts."""
     _, grades, answers = asked(model, folders, task, name=name, shots=0)
     for grade, answer in zip(grades, answers, strict=True):
         pairs = [(grade.prompt.context, text) for text in grade.prompt.answers]
@@ -507,7 +510,7 @@ def records(folder: Path) -> list[dict]:
 
 
 def same(folder: Path, other: Path) -> None:
-    """The same questions, the same grades, log-likelihoods within the limit."""
+    """Asserts equal questions and grades, and log-likelihoods within the limit."""
     ours, others = records(folder), records(other)
     assert [r["key"] for r in ours] == [r["key"] for r in others]
     for a, b in zip(ours, others, strict=True):

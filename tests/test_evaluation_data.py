@@ -1,4 +1,4 @@
-"""Benchmarks as they lie on disk: legal text is kept verbatim, everything else is an error that names its file and line."""
+"""Benchmark files: legal text is kept verbatim; everything else is an error with file and line."""
 
 import csv
 import json
@@ -39,7 +39,9 @@ def test_every_benchmark_is_read_whole(task, tmp_path):
 
 
 def test_text_is_kept_verbatim(tmp_path):
-    """Numbers, None, NA, quotes, commas, newlines and blanks: what Python's own csv reads there is what we ask."""
+    """Numbers, None, NA, quotes, commas, newlines and blanks: what Python's own csv reads there is what we
+    ask.
+    """
     [subject] = load_benchmark("mmlu", small(tmp_path, 10), 5).subjects
     for question, row in zip(subject.questions, rows("anatomy", "test", 10), strict=True):
         assert [question.text, *question.choices, "ABCD"[question.answer]] == row
@@ -87,7 +89,7 @@ def test_categories():
 
 
 def hub(folder, subject="anatomy", answers=(0, 3), shards=1, **more):
-    """As cais/mmlu lies on the hub."""
+    """Writes files like cais/mmlu's on the hub."""
     for split in ("dev", "test"):
         tables = [
             {
@@ -373,15 +375,16 @@ def test_command_lines_that_are_wrong(words, said, tmp_path):
 
 
 def test_the_published_flags(tmp_path):
-    """Of the old script: several tasks in one word, and what means nothing any more is said so."""
+    """The legacy script's flags: several tasks in one word, and a note for each flag without effect."""
     MAKERS["boolq"](tmp_path / "boolq")
     (tmp_path / "hf").mkdir()
     words = (
-        f"--task-data-path {SAMPLE} {tmp_path}/boolq --max-new-tokens 2 --row-col-parallel-linear-bias --load {tmp_path}/hf --bf16 "
-        "--no-contiguous-buffers-in-local-ddp --tokenizer-type PretrainedFromHF --tokenizer-not-use-fast --micro-batch-size 1 "
-        "--seq-length 2048 --seed 42 --position-embedding-type rope --normalization RMSNorm --swiglu --no-load-rng --no-load-optim "
-        "--exit-on-missing-checkpoint --no-masked-softmax-fusion --make-vocab-size-divisible-by 1 --use-flash-attn --deepspeed "
-        "--no-pipeline-parallel --num-layers 32 --hidden-size 4096"
+        f"--task-data-path {SAMPLE} {tmp_path}/boolq --max-new-tokens 2 --row-col-parallel-linear-bias "
+        f"--load {tmp_path}/hf --bf16 --no-contiguous-buffers-in-local-ddp --tokenizer-type PretrainedFromHF "
+        "--tokenizer-not-use-fast --micro-batch-size 1 --seq-length 2048 --seed 42 "
+        "--position-embedding-type rope --normalization RMSNorm --swiglu --no-load-rng --no-load-optim "
+        "--exit-on-missing-checkpoint --no-masked-softmax-fusion --make-vocab-size-divisible-by 1 "
+        "--use-flash-attn --deepspeed --no-pipeline-parallel --num-layers 32 --hidden-size 4096"
     )
     job, notes = resolve([*words.split(), "--task", "mmlu boolq"], 1)
     assert [one.name for one, _ in job.benchmarks] == ["mmlu", "boolq"]

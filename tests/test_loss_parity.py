@@ -1,7 +1,4 @@
-"""Loss comparison: fingerprints of the inputs of two runs, and loss_parity.sh.
-
-Hashes of values that do not depend on the files, halves on two machines, and a real comparison.
-"""
+"""Origin of runs, and loss_parity.sh: hashes of values, halves on two machines, and real runs."""
 
 import json
 import os
@@ -22,7 +19,8 @@ from ascendspeed.loss_compare import origin, read_logs
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
-# --- where the runs began ---------------------------------------------------------------------------------------------------
+# --- where the runs began
+# ---------------------------------------
 
 
 @pytest.mark.parametrize("name", ["seed", "weights", "data"])
@@ -137,7 +135,8 @@ def test_origin_of_what_is_none(began, tmp_path):
         origin.origin_of_log(tmp_path / "other.log")
 
 
-# --- loss_parity.sh ---------------------------------------------------------------------------------------------------------
+# --- loss_parity.sh
+# ---------------------------------------------
 
 PYTHON = """echo "python $*" >> "$WORK/said"
 case "$1" in *parity_origin.py) echo "$2" > "$(dirname "$2")/origin.json" ;; esac
@@ -184,7 +183,8 @@ def test_two_runs_and_a_comparison(shell):
     assert code == 0
     ref, origin_of_ref, cand, origin_of_cand, compared = said
     assert ref.startswith(
-        "deepspeed --no_local_rank --master_port 29500 --num_accelerators 2 pretrain_intern.py --model internlm-tiny "
+        "deepspeed --no_local_rank --master_port 29500 --num_accelerators 2 pretrain_intern.py --model "
+        "internlm-tiny "
     )
     assert ref.endswith("--deepspeed --zero-stage 2")
     assert "--num_accelerators 4 " in cand
@@ -200,7 +200,8 @@ def test_two_runs_and_a_comparison(shell):
         "examples/intern/parity_origin.py"
     ] * 2
     assert compared == (
-        f"python tools/compare_loss.py {shell.work}/ref {shell.work}/cand --out {shell.work} --profile published --same-origin"
+        f"python tools/compare_loss.py {shell.work}/ref {shell.work}/cand --out {shell.work} --profile "
+        "published --same-origin"
     )
 
 
@@ -234,7 +235,9 @@ def test_what_the_shell_refuses(shell, env, said):
 
 @pytest.mark.slow
 def test_the_real_thing(tmp_path):
-    """Two real runs of a tiny model: ZeRO-2 and the other engine with TP 2 x PP 2 have the same losses; another seed is refused."""
+    """Two real runs of a tiny model: ZeRO-2 and the other engine with TP 2 x PP 2 have the same losses;
+    another seed is refused.
+    """
     env = {"WORK": str(tmp_path), "TRAIN_ITERS": "6", "PROFILE": "strict"}
     env |= {"MASTER_PORT": str(launch.free_port())}
     command = ["bash", "examples/intern/loss_parity.sh"]

@@ -1,4 +1,6 @@
-"""Needles in haystacks: texts as long and as deep as they should be, answers judged, tables; a model that reads finds them all."""
+"""Needle-in-a-haystack test: lengths, depths, judgement of answers, reports, and a model that finds every
+needle.
+"""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Figures against numpy and by hand, verdicts and the mistakes that must fail, refusals, and the files that are left."""
+"""Metrics against numpy and by hand, verdicts with controls, refusals, and the report files."""
 
 import base64
 import hashlib
@@ -40,7 +40,8 @@ def judged(cand, profile, ref=CURVE) -> bool:
     return metrics.judge(metrics.compute_metrics(pair(ref, cand)), profile).passed
 
 
-# --- figures ----------------------------------------------------------------------------------------------------------------
+# --- figures
+# ----------------------------------------------------
 
 
 def test_figures_by_hand():
@@ -125,7 +126,8 @@ def test_every_figure_has_its_definition():
     assert metrics.metric_definitions()["p50"] == "Median of e."
 
 
-# --- verdicts, and what must fail -------------------------------------------------------------------------------------------
+# --- verdicts, and what must fail
+# -------------------------------
 
 
 def test_the_same_curve_passes_all():
@@ -181,7 +183,8 @@ def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
     )
 
 
-# --- what does not belong together is refused -------------------------------------------------------------------------------
+# --- what does not belong together is refused
+# -------------------
 
 
 def refused(ref: LossCurve, cand: LossCurve, **part) -> str:
@@ -225,7 +228,9 @@ def test_other_batch_sizes():
 
 
 def test_means_of_other_iterations():
-    """Logged every ten iterations, and resumed from the fifteenth: the line of the twentieth is a mean of five."""
+    """Logged every ten iterations, and resumed from the fifteenth: the line of the twentieth is a mean of
+    five.
+    """
     ref, cand = (
         LossCurve(
             name,
@@ -338,7 +343,8 @@ def test_a_second_run_on_another_axis_is_refused(tmp_path):
         comparing.compare(ref, ref, tmp_path / "neox.log")
 
 
-# --- the tool and what it leaves --------------------------------------------------------------------------------------------
+# --- the tool and what it leaves
+# --------------------------------
 
 
 @pytest.fixture

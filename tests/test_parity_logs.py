@@ -1,4 +1,4 @@
-"""Logs of other programs, as their lines really look, read into one form; and those of ours, resumed, torn and appended to."""
+"""Logs of other programs and of this project, also resumed, torn and appended to."""
 
 import json
 import math
@@ -153,7 +153,8 @@ def test_nan_is_read_as_nan():
     assert math.isnan(parse_step({"step": 1, "loss": "nan"}).loss)
 
 
-# --- JSON lines -------------------------------------------------------------------------------------------------------------
+# --- JSON lines
+# -------------------------------------------------
 
 
 def test_json_lines(tmp_path):
@@ -226,7 +227,8 @@ def test_json_that_cannot_be_used_is_named(tmp_path, line):
         read_logs.read_log(tmp_path / "log.jsonl")
 
 
-# --- TensorBoard ------------------------------------------------------------------------------------------------------------
+# --- TensorBoard
+# ------------------------------------------------
 
 
 @pytest.fixture
@@ -299,7 +301,8 @@ def test_events_that_are_cut_off(board, tmp_path):
     assert [step.iteration for step in read_logs.read_log(path).steps] == list(range(1, 8))
 
 
-# --- what is no log ---------------------------------------------------------------------------------------------------------
+# --- what is no log
+# ---------------------------------------------
 
 
 def test_what_is_no_log_is_named(tmp_path):

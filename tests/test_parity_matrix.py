@@ -1,4 +1,6 @@
-"""The parity matrix: some rows by the real command, its judgement by hand, and the whole matrix as a slow test."""
+"""The parity matrix: some rows by the real command, its judgement by hand, and the whole matrix as a slow
+test.
+"""
 
 import ast
 import copy
@@ -88,7 +90,9 @@ def test_the_whole_matrix(tmp_path):
 
 
 SHARED = "ascendspeed.(config|models.param_mapping|models.families)(\\..*)?"
-"""Modules of the library that the reference may use: settings and names, but neither the model nor the engines."""
+"""Modules of the library that the reference may use: settings and names, but neither the model nor the
+engines.
+"""
 
 
 def library_imports(path: str | Path) -> set[str]:
@@ -124,7 +128,9 @@ def mistakes_of(family: str) -> list[str]:
 
 
 def test_masters_and_copies_of_the_same_type_train_like_one_model():
-    """Sample by sample over masters is the plain loop; in bf16 it is not, and the rotary embedding keeps its frequencies."""
+    """Sample by sample over masters is the plain loop; in bf16 it is not, and the rotary embedding keeps its
+    frequencies.
+    """
     model = layouts.MODELS["internlm2"]
     data = oracle.batches(model.vocab_size, 3, 4, 32, 7)
     optim = vars(layouts.base_run(model, 3).optim)
@@ -258,8 +264,8 @@ def test_the_page_and_the_record():
     )
     assert "| Megatron TP2 | 2 |  |  |  |  |  |  | **did not end** |" in page
     assert (
-        "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | **not seen** |"
-        in page
+        "| Megatron DP2: mean of means | 2 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | 0.0e+00 | "
+        "**not seen** |" in page
     )
     record = json.loads(report.as_json(measured, facts))
     assert [row["good"] for row in record["rows"]] == [False] * 3

@@ -1,4 +1,4 @@
-"""The performance table: every cell by hand, the published rows and what is wrong with them, logs that do not say everything."""
+"""Performance table: cells by hand, the published rows and their errors, incomplete logs."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Prompts, byte for byte: lm-eval's against its own code, the others against what the original programs made of these questions."""
+"""Prompts, byte for byte, against lm-eval's own code and the output of the original programs."""
 
 from dataclasses import replace
 
@@ -142,7 +142,9 @@ class Letters:
 
 
 def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
-    """White space goes to the answer, and the context keeps its own ids where the whole text would have others."""
+    """White space goes to the answer, and the context keeps its own ids where the whole text would have
+    others.
+    """
     from helpers import corpus
     from lm_eval.api.model import TemplateLM
 
@@ -161,17 +163,17 @@ def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
     assert merged  # control: somewhere the two ways differ
 
 
-@pytest.mark.parametrize("room", [99999, 250, 200, 150, 99, 40])
-def test_examples_are_dropped_one_by_one_the_last_one_first(room):
-    """The room is counted by hand: BOS, the context, and all of the longest answer but its last token."""
+@pytest.mark.parametrize("max_length", [99999, 250, 200, 150, 99, 40])
+def test_examples_are_dropped_one_by_one_the_last_one_first(max_length):
+    """The length is counted by hand: BOS, the context, and all of the longest answer but its last token."""
     topic = SUBJECTS["mmlu"]["anatomy"]
     benchmark = Benchmark("mmlu", None, (Subject(topic, tuple(ASKED[:2]), (ASKED[2],)),))
     put = find_style("lm-eval", "mmlu", 2)
-    [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), room, 0)
+    [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), max_length, 0)
     lengths = [1 + len(put.context(topic, ASKED[:shots], ASKED[2])) + len(" A") - 1 for shots in range(3)]
-    fitting = [shots for shots, length in enumerate(lengths) if length <= room]
+    fitting = [shots for shots, length in enumerate(lengths) if length <= max_length]
     assert prompt.num_shots == max(fitting, default=0)
-    assert prompt.truncated == max(0, lengths[0] - room)
+    assert prompt.truncated == max(0, lengths[0] - max_length)
     assert prompt.context == put.context(topic, ASKED[: prompt.num_shots], ASKED[2])
     exact = lengths[prompt.num_shots]  # the border itself
     [again] = build_prompts(benchmark, put, PromptEncoder(Letters()), exact, 0)
@@ -180,12 +182,12 @@ def test_examples_are_dropped_one_by_one_the_last_one_first(room):
     assert (less.num_shots, less.truncated) == ((prompt.num_shots - 1, 0) if prompt.num_shots else (0, 1))
 
 
-def test_a_written_answer_needs_room():
+def test_a_written_answer_needs_tokens():
     topic = replace(SUBJECTS["mmlu"]["anatomy"], name="gsm8k")
     sums = [Question(f"x/{i}", "", f"Q{i}", (), "#### 3") for i in range(2)]
     benchmark = Benchmark("gsm8k", None, (Subject(topic, (sums[0],), (sums[1],)),))
     put = find_style("lm-eval", "gsm8k", 1)
     length = 1 + len(put.context(topic, sums[:1], sums[1]))
-    for room, shots in ((length + 20, 1), (length + 19, 0)):
-        [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), room, 20)
+    for max_length, shots in ((length + 20, 1), (length + 19, 0)):
+        [prompt] = build_prompts(benchmark, put, PromptEncoder(Letters()), max_length, 20)
         assert prompt.num_shots == shots

@@ -47,7 +47,7 @@ class SubjectFiles:
     columns: tuple[str, ...] | None
     """Columns of question, A, B, C, D and answer; None: the CSV files have no header."""
     parquet: tuple[str, ...]
-    """The same columns in the parquet files of the Hugging Face hub; `choices` may replace A to D."""
+    """Columns in the parquet files of the Hugging Face hub; `choices` may replace A to D."""
 
 
 def by_subject(task: str, files: SubjectFiles, subjects: dict[str, SubjectInfo]) -> Loader:

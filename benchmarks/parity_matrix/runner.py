@@ -31,7 +31,7 @@ class RowResult:
     family: str
     row: MatrixRow
     differences: Differences | None
-    """None: the run did not finish."""
+    """Differences from the reference; None: the run did not finish."""
     broken: list[str]
     """Columns out of bounds."""
 

@@ -1,4 +1,4 @@
-"""Real text for the quickstart, without a network: the docstrings of the installed Python standard library.
+"""Makes the quickstart's data without a network, from docstrings of the installed Python standard library.
 
     python examples/intern/make_quickstart_data.py --output-dir DIR [--rows 3000] [--vocab-size 2048]
 
@@ -8,8 +8,8 @@ writes, the same bytes every time on the same Python:
     DIR/heldout.parquet     the same from other modules, about one row in twenty
     DIR/heldout.txt         their outputs as plain text
     DIR/chat.jsonl          questions and short answers, for fine-tuning: Alpaca rows too
-    DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's), tokenizer_config.json, special_tokens_map.json
-    DIR/made.json           how it was made; written last, so what it lies beside is whole and is reused
+    DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's) and its JSON files
+    DIR/made.json           settings; written last, so its presence marks complete data, which are reused
 
 The sources are parsed, never imported. As a library: `make(output_dir, rows, vocab_size) -> Path`.
 """
@@ -51,18 +51,18 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Options:
-    """Flags of this script."""
+    """Flags of make_quickstart_data.py."""
 
     output_dir: Path
-    """Where to write."""
+    """Folder to write."""
     rows: int = 3000
-    """Training rows."""
+    """Number of training rows."""
     vocab_size: int = 2048
-    """Pieces of the tokenizer."""
+    """Vocabulary size of the tokenizer."""
 
 
 def modules() -> list[Path]:
-    """Sources of the standard library, relative to its folder, well mixed and always in the same order."""
+    """Returns the sources of the standard library, relative to its folder, shuffled in a fixed order."""
     found = []
     for folder, folders, names in os.walk(STDLIB):
         folders[:] = [name for name in folders if name not in SKIPPED]
@@ -71,7 +71,7 @@ def modules() -> list[Path]:
 
 
 def rows_of(path: Path, module: str) -> Iterator[Row]:
-    """One row per documented function and class of a source file; none when it cannot be parsed."""
+    """Yields one row per documented function and class of a source file; nothing if it cannot be parsed."""
     try:
         source = path.read_text("utf-8")
         tree = ast.parse(source)
@@ -90,7 +90,10 @@ def rows_of(path: Path, module: str) -> Iterator[Row]:
 
 
 def collect(wanted: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows); a module is in one of them only. Raises `UserError` if the library has too few."""
+    """Returns (training rows, held-out rows); each module is in one of them.
+
+    Raises UserError if there are too few.
+    """
     train: list[Row] = []
     held_out: list[Row] = []
     for number, path in enumerate(modules()):
@@ -99,12 +102,15 @@ def collect(wanted: int) -> tuple[list[Row], list[Row]]:
         if len(train) >= wanted and held_out:
             return train[:wanted], held_out
     raise UserError(
-        f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for fewer"
+        f"--rows {wanted}: the standard library in {STDLIB} has only {len(train)} documented rows; ask for "
+        "fewer"
     )
 
 
 def chat_rows(rows: list[Row]) -> list[Row]:
-    """Questions about documented functions and classes, answered by the first line of what documents them."""
+    """Returns questions about documented functions and classes, answered by the first line of their
+    docstring.
+    """
     asked = {}
     for row in rows:
         first = row["output"].splitlines()[0].strip()
@@ -115,7 +121,9 @@ def chat_rows(rows: list[Row]) -> list[Row]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
-    """A tokenizer.model made like InternLM's: BPE, byte fallback, digits alone, text taken as it is; unk 0, bos 1, eos 2."""
+    """Trains a tokenizer.model like InternLM's: BPE, byte fallback, single digits, no normalization; unk 0,
+    bos 1, eos 2.
+    """
     import sentencepiece
 
     model = io.BytesIO()
@@ -147,7 +155,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> bytes:
 
 
 def write_tokenizer(folder: Path, model: bytes) -> None:
-    """A Hugging Face directory around `tokenizer.model`."""
+    """Writes a Hugging Face directory around `tokenizer.model`."""
     folder.mkdir(parents=True, exist_ok=True)
     config = SPECIAL | {
         "add_bos_token": True,
@@ -163,7 +171,7 @@ def write_tokenizer(folder: Path, model: bytes) -> None:
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
-    """Parquet in several row groups, as a real corpus has them."""
+    """Writes parquet in several row groups, like a real corpus."""
     import pyarrow
     import pyarrow.parquet
 
@@ -171,7 +179,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
-    """Makes everything in `output_dir`, or reuses what the same settings made. Returns the folder."""
+    """Writes everything into `output_dir`, or reuses the output of the same settings. Returns the folder."""
     made = {
         "rows": rows,
         "chat_rows": CHAT_ROWS,
@@ -203,7 +211,7 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
 
 
 def main() -> None:
-    """The command line."""
+    """Runs the command."""
     options = parser.parse(Options, description=__doc__ or "")
     if options.rows < 1:
         raise UserError(f"--rows {options.rows}: at least 1 is needed")

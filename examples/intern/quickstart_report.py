@@ -1,4 +1,5 @@
-"""The end of the quickstart: held-out loss of the export under stock transformers beside ours, a table, and the loss curve.
+"""Reports on the quickstart: held-out loss of this project and of the export in transformers, and the loss
+curve.
 
 python examples/intern/quickstart_report.py --work .quickstart
 """
@@ -16,16 +17,16 @@ from ascendspeed.utils import errors
 
 @dataclass(frozen=True)
 class Options:
-    """Reports on what quickstart.sh made."""
+    """Reports on the output of quickstart.sh."""
 
     work: Path
-    """Its folder."""
+    """Folder of the quickstart."""
     length: int = 256
     """Tokens per held-out sample."""
 
 
 def held_out(work: Path, length: int) -> Any:
-    """The held-out text as samples: [n, length + 1] int64."""
+    """Returns the held-out text as samples: [n, length + 1] int64."""
     import torch
 
     from ascendspeed.tokenization import tokenizer
@@ -38,7 +39,7 @@ def held_out(work: Path, length: int) -> Any:
 
 
 def our_loss(work: Path, samples: Any) -> float:
-    """Mean token loss of the last training checkpoint in our own model, one process."""
+    """Returns the mean token loss of the last training checkpoint in this project's model, in one process."""
     from ascendspeed.distributed import device
 
     here = device.prepare("cpu")  # before anything of Megatron is imported
@@ -63,7 +64,7 @@ def our_loss(work: Path, samples: Any) -> float:
 
 
 def their_loss(work: Path, samples: Any) -> float:
-    """Mean loss per token of the same samples, from the exported directory in stock transformers."""
+    """Returns the mean token loss of the exported directory in stock transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -76,7 +77,7 @@ def their_loss(work: Path, samples: Any) -> float:
 
 
 def log_lines(path: Path) -> list[Any]:
-    """Every iteration and evaluation once: what a run that was killed did beyond its last checkpoint, its successor did again."""
+    """Returns every iteration and evaluation once; lines of a resumed run replace those of the killed one."""
     lines = (
         {(type(line), line.iteration): line for line in metrics_log.read_lines(path)}
         if path.is_file()
@@ -86,7 +87,7 @@ def log_lines(path: Path) -> list[Any]:
 
 
 def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
-    """Rows of the table that come from the training log."""
+    """Returns the rows of the table that come from the training log."""
     if not train:
         return [
             (
@@ -106,7 +107,7 @@ def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
 
 
 def draw(lines: list[Any], path: Path) -> None:
-    """The loss curve, training and validation."""
+    """Draws the loss curve of training and validation."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +128,7 @@ def draw(lines: list[Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Computes, draws, prints."""
+    """Computes both losses, draws the curve and prints the table."""
     options = parser.parse(Options, description=Options.__doc__ or "")
     work = options.work
     samples = held_out(work, options.length)

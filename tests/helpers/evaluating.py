@@ -1,4 +1,6 @@
-"""What the tests of evaluation share: small benchmarks on disk, a tiny model with its tokenizer, and lm-eval's own tasks."""
+"""Helpers of the evaluation tests: small benchmarks on disk, a tiny model with its tokenizer, lm-eval's own
+tasks.
+"""
 
 import importlib.util
 import json
@@ -86,7 +88,7 @@ def put_jsonl(path: Path, tables: Sequence[dict[str, Any]]) -> None:
 
 
 def boolq(folder: Path, count: int = 8) -> Path:
-    """As SuperGLUE has it."""
+    """Writes BoolQ in SuperGLUE's format."""
     for name, many in (("train", 6), ("val", count)):
         made = [
             {
@@ -184,7 +186,7 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
 
 
 def exported(folder: Path, source: Path) -> Path:
-    """The same as a plain Llama that transformers knows."""
+    """Exports the model as a plain Llama for transformers."""
     made = open_reader(source)
     convert.convert(made, folder, convert.HuggingFaceWriter("llama"), convert.DTYPES["fp32"])
     return folder

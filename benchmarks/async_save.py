@@ -202,7 +202,7 @@ def table(options: Options, kinds: dict[str, list[RunTimings]], question: float)
     return f"""# Time that training is blocked by a checkpoint
 
 `python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of
-{name}, shared with other work. Two ranks of ZeRO-2; medians, without first iterations and last checkpoints.
+{name}, shared with other work. Two ranks of ZeRO-2; medians
 
 | saved | until complete | training blocked | at most | iteration without a save | iteration after a save began |
 |---|---:|---:|---:|---:|---:|

@@ -61,7 +61,7 @@ def cpu():
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """Tiny InternLM checkpoints with logits of the original modeling code; beside the repository on some machines."""
+    """Tiny InternLM checkpoints with logits of the original modeling code; not available on every machine."""
     if not (SHARED / "internlm").is_dir():
         pytest.skip("no reference fixtures beside the repository; Hugging Face is the oracle here")
     return SHARED

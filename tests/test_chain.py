@@ -1,4 +1,4 @@
-"""The whole chain by the commands that people type: data, weights, the recipe under the real launcher, resume, damage, export."""
+"""Whole chain by user commands: data, weights, recipe under the real launcher, resume, corruption, export."""
 
 import re
 import subprocess

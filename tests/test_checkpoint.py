@@ -1,4 +1,4 @@
-"""The training checkpoint: every layout reads what any wrote; nothing damaged or half-written is taken for good."""
+"""The training checkpoint: every layout reads every other; damaged checkpoints are never accepted."""
 
 import contextlib
 import dataclasses
@@ -162,7 +162,7 @@ def check(opened, step=10, layout=Layout(), model=Model()) -> None:
             assert torch.equal(mine.tensor, right.tensor), (mine.name, mine.kind, rank)
 
 
-# -- layouts ------------------------------------------------------------------------------------------------------------------
+# -- layouts -------------------------------------------------------------------------------------------------
 
 LAYOUTS = [
     Layout(),
@@ -221,7 +221,7 @@ def test_any_range_under_any_layout(tmp_path, model, old, new, data):
 
 
 def test_gate_and_up_are_cut_one_by_one(tmp_path):
-    """By hand, without `ShardSpec.shard`; and the control: the same bytes taken for one block are another tensor."""
+    """By hand, without `ShardSpec.shard`; control: the bytes read as one block are another tensor."""
     gate, up = torch.randn(6, 3), torch.randn(6, 3)
     right, wrong = ShardSpec((12, 3), 0, 2, 2), ShardSpec((12, 3), 0, 1, 2)
     for cut, folder in ((right, tmp_path / "right"), (wrong, tmp_path / "wrong")):
@@ -343,7 +343,7 @@ def gloo_worker(rank: int, folder: Path) -> None:
 
 
 def test_keys_of_the_shard_metadata_stay(tmp_path):
-    """Checkpoints of earlier versions are read by these keys, whatever the fields of `ShardSpec` are called."""
+    """Checkpoints of earlier versions are read by these keys, whatever the names of `ShardSpec`'s fields."""
     save(tmp_path, 1, TWO)
     metadata, _ = safetensors_io.read_header(tmp_path / "step_0000001/shard-00000-of-00002.safetensors")
     assert sorted(metadata) == ["cuts", "rank", "step", "world"]
@@ -360,7 +360,7 @@ def test_two_processes(tmp_path):
     assert [(tmp_path / f"rank{r}").read_text() for r in range(2)] == ["True", "True"]
 
 
-# -- damage -------------------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------------------
 
 TWO = Layout(tp=2)
 SHARDS = [f"shard-{rank:05}-of-00002.safetensors" for rank in range(2)]
@@ -409,7 +409,7 @@ DAMAGE = {
 
 
 def find_with(folder, world: int):
-    """All ranks find together, as they would over a process group; returns the checkpoint and rank 0's words."""
+    """All ranks find the checkpoint together, as over a process group; returns it and rank 0's messages."""
     barrier, boxes = threading.Barrier(world), [[] for _ in range(world)]
 
     def one(rank):
@@ -565,7 +565,7 @@ def test_a_pickle_is_never_opened(ckpt):
     assert not (ckpt / "exploded").exists()
 
 
-# -- saves that do not end ----------------------------------------------------------------------------------------------------
+# -- saves that do not end -----------------------------------------------------------------------------------
 
 
 def test_too_small_a_disk_is_known_before(tmp_path, monkeypatch):
@@ -830,7 +830,7 @@ def test_saving_copies_nothing_whole(tmp_path):
     assert in_child(measured) == 0
 
 
-# -- behind the step ----------------------------------------------------------------------------------------------------------
+# -- behind the step -----------------------------------------------------------------------------------------
 
 
 def savers(folder, layout=Layout(), behind=True, **train) -> list[CheckpointSaver]:
@@ -897,7 +897,7 @@ def test_the_next_save_waits_for_the_one_before_and_uses_its_memory(tmp_path):
 
 
 def test_what_goes_wrong_behind_is_raised_in_front(tmp_path, monkeypatch):
-    """By the next save, on every rank, in the same words; the last good one is intact, and saving goes on afterwards."""
+    """Raised by the next save, on every rank, in the same words; the last checkpoint is intact."""
     both, real = savers(tmp_path, TWO), safetensors_io.ShardWriter.write
     every_rank(2, lambda rank: (begin(both[rank], 1, rank, TWO), both[rank].wait()))
 

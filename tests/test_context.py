@@ -1,4 +1,4 @@
-"""Context parallelism on one rank: positions of a rank, and attention of chunks that begin after the keys."""
+"""Context parallel in one process: positions of a rank, and attention of chunks that follow other keys."""
 
 from types import SimpleNamespace
 
@@ -95,8 +95,7 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
 
 
 def test_dropped_probabilities_are_those_of_the_chunk(cpu):
-    """With v the identity, what comes out are the probabilities: each is 0 or 1 / (1 - p) of what it was, and
-    none is later."""
+    """With v the identity, outputs are probabilities: each is 0 or 1 / (1 - p) times its value; causal."""
     from ascendspeed.models.gpt.attention import attend
 
     q, k, _ = tensors(192)
@@ -130,8 +129,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_memory_grows_with_the_length_not_with_its_square(cpu, dropout):
-    """Neither on the way nor among what the backward pass keeps, which is counted once for all views of a
-    tensor."""
+    """Neither in the forward pass nor in the saved tensors, counted once for all views of a tensor."""
     from ascendspeed.models.gpt.attention import attend
 
     def cost(length: int) -> tuple[int, int]:

@@ -110,8 +110,7 @@ def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
 
 
 def test_adapting_torch_leaves_transformers_alone(tmp_path):
-    """A patched constructor once hid from `with torch.device("meta")`: models then loaded with uninitialised
-    rope buffers."""
+    """A patched constructor once bypassed `with torch.device("meta")` and left rope buffers uninitialised."""
     script = """
 import sys, torch
 if sys.argv[2] == "adapted":

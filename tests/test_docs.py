@@ -92,7 +92,7 @@ def links(text: str) -> list[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Lines of the bash blocks without comments; other blocks must be the same up to their words, so only bash is compared."""
+    """Lines of bash blocks without comments; other blocks may be translated, so only bash is compared."""
     lines = [
         line for language, block in FENCE.findall(text) if language == "bash" for line in block.splitlines()
     ]
@@ -161,7 +161,7 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Paths, imported modules and `python -m` modules of this repository that a page names and that do not exist."""
+    """Paths, imported modules and `python -m` modules of this repository, named by a page, that do not exist."""
     found = [name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS]
     for package, names in IMPORT.findall(text):
         folder = ROOT / package.replace(".", "/")

@@ -45,7 +45,7 @@ def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
 
 
 def test_flags_put_states_elsewhere(cpu, tmp_path):
-    """A second partition within a node and a disk: DeepSpeed's own names for them, beside what is there anyway."""
+    """A second partition within a node and a disk: DeepSpeed's own names, added to the other settings."""
     zero = {"zero_stage": 3, "tensor_model_parallel_size": 1, "zero_hpz_partition_size": 4}
     run = replace(
         RUN, parallel=replace(RUN.parallel, **zero, zero_offload="nvme", zero_offload_nvme_path="/nvme")

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine against a plain torch loop over Hugging Face's model, and its checkpoints, under every stage and layout."""
+"""The DeepSpeed engine, and its checkpoints, against a plain torch loop over Hugging Face's model."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def expected() -> Curve:
     "layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
 )
 def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
-    """20 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    """20 steps, different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     for stage in (2, 3):
@@ -69,7 +69,7 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     ],
 )
 def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
-    """8 steps at once = 4 steps, a checkpoint, and 4 more in new objects: every loss and norm to the last bit, dropout included."""
+    """8 steps = 4 steps, a checkpoint, and 4 more in new objects: bitwise equal, with dropout."""
     modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {
         f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
     }
@@ -153,7 +153,7 @@ def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
 
 
 def test_another_layout_continues_the_curve(expected, tmp_path):
-    """Stage, data-parallel and tensor-parallel size change at the checkpoint; the curve stays that of the oracle."""
+    """Stage, data- and tensor-parallel size change at the checkpoint; the curve stays that of the oracle."""
     at = {name: str(tmp_path / name) for name in ("tp2 zero 3", "dp2 zero 1")}
     first = {"tp2 zero 3": {"changes": changes(3), "last": 10, "save": at["tp2 zero 3"]}}
     run_cases("tp2-dp1", first, tmp_path / "a")
@@ -185,7 +185,7 @@ def test_another_layout_continues_the_curve(expected, tmp_path):
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
-    """NaN gradients on one rank: skipped under every stage, and what follows is bit for bit as if the step had not been."""
+    """NaN gradients on one rank: skipped under every stage; later steps are bit for bit unaffected."""
     modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {
         f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
     }
@@ -223,7 +223,7 @@ print([(result.skipped, result.loss_scale) for result in (engine.step([batch], 1
 
 
 def test_fp16_that_never_becomes_finite_skips_on(tmp_path):
-    """At the lowest loss scale too, where DeepSpeed would end the run with a traceback: --max-skipped-steps does that better."""
+    """At the lowest loss scale too, where DeepSpeed itself raises; --max-skipped-steps decides instead."""
     done = subprocess.run(
         [sys.executable, "-c", FP16], env=launch.environment(), cwd=tmp_path, capture_output=True, text=True
     )

@@ -1,4 +1,4 @@
-"""The Megatron engine against a plain torch loop over Hugging Face's model on every layout, and its checkpoints between them."""
+"""The Megatron engine, and its checkpoints, against a plain torch loop over Hugging Face's model."""
 
 import hashlib
 import math
@@ -114,7 +114,7 @@ def expected() -> Curve:
 
 
 def compare(expected: Curve, curves: dict[str, Curve], limit: float = 1e-5) -> None:
-    """Every curve is within `limit` of its part of the expected one (`then`: the end of it); a control is not."""
+    """Every curve is within `limit` of its part of the expected one (`then`: its end); a control is not."""
     for name, curve in curves.items():
         if name.endswith(": evaluated"):
             assert curve[0][0] == pytest.approx(expected[0][0], rel=1e-6), name
@@ -135,7 +135,7 @@ def compare(expected: Curve, curves: dict[str, Curve], limit: float = 1e-5) -> N
 def losses(
     layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dict[str, str] | None = None
 ) -> Theme:
-    """Masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+    """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {
         name: case(parallel, steps, evaluate="vpp2" in name or "cp2" in name)
         for name, parallel in layouts.items()
@@ -176,7 +176,7 @@ GROUPED = {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add
 
 
 def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
-    """Embeddings tied over stages; fewer key/value heads than tensor-parallel ranks, with shared sequences."""
+    """Embeddings tied over stages; fewer key/value heads than tensor ranks, with sequence parallel."""
     model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], 6) for name in names}
     for one in cases.values():
         one["changes"]["model"] = fields
@@ -212,9 +212,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
-    """Every method, with dropout in the attention and on the residual: the second pass draws the masks of the first.
+    """Every method, with dropout in attention and residual: the second pass draws the masks of the first.
 
-    Has to come last: the mistake of its control lasts.
+    Must run last: its control modifies the process.
     """
     dropout, cases = {"attention_dropout": 0.2, "hidden_dropout": 0.2}, {}
     for layout in names:
@@ -238,7 +238,7 @@ def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
 
 
 def poisoned(names: list[str]) -> Theme:
-    """NaN gradients on one rank, or no token that counts: skipped on all; what follows is bit for bit as if it had not been."""
+    """NaN gradients on one rank, or no supervised token: skipped on all; later steps are unaffected."""
     cases = {}
     for name in (f"{layout}, {kind}" for layout in names for kind in ("fp32", "bf16")):
         layout, _, kind = name.rpartition(", ")
@@ -255,7 +255,7 @@ def poisoned(names: list[str]) -> Theme:
 
 
 def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
-    """4 steps at once = 2 steps, a checkpoint, and 2 more in new objects: every loss and norm to the last bit, dropout included."""
+    """4 steps = 2 steps, a checkpoint, and 2 more in new objects: bitwise equal, with dropout."""
     cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in ("fp32", "bf16")]
     for name in names:
         layout, _, kind = name.rpartition(", ")
@@ -297,7 +297,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 def moved(
     pairs: list[tuple[str, str]], layouts: dict[str, dict[str, Any]], folder: Path, kind: str = "fp32"
 ) -> Theme:
-    """A run is saved on one layout and goes on on another: the state is the same to the last bit, the curve that of the oracle."""
+    """A run saved on one layout resumes on another: bitwise equal state, and the oracle's curve."""
     optim: dict[str, Any] = {"bf16": kind == "bf16"}
     cases = {first: case(layouts[first], 3, optim=optim, save=str(folder / first)) for first, _ in pairs}
     for first, then in pairs:
@@ -317,7 +317,7 @@ def moved(
     return Theme(cases, check)
 
 
-# ---------------------------------------------------------------- what is run by default: one start of two ranks, one of four
+# ---------------------------------------------------------------- default tests: one start of two ranks, one of four
 
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(
@@ -458,7 +458,7 @@ def test_every_layout_resumes_bit_identically(world, tmp_path):
 
 @pytest.mark.slow
 def test_fp16_goes_on_with_its_loss_scale(tmp_path):
-    """2^19 is too much, three times; the checkpoint comes in the midst of the search, and nobody begins it anew."""
+    """2^19 overflows three times; the checkpoint falls into the search, which does not restart."""
     at, fp16 = str(tmp_path / "ckpt"), {"fp16": True, "initial_loss_scale": 2.0**19}
     shards, stages = LAYOUTS[2]["dp2, shards"], LAYOUTS[2]["pp2"]
     cases = {"whole": case(shards, 6, optim=fp16), "first": case(shards, 2, optim=fp16, save=at)}
@@ -496,7 +496,7 @@ def test_another_layout_goes_on_in_bf16(tmp_path):
 
 @pytest.mark.slow
 def test_a_second_partition_within_a_node(tmp_path):
-    """DeepSpeed's hierarchical ZeRO 3, and its optimizer off the device, by flags. A process can have such a partition once."""
+    """DeepSpeed's hierarchical ZeRO 3 and optimizer offload, by flags. One such partition per process."""
     zero = ENGINES["zero 3"]
     hpz, at = zero | {"zero_hpz_partition_size": 2}, str(tmp_path / "ckpt")
     run_and_check(

@@ -1,4 +1,4 @@
-"""config.json <-> ModelConfig: reads every spelling, writes one, and refuses what it cannot express."""
+"""config.json <-> ModelConfig: every spelling is read, one is written, and the rest is refused."""
 
 from dataclasses import replace
 
@@ -339,7 +339,7 @@ def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
 
 
 def test_rope_scaling_is_written_with_two_entries():
-    """transformers before 4.43 and InternLM2's own code refuse a third entry; newer versions read two."""
+    """transformers before 4.43 and InternLM2's own code refuse more; the newest reads these two alike."""
     theirs = FAMILIES["llama"].write_config(
         llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4})
     )

@@ -1,5 +1,4 @@
-"""Every family's model against Hugging Face's in every layout: names, logits, losses, gradients; and
-controls.
+"""Every family's model against Hugging Face's, in every layout: names, logits, losses, gradients; controls.
 
 A family is found by its preset whose name ends in -tiny.
 """
@@ -62,8 +61,7 @@ def logits_of(model: ModelConfig, tensors: dict[str, torch.Tensor], kernels=None
 
 
 def off(name: str, tensors: dict | None = None, kernels=None, **changes) -> float:
-    """Largest difference of our logits from Hugging Face's, with other tensors or a model that is not the
-    same."""
+    """Largest difference of our logits from Hugging Face's, with other tensors or an altered model."""
     _, right, logits, _ = theirs(name)
     return float(
         (logits_of(replace(MODELS[name], **changes), tensors or right, kernels) - logits).abs().max()
@@ -83,8 +81,7 @@ def test_logits_equal_hugging_face(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_published_tensors_come_back_from_rank_files(name, tmp_path):
-    """Hugging Face's directory -> ranks of TP 4 x PP 2 -> Hugging Face's directory: the same names, the same
-    bits."""
+    """Hugging Face's directory -> ranks of TP 4 x PP 2 -> Hugging Face's directory: equal names and bits."""
     published = theirs(name)[0]
     source = directory(name, tmp_path / "hf")
     convert.write_megatron(open_reader(source), tmp_path / "ranks", 4, 2)
@@ -98,8 +95,7 @@ def test_published_tensors_come_back_from_rank_files(name, tmp_path):
     "name", [n for n in MODELS if n.startswith("internlm") and n != "internlm3-bias-but-qkv"]
 )
 def test_the_internlm_families_are_llama_to_stock_transformers(name, tmp_path):
-    """Beyond the trained length too. Llama has one switch for q, k, v and o: a model that needs two is
-    refused."""
+    """Also beyond the trained length. Llama has one switch for the biases of q, k, v and o."""
     convert.write_hf(open_reader(directory(name, tmp_path / "hf")), tmp_path / "llama", family="llama")
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(tmp_path / "llama", dtype=torch.float32)(
@@ -123,8 +119,7 @@ def directory(name: str, folder: Path) -> Path:
     return folder
 
 
-# --- layouts
-# ----------------------------------------------------------------------------------------------------
+# --- layouts ------------------------------------------------------------------------------------------------
 
 
 LAYOUTS = {  # by the number of ranks
@@ -143,8 +138,7 @@ EVERYWHERE = ("internlm", "internlm3-bias", "gemma")  # between them all that a 
 
 
 def runs(name: str, parallel: ParallelConfig) -> bool:
-    """Experts are trained under sequence parallel only; of the dense models some are enough to try what
-    others share."""
+    """Experts are trained under sequence parallel only; a few dense models cover the common code."""
     tp, pp, sp = (
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -167,8 +161,7 @@ CASES = [
 def original(
     family: str,
 ) -> dict[str, tuple[ModelConfig, dict[str, torch.Tensor], torch.Tensor, torch.Tensor]]:
-    """The fixtures' checkpoint of InternLM's own code, its tokens (short, as long as it was trained, longer)
-    and logits."""
+    """Checkpoint of InternLM's own code, tokens (short, trained length, longer) and logits."""
     if not (SHARED / family).is_dir():
         return {}
     model, known = (
@@ -237,8 +230,7 @@ def test_parameters_are_those_of_the_rows(results, name, layout):
 @pytest.mark.usefixtures("reference", "cpu")
 @pytest.mark.parametrize(("family", "length"), ORIGINAL)
 def test_the_original_code_gives_the_same_logits(results, family, length):
-    """The fixtures' logits came from InternLM's own modeling code; beyond the trained length its rope is
-    rescaled."""
+    """Logits of InternLM's own modeling code; beyond the trained length its rope is rescaled."""
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, tensors, ids, expected = original(family)[length]
@@ -256,8 +248,7 @@ def test_the_original_code_gives_the_same_logits(results, family, length):
         assert (mine - expected).abs().max() < 1e-4
 
 
-# --- mistakes that must be seen
-# ---------------------------------------------------------------------------------------------
+# --- mistakes that must be seen -----------------------------------------------------------------------------
 
 
 def swapped(published: dict, one: str, other: str) -> dict:

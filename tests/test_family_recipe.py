@@ -1,5 +1,4 @@
-"""Every size by its name through the recipe: the real ones as far as the checks, the tiny ones through
-training."""
+"""Every size by its name through the recipe: real ones up to the checks, tiny ones through training."""
 
 import os
 import subprocess

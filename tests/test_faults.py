@@ -94,7 +94,7 @@ class Job:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
 
     def curve(self) -> dict[int, str]:
-        """Iteration -> loss and gradient norm in hexadecimal; an iteration that was done twice must have been the same twice."""
+        """Iteration -> loss and gradient norm in hexadecimal; a repeated iteration must have repeated values."""
         found: dict[int, str] = {}
         for line in (self.folder / "curve").read_text().splitlines():
             iteration, _, numbers = line.partition(" ")
@@ -150,12 +150,12 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     assert job.curve()[12] != whole[12]
 
 
-# -- killed -------------------------------------------------------------------------------------------------------------------
+# -- killed --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
 def test_killed_again_and_again(whole, tmp_path, behind):
-    """Three times in one run: in an iteration, and twice at some change of a file while a checkpoint is saved."""
+    """Three kills in one run: in an iteration, and twice at a change of a file during a save."""
     dice = random.Random(behind)
     moments = [
         {"step": 2},
@@ -195,7 +195,7 @@ def whole_long(tmp_path_factory) -> dict[int, str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_killed_from_outside_at_random_moments(whole_long, tmp_path, seed):
-    """At least 25 kills, and at least 8 of them while a checkpoint was being saved; as many runs to their end as that takes."""
+    """At least 25 kills, 8 or more of them during a save; as many runs to their end as that takes."""
     dice, kills, inside = random.Random(seed), 0, 0
     for number in range(20):
         job = Job(tmp_path / str(number), LONG + (("--async-save",) if number % 2 else ()))
@@ -246,7 +246,7 @@ def one_kill(job: Job, dice: random.Random) -> tuple[bool, bool]:
 
 
 def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_path):
-    """Every rank in a folder of its own, as --save ./ckpt on the nodes' own disks: empty ones, then one that holds a checkpoint."""
+    """Each rank has its own folder, as --save ./ckpt on local disks: empty, then with a checkpoint."""
     job = Job(tmp_path / "job", ("--save", "ckpt"), env={"RANK_FOLDERS": "1"})
     assert job.run() == [errors.EXIT_USER_ERROR] * 2
     assert (
@@ -265,7 +265,7 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_pat
     assert "Traceback" not in job.said()
 
 
-# -- signals and the clock ----------------------------------------------------------------------------------------------------
+# -- signals and the clock -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
     assert job.said().count("to continue: ") == 2  # and not when there is nothing left
 
 
-# -- a rank that is gone ------------------------------------------------------------------------------------------------------
+# -- a rank that is gone -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=SLOW)])
@@ -364,7 +364,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     assert "Traceback" not in job.said()
 
 
-# -- a disk that is full ------------------------------------------------------------------------------------------------------
+# -- a disk that is full -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -392,11 +392,11 @@ def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
     finish(job, whole)
 
 
-# -- numbers that are none ----------------------------------------------------------------------------------------------------
+# -- numbers that are none -----------------------------------------------------------------------------------
 
 
 def test_every_skip_names_rank_and_samples(whole, tmp_path):
-    """By hand: samples 21 and 29 are those of rank 1 in iterations 6 and 8, the second and first of its micro-batches."""
+    """By hand: samples 21 and 29 are those of rank 1 in iterations 6 and 8, second and first micro-batch."""
     job = Job(tmp_path / "job", env={"TOY_BAD": "[22, 23, 29]"})
     assert job.run() == [0, 0]
     said = job.said()
@@ -423,7 +423,7 @@ def test_too_many_skips_stop_and_name_the_last_good_checkpoint(tmp_path):
     assert job.good() == 6
 
 
-# -- the real engine ----------------------------------------------------------------------------------------------------------
+# -- the real engine -----------------------------------------------------------------------------------------
 
 
 ENGINES = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)}
@@ -439,7 +439,7 @@ DEFAULT = [("zero 1", "fp32"), ("megatron, shards", "fp32")]
 def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
     cpu, tmp_path, name, dtype, loss
 ):
-    """A constant is added to the loss of one micro-batch: the gradients do not feel it. The control adds 0 and does update."""
+    """A constant added to the loss of one micro-batch leaves gradients alone. The control adds 0."""
     import torch
 
     from ascendspeed.config import schema
@@ -479,7 +479,7 @@ def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
 
 
 def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
-    """To those of the next micro-batches, as an engine sees them; returns what puts the engine right again."""
+    """Changes the next micro-batches as an engine sees them; returns a function that restores the engine."""
     left = iter(constants)
     if hasattr(engine, "_loss_sum"):  # DeepSpeed's
         name, real = "_loss_sum", engine._loss_sum
@@ -498,7 +498,7 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
     return lambda: setattr(engine, name, real)
 
 
-# -- several of them under the real launcher ----------------------------------------------------------------------------------
+# -- several of them under the real launcher -----------------------------------------------------------------
 
 
 @pytest.mark.slow

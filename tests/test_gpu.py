@@ -1,4 +1,4 @@
-"""On a GPU: the engine against the oracle on the CPU, and the fused kernels against plain torch. `pytest -m gpu`."""
+"""On a GPU: the engine against the CPU oracle, fused kernels against plain torch. `pytest -m gpu`."""
 
 from dataclasses import replace
 

@@ -288,7 +288,7 @@ def test_converted_data_are_the_same(tmp_path):
     documents = [
         (rng.integers(1, 99, n) * rng.choice([1, 1, -1], n)).tolist() for n in rng.integers(2, 40, 60)
     ]
-    # A masked pair omits documents without supervised tokens; InternEvo's lines are not read to find them.
+    # A masked pair omits documents without supervised tokens; finding them here would mean reading all lines.
     for document in documents:
         document[1] = abs(document[1])
     path, prefix = write(tmp_path / "en" / "x.bin", documents), str(tmp_path / "out" / "converted")

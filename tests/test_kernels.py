@@ -1,4 +1,4 @@
-"""Operations and their gradients against Hugging Face and fp64, and the selection of fused kernels."""
+"""Fused operations against Hugging Face's and fp64: values, gradients, and the choice of the kernel."""
 
 import pytest
 import torch
@@ -114,8 +114,8 @@ def test_choose_says_what_runs(monkeypatch):
     assert chosen.rotary is fused_kernels.rotary
     assert chosen.swiglu is fused_kernels.swiglu
     assert str(chosen) == (
-        "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), "
-        "swiglu: torch"
+        "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), swiglu: "
+        "torch"
     )
     chosen = fused_kernels.select_kernels(
         Device("other", 0, "gloo", "a device"), rms_norm=False, rotary=False, swiglu=False

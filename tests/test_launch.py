@@ -1,4 +1,4 @@
-"""Recipes through the launcher: command lines, signals and restarts, with stand-ins for `deepspeed` and `torchrun`."""
+"""Recipes through the launcher: command lines, signals, restarts; `deepspeed`, `torchrun` are stand-ins."""
 
 import contextlib
 import os
@@ -93,7 +93,7 @@ def test_missing_variables_are_named(started, env, message):
     assert "pretrain_intern.py" not in output
 
 
-# -- signals and restarts -----------------------------------------------------------------------------------------------------
+# -- signals and restarts ------------------------------------------------------------------------------------
 
 LAUNCHER = """#!/usr/bin/env bash
 # Like DeepSpeed's launcher: it does not forward SIGTERM, and its rank exits with a code of its own.
@@ -173,10 +173,10 @@ def test_restarts(recipe, codes, restarts, code, starts, hides):
     assert all(line.count("--auto-resume") <= 1 for line in lines)
 
 
-# -- before there are ranks ---------------------------------------------------------------------------------------------------
+# -- before there are ranks ----------------------------------------------------------------------------------
 
 SLOW = """#!/usr/bin/env bash
-# Like DeepSpeed's: a runner that imports, then a launcher that imports, then the ranks; none forwards a signal.
+# Like DeepSpeed's: a runner that imports, a launcher that imports, then the ranks; none forwards a signal.
 echo runner >> "$LOG"
 sleep "$FIRST"
 bash -c '
@@ -269,7 +269,7 @@ def test_a_killed_shell_leaves_no_answers_behind(slow):
         time.sleep(0.1)
 
 
-# -- pipes ---------------------------------------------------------------------------------------------------------------------
+# -- pipes ---------------------------------------------------------------------------------------------------
 
 SCRIPTS = [
     path
@@ -282,7 +282,7 @@ RACES = re.compile(r"\b(echo|printf|yes)\b[^|\n]*\|(?!\|)|\|\s*(head|grep -q)\b"
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_no_pipe_can_end_a_script_by_sigpipe(script):
-    """Under pipefail a writer whose reader ends first fails the script with 141: here-strings and variables do not."""
+    """Under pipefail a writer whose reader ends first exits with 141: here-strings and variables do not."""
     lines = [line for line in script.read_text().splitlines() if not line.lstrip().startswith("#")]
     code = [re.sub(r"\s{2,}#.*|\bcase\b.*", "", line) for line in lines]
     assert not [line for line in code if RACES.search(line)]

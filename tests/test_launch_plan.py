@@ -36,7 +36,8 @@ def command(quiet: bool = False, **environment: str) -> str:
         ),
         (
             NODES | {"HOSTFILE": "hosts"},  # a hostfile decides
-            "deepspeed --no_local_rank --master_port 29500 --hostfile hosts --num_nodes 4 --num_accelerators 8",
+            "deepspeed --no_local_rank --master_port 29500 --hostfile hosts --num_nodes 4 --num_accelerators "
+            "8",
         ),
     ],
 )

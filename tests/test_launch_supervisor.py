@@ -61,7 +61,7 @@ RANK=0 bash -c '{traps}; echo ready >> "$LOG"; for i in {{1..600}}; do sleep 0.0
 {then}"""
 
 
-# --- exit codes ---------------------------------------------------------------------------------------------------------------
+# --- exit codes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_answer_is_never_started_again(start):
     assert start.log.read_text() == "start\n"
 
 
-# --- signals ------------------------------------------------------------------------------------------------------------------
+# --- signals ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -195,12 +195,12 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(start):
     assert process.wait(60) == 128 + signal.SIGTERM
 
 
-# --- processes ----------------------------------------------------------------------------------------------------------------
+# --- processes ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tree():
-    """A process with a child that is rank 0 and catches SIGINT, and a grandchild that is rank 1 and does not."""
+    """A process with a child (rank 0, catches SIGINT) and a grandchild (rank 1, does not)."""
     catching = "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); print(0, flush=True); time.sleep(60)"
     script = f"""
 RANK=0 {sys.executable} -c '{catching}' &

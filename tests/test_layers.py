@@ -14,7 +14,7 @@ from helpers.imports import imported, inner
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ascendspeed"
 
-# The packages of the library, bottom up: a package imports only those above it in this list. CONTRIBUTING.md has the same table.
+# Packages, bottom up: a package imports only those above it in this list. CONTRIBUTING.md has the same table.
 LAYERS = [
     "utils",
     "tokenization",

@@ -35,16 +35,23 @@ FULL = metrics_log.TrainLine(
     seconds_left=93784,
 )
 FULL_TEXT = (
-    " [2026-11-21 12:00:00] iteration       10/     100 | consumed samples:         2560 | consumed tokens:        5242880 |"
-    " elapsed time per iteration (ms): 1234.5 | tokens/s/device: 4000.0 | TFLOP/s/device: 171.125 | MFU: 54.85% |"
-    " learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.12345678E+00 | iterations in interval:  10 |"
+    " [2026-11-21 12:00:00] iteration       10/     100 | consumed samples:         2560 | consumed tokens:  "
+    "      5242880 |"
+    " elapsed time per iteration (ms): 1234.5 | tokens/s/device: 4000.0 | TFLOP/s/device: 171.125 | MFU: "
+    "54.85% |"
+    " learning rate: 1.500000E-04 | global batch size:   256 | lm loss: 6.12345678E+00 | iterations in "
+    "interval:  10 |"
     " loss scale: 1.0 | grad norm: 1.23400000E+00 |"
-    " number of skipped iterations:   0 | number of nan iterations:   0 | memory: 12.34 GiB | time left: 26:03:04 |"
+    " number of skipped iterations:   0 | number of nan iterations:   0 | memory: 12.34 GiB | time left: "
+    "26:03:04 |"
 )
 MEGATRON = (
-    " [2024-03-01 08:00:00.123456] iteration      100/  500000 | consumed samples:        25600 | elapsed time per iteration (ms):"
-    " 19684.6 | throughput per GPU (TFLOP/s/GPU): 145.7 | learning rate: 1.500000E-05 | global batch size:   256 |"
-    " lm loss: 7.654321E+00 | loss scale: 1.0 | grad norm: 2.345 | num zeros: 0 | number of skipped iterations:   0 |"
+    " [2024-03-01 08:00:00.123456] iteration      100/  500000 | consumed samples:        25600 | elapsed "
+    "time per iteration (ms):"
+    " 19684.6 | throughput per GPU (TFLOP/s/GPU): 145.7 | learning rate: 1.500000E-05 | global batch size:   "
+    "256 |"
+    " lm loss: 7.654321E+00 | loss scale: 1.0 | grad norm: 2.345 | num zeros: 0 | number of skipped "
+    "iterations:   0 |"
     " number of nan iterations:   1 | "
 )
 

@@ -1,4 +1,4 @@
-"""LoRA against peft: equal model, adapters and batches; every loss, under both engines, in every layout."""
+"""LoRA against peft: equal model, adapters and batches; every loss, both engines, every layout."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -180,8 +180,7 @@ ALL_OTHERS = {which: [name for name in CASES if name not in FEW[which]] for whic
 
 
 def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting) -> Theme:
-    """10 steps, masks that differ from sample to sample, accumulation, clipping, decay, warmup: 1e-5 relative
-    in fp32."""
+    """10 steps, different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     settings = {"biases": biases, "grouped": grouped}
     cases = {
         f"{which}/{name}": settings[which].case(*CASES[name]) for which in names for name in names[which]
@@ -312,8 +311,7 @@ MODES = {
 def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
     """Resumes from a checkpoint.
 
-    The layout that saved it resumes bit by bit, dropout included; another layout or engine continues peft's
-    curve.
+    The layout that saved it resumes bit by bit, with dropout; another layout or engine continues peft's curve.
     """
     cases = {}
     for mode in modes:
@@ -445,8 +443,7 @@ def test_bf16_stays_in_a_band_around_fp32(biases, tmp_path):
 
 
 def test_nothing_is_kept_for_frozen_weights(cpu):
-    """Gradient buffers and optimizer states are those of the adapters; random A, zero B: the model is its
-    base at first."""
+    """Gradient buffers and optimizer states are the adapters' only; random A, zero B: initially the base."""
     from ascendspeed.distributed import process_groups
     from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.training.engines.megatron import MegatronEngine

@@ -1,4 +1,4 @@
-"""Start and resume of a LoRA run: flags, base weights, and the commands from the first step to peft's logits."""
+"""Start and resume of LoRA runs: flags, base weights, the commands from the first step to peft's logits."""
 
 import dataclasses
 import json
@@ -111,7 +111,7 @@ def test_how_many_parameters():
 
 
 def test_memory_and_work():
-    """InternLM2-7B in bf16: 2 bytes for a weight that stays, 18 for an adapter's; 4 FLOPs for the first, 6 for the second."""
+    """InternLM2-7B in bf16: 2 bytes a frozen weight, 18 an adapter's; 4 and 6 FLOPs a token."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from ascendspeed.models import estimates
@@ -401,7 +401,7 @@ def test_what_may_change_and_what_not(start, saved, full):
 
 
 def test_finetune(start, saved, full, bases):
-    """Adapters on a checkpoint's weights; a checkpoint's adapters anew; all weights with the adapters in them."""
+    """Adapters on a checkpoint; new adapters on a LoRA checkpoint; all weights with adapters merged."""
     from ascendspeed.models import param_mapping
 
     found, _ = start(load=full, finetune=True)
@@ -432,7 +432,7 @@ ENGINES = [
 
 @pytest.mark.parametrize(("engine", "at_once"), ENGINES)
 def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
-    """Training that stops and goes on, the adapters for peft, the same adapters merged: the same logits, and not those before."""
+    """A resumed run: adapters in peft and merged adapters give equal logits, other than the base model's."""
     from ascendspeed.data.indexed.megatron_pair import PairWriter
 
     generator = np.random.default_rng(0)

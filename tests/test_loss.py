@@ -1,4 +1,4 @@
-"""Cross entropy on vocabulary shards against torch's in fp64, on one rank and on two (as threads)."""
+"""The loss on vocabulary shards against torch's cross entropy in fp64, with one rank and two (as threads)."""
 
 import threading
 from types import SimpleNamespace
@@ -51,8 +51,7 @@ class Ranks:
 
 
 def inputs(vocabulary: int = V) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits fp64, labels, and the gradient that arrives at every token's loss: some of them zero, as under a
-    mask."""
+    """fp64 logits, labels, and the gradient of every token's loss: some of them zero, as under a mask."""
     generator = torch.Generator().manual_seed(2)
     logits = 20 * torch.randn(S, B, vocabulary, dtype=torch.float64, generator=generator)
     labels = torch.randint(vocabulary, (S, B), generator=generator)

@@ -108,7 +108,7 @@ def test_hash_of_data(began, tmp_path):
 
 
 def test_random_weights_are_those_of_a_device(began, tmp_path):
-    """Each kind of device has a generator of its own, and what a GPU draws depends on how many units it has."""
+    """Each kind of device has its own generator; a GPU's draws depend on its number of multiprocessors."""
     on = {
         device: origin.origin_of_log(began(None, device=device))["weights"]
         for device in (

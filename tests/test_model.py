@@ -1,4 +1,4 @@
-"""The GPT model against Hugging Face: losses, rope, dtypes, dropout, padding, random weights."""
+"""The model against Hugging Face: losses, rope, types, dropout, padding. Families: test_family_models.py."""
 
 from dataclasses import replace
 

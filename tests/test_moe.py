@@ -1,4 +1,4 @@
-"""Mixtral and Qwen2-MoE against Hugging Face's classes: files, logits in every layout, training, refusals."""
+"""Mixtral and Qwen2-MoE against Hugging Face's classes: files, logits on every layout, training, refusals."""
 
 import dataclasses
 import json
@@ -28,8 +28,7 @@ EXPERT = "decoder.layers.{}.mlp.experts.local_experts.{}.linear_fc{}.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Name -> (directory as `save_pretrained` leaves it, the model that was saved), every weight random,
-    every expert busy."""
+    """Name -> (directory of `save_pretrained`, the saved model); random weights, every expert in use."""
 
     def make(name: str):
         folder = tmp_path_factory.mktemp("hf")
@@ -73,8 +72,7 @@ def largest_difference(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
-    """Its modules hold the experts of a layer as one tensor; its files, as all published ones, each by
-    itself."""
+    """Hugging Face's modules hold a layer's experts as one tensor; published files, one by one."""
     folder, reference = saved[name]
     source = open_reader(folder)
     assert replace(source.config, init_method_std=0.1) == MODELS[name]
@@ -87,8 +85,7 @@ def test_what_transformers_saves_has_the_same_logits_here(cpu, saved, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_expert_gets_a_gradient(cpu, saved, name):
-    """And an expert that no token is sent to gets zeros: optimizers and ranks count on one for every
-    parameter."""
+    """An expert without tokens gets zero gradients: optimizers and ranks need one for every parameter."""
     model, tokens = ours(cpu, MODELS[name], tensors_of(saved[name][0])), tokens_of(MODELS[name])
     model(tokens, None, None, labels=tokens.roll(-1, 1)).sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
@@ -163,8 +160,7 @@ LAYOUTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 4])
 def test_layouts_equal_hugging_face(saved, world, tmp_path):
-    """Logits and losses; names, shapes and cuts of the parameters; and every one of them, every expert's too,
-    gets a gradient."""
+    """Logits, losses; names, shapes, partitions of parameters; every parameter gets a gradient."""
     cases = {
         f"{layout} {name}": Case(
             parallel, MODELS[name], tensors_of(saved[name][0]), tokens_of(MODELS[name], 33)
@@ -213,7 +209,7 @@ def changes(name: str, stage: int, **parallel) -> dict:
 
 
 def compare(expected: dict[str, list], curves: dict[str, list]) -> None:
-    """Compares curves with the expected one of their model; shorter curves are compared with its end."""
+    """Cases are named after their model; those of the second half match the end of the expected curve."""
     for case, curve in curves.items():
         wanted = expected[case.partition(",")[0]]
         loss, norm = worst(curve, wanted[-len(curve) :] if "second half" in case else wanted[: len(curve)])
@@ -226,8 +222,7 @@ def compare(expected: dict[str, list], curves: dict[str, list]) -> None:
 
 
 def test_training_equals_hugging_face(tmp_path):
-    """Four steps through DeepSpeed at TP 2 with sequence parallel: the curve of Hugging Face's model within
-    1e-5."""
+    """Four steps of DeepSpeed at TP 2 with sequence parallel: Hugging Face's curve within 1e-5."""
     cases = {f"{name}, zero 2": {"changes": changes(name, 2, sequence_parallel=True)} for name in NAMES}
     lost = {"changes": changes("mixtral", 2, sequence_parallel=True), "break": "sequence-parallel hook"}
     cases["mixtral, control: gradients of the router and the norms not summed"] = lost
@@ -272,8 +267,7 @@ def test_round_trip_is_bit_exact(saved, tmp_path, name):
 
 
 def test_bf16_is_no_worse_than_hugging_face(cpu, saved):
-    """With scores in fp32 it picks the experts at least as often as Hugging Face does; most tokens are near
-    enough."""
+    """With fp32 scores it selects Hugging Face's experts at least as often; most tokens agree closely."""
     for name in NAMES:
         folder, exact = saved[name]
         tokens = tokens_of(MODELS[name])

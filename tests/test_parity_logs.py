@@ -161,7 +161,8 @@ def test_json_lines(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text(
         '{"iteration": 1, "consumed_samples": 8, "lm loss": 2.5, "grad_norm": 1.25, "last": true}\n\n'
-        '{"current_steps": 2, "total_steps": 9, "samples": 16, "loss": 2.25}\n{"step": 2, "eval_loss": 9}\n{"step": 3, "lo'
+        '{"current_steps": 2, "total_steps": 9, "samples": 16, "loss": 2.25}\n{"step": 2, "eval_loss": '
+        '9}\n{"step": 3, "lo'
     )
     curve = read_logs.read_log(path)
     assert curve.steps == (
@@ -176,7 +177,7 @@ def test_json_lines(tmp_path):
 
 
 def test_json_that_is_of_no_step(tmp_path):
-    """Hugging Face's last line, a mean over the whole run, says the last step once more; so do evaluations."""
+    """Hugging Face's last line, a mean over the run, repeats the last step; evaluations do too."""
     path = tmp_path / "log.jsonl"
     steps = '{"loss": 2.5, "step": 1}\n{"loss": 2.25, "step": 2}\n'
     wanted = (LoggedStep(1, loss=2.5), LoggedStep(2, loss=2.25))

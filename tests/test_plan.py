@@ -122,8 +122,7 @@ def test_pipeline_stages_share_the_layers():
 
 @pytest.mark.parametrize("name", ["internlm-7b", "gemma-7b", "baichuan2-tiny"])
 def test_the_fullest_pipeline_stage(name):
-    """Two stages: the embedding is on the first; the last has the final norm and an output layer, a copy if
-    that is tied."""
+    """Two stages: the first has the embedding; the last has final norm and output (a copy if tied)."""
     model, parallel = (
         SHAPES[name],
         ParallelConfig(tensor_model_parallel_size=2, pipeline_model_parallel_size=2),
@@ -148,8 +147,7 @@ def test_flops_of_the_recipe():
     "name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"]
 )
 def test_flops_counted_by_torch(name):
-    """Forward FLOPs of the model's matrix products on meta tensors; backward is twice that, and causal
-    attention half of s x s."""
+    """Forward FLOPs of matrix products on meta tensors; backward doubles; causal attention is half of s x s."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, s = dataclasses.replace(SHAPES[name], num_layers=1), 64

@@ -15,7 +15,7 @@ ASKED = [
     Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer)
     for i, answer in ((1, 1), (2, 2), (3, 0))
 ]
-OPENCOMPASS = {  # what OpenCompass' own templates, retriever and parser gave for the same questions, with the answer D
+OPENCOMPASS = {  # output of OpenCompass' own templates, retriever and parser for these questions; the answer is D
     ("mmlu", "high_school_biology", 2): (
         "The following are multiple choice questions (with answers) about  high school biology.\n\n"
         "Q1\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer: B\n\nQ2\nA. a2\nB. b2\nC. c2\nD. d2\nAnswer: C\n\n"

@@ -1,4 +1,4 @@
-"""The shell of the quickstart, with stand-ins for all that it starts: it survives being stopped, and so does the environment's."""
+"""The quickstart's shell code with stand-ins, interrupted and resumed; setup of the environment."""
 
 import importlib.util
 import os
@@ -153,7 +153,7 @@ def test_an_export_that_was_being_replaced_is_no_export(quickstart):
     assert quickstart() == (0, [FIRST, "convert.py", LAST, "step 100"])
 
 
-# --- the report -------------------------------------------------------------------------------------------------------------
+# --- the report ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +200,7 @@ def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch
     assert not (tmp_path / "loss.png").exists()
 
 
-# --- the environment --------------------------------------------------------------------------------------------------------
+# --- the environment ----------------------------------------------------------------------------------------
 
 INSTALLER = """#!/usr/bin/env bash
 case "$*" in
@@ -213,7 +213,7 @@ esac
 
 @pytest.fixture
 def setup(tmp_path):
-    """Sources tools/setup.sh in a shell with these options; returns the code of `source`, and all that was printed."""
+    """Sources tools/setup.sh in a shell with these options; returns the code of `source` and the output."""
     executable(tmp_path / "bin/python3", INSTALLER)
     executable(tmp_path / "tools/setup.sh", (launch.ROOT / "tools/setup.sh").read_text())
     for name in ("requirements.txt", "pyproject.toml"):

@@ -1,6 +1,7 @@
-"""The 65B recipes and their Slurm template: real values on 32 devices, and what four nodes start, through stand-ins for Slurm.
+"""The 65B recipes and their Slurm template: values on 32 devices, and commands of four nodes with a stand-in for Slurm.
 
-Slow: both recipes for real, tiny, on two nodes of two processes by the template: stopped, submitted again, beside one process.
+Slow: both recipes with a tiny model on two nodes of two processes by the template, stopped and submitted again,
+compared with one process.
 """
 
 import os
@@ -31,7 +32,7 @@ SBATCH = INTERN / "pretrain_internlm_65b.sbatch"
 GIB = 2**30
 
 
-# --- the values -----------------------------------------------------------------------------------------------------------------
+# --- the values ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -93,7 +94,7 @@ def test_values_from_the_environment_and_flags_at_the_end(typed):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_memory_that_is_said_on_top(typed, name):
-    """Model states, and the input of every layer in flight: 2 bytes x tokens x hidden size, 80 times on the first stage."""
+    """Model states, and layer inputs in flight: 2 bytes x tokens x hidden size, 80 on the first stage."""
     run = resolved(typed(name))
     states = estimates.model_states(
         run.model, run.parallel, 32 // run.parallel.model_size, "bf16", fp32_gradients=True
@@ -106,7 +107,7 @@ def test_the_memory_that_is_said_on_top(typed, name):
     assert f"checkpoints of {estimates.checkpoint_bytes(run.model) / GIB:.0f} GiB" in said
 
 
-# --- the Slurm template ---------------------------------------------------------------------------------------------------------
+# --- the Slurm template -------------------------------------------------------------------------------------
 
 SRUN = """#!/usr/bin/env bash
 # A task on every node, here: all nodes are this machine.
@@ -129,7 +130,7 @@ wait $!
 
 
 class Slurm:
-    """Runs the template as `sbatch` would: a copy of it, elsewhere; submitted where there is no environment to be activated."""
+    """Runs a copy of the template as `sbatch` would, from a folder without an environment to activate."""
 
     def __init__(self, folder: Path, nodes: int, real: bool = False) -> None:
         self.folder, self.said, self.nodes = folder, folder / "said", nodes
@@ -185,8 +186,8 @@ def test_another_recipe_values_and_flags(slurm):
     assert job.wait(60) == 0
     for line in slurm.said.read_text().splitlines():
         assert (
-            "--nproc-per-node 16 --master-addr 127.0.0.1 --master-port 1234 -- pretrain_intern.py --deepspeed --zero-stage 3"
-            in line
+            "--nproc-per-node 16 --master-addr 127.0.0.1 --master-port 1234 -- pretrain_intern.py "
+            "--deepspeed --zero-stage 3" in line
         )
         assert "--micro-batch-size 1 " in line
         assert line.endswith(" --auto-resume --keep 3")
@@ -197,7 +198,7 @@ def test_the_code_of_a_node_is_that_of_the_job(slurm):
 
 
 def test_the_signal_before_the_end_reaches_the_ranks_of_every_node(slurm):
-    """To the batch script alone, as `--signal=B:USR1@...` sends it; the launchers must live until the ranks have saved."""
+    """To the batch script only, as by `--signal=B:USR1@...`; launchers must live until ranks have saved."""
     job = slurm.sbatch(LASTS="yes", RESTARTS="3")
     slurm.wait_for("ready", 4)
     job.send_signal(signal.SIGUSR1)
@@ -208,7 +209,7 @@ def test_the_signal_before_the_end_reaches_the_ranks_of_every_node(slurm):
     assert not list(slurm.folder.glob(".sbatch*"))
 
 
-# --- for real, tiny ----------------------------------------------------------------------------------------------------
+# --- for real, tiny -----------------------------------------------------------------------------------------
 
 ITERS, STOP = 6, 3
 TINY = {
@@ -243,7 +244,7 @@ def losses(log: Path) -> list[float]:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "layout"), [("zero", {}), ("ptd", {"TP": "2", "PP": "2"})])
 def test_two_nodes_give_the_curve_of_one_process(tmp_path, data, name, layout):
-    """From random weights in an empty folder; stopped, submitted again with the same words, and the same curve as one process."""
+    """From random weights in an empty folder; stopped and submitted again: the curve of one process."""
     values = TINY | data | {"SAVE": str(tmp_path / "ckpt")}
     cluster = Slurm(tmp_path / "cluster", 2, real=True)
     for more in (("--exit-interval", str(STOP)), ()):

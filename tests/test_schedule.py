@@ -1,4 +1,4 @@
-"""Learning-rate schedule against megatron.core's scheduler, driven in samples and without skipped steps."""
+"""Learning rate against megatron.core's scheduler, driven as by Megatron-LM: samples, skipped steps left out."""
 
 import dataclasses
 
@@ -94,8 +94,7 @@ def test_equals_megatron_anywhere(style, train_iters, decay, warmup, lr, share, 
         assert isinstance(warmup, int)
         assert warmup >= (decay or train_iters)  # the one thing that can be wrong here
         return
-    # a fraction is multiplied by iterations here and by samples there, which may round differently in the
-    # last bit
+    # here a fraction is multiplied by iterations, there by samples: the last bit may be rounded differently
     assert our_curve(optim, train_iters) == pytest.approx(
         megatron_curve(optim, train_iters, batch), rel=1e-12, abs=0
     )

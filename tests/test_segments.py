@@ -1,4 +1,4 @@
-"""Packed sequences under both engines against Hugging Face's model on each document alone."""
+"""Packed sequences against single documents through Hugging Face's model, under both engines; components."""
 
 import inspect
 from dataclasses import asdict, replace
@@ -122,8 +122,7 @@ def theirs(model: ModelConfig, folder: Path) -> Any:
 def trained(
     model: ModelConfig, batches: Batches, rows: Rows, steps: int, folder: Path
 ) -> tuple[Curve, dict[str, torch.Tensor]]:
-    """Plain torch, one document after the other: the curve, and by our names what Adam holds of the first
-    step's gradients."""
+    """Plain torch, one document at a time: the curve, and Adam's first moments after step 1 by our names."""
     data = [{name: column[i] for name, column in batches.items()} for i in range(steps)]
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     model = model if model.num_experts else replace(model, family="llama")
@@ -233,8 +232,7 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
 
 
 def check(curves: dict[str, Curve], folder: Path) -> None:
-    """1e-5 relative for every loss and gradient norm in fp32; gradients tensor by tensor; controls are off by
-    more."""
+    """1e-5 relative for losses and gradient norms in fp32; gradients per tensor; controls are off by more."""
     batches, rows = packed()
     expected, moments = trained(INTERNLM, batches, rows, STEPS, folder / "internlm")
     families = {name: trained(model, batches, rows, 5, folder / name)[0] for name, model in FAMILIES.items()}
@@ -272,8 +270,7 @@ def run(world: int, cases: dict[str, dict[str, Any]], folder: Path) -> None:
 
 
 def test_packed_rows_train_as_documents_one_by_one(tmp_path):
-    """Two ranks: losses, norms and gradients under ZeRO, TP, SP, PP, VPP, CP, EP, recomputation; InternLM,
-    InternLM2, Mixtral."""
+    """Two ranks under ZeRO, TP, SP, PP, VPP, CP, EP and recomputation: losses, gradient norms, gradients."""
     batches, _ = packed()
     data = written(batches, tmp_path / "data")
     run(2, layouts_of(2, data, tmp_path) | others(data) | controls(batches, data), tmp_path)
@@ -328,8 +325,7 @@ def test_position_ids_that_do_not_count_up_are_refused(cpu, wrong):
 
 
 def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Softmax of all scores but those of other documents and of the future: q, k, v [b, heads, s, d], ids [b,
-    s]."""
+    """Softmax over past scores in the same document: q, k, v [b, heads, s, d], ids [b, s]."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
     seen = (ids[:, :, None] == ids[:, None]) & torch.ones(ids.size(1), ids.size(1), dtype=torch.bool).tril()
     scores = (q @ k.mT * q.size(-1) ** -0.5).masked_fill(~seen[:, None], -torch.inf)
@@ -359,8 +355,7 @@ ROWS = st.lists(
 @settings(max_examples=25)
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
-    """Values and gradients; a rank of context parallel has the queries of two chunks, wherever documents
-    begin."""
+    """Values and gradients; a context-parallel rank has queries of two chunks; documents begin anywhere."""
     from ascendspeed.models.gpt.attention import attend_packed
     from ascendspeed.models.gpt.context_parallel import SequenceShard
     from ascendspeed.models.gpt.packed_sequences import PackedSequences
@@ -460,8 +455,7 @@ def test_a_kernel_is_used_where_it_can_be(cpu):
 
 
 def cuda_kernels() -> dict[str, tuple[str, Any]]:
-    """package -> (name, a stand-in with its signature): flash-attention, and torch's as it changed from 2.10
-    on."""
+    """package -> (name, stand-in with its signature): flash-attention, and torch's as changed in 2.10."""
 
     def causal(q, k, v, bounds_q, bounds_k, longest_q, longest_k, right: bool) -> torch.Tensor:
         assert right

@@ -1,4 +1,4 @@
-"""The exported tokenizer: stock transformers, without remote code, give the ids of sentencepiece and of the
+"""The exported tokenizer in stock transformers: ids of sentencepiece and of the original tokenizer.
 original tokenizer.
 """
 

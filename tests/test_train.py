@@ -216,7 +216,7 @@ def test_a_resumed_run_goes_on_where_it_was(loop):
     assert [line.iteration for line in lines if isinstance(line, TrainLine)] == [8, 9, 10]
 
 
-# -- stopping -----------------------------------------------------------------------------------------------------------------
+# -- stopping ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -318,7 +318,7 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     assert loop(run, start=start)[0].step == 10
 
 
-# -- health -------------------------------------------------------------------------------------------------------------------
+# -- health --------------------------------------------------------------------------------------------------
 
 
 def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):
@@ -344,13 +344,13 @@ def warned(loop, capsys, losses) -> list[str]:
 
 
 def test_a_spike_is_warned_of_once(loop, capsys):
-    """By hand: the median of ten 2.0, ten 2.1 and ten 1.9 is 2.0, their median absolute deviation 0.1, so sigma is 0.14826."""
+    """By hand: median of ten 2.0, ten 2.1, ten 1.9 is 2.0, median absolute deviation 0.1, sigma 0.14826."""
     calm = [2.0, 2.1, 1.9] * 10
     said = warned(loop, capsys, [*calm, 3.3, 3.4, 2.0, 2.1])
     assert len(said) == 1
     assert (
-        "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last 30"
-        in said[0]
+        "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last "
+        "30" in said[0]
     )
     assert said[0].endswith("samples 120-123")
     assert len(warned(loop, capsys, [*calm, 3.3, 2.0, 3.3])) == 2

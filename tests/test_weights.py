@@ -1,5 +1,4 @@
-"""Parameter mappings against the opposite order: shard each Hugging Face tensor, then fuse the rank's
-heads."""
+"""Fusion and sharding in the other order: shard each Hugging Face tensor, then fuse with the rank's heads."""
 
 import math
 from dataclasses import replace
@@ -63,8 +62,7 @@ def test_qkv_is_fused_group_by_group():
 
 
 def test_one_name_holds_its_blocks_one_after_the_other():
-    """Baichuan's W_pack, [gate; up] in one tensor, and what a rank of InternEvo holds: [q; k; v] of its own
-    heads."""
+    """Baichuan's W_pack, [gate; up] in one tensor, and InternEvo's ranks: [q; k; v] of their own heads."""
     packed = replace(parameter("layers.1.self_attention.linear_qkv.weight"), hf_names=("W_pack",))
     assert torch.equal(
         param_mapping.hf_to_megatron(CONFIG, packed, {"W_pack": torch.cat(qkv())}), fused_qkv()

@@ -1,4 +1,4 @@
-"""Small data that the tests of the data modules share: texts with traps in them, and tokenizers made on the spot."""
+"""Small data shared by the tests of the data modules: texts with edge cases, and tokenizers trained here."""
 
 import functools
 import io
@@ -62,7 +62,7 @@ def sentencepiece_dir(folder: Path, vocab_size: int = 400) -> Path:
 
 
 def json_dir(folder: Path) -> Path:
-    """A Hugging Face directory with tokenizer.json: byte-level BPE with control tokens and one added ordinary token."""
+    """A Hugging Face directory with tokenizer.json: byte-level BPE, control tokens, one added plain token."""
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()

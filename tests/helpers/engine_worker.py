@@ -1,11 +1,12 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
-A run with --deepspeed gets the DeepSpeed engine, another one Megatron-core's. The cases may differ in their layout.
-A case: {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
-"data": safetensors with what a `Batch` has, each [steps, samples, s] (else the oracle's random batches),
+A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases may differ in their layout. A case:
+
+{"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
+"data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
 "resave": folder to save to before the first step, "first": step, "last": step,
-"evaluate": also the loss of batch 0 before training, "break": what to do wrong on purpose,
-"poison": step before which two come, one whose gradients are NaN on one rank, and one in which no token counts}.
+"evaluate": also the loss of batch 0 before training, "break": a deliberate mistake,
+"poison": a step; two steps are inserted before it, one with NaN gradients on one rank, one without supervised tokens}.
 """
 
 import gc
@@ -21,7 +22,7 @@ from ascendspeed.distributed import device
 
 
 def main() -> None:
-    """Reads the job, runs every case, writes case -> [[loss, gradient norm], ...]; a skipped step is [null, null]."""
+    """Reads the job, runs every case, writes case -> [[loss, gradient norm], ...]; [null, null]: skipped."""
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare(job.get("device", "cpu"))
 
@@ -233,7 +234,7 @@ def megatron_engine(mistake):
 
 
 def without_documents():
-    """To the end of the process: positions begin again at every document, but queries see the whole row before them."""
+    """For the rest of the process: positions restart at every document, attention covers the whole row."""
     from ascendspeed.models.gpt import attention
 
     attention.attend_packed = lambda segments, q, k, v, *_: attention.attend(q, k, v)

@@ -244,7 +244,7 @@ SCORED = {
 def harness_task(
     task: str, folder: Path, subject: str = "", shots: int = 0, count: int = 2
 ) -> ConfigurableTask:
-    """lm-eval's own task over the same rows, which do not pass through our loaders: examples in their order."""
+    """lm-eval's own task over the rows, read without our loaders; examples in their order."""
     config = _yaml(HARNESS / FILES[task].format(subject))
     if subject:
         splits = {

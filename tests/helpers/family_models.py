@@ -24,7 +24,6 @@ MODELS = {name: shrunk(model) for name, model in TINY.items()} | {
     "internlm3-bias": shrunk(TINY["internlm3"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True),
     "internlm3-bias-but-qkv": shrunk(TINY["internlm3"], add_dense_bias=True, add_mlp_bias=True),
     "llama-bias": shrunk(TINY["llama"], add_qkv_bias=True, add_dense_bias=True, add_mlp_bias=True,
-        rope_scaling_type="linear",
-        rope_scaling_factor=4.0),
+        rope_scaling_type="linear", rope_scaling_factor=4.0),
     "qwen2-tied": shrunk(TINY["qwen2"], tie_embeddings=True),
 }  # fmt: skip

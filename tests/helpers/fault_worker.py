@@ -1,9 +1,9 @@
-"""One rank of a run to which something happens: `fault_worker.py FLAGS...`, with the faults and what to run in the environment.
+"""One rank of a run with injected faults: `fault_worker.py FLAGS...`; environment variables give faults and program.
 
-FAULTS: a JSON list of {"what": one of FAULTS below, "rank": whom, "step": the iteration that begins, counted over the whole run};
-with "operation", it happens at the n-th change of a file after that. A fault happens once in the life of the folder FAULT_DIR,
-where CURVE-of-rank-0 is left too: iteration, loss and gradient norm in hexadecimal, the restarts one after the other.
-FAULT_ENGINE=toy trains a small numeric engine in place of the entry's own: it starts in no time, and everything around is real.
+FAULTS: a JSON list of {"what": one of FAULTS below, "rank": rank, "step": the beginning iteration, over the whole run};
+with "operation" n, the fault happens at the n-th change of a file after that. A fault happens once in a FAULT_DIR.
+Rank 0 writes the curve there: iteration, loss and gradient norm in hexadecimal, over all restarts.
+FAULT_ENGINE=toy trains a small numeric engine instead of the real one: it starts at once; everything else is real.
 """
 
 import errno
@@ -57,7 +57,7 @@ FAULTS = {
 
 
 def wait_for_checkpoint(name: str) -> None:
-    """Returns once a checkpoint is published: a save in the background may still be under way when the next step begins."""
+    """Returns once a checkpoint is published: a background save may still run when the next step begins."""
     latest = Path(os.environ["FAULT_DIR"], "ckpt", "latest")
     while not (latest.exists() and latest.read_text().strip() == name):
         time.sleep(0.01)
@@ -94,7 +94,7 @@ def happen(fault: dict) -> None:
 
 
 def install() -> None:
-    """Puts the faults and the exact curve around every engine's `step`; after `device.prepare`, and before training."""
+    """Adds faults and the exact curve to every engine's `step`; after `device.prepare`."""
     from ascendspeed.training import loop
 
     faults = [fault for fault in json.loads(os.environ.get("FAULTS", "[]")) if fault["rank"] == RANK]

@@ -1,7 +1,7 @@
-"""Child processes that start at once: forked from a server that has imported torch, Megatron-core, DeepSpeed and transformers.
+"""Fast child processes: forked from a server that has imported torch, Megatron-core, DeepSpeed and transformers.
 
-A fresh interpreter spends several seconds of CPU time on these imports, and a test of eight ranks pays them eight times.
-A forked child has a process of its own, its own environment, working directory and files, so that ranks are as real as before.
+A fresh interpreter spends several seconds of CPU time on these imports, and a test of eight ranks pays them eight
+times. A forked child is a separate process with its own environment, working directory and files.
 """
 
 import multiprocessing

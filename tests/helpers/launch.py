@@ -37,7 +37,7 @@ PORTS = itertools.count(os.getpid() * 37)
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on, below the range from which the kernel gives ports to outgoing connections."""
+    """A free TCP port, below the range from which the kernel assigns ports to outgoing connections."""
     for number in PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port := 10000 + number % 18000))
@@ -65,7 +65,7 @@ def must(path: str, *arguments: object, timeout: float = 300) -> str:
 
 
 def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: float = 300) -> Any:
-    """Runs tests/helpers/`worker` on `world` ranks with `job` as its JSON input; returns what rank 0 wrote to job["out"].
+    """Runs tests/helpers/`worker` on `world` ranks with `job` as its JSON input; returns rank 0's job["out"].
 
     Raises AssertionError with every rank's last lines when one fails.
     """

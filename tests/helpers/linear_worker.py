@@ -1,5 +1,4 @@
-"""Rank of a test of the tensor-parallel linears: the inference path must equal megatron-core's bit for
-bit."""
+"""One rank of a test: tensor-parallel linears give, without gradients, the bits of megatron-core's own."""
 
 import json
 import sys

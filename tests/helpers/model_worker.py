@@ -1,7 +1,6 @@
 """One rank of a model test: logits, losses and gradients of every case of the job; the last rank writes them.
 
-A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}; cases of one layout are best named one
-after the other.
+A case: {"run": ..., "weights": safetensors, "tokens": [b, s + 1]}; name cases of one layout in sequence.
 """
 
 import json
@@ -14,8 +13,7 @@ from ascendspeed.distributed import device
 
 
 def main() -> None:
-    """Reads the job, runs the cases, saves NAME.logits [b, s, v], NAME.losses [b, s] and facts about the
-    parameters."""
+    """Reads the job, runs the cases, saves NAME.logits [b, s, v], NAME.losses [b, s] and parameter facts."""
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare("cpu")
 
@@ -93,8 +91,7 @@ def backward(model: Any, given: Any, out: Any) -> None:
 def facts_of(named: dict[str, Any]) -> dict[str, Any]:
     """Describes this rank's parameters.
 
-    Shapes, partition dimensions, `finite` (all gradients are finite) and `idle` (gradients that are 0
-    everywhere).
+    Shapes, partition dimensions, `finite` (all gradients are finite), `idle` (parameters without any gradient).
     """
     return {
         "shapes": {n: list(p.shape) for n, p in named.items()},

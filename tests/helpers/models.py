@@ -59,7 +59,7 @@ class Case:
 
 
 def under(cases: dict[str, Case], world: int, folder: Path):
-    """name -> (logits of the real vocabulary, losses, logits of the padding, facts), in processes of their own."""
+    """name -> (logits of the real vocabulary, losses, logits of the padding, facts), in new processes."""
     job = {"cases": {}}
     for name, case in cases.items():
         save_file({n: t.contiguous() for n, t in case.tensors.items()}, folder / f"{name}.safetensors")

@@ -1,5 +1,4 @@
-"""Independent reference: a plain torch loop over Hugging Face's model in one process, without project
-code."""
+"""Independent reference: a plain torch loop over Hugging Face's model in one process."""
 
 import copy
 import re
@@ -29,8 +28,7 @@ from ascendspeed.models.families import FAMILIES
 def hugging_face(
     model: ModelConfig, tensors: dict[str, Tensor], rope: dict[str, Any] | None = None
 ) -> LlamaForCausalLM:
-    """HF Llama with our weights, plain rope unless given: InternLM v1 is Llama with biases on q, k, v and
-    o."""
+    """HF Llama with our weights, default rope unless given: InternLM v1 is Llama with attention biases."""
     config = LlamaConfig(
         num_hidden_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -57,12 +55,11 @@ def hugging_face(
 
 
 def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A Hugging Face model with random weights, biases and norms random too, and these as the family's
-    checkpoints name them.
+    """A Hugging Face model with random weights, biases and norms, and its tensors under the family's names.
 
-    A family that transformers knows is built from the config.json that we write, and named by its
-    `save_pretrained`. The others, and biases that it cannot part, are a Llama: what makes them one is written
-    out here, and owes nothing to the family's rows.
+    A family that transformers knows is built from the config.json that we write, and named by its `save_pretrained`.
+    The others, and biases that transformers cannot separate, are a Llama: the mapping is written out here,
+    independently of the family's own.
     """
     reference = AutoModelForCausalLM.from_config(config_of(model), attn_implementation="sdpa").eval()
     randomize(reference, model, seed)
@@ -70,8 +67,7 @@ def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str
 
 
 def published(reference: PreTrainedModel, model: ModelConfig) -> dict[str, Tensor]:
-    """The weights of a model of `native`, as the family's checkpoints name them. Once for baichuan, which it
-    re-parametrizes."""
+    """Weights of a `native` model under the family's names. Call once for baichuan: it is changed."""
     with tempfile.TemporaryDirectory() as folder:
         reference.save_pretrained(folder)
         named = load_file(Path(folder) / "model.safetensors")
@@ -114,8 +110,7 @@ def as_llama(model: ModelConfig) -> LlamaConfig:
 
 @torch.no_grad()
 def randomize(reference: PreTrainedModel, model: ModelConfig, seed: int) -> None:
-    """Matrices normal(0, std); what is added to biases and norms is too. Biases that the model lacks are
-    0."""
+    """Matrices normal(0, std), and such noise added to biases and norms. Biases the model lacks are 0."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in reference.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -138,8 +133,7 @@ def internlm(named: dict[str, Tensor], model: ModelConfig, reference: PreTrained
 
 
 def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
-    """Names of its own; wqkv holds, for each key/value head, the query heads that it serves, then k, then
-    v."""
+    """InternLM2 names; wqkv holds, per key/value head, the query heads that it serves, then k, then v."""
     words = {
         "embed_tokens": "tok_embeddings",
         "lm_head": "output",
@@ -174,8 +168,7 @@ class RowsOfLength1(torch.nn.Module):
 
 
 def baichuan(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
-    """W_pack is q, then k, then v; the rows of the head have some length in the checkpoint, and length 1 when
-    they are used."""
+    """W_pack is q, then k, then v; the head's rows have any length in the file and length 1 in use."""
     found = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
     for layer in range(model.num_layers):
         where = f"model.layers.{layer}.self_attn."
@@ -205,7 +198,7 @@ def train(
 ) -> list[tuple[float, float]]:
     """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights.
 
-    `half`: a copy in another type that goes forward and backward over `samples` at a time (None: all);
+    `half`: a copy in another type that computes forward and backward on `samples` at a time (None: all);
     `model` holds the masters and sums the gradients.
     """
     worker = model if half is None else half
@@ -240,8 +233,7 @@ def train(
 
 
 def halved(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> LlamaForCausalLM:
-    """A copy whose parameters are of another type; its buffers (the frequencies of the rotary embedding) are
-    not."""
+    """A copy with parameters of another type; buffers (frequencies of the rotary embedding) keep theirs."""
     half = copy.deepcopy(model)
     for parameter in half.parameters():
         parameter.data = parameter.data.to(dtype)

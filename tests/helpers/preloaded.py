@@ -1,4 +1,4 @@
-"""Imports for the fork server: everything that a rank on the CPU needs, so that each rank starts at once. No process group yet."""
+"""Imports for the fork server: all that a CPU rank needs to start at once. No process group."""
 
 from ascendspeed.distributed import device
 

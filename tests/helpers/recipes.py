@@ -38,7 +38,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 def program_python(folder: Path, text: str) -> None:
-    """A stand-in for `python` in `folder`: bash code for everything that it starts, except the launcher, which is real."""
+    """A stand-in for `python` in `folder`: bash code for each program except the launcher, which is real."""
     program(
         folder,
         "python",
@@ -50,7 +50,7 @@ def program_python(folder: Path, text: str) -> None:
 
 
 def typed(recipe: Path, folder: Path, *flags: str, starter: str = "deepspeed", **env: str) -> list[str]:
-    """The flags that a recipe gives to pretrain_intern.py, by what starts it; `folder` is for the stand-in."""
+    """Flags that a recipe gives to pretrain_intern.py, per launcher; `folder` is for the stand-in."""
     program(folder / "bin", starter, f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words\n')
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(

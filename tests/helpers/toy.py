@@ -1,8 +1,8 @@
-"""A training run around a toy: all of the loop, the watching and the checkpoints, with a small numeric engine that starts at once.
+"""A training run with a toy engine: the real loop, fault tolerance and checkpoints, and a small numeric engine.
 
-The model is one weight [VOCABULARY, WIDTH]; every rank owns its share of the rows of master and moments, as under ZeRO. The loss of
-a sample is a quadratic in the weight that its number decides, so that a wrong order, a lost moment or a doubled sample changes
-every later loss.
+The model is one weight [VOCABULARY, WIDTH]; every rank owns its share of the rows of master and moments, as under
+ZeRO. The loss of a sample is a quadratic in the weight that depends on the sample's number, so that a wrong order,
+a lost moment or a repeated sample changes every later loss.
 """
 
 import json

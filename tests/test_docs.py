@@ -161,7 +161,7 @@ def broken_links(page: Path, text: str) -> list[str]:
 
 
 def missing_paths(text: str) -> list[str]:
-    """Paths, imported modules and `python -m` modules of this repository, named by a page, that do not exist."""
+    """Paths, imported modules and `python -m` modules that a page names and that do not exist here."""
     found = [name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS]
     for package, names in IMPORT.findall(text):
         folder = ROOT / package.replace(".", "/")

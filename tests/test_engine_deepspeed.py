@@ -217,7 +217,8 @@ run = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1), optim=optim, tr
 grid, weights = process_groups.initialize(here, run.parallel, 1), random_tensors(run.model, 1)
 engine = DeepSpeedEngine(run, grid, here, ds_config(run, 1), Kernels(), weights)
 next(engine.module.parameters()).register_hook(lambda g: g * float("nan"))
-batch = Batch(**oracle.batches(run.model.vocab_size, 1, 4, 32, 1)[0], position_ids=torch.arange(32).expand(4, -1))
+positions = torch.arange(32).expand(4, -1)
+batch = Batch(**oracle.batches(run.model.vocab_size, 1, 4, 32, 1)[0], position_ids=positions)
 print([(result.skipped, result.loss_scale) for result in (engine.step([batch], 1e-3) for _ in range(6))])
 """
 

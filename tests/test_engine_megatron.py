@@ -317,7 +317,7 @@ def moved(
     return Theme(cases, check)
 
 
-# ---------------------------------------------------------------- default tests: one start of two ranks, one of four
+# -------------------------------------------------------- default tests: one start of two ranks, one of four
 
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(

@@ -69,7 +69,8 @@ class Job:
 
     def start(self, *more: str) -> list:
         """The processes."""
-        words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3 --auto-resume".split()
+        words = f"--global-batch-size 4 --micro-batch-size 1 --train-iters {ITERS} --save-interval 3".split()
+        words.append("--auto-resume")
         words += [
             "--save",
             str(self.folder / "ckpt"),
@@ -94,7 +95,7 @@ class Job:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("rank*.log")))
 
     def curve(self) -> dict[int, str]:
-        """Iteration -> loss and gradient norm in hexadecimal; a repeated iteration must have repeated values."""
+        """Iteration -> loss and gradient norm in hexadecimal; repeated iterations must be equal."""
         found: dict[int, str] = {}
         for line in (self.folder / "curve").read_text().splitlines():
             iteration, _, numbers = line.partition(" ")

@@ -73,7 +73,10 @@ def test_several_nodes_by_a_hostfile(started):
 
 def test_several_nodes_by_torchrun_on_each(started):
     _, output = started(NNODES="4", NODE_RANK="1", MASTER_ADDR="node0", NPROC="8")
-    expected = "torchrun --nnodes 4 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 29500 -- pretrain_intern.py"
+    expected = (
+        "torchrun --nnodes 4 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 29500 "
+        "-- pretrain_intern.py"
+    )
     assert output.startswith(expected)
 
 

@@ -172,7 +172,10 @@ def test_ctrl_c_ends_an_answer_and_the_ranks_stay(start):
 
 def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
     """It is reported, and nothing was stopped: restarts go on."""
-    lines = 'echo start >> "$LOG"; [ "$(wc -l < "$LOG")" = 1 ] || exit 0; until [ -e "$LOG.go" ]; do sleep 0.05; done; exit 69'
+    lines = (
+        'echo start >> "$LOG"; [ "$(wc -l < "$LOG")" = 1 ] || exit 0; '
+        'until [ -e "$LOG.go" ]; do sleep 0.05; done; exit 69'
+    )
     process = start(lines, HOSTFILE="hosts", RESTARTS="1")
     start.wait_for("start")
     process.send_signal(signal.SIGUSR1)
@@ -201,7 +204,10 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(start):
 @pytest.fixture
 def tree():
     """A process with a child (rank 0, catches SIGINT) and a grandchild (rank 1, does not)."""
-    catching = "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); print(0, flush=True); time.sleep(60)"
+    catching = (
+        "import signal, time; signal.signal(signal.SIGINT, lambda *_: None); "
+        "print(0, flush=True); time.sleep(60)"
+    )
     script = f"""
 RANK=0 {sys.executable} -c '{catching}' &
 bash -c 'RANK=1 bash -c "trap \\"\\" INT; echo 1; sleep 60" & wait' &

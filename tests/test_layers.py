@@ -150,7 +150,10 @@ def test_only_device_names_a_device(name):
 
 def test_controls():
     """The helpers of the rules detect violations."""
-    source = "def f():\n    from ascendspeed.models import families\n    import ascendspeed.training.engines.deepspeed"
+    source = (
+        "def f():\n    from ascendspeed.models import families\n"
+        "    import ascendspeed.training.engines.deepspeed"
+    )
     assert inner(ast.parse(source)) == {"models", "training"}
     assert inner(ast.parse("from ascendspeed import data")) == {"data"}
     assert says(ast.parse('x.to("cuda:0")'), "cuda|npu") == {"cuda"}

@@ -225,7 +225,11 @@ def test_a_full_disk_does_not_stop_the_run(capsys):
 
 def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
     """In a process of its own, whose exit code would tell of it too."""
-    code = f"from ascendspeed.training import metrics_log\nwith metrics_log.MetricsLogger(0, {str(tmp_path)!r}) as l:\n  l.say('one')\n  l.say('two')\nprint(1)"
+    code = (
+        "from ascendspeed.training import metrics_log\n"
+        f"with metrics_log.MetricsLogger(0, {str(tmp_path)!r}) as l:\n"
+        "  l.say('one')\n  l.say('two')\nprint(1)"
+    )
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
     warning = "warning: stdout: No space left on device; no more is written there\n"

@@ -311,7 +311,7 @@ MODES = {
 def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
     """Resumes from a checkpoint.
 
-    The layout that saved it resumes bit by bit, with dropout; another layout or engine continues peft's curve.
+    The layout that saved it resumes bit by bit, with dropout; others continue peft's curve.
     """
     cases = {}
     for mode in modes:

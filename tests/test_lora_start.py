@@ -66,7 +66,10 @@ def test_names_of_matrices(model, typed, meant):
 
 
 def test_the_published_flags():
-    typed = "--lora-r 16 --lora-alpha 32 --lora-load ./a --lora-register-forward-hook word_embeddings input_layernorm"
+    typed = (
+        "--lora-r 16 --lora-alpha 32 --lora-load ./a "
+        "--lora-register-forward-hook word_embeddings input_layernorm"
+    )
     assert lora_of(*typed.split()) == LoraConfig(16, 32.0, 0.0, tuple(LLAMA.split()), "./a")
     assert lora_of() == LoraConfig()
 
@@ -381,7 +384,10 @@ def test_what_may_change_and_what_not(start, saved, full):
         ({"lora_rank": 8}, "lora_rank"),
         ({"lora_alpha": 9.0, "lora_rank": 5}, "lora_rank, lora_alpha"),
     ):
-        remedy = r"cannot change: give these flags, or merge the adapters \(tools/lora/merge_lora.py\) and --load the result"
+        remedy = (
+            r"cannot change: give these flags, or merge the adapters \(tools/lora/merge_lora.py\) "
+            r"and --load the result"
+        )
         for train in ({}, {"finetune": True}):
             with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* {remedy}"):
                 start(changes, load=saved, **train)
@@ -391,7 +397,8 @@ def test_what_may_change_and_what_not(start, saved, full):
     off = dataclasses.asdict(LoraConfig())
     with pytest.raises(
         UserError,
-        match=f"continue training them with {flags}, or train all weights, with the adapters merged, with --finetune",
+        match=f"continue training them with {flags}, or train all weights, with the adapters merged, "
+        "with --finetune",
     ):
         start(off, load=saved)
     with pytest.raises(

@@ -21,8 +21,10 @@ from ascendspeed.training import metrics_log
 from ascendspeed.utils.errors import UserError
 
 NOISE = """\
-[2024-03-07 15:27:02,646] [INFO] [timer.py:260:stop] epoch=0/micro_step=199/global_step=199, RunningAvgSamplesPerSec=58.7
-[2024-03-07 15:27:15,063] [INFO] [logging.py:96:log_dist] [Rank 0] step=200, skipped=4, lr=[0.00024], mom=[(0.9, 0.999)]
+[2024-03-07 15:27:02,646] [INFO] [timer.py:260:stop] epoch=0/micro_step=199/global_step=199, \
+RunningAvgSamplesPerSec=58.7
+[2024-03-07 15:27:15,063] [INFO] [logging.py:96:log_dist] [Rank 0] step=200, skipped=4, lr=[0.00024], \
+mom=[(0.9, 0.999)]
 time (ms) | forward: 659.86 | backward: 2164.69 | optimizer: 1172.51 | batch generator: 0.83
  validation loss at iteration 100 | lm loss value: 2.345678E+00 | lm loss PPL: 1.044E+01 |
 (min, max) time across ranks (ms):
@@ -67,7 +69,10 @@ def test_settings_and_device(tmp_path):
     (tmp_path / "train.log").write_text(f"{said}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
     curve = read_logs.read_log(tmp_path)
     assert (curve.config, curve.device, curve.digits["loss"]) == (run, said.removeprefix("device: "), 9)
-    arguments = "0: ------------------------ arguments ------------------------\n0:   seq_length ...................................... 1024\n"
+    arguments = (
+        "0: ------------------------ arguments ------------------------\n"
+        "0:   seq_length ...................................... 1024\n"
+    )
     curve = console_logs.parse_console_log(
         "x", [*arguments.splitlines(True), SAMPLES["AscendSpeed"][0] + "\n"]
     )

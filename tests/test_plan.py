@@ -147,7 +147,7 @@ def test_flops_of_the_recipe():
     "name", ["internlm-tiny", "gqa", "wide-heads", "tied", "gemma-tiny", "internlm3-tiny"]
 )
 def test_flops_counted_by_torch(name):
-    """Forward FLOPs of matrix products on meta tensors; backward doubles; causal attention is half of s x s."""
+    """Forward FLOPs of matrix products on meta tensors; backward is double, causal attention half."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model, s = dataclasses.replace(SHAPES[name], num_layers=1), 64

@@ -15,7 +15,7 @@ ASKED = [
     Question(f"x/{i}", "", f"Q{i}", (f"a{i}", f"b{i}", f"c{i}", f"d{i}"), answer)
     for i, answer in ((1, 1), (2, 2), (3, 0))
 ]
-OPENCOMPASS = {  # output of OpenCompass' own templates, retriever and parser for these questions; the answer is D
+OPENCOMPASS = {  # output of OpenCompass' templates, retriever and parser for these questions; the answer is D
     ("mmlu", "high_school_biology", 2): (
         "The following are multiple choice questions (with answers) about  high school biology.\n\n"
         "Q1\nA. a1\nB. b1\nC. c1\nD. d1\nAnswer: B\n\nQ2\nA. a2\nB. b2\nC. c2\nD. d2\nAnswer: C\n\n"
@@ -26,24 +26,34 @@ OPENCOMPASS = {  # output of OpenCompass' own templates, retriever and parser fo
         "Q3\nA. a3\nB. b3\nC. c3\nD. d3\nAnswer: D"
     ),
     ("ceval", "law", 2): (
-        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n"
-        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ2\nA. a2\nB. b2\nC. c2\nD. d2\n答案: \nC\n\n\n\n\n"
-        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q2\nA. a2\nB. b2\nC. c2\nD. d2\n答案: \nC\n\n\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
     ),
     ("ceval", "law", 1): (
-        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n\n\n"
-        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q1\nA. a1\nB. b1\nC. c1\nD. d1\n答案: \nB\n\n\n\n\n"
+        "以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
     ),
     ("ceval", "law", 0): (
-        "\n\n以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\nQ3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
+        "\n\n以下是中国关于法学考试的单项选择题，请选出其中的正确答案。\n"
+        "Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案: \nD"
     ),
     ("cmmlu", "college_law", 2): (
-        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q1\nA. a1\nB. b1\nC. c1\nD. d1\n答案是: B\n\n\n"
-        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q2\nA. a2\nB. b2\nC. c2\nD. d2\n答案是: C\n\n\n\n\n"
-        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n"
+        "题目：Q1\nA. a1\nB. b1\nC. c1\nD. d1\n答案是: B\n\n\n"
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n"
+        "题目：Q2\nA. a2\nB. b2\nC. c2\nD. d2\n答案是: C\n\n\n\n\n"
+        "以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n"
+        "题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
     ),
     ("cmmlu", "college_law", 0): (
-        "\n\n以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
+        "\n\n以下是关于大学法律的单项选择题，请直接给出正确答案的选项。\n"
+        "题目：Q3\nA. a3\nB. b3\nC. c3\nD. d3\n答案是: D"
     ),
 }
 

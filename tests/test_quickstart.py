@@ -19,7 +19,8 @@ echo "$(basename "$1")" >> said
 case "$1" in
     *make_quickstart_data.py) mkdir -p data; [ -f data/made.json ] || touch data/made.json
         echo '{"instruction": "What?", "output": "That."}' > data/chat.jsonl ;;
-    *preprocess_data.py) if [[ "$*" == *chat.jsonl* ]]; then touch chat_packed_input_ids_document.idx; exit; fi
+    *preprocess_data.py)
+        if [[ "$*" == *chat.jsonl* ]]; then touch chat_packed_input_ids_document.idx; exit; fi
         touch alpaca_text_document.bin alpaca_text_document.idx ;;
     *random_model.py) mkdir hf ;;
     *convert_weights_from_huggingface.py) mkdir weights ;;
@@ -29,7 +30,8 @@ esac
 """
 RECIPE = """#!/usr/bin/env bash
 set -eu
-echo "train from $(basename "$CHECKPOINT") $(grep -o -- '--exit-interval .*' <<< "$*" || true)" >> "$WORK/said"
+exit_interval=$(grep -o -- '--exit-interval .*' <<< "$*" || true)
+echo "train from $(basename "$CHECKPOINT") $exit_interval" >> "$WORK/said"
 steps=("$SAVE"/step_*)
 n=0
 if [ "$CHECKPOINT" = "$SAVE" ]; then n=$((10#${steps[-1]##*_})); elif [ -d "${steps[-1]}" ]; then exit 2; fi
@@ -205,7 +207,8 @@ def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch
 INSTALLER = """#!/usr/bin/env bash
 case "$*" in
     -c*) exit "${OLD:-0}" ;;
-    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"; echo 'ACTIVE=yes' > "$3/bin/activate" ;;
+    "-m venv "*) mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; cp "$0" "$3/bin/pip"
+        echo 'ACTIVE=yes' > "$3/bin/activate" ;;
     "-m pip "*) echo pip >> asked; exit "${BROKEN:-0}" ;;
 esac
 """

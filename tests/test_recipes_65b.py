@@ -1,7 +1,7 @@
-"""The 65B recipes and their Slurm template: values on 32 devices, and commands of four nodes with a stand-in for Slurm.
+"""The 65B recipes and their Slurm template: values on 32 devices; commands of four nodes, Slurm replaced.
 
-Slow: both recipes with a tiny model on two nodes of two processes by the template, stopped and submitted again,
-compared with one process.
+Slow: both recipes with a tiny model on two nodes of two processes by the template, stopped and submitted
+again, compared with one process.
 """
 
 import os
@@ -124,7 +124,10 @@ TORCHRUN = """#!/usr/bin/env bash
 # A launcher with one rank, which saves and leaves when it is told.
 echo "$NODE_RANK: $*" >> "$SAID"
 [ -n "${LASTS:-}" ] || exit "${CODE:-0}"
-RANK=$NODE_RANK bash -c 'trap "echo told $RANK >> $SAID; exit 75" USR1; echo ready >> $SAID; for i in {1..300}; do sleep .1; done' &
+RANK=$NODE_RANK bash -c '
+    trap "echo told $RANK >> $SAID; exit 75" USR1
+    echo ready >> $SAID
+    for i in {1..300}; do sleep .1; done' &
 wait $!
 """
 
@@ -172,10 +175,11 @@ def test_every_node_starts_the_recipe(slurm):
     job = slurm.sbatch()
     assert (job.wait(60), job.stdout.read()) == (0, "")
     nodes = sorted(slurm.said.read_text().splitlines())
-    wanted = "--nnodes 4 --node-rank {n} --nproc-per-node 8 --master-addr 127.0.0.1 --master-port 22345 -- pretrain_intern.py "
+    expected = "--nnodes 4 --node-rank {n} --nproc-per-node 8 --master-addr 127.0.0.1 --master-port 22345 "
+    expected += "-- pretrain_intern.py "
     assert len(nodes) == 4
     for n, line in enumerate(nodes):
-        assert line.startswith(f"{n}: {wanted.format(n=n)}")
+        assert line.startswith(f"{n}: {expected.format(n=n)}")
         assert "--pipeline-model-parallel-size 4 --sequence-parallel" in line
         assert line.endswith(" --auto-resume")
     assert not list(slurm.folder.glob(".sbatch*"))

@@ -1,4 +1,4 @@
-"""Learning rate against megatron.core's scheduler, driven as by Megatron-LM: samples, skipped steps left out."""
+"""Learning rate against megatron.core's scheduler, driven as by Megatron-LM: in samples, skips left out."""
 
 import dataclasses
 

@@ -146,7 +146,10 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
 
     run = changed(save=str(tmp_path / "not" / "yet"))
     disk(required - 1)
-    words = rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet; free some space or choose another --save"
+    words = (
+        rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet; "
+        "free some space or choose another --save"
+    )
     with pytest.raises(UserError, match=words):
         start(run)
     assert set(asked) == {str(tmp_path)}  # the nearest folder that is there

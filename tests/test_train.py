@@ -173,7 +173,8 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(loop, tmp_path):
     run = changed(max_skipped_steps=3, save=str(tmp_path / "ckpt"), save_interval=2)
     with pytest.raises(
         UserError,
-        match=r"3 iterations in a row were skipped \(last: 6\); the last good checkpoint is .*step_0000004; lower --lr",
+        match=r"3 iterations in a row were skipped \(last: 6\); "
+        "the last good checkpoint is .*step_0000004; lower --lr",
     ):
         loop(run, Recorder(skipped=[1, 3, 4, 5]))
 

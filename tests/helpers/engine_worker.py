@@ -1,12 +1,12 @@
 """One rank of an engine test: runs the cases of a job over the same batches; rank 0 writes their curves.
 
-A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases may differ in their layout. A case:
+A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases may differ in layout. A case:
 
-{"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder, "save": folder,
+{"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder,
+"save": folder, "resave": folder to save to before the first step, "first": step, "last": step,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
-"resave": folder to save to before the first step, "first": step, "last": step,
 "evaluate": also the loss of batch 0 before training, "break": a deliberate mistake,
-"poison": a step; two steps are inserted before it, one with NaN gradients on one rank, one without supervised tokens}.
+"poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
 """
 
 import gc

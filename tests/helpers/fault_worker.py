@@ -1,9 +1,9 @@
-"""One rank of a run with injected faults: `fault_worker.py FLAGS...`; environment variables give faults and program.
+"""One rank of a run with injected faults: `fault_worker.py FLAGS...`; the environment has faults and program.
 
-FAULTS: a JSON list of {"what": one of FAULTS below, "rank": rank, "step": the beginning iteration, over the whole run};
-with "operation" n, the fault happens at the n-th change of a file after that. A fault happens once in a FAULT_DIR.
+FAULTS: a JSON list of {"what": one of FAULTS below, "rank": rank, "step": iteration of the whole run};
+with "operation" n, the fault happens at the n-th change of a file in it. A fault happens once in a FAULT_DIR.
 Rank 0 writes the curve there: iteration, loss and gradient norm in hexadecimal, over all restarts.
-FAULT_ENGINE=toy trains a small numeric engine instead of the real one: it starts at once; everything else is real.
+FAULT_ENGINE=toy trains a small numeric engine instead of the real one; everything else is real.
 """
 
 import errno

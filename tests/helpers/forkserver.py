@@ -1,7 +1,7 @@
-"""Fast child processes: forked from a server that has imported torch, Megatron-core, DeepSpeed and transformers.
+"""Fast child processes: forked from a server with torch, Megatron-core, DeepSpeed and transformers imported.
 
-A fresh interpreter spends several seconds of CPU time on these imports, and a test of eight ranks pays them eight
-times. A forked child is a separate process with its own environment, working directory and files.
+A fresh interpreter spends several seconds of CPU time on these imports, and a test of eight ranks pays them
+eight times. A forked child is a separate process with its own environment, working directory and files.
 """
 
 import multiprocessing

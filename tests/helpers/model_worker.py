@@ -91,7 +91,7 @@ def backward(model: Any, given: Any, out: Any) -> None:
 def facts_of(named: dict[str, Any]) -> dict[str, Any]:
     """Describes this rank's parameters.
 
-    Shapes, partition dimensions, `finite` (all gradients are finite), `idle` (parameters without any gradient).
+    Shapes, partition dimensions, `finite` (all gradients are finite), `idle` (gradients all 0 or None).
     """
     return {
         "shapes": {n: list(p.shape) for n, p in named.items()},

@@ -57,7 +57,7 @@ def hugging_face(
 def native(model: ModelConfig, seed: int = 5) -> tuple[PreTrainedModel, dict[str, Tensor]]:
     """A Hugging Face model with random weights, biases and norms, and its tensors under the family's names.
 
-    A family that transformers knows is built from the config.json that we write, and named by its `save_pretrained`.
+    A family that transformers knows is built from our config.json, and named by its `save_pretrained`.
     The others, and biases that transformers cannot separate, are a Llama: the mapping is written out here,
     independently of the family's own.
     """

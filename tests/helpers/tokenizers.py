@@ -85,7 +85,8 @@ def chat_files(model: bytes) -> dict[str, dict]:
         "added_tokens_decoder": decoder,
         "additional_special_tokens": list(CHAT),
         "bos_token": "<s>",
-        "chat_template": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}",
+        "chat_template": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{{ m.content }}<|im_end|>\n{% endfor %}",
         "eos_token": "</s>",
         "legacy": False,
         "tokenizer_class": "InternLM2Tokenizer",

@@ -1,8 +1,8 @@
-"""A training run with a toy engine: the real loop, fault tolerance and checkpoints, and a small numeric engine.
+"""A training run with a toy engine: real loop, fault tolerance and checkpoints, small numeric engine.
 
-The model is one weight [VOCABULARY, WIDTH]; every rank owns its share of the rows of master and moments, as under
-ZeRO. The loss of a sample is a quadratic in the weight that depends on the sample's number, so that a wrong order,
-a lost moment or a repeated sample changes every later loss.
+The model is one weight [VOCABULARY, WIDTH]; every rank owns its share of the rows of master and moments, as
+under ZeRO. The loss of a sample is a quadratic in the weight that depends on the sample's number, so that a
+wrong order, a lost moment or a repeated sample changes every later loss.
 """
 
 import json
@@ -16,7 +16,10 @@ from ascendspeed.cli.train_args import resolve
 from ascendspeed.distributed import device as devices
 
 ROWS, WIDTH, DECAY = 64, 16, 0.9
-SMALL = "--num-layers 1 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --vocab-size 64 --max-position-embeddings 8"
+SMALL = (
+    "--num-layers 1 --hidden-size 16 --ffn-hidden-size 16 --num-attention-heads 2 --vocab-size 64 "
+    "--max-position-embeddings 8"
+)
 FLAGS = f"--deepspeed --data-path toy --seq-length 8 --device cpu --lr 0.1 --min-lr 0.01 {SMALL}".split()
 
 

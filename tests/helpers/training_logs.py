@@ -6,50 +6,40 @@ from ascendspeed.training import metrics_log
 SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what they say
     "Megatron-LM without a time": (
         " iteration      182/  250000 | consumed samples:       186368 | elapsed time per iteration (ms): "
-        "126995.3 | learning rate: "
-        "1.365E-05 | global batch size:  1024 | lm loss: 2.382640E+00 | loss scale: 1.0 | grad norm: 0.227 | "
-        "number of skipped "
-        "iterations:   0 | number of nan iterations:   0 |",
+        "126995.3 | learning rate: 1.365E-05 | global batch size:  1024 | lm loss: 2.382640E+00 | loss "
+        "scale: 1.0 | grad norm: 0.227 | number of skipped iterations:   0 | number of nan iterations:   0 |",
         LoggedStep(182, 186368, None, 2.38264, 0.227, 0, 0, 250000, 1024, None, 126995.3),
     ),
     "Megatron-LM behind a launcher": (
         "[default0]: [2025-05-27 15:23:07] iteration        1/    24000 | consumed samples:          1024 | "
-        "elapsed time per iteration "
-        "(ms): 271607.0 | throughput per GPU (TFLOP/s/GPU): 40.4 | learning rate: 1.500000E-06 | global "
-        "batch size:  1024 | lm loss: "
-        "1.192634E+01 | load_balancing_loss: 1.041994E+00 | loss scale: 1.0 | grad norm: 5.960 | num zeros: "
-        "0.0 | params norm: 238.330 "
-        "| number of skipped iterations:    0 | number of nan iterations:    0 |",
+        "elapsed time per iteration (ms): 271607.0 | throughput per GPU (TFLOP/s/GPU): 40.4 | learning "
+        "rate: 1.500000E-06 | global batch size:  1024 | lm loss: 1.192634E+01 | load_balancing_loss: "
+        "1.041994E+00 | loss scale: 1.0 | grad norm: 5.960 | num zeros: 0.0 | params norm: 238.330 | number "
+        "of skipped iterations:    0 | number of nan iterations:    0 |",
         LoggedStep(1, 1024, None, 11.92634, 5.96, 0, 0, 24000, 1024, None, 271607.0, tflops=40.4),
     ),
     "AscendSpeed": (
         " iteration  3/50000 | consumed samples: 768 | consumed tokens:  1572864 | elapsed time per "
-        "iteration (ms):  33818.0 | learning "
-        "rate:    1.406E-07 | gloabl batch size:  256 | lm loss:  1.200820E+01 | loss scale:  1.0 | grad "
-        "norm:    9.216 | actual "
-        "seqlen:  2048 | number of skipped iterations: 0 | number of nan iterations:   0 | samples per "
-        "second: 7.570 | TFLOPs: 107.09 |",
+        "iteration (ms):  33818.0 | learning rate:    1.406E-07 | gloabl batch size:  256 | lm loss:  "
+        "1.200820E+01 | loss scale:  1.0 | grad norm:    9.216 | actual seqlen:  2048 | number of skipped "
+        "iterations: 0 | number of nan iterations:   0 | samples per second: 7.570 | TFLOPs: 107.09 |",
         LoggedStep(3, 768, 1572864, 12.0082, 9.216, 0, 0, 50000, 256, 2048, 33818.0, 7.57, None, 107.09),
     ),
     "ModelLink, words behind the last bar": (
         " iteration     1665/    5000 | consumed samples:      3409920 | consumed tokens:  13967032320 | "
-        "elapsed time per iteration (ms): "
-        "23205.2 | learning rate: 7.762E-05 | global batch size:  2048 | lm loss: 1.993132E+00 | loss scale: "
-        "16384.0 | grad norm: 2.486 "
-        "| actual seqlen:  4096 | number of skipped iterations:   0 | number of nan iterations:   0 | "
-        "samples per second: 88.256 | "
-        "TFLOPs: 148.25 | tgs (tokens/gpu/second): 353.02 time (ms)",
+        "elapsed time per iteration (ms): 23205.2 | learning rate: 7.762E-05 | global batch size:  2048 | "
+        "lm loss: 1.993132E+00 | loss scale: 16384.0 | grad norm: 2.486 | actual seqlen:  4096 | number of "
+        "skipped iterations:   0 | number of nan iterations:   0 | samples per second: 88.256 | TFLOPs: "
+        "148.25 | tgs (tokens/gpu/second): 353.02 time (ms)",
         LoggedStep(
             1665, 3409920, 13967032320, 1.993132, 2.486, 0, 0, 5000, 2048, 4096, 23205.2, 88.256, None, 148.25
         ),
     ),
     "Megatron-DeepSpeed, seconds": (
         " [default7]: iteration    12695/  115311 | consumed samples:      9841584 | consumed tokens:  "
-        "20155564032 | elapsed time per "
-        "iteration (s): 105.22 | learning rate: 5.969E-05 | global batch size:  2048 | lm loss: 2.463556E+00 "
-        "| grad norm: 0.174 | num "
-        "zeros: 0.0 | number of skipped iterations:   0 | number of nan iterations:   0 | samples per "
-        "second: 19.463 | TFLOPs: 149.02 |",
+        "20155564032 | elapsed time per iteration (s): 105.22 | learning rate: 5.969E-05 | global batch "
+        "size:  2048 | lm loss: 2.463556E+00 | grad norm: 0.174 | num zeros: 0.0 | number of skipped "
+        "iterations:   0 | number of nan iterations:   0 | samples per second: 19.463 | TFLOPs: 149.02 |",
         LoggedStep(
             12695,
             9841584,
@@ -69,11 +59,9 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
     ),
     "Megatron-DeepSpeed, tokens per device": (
         " iteration      199/  317892 | consumed samples:       152832 | consumed tokens:    625999872 | "
-        "elapsed time per iteration (ms): "
-        "14287.5 | learning rate: 2.407E-04 | global batch size:   768 | lm loss: 5.905366E+00 | loss scale: "
-        "8192.0 | actual seqlen:  "
-        "4096 | number of skipped iterations:   0 | number of nan iterations:   0 | samples per second: "
-        "53.753 | tokens per gpu per "
+        "elapsed time per iteration (ms): 14287.5 | learning rate: 2.407E-04 | global batch size:   768 | "
+        "lm loss: 5.905366E+00 | loss scale: 8192.0 | actual seqlen:  4096 | number of skipped "
+        "iterations:   0 | number of nan iterations:   0 | samples per second: 53.753 | tokens per gpu per "
         "second (tgs): 1146.733 | TFLOPs: 69.85 |",
         LoggedStep(
             199, 152832, 625999872, 5.905366, None, 0, 0, 317892, 768, 4096, 14287.5, 53.753, 1146.733, 69.85
@@ -81,34 +69,28 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
     ),
     "tokens that cannot be relied on": (
         "3:  [2026-05-29 03:52:45] iteration      300/     300 | consumed samples:       307200 | consumed "
-        "tokens: 1.258B | elapsed time "
-        "per iteration (ms): 131064.1 | eta: 0:00:00 | tokens/sec/gpu: 8000.5 | throughput per GPU "
-        "(TFLOP/s/GPU): 412.3 | learning rate: "
-        "1.100000E-05 | global batch size:  1024 | lm loss: 1.504590E+00 | grad norm: 0.623 | number of "
-        "skipped iterations:   0 | ",
+        "tokens: 1.258B | elapsed time per iteration (ms): 131064.1 | eta: 0:00:00 | tokens/sec/gpu: 8000.5 "
+        "| throughput per GPU (TFLOP/s/GPU): 412.3 | learning rate: 1.100000E-05 | global batch size:  1024 "
+        "| lm loss: 1.504590E+00 | grad norm: 0.623 | number of skipped iterations:   0 | ",
         LoggedStep(
             300, 307200, None, 1.50459, 0.623, 0, None, 300, 1024, None, 131064.1, None, 8000.5, 412.3
         ),
     ),
     "GPT-NeoX": (
         " samples/sec: 7.799 | iteration       34/   10000 | elapsed time per iteration (ms): 4103.1 | "
-        "learning rate: 2.111E-06 | approx "
-        "flops per GPU: 112.9TFLOPS | lm_loss: 1.118665E+01 | number of skipped iterations:   0 | number of "
-        "nan iterations:   0 |",
+        "learning rate: 2.111E-06 | approx flops per GPU: 112.9TFLOPS | lm_loss: 1.118665E+01 | number of "
+        "skipped iterations:   0 | number of nan iterations:   0 |",
         LoggedStep(34, None, None, 11.18665, None, 0, 0, 10000, None, None, 4103.1, 7.799, None, 112.9),
     ),
     "MindSpeed-MM": (
-        "[Rank 0 | Local Rank 0] 2026-01-01 00:00:00 INFO [train_engine:48] => iteration        1/     100 | "
-        "consumed samples:            8 "
-        "| elapsed time per iteration (ms): 7137.9 | learning rate: 1.0E-05 | global batch size:     8 | "
-        "loss: 1.924620E+00 | grad norm: "
-        "134.300 |",
+        "[Rank 0 | Local Rank 0] 2026-01-01 00:00:00 INFO [train_engine:48] => iteration        1/     100 "
+        "| consumed samples:            8 | elapsed time per iteration (ms): 7137.9 | learning rate: "
+        "1.0E-05 | global batch size:     8 | loss: 1.924620E+00 | grad norm: 134.300 |",
         LoggedStep(1, 8, None, 1.92462, 134.3, None, None, 100, 8, None, 7137.9),
     ),
     "InternEvo, commas": (
         "2023-07-07 12:28:57,802\tINFO train.py:323 in record_current_batch_training_metrics -- "
-        "tflops=63.27010355651958,step=0,"
-        "loss=11.634403228759766,tgs "
+        "tflops=63.27010355651958,step=0,loss=11.634403228759766,tgs "
         "(tokens/gpu/second)=1424.64,lr=4.0000000000000003e-07,loss_scale=65536.0,"
         "grad_norm=63.672620777841004,micro_num=4,num_consumed_tokens=131072,inf_nan_skip_batches=0,"
         "num_samples_in_batch=19,"
@@ -125,14 +107,12 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
         ),
     ),
     "InternEvo, blanks and norms of groups": (
-        "2024-03-21 14:48:31,587      INFO training_internlm.py:599 in record_current_batch_training_metrics "
-        "-- tflops=186.62 step=1 "
-        "loss=11.63248062133789 tgs (tokens/gpu/second)=3917.95 tgs/last_tgs_1=3917.97 tgs/tgs_all=3262.85 "
-        "lr=6.000000000000001e-07 "
+        "2024-03-21 14:48:31,587      INFO training_internlm.py:599 in "
+        "record_current_batch_training_metrics -- tflops=186.62 step=1 loss=11.63248062133789 tgs "
+        "(tokens/gpu/second)=3917.95 tgs/last_tgs_1=3917.97 tgs/tgs_all=3262.85 lr=6.000000000000001e-07 "
         "loss_scale=65536.0 grad_norm={'0_default': 3.0, '1_fp32': 4.0} micro_num=4 "
-        "num_consumed_tokens=262144 inf_nan_skip_batches=0 "
-        "num_samples_in_batch=8 acc=0.0 perplexity=111859.625 acc/en=0.0 loss_from_metric=11.6199 "
-        "loss/en=11.6199",
+        "num_consumed_tokens=262144 inf_nan_skip_batches=0 num_samples_in_batch=8 acc=0.0 "
+        "perplexity=111859.625 acc/en=0.0 loss_from_metric=11.6199 loss/en=11.6199",
         LoggedStep(1, None, 262144, 11.63248062133789, 5.0, 0, tokens_per_s=3917.95, tflops=186.62),
     ),
     "DeepSpeed's pipeline engine": (

@@ -202,9 +202,9 @@ def table(options: Options, kinds: dict[str, list[RunTimings]], question: float)
     return f"""# Time that training is blocked by a checkpoint
 
 `python benchmarks/async_save.py {command}`; {datetime.date.today()}, {os.cpu_count()} cores of
-{name}, shared with other work. Two ranks of ZeRO-2; medians
+{name}, shared with other work. Two ranks of ZeRO-2; medians, without first iterations and last checkpoints.
 
-| saved | until complete | training blocked | at most | iteration without a save | iteration after a save began |
+| saved | until complete | training blocked | at most | iteration without a save | iteration after its start |
 |---|---:|---:|---:|---:|---:|
 {chr(10).join(rows)}
 

@@ -160,6 +160,12 @@ def broken_links(page: Path, text: str) -> list[str]:
     return found
 
 
+def runnable_module(name: str) -> bool:
+    """True for a module, and for a package with a `__main__`."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").exists() or (path / "__main__.py").exists()
+
+
 def missing_paths(text: str) -> list[str]:
     """Paths, imported modules and `python -m` modules that a page names and that do not exist here."""
     found = [name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS]
@@ -173,11 +179,7 @@ def missing_paths(text: str) -> list[str]:
             ]
         elif not folder.with_suffix(".py").exists():
             found.append(package)
-    found += [
-        name
-        for name in MODULE.findall(text)
-        if not (ROOT / name.replace(".", "/")).with_suffix(".py").exists()
-    ]
+    found += [name for name in MODULE.findall(text) if not runnable_module(name)]
     return found
 
 

@@ -119,7 +119,7 @@ def directory(name: str, folder: Path) -> Path:
     return folder
 
 
-# --- layouts ------------------------------------------------------------------------------------------------
+# --- layouts
 
 
 LAYOUTS = {  # by the number of ranks
@@ -248,7 +248,7 @@ def test_the_original_code_gives_the_same_logits(results, family, length):
         assert (mine - expected).abs().max() < 1e-4
 
 
-# --- mistakes that must be seen -----------------------------------------------------------------------------
+# --- mistakes that must be seen
 
 
 def swapped(published: dict, one: str, other: str) -> dict:

@@ -151,7 +151,7 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     assert job.curve()[12] != whole[12]
 
 
-# -- killed --------------------------------------------------------------------------------------------------
+# --- killed
 
 
 @pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
@@ -266,7 +266,7 @@ def test_folders_that_are_no_shared_storage_are_known_before_iteration_1(tmp_pat
     assert "Traceback" not in job.said()
 
 
-# -- signals and the clock -----------------------------------------------------------------------------------
+# --- signals and the clock
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
     assert job.said().count("to continue: ") == 2  # and not when there is nothing left
 
 
-# -- a rank that is gone -------------------------------------------------------------------------------------
+# --- a rank that is gone
 
 
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=SLOW)])
@@ -365,7 +365,7 @@ def test_a_port_that_is_taken_is_named(tmp_path):
     assert "Traceback" not in job.said()
 
 
-# -- a disk that is full -------------------------------------------------------------------------------------
+# --- a disk that is full
 
 
 @pytest.mark.parametrize(
@@ -393,7 +393,7 @@ def test_a_full_disk_leaves_the_last_good_one(whole, tmp_path, what, behind):
     finish(job, whole)
 
 
-# -- numbers that are none -----------------------------------------------------------------------------------
+# --- numbers that are none
 
 
 def test_every_skip_names_rank_and_samples(whole, tmp_path):
@@ -424,7 +424,7 @@ def test_too_many_skips_stop_and_name_the_last_good_checkpoint(tmp_path):
     assert job.good() == 6
 
 
-# -- the real engine -----------------------------------------------------------------------------------------
+# --- the real engine
 
 
 ENGINES = {f"zero {stage}": {"deepspeed": True, "zero_stage": stage} for stage in range(4)}
@@ -499,7 +499,7 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
     return lambda: setattr(engine, name, real)
 
 
-# -- several of them under the real launcher -----------------------------------------------------------------
+# --- several of them under the real launcher
 
 
 @pytest.mark.slow

@@ -128,7 +128,6 @@ def test_the_converter_of_everything_takes_the_folder_of_the_model(tmp_path):
 
 
 # --- docs/coming-from.md
-# -----------------------------------------------------------------------------------------------------
 
 PAGE = (ROOT / "docs/coming-from.md").read_text()
 COMMANDS = [

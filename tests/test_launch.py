@@ -96,7 +96,7 @@ def test_missing_variables_are_named(started, env, message):
     assert "pretrain_intern.py" not in output
 
 
-# -- signals and restarts ------------------------------------------------------------------------------------
+# --- signals and restarts
 
 LAUNCHER = """#!/usr/bin/env bash
 # Like DeepSpeed's launcher: it does not forward SIGTERM, and its rank exits with a code of its own.
@@ -176,7 +176,7 @@ def test_restarts(recipe, codes, restarts, code, starts, hides):
     assert all(line.count("--auto-resume") <= 1 for line in lines)
 
 
-# -- before there are ranks ----------------------------------------------------------------------------------
+# --- before there are ranks
 
 SLOW = """#!/usr/bin/env bash
 # Like DeepSpeed's: a runner that imports, a launcher that imports, then the ranks; none forwards a signal.
@@ -272,7 +272,7 @@ def test_a_killed_shell_leaves_no_answers_behind(slow):
         time.sleep(0.1)
 
 
-# -- pipes ---------------------------------------------------------------------------------------------------
+# --- pipes
 
 SCRIPTS = [
     path

@@ -61,7 +61,7 @@ RANK=0 bash -c '{traps}; echo ready >> "$LOG"; for i in {{1..600}}; do sleep 0.0
 {then}"""
 
 
-# --- exit codes ---------------------------------------------------------------------------------------------
+# --- exit codes
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_an_answer_is_never_started_again(start):
     assert start.log.read_text() == "start\n"
 
 
-# --- signals ------------------------------------------------------------------------------------------------
+# --- signals
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored(start):
     assert process.wait(60) == 128 + signal.SIGTERM
 
 
-# --- processes ----------------------------------------------------------------------------------------------
+# --- processes
 
 
 @pytest.fixture

@@ -221,7 +221,7 @@ def test_every_group_of_training_in_the_order_of_use(capsys, monkeypatch):
     assert positions == sorted(positions)
 
 
-# --- flags of Megatron-LM --------------------------------------------------------------------------------
+# --- flags of Megatron-LM
 
 
 def test_megatron_flags_are_unknown_flags_with_an_answer_that_exists():

@@ -20,7 +20,6 @@ from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
 # --- where the runs began
-# ---------------------------------------
 
 
 @pytest.mark.parametrize("name", ["seed", "weights", "data"])
@@ -136,7 +135,6 @@ def test_origin_of_what_is_none(began, tmp_path):
 
 
 # --- loss_parity.sh
-# ---------------------------------------------
 
 PYTHON = """echo "python $*" >> "$WORK/said"
 case "$1" in *parity_origin.py) echo "$2" > "$(dirname "$2")/origin.json" ;; esac

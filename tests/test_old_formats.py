@@ -25,11 +25,9 @@ LAYOUTS = [(t, p) for t in (1, 2, 4, 8) for p in (1, 2, 4)]
 
 
 # --- the other programs' converters
-# ------------------------------------------------------------------------------------------
 
 
 # --- read back, byte by byte
-# -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -120,7 +118,6 @@ def test_grouped_queries_of_ascendspeed_are_doubted(tmp_path, capsys, program, m
 
 
 # --- what a training run leaves
-# ----------------------------------------------------------------------------------------------
 
 
 def program_of_the_run() -> tuple[types.ModuleType, type]:
@@ -188,7 +185,6 @@ def test_what_could_run_code_is_refused_by_name(tmp_path):
 
 
 # --- what lies about the files
-# -----------------------------------------------------------------------------------------------
 
 
 def test_interleaved_pipeline(tmp_path):

@@ -41,7 +41,6 @@ def judged(cand, profile, ref=CURVE) -> bool:
 
 
 # --- figures
-# ----------------------------------------------------
 
 
 def test_figures_by_hand():
@@ -127,7 +126,6 @@ def test_every_figure_has_its_definition():
 
 
 # --- verdicts, and what must fail
-# -------------------------------
 
 
 def test_the_same_curve_passes_all():
@@ -184,7 +182,6 @@ def test_a_gradient_norm_that_is_not_the_same_fails_bitwise(other):
 
 
 # --- what does not belong together is refused
-# -------------------
 
 
 def refused(ref: LossCurve, cand: LossCurve, **part) -> str:
@@ -344,7 +341,6 @@ def test_a_second_run_on_another_axis_is_refused(tmp_path):
 
 
 # --- the tool and what it leaves
-# --------------------------------
 
 
 @pytest.fixture

@@ -159,7 +159,6 @@ def test_nan_is_read_as_nan():
 
 
 # --- JSON lines
-# -------------------------------------------------
 
 
 def test_json_lines(tmp_path):
@@ -234,7 +233,6 @@ def test_json_that_cannot_be_used_is_named(tmp_path, line):
 
 
 # --- TensorBoard
-# ------------------------------------------------
 
 
 @pytest.fixture
@@ -308,7 +306,6 @@ def test_events_that_are_cut_off(board, tmp_path):
 
 
 # --- what is no log
-# ---------------------------------------------
 
 
 def test_what_is_no_log_is_named(tmp_path):

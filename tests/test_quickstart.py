@@ -155,7 +155,7 @@ def test_an_export_that_was_being_replaced_is_no_export(quickstart):
     assert quickstart() == (0, [FIRST, "convert.py", LAST, "step 100"])
 
 
-# --- the report ---------------------------------------------------------------------------------------------
+# --- the report
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch
     assert not (tmp_path / "loss.png").exists()
 
 
-# --- the environment ----------------------------------------------------------------------------------------
+# --- the environment
 
 INSTALLER = """#!/usr/bin/env bash
 case "$*" in

@@ -339,7 +339,6 @@ def test_links_within_a_checkpoint_and_within_a_cache(tmp_path):
 
 
 # --- by the command line
-# ----------------------------------------------------------------------------------------------------
 
 
 def model_folder(folder: Path) -> Path:
@@ -414,7 +413,6 @@ def test_the_command_says_one_line_and_exits_with_2(fault, tmp_path, capsys):
 
 
 # --- anything at all
-# --------------------------------------------------------------------------------------------------------
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -32,7 +32,7 @@ SBATCH = INTERN / "pretrain_internlm_65b.sbatch"
 GIB = 2**30
 
 
-# --- the values ---------------------------------------------------------------------------------------------
+# --- the values
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_the_memory_that_is_said_on_top(typed, name):
     assert f"checkpoints of {estimates.checkpoint_bytes(run.model) / GIB:.0f} GiB" in said
 
 
-# --- the Slurm template -------------------------------------------------------------------------------------
+# --- the Slurm template
 
 SRUN = """#!/usr/bin/env bash
 # A task on every node, here: all nodes are this machine.
@@ -213,7 +213,7 @@ def test_the_signal_before_the_end_reaches_the_ranks_of_every_node(slurm):
     assert not list(slurm.folder.glob(".sbatch*"))
 
 
-# --- for real, tiny -----------------------------------------------------------------------------------------
+# --- for real, tiny
 
 ITERS, STOP = 6, 3
 TINY = {

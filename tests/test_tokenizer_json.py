@@ -312,7 +312,6 @@ def test_equal_scores_are_taken_from_the_left(models, tmp_path):
 
 
 # --- one that came with the model
-# -------------------------------------------------------------------------------------------
 
 
 def pair(folder: Path, model: bytes, change=None) -> Path:

@@ -217,7 +217,7 @@ def test_a_resumed_run_goes_on_where_it_was(loop):
     assert [line.iteration for line in lines if isinstance(line, TrainLine)] == [8, 9, 10]
 
 
-# -- stopping ------------------------------------------------------------------------------------------------
+# --- stopping
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -319,7 +319,7 @@ def test_a_run_whose_folder_another_run_took_stops_without_a_trace(loop, tmp_pat
     assert loop(run, start=start)[0].step == 10
 
 
-# -- health --------------------------------------------------------------------------------------------------
+# --- health
 
 
 def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):

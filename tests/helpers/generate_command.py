@@ -4,8 +4,10 @@ import io
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 from ascendspeed.inference import args
@@ -55,3 +57,17 @@ def run(cpu, folder, monkeypatch, capsys):
         return out.out
 
     return run
+
+
+def hf_continuation(reference, ids, **params):
+    """New tokens of Hugging Face's greedy or beam search."""
+    input_ids = torch.tensor([ids])
+    with torch.no_grad():
+        out = reference.generate(
+            input_ids, attention_mask=torch.ones_like(input_ids), do_sample=False, pad_token_id=2, **params
+        )
+    return out[0, len(ids) :].tolist()
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]

@@ -1,0 +1,271 @@
+"""The generation command in processes of its own: ranks, kills, shell scripts, closed pipes."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import launch, oracle, recipes
+from helpers.chat import UNUSED, piecewise, vocabulary
+from helpers.generate_command import MODEL, folder, hf_continuation, records, reference, run
+from helpers.log_lines import log_lines
+from safetensors.torch import save_file
+
+from ascendspeed.inference import args, benchmark_report, prompts
+from ascendspeed.inference import stdin as questions
+from ascendspeed.inference.benchmark_report import (
+    BatchOutOfMemory,
+    GenerationTimer,
+    GenerationTiming,
+    find_largest_batch,
+    parse_pairs,
+)
+from ascendspeed.inference.output import AnswerWriter
+from ascendspeed.models import families
+from ascendspeed.models.families import FAMILIES
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import ChatFormat, Message
+from ascendspeed.utils.errors import UserError
+
+
+def started(folder, world, flags, stdin, tp=1, pp=1):
+    """Runs the script on `world` ranks; returns (exit codes, stdout of rank 0, stderr of rank 0)."""
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--device",
+        "cpu",
+        *flags,
+    ]
+    port, pipe = str(launch.free_port()), subprocess.PIPE
+    processes = []
+    for rank in range(world):
+        variables = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world),
+            "LOCAL_WORLD_SIZE": str(world),
+        }
+        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables)
+        pipes = {"stdin": subprocess.DEVNULL if rank else pipe, "stdout": pipe, "stderr": pipe}
+        processes.append(
+            subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes)
+        )
+    outs = [
+        process.communicate(stdin if rank == 0 else None, timeout=300)
+        for rank, process in enumerate(processes)
+    ]
+    assert not any(out for out, _ in outs[1:]), "only rank 0 writes to stdout"
+    return [process.returncode for process in processes], outs[0][0].decode(), outs[0][1].decode()
+
+
+CHAT = (
+    ["--task", "chat", "--max-new-tokens", "5"],
+    'hi\n"""\n中文\nlines\n"""\nclear\nagain\nexit\n'.encode(),
+)
+
+
+def test_a_conversation_on_two_ranks(run, folder):
+    codes, out, err = started(folder, 2, *CHAT, tp=2)
+    assert codes == [0, 0], err
+    assert out == run(*CHAT[0], stdin=CHAT[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
+def test_on_stages(run, folder, tmp_path, tp, pp):
+    codes, out, err = started(folder, tp * pp, *CHAT, tp=tp, pp=pp)
+    assert not any(codes), err
+    assert out == run(*CHAT[0], stdin=CHAT[1])
+    flags = ["--task", "1", "2", "3", "5", "--max-new-tokens", "5"]
+    codes, out, err = started(folder, tp * pp, flags, b"one\ntwo words\n", tp=tp, pp=pp)
+    assert not any(codes), err
+    alone = run(*flags, stdin="one\ntwo words\n")
+    assert out.split("== logprobs")[0] == alone.split("== logprobs")[0]
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_file(folder, tmp_path):
+    out = tmp_path / "out.jsonl"
+    lines = "\n".join(f'"Document {i} says"' for i in range(4000))
+    (tmp_path / "in.jsonl").write_text(lines)
+    flags = [
+        "--input-file",
+        str(tmp_path / "in.jsonl"),
+        "--output-file",
+        str(out),
+        "--batch-size",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        *flags,
+    ]
+    process = subprocess.Popen(
+        command, env=launch.environment(), cwd=launch.ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    partial = tmp_path / "out.jsonl.partial"
+    while process.poll() is None and not (partial.exists() and partial.stat().st_size):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not out.exists()
+    assert partial.stat().st_size
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Runs a shell script in which `python` and `deepspeed` print their arguments; returns (exit code,
+    output)."""
+    recipes.program(tmp_path, "deepspeed", '#!/bin/sh\necho deepspeed "$@"\n')
+    recipes.program_python(tmp_path, 'echo python "$@"')
+    settings = (
+        "NPROC",
+        "HOSTFILE",
+        "NNODES",
+        "MODEL",
+        "CHECKPOINT",
+        "TOKENIZER_PATH",
+        "TP",
+        "PP",
+        "DTYPE",
+        "OUT",
+        "QUIET",
+    )
+    environment = {k: v for k, v in launch.environment().items() if k not in settings}
+
+    def shell(script, *arguments, **env):
+        extra = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", **env}
+        done = subprocess.run(
+            ["bash", script, *arguments],
+            env=environment | extra,
+            cwd=launch.ROOT,
+            capture_output=True,
+            text=True,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    return shell
+
+
+def test_fronts(shell):
+    recipe = "examples/intern/generate_internlm_7b_deepspeed.sh"
+    code, output = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
+    assert code == 0
+    assert output.startswith(
+        "python tasks/inference/generate.py --load ./model_weights --tokenizer-name-or-path "
+        "./dataset/internlm --model"
+    )
+    assert output.endswith("--mlp-layer-fusion --bf16 --prompt hi\n")
+    _, output = shell(recipe, TP="4", PP="2", DTYPE="fp32", TOKENIZER_PATH="")
+    assert output.startswith(
+        "deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 8 "
+    )
+    assert "8 tasks/inference/generate.py" in output
+    assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in output
+    assert "--bf16" not in output
+    assert "--tokenizer-name-or-path" not in output
+    assert "--hostfile hosts tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE="hosts")[1]
+    assert shell(recipe, DTYPE="fp8")[0] == 2
+    for script in ("run_pa.sh", "run_fa.sh"):
+        _, output = shell(
+            f"tasks/inference/{script}", "W", "chat", "--input_texts", "a b", "--max_output_length", "3"
+        )
+        assert "generate.py --load W --tensor" in output
+        assert output.endswith("--bf16 --task chat --input_texts a b --max_output_length 3\n")
+    assert "--task" not in shell("tasks/inference/run_pa.sh", "W")[1]
+    code, output = shell("tasks/inference/run_pa.sh")
+    assert code == 2
+    assert output.startswith("error: usage: ")
+    evaluation = "tasks/evaluation/eval_internlm.sh"
+    assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
+    assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
+    assert (
+        "--hostfile hosts tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE="hosts")[1]
+    )
+    assert (
+        "--num_nodes 2 --num_accelerators 8 tasks"
+        in shell(evaluation, TP="16", HOSTFILE="hosts", NNODES="2", NPROC="8")[1]
+    )
+    assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
+
+
+def test_front_of_the_table(shell):
+    script = "tasks/inference/benchmark.sh"
+    code, output = shell(script, "performance", "[[256,256]]", "4", CHECKPOINT="W")
+    assert code == 0
+    assert output.startswith("python tasks/inference/benchmark.py --load W")
+    assert output.endswith("--performance [[256,256]] --batch-size 4 --bf16\n")
+    _, output = shell(script, "performance_maxbs", "[[256,256]]", "[[1,8]]", "50", "internlm", "W", "4")
+    assert output.startswith("deepspeed")
+    assert (
+        "--num_accelerators 4 tasks/inference/benchmark.py --load W --tensor-model-parallel-size 4" in output
+    )
+    assert "--performance-maxbs [[256,256]] --ranges [[1,8]] --limit-ms 50 --bf16" in output
+    for arguments in (
+        (),
+        ("performance",),
+        ("performance", "[[1,1]]"),
+        ("fly", "x", "y"),
+        ("performance", "[[1,1]]", "1", "internlm"),
+    ):
+        code, output = shell(script, *arguments, CHECKPOINT="W")
+        assert (code, output.count("\n")) == (2, 1)
+        assert output.startswith("error: usage")
+
+
+@pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
+def test_closed_stdout(folder, flags):
+    """`| head -1`: no traceback, and the exit code of a closed pipe."""
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--device",
+        "cpu",
+        *flags,
+    ]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [*command, "--max-new-tokens", "1"], env=launch.environment(), stdin=pipe, stdout=pipe, stderr=pipe
+    )
+    process.stdout.close()
+    process.stdout = None
+    _, errors = process.communicate(b"one\ntwo\n", timeout=300)
+    assert process.returncode == 128 + signal.SIGPIPE, errors
+    assert b"Traceback" not in errors
+    assert b"BrokenPipe" not in errors
+
+
+def test_a_mistake_is_one_line_and_code_2(folder):
+    command = [
+        sys.executable,
+        str(launch.ROOT / "tasks/inference/generate.py"),
+        "--load",
+        str(folder),
+        "--tp",
+        "2",
+    ]
+    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)
+    assert (done.returncode, done.stdout) == (2, "")
+    reason = "1 processes were started, but TP 2 x PP 1 are 2"
+    assert done.stderr == f"error: {reason}; start NPROC=2, or choose other --tp and --pp\n"

@@ -1,0 +1,104 @@
+"""Rules of language and naming: retired words, opening words of docstrings, one type for one name."""
+
+import ast
+import re
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+from helpers.launch import ROOT
+
+RETIRED = re.compile(
+    r"(?<!math\.)(?<!np\.)(?<!torch\.)"
+    r"\b(rooms?|floors?|doors?|house|nasty|inert|couples?|making"
+    r"|dialects?|sidecars?|learnt)\b",
+    re.IGNORECASE,
+)
+"""Words of the project's first vocabulary; CONTRIBUTING.md and docs/glossary.md have the terms that replaced them."""
+OPENING = re.compile(r"(What|Which|How|Who|Whom|Whose|Where|Whether|When|Why|Of|The same)\b")
+"""First words of a docstring that is a clause or a fragment instead of a statement."""
+EXEMPT = {"tests/test_language.py"}
+ON_DISK = ('SUPERVISED_FACT = "learnt"', 'stream_note = "documents share a sample while there is room')
+"""Lines whose text is a key in files on disk, and therefore stays."""
+PACKAGE = ROOT / "ascendspeed"
+
+
+def tracked(*endings: str) -> list[Path]:
+    """Files of the project with one of these endings, without results of benchmarks.
+
+    Outside a git checkout: every such file.
+    """
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        paths = [path for ending in endings for path in ROOT.rglob(f"*{ending}") if ".venv" not in path.parts]
+    else:
+        paths = [ROOT / name for name in listed.stdout.splitlines() if name.endswith(endings)]
+    return [path for path in paths if path.exists() and "results" not in path.parts]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def docstrings(source: str) -> list[tuple[int, str]]:
+    """(line, text) of the docstrings of a module, its classes and its functions."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+    return [(node.body[0].lineno, text) for node in nodes if (text := ast.get_docstring(node))]
+
+
+def retired_words(text: str) -> list[str]:
+    return [
+        f"{number}: {match[0]!r}"
+        for number, line in enumerate(text.splitlines(), 1)
+        if not any(key in line for key in ON_DISK)
+        for match in RETIRED.finditer(line.replace("_", " "))
+    ]
+
+
+def wrong_openings(source: str) -> list[str]:
+    return [f"{line}: {text.splitlines()[0]!r}" for line, text in docstrings(source) if OPENING.match(text)]
+
+
+SOURCES = tracked(".py")
+
+
+@pytest.mark.parametrize("path", tracked(".py", ".sh", ".md", ".toml", ".sbatch", ".html"), ids=name_of)
+def test_no_retired_words(path):
+    if name_of(path) not in EXEMPT:
+        assert not retired_words(path.read_text())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_docstrings_are_statements(path):
+    assert not wrong_openings(path.read_text())
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if PACKAGE in p.parents], ids=name_of)
+def test_modules_have_a_docstring(path):
+    assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_one_class_for_one_name():
+    places = defaultdict(list)
+    for path in SOURCES:
+        if PACKAGE in path.parents:
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                    places[node.name].append(name_of(path))
+    assert not {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_only_packages_at_the_top():
+    names = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
+    assert {name for name in names if (PACKAGE / name).is_file()} == {"__init__.py"}
+
+
+def test_controls():
+    """The rules see what they are meant to see, and nothing else."""
+    assert retired_words("a door\nnothing_inert = 1") == ["1: 'door'", "2: 'inert'"]
+    assert not retired_words("indoors, mushroom, household")
+    assert wrong_openings('"""What rows become."""') == ["1: 'What rows become.'"]
+    assert wrong_openings('def f():\n    """Whether it holds."""') == ["2: 'Whether it holds.'"]
+    assert not wrong_openings('"""Reads rows."""\ndef f():\n    """Whole rows."""')

@@ -15,7 +15,7 @@ RETIRED = re.compile(
     r"|dialects?|sidecars?|learnt)\b",
     re.IGNORECASE,
 )
-"""Words of the project's first vocabulary; CONTRIBUTING.md and docs/glossary.md have the terms that replaced them."""
+"""Words of the project's first vocabulary; CONTRIBUTING.md and docs/glossary.md have their successors."""
 OPENING = re.compile(r"(What|Which|How|Who|Whom|Whose|Where|Whether|When|Why|Of|The same)\b")
 """First words of a docstring that is a clause or a fragment instead of a statement."""
 EXEMPT = {"tests/test_language.py"}

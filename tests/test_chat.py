@@ -303,9 +303,9 @@ def test_choice_of_template(kinds, tmp_path):
     without_chat_tokens = tokenizer.load(sentencepiece_dir(tmp_path))
     with pytest.raises(
         UserError,
-        match=r"no chat template is known for a model of this family.*--chat-template v1\|v1-eoh\|v2",
+        match=r"no chat template is known for a model of family qwen2 with .*--chat-template v1\|v1-eoh\|v2",
     ):
-        choose_template(without_chat_tokens)
+        choose_template(without_chat_tokens, family="qwen2")
     with pytest.raises(UserError, match="--chat-template v9 does not exist; choose from v1"):
         choose_template(without_chat_tokens, "v9")
     with pytest.raises(

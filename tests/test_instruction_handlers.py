@@ -533,10 +533,12 @@ def test_which_template_a_folder_takes(folders, tmp_path):
             str(folder), "AlpacaStyleInstructionHandler", chat_template=chat_template_beside(folder)
         )
         assert DocumentEncoder(job).handler.facts == {"chat_template": template}
-    with pytest.raises(UserError, match="no chat template is known for a model of this family"):
-        DocumentEncoder(
-            EncoderConfig(str(sentencepiece_dir(tmp_path / "plain")), "AlpacaStyleInstructionHandler")
-        )
+    plain = sentencepiece_dir(tmp_path / "plain")
+    for family in ("unknown", "qwen2"):
+        if family != "unknown":
+            (plain / "config.json").write_text(json.dumps({"model_type": family}))
+        with pytest.raises(UserError, match=f"no chat template is known for a model of family {family} "):
+            DocumentEncoder(EncoderConfig(str(plain), "AlpacaStyleInstructionHandler"))
     with pytest.raises(UserError, match="--chat-template v9 does not exist"):
         create_encoder(folders, "v2", "AlpacaStyleInstructionHandler", chat_template="v9")
 

@@ -130,7 +130,7 @@ class Session(ModelSession):
     def chat_format(self) -> ChatFormat:
         """Chat format of the model. Raises `UserError` if none is known."""
         name = self.chat_template or FAMILIES[self.config.family].chat_template
-        chat_format = ChatFormat(self.tokenizer, name)
+        chat_format = ChatFormat(self.tokenizer, name, self.config.family)
         for note in chat_format.notes:
             logger.info(f"note: {note}")
         return chat_format

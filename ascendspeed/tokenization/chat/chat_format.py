@@ -42,13 +42,13 @@ for the header."""
 class ChatFormat:
     """Chat template of a model, bound to its tokenizer."""
 
-    def __init__(self, tokenizer: Tokenizer, name: str | None = None) -> None:
-        """`name`: a template, by default the one of the tokenizer.
+    def __init__(self, tokenizer: Tokenizer, name: str | None = None, family: str | None = None) -> None:
+        """`name`: a template, by default the one of the tokenizer; `family` of the model, for the error.
 
         Raises `UserError`, see `choose_template`.
         """
         self.tokenizer = tokenizer
-        self.name, self.template = choose_template(tokenizer, name)
+        self.name, self.template = choose_template(tokenizer, name, family)
         self.controls: dict[str, int] = {}
         """Name of a control token -> id, for those that the tokenizer has."""
         for control, strings in self.template.controls.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_json_object
 
 EOS = "eos"
 """Placeholder among the strings of a control token: the end-of-document token of the tokenizer."""
@@ -75,16 +76,19 @@ V2 = replace(V25, controls={name: (f"<|{name}|>", UNUSED[name]) for name in NAME
 TEMPLATES: dict[str, ChatTemplate] = {"v1": V1, "v1-eoh": V1_EOH, "v2": V2, "v2.5": V25, "v3": V25}
 
 
-def choose_template(tokenizer: Tokenizer, name: str | None = None) -> tuple[str, ChatTemplate]:
+def choose_template(
+    tokenizer: Tokenizer, name: str | None = None, family: str | None = None
+) -> tuple[str, ChatTemplate]:
     """Returns (name, template): `name` (from a flag or the model's family), else the tokenizer's template.
 
-    An InternLM that was exported as a Llama is recognized by its tokenizer. Raises `UserError` if no template
+    An InternLM that was exported as a Llama is recognized by its tokenizer. `family` of the model is for the
+    error; None: that of the config.json beside the tokenizer. Raises `UserError` if no template
     is known, or if the tokenizer lacks a control token that the template needs.
     """
     chosen = name or _detect_template(tokenizer)
     if chosen is None:
         raise UserError(
-            "no chat template is known for a model of this family "
+            f"no chat template is known for a model of family {family or _family_beside(tokenizer)} "
             f"with the tokenizer in {tokenizer.path}; choose one: --chat-template {'|'.join(TEMPLATES)}"
         )
     if chosen not in TEMPLATES:
@@ -111,6 +115,12 @@ def _detect_template(tokenizer: Tokenizer) -> str | None:
     if all(first_token_id(tokenizer, (string,)) is not None for string in ("<eoh>", "<eoa>")):
         return "v1"
     return None
+
+
+def _family_beside(tokenizer: Tokenizer) -> str:
+    """Returns `model_type` of the config.json beside the tokenizer, else `unknown`."""
+    path = tokenizer.path / "config.json"
+    return str(read_json_object(path).get("model_type") or "unknown") if path.is_file() else "unknown"
 
 
 def first_token_id(tokenizer: Tokenizer, strings: tuple[str, ...]) -> int | None:

@@ -20,10 +20,10 @@ class Options:
     input: str
     """Folder with .bin and .bin.meta files at any depth, or one .bin file."""
     output_prefix: str
-    """Prefix P of the files P_packed_input_ids_document and P_packed_labels_document, each .bin, .idx and
-    .meta."""
+    """Prefix P of the files P_packed_input_ids_document and P_packed_labels_document, each with .bin,
+    .idx and .meta."""
     min_length: int = 0
-    """Least tokens of a document; shorter ones are skipped (InternEvo's min_length)."""
+    """Smallest number of tokens of a document; shorter ones are skipped (InternEvo's min_length)."""
 
 
 def main() -> None:

@@ -20,32 +20,32 @@ class ToHuggingFace:
     """Flags of `convert2hf_*`."""
 
     src: str
-    """Training folder of InternEvo: model_tp0_pp0.pt and so on."""
+    """Training folder of InternEvo, with model_tp0_pp0.pt and the files of the other ranks."""
     tgt: str
-    """Hugging Face directory to write; must not hold anything yet."""
+    """Hugging Face directory to write; must be empty or absent."""
     tokenizer: str | None = None
-    """tokenizer.model, or the folder that has it; None: the one in --src."""
+    """Sentencepiece model file, or the folder that contains tokenizer.model; None: the one in --src."""
     dtype: Literal["bfloat16", "float16", "float32", "keep"] = "bfloat16"
-    """Type of the written tensors; keep: as they are."""
+    """Data type of the written tensors; keep: unchanged."""
     max_shard: str = "10GB"
-    """Size of a safetensors file."""
+    """Largest size of a safetensors file."""
     max_pos: int = 4096
-    """Longest trained sequence. A config.json in --src goes before this default and the next, not before what
-    is typed.
+    """Longest training sequence. A config.json in --src overrides the defaults of --max-pos and --rotary-type,
+    but not values on the command line.
     """
     rotary_type: Literal["origin", "dynamic"] = "origin"
-    """Plain rotary embedding, or dynamic NTK beyond --max_pos."""
+    """Plain rotary embedding, or dynamic NTK beyond --max-pos."""
     scaling_factor: float = 1.0
-    """Factor of dynamic NTK: it counts with --rotary_type dynamic (and not, as the published page says, with
-    origin).
-    """
+    """Factor of dynamic NTK; only used with --rotary-type dynamic (the published page wrongly names
+    origin)."""
     version: Literal[1, 2] | None = None
-    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down; None: their shapes tell, unless they are equal.
+    """1: w2 is up and w3 is down; 2: w3 is up and w2 is down; None: detected from their shapes, unless these
+    are equal.
     """
     qk_interleaved: Literal["yes", "no"] | None = None
-    """The rows of q and k lie in pairs (once adapt_hf=False); None: as model_config.pt says."""
+    """Rows of q and k are in rotated pairs (formerly adapt_hf=False); None: as in model_config.pt."""
     qkv_fused: Literal["yes", "no"] | None = None
-    """wq, wk and wv are a fused wqkv cut in three (releases of 2024); None: as model_config.pt says."""
+    """wq, wk and wv are a fused wqkv cut in three (releases of 2024); None: as in model_config.pt."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class ToInternEvo:
     src: str
     """Hugging Face directory."""
     tgt: str
-    """Training folder to write; must not hold anything yet."""
+    """Training folder to write; must be empty or absent."""
     tp_size: int = 1
     """Tensor-parallel ranks."""
     embed_split: bool = False
-    """Cut the embedding along the hidden size (embed_split_hidden=True, InternEvo's default); else along the
-    vocabulary.
+    """Cut the embedding along the hidden size (embed_split_hidden=True, InternEvo's default) instead of
+    along the vocabulary.
     """
     use_flash: bool = False
-    """Training has use_flash_attn=True: an embedding along the vocabulary is flash-attention's then, under
-    its name.
+    """For training with use_flash_attn=True: an embedding that is cut along the vocabulary is named as in
+    flash-attention.
     """
 
 

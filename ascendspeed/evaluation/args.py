@@ -36,11 +36,11 @@ class EvaluationArgs:
     """Examples before each question, the first ones of dev; None: 5 for mmlu, ceval, cmmlu and gsm8k, 0 for
     boolq and hellaswag."""
     max_input_length: int | None = None
-    """Most tokens of a prompt and its answer: examples that do not fit are dropped; None: the positions of
-    the model."""
+    """Largest number of tokens of a prompt and its answer: examples that do not fit are dropped; None:
+    that of the model."""
     max_new_tokens: int | None = None
-    """Most tokens of a generated answer (gsm8k); None: 256. Multiple-choice answers are compared, not
-    generated."""
+    """Largest number of tokens of a generated answer (gsm8k); None: 256. Multiple-choice answers are
+    compared, not generated."""
     batch_size: int = 16
     """Prompts per batch; does not change the scores."""
     limit: int | None = None
@@ -70,7 +70,7 @@ class EvaluationJob:
     shots: dict[str, int]
     """Examples before each question, by task."""
     new_tokens: int
-    """Most tokens of a generated answer."""
+    """Largest number of tokens of a generated answer."""
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:

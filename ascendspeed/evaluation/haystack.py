@@ -25,7 +25,7 @@ class Cell:
     """One prompt of the test."""
 
     length: int
-    """Most tokens of the prompt."""
+    """Largest number of tokens of the prompt."""
     depth: float
     """Percent of the text before the needle."""
     trial: int

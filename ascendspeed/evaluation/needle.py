@@ -49,7 +49,7 @@ class NeedleArgs:
     tokenizer.
     """
     max_new_tokens: int = 32
-    """Most tokens of an answer."""
+    """Largest number of tokens of an answer."""
     seed: int = 42
     """Random seed of the numbers."""
     output_dir: str = "needle"

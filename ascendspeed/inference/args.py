@@ -100,7 +100,7 @@ class GenerationArgs:
     """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are
     dropped."""
     max_new_tokens: int = 64
-    """Most tokens of an answer."""
+    """Largest number of tokens of an answer."""
     batch_size: int = 16
     """Prompts per batch."""
     temperature: float = 1.0

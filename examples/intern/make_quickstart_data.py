@@ -2,12 +2,12 @@
 
     python examples/intern/make_quickstart_data.py --output-dir DIR [--rows 3000] [--vocab-size 2048]
 
-writes, the same bytes every time on the same Python:
+The output has the same bytes every time on the same Python:
 
     DIR/train.parquet       Alpaca-shaped rows: instruction, input, output
-    DIR/heldout.parquet     the same from other modules, about one row in twenty
+    DIR/heldout.parquet     such rows from other modules, about one row in twenty
     DIR/heldout.txt         their outputs as plain text
-    DIR/chat.jsonl          questions and short answers, for fine-tuning: Alpaca rows too
+    DIR/chat.jsonl          questions and short answers, for fine-tuning: also Alpaca-shaped rows
     DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's) and its JSON files
     DIR/made.json           settings; written last, so its presence marks complete data, which are reused
 

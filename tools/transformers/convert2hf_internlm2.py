@@ -16,8 +16,8 @@ class Options(internlm_tools.ToHuggingFace):
     """Converts an InternEvo training folder of InternLM2 or 2.5 to a Hugging Face directory."""
 
     scaling_factor: float = 2.0
-    """Factor of dynamic NTK; used with --rotary_type dynamic (not with origin, as the published page has
-    it)."""
+    """Factor of dynamic NTK; only used with --rotary-type dynamic (the published page wrongly names
+    origin)."""
 
 
 def main() -> None:

@@ -30,8 +30,8 @@ class ToHuggingFace:
     max_shard: str = "10GB"
     """Largest size of a safetensors file."""
     max_pos: int = 4096
-    """Longest training sequence. A config.json in --src overrides the defaults of --max-pos and --rotary-type,
-    but not values on the command line.
+    """Longest training sequence. A config.json in --src overrides the defaults of --max-pos and
+    --rotary-type, but not values on the command line.
     """
     rotary_type: Literal["origin", "dynamic"] = "origin"
     """Plain rotary embedding, or dynamic NTK beyond --max-pos."""

@@ -17,28 +17,23 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
-SEVERAL_RANKS = (
+LONGEST_FILES = (
     "test_engine_megatron",
     "test_engine_deepspeed",
+    "test_chain",
     "test_lora",
     "test_segments",
     "test_moe",
-    "test_family_training",
+    "test_generate",
+    "test_family_models",
 )
-"""Files whose tests start several ranks. They share one process of a parallel run: two groups of ranks on two
-cores would wait for each other in every collective."""
-LONGEST_FILES = ("test_chain", "test_generate", "test_family_models", "test_lora_start", "test_faults")
-"""Begun next, so that the processes of a parallel run end at about the same time."""
+"""Begun first, so that the processes of a parallel run end at about the same time."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Groups the tests of a parallel run by file (`--dist loadgroup`) and puts the longest groups first."""
-    position = {name: number for number, name in enumerate(SEVERAL_RANKS + LONGEST_FILES)}
-    items.sort(key=lambda item: position.get(item.path.stem, len(position)))
-    for item in items:
-        group = "several ranks" if item.path.stem in SEVERAL_RANKS else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Puts the longest files first and keeps the order of the others."""
+    rank = {name: position for position, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 @pytest.fixture(autouse=True)

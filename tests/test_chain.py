@@ -73,7 +73,7 @@ def trained(work) -> Path:
 
 
 def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained):
-    def said(name: str) -> list[tuple]:
+    def logged(name: str) -> list[tuple]:
         return [
             (line.iteration, line.loss, line.grad_norm, line.lr)
             if isinstance(line, TrainLine)
@@ -81,8 +81,8 @@ def test_a_resumed_run_has_the_same_curve_to_the_last_digit(trained):
             for line in lines(trained, name)
         ]
 
-    assert len(said("whole")) == ITERS + 2
-    assert said("broken") == said("whole")
+    assert len(logged("whole")) == ITERS + 2
+    assert logged("broken") == logged("whole")
     losses = [line.loss for line in lines(trained, "whole") if isinstance(line, TrainLine)]
     assert losses[-1] < losses[0] - 0.2
 
@@ -111,9 +111,9 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     with torch.no_grad():
         logits = torch.cat([model(batch.tokens).logits for batch in batches])
     labels = torch.cat([batch.labels for batch in batches])
-    theirs = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
+    expected = float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     ours = next(line.loss for line in reversed(lines(trained, "broken")) if isinstance(line, EvalLine))
-    assert theirs == pytest.approx(ours, rel=1e-5)
+    assert expected == pytest.approx(ours, rel=1e-5)
     ids = AutoTokenizer.from_pretrained(trained / "export")(
         "a list of numbers", add_special_tokens=False
     ).input_ids
@@ -144,10 +144,10 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(trained):
 )
 def test_a_wrong_flag_ends_the_launcher_with_one_line_and_code_2(work, flags, message):
     done = recipe(work, "wrong", work / "weights", *flags)
-    said = done.stdout + done.stderr
-    assert done.returncode == 2, said[-2000:]
-    assert said.count(message) == 1
-    assert "Traceback" not in said
+    output = done.stdout + done.stderr
+    assert done.returncode == 2, output[-2000:]
+    assert output.count(message) == 1
+    assert "Traceback" not in output
     assert not (work / "wrong").exists()
 
 

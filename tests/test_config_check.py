@@ -131,16 +131,20 @@ CASES = [  # what the tensors are, what config.json says otherwise, what is said
 
 @pytest.mark.parametrize(("tensors", "wrong", "message"), CASES)
 def test_one_contradiction_is_said_once(tensors, wrong, message):
-    found = config_mismatches(replace(tensors, **wrong), shapes_of(tensors))
-    assert len(found) == 1
-    assert found[0].startswith(message)
+    mismatches = config_mismatches(replace(tensors, **wrong), shapes_of(tensors))
+    assert len(mismatches) == 1
+    assert mismatches[0].startswith(message)
 
 
 def test_several_are_all_said():
-    found = config_mismatches(
+    mismatches = config_mismatches(
         replace(LLAMA, num_layers=30, vocab_size=100, ffn_hidden_size=64), shapes_of(LLAMA)
     )
-    assert [line.split()[2] for line in found] == ["num_hidden_layers", "vocab_size", "intermediate_size"]
+    assert [line.split()[2] for line in mismatches] == [
+        "num_hidden_layers",
+        "vocab_size",
+        "intermediate_size",
+    ]
 
 
 def test_what_cannot_be_told_is_not_said():

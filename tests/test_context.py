@@ -18,14 +18,14 @@ def test_every_rank_has_an_early_and_a_late_chunk(cpu, size):
     whole, seen = torch.arange(LENGTH), []
     for rank in range(size):
         share = SequenceShard(rank, size)
-        mine, chunk = share.take(whole, 0), LENGTH // (2 * size)
-        seen.append(mine)
+        local, chunk = share.take(whole, 0), LENGTH // (2 * size)
+        seen.append(local)
         if size == 1:
-            assert mine.equal(whole)
+            assert local.equal(whole)
             assert share.chunk_starts(LENGTH) == [0]
             continue
         first, last = rank * chunk, (2 * size - 1 - rank) * chunk
-        assert mine.tolist() == [*range(first, first + chunk), *range(last, last + chunk)]
+        assert local.tolist() == [*range(first, first + chunk), *range(last, last + chunk)]
         assert share.chunk_starts(LENGTH) == [first, last]
     assert torch.cat(seen).sort().values.equal(whole)
 
@@ -68,9 +68,9 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
 
     length -= length % (2 * size)
     inputs = tensors(length)
-    wanted = by_hand(*inputs)
-    weight = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    gradients = torch.autograd.grad((wanted * weight).sum(), inputs)
+    expected = by_hand(*inputs)
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = torch.autograd.grad((expected * weight).sum(), inputs)
     q, k, v = inputs
     total = 0
     for rank in range(size):
@@ -83,14 +83,14 @@ def test_the_chunks_of_all_ranks_make_the_whole(cpu, size, length):
             ],
             2,
         )
-        assert (out - share.take(wanted, 2)).abs().max() < 1e-12
+        assert (out - share.take(expected, 2)).abs().max() < 1e-12
         total = total + (out * share.take(weight, 2)).sum()
-    for mine, theirs in zip(torch.autograd.grad(total, inputs), gradients, strict=True):
-        assert (mine - theirs).abs().max() < 1e-11
+    for actual, expected_gradient in zip(torch.autograd.grad(total, inputs), gradients, strict=True):
+        assert (actual - expected_gradient).abs().max() < 1e-11
     if size > 1:  # control: chunks at other places than their own
         assert (
             attend(chunks[1], k, v, share.chunk_starts(length)[0])
-            - share.take(wanted, 2)[:, :, length // (2 * size) :]
+            - share.take(expected, 2)[:, :, length // (2 * size) :]
         ).abs().max() > 0.1
 
 
@@ -100,7 +100,7 @@ def test_dropped_probabilities_are_those_of_the_chunk(cpu):
 
     q, k, _ = tensors(192)
     v = torch.eye(192, dtype=torch.float64).expand(2, GROUPS, 192, 192)
-    wanted = F.softmax(
+    expected = F.softmax(
         (q @ k.repeat_interleave(2, 1).transpose(-1, -2) / D**0.5).masked_fill(
             torch.ones(192, 192).triu(1).bool(), float("-inf")
         ),
@@ -108,10 +108,10 @@ def test_dropped_probabilities_are_those_of_the_chunk(cpu):
     )[:, :, 48:]
     torch.manual_seed(0)
     dropped = attend(q[:, :, 48:], k, v, 48, dropout=0.25)
-    kept = dropped != 0
-    assert torch.allclose(dropped[kept], (wanted / 0.75)[kept], rtol=1e-5)
-    assert not dropped[wanted == 0].any()
-    assert kept.sum() / (wanted != 0).sum() == pytest.approx(0.75, abs=0.01)
+    nonzero = dropped != 0
+    assert torch.allclose(dropped[nonzero], (expected / 0.75)[nonzero], rtol=1e-5)
+    assert not dropped[expected == 0].any()
+    assert nonzero.sum() / (expected != 0).sum() == pytest.approx(0.75, abs=0.01)
 
 
 class Largest(TorchDispatchMode):
@@ -134,20 +134,20 @@ def test_memory_grows_with_the_length_not_with_its_square(cpu, dropout):
 
     def cost(length: int) -> tuple[int, int]:
         q, k, v = (x.detach().float().requires_grad_() for x in tensors(length))
-        kept: dict[int, int] = {}
+        saved: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         with Largest() as watch, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             attend(q[:, :, length // 2 :], k, v, length // 2, dropout).sum().backward()
-        return watch.size, sum(kept.values())
+        return watch.size, sum(saved.values())
 
-    (largest, kept), (twice, kept_twice) = cost(2048), cost(4096)
+    (largest, saved), (twice, kept_twice) = cost(2048), cost(4096)
     assert twice < 2.2 * largest
     assert twice < HEADS * 2048 * 4096 / 4
-    assert kept_twice < 2.2 * kept
+    assert kept_twice < 2.2 * saved
 
 
 def test_rope_has_the_positions_of_the_share(cpu):
@@ -166,6 +166,6 @@ def test_rope_has_the_positions_of_the_share(cpu):
     whole = rope.tables(64, *where)
     for rank in range(2):
         share = SequenceShard(rank, 2)
-        for mine, full in zip(rope.tables(64, *where, share), whole, strict=True):
-            assert mine.equal(share.take(full, 0))
+        for local, full in zip(rope.tables(64, *where, share), whole, strict=True):
+            assert local.equal(share.take(full, 0))
     assert not rope.tables(64, *where)[0][:32].equal(rope.tables(32, *where)[0])

@@ -70,9 +70,9 @@ class ToyDataset(TokenDataset):
         return Document(np.arange(first, first + count, dtype=np.int32), np.arange(count) > 0)
 
     def supervision(self, numbers, length):
-        kept = np.minimum(self.lengths[numbers], length)
+        lengths = np.minimum(self.lengths[numbers], length)
         zeros = np.zeros(len(numbers), np.int64)
-        return Supervision(kept - 1, zeros, zeros)
+        return Supervision(lengths - 1, zeros, zeros)
 
 
 class PairsPacker(Packer):
@@ -176,9 +176,9 @@ class ShoutHandler(TextHandler):
         return {"text": [word.upper() if isinstance(word, str) else word for word in rows["word"]]}
 
 
-def read_words(shard, wanted):
+def read_words(shard, split):
     words = shard.path.read_text().split()
-    yield rows_to_batch([(index, {"word": word}) for index, word in enumerate(words)], wanted)
+    yield rows_to_batch([(index, {"word": word}) for index, word in enumerate(words)], split)
 
 
 WORDS = FileReader(

@@ -14,15 +14,15 @@ from ascendspeed.utils.errors import UserError
 
 def fake_npu(monkeypatch, available: bool = True) -> list[str]:
     """Puts a stand-in for torch_npu, which records its calls, into sys.modules."""
-    asked: list[str] = []
+    calls: list[str] = []
     npu = types.SimpleNamespace(
         is_available=lambda: available,
         device_count=lambda: 8,
-        set_device=lambda index: asked.append(f"set_device {index}"),
+        set_device=lambda index: calls.append(f"set_device {index}"),
         get_device_name=lambda index: f"Ascend stand-in {index}",
         max_memory_allocated=lambda: 123,
-        synchronize=lambda: asked.append("synchronize"),
-        empty_cache=lambda: asked.append("empty_cache"),
+        synchronize=lambda: calls.append("synchronize"),
+        empty_cache=lambda: calls.append("empty_cache"),
     )
     package = types.ModuleType("torch_npu")
     package.__spec__ = types.SimpleNamespace(name="torch_npu")
@@ -38,24 +38,29 @@ def fake_npu(monkeypatch, available: bool = True) -> list[str]:
     ):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(
-        device.importlib, "import_module", lambda name: asked.append(name) or sys.modules[name]
+        device.importlib, "import_module", lambda name: calls.append(name) or sys.modules[name]
     )
     monkeypatch.setattr(
         device.importlib.util, "find_spec", lambda name: package.__spec__ if name == "torch_npu" else None
     )
-    return asked
+    return calls
 
 
 def test_an_npu_is_chosen_and_prepared_by_its_own_package(monkeypatch):
-    asked = fake_npu(monkeypatch)
+    calls = fake_npu(monkeypatch)
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    found = device.prepare("auto", "nccl")
-    assert (found.kind, found.index, found.backend, found.name) == ("npu", 3, "hccl", "Ascend stand-in 3")
-    assert asked == ["torch_npu", "torch_npu.contrib.transfer_to_npu", "set_device 3"]
-    assert found.peak_memory() == 123
-    found.synchronize()
-    assert asked[-1] == "synchronize"
+    prepared = device.prepare("auto", "nccl")
+    assert (prepared.kind, prepared.index, prepared.backend, prepared.name) == (
+        "npu",
+        3,
+        "hccl",
+        "Ascend stand-in 3",
+    )
+    assert calls == ["torch_npu", "torch_npu.contrib.transfer_to_npu", "set_device 3"]
+    assert prepared.peak_memory() == 123
+    prepared.synchronize()
+    assert calls[-1] == "synchronize"
 
 
 def test_fused_kernels_of_an_npu(monkeypatch):
@@ -124,12 +129,12 @@ if sys.argv[2] == "plain":
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 print(model(torch.arange(40)[None]).logits.double().sum().item())
 """
-    said = {}
+    settings = {}
     for how in ("plain", "adapted"):
         command = [sys.executable, "-c", script, str(tmp_path / "model"), how]
         done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, check=True)
-        said[how] = done.stdout.strip().splitlines()[-1]
-    assert said["plain"] == said["adapted"]
+        settings[how] = done.stdout.strip().splitlines()[-1]
+    assert settings["plain"] == settings["adapted"]
 
 
 def test_the_cpu_answers_what_megatron_core_asks_of_cuda(cpu):

@@ -27,16 +27,16 @@ def derived(cpu, tmp_path, given=None, run=RUN, world=8):
 
 
 def test_it_says_what_the_run_says(cpu, tmp_path):
-    found = derived(cpu, tmp_path)
+    config = derived(cpu, tmp_path)
     assert (
-        found["train_batch_size"],
-        found["train_micro_batch_size_per_gpu"],
-        found["gradient_accumulation_steps"],
+        config["train_batch_size"],
+        config["train_micro_batch_size_per_gpu"],
+        config["gradient_accumulation_steps"],
     ) == (16, 2, 2)
-    assert found["gradient_clipping"] == 0.5  # what clips
-    assert found["zero_optimization"]["stage"] == 2
-    assert found["bf16"] == {"enabled": True, "check_grad_overflow": True}
-    assert found["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["gradient_clipping"] == 0.5  # what clips
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
 def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
@@ -50,9 +50,9 @@ def test_flags_put_states_elsewhere(cpu, tmp_path):
     run = replace(
         RUN, parallel=replace(RUN.parallel, **zero, zero_offload="nvme", zero_offload_nvme_path="/nvme")
     )
-    found = derived(cpu, tmp_path, run=run)["zero_optimization"]
-    assert found["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
-    assert (found["stage"], found["zero_hpz_partition_size"], found["overlap_comm"]) == (3, 4, True)
+    settings = derived(cpu, tmp_path, run=run)["zero_optimization"]
+    assert settings["offload_optimizer"] == {"device": "nvme", "nvme_path": "/nvme"}
+    assert (settings["stage"], settings["zero_hpz_partition_size"], settings["overlap_comm"]) == (3, 4, True)
     assert (
         not {"offload_optimizer", "zero_hpz_partition_size"}
         & derived(cpu, tmp_path)["zero_optimization"].keys()
@@ -65,12 +65,12 @@ def test_a_file_may_add(cpu, tmp_path):
         "communication_data_type": "bf16",
         "train_batch_size": "auto",
     }
-    found = derived(cpu, tmp_path, given)
-    assert found["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert found["zero_optimization"]["reduce_bucket_size"] == 5
-    assert found["zero_optimization"]["overlap_comm"] is True
-    assert found["communication_data_type"] == "bf16"
-    assert found["train_batch_size"] == 16
+    config = derived(cpu, tmp_path, given)
+    assert config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert config["zero_optimization"]["reduce_bucket_size"] == 5
+    assert config["zero_optimization"]["overlap_comm"] is True
+    assert config["communication_data_type"] == "bf16"
+    assert config["train_batch_size"] == 16
 
 
 @pytest.mark.parametrize(

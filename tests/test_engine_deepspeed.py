@@ -139,15 +139,15 @@ def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
     lrs = [lr_schedule.lr_at(i, RUN.optim, STEPS) for i in range(steps)]
     for name, fields in MODELS.items():
         model = replace(MODEL, **fields)
-        theirs = oracle.hugging_face(model, dict(param_mapping.random_tensors(model, RUN.train.seed)))
-        curves[name] = oracle.train(theirs, data, lrs, vars(RUN.optim))
+        reference = oracle.hugging_face(model, dict(param_mapping.random_tensors(model, RUN.train.seed)))
+        curves[name] = oracle.train(reference, data, lrs, vars(RUN.optim))
     cases = {
         f"{n}, zero {z}": {"changes": {**changes(z), "model": fields}}
         for n, fields in MODELS.items()
         for z in (1, 3)
     }
-    for name, found in run_cases("tp2-dp1", cases, tmp_path, steps, train_iters=STEPS).items():
-        loss, norm = worst(found, curves[name.partition(",")[0]])
+    for name, curve in run_cases("tp2-dp1", cases, tmp_path, steps, train_iters=STEPS).items():
+        loss, norm = worst(curve, curves[name.partition(",")[0]])
         assert loss < 1e-5, name
         assert norm < 1e-5, name
 

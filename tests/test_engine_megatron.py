@@ -75,11 +75,11 @@ def run(world: int, themes: dict[str, Theme], folder: Path) -> dict[str, dict[st
     """theme -> case -> [[loss, gradient norm], ...]."""
     cases = {f"{theme}/{name}": case for theme, (cases, _) in themes.items() for name, case in cases.items()}
     job = {"run": schema.to_dict(RUN), "steps": STEPS, "data_seed": DATA_SEED, "cases": cases}
-    found: dict[str, dict[str, Curve]] = {theme: {} for theme in themes}
+    curves: dict[str, dict[str, Curve]] = {theme: {} for theme in themes}
     for name, curve in launch.ranks(world, "engine_worker.py", job, folder, timeout=1800).items():
         theme, _, own = name.partition("/")
-        found[theme][own] = curve
-    return found
+        curves[theme][own] = curve
+    return curves
 
 
 def run_and_check(world: int, theme: Theme, folder: Path) -> None:
@@ -165,10 +165,10 @@ def experts(world: int, folder: Path) -> Theme:
     cases[f"{first}, first"] = case(layouts[first], 3, save=at)
     cases |= {f"then {name}": case(layouts[name], steps, first=3, load=at) for name in others}
     cases |= {"then dp": case({}, steps, first=3, load=at)}
-    for one in cases.values():
-        one["changes"]["model"] = asdict(model)
-    theirs = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder / "hf")
-    return Theme(cases, lambda curves: compare(trained(theirs, model.vocab_size, steps), curves))
+    for settings in cases.values():
+        settings["changes"]["model"] = asdict(model)
+    reference_model = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder / "hf")
+    return Theme(cases, lambda curves: compare(trained(reference_model, model.vocab_size, steps), curves))
 
 
 TIED = {"family": "llama", "tie_embeddings": True, "add_qkv_bias": False, "add_dense_bias": False}
@@ -178,8 +178,8 @@ GROUPED = {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add
 def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
     """Embeddings tied over stages; fewer key/value heads than tensor ranks, with sequence parallel."""
     model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], 6) for name in names}
-    for one in cases.values():
-        one["changes"]["model"] = fields
+    for settings in cases.values():
+        settings["changes"]["model"] = fields
     return Theme(cases, lambda curves: compare(trained(reference(model), model.vocab_size, 6), curves))
 
 
@@ -281,12 +281,12 @@ def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
 def digests(folder: Path) -> dict[str, str]:
     """SHA-256 of every full tensor in a checkpoint."""
     opened = open_checkpoint(folder)
-    found = {}
+    hashes = {}
     for kind in KINDS:
         for name, tensor in opened.tensors(kind):
-            found[f"{kind} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
-    assert len(found) == 3 * len(list(param_mapping.parameters(opened.config)))
-    return found
+            hashes[f"{kind} {name}"] = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+    assert len(hashes) == 3 * len(list(param_mapping.parameters(opened.config)))
+    return hashes
 
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -380,10 +380,10 @@ def test_every_layout_equals_a_plain_torch_loop(world, tmp_path):
 
 def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[str, dict[str, Case]]:
     """model -> layout -> case, on four ranks: whatever the checks let through."""
-    dice, found = random.Random(seed), {name: {} for name in models}
-    sizes = {next(iter(one)): (1, 1, 2, 4) for one in (TP, PP, VPP, CP, EP)} | {"zero_stage": (0, 1, 2, 3)}
+    dice, chosen = random.Random(seed), {name: {} for name in models}
+    sizes = {next(iter(axis)): (1, 1, 2, 4) for axis in (TP, PP, VPP, CP, EP)} | {"zero_stage": (0, 1, 2, 3)}
     flags = [*OVERLAP, *SP, "deepspeed"]
-    while sum(map(len, found.values())) < number:
+    while sum(map(len, chosen.values())) < number:
         name = dice.choice(list(models))
         parallel = {field: dice.choice(values) for field, values in sizes.items()} | {
             f: dice.random() < 0.5 for f in flags
@@ -399,11 +399,11 @@ def by_chance(models: dict[str, ModelConfig], number: int, seed: int) -> dict[st
             )
         except UserError:
             continue
-        one = case(parallel, 3, train=train, evaluate=True)
-        one["changes"]["model"] = asdict(models[name])
-        said = {k: v for k, v in (parallel | train).items() if v != vars(ParallelConfig()).get(k)}
-        found[name][" ".join(f"{k}={v}" for k, v in said.items())] = one
-    return found
+        candidate = case(parallel, 3, train=train, evaluate=True)
+        candidate["changes"]["model"] = asdict(models[name])
+        changed = {k: v for k, v in (parallel | train).items() if v != vars(ParallelConfig()).get(k)}
+        chosen[name][" ".join(f"{k}={v}" for k, v in changed.items())] = candidate
+    return chosen
 
 
 @pytest.mark.slow
@@ -418,8 +418,8 @@ def test_whatever_the_checks_let_through_has_the_same_curve(seed, tmp_path):
     for name, cases in by_chance(models, 16, seed).items():
         model = models[name]
         tensors = dict(param_mapping.random_tensors(model, RUN.train.seed))
-        theirs = loaded(model, tensors, tmp_path / name) if model.num_experts else reference(model)
-        themes[name] = Theme(cases, partial(compare, trained(theirs, model.vocab_size, 3)))
+        reference_model = loaded(model, tensors, tmp_path / name) if model.num_experts else reference(model)
+        themes[name] = Theme(cases, partial(compare, trained(reference_model, model.vocab_size, 3)))
     for name, curves in run(4, themes, tmp_path / "run").items():
         themes[name].check(curves)
 

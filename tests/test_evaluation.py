@@ -44,9 +44,9 @@ LIMIT = 1e-5
 def folders(tmp_path_factory) -> dict[str, Path]:
     """The model as InternLM and as Llama, and a benchmark of each kind."""
     home = tmp_path_factory.mktemp("evaluation")
-    made = {"ours": model_dir(home / "hf")}
-    made["theirs"] = exported(home / "llama", made["ours"])
-    return made | {task: make(home / task) for task, make in MAKERS.items()}
+    folders = {"ours": model_dir(home / "hf")}
+    folders["theirs"] = exported(home / "llama", folders["ours"])
+    return folders | {task: make(home / task) for task, make in MAKERS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def hf(folders) -> HFLM:
 
 def benchmark(task: str, folders, shots: int | None = None):
     """Its first subjects."""
-    found = load_benchmark(task, folders[task], TASKS[task].num_shots if shots is None else shots, QUESTIONS)
-    return replace(found, subjects=found.subjects[:SUBJECTS])
+    loaded = load_benchmark(task, folders[task], TASKS[task].num_shots if shots is None else shots, QUESTIONS)
+    return replace(loaded, subjects=loaded.subjects[:SUBJECTS])
 
 
 def asked(
@@ -100,22 +100,22 @@ def asked(
     """(benchmark, grades, what was answered) of our own way."""
     tokens = tokenizer.load(folders["ours"])
     encoder = encoder or PromptEncoder(tokens)
-    one = benchmark(task, folders, shots)
+    loaded = benchmark(task, folders, shots)
     put = find_style(name, task, TASKS[task].num_shots if shots is None else shots)
     max_length = model.config.max_position_embeddings
-    prompts = list(build_prompts(one, put, encoder, max_length, NEW))
+    prompts = list(build_prompts(loaded, put, encoder, max_length, NEW))
     answers = AnswerCache(None, {}) if answers is None else answers
     adapter = harness.HarnessModel(EngineBackend(model, tokens, batch_size), encoder, max_length, answers)
     grades = harness.grade_prompts(adapter, prompts, NEW)
-    return one, grades, [answers.records[grade.key] for grade in grades]
+    return loaded, grades, [answers.records[grade.key] for grade in grades]
 
 
 def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
     """lm-eval's tasks, lm-eval's model."""
-    one = benchmark(task, folders, shots)
-    found = []
-    for subject in one.subjects:
-        made = harness_task(
+    loaded = benchmark(task, folders, shots)
+    all_samples = []
+    for subject in loaded.subjects:
+        subject_task = harness_task(
             task,
             folders[task],
             subject.info.name if task in ("mmlu", "ceval", "cmmlu") else "",
@@ -123,29 +123,29 @@ def their_samples(hf: HFLM, folders, task: str, shots: int) -> list[dict]:
             QUESTIONS,
         )
         if task == "gsm8k":
-            made.set_config("generation_kwargs", {"max_gen_toks": NEW}, update=True)
-        samples = evaluate(hf, {"one": made}, bootstrap_iters=0, limit=QUESTIONS)["samples"]["one"]
-        found += samples
-    return found
+            subject_task.set_config("generation_kwargs", {"max_gen_toks": NEW}, update=True)
+        samples = evaluate(hf, {"one": subject_task}, bootstrap_iters=0, limit=QUESTIONS)["samples"]["one"]
+        all_samples += samples
+    return all_samples
 
 
 def far(answers: list[dict], samples: list[dict]) -> float:
     """Largest distance of two log-likelihoods."""
     pairs = [
-        (mine, their[0])
+        (our, their[0])
         for answer, sample in zip(answers, samples, strict=True)
-        for mine, their in zip(answer["loglikelihoods"], sample["filtered_resps"], strict=True)
+        for our, their in zip(answer["loglikelihoods"], sample["filtered_resps"], strict=True)
     ]
     assert len(pairs) >= 2 * len(answers)
-    assert min(mine for mine, _ in pairs) > -64
-    return max(abs(mine - their) for mine, their in pairs)
+    assert min(our for our, _ in pairs) > -64
+    return max(abs(our - their) for our, their in pairs)
 
 
 @pytest.mark.parametrize(
     ("task", "shots"), [("mmlu", 5), ("ceval", 2), ("cmmlu", 2), ("boolq", 0), ("boolq", 2), ("hellaswag", 0)]
 )
 def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, folders):
-    one, grades, answers = asked(model, folders, task, shots=shots)
+    loaded, grades, answers = asked(model, folders, task, shots=shots)
     samples = their_samples(hf, folders, task, shots)
     assert all(grade.prompt.num_shots == shots and not grade.prompt.truncated for grade in grades)
     assert far(answers, samples) < LIMIT
@@ -156,7 +156,7 @@ def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, fold
         }
         assert TASKS[task].main_metric in grade.metrics
     values = [sample[TASKS[task].main_metric] for sample in samples]
-    assert metrics.score_task(one, grades, shots).groups["all"]["micro"] == pytest.approx(
+    assert metrics.score_task(loaded, grades, shots).groups["all"]["micro"] == pytest.approx(
         sum(values) / len(values)
     )
 
@@ -165,9 +165,9 @@ def test_written_answers_and_scores_are_lm_evals(model, hf, folders):
     _, grades, answers = asked(model, folders, "gsm8k", shots=2)
     samples = their_samples(hf, folders, "gsm8k", 2)
     for name in ("strict-match", "flexible-extract"):
-        theirs = [sample for sample in samples if sample["filter"] == name]
-        assert [a["text"] for a in answers] == [sample["resps"][0][0] for sample in theirs]
-        assert [grade.metrics[name] for grade in grades] == [sample["exact_match"] for sample in theirs]
+        filtered = [sample for sample in samples if sample["filter"] == name]
+        assert [a["text"] for a in answers] == [sample["resps"][0][0] for sample in filtered]
+        assert [grade.metrics[name] for grade in grades] == [sample["exact_match"] for sample in filtered]
     assert any(a["text"] for a in answers)
 
 
@@ -181,15 +181,15 @@ def test_numbers_are_found_in_written_answers(folders):
             for i in reversed(range(len(prompts))):
                 got(i, says[i])
 
-    one = load_benchmark("gsm8k", folders["gsm8k"], 1, 4)
+    loaded = load_benchmark("gsm8k", folders["gsm8k"], 1, 4)
     encoder = PromptEncoder(tokenizer.load(folders["ours"]))
-    prompts = list(build_prompts(one, find_style("lm-eval", "gsm8k", 1), encoder, 1024, 64))
+    prompts = list(build_prompts(loaded, find_style("lm-eval", "gsm8k", 1), encoder, 1024, 64))
     grades = harness.grade_prompts(
         harness.HarnessModel(Says(), encoder, 1024, AnswerCache(None, {})), prompts, 64
     )
     assert [g.metrics["strict-match"] for g in grades] == [1, 0, 0, 0]
     assert [g.metrics["flexible-extract"] for g in grades] == [1, 1, 0, 0]
-    result = metrics.score_task(one, grades, 1)
+    result = metrics.score_task(loaded, grades, 1)
     assert result.groups["all"]["micro"] == 0.5
     assert "strict-match: 25.00" in report.as_text(result, "x")
 
@@ -228,22 +228,22 @@ def test_other_styles_have_transformers_log_likelihoods(name, task, model, hf, f
     for grade, answer in zip(grades, answers, strict=True):
         pairs = [(grade.prompt.context, text) for text in grade.prompt.answers]
         encoded = [(pair, *hf._encode_pair(*pair)) for pair in pairs]
-        theirs = [value for value, _ in hf._loglikelihood_tokens(encoded, disable_tqdm=True)]
-        assert answer["loglikelihoods"] == pytest.approx(theirs, abs=LIMIT)
+        expected = [value for value, _ in hf._loglikelihood_tokens(encoded, disable_tqdm=True)]
+        assert answer["loglikelihoods"] == pytest.approx(expected, abs=LIMIT)
 
 
 @pytest.mark.parametrize("task", ["mmlu", "hellaswag"])
 def test_batch_sizes_change_nothing(task, model, folders):
-    one, three, many = (asked(model, folders, task, size, shots=2)[2] for size in (1, 3, 16))
-    for a, b, c in zip(one, three, many, strict=True):
+    single, three, many = (asked(model, folders, task, size, shots=2)[2] for size in (1, 3, 16))
+    for a, b, c in zip(single, three, many, strict=True):
         assert a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=LIMIT)
         assert a["loglikelihoods"] == pytest.approx(c["loglikelihoods"], abs=LIMIT)
 
 
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
-    one = benchmark("boolq", folders)
+    loaded = benchmark("boolq", folders)
     encoder = PromptEncoder(tokenizer.load(folders["ours"]))
-    [prompt, *_] = build_prompts(one, find_style("lm-eval", "boolq", 0), encoder, 20, 0)
+    [prompt, *_] = build_prompts(loaded, find_style("lm-eval", "boolq", 0), encoder, 20, 0)
     whole = max((len(a) + len(b) - 1 for a, b in encoder.encode_pairs(prompt.context, prompt.answers)))
     assert prompt.truncated == whole - 20 > 0
     seen = []
@@ -265,7 +265,7 @@ def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
         assert context.count(1) == 1
     assert "lost their beginning" in report.as_text(
         metrics.score_task(
-            replace(one, subjects=(replace(one.subjects[0], questions=(prompt.question,)),)), grades, 0
+            replace(loaded, subjects=(replace(loaded.subjects[0], questions=(prompt.question,)),)), grades, 0
         ),
         "x",
     )
@@ -286,7 +286,7 @@ def test_a_task_is_one_entry(folders, tmp_path, monkeypatch):
     rows = [{"sum": "1 + 1", "right": 0}, {"sum": "1 + 2", "right": 1}]
     (tmp_path / "toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["--load", str(folders["ours"]), "--task-data-path", str(tmp_path), "--task"]
-    [(one, put)] = resolve([*words, "toy"], 1)[0].benchmarks
+    [(toy_benchmark, put)] = resolve([*words, "toy"], 1)[0].benchmarks
     with pytest.raises(UserError, match=r"--task other does not exist; choose from mmlu, .*, hellaswag, toy"):
         resolve([*words, "other"], 1)
 
@@ -296,12 +296,12 @@ def test_a_task_is_one_entry(folders, tmp_path, monkeypatch):
                 on_score(i, -1.0 - i % 2, False)
 
     encoder = PromptEncoder(tokenizer.load(folders["ours"]))
-    prompts = list(build_prompts(one, put, encoder, 1024, 0))
+    prompts = list(build_prompts(toy_benchmark, put, encoder, 1024, 0))
     assert [(p.context, p.answers) for p in prompts] == [("1 + 1 =", [" 2", " 3"]), ("1 + 2 =", [" 2", " 3"])]
     grades = harness.grade_prompts(
         harness.HarnessModel(AlwaysTwo(), encoder, 1024, AnswerCache(None, {})), prompts, 0
     )
-    score = metrics.score_task(one, grades, 0)
+    score = metrics.score_task(toy_benchmark, grades, 0)
     assert (score.metric, score.groups["all"]["micro"]) == ("acc", 0.5)
     assert report.as_text(score, "x").startswith(f"toy ({tmp_path}), x, acc in %")
     assert report.as_json(score, 0)["questions"] == 2
@@ -327,9 +327,9 @@ class Counts:
 
 def sampled(folders, backend, answers):
     """Asks the sample."""
-    one, encoder = load_benchmark("mmlu", SAMPLE, 1), PromptEncoder(tokenizer.load(folders["ours"]))
-    prompts = list(build_prompts(one, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
-    return one, harness.grade_prompts(harness.HarnessModel(backend, encoder, 1024, answers), prompts, 0)
+    loaded, encoder = load_benchmark("mmlu", SAMPLE, 1), PromptEncoder(tokenizer.load(folders["ours"]))
+    prompts = list(build_prompts(loaded, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    return loaded, harness.grade_prompts(harness.HarnessModel(backend, encoder, 1024, answers), prompts, 0)
 
 
 def test_killed_it_goes_on_where_it_was(tmp_path, folders):
@@ -414,30 +414,31 @@ def test_a_refused_folder_is_refused_on_every_rank(tmp_path):
     for settings in ({"seed": 2}, {"seed": 1}):
         meet, given = threading.Barrier(2, timeout=20), [None, None]
         with ThreadPoolExecutor(2) as pool:
-            found = list(pool.map(opened, (0, 1), (settings, settings)))
+            caches = list(pool.map(opened, (0, 1), (settings, settings)))
         if settings["seed"] == 2:
-            assert found[0] == found[1]
-            assert "holds answers of seed 1, this run has 2: choose another --output-dir" in found[0]
+            assert caches[0] == caches[1]
+            assert "holds answers of seed 1, this run has 2: choose another --output-dir" in caches[0]
         else:
-            assert [one.records for one in found] == [{}, {}]
-            found[0].close()
+            assert [cache.records for cache in caches] == [{}, {}]
+            caches[0].close()
 
 
 def test_means_by_hand(folders):
     """Two subjects of different sizes in one category: macro and micro differ."""
-    one = load_benchmark("mmlu", SAMPLE, 1)
+    loaded = load_benchmark("mmlu", SAMPLE, 1)
     sizes = {"arithmetic": 3, "computer_basics": 1, "english_words": 2, "world_geography": 2}
-    one = replace(
-        one, subjects=tuple(replace(s, questions=s.questions[: sizes[s.info.name]]) for s in one.subjects)
+    loaded = replace(
+        loaded,
+        subjects=tuple(replace(s, questions=s.questions[: sizes[s.info.name]]) for s in loaded.subjects),
     )
     encoder = PromptEncoder(tokenizer.load(folders["ours"]))
-    prompts = list(build_prompts(one, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
+    prompts = list(build_prompts(loaded, find_style("lm-eval", "mmlu", 1), encoder, 1024, 0))
     values = [1, 0, 0, 1, 1, 0, 0, 0]
     grades = [
         harness.Grade(prompt, str(i), {"acc": float(v)})
         for i, (prompt, v) in enumerate(zip(prompts, values, strict=True))
     ]
-    result = metrics.score_task(one, grades, 2)
+    result = metrics.score_task(loaded, grades, 2)
     stem = result.groups["STEM"]
     assert (stem["macro"], stem["micro"]) == pytest.approx(((1 / 3 + 1) / 2, 2 / 4))
     assert (result.groups["all"]["macro"], result.groups["all"]["micro"]) == pytest.approx(
@@ -458,7 +459,7 @@ def test_means_by_hand(folders):
     } in table
     assert report.draw_chart([result, result], "title").startswith(b"\x89PNG")
     with pytest.raises(AssertionError):  # control: a subject that shrank
-        metrics.score_task(one, grades[1:], 2)
+        metrics.score_task(loaded, grades[1:], 2)
 
 
 def test_hashes_of_a_model(folders, tmp_path):
@@ -491,17 +492,17 @@ def run(folder: Path, *words: str, world: int = 1) -> tuple[int, str]:
     port = str(launch.free_port())
     processes = []
     for rank in range(world):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
-        env = launch.environment(**{name: str(value) for name, value in place.items()} if world > 1 else {})
+        ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+        ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
+        env = launch.environment(**{name: str(value) for name, value in ranks.items()} if world > 1 else {})
         command = [sys.executable, str(SCRIPT), *map(str, words)]
         processes.append(
             subprocess.Popen(
                 command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=launch.ROOT
             )
         )
-    said = [process.communicate(timeout=300)[0] for process in processes]
-    return max(process.returncode for process in processes), "\n".join(said)
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    return max(process.returncode for process in processes), "\n".join(outputs)
 
 
 def records(folder: Path) -> list[dict]:
@@ -546,11 +547,11 @@ def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
         "--output-dir",
         tmp_path,
     ]
-    code, said = run(tmp_path, *words, world=2)
-    assert code == 0, said
+    code, output = run(tmp_path, *words, world=2)
+    assert code == 0, output
     assert (
-        said.count("10 questions, the first 2 of each subject only; 0 were answered before")
-        == said.count("wrote ")
+        output.count("10 questions, the first 2 of each subject only; 0 were answered before")
+        == output.count("wrote ")
         == 1
     )
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -566,19 +567,19 @@ def test_the_command_at_tp_2_has_the_answers_of_tp_1(folders, model, tmp_path):
         8,
     )
     assert {"torch", "lm_eval", "megatron-core", "ascendspeed"} <= whole["versions"].keys()
-    theirs, encoder = records(tmp_path), PromptEncoder(tokenizer.load(folders["ours"]))
-    found = [(load_benchmark("mmlu", SAMPLE, 2, 2), 2), (load_benchmark("gsm8k", folders["gsm8k"], 2, 2), 2)]
+    expected, encoder = records(tmp_path), PromptEncoder(tokenizer.load(folders["ours"]))
+    loaded = [(load_benchmark("mmlu", SAMPLE, 2, 2), 2), (load_benchmark("gsm8k", folders["gsm8k"], 2, 2), 2)]
     prompts = [
         p
-        for one, n in found
-        for p in build_prompts(one, find_style("lm-eval", one.name, n), encoder, 1024, NEW)
+        for loaded_task, n in loaded
+        for p in build_prompts(loaded_task, find_style("lm-eval", loaded_task.name, n), encoder, 1024, NEW)
     ]
     adapter = harness.HarnessModel(
         EngineBackend(model, encoder.tokenizer, 3), encoder, 1024, AnswerCache(None, whole["settings"])
     )
     grades = harness.grade_prompts(adapter, prompts, NEW)
-    assert [grade.key for grade in grades] == [record["key"] for record in theirs]
-    for grade, record in zip(grades, theirs, strict=True):
+    assert [grade.key for grade in grades] == [record["key"] for record in expected]
+    for grade, record in zip(grades, expected, strict=True):
         own = adapter.answers.records[grade.key]
         assert grade.metrics == record["metrics"]
         assert own.get("text") == record.get("text")
@@ -598,10 +599,10 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
         folders["hellaswag"],
     ]
     words += ["--device", "cpu"]
-    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "one")
-    assert code == 0, said
-    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "two", "--pp", "2", world=2)
-    assert code == 0, said
+    code, output = run(tmp_path, *words, "--output-dir", tmp_path / "one")
+    assert code == 0, output
+    code, output = run(tmp_path, *words, "--output-dir", tmp_path / "two", "--pp", "2", world=2)
+    assert code == 0, output
     same(tmp_path / "one", tmp_path / "two")
     command = [sys.executable, SCRIPT, *words, "--batch-size", "1", "--output-dir", tmp_path / "three"]
     with subprocess.Popen(
@@ -610,8 +611,8 @@ def test_the_command_at_pp_2_and_killed(folders, tmp_path):
         while process.poll() is None and not (tmp_path / "three" / FILE_NAME).exists():
             pass
         process.kill()
-    code, said = run(tmp_path, *words, "--output-dir", tmp_path / "three")
-    assert code == 0, said
+    code, output = run(tmp_path, *words, "--output-dir", tmp_path / "three")
+    assert code == 0, output
     same(tmp_path / "one", tmp_path / "three")
 
 
@@ -643,6 +644,6 @@ def test_an_answer_longer_than_the_model(folders, tmp_path):
         "--output-dir",
         tmp_path,
     ]
-    code, said = run(tmp_path, *words, "--max-input-length", "200", "--device", "cpu")
-    assert (code, said.count("\n")) == (2, 1), said
-    assert "--max-new-tokens 256 of gsm8k leaves none of the 200 tokens for the question" in said
+    code, output = run(tmp_path, *words, "--max-input-length", "200", "--device", "cpu")
+    assert (code, output.count("\n")) == (2, 1), output
+    assert "--max-new-tokens 256 of gsm8k leaves none of the 200 tokens for the question" in output

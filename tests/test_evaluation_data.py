@@ -26,14 +26,14 @@ def small(folder, count=3):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_benchmark_is_read_whole(task, tmp_path):
-    found = load_benchmark(task, MAKERS[task](tmp_path), TASKS[task].num_shots)
+    loaded = load_benchmark(task, MAKERS[task](tmp_path), TASKS[task].num_shots)
     expected = {"mmlu": 57 * 3, "ceval": 52 * 2, "cmmlu": 67 * 2, "boolq": 8, "gsm8k": 6, "hellaswag": 8}
-    assert (found.size, found.custom) == (expected[task], False)
-    assert {len(subject.shots) for subject in found.subjects} == {TASKS[task].num_shots}
-    assert load_benchmark(task, tmp_path, TASKS[task].num_shots, limit=1).size == len(found.subjects)
+    assert (loaded.size, loaded.custom) == (expected[task], False)
+    assert {len(subject.shots) for subject in loaded.subjects} == {TASKS[task].num_shots}
+    assert load_benchmark(task, tmp_path, TASKS[task].num_shots, limit=1).size == len(loaded.subjects)
     assert all(
         question.location.startswith(str(tmp_path))
-        for subject in found.subjects
+        for subject in loaded.subjects
         for question in subject.questions
     )
 
@@ -112,9 +112,9 @@ def test_the_hubs_parquet(tmp_path):
     for subject in SUBJECTS["mmlu"]:
         hub(tmp_path, subject)
     hub(tmp_path, "all")  # the hub has one with everything beside them
-    found = load_benchmark("mmlu", tmp_path, 2)
-    assert found.size == 57 * 2
-    question = found.subjects[0].questions[1]
+    loaded = load_benchmark("mmlu", tmp_path, 2)
+    assert loaded.size == 57 * 2
+    question = loaded.subjects[0].questions[1]
     assert (question.text, question.choices, question.answer) == ("Q1 test", ("0.50", "None", "NA", "x"), 3)
     assert question.location.endswith("test-00000-of-00001.parquet: row 1")
 
@@ -221,22 +221,22 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_what_is_wrong_is_named(case, tmp_path):
-    put, said = BROKEN[case]
+    put, message = BROKEN[case]
     put(tmp_path)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         load_benchmark("mmlu", tmp_path, 5)
     assert "\n" not in str(error.value)
 
 
 def test_parquet_that_is_wrong(tmp_path):
     (tmp_path / CUSTOM_SUBJECTS).write_text(ONE)
-    for wrong, said in (
+    for wrong, message in (
         ((0, 4), "the answer 4 is not one of"),
         ((-1,), "the answer -1 is not one of"),
         ((None,), "the answer None"),
     ):
         hub(tmp_path, answers=wrong)
-        with pytest.raises(UserError, match=rf"test-00000-of-00001\.parquet: row .: {said}"):
+        with pytest.raises(UserError, match=rf"test-00000-of-00001\.parquet: row .: {message}"):
             load_benchmark("mmlu", tmp_path, 0)
     (tmp_path / "anatomy/test-00000-of-00001.parquet").unlink()
     hub(tmp_path, shards=2)
@@ -265,15 +265,15 @@ JSONL = {
 
 
 @pytest.mark.parametrize(
-    ("task", "change", "said"), [(task, *case) for task, cases in JSONL.items() for case in cases], ids=str
+    ("task", "change", "message"), [(task, *case) for task, cases in JSONL.items() for case in cases], ids=str
 )
-def test_json_lines_that_are_wrong(task, change, said, tmp_path):
+def test_json_lines_that_are_wrong(task, change, message, tmp_path):
     MAKERS[task](tmp_path)
     path = next(p for p in tmp_path.iterdir() if "val" in p.name or "test" in p.name)
     tables = [json.loads(line) for line in path.read_text().splitlines()]
     tables[4] |= change
     put_jsonl(path, tables)
-    with pytest.raises(UserError, match=rf"{path.name}:5: .*{said}"):
+    with pytest.raises(UserError, match=rf"{path.name}:5: .*{message}"):
         load_benchmark(task, tmp_path, 0)
     path.write_text('{"question": "q"\n')
     with pytest.raises(UserError, match=rf"{path.name}:1: this line is not JSON"):
@@ -296,7 +296,7 @@ def test_the_originals_names_of_boolq(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ("agieval", "AGIEval is not supported"),
         ("bbh", "BBH is not supported"),
@@ -307,8 +307,8 @@ def test_the_originals_names_of_boolq(tmp_path):
         ),
     ],
 )
-def test_tasks_that_do_not_exist(task, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+def test_tasks_that_do_not_exist(task, message, tmp_path):
+    with pytest.raises(UserError, match=message):
         load_benchmark(task, tmp_path, 0)
     with pytest.raises(UserError, match="is not a directory"):
         load_benchmark("mmlu", tmp_path / "nowhere", 0)
@@ -322,15 +322,15 @@ def test_too_few_examples(tmp_path):
 
 def test_the_sample_is_sound():
     """Every question once, four different choices, and answers that are as often A as D."""
-    found = load_benchmark("mmlu", SAMPLE, 5)
-    questions = [q for subject in found.subjects for q in (*subject.shots, *subject.questions)]
-    assert found.custom
-    assert (len(found.subjects), found.size) == (4, 60)
+    loaded = load_benchmark("mmlu", SAMPLE, 5)
+    questions = [q for subject in loaded.subjects for q in (*subject.shots, *subject.questions)]
+    assert loaded.custom
+    assert (len(loaded.subjects), loaded.size) == (4, 60)
     assert len({q.text for q in questions}) == len(questions) == 80
     assert all(
         len(set(q.choices)) == 4 and q.choices == tuple(c.strip() for c in q.choices) for q in questions
     )
-    counts = [sum(q.answer == i for subject in found.subjects for q in subject.questions) for i in range(4)]
+    counts = [sum(q.answer == i for subject in loaded.subjects for q in subject.questions) for i in range(4)]
     assert max(counts) - min(counts) <= 4
     for split in ("dev", "val", "test"):
         for path in (SAMPLE / split).iterdir():
@@ -346,7 +346,7 @@ def test_the_sample_is_sound():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("--task-data-path {data}", "--task is required"),
         ("--task mmlu", "--task names 1 \\(mmlu\\) and --task-data-path 0: give one folder for each"),
@@ -368,9 +368,9 @@ def test_the_sample_is_sound():
         ),
     ],
 )
-def test_command_lines_that_are_wrong(words, said, tmp_path):
+def test_command_lines_that_are_wrong(words, message, tmp_path):
     (tmp_path / "hf").mkdir()
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         resolve(["--load", str(tmp_path / "hf"), *words.format(data=SAMPLE).split()], 1)
 
 
@@ -387,10 +387,10 @@ def test_the_published_flags(tmp_path):
         "--use-flash-attn --deepspeed --no-pipeline-parallel --num-layers 32 --hidden-size 4096"
     )
     job, notes = resolve([*words.split(), "--task", "mmlu boolq"], 1)
-    assert [one.name for one, _ in job.benchmarks] == ["mmlu", "boolq"]
+    assert [benchmark.name for benchmark, _ in job.benchmarks] == ["mmlu", "boolq"]
     assert (job.evaluation.batch_size, job.shots) == (1, {"mmlu": 5, "boolq": 0})
-    said = "\n".join(notes)
+    output = "\n".join(notes)
     assert all(
-        f"--{name} is accepted and ignored" in said
+        f"--{name} is accepted and ignored" in output
         for name in ("seed", "no-load-rng", "use-flash-attn", "deepspeed")
     )

@@ -144,9 +144,9 @@ def test_published_config_is_the_preset(published, name):
 
 
 def test_internlm3_has_two_switches_for_its_biases():
-    def biases(**said) -> tuple[bool, bool, bool]:
+    def biases(**settings) -> tuple[bool, bool, bool]:
         config = FAMILIES["internlm3"].read_config(
-            {k: v for k, v in INTERNLM3_8B.items() if "bias" not in k} | said
+            {k: v for k, v in INTERNLM3_8B.items() if "bias" not in k} | settings
         )
         return config.add_qkv_bias, config.add_dense_bias, config.add_mlp_bias
 
@@ -159,15 +159,15 @@ def test_internlm3_has_two_switches_for_its_biases():
 
 
 def test_gemma_says_gelu_and_means_the_approximation_by_tanh():
-    theirs = FAMILIES["gemma"].write_config(PRESETS["gemma-7b"])
-    assert theirs["hidden_act"] == "gelu_pytorch_tanh"
-    assert FAMILIES["gemma"].read_config(theirs | {"hidden_act": "gelu"}) == PRESETS["gemma-7b"]
+    config = FAMILIES["gemma"].write_config(PRESETS["gemma-7b"])
+    assert config["hidden_act"] == "gelu_pytorch_tanh"
+    assert FAMILIES["gemma"].read_config(config | {"hidden_act": "gelu"}) == PRESETS["gemma-7b"]
     with pytest.raises(UserError, match="activation = 'silu'"):
         FAMILIES["gemma"].write_config(replace(PRESETS["gemma-7b"], activation="silu"))
 
 
 @pytest.mark.parametrize(
-    ("theirs", "said"),
+    ("changes", "message"),
     [
         (BAICHUAN2_7B | {"vocab_size": 64000}, "Baichuan 1"),
         (BAICHUAN2_7B | {"hidden_size": 5120, "num_attention_heads": 40, "num_hidden_layers": 40}, "ALiBi"),
@@ -191,9 +191,9 @@ def test_gemma_says_gelu_and_means_the_approximation_by_tanh():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_a_family_cannot_express_is_refused_by_name(theirs, said):
-    with pytest.raises(UserError, match=said):
-        family_of(theirs).read_config(theirs)
+def test_what_a_family_cannot_express_is_refused_by_name(changes, message):
+    with pytest.raises(UserError, match=message):
+        family_of(changes).read_config(changes)
 
 
 @pytest.mark.parametrize(
@@ -220,22 +220,22 @@ def test_a_bias_that_the_checkpoints_have_no_name_for_is_refused(name, flag):
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_config_json(name):
     config = PRESETS[name]
-    theirs = FAMILIES[config.family].write_config(config)
-    assert family_of(theirs).read_config(theirs) == config
+    hf_config = FAMILIES[config.family].write_config(config)
+    assert family_of(hf_config).read_config(hf_config) == config
     check_heads(config)
 
 
 def test_v1_has_no_words_for_grouped_queries():
-    theirs = FAMILIES["internlm"].write_config(PRESETS["internlm-tiny"])
-    assert "num_key_value_heads" not in theirs
-    assert "head_dim" not in theirs
+    config = FAMILIES["internlm"].write_config(PRESETS["internlm-tiny"])
+    assert "num_key_value_heads" not in config
+    assert "head_dim" not in config
     with pytest.raises(UserError, match="num_query_groups = 2"):
         FAMILIES["internlm"].write_config(replace(PRESETS["internlm-tiny"], num_query_groups=2))
 
 
 def test_llama_spells_its_heads_out():
-    theirs = FAMILIES["llama"].write_config(llama())
-    assert (theirs["num_key_value_heads"], theirs["head_dim"]) == (8, 8)
+    config = FAMILIES["llama"].write_config(llama())
+    assert (config["num_key_value_heads"], config["head_dim"]) == (8, 8)
 
 
 def test_null_is_the_same_as_not_there():
@@ -291,7 +291,7 @@ def test_rope_of_v1():
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         (
             {"rope_scaling": {"type": "linear", "rope_type": "dynamic", "factor": 2}},
@@ -327,29 +327,29 @@ def test_rope_of_v1():
     ],
 )
 @pytest.mark.parametrize("name", ["llama-tiny", "internlm2-tiny", "mixtral-tiny"])
-def test_rope_that_contradicts_itself_or_is_incomplete(name, more, said):
-    theirs = FAMILIES[PRESETS[name].family].write_config(PRESETS[name]) | {
+def test_rope_that_contradicts_itself_or_is_incomplete(name, more, message):
+    config = FAMILIES[PRESETS[name].family].write_config(PRESETS[name]) | {
         "rope_theta": None,
         "rope_scaling": None,
     }
-    family_of(theirs).read_config(theirs)  # control: without it nothing is wrong
+    family_of(config).read_config(config)  # control: without it nothing is wrong
     with pytest.raises(UserError) as error:
-        family_of(theirs).read_config(theirs | more)
-    assert said in str(error.value)
+        family_of(config).read_config(config | more)
+    assert message in str(error.value)
 
 
 def test_rope_scaling_is_written_with_two_entries():
     """transformers before 4.43 and InternLM2's own code refuse more; the newest reads these two alike."""
-    theirs = FAMILIES["llama"].write_config(
+    config = FAMILIES["llama"].write_config(
         llama(rope_theta=5e5, rope_scaling={"rope_type": "linear", "factor": 4})
     )
-    assert (theirs["rope_theta"], theirs["rope_scaling"]) == (5e5, {"type": "linear", "factor": 4.0})
-    read = AutoConfig.for_model(**theirs).rope_parameters
+    assert (config["rope_theta"], config["rope_scaling"]) == (5e5, {"type": "linear", "factor": 4.0})
+    read = AutoConfig.for_model(**config).rope_parameters
     assert (read["rope_theta"], read["rope_type"], read["factor"]) == (5e5, "linear", 4.0)
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"mlp_bias": 1}, "mlp_bias = 1 is not a bool"),
@@ -372,8 +372,8 @@ def test_rope_scaling_is_written_with_two_entries():
         ({"head_dim": 7}, "even"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(more, said):
-    with pytest.raises(UserError, match=said):
+def test_what_cannot_be_expressed_is_refused(more, message):
+    with pytest.raises(UserError, match=message):
         llama(**more)
 
 

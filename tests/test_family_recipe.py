@@ -46,12 +46,12 @@ def test_the_script_takes_every_name(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("flag", "message"),
     [("--swiglu", "activation gelu-tanh"), ("--untie-embeddings-and-output-weights", "ties its embeddings")],
 )
-def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, said):
+def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, message):
     words = ["--deepspeed", "--data-path", "x", flag]
-    with pytest.raises(UserError, match=f"{flag}.*{said}"):
+    with pytest.raises(UserError, match=f"{flag}.*{message}"):
         resolve([*words, "--model", "gemma-2b"], 1)
     resolve([*words, "--model", "internlm2-tiny"], 1)
 

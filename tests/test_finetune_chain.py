@@ -57,18 +57,18 @@ def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float
         ),
     )
     output = launch.must(*words)
-    found = [line.loss for line in read_lines(work / name / "train.log") if isinstance(line, TrainLine)]
-    assert len(found) == 2
-    return found, output
+    curve = [line.loss for line in read_lines(work / name / "train.log") if isinstance(line, TrainLine)]
+    assert len(curve) == 2
+    return curve, output
 
 
 @pytest.fixture(scope="module")
 def padded(work) -> list[float]:
     """Losses of all documents, each in a sample of its own."""
     flags = ("--no-pack", "--is-instruction-dataset", "--micro-batch-size", "4")
-    found, said = losses(work, "padded", DOCUMENTS, *flags)
-    assert f"{DOCUMENTS} documents in {DOCUMENTS} rows of {SEQ} tokens" in said
-    return found
+    padded, output = losses(work, "padded", DOCUMENTS, *flags)
+    assert f"{DOCUMENTS} documents in {DOCUMENTS} rows of {SEQ} tokens" in output
+    return padded
 
 
 @pytest.mark.parametrize("engine", ["megatron", pytest.param("deepspeed", marks=pytest.mark.slow)])
@@ -79,7 +79,7 @@ def test_packed_and_padded_train_alike(work, padded, engine):
     rows = len(build_splits(data, 1234, 512, ("train",))["train"])
     assert rows < DOCUMENTS / 1.5  # several documents share a row
     flags = ("--deepspeed", "--zero-stage", "1") if engine == "deepspeed" else ()
-    packed, said = losses(work, f"packed-{engine}", rows, *flags)
-    assert f"{DOCUMENTS} documents in {rows} rows of {SEQ} tokens, " in said
+    packed, output = losses(work, f"packed-{engine}", rows, *flags)
+    assert f"{DOCUMENTS} documents in {rows} rows of {SEQ} tokens, " in output
     assert packed == pytest.approx(padded, abs=1e-5)
     assert abs(packed[0] - packed[1]) > 1e-2  # it learns, so that the second would show another first step

@@ -64,20 +64,20 @@ def test_the_same_layout_resumes_bit_identically(tmp_path):
 @pytest.mark.parametrize("operation", ["rms_norm", "swiglu"])
 def test_a_fused_kernel_gives_torchs_values_and_gradients(operation):
     here = device.Device("cuda", 0, "nccl", "")
-    found = device.fused_kernel(here, operation)
-    if found is None:
+    kernel = device.fused_kernel(here, operation)
+    if kernel is None:
         pytest.skip("no fused kernel is installed")
     x = torch.randn(64, 2, 512, device="cuda", requires_grad=True)
     weight = torch.randn(512, device="cuda", requires_grad=True)
     inputs = (x, weight, 1e-6) if operation == "rms_norm" else (x,)
     results = []
-    for call in (found.call, getattr(fused_kernels, operation)):
+    for call in (kernel.call, getattr(fused_kernels, operation)):
         x.grad = weight.grad = None
         out = call(*inputs)
         (out * torch.arange(out.size(-1), device="cuda")).sum().backward()
         results.append([out.detach(), x.grad, *([weight.grad] if operation == "rms_norm" else [])])
-    for mine, theirs in zip(*results, strict=True):
-        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-3)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
@@ -110,8 +110,8 @@ def test_packed_documents_equal_the_oracle_on_the_cpu(tmp_path):
 @pytest.mark.parametrize("groups", [8, 2])
 def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_masked(groups):
     """Against fp64: no coarser than SDPA on each document."""
-    found = device.fused_kernel(device.Device("cuda", 0, "nccl", ""), "varlen")
-    if found is None:
+    kernel = device.fused_kernel(device.Device("cuda", 0, "nccl", ""), "varlen")
+    if kernel is None:
         pytest.skip("no kernel for sequences of various lengths is installed")
     ends = [1, 300, 301, 428, 1024]
     bounds = device.SequenceBounds(ends, torch.tensor([0, *ends], dtype=torch.int32, device="cuda"), 596)
@@ -122,9 +122,11 @@ def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_m
 
     def by_sdpa(q, k, v):
         parts = zip(*(x.split([1, 299, 1, 127, 596]) for x in (q, k, v)), strict=True)
-        one = (tuple(x.transpose(0, 1)[None] for x in part) for part in parts)
+        document = (tuple(x.transpose(0, 1)[None] for x in part) for part in parts)
         attend = torch.nn.functional.scaled_dot_product_attention
-        return torch.cat([attend(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for qkv in one])
+        return torch.cat(
+            [attend(*qkv, is_causal=True, enable_gqa=True)[0].transpose(0, 1) for qkv in document]
+        )
 
     def values(call, dtype):
         given = [x.to(dtype).requires_grad_() for x in (q, k, v)]
@@ -132,11 +134,11 @@ def test_the_kernel_for_documents_gives_the_values_and_gradients_of_all_scores_m
         return [out.detach(), *torch.autograd.grad(out, given, gradient.to(dtype))]
 
     exact = values(lambda *qkv: segments.flat_attention(*(x.cpu() for x in qkv), ends).cuda(), torch.float64)
-    mine, sdpa = (
-        values(lambda *qkv: found.call(*qkv, bounds), torch.bfloat16),
+    actual, sdpa = (
+        values(lambda *qkv: kernel.call(*qkv, bounds), torch.bfloat16),
         values(by_sdpa, torch.bfloat16),
     )
-    for one, other, right in zip(mine, sdpa, exact, strict=True):
-        errors = [(x.double() - right).square().mean().sqrt() for x in (one, other)]
+    for fused, other, right in zip(actual, sdpa, exact, strict=True):
+        errors = [(x.double() - right).square().mean().sqrt() for x in (fused, other)]
         assert errors[0] < 1.2 * errors[1]
         assert errors[0] < 1e-2 * right.square().mean().sqrt()

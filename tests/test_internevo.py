@@ -175,11 +175,11 @@ def test_whatever_trained_it_is_read(tmp_path, how):
     they train.
     """
     shape = BIASED if how.kind == "INTERNLM" else GROUPED
-    said = {"mlp_layer_fusion": how.fused_mlp} | (
+    settings = {"mlp_layer_fusion": how.fused_mlp} | (
         {"enable_qkv_fusion": how.save_hook} if how.kind == "LLAMA2" else {}
     )
     source = convert.open_reader(
-        trained(tmp_path / "evo", shape, how, **said), internevo=InternEvoOptions(max_pos=32)
+        trained(tmp_path / "evo", shape, how, **settings), internevo=InternEvoOptions(max_pos=32)
     )
     family = {"INTERNLM": "internlm", "INTERNLM2": "internlm2", "LLAMA2": "llama"}[how.kind]
     assert right(source, family, shape)
@@ -262,16 +262,23 @@ def test_the_folder_that_is_written(tmp_path):
         folder.mkdir()
         config = ModelConfig("llama", hidden_size=hidden, ffn_hidden_size=ffn, num_attention_heads=8)
         evo_config.write(folder, config, InternEvoStyle("LLAMA2"), True, "bfloat16")
-        said = torch.load(folder / "model_config.pt", weights_only=True)
-        width = said["multiple_of"] * math.ceil(int(hidden * said["mlp_ratio"]) / said["multiple_of"])
+        saved_config = torch.load(folder / "model_config.pt", weights_only=True)
+        width = saved_config["multiple_of"] * math.ceil(
+            int(hidden * saved_config["mlp_ratio"]) / saved_config["multiple_of"]
+        )
         assert width == ffn
     directory(tmp_path / "hf", "internlm", BIASED)
     convert.convert(
         convert.open_reader(tmp_path / "hf"), tmp_path / "out", convert.InternEvoWriter(2), verify=True
     )
-    said = torch.load(tmp_path / "out/model_config.pt", weights_only=True)
-    assert all(isinstance(value, (int, float, str, bool)) for value in said.values())
-    assert (said["no_bias"], said["qk_interleaved"], said["adapt_hf"], said["vocab_size"]) == (
+    saved_config = torch.load(tmp_path / "out/model_config.pt", weights_only=True)
+    assert all(isinstance(value, (int, float, str, bool)) for value in saved_config.values())
+    assert (
+        saved_config["no_bias"],
+        saved_config["qk_interleaved"],
+        saved_config["adapt_hf"],
+        saved_config["vocab_size"],
+    ) == (
         False,
         False,
         True,
@@ -364,9 +371,9 @@ def test_a_save_that_was_cut_short(tmp_path, capsys):
 
 
 def edit(folder: Path, name: str, change) -> None:
-    held = dict(torch.load(folder / name, weights_only=True))
-    change(held)
-    torch.save(held, folder / name)
+    tensors = dict(torch.load(folder / name, weights_only=True))
+    change(tensors)
+    torch.save(tensors, folder / name)
 
 
 class Hostile:

@@ -24,8 +24,8 @@ def tables(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tens
 
 def hugging_face_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """[s, b, heads, d], by HF's function on [b, heads, s, d]."""
-    theirs = x.permute(1, 2, 0, 3)
-    turned, _ = apply_rotary_pos_emb(theirs, theirs, cos.view(1, S, D), sin.view(1, S, D))
+    transposed = x.permute(1, 2, 0, 3)
+    turned, _ = apply_rotary_pos_emb(transposed, transposed, cos.view(1, S, D), sin.view(1, S, D))
     return turned.permute(2, 0, 1, 3)
 
 
@@ -35,9 +35,9 @@ def test_rotary_equals_hugging_face_forward_and_backward():
         random(S, B, HEADS, 3 * D)[..., :D].requires_grad_(),
         random(S, B, HEADS, D, seed=1),
     )  # a part of qkv: strided
-    expected, found = hugging_face_rotary(x, cos, sin), fused_kernels.rotary(x, cos, sin)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    back = [torch.autograd.grad(y, x, gradient)[0] for y in (expected, found)]
+    expected, actual = hugging_face_rotary(x, cos, sin), fused_kernels.rotary(x, cos, sin)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+    back = [torch.autograd.grad(y, x, gradient)[0] for y in (expected, actual)]
     torch.testing.assert_close(back[1], back[0], rtol=0, atol=1e-14)
     assert (back[0] - gradient).abs().max() > 0.5  # the turn is seen
     assert (
@@ -53,13 +53,13 @@ def test_rotary_can_be_differentiated_twice():
 
 def test_rms_norm_and_swiglu_equal_their_formulas():
     x, weight = random(S, B, 16).requires_grad_(), random(16, seed=1).requires_grad_()
-    found, gradient = fused_kernels.rms_norm(x, weight, 1e-3), random(S, B, 16, seed=2)
+    actual, gradient = fused_kernels.rms_norm(x, weight, 1e-3), random(S, B, 16, seed=2)
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
-    for mine, theirs in zip(
-        *(torch.autograd.grad(y, (x, weight), gradient) for y in (found, expected)), strict=True
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-13)
+    for actual_gradient, expected_gradient in zip(
+        *(torch.autograd.grad(y, (x, weight), gradient) for y in (actual, expected)), strict=True
     ):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
+        torch.testing.assert_close(actual_gradient, expected_gradient, rtol=0, atol=1e-12)
     assert (fused_kernels.rms_norm(x, weight, 1e-2) - expected).abs().max() > 1e-3  # epsilon counts
     gate, up = x.split(8, -1)
     torch.testing.assert_close(fused_kernels.swiglu(x), gate * torch.sigmoid(gate) * up, rtol=0, atol=1e-14)
@@ -71,15 +71,15 @@ def test_rms_norm_and_swiglu_equal_their_formulas():
 def test_geglu_equals_hugging_face():
     x = random(S, B, 16).requires_grad_()
     gate, up = x.split(8, -1)
-    expected, found, gradient = (
+    expected, actual, gradient = (
         ACT2FN["gelu_pytorch_tanh"](gate) * up,
         fused_kernels.geglu(x),
         random(S, B, 8, seed=2),
     )
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
-    back = [torch.autograd.grad(y, x, gradient)[0] for y in (found, expected)]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14)
+    back = [torch.autograd.grad(y, x, gradient)[0] for y in (actual, expected)]
     torch.testing.assert_close(back[0], back[1], rtol=0, atol=1e-14)
-    assert (ACT2FN["gelu"](gate) * up - found).abs().max() > 1e-5  # erf's is another function
+    assert (ACT2FN["gelu"](gate) * up - actual).abs().max() > 1e-5  # erf's is another function
 
 
 @pytest.mark.parametrize("operation", ["rotary", "rms_norm"])
@@ -88,19 +88,19 @@ def test_bf16_is_no_coarser_than_hugging_face(operation):
     cos, sin = (table.double() for table in tables(torch.bfloat16))
     x, weight = random(S, 64, HEADS, D, dtype=torch.bfloat16), random(D, dtype=torch.bfloat16)
     if operation == "rotary":
-        mine, theirs = (
+        actual, expected = (
             f(x, cos.bfloat16(), sin.bfloat16()) for f in (fused_kernels.rotary, hugging_face_rotary)
         )
         exact = fused_kernels.rotary(x.double(), cos, sin)
     else:
         norm = LlamaRMSNorm(D, 1e-6).bfloat16()
         norm.weight.data.copy_(weight)
-        mine, theirs, exact = (
+        actual, expected, exact = (
             fused_kernels.rms_norm(x, weight, 1e-6),
             norm(x),
             fused_kernels.rms_norm(x.double(), weight.double(), 1e-6),
         )
-    errors = [(y.double() - exact).square().mean().sqrt() for y in (mine, theirs)]
+    errors = [(y.double() - exact).square().mean().sqrt() for y in (actual, expected)]
     assert 0 < errors[0] <= errors[1]
 
 

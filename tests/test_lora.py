@@ -50,9 +50,9 @@ class Setting:
         self.folder = folder
         torch.manual_seed(3)
         self.fresh().save_pretrained(folder / "peft")
-        made = adapters.training_tensors(directory.open_adapter(folder / "peft"), model, self.lora)
+        tensors = adapters.training_tensors(directory.open_adapter(folder / "peft"), model, self.lora)
         self.file = str(folder / "weights.safetensors")
-        save_file({name: tensor.contiguous() for name, tensor in (*self.base.items(), *made)}, self.file)
+        save_file({name: tensor.contiguous() for name, tensor in (*self.base.items(), *tensors)}, self.file)
 
     def fresh(self, **changes: Any) -> peft.PeftModel:
         """B is not zero, so that the first step already has gradients for A."""
@@ -62,8 +62,10 @@ class Setting:
             "target_modules": list(self.lora.lora_target_modules),
             "task_type": "CAUSAL_LM",
         }
-        made = peft.LoraConfig(**settings | {"init_lora_weights": False} | changes)
-        return peft.get_peft_model(oracle.hugging_face(replace(self.model, family="llama"), self.base), made)
+        config = peft.LoraConfig(**settings | {"init_lora_weights": False} | changes)
+        return peft.get_peft_model(
+            oracle.hugging_face(replace(self.model, family="llama"), self.base), config
+        )
 
     def loaded(self) -> peft.PeftModel:
         base = oracle.hugging_face(replace(self.model, family="llama"), self.base)
@@ -134,10 +136,10 @@ def exchanged(setting: Setting) -> str:
     """q's adapters in k's place, and the other way round."""
     from safetensors.torch import load_file
 
-    held = load_file(setting.file)
+    tensors = load_file(setting.file)
     swapped = {
         name.replace("q_proj_", "#").replace("k_proj_", "q_proj_").replace("#", "k_proj_"): t
-        for name, t in held.items()
+        for name, t in tensors.items()
     }
     path = str(setting.folder / "exchanged.safetensors")
     save_file(swapped, path)
@@ -196,10 +198,12 @@ def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting) -> Th
 
     def check(curves: dict[str, Curve]) -> None:
         for which, setting in settings.items():
-            mine = {name.partition("/")[2]: curve for name, curve in curves.items() if name.startswith(which)}
-            compare(mine, setting.expected())
+            selected = {
+                name.partition("/")[2]: curve for name, curve in curves.items() if name.startswith(which)
+            }
+            compare(selected, setting.expected())
             if which == "grouped":
-                other = {f"control: not frozen, {name}": curve for name, curve in mine.items()}
+                other = {f"control: not frozen, {name}": curve for name, curve in selected.items()}
                 compare(other, setting.expected(frozen=False))
 
     return Theme(cases, check)
@@ -239,7 +243,10 @@ def rows_of(model: ModelConfig) -> dict[str, list[int]]:
     else:
         n = model.num_attention_heads
         heads = {"q": [*range(n)], "k": [*range(n, 2 * n)], "v": [*range(2 * n, 3 * n)]}
-    return {name: [head * d + i for head in held for i in range(d)] for name, held in heads.items()}
+    return {
+        name: [head * d + i for head in head_numbers for i in range(d)]
+        for name, head_numbers in heads.items()
+    }
 
 
 ONE_MATRIX = {

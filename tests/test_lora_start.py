@@ -175,12 +175,12 @@ def bases(tmp_path_factory) -> dict[str, Path]:
 def test_weights_are_known_in_every_format(bases):
     from ascendspeed.conversion.formats.registry import open_reader
 
-    found = {
+    fingerprints = {
         name: weights_identity.sampled(open_reader(path)) for name, path in bases.items() if name != "ranks"
     }
-    found["ranks"] = weights_identity.sampled(open_reader(bases["ranks"], bases["hf"]))
-    assert found.pop("other") not in found.values()
-    assert len(set(found.values())) == 1
+    fingerprints["ranks"] = weights_identity.sampled(open_reader(bases["ranks"], bases["hf"]))
+    assert fingerprints.pop("other") not in fingerprints.values()
+    assert len(set(fingerprints.values())) == 1
 
 
 EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
@@ -262,9 +262,9 @@ def saved(start, bases, tmp_path) -> str:
     from ascendspeed.models.lora.adapter import initial_tensors
 
     shutil.copytree(bases["hf"], tmp_path / "base")
-    found, _ = start(load=str(tmp_path / "base"))
+    opened, _ = start(load=str(tmp_path / "base"))
     return save(
-        tmp_path / "ckpt", found.saved_run(RUN), {name: t + 1 for name, t in initial_tensors(MODEL, LORA, 7)}
+        tmp_path / "ckpt", opened.saved_run(RUN), {name: t + 1 for name, t in initial_tensors(MODEL, LORA, 7)}
     )
 
 
@@ -279,13 +279,13 @@ def full(tmp_path) -> str:
 
 
 def test_fresh_adapters_beside_weights(start, bases):
-    found, said = start(load=str(bases["hf"]))
-    tensors = dict(found.tensors)
+    opened, log = start(load=str(bases["hf"]))
+    tensors = dict(opened.tensors)
     assert sum(".lora." in name for name in tensors) == 2 * 3 * 4
     assert sum(".lora." not in name for name in tensors) == 27
     count = targets.parameter_count(MODEL, LORA)
-    assert f"adapters of rank 4 on q_proj v_proj down_proj: {count} parameters are trained" in said
-    named = found.saved_run(RUN).lora
+    assert f"adapters of rank 4 on q_proj v_proj down_proj: {count} parameters are trained" in log
+    named = opened.saved_run(RUN).lora
     assert (named.lora_base, len(named.lora_base_fingerprint)) == (str(bases["hf"].resolve()), 64)
 
 
@@ -302,15 +302,15 @@ def test_adapters_belong_to_weights(start, bases, tmp_path):
 
 def test_adapters_of_peft_to_start_from(start, bases, tmp_path):
     reference = oracle.native(MODEL)[0]
-    made = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(NAMES), init_lora_weights=False)
-    peft.get_peft_model(reference, made).save_pretrained(tmp_path / "peft")
-    theirs = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(NAMES), init_lora_weights=False)
+    peft.get_peft_model(reference, config).save_pretrained(tmp_path / "peft")
+    peft_tensors = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     load = {"lora_load": str(tmp_path / "peft")}
     tensors = dict(start(load, load=str(bases["hf"]))[0].tensors)
     for which in "AB":
         name = f"base_model.model.model.layers.2.self_attn.v_proj.lora_{which}.weight"
         assert torch.equal(
-            tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], theirs[name]
+            tensors[f"decoder.layers.2.self_attention.linear_qkv.lora.v_proj_{which}"], peft_tensors[name]
         )
     with pytest.raises(UserError, match=r"q_proj has rank 4, but --lora-rank is 8; give that one"):
         start(load | {"lora_rank": 8}, load=str(bases["hf"]))
@@ -325,18 +325,18 @@ def test_adapters_of_peft_to_start_from(start, bases, tmp_path):
 def test_adapters_go_on(start, saved, bases, tmp_path):
     """With the weights beneath where they lay, or where they are now; never with others."""
     base = tmp_path / "base"
-    found, said = start(load=saved, save=saved)
-    assert found.state.step == 2
-    assert f"base weights of the adapters from {base}" in said
-    assert sum(".lora." not in name for name, _ in found.tensors) == 27
+    opened, log = start(load=saved, save=saved)
+    assert opened.state.step == 2
+    assert f"base weights of the adapters from {base}" in log
+    assert sum(".lora." not in name for name, _ in opened.tensors) == 27
     moved = tmp_path / "moved"
     base.rename(moved)
     with pytest.raises(
         UserError, match=f"adapters of the weights in {base}, which are not there; name their folder now"
     ):
         start(load=saved)
-    found, _ = start({"lora_base": str(moved)}, load=saved)
-    assert found.saved_run(RUN).lora.lora_base == str(moved)
+    opened, _ = start({"lora_base": str(moved)}, load=saved)
+    assert opened.saved_run(RUN).lora.lora_base == str(moved)
     with pytest.raises(UserError, match=r"holds adapters of other weights than those in .*/other"):
         start({"lora_base": str(bases["other"])}, load=saved)
     shutil.copytree(
@@ -352,16 +352,16 @@ def test_adapters_that_were_written_for_peft_know_their_weights(start, saved, ba
     written = tmp_path / "adapter"
     write(open_adapter(saved), written)
     load = {"lora_load": str(written)}
-    _, said = start(load, load=str(bases["bf16"]))
-    assert said.endswith(f"adapters from {written}")
+    _, log = start(load, load=str(bases["bf16"]))
+    assert log.endswith(f"adapters from {written}")
     with pytest.raises(
         UserError,
         match=rf"--load .*/other does not hold the weights that {written} was trained on \(.*/base\)",
     ):
         start(load, load=str(bases["other"]))
     (written / BASE).unlink()  # control
-    _, said = start(load, load=str(bases["other"]))
-    assert "which do not say whether they belong to these weights" in said
+    _, log = start(load, load=str(bases["other"]))
+    assert "which do not say whether they belong to these weights" in log
 
 
 def test_exported_adapters_name_weights_whose_modules_have_their_names(saved, tmp_path, capsys):
@@ -391,9 +391,9 @@ def test_what_may_change_and_what_not(start, saved, full):
         for train in ({}, {"finetune": True}):
             with pytest.raises(UserError, match=f"holds adapters of {flags}; {names}.* {remedy}"):
                 start(changes, load=saved, **train)
-    _, said = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
-    assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in said
-    assert "note: --lora-load /x was the start of the run" in said
+    _, log = start({"lora_dropout": 0.1, "lora_load": "/x"}, load=saved)
+    assert "note: lora_dropout was 0.0 when the checkpoint was saved and is 0.1 now" in log
+    assert "note: --lora-load /x was the start of the run" in log
     off = dataclasses.asdict(LoraConfig())
     with pytest.raises(
         UserError,
@@ -411,18 +411,18 @@ def test_finetune(start, saved, full, bases):
     """Adapters on a checkpoint; new adapters on a LoRA checkpoint; all weights with adapters merged."""
     from ascendspeed.models import param_mapping
 
-    found, _ = start(load=full, finetune=True)
-    tensors = dict(found.tensors)
+    opened, _ = start(load=full, finetune=True)
+    tensors = dict(opened.tensors)
     assert torch.equal(
         tensors["output_layer.weight"], dict(param_mapping.random_tensors(MODEL, 1))["output_layer.weight"]
     )
-    assert found.saved_run(RUN).lora.lora_base.endswith("full/step_0000002")
-    found, _ = start(load=saved, finetune=True)
-    tensors = dict(found.tensors)
-    assert (found.state.step, found.resume) == (0, None)
+    assert opened.saved_run(RUN).lora.lora_base.endswith("full/step_0000002")
+    opened, _ = start(load=saved, finetune=True)
+    tensors = dict(opened.tensors)
+    assert (opened.state.step, opened.resume) == (0, None)
     assert torch.equal(tensors["decoder.layers.0.mlp.linear_fc2.lora.down_proj_B"], torch.ones(128, 4))
-    found, _ = start(dataclasses.asdict(LoraConfig()), load=saved, finetune=True)
-    tensors = dict(found.tensors)
+    opened, _ = start(dataclasses.asdict(LoraConfig()), load=saved, finetune=True)
+    tensors = dict(opened.tensors)
     assert not any(".lora." in name for name in tensors)
     before = load_file(bases["hf"] / "model.safetensors")["model.layers.0.feed_forward.w2.weight"]
     assert not torch.allclose(tensors["decoder.layers.0.mlp.linear_fc2.weight"], before)
@@ -451,14 +451,22 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
     )
     flags += f" --lora-rank 4 --lora-alpha 8 --lora-dropout 0.1 --lora-target-modules {' '.join(NAMES)}"
     words = ["pretrain_intern.py", "--data-path", tmp_path / "text_document", *flags.split(), *engine]
-    kept = tmp_path / "ckpt"
+    checkpoint = tmp_path / "ckpt"
     launch.must(
-        *words, "--load", bases["hf"], "--save", kept, "--log-dir", tmp_path / "again", "--exit-interval", "2"
+        *words,
+        "--load",
+        bases["hf"],
+        "--save",
+        checkpoint,
+        "--log-dir",
+        tmp_path / "again",
+        "--exit-interval",
+        "2",
     )
-    assert not (kept / "adapter").exists()
-    said = launch.must(*words, "--load", kept, "--save", kept, "--log-dir", tmp_path / "again")
-    assert f"adapters for peft in {kept / 'adapter'}" in said
-    size = sum(path.stat().st_size for path in (kept / "step_0000004").iterdir())
+    assert not (checkpoint / "adapter").exists()
+    output = launch.must(*words, "--load", checkpoint, "--save", checkpoint, "--log-dir", tmp_path / "again")
+    assert f"adapters for peft in {checkpoint / 'adapter'}" in output
+    size = sum(path.stat().st_size for path in (checkpoint / "step_0000004").iterdir())
     assert size < 12 * targets.parameter_count(MODEL, LORA) + 50_000
     if at_once:
         launch.must(
@@ -470,7 +478,7 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
         ]
         assert curves[0] == curves[1]
         for name in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (kept / "adapter" / name).read_bytes() == (
+            assert (checkpoint / "adapter" / name).read_bytes() == (
                 tmp_path / "whole" / "adapter" / name
             ).read_bytes()
     tool(
@@ -478,12 +486,12 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
         "--base",
         bases["llama"],
         "--adapter",
-        kept / "adapter",
+        checkpoint / "adapter",
         "--save",
         tmp_path / "merged",
     )
-    tool("../lora/export_lora.py", "--from", kept, "--to", tmp_path / "exported", "--base", "hub/name")
-    tool("convert.py", "--from", kept, "--to", tmp_path / "converted", "--format", "hf-llama")
+    tool("../lora/export_lora.py", "--from", checkpoint, "--to", tmp_path / "exported", "--base", "hub/name")
+    tool("convert.py", "--from", checkpoint, "--to", tmp_path / "converted", "--format", "hf-llama")
     tokens = torch.arange(60).view(2, 30)
 
     def logits(folder: Path, adapter: Path | None = None) -> torch.Tensor:
@@ -494,11 +502,11 @@ def test_from_the_first_step_to_pefts_logits(engine, at_once, bases, tmp_path):
         return model.eval()(tokens).logits.detach()
 
     expected = logits(tmp_path / "merged")
-    assert (logits(bases["llama"], kept / "adapter") - expected).abs().max() < 1e-5
+    assert (logits(bases["llama"], checkpoint / "adapter") - expected).abs().max() < 1e-5
     assert (logits(bases["llama"], tmp_path / "exported") - expected).abs().max() < 1e-5
     assert torch.equal(logits(tmp_path / "converted"), expected)
     assert (logits(bases["llama"]) - expected).abs().max() > 1e-2  # control
-    settings = peft.LoraConfig.from_pretrained(kept / "adapter")
+    settings = peft.LoraConfig.from_pretrained(checkpoint / "adapter")
     assert (settings.base_model_name_or_path, settings.r, settings.task_type) == (
         str(bases["hf"]),
         4,

@@ -29,19 +29,19 @@ class Ranks:
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = ReduceOp.SUM, group: None = None) -> None:
         self.given[self.here.rank] = tensor.clone()
         self.meet.wait(10)
-        found = torch.stack(self.given)
+        stacked = torch.stack(self.given)
         self.meet.wait(10)
-        tensor.copy_(found.amax(0) if op == ReduceOp.MAX else found.sum(0))
+        tensor.copy_(stacked.amax(0) if op == ReduceOp.MAX else stacked.sum(0))
 
     def run(self, work) -> list:
         """Runs `work(rank)` on every rank and returns the results."""
         results = [None] * self.size
 
-        def one(rank: int) -> None:
+        def run_rank(rank: int) -> None:
             self.here.rank = rank
             results[rank] = work(rank)
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
+        threads = [threading.Thread(target=run_rank, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -83,9 +83,9 @@ def ours(monkeypatch, logits, labels, arriving, ranks: int = 1) -> tuple[torch.T
         losses = loss.cross_entropy(shard * 1, labels, None)
         return losses.detach(), torch.autograd.grad(losses, shard, arriving)[0]
 
-    found = world.run(work)
-    assert all(torch.equal(losses, found[0][0]) for losses, _ in found)
-    return found[0][0], torch.cat([gradient for _, gradient in found], -1)
+    results = world.run(work)
+    assert all(torch.equal(losses, results[0][0]) for losses, _ in results)
+    return results[0][0], torch.cat([gradient for _, gradient in results], -1)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -93,9 +93,9 @@ def test_equals_torch(cpu, monkeypatch, ranks):
     logits, labels, arriving = inputs()
     logits = logits.float()
     losses, gradient = expected(logits, labels, arriving)
-    found, back = ours(monkeypatch, logits, labels, arriving, ranks)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
+    actual, back = ours(monkeypatch, logits, labels, arriving, ranks)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back.double(), gradient, rtol=1e-5, atol=1e-6)
     assert (
         ours(monkeypatch, logits, labels.roll(1, 0), arriving, ranks)[1] - back
@@ -107,8 +107,8 @@ def test_bf16_rounds_only_the_gradient(cpu, monkeypatch, ranks):
     logits, labels, arriving = inputs()
     logits = logits.bfloat16()
     losses, gradient = expected(logits, labels, arriving)
-    found, back = ours(monkeypatch, logits, labels, arriving, ranks)
-    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
+    actual, back = ours(monkeypatch, logits, labels, arriving, ranks)
+    torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back.double(), gradient, rtol=2**-8, atol=1e-6)
 
 
@@ -116,8 +116,8 @@ def test_many_pieces(cpu, monkeypatch):
     logits, labels, arriving = inputs(1 << 17)  # four rows to a piece: 18 rows leave a short last one
     logits = logits.float()
     losses, gradient = expected(logits, labels, arriving)
-    found, back = ours(monkeypatch, logits, labels, arriving)
-    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
+    actual, back = ours(monkeypatch, logits, labels, arriving)
+    torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back.double(), gradient, rtol=1e-5, atol=1e-6)
 
 
@@ -127,8 +127,8 @@ def test_padding_weighs_nothing(cpu, monkeypatch, ranks):
     logits, labels, arriving = inputs()
     padded = torch.cat((logits, torch.full_like(logits, -1e9)), -1).float()
     losses, gradient = expected(logits, labels, arriving)
-    found, back = ours(monkeypatch, padded, labels, arriving, ranks)
-    torch.testing.assert_close(found.double(), losses, rtol=1e-6, atol=1e-5)
+    actual, back = ours(monkeypatch, padded, labels, arriving, ranks)
+    torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back[..., :V].double(), gradient, rtol=1e-5, atol=1e-5)
     assert not back[..., V:].any()
 
@@ -137,8 +137,8 @@ def test_a_masked_label_outside_the_vocabulary(cpu, monkeypatch):
     logits, labels, arriving = inputs()
     labels[0], arriving[0] = -100, 0.0
     for ranks in (1, 2):
-        found, back = ours(monkeypatch, logits.float(), labels, arriving, ranks)
-        assert found.isfinite().all()
+        losses, back = ours(monkeypatch, logits.float(), labels, arriving, ranks)
+        assert losses.isfinite().all()
         assert not back[0].any()
         assert back[1:].any()
 

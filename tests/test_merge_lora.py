@@ -103,17 +103,17 @@ def test_every_bit_is_that_of_peft(family, settings, dtype, tmp_path):
     """InternLM2's own names too: there the adapters of q and v go into wqkv."""
     reference = base(family, tmp_path / "base", dtype)
     made(reference, tmp_path / "adapter", **SETTINGS[settings])
-    found = merge(tmp_path)
+    ours = merge(tmp_path)
     before = load_file(tmp_path / "base" / "model.safetensors")
     merged = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").merge_and_unload()
     expected = oracle.RENAMED.get(family, lambda named, *_: named)(
         merged.state_dict(), MODELS[family], merged
     )
-    assert found.keys() == before.keys() == expected.keys()
+    assert ours.keys() == before.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == dtype
-        assert torch.equal(found[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
-    changed = {name for name in found if not torch.equal(found[name], before[name])}
+        assert ours[name].dtype == dtype
+        assert torch.equal(ours[name].view(torch.uint8), tensor.contiguous().view(torch.uint8)), name
+    changed = {name for name in ours if not torch.equal(ours[name], before[name])}
     assert len(changed) == {"some": 10, "all": 14, "rslora": 10, "patterns": 10, "one layer": 5}[
         settings
     ] - 2 * (family == "internlm2")
@@ -125,8 +125,8 @@ def test_control_a_sum_in_bf16_is_not_pefts(tmp_path):
     made(reference, tmp_path / "adapter", **SETTINGS["some"])
     pair = directory.open_adapter(tmp_path / "adapter").pairs["model.layers.0.mlp.down_proj"]
     weight = load_file(tmp_path / "base" / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
-    found = merge(tmp_path)["model.layers.0.mlp.down_proj.weight"]
-    assert not torch.equal(found, weight + (pair.b.bfloat16() @ pair.a.bfloat16()) * pair.scale)
+    merged = merge(tmp_path)["model.layers.0.mlp.down_proj.weight"]
+    assert not torch.equal(merged, weight + (pair.b.bfloat16() @ pair.a.bfloat16()) * pair.scale)
 
 
 def test_what_is_written_peft_reads(tmp_path):
@@ -177,7 +177,7 @@ def test_wqkv_by_llamas_names(tmp_path):
         "gate_proj",
         "down_proj",
     ]
-    by_own, by_llama = (dict(lora_merge.merge(source, one).tensors()) for one in (own, llama))
+    by_own, by_llama = (dict(lora_merge.merge(source, adapter).tensors()) for adapter in (own, llama))
     for name, tensor in by_own.items():
         assert torch.allclose(by_llama[name], tensor, atol=1e-6), name
         assert torch.equal(tensor, dict(source.tensors())[name]) == ("linear" not in name)
@@ -354,19 +354,21 @@ def test_a_kill_never_loses_the_adapters(older, work):
     """Killed before every rename and deletion, and again in the next call: a complete folder remains."""
     target = work / "save" / "adapter"
     first = directory.open_adapter(work / "adapter")
-    one, two = (replace(first, settings={**first.settings, "revision": note}) for note in ("", "two"))
+    first_note, two = (replace(first, settings={**first.settings, "revision": note}) for note in ("", "two"))
     steps = {os: ("rename", "unlink"), shutil: ("rmtree",)}
     for number in itertools.count(1):
         shutil.rmtree(target.parent, ignore_errors=True)
         if older:
-            directory.replace_with(one, target)
+            directory.replace_with(first_note, target)
         if not killed(number, among=steps, work=lambda: directory.replace_with(two, target)):
             break
         there = target.exists() or target.with_name(".adapter.new").exists()
         assert killed(
             1, among={directory: ("create_safetensors",)}, work=lambda: directory.replace_with(two, target)
         )
-        assert not (older or there) or directory.open_adapter(target).pairs.keys() == one.pairs.keys(), number
+        assert (
+            not (older or there) or directory.open_adapter(target).pairs.keys() == first_note.pairs.keys()
+        ), number
         directory.replace_with(two, target)
         assert json.loads((target / "adapter_config.json").read_text())["revision"] == "two"
         assert [path.name for path in target.parent.iterdir()] == ["adapter"]

@@ -25,14 +25,14 @@ GROUPED = replace(
 @pytest.mark.parametrize("model", [INTERNLM, GROUPED], ids=["internlm", "llama-gqa"])
 def test_logits_and_losses_equal_hugging_face(cpu, model):
     tensors, tokens = tensors_of(model), tokens_of(model)
-    theirs = oracle.hugging_face(model, tensors)
-    mine = ours(cpu, model, tensors)
-    expected = theirs(tokens).logits
+    reference = oracle.hugging_face(model, tensors)
+    actual = ours(cpu, model, tensors)
+    expected = reference(tokens).logits
     assert expected.std() > 0.3  # logits that say something
-    assert (mine(tokens, None, None)[..., : model.vocab_size] - expected).abs().max() < 2e-5
+    assert (actual(tokens, None, None)[..., : model.vocab_size] - expected).abs().max() < 2e-5
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    losses = mine(inputs, None, None, labels=labels)
-    assert (losses - oracle.token_losses(theirs, inputs, labels)).abs().max() < 2e-5
+    losses = actual(inputs, None, None, labels=labels)
+    assert (losses - oracle.token_losses(reference, inputs, labels)).abs().max() < 2e-5
 
 
 def test_a_plainly_concatenated_qkv_is_seen(cpu):
@@ -102,9 +102,9 @@ SHAPE = {
 @pytest.mark.parametrize(("family", "spelling", "meaning"), ROPES, ids=str)
 def test_rope_equals_hugging_face(cpu, family, spelling, meaning, length):
     """Within the trained length (32) and up to one and a half of it, as config.json spells it."""
-    theirs = SHAPE | {"model_type": family, "max_position_embeddings": 32, "bias": False} | spelling
+    config = SHAPE | {"model_type": family, "max_position_embeddings": 32, "bias": False} | spelling
     read = replace(
-        FAMILIES[family].read_config(theirs), family="llama", init_method_std=0.1, norm_epsilon=1e-6
+        FAMILIES[family].read_config(config), family="llama", init_method_std=0.1, norm_epsilon=1e-6
     )
     tensors, tokens, (kind, base, factor) = tensors_of(read), tokens_of(read, length), meaning
     rope = {"rope_type": kind, "rope_theta": base} | ({} if kind == "default" else {"factor": factor})
@@ -134,10 +134,10 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, family):
     tokens = tokens_of(model)
     with torch.no_grad():
         exact = reference(tokens).logits
-        theirs = reference.bfloat16()(tokens).logits.float()
-        mine = ours(cpu, model, tensors, "bf16")(tokens, None, None)[..., :125].float()
-    assert 0 < (mine - exact).abs().mean() < 2 * (theirs - exact).abs().mean()
-    assert (mine - exact).abs().max() < 2 * (theirs - exact).abs().max()
+        expected = reference.bfloat16()(tokens).logits.float()
+        actual = ours(cpu, model, tensors, "bf16")(tokens, None, None)[..., :125].float()
+    assert 0 < (actual - exact).abs().mean() < 2 * (expected - exact).abs().mean()
+    assert (actual - exact).abs().max() < 2 * (expected - exact).abs().max()
 
 
 def test_full_recomputation_changes_nothing(cpu):

@@ -32,9 +32,9 @@ def saved(tmp_path_factory):
 
     def make(name: str):
         folder = tmp_path_factory.mktemp("hf")
-        made, settings = hugging_face(MODELS[name])
+        model_class, settings = hugging_face(MODELS[name])
         torch.manual_seed(5)
-        model = made(settings).eval()
+        model = model_class(settings).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.copy_(torch.randn(parameter.shape) * 0.1 + (parameter.dim() == 1))
@@ -211,8 +211,10 @@ def changes(name: str, stage: int, **parallel) -> dict:
 def compare(expected: dict[str, list], curves: dict[str, list]) -> None:
     """Cases are named after their model; those of the second half match the end of the expected curve."""
     for case, curve in curves.items():
-        wanted = expected[case.partition(",")[0]]
-        loss, norm = worst(curve, wanted[-len(curve) :] if "second half" in case else wanted[: len(curve)])
+        reference = expected[case.partition(",")[0]]
+        loss, norm = worst(
+            curve, reference[-len(curve) :] if "second half" in case else reference[: len(curve)]
+        )
         print(f"{case}: {loss:.1e} {norm:.1e}")
         if "control" in case:
             assert loss > 1e-5, case
@@ -272,27 +274,27 @@ def test_bf16_is_no_worse_than_hugging_face(cpu, saved):
         folder, exact = saved[name]
         tokens = tokens_of(MODELS[name])
         with torch.no_grad():
-            wanted = exact(tokens).logits
-            theirs = (
+            expected = exact(tokens).logits
+            rounded = (
                 hugging_face(MODELS[name])[0]
                 .from_pretrained(folder, dtype=torch.bfloat16)(tokens)
                 .logits.float()
-                - wanted
+                - expected
             ).abs()
-            mine = (
+            actual = (
                 ours(cpu, MODELS[name], tensors_of(folder), "bf16")(tokens, None, None)[..., :125].float()
-                - wanted
+                - expected
             ).abs()
-        assert 0 < mine.median() < 1.5 * theirs.median()
+        assert 0 < actual.median() < 1.5 * rounded.median()
 
 
 @pytest.mark.parametrize("name", [name for name, model in PRESETS.items() if model.num_experts])
 def test_presets_have_the_parameters_of_the_real_models(name):
     model = PRESETS[name]
-    made, settings = hugging_face(model)
+    model_class, settings = hugging_face(model)
     with torch.device("meta"):
-        theirs = made(settings)
-    assert estimates.parameter_count(model) == sum(p.numel() for p in theirs.parameters())
+        reference = model_class(settings)
+    assert estimates.parameter_count(model) == sum(p.numel() for p in reference.parameters())
     written = json.loads(settings.to_json_string(use_diff=False))
     assert FAMILIES[model.family].read_config(written) == model
 
@@ -305,7 +307,7 @@ def test_published_sizes():
 
 
 @pytest.mark.parametrize(
-    ("name", "more", "said"),
+    ("name", "more", "message"),
     [
         ("mixtral", {"sliding_window": 4096}, "sliding_window = 4096"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
@@ -321,11 +323,11 @@ def test_published_sizes():
         ("qwen2_moe", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused(name, more, said):
-    theirs = FAMILIES[name].write_config(MODELS[name])
-    assert FAMILIES[name].read_config(theirs | {"sliding_window": None, "layer_types": None}) == MODELS[name]
-    with pytest.raises(UserError, match=said):
-        FAMILIES[name].read_config(theirs | more)
+def test_what_cannot_be_expressed_is_refused(name, more, message):
+    config = FAMILIES[name].write_config(MODELS[name])
+    assert FAMILIES[name].read_config(config | {"sliding_window": None, "layer_types": None}) == MODELS[name]
+    with pytest.raises(UserError, match=message):
+        FAMILIES[name].read_config(config | more)
 
 
 def test_mixtral_has_no_words_for_the_other_routing():
@@ -334,7 +336,7 @@ def test_mixtral_has_no_words_for_the_other_routing():
 
 
 @pytest.mark.parametrize(
-    ("model", "parallel", "said"),
+    ("model", "parallel", "message"),
     [
         (MIXTRAL, {"tensor_model_parallel_size": 2}, "add --sequence-parallel"),
         (
@@ -348,9 +350,9 @@ def test_mixtral_has_no_words_for_the_other_routing():
         (replace(MIXTRAL, family="llama"), {}, "never has experts"),
     ],
 )
-def test_runs_that_cannot_be(model, parallel, said):
+def test_runs_that_cannot_be(model, parallel, message):
     run = replace(RUN, model=model, parallel=replace(RUN.parallel, **parallel))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         validation.check_run(run, 2)
 
 

@@ -27,14 +27,14 @@ def tiny(tmp_path_factory) -> Path:
 
 
 def test_cells():
-    found = make_cells((200, 100), (50, 0), 2)
-    assert [(c.length, c.depth, c.trial) for c in found] == [
+    cells = make_cells((200, 100), (50, 0), 2)
+    assert [(c.length, c.depth, c.trial) for c in cells] == [
         (n, d, t) for n in (100, 200) for d in (0, 50) for t in (0, 1)
     ]
     assert (
-        len({haystack.magic_number(1, c) for c in found} | {haystack.magic_number(2, c) for c in found}) == 16
+        len({haystack.magic_number(1, c) for c in cells} | {haystack.magic_number(2, c) for c in cells}) == 16
     )
-    assert all(len(haystack.magic_number(1, c)) == 7 for c in found)
+    assert all(len(haystack.magic_number(1, c)) == 7 for c in cells)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +54,11 @@ def test_cells_that_mean_nothing(lengths, depths, says):
 
 @pytest.mark.parametrize(("depth", "before"), [(0, 0), (25, 5), (50, 10), (100, 20)])
 def test_the_needle_lies_where_it_should(depth, before):
-    made = haystack.build_text(Cell(0, depth, 0), "Needle.", ["One.", "Two two."], [1, 2], 30)
-    parts = made.split(" Needle.") if depth else ["", made.removeprefix("Needle.")]
+    text = haystack.build_text(Cell(0, depth, 0), "Needle.", ["One.", "Two two."], [1, 2], 30)
+    parts = text.split(" Needle.") if depth else ["", text.removeprefix("Needle.")]
     assert parts[0].count(".") == before
-    assert made.count(".") == 21
-    assert made.replace("Needle.", "").split() == ["One.", "Two", "two."] * 10
+    assert text.count(".") == 21
+    assert text.replace("Needle.", "").split() == ["One.", "Two", "two."] * 10
 
 
 def test_files_are_cut_into_sentences(tmp_path):
@@ -79,7 +79,7 @@ def test_files_are_cut_into_sentences(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("answer", "wanted", "found"),
+    ("answer", "expected", "scored"),
     [
         (" It is 1234567.", "1234567", True),
         ("1 234 567", "1234567", True),
@@ -87,8 +87,8 @@ def test_files_are_cut_into_sentences(tmp_path):
         ("Eat a\nSandwich", "eat a sandwich", True),
     ],
 )
-def test_answers(answer, wanted, found):
-    assert haystack.contains_answer(answer, wanted) is found
+def test_answers(answer, expected, scored):
+    assert haystack.contains_answer(answer, expected) is scored
 
 
 def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_path, monkeypatch, capsys):
@@ -96,26 +96,26 @@ def test_a_model_that_reads_finds_all_and_goes_on_where_it_was(cpu, tiny, tmp_pa
     from ascendspeed.evaluation import needle
     from ascendspeed.inference import engine
 
-    asked = []
+    seen_prompts = []
 
     def reads(model, prompts, params):
         from ascendspeed.tokenization import tokenizer
 
         words = tokenizer.load(tiny)
         text = words.decode(prompts[0])
-        asked.append((len(prompts[0]), text))
+        seen_prompts.append((len(prompts[0]), text))
         number = re.search(r"day is (\d{7})", text)[1]
         return [[engine.Completion(words.encode(f" {number}.").tolist(), "length", 0.0)]]
 
     monkeypatch.setattr(engine, "sample", reads)
     flags = ["--load", str(tiny), "--output-dir", str(tmp_path / "out"), "--depths", "0", "50", "100"]
     needle.run(needle.resolve([*flags, "--lengths", "200"], 1)[0], cpu, [])
-    assert [length <= 200 and length > 170 for length, _ in asked] == [True] * 3
-    places = [text.index("The magic number") / text.index("Question") for _, text in asked]
+    assert [length <= 200 and length > 170 for length, _ in seen_prompts] == [True] * 3
+    places = [text.index("The magic number") / text.index("Question") for _, text in seen_prompts]
     assert places[0] < 0.02 < 0.3 < places[1] < 0.45 < 0.6 < places[2]
-    asked.clear()
+    seen_prompts.clear()
     needle.run(needle.resolve([*flags, "--lengths", "200", "400"], 1)[0], cpu, [])
-    assert len(asked) == 3  # the others were asked before
+    assert len(seen_prompts) == 3  # the others were asked before
     assert json.loads((tmp_path / "out/results.json").read_text())["found"] == [[1.0, 1.0]] * 3
     assert "depth 50 % | 100 | 100" in capsys.readouterr().out
     assert (tmp_path / "out/chart.png").read_bytes().startswith(b"\x89PNG")
@@ -195,8 +195,8 @@ def test_a_refused_folder_is_one_line_on_both_ranks(tiny, tmp_path):
         )
         for rank in "01"
     ]
-    said = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
+    last_lines = [process.communicate(timeout=120)[1].splitlines()[-1] for process in both]
     assert [process.returncode for process in both] == [2, 2]
-    assert said[0].startswith("error: ")
-    assert "holds answers of haystack ['another'], this run has []" in said[0]
-    assert said[1] == f"[rank 1] {said[0]}"
+    assert last_lines[0].startswith("error: ")
+    assert "holds answers of haystack ['another'], this run has []" in last_lines[0]
+    assert last_lines[1] == f"[rank 1] {last_lines[0]}"

@@ -28,10 +28,10 @@ def rows(first: str) -> list[list[str]]:
 
 
 def states(name: str, data_parallel: int, **layout: int) -> str:
-    found = estimates.model_states(
+    states = estimates.model_states(
         PRESETS[name], ParallelConfig(**layout), data_parallel, "bf16", fp32_gradients=True
     )
-    return f"{found.total / GIB:.1f}"
+    return f"{states.total / GIB:.1f}"
 
 
 def test_every_flag_exists():
@@ -46,13 +46,13 @@ SIZES = {row[0]: row[1:] for row in rows("model")}
 
 @pytest.mark.parametrize("name", SIZES)
 def test_sizes(name):
-    model, said = PRESETS[name], SIZES[name]
+    model, size = PRESETS[name], SIZES[name]
     ours = [f"{estimates.parameter_count(model) / 1e9:.2f}", f"{estimates.checkpoint_bytes(model) / GIB:.0f}"]
     ours += [
         " / ".join(states(name, devices, zero_stage=stage) for stage in (1, 2, 3)) for devices in (8, 32)
     ]
-    assert said[:4] == ours
-    assert said[5] == f"{2 * TOKENS * model.hidden_size * model.num_layers / GIB:.2f}"
+    assert size[:4] == ours
+    assert size[5] == f"{2 * TOKENS * model.hidden_size * model.num_layers / GIB:.2f}"
 
 
 def saved(model, layers: int, here) -> int:
@@ -66,17 +66,17 @@ def saved(model, layers: int, here) -> int:
         model, ParallelConfig(), transformer_config(model, ParallelConfig(), TrainConfig(), "bf16", plain)
     )
     weights = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
-    kept: dict[int, torch.Tensor] = {}
+    saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if (at := tensor.untyped_storage().data_ptr()) not in weights:
-            kept[at] = tensor
+            saved[at] = tensor
         return tensor
 
     tokens = torch.zeros(1, 64, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         built(tokens, torch.arange(64)[None], None, labels=tokens)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -68,14 +68,14 @@ def test_a_few_rows_and_controls(tmp_path):
         "messages batched",
     ]
     for row in record["rows"]:
-        found = row["figures"]
+        figures = row["figures"]
         if row["control"]:
             assert {"loss_relative", "weight"} <= set(row["broken"])
         else:
             assert (
-                found["loss_relative"] < 1e-5,
-                found["norm_relative"] < 1e-5,
-                0 < found["weight"] < 1e-4,
+                figures["loss_relative"] < 1e-5,
+                figures["norm_relative"] < 1e-5,
+                0 < figures["weight"] < 1e-4,
             ) == (True,) * 3, row
     assert {"date", "hardware", "versions", "commit", "bounds", "references"} <= record.keys()
 
@@ -112,11 +112,19 @@ def test_the_reference_owes_nothing_to_our_model_or_engines():
 @pytest.mark.parametrize("family", layouts.MODELS)
 def test_the_weights_of_the_end_have_the_names_of_the_start(family, tmp_path):
     """Every tensor has gone some way; wrong weights differ from the right ones in what they say."""
-    theirs = reference.build_reference(family, 2, set(mistakes_of(family)), tmp_path)
-    assert theirs.end.weights.keys() == theirs.start.keys()
-    assert all(not torch.equal(theirs.end.weights[name], tensor) for name, tensor in theirs.start.items())
-    assert len({Path(path).read_bytes() for path in theirs.files.values()}) == 1 + len(mistakes_of(family))
-    assert all(compare(other, theirs.end, theirs.start).loss > 0 for other in theirs.others.values())
+    reference_model = reference.build_reference(family, 2, set(mistakes_of(family)), tmp_path)
+    assert reference_model.end.weights.keys() == reference_model.start.keys()
+    assert all(
+        not torch.equal(reference_model.end.weights[name], tensor)
+        for name, tensor in reference_model.start.items()
+    )
+    assert len({Path(path).read_bytes() for path in reference_model.files.values()}) == 1 + len(
+        mistakes_of(family)
+    )
+    assert all(
+        compare(other, reference_model.end, reference_model.start).loss > 0
+        for other in reference_model.others.values()
+    )
 
 
 def mistakes_of(family: str) -> list[str]:
@@ -157,13 +165,13 @@ BOUNDS = differences.Bounds({"loss_relative": 1e-5, "norm_relative": 1e-5, "weig
 
 
 def judged(curve=EXPECTED.curve, weights=END) -> tuple[Differences, list[str]]:
-    found = compare(TrainedModel(curve, weights), EXPECTED, START)
-    return found, BOUNDS.broken(found)
+    differing = compare(TrainedModel(curve, weights), EXPECTED, START)
+    return differing, BOUNDS.broken(differing)
 
 
 def test_figures_by_hand():
-    found, broken = judged([[2.5, 10.0], [1.0, 4.0]], END | {"b": torch.tensor([0.5, 0.0, 4.0])})
-    assert vars(found) == pytest.approx(
+    differing, broken = judged([[2.5, 10.0], [1.0, 4.0]], END | {"b": torch.tensor([0.5, 0.0, 4.0])})
+    assert vars(differing) == pytest.approx(
         {
             "loss": 0.5,
             "loss_relative": 0.25,
@@ -212,11 +220,11 @@ def test_the_band_of_bf16():
 
 
 def test_a_result_is_good_when_it_is_as_it_should_be():
-    found = Differences(0, 0, 0, 0, 0, 0)
-    assert RowResult("internlm", LAYOUT, found, []).good
-    assert not RowResult("internlm", LAYOUT, found, ["weight"]).good
-    assert RowResult("internlm", CONTROL, found, ["weight"]).good
-    assert not RowResult("internlm", CONTROL, found, []).good
+    differing = Differences(0, 0, 0, 0, 0, 0)
+    assert RowResult("internlm", LAYOUT, differing, []).good
+    assert not RowResult("internlm", LAYOUT, differing, ["weight"]).good
+    assert RowResult("internlm", CONTROL, differing, ["weight"]).good
+    assert not RowResult("internlm", CONTROL, differing, []).good
     assert not RowResult("internlm", LAYOUT, None, []).good
     assert not RowResult("internlm", CONTROL, None, []).good
 
@@ -226,17 +234,23 @@ def test_a_start_that_fails_is_said_and_counts(monkeypatch, tmp_path):
         raise AssertionError("exit codes [1, 0]")
 
     monkeypatch.setattr(launch, "ranks", ranks)
-    theirs = reference.Reference(
+    reference_model = reference.Reference(
         layouts.MODELS["internlm"], START, EXPECTED, {}, {None: "right", "heads": "wrong"}
     )
-    said: list[str] = []
-    found = list(
+    messages: list[str] = []
+    measured = list(
         runner.run_ranks(
-            "internlm", 2, [LAYOUT, CONTROL], theirs, 4, tmp_path, runner.ProgressLog(2, said.append)
+            "internlm",
+            2,
+            [LAYOUT, CONTROL],
+            reference_model,
+            4,
+            tmp_path,
+            runner.ProgressLog(2, messages.append),
         )
     )
-    assert found == [(LAYOUT, None), (CONTROL, None)]
-    assert "exit codes [1, 0]" in said[0]
+    assert measured == [(LAYOUT, None), (CONTROL, None)]
+    assert "exit codes [1, 0]" in messages[0]
 
 
 def test_every_row_is_told_once_as_it_begins(tmp_path):
@@ -278,18 +292,20 @@ def test_the_page_and_the_record():
 
 def test_every_row_is_a_run_that_the_recipe_would_take():
     starts = layouts.select_rows(list(layouts.MODELS), [])
-    for (family, world), wanted in starts.items():
-        titles = [row.title for row in wanted]
+    for (family, world), rows in starts.items():
+        titles = [row.title for row in rows]
         assert len(titles) == len(set(titles))
         assert not any("hpz" in title for title in titles[:-1])  # a process can have it once, as its last
-        for row in wanted:
+        for row in rows:
             assert (row.world, family in FAMILIES) == (world, True)
             validation.check_run(row.run(layouts.MODELS[family], 20), world)
 
 
 def test_every_control_has_one_mistake():
     for row in layouts.CONTROLS:
-        right = next(one for one in layouts.NAMED.values() if row.title.startswith(one.title + "; control"))
+        right = next(
+            layout for layout in layouts.NAMED.values() if row.title.startswith(layout.title + "; control")
+        )
         differs = [
             name
             for name in ("optim", "mistake", "weights", "as_bf16")
@@ -308,7 +324,7 @@ def test_rows_are_chosen_by_their_titles():
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (["--steps", "1"], "--steps 1: at least 2"),
         (["--out", "x.json"], "--out x.json: the name of a Markdown file"),
@@ -316,9 +332,9 @@ def test_rows_are_chosen_by_their_titles():
         (["--rows", "TP3", "--families", "internlm"], "--rows TP3: no row of internlm has such a title"),
     ],
 )
-def test_what_cannot_be_run_is_one_line(words, said, monkeypatch):
+def test_what_cannot_be_run_is_one_line(words, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["parity_matrix", *words])
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         command_line.main()
     assert "\n" not in str(error.value)
     assert error.value.code == errors.EXIT_USER_ERROR

@@ -159,20 +159,20 @@ def tool(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["perf_table.py", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(launch.ROOT / "tools/perf_table.py"), run_name="__main__")
-        said = capsys.readouterr()
-        assert (end.value.code or 0) == (2 if said.err else 0)
-        return said.err or said.out
+        output = capsys.readouterr()
+        assert (end.value.code or 0) == (2 if output.err else 0)
+        return output.err or output.out
 
     return go
 
 
 def test_the_tool(tool, tmp_path):
     log = write_log(tmp_path / "a")
-    said = tool(log, log, "--warmup", 2, "--out", tmp_path / "t.md", "--markdown")
-    assert (tmp_path / "t.md").read_text() == said
-    cells = [cell.strip() for cell in said.splitlines()[6].strip("|").split("|")]
+    output = tool(log, log, "--warmup", 2, "--out", tmp_path / "t.md", "--markdown")
+    assert (tmp_path / "t.md").read_text() == output
+    cells = [cell.strip() for cell in output.splitlines()[6].strip("|").split("|")]
     assert cells == ["cpu (AMD EPYC) (4)", "internlm-tiny", "100", "4.000", "64", "0.500", "0.2"]
-    assert "| 13.000" not in said
+    assert "| 13.000" not in output
     for words, error in (
         ((), "at least one LOG"),
         ((log, "--devices", 0), "at least 1"),

@@ -60,11 +60,11 @@ OPENCOMPASS = {  # output of OpenCompass' templates, retriever and parser for th
 
 def whole(name: str, task: str, subject: str, shots: int) -> str:
     """Context, delimiter and the last choice."""
-    found = TASKS[task].styles[name]
+    style = TASKS[task].styles[name]
     return (
-        found.context(SUBJECTS[task][subject], ASKED[:shots], ASKED[2])
-        + found.delimiter
-        + found.choices(ASKED[2])[-1]
+        style.context(SUBJECTS[task][subject], ASKED[:shots], ASKED[2])
+        + style.delimiter
+        + style.choices(ASKED[2])[-1]
     )
 
 
@@ -75,9 +75,9 @@ def test_opencompass(task, subject, shots):
 
 def test_opencompass_boolq():
     question = Question("", "", "is it so", ("no", "yes"), 1, "P -- p")
-    found = find_style("opencompass", "boolq", 0)
-    assert found.context(SUBJECTS["mmlu"]["anatomy"], (), question) == "P -- p\nQuestion: is it so?"
-    assert (found.delimiter, found.choices(question)) == ("\n", ("No", "Yes"))
+    style = find_style("opencompass", "boolq", 0)
+    assert style.context(SUBJECTS["mmlu"]["anatomy"], (), question) == "P -- p\nQuestion: is it so?"
+    assert (style.delimiter, style.choices(question)) == ("\n", ("No", "Yes"))
 
 
 def test_hendrycks():
@@ -103,22 +103,22 @@ def test_lm_eval_of_every_subject_is_its_own(task, shots, tmp_path):
     ours = load_benchmark(task, MAKERS[task](tmp_path), shots)
     put = find_style("lm-eval", task, shots)
     for subject in ours.subjects[:3]:  # the titles of all are compared below
-        theirs = harness_task(
+        harness = harness_task(
             task,
             tmp_path,
             subject.info.name if len(ours.subjects) > 1 else "",
             shots,
             len(subject.questions),
         )
-        assert len(theirs.eval_docs) == len(subject.questions)
-        for question, doc in zip(subject.questions, theirs.eval_docs, strict=True):
+        assert len(harness.eval_docs) == len(subject.questions)
+        for question, doc in zip(subject.questions, harness.eval_docs, strict=True):
             context = put.context(subject.info, subject.shots, question)
-            assert context == theirs.fewshot_context(doc, shots)
+            assert context == harness.fewshot_context(doc, shots)
             if put.choices(question):
-                assert list(put.choices(question)) == theirs.doc_to_choice(doc)
-                assert question.answer == int(theirs.doc_to_target(doc))
+                assert list(put.choices(question)) == harness.doc_to_choice(doc)
+                assert question.answer == int(harness.doc_to_target(doc))
             else:
-                assert question.answer == theirs.doc_to_target(doc)
+                assert question.answer == harness.doc_to_target(doc)
 
 
 @pytest.mark.parametrize("task", ["mmlu", "ceval", "cmmlu"])
@@ -126,8 +126,8 @@ def test_titles_of_all_subjects_are_lm_evals(task):
     from helpers.evaluating import FILES, HARNESS, _yaml
 
     for name, topic in SUBJECTS[task].items():
-        theirs = _yaml(HARNESS / FILES[task].format(name))["description"]
-        assert TASKS[task].styles["lm-eval"].context(topic, (), ASKED[0]).startswith(theirs), name
+        description = _yaml(HARNESS / FILES[task].format(name))["description"]
+        assert TASKS[task].styles["lm-eval"].context(topic, (), ASKED[0]).startswith(description), name
 
 
 def test_what_a_style_does_not_say_is_refused():
@@ -162,14 +162,14 @@ def test_a_context_and_its_answers_are_parted_as_lm_eval_does(tmp_path):
 
     tokens = tokenizer.load(corpus.sentencepiece_dir(tmp_path))
     encoder = PromptEncoder(tokens)
-    theirs = type("Theirs", (TemplateLM,), dict.fromkeys(TemplateLM.__abstractmethods__))()
-    theirs.tok_encode = lambda text: [tokens.bos, *tokens.encode(text).tolist()]
+    harness_model = type("Theirs", (TemplateLM,), dict.fromkeys(TemplateLM.__abstractmethods__))()
+    harness_model.tok_encode = lambda text: [tokens.bos, *tokens.encode(text).tolist()]
     merged = 0
     for context in ("Document 3 says", "Document 3 says  ", "答案: ", "答案:", "It ends", "Docu"):
         for answer in (" that", "\nB", "ment 4", " A", "中"):
             [pair] = encoder.encode_pairs(context, [answer])
-            assert pair == theirs._encode_pair(context, answer)
-            merged += pair[0] + pair[1] != theirs.tok_encode(context + answer)
+            assert pair == harness_model._encode_pair(context, answer)
+            merged += pair[0] + pair[1] != harness_model.tok_encode(context + answer)
     assert merged  # control: somewhere the two ways differ
 
 

@@ -25,9 +25,9 @@ def contents(folder):
 
 
 def test_rows_and_tokenizer(script, tmp_path, capsys):
-    one = script.make(tmp_path / "one", 300, 1024)
-    made = contents(one)
-    assert set(made) >= {
+    first = script.make(tmp_path / "one", 300, 1024)
+    first_contents = contents(first)
+    assert set(first_contents) >= {
         "train.parquet",
         "heldout.parquet",
         "heldout.txt",
@@ -36,34 +36,34 @@ def test_rows_and_tokenizer(script, tmp_path, capsys):
         "made.json",
     }
     train, held_out = (
-        pyarrow.parquet.read_table(one / name).to_pylist() for name in ("train.parquet", "heldout.parquet")
+        pyarrow.parquet.read_table(first / name).to_pylist() for name in ("train.parquet", "heldout.parquet")
     )
     assert len(train) == 300
     assert held_out
     assert set(train[0]) == {"instruction", "input", "output"}
     assert {bool(row["input"]) for row in train} == {True, False}
-    chat = [json.loads(line) for line in (one / "chat.jsonl").read_text("utf-8").splitlines()]
+    chat = [json.loads(line) for line in (first / "chat.jsonl").read_text("utf-8").splitlines()]
     assert len(chat) > 20
     assert len({row["instruction"] for row in chat}) == len(chat)
     outputs = {row["output"].splitlines()[0].strip() for row in train}
     assert all(row["instruction"].endswith("?") and row["output"] in outputs for row in chat)
     modules = [{row["instruction"].split()[-1] for row in rows} for rows in (train, held_out)]
     assert not modules[0] & modules[1]
-    ours = tokenizer.load(one / "tokenizer")
+    ours = tokenizer.load(first / "tokenizer")
     assert (ours.vocab_size, ours.bos, ours.eos, ours.pad) == (1024, 1, 2, 2)
     for row in held_out[:20]:
         ids = ours.encode(row["output"])
         assert ours.decode(ids) == row["output"]
         assert len(ids) < len(row["output"].encode()) / 1.5  # it has merges; single bytes would be as many
 
-    made_at = (one / "train.parquet").stat().st_mtime_ns
-    script.make(one, 300, 1024)
-    assert (one / "train.parquet").stat().st_mtime_ns == made_at
+    made_at = (first / "train.parquet").stat().st_mtime_ns
+    script.make(first, 300, 1024)
+    assert (first / "train.parquet").stat().st_mtime_ns == made_at
     assert "reusing" in capsys.readouterr().out
-    (one / "made.json").unlink()  # as a run that was cut off leaves it
-    shutil.rmtree(one / "tokenizer")
-    script.make(one, 300, 1024)
-    assert contents(one) == made
+    (first / "made.json").unlink()  # as a run that was cut off leaves it
+    shutil.rmtree(first / "tokenizer")
+    script.make(first, 300, 1024)
+    assert contents(first) == first_contents
 
 
 def test_too_much_is_asked_for(script, tmp_path, monkeypatch):

@@ -120,7 +120,7 @@ def test_first_step():
 
 
 @pytest.mark.parametrize(
-    ("change", "train_iters", "said"),
+    ("change", "train_iters", "message"),
     [
         ({"lr_warmup_iters": 5}, 400, "not both"),
         ({"lr_warmup_fraction": 1.0}, 400, "below 1"),
@@ -137,10 +137,10 @@ def test_first_step():
         ({}, 0, "--train-iters 0"),
     ],
 )
-def test_refusals(change, train_iters, said):
+def test_refusals(change, train_iters, message):
     with pytest.raises(UserError) as error:
         lr_schedule.check(dataclasses.replace(RECIPE, **change), train_iters)
-    assert said in str(error.value)
+    assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 

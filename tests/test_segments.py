@@ -128,13 +128,15 @@ def trained(
     model = model if model.num_experts else replace(model, family="llama")
     reference = theirs(model, folder / "first")
     oracle.train(OneByOne(reference, rows), data[:1], lrs[:1], vars(RUN.optim))
-    held = {
+    gradients = {
         name: (1 - RUN.optim.adam_beta1) * parameter.grad for name, parameter in reference.named_parameters()
     }
     moments = (
         {}
         if model.num_experts
-        else {p.name: param_mapping.hf_to_megatron(model, p, held) for p in param_mapping.parameters(model)}
+        else {
+            p.name: param_mapping.hf_to_megatron(model, p, gradients) for p in param_mapping.parameters(model)
+        }
     )
     return oracle.train(OneByOne(theirs(model, folder / "all"), rows), data, lrs, vars(RUN.optim)), moments
 
@@ -257,10 +259,10 @@ def check(curves: dict[str, Curve], folder: Path) -> None:
     assert len(checkpoints) == sum(name.endswith("first step") for name in curves)
     for saved in checkpoints:
         opened = open_checkpoint(saved)
-        found = dict(opened.tensors("exp_avg"))
-        assert found.keys() == moments.keys()
+        saved_moments = dict(opened.tensors("exp_avg"))
+        assert saved_moments.keys() == moments.keys()
         for name, moment in moments.items():
-            off = (found[name] - moment).abs().max() / moment.abs().max()
+            off = (saved_moments[name] - moment).abs().max() / moment.abs().max()
             assert off < 1e-5, (saved.name, name, float(off))
 
 
@@ -302,10 +304,10 @@ def test_position_ids_say_where_documents_begin(cpu):
     from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 
     assert packed_sequences_of(positions([8], [8])) is None
-    found = packed_sequences_of(positions([8], [3, 1, 4]))
-    assert found.lengths == ((8,), (3, 1, 4))
-    assert found.qkv_format == "sbhd"  # "thd" is megatron-core's own business
-    bounds = found.bounds(torch.device("cpu"))
+    packed_rows = packed_sequences_of(positions([8], [3, 1, 4]))
+    assert packed_rows.lengths == ((8,), (3, 1, 4))
+    assert packed_rows.qkv_format == "sbhd"  # "thd" is megatron-core's own business
+    bounds = packed_rows.bounds(torch.device("cpu"))
     assert (bounds.ends, bounds.cumulative.tolist(), bounds.longest) == (
         [8, 11, 12, 16],
         [0, 8, 11, 12, 16],
@@ -335,12 +337,12 @@ def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor) 
 def inputs(rows: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """q, k, v in fp64 with 4 heads and 2 groups, and to which document each position belongs."""
     generator = torch.Generator().manual_seed(sum(n * n for row in rows for n in row))
-    made = [
+    tensors = [
         torch.randn(len(rows), heads, sum(rows[0]), 8, dtype=torch.float64, generator=generator)
         for heads in (4, 2, 2)
     ]
     ids = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in rows])
-    return [x.requires_grad_() for x in made], ids
+    return [x.requires_grad_() for x in tensors], ids
 
 
 ROWS = st.lists(
@@ -366,17 +368,17 @@ def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout
     expected = dense(q, k, v, ids)
     gradient = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     back = torch.autograd.grad(expected, (q, k, v), gradient)
-    found = [torch.zeros_like(x) for x in back]
+    gradients = [torch.zeros_like(x) for x in back]
     for share in (SequenceShard(rank, ranks) for rank in range(ranks)):
         out = attend_packed(segments, share.take(q, 2), k, v, share, dropout)
         # In these blocks the softmax is fp32, as everywhere with dropout.
         torch.testing.assert_close(out, share.take(expected, 2), rtol=0, atol=1e-6 if dropout else 1e-12)
         for sum_, part in zip(
-            found, torch.autograd.grad(out, (q, k, v), share.take(gradient, 2)), strict=True
+            gradients, torch.autograd.grad(out, (q, k, v), share.take(gradient, 2)), strict=True
         ):
             sum_ += part
-    for mine, right in zip(found, back, strict=True):
-        torch.testing.assert_close(mine, right, rtol=0, atol=1e-5 if dropout else 1e-12)
+    for actual, right in zip(gradients, back, strict=True):
+        torch.testing.assert_close(actual, right, rtol=0, atol=1e-5 if dropout else 1e-12)
 
 
 @pytest.mark.parametrize("scaling", ["none", "linear", "dynamic"])
@@ -390,16 +392,16 @@ def test_documents_are_turned_as_if_alone(cpu, scaling):
         Rope(replace(INTERNLM, rope_scaling_type=scaling, rope_scaling_factor=2.0)),
         ([40, 8], [3, 20, 24, 1]),
     )
-    found, here = packed_sequences_of(positions(*rows)), torch.device("cpu")
+    packed_rows, here = packed_sequences_of(positions(*rows)), torch.device("cpu")
     alone = [
         [torch.cat(parts) for parts in zip(*(rope.tables(n, torch.float32, here) for n in row), strict=True)]
         for row in rows
     ]
     whole = [torch.cat(column, 1) for column in zip(*alone, strict=True)]
     for share in (WHOLE_SEQUENCE, SequenceShard(0, 2), SequenceShard(1, 2)):
-        mine = found.cos_sin(rope, torch.float32, here, share)
-        assert mine is found.cos_sin(rope, torch.float32, here, share)
-        for table, right in zip(mine, whole, strict=True):
+        actual = packed_rows.cos_sin(rope, torch.float32, here, share)
+        assert actual is packed_rows.cos_sin(rope, torch.float32, here, share)
+        for table, right in zip(actual, whole, strict=True):
             assert torch.equal(table.expand(-1, 2, -1, -1), share.take(right, 0))
     assert (
         rope.tables(40, torch.float32, here)[0][:20] != rope.tables(20, torch.float32, here)[0]
@@ -518,18 +520,18 @@ def test_cuda_kernels_are_asked_in_their_own_words(monkeypatch, name):
     package, kernel = cuda_kernels()[name]
     module = SimpleNamespace(flash_attn_varlen_func=kernel, varlen_attn=kernel)
     monkeypatch.setattr(
-        device.importlib.util, "find_spec", lambda asked: module if asked == package else None
+        device.importlib.util, "find_spec", lambda module_name: module if module_name == package else None
     )
-    monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
-    found = device.fused_kernel(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
-    assert found.source.startswith(package)
-    by_bounds(found.call)
+    monkeypatch.setattr(device.importlib, "import_module", lambda module_name: module)
+    fused = device.fused_kernel(device.Device("cuda", 0, "nccl", "stand-in"), "varlen")
+    assert fused.source.startswith(package)
+    by_bounds(fused.call)
 
 
 def test_torch_kernel_accepts_our_arguments():
     """Signature in the installed torch; its results need a GPU to be checked."""
-    found = device._varlen_cuda()
-    kernel, words, _ = found.call.args
+    kernel_choice = device._varlen_cuda()
+    kernel, words, _ = kernel_choice.call.args
     inspect.signature(kernel).bind(*range(7), **words)
     assert set(words) <= {"window_size", "is_causal", "enable_gqa", "causal"}
 
@@ -547,7 +549,7 @@ def test_the_npu_kernel_is_asked_as_its_pages_say(monkeypatch):
         return flat_attention(query, key, value, ends["actual_seq_qlen"]), None, None
 
     module = SimpleNamespace(npu_fusion_attention=npu_fusion_attention)
-    monkeypatch.setattr(device.importlib, "import_module", lambda asked: module)
-    found = device.fused_kernel(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
-    assert found.source == "torch_npu.npu_fusion_attention"
-    by_bounds(found.call)
+    monkeypatch.setattr(device.importlib, "import_module", lambda module_name: module)
+    kernel = device.fused_kernel(device.Device("npu", 0, "hccl", "stand-in"), "varlen")
+    assert kernel.source == "torch_npu.npu_fusion_attention"
+    by_bounds(kernel.call)

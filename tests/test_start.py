@@ -52,15 +52,15 @@ def start(cpu):
 
 
 def test_without_load_the_weights_are_random(start):
-    found, said = start(RUN)
-    assert found.resume is None
-    assert "random weights, seed 1234" in said
+    opened, log = start(RUN)
+    assert opened.resume is None
+    assert "random weights, seed 1234" in log
 
 
 def test_load_equal_to_save_and_empty_is_an_announced_fresh_start(start, tmp_path):
-    found, said = start(changed(load=str(tmp_path / "ckpt"), save=str(tmp_path / "ckpt")))
-    assert found.resume is None
-    assert "is empty: a fresh start from random weights" in said
+    opened, log = start(changed(load=str(tmp_path / "ckpt"), save=str(tmp_path / "ckpt")))
+    assert opened.resume is None
+    assert "is empty: a fresh start from random weights" in log
 
 
 def test_load_of_nothing_is_an_error(start, tmp_path):
@@ -75,29 +75,29 @@ def test_load_of_nothing_is_an_error(start, tmp_path):
 def test_a_run_is_resumed_never_overwritten(start, saved, tmp_path):
     with pytest.raises(UserError, match="already holds checkpoints: continue them with --load"):
         start(changed(save=saved))
-    found, said = start(
+    opened, log = start(
         changed(save=f"{saved}/../ckpt/", load=saved, seed=9)
     )  # another spelling of the same folder
-    assert found.tensors is None
-    assert found.state.step == 2
-    assert "resumes from" in said
-    assert "seed was 1234 when the checkpoint was saved and is 9 now" in said
+    assert opened.tensors is None
+    assert opened.state.step == 2
+    assert "resumes from" in log
+    assert "seed was 1234 when the checkpoint was saved and is 9 now" in log
 
 
 def test_every_setting_that_changes_the_curve_is_announced(start, saved):
     run = replace(
         changed(load=saved, hidden_dropout=0.1), optim=OptimConfig(adam_beta2=0.99, lr_warmup_iters=3)
     )
-    _, said = start(run)
+    _, log = start(run)
     for name in ("hidden_dropout", "adam_beta2", "lr_warmup_iters"):
-        assert f"note: {name} was " in said
-    assert "note: lr was" not in said
+        assert f"note: {name} was " in log
+    assert "note: lr was" not in log
 
 
 def test_finetune_takes_the_weights_only_and_never_into_the_same_folder(start, saved, tmp_path):
-    found, said = start(changed(save=str(tmp_path / "other"), load=saved, finetune=True))
-    assert found.state.step == 0
-    assert "start anew (--finetune)" in said
+    opened, log = start(changed(save=str(tmp_path / "other"), load=saved, finetune=True))
+    assert opened.state.step == 0
+    assert "start anew (--finetune)" in log
     with pytest.raises(UserError, match="continue that run with --auto-resume, or choose another folder"):
         start(changed(save=saved, load=saved, finetune=True))
 
@@ -118,10 +118,10 @@ def test_weights_where_checkpoints_shall_go_are_loaded_not_passed_over(start, tm
         None,
     )
     convert.write_hf(source, tmp_path / "both")
-    found, said = start(changed(load=str(tmp_path / "both"), save=str(tmp_path / "both")))
-    assert "weights from" in said
-    assert "random weights" not in said
-    name, tensor = next(iter(found.tensors))
+    opened, log = start(changed(load=str(tmp_path / "both"), save=str(tmp_path / "both")))
+    assert "weights from" in log
+    assert "random weights" not in log
+    name, tensor = next(iter(opened.tensors))
     assert torch.equal(tensor, dict(param_mapping.random_tensors(MODEL, 5))[name])
     (tmp_path / "stray").mkdir()
     (tmp_path / "stray" / "notes.txt").write_text("hello")
@@ -135,13 +135,13 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     12 bytes each, and 64 MiB that must stay free.
     """
     required = (4 * 201_472 + 2 * 2048 * 128 + 128) * 12 + (64 << 20)
-    asked = []
+    paths = []
 
     def disk(free):
         monkeypatch.setattr(
             shutil,
             "disk_usage",
-            lambda path: (asked.append(str(path)), shutil._ntuple_diskusage(2**40, 0, free))[1],
+            lambda path: (paths.append(str(path)), shutil._ntuple_diskusage(2**40, 0, free))[1],
         )
 
     run = changed(save=str(tmp_path / "not" / "yet"))
@@ -152,15 +152,13 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     )
     with pytest.raises(UserError, match=words):
         start(run)
-    assert set(asked) == {str(tmp_path)}  # the nearest folder that is there
+    assert set(paths) == {str(tmp_path)}  # the nearest folder that is there
     disk(required)
     assert "not enough" not in start(run)[1]  # one checkpoint, at the end
-    _, said = start(changed(save=str(tmp_path), save_interval=5))
-    assert (
-        "which is not enough for the 2 that the run keeps at a time; see --keep and --save-interval" in said
-    )
-    _, said = start(changed(save=str(tmp_path), save_interval=1, keep=1))
-    assert "the 2 that the run keeps" in said  # the new one, and the old one until then
+    _, log = start(changed(save=str(tmp_path), save_interval=5))
+    assert "which is not enough for the 2 that the run keeps at a time; see --keep and --save-interval" in log
+    _, log = start(changed(save=str(tmp_path), save_interval=1, keep=1))
+    assert "the 2 that the run keeps" in log  # the new one, and the old one until then
     disk(0)
     start(RUN)  # nothing is saved
 
@@ -183,8 +181,8 @@ class Two:
     def __init__(self, *others):
         self.others = list(others)
 
-    def all_gather_object(self, mine):
-        return [self.others.pop(0), mine]
+    def all_gather_object(self, local):
+        return [self.others.pop(0), local]
 
 
 def test_storage_that_is_not_shared_is_known_before_step_0(cpu, tmp_path):
@@ -236,9 +234,9 @@ def test_what_a_killed_first_save_leaves_is_no_reason_not_to_start(start, tmp_pa
             save_checkpoint(folder, TrainState(2, 8, 64, {}), run, fragments, {}, 0, 1, lambda: None)
 
         status = in_child(killed)
-        found, said = start(run)
-        ends.add(found.state.step)
-        assert ("a fresh start" in said) == (found.resume is None)
+        opened, log = start(run)
+        ends.add(opened.state.step)
+        assert ("a fresh start" in log) == (opened.resume is None)
         if status == 0:
             break
     assert status == 0
@@ -287,10 +285,10 @@ def test_a_tokenizer_that_is_not_the_datas_is_an_error(cpu, data):
         given = replace(RUN.data, data_path=(prefix,), tokenizer_name_or_path=str(tokenizers[size]))
         return data_setup.open_data(replace(RUN, data=given, model=replace(MODEL, vocab_size=vocab)), grid)
 
-    with log_lines() as said:
+    with log_lines() as lines:
         run, batches = with_tokenizer(600)
     assert batches("train", 0)
-    assert "train data: " in said[0]
+    assert "train data: " in lines[0]
     assert run.train == RUN.train
     with pytest.raises(
         UserError, match=r"was made with a tokenizer of 600 ids, but --tokenizer-name-or-path .* has 500"
@@ -313,12 +311,12 @@ def test_epochs_are_iterations(cpu, data):
         RUN, data=given, model=replace(MODEL, vocab_size=2048), train=replace(RUN.train, train_epochs=2.5)
     )
     samples = len(dataset.build_splits(given, run.train.seed, 2048, ["train"])["train"])
-    with log_lines() as said:
+    with log_lines() as lines:
         resolved, _ = data_setup.open_data(run, grid)
     assert resolved.train.train_iters == -(
         -samples * 5 // (2 * 4)
     )  # 4 samples an iteration; the last one is whole
     assert resolved.train.train_iters * 4 >= 2.5 * samples > (resolved.train.train_iters - 1) * 4
-    assert said[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
+    assert lines[0] == f"--train-epochs 2.5: {resolved.train.train_iters} iterations"
     with pytest.raises(UserError, match="must be below --train-iters"):
         data_setup.open_data(replace(run, optim=replace(run.optim, lr_warmup_iters=10**6)), grid)

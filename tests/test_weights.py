@@ -69,12 +69,12 @@ def test_one_name_holds_its_blocks_one_after_the_other():
     )
     for rank in range(2):
         (entry,) = param_mapping.stored_tensors(CONFIG, packed, 2, rank)
-        mine = torch.cat([t.chunk(2)[rank] for t in qkv()])
-        assert entry.shape == tuple(mine.shape)
+        expected_shard = torch.cat([t.chunk(2)[rank] for t in qkv()])
+        assert entry.shape == tuple(expected_shard.shape)
         for tile in entry.slices:
             assert torch.equal(
                 fused_qkv()[tile.row : tile.row + tile.rows],
-                mine[tile.local_row : tile.local_row + tile.rows],
+                expected_shard[tile.local_row : tile.local_row + tile.rows],
             )
 
 
@@ -83,8 +83,8 @@ def test_a_rank_has_the_fused_parts_of_its_own_heads(tp):
     fused = fused_qkv()
     cut = param_mapping.ShardSpec(tuple(fused.shape), 0, num_shards=tp)
     for rank in range(tp):
-        mine = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
-        assert torch.equal(cut.shard(fused, rank), mine)
+        expected_shard = fused_by_hand(8 // tp, 4 // tp, *(t.chunk(tp)[rank] for t in qkv()))
+        assert torch.equal(cut.shard(fused, rank), expected_shard)
 
 
 def test_fewer_groups_than_ranks_cuts_the_rows_of_a_group():

@@ -53,9 +53,9 @@ def main() -> None:
 
     def micro_batches(run, grid, batch):
         size, rows = run.train.micro_batch_size, run.train.global_batch_size // grid.dp
-        mine = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
-        mine.setdefault("position_ids", torch.arange(run.data.seq_length).expand(rows, -1))
-        return [Batch(**{k: v[i : i + size] for k, v in mine.items()}) for i in range(0, rows, size)]
+        local_batch = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
+        local_batch.setdefault("position_ids", torch.arange(run.data.seq_length).expand(rows, -1))
+        return [Batch(**{k: v[i : i + size] for k, v in local_batch.items()}) for i in range(0, rows, size)]
 
     def step(engine, run, grid, batch):
         result = engine.step(
@@ -155,7 +155,7 @@ def check_replicas(engine, grid):
 
     if engine.run.parallel.overlap_param_gather:
         engine._refresh_weights()  # the weights of the last step are gathered with the next one
-    mine = {}
+    local_tensors = {}
     for module in engine.modules:
         for name, parameter in gpt_model.named_parameters(module).items():
             name = (
@@ -165,10 +165,10 @@ def check_replicas(engine, grid):
             )
             part = grid.tp_rank if engine.shard_specs[name].dim is not None else 0
             digest = sha256(parameter.detach().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-            assert mine.setdefault((name, part), digest) == digest, name
+            assert local_tensors.setdefault((name, part), digest) == digest, name
     seen = {}
-    for theirs in grid.all_gather_object(mine):
-        for key, digest in theirs.items():
+    for rank_tensors in grid.all_gather_object(local_tensors):
+        for key, digest in rank_tensors.items():
             assert seen.setdefault(key, digest) == digest, f"{key} differs between ranks"
     assert {name for name, _ in seen} == set(engine.shard_specs)
 

@@ -90,7 +90,7 @@ def put_jsonl(path: Path, tables: Sequence[dict[str, Any]]) -> None:
 def boolq(folder: Path, count: int = 8) -> Path:
     """Writes BoolQ in SuperGLUE's format."""
     for name, many in (("train", 6), ("val", count)):
-        made = [
+        rows = [
             {
                 "question": f"is {i} odd in {name}",
                 "passage": f"Number -- The number {i} is here. 数 {i}.",
@@ -99,28 +99,28 @@ def boolq(folder: Path, count: int = 8) -> Path:
             }
             for i in range(many)
         ]
-        put_jsonl(folder / f"{name}.jsonl", made)
+        put_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
 
 def gsm8k(folder: Path, count: int = 6) -> Path:
     """Sums."""
     for name, many in (("train", 6), ("test", count)):
-        made = [
+        rows = [
             {
                 "question": f"Tom has {i} apples and buys {i * 7}. How many?",
                 "answer": f"{i} + {i * 7} = <<{i}+{i * 7}={i * 8}>>\n#### {i * 8:,}",
             }
             for i in range(200, 200 + many)
         ]
-        put_jsonl(folder / f"{name}.jsonl", made)
+        put_jsonl(folder / f"{name}.jsonl", rows)
     return folder
 
 
 def hellaswag(folder: Path, count: int = 8) -> Path:
     """With the marks of WikiHow in it."""
     for name, many in (("train", 4), ("val", count)):
-        made = [
+        rows = [
             {
                 "ind": i,
                 "activity_label": "Cutting [header] wood",
@@ -132,7 +132,7 @@ def hellaswag(folder: Path, count: int = 8) -> Path:
             }
             for i in range(many)
         ]
-        put_jsonl(folder / f"hellaswag_{name}.jsonl", made)
+        put_jsonl(folder / f"hellaswag_{name}.jsonl", rows)
     return folder
 
 
@@ -180,15 +180,15 @@ def model_dir(folder: Path, model: ModelConfig = MODEL) -> Path:
             model, parameter, tensor + 0.1 * noise if tensor.dim() == 1 else tensor
         )
     save_file({name: tensor.contiguous() for name, tensor in named.items()}, folder / "model.safetensors")
-    theirs = families.FAMILIES[model.family].write_config(model) | {"bos_token_id": 1, "eos_token_id": 2}
-    (folder / "config.json").write_text(json.dumps(theirs))
+    config = families.FAMILIES[model.family].write_config(model) | {"bos_token_id": 1, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 def exported(folder: Path, source: Path) -> Path:
     """Exports the model as a plain Llama for transformers."""
-    made = open_reader(source)
-    convert.convert(made, folder, convert.HuggingFaceWriter("llama"), convert.DTYPES["fp32"])
+    reader = open_reader(source)
+    convert.convert(reader, folder, convert.HuggingFaceWriter("llama"), convert.DTYPES["fp32"])
     return folder
 
 
@@ -270,7 +270,7 @@ def harness_task(
         config.pop(name, None)
     data = {name: Dataset.from_list(tables) for name, tables in splits.items()}
     if "process_docs" in config:
-        data = {name: config["process_docs"](one) for name, one in data.items()}
+        data = {name: config["process_docs"](rows) for name, rows in data.items()}
         config.pop("process_docs")
     config |= {
         "task": f"theirs_{task}_{subject}",
@@ -279,6 +279,6 @@ def harness_task(
         "fewshot_split": first,
     }
     config |= {"num_fewshot": shots, "fewshot_config": {"sampler": "first_n", "split": first}}
-    made = ConfigurableTask(config=config)
-    made.set_fewshot_seed(1)
-    return made
+    harness = ConfigurableTask(config=config)
+    harness.set_fewshot_seed(1)
+    return harness

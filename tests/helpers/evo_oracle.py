@@ -91,16 +91,16 @@ def hugging_face(family: str, shape: Shape, parts: dict[str, Tensor]) -> dict[st
             "head": "output.weight",
             "norm": "model.norm.weight",
         }
-    made = {name: parts[role] for role, name in ends.items()}
+    renamed = {name: parts[role] for role, name in ends.items()}
     for layer in range(shape.layers):
         here = f"model.layers.{layer}."
         for role, name in names.items():
-            made[f"{here}{name}.weight"] = parts[f"{layer}.{role}"]
+            renamed[f"{here}{name}.weight"] = parts[f"{layer}.{role}"]
             if f"{layer}.{role}.bias" in parts:
-                made[f"{here}{name}.bias"] = parts[f"{layer}.{role}.bias"]
+                renamed[f"{here}{name}.bias"] = parts[f"{layer}.{role}.bias"]
         if family == "internlm2":
-            made[f"{here}attention.wqkv.weight"] = grouped(shape, *(parts[f"{layer}.{x}"] for x in "qkv"))
-    return made
+            renamed[f"{here}attention.wqkv.weight"] = grouped(shape, *(parts[f"{layer}.{x}"] for x in "qkv"))
+    return renamed
 
 
 @dataclass(frozen=True)
@@ -207,24 +207,24 @@ def states(shape: Shape, how: Trained, parts: dict[str, Tensor]) -> dict[str, di
     files: dict[str, dict[str, Tensor]] = {}
     for r in range(max(n, outer)):
         for p in range(stages):
-            made = {}
+            state = {}
             for c in range(how.chunks):
                 v = c * stages + p
                 prefix = (f"{c}." if how.chunks > 1 else "") + how.prefix
                 start = sum(how.pp[:v])
                 for i in range(how.pp[v]):
-                    mine = _layer(shape, how, parts, start + i)[r % n]
-                    made |= {
+                    layer = _layer(shape, how, parts, start + i)[r % n]
+                    state |= {
                         f"{prefix}{'blocks' if first else 'layers'}.{i}.{name}": tensor
-                        for name, tensor in mine.items()
+                        for name, tensor in layer.items()
                     }
                 if v == 0:
-                    made[f"{prefix}{embedding}.weight"] = parts["embedding"].chunk(
+                    state[f"{prefix}{embedding}.weight"] = parts["embedding"].chunk(
                         outer, int(how.embed_split)
                     )[r % outer]
                 if v == len(how.pp) - 1:
-                    made[f"{prefix}norm.weight"] = parts["norm"]
-                    made[f"{prefix}{head}.weight"] = parts["head"].chunk(outer)[r % outer]
+                    state[f"{prefix}norm.weight"] = parts["norm"]
+                    state[f"{prefix}{head}.weight"] = parts["head"].chunk(outer)[r % outer]
             name = (
                 f"model_tp{r % outer}_wp{r % n}_pp{p}.pt"
                 if how.early
@@ -232,7 +232,7 @@ def states(shape: Shape, how: Trained, parts: dict[str, Tensor]) -> dict[str, di
                 if how.wp
                 else f"model_tp{r}_pp{p}.pt"
             )
-            files[name] = made
+            files[name] = state
     return files
 
 

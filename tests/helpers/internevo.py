@@ -55,5 +55,5 @@ def directory(folder: Path, family: str, shape: Shape) -> dict[str, torch.Tensor
 def equal(folder: Path, shape: Shape, how: Trained) -> bool:
     """True if the files of a folder equal the oracle's: names, tensors, bits."""
     files = {path.name: torch.load(path, weights_only=True) for path in folder.glob("model_[tw]*.pt")}
-    theirs = states(shape, how, parts_of(shape))
-    return files.keys() == theirs.keys() and all(same(files[name], theirs[name]) for name in files)
+    expected = states(shape, how, parts_of(shape))
+    return files.keys() == expected.keys() and all(same(files[name], expected[name]) for name in files)

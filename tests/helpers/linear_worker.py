@@ -42,7 +42,7 @@ def main() -> None:
             short, long = linear(x, **more), own.forward(linear, x, **more)
         return torch.equal(short[0], long[0]) and short[1] is long[1]
 
-    found = {
+    results = {
         "column": same(column, ColumnParallelLinear),
         "own weight": same(column, ColumnParallelLinear, weight=other),
         "gathered": same(column, ColumnParallelLinear, runtime_gather_output=True),
@@ -50,9 +50,11 @@ def main() -> None:
         "row, bias apart": same(rows[1], RowParallelLinear),
         "not summed": torch.equal(F.linear(x, rows[1].weight), rows[1](x)[0]),
     }
-    everyone = grid.all_gather_object(found)
+    everyone = grid.all_gather_object(results)
     if grid.rank == 0:
-        Path(job["out"]).write_text(json.dumps({name: all(one[name] for one in everyone) for name in found}))
+        Path(job["out"]).write_text(
+            json.dumps({name: all(rank_results[name] for rank_results in everyone) for name in results})
+        )
     process_groups.destroy()
 
 

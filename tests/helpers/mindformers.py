@@ -34,7 +34,7 @@ def write_ckpt(path: Path, tensors: dict[str, Tensor], pieces: int = 1) -> None:
 
 def renamed(name: str) -> str:
     """Renames like the converters of internlm, internlm2 and llama."""
-    for theirs, ours in (
+    for hf_name, ours in (
         ("embed_tokens.weight", "tok_embeddings.embedding_weight"),
         ("tok_embeddings.weight", "tok_embeddings.embedding_weight"),
         (".self_attn.q_proj.", ".attention.wq."),
@@ -50,5 +50,5 @@ def renamed(name: str) -> str:
         (".norm.", ".norm_out."),
         ("output", "lm_head"),
     ):
-        name = name.replace(theirs, ours)
+        name = name.replace(hf_name, ours)
     return name

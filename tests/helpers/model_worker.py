@@ -107,10 +107,10 @@ def facts_of(named: dict[str, Any]) -> dict[str, Any]:
 def together(facts: list[dict[str, Any]]) -> dict[str, Any]:
     """The facts of all ranks."""
     return {
-        "shapes": {n: shape for one in facts for n, shape in one["shapes"].items()},
-        "finite": all(one["finite"] for one in facts),
-        "idle": sorted({n for one in facts for n in one["idle"]}),
-        "cuts": {n: cut for one in facts for n, cut in one["cuts"].items()},
+        "shapes": {n: shape for rank_facts in facts for n, shape in rank_facts["shapes"].items()},
+        "finite": all(rank_facts["finite"] for rank_facts in facts),
+        "idle": sorted({n for rank_facts in facts for n in rank_facts["idle"]}),
+        "cuts": {n: cut for rank_facts in facts for n, cut in rank_facts["cuts"].items()},
     }
 
 

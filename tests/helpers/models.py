@@ -25,12 +25,12 @@ INTERNLM = ModelConfig(
 def tensors_of(model: ModelConfig, seed: int = 5) -> dict[str, torch.Tensor]:
     """Random weights; biases and norms random too, so that nothing hides behind a zero or a one."""
     generator = torch.Generator().manual_seed(seed)
-    made = {}
+    tensors = {}
     for name, tensor in param_mapping.random_tensors(model, seed):
-        made[name] = (
+        tensors[name] = (
             tensor + 0.1 * torch.randn(tensor.shape, generator=generator) if tensor.dim() == 1 else tensor
         )
-    return made
+    return tensors
 
 
 def tokens_of(model: ModelConfig, length: int = 32) -> torch.Tensor:
@@ -70,13 +70,13 @@ def under(cases: dict[str, Case], world: int, folder: Path):
             "tokens": case.tokens.tolist(),
         }
     facts = launch.ranks(world, "model_worker.py", job, folder)
-    found = load_file(folder / "out.json.safetensors")
+    outputs = load_file(folder / "out.json.safetensors")
     rows = {name: case.model.vocab_size for name, case in cases.items()}
     return {
         n: (
-            found[f"{n}.logits"][..., : rows[n]],
-            found[f"{n}.losses"],
-            found[f"{n}.logits"][..., rows[n] :],
+            outputs[f"{n}.logits"][..., : rows[n]],
+            outputs[f"{n}.losses"],
+            outputs[f"{n}.logits"][..., rows[n] :],
             facts[n],
         )
         for n in cases

@@ -76,16 +76,16 @@ def hugging_face(model: ModelConfig):
 
 def loaded(model: ModelConfig, tensors: dict[str, torch.Tensor], folder: Path):
     """Hugging Face's model with our weights, by way of a directory that it loads."""
-    made, settings = hugging_face(model)
+    model_class, settings = hugging_face(model)
     settings.save_pretrained(folder)
-    theirs: dict[str, torch.Tensor] = {}
+    renamed: dict[str, torch.Tensor] = {}
     for parameter in param_mapping.parameters(model):
-        theirs |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
+        renamed |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
     save_file(
-        {name: tensor.contiguous() for name, tensor in theirs.items()},
+        {name: tensor.contiguous() for name, tensor in renamed.items()},
         folder / "model.safetensors",
         {"format": "pt"},
     )
-    reference, left = made.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    reference, left = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not any(left[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), left
     return reference

@@ -43,11 +43,11 @@ def hugging_face(
         attention_bias=model.add_qkv_bias,
         tie_word_embeddings=model.tie_embeddings,
     )
-    theirs: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for parameter in param_mapping.parameters(model):
-        theirs |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
+        renamed |= param_mapping.megatron_to_hf(model, parameter, tensors[parameter.name])
     reference = LlamaForCausalLM(config)
-    left = reference.load_state_dict(theirs, strict=False)
+    left = reference.load_state_dict(renamed, strict=False)
     assert not left.unexpected_keys, left
     assert model.add_qkv_bias == model.add_dense_bias
     assert left.missing_keys == (["lm_head.weight"] if model.tie_embeddings else []), left
@@ -144,7 +144,7 @@ def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTraine
         "mlp.up_proj": "feed_forward.w3",
         "mlp.down_proj": "feed_forward.w2",
     }
-    found = {}
+    renamed = {}
     for name, tensor in without_zeros(named).items():
         if "q_proj" in name:
             q, k, v = (named[name.replace("q_proj", f"{x}_proj")].split(model.head_dim) for x in "qkv")
@@ -153,11 +153,11 @@ def internlm2(named: dict[str, Tensor], model: ModelConfig, reference: PreTraine
                 for i in range(len(k))
                 for head in (*q[i * len(q) // len(k) : (i + 1) * len(q) // len(k)], k[i], v[i])
             ]
-            found[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(heads)
+            renamed[name.replace("self_attn.q_proj", "attention.wqkv")] = torch.cat(heads)
         elif not re.search("[kv]_proj", name):
             old = next((old for old in words if old in name), "")
-            found[name.replace(old, words[old]) if old else name] = tensor
-    return found
+            renamed[name.replace(old, words[old]) if old else name] = tensor
+    return renamed
 
 
 class RowsOfLength1(torch.nn.Module):
@@ -169,12 +169,12 @@ class RowsOfLength1(torch.nn.Module):
 
 def baichuan(named: dict[str, Tensor], model: ModelConfig, reference: PreTrainedModel) -> dict[str, Tensor]:
     """W_pack is q, then k, then v; the head's rows have any length in the file and length 1 in use."""
-    found = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
+    renamed = {name: tensor for name, tensor in named.items() if not re.search("[qkv]_proj", name)}
     for layer in range(model.num_layers):
         where = f"model.layers.{layer}.self_attn."
-        found[where + "W_pack.weight"] = torch.cat([named[f"{where}{x}_proj.weight"] for x in "qkv"])
+        renamed[where + "W_pack.weight"] = torch.cat([named[f"{where}{x}_proj.weight"] for x in "qkv"])
     register_parametrization(reference.lm_head, "weight", RowsOfLength1())
-    return found
+    return renamed
 
 
 RENAMED = {"internlm": internlm, "internlm2": internlm2, "baichuan": baichuan}
@@ -243,30 +243,30 @@ def halved(model: LlamaForCausalLM, dtype: torch.dtype = torch.bfloat16) -> Llam
 @torch.no_grad()
 def hand_over(half: LlamaForCausalLM, model: LlamaForCausalLM) -> None:
     """Adds the gradients of `half` to those of `model`, and clears them."""
-    for theirs, ours in zip(half.parameters(), model.parameters(), strict=True):
-        gradient = theirs.grad.to(ours.dtype)
-        ours.grad, theirs.grad = gradient if ours.grad is None else ours.grad + gradient, None
+    for copy_parameter, ours in zip(half.parameters(), model.parameters(), strict=True):
+        gradient = copy_parameter.grad.to(ours.dtype)
+        ours.grad, copy_parameter.grad = gradient if ours.grad is None else ours.grad + gradient, None
 
 
 @torch.no_grad()
 def publish(model: LlamaForCausalLM, half: LlamaForCausalLM) -> None:
     """The masters' values, rounded."""
-    for ours, theirs in zip(model.parameters(), half.parameters(), strict=True):
-        theirs.copy_(ours)
+    for ours, copy_parameter in zip(model.parameters(), half.parameters(), strict=True):
+        copy_parameter.copy_(ours)
 
 
 def batches(vocab: int, steps: int, samples: int, length: int, seed: int) -> list[dict[str, Tensor]]:
     """Random global batches whose masks differ from sample to sample, so that a mean of means is wrong."""
     generator = torch.Generator().manual_seed(seed)
-    made = []
+    result = []
     for _ in range(steps):
         text = torch.randint(0, vocab, (samples, length + 1), generator=generator)
         counted = torch.randint(1, length + 1, (samples,), generator=generator)
         mask = (torch.arange(length)[None] < counted[:, None]).float()
-        made.append(
+        result.append(
             {"tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(), "loss_mask": mask}
         )
-    return made
+    return result
 
 
 def as_json(model: ModelConfig) -> dict[str, Any]:

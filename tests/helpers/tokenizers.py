@@ -67,14 +67,14 @@ def stock(folder: Path, **settings):
 
 def special(model: bytes) -> dict[str, int]:
     """Tokens declared when no file declares any: BOS, EOS and UNK of the sentencepiece model."""
-    made = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return {made.id_to_piece(i): i for i in (made.bos_id(), made.eos_id(), made.unk_id())}
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return {processor.id_to_piece(i): i for i in (processor.bos_id(), processor.eos_id(), processor.unk_id())}
 
 
 def chat_files(model: bytes) -> dict[str, dict]:
     """The JSON files of a chat model of v2: names over the unused pieces, and a template."""
-    made = sentencepiece.SentencePieceProcessor(model_proto=model)
-    numbers = {name: made.piece_to_id(f"[UNUSED_TOKEN_{unused}]") for name, unused in CHAT.items()}
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    numbers = {name: processor.piece_to_id(f"[UNUSED_TOKEN_{unused}]") for name, unused in CHAT.items()}
     flags = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
     decoder = {
         str(i): {"content": name, **flags, "special": True}

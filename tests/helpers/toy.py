@@ -87,8 +87,8 @@ def engine_of(run: Any, grid: Any) -> Any:
             gradient, losses = torch.zeros_like(self.weight), []
             for batch in batches:
                 g = [torch.Generator().manual_seed(number) for number in batch]
-                wanted = torch.stack([torch.randn(ROWS, WIDTH, generator=one) for one in g])
-                difference = (self.weight - wanted) * (torch.rand(ROWS, WIDTH) > 0.1)
+                targets = torch.stack([torch.randn(ROWS, WIDTH, generator=generator) for generator in g])
+                difference = (self.weight - targets) * (torch.rand(ROWS, WIDTH) > 0.1)
                 losses.append(
                     float(difference.square().mean()) if not set(batch) & set(bad_samples()) else math.nan
                 )
@@ -100,7 +100,7 @@ def engine_of(run: Any, grid: Any) -> Any:
             skipped = not math.isfinite(loss)
             if not skipped:
                 self._update(gradient[rows[0] : rows[1]] / float(total[1]), lr)
-            bad = tuple(i for i, one in enumerate(losses) if not math.isfinite(one))
+            bad = tuple(i for i, loss in enumerate(losses) if not math.isfinite(loss))
             return StepResult(loss, int(total[1]), norm, skipped, 1.0, bad)
 
         def _update(self, gradient: torch.Tensor, lr: float) -> None:
@@ -132,12 +132,12 @@ def engine_of(run: Any, grid: Any) -> Any:
         def rng(self) -> dict[str, torch.Tensor]:
             return {"torch": torch.get_rng_state()}
 
-        def restore(self, found: Checkpoint) -> None:
-            load_fragments(found, self.fragments())
-            self.updates = found.state.engine["updates"]
+        def restore(self, checkpoint: Checkpoint) -> None:
+            load_fragments(checkpoint, self.fragments())
+            self.updates = checkpoint.state.engine["updates"]
             lost = os.environ.get("TOY_LOSES")
             if lost != "rng":
-                torch.set_rng_state(found.rng(grid.rank)["torch"])
+                torch.set_rng_state(checkpoint.rng(grid.rank)["torch"])
             if lost in self.state:
                 self.state[lost].zero_()
             self._publish()

@@ -78,13 +78,13 @@ def headings(text: str) -> list[tuple[int, str]]:
 
 def anchors(text: str) -> list[str]:
     """The anchor of each heading, as GitHub derives it."""
-    found: list[str] = []
+    slugs: list[str] = []
     seen: Counter[str] = Counter()
     for _, title in headings(text):
         slug = re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-")
-        found.append(f"{slug}-{seen[slug]}" if seen[slug] else slug)
+        slugs.append(f"{slug}-{seen[slug]}" if seen[slug] else slug)
         seen[slug] += 1
-    return found
+    return slugs
 
 
 def links(text: str) -> list[str]:
@@ -116,48 +116,48 @@ def target(page: Path, link: str) -> tuple[str, int | None]:
     name, _, anchor = link.partition("#")
     path = (page.parent / name).resolve() if name else page
     english = path.with_name(path.name.replace("_zh.md", ".md"))
-    found = anchors(path.read_text()) if anchor else []
-    return str(english.relative_to(ROOT)), found.index(anchor) if anchor else None
+    slugs = anchors(path.read_text()) if anchor else []
+    return str(english.relative_to(ROOT)), slugs.index(anchor) if anchor else None
 
 
 def differences(page: Path, other: Path, texts: tuple[str, str] | None = None) -> list[str]:
     """Lists the differences between the English `page` and the Chinese `other`."""
     ours, theirs = texts or (page.read_text(), other.read_text())
-    found = []
+    differing = []
     if [level for level, _ in headings(ours)] != [level for level, _ in headings(theirs)]:
-        found.append("headings")
+        differing.append("headings")
     if commands(ours) != commands(theirs):
-        found += [f"command: {line}" for line in sorted(set(commands(ours)) ^ set(commands(theirs)))] or [
+        differing += [f"command: {line}" for line in sorted(set(commands(ours)) ^ set(commands(theirs)))] or [
             "order of commands"
         ]
     if Counter(target(page, link) for link in links(ours)) != Counter(
         target(other, link) for link in links(theirs)
     ):
-        found.append("links")
+        differing.append("links")
     if table_shapes(ours) != table_shapes(theirs):
-        found.append("tables")
-    found += [f"code: {span}" for span in sorted(code_spans(ours) ^ code_spans(theirs))]
-    return found
+        differing.append("tables")
+    differing += [f"code: {span}" for span in sorted(code_spans(ours) ^ code_spans(theirs))]
+    return differing
 
 
 def broken_links(page: Path, text: str) -> list[str]:
     """Links without a target, and links of a Chinese page to an English one that has a Chinese version."""
-    found = []
+    problems = []
     for link in links(text):
         if "://" in link:
             continue
         name, _, anchor = link.partition("#")
         path = page.parent / name
         if name and not path.exists():
-            found.append(link)
+            problems.append(link)
             continue
         if anchor and anchor not in anchors(path.read_text() if name else text):
-            found.append(link)
+            problems.append(link)
         is_language_switch = link == page.name.replace("_zh.md", ".md")
         to_english = path.suffix == ".md" and not path.stem.endswith("_zh") and chinese(path).exists()
         if page.stem.endswith("_zh") and to_english and not is_language_switch:
-            found.append(f"{link} (there is {chinese(path).name})")
-    return found
+            problems.append(f"{link} (there is {chinese(path).name})")
+    return problems
 
 
 def runnable_module(name: str) -> bool:
@@ -168,19 +168,21 @@ def runnable_module(name: str) -> bool:
 
 def missing_paths(text: str) -> list[str]:
     """Paths, imported modules and `python -m` modules that a page names and that do not exist here."""
-    found = [name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS]
+    missing = [
+        name for name in PATH.findall(text) if not (ROOT / name).exists() and name not in FOREIGN_PATHS
+    ]
     for package, names in IMPORT.findall(text):
         folder = ROOT / package.replace(".", "/")
         if folder.is_dir():
-            found += [
+            missing += [
                 f"{package}.{x}"
                 for x in names.split(", ")
                 if not ((folder / x).is_dir() or (folder / f"{x}.py").exists())
             ]
         elif not folder.with_suffix(".py").exists():
-            found.append(package)
-    found += [name for name in MODULE.findall(text) if not runnable_module(name)]
-    return found
+            missing.append(package)
+    missing += [name for name in MODULE.findall(text) if not runnable_module(name)]
+    return missing
 
 
 def hyphens(flag: str) -> str:
@@ -243,7 +245,7 @@ def known_flags() -> frozenset[str]:
 
 def unknown_flags(text: str) -> list[str]:
     """Flags that no command has, and flags of a documented command that its script does not have."""
-    found = sorted({flag for flag in FLAG.findall(text) if hyphens(flag) not in known_flags()})
+    unknown = sorted({flag for flag in FLAG.findall(text) if hyphens(flag) not in known_flags()})
     for line in "\n".join(commands(text)).replace("\\\n", " ").splitlines():
         with contextlib.suppress(ValueError):  # an unbalanced quote: a line of a heredoc
             words = shlex.split(line)
@@ -251,8 +253,8 @@ def unknown_flags(text: str) -> list[str]:
             flags = flags_of(words[1]) if len(words) > 1 and words[0] in ("python", "bash") else None
             if flags is not None:
                 named = {hyphens(word.partition("=")[0]) for word in words[2:] if word.startswith("--")}
-                found += [f"{flag} of {words[1]}" for flag in sorted(named - flags)]
-    return found
+                unknown += [f"{flag} of {words[1]}" for flag in sorted(named - flags)]
+    return unknown
 
 
 ALL = [*PAGES, *map(chinese, PAGES), *SINGLE]
@@ -314,7 +316,7 @@ def messages() -> str:
 
 def unknown_messages(text: str) -> list[str]:
     """Error messages of the first column of which no three consecutive words are in the code."""
-    found = []
+    problems = []
     for row in re.findall(r"^\| (`.*?) \| ", text, re.MULTILINE):
         if "DeepSpeed" in row or "import torch" in row:
             continue
@@ -322,8 +324,8 @@ def unknown_messages(text: str) -> list[str]:
             words = message.split()
             windows = [" ".join(words[i : i + 3]) for i in range(len(words) - 2)]
             if not any(window in messages() for window in windows):
-                found.append(message)
-    return found
+                problems.append(message)
+    return problems
 
 
 @pytest.mark.parametrize("page", ["docs/troubleshooting.md", "docs/troubleshooting_zh.md"])
@@ -360,7 +362,7 @@ def test_classes_and_constants_exist(page):
 
 def unknown_names(text: str) -> list[str]:
     """Calls and keyword arguments of a family's entry in a page that `models.families.base` does not have."""
-    found = []
+    problems = []
     for language, block in FENCE.findall(text):
         tree = ast.parse(block) if language == "python" else ast.Module([], [])
         calls = [
@@ -371,11 +373,11 @@ def unknown_names(text: str) -> list[str]:
         for call in calls:
             function = getattr(family_base, call.func.id, None)
             if function is None:
-                found.append(call.func.id)
+                problems.append(call.func.id)
             elif call.func.id in ("Family", "ParamMapping", "ConfigMapping"):
                 parameters = inspect.signature(function).parameters
-                found += [k.arg for k in call.keywords if k.arg not in parameters]
-    return found
+                problems += [k.arg for k in call.keywords if k.arg not in parameters]
+    return problems
 
 
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "CONTRIBUTING_zh.md"])

@@ -251,8 +251,10 @@ def test_the_original_code_gives_the_same_logits(results, family, length):
 # --- mistakes that must be seen
 
 
-def swapped(published: dict, one: str, other: str) -> dict:
-    return {n: published[n.replace(one, "\0").replace(other, one).replace("\0", other)] for n in published}
+def swapped(published: dict, first: str, other: str) -> dict:
+    return {
+        n: published[n.replace(first, "\0").replace(other, first).replace("\0", other)] for n in published
+    }
 
 
 def plain_qkv(published: dict, name: str) -> dict:

@@ -36,7 +36,7 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
     log = os.open(f"{folder}/rank{number}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    place = {
+    environment = {
         "RANK": number,
         "LOCAL_RANK": number,
         "WORLD_SIZE": world,
@@ -44,7 +44,7 @@ def rank(number: int, world: int, port: int, folder: str, flags: list[str], env:
         "MASTER_PORT": port,
     }
     os.environ.update(
-        {k: str(v) for k, v in place.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env
+        {k: str(v) for k, v in environment.items()} | {"FAULT_ENGINE": "toy", "FAULT_DIR": folder} | env
     )
     if "RANK_FOLDERS" in env:
         (own := Path(folder, str(number))).mkdir(exist_ok=True)
@@ -96,11 +96,11 @@ class Job:
 
     def curve(self) -> dict[int, str]:
         """Iteration -> loss and gradient norm in hexadecimal; repeated iterations must be equal."""
-        found: dict[int, str] = {}
+        curve: dict[int, str] = {}
         for line in (self.folder / "curve").read_text().splitlines():
             iteration, _, numbers = line.partition(" ")
-            assert found.setdefault(int(iteration), numbers) == numbers, f"iteration {iteration} differs"
-        return found
+            assert curve.setdefault(int(iteration), numbers) == numbers, f"iteration {iteration} differs"
+        return curve
 
     def steps(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "ckpt").glob("step_*"))
@@ -145,8 +145,8 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     job.env["TOY_LOSES"] = lost
     assert job.run() == [0, 0]
     assert job.curve().keys() == whole.keys()
-    assert {i: one for i, one in job.curve().items() if i <= 6} == {
-        i: one for i, one in whole.items() if i <= 6
+    assert {i: values for i, values in job.curve().items() if i <= 6} == {
+        i: values for i, values in whole.items() if i <= 6
     }
     assert job.curve()[12] != whole[12]
 
@@ -277,9 +277,9 @@ def test_a_signal_to_any_one_rank_saves_and_stops_all(whole, tmp_path, what, who
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}])
     assert job.run() == [errors.EXIT_STOPPED] * 2
     assert job.steps() == ["step_0000003", "step_0000005"]
-    said = job.said()
-    assert f"SIG{what.upper()} to rank {who}: stopped after iteration 5" in said
-    assert re.search(r"^to continue: .* --auto-resume\b", said, re.MULTILINE)
+    output = job.said()
+    assert f"SIG{what.upper()} to rank {who}: stopped after iteration 5" in output
+    assert re.search(r"^to continue: .* --auto-resume\b", output, re.MULTILINE)
     finish(job, whole)
 
 
@@ -321,8 +321,10 @@ def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     for number in set(range(4)) - {who}:
         ranks[number].join(60)
         assert ranks[number].exitcode == errors.EXIT_RANK_LOST, job.said()
-        said = (job.folder / f"rank{number}.log").read_text()
-        assert re.search(rf"error: rank {who} gave no sign of life for \d+ s \(of 4 ranks\); all leave", said)
+        output = (job.folder / f"rank{number}.log").read_text()
+        assert re.search(
+            rf"error: rank {who} gave no sign of life for \d+ s \(of 4 ranks\); all leave", output
+        )
     ranks[who].kill()
     assert job.run() == [0] * 4, job.said()
     assert len(job.curve()) == ITERS  # what was done twice was the same twice
@@ -345,9 +347,9 @@ def test_the_last_words_of_a_rank_are_passed_on(whole, tmp_path):
     job = Job(tmp_path / "job", faults=[{"what": "wrong", "rank": 1, "step": 5}])
     codes = job.run()
     assert codes == [1, 1]
-    said = job.said()
-    assert "error: rank 1 left: a mistake in the program (of 2 ranks); all leave" in said
-    assert said.count("Traceback") == 1  # of the one that made it
+    output = job.said()
+    assert "error: rank 1 left: a mistake in the program (of 2 ranks); all leave" in output
+    assert output.count("Traceback") == 1  # of the one that made it
     finish(job, whole)
 
 
@@ -400,15 +402,15 @@ def test_every_skip_names_rank_and_samples(whole, tmp_path):
     """By hand: samples 21 and 29 are those of rank 1 in iterations 6 and 8, second and first micro-batch."""
     job = Job(tmp_path / "job", env={"TOY_BAD": "[22, 23, 29]"})
     assert job.run() == [0, 0]
-    said = job.said()
+    output = job.said()
     assert re.search(
         r"iteration 6 skipped, nothing was updated: loss NAN; rank 0: samples 22-22; rank 1: samples 23-23;",
-        said,
+        output,
     )
-    assert re.search(r"iteration 8 skipped, nothing was updated: loss NAN; rank 1: samples 29-29;", said)
-    assert said.count(" skipped, nothing") == 2
-    assert {i: one for i, one in job.curve().items() if i < 6} == {
-        i: one for i, one in whole.items() if i < 6
+    assert re.search(r"iteration 8 skipped, nothing was updated: loss NAN; rank 1: samples 29-29;", output)
+    assert output.count(" skipped, nothing") == 2
+    assert {i: values for i, values in job.curve().items() if i < 6} == {
+        i: values for i, values in whole.items() if i < 6
     }
 
 
@@ -434,7 +436,7 @@ DEFAULT = [("zero 1", "fp32"), ("megatron, shards", "fp32")]
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [one if one in DEFAULT else pytest.param(*one, marks=SLOW) for one in PRECISE]
+    ("name", "dtype"), [case if case in DEFAULT else pytest.param(*case, marks=SLOW) for case in PRECISE]
 )
 @pytest.mark.parametrize("loss", [math.nan, math.inf, 0.0], ids=["NaN", "infinite", "control"])
 def test_a_loss_that_is_none_updates_nothing_though_its_gradients_are_finite(
@@ -491,9 +493,9 @@ def add_to_losses(engine, constants: list[float]) -> Callable[[], None]:
         def forward(*args):
             output, loss = real(*args)
             constant = next(left)
-            return output, lambda losses: (lambda total, tokens, said: (total, tokens, said + constant))(
-                *loss(losses)
-            )
+            return output, lambda losses: (
+                lambda total, tokens, reported: (total, tokens, reported + constant)
+            )(*loss(losses))
 
         engine._forward = forward
     return lambda: setattr(engine, name, real)

@@ -222,11 +222,11 @@ wait"""
 
 
 def test_ranks_are_found_at_any_depth(tree):
-    found = {}
+    ranks = {}
     for number in (signal.SIGUSR1, signal.SIGINT):
         for process, rank_signal in supervisor.rank_signals(tree, number):
-            found[number, process.environ()["RANK"]] = rank_signal
-    assert found == {
+            ranks[number, process.environ()["RANK"]] = rank_signal
+    assert ranks == {
         (signal.SIGUSR1, "0"): signal.SIGUSR1,
         (signal.SIGUSR1, "1"): signal.SIGUSR1,
         (signal.SIGINT, "0"): signal.SIGINT,

@@ -51,10 +51,10 @@ def began(tmp_path):
 
     def weights(name: str, seed: int = 1, kind=None, values=torch.float32, dtype=torch.float32) -> str:
         make = from_factory(lambda n: random_tensor(model, known[n], seed).to(values).float())
-        made = CheckpointReader(
+        reader = CheckpointReader(
             "random", Path("random"), model, {}, dict.fromkeys(known, torch.float32), make, None
         )
-        convert.convert(made, str(tmp_path / name), kind or convert.HuggingFaceWriter(), dtype)
+        convert.convert(reader, str(tmp_path / name), kind or convert.HuggingFaceWriter(), dtype)
         if not (tmp_path / name / "config.json").exists():  # rank files do not bring one
             shutil.copyfile(tmp_path / "hf/config.json", tmp_path / name / "config.json")
         return str(tmp_path / name)
@@ -169,17 +169,17 @@ def shell(tmp_path):
             capture_output=True,
             text=True,
         )
-        said = (work / "said").read_text().splitlines() if (work / "said").exists() else []
-        return done.returncode, said, done.stdout + done.stderr
+        commands = (work / "said").read_text().splitlines() if (work / "said").exists() else []
+        return done.returncode, commands, done.stdout + done.stderr
 
     go.work = work
     return go
 
 
 def test_two_runs_and_a_comparison(shell):
-    code, said, _ = shell(REF_NPROC="2", CAND_NPROC="4")
+    code, commands, _ = shell(REF_NPROC="2", CAND_NPROC="4")
     assert code == 0
-    ref, origin_of_ref, cand, origin_of_cand, compared = said
+    ref, origin_of_ref, cand, origin_of_cand, compared = commands
     assert ref.startswith(
         "deepspeed --no_local_rank --master_port 29500 --num_accelerators 2 pretrain_intern.py --model "
         "internlm-tiny "
@@ -213,8 +213,8 @@ def test_a_run_leaves_no_older_verdict(shell):
 def test_halves_on_two_machines(shell):
     assert [line.split()[0] for line in shell(SIDE="ref")[1]] == ["deepspeed", "python"]
     assert (shell.work / "ref/origin.json").exists()
-    _, said, _ = shell(SIDE="cand", CAND="--deepspeed --device npu", DTYPE="bf16")
-    assert said[0].endswith("--bf16 --deepspeed --device npu")
+    _, commands, _ = shell(SIDE="cand", CAND="--deepspeed --device npu", DTYPE="bf16")
+    assert commands[0].endswith("--bf16 --deepspeed --device npu")
     assert shell(SIDE="compare", PROFILE="strict")[1][0].endswith("--profile strict --same-origin")
     shell(SIDE="ref2")
     assert shell(SIDE="compare")[1][0].endswith(f"--same-origin --ref2 {shell.work}/ref2")
@@ -222,13 +222,13 @@ def test_halves_on_two_machines(shell):
 
 
 @pytest.mark.parametrize(
-    ("env", "said"),
+    ("env", "message"),
     [({"SIDE": "left"}, "SIDE=left is not one of"), ({"DTYPE": "int8"}, "DTYPE=int8 is not one of")],
 )
-def test_what_the_shell_refuses(shell, env, said):
+def test_what_the_shell_refuses(shell, env, message):
     code, started, text = shell(**env)
     assert (code, started) == (2, [])
-    assert said in text
+    assert message in text
 
 
 @pytest.mark.slow

@@ -134,8 +134,8 @@ def test_arguments_and_random_states_are_opened_as_nothing(tmp_path, monkeypatch
     module, scaler = program_of_the_run()
     monkeypatch.setitem(sys.modules, "modellink", types.ModuleType("modellink"))
     monkeypatch.setitem(sys.modules, "modellink.enums", module)
-    made = scaler()
-    made.scale = 65536.0
+    scaler_state = scaler()
+    scaler_state.scale = 65536.0
     run = {
         "args": Namespace(
             num_layers=LAYERS,
@@ -143,7 +143,7 @@ def test_arguments_and_random_states_are_opened_as_nothing(tmp_path, monkeypatch
             model_type=module.ModelType.encoder,
             where=Path("/x"),
         ),
-        "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}, "scaler": made},
+        "optimizer": {"state": {0: {"exp_avg": torch.zeros(4)}}, "scaler": scaler_state},
         "np_rng_state": np.random.default_rng(0).bit_generator.state
         | {"old": np.random.RandomState(0).get_state()},
         "random_rng_state": (3, (1, 2), None),

@@ -76,7 +76,7 @@ def test_figures_against_numpy(both):
     ref, cand = (np.array(side) for side in zip(*both, strict=True))
     f = metrics.compute_metrics(pair(ref.tolist(), cand.tolist()))
     e = np.abs(cand - ref) / ref
-    wanted = {
+    expected = {
         "steps": len(e),
         "mean": e.mean(),
         "p50": np.percentile(e, 50),
@@ -94,7 +94,7 @@ def test_figures_against_numpy(both):
         "grad_norm_identical": None,
     }
     for name, value in asdict(f).items():
-        assert value == (wanted[name] and pytest.approx(wanted[name], rel=1e-9, abs=1e-12)), name
+        assert value == (expected[name] and pytest.approx(expected[name], rel=1e-9, abs=1e-12)), name
 
 
 @given(st.lists(st.tuples(losses, losses), min_size=1, max_size=40))
@@ -193,12 +193,12 @@ def refused(ref: LossCurve, cand: LossCurve, **part) -> str:
 
 def test_other_lengths_and_steps():
     a, b = curve(CURVE, "REF"), curve(CURVE[:50], "CAND")
-    said = refused(a, b)
+    message = refused(a, b)
     assert (
         "REF has 100 steps up to 800 consumed samples, CAND 50 up to 400: 408 is in REF but not in CAND"
-        in said
+        in message
     )
-    assert "--last 400 compares what both have" in said
+    assert "--last 400 compares what both have" in message
     assert len(align(a, b, last=400).positions) == 50
     gap = replace(a, steps=a.steps[:10] + a.steps[11:])
     assert "88 is in REF but not in CAND" in refused(a, replace(gap, path="CAND"))
@@ -245,7 +245,7 @@ def test_means_of_other_iterations():
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"loss": float("nan")}, "at 40 consumed samples the loss is nan"),
         ({"loss": float("inf")}, "at 40 consumed samples the loss is inf"),
@@ -254,19 +254,19 @@ def test_means_of_other_iterations():
         ({"nans": 1}, "at 40 consumed samples 1 iterations were NaN"),
     ],
 )
-def test_nan(change, said):
+def test_nan(change, message):
     a, b = curve(CURVE, "REF"), curve(CURVE, "CAND")
     steps = list(b.steps)
     steps[4] = replace(steps[4], **change)
     bad = replace(b, steps=tuple(steps))
-    assert said in refused(a, bad)
+    assert message in refused(a, bad)
     assert refused(a, bad).startswith("CAND: ")
     assert refused(bad, a).startswith("CAND: ")
     assert align(a, bad, first=48)
 
 
 def test_the_axis_is_the_first_that_both_say():
-    def said(*axes: str) -> LossCurve:
+    def logged(*axes: str) -> LossCurve:
         steps = (LoggedStep(i, 8 * i, 128 * i, 1.0) for i in (1, 2))
         return LossCurve(
             "-".join(axes),
@@ -277,10 +277,10 @@ def test_the_axis_is_the_first_that_both_say():
             ),
         )
 
-    assert align(said("samples", "iteration", "tokens"), said("samples", "tokens")).axis == "samples"
-    assert align(said("samples", "tokens"), said("tokens", "iteration")).axis == "tokens"
-    assert align(said("samples", "iteration"), said("tokens", "iteration")).axis == "iteration"
-    assert "cannot be aligned" in refused(said("samples"), said("iteration"))
+    assert align(logged("samples", "iteration", "tokens"), logged("samples", "tokens")).axis == "samples"
+    assert align(logged("samples", "tokens"), logged("tokens", "iteration")).axis == "tokens"
+    assert align(logged("samples", "iteration"), logged("tokens", "iteration")).axis == "iteration"
+    assert "cannot be aligned" in refused(logged("samples"), logged("iteration"))
 
 
 def test_samples_that_do_not_grow_are_no_place():
@@ -351,8 +351,8 @@ def tool(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["compare_loss.py", *map(str, words)])
         with pytest.raises(SystemExit) as end:
             runpy.run_path(str(launch.ROOT / "tools/compare_loss.py"), run_name="__main__")
-        said = capsys.readouterr()
-        return end.value.code or 0, said.out, said.err
+        output = capsys.readouterr()
+        return end.value.code or 0, output.out, output.err
 
     return go
 
@@ -377,12 +377,12 @@ def test_pass_and_what_is_left(tool, tmp_path):
     )
     ref2 = write_run(tmp_path / "ref2", [x * 0.999 for x in CURVE])
     out = tmp_path / "out"
-    code, said, _ = tool(ref, cand, "--out", out, "--ref2", ref2, "--profile", "strict")
+    code, output, _ = tool(ref, cand, "--out", out, "--ref2", ref2, "--profile", "strict")
     assert code == 0
-    assert said.splitlines()[-2].startswith(
+    assert output.splitlines()[-2].startswith(
         "PASS (strict): 100.00% of 100 steps below 2%; the worst is 0.10%, at "
     )
-    assert "  zero_stage: 2 | 1\n" in said
+    assert "  zero_stage: 2 | 1\n" in output
     assert sorted(p.name for p in out.iterdir()) == ["parity.html", "parity.json", "parity.png"]
 
     table = json.loads((out / "parity.json").read_text(), parse_constant=pytest.fail)
@@ -412,9 +412,9 @@ def test_pass_and_what_is_left(tool, tmp_path):
 
 def test_fail(tool, tmp_path):
     ref, cand = write_run(tmp_path / "ref", CURVE), write_run(tmp_path / "cand", CURVE[1:] + CURVE[:1])
-    code, said, _ = tool(ref, cand, "--out", tmp_path / "out")
+    code, output, _ = tool(ref, cand, "--out", tmp_path / "out")
     assert code == 1
-    assert "FAIL (published): mean relative error" in said
+    assert "FAIL (published): mean relative error" in output
     assert json.loads((tmp_path / "out/parity.json").read_text())["verdict"] == "fail"
 
 
@@ -423,7 +423,7 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_pat
         write_run(tmp_path / "ref", CURVE),
         write_run(tmp_path / "cand", [*CURVE[:50], float("nan"), *CURVE[51:]]),
     )
-    for words, said in (
+    for words, message in (
         ((ref, cand), "at 408 consumed samples the loss is nan"),
         ((ref, write_run(tmp_path / "short", CURVE[:9])), "80 is in"),
         ((ref, tmp_path / "nothing"), "there is no such log"),
@@ -434,7 +434,7 @@ def test_what_cannot_be_compared_is_one_line_and_leaves_no_verdict(tool, tmp_pat
         code, out, err = tool(*words, "--out", tmp_path / "out")
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith("error: ")
-        assert said in err
+        assert message in err
     assert not (tmp_path / "out").exists()
 
 
@@ -450,10 +450,10 @@ def test_logs_of_two_kinds(tool, tmp_path):
     ref = write_run(tmp_path / "ref", CURVE)
     lines = (f" samples/sec: 7.8 | iteration {i}/ 100 | lm_loss: {x:.6E} |\n" for i, x in enumerate(CURVE, 1))
     (tmp_path / "neox.log").write_text("".join(lines))
-    code, said, _ = tool(ref, tmp_path / "neox.log", "--out", tmp_path / "out", "--profile", "strict")
+    code, output, _ = tool(ref, tmp_path / "neox.log", "--out", tmp_path / "out", "--profile", "strict")
     assert code == 0
-    assert "aligned by iterations, 1 to 100" in said
-    assert "settings that differ" not in said  # one of the logs has none
+    assert "aligned by iterations, 1 to 100" in output
+    assert "settings that differ" not in output  # one of the logs has none
     assert "so they cannot be compared" in (tmp_path / "out/parity.html").read_text()
 
 
@@ -463,11 +463,11 @@ def test_a_single_step_can_be_drawn(tmp_path):
 
 
 def test_a_verdict_never_stands_beside_an_older_picture(tmp_path, monkeypatch):
-    found = comparing.compare(write_run(tmp_path / "ref", CURVE), tmp_path / "ref")
-    report.write_report(found, tmp_path / "out")
+    comparison = comparing.compare(write_run(tmp_path / "ref", CURVE), tmp_path / "ref")
+    report.write_report(comparison, tmp_path / "out")
     monkeypatch.setattr(report, "as_html", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        report.write_report(found, tmp_path / "out")
+        report.write_report(comparison, tmp_path / "out")
     assert not (tmp_path / "out/parity.json").exists()
 
 
@@ -480,7 +480,7 @@ def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
 
 
 def test_an_out_that_cannot_be(tmp_path):
-    found = comparing.compare(write_run(tmp_path / "ref", CURVE[:2]), tmp_path / "ref")
+    comparison = comparing.compare(write_run(tmp_path / "ref", CURVE[:2]), tmp_path / "ref")
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"parity\.json cannot be deleted: Not a directory"):
-        report.write_report(found, tmp_path / "file")
+        report.write_report(comparison, tmp_path / "file")

@@ -65,10 +65,10 @@ def test_a_torn_line_gives_no_wrong_number(name):
 
 def test_settings_and_device(tmp_path):
     run = {"train": {"seed": 7}, "optim": {"lr": 1e-3}}
-    said = "device: cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2"
-    (tmp_path / "train.log").write_text(f"{said}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
+    devices = "device: cpu (AMD EPYC), gloo; 4 processes: TP 2 x DP 2"
+    (tmp_path / "train.log").write_text(f"{devices}\nrun: {json.dumps(run)}\nrun: {{torn\n{ours(1, 2.5)}")
     curve = read_logs.read_log(tmp_path)
-    assert (curve.config, curve.device, curve.digits["loss"]) == (run, said.removeprefix("device: "), 9)
+    assert (curve.config, curve.device, curve.digits["loss"]) == (run, devices.removeprefix("device: "), 9)
     arguments = (
         "0: ------------------------ arguments ------------------------\n"
         "0:   seq_length ...................................... 1024\n"
@@ -108,11 +108,11 @@ def test_a_run_begun_again_in_the_same_log_leaves_nothing_of_the_old_one():
 
 @given(st.lists(st.integers(0, 9)))
 def test_continuous_always_grows_and_ends_with_the_last(places):
-    steps, replaced = drop_replaced_steps(LoggedStep(place) for place in places)
-    kept = [step.iteration for step in steps]
-    assert kept == sorted(set(kept))
-    assert kept[-1:] == places[-1:]
-    assert len(kept) + replaced == len(places)
+    steps, replaced = drop_replaced_steps(LoggedStep(iteration) for iteration in places)
+    iterations = [step.iteration for step in steps]
+    assert iterations == sorted(set(iterations))
+    assert iterations[-1:] == places[-1:]
+    assert len(iterations) + replaced == len(places)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_json_that_is_of_no_step(tmp_path):
     """Hugging Face's last line, a mean over the run, repeats the last step; evaluations do too."""
     path = tmp_path / "log.jsonl"
     steps = '{"loss": 2.5, "step": 1}\n{"loss": 2.25, "step": 2}\n'
-    wanted = (LoggedStep(1, loss=2.5), LoggedStep(2, loss=2.25))
+    expected = (LoggedStep(1, loss=2.5), LoggedStep(2, loss=2.25))
     for more in (
         '{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}',
         '{"step": 2, "train_loss": 4.45}',
@@ -192,11 +192,11 @@ def test_json_that_is_of_no_step(tmp_path):
         '{"step": 2, "split": "Test", "loss": 9.0}',
     ):
         path.write_text(steps + more + "\n")
-        assert read_logs.read_log(path).steps == wanted
+        assert read_logs.read_log(path).steps == expected
     path.write_text(
         '{"step": 1, "train_loss": 2.5}\n{"step": 2, "train_loss": 2.25, "split": "train"}\n'
     )  # without others: of steps
-    assert read_logs.read_log(path).steps == wanted
+    assert read_logs.read_log(path).steps == expected
     path.write_text('{"step": 2, "train_loss": 4.45, "train_runtime": 9.5}\n')
     with pytest.raises(UserError, match="no training loss"):
         read_logs.read_log(path)
@@ -314,7 +314,7 @@ def test_what_is_no_log_is_named(tmp_path):
     (tmp_path / "utf16.log").write_text(ours(1, 2.0), encoding="utf-16")
     (tmp_path / "noise").write_bytes(bytes(range(256)))
     (tmp_path / "folder").mkdir()
-    for name, said in (
+    for name, message in (
         ("deepspeed.log", "no training loss in this log"),
         ("empty.log", "no training loss"),
         ("noise", "no training loss"),
@@ -322,7 +322,7 @@ def test_what_is_no_log_is_named(tmp_path):
         ("nothing", "there is no such log"),
         ("utf16.log", "is UTF-16"),
     ):
-        with pytest.raises(UserError, match=said) as error:
+        with pytest.raises(UserError, match=message) as error:
             read_logs.read_log(tmp_path / name)
         assert "\n" not in str(error.value)
         assert name in str(error.value)

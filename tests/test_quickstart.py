@@ -81,14 +81,14 @@ def quickstart(tmp_path):
         done = subprocess.run(
             ["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True
         )
-        said = [line.strip() for line in (work / "said").read_text().splitlines()]
+        calls = [line.strip() for line in (work / "said").read_text().splitlines()]
         if not done.returncode:
-            used = said.index(COMPLETED)
-            assert said[used : used + 2] == [COMPLETED, SCORED]
-            assert said[-2:] == [COMPLETED] * 2  # the same question, before and after
-            go.tuned = said[used + 2 : -2]
-            del said[used:]
-        return done.returncode, said
+            used = calls.index(COMPLETED)
+            assert calls[used : used + 2] == [COMPLETED, SCORED]
+            assert calls[-2:] == [COMPLETED] * 2  # the same question, before and after
+            go.tuned = calls[used + 2 : -2]
+            del calls[used:]
+        return done.returncode, calls
 
     go.work = work
     return go
@@ -181,7 +181,7 @@ def test_report_counts_an_iteration_once(report, tmp_path):
         "".join(line(i, loss) for i, loss in ((1, 4.0), (2, 3.0), (3, 9.0), (3, 2.5), (4, 2.0)))
     )
     train = report.log_lines(tmp_path / "train.log")
-    assert [(one.iteration, one.loss) for one in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
+    assert [(line.iteration, line.loss) for line in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
     assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in report.of_training(
         tmp_path, train
     )
@@ -189,8 +189,8 @@ def test_report_counts_an_iteration_once(report, tmp_path):
 
 def test_report_without_the_log(report, tmp_path):
     assert report.log_lines(tmp_path / "logs/train.log") == []
-    ((_, said),) = report.of_training(tmp_path, [])
-    assert "it was deleted, so there is no loss curve" in said
+    ((_, text),) = report.of_training(tmp_path, [])
+    assert "it was deleted, so there is no loss curve" in text
 
 
 def test_report_ends_well_when_the_log_was_deleted(report, tmp_path, monkeypatch, capsys):
@@ -242,8 +242,8 @@ STRICT = "set -euo pipefail; "
 @pytest.mark.parametrize("options", ["", STRICT])
 def test_setup_installs_once(setup, options):
     assert setup(options)[0] == 0
-    code, said = setup(options)
-    assert (code, said) == (0, "code 0 yes\n")
+    code, output = setup(options)
+    assert (code, output) == (0, "code 0 yes\n")
     assert setup.asked.read_text() == "pip\n"
 
 
@@ -258,15 +258,15 @@ def test_setup_installs_once(setup, options):
 )
 def test_setup_that_fails_says_so_every_time_and_leaves_the_shell_open(setup, options, env, error):
     for _ in range(2):
-        code, said = setup(options, **env)
-        assert error in said
+        code, output = setup(options, **env)
+        assert error in output
         assert code == (2 if options else 0)  # a strict script ends with it; a shell without options goes on
-        assert ("code 2 no" in said) == (not options)
+        assert ("code 2 no" in output) == (not options)
         assert not setup.installed.exists()
 
 
 def test_setup_elsewhere(setup, tmp_path):
-    code, said = setup(before="cd /; ")
-    assert "error: tools/setup.sh is to be sourced in the root of the repository, not in /" in said
-    assert "code 2 no" in said
+    code, output = setup(before="cd /; ")
+    assert "error: tools/setup.sh is to be sourced in the root of the repository, not in /" in output
+    assert "code 2 no" in output
     assert code == 0

@@ -101,10 +101,10 @@ def test_the_memory_that_is_said_on_top(typed, name):
     ).total
     tokens = run.data.seq_length * run.train.micro_batch_size
     inputs = 80 * 2 * tokens * run.model.hidden_size / run.parallel.tensor_model_parallel_size
-    said = RECIPES[name].read_text()
-    assert f"{states / GIB:.1f} GiB of model states" in said
-    assert f"{inputs / GIB:.1f} GiB of layer inputs" in said
-    assert f"checkpoints of {estimates.checkpoint_bytes(run.model) / GIB:.0f} GiB" in said
+    text = RECIPES[name].read_text()
+    assert f"{states / GIB:.1f} GiB of model states" in text
+    assert f"{inputs / GIB:.1f} GiB of layer inputs" in text
+    assert f"checkpoints of {estimates.checkpoint_bytes(run.model) / GIB:.0f} GiB" in text
 
 
 # --- the Slurm template
@@ -207,9 +207,9 @@ def test_the_signal_before_the_end_reaches_the_ranks_of_every_node(slurm):
     slurm.wait_for("ready", 4)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(60) == 75
-    said = slurm.said.read_text().splitlines()
-    assert sorted(line for line in said if line.startswith("told")) == [f"told {n}" for n in range(4)]
-    assert sum("pretrain_intern.py" in line for line in said) == 4  # RESTARTS is not for this
+    lines = slurm.said.read_text().splitlines()
+    assert sorted(line for line in lines if line.startswith("told")) == [f"told {n}" for n in range(4)]
+    assert sum("pretrain_intern.py" in line for line in lines) == 4  # RESTARTS is not for this
     assert not list(slurm.folder.glob(".sbatch*"))
 
 
@@ -256,9 +256,9 @@ def test_two_nodes_give_the_curve_of_one_process(tmp_path, data, name, layout):
         job = cluster.sbatch(
             str(RECIPES[name]), *flags, NPROC="2", MASTER_PORT=str(launch.free_port()), **values, **layout
         )
-        said, _ = job.communicate(timeout=600)
-        assert job.returncode == 0, said[-3000:]
-        assert "random weights" in said if more else f"iteration {STOP}" in said
+        output, _ = job.communicate(timeout=600)
+        assert job.returncode == 0, output[-3000:]
+        assert "random weights" in output if more else f"iteration {STOP}" in output
     for other, seed in (("one", "1234"), ("other", "4321")):
         env = values | {
             "SAVE": str(tmp_path / other),

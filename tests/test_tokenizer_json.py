@@ -39,8 +39,8 @@ KINDS = {
 @pytest.fixture(scope="module")
 def models() -> dict[str, bytes]:
     """By kind; the published ones too, where they are at hand."""
-    made = {kind: trained(**settings) for kind, settings in KINDS.items()}
-    return made | {
+    models = {kind: trained(**settings) for kind, settings in KINDS.items()}
+    return models | {
         f"published {n}": (REAL / n / "tokenizer.model").read_bytes()
         for n in ("internlm", "internlm2")
         if REAL.is_dir()
@@ -231,13 +231,13 @@ def circle(proto) -> None:
         [p for p in proto.pieces if p.type == sentencepiece_bpe.NORMAL], scores.items(), strict=False
     ):
         piece.piece, piece.score = text, score
-    kept = [
+    ordinary = [
         p
         for i, p in enumerate(proto.pieces)
         if p.type != sentencepiece_bpe.NORMAL or (p.piece in scores and i < 270)
     ]
     del proto.pieces[:]
-    proto.pieces.extend(kept)
+    proto.pieces.extend(ordinary)
 
 
 REFUSED = {

@@ -58,8 +58,8 @@ class Recorder:
         )
 
     def loss(self, batches):
-        found = list(batches)
-        return 2.0 * len(found), len(found)
+        microbatches = list(batches)
+        return 2.0 * len(microbatches), len(microbatches)
 
     def fragments(self):
         from ascendspeed.checkpoint.fragment import KINDS, Fragment
@@ -137,8 +137,8 @@ def test_a_pause_is_no_part_of_an_iterations_time(loop, monkeypatch):
     monkeypatch.setattr(train, "time", clock)
     run = changed(log_interval=2, eval_interval=1, eval_iters=1, train_iters=6)
     _, _, lines = loop(run, Slow(at=dict.fromkeys(range(6), lambda: passes(100))))
-    found = [line.ms_per_iteration for line in lines if isinstance(line, TrainLine)]
-    assert found == pytest.approx([100_000] * 3, rel=0.5)
+    times = [line.ms_per_iteration for line in lines if isinstance(line, TrainLine)]
+    assert times == pytest.approx([100_000] * 3, rel=0.5)
 
 
 def test_the_last_iterations_are_logged_whatever_the_interval(loop):
@@ -181,8 +181,8 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(loop, tmp_path):
 
 def test_evaluation_takes_the_same_batches_every_time(loop):
     _, _, lines = loop(changed(eval_interval=5, eval_iters=3))
-    found = [line for line in lines if isinstance(line, EvalLine)]
-    assert [(line.iteration, line.loss, line.split) for line in found] == [
+    evaluations = [line for line in lines if isinstance(line, EvalLine)]
+    assert [(line.iteration, line.loss, line.split) for line in evaluations] == [
         (5, 2.0, "validation"),
         (10, 2.0, "validation"),
     ]
@@ -288,9 +288,9 @@ def test_what_ends_before_training_is_not_told_to_go_on(cpu, tmp_path):
     for begun in (False, True):  # the second is the control
         watch = RunMonitor(changed(save=str(tmp_path)), grid)
         watch.started = begun
-        with log_lines() as said, pytest.raises(UserError), watch:
+        with log_lines() as lines, pytest.raises(UserError), watch:
             raise UserError("--save already holds checkpoints")
-        assert bool(said) == begun
+        assert bool(lines) == begun
 
 
 @pytest.mark.parametrize("behind", [False, True])
@@ -330,8 +330,8 @@ def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):
         in capsys.readouterr().out
     )
     loop(run, Recorder(skipped=[1], loss=2.0))
-    said = capsys.readouterr().out
-    assert "a gradient is not finite, every loss is (2.000000E+00); all ranks: samples 4-7" in said
+    output = capsys.readouterr().out
+    assert "a gradient is not finite, every loss is (2.000000E+00); all ranks: samples 4-7" in output
 
 
 def test_an_engine_that_updates_on_such_a_loss_is_a_mistake(loop):
@@ -347,13 +347,13 @@ def warned(loop, capsys, losses) -> list[str]:
 def test_a_spike_is_warned_of_once(loop, capsys):
     """By hand: median of ten 2.0, ten 2.1, ten 1.9 is 2.0, median absolute deviation 0.1, sigma 0.14826."""
     calm = [2.0, 2.1, 1.9] * 10
-    said = warned(loop, capsys, [*calm, 3.3, 3.4, 2.0, 2.1])
-    assert len(said) == 1
+    warnings = warned(loop, capsys, [*calm, 3.3, 3.4, 2.0, 2.1])
+    assert len(warnings) == 1
     assert (
         "warning: iteration 31: the loss 3.3000 is a spike, 9 deviations above the median 2.0000 of the last "
-        "30" in said[0]
+        "30" in warnings[0]
     )
-    assert said[0].endswith("samples 120-123")
+    assert warnings[0].endswith("samples 120-123")
     assert len(warned(loop, capsys, [*calm, 3.3, 2.0, 3.3])) == 2
 
 

@@ -1,6 +1,7 @@
 """Fixtures for tests that run the model inside the pytest process: one rank, on the CPU."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,6 +13,10 @@ settings.register_profile(
 )  # the same examples every time, on a slow machine too
 settings.load_profile("repository")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # a shell starts background jobs so; programs under test inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Recipes start `python`, `deepspeed` and `torchrun` of this environment, also where it is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 
 PROGRAM = """
 import sys, time
-from ascendspeed import errors
+from ascendspeed.utils import errors
 def main():
     try:
         print("begun", flush=True)
@@ -92,7 +92,7 @@ def test_codes():
 def test_the_first_rank_of_a_node_leaves_its_code(tmp_path, rank, ends, left):
     """But not that all is well: another rank may still fail."""
     path = tmp_path / "code"
-    code = "from ascendspeed import errors; errors.run(lambda: ENDS)".replace("ENDS", str(ends))
+    code = "from ascendspeed.utils import errors; errors.run(lambda: ENDS)".replace("ENDS", str(ends))
     env = launch.environment(LOCAL_RANK=rank, EXIT_CODE_FILE=str(path))
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == ends
     assert (path.read_text() if path.exists() else None) == left

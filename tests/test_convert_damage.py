@@ -240,7 +240,7 @@ def test_a_rank_whose_copy_differs(ranks):
 
 
 def test_rows_beyond_the_vocabulary(tmp_path, capsys):
-    """Padding that holds something is said; more of it than padding can be (128 rows) is refused: config.json
+    """Non-zero padding is reported; more of it than padding can be (128 rows) is refused: config.json
     is a stale one.
     """
     config = replace(BASE, vocab_size=250)

@@ -33,7 +33,7 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 PORTS = itertools.count(os.getpid() * 37)
-"""Where this process looks next; two test processes side by side begin at different places."""
+"""Next port to try; parallel test processes begin at different numbers."""
 
 
 def free_port() -> int:

@@ -8,37 +8,40 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile(
-    "repository", deadline=None, derandomize=True
-)  # the same examples every time, on a slow machine too
+# The same examples every time, on a slow machine too.
+settings.register_profile("repository", deadline=None, derandomize=True)
 settings.load_profile("repository")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-if (
-    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-):  # a shell starts background jobs so; programs under test inherit it
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # A shell starts background jobs so, and programs under test would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # Recipes start `python`, `deepspeed` and `torchrun` of this environment, also where it is not activated.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
-LONGEST_FILES = (
+SEVERAL_RANKS = (
     "test_engine_megatron",
     "test_engine_deepspeed",
-    "test_chain",
     "test_lora",
     "test_segments",
     "test_moe",
-    "test_generate",
-    "test_family_models",
+    "test_family_training",
 )
-"""Begun first, so that the processes of a parallel run end at about the same time."""
+"""Files whose tests start several ranks. They share one process of a parallel run: two groups of ranks on two
+cores would wait for each other in every collective."""
+LONGEST_FILES = ("test_chain", "test_generate", "test_family_models", "test_lora_start", "test_faults")
+"""Begun next, so that the processes of a parallel run end at about the same time."""
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Puts the longest files first and keeps the order of the others."""
-    rank = {name: position for position, name in enumerate(LONGEST_FILES)}
-    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    """Groups the tests of a parallel run by file (`--dist loadgroup`) and puts the longest groups first."""
+    position = {name: number for number, name in enumerate(SEVERAL_RANKS + LONGEST_FILES)}
+    items.sort(key=lambda item: position.get(item.path.stem, len(position)))
+    for item in items:
+        group = "several ranks" if item.path.stem in SEVERAL_RANKS else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

@@ -34,14 +34,23 @@ LONGEST_FILES = ("test_chain", "test_generate", "test_family_models", "test_lora
 """Begun next, so that the processes of a parallel run end at about the same time."""
 
 
-@pytest.hookimpl(tryfirst=True)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps the tests of a file in one process of a parallel run, and SEVERAL_RANKS in the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FileGroups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "several ranks" if Path(file).stem in SEVERAL_RANKS else file
+
+    return FileGroups(config, log)
+
+
 def pytest_collection_modifyitems(items):
-    """Groups the tests of a parallel run by file (`--dist loadgroup`) and puts the longest groups first."""
+    """Puts the longest groups first and keeps the order of the others."""
     position = {name: number for number, name in enumerate(SEVERAL_RANKS + LONGEST_FILES)}
     items.sort(key=lambda item: position.get(item.path.stem, len(position)))
-    for item in items:
-        group = "several ranks" if item.path.stem in SEVERAL_RANKS else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

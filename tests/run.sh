@@ -13,7 +13,7 @@ if [ "${1:-}" = "--full" ]; then
 fi
 if [ "$#" = 0 ]; then
     # A file stays in one process, so that its tests share what they have started; tests/conftest.py groups and orders them.
-    options+=(-n "${WORKERS:-2}" --dist loadgroup --no-loadscope-reorder --durations 10 --durations-min 1)
+    options+=(-n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder --durations 10 --durations-min 1)
 fi
 ruff check .
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }

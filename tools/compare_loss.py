@@ -2,9 +2,10 @@
 
     python tools/compare_loss.py REF CAND --out DIR [--ref2 SECOND_RUN_OF_REF] [--profile strict]
 
-REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, InternEvo, GPT-NeoX or DeepSpeed's
-pipeline engine, TensorBoard events, JSON lines, or the folder of a run. Exit code 0: parity, 1: no parity, 2:
-the logs cannot be compared.
+REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, NeMo, InternEvo, MindFormers,
+XTuner, torchtitan, GPT-NeoX, DeepSpeed's pipeline engine or Hugging Face's Trainer (trainer_state.json),
+TensorBoard events, JSON lines, a CSV of W&B, or the folder of a run. Exit code 0: parity, 1: no parity, 2: the
+logs cannot be compared.
 """
 
 from dataclasses import dataclass

@@ -2,12 +2,19 @@
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ascendspeed.loss_compare.curve import AXES, Axis, LoggedStep, LossCurve
 from ascendspeed.utils.errors import UserError
 
-AXIS_NAMES = {"samples": "consumed samples", "tokens": "consumed tokens", "iteration": "iterations"}
+AXIS_NAMES = {
+    "samples": "consumed samples",
+    "tokens": "consumed tokens",
+    "iteration": "iterations",
+    "entry": "lines with a loss",
+}
+EPOCH_DIGITS = 0.0101
+"""Largest difference of two epochs that are rounded to two decimals."""
 
 _BATCHES = "runs of different batch sizes cannot be compared step by step"
 REQUIRED_EQUAL = {
@@ -38,10 +45,14 @@ def align(
 ) -> AlignedCurves:
     """Aligns two curves by consumed samples, or by tokens or iterations if one of the logs lacks samples.
 
-    `first` and `last` select a part of the run, both inclusive, in units of that axis. Raises UserError if
-    the positions, the batch sizes or the averaging intervals differ, or if a loss is missing or not finite.
+    A log without any of them is aligned by its lines. `first` and `last` select a part of the run, both
+    inclusive, in units of that axis. Raises UserError if the positions, the batch sizes or the averaging
+    intervals differ, or if a loss is missing or not finite.
     """
     axis = next((axis for axis in AXES if _increases(ref, axis) and _increases(cand, axis)), None)
+    if axis is None and any(curve.steps[0].entry for curve in (ref, cand)):
+        axis, ref, cand = "entry", _number_entries(ref), _number_entries(cand)
+        _check_entries(ref, cand)
     if axis is None:
         raise UserError(
             f"{ref.path} and {cand.path} cannot be aligned: the logs share neither samples, tokens nor "
@@ -62,6 +73,28 @@ def align(
     _check_losses(ref, ref_steps, axis)
     _check_losses(cand, cand_steps, axis)
     return AlignedCurves(axis, tuple(ref_steps), tuple(ref_steps.values()), tuple(cand_steps.values()))
+
+
+def _number_entries(curve: LossCurve) -> LossCurve:
+    return replace(
+        curve, steps=tuple(replace(step, entry=number) for number, step in enumerate(curve.steps, 1))
+    )
+
+
+def _check_entries(ref: LossCurve, cand: LossCurve) -> None:
+    """Raises UserError unless the lines of both logs can be of the same steps."""
+    advice = "lines without step numbers cannot be assigned: give trainer_state.json instead"
+    if len(ref.steps) != len(cand.steps):
+        raise UserError(
+            f"{ref.path} has {len(ref.steps)} lines with a loss, {cand.path} {len(cand.steps)}: {advice}"
+        )
+    for ref_step, cand_step in zip(ref.steps, cand.steps, strict=True):
+        epochs = ref_step.epoch, cand_step.epoch
+        if None not in epochs and abs(epochs[0] - epochs[1]) > EPOCH_DIGITS:
+            raise UserError(
+                f"line {ref_step.entry} with a loss is of epoch {epochs[0]} in {ref.path} and {epochs[1]} in "
+                f"{cand.path}: {advice}"
+            )
 
 
 def _increases(curve: LossCurve, axis: Axis) -> bool:

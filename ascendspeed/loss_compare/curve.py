@@ -7,9 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Axis = Literal["samples", "tokens", "iteration"]
+Axis = Literal["samples", "tokens", "iteration", "entry"]
 AXES: tuple[Axis, ...] = ("samples", "tokens", "iteration")
-"""Units of a step's position, in order of preference: the first that two logs share aligns them."""
+"""Units of a step's position, in order of preference: the first that two logs share aligns them. Entries of a
+log are the last resort, for a log without any of these.
+"""
 EXACT_DIGITS = 9
 """Decimal digits that distinguish all fp32 numbers."""
 
@@ -44,11 +46,15 @@ class LoggedStep:
     """TFLOP/s per device."""
     interval: int | None = None
     """Number of iterations over which the loss is averaged."""
+    entry: int | None = None
+    """Number of the line with a loss, in a log that has no other position."""
+    epoch: float | None = None
 
     @property
     def position(self) -> int:
-        """Position in the run: iteration, samples or tokens, the first that is known."""
-        return next(value for value in (self.iteration, self.samples, self.tokens) if value is not None)
+        """Position in the run: iteration, samples, tokens or entry, the first that is known."""
+        positions = (self.iteration, self.samples, self.tokens, self.entry)
+        return next(value for value in positions if value is not None)
 
 
 @dataclass(frozen=True)
@@ -73,14 +79,17 @@ class LossCurve:
 # Normalized name -> (field of LoggedStep, factor). Names of one field in order of preference: `lm loss`
 # before a sum with other losses.
 FIELD_NAMES: dict[str, tuple[str, float]] = {
-    **dict.fromkeys(("iteration", "step", "steps", "global step", "current steps"), ("iteration", 1)),
+    **dict.fromkeys(
+        ("iteration", "step", "steps", "global step", "current steps", "global step/max steps"),
+        ("iteration", 1),
+    ),
     **dict.fromkeys(
         ("consumed samples", "consumed train samples", "num consumed samples", "samples"), ("samples", 1)
     ),
     **dict.fromkeys(
         ("consumed tokens", "consumed train tokens", "num consumed tokens", "tokens"), ("tokens", 1)
     ),
-    **dict.fromkeys(("lm loss", "loss", "train loss", "training loss"), ("loss", 1)),
+    **dict.fromkeys(("lm loss", "loss", "train loss", "training loss", "reduced train loss"), ("loss", 1)),
     **dict.fromkeys(("grad norm", "total grad norm", "global grad norm", "gradient norm"), ("grad_norm", 1)),
     **dict.fromkeys(("number of skipped iterations", "inf nan skip batches", "skipped"), ("skipped", 1)),
     **dict.fromkeys(("number of nan iterations", "nans"), ("nans", 1)),
@@ -90,7 +99,7 @@ FIELD_NAMES: dict[str, tuple[str, float]] = {
     **dict.fromkeys(("global batch size", "gloabl batch size"), ("global_batch_size", 1)),
     **dict.fromkeys(("actual seqlen", "seq length"), ("seq_length", 1)),
     **dict.fromkeys(("elapsed time per iteration(ms)", "elapsed time ms", "ms per iteration"), ("ms", 1)),
-    **dict.fromkeys(("elapsed time per iteration(s)", "iter time(s)"), ("ms", 1e3)),
+    **dict.fromkeys(("elapsed time per iteration(s)", "iter time(s)", "train step timing in s"), ("ms", 1e3)),
     **dict.fromkeys(("samples per second", "samples/sec"), ("samples_per_s", 1)),
     **dict.fromkeys(
         (
@@ -99,12 +108,16 @@ FIELD_NAMES: dict[str, tuple[str, float]] = {
             "tokens per gpu per second(tgs)",
             "tgs(tokens/gpu/second)",
             "tgs(tokens per gpu per second)",
+            "tgs",
+            "tps",
         ),
         ("tokens_per_s", 1),
     ),
     **dict.fromkeys(
         ("tflop/s/device", "throughput per gpu(tflop/s/gpu)", "tflops", "approx flops per gpu"), ("tflops", 1)
     ),
+    "log entry": ("entry", 1),
+    "epoch": ("epoch", 1),
 }
 INTEGER_FIELDS = {field.name for field in dataclasses.fields(LoggedStep) if field.type == (int | None)}
 # `1.0/1.1` is current value/mean.
@@ -132,7 +145,7 @@ def parse_step(fields: Mapping[str, Any]) -> LoggedStep | None:
         value = parse_number(normalized[name]) if name in normalized and field not in values else None
         if value is not None and (field not in INTEGER_FIELDS or math.isfinite(value)):
             values[field] = int(value) if field in INTEGER_FIELDS else value * factor
-    return LoggedStep(**values) if values.keys() & set(AXES) else None
+    return LoggedStep(**values) if values.keys() & {*AXES, "entry"} else None
 
 
 class SignificantDigits:

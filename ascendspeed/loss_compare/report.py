@@ -138,7 +138,7 @@ def _named_curves(comparison: Comparison) -> list[tuple[str, LossCurve]]:
 
 
 def _summarize(curve: LossCurve) -> str:
-    replaced = f", {curve.replaced} of them replaced by a resumed run's" if curve.replaced else ""
+    replaced = f", {curve.replaced} repeated lines replaced by the last of each" if curve.replaced else ""
     kind = f"{curve.kind}; {curve.device}" if curve.device else curve.kind
     return f"{curve.path} ({kind}): {len(curve.steps)} steps{replaced}"
 

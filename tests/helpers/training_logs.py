@@ -119,6 +119,68 @@ SAMPLES = {  # real lines, as published in manuals, issues and READMEs -> what t
         "steps: 200 loss: 5.5508 lm loss: 5.5103 moe loss: 0.0405 iter time (s): 0.936 samples/sec: 136.706",
         LoggedStep(200, None, None, 5.5103, ms=936.0, samples_per_s=136.706),
     ),
+    "NeMo, steps from 0": (
+        "Training epoch 0, iteration 49/49 | lr: 4.491e-06 | global_batch_size: 256 | global_step: 49 | "
+        "reduced_train_loss: 12.81 | train_step_timing in s: 2.693 | consumed_samples: 12800",
+        LoggedStep(50, 12800, loss=12.81, global_batch_size=256, ms=2693.0),
+    ),
+    "MindFormers, sink": (
+        "2025-04-07 15:34:29,173 - [mindformers/core/callback/callback.py:529] - INFO - { Epoch:[  2/  2], "
+        "step:[    2/   19], loss: 10.633, per_step_time: 1752ms, lr: 1e-05, overflow cond: False, "
+        "loss_scale: 1.0, global_norm: [1.508834], train_throughput_per_npu: 170.738T",
+        LoggedStep(21, loss=10.633, grad_norm=1.508834, skipped=0, ms=1752.0),
+    ),
+    "MindFormers, loss and mean": (
+        "{ Epoch:[  1/  2], step:[    3/   19], loss:[5.521/5.634], per_step_time:80ms, lr:[1e-05], overflow "
+        "cond: True, loss_scale: 65536.0",
+        LoggedStep(3, loss=5.521, skipped=1, ms=80.0),
+    ),
+    "MindFormers, without epochs": (
+        "{ step:[    2/   10], loss:  11.755612, per_step_time:    710ms, load_balancing_loss:   1.106543, "
+        "lr: 1.000000e-05, grad_norm:  19.926786, throughput:  25.92T }",
+        LoggedStep(2, loss=11.755612, grad_norm=19.926786, ms=710.0),
+    ),
+    "XTuner by MMEngine": (
+        "01/29 21:36:02 - mmengine - INFO - Iter(train) [ 20/720]  lr: 1.9000e-04  eta: 0:32:01  time: "
+        "2.5000  data_time: 0.0071  memory: 13969  loss: 2.6049  grad_norm: 0.9361",
+        LoggedStep(20, loss=2.6049, grad_norm=0.9361, ms=2500.0),
+    ),
+    "MMEngine by epochs": (
+        "01/29 21:36:02 - mmengine - INFO - Epoch(train) [3][20/25]  lr: 1.0e-02  eta: 0:00:00  time: 0.5  "
+        "data_time: 0.0010  loss1: 0.1978  loss2: 0.4312  loss: 0.6290",
+        LoggedStep(70, loss=0.629, ms=500.0),
+    ),
+    "XTuner": (
+        "[XTuner][RANK 0][2025-08-01 10:00:02][INFO] [Train] (Epoch 1) Step 2/8  lr: 0.000010  loss: 8.750  "
+        "loss(reduced): 8.625  grad_norm: 1.23  if_nan_skip: 0  max_memory: 20.1GB  text_tokens: 4096.0  "
+        "tgs: 1234  data_time: 0.01s  time: 1.25s  eta: 0:00:10",
+        LoggedStep(2, loss=8.625, grad_norm=1.23, train_iters=8, ms=1250.0, tokens_per_s=1234.0),
+    ),
+    "torchtitan, in colors": (
+        "[rank0]:[titan] 2025-08-01 10:00:02,000 - root - INFO - \x1b[31mstep: 20  \x1b[32mloss:  8.7500  "
+        "\x1b[38;2;180;60;0mgrad_norm:  1.2340  \x1b[38;2;54;234;195mmemory:  1.00GiB(1.05%)  \x1b[34mtps: "
+        "1,234  \x1b[36mtflops: 101.20  \x1b[35mmfu: 10.26%\x1b[39m",
+        LoggedStep(20, loss=8.75, grad_norm=1.234, tokens_per_s=1234.0, tflops=101.2),
+    ),
+    "Hugging Face's Trainer": (
+        " 12%|##   | 1/8 [00:01<00:08,  1.01s/it]{'loss': 9.5455, 'grad_norm': 1.25, 'learning_rate': 1e-05, "
+        "'epoch': 0.12}",
+        LoggedStep(loss=9.5455, grad_norm=1.25, entry=1, epoch=0.12),
+    ),
+    "Hugging Face's Trainer, transformers 5": (
+        "{'loss': '9.545', 'grad_norm': '1.25', 'learning_rate': '1e-05', 'epoch': '0.12'}",
+        LoggedStep(loss=9.545, grad_norm=1.25, entry=1, epoch=0.12),
+    ),
+    "swift": (
+        "{'loss': 9.5, 'grad_norm': 1.25, 'token_acc': 0.5, 'epoch': 0.12, 'global_step/max_steps': '10/80', "
+        "'percentage': '12%'}",
+        LoggedStep(10, loss=9.5, grad_norm=1.25, epoch=0.12),
+    ),
+    "LLaMA-Factory": (
+        "[INFO|2025-08-01 10:00:00] llamafactory.train.callbacks:143 >> {'loss': 8.75, 'learning_rate': "
+        "1.0000e-05, 'epoch': 0.25, 'throughput': 1234.5}",
+        LoggedStep(loss=8.75, entry=1, epoch=0.25),
+    ),
 }
 
 

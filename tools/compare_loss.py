@@ -4,7 +4,7 @@
 
 REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, NeMo, InternEvo, MindFormers,
 XTuner, torchtitan, GPT-NeoX, DeepSpeed's pipeline engine or Hugging Face's Trainer (trainer_state.json),
-TensorBoard events, JSON lines, a CSV of W&B, or the folder of a run. Exit code 0: parity, 1: no parity, 2: the
+TensorBoard events, JSON lines, CSV of W&B, or the folder of a run. Exit code 0: parity, 1: no parity, 2: the
 logs cannot be compared.
 """
 

@@ -14,6 +14,7 @@ import torch
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.output_files import write_json
+from ascendspeed.conversion.token_ids import TOKEN_IDS, reconcile, without_placeholders
 from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
@@ -26,7 +27,6 @@ GENERATION_CONFIG = "generation_config.json"
 COPIED_TABLES = (GENERATION_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json")
 """JSON tables to copy; each must parse."""
 COPIED_FILES = ("tokenizer.model", "tokenizer.json", "merges.txt", "chat_template.jinja")
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 KEPT_ENTRIES = (*TOKEN_IDS, "use_cache")
 """Entries of a config.json that are kept when the architecture is written anew."""
 TOKENIZER_CLASSES = {"PreTrainedTokenizer", "TokenizersBackend"} | {
@@ -51,25 +51,59 @@ def with_tokenizer(reader: CheckpointReader, folder: str | None) -> CheckpointRe
     config_json = reader.config_json
     if all(config_json.get(name) is None for name in TOKEN_IDS):
         ids = zip(TOKEN_IDS, (loaded.bos, loaded.eos, loaded.pad), strict=True)
-        config_json = config_json | {name: token for name, token in ids if token is not None}
+        config_json = config_json | {
+            name: token for name, token in ids if token is not None and token < reader.config.vocab_size
+        }
     return replace(reader, assets_dir=assets_dir, config_json=config_json)
 
 
 def check(reader: CheckpointReader) -> None:
     """Raises `UserError` if a file beside the weights is damaged or belongs to another model; called before
-    the long work.
+    the long work. Prints a note for every token id that will be corrected.
     """
     folder = reader.assets_dir
     if _has_tokenizer(folder):
         _load_tokenizer(folder, reader.config)
         if all((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
             export.check(folder)
-    _check_token_ids(f"{reader.path}, by its config.json or its tokenizer", reader.config_json, reader.config)
     for path in _files_to_copy(reader):
         checked_file(path)
-        table = read_json_object(path) if path.name in COPIED_TABLES else {}
-        if path.name == GENERATION_CONFIG:
-            _check_token_ids(str(path), table, reader.config)
+        if path.name in COPIED_TABLES:
+            read_json_object(path)
+    for origin, table in _token_tables(reader).items():
+        known, notes = without_placeholders(origin, table)
+        _check_token_ids(origin, known, reader.config)
+        notes += _agreed_with_tokenizer(reader, origin, known)[1]
+        for note in notes:
+            logger.info(f"note: {note}")
+
+
+def _token_tables(reader: CheckpointReader) -> dict[str, Mapping[str, Any]]:
+    """Tables with token ids by their origin for messages: config.json, and generation_config.json if there is
+    one."""
+    tables: dict[str, Mapping[str, Any]] = {
+        f"{reader.path}, by its config.json or its tokenizer": reader.config_json
+    }
+    generation = reader.assets_dir / GENERATION_CONFIG if reader.assets_dir else None
+    if generation and (generation.exists() or generation.is_symlink()):
+        tables[str(generation)] = read_json_object(generation)
+    return tables
+
+
+def _agreed_with_tokenizer(
+    reader: CheckpointReader, origin: str, table: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
+    if not _has_tokenizer(reader.assets_dir):
+        return dict(table), []
+    return reconcile(origin, table, tokenizer.load(reader.assets_dir), reader.config.vocab_size)
+
+
+def _corrected(reader: CheckpointReader) -> list[dict[str, Any]]:
+    """The tables of `_token_tables` as they are written."""
+    tables = []
+    for origin, table in _token_tables(reader).items():
+        tables.append(_agreed_with_tokenizer(reader, origin, without_placeholders(origin, table)[0])[0])
+    return tables
 
 
 def _check_token_ids(origin: str, table: Mapping[str, Any], config: ModelConfig) -> None:
@@ -112,14 +146,16 @@ def write(
     `for_transformers`: also writes a tokenizer.json if that is possible. `copy_code`: copies the `*.py` files
     and keeps the entries that refer to them, which only `trust_remote_code` follows.
     """
-    config_json = _config_json(reader, config, copy_code)
+    own_config, *corrected = _corrected(reader)
+    config_json = _config_json(replace(reader, config_json=own_config), config, copy_code)
     config_json["torch_dtype"] = str(dtype or _most_common_dtype(reader)).removeprefix("torch.")
     write_json(folder / "config.json", config_json)
     for path in _files_to_copy(reader, copy_code):
         shutil.copyfile(checked_file(path), folder / path.name)
     token_ids = {name: config_json[name] for name in TOKEN_IDS if config_json.get(name) is not None}
-    if token_ids and not (folder / GENERATION_CONFIG).exists():
-        write_json(folder / GENERATION_CONFIG, token_ids)
+    generation = corrected[0] if corrected else token_ids
+    if generation and generation != tokenizer.read_optional_json(folder / GENERATION_CONFIG):
+        write_json(folder / GENERATION_CONFIG, generation)
     _write_tokenizer_config(reader, folder, copy_code)
     lacks_json = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
     if for_transformers and lacks_json:

@@ -174,6 +174,11 @@ class Tokenizer(ABC):
             raise UserError(f"{self.path}: the tokenizer has no token {token!r}")
         return number
 
+    @property
+    def added_tokens(self) -> Mapping[str, int]:
+        """String -> id of every token that is declared beside or inside the vocabulary file."""
+        return self._added
+
     def _control_id(self, token: str | dict[str, Any] | None) -> int | None:
         return None if token is None else self.required_id(token_text(token))
 
@@ -266,6 +271,7 @@ class JsonTokenizer(Tokenizer):
         self._byte_alphabet = _byte_alphabet() if "ByteLevel" in kinds else None
         tokens = self._model.get_added_tokens_decoder()
         self._special |= {number for number, token in tokens.items() if token.special}
+        self._added = {token.content: number for number, token in tokens.items()} | self._added
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)

@@ -27,7 +27,7 @@ def stop_token_ids(
 
 
 def generation_config_stops(folder: Path) -> tuple[int, ...]:
-    """Returns `eos_token_id` of generation_config.json (an id, a list, or missing).
+    """Returns `eos_token_id` of generation_config.json (an id, a list, or missing; -1 means none).
 
     Raises `UserError` for other values.
     """
@@ -35,7 +35,7 @@ def generation_config_stops(folder: Path) -> tuple[int, ...]:
     if not path.is_file():
         return ()
     value = read_json_object(path).get("eos_token_id")
-    if value is None:
+    if value in (None, -1):
         return ()
     ids = value if isinstance(value, list) else [value]
     if not all(type(number) is int and number >= 0 for number in ids):

@@ -1,5 +1,6 @@
 """Reads Hugging Face directories: safetensors or .bin, one file or shards with an index."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from ascendspeed.conversion.checkpoint_reader import (
 )
 from ascendspeed.conversion.config_check import config_mismatches
 from ascendspeed.conversion.formats.huggingface import WEIGHT_FILES
-from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index
+from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index, read_json_object
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.name_check import check_names
+from ascendspeed.utils.text import shorten_list
 
 DESCRIPTION = "Hugging Face directory"
+INDEX = ".index.json"
 LOADERS: dict[str, Callable[[Path], Any]] = dict(zip(WEIGHT_FILES, (load_safetensors, load_pt), strict=True))
 
 
@@ -74,17 +77,55 @@ def _without_tied_copy(tensors: dict[str, Tensor], config: ModelConfig) -> dict[
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Reads every tensor of the folder's weight files, memory-mapped, as the index lists them."""
-    for name, load in LOADERS.items():
-        single = folder / name
-        index = folder / f"{name}.index.json"
-        if single.exists() and index.exists():
-            raise UserError(f"{folder} has {name} and {index.name}: remove the one that is not meant")
-        if single.exists():
-            return _check_table(single, load(single))
-        if index.exists():
-            return _read_shards(folder, index, load)
-    raise UserError(f"{folder} has no weights: none of {', '.join(LOADERS)}, nor an index of shards")
+    """Reads every tensor of the folder's weight files, memory-mapped, as the index lists them.
+
+    Raises `UserError` if the folder holds the weights twice: which of them are meant is unknown.
+    """
+    sets = _weight_sets(folder) or [name for name in map(_index_of, LOADERS) if (folder / name).exists()]
+    if not sets:
+        raise UserError(f"{folder} has no weights: none of {', '.join(LOADERS)}, nor an index of shards")
+    if len(sets) > 1:
+        raise UserError(
+            f"{folder} has several sets of weights: {' and '.join(sets)}; keep those that are meant and "
+            f"remove the others, or move them to another folder"
+        )
+    name = sets[0].removesuffix(INDEX)
+    if sets[0] == _index_of(name):
+        return _read_shards(folder, folder / sets[0], LOADERS[name])
+    return _check_table(folder / name, LOADERS[name](folder / name))
+
+
+def _index_of(single: str) -> str:
+    return f"{single}{INDEX}"
+
+
+def _weight_sets(folder: Path) -> list[str]:
+    """Sets of weights in the folder, each as a single file, an index, or shards that no index names.
+
+    An index without any of its shards (left by a download of the other kind) is none.
+    """
+    names = {entry.name for entry in folder.iterdir()}
+    sets = []
+    for single in LOADERS:
+        stem, suffix = single.split(".")
+        shards = {name for name in names if re.fullmatch(rf"{stem}-\d+-of-\d+\.{suffix}", name)}
+        listed = _listed_files(folder / _index_of(single), shards) if _index_of(single) in names else set()
+        if single in names - listed:
+            sets.append(single)
+        if listed & names:
+            sets.append(_index_of(single))
+        if shards - listed:
+            sets.append(f"{shorten_list(sorted(shards - listed), 2)}, which no index names")
+    return sets
+
+
+def _listed_files(index: Path, shards: set[str]) -> set[str]:
+    """Files that an index names, present or not. `shards`: the result for a damaged index, which is reported
+    on reading it.
+    """
+    weight_map = read_json_object(index).get("weight_map")
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    return set(files) if files and all(isinstance(file, str) for file in files) else shards
 
 
 def _read_shards(folder: Path, index: Path, load: Callable[[Path], Any]) -> dict[str, Tensor]:

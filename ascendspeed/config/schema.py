@@ -249,7 +249,8 @@ class DataConfig:
     json_keys: tuple[str, ...] = ("text",)
     """Hugging Face data sets: the column that GeneralPretrainHandler reads."""
     chat_template: str | None = None
-    """Hugging Face data sets: name of the chat template; None: the template of the model or tokenizer."""
+    """Hugging Face data sets: name of the chat template; None: the template of the model or tokenizer. A
+    checkpoint records the template of its training data, whatever their kind."""
     system: str | None = None
     """Hugging Face data sets: system message for conversations without one."""
     loss_on: Literal["all", "last"] | None = None

@@ -50,6 +50,8 @@ class CheckpointReader:
     """Folder that should hold the tokenizer and the generation settings; None: unknown."""
     parallel_sizes: tuple[int, int] | None = None
     """Tensor- and pipeline-parallel sizes of rank files; None for other formats."""
+    chat_template: str | None = None
+    """Name of the chat template that the model was trained with, if the checkpoint records one."""
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` if it is given."""

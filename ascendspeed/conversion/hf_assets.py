@@ -12,12 +12,14 @@ from typing import Any
 import torch
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import chat_assets
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.output_files import write_json
 from ascendspeed.conversion.token_ids import TOKEN_IDS, reconcile, without_placeholders
 from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import choose_template
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file, read_json_object
 
@@ -63,7 +65,9 @@ def check(reader: CheckpointReader) -> None:
     """
     folder = reader.assets_dir
     if _has_tokenizer(folder):
-        _load_tokenizer(folder, reader.config)
+        loaded = _load_tokenizer(folder, reader.config)
+        if reader.chat_template:
+            choose_template(loaded, reader.chat_template)
         if all((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
             export.check(folder)
     for path in _files_to_copy(reader):
@@ -165,6 +169,8 @@ def write(
                 f"note: no tokenizer.json: {reason}; stock transformers may not load the tokenizer as it "
                 f"should"
             )
+    if reader.chat_template and _has_tokenizer(folder):
+        chat_assets.write(folder, reader.chat_template, reader.assets_dir)
 
 
 def _has_tokenizer(folder: Path | None) -> bool:

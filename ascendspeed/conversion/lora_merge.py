@@ -34,4 +34,9 @@ def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
     def read_block(name: str, wanted: Slice2D) -> Tensor:
         return (read_merged if name in parameters else reader.read_block)(name, wanted)
 
-    return replace(reader, description=f"{reader.description} with adapters", read_block=read_block)
+    return replace(
+        reader,
+        description=f"{reader.description} with adapters",
+        read_block=read_block,
+        chat_template=adapter.chat_template or reader.chat_template,
+    )

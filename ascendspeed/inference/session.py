@@ -129,7 +129,8 @@ class Session(ModelSession):
     @cached_property
     def chat_format(self) -> ChatFormat:
         """Chat format of the model. Raises `UserError` if none is known."""
-        name = self.chat_template or FAMILIES[self.config.family].chat_template
+        recorded = None if self.spec.model else self.source.chat_template
+        name = self.chat_template or recorded or FAMILIES[self.config.family].chat_template
         chat_format = ChatFormat(self.tokenizer, name, self.config.family)
         for note in chat_format.notes:
             logger.info(f"note: {note}")

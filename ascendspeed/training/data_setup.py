@@ -15,6 +15,7 @@ from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.families import chat_template_beside
 from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import TEMPLATES, choose_template
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -27,11 +28,34 @@ def with_chat_template(data: DataConfig) -> DataConfig:
     """Data settings with the chat template of the model that the tokenizer belongs to, for handlers that take
     one.
     """
-    handler = HANDLERS.get(data.handler_name or "")
-    takes_template = handler is not None and "chat_template" in handler.accepted_settings
-    if data.chat_template or not data.tokenizer_name_or_path or not takes_template:
+    if data.chat_template or not data.tokenizer_name_or_path or not _takes_template(data):
         return data
     return replace(data, chat_template=chat_template_beside(Path(data.tokenizer_name_or_path)))
+
+
+def recorded_template(data: DataConfig) -> str | None:
+    """Name of the chat template that the training data are in, for run.json: exports need it.
+
+    Logs a note if the data name several; the first one counts.
+    """
+    paths = [path for _, path in dataset.parse_blend(data.data_path)]
+    names = [dataset.dataset_facts(path).get("chat_template") for path in paths]
+    if _takes_template(data) and data.tokenizer_name_or_path:
+        loaded = tokenizer.load(data.tokenizer_name_or_path)
+        names.append(choose_template(loaded, with_chat_template(data).chat_template)[0])
+    templates = list(dict.fromkeys(name for name in names if name in TEMPLATES))
+    if len(templates) > 1:
+        logger.info(
+            f"note: the training data are in several chat templates ({', '.join(templates)}); exports will "
+            f"have the first one"
+        )
+    return next(iter(templates), None)
+
+
+def _takes_template(data: DataConfig) -> bool:
+    """True if the handler of data that are tokenized during training takes a chat template."""
+    handler = HANDLERS.get(data.handler_name or "")
+    return handler is not None and "chat_template" in handler.accepted_settings
 
 
 def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
@@ -48,6 +72,7 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
     splits = dataset.build_splits(
         with_chat_template(run.data), run.train.seed, run.model.vocab_size, list(iterations)
     )
+    run = replace(run, data=replace(run.data, chat_template=recorded_template(run.data)))
     if run.train.train_epochs:
         run = _with_iterations(run, splits["train"])
         iterations["train"] = run.train.train_iters

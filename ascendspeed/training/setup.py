@@ -126,7 +126,8 @@ def _log_resume(run: Run, checkpoint: Checkpoint, grid: ProcessGrid) -> None:
     ]
     for group, name in [*groups, *(("train", name) for name in REPORTED_TRAIN), ("lora", "lora_dropout")]:
         old, new = getattr(getattr(saved, group), name), getattr(getattr(run, group), name)
-        if old != new and name not in UNREPORTED:
+        unrecorded = name == "chat_template" and None in (old, new)  # that of the data, since version 0.2
+        if old != new and name not in UNREPORTED and not unrecorded:
             logger.info(f"note: {name} was {old} when the checkpoint was saved and is {new} now")
     same_layout = (checkpoint.world, saved.parallel.layout_key) == (grid.world, run.parallel.layout_key)
     has_dropout = (

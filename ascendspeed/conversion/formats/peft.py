@@ -14,6 +14,7 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import chat_assets
 from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.output_files import (
@@ -111,7 +112,8 @@ def read(folder: Path) -> LoraAdapter:
         for name, a in matrices["A"].items()
     }
     base = settings.get("base_model_name_or_path")
-    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder))
+    template = chat_assets.recorded_template(folder)
+    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder), template, str(folder))
 
 
 def check_complete(adapter: LoraAdapter, model: ModelConfig) -> None:
@@ -246,6 +248,8 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
         write_json(folder / CONFIG, settings)
         if adapter.fingerprint:
             write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint})
+        if adapter.chat_template and adapter.tokenizer:
+            chat_assets.write_for_adapter(folder, adapter.chat_template, adapter.tokenizer)
 
 
 def replace_with(adapter: LoraAdapter, target: Path) -> None:

@@ -2,6 +2,7 @@
 torch.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,12 @@ def open_reader(
         raise UserError(f"{folder} holds no checkpoint: looked for {known}; found {entries}")
     config_dir = folder if config is None else Path(config)
     options = ReadOptions(config_dir, internevo or InternEvoOptions(), readers, open_reader)
-    return detected[0].open(folder, options)
+    reader = detected[0].open(folder, options)
+    if reader.chat_template or reader.assets_dir is None:
+        return reader
+    from ascendspeed.conversion.chat_assets import recorded_template  # here, so that --help needs no torch
+
+    return replace(reader, chat_template=recorded_template(reader.assets_dir))
 
 
 def support_table() -> list[str]:

@@ -32,6 +32,7 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
     read,
 )
 from ascendspeed.models.families import FAMILIES
+from ascendspeed.tokenization.chat.jinja_template import ESCAPE, escaped
 from ascendspeed.tokenization.tokenizer import (
     ADDED_TOKEN_FLAGS,
     CONTROL_TOKEN_NAMES,
@@ -45,6 +46,13 @@ from ascendspeed.utils.errors import UserError
 
 GENERIC_CLASS = "PreTrainedTokenizerFast"
 """Class that uses a tokenizer.json unchanged, in every version of transformers."""
+ESCAPE_REMOVAL = {
+    "type": "Split",
+    "pattern": {"Regex": rf"(?<=[<\[]){ESCAPE}"},
+    "behavior": "Removed",
+    "invert": False,
+}
+"""Pre-tokenizer that cuts a text where a chat template has marked the string of a user-defined piece."""
 Added = dict[int, dict[str, Any]]
 """Token id -> entry of `added_tokens`."""
 
@@ -212,11 +220,6 @@ def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: li
     vocabulary = {i: _key(i, piece, fallback) for i, piece in enumerate(model.pieces)} | {
         i: t["content"] for i, t in added.items()
     }
-    renamed = [
-        _replace(piece.piece, vocabulary[i])
-        for i, piece in _user_defined(model.pieces)
-        if vocabulary[i] != piece.piece
-    ]
     unknown = next(vocabulary[i] for i, piece in enumerate(model.pieces) if piece.type == UNKNOWN)
     return {
         "version": "1.0",
@@ -225,9 +228,14 @@ def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: li
         "added_tokens": list(added.values()),
         "normalizer": _sequence(
             "normalizers",
-            [*([{"type": "Prepend", "prepend": "▁"}] if prefix else []), _replace(" ", "▁"), *renamed],
+            [
+                *([{"type": "Prepend", "prepend": "▁"}] if prefix else []),
+                _replace(" ", "▁"),
+                *_renames(model.pieces, added),
+                *_restores(added),
+            ],
         ),
-        "pre_tokenizer": None,
+        "pre_tokenizer": ESCAPE_REMOVAL,
         "post_processor": _template(settings, {name: i for i, name in vocabulary.items()}),
         "decoder": _sequence(
             "decoders",
@@ -249,8 +257,24 @@ def _tokenizer(model: Any, settings: Mapping[str, Any], added: Added, ranked: li
     }
 
 
-def _user_defined(pieces: Any) -> list[tuple[int, Any]]:
-    return [(i, piece) for i, piece in enumerate(pieces) if piece.type == USER_DEFINED]
+def _renames(pieces: Any, added: Added) -> list[dict[str, Any]]:
+    """Steps of the normalizer for user-defined pieces with another name: both strings are the token."""
+    slots = {i: token for i, token in added.items() if i < len(pieces) and pieces[i].type == USER_DEFINED}
+    return [
+        _replace(pieces[i].piece, token["content"])
+        for i, token in slots.items()
+        if pieces[i].piece != token["content"]
+    ]
+
+
+def _restores(added: Added) -> list[dict[str, Any]]:
+    """Steps of the normalizer that remove `ESCAPE`, after the strings of control tokens have been matched.
+
+    Tokens over user-defined pieces are matched later, so `ESCAPE_REMOVAL` cuts the text there: behind the
+    first character, where InternLM's vocabularies merge nothing.
+    """
+    names = [token["content"] for token in added.values() if token["special"] and not token["normalized"]]
+    return [_replace(escaped(name).replace(" ", "▁"), name.replace(" ", "▁")) for name in names]
 
 
 def _key(number: int, piece: Any, byte_fallback: bool) -> str:

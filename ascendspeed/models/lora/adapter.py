@@ -50,6 +50,10 @@ class LoraAdapter:
     """Folder of the base weights."""
     fingerprint: str | None = None
     """Hash of the base weights (`conversion.weights_identity.sampled`), if it is known."""
+    chat_template: str | None = None
+    """Name of the chat template that the adapters were trained with, if it is known."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer that they were trained with."""
 
 
 def initial_tensors(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Chat formats: conversations to token ids by templates that are data; control tokens are inserted by id."""
 
 from ascendspeed.tokenization.chat.chat_format import ChatFormat
+from ascendspeed.tokenization.chat.jinja_template import template_name, to_jinja
 from ascendspeed.tokenization.chat.messages import (
     InvalidConversation,
     Message,
@@ -28,4 +29,6 @@ __all__ = [
     "read_training_messages",
     "shorten",
     "stop_token_ids",
+    "template_name",
+    "to_jinja",
 ]

@@ -56,8 +56,12 @@ class ChatFormat:
             if number is not None:
                 self.controls[control] = number
         guarded = {string: tokenizer.token_to_id(string) for string in self.template.guarded}
-        self._guarded_strings = {string for string, number in guarded.items() if number is not None}
         self._forbidden_ids = {*self.controls.values(), *guarded.values()} - {None}
+        known = [string for string, number in guarded.items() if number is not None]
+        self.split_strings = self._find_split_strings(known)
+        """Strings of control tokens that are pieces of the vocabulary; text that holds one is encoded in two
+        parts.
+        """
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
@@ -219,12 +223,21 @@ class ChatFormat:
         encoded = self.tokenizer.encode_batch(texts)
         return [self._without_control_tokens(text, ids) for text, ids in zip(texts, encoded, strict=True)]
 
+    def _find_split_strings(self, guarded: Sequence[str]) -> list[str]:
+        """Returns the strings that the tokenizer encodes to their own control token."""
+        encoded = self.tokenizer.encode_batch(guarded) if guarded else []
+        return sorted(
+            string
+            for string, ids in zip(guarded, encoded, strict=True)
+            if not self._forbidden_ids.isdisjoint(ids.tolist())
+        )
+
     def _without_control_tokens(self, text: str, ids: np.ndarray) -> np.ndarray:
         """Encodes a text again, split inside every guarded string, if its ids contain a control token."""
         if self._forbidden_ids.isdisjoint(ids.tolist()):
             return ids
         after_first_letter = re.compile(
-            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in sorted(self._guarded_strings))
+            "|".join(f"(?<={re.escape(s[0])})(?={re.escape(s[1:])})" for s in self.split_strings)
         )
         parts = [part for part in after_first_letter.split(text) if part]
         ids = np.concatenate(self.tokenizer.encode_batch(parts))

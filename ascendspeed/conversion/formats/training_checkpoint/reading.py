@@ -96,7 +96,15 @@ def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
         "lora_dropout": lora.lora_dropout,
         "target_modules": list(lora.lora_target_modules),
     }
-    return LoraAdapter(checkpoint.path, pairs, settings, lora.lora_base, lora.lora_base_fingerprint)
+    return LoraAdapter(
+        checkpoint.path,
+        pairs,
+        settings,
+        lora.lora_base,
+        lora.lora_base_fingerprint,
+        checkpoint.run.data.chat_template,
+        checkpoint.run.data.tokenizer_name_or_path,
+    )
 
 
 def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
@@ -123,4 +131,5 @@ def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
         dict.fromkeys(shapes, torch.float32),
         read_block,
         assets_dir,
+        chat_template=checkpoint.run.data.chat_template,
     )

@@ -1,0 +1,79 @@
+"""Chat template and stop tokens of an exported model, in the files that transformers and others read."""
+
+import logging
+from pathlib import Path
+
+from ascendspeed.conversion.output_files import write_json
+from ascendspeed.conversion.tokenizer.export import ESCAPE_REMOVAL
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids, template_name, to_jinja
+from ascendspeed.tokenization.tokenizer import read_optional_json
+from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import checked_file
+
+logger = logging.getLogger(__name__)
+
+TEMPLATE_FILE = "chat_template.jinja"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+
+
+def recorded_template(folder: Path) -> str | None:
+    """Name of the chat template in a folder, if this project wrote it. Raises `UserError`."""
+    path = folder / TEMPLATE_FILE
+    if not (path.exists() or path.is_symlink()):
+        return None
+    try:
+        return template_name(checked_file(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def own_template(folder: Path | None) -> str | None:
+    """Name of the file in a folder that has a chat template of the model's own; None: it has none."""
+    if folder is None:
+        return None
+    if (folder / TEMPLATE_FILE).exists():
+        return None if recorded_template(folder) else TEMPLATE_FILE
+    return TOKENIZER_CONFIG if read_optional_json(folder / TOKENIZER_CONFIG).get("chat_template") else None
+
+
+def write(folder: Path, name: str, source: Path | None) -> None:
+    """Writes the chat template `name` of an exported model, and adds the end of a turn to its stop tokens.
+
+    `source`: folder of the model's own files; a template there is left out with a note, because the model was
+    trained with `name`. Raises `UserError` if the tokenizer in `folder` lacks a control token.
+    """
+    chat_format = ChatFormat(tokenizer.load(folder), name)
+    own = own_template(source)
+    if own:
+        logger.info(
+            f"note: the chat template in {source / own} is left out: the weights were trained with {name}, "
+            f"which is in {TEMPLATE_FILE}"
+        )
+    settings = read_optional_json(folder / TOKENIZER_CONFIG)
+    if settings.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, settings)
+    text = to_jinja(chat_format, control_strings(folder))
+    (folder / TEMPLATE_FILE).write_text(text, encoding="utf-8")
+    generation = read_optional_json(folder / GENERATION_CONFIG)
+    stops = list(stop_token_ids(chat_format.tokenizer, [folder], chat_format.stop_ids))
+    write_json(folder / GENERATION_CONFIG, generation | {"eos_token_id": stops})
+
+
+def control_strings(folder: Path) -> list[str]:
+    """Strings of control tokens to escape in messages; none if the tokenizer.json is not this project's."""
+    values = read_optional_json(folder / "tokenizer.json")
+    if values.get("pre_tokenizer") != ESCAPE_REMOVAL:
+        return []
+    return [token["content"] for token in values["added_tokens"] if token["special"]]
+
+
+def write_for_adapter(folder: Path, name: str, tokenizer_dir: str) -> None:
+    """Writes the chat template beside adapters. Prints a note if their tokenizer is no longer there."""
+    try:
+        chat_format = ChatFormat(tokenizer.load(tokenizer_dir), name)
+    except UserError as error:
+        logger.info(f"note: no {TEMPLATE_FILE} (the adapters were trained with {name}): {error}")
+        return
+    (folder / TEMPLATE_FILE).write_text(to_jinja(chat_format), encoding="utf-8")

@@ -5,7 +5,17 @@ from dataclasses import replace
 
 import pytest
 
-from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Run,
+    TrainConfig,
+)
+from ascendspeed.models import estimates, families
+from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 
 RUN = Run(
@@ -91,7 +101,21 @@ def test_a_file_may_add(cpu, tmp_path):
             "data_types.grad_accum_dtype = 'bf16', but the flags make it 'fp32'",
         ),
         ({"optimizer": {"type": "Adam"}}, "optimizer come from the flags"),
-        ("{", "ds.json: Expecting property name"),
+        ({"bfloat16": {"enabled": False}}, "bf16.enabled = False, but the flags make it True"),
+        ({"zero_allow_untested_optimizer": False}, "but the optimizer here needs True; remove it"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast comes from --bf16"),
+        ({"gradient_allreduce_op": "sum"}, "gradient_allreduce_op is the mean"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "offload_param.device = 'cpu' needs --zero-stage 3, not 2",
+        ),
+        ("{", "ds.json is not JSON: Expecting property name"),
+        ('{"bf16": {"enabled": true, "enabled": true}}', "not JSON: it has the key 'enabled' twice"),
+        ('{"a": ' * 5000 + "1" + "}" * 5000, "not JSON: it is nested too deeply"),
+        ({"bf16": {}, "bfloat16": {}}, "bfloat16 is an old name of bf16; keep one of them"),
+        ({"fp16": "auto"}, "fp16 = 'auto' is not an object"),
+        ({"zero_optimization": []}, r"zero_optimization = \[\] is not an object"),
+        ({"fp16": None}, "fp16 = None is not an object"),
         ("[]", "ds.json is not a JSON object"),
         ({"fp16": {"loss_scale": 128}}, "fp16.loss_scale sets a constant scale"),
     ],
@@ -99,6 +123,133 @@ def test_a_file_may_add(cpu, tmp_path):
 def test_a_file_may_not_contradict(cpu, tmp_path, given, message):
     with pytest.raises(UserError, match=message):
         derived(cpu, tmp_path, given)
+
+
+def test_an_old_name_is_read(cpu, tmp_path):
+    config = derived(cpu, tmp_path, {"bfloat16": {"enabled": True, "check_grad_overflow": True}})
+    assert "bfloat16" not in config
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True}
+
+
+def test_auto_leaves_a_setting_to_the_flags_and_the_defaults(cpu, tmp_path):
+    given = {
+        "train_batch_size": "auto",
+        "communication_data_type": "auto",
+        "zero_optimization": {"stage": "auto", "reduce_bucket_size": "auto"},
+    }
+    assert derived(cpu, tmp_path, given) == derived(cpu, tmp_path)
+
+
+LORA = LoraConfig(lora_rank=16, lora_target_modules=("all-linear",))
+LARGE, SMALL = families.preset("internlm2-7b"), families.preset("internlm-tiny")
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "world", "size"),
+    [
+        (LARGE, LoraConfig(), 8, 40_000_000),  # all parameters: the largest bucket
+        (LARGE, LoraConfig(), 512, 256_000_000),  # a share of a million for each of 256 replicas
+        (LARGE, LORA, 8, None),  # the adapters of a rank
+        (SMALL, LoraConfig(), 8, None),  # the parameters of a rank
+    ],
+)
+def test_buckets_are_as_large_as_what_is_trained(cpu, tmp_path, model, lora, world, size):
+    lora = targets.resolve_config(model, lora)
+    run = replace(RUN, model=model, lora=lora, train=replace(RUN.train, global_batch_size=world))
+    if size is None:
+        size = (
+            targets.parameter_count(model, lora, RUN.parallel)
+            if lora.lora_rank
+            else estimates.parameters_per_device(model, RUN.parallel)
+        )
+        assert size < 40_000_000
+    zero = derived(cpu, tmp_path, run=run, world=world)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (size, size)
+    given = {"zero_optimization": {"reduce_bucket_size": 500_000_000}}
+    zero = derived(cpu, tmp_path, given, run, world)["zero_optimization"]
+    assert (zero["reduce_bucket_size"], zero["allgather_bucket_size"]) == (500_000_000, size)
+
+
+def checked(cpu, tmp_path, given):
+    """Derives the configuration and checks it by DeepSpeed's own classes."""
+    from ascendspeed.training.engines import deepspeed_check
+    from ascendspeed.training.engines.deepspeed import import_deepspeed
+    from ascendspeed.training.engines.deepspeed_config import read_additions
+
+    config = derived(cpu, tmp_path, given)
+    import_deepspeed(cpu)
+    deepspeed_check.check(config, read_additions(str(tmp_path / "ds.json")), "ds.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"gradient_cliping": 1}, "has no setting gradient_cliping; did you mean gradient_clipping?"),
+        ({"gradient_cliping": "auto"}, "has no setting gradient_cliping"),
+        ({"zero_optimisation": {"stage": 2}}, r"zero_optimisation; did you mean zero_optimization\?"),
+        ({"zero_optimization": {"stge": 2}}, r"zero_optimization.stge; did you mean stage\? \(it has stage,"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            r"zero_optimization.offload_optimizer.devise; did you mean device\?",
+        ),
+        ({"flops_profiler": {"enabld": True}}, r"flops_profiler.enabld; did you mean enabled\?"),
+        ({"nebula": {"enabled": True}}, "Nebula checkpointing has been removed"),
+        ({"amp": {"enabled": True}}, "Apex AMP integration has been removed"),
+        ({"zero_optimization": {"reduce_bucket_size": "x"}}, "reduce_bucket_size = 'x': Input should be a"),
+        (
+            {"zero_optimization": {"stage3_prefetch_bucket_size": 15099494.4}},
+            "zero_optimization.stage3_prefetch_bucket_size = 15099494.4: Input should be a valid integer",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "gpu"}}},
+            "offload_optimizer.device = 'gpu': Input should be 'none', 'cpu' or 'nvme'",
+        ),
+        ({"communication_data_type": "int8"}, "Invalid communication_data_type. Supported"),
+        ({"steps_per_print": "often"}, "steps_per_print = 'often' has the wrong type"),
+        ({"prescale_gradients": "yes"}, "prescale_gradients = 'yes' has the wrong type"),
+    ],
+)
+def test_what_deepspeed_does_not_know_or_refuses_is_one_line(cpu, tmp_path, given, message):
+    with pytest.raises(UserError, match=message) as error:
+        checked(cpu, tmp_path, given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu", "pin_memory": True}}},
+        {"zero_optimization": {"stage3_prefetch_bucket_size": "auto", "overlap_comm": False}},
+        {"tensorboard": {"enabled": True, "output_path": "monitor", "job_name": "x"}},
+        {"flops_profiler": {"enabled": False, "profile_step": 1, "output_file": None}},
+        {"comms_logger": {"enabled": False, "prof_all": True, "prof_ops": []}},
+        {"aio": {"block_size": 1048576, "queue_depth": 8, "single_submit": False}},
+        {"communication_data_type": "bf16", "steps_per_print": 1, "gradient_predivide_factor": 1},
+    ],
+)
+def test_control_settings_of_deepspeed_pass(cpu, tmp_path, given):
+    checked(cpu, tmp_path, given)
+
+
+def test_sections_without_effect_are_named(cpu, tmp_path, capsys):
+    checked(cpu, tmp_path, {"activation_checkpointing": {"partition_activations": True}})
+    assert "activation_checkpointing has no effect: --recompute-granularity" in capsys.readouterr().out
+
+
+def test_what_deepspeed_refuses_later_is_one_line(cpu, tmp_path):
+    """While it sets up the engine; errors of memory and devices stay what they are."""
+    from ascendspeed.training.engines import deepspeed_check
+
+    def text(error: Exception) -> str:
+        with pytest.raises(type(error)) as raised:
+            raise error
+        return str(deepspeed_check.refused(raised.value, "ds.json"))
+
+    assert "an engine with it: raise error (test_ds_config.py); remove" in text(AssertionError())
+    error = ValueError("pre-scale gradients is not yet supported")
+    assert "pre-scale gradients is not yet supported; remove" in text(error)
+    assert deepspeed_check.is_refusal(error)
+    assert not deepspeed_check.is_refusal(RuntimeError("out of memory"))
 
 
 def test_a_file_that_is_not_there_is_an_error(cpu, tmp_path):

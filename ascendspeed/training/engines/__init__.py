@@ -85,7 +85,7 @@ def engine_builder(
 ) -> Callable[[Tensors | None], Engine]:
     """Chooses and logs the engine of a run; the result builds it from weights (None: `restore` follows).
 
-    Raises `UserError` when --deepspeed_config contradicts the flags.
+    Raises `UserError` when --deepspeed_config contradicts the flags or DeepSpeed refuses it.
     """
     if not run.parallel.deepspeed:
         from ascendspeed.training.engines.megatron import MegatronEngine
@@ -95,10 +95,14 @@ def engine_builder(
             f"{'distributed' if run.parallel.use_distributed_optimizer else 'replicated'} optimizer"
         )
         return lambda tensors: MegatronEngine(run, grid, device, kernels, tensors)
-    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
-    from ascendspeed.training.engines.deepspeed_config import ds_config
+    from ascendspeed.training.engines import deepspeed_check
+    from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, import_deepspeed
+    from ascendspeed.training.engines.deepspeed_config import ds_config, read_additions
 
     config = ds_config(run, grid.world)
+    if path := run.parallel.deepspeed_config:
+        import_deepspeed(device)
+        deepspeed_check.check(config, read_additions(path), path)
     logger.info(f"DeepSpeed config: {json.dumps(config)}")
     if grid.rank == 0:
         Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")

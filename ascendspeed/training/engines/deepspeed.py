@@ -30,7 +30,7 @@ from ascendspeed.distributed.process_groups import MPU, ProcessGrid
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
-from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
+from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors, deepspeed_check
 from ascendspeed.training.engines.common import MOMENTS, BaseEngine, adamw_settings, new_adamw_state
 
 
@@ -63,7 +63,7 @@ class DeepSpeedEngine(BaseEngine):
         """
         super().__init__(run, grid, device)
         self.stage = run.parallel.zero_stage
-        deepspeed = _import(device)
+        deepspeed = import_deepspeed(device)
         module = self._build(deepspeed, config, kernels)
         gather = self._gather if self.stage == 3 else lambda parameter: nullcontext()
         self.deepspeed = deepspeed
@@ -72,9 +72,7 @@ class DeepSpeedEngine(BaseEngine):
         for parameter in module.parameters():
             if parameter.requires_grad and getattr(parameter, "sequence_parallel", False):
                 parameter.register_hook(self._sum_over_tensor_parallel)
-        self.engine = deepspeed.initialize(
-            model=module, optimizer=self._adamw(module), config=config, mpu=MPU(), dist_init_required=False
-        )[0]
+        self.engine = self._initialize(module, config)
         self.module, self.zero = module, self.engine.optimizer
         if scaler := getattr(self.zero, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run with a UserError
@@ -89,6 +87,19 @@ class DeepSpeedEngine(BaseEngine):
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
             settings = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
             return gpt_model.build_model(run.model, run.parallel, settings, lora=run.lora)
+
+    def _initialize(self, module: Any, config: dict[str, Any]) -> Any:
+        """DeepSpeed's engine. Raises `UserError` if DeepSpeed refuses what a --deepspeed_config file adds."""
+        path = self.run.parallel.deepspeed_config
+        optimizer = self._adamw(module)
+        try:
+            return self.deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, mpu=MPU(), dist_init_required=False
+            )[0]
+        except Exception as error:
+            if not path or not deepspeed_check.is_refusal(error):
+                raise
+            raise deepspeed_check.refused(error, path) from error
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -287,7 +298,7 @@ class DeepSpeedEngine(BaseEngine):
             self.zero.update_lp_params()
 
 
-def _import(device: Device) -> Any:
+def import_deepspeed(device: Device) -> Any:
     """Imports DeepSpeed with quiet logging and without the shared-memory op, which it would compile on a CPU
     (25 s, needs ninja).
     """

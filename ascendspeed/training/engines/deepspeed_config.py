@@ -1,25 +1,48 @@
 """The DeepSpeed configuration of a run: derived from the flags, with additions from `--deepspeed_config`."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ascendspeed.config.schema import ParallelConfig, Run
+from ascendspeed.models import estimates
+from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
+
+BUCKET_SIZE = 40_000_000
+"""Largest elements of a communication bucket, which is Megatron-core's default too; and as there, at least
+`BUCKET_SIZE_PER_REPLICA` for every data-parallel rank, so that each rank's share stays efficient."""
+BUCKET_SIZE_PER_REPLICA = 1_000_000
+REQUIRED = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+"""Settings that this project's own AdamW needs; it has the same settings and states under every engine."""
+DECIDED = {
+    "optimizer": "come from the flags (--lr, --adam-beta2 ...)",
+    "scheduler": "come from the flags (--lr, --lr-decay-style ...)",
+    "torch_autocast": "comes from --bf16 or --fp16",
+    "tensor_parallel": "comes from --tensor-model-parallel-size",
+    "expert_parallel": "belongs to Megatron's engine",
+    "gradient_allreduce_op": "is the mean over the supervised tokens, in every layout",
+    "managed_gradient_accumulation": "is the training loop's",
+    "weight_quantization": "is for inference",
+    "hybrid_engine": "is for generation during training",
+}
+"""Settings that a file may not hold -> the reason."""
+OLD_NAMES = {"bfloat16": "bf16"}
+"""Names of sections that DeepSpeed still reads -> their current names."""
 
 
 def ds_config(run: Run, world: int) -> dict[str, Any]:
     """Returns the configuration; a `--deepspeed_config` file may add to it.
 
-    Raises `UserError` if it contradicts the flags.
+    Raises `UserError` if it contradicts the flags. `deepspeed_check` reports what DeepSpeed refuses.
     """
     given: dict[str, Any] = {}
     if run.parallel.deepspeed_config:
-        given = _read_json(run.parallel.deepspeed_config)
+        given = read_additions(run.parallel.deepspeed_config)
     derived = _derived(run, world)
     _refuse_contradictions(derived, given, run.parallel.deepspeed_config)
-    return _merge(_merge(_defaults(run.parallel), given), derived)
+    return _merge(_merge(_defaults(run, world), _without_auto(given)), derived)
 
 
 def _derived(run: Run, world: int) -> dict[str, Any]:
@@ -41,6 +64,7 @@ def _derived(run: Run, world: int) -> dict[str, Any]:
         "bf16": bf16,
         "fp16": fp16,
         "data_types": {"grad_accum_dtype": "fp32"},
+        **REQUIRED,
     }
 
 
@@ -58,41 +82,80 @@ def _zero_options(parallel: ParallelConfig) -> dict[str, Any]:
     return options
 
 
-def _defaults(parallel: ParallelConfig) -> dict[str, Any]:
+def _defaults(run: Run, world: int) -> dict[str, Any]:
     """Settings that a `--deepspeed_config` file may change."""
+    bucket_size = _bucket_size(run, world)
     zero = {
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": 500_000_000,
-        "allgather_bucket_size": 500_000_000,
+        "reduce_bucket_size": bucket_size,
+        "allgather_bucket_size": bucket_size,
     }
-    if parallel.zero_stage in (0, 3):
+    if run.parallel.zero_stage in (0, 3):
         del zero["allgather_bucket_size"], zero["reduce_scatter"]
     return {
         "zero_optimization": zero,
         # As in Megatron; bf16 halves the traffic and rounds every gradient.
         "communication_data_type": "fp32",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
 
 
-def _read_json(path: str) -> dict[str, Any]:
+def _bucket_size(run: Run, world: int) -> int:
+    """Elements of a communication bucket: no more than the trained parameters of a rank.
+
+    DeepSpeed allocates two such buffers in fp32 before the first step; its own default of 5e8 elements takes
+    4 GB, whatever is trained.
+    """
+    tp = run.parallel.tensor_model_parallel_size
+    if run.lora.lora_rank:
+        trained = targets.parameter_count(run.model, run.lora, run.parallel)
+    else:
+        trained = estimates.parameters_per_device(run.model, run.parallel)
+    return min(trained, max(BUCKET_SIZE, BUCKET_SIZE_PER_REPLICA * (world // tp)))
+
+
+def read_additions(path: str) -> dict[str, Any]:
+    """Reads a `--deepspeed_config` file, sections under their current names.
+
+    Raises `UserError` if it is no JSON object, repeats a key, or has a section that is not an object.
+    """
     try:
-        config = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"--deepspeed_config {path}: {error}") from error
+        config = parse_json(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"--deepspeed_config {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed_config {path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise UserError(f"--deepspeed_config {path} is not a JSON object")
-    if (config.get("fp16") or {}).get("loss_scale"):
+    for old, new in OLD_NAMES.items():
+        if old in config and new in config:
+            raise UserError(f"--deepspeed_config {path}: {old} is an old name of {new}; keep one of them")
+        if old in config:
+            config[new] = config.pop(old)
+    for section in ("zero_optimization", "bf16", "fp16", "data_types"):
+        if not isinstance(config.get(section, {}), dict):
+            raise UserError(
+                f"--deepspeed_config {path}: {section} = {config[section]!r} is not an object, "
+                "{ names and values }"
+            )
+    if config.get("fp16", {}).get("loss_scale"):
         raise UserError(
             f"--deepspeed_config {path}: fp16.loss_scale sets a constant scale; remove it, the loss scale "
             "is dynamic here"
         )
     return config
+
+
+def _without_auto(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings whose value is not "auto", which leaves a setting to this program."""
+    return {
+        key: _without_auto(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value != "auto"
+    }
 
 
 def _refuse_contradictions(
@@ -107,15 +170,29 @@ def _refuse_contradictions(
         if isinstance(expected, dict) and isinstance(value, dict):
             _refuse_contradictions(expected, value, path, f"{prefix}{key}.")
         elif key in derived and value not in (expected, "auto"):
+            if key in REQUIRED:
+                raise UserError(
+                    f"--deepspeed_config {path}: {key} = {value!r}, but the optimizer here needs "
+                    f"{expected!r}; remove it"
+                )
             raise UserError(
                 f"--deepspeed_config {path}: {prefix}{key} = {value!r}, but the flags make it {expected!r}; "
                 "correct one of them"
             )
-    if not prefix and (extra := {"optimizer", "scheduler"} & given.keys()):
-        raise UserError(
-            f"--deepspeed_config {path}: {', '.join(sorted(extra))} come from the flags (--lr, --adam-beta2 "
-            "...); remove them there"
-        )
+    if prefix:
+        return
+    for key in DECIDED:
+        if given.get(key, {"enabled": False}) != {"enabled": False}:
+            raise UserError(f"--deepspeed_config {path}: {key} {DECIDED[key]}; remove it there")
+    stage = derived["zero_optimization"]["stage"]
+    for key, least, devices in (("offload_param", 3, ("cpu", "nvme")), ("offload_optimizer", 3, ("nvme",))):
+        section = given.get("zero_optimization", {}).get(key)
+        device = section.get("device") if isinstance(section, dict) else None
+        if device in devices and stage < least:
+            raise UserError(
+                f"--deepspeed_config {path}: zero_optimization.{key}.device = {device!r} needs --zero-stage "
+                f"{least}, not {stage}"
+            )
 
 
 def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
 def test_bucket_sizes_change_no_bit(tmp_path):
     """Buckets of all that is trained, buckets far larger, and buckets below single parameters."""
     cases = {}
-    for stage in (1, 2, 3):
+    for stage in (2, 3):
         cases[f"zero {stage}"] = {"changes": changes(stage, bf16=True)}
         for size in (1000, 5_000_000):
             path = tmp_path / f"{stage}-{size}.json"
@@ -102,8 +102,8 @@ def test_bucket_sizes_change_no_bit(tmp_path):
             path.write_text(f'{{"zero_optimization": {{{sizes}}}}}')
             parallel = {"zero_stage": stage, "deepspeed_config": str(path)}
             cases[f"zero {stage}, {size}"] = {"changes": {"parallel": parallel, "optim": {"bf16": True}}}
-    curves = run_cases("tp1-dp2", cases, tmp_path / "run", 4)
-    for stage in (1, 2, 3):
+    curves = run_cases("tp1-dp2", cases, tmp_path / "run", 2)
+    for stage in (2, 3):
         assert curves[f"zero {stage}"] == curves[f"zero {stage}, 1000"] == curves[f"zero {stage}, 5000000"]
     assert curves["zero 2"][0] != curves["zero 2"][1]
 

@@ -55,9 +55,13 @@ class HarnessModel(TemplateLM):
         max_length: int,
         answers: AnswerCache,
         advance: Advance = lambda amount: None,
+        stop_ids: Sequence[int] = (),
     ) -> None:
-        """`max_length`: most tokens of the model's input. `advance`: progress in questions."""
+        """`max_length`: most tokens of the model's input. `advance`: progress in questions. `stop_ids`: ids at
+        which the backend ends a generated answer.
+        """
         super().__init__()
+        self.stop_ids = stop_ids
         self.backend = backend
         self.encoder = encoder
         self.max_length = max_length
@@ -178,14 +182,23 @@ class Grade:
     metrics: dict[str, float]
 
 
-def answer_keys(prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[str]:
-    """Returns for each prompt a hash of everything that its answer depends on."""
-    return [answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until) for p in prompts]
+def answer_keys(
+    prompts: Sequence[Prompt], settings: dict[str, Any], stop_ids: Sequence[int] = ()
+) -> list[str]:
+    """Returns for each prompt a hash of everything that its answer depends on.
+
+    `stop_ids`: ids that end a generated answer.
+    """
+    keys = []
+    for p in prompts:
+        ends = [list(stop_ids)] if p.until else []
+        keys.append(answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until, *ends))
+    return keys
 
 
 def grade_prompts(model: HarnessModel, prompts: Sequence[Prompt], new_tokens: int) -> list[Grade]:
     """Answers and grades the prompts; returns the grades in their order."""
-    keys = answer_keys(prompts, model.answers.settings)
+    keys = answer_keys(prompts, model.answers.settings, model.stop_ids)
     by_subject: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))

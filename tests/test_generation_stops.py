@@ -24,7 +24,7 @@ RUN_ON = "7" + "9" * (NEW_TOKENS - 2)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Models that answer `7<|im_end|>999...` and whose eos, </s>, never comes, and a gsm8k of one question."""
+    """Models that answer `7<|im_end|>999...` and whose eos, </s>, never comes; a gsm8k of one question."""
     home = tmp_path_factory.mktemp("stops")
     folders = {
         "until": scripted_model(home / "until", ["7", IM_END], "9"),
@@ -103,8 +103,8 @@ def test_a_stop_text_may_name_a_control_token(flags, cpu, folders, capsys):
     def generate(*stop: str) -> str:
         from ascendspeed.inference import runner
 
-        words = ["--load", str(folders["until"]), "--device", "cpu", "--max-new-tokens", "5", "--prompt", "hi"]
-        job, _ = generate_args.resolve([*words, *flags.split(), *stop], 1)
+        words = f"--load {folders['until']} --device cpu --max-new-tokens 5 --prompt hi {flags}"
+        job, _ = generate_args.resolve([*words.split(), *stop], 1)
         capsys.readouterr()
         runner.run(job, cpu, [])
         return capsys.readouterr().out.rstrip("\n").rpartition("-> ")[2]

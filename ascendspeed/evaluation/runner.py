@@ -154,6 +154,7 @@ def _evaluate(
     for benchmark, style in job.benchmarks:
         prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
     keys = lm_eval.answer_keys(prompts, answers.settings, backend.stop_ids)
+    lm_eval.discard_damaged(answers, dict(zip(keys, prompts, strict=True)))
     cached = sum(key in answers.records for key in keys)
     options = job.evaluation
     limited = f", the first {options.limit} of each subject only" if options.limit else ""
@@ -166,7 +167,7 @@ def _evaluate(
         grades = lm_eval.grade_prompts(model, prompts, job.new_tokens)
     if grid.rank != 0:
         return
-    answers.close()
+    answers.flush()
     scores = []
     for benchmark, _ in job.benchmarks:
         task, num_shots = benchmark.name, job.shots[benchmark.name]

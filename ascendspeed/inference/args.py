@@ -94,8 +94,8 @@ class GenerationArgs:
     input_texts: tuple[str, ...] = ()
     """Several prompts at once."""
     input_file: str | None = None
-    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}; -:
-    read stdin."""
+    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}, whose
+    further keys are copied to the output; -: read stdin."""
     max_input_length: int | None = None
     """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are
     dropped."""
@@ -260,7 +260,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
                 "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect "
                 "stdout"
             )
-        _check_output_file(Path(generation.output_file))
+        check_output_file(Path(generation.output_file))
     several = generation.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
     if generation.stream and several:
         raise UserError(
@@ -269,7 +269,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
         )
 
 
-def _check_output_file(path: Path) -> None:
+def check_output_file(path: Path) -> None:
     """Raises UserError if `path` exists or cannot be created."""
     if path.exists():
         raise UserError(f"--output-file {path} exists; move it away, or give another name")

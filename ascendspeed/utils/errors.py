@@ -48,6 +48,9 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
         signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = main() or 0
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # All is done: Ctrl-C could only add a traceback of the interpreter's shutdown.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except UserError as error:
         report_error(error)
         code = error.code

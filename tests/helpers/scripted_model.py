@@ -1,15 +1,15 @@
-"""Tiny model that continues every text with a given sequence of tokens: a bigram table as a Llama-like model."""
+"""Tiny model that continues every text with a given sequence of tokens: a table of token pairs as weights."""
 
 import json
 from pathlib import Path
 
 import torch
-from helpers import corpus
 from safetensors.torch import save_file
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import families, param_mapping
 from ascendspeed.tokenization import tokenizer
+from helpers import corpus
 
 IM_END = "<|im_end|>"
 
@@ -22,7 +22,8 @@ def scripted_model(
     special: tuple[str, ...] = (IM_END,),
     extra_rows: int = 0,
 ) -> Path:
-    """Writes a Hugging Face directory whose model says the tokens `answer` after any text, then `loop` for ever.
+    """Writes a Hugging Face directory whose model says the tokens `answer` after any text, then `loop`
+    for ever.
 
     The tokens of `answer` and `loop` are different, and the texts that are asked end with none of them.
     `special`: control tokens beyond the sentencepiece vocabulary; `eos_ids`: eos_token_id of

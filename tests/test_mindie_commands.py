@@ -10,19 +10,6 @@ SETTINGS = {
     *("NPROC", "HOSTFILE", "CHECKPOINT", "TOKENIZER_PATH", "TP", "PP", "DTYPE", "OUT", "DATA_PATH", "TASK"),
     *("BATCH", "MODEL"),
 }
-    "NPROC",
-    "HOSTFILE",
-    "CHECKPOINT",
-    "TOKENIZER_PATH",
-    "TP",
-    "PP",
-    "DTYPE",
-    "OUT",
-    "DATA_PATH",
-    "TASK",
-    "BATCH",
-    "MODEL",
-]
 
 
 @pytest.fixture

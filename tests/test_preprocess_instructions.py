@@ -212,7 +212,7 @@ def test_mixed_schemas(tmp_path, tokenizer):
     facts, log = run(tmp_path, [good, other], tokenizer, ALPACA)
     assert facts["documents"] == 1
     assert facts["skipped"] == {"malformed": 1, "no 'instruction'": 5, "not text": 1}
-    assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in log)
+    assert any("1.jsonl, line 2: not a JSON object: " in line for line in log)
     assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in log)
     with pytest.raises(
         UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"

@@ -35,8 +35,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MAX_DOCUMENT_BYTES", "EncoderConfig", "preprocess"]
 
-FLAT_SUFFIXES = (".csv", ".txt", ".csv.gz", ".txt.gz")
-"""Files whose columns hold only text."""
 SHARDS_PER_WORKER = 2
 """Shards in flight for each process."""
 MIN_FRACTION = 0.02
@@ -230,7 +228,7 @@ def _check_files(handler: Handler, columns: Mapping[Path, Sequence[str]], strict
     errors = []
     for path, names in columns.items():
         nested = next((name for name in handler.nested if name in names), None)
-        if nested and path.name.lower().endswith(FLAT_SUFFIXES):
+        if nested and registry.format_of(path) in registry.FLAT:
             raise UserError(
                 f"{path}: the column {nested!r} holds lists, which such a file cannot: use jsonl or parquet"
             )

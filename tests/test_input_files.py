@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 from helpers.log_lines import log_lines
 
-from ascendspeed.data.readers import discovery, registry
+from ascendspeed.data.readers import registry
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import LFS_POINTER
 
@@ -197,12 +197,6 @@ def test_control_text_with_few_nuls_is_no_utf16(tmp_path):
     (tmp_path / "b.txt").write_bytes(b"a\0b\n")
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "c.parquet")
     assert len(find(tmp_path)[0]) == 3
-
-
-def test_walk_yields_hidden_files_only_on_request(tmp_path):
-    files = fill(tmp_path, ".a.bin", ".b/c.bin", "d.bin")
-    assert list(discovery.walk(tmp_path)) == [tmp_path / ".a.bin", files[2]]
-    assert set(discovery.walk(tmp_path, hidden=True)) == set(files)
 
 
 def test_columns_that_stand_there_twice(tmp_path):

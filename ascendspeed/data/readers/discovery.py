@@ -74,11 +74,11 @@ def unreadable(path: object, error: Exception) -> UserError:
     return UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
 
 
-def walk(folder: Path, hidden: bool = False) -> Iterator[Path]:
-    """Yields everything below a folder that is no folder, in sorted order within each; follows links, and
-    visits every folder once.
+def walk(folder: Path) -> Iterator[Path]:
+    """Yields everything below a folder that is no folder, in sorted order within each; follows links, visits
+    every folder once, and hidden ones not at all.
 
-    `hidden`: also names that begin with a dot. Raises `UserError` for a folder that cannot be read.
+    Raises `UserError` for a folder that cannot be read.
     """
 
     def fail(error: OSError) -> None:
@@ -95,7 +95,7 @@ def walk(folder: Path, hidden: bool = False) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = [name for name in sorted(folders) if hidden or not name.startswith(".")]
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".")]
         yield from (Path(root, name) for name in sorted(files))
 
 

@@ -1,6 +1,5 @@
 """A Hugging Face dataset on disk that is tokenized in training."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,9 +26,6 @@ from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-VOCABULARY_SUFFIXES = (".json", ".model")
-"""Tokenizer files that decide on the ids."""
 
 
 class StreamedDataset(TokenDataset):
@@ -61,12 +57,7 @@ class StreamedDataset(TokenDataset):
         """Everything that decides which documents the rows give."""
 
     def _cache_key(self, files: Sequence[Path]) -> list[object]:
-        digests = []
-        for path in sorted(self.encoder.tokenizer.path.glob("*")):
-            if path.suffix in VOCABULARY_SUFFIXES:
-                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        settings = vars(self.encoder.config) | {"tokenizer_path": ""}
-        return [random_access.fingerprint(files), digests, settings]
+        return [random_access.fingerprint(files), *self.encoder.identity]
 
     @classmethod
     def match(cls, path: str) -> bool:

@@ -253,11 +253,11 @@ def convert(path: str, prefix: str, min_length: int = 0, overwrite: bool = False
     files = InternEvoDataset.files(path)
     if not files:
         raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
+    dataset = InternEvoDataset(path, min_length)
+    logger.info(dataset.note)
     source = source_digest(files, ["InternEvo", min_length])
     if not overwrite:
         refuse_other_source([pair_prefix(prefix, key) for key in KEYS], source)
-    dataset = InternEvoDataset(path, min_length)
-    logger.info(dataset.note)
     with MaskedPairWriter(prefix) as writer:
         max_token = 0
         for start in range(0, len(dataset), DOCUMENTS_PER_WRITE):

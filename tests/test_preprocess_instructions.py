@@ -58,7 +58,7 @@ def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", st
     """Returns the facts and the log lines."""
     job = EncoderConfig(str(tokenizer), handler, **options)
     with log_lines() as lines:
-        facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict)
+        facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict, overwrite=True)
     return facts["packed"], lines
 
 

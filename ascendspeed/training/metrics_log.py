@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from ascendspeed.utils import logging as logs
+from ascendspeed.utils import streams
 from ascendspeed.utils.errors import UserError
 
 
@@ -197,6 +198,7 @@ class MetricsLogger:
             return
         try:
             print(text, flush=True)
+            streams.raise_loss()
         except OSError as error:
             self._prints = False
             _silence(sys.stdout)

@@ -1,14 +1,16 @@
 """`UserError` and exit codes: a command ends with one line on stderr and a code that gives the cause."""
 
 import contextlib
+import errno
 import os
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
-from ascendspeed.utils import logging
+from ascendspeed.utils import logging, streams
 
 EXIT_USER_ERROR = 2
 EXIT_RANK_LOST = 69
@@ -23,11 +25,45 @@ LAUNCHER_GRACE_SECONDS = 5
 """Seconds in which a launcher ends the other processes of a run after one has exited."""
 
 
+CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
+FILE_ERRORS = {
+    errno.EACCES: "no permission",
+    errno.EPERM: "no permission",
+    errno.EROFS: "the disk is read-only",
+    errno.ENOSPC: "no space is left on the disk",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file would be larger than is allowed here (ulimit -f)",
+    errno.EMFILE: "too many open files: raise the limit with ulimit -n",
+    errno.ENFILE: "too many open files on this machine",
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.ELOOP: "symbolic links in a circle",
+    errno.ENOENT: "there is no such file or directory",
+    errno.ENOTDIR: "a part of the path is not a directory",
+    errno.EISDIR: "it is a directory",
+    errno.EEXIST: "it exists",
+    errno.ENOTEMPTY: "the directory is not empty",
+    errno.ENXIO: "it is a device or socket",
+    errno.ENODEV: "it is a device or socket",
+}
+"""Errors of the operating system that the user can correct, and their text."""
+RUNTIME_ERRORS = {
+    "allocate memory": "not enough memory",
+    "Too many open files": "too many open files: raise the limit with ulimit -n",
+}
+"""Part of a library's RuntimeError -> the text for the user."""
+
+
 class UserError(Exception):
     """Invalid input. The message is one line: what is wrong, where, and what to do."""
 
     code = EXIT_USER_ERROR
     """Exit code of a program that ends with this error."""
+
+    def __str__(self) -> str:
+        """The message; line breaks and other control characters, such as those of a file's name, are
+        escaped.
+        """
+        return escape_control_characters(super().__str__())
 
 
 class RankLost(UserError):
@@ -36,49 +72,77 @@ class RankLost(UserError):
     code = EXIT_RANK_LOST
 
 
-def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
-    """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError` or
-    Ctrl-C.
+def escape_control_characters(text: str) -> str:
+    """Text as one line that no terminal interprets."""
+    return CONTROL_CHARACTERS.sub(lambda match: repr(match[0])[1:-1], text)
 
-    `clean_up`: SIGTERM and SIGHUP raise an exception in `main`, so that unfinished output is deleted.
-    Training does not use it: there SIGTERM takes effect at the end of the iteration
-    (`fault_tolerance.stop_signals`).
+
+def as_user_error(error: BaseException) -> UserError | None:
+    """Returns the one-line form of an exception whose cause is the machine or a file, not a mistake in the
+    code; None for any other exception.
     """
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, OSError) and error.errno in FILE_ERRORS:
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if _is_path(name)]
+        return UserError(": ".join([*names[:1], FILE_ERRORS[error.errno]]))
+    if isinstance(error, MemoryError):
+        return UserError(f"not enough memory: {error}" if str(error) else "not enough memory")
+    if isinstance(error, RuntimeError):
+        texts = [text for part, text in RUNTIME_ERRORS.items() if part in str(error)]
+        return UserError(f"{texts[0]} ({_first_line(error)})") if texts else None
+    return None
+
+
+def _is_path(name: object) -> bool:
+    return isinstance(name, str | bytes | os.PathLike)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
+    """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError`, a
+    file that cannot be used, or Ctrl-C.
+
+    Output that nobody reads does not end the work: printing goes on without effect. If it is lost for
+    another reason than a closed pipe, the command fails when its work is done.
+    `clean_up`: SIGTERM raises an exception in `main`, so that unfinished output is deleted. Training does not
+    use it: there SIGTERM takes effect at the end of the iteration (`fault_tolerance.stop_signals`).
+    """
+    streams.protect()
     logging.configure()
     if clean_up:
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
-                signal.signal(number, _raise_terminated)
+        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = main() or 0
-        with contextlib.suppress(ValueError):  # not in the main thread
-            # All is done: Ctrl-C could only add a traceback of the interpreter's shutdown.
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-    except UserError as error:
-        report_error(error)
-        code = error.code
+        if loss := streams.unreported_loss():
+            report_error(UserError(f"stdout cannot be written: {loss.strerror}; all else is done"))
+            code = code or EXIT_USER_ERROR
+    except Exception as error:
+        known = as_user_error(error)
+        if known is None:
+            raise
+        report_error(known)
+        code = known.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
-    except _Terminated as error:
-        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
-            print("terminated", file=sys.stderr, flush=True)
-        code = error.exit_code
+    except _Terminated:
+        print("terminated", file=sys.stderr, flush=True)
+        code = EXIT_TERMINATED
     _write_exit_code(code)
     sys.exit(code)
 
 
 class _Terminated(SystemExit):
-    """SIGTERM or SIGHUP, as an exception that `except Exception` does not catch."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(128 + number)
-        self.exit_code = 128 + number
+    """SIGTERM, as an exception that `except Exception` does not catch."""
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
-    raise _Terminated(number)
+    raise _Terminated(EXIT_TERMINATED)
 
 
 def _write_exit_code(code: int) -> None:

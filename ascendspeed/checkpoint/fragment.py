@@ -93,10 +93,29 @@ def spec_to_json(spec: ShardSpec) -> dict[str, Any]:
 
 
 def spec_from_json(table: dict[str, Any]) -> ShardSpec:
-    """Inverse of `spec_to_json`. Raises `KeyError` or `TypeError` for another table."""
-    return ShardSpec(
+    """Inverse of `spec_to_json`. Raises `KeyError`, `TypeError` or `ValueError` for another table."""
+    spec = ShardSpec(
         tuple(table["shape"]), table["dim"], table["stride"], table["parts"], table["padded_rows"]
     )
+    if not _is_consistent(spec):
+        raise ValueError(f"{str(table)[:100]} is not a partition")
+    return spec
+
+
+def _is_consistent(spec: ShardSpec) -> bool:
+    """True if the numbers of a partition are sizes that divide each other, whoever wrote them."""
+    numbers = (*spec.shape, spec.stride, spec.num_shards, spec.padded_rows, spec.dim or 0)
+    if not all(type(number) is int and 0 <= number < 2**62 for number in numbers):
+        return False
+    if not spec.stride or not spec.num_shards:
+        return False
+    if spec.padded_rows and not (spec.shape and spec.dim in (None, 0) and spec.padded_rows >= spec.shape[0]):
+        return False
+    if spec.dim is None:
+        return True
+    if spec.dim >= len(spec.shape):
+        return False
+    return (spec.padded_rows or spec.shape[spec.dim]) % (spec.num_shards * spec.stride) == 0
 
 
 def part_count(spec: ShardSpec) -> int:

@@ -1,11 +1,10 @@
 """Reads training checkpoints: any range of a parameter, under any tensor-parallel layout."""
 
 import bisect
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
 
 RNG = "rng"
 
@@ -63,21 +63,26 @@ class ShardIndex:
     def _add(self, file: Path, rank: int, expected: dict[str, str]) -> None:
         """Adds the tensors of one shard file; `expected`: metadata that it must have."""
         metadata, entries = safetensors_io.read_header(file)
-        wrong = [f"{k} {metadata.get(k)}, not {v}" for k, v in expected.items() if metadata.get(k) != v]
+        wrong = [
+            f"{k} {str(metadata.get(k))[:20]}, not {v}" for k, v in expected.items() if metadata.get(k) != v
+        ]
         if wrong:
             raise UserError(f"{file}: belongs to another save ({'; '.join(wrong)})")
         try:
-            specs = {name: spec_from_json(table) for name, table in json.loads(metadata["cuts"]).items()}
+            cuts = parse_json(metadata["cuts"].encode())
+            specs = {name: spec_from_json(table) for name, table in cuts.items()}
             for key, entry in entries.items():
                 if key.startswith(RNG + "|"):
                     self.rng[rank][key.partition("|")[2]] = file, entry
                 else:
                     name, kind, part, start = FragmentAddress.parse(key)
+                    if entry.dtype != torch.float32 or len(entry.shape) != 1 or part < 0 or start < 0:
+                        raise ValueError(f"{key} is not a range of fp32 elements")
                     stored = _StoredRange(start, entry.shape[0], file, entry.offset)
                     self._ranges[name, kind, part].append(stored)
                     self.kinds[kind] = None
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{file}: not a shard of a training checkpoint ({error!r})") from error
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise UserError(f"{file}: not a shard of a training checkpoint ({repr(error)[:200]})") from error
         for name, spec in specs.items():
             if self.specs.setdefault(name, spec) != spec:
                 raise UserError(f"{file}: {name} is cut as {spec}, elsewhere as {self.specs[name]}")
@@ -122,6 +127,11 @@ class ShardIndex:
                 safetensors_io.read_into(out[lower - start : upper - start], stored.file, offset)
 
 
+def _read_json(path: Path) -> Any:
+    """Content of a JSON file, which may hold infinity. Raises `OSError` or `ValueError`."""
+    return parse_json(path.read_bytes(), finite=False)
+
+
 class Checkpoint:
     """An opened training checkpoint: `run`, `state`, and tensors by name, kind and tensor-parallel part."""
 
@@ -132,15 +142,20 @@ class Checkpoint:
         """
         self.path = path
         try:
-            self.run: Run = schema.from_dict(json.loads((path / "run.json").read_text()))
-            saved = json.loads((path / "train_state.json").read_text())
+            self.run: Run = schema.from_dict(_read_json(path / "run.json"))
+            saved = _read_json(path / "train_state.json")
             self.world: int = saved.pop("world")
             self.state = TrainState(**saved)
+            numbers = {"world": self.world, "step": self.state.step, "samples": self.state.samples}
+            numbers["tokens"] = self.state.tokens
+            wrong = [name for name, number in numbers.items() if type(number) is not int or number < 0]
+            if wrong or not self.world or not isinstance(self.state.engine, dict):
+                raise ValueError(f"{(wrong or ['world or engine'])[0]} is not a number of a run")
         except OSError as error:
             raise UserError(f"{error.filename}: {error.strerror}") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
-                f"{path}: run.json or train_state.json is not one of this version ({error!r})"
+                f"{path}: run.json or train_state.json is not one of this version ({repr(error)[:200]})"
             ) from error
         self._index = ShardIndex(path, self.state.step, self.world)
 

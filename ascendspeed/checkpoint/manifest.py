@@ -3,12 +3,14 @@
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from ascendspeed.checkpoint import safetensors_io
 from ascendspeed.checkpoint.paths import MANIFEST
+from ascendspeed.utils.safe_io import parse_json
 
 
 def manifest_text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -24,11 +26,12 @@ def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     Every rank checks all sizes; hashing is divided: rank r of w hashes the files r, r + w, ...
     """
     try:
-        text = (folder / MANIFEST).read_text()
-        table = json.loads(text)
+        content = (folder / MANIFEST).read_bytes()
+        table = parse_json(content)
         listed, step = table["files"], table["step"]
-        if text != manifest_text(step, listed):
+        if content != manifest_text(step, listed).encode():
             return [f"{MANIFEST}: it was changed after it was written"]
+        _check_list(listed, step)
     except FileNotFoundError:
         return [f"{MANIFEST}: missing, so the save never ended or the file was deleted"]
     except OSError as error:
@@ -44,6 +47,17 @@ def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     return [f"{name}: {problem}" for name, problem in problems.items() if problem]
 
 
+def _check_list(listed: Mapping[str, Any], step: Any) -> None:
+    """Raises `ValueError` unless a manifest lists files of its folder, whoever wrote it."""
+    sizes = [step, *(entry["size"] for entry in listed.values())]
+    if not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError("it has other things than sizes")
+    if not all(PurePath(name).name == name and name.isprintable() and name != ".." for name in listed):
+        raise ValueError("it has names outside its folder")
+    if not all(isinstance(entry["sha256"], str) for entry in listed.values()):
+        raise ValueError("it has other things than hashes")
+
+
 def folder_size(folder: Path) -> int:
     """Total size in bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
@@ -51,10 +65,12 @@ def folder_size(folder: Path) -> int:
 
 def _size_problem(path: Path, expected: int) -> str | None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except OSError as error:
         return "missing" if isinstance(error, FileNotFoundError) else error.strerror
-    return None if size == expected else f"{size} bytes instead of {expected}"
+    if not stat.S_ISREG(status.st_mode):
+        return "not a file, but a device, pipe or directory"
+    return None if status.st_size == expected else f"{status.st_size} bytes instead of {expected}"
 
 
 def _hash_problem(path: Path, expected: str) -> str | None:

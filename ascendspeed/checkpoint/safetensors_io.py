@@ -4,7 +4,9 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from ascendspeed.utils import safetensors_header
 from ascendspeed.utils.atomic import sync_file
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 CHUNK = 4 << 20
 """Elements that are copied from the device, hashed and written at a time."""
@@ -69,17 +72,31 @@ def read_header(path: Path) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     """Metadata and tensor entries of a safetensors file. Raises `UserError` if it is damaged or truncated."""
     try:
         header = safetensors_header.read(path)
+        for name, entry in header.tensors.items():
+            _check_entry(name, entry)
         entries = {
             name: TensorEntry(DTYPES[entry["dtype"]], tuple(entry["shape"]), header.offset(name))
             for name, entry in header.tensors.items()
         }
         if header.file_size > os.path.getsize(path):
             raise ValueError("it is cut off")
+        if not all(isinstance(text, str) for text in header.metadata.values()):
+            raise ValueError("its metadata are not texts")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})") from error
+        raise UserError(f"{path}: not a whole safetensors file ({first_line(error, 200)})") from error
     return header.metadata, entries
+
+
+def _check_entry(name: str, entry: Mapping[str, Any]) -> None:
+    """Raises `ValueError` unless the shape and the byte range of a tensor agree."""
+    begin, end = entry["data_offsets"]
+    if not all(type(number) is int and 0 <= number < 2**62 for number in (*entry["shape"], begin, end)):
+        raise ValueError(f"{name} has the shape {entry['shape']} at {entry['data_offsets']}")
+    size = safetensors_header.ITEM_SIZES[entry["dtype"]] * prod(entry["shape"])
+    if end - begin != size:
+        raise ValueError(f"{name} has {size} bytes by its shape and {end - begin} by its offsets")
 
 
 def read_into(out: Tensor, path: Path, offset: int) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ascendspeed.config.schema import DataConfig, ModelConfig, ParallelConfig, R
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
 
 DEFAULT_MODEL = "internlm-7b"
 
@@ -194,7 +194,9 @@ def _intact_run(step: Path) -> Run | None:
     """Reads run.json of a checkpoint if its hash is that of the manifest; loading reports damage later."""
     try:
         text = (step / "run.json").read_bytes()
-        expected = json.loads((step / "manifest.json").read_text())["files"]["run.json"]["sha256"]
-        return schema.from_dict(json.loads(text)) if hashlib.sha256(text).hexdigest() == expected else None
-    except (OSError, ValueError, KeyError, TypeError):
+        manifest = parse_json((step / "manifest.json").read_bytes())
+        if hashlib.sha256(text).hexdigest() != manifest["files"]["run.json"]["sha256"]:
+            return None
+        return schema.from_dict(parse_json(text, finite=False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

@@ -6,6 +6,7 @@ The docstring under a field is its `--help` text, and its name is its flag (`num
 """
 
 import dataclasses
+import typing
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -428,12 +429,34 @@ def from_dict(values: dict[str, Any]) -> Run:
         "train": TrainConfig,
     }
     try:
-        parts = {name: group(**values[name]) for name, group in groups.items()}
-        lora = LoraConfig(**values.get("lora", {}))  # absent in older checkpoints
-    except (KeyError, TypeError) as error:
-        raise UserError(f"run.json is not one of this version: {error}") from error
+        parts = {name: _group_from_dict(group, values[name]) for name, group in groups.items()}
+        lora = _group_from_dict(LoraConfig, values.get("lora", {}))  # absent in older checkpoints
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"run.json is not one of this version: {str(error)[:200]}") from error
     data = parts["data"]
     # JSON turns tuples into lists.
     tuples = {name: tuple(getattr(data, name)) for name in ("data_path", "valid_data_path", "json_keys")}
     parts["data"] = dataclasses.replace(data, **tuples)
     return Run(**parts, lora=dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules)))
+
+
+def _group_from_dict(group: type, values: dict[str, Any]) -> Any:
+    """Builds one dataclass of a `Run`. Raises `TypeError` for a key or a type that it does not have."""
+    hints = typing.get_type_hints(group)
+    for name, value in values.items():
+        if name in hints and not _is_of_type(value, hints[name]):
+            raise TypeError(f"{name} = {value!r:.80}")
+    return group(**values)
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    """True if a JSON value can be that of a field; choices are compared by type only."""
+    origin = typing.get_origin(hint)
+    options = typing.get_args(hint)
+    if origin is Literal:
+        return any(type(value) is type(option) for option in options)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_is_of_type(item, options[0]) for item in value)
+    if options:  # a union
+        return any(_is_of_type(value, option) for option in options)
+    return type(value) in (int, float) if hint is float else type(value) is hint

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.errors import as_user_error
 
 HANG_SECONDS = 60
 """A case that takes longer hangs; cases need milliseconds."""
@@ -151,17 +151,20 @@ class Findings:
             self.outcomes["accepted"] += 1
             if wrong:
                 self._add(f"accepted: {wrong}", label)
-        except UserError as error:
-            self.outcomes["refused"] += 1
-            message = str(error)
-            if not message.strip() or "\n" in message or len(message) > MAX_MESSAGE:
-                self._add(f"message: {message[:200]!r}", label)
         except _Hang:
             self._add("hangs", label)
         except Exception as error:
+            if (refusal := as_user_error(error)) and not isinstance(error, MemoryError | RuntimeError):
+                self._check_message(str(refusal), label)
+                return
             frames = [f for f in traceback.extract_tb(error.__traceback__) if str(PACKAGE) in f.filename]
             where = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
             self._add(f"{type(error).__name__} in {where}: {str(error)[:150]}", label)
+
+    def _check_message(self, message: str, label: str) -> None:
+        self.outcomes["refused"] += 1
+        if not message.strip() or "\n" in message or len(message) > MAX_MESSAGE:
+            self._add(f"message: {message[:200]!r}", label)
 
     def _add(self, finding: str, label: str) -> None:
         self.outcomes["found"] += 1

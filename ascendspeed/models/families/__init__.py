@@ -52,7 +52,7 @@ def preset(name: str) -> ModelConfig:
 def family_of(config_json: Mapping[str, Any]) -> Family:
     """Returns the family of a config.json by its `model_type`. Raises `UserError` for an unknown one."""
     name = config_json.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"config.json: model_type {name!r} is not supported; there are: {', '.join(FAMILIES)}"
         )

@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from ascendspeed.cli import parser
 from ascendspeed.training import metrics_log
@@ -49,7 +49,7 @@ class Options:
     """Runs of each kind, in turns."""
     work: str = ".async_save"
     """Folder for data and checkpoints; its disk is measured."""
-    out: str | None = None
+    out: Annotated[str | None, parser.output_flag("out")] = None
     """Markdown file for the table; None: print only."""
 
 

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ModelConfig
@@ -46,7 +47,7 @@ class Options:
     """Architecture of the random bf16 model, by name; None: 6 layers of hidden size 2048, 0.87 GB."""
     work_dir: str | None = None
     """Folder on the disk to measure; None: the system's temporary one."""
-    out: str | None = None
+    out: Annotated[str | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
 

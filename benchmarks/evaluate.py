@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from clock import Timing, timed
 
@@ -91,7 +91,7 @@ class Options:
     """Measured runs of each side, after a warm-up run."""
     threads: int | None = None
     """CPU threads; None: torch's default. Use 1 on a shared machine."""
-    out: Path | None = None
+    out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
 

@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -59,7 +60,7 @@ class Options:
     """Seed of the schedule; records of another seed are added to the same file."""
     work: str = ".faults"
     """Folder for data and runs; existing data are reused."""
-    out: str | None = None
+    out: Annotated[str | None, parser.output_flag("out")] = None
     """Markdown file for the table, with the records beside it; None: print only."""
     timeout_minutes: float = 0.5
     """The runs' --distributed-timeout-minutes."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Annotated
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import ParallelConfig, TrainConfig
@@ -41,7 +42,7 @@ class Options:
     """Prompt lengths in tokens."""
     new_tokens: int = 8
     """New tokens per prompt."""
-    out: Path | None = None
+    out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from ascendspeed.cli import parser
 from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
@@ -74,7 +74,7 @@ class Options:
 
     Use 1 on a shared machine, where waiting threads would distort the measurement.
     """
-    out: Path | None = None
+    out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file to write; None: print only."""
 
 

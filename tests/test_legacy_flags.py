@@ -1,6 +1,8 @@
-"""Legacy flags: translation, tables of the commands, `--help`, documentation; flags of Megatron-LM."""
+"""Legacy flags: translation, tables of the commands, `--help`, documentation; flags of other
+projects."""
 
 import importlib.util
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -8,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import ascendspeed
 from ascendspeed.cli import command, compat, legacy_flags, parser
+from ascendspeed.cli.foreign_flags import PROJECTS
 from ascendspeed.cli.legacy_flags import WORDS, Alias, Converted, Ignored, MustAgree, Renamed, translate
-from ascendspeed.cli.megatron_flags import MEGATRON_FLAGS
 from ascendspeed.cli.train_args import TrainCommand, resolve
 from ascendspeed.evaluation.args import EvaluateCommand
 from ascendspeed.evaluation.needle import NeedleCommand
@@ -221,15 +224,29 @@ def test_every_group_of_training_in_the_order_of_use(capsys, monkeypatch):
     assert positions == sorted(positions)
 
 
-# --- flags of Megatron-LM
+# --- flags of other projects
+
+TRAIN = "pretrain_intern.py"
+GENERATE = "tasks/inference/generate.py"
+SCRIPTS = [
+    *compat.TABLES,
+    "tools/ckpt_convert/convert.py",
+    "tools/lora/merge_lora.py",
+]
 
 
-def test_megatron_flags_are_unknown_flags_with_an_answer_that_exists():
-    known = {*parser.spellings(TrainCommand), *compat.TRAIN}
-    assert not known & set(MEGATRON_FLAGS)
-    converter = set(parser.spellings(script("tools/ckpt_convert/convert.py").Options))
-    for answer in MEGATRON_FLAGS.values():
-        assert set(re.findall(r"--[a-z][\w-]*", answer)) <= known | converter
+def known_flags(path: str) -> set[str]:
+    return {*parser.spellings(command_class(path)), *compat.TABLES.get(path, {})}
+
+
+@pytest.mark.parametrize("project", PROJECTS)
+def test_every_answer_is_given_by_a_command(project):
+    """Each flag is unknown to some command that has all flags which the answer names."""
+    commands = [known_flags(path) for path in SCRIPTS]
+    for answer, flags in PROJECTS[project]:
+        named = set(re.findall(r"--[a-z][\w-]*", answer))
+        for flag in flags.split():
+            assert any(named <= known and flag not in known for known in commands), (flag, answer)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +279,8 @@ def test_a_flag_of_megatron_is_answered(flag, answer):
         ("--use-flash-atn", "; did you mean --use-flash-attn?"),
         ("--load-format", "; see --help"),
         ("--swap-space", "; see --help"),
-        ("--gradient-checkpointing", "; see --help"),
+        ("--version-check", "; see --help"),
+        ("--log-throughput-now", "; see --help"),
     ],
 )
 def test_only_near_names_are_proposed(flag, ending):
@@ -271,6 +289,75 @@ def test_only_near_names_are_proposed(flag, ending):
     assert str(error.value) == f"unknown flag {flag}{ending}"
 
 
+def answer_of(path: str, *words: str) -> str:
+    with pytest.raises(UserError) as error:
+        command.parse(command_class(path), words, compat.TABLES.get(path, {}))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "flag", "answer"),
+    [
+        (
+            GENERATE,
+            "--no-load-rng",
+            "of Megatron-LM does not exist here: only the weights of --load",
+        ),
+        (GENERATE, "--no_load_optim", "only the weights of --load are read"),
+        (GENERATE, "--exit-on-missing-checkpoint", "a missing --load is always an error"),
+        (GENERATE, "--make-vocab-size-divisible-by", "padded rows of the vocabulary of --load"),
+        (GENERATE, "--no-masked-softmax-fusion", "attention is torch's SDPA"),
+        (GENERATE, "--attention-softmax-in-fp32", "attention is torch's SDPA"),
+        (GENERATE, "--no-gradient-accumulation-fusion", "--use-fused-rmsnorm"),
+        (GENERATE, "--disable-bias-linear", "--no-add-qkv-bias"),
+        (GENERATE, "--use-rotary-position-embeddings", "--rotary-base"),
+        (GENERATE, "--group-query-attention", "--num-query-groups N is enough"),
+        (GENERATE, "--do-sample", "of Hugging Face's tools does not exist here: use --task sample"),
+        (GENERATE, "--vocab-file", "--tokenizer-name-or-path names a directory"),
+        (TRAIN, "--learning_rate", "--learning_rate of Hugging Face's tools does not exist here: use --lr"),
+        (TRAIN, "--output_dir", "--save is the folder of checkpoints"),
+        (TRAIN, "--num-workers", "there are no loader processes"),
+        (TRAIN, "--config", "settings are flags, not a configuration file; docs/coming-from.md"),
+        (TRAIN, "--seq_len", "of InternEvo or MindFormers does not exist here: use --seq-length"),
+    ],
+)
+def test_a_habit_of_another_project_is_answered(path, flag, answer):
+    assert answer in answer_of(path, flag, "1")
+
+
 def test_an_answer_names_flags_of_the_command():
-    with pytest.raises(UserError, match=r"^unknown flag --no-load-rng; see --help$"):
-        command.parse(GenerateCommand, ["--no-load-rng"], compat.GENERATE)
+    path = "tools/lora/merge_lora.py"
+    assert answer_of(path, "--no-load-rng") == "unknown flag --no-load-rng; see --help"
+
+
+def test_all_unknown_flags_come_before_what_is_missing():
+    path = "tools/preprocess_data.py"
+    assert "Missing" in answer_of(path) or "required" in answer_of(path)  # control
+    assert answer_of(path, "--mindrecord_schema", "a", "--workrs=2", "--seed", "1", "--config", "x") == (
+        "unknown flags --mindrecord_schema, --workrs (did you mean --workers?), --seed; see --help; --config "
+        "of InternEvo or MindFormers does not exist here: settings are flags, not a configuration file; "
+        "docs/coming-from.md has the flag of each setting"
+    )
+
+
+@pytest.mark.parametrize("path", SCRIPTS)
+def test_the_version(path, capsys):
+    """A command with a --version of its own has the other one when it is the only word."""
+    with pytest.raises(SystemExit) as stop:
+        command.parse(command_class(path), ["--version"], compat.TABLES.get(path, {}))
+    assert not stop.value.code
+    assert capsys.readouterr().out == f"ascendspeed {ascendspeed.__version__}\n"
+
+
+@pytest.mark.parametrize("word", ["caf\udcff", "a\0b"])
+def test_a_word_that_is_no_text(word):
+    assert repr(word) in answer_of(TRAIN, "--data-path", word)
+
+
+@pytest.mark.parametrize("columns", ["1", "5", "0", "-3", "many"])
+def test_help_ends_in_a_narrow_terminal(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        resolve(["--help"], 1)
+    assert "--data-path" in capsys.readouterr().out
+    assert os.environ["COLUMNS"] == columns

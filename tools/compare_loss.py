@@ -1,6 +1,6 @@
 """Compares the losses of two runs from their logs: metrics, a plot and a verdict.
 
-    python tools/compare_loss.py REF CAND --out DIR [--ref2 SECOND_RUN_OF_REF] [--profile strict]
+    python tools/compare_loss.py REF CAND --output DIR [--ref2 SECOND_RUN_OF_REF] [--profile strict]
 
 REF and CAND are logs of this project, AscendSpeed, MindSpeed, Megatron-LM, NeMo, InternEvo, MindFormers,
 XTuner, torchtitan, GPT-NeoX, DeepSpeed's pipeline engine or Hugging Face's Trainer (trainer_state.json),
@@ -28,7 +28,7 @@ class Options:
     """Log of the reference run."""
     cand: Annotated[Positional[str], arg(metavar="CAND")]
     """Log of the candidate."""
-    out: str = "parity"
+    out: Annotated[str, parser.output_flag("out")] = "parity"
     """Folder for parity.json, parity.png and parity.html."""
     ref2: str | None = None
     """Log of a second run of the reference; the distance between the two is drawn as a band."""

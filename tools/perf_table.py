@@ -1,6 +1,6 @@
 """Prints the performance table: rows from logs beside the published rows.
 
-python tools/perf_table.py logs/train.log [ANOTHER ...] [--markdown] [--out FILE]
+python tools/perf_table.py logs/train.log [ANOTHER ...] [--markdown] [--output FILE]
 """
 
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ class Options:
     """Steps to skip at the beginning."""
     markdown: bool = False
     """Print Markdown instead of text."""
-    out: str | None = None
+    out: Annotated[str | None, parser.output_flag("out")] = None
     """File to write the table to, beside printing it."""
 
 

@@ -1,13 +1,13 @@
 """Writes a model with random weights as a Hugging Face directory, for trying the tools without real weights.
 
 python tools/random_model.py --model internlm-tiny --tokenizer dataset/internlm \\
-    --output-dir model_from_hf/internlm-tiny
+    --output model_from_hf/internlm-tiny
 """
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 from zlib import crc32
 
 from ascendspeed.cli import parser
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class Options:
     """Writes a model with random weights as a Hugging Face directory."""
 
-    output_dir: str
+    output_dir: Annotated[str, parser.output_flag("output-dir")]
     """Folder to write; must be empty or absent."""
     model: str = "internlm-tiny"
     """Name of the architecture."""

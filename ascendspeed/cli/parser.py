@@ -1,24 +1,35 @@
-"""Command-line parser: turns dataclasses into flags (tyro), and answers an unknown flag with the nearest
-one."""
+"""Command-line parser: turns dataclasses into flags (tyro), and answers unknown flags with the nearest
+ones."""
 
 import contextlib
 import dataclasses
 import difflib
 import io
+import os
 import re
+import shutil
 import sys
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from ascendspeed.cli.megatron_flags import MEGATRON_FLAGS
+from ascendspeed import __version__
+from ascendspeed.cli.foreign_flags import find_answer
 from ascendspeed.utils.errors import UserError
 
 T = TypeVar("T")
-NEAR = 0.75
+NEAR = 0.87
 """Least similarity of the flag that an error proposes."""
+LONG_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+LEAST_WIDTH = 40
+"""Columns of the narrowest `--help`: with fewer than 6, tyro does not end."""
+
+
+def output_flag(*older: str) -> Any:
+    """Annotation of the field for what a command writes: `--output`, and the older names of the flag."""
+    return tyro.conf.arg(name="output", aliases=[f"--{name}" for name in older])
 
 
 def flag_of(field: str) -> str:
@@ -38,12 +49,25 @@ def parse(
 
     The docstring below a field is its help. Hyphens and underscores, `--a b` and `--a=b` are equivalent.
     `other_flags` are handled elsewhere; the error about an unknown flag may propose them. `--help` prints the
-    help and exits with code 0. Raises UserError for an unknown flag or a malformed value.
+    help, and `--version` the version, and exits with code 0. Raises UserError for unknown flags, all of which
+    it names, or a malformed value.
     """
     args = list(sys.argv[1:] if args is None else args)
-    parsed, unknown = _parse(cls, args, default, description)
+    _check_words(args)
+    own = spellings(cls)
+    if "--version" in args and ("--version" not in own or len(args) == 1):
+        print(f"ascendspeed {__version__}")
+        raise SystemExit(0)
+    known = {*own, *other_flags}
+    try:
+        parsed, unknown = _parse(cls, args, default, description)
+    except UserError:  # may be about what is missing: an unknown flag is the likelier cause
+        unknown = [word for word in args if LONG_FLAG.fullmatch(word)]
+        unknown = [word for word in unknown if normalized(word.partition("=")[0]) not in known]
+        if not unknown:
+            raise
     if unknown:
-        raise UserError(_unknown(unknown[0], [*spellings(cls), *other_flags]))
+        raise UserError(_unknown(unknown, known))
     return parsed
 
 
@@ -60,7 +84,9 @@ def _parse(cls: type[T], args: list[str], default: T | None, description: str) -
     stdout = io.StringIO()
     try:
         with contextlib.ExitStack() as stack:
-            if not helping:
+            if helping:
+                stack.enter_context(_readable_width())
+            else:
                 stack.enter_context(contextlib.redirect_stderr(stderr))
                 stack.enter_context(contextlib.redirect_stdout(stdout))
             return tyro.cli(
@@ -77,6 +103,31 @@ def _parse(cls: type[T], args: list[str], default: T | None, description: str) -
         raise UserError(_one_line(stderr.getvalue() + stdout.getvalue())) from None
 
 
+@contextlib.contextmanager
+def _readable_width() -> Iterator[None]:
+    """Inside the block a terminal of a few columns counts as one of `LEAST_WIDTH`."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = str(max(LEAST_WIDTH, shutil.get_terminal_size().columns))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _check_words(args: Sequence[str]) -> None:
+    """Raises UserError for a word that is not text: it could not be printed, logged or written to a file."""
+    for word in args:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{word!r} is not UTF-8: rename the file, or correct the value") from None
+        if "\0" in word:
+            raise UserError(f"{word!r} contains a NUL character")
+
+
 def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
     """Returns the field of every flag of a (nested) dataclass; with `pairs`, also of `--no-x` of booleans."""
     fields: dict[str, str] = {}
@@ -86,7 +137,8 @@ def spellings(cls: type, pairs: bool = True) -> dict[str, str]:
         if dataclasses.is_dataclass(hint):
             fields |= spellings(hint, pairs and tyro.conf.FlagCreatePairsOff not in extras)
         elif tyro.conf.Suppress not in extras:
-            flag = flag_of(field.name)
+            flag = next((f"--{extra.name}" for extra in extras if getattr(extra, "name", None)), None)
+            flag = flag or flag_of(field.name)
             flags = [flag]
             for extra in extras:
                 flags += getattr(extra, "aliases", None) or ()
@@ -122,17 +174,44 @@ def _split_annotation(hint: Any) -> tuple[Any, tuple[Any, ...]]:
     return hint, ()
 
 
-def _unknown(word: str, known: Sequence[str]) -> str:
-    """Returns the error text for a word that no flag takes."""
-    name = word.partition("=")[0]
-    if not name.startswith("-"):
-        return str(stray(word))
+def _unknown(words: Sequence[str], known: Collection[str]) -> str:
+    """Returns the error text for words that no flag takes: unknown flags with their values, or stray ones."""
+    names = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("-")))
+    if not names:
+        return str(stray(words[0]))
+    answers = {name: find_answer(normalized(name), known) for name in names}
+    texts = [answer.replace(normalized(name), name, 1) for name, answer in answers.items() if answer]
+    unknown = [name for name, answer in answers.items() if not answer]
+    if len(unknown) == 1:
+        near = nearest(unknown[0], known)
+        texts.insert(0, f"unknown flag {unknown[0]}; " + (f"did you mean {near}?" if near else "see --help"))
+    elif unknown:
+        hints = {name: nearest(name, known) for name in unknown}
+        proposals = [f"{name} (did you mean {near}?)" if near else name for name, near in hints.items()]
+        texts.insert(0, f"unknown flags {', '.join(proposals)}; see --help")
+    return "; ".join(texts)
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """Returns the flag that `name` was probably meant to be: a near spelling, or one with a word more or
+    less.
+    """
     flag = normalized(name)
-    answer = MEGATRON_FLAGS.get(flag)
-    if answer and set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known):
-        return f"{name} of Megatron-LM does not exist here: {answer}"
     near = difflib.get_close_matches(flag, known, 1, NEAR)
-    return f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+    if near:
+        return near[0]
+    parts = flag[2:].split("-")
+    for other in sorted(known, key=len):
+        others = other[2:].split("-")
+        short, long = sorted((parts, others), key=len)
+        if len(short) > 1 and len(long) == len(short) + 1 and _is_subsequence(short, long):
+            return other
+    return None
+
+
+def _is_subsequence(short: Sequence[str], long: Sequence[str]) -> bool:
+    words = iter(long)
+    return all(word in words for word in short)
 
 
 def _one_line(box: str) -> str:

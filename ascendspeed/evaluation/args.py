@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import FlagCreatePairsOff, arg
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import EVALUATE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
@@ -42,10 +42,10 @@ class EvaluationArgs:
     """Largest number of tokens of a generated answer (gsm8k); None: 256. Multiple-choice answers are
     compared, not generated."""
     batch_size: int = 16
-    """Prompts per batch; another size rounds log-likelihoods differently, by up to 3e-3 in bf16."""
+    """Prompts per batch; does not change the scores."""
     limit: int | None = None
     """Evaluate only this many questions of each subject, for a trial."""
-    output_dir: str = "evaluation"
+    output_dir: Annotated[str, parser.output_flag("output-dir")] = "evaluation"
     """Folder for results.json, results.csv, questions.jsonl and chart.png; an interrupted evaluation
     continues from there."""
 

@@ -6,11 +6,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import INFERENCE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
@@ -52,7 +52,7 @@ class NeedleArgs:
     """Largest number of tokens of an answer."""
     seed: int = 42
     """Random seed of the numbers."""
-    output_dir: str = "needle"
+    output_dir: Annotated[str, parser.output_flag("output-dir")] = "needle"
     """Folder for results.json, chart.png and questions.jsonl; an interrupted run continues from there."""
 
 
@@ -111,7 +111,6 @@ def run(job: NeedleJob, device: Any, notes: Sequence[str]) -> None:
     answers = open_on_all_ranks(Path(needle.output_dir), settings, session.grid)
     for note in notes:
         logger.info(f"note: {note}")
-    answers.discard(lambda record: type(record.get("found")) is not bool)
     missing = [cell for cell in job.cells if cell.key not in answers.records]
     done = len(job.cells) - len(missing)
     with progress(of_items("questions"), len(job.cells), done, quiet=session.grid.rank != 0) as advance:
@@ -120,9 +119,9 @@ def run(job: NeedleJob, device: Any, notes: Sequence[str]) -> None:
             answers.put({"key": cell.key, "tokens": len(prompt)} | _answer(job, session, cell, prompt))
             answers.flush()
             advance(1)
+    answers.close()
     if session.grid.rank == 0:
         _report(job, answers.records, settings)
-    answers.close()
 
 
 def _settings(job: NeedleJob, session: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tyro.conf import FlagCreatePairsOff, UseAppendAction
 from ascendspeed.cli import command
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import GENERATE
-from ascendspeed.cli.parser import flag_of
+from ascendspeed.cli.parser import flag_of, output_flag
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset, find_model, model_of
 from ascendspeed.config import schema
 from ascendspeed.config.schema import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
@@ -94,8 +94,8 @@ class GenerationArgs:
     input_texts: tuple[str, ...] = ()
     """Several prompts at once."""
     input_file: str | None = None
-    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}, whose
-    further keys are copied to the output; -: read stdin."""
+    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}; -:
+    read stdin."""
     max_input_length: int | None = None
     """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are
     dropped."""
@@ -104,12 +104,11 @@ class GenerationArgs:
     batch_size: int = 16
     """Prompts per batch."""
     temperature: float = 1.0
-    """Divisor of the logits before sampling; 0: no sampling, always the most likely token."""
+    """Divisor of the logits before sampling."""
     top_k: int = 0
-    """Sample among this many most likely tokens; 0 or -1: all."""
+    """Sample among this many most likely tokens; 0: all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens whose probabilities add up to this; 0: no sampling, always the most
-    likely token."""
+    """Sample among the most likely tokens whose probabilities add up to this."""
     repetition_penalty: float = 1.0
     """Above 1: makes tokens of the prompt and of the answer less likely."""
     num_beams: int = 4
@@ -121,15 +120,14 @@ class GenerationArgs:
     seed: int = 42
     """Random seed for sampling."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """Text, or name of a control token (<|im_end|>), that ends an answer and is not part of it; may be
-    repeated."""
+    """Text that ends an answer, and is not part of it; may be repeated."""
     chat_template: str | None = None
     """Chat template: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
     system: str | None = None
     """System message of conversations that have none."""
     history_turns: int | None = None
     """Earlier turns of a conversation that stay in the prompt; None: all, 0: none."""
-    output_file: str | None = None
+    output_file: Annotated[str | None, output_flag("output-file")] = None
     """File for the answers as JSON lines, in the order of the prompts; must not exist."""
     stream: bool = False
     """Print answers as they are generated, one prompt at a time."""
@@ -260,7 +258,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
                 "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect "
                 "stdout"
             )
-        check_output_file(Path(generation.output_file))
+        _check_output_file(Path(generation.output_file))
     several = generation.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
     if generation.stream and several:
         raise UserError(
@@ -269,7 +267,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
         )
 
 
-def check_output_file(path: Path) -> None:
+def _check_output_file(path: Path) -> None:
     """Raises UserError if `path` exists or cannot be created."""
     if path.exists():
         raise UserError(f"--output-file {path} exists; move it away, or give another name")

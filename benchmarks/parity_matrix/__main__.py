@@ -13,7 +13,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -32,7 +32,7 @@ class Options:
     """Run only rows and controls whose titles contain one of these; none: all."""
     steps: int = 20
     """Training steps of every row."""
-    out: Path | None = None
+    out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file for the table; a .json of the same name is written beside it. None: print only."""
 
 

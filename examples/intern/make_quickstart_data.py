@@ -24,6 +24,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -53,7 +54,7 @@ Row = dict[str, str]
 class Options:
     """Flags of make_quickstart_data.py."""
 
-    output_dir: Path
+    output_dir: Annotated[Path, parser.output_flag("output-dir")]
     """Folder to write."""
     rows: int = 3000
     """Number of training rows."""

@@ -8,11 +8,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import INFERENCE
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
@@ -41,7 +41,7 @@ class BenchmarkArgs:
     """Smallest and largest batch for each pair of --performance-maxbs: [[1,2048],[1,2048]]."""
     limit_ms: float = 50.0
     """Longest decoding step in milliseconds, for --performance-maxbs."""
-    output_dir: str = "performance"
+    output_dir: Annotated[str, parser.output_flag("output-dir")] = "performance"
     """Folder for performance.txt, .csv and .png."""
 
 

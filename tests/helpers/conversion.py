@@ -129,18 +129,14 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def training_checkpoint(
-    folder: Path,
-    config: ModelConfig,
-    full: dict[str, torch.Tensor],
-    tokenizer: Path,
-    chat_template: str | None = None,
+    folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path
 ) -> None:
-    """Saves a checkpoint like a run of one rank, on data in this chat template."""
+    """Saves a checkpoint like a run of one rank."""
     run = Run(
         config,
         ParallelConfig(),
         OptimConfig(),
-        DataConfig(tokenizer_name_or_path=str(tokenizer), chat_template=chat_template),
+        DataConfig(tokenizer_name_or_path=str(tokenizer)),
         TrainConfig(),
     )
     kinds = {"master": full} | {

@@ -1,7 +1,7 @@
 """Converts a checkpoint to another format; the format of --from is detected.
 
-python tools/ckpt_convert/convert.py --from internlm-7b --to weights --format megatron --tp 8
-python tools/ckpt_convert/convert.py --from ckpt --to internlm-7b-mine --format hf-llama --dtype bf16 --verify
+python tools/ckpt_convert/convert.py --from internlm-7b --output weights --format megatron --tp 8
+python tools/ckpt_convert/convert.py --from ckpt --output mine --format hf-llama --dtype bf16 --verify
 """
 
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ class Options:
     source: Annotated[str, arg(name="from")]
     """Hugging Face directory, rank files (Megatron-LM or DeepSpeed layout), a training folder of InternEvo,
     or a training checkpoint."""
-    target: Annotated[str, arg(name="to")]
+    target: Annotated[str, parser.output_flag("to")]
     """Folder to write; must be empty or absent."""
     format: Annotated[
         Literal[CHOICES], arg(help="; ".join(f"{form.name}: {form.summary}" for form in TARGETS))
@@ -39,9 +39,6 @@ class Options:
     """Folder with the model's config.json and tokenizer, if --from lacks them; None: --from."""
     tokenizer: str | None = None
     """Folder with the tokenizer to copy; None: that of the source."""
-    chat_template: str | None = None
-    """Chat template of the weights, to write beside them; None: the one that a training checkpoint or an
-    export of this project records, else the source's own file."""
     verify: bool = False
     """Read the result back and compare every tensor bit by bit with the source, and the logits of both."""
     allow_nan: bool = False
@@ -63,10 +60,6 @@ def _check_write_options(options: Options, typed: set[str]) -> None:
     if family and family not in families.FAMILIES:
         raise errors.UserError(
             f"--to-family {family} does not exist; there are {', '.join(families.FAMILIES)}"
-        )
-    if options.verify and not registry.format_named(options.format).families("read"):
-        raise errors.UserError(
-            f"--verify reads the result back, and {options.format} is written only; leave it out"
         )
     if "scaling_factor" in typed and options.reading.rotary_type != "dynamic":
         raise errors.UserError("--scaling-factor means nothing without --rotary-type dynamic")
@@ -90,7 +83,6 @@ def main() -> None:
     typed = parser.typed_fields(Options)
     _check_write_options(options, typed)
     from ascendspeed.conversion import (  # after parsing, so that --help does not wait for torch
-        chat_assets,
         convert,
         verify,
     )
@@ -101,7 +93,6 @@ def main() -> None:
     _check_read_options(options, typed)
     reader = convert.open_reader(options.source, options.config, options.reading)
     reader = convert.with_tokenizer(reader, options.tokenizer)
-    reader = chat_assets.with_template(reader, options.chat_template)
     print(
         f"from {reader.path}: {reader.description}, {reader.config.family}, {len(reader.names())} parameters"
     )

@@ -1,6 +1,6 @@
 """Exports the LoRA adapters of a training checkpoint as a PEFT directory.
 
-python tools/lora/export_lora.py --from ckpt --to adapter --names llama
+python tools/lora/export_lora.py --from ckpt --output adapter --names llama
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Options:
 
     source: Annotated[str, arg(name="from")]
     """Training checkpoint with adapters: a folder of steps, or one step."""
-    target: Annotated[str, arg(name="to")]
+    target: Annotated[str, parser.output_flag("to")]
     """Folder to write; must be empty or absent."""
     names: Literal["keep", "llama"] = "keep"
     """Module names. keep: those that were trained; llama: those of LlamaForCausalLM, for weights exported as

@@ -1,10 +1,10 @@
 """Merges LoRA adapters into their base weights, bit for bit as PEFT does.
 
-python tools/lora/merge_lora.py --base internlm2-7b --adapter ckpt/adapter --save internlm2-7b-alpaca
+python tools/lora/merge_lora.py --base internlm2-7b --adapter ckpt/adapter --output internlm2-7b-alpaca
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
@@ -18,7 +18,7 @@ class Options:
     """Base weights: a Hugging Face directory, or another format that tools/ckpt_convert/convert.py reads."""
     adapter: str
     """Adapters: a PEFT directory, or a training checkpoint with adapters."""
-    save: str
+    save: Annotated[str, parser.output_flag("save")]
     """Hugging Face directory to write, with the names of --base; must be empty or absent."""
     dtype: Literal["keep", "bf16", "fp16", "fp32"] = "keep"
     """Data type of the written tensors; keep: that of --base."""

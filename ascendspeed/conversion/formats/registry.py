@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascendspeed.conversion.formats.base import CheckpointFormat, ReadOptions
-from ascendspeed.conversion.formats.gguf import GgufFormat
 from ascendspeed.conversion.formats.huggingface import HuggingFaceFormat, LlamaFormat
 from ascendspeed.conversion.formats.internevo import InternEvoFormat
 from ascendspeed.conversion.formats.megatron import DeepSpeedFormat, LegacyRankFileFormat, MegatronFormat
@@ -28,7 +27,6 @@ FORMATS: tuple[CheckpointFormat, ...] = (
     DeepSpeedFormat(),
     LegacyRankFileFormat(),
     MindFormersFormat(),
-    GgufFormat(),
     InternEvoFormat(),
     TrainingCheckpointFormat(),
 )

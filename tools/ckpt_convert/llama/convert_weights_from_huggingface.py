@@ -6,8 +6,9 @@ python tools/ckpt_convert/llama/convert_weights_from_huggingface.py --input-mode
 """
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import ARCHITECTURE
 from ascendspeed.cli.source_checks import check_source
 from ascendspeed.utils import errors
@@ -19,7 +20,7 @@ class Options:
 
     input_model_dir: str
     """Hugging Face directory."""
-    output_model_dir: str
+    output_model_dir: Annotated[str, parser.output_flag("output-model-dir")]
     """Folder to write; must be empty or absent."""
     tensor_model_parallel_size: int = 1
     """Tensor-parallel ranks."""

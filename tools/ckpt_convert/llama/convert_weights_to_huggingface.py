@@ -5,9 +5,9 @@ python tools/ckpt_convert/llama/convert_weights_to_huggingface.py --input-model-
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from ascendspeed.cli import command
+from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import RANKS_TO_HF
 from ascendspeed.cli.source_checks import check_source, require_rank_files
 from ascendspeed.utils import errors
@@ -20,7 +20,7 @@ class Options:
     input_model_dir: str
     """Folder of rank files: with the tracker (latest_checkpointed_iteration.txt or latest), or of one
     iteration."""
-    output_model_dir: str
+    output_model_dir: Annotated[str, parser.output_flag("output-model-dir")]
     """Folder to write; must be empty or absent."""
     config: str | None = None
     """Folder with the model's config.json and tokenizer; None: --input-model-dir."""

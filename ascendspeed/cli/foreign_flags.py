@@ -1,6 +1,9 @@
-"""Flags of Megatron-LM that do not exist in this project, with the equivalent or the reason."""
+"""Flags of other projects that do not exist in this one, with the equivalent or the reason."""
 
-_ANSWERS = (
+import re
+from collections.abc import Collection
+
+_MEGATRON = (
     (
         "throughput is in every log line (tokens/s/device, TFLOP/s/device)",
         "--log-throughput --throughput-window-size --log-progress",
@@ -162,5 +165,86 @@ _ANSWERS = (
 )
 """(answer, flags)."""
 
-MEGATRON_FLAGS = {flag: answer for answer, flags in _ANSWERS for flag in flags.split()}
-"""Flag -> its equivalent here, or the reason why there is none."""
+_INFERENCE = (
+    ("only the weights of --load are read; leave it out", "--no-load-optim --no-load-rng --finetune"),
+    ("a missing --load is always an error; leave it out", "--exit-on-missing-checkpoint"),
+    (
+        "padded rows of the vocabulary of --load take no part; leave it out",
+        "--make-vocab-size-divisible-by",
+    ),
+)
+"""(answer, flags of Megatron-LM) for commands that do not train."""
+
+_HUGGING_FACE = (
+    ("use --lr", "--learning-rate"),
+    ("--save is the folder of checkpoints", "--output-dir --output"),
+    ("use --micro-batch-size", "--per-device-train-batch-size --per-gpu-train-batch-size"),
+    ("use --batch-size", "--per-device-eval-batch-size"),
+    (
+        "gradients are accumulated over --global-batch-size / (--micro-batch-size x data-parallel ranks)",
+        "--gradient-accumulation-steps --accumulate-grad-batches",
+    ),
+    ("use --train-epochs", "--num-train-epochs --num-epochs --epochs --max-epochs"),
+    ("use --train-iters", "--max-steps"),
+    ("use --lr-warmup-iters", "--warmup-steps --num-warmup-steps"),
+    ("use --lr-warmup-fraction", "--warmup-ratio"),
+    ("use --lr-decay-style", "--lr-scheduler-type"),
+    ("use --log-interval", "--logging-steps --logging-strategy"),
+    ("use --save-interval", "--save-steps --save-strategy"),
+    ("use --eval-interval", "--eval-steps --eval-strategy --evaluation-strategy"),
+    ("use --keep", "--save-total-limit"),
+    ("use --clip-grad", "--max-grad-norm"),
+    ("use --adam-eps", "--adam-epsilon"),
+    ("use --recompute-granularity full", "--gradient-checkpointing"),
+    ("use --seq-length", "--max-seq-length --max-seq-len --model-max-length --cutoff-len --block-size"),
+    ("use --load", "--model-name-or-path --model-path --model-name --pretrained"),
+    ("use --data-path", "--train-file --dataset --dataset-name --dataset-dir"),
+    ("use --valid-data-path", "--validation-file"),
+    ("use --input", "--train-file --dataset --dataset-name --input-file"),
+    ("use --auto-resume, or --load", "--resume-from-checkpoint --overwrite-output-dir"),
+    ("use --tensorboard-dir", "--logging-dir --report-to"),
+    ("use --packing", "--neat-packing"),
+    ("use --tokenizer-name-or-path", "--tokenizer --tokenizer-name --tokenizer-path --tokenizer-dir"),
+    ("use --lora-target-modules", "--lora-target --target-modules"),
+    ("use --chat-template", "--template --prompt-template --conv-template"),
+    ("evaluation is on with --eval-interval; training always is", "--do-train --do-eval"),
+    ("use --task sample, or leave it out for --task greedy", "--do-sample"),
+    ("use --max-new-tokens", "--max-length --max-tokens --max-out-len --max-gen-toks"),
+    ("use --num-beams with --task beam", "--use-beam-search --beam-width"),
+    ("use --stop", "--stop-words --stop-strings"),
+    ("use --dtype", "--torch-dtype --precision"),
+    ("use --bf16 or --fp16", "--torch-dtype --dtype --precision --mixed-precision"),
+    ("use --task", "--tasks"),
+    ("nothing is downloaded, and no code of a checkpoint is run; leave it out", "--trust-remote-code"),
+)
+"""(answer, flags) of transformers, PEFT, LLaMA-Factory, lm-evaluation-harness and similar commands."""
+
+_INTERNEVO = (
+    (
+        "settings are flags, not a configuration file; docs/coming-from.md has the flag of each setting",
+        "--config --launcher --config-file --config-path",
+    ),
+    ("use --seq-length", "--seq-len"),
+    ("use --micro-batch-size", "--micro-bsz"),
+    ("use --global-batch-size", "--micro-num"),
+    ("use --input-model-dir and --output-model-dir", "--load-dir --save-dir"),
+)
+"""(answer, flags) of InternEvo, MindFormers and XTuner."""
+
+PROJECTS = {
+    "Megatron-LM": _MEGATRON + _INFERENCE,
+    "Hugging Face's tools": _HUGGING_FACE,
+    "InternEvo or MindFormers": _INTERNEVO,
+}
+
+
+def find_answer(flag: str, known: Collection[str]) -> str | None:
+    """Returns the error text for a flag of another project; None for any other flag.
+
+    `known`: flags of the command; an answer that names a flag which the command lacks is not for it.
+    """
+    for project, answers in PROJECTS.items():
+        for answer, flags in answers:
+            if flag in flags.split() and set(re.findall(r"--[a-z][\w-]*", answer)) <= set(known):
+                return f"{flag} of {project} does not exist here: {answer}"
+    return None

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from ascendspeed import __version__
+import ascendspeed
 from ascendspeed.cli.foreign_flags import find_answer
 from ascendspeed.utils.errors import UserError
 
@@ -56,7 +56,7 @@ def parse(
     _check_words(args)
     own = spellings(cls)
     if "--version" in args and ("--version" not in own or len(args) == 1):
-        print(f"ascendspeed {__version__}")
+        print(f"ascendspeed {ascendspeed.__version__}")
         raise SystemExit(0)
     known = {*own, *other_flags}
     try:

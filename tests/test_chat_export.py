@@ -3,13 +3,21 @@
 import json
 import random
 import string
+from dataclasses import replace
 
 import pytest
+import torch
 from helpers.chat import KINDS, UNUSED, vocabulary
+from helpers.conversion import training_checkpoint
 from helpers.tokenizers import stock
 
-from ascendspeed.conversion import chat_assets
+from ascendspeed.config.schema import ModelConfig
+from ascendspeed.conversion import chat_assets, convert
+from ascendspeed.conversion.formats import peft
 from ascendspeed.conversion.tokenizer import export
+from ascendspeed.models import param_mapping
+from ascendspeed.models.families import PRESETS
+from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import TEMPLATES, ChatFormat, read_messages, template_name, to_jinja
 from ascendspeed.tokenization.chat.jinja_template import ESCAPE
@@ -103,6 +111,55 @@ def test_what_a_template_has_no_place_for_is_refused_by_name(tmp_path):
     ):
         with pytest.raises(Exception, match=reason):
             rendered(hf_tokenizer, messages, tools)
+
+
+def says_nothing_but(token: int, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Weights of a model whose likeliest next token is always the same one."""
+    full = {p.name: torch.zeros(p.shape) for p in param_mapping.parameters(config)}
+    full["embedding.word_embeddings.weight"] += 1
+    full["decoder.final_layernorm.weight"] += 1
+    full["output_layer.weight"][token] += 1
+    return full
+
+
+def test_generate_of_transformers_stops_at_the_end_of_the_turn(tmp_path, caplog):
+    """A checkpoint whose run.json names the template; the tokenizer's own end is another token, and the
+    template in its folder another one.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = vocabulary(tmp_path / "tokenizer", UNUSED.values(), UNUSED)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": "{{ 'own' }}"}))
+    loaded = tokenizer.load(folder)
+    end = loaded.required_id("<|im_end|>")
+    config = replace(PRESETS["internlm2-tiny"], num_layers=1, vocab_size=loaded.vocab_size)
+    training_checkpoint(tmp_path / "ckpt", config, says_nothing_but(end, config), folder, "v2")
+    reader = convert.with_tokenizer(convert.open_reader(tmp_path / "ckpt"), None)
+    with caplog.at_level("INFO"):
+        convert.write_hf(reader, tmp_path / "hf", family="llama")
+    assert "the chat template in " in caplog.text
+    assert "is left out: the weights were trained with v2" in caplog.text
+    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    prompt = hf_tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    answer = model.generate(**prompt, max_new_tokens=5, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert answer.tolist() == [end]
+    control = model.generate(**prompt, max_new_tokens=5, do_sample=False, eos_token_id=loaded.eos)
+    assert control.shape[1] == prompt["input_ids"].shape[1] + 5  # the tokenizer's own end is never said
+
+
+def test_a_directory_of_peft_knows_the_template(tmp_path):
+    folder = vocabulary(tmp_path / "tokenizer", UNUSED.values(), UNUSED)
+    settings = {"r": 2, "lora_alpha": 2, "target_modules": ["wo"]}
+    pairs = {"model.layers.0.attention.wo": LoraPair(torch.ones(2, 4), torch.ones(4, 2), 1.0)}
+    adapter = LoraAdapter(tmp_path, pairs, settings, chat_template="v2", tokenizer=str(folder))
+    peft.write(adapter, tmp_path / "adapter")
+    assert peft.read(tmp_path / "adapter").chat_template == "v2"
+    peft.write(replace(adapter, tokenizer=str(tmp_path / "gone")), tmp_path / "without")
+    assert peft.read(tmp_path / "without").chat_template is None
 
 
 def test_the_name_of_a_template_is_read_back(tmp_path):

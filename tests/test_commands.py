@@ -1,5 +1,6 @@
 """Command lines of the converters: mistakes are reported before anything is read or printed."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -141,6 +142,27 @@ def test_an_error_names_the_tokenizer_as_it_was_typed(tmp_path):
             )
         assert str(error.value).startswith(f"{path} {message}")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        ("", ["transformers has no class for internlm: trust_remote_code=True", "--format hf-llama"]),
+        ("--format hf-llama --chat_template v1", ["loads in stock transformers, vLLM"]),
+    ],
+)
+def test_convert2hf_ends_with_what_loads_the_result(flags, lines, tmp_path, capsys):
+    directory(tmp_path / "hf", "internlm", BIASED)
+    command("convert.py", *f"--from {tmp_path}/hf --to {tmp_path}/evo --format internevo".split())
+    words = corpus.sentencepiece_dir(tmp_path / "tokens", 100)
+    capsys.readouterr()
+    base = f"--src {tmp_path}/evo --tgt {tmp_path}/out --tokenizer {words}"
+    command("../transformers/convert2hf_internlm.py", *base.split(), *flags.split())
+    said = capsys.readouterr().out.splitlines()[-len(lines) :]
+    assert all(expected in line for expected, line in zip(lines, said, strict=True))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["model_type"] == ("llama" if flags else "internlm")
+    assert (tmp_path / "out" / "chat_template.jinja").exists() == bool(flags)
 
 
 def test_a_random_model_with_noise(tmp_path):

@@ -141,6 +141,124 @@ def test_ceval_on_the_hub(tmp_path):
     assert load_benchmark("ceval", tmp_path, 1).subjects[3].questions[0].answer == 2
 
 
+def put_parquet(path, tables):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(tables), path)
+
+
+def joint(folder, subjects, shards=1):
+    """Writes files of all subjects together, like cais/mmlu's `all`; a subject's rows are not adjacent."""
+    for split, count in (("dev", 5), ("test", 2)):
+        tables = [
+            {
+                "question": f"Q{i} of {subject} {split}",
+                "subject": subject,
+                "choices": list("wxyz"),
+                "answer": i % 4,
+            }
+            for i in range(count)
+            for subject in subjects
+        ]
+        for shard in range(shards):
+            put_parquet(folder / f"{split}-{shard:05}-of-{shards:05}.parquet", tables[shard::shards])
+    return folder
+
+
+@pytest.mark.parametrize("inside", ["", "all"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_all_subjects_of_the_hub_in_one_file(inside, shards, tmp_path):
+    joint(tmp_path / inside, SUBJECTS["mmlu"], shards)
+    loaded = load_benchmark("mmlu", tmp_path, 5)
+    assert (loaded.size, len(loaded.subjects)) == (57 * 2, 57)
+    for subject in loaded.subjects:
+        assert {q.text.split(" of ")[1] for q in subject.questions} == {f"{subject.info.name} test"}
+        assert {q.text.split(" of ")[1] for q in subject.shots} == {f"{subject.info.name} dev"}
+        assert [q.answer for q in sorted(subject.questions, key=lambda q: q.text)] == [0, 1]
+
+
+def test_joint_files_that_are_wrong(tmp_path):
+    joint(tmp_path / "all", [*list(SUBJECTS["mmlu"])[1:], "astrology"])
+    with pytest.raises(UserError, match=r"all: mmlu lacks abstract_algebra and has astrology, which it does"):
+        load_benchmark("mmlu", tmp_path, 5)
+    joint(tmp_path / "all", SUBJECTS["mmlu"])
+    (tmp_path / "all/dev-00000-of-00001.parquet").unlink()
+    assert load_benchmark("mmlu", tmp_path, 0).size == 57 * 2
+    with pytest.raises(UserError, match=r"all: dev-\*\.parquet has no questions in abstract_algebra"):
+        load_benchmark("mmlu", tmp_path, 5)
+    put_parquet(tmp_path / "all/test-00000-of-00001.parquet", [{"question": "Q", "choices": list("abcd")}])
+    with pytest.raises(UserError, match=r"test-00000-of-00001\.parquet lacks the columns subject, answer"):
+        load_benchmark("mmlu", tmp_path, 0)
+
+
+HUB = {  # task -> folder and split on the hub of each of our files
+    "boolq": {"train": "data/train", "val": "data/validation"},
+    "gsm8k": {"train": "main/train", "test": "main/test"},
+    "hellaswag": {"hellaswag_train": "data/train", "hellaswag_val": "data/validation"},
+}
+
+
+@pytest.mark.parametrize("task", HUB)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_parquet_of_the_hub_holds_the_same_questions(task, shards, tmp_path):
+    """The labels of HellaSwag are strings on the hub, those of BoolQ are called `answer`, or are 0 and 1."""
+    lines = MAKERS[task](tmp_path / "lines")
+    for name, target in HUB[task].items():
+        tables = [json.loads(line) for line in (lines / f"{name}.jsonl").read_text().splitlines()]
+        for table in tables:
+            if task == "hellaswag":
+                table["label"] = str(table["label"])
+            elif task == "boolq" and shards == 1:
+                table["answer"] = table.pop("label")
+            elif task == "boolq":
+                table["label"] = int(table["label"])
+        cut = len(tables) // 2 if shards == 2 else len(tables)
+        for shard, rows_of_shard in enumerate((tables[:cut], tables[cut:])[:shards]):
+            put_parquet(tmp_path / "hub" / f"{target}-{shard:05}-of-{shards:05}.parquet", rows_of_shard)
+
+    def content(folder):
+        [subject] = load_benchmark(task, folder, 2).subjects
+        return [(q.id, q.text, q.choices, q.answer, q.passage) for q in (*subject.shots, *subject.questions)]
+
+    inner = tmp_path / "hub" / HUB[task][name].partition("/")[0]
+    assert content(tmp_path / "hub") == content(inner) == content(lines)
+    MAKERS[task](tmp_path / "hub")
+    with pytest.raises(UserError, match=rf"{task} has both .*\.jsonl and .*\.parquet: remove one of them"):
+        load_benchmark(task, tmp_path / "hub", 0)
+
+
+def test_parquet_of_a_split_without_answers(tmp_path):
+    MAKERS["boolq"](tmp_path)
+    row = {"question": "q", "passage": "p", "label": -1}
+    put_jsonl(tmp_path / "val.jsonl", [row])
+    with pytest.raises(UserError, match=r"val\.jsonl:1: 'label' is -1, where true or false \(1 or 0\)"):
+        load_benchmark("boolq", tmp_path, 0)
+
+
+@pytest.mark.parametrize("task", HUB)
+def test_json_lines_with_a_byte_order_mark(task, tmp_path):
+    plain = load_benchmark(task, MAKERS[task](tmp_path), 2)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_benchmark(task, tmp_path, 2) == plain
+
+
+@pytest.mark.parametrize("task", ["mmlu", "ceval", "cmmlu"])
+def test_the_folder_of_a_split(task, tmp_path):
+    """People of the old evaluator give data/mmlu/test."""
+    MAKERS[task](tmp_path)
+    split = "val" if task == "ceval" else "test"
+    with pytest.raises(
+        UserError, match=rf"it is the split {split} of them; give the folder above, {tmp_path}$"
+    ):
+        load_benchmark(task, tmp_path / split, 5)
+
+
+def test_a_file_in_place_of_a_folder(tmp_path):
+    MAKERS["gsm8k"](tmp_path)
+    with pytest.raises(UserError, match=rf"is not a directory; give its folder, {tmp_path}"):
+        load_benchmark("gsm8k", tmp_path / "test.jsonl", 0)
+
+
 def broken_csv(line):
     def put(folder):
         small(folder)

@@ -9,8 +9,11 @@ from helpers.chat import KINDS
 from helpers.instruction_rows import ROWS
 
 from ascendspeed.config.schema import DataConfig
+from ascendspeed.conversion import convert
 from ascendspeed.data.handlers.base import EncoderConfig
 from ascendspeed.data.preprocess import preprocess
+from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization.chat import template_name
 from ascendspeed.training.metrics_log import TrainLine, read_lines
 
 DOCUMENTS, SEQ, MODEL = (
@@ -65,10 +68,22 @@ def losses(work: Path, name: str, samples: int, *flags: str) -> tuple[list[float
 @pytest.fixture(scope="module")
 def padded(work) -> list[float]:
     """Losses of all documents, each in a sample of its own."""
-    flags = ("--no-pack", "--is-instruction-dataset", "--micro-batch-size", "4")
+    flags = ("--no-pack", "--is-instruction-dataset", "--micro-batch-size", "4", "--save", work / "ckpt")
     padded, output = losses(work, "padded", DOCUMENTS, *flags)
     assert f"{DOCUMENTS} documents in {DOCUMENTS} rows of {SEQ} tokens" in output
     return padded
+
+
+def test_the_chat_template_of_the_data_reaches_the_export(work, padded, tmp_path):
+    """From the .meta of the data to run.json, and from there to the files of an export."""
+    reader = convert.open_reader(work / "ckpt")
+    assert reader.chat_template == "v2"
+    convert.write_hf(convert.with_tokenizer(reader, None), tmp_path / "hf", family="llama")
+    assert template_name((tmp_path / "hf" / "chat_template.jinja").read_text()) == "v2"
+    stops = json.loads((tmp_path / "hf" / "generation_config.json").read_text())["eos_token_id"]
+    loaded = tokenizer.load(work / "tokenizer")
+    assert stops == sorted([loaded.eos, loaded.required_id("<|im_end|>")])
+    assert convert.open_reader(tmp_path / "hf").chat_template == "v2"  # an export knows it too
 
 
 @pytest.mark.parametrize("engine", ["megatron", pytest.param("deepspeed", marks=pytest.mark.slow)])

@@ -571,9 +571,9 @@ def test_bf16_follows_hugging_face(cpu):
     ("params", "says"),
     [
         ({"max_new_tokens": 0}, "--max-new-tokens 0: must be at least 1"),
-        ({"do_sample": True, "temperature": 0.0}, "--temperature 0.0: must be at least 0.0001"),
+        ({"do_sample": True, "temperature": 1e-5}, "--temperature 1e-05: must be 0"),
         ({"repetition_penalty": 0.0}, "--repetition-penalty 0.0: must be above 0"),
-        ({"do_sample": True, "top_p": 1.5}, "--top-p 1.5: must be above 0 and at most 1"),
+        ({"do_sample": True, "top_p": 1.5}, "--top-p 1.5: must be between 0"),
         ({"top_k": 5}, "--top-k 5 has an effect only with sampling"),
         ({"num_return_sequences": 2}, "--num-return-sequences 2: only 1 available"),
         ({"num_beams": 2, "num_return_sequences": 3}, "--num-return-sequences 3: only 2 available"),

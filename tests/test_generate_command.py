@@ -202,8 +202,11 @@ def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):
             writer.finish()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl.partial"]
     earlier = (tmp_path / "out.jsonl.partial").read_text()
-    writer = AnswerWriter(str(path), True)  # the command line refuses this; nothing is lost anyway
+    with pytest.raises(UserError, match="holds answers of a run that did not end"):
+        AnswerWriter(str(path), True)
     assert (tmp_path / "out.jsonl.partial").read_text() == earlier
+    (tmp_path / "out.jsonl.partial").unlink()
+    writer = AnswerWriter(str(path), True)
     for key in ((0, 1), (0, 0)):
         writer.add(key, {"place": key}, None)
     writer.finish()

@@ -46,12 +46,12 @@ def test_alpaca_row_without_instruction_or_output_has_no_text():
     alpaca = create("AlpacaPretrainHandler")
     result = alpaca.texts(
         {
-            "instruction": [None, "a", "a", InvalidValue.MALFORMED],
+            "instruction": [None, "a", "a", InvalidValue("malformed", "not a JSON object")],
             "input": ["b"] * 4,
             "output": ["c", None, " ", "c"],
         }
     )
-    assert result["text"] == [None, None, " ", InvalidValue.MALFORMED]
+    assert result["text"] == [None, None, " ", InvalidValue("malformed", "not a JSON object")]
 
 
 def test_general_takes_the_columns_of_json_keys():
@@ -87,7 +87,7 @@ def test_untokenizable_values_are_faults_in_order():
         "",
         " \n\t\u3000",
         7,
-        InvalidValue.MALFORMED,
+        InvalidValue("malformed", "not a JSON object"),
         "caf\udce9",
         "\ud800",
         "x" * 11,

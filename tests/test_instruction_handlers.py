@@ -578,7 +578,7 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers()
     | WORDS
-    | st.sampled_from([InvalidValue.MALFORMED, InvalidValue.NOT_UTF8]),
+    | st.sampled_from([InvalidValue("malformed"), InvalidValue.NOT_UTF8]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3),
     max_leaves=12,
 )

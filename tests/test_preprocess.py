@@ -2,6 +2,7 @@ import gzip
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,6 +33,7 @@ def tokenizer(tmp_path):
 
 
 def parquet_of(path, texts, **options):
+    path.parent.mkdir(exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, **options)
     return path
 
@@ -49,12 +51,14 @@ def test_documents_are_sentencepiece_ids_and_eos(tmp_path, tokenizer):
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer / "tokenizer.model"))
     read = IndexedDataset(str(tmp_path / "p_text_document"))
-    expected = [[*processor.encode(text), 2] for text in TEXTS]
+    texts = [text for text in TEXTS if "\0" not in text]
+    assert facts["text"]["skipped"] == {"NUL characters": len(TEXTS) - len(texts)}
+    expected = [[*processor.encode(text), 2] for text in texts]
     assert [d.tolist() for d in read[0 : len(read)]] == expected
     assert read.index.dtype == np.uint16
     assert json.loads(read_pair(tmp_path / "p_text_document")["meta"]) == facts["text"]
     assert facts["text"]["max_token"] == max(map(max, expected))
-    assert facts["text"]["bytes"] == sum(len(t.encode()) for t in TEXTS)
+    assert facts["text"]["bytes"] == sum(len(text.encode()) for text in texts)
     preprocess(
         [tmp_path / "a.parquet"], str(tmp_path / "q"), EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
     )
@@ -92,8 +96,11 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
     job, outputs = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True), {}
     for name, path in inputs.items():
         for workers in (1, 3) if name in ("one group", "gz") else (1,):
-            preprocess([path], str(tmp_path / name), job, workers)
-            outputs[name, workers] = read_pair(f"{tmp_path / name}_text_document")
+            facts = preprocess([path], str(tmp_path / name), job, workers)
+            files = read_pair(f"{tmp_path / name}_text_document")
+            assert json.loads(files.pop("meta")) == facts["text"]
+            facts["text"].pop("source")  # of the file, not of its content
+            outputs[name, workers] = files | facts
     first = outputs["one group", 1]
     assert all(files == first for files in outputs.values())
     parquet_of(tmp_path / "one.parquet", TEXTS[:50] + TEXTS[51:52] + TEXTS[50:51] + TEXTS[52:])
@@ -158,19 +165,20 @@ def test_without_a_document_it_is_an_error_and_the_old_pair_stays(tmp_path, toke
         match=r"no document under 'text' in 1 files: .* 1 empty, 1 null; .*b\.parquet, row 1: empty; "
         "nothing was written",
     ):
-        preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job)
+        preprocess([parquet_of(tmp_path / "b.parquet", ["", None])], str(tmp_path / "p"), job, overwrite=True)
     assert read_pair(tmp_path / "p_text_document") == before
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(UserError, match=r"^no rows in .*empty\.jsonl$"):
-        preprocess([tmp_path / "empty.jsonl"], str(tmp_path / "p"), job)
+        preprocess([tmp_path / "empty.jsonl"], str(tmp_path / "p"), job, overwrite=True)
     (tmp_path / "header.csv").write_text("text\n")
+    files = [tmp_path / "empty.jsonl", tmp_path / "header.csv"]
     with pytest.raises(UserError, match=r"^no rows in .*empty\.jsonl and 1 more$"):
-        preprocess([tmp_path / "empty.jsonl", tmp_path / "header.csv"], str(tmp_path / "p"), job)
+        preprocess(files, str(tmp_path / "p"), job, overwrite=True)
     with pytest.raises(UserError, match=r"--strict: .*b\.parquet, row 1: empty; nothing was written"):
-        preprocess([tmp_path / "b.parquet"], str(tmp_path / "p"), job, strict=True)
+        preprocess([tmp_path / "b.parquet"], str(tmp_path / "p"), job, strict=True, overwrite=True)
     (tmp_path / "c.json").write_text('[{"text": "good"}, {"te')
     with pytest.raises(UserError, match="damaged"):
-        preprocess([tmp_path / "c.json"], str(tmp_path / "p"), job, workers=2)
+        preprocess([tmp_path / "c.json"], str(tmp_path / "p"), job, workers=2, overwrite=True)
     assert read_pair(tmp_path / "p_text_document") == before
     assert not list(tmp_path.glob("*.tmp"))
 
@@ -324,13 +332,13 @@ def kill_at_random(folder, tokenizer, times, seed):
         "--output-prefix",
         folder / "p",
     ]
-    command = [*map(str, command), "--workers", "2"]
+    command = [*map(str, command), "--workers", "2", "--overwrite"]
     began = time.monotonic()
     subprocess.run(command, check=True, capture_output=True)
     duration, chance = time.monotonic() - began, random.Random(seed)
     assert read_pair(prefix) == complete
     for _ in range(times):
-        preprocess([old], str(folder / "p"), job)
+        preprocess([old], str(folder / "p"), job, overwrite=True)
         before = read_pair(prefix)
         tool = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(chance.uniform(0.3, 1.1) * duration)
@@ -353,3 +361,65 @@ def test_killed_at_any_moment_no_wrong_pair_is_left(tmp_path, tokenizer):
 @pytest.mark.slow
 def test_killed_at_many_moments_no_wrong_pair_is_left(tmp_path, tokenizer):
     assert set(kill_at_random(tmp_path, tokenizer, 30, seed=1)) >= {"old", "new"}
+
+
+def test_another_prefix_is_not_overwritten(tmp_path, tokenizer):
+    job = EncoderConfig(str(tokenizer), "GeneralPretrainHandler")
+    path = parquet_of(tmp_path / "a.parquet", ["old"])
+    prefix = str(tmp_path / "p")
+    preprocess([path], prefix, job)
+    before = read_pair(tmp_path / "p_text_document")
+    preprocess([path], prefix, job, workers=2)  # the same command again, whatever the number of workers
+    assert read_pair(tmp_path / "p_text_document") == before
+    with_eod = EncoderConfig(str(tokenizer), "GeneralPretrainHandler", append_eod=True)
+    others = {
+        "other rows": ([parquet_of(tmp_path / "b" / "a.parquet", ["new"])], job),
+        "more files": ([path, tmp_path / "b" / "a.parquet"], job),
+        "other settings": ([path], with_eod),
+    }
+    message = r"p_text_document\.idx exists, and is not made from these files with these settings"
+    for inputs, config in others.values():
+        with pytest.raises(UserError, match=message):
+            preprocess(inputs, prefix, config)
+    assert read_pair(tmp_path / "p_text_document") == before
+    (tmp_path / "b" / "a.parquet").replace(tmp_path / "copy.parquet")
+    (tmp_path / "b" / "a.parquet").write_bytes(path.read_bytes())
+    preprocess([tmp_path / "b" / "a.parquet"], prefix, job)  # the same content elsewhere
+    pair_file(tmp_path / "p_text_document", "meta").unlink()  # as other tools leave it
+    with pytest.raises(UserError, match=message):
+        preprocess([path], prefix, job)
+    facts = preprocess([path], prefix, with_eod, overwrite=True)
+    assert facts["text"]["tokens"] > json.loads(before["meta"])["tokens"]
+    pair_file(tmp_path / "p_text_document", "idx").unlink()  # a run that was killed leaves no .idx
+    preprocess([path], prefix, job)
+    assert read_pair(tmp_path / "p_text_document") == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_leaves_no_files_and_no_traceback(tmp_path, tokenizer, number):
+    tool, workers = tool_with_workers(tmp_path, tokenizer)
+    for process in (tool, *workers):  # Ctrl-C and a closed terminal reach all processes
+        if process is tool or number == signal.SIGINT:
+            process.send_signal(number)
+    stderr = tool.communicate()[1]
+    assert tool.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert "resource_tracker" not in stderr
+    assert stderr.splitlines()[-1] == ("interrupted" if number == signal.SIGINT else "terminated")
+    assert not list(tmp_path.glob("p_*"))
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive
+
+
+def test_numbers_of_workers(tmp_path, tokenizer):
+    path = parquet_of(tmp_path / "a.parquet", ["text"])
+    flags = ["--input", path, "--tokenizer-name-or-path", tokenizer, "--output-prefix", tmp_path / "p"]
+    for workers, message in {10**26: "--workers 1000.*: at most 1024", -1: "must be positive"}.items():
+        done = run(*flags, "--workers", workers)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert re.search(message, done.stderr)
+    done = run("--input", *flags[2:])
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --input names no file; give files, quoted globs or folders\n",
+    )

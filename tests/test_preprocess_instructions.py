@@ -58,7 +58,7 @@ def run(tmp_path, inputs, tokenizer, handler=SHAREGPT, workers=1, prefix="p", st
     """Returns the facts and the log lines."""
     job = EncoderConfig(str(tokenizer), handler, **options)
     with log_lines() as lines:
-        facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict)
+        facts = preprocess(inputs, str(tmp_path / prefix), job, workers, strict=strict, overwrite=True)
     return facts["packed"], lines
 
 
@@ -142,11 +142,10 @@ def test_bad_rows_are_said_by_line_whatever_the_shards(tmp_path, tokenizer, monk
     facts, log = run(tmp_path, [path], tokenizer, workers=workers)
     assert facts["documents"] == len(ROWS)
     assert facts["skipped"] == {kind: len(numbers) for kind, numbers in bad_numbers.items()}
-    word = "line" if name == "a.jsonl" else "row"
     for kind, numbers in bad_numbers.items():
         shown = [line for line in log if line.startswith(f"skipped, {kind}: ")]
         assert len(numbers) > 4
-        assert [re.match(rf".*{re.escape(name)}, {word} (\d+): ", line).group(1) for line in shown[:3]] == [
+        assert [re.match(rf".*{re.escape(name)}, line (\d+): ", line).group(1) for line in shown[:3]] == [
             str(n) for n in numbers[:3]
         ]
         assert shown[3] == f"skipped, {kind}: ... and {len(numbers) - 3} more"
@@ -168,7 +167,7 @@ def test_bad_rows_of_columnar_files_are_said_by_row(tmp_path, tokenizer, monkeyp
     (tmp_path / "d.csv").write_text("".join([header, *more[:4], "x,\n", *more[4:]]))
     facts, log = run(tmp_path, [tmp_path / "d.csv"], tokenizer, ALPACA)
     assert facts["documents"] == 9
-    assert any(line.endswith("d.csv, row 5: 'output' says nothing") for line in log)
+    assert any(line.endswith("d.csv, line 10: 'output' says nothing") for line in log)
 
 
 def test_strict_stops_at_the_first_bad_row_and_writes_nothing(tmp_path, tokenizer):
@@ -212,7 +211,7 @@ def test_mixed_schemas(tmp_path, tokenizer):
     facts, log = run(tmp_path, [good, other], tokenizer, ALPACA)
     assert facts["documents"] == 1
     assert facts["skipped"] == {"malformed": 1, "no 'instruction'": 5, "not text": 1}
-    assert any(line.endswith("1.jsonl, line 2: not a JSON object") for line in log)
+    assert any("1.jsonl, line 2: not a JSON object: " in line for line in log)
     assert any(line.endswith("2.jsonl, line 1: 'instruction' is missing or null") for line in log)
     with pytest.raises(
         UserError, match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'"
@@ -378,8 +377,8 @@ def test_a_csv_row_with_too_many_or_too_few_cells_is_counted(tmp_path, tokenizer
         (facts,) = preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job).values()
     assert facts["documents"] == 2
     assert facts["skipped"] == {"wrong number of cells": 2}
-    assert f"skipped, wrong number of cells: {tmp_path}/a.csv, row 2: 5 cells, the header has 3" in log
+    assert f"skipped, wrong number of cells: {tmp_path}/a.csv, line 3: 5 cells, the header has 3" in log
     with pytest.raises(
-        UserError, match=r"--strict: .*a\.csv, row 2: 5 cells, the header has 3 \(wrong number of cells\)"
+        UserError, match=r"--strict: .*a\.csv, line 3: 5 cells, the header has 3 \(wrong number of cells\)"
     ):
         preprocess([tmp_path / "a.csv"], str(tmp_path / "p"), job, strict=True)

@@ -312,7 +312,8 @@ def test_bad_rows_are_counted_and_reported_once(text, tokenizer):
             f"skipped, null: {text}, line 42: null",
             f"skipped, not text: {text}, line 41: not text",
             f"skipped, whitespace: {text}, line 91: whitespace",
-            f"skipped, malformed: {text}, line 300: not a JSON object",
+            f"skipped, malformed: {text}, line 300: not a JSON object: Expecting property name enclosed in "
+            "double quotes, column 2",
         ]
     )
     counts = [line for line in lines if "rows skipped so far" in line]

@@ -23,6 +23,8 @@ class Options:
     output_prefix: Annotated[str, parser.output_flag("output-prefix")]
     """Prefix P of the files P_packed_input_ids_document and P_packed_labels_document, each with .bin,
     .idx and .meta."""
+    overwrite: bool = False
+    """Replace data of the prefix that are made from other files or with another --min-length."""
     min_length: int = 0
     """Smallest number of tokens of a document; shorter ones are skipped (InternEvo's min_length)."""
 
@@ -30,7 +32,7 @@ class Options:
 def main() -> None:
     """Runs the command."""
     options = parser.parse(Options, description=__doc__ or "")
-    internevo.convert(options.input, options.output_prefix, options.min_length)
+    internevo.convert(options.input, options.output_prefix, options.min_length, options.overwrite)
 
 
 if __name__ == "__main__":

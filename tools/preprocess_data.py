@@ -18,13 +18,17 @@ from ascendspeed.data.preprocess import MAX_DOCUMENT_BYTES, EncoderConfig, prepr
 from ascendspeed.models.families import chat_template_beside
 from ascendspeed.utils import errors
 
+MAX_WORKERS = 1024
+"""More processes than that are a mistake."""
+
 
 @dataclass(frozen=True)
 class Options:
     """Input, tokenization and output."""
 
     input: tuple[str, ...]
-    """Parquet, json, jsonl, csv or txt files, all but parquet also as .gz; globs or folders."""
+    """Parquet, jsonl, ndjson, json, csv, tsv or txt files, all but parquet also as .gz, .zst, .xz or .bz2;
+    quoted globs or folders."""
     tokenizer_name_or_path: Path
     """Hugging Face directory with tokenizer.model or tokenizer.json."""
     output_prefix: Annotated[str, parser.output_flag("output-prefix")]
@@ -41,6 +45,8 @@ class Options:
     """System message of conversations that have none."""
     loss_on: Literal["all", "last"] | None = None
     """Answers of a conversation in the loss: all, or the last; default: all, the last for Belle."""
+    overwrite: bool = False
+    """Replace data of the prefix that are made from other files or with other settings."""
     strict: bool = False
     """Stop at the first row that cannot be converted, and write nothing."""
     json_keys: tuple[str, ...] = ("text",)
@@ -70,6 +76,8 @@ def _check(options: Options) -> None:
         raise errors.UserError(
             "--workers, --log-interval, --max-document-mib and --json-keys must be positive and not empty"
         )
+    if options.workers > MAX_WORKERS:
+        raise errors.UserError(f"--workers {options.workers}: at most {MAX_WORKERS}, one per core is enough")
     if options.seq_length is not None and options.seq_length < 2:
         raise errors.UserError(
             f"--seq-length {options.seq_length}: a document of one token has no token to predict"
@@ -110,9 +118,15 @@ def main() -> None:
     )
     workers = options.workers or len(os.sched_getaffinity(0))
     preprocess(
-        options.input, options.output_prefix, encoder, workers, options.log_interval, strict=options.strict
+        options.input,
+        options.output_prefix,
+        encoder,
+        workers,
+        options.log_interval,
+        strict=options.strict,
+        overwrite=options.overwrite,
     )
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    errors.run(main, clean_up=True)

@@ -1,12 +1,21 @@
 """Chat template and stop tokens of an exported model, in the files that transformers and others read."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
+from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.output_files import write_json
 from ascendspeed.conversion.tokenizer.export import ESCAPE_REMOVAL
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids, template_name, to_jinja
+from ascendspeed.tokenization.chat import (
+    TEMPLATES,
+    ChatFormat,
+    generation_config_stops,
+    stop_token_ids,
+    template_name,
+    to_jinja,
+)
 from ascendspeed.tokenization.tokenizer import read_optional_json
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
@@ -29,6 +38,22 @@ def recorded_template(folder: Path) -> str | None:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
+def with_template(reader: CheckpointReader, name: str | None) -> CheckpointReader:
+    """Returns the reader with the chat template of --chat-template; None: that of the checkpoint.
+
+    Raises `UserError` for a name that does not exist, and for a checkpoint that was trained with another one.
+    """
+    if name is None:
+        return reader
+    if name not in TEMPLATES:
+        raise UserError(f"--chat-template {name} does not exist; choose from {', '.join(TEMPLATES)}")
+    if reader.chat_template not in (None, name):
+        raise UserError(
+            f"--chat-template {name}, but {reader.path} was trained with {reader.chat_template}; leave it out"
+        )
+    return replace(reader, chat_template=name)
+
+
 def own_template(folder: Path | None) -> str | None:
     """Name of the file in a folder that has a chat template of the model's own; None: it has none."""
     if folder is None:
@@ -36,6 +61,22 @@ def own_template(folder: Path | None) -> str | None:
     if (folder / TEMPLATE_FILE).exists():
         return None if recorded_template(folder) else TEMPLATE_FILE
     return TOKENIZER_CONFIG if read_optional_json(folder / TOKENIZER_CONFIG).get("chat_template") else None
+
+
+def own_template_text(folder: Path | None) -> str | None:
+    """Chat template in a folder that is the model's own; None: it has none, or several."""
+    own = own_template(folder)
+    if own == TEMPLATE_FILE:
+        return checked_file(folder / own).read_text(encoding="utf-8")
+    value = read_optional_json(folder / own).get("chat_template") if own else None
+    return value if isinstance(value, str) else None
+
+
+def stops_beside(folder: Path | None) -> list[int]:
+    """Stop tokens of generation_config.json that are not the tokenizer's own end."""
+    if folder is None:
+        return []
+    return [number for number in generation_config_stops(folder) if number != tokenizer.load(folder).eos]
 
 
 def write(folder: Path, name: str, source: Path | None) -> None:

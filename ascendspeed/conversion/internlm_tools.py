@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ascendspeed.cli.parser import output_flag
+from ascendspeed.models.families import FAMILIES, REFERENCE, Family
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
@@ -47,6 +48,14 @@ class ToHuggingFace:
     """Rows of q and k are in rotated pairs (formerly adapt_hf=False); None: as in model_config.pt."""
     qkv_fused: Literal["yes", "no"] | None = None
     """wq, wk and wv are a fused wqkv cut in three (releases of 2024); None: as in model_config.pt."""
+    format: Literal["hf", "hf-llama"] = "hf"
+    """hf: the family's own names, which need InternLM's model code; hf-llama: a plain LlamaForCausalLM, which
+    stock transformers loads.
+    """
+    chat_template: str | None = None
+    """Chat template that the weights were trained with (v1, v1-eoh, v2, v2.5, v3), to write into the export;
+    None: none is written.
+    """
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
     `typed`: names of the flags on the command line. `other_command`: the command for other families. Raises
     `UserError`.
     """
-    from ascendspeed.conversion import convert
+    from ascendspeed.conversion import chat_assets, convert
     from ascendspeed.tokenization import tokenizer
     from ascendspeed.utils.atomic import require_empty_dir
 
@@ -101,13 +110,30 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
         )
     with _tokenizer_folder(options.tokenizer) as folder:
         reader = convert.with_tokenizer(reader, folder)
+        reader = chat_assets.with_template(reader, options.chat_template)
         dtype = getattr(convert.torch, options.dtype, None)
-        convert.write_hf(reader, options.tgt, None, dtype, size)
+        target_family = REFERENCE.name if options.format == "hf-llama" else None
+        convert.write_hf(reader, options.tgt, target_family, dtype, size)
     config = reader.config
     rope = f"{config.rope_scaling_type} rope scaling, factor {config.rope_scaling_factor}"
     print(
         f"from {reader.description}, up to {config.max_position_embeddings} positions, {rope}: {options.tgt}"
     )
+    for line in what_loads(options.format, FAMILIES[family]):
+        print(line)
+
+
+def what_loads(form: str, family: Family) -> list[str]:
+    """Lines that say which programs load a written Hugging Face directory."""
+    ours = "generate, evaluate, train: --load of this project"
+    if form == "hf-llama" or family.llama_names is None:
+        return [f"loads in stock transformers, vLLM and others (AutoModelForCausalLM); {ours}"]
+    return [
+        f"transformers has no class for {family.name}: trust_remote_code=True needs InternLM's model code "
+        f"(configuration_{family.name}.py, modeling_{family.name}.py), which is not written here; copy it "
+        f"from the published model",
+        f"for stock transformers, vLLM and others: --format hf-llama; {ours}",
+    ]
 
 
 def _read_options(options: ToHuggingFace, typed: set[str], family: str) -> InternEvoOptions:

@@ -8,7 +8,7 @@ import os
 import struct
 import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,15 @@ class PreallocatedFile:
                 f"{list(block.shape)} {block.dtype} at row {row} of {name}, which is {list(shape)} {dtype}"
             )
         view = memoryview(block.contiguous().flatten().view(torch.uint8).numpy())
-        offset = self.offsets[name] + row * width
+        for offset, piece in self.pieces(name, row * width, view):
+            self.write_bytes(offset, piece)
+
+    def pieces(self, name: str, begin: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Yields (offset in the file, bytes) of a range of a tensor that begins at its byte `begin`."""
+        yield self.offsets[name] + begin, view
+
+    def write_bytes(self, offset: int, view: memoryview) -> None:
+        """Writes bytes at an offset of the file."""
         descriptor = self._open()
         while view:  # the system writes at most 2 GiB at a time
             written = os.pwrite(descriptor, view, offset)

@@ -122,10 +122,10 @@ def _write_tensor(
         for rows in row_blocks(tile, reader.dtypes[entry.parameter.name]):
             block = reader.read_block(entry.parameter.name, rows).contiguous()
             non_finite.check(entry.name, block)
-            cast = _cast(entry.name, block, dtype)
-            output.write(entry.name, rows.local_row, cast)
-            advance(cast.nbytes)
-            padding -= cast.nbytes
+            converted = cast(entry.name, block, dtype)
+            output.write(entry.name, rows.local_row, converted)
+            advance(converted.nbytes)
+            padding -= converted.nbytes
     output.done(entry.name)
     advance(padding)
 
@@ -139,18 +139,18 @@ def row_blocks(tile: Slice2D, dtype: torch.dtype) -> Iterable[Slice2D]:
         )
 
 
-def _cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
+def cast(name: str, block: Tensor, dtype: torch.dtype) -> Tensor:
     """Casts a block; NaN and infinity stay. Raises `UserError` if a finite value would become infinite."""
     if block.dtype == dtype:
         return block
-    cast = block.to(dtype)
-    if not (cast.max().isfinite() and cast.min().isfinite()):
-        overflows = block.isfinite() & ~cast.isfinite()
+    converted = block.to(dtype)
+    if not (converted.max().isfinite() and converted.min().isfinite()):
+        overflows = block.isfinite() & ~converted.isfinite()
         if overflows.any():
             largest = block[overflows].abs().max().item()
             type_name = str(dtype).removeprefix("torch.")
             raise UserError(
                 f"{name} holds finite values up to {largest:.3g}, too large for {type_name}; choose another "
-                f"--dtype"
+                f"--dtype (--gguf-type of a GGUF file)"
             )
-    return cast
+    return converted

@@ -14,19 +14,21 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
-from multiprocessing import connection, get_context, parent_process
+from contextlib import ExitStack, contextmanager
+from multiprocessing import active_children, connection, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
 from ascendspeed.data.document_progress import DocumentProgress
 from ascendspeed.data.handlers.base import MAX_DOCUMENT_BYTES, EncoderConfig, Handler
 from ascendspeed.data.handlers.registry import check_columns, unread_columns
-from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter
+from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter, pair_prefix
+from ascendspeed.data.indexed.masked_pair import KEYS as MASKED_KEYS
 from ascendspeed.data.indexed.megatron_pair import PairWriter, dtype_for
 from ascendspeed.data.readers import registry
 from ascendspeed.data.readers.shard import Shard
 from ascendspeed.data.shard_output import DatasetOutput, ShardDocuments
+from ascendspeed.data.source_record import SOURCE, refuse_other_source, source_digest
 from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
@@ -35,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["MAX_DOCUMENT_BYTES", "EncoderConfig", "preprocess"]
 
-FLAT_SUFFIXES = (".csv", ".txt", ".csv.gz", ".txt.gz")
-"""Files whose columns hold only text."""
 SHARDS_PER_WORKER = 2
 """Shards in flight for each process."""
 MIN_FRACTION = 0.02
@@ -67,11 +67,19 @@ class ShardEncoder:
             documents.join()
         return result
 
+    def prefixes(self, prefix: str) -> list[str]:
+        """Returns the prefixes of all pairs that are written."""
+        if self._masked:
+            return [pair_prefix(prefix, key) for key in MASKED_KEYS]
+        return [pair_prefix(prefix, key) for key in self.handler.keys]
+
+    def source(self, files: Sequence[Path]) -> str:
+        """Returns the identity of the input and the settings, for P.meta."""
+        return source_digest(files, self._encoder.identity)
+
     def writer(self, prefix: str, key: str) -> PairWriter | MaskedPairWriter:
         """Opens the output files of a key."""
-        return (
-            MaskedPairWriter(prefix) if self._masked else PairWriter(f"{prefix}_{key}_document", self._dtype)
-        )
+        return MaskedPairWriter(prefix) if self._masked else PairWriter(pair_prefix(prefix, key), self._dtype)
 
     def facts(self) -> dict[str, Any]:
         """Settings for P.meta."""
@@ -94,7 +102,6 @@ _encoder: ShardEncoder | None = None  # set in the processes of the pool
 def _start_worker(config: EncoderConfig) -> None:
     """Initializes a process of the pool, which exits with its parent even if that is killed."""
     global _encoder
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=lambda: (connection.wait([parent.sentinel]), os._exit(1)), daemon=True).start()
@@ -117,18 +124,36 @@ def _encode_in_order(
         return
     # Spawned, not forked: a fork of a process with threads (Arrow's) may hang.
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (encoder.config,))
+    earlier = set(active_children())
     pending: deque[tuple[Future[ShardResult], float]] = deque()
+    finished = False
     try:
         for shard, done in shards:
-            pending.append((pool.submit(_encode, shard), done))
+            with _without_interrupts():  # the worker that this starts inherits the mask
+                pending.append((pool.submit(_encode, shard), done))
             if len(pending) >= SHARDS_PER_WORKER * workers:
                 yield _pop_first(pending)
         while pending:
             yield _pop_first(pending)
+        finished = True
     except BrokenProcessPool as error:
         raise UserError("a worker process died, perhaps for lack of memory; try fewer --workers") from error
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        if not finished:  # do not wait for the shards in work
+            for worker in set(active_children()) - earlier:
+                worker.terminate()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Holds back Ctrl-C, for a moment: it is the parent's, and a worker at its start would print a
+    traceback."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def _pop_first(pending: deque[tuple[Future[ShardResult], float]]) -> tuple[ShardResult, float]:
@@ -154,21 +179,28 @@ def preprocess(
     workers: int = 1,
     log_interval: int = 1000,
     strict: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Writes `<prefix>_<key>_document.{bin,idx,meta}` for every key; returns the content of the .meta files
     by key.
 
-    `strict`: the first row that gives no document is an error. Raises `UserError` for bad input, if possible
+    `strict`: the first row that gives no document is an error. `overwrite`: replace data of the prefix that
+    are made from other files or with other settings. Raises `UserError` for bad input, if possible
     before anything is written, and then leaves old files as they are.
     """
     encoder = ShardEncoder(config)
     files = registry.find_files(inputs)
+    source = encoder.source(files)
+    if not overwrite:
+        refuse_other_source(encoder.prefixes(prefix), source)
     columns = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, columns, strict)
     for note in (*encoder.handler.notes, *_unread_notes(encoder.handler, columns)):
         logger.info(f"note: {note}")
     try:
-        outputs, facts, progress = _write_outputs(encoder, files, prefix, workers, log_interval, strict)
+        outputs, facts, progress = _write_outputs(
+            encoder, files, prefix, source, workers, log_interval, strict
+        )
     except OSError as error:  # a full disk, a read-only folder
         raise UserError(f"{error.filename or prefix}: {error.strerror or error}") from error
     for output in outputs.values():
@@ -179,7 +211,13 @@ def preprocess(
 
 
 def _write_outputs(
-    encoder: ShardEncoder, files: Sequence[Path], prefix: str, workers: int, log_interval: int, strict: bool
+    encoder: ShardEncoder,
+    files: Sequence[Path],
+    prefix: str,
+    source: str,
+    workers: int,
+    log_interval: int,
+    strict: bool,
 ) -> tuple[dict[str, DatasetOutput], dict[str, dict[str, Any]], DocumentProgress]:
     """Writes and commits all outputs; returns them and the content of their .meta files, both by key."""
     with ExitStack() as stack:
@@ -197,7 +235,7 @@ def _write_outputs(
             _check_disk(prefix, sum(output.writer.bytes_written for output in outputs.values()), done)
         for key, output in outputs.items():
             _check_output(key, output, files)
-        facts = {key: output.facts() | encoder.facts() for key, output in outputs.items()}
+        facts = {key: output.facts() | encoder.facts() | {SOURCE: source} for key, output in outputs.items()}
         for key, output in outputs.items():
             output.writer.commit(facts[key])
     return outputs, facts, progress
@@ -230,7 +268,7 @@ def _check_files(handler: Handler, columns: Mapping[Path, Sequence[str]], strict
     errors = []
     for path, names in columns.items():
         nested = next((name for name in handler.nested if name in names), None)
-        if nested and path.name.lower().endswith(FLAT_SUFFIXES):
+        if nested and registry.format_of(path) in registry.FLAT:
             raise UserError(
                 f"{path}: the column {nested!r} holds lists, which such a file cannot: use jsonl or parquet"
             )

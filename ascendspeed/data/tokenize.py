@@ -1,6 +1,7 @@
 """Encodes rows as documents, in memory: preprocessing writes them to files, streaming trains on them at
 once."""
 
+import hashlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,9 @@ from ascendspeed.data.handlers.registry import create_handler
 from ascendspeed.data.readers.shard import RowBatch
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
+
+VOCABULARY_SUFFIXES = (".json", ".model")
+"""Tokenizer files that decide on the ids."""
 
 
 class DocumentEncoder:
@@ -25,6 +29,15 @@ class DocumentEncoder:
             raise UserError(f"--append-eod: the tokenizer in {config.tokenizer_path} names no eos_token")
         self._eod = np.array([self.tokenizer.eos], np.int32) if config.append_eod else None
         self._max_length = config.seq_length if self.handler.has_loss_mask else None
+
+    @property
+    def identity(self) -> list[object]:
+        """All that decides, beside the rows, on the documents: digests of the tokenizer's files, settings."""
+        digests = []
+        for path in sorted(self.tokenizer.path.glob("*")):
+            if path.suffix in VOCABULARY_SUFFIXES:
+                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
+        return [digests, vars(self.config) | {"tokenizer_path": ""}]
 
     def encode(self, rows: RowBatch) -> dict[str, EncodedRows]:
         """Returns key of the handler -> a document or a fault for each row; `rows` has at least the handler's

@@ -55,9 +55,13 @@ class HarnessModel(TemplateLM):
         max_length: int,
         answers: AnswerCache,
         advance: Advance = lambda amount: None,
+        stop_ids: Sequence[int] = (),
     ) -> None:
-        """`max_length`: most tokens of the model's input. `advance`: progress in questions."""
+        """`max_length`: most tokens of the model's input. `advance`: progress in questions. `stop_ids`: ids
+        that end a generated answer of the backend.
+        """
         super().__init__()
+        self.stop_ids = stop_ids
         self.backend = backend
         self.encoder = encoder
         self.max_length = max_length
@@ -176,16 +180,47 @@ class Grade:
     prompt: Prompt
     key: str
     metrics: dict[str, float]
+    predicted: str = ""
+    """The answer that the main metric judges: a choice, or what was extracted from the generated text."""
 
 
-def answer_keys(prompts: Sequence[Prompt], settings: dict[str, Any]) -> list[str]:
-    """Returns for each prompt a hash of everything that its answer depends on."""
-    return [answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until) for p in prompts]
+def answer_keys(
+    prompts: Sequence[Prompt], settings: dict[str, Any], stop_ids: Sequence[int] = ()
+) -> list[str]:
+    """Returns for each prompt a hash of everything that its answer depends on.
+
+    `stop_ids`: ids that end a generated answer.
+    """
+    keys = []
+    for p in prompts:
+        ends = [list(stop_ids)] if p.until else []
+        keys.append(answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until, *ends))
+    return keys
+
+
+def discard_damaged(answers: AnswerCache, prompts: dict[str, Prompt]) -> None:
+    """Removes the records of `prompts` (by key) that do not have the content of an answer, with a note."""
+
+    def is_damaged(record: dict[str, Any]) -> bool:
+        return record["key"] in prompts and not _is_answer(record, prompts[record["key"]])
+
+    answers.discard(is_damaged)
+
+
+def _is_answer(record: dict[str, Any], prompt: Prompt) -> bool:
+    """Returns whether a record has the content of an answer to this prompt."""
+    if not prompt.choices:
+        return isinstance(record.get("text"), str)
+    values, greedy = record.get("loglikelihoods"), record.get("greedy")
+    are_lists = isinstance(values, list) and isinstance(greedy, list)
+    if not are_lists or not len(values) == len(greedy) == len(prompt.choices):
+        return False
+    return all(type(value) in (int, float) for value in values) and all(type(flag) is bool for flag in greedy)
 
 
 def grade_prompts(model: HarnessModel, prompts: Sequence[Prompt], new_tokens: int) -> list[Grade]:
     """Answers and grades the prompts; returns the grades in their order."""
-    keys = answer_keys(prompts, model.answers.settings)
+    keys = answer_keys(prompts, model.answers.settings, model.stop_ids)
     by_subject: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))
@@ -196,12 +231,31 @@ def grade_prompts(model: HarnessModel, prompts: Sequence[Prompt], new_tokens: in
     with contextlib.redirect_stderr(io.StringIO()):
         samples = evaluate(model, tasks, bootstrap_iters=0, log_samples=True)["samples"]
     metrics: dict[str, dict[str, float]] = defaultdict(dict)
+    extracted: dict[str, str] = {}
     for subject in by_subject:
         for sample in samples[subject]:
+            key = sample["doc"]["key"]
             for metric in sample["metrics"]:
                 name = sample["filter"] if metric == "exact_match" else metric
-                metrics[sample["doc"]["key"]][name] = float(sample[metric])
-    return [Grade(prompt, key, metrics[key]) for key, prompt in zip(keys, prompts, strict=True)]
+                metrics[key][name] = float(sample[metric])
+            if sample["filter"] == TASKS[sample["doc"]["task"]].main_metric:
+                extracted[key] = str(sample["filtered_resps"][0])
+    grades = []
+    for key, prompt in zip(keys, prompts, strict=True):
+        record = model.answers.records[key]
+        predicted = _best_choice(prompt, record) if prompt.choices else extracted.get(key, "")
+        grades.append(Grade(prompt, key, metrics[key], predicted))
+    return grades
+
+
+def _best_choice(prompt: Prompt, record: dict[str, Any]) -> str:
+    """Returns the choice with the highest log-likelihood, per character if the main metric is `acc_norm`."""
+    per_character = TASKS[prompt.task].main_metric == "acc_norm"
+    scores = [
+        value / len(choice) if per_character else value
+        for value, choice in zip(record["loglikelihoods"], prompt.choices, strict=True)
+    ]
+    return prompt.choices[scores.index(max(scores))]
 
 
 def harness_task(name: str, keyed_prompts: Sequence[tuple[str, Prompt]], new_tokens: int) -> ConfigurableTask:

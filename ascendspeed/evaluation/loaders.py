@@ -4,14 +4,15 @@ A benchmark is loaded completely or refused: missing, duplicate or malformed row
 """
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from ascendspeed.evaluation.questions import LETTERS, Benchmark, Question, Subject
-from ascendspeed.evaluation.readers import csv_rows, json_rows, parquet_rows, string_field
+from ascendspeed.evaluation.readers import csv_rows, json_rows, parquet_objects, parquet_rows, string_field
 from ascendspeed.evaluation.subjects import SubjectInfo, custom_subjects
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
@@ -81,13 +82,49 @@ def _find_files(task: str, files: SubjectFiles, folder: Path) -> tuple[Path, lis
         location = folder
         names = sorted({path.parent.name for path in folder.glob(f"*/{files.scored}-*.parquet")} - {"all"})
         read = _parquet_reader(files, folder)
+        if not names:
+            location, names, read = _find_joint_parquet(files, folder)
     if not names:
-        file = files.file.format(subject="SUBJECT", split=files.scored)
-        raise UserError(
-            f"{folder} has no files of {task}: looked for {files.scored}/{file} and "
-            f"SUBJECT/{files.scored}-*.parquet"
-        )
+        raise UserError(f"{folder} has no files of {task}: {_advice(files, folder)}")
     return location, names, read
+
+
+def _advice(files: SubjectFiles, folder: Path) -> str:
+    """Returns what was looked for, or to give the folder above if `folder` is one of its splits."""
+    for split in (files.scored, "dev", "val", "test"):
+        names_split = folder.name == split or "{split}" in files.file
+        if names_split and any(folder.glob(files.file.format(subject="*", split=split))):
+            return f"it is the split {split} of them; give the folder above, {folder.parent}"
+    file = files.file.format(subject="SUBJECT", split=files.scored)
+    return (
+        f"looked for {files.scored}/{file} and SUBJECT/{files.scored}-*.parquet or "
+        f"all/{files.scored}-*.parquet"
+    )
+
+
+def _find_joint_parquet(files: SubjectFiles, folder: Path) -> tuple[Path, list[str], ReadSplit]:
+    """Returns folder, subjects and reader of files with all subjects, named by the column `subject`, as the
+    hub's cais/mmlu has them in `all/`."""
+    location = next(
+        (place for place in (folder / "all", folder) if any(place.glob(f"{files.scored}-*.parquet"))), folder
+    )
+
+    @cache
+    def by_subject(split: str) -> dict[str, list[tuple[str, list[Any]]]]:
+        rows: dict[str, list[tuple[str, list[Any]]]] = defaultdict(list)
+        paths = sorted(location.glob(f"{split}-*.parquet"))
+        for where, (subject, *cells) in parquet_rows(paths, ("subject", *files.parquet)):
+            if not isinstance(subject, str):
+                raise UserError(f"{where}: 'subject' is {subject!r}, where the name of a subject should be")
+            rows[subject].append((where, cells))
+        return rows
+
+    def read(subject: str, split: str) -> Iterator[Question]:
+        if subject not in by_subject(split):
+            raise UserError(f"{location}: {split}-*.parquet has no questions in {subject}")
+        return _questions_of_parquet(f"{subject}/{split}", by_subject(split)[subject])
+
+    return location, sorted(by_subject(files.scored)), read
 
 
 def _read_custom_subjects(path: Path) -> dict[str, SubjectInfo]:
@@ -133,12 +170,17 @@ def _parquet_reader(files: SubjectFiles, folder: Path) -> ReadSplit:
         paths = sorted((folder / subject).glob(f"{split}-*.parquet"))
         if not paths:
             raise UserError(f"{folder / subject} has no {split}-*.parquet")
-        for i, (location, (text, *choices, answer)) in enumerate(parquet_rows(paths, files.parquet)):
-            choices = choices[0] if len(choices) == 1 else choices
-            letter = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < len(LETTERS) else answer
-            yield _multiple_choice(f"{subject}/{split}/{i}", location, text, choices, letter)
+        return _questions_of_parquet(f"{subject}/{split}", parquet_rows(paths, files.parquet))
 
     return read
+
+
+def _questions_of_parquet(prefix: str, rows: Iterable[tuple[str, list[Any]]]) -> Iterator[Question]:
+    """Yields the questions of (file and row, cells), with ids that begin with `prefix`."""
+    for i, (location, (text, *choices, answer)) in enumerate(rows):
+        choices = choices[0] if len(choices) == 1 else choices
+        letter = LETTERS[answer] if isinstance(answer, int) and 0 <= answer < len(LETTERS) else answer
+        yield _multiple_choice(f"{prefix}/{i}", location, text, choices, letter)
 
 
 def _multiple_choice(name: str, location: str, text: Any, choices: Any, answer: Any) -> Question:
@@ -157,48 +199,59 @@ def _multiple_choice(name: str, location: str, text: Any, choices: Any, answer: 
 
 
 def json_lines(task: str, scored: Sequence[str], examples: Sequence[str], parse: ParseRow) -> Loader:
-    """Returns the loader of a benchmark without subjects: JSON lines of questions and of examples.
+    """Returns the loader of a benchmark without subjects: JSON lines or parquet of questions and of examples.
 
-    `scored` and `examples`: possible names of the two files; exactly one of each must be in the folder.
+    `scored` and `examples`: possible names of the two: a file of JSON lines (`val.jsonl`), or how the names
+    of parquet files begin (`main/test` for `main/test-00000-of-00001.parquet`); exactly one of each must be
+    in the folder.
     """
 
     def load(folder: Path, num_shots: int) -> Benchmark:
-        questions = _read_json_lines(_only_file(task, folder, scored), f"{task}/scored", parse)
+        questions = _read_split(_only_split(task, folder, scored), f"{task}/scored", parse)
         shots: tuple[Question, ...] = ()
         if num_shots:
-            shots = _read_json_lines(_only_file(task, folder, examples), f"{task}/train", parse, num_shots)
+            shots = _read_split(_only_split(task, folder, examples), f"{task}/train", parse, num_shots)
         return Benchmark(task, folder, (Subject(SubjectInfo(task, task, task), shots, questions),))
 
     return load
 
 
-def _read_json_lines(
-    path: Path, prefix: str, parse: ParseRow, limit: int | None = None
+def _read_split(
+    paths: Sequence[Path], prefix: str, parse: ParseRow, limit: int | None = None
 ) -> tuple[Question, ...]:
+    rows = parquet_objects(paths) if paths[0].suffix == ".parquet" else json_rows(paths[0])
     questions: list[Question] = []
-    for i, (location, row) in enumerate(json_rows(path)):
+    for i, (location, row) in enumerate(rows):
         if i == limit:
             break
         questions.append(parse(f"{prefix}/{i}", location, row))
     return tuple(questions)
 
 
-def _only_file(task: str, folder: Path, names: Iterable[str]) -> Path:
-    present = [folder / name for name in names if (folder / name).is_file()]
+def _split_files(folder: Path, name: str) -> list[Path]:
+    """Returns the files of a split by its name in `json_lines`."""
+    if name.endswith(".jsonl"):
+        return [folder / name] if (folder / name).is_file() else []
+    return sorted(folder.glob(f"{name}-*.parquet"))
+
+
+def _only_split(task: str, folder: Path, names: Iterable[str]) -> list[Path]:
+    present = [(name, paths) for name in names if (paths := _split_files(folder, name))]
     if not present:
-        raise UserError(f"{folder}: {task} lacks {' or '.join(names)}")
+        looked_for = [name if name.endswith(".jsonl") else f"{name}-*.parquet" for name in names]
+        raise UserError(f"{folder}: {task} lacks {' or '.join(looked_for)}")
     if len(present) > 1:
-        raise UserError(
-            f"{folder}: {task} has both {' and '.join(path.name for path in present)}: remove one of them"
-        )
-    return present[0]
+        first_files = [str(paths[0].relative_to(folder)) for _, paths in present]
+        raise UserError(f"{folder}: {task} has both {' and '.join(first_files)}: remove one of them")
+    [(_, paths)] = present
+    return paths
 
 
 def parse_boolq(name: str, location: str, row: dict[str, Any]) -> Question:
     """Parses a row of BoolQ: `label` in SuperGLUE, `answer` in the original files."""
     answer = row.get("label", row.get("answer"))
-    if not isinstance(answer, bool):
-        raise UserError(f"{location}: 'label' is {answer!r}, where true or false should be")
+    if type(answer) not in (bool, int) or answer not in (0, 1):
+        raise UserError(f"{location}: 'label' is {answer!r}, where true or false (1 or 0) should be")
     text = string_field(location, row, "question")
     passage = string_field(location, row, "passage")
     return Question(name, location, text, ("no", "yes"), int(answer), passage)
@@ -207,7 +260,7 @@ def parse_boolq(name: str, location: str, row: dict[str, Any]) -> Question:
 def parse_gsm8k(name: str, location: str, row: dict[str, Any]) -> Question:
     """Parses a row of GSM8K, whose answer ends with #### and a number."""
     answer = string_field(location, row, "answer")
-    if not re.search(r"#### -?[\d.,]+\s*$", answer):
+    if not re.search(r"#### -?\$?[\d.,]+\s*$", answer):
         raise UserError(f"{location}: the answer does not end with #### and a number")
     return Question(name, location, string_field(location, row, "question"), (), answer)
 

@@ -111,6 +111,7 @@ def run(job: NeedleJob, device: Any, notes: Sequence[str]) -> None:
     answers = open_on_all_ranks(Path(needle.output_dir), settings, session.grid)
     for note in notes:
         logger.info(f"note: {note}")
+    answers.discard(lambda record: type(record.get("found")) is not bool)
     missing = [cell for cell in job.cells if cell.key not in answers.records]
     done = len(job.cells) - len(missing)
     with progress(of_items("questions"), len(job.cells), done, quiet=session.grid.rank != 0) as advance:
@@ -119,9 +120,9 @@ def run(job: NeedleJob, device: Any, notes: Sequence[str]) -> None:
             answers.put({"key": cell.key, "tokens": len(prompt)} | _answer(job, session, cell, prompt))
             answers.flush()
             advance(1)
-    answers.close()
     if session.grid.rank == 0:
         _report(job, answers.records, settings)
+    answers.close()
 
 
 def _settings(job: NeedleJob, session: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@
 
 import csv
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,10 +59,14 @@ def _csv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields (file and line, object) of a JSON-lines file. Raises UserError with file and line."""
+    """Yields (file and line, object) of a JSON-lines file, which may begin with a byte order mark.
+
+    Raises UserError with file and line.
+    """
     try:
         with open(checked_file(path), "rb") as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if not line.strip():
                     continue
                 location = f"{path}:{number}"
@@ -81,6 +86,17 @@ def parquet_rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[
 
     Raises UserError if one is missing.
     """
+    for location, row in parquet_objects(paths, names):
+        yield location, [row[name] for name in names]
+
+
+def parquet_objects(
+    paths: Sequence[Path], names: Sequence[str] | None = None
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields (file and row, column -> cell) of all shards of a split.
+
+    `names`: the columns to read; None: all. Raises UserError if a shard or a column is missing.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -89,14 +105,17 @@ def parquet_rows(paths: Sequence[Path], names: Sequence[str]) -> Iterator[tuple[
         try:
             table = pyarrow.parquet.ParquetFile(checked_file(path))
             present = table.schema_arrow.names
-            missing = [name for name in names if name not in present]
+            missing = [name for name in names or () if name not in present]
             if missing:
                 raise UserError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(present)}")
-            rows = table.read(columns=list(names)).to_pylist()
+            repeated = [name for name in names or present if present.count(name) > 1]
+            if repeated:
+                raise UserError(f"{path}: the column {repeated[0]!r} stands there twice")
+            rows = table.read(columns=None if names is None else list(names)).to_pylist()
         except (OSError, pyarrow.ArrowException) as error:
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         for number, row in enumerate(rows):
-            yield f"{path}: row {number}", [row[name] for name in names]
+            yield f"{path}: row {number}", row
 
 
 def _check_shards(paths: Sequence[Path]) -> None:

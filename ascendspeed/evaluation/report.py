@@ -133,6 +133,15 @@ def _shorten(name: str) -> str:
     return name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
 
 
+def _readable(grade: Grade) -> dict[str, Any]:
+    """Returns what a person needs to judge an answer: question, prompt, prediction and the right answer."""
+    prompt, question = grade.prompt, grade.prompt.question
+    right = prompt.choices[question.answer] if prompt.choices else question.answer
+    choices = {"choices": list(prompt.choices)} if prompt.choices else {}
+    texts = {"question": question.text, "prompt": prompt.context}
+    return texts | choices | {"predicted": grade.predicted, "right": right}
+
+
 def write_reports(
     folder: Path,
     scores: Sequence[TaskScore],
@@ -151,7 +160,7 @@ def write_reports(
     write_file(folder / "results.csv", as_csv(scores))
     write_file(folder / "chart.png", draw_chart(scores, title))
     graded_keys = {grade.key for grade in grades}
-    graded = [records[grade.key] | {"metrics": grade.metrics} for grade in grades]
+    graded = [records[grade.key] | _readable(grade) | {"metrics": grade.metrics} for grade in grades]
     others = [record for key, record in records.items() if key not in graded_keys]
     lines = [{"settings": run["settings"]}, *others, *graded]
     write_file(folder / FILE_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -21,6 +21,7 @@ from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerCache, open_on_
 from ascendspeed.evaluation.args import EvaluationJob
 from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
 from ascendspeed.inference.args import SPARE
+from ascendspeed.tokenization.chat import control_token_ids
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
@@ -32,10 +33,15 @@ logger = logging.getLogger(__name__)
 class EngineBackend:
     """Backend over `ascendspeed.inference.engine`. Collective: every rank makes the same calls."""
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, batch_size: int) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, batch_size: int, stop_ids: Sequence[int] | None = None
+    ) -> None:
+        """`stop_ids`: ids that end a generated answer; None: the tokenizer's EOS."""
         self.model = model
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        eos = () if tokenizer.eos is None else (tokenizer.eos,)
+        self.stop_ids = tuple(eos if stop_ids is None else stop_ids)
 
     def score(self, pairs: Sequence[Any], on_score: Callable[[int, float, bool], None]) -> None:
         """Calls `on_score` with index, log-probability and greediness of every (context, continuation)."""
@@ -58,8 +64,11 @@ class EngineBackend:
         """Calls `on_text` with index and greedy text of every prompt, the longest prompts first."""
         from ascendspeed.inference import engine
 
+        stop_ids = {*self.stop_ids, *control_token_ids(self.tokenizer, until)}
         params = engine.SamplingParams(
-            max_new_tokens=new_tokens, stop_ids=(self.tokenizer.eos,), vocab_size=self.tokenizer.vocab_size
+            max_new_tokens=new_tokens,
+            stop_ids=tuple(sorted(stop_ids)),
+            vocab_size=min(self.tokenizer.vocab_size, self.model.config.vocab_size),
         )
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.batch_size):
@@ -102,7 +111,9 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
             f"--max-new-tokens {job.new_tokens} of {generated[0]} leaves none of the {max_length} tokens for "
             "the question"
         )
-    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size)
+    backend = EngineBackend(
+        session.model, tokenizer, job.evaluation.batch_size, session.generation_stop_ids if generated else ()
+    )
     sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, max_length)
     answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)
@@ -142,7 +153,9 @@ def _evaluate(
     prompts = []
     for benchmark, style in job.benchmarks:
         prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
-    cached = sum(key in answers.records for key in lm_eval.answer_keys(prompts, answers.settings))
+    keys = lm_eval.answer_keys(prompts, answers.settings, backend.stop_ids)
+    lm_eval.discard_damaged(answers, dict(zip(keys, prompts, strict=True)))
+    cached = sum(key in answers.records for key in keys)
     options = job.evaluation
     limited = f", the first {options.limit} of each subject only" if options.limit else ""
     logger.info(
@@ -150,11 +163,11 @@ def _evaluate(
         f"{options.output_dir}/{FILE_NAME})"
     )
     with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
-        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance)
+        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.stop_ids)
         grades = lm_eval.grade_prompts(model, prompts, job.new_tokens)
     if grid.rank != 0:
         return
-    answers.close()
+    answers.flush()
     scores = []
     for benchmark, _ in job.benchmarks:
         task, num_shots = benchmark.name, job.shots[benchmark.name]

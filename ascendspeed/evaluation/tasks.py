@@ -110,7 +110,12 @@ CMMLU = EvaluationTask(
 )
 BOOLQ = EvaluationTask(
     name="boolq",
-    load=loaders.json_lines("boolq", ("val.jsonl", "dev.jsonl"), ("train.jsonl",), loaders.parse_boolq),
+    load=loaders.json_lines(
+        "boolq",
+        ("val.jsonl", "dev.jsonl", "validation", "data/validation", "boolq/validation"),
+        ("train.jsonl", "train", "data/train", "boolq/train"),
+        loaders.parse_boolq,
+    ),
     styles={
         "lm-eval": PromptStyle(
             prompt_styles.harness_context(
@@ -128,7 +133,12 @@ BOOLQ = EvaluationTask(
 )
 GSM8K = EvaluationTask(
     name="gsm8k",
-    load=loaders.json_lines("gsm8k", ("test.jsonl",), ("train.jsonl",), loaders.parse_gsm8k),
+    load=loaders.json_lines(
+        "gsm8k",
+        ("test.jsonl", "test", "main/test"),
+        ("train.jsonl", "train", "main/train"),
+        loaders.parse_gsm8k,
+    ),
     styles={
         "lm-eval": PromptStyle(
             prompt_styles.harness_context("", lambda q: f"Question: {q.text}\nAnswer:", lambda q: q.answer),
@@ -148,8 +158,8 @@ HELLASWAG = EvaluationTask(
     name="hellaswag",
     load=loaders.json_lines(
         "hellaswag",
-        ("hellaswag_val.jsonl", "val.jsonl"),
-        ("hellaswag_train.jsonl", "train.jsonl"),
+        ("hellaswag_val.jsonl", "val.jsonl", "validation", "data/validation"),
+        ("hellaswag_train.jsonl", "train.jsonl", "train", "data/train"),
         loaders.parse_hellaswag,
     ),
     styles={
@@ -183,7 +193,8 @@ def load_benchmark(task: str, folder: str | Path, num_shots: int, limit: int | N
     folder = Path(folder)
     load = find_task(task).load
     if not folder.is_dir():
-        raise UserError(f"--task-data-path {folder} of {task} is not a directory")
+        advice = f"; give its folder, {folder.parent}" if folder.is_file() else ""
+        raise UserError(f"--task-data-path {folder} of {task} is not a directory{advice}")
     benchmark = load(folder, num_shots)
     for subject in benchmark.subjects:
         if not subject.questions:

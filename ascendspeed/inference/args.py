@@ -94,8 +94,8 @@ class GenerationArgs:
     input_texts: tuple[str, ...] = ()
     """Several prompts at once."""
     input_file: str | None = None
-    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}; -:
-    read stdin."""
+    """JSON lines: a text, a list of messages, or {"prompt": text} or {"messages": list, "tools": list}, whose
+    further keys are copied to the output; -: read stdin."""
     max_input_length: int | None = None
     """Longest prompt in tokens. A longer prompt is an error; in a conversation the oldest turns are
     dropped."""
@@ -104,11 +104,12 @@ class GenerationArgs:
     batch_size: int = 16
     """Prompts per batch."""
     temperature: float = 1.0
-    """Divisor of the logits before sampling."""
+    """Divisor of the logits before sampling; 0: no sampling, always the most likely token."""
     top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
+    """Sample among this many most likely tokens; 0 or -1: all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens whose probabilities add up to this."""
+    """Sample among the most likely tokens whose probabilities add up to this; 0: no sampling, always the most
+    likely token."""
     repetition_penalty: float = 1.0
     """Above 1: makes tokens of the prompt and of the answer less likely."""
     num_beams: int = 4
@@ -120,7 +121,8 @@ class GenerationArgs:
     seed: int = 42
     """Random seed for sampling."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """Text that ends an answer, and is not part of it; may be repeated."""
+    """Text, or name of a control token (<|im_end|>), that ends an answer and is not part of it; may be
+    repeated."""
     chat_template: str | None = None
     """Chat template: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
     system: str | None = None
@@ -258,7 +260,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
                 "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect "
                 "stdout"
             )
-        _check_output_file(Path(generation.output_file))
+        check_output_file(Path(generation.output_file))
     several = generation.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
     if generation.stream and several:
         raise UserError(
@@ -267,7 +269,7 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
         )
 
 
-def _check_output_file(path: Path) -> None:
+def check_output_file(path: Path) -> None:
     """Raises UserError if `path` exists or cannot be created."""
     if path.exists():
         raise UserError(f"--output-file {path} exists; move it away, or give another name")

@@ -8,6 +8,7 @@ from ascendspeed.inference import engine
 from ascendspeed.inference.args import GenerationJob
 from ascendspeed.inference.engine import SamplingParams
 from ascendspeed.inference.session import Session
+from ascendspeed.tokenization.chat import control_token_ids
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 
 SAMPLING_DEFAULTS = {"temperature": 0.7, "top_k": 50, "top_p": 0.95}
@@ -54,12 +55,18 @@ def sampling_params(
         length_penalty=args.length_penalty if uses_beams else 1.0,
         num_return_sequences=1 if task in ("greedy", "chat") else args.num_return_sequences,
         seed=args.seed,
-        stop_ids=session.stop_ids(in_chat),
+        stop_ids=_stop_ids(session, args.stop, in_chat),
         vocab_size=session.usable_vocab_size,
         **sampling,
     )
     params.check()
     return params
+
+
+def _stop_ids(session: Session, stops: Sequence[str], in_chat: bool) -> tuple[int, ...]:
+    """Returns the ids that end an answer, with those of control tokens that stop strings name."""
+    named = control_token_ids(session.tokenizer, stops)
+    return tuple(sorted({*session.stop_ids(in_chat), *named}))
 
 
 def length_sorted_batches(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:

@@ -19,8 +19,10 @@ logger = logging.getLogger(__name__)
 
 QUIT_WORDS = ("q", "quit", "exit")
 RESET_WORDS = ("clear", "new")
+HELP_WORD = "help"
 HELP = (
     f"{', '.join(QUIT_WORDS)}: leave; {' or '.join(RESET_WORDS)}: start a new conversation; "
+    f"{HELP_WORD}: show this line; "
     f"put a message of several lines between two lines of {QUOTES}; Ctrl-C: end the answer, or leave"
 )
 
@@ -95,6 +97,9 @@ def run_chat(
                 return
             if command in RESET_WORDS:
                 conversation.clear()
+                logger.info("a new conversation: the earlier messages are forgotten")
+            elif command == HELP_WORD:
+                logger.info(HELP)
             elif message.text.strip():
                 try:
                     ids = conversation.add_question(message.text)

@@ -1,14 +1,15 @@
 """Writes answers to stdout, or to a file of JSON lines that appears whole or not at all."""
 
 import json
+import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
-from ascendspeed.inference.args import partial_of
+from ascendspeed.inference.args import check_output_file, partial_of
 from ascendspeed.utils import streams
-from ascendspeed.utils.atomic import open_atomic
+from ascendspeed.utils.atomic import open_atomic, open_locked
 from ascendspeed.utils.errors import UserError
 
 EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
@@ -22,7 +23,8 @@ class AnswerWriter:
     """Accepts records in any order and writes them in the order of the prompts.
 
     On stdout a record appears as soon as all before it have. With a file, NAME.partial receives every record
-    at once, and NAME appears when all of them are complete.
+    at once, and NAME appears when all of them are complete. NAME.partial is locked: a second process with
+    the same NAME is refused.
     """
 
     def __init__(self, path: str | None, is_writer: bool) -> None:
@@ -30,7 +32,7 @@ class AnswerWriter:
         self._path = Path(path) if path else None
         self._partial = partial_of(self._path) if self._path else None
         self._is_writer = is_writer
-        self._file: TextIO | None = None
+        self._file: IO[bytes] | None = None
         self._lines: dict[RecordKey, str] = {}
         self._pending: dict[RecordKey, str] = {}
         self._next: RecordKey = (0, 0)
@@ -51,7 +53,7 @@ class AnswerWriter:
         line = json.dumps(record, ensure_ascii=False) + "\n"
         self._lines[key] = line
         try:
-            self._file.write(line)
+            self._file.write(line.encode())
             self._file.flush()
         except OSError as error:
             raise UserError(
@@ -67,20 +69,34 @@ class AnswerWriter:
         if self._file is None:
             return
         try:
-            self._file.close()
-            with open_atomic(self._path, shared=True) as file:
+            with self._file, open_atomic(self._path, shared=True) as file:
                 file.writelines(self._lines[key].encode() for key in sorted(self._lines))
+                if self._path.exists():
+                    raise FileExistsError(None, "another program has written it meanwhile")
             self._partial.unlink()
         except OSError as error:
             raise UserError(
                 f"{self._path} cannot be written: {error.strerror}; the answers are in {self._partial}"
             ) from None
 
-    def _open(self) -> TextIO:
+    def _open(self) -> IO[bytes]:
+        """Opens and locks NAME.partial. Raises `UserError` if it is another run's, or NAME exists by now."""
         try:
-            return open(self._partial, "a", encoding="utf-8")  # appends: never destroys another run's answers
+            file = open_locked(self._partial)
         except OSError as error:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from None
+        if file is None:
+            raise UserError(
+                f"another process is writing {self._partial}: wait for it, or give --output-file another name"
+            )
+        try:
+            check_output_file(self._path)  # again: another run may have ended since the command line was read
+        except UserError:
+            if not os.fstat(file.fileno()).st_size:
+                self._partial.unlink()
+            file.close()
+            raise
+        return file
 
     def _print(self, key: RecordKey, text: str) -> None:
         self._pending[key] = text

@@ -3,8 +3,9 @@ line."""
 
 import sys
 from codecs import BOM_UTF8
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,23 @@ from ascendspeed.tokenization.chat import ChatFormat, Message, read_messages
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
+from ascendspeed.utils.text import shorten_list
 
+OUTPUT_KEYS = frozenset(
+    (
+        "task",
+        "number",
+        "prompt",
+        "prompt_tokens",
+        "new_tokens",
+        "answers",
+        "tokens",
+        "pieces",
+        "logprobs",
+        "logprob",
+    )
+)
+"""Keys of a record of the output file."""
 DEMONSTRATION = (
     "How are you?",
     "The capital of France is",
@@ -33,6 +50,8 @@ class InputPrompt:
     raw_messages: Any = None
     """Messages as read from JSON, for the output file."""
     tools: Any = None
+    further: Mapping[str, Any] = field(default_factory=dict)
+    """Further keys of its row, which are copied to the output file."""
 
 
 def demonstration_prompts() -> list[InputPrompt]:
@@ -100,13 +119,32 @@ def _parse_line(line: bytes, where: str) -> InputPrompt:
     if isinstance(value, list):
         return _conversation(value, None, where)
     if isinstance(value, Mapping):
-        keys = set(value)
-        if keys == {"prompt"} and isinstance(value["prompt"], str):
-            return InputPrompt(where, value["prompt"])
-        if "messages" in keys and keys <= {"messages", "tools"}:
-            return _conversation(value["messages"], value.get("tools"), where)
+        own_keys = {"prompt"} if "prompt" in value else {"messages", "tools"}
+        further = {key: item for key, item in value.items() if key not in own_keys}
+        if (taken := OUTPUT_KEYS.intersection(further)) or {"messages", "tools"}.intersection(further):
+            raise UserError(f"{where}: {_clash(taken)}")
+        if isinstance(value.get("prompt"), str):
+            return InputPrompt(where, value["prompt"], further=further)
+        if "messages" in value:
+            return replace(_conversation(value["messages"], value.get("tools"), where), further=further)
     kinds = 'a text, a list of role and content, {"prompt": text} or {"messages": list, "tools": list}'
     raise UserError(f"{where} is not one of: {kinds}")
+
+
+def _clash(taken: Iterable[str]) -> str:
+    """Returns why the further keys of a row are refused."""
+    if names := sorted(taken):
+        return f"the key {names[0]!r} is one of the output file's; give it another name"
+    return "'messages' or 'tools' beside 'prompt': a row has a text, or messages with their tools"
+
+
+def further_keys(prompts: Sequence[InputPrompt]) -> str | None:
+    """Returns a note that names the further keys of all rows; None if there are none."""
+    counts = Counter(key for prompt in prompts for key in prompt.further)
+    if not counts:
+        return None
+    names = shorten_list([f"{key} ({count} rows)" for key, count in counts.items()])
+    return f"keys that are no prompt are copied to the output file: {names}"
 
 
 def _conversation(messages: Any, tools: Any, where: str) -> InputPrompt:
@@ -118,7 +156,7 @@ def as_conversation(prompt: InputPrompt, system: str | None) -> InputPrompt:
     messages = prompt.messages or (Message("user", prompt.text or ""),)
     if system is not None and messages[0].role != "system":
         messages = (Message("system", system), *messages)
-    return InputPrompt(prompt.where, None, messages, prompt.raw_messages, prompt.tools)
+    return replace(prompt, text=None, messages=messages)
 
 
 def encode_prompt(

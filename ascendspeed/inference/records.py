@@ -64,10 +64,12 @@ def logprobs_record(session: Session, plan: TaskPlan, index: int, logprobs: Tens
 
 
 def _prompt_record(plan: TaskPlan, index: int, new_tokens: int) -> Record:
+    prompt = plan.prompts[index]
     return {
         "task": plan.task,
         "number": index + 1,
-        "prompt": prompt_as_json(plan.prompts[index]),
+        **prompt.further,
+        "prompt": prompt_as_json(prompt),
         "prompt_tokens": len(plan.ids[index]),
         "new_tokens": new_tokens,
     }

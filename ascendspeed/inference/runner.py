@@ -13,6 +13,7 @@ from ascendspeed.inference.output import AnswerWriter, write_stdout
 from ascendspeed.inference.prompts import (
     InputPrompt,
     demonstration_prompts,
+    further_keys,
     prompts_from_file,
     prompts_from_flags,
     prompts_from_json_lines,
@@ -39,6 +40,8 @@ def run(job: GenerationJob, device: Device, notes: Sequence[str]) -> None:
         logger.info(f"note: {note}")
     if args.input_file == "-" or (not prompts and not is_interactive):
         prompts = _stdin_prompts(session, is_json=args.input_file == "-")
+    if note := further_keys(prompts):
+        logger.info(f"note: {note}")
     is_demonstration = not prompts
     if is_demonstration:
         prompts = demonstration_prompts()

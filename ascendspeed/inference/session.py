@@ -1,6 +1,7 @@
 """Sessions of the inference commands: checkpoint, tokenizer and chat format, checked before the weights are
 read."""
 
+import contextlib
 import filecmp
 import logging
 from collections.abc import Callable
@@ -148,8 +149,22 @@ class Session(ModelSession):
 
     def stop_ids(self, in_chat: bool) -> tuple[int, ...]:
         """Returns the ids that end an answer; `in_chat`: those of the chat format too."""
-        folders = {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
-        return stop_token_ids(self.tokenizer, folders, self.chat_format.stop_ids if in_chat else ())
+        return stop_token_ids(self.tokenizer, self._folders, self.chat_format.stop_ids if in_chat else ())
+
+    @cached_property
+    def generation_stop_ids(self) -> tuple[int, ...]:
+        """Ids that end a generated answer of an evaluation: those of the tokenizer, of generation_config.json
+        and of the chat templates of the model's family and of its tokenizer, if there are any."""
+        template_ids: set[int] = set()
+        for name in (FAMILIES[self.config.family].chat_template, None):
+            with contextlib.suppress(UserError):  # a base model: no template, or not its tokens
+                template_ids.update(ChatFormat(self.tokenizer, name, self.config.family).stop_ids)
+        return stop_token_ids(self.tokenizer, self._folders, template_ids)
+
+    @property
+    def _folders(self) -> set[Path]:
+        """Folders that may hold a generation_config.json."""
+        return {Path(self.spec.args.load or "."), Path(self.spec.tokenizer)}
 
     def warn_if_too_long(self, where: str, tokens: int) -> None:
         """Logs once that a prompt with its answer is longer than the training context, and the

@@ -38,6 +38,36 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def try_lock(file: int | IO[Any]) -> bool:
+    """Locks an open file or folder until it is closed; returns False if another process holds the lock.
+
+    On a file system without locks nothing is locked, and the result is True.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def open_locked(path: Path) -> IO[bytes] | None:
+    """Opens a file for reading and writing, or creates it, and locks it until it is closed.
+
+    Returns None if another process holds the lock. Raises `OSError`.
+    """
+    while True:
+        file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115 - the caller closes it
+        if not try_lock(file):
+            file.close()
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # the process that held the lock has renamed or deleted it
+
+
 # ---------------------------------------------------------------- files
 
 
@@ -191,14 +221,13 @@ def _lock(draft: Path) -> int:
     """
     lock = os.open(draft, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock).st_ino != draft.stat().st_ino:  # the other writer has just finished, and renamed it
-            raise BlockingIOError
-    except (BlockingIOError, FileNotFoundError):
+        # Another inode: the other writer has just finished, and renamed it.
+        locked = try_lock(lock) and os.fstat(lock).st_ino == draft.stat().st_ino
+    except FileNotFoundError:
+        locked = False
+    if not locked:
         os.close(lock)
-        raise UserError(f"another process is writing {draft}: wait for it") from None
-    except OSError:
-        pass  # a file system without locks
+        raise UserError(f"another process is writing {draft}: wait for it")
     return lock
 
 

@@ -108,18 +108,24 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
 
     Output that nobody reads does not end the work: printing goes on without effect. If it is lost for
     another reason than a closed pipe, the command fails when its work is done.
-    `clean_up`: SIGTERM raises an exception in `main`, so that unfinished output is deleted. Training does not
-    use it: there SIGTERM takes effect at the end of the iteration (`fault_tolerance.stop_signals`).
+    `clean_up`: SIGTERM and SIGHUP raise an exception in `main`, so that unfinished output is deleted.
+    Training does not use it: there SIGTERM takes effect at the end of the iteration
+    (`fault_tolerance.stop_signals`).
     """
     streams.protect()
     logging.configure()
     if clean_up:
-        signal.signal(signal.SIGTERM, _raise_terminated)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
+                signal.signal(number, _raise_terminated)
     try:
         code = main() or 0
         if loss := streams.unreported_loss():
             report_error(UserError(f"stdout cannot be written: {loss.strerror}; all else is done"))
             code = code or EXIT_USER_ERROR
+        with contextlib.suppress(ValueError):  # not in the main thread
+            # All is done: Ctrl-C could only add a traceback of the interpreter's shutdown.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     except Exception as error:
         known = as_user_error(error)
         if known is None:
@@ -129,20 +135,25 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
-    except _Terminated:
-        print("terminated", file=sys.stderr, flush=True)
-        code = EXIT_TERMINATED
+    except _Terminated as error:
+        with contextlib.suppress(OSError):  # after a hang-up there is no terminal
+            print("terminated", file=sys.stderr, flush=True)
+        code = error.exit_code
     _write_exit_code(code)
     sys.exit(code)
 
 
 class _Terminated(SystemExit):
-    """SIGTERM, as an exception that `except Exception` does not catch."""
+    """SIGTERM or SIGHUP, as an exception that `except Exception` does not catch."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.exit_code = 128 + number
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> None:
     signal.signal(number, signal.SIG_IGN)  # a second signal would interrupt the clean-up
-    raise _Terminated(EXIT_TERMINATED)
+    raise _Terminated(number)
 
 
 def _write_exit_code(code: int) -> None:

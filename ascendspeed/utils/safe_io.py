@@ -1,5 +1,6 @@
 """Validation of untrusted input files: path checks and strict JSON."""
 
+import codecs
 import json
 import math
 import os
@@ -15,6 +16,11 @@ from ascendspeed.utils.errors import UserError
 MAX_JSON_BYTES = 64 * 2**20
 """Size limit of a JSON file; the largest tokenizer.json in use have about 40 MB."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+HEAD_BYTES = 4096
+"""First bytes of a file, by which its kind and encoding are recognised."""
+MIN_NULS = 0.3
+"""Share of NULs among the bytes of UTF-16, from which on text without a byte order mark counts as such: three
+of five characters are ASCII."""
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
@@ -43,11 +49,39 @@ def checked_file(path: str | Path, root: str | Path | None = None) -> Path:
     if not os.access(real, os.R_OK):
         raise UserError(f"{path} cannot be read: no permission")
     with open(path, "rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-            )
+        refuse_lfs_pointer(path, file.read(len(LFS_POINTER)))
     return path
+
+
+def refuse_lfs_pointer(path: str | Path, head: bytes) -> None:
+    """Raises `UserError` if `head`, the first bytes of a file, are what git has in place of a large file."""
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            f"{path} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+        )
+
+
+def refuse_utf16(path: str | Path, head: bytes) -> None:
+    """Raises `UserError` if `head`, the first bytes of a text file, are UTF-16 or UTF-32, by their byte order
+    mark or by a NUL in every other byte."""
+    encoding = _wide_encoding(head)
+    if encoding:
+        raise UserError(
+            f"{path} is {encoding}, as PowerShell's `>` and Windows editors write it: "
+            f"iconv -f {encoding} -t UTF-8 makes it readable"
+        )
+
+
+def _wide_encoding(head: bytes) -> str:
+    """Encoding of text whose characters take two or four bytes; empty for any other."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    for first, others in ((0, 1), (1, 0)):  # big-endian, little-endian
+        if head[first::2].count(0) > MIN_NULS * len(head) and not head[others::2].count(0):
+            return "UTF-16BE" if first == 0 else "UTF-16LE"
+    return ""
 
 
 def _blob_folders(home: Path) -> Iterable[Path]:

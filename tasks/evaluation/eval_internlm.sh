@@ -18,7 +18,7 @@ value --load CHECKPOINT ./model_weights                                 # Huggin
 optional --tokenizer-name-or-path TOKENIZER_PATH ./dataset/internlm     # directory with tokenizer.model; empty: the one beside the weights
 value --tensor-model-parallel-size TP 1
 value --pipeline-model-parallel-size PP 1                               # NPROC, the processes on this node, is TP x PP by default
-value --batch-size BATCH 16                                             # rows side by side; changes no result
+value --batch-size BATCH 16                                             # rows side by side; other sizes round differently
 fixed --distributed-backend nccl                                        # the device's own: hccl, or gloo on a CPU
 DTYPE=${DTYPE:-bf16}                                                    # bf16, fp16 or fp32
 

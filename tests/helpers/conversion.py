@@ -129,14 +129,18 @@ def written(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def training_checkpoint(
-    folder: Path, config: ModelConfig, full: dict[str, torch.Tensor], tokenizer: Path
+    folder: Path,
+    config: ModelConfig,
+    full: dict[str, torch.Tensor],
+    tokenizer: Path,
+    chat_template: str | None = None,
 ) -> None:
-    """Saves a checkpoint like a run of one rank."""
+    """Saves a checkpoint like a run of one rank, on data in this chat template."""
     run = Run(
         config,
         ParallelConfig(),
         OptimConfig(),
-        DataConfig(tokenizer_name_or_path=str(tokenizer)),
+        DataConfig(tokenizer_name_or_path=str(tokenizer), chat_template=chat_template),
         TrainConfig(),
     )
     kinds = {"master": full} | {

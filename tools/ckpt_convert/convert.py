@@ -39,6 +39,9 @@ class Options:
     """Folder with the model's config.json and tokenizer, if --from lacks them; None: --from."""
     tokenizer: str | None = None
     """Folder with the tokenizer to copy; None: that of the source."""
+    chat_template: str | None = None
+    """Chat template of the weights, to write beside them; None: the one that a training checkpoint or an
+    export of this project records, else the source's own file."""
     verify: bool = False
     """Read the result back and compare every tensor bit by bit with the source, and the logits of both."""
     allow_nan: bool = False
@@ -60,6 +63,10 @@ def _check_write_options(options: Options, typed: set[str]) -> None:
     if family and family not in families.FAMILIES:
         raise errors.UserError(
             f"--to-family {family} does not exist; there are {', '.join(families.FAMILIES)}"
+        )
+    if options.verify and not registry.format_named(options.format).families("read"):
+        raise errors.UserError(
+            f"--verify reads the result back, and {options.format} is written only; leave it out"
         )
     if "scaling_factor" in typed and options.reading.rotary_type != "dynamic":
         raise errors.UserError("--scaling-factor means nothing without --rotary-type dynamic")
@@ -83,6 +90,7 @@ def main() -> None:
     typed = parser.typed_fields(Options)
     _check_write_options(options, typed)
     from ascendspeed.conversion import (  # after parsing, so that --help does not wait for torch
+        chat_assets,
         convert,
         verify,
     )
@@ -93,6 +101,7 @@ def main() -> None:
     _check_read_options(options, typed)
     reader = convert.open_reader(options.source, options.config, options.reading)
     reader = convert.with_tokenizer(reader, options.tokenizer)
+    reader = chat_assets.with_template(reader, options.chat_template)
     print(
         f"from {reader.path}: {reader.description}, {reader.config.family}, {len(reader.names())} parameters"
     )

@@ -68,6 +68,8 @@ class WriteOptions:
     """InternEvo folder to write: cut the embedding along the hidden size, as embed_split_hidden=True; else
     along the vocabulary.
     """
+    gguf_type: Literal["f16", "bf16", "q8_0"] | None = None
+    """Type of the matrices in a GGUF file; None: bf16 for weights in bfloat16, else f16."""
 
 
 class CheckpointWriter(Protocol):

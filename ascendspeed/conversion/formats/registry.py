@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ascendspeed.conversion.formats.base import CheckpointFormat, ReadOptions
+from ascendspeed.conversion.formats.gguf import GgufFormat
 from ascendspeed.conversion.formats.huggingface import HuggingFaceFormat, LlamaFormat
 from ascendspeed.conversion.formats.internevo import InternEvoFormat
 from ascendspeed.conversion.formats.megatron import DeepSpeedFormat, LegacyRankFileFormat, MegatronFormat
@@ -27,6 +28,7 @@ FORMATS: tuple[CheckpointFormat, ...] = (
     DeepSpeedFormat(),
     LegacyRankFileFormat(),
     MindFormersFormat(),
+    GgufFormat(),
     InternEvoFormat(),
     TrainingCheckpointFormat(),
 )

@@ -76,6 +76,11 @@ class Handler(ABC):
         """Returns key -> the documents of the rows, neither truncated nor with a final eos."""
 
 
+def nul_fault(text: str) -> Fault:
+    """Returns the fault of a text with NUL characters, which damaged files and other encodings have."""
+    return Fault("NUL characters", f"{text.count(chr(0)):,} of them in a text")
+
+
 def text_size(value: Any, longest: int) -> int | Fault:
     """Returns the size of a text in bytes, or the fault if it is no text or longer than `longest` bytes."""
     if isinstance(value, InvalidValue):
@@ -84,6 +89,8 @@ def text_size(value: Any, longest: int) -> int | Fault:
         return Fault("null" if value is None else "not text")
     if not value or value.isspace():
         return Fault("whitespace" if value else "empty")
+    if "\0" in value:
+        return nul_fault(value)
     try:
         size = len(value.encode())
     except UnicodeEncodeError:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, EncodedRows, Fault
-from ascendspeed.data.handlers.base import EncoderConfig, Handler
+from ascendspeed.data.handlers.base import EncoderConfig, Handler, nul_fault
 from ascendspeed.data.readers.shard import MISSPELLED, InvalidValue, RowBatch
 from ascendspeed.tokenization.chat import (
     ChatFormat,
@@ -61,13 +61,15 @@ class InstructionHandler(Handler):
             return Fault(invalid.kind, invalid.detail)
         try:
             segments = self.segments(row)
-            size = sum(
-                len(segment.content.encode()) for segment in segments if isinstance(segment.content, str)
-            )
+            texts = [segment.content for segment in segments if isinstance(segment.content, str)]
+            size = sum(len(text.encode()) for text in texts)
         except InvalidConversation as error:
             return Fault(error.kind, str(error))
         except UnicodeEncodeError:
             return Fault("invalid UTF-8")
+        damaged = next((text for text in texts if "\0" in text), None)
+        if damaged:
+            return nul_fault(damaged)
         return Fault("huge", f"{size} bytes") if size > self._longest else (segments, size)
 
 

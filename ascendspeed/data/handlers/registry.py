@@ -61,7 +61,14 @@ def unread_columns(handler: Handler, present: Sequence[str]) -> str:
 
 
 def check_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
-    """Raises `UserError` if a required column of `source` (a path) is missing."""
+    """Raises `UserError` if a required column of `source` (a path) is missing, or one that is read stands
+    there twice."""
+    repeated = next((name for name in handler.columns if present.count(name) > 1), None)
+    if repeated:
+        raise UserError(
+            f"{source}: the column {repeated!r} stands there {present.count(repeated)} times; rename or "
+            "remove all but one"
+        )
     missing = handler.missing(present)
     if missing:
         columns = ", ".join(map(str, present))

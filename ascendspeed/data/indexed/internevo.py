@@ -10,7 +10,6 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -18,7 +17,9 @@ import numpy as np
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.document import Document, Supervision, count_supervised
-from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
+from ascendspeed.data.indexed.masked_pair import KEYS, MaskedPairWriter, pair_prefix
+from ascendspeed.data.readers.discovery import file_kind, walk
+from ascendspeed.data.source_record import SOURCE, refuse_other_source, source_digest
 from ascendspeed.data.token_dataset import SampleSource, TokenDataset
 from ascendspeed.utils.errors import UserError
 
@@ -35,25 +36,23 @@ CACHED_DOCUMENTS = 8
 
 def find_files(path: str | Path) -> list[Path]:
     """Returns the .bin files that a path names: one, or all below a folder, sorted; empty if it holds no
-    InternEvo data."""
+    InternEvo data. Raises `UserError` for what cannot be reached, and a .meta without its .bin."""
     path = Path(path)
-    if path.is_file():
+    kind = file_kind(path)
+    if kind == "file":
         return [path] if path.suffix == ".bin" and Path(f"{path}{META}").is_file() else []
-    files = [file for file in _walk(path) if file.suffix == ".bin"] if path.is_dir() else []
-    return files if any(Path(f"{file}{META}").is_file() for file in files) else []
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Yields files below a folder in sorted order; follows links, and visits every folder once."""
-    visited = set()
-    for root, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(root)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        folders.sort()
-        yield from (Path(root, name) for name in sorted(files))
+    below = list(walk(path)) if kind == "folder" else []
+    files = [file for file in below if file.suffix == ".bin"]
+    metas = [file for file in below if file.name.endswith(f".bin{META}")]
+    if not metas:
+        return []
+    for file in (*files, *metas):
+        file_kind(file)  # raises for a link that leads nowhere
+    present = set(files)
+    orphan = next((file for file in metas if file.with_suffix("") not in present), None)
+    if orphan:
+        raise UserError(f"{orphan}: there is no {orphan.stem} beside it; copy it, or remove {orphan.name}")
+    return files
 
 
 class InternEvoFile:
@@ -244,16 +243,21 @@ class InternEvoDataset(TokenDataset):
         return len(self.lengths)
 
 
-def convert(path: str, prefix: str, min_length: int = 0) -> dict[str, Any]:
+def convert(path: str, prefix: str, min_length: int = 0, overwrite: bool = False) -> dict[str, Any]:
     """Writes the documents of a path as a masked pair (`masked_pair`), in their order; returns the content of
     P.meta.
 
-    Every line is read. Raises `UserError` for damaged data, and then leaves old files as they are.
+    Every line is read. `overwrite`: replace data of the prefix that are made from others. Raises `UserError`
+    for damaged data, and then leaves old files as they are.
     """
-    if not find_files(path):
+    files = InternEvoDataset.files(path)
+    if not files:
         raise UserError(f"{path}: neither a .bin with its .bin{META} nor a folder with such files")
     dataset = InternEvoDataset(path, min_length)
     logger.info(dataset.note)
+    source = source_digest(files, ["InternEvo", min_length])
+    if not overwrite:
+        refuse_other_source([pair_prefix(prefix, key) for key in KEYS], source)
     with MaskedPairWriter(prefix) as writer:
         max_token = 0
         for start in range(0, len(dataset), DOCUMENTS_PER_WRITE):
@@ -268,6 +272,7 @@ def convert(path: str, prefix: str, min_length: int = 0) -> dict[str, Any]:
             "tokens": writer.tokens,
             "max_token": max_token,
             "left_out": dataset.left_out,
+            SOURCE: source,
         }
         writer.commit(facts)
     logger.info(

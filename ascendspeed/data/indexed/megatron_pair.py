@@ -12,10 +12,7 @@ checks the vocabulary by it. It is JSON, but its suffix is not .json, so that a 
 it.
 """
 
-import contextlib
-import fcntl
 import json
-import os
 import re
 import struct
 from collections.abc import Iterator
@@ -25,7 +22,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from ascendspeed.utils.atomic import sync_file, sync_path
+from ascendspeed.utils.atomic import open_locked, sync_file, sync_path
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -162,20 +159,13 @@ class PairWriter:
     def _claim(self) -> BinaryIO:
         """Opens the new .bin and locks it while it is open; the file of a killed run is overwritten."""
         path = self._temporary("bin")
-        while True:
-            claimed = path.open("ab")
-            try:
-                fcntl.flock(claimed, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                claimed.close()
-                raise UserError(
-                    f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix"
-                ) from error
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(claimed.fileno()), path.stat()):
-                    claimed.truncate(0)
-                    return claimed
-            claimed.close()  # the other writer has renamed it in the meantime
+        claimed = open_locked(path)
+        if claimed is None:
+            raise UserError(
+                f"{path}: another process is writing {self.prefix}; wait for it, or use another prefix"
+            )
+        claimed.truncate(0)
+        return claimed
 
     def _temporary(self, suffix: str) -> Path:
         return Path(f"{self.prefix}.{suffix}.tmp")

@@ -12,6 +12,7 @@ from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.indexed.epoch import EpochDataset
 from ascendspeed.data.indexed.megatron_pair import check_pair, pair_file, read_facts
 from ascendspeed.data.packing.rows import Sample
+from ascendspeed.data.readers.discovery import CACHE_FOLDER
 from ascendspeed.data.splits import describe_split, split_range
 from ascendspeed.data.token_dataset import TokenDataset, check_max_token
 from ascendspeed.utils.errors import UserError
@@ -63,7 +64,7 @@ class TextSamples:
         self._indexed = indexed
         self._split = Split[split]
         self._seq_length = data.seq_length
-        self._cache = Path(data.data_cache_path or Path(self.prefix).parent / "index-cache")
+        self._cache = Path(data.data_cache_path or Path(self.prefix).parent / CACHE_FOLDER)
         self._seed = seed
         self._documents = np.arange(documents.start, documents.stop, dtype=np.int32)
         tokens = int(indexed.sequence_lengths[documents.start : documents.stop].sum(dtype=np.int64))

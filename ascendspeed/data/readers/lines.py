@@ -1,11 +1,19 @@
 """Reads lines of jsonl and txt files: a shard is a range of bytes and owns the lines that begin in it."""
 
+import codecs
 import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ascendspeed.data.readers.json_text import (
+    RepeatedKey,
+    malformed,
+    not_an_object,
+    repeated_key,
+    unique_keys,
+)
 from ascendspeed.data.readers.shard import (
     BATCH_ROWS,
     SHARD_BYTES,
@@ -20,23 +28,29 @@ from ascendspeed.data.readers.shard import (
 )
 
 CHUNK = 1 << 20
-BOM = b"\xef\xbb\xbf"
+BOM = codecs.BOM_UTF8
+NUL = InvalidValue("NUL characters", "NUL bytes: a damaged disk or copy, or text that is not UTF-8")
+_decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 def json_row(line: bytes) -> Any:
-    """Parses a line; returns `InvalidValue.MALFORMED` if it is not a JSON object, None if it is blank."""
+    """Parses a line; returns an `InvalidValue` if it is not a JSON object, None if it is blank."""
     if not line.strip():
         return None
     try:
-        row = json.loads(decode(line))
-    except (ValueError, RecursionError):
-        return InvalidValue.MALFORMED
-    return row if isinstance(row, dict) else InvalidValue.MALFORMED
+        row = _decoder.decode(decode(line))
+    except RepeatedKey as error:
+        return repeated_key(str(error))
+    except RecursionError:
+        return malformed("nested too deeply")
+    except json.JSONDecodeError as error:
+        return NUL if b"\0" in line else malformed(f"{error.msg}, column {error.colno}")
+    return row if isinstance(row, dict) else not_an_object(row)
 
 
 def text_row(line: bytes) -> Any:
     """Returns a line of plain text as a row of its own."""
-    return {"text": decode(line.rstrip(b"\r\n"))}
+    return NUL if b"\0" in line else {"text": decode(line.rstrip(b"\r\n"))}
 
 
 def _lines(path: Path, start: int, stop: int) -> Iterator[tuple[int, bytes]]:

@@ -20,6 +20,7 @@ from ascendspeed.data.readers.shard import (
     split_evenly,
 )
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 MAX_SHARDS_PER_GROUP = 16
 """A shard reads over the rows of its group before it, which costs a few per cent at this number."""
@@ -36,7 +37,7 @@ def _open_version(path: Path, modified: int) -> pyarrow.parquet.ParquetFile:
     try:
         return pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} is not a parquet file: {error}") from error
+        raise UserError(f"{path} is not a parquet file: {first_line(error)}") from error
 
 
 def _columns(path: Path) -> list[str]:
@@ -81,7 +82,8 @@ def _read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
             if row >= shard.stop:
                 return
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{shard.path}: row group {shard.group} cannot be read: {error}") from error
+        reason = first_line(error)  # Arrow's messages have several lines
+        raise UserError(f"{shard.path}: row group {shard.group} cannot be read: {reason}") from error
 
 
 def _rows_before_group(shard: Shard) -> int:

@@ -1,8 +1,8 @@
 """Tables with random access to rows, for data that are tokenized in training.
 
-Lines (jsonl, txt) are read in place by an index of their offsets. Everything else goes through the `datasets`
-library: folders of `save_to_disk` and arrow files are read in place; parquet, json and csv are converted to
-arrow files in its cache.
+Lines (jsonl, txt) are read in place by an index of their offsets; csv, JSON arrays and compressed files after
+they have been copied to lines (`row_cache`). Parquet and arrow files go through the `datasets` library: arrow
+files and folders of `save_to_disk` are read in place, parquet is converted to arrow files in its cache.
 """
 
 import hashlib
@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ascendspeed.data.readers import registry, row_cache
 from ascendspeed.data.readers.lines import BOM, json_row, text_row
 from ascendspeed.data.readers.parquet import to_python
+from ascendspeed.data.readers.row_cache import cached_rows
 from ascendspeed.data.readers.shard import RowBatch, column_names, missing_value, rows_to_batch
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
@@ -22,6 +24,7 @@ from ascendspeed.utils.text import first_line
 CHUNK = 1 << 24
 SAVED_FILES = ("state.json", "dataset_info.json")
 """Files in a folder of `save_to_disk`."""
+ARROW = ".arrow"
 ROWS_FOR_COLUMNS = 1000
 """Rows from which the column names are taken."""
 
@@ -45,16 +48,23 @@ class Table(ABC):
 
 
 class LineTable(Table):
-    """Lines of jsonl and txt files."""
+    """Lines of text files, or of their copies in a cache."""
 
-    def __init__(self, files: Sequence[Path]) -> None:
-        self._files = list(files)
+    def __init__(self, files: Sequence[Path], cache: Path | None = None) -> None:
+        """`cache`: folder for copies of files that cannot be read in place."""
+        self._paths = list(files)
+        copies = [cached_rows(path, cache) if cache else None for path in files]
+        self._cached = [copy is not None for copy in copies]
+        self._parsers = [
+            row_cache.parse if copy else text_row if registry.format_of(path) == ".txt" else json_row
+            for path, copy in zip(files, copies, strict=True)
+        ]
+        self._files = [copy or path for path, copy in zip(files, copies, strict=True)]
         offsets = [_line_offsets(path) for path in self._files]
         self._bounds = []
         for path, begins in zip(self._files, offsets, strict=True):
             self._bounds.append(np.append(begins, path.stat().st_size))
         self._first_row = np.cumsum([0, *map(len, offsets)])
-        self._parse = text_row if self._files[0].suffix == ".txt" else json_row
         rows = (self._row(number) for number in range(min(ROWS_FOR_COLUMNS, len(self))))
         self.columns = column_names(row for row in rows if row is not None)
 
@@ -71,19 +81,25 @@ class LineTable(Table):
 
     def describe_location(self, number: int) -> str:
         which, line = self._file_and_line(number)
-        return f"{self._files[which]}, line {line + 1}"
+        path = self._paths[which]
+        if not self._cached[which]:
+            return f"{path}, line {line + 1}"
+        return f"{path}, {registry.describe_location(path, row_cache.location(self._line(which, line)))}"
 
     def _file_and_line(self, number: int) -> tuple[int, int]:
         which = int(np.searchsorted(self._first_row, number, side="right")) - 1
         return which, number - int(self._first_row[which])
 
-    def _row(self, number: int) -> Any:
-        which, line = self._file_and_line(number)
+    def _line(self, which: int, line: int) -> bytes:
         start, stop = self._bounds[which][line : line + 2].tolist()
         with self._files[which].open("rb") as file:
             file.seek(start)
             content = file.read(stop - start)
-        return self._parse(content.removeprefix(BOM) if not start else content)
+        return content.removeprefix(BOM) if not start else content
+
+    def _row(self, number: int) -> Any:
+        which, line = self._file_and_line(number)
+        return self._parsers[which](self._line(which, line))
 
 
 def _line_offsets(path: Path) -> np.ndarray:
@@ -130,24 +146,23 @@ class ArrowTable(Table):
         return f"{self._path}, row {number + 1}"
 
 
-def open_table(path: str, files: Sequence[Path], cache: Path | None) -> Table:
-    """Opens `files`, all of one kind. `cache`: folder for arrow files; None: the library's default.
+def open_table(path: str, files: Sequence[Path], rows_cache: Path, arrow_cache: Path | None) -> Table:
+    """Opens `files`, all of one type.
+
+    `rows_cache`: folder for copies of rows; `arrow_cache`: folder for arrow files; None: the library's own.
 
     Raises `UserError` for damaged files, and if the library is needed and not installed.
     """
     try:
-        if all(map(_holds_lines, files)):
-            return LineTable(files)
-        return ArrowTable(path, _load_dataset(path, files, cache))
+        if _is_text(files[0]):
+            return LineTable(files, rows_cache)
+        return ArrowTable(path, _load_dataset(path, files, arrow_cache))
     except OSError as error:
         raise UserError(f"{error.filename or path} cannot be read: {error.strerror or error}") from error
 
 
-def _holds_lines(file: Path) -> bool:
-    if file.suffix == ".json":  # an array, or lines
-        with file.open("rb") as stream:
-            return stream.read(1 << 12).removeprefix(BOM).lstrip()[:1] != b"["
-    return file.suffix in (".jsonl", ".txt")
+def _is_text(file: Path) -> bool:
+    return registry.format_of(file) in registry.TEXT_READERS
 
 
 def _load_dataset(path: str, files: Sequence[Path], cache: Path | None) -> Any:
@@ -163,25 +178,20 @@ def _load_dataset(path: str, files: Sequence[Path], cache: Path | None) -> Any:
     try:
         if (files[0].parent / SAVED_FILES[0]).is_file():
             return datasets.load_from_disk(str(files[0].parent))
-        if files[0].suffix == ".arrow":
+        if files[0].suffix == ARROW:
             return datasets.concatenate_datasets([datasets.Dataset.from_file(name) for name in names])
-        readers = {
-            ".parquet": datasets.Dataset.from_parquet,
-            ".csv": datasets.Dataset.from_csv,
-            ".json": datasets.Dataset.from_json,
-        }
-        return readers[files[0].suffix](names, **options)
+        return datasets.Dataset.from_parquet(names, **options)
     except (OSError, MemoryError):
         raise
     except Exception as error:  # the library and Arrow raise all kinds
-        cause = error.__cause__ or error
         raise UserError(
-            f"{path} cannot be read as a data set: {first_line(cause)}; tools/preprocess_data.py counts bad "
-            "rows instead"
+            f"{path} cannot be read as a data set: {first_line(error.__cause__ or error)}"
         ) from error
 
 
 def fingerprint(files: Sequence[Path]) -> str:
     """Hashes the names, sizes and times of files, so that it changes when a file does."""
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stats: list[object] = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    if _is_text(files[0]) and any(registry.reader_of(file).rows(file) is not None for file in files):
+        stats.append(row_cache.VERSION)
     return hashlib.sha256(repr(stats).encode()).hexdigest()

@@ -1,17 +1,17 @@
-"""Reads files that have no random access (json arrays, csv, .gz) in order; their shards carry the rows."""
+"""Reads files that have no random access (csv, JSON arrays, compressed files) in order; their shards
+carry the rows."""
 
-import csv
-import gzip
 import io
-import json
-import sys
-import zlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
+from ascendspeed.data.readers import json_text
+from ascendspeed.data.readers.compression import DAMAGED, compression_of, open_text, read_head
+from ascendspeed.data.readers.csv_text import CsvError, strict_rows
+from ascendspeed.data.readers.json_text import Layout
 from ascendspeed.data.readers.lines import BOM, JSONL, json_row, text_row
 from ascendspeed.data.readers.shard import (
     SHARD_BYTES,
@@ -25,22 +25,43 @@ from ascendspeed.data.readers.shard import (
     split_batch,
 )
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
+
+logger = logging.getLogger(__name__)
 
 NumberedRows = Iterator[tuple[int, Any]]
-"""Rows with their numbers, from 1."""
-RowParser = Callable[[BinaryIO], NumberedRows]
+"""Rows with their locations: numbers of lines or rows, from 1."""
+RowParser = Callable[[Path, IO[bytes]], NumberedRows]
+"""(path, for messages; its decompressed content) -> rows."""
 ROW_OVERHEAD = 64
 """Bytes that every row counts for, beside its text."""
 
 
-def csv_rows(file: BinaryIO) -> NumberedRows:
-    """Parses csv with a header; a row with more or fewer cells than the header is invalid, because cells
-    cannot be assigned."""
-    csv.field_size_limit(sys.maxsize)
-    lines = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline=""))
-    rows = (cells for cells in lines if cells)
-    header = next(rows, [])
-    return enumerate((_csv_row(header, cells) for cells in rows), 1)
+def csv_rows(delimiter: str) -> RowParser:
+    """Builds a parser of csv with a header; a row with more or fewer cells than the header is invalid,
+    because cells cannot be assigned."""
+
+    def rows(path: Path, file: IO[bytes]) -> NumberedRows:
+        lines = strict_rows(_csv_text(file), delimiter)
+        header = next((cells for _, _, cells in lines), [])
+        count = over_lines = longest = longest_line = 0
+        for first, last, cells in lines:
+            count += 1
+            over_lines += last > first
+            if last - first > longest:
+                longest, longest_line = last - first, first
+            yield first, _csv_row(header, cells)
+        if over_lines:
+            logger.info(
+                f"note: {path}: {over_lines:,} of {count:,} rows hold line breaks in quotes; the longest, at "
+                f"line {longest_line:,}, takes {longest + 1:,} lines"
+            )
+
+    return rows
+
+
+def _csv_text(file: IO[bytes]) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:
@@ -53,7 +74,7 @@ def _csv_row(header: list[str], cells: list[str]) -> Any:
 def line_rows(parse: Callable[[bytes], Any]) -> RowParser:
     """Builds a parser for files of lines, each parsed by `parse`."""
 
-    def rows(file: BinaryIO) -> NumberedRows:
+    def rows(path: Path, file: IO[bytes]) -> NumberedRows:
         for number, line in enumerate(file, 1):
             row = parse(line.removeprefix(BOM) if number == 1 else line)
             if row is not None:
@@ -62,43 +83,11 @@ def line_rows(parse: Callable[[bytes], Any]) -> RowParser:
     return rows
 
 
-def array_rows(file: BinaryIO) -> Iterator[Any]:
-    """Yields the elements of a JSON array one at a time. Raises `ValueError` if the text is damaged."""
-    text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
-    decoder = json.JSONDecoder()
-    buffer, position = "", 0
-    last_separator = ""
-    step = 1 << 16
-    while chunk := text.read(step):
-        buffer, position = buffer[position:] + chunk, 0
-        while True:
-            while position < len(buffer) and buffer[position] in "[], \t\r\n":  # between elements (objects)
-                last_separator = buffer[position].strip() or last_separator
-                position += 1
-            try:
-                row, position = decoder.raw_decode(buffer, position)
-            except (ValueError, RecursionError):
-                break  # the element is not complete yet, or the file is damaged
-            last_separator = ""
-            yield row if isinstance(row, dict) else InvalidValue.MALFORMED
-        step = max(step, 2 * (len(buffer) - position))  # doubling keeps a huge element from many parses
-    if buffer[position:] or last_separator != "]":
-        context = buffer[position : position + 40]
-        raise ValueError(f"the array does not end, or no JSON value begins at {context!r}")
-
-
-def numbered_array(file: BinaryIO) -> NumberedRows:
-    """Yields the elements of a JSON array with their numbers."""
-    return enumerate(array_rows(file), 1)
-
-
-def json_rows(file: BinaryIO) -> NumberedRows:
-    """Parses a JSON array or lines of objects: both have the suffix .json."""
-    return numbered_array(file) if _is_array(file.peek(1 << 12)) else line_rows(json_row)(file)  # type: ignore[attr-defined]
-
-
-def _is_array(head: bytes) -> bool:
-    return head.removeprefix(BOM).lstrip()[:1] == b"["
+def json_rows(layout: Layout) -> RowParser:
+    """Builds a parser of JSON in a layout."""
+    if layout is Layout.LINES:
+        return line_rows(json_row)
+    return lambda path, file: enumerate(json_text.rows(file, layout), 1)
 
 
 def _text_length(value: Any) -> int:
@@ -110,33 +99,40 @@ def _text_length(value: Any) -> int:
     return sum(map(_text_length, value)) if isinstance(value, list) else 0
 
 
-def sequential_reader(parse: RowParser) -> FileReader:
-    """Builds a reader for files that one process reads in order."""
+def sequential_rows(path: Path, parse: RowParser) -> Iterator[tuple[int, Any, float]]:
+    """Yields (location, row, fraction of the file that is read). Raises `UserError` for a damaged file."""
+    try:
+        size = max(1, path.stat().st_size)
+        with open_text(path) as (file, raw):
+            for location, row in parse(path, file):
+                yield location, row, raw.tell() / size
+    except CsvError as error:
+        raise UserError(f"{path}, line {error.line}: {error}") from error
+    except (ValueError, *DAMAGED) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def sequential_reader(
+    parse: RowParser, columns: Callable[[Path], list[str]] | None = None, unit: str = "line"
+) -> FileReader:
+    """Builds a reader for files that one process reads in order.
+
+    `columns`: by default the keys of the first rows; `unit`: what the parser counts.
+    """
 
     def rows(path: Path) -> Iterator[tuple[int, Any, float]]:
-        """Yields (number, row, fraction of the file that is read)."""
-        size = max(1, path.stat().st_size)
-        compressed = path.suffix.lower() == ".gz"
-        try:
-            with (
-                path.open("rb") as raw,
-                gzip.GzipFile(fileobj=raw) if compressed else nullcontext(raw) as file,
-            ):
-                for number, row in parse(file):  # type: ignore[arg-type]
-                    yield number, row, raw.tell() / size
-        except (ValueError, EOFError, OSError, zlib.error, csv.Error) as error:
-            raise UserError(f"{path} is damaged: {error}") from error
+        return sequential_rows(path, parse)
 
-    def columns(path: Path) -> list[str]:
+    def first_columns(path: Path) -> list[str]:
         return column_names(row for _, row, _ in islice(rows(path), 1000))
 
     def shards(path: Path, needed: Sequence[str]) -> Iterator[Shard]:
         collected: list[tuple[int, Any]] = []
         size = 0
         begin = 0.0
-        for number, row, end in rows(path):
+        for location, row, end in rows(path):
             selected = select_columns(row, needed) if isinstance(row, dict) else row
-            collected.append((number, selected))
+            collected.append((location, selected))
             size += ROW_OVERHEAD + _text_length(selected)
             if size >= SHARD_BYTES:
                 yield Shard(path, rows=rows_to_batch(collected, needed), weight=end - begin)
@@ -147,24 +143,50 @@ def sequential_reader(parse: RowParser) -> FileReader:
     def read(shard: Shard, needed: Sequence[str]) -> Iterator[RowBatch]:
         return split_batch(shard.rows or RowBatch())
 
-    return FileReader(columns, shards, read, lambda path, number: f"row {number}")
+    def describe_location(path: Path, number: int) -> str:
+        return f"{unit} {number}"
+
+    return FileReader(columns or first_columns, shards, read, describe_location, rows)
 
 
-CSV = sequential_reader(csv_rows)
-GZ_JSON = sequential_reader(json_rows)
-GZ_TEXT = sequential_reader(line_rows(text_row))
-JSON_ARRAY = sequential_reader(numbered_array)
+def _csv_reader(delimiter: str) -> FileReader:
+    def columns(path: Path) -> list[str]:
+        def header(path: Path, file: IO[bytes]) -> NumberedRows:
+            text = _csv_text(file)  # closes the file when it is deleted
+            yield 1, next((cells for _, _, cells in strict_rows(text, delimiter)), [])
+
+        return next(row for _, row, _ in sequential_rows(path, header))
+
+    return sequential_reader(csv_rows(delimiter), columns)
+
+
+CSV = _csv_reader(",")
+TSV = _csv_reader("\t")
+COMPRESSED_TXT = sequential_reader(line_rows(text_row))
+COMPRESSED_JSON_LINES = sequential_reader(json_rows(Layout.LINES))
+JSON_READERS = {
+    layout: sequential_reader(json_rows(layout), unit="row")
+    for layout in Layout
+    if layout is not Layout.LINES
+}
+"""Readers of JSON that is not one object per line, compressed or not."""
 
 
 def _json_reader(path: Path) -> FileReader:
-    with path.open("rb") as file:
-        return JSON_ARRAY if _is_array(file.read(1 << 12)) else JSONL
+    try:
+        layout = json_text.recognise(read_head(path))
+    except DAMAGED as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+    if layout is Layout.LINES:
+        return COMPRESSED_JSON_LINES if compression_of(path) else JSONL
+    return JSON_READERS[layout]
 
 
 JSON = FileReader(
     lambda path: _json_reader(path).columns(path),
     lambda path, needed: _json_reader(path).shards(path, needed),
-    lambda shard, needed: (JSONL if shard.rows is None else JSON_ARRAY).read(shard, needed),
+    lambda shard, needed: (JSONL if shard.rows is None else COMPRESSED_JSON_LINES).read(shard, needed),
     lambda path, location: _json_reader(path).describe_location(path, location),
+    lambda path: _json_reader(path).rows(path),
 )
-"""Reads an array, or lines, which processes read in parallel."""
+"""Reads JSON in any layout; lines that are not compressed by processes in parallel."""

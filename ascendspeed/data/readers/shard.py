@@ -37,11 +37,9 @@ class InvalidValue:
     detail: str = ""
     """Description of this value's error."""
 
-    MALFORMED: ClassVar["InvalidValue"]
     NOT_UTF8: ClassVar["InvalidValue"]
 
 
-InvalidValue.MALFORMED = InvalidValue("malformed", "not a JSON object")
 InvalidValue.NOT_UTF8 = InvalidValue("invalid UTF-8")
 MISSPELLED = "misspelt column"
 SIMILARITY = 0.8
@@ -78,6 +76,9 @@ class FileReader:
     """(shard, needed) -> rows of a shard."""
     describe_location: Callable[[Path, int], str]
     """(path, location) -> text such as `line 7`."""
+    rows: Callable[[Path], Iterator[tuple[int, Any, float]] | None] = lambda path: None
+    """(path) -> (location, row, fraction of the file that is read) of all rows, for a file that can only be
+    read from its beginning; None for any other."""
 
 
 def split_evenly(size: int, parts: int) -> list[tuple[int, int]]:

@@ -1,6 +1,5 @@
 """A Hugging Face dataset on disk that is tokenized in training."""
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,17 +17,15 @@ from ascendspeed.data.handlers.registry import (
     unread_columns,
 )
 from ascendspeed.data.readers import random_access
+from ascendspeed.data.readers.discovery import CACHE_FOLDER
 from ascendspeed.data.splits import split_range
-from ascendspeed.data.streaming.source_files import find_files
+from ascendspeed.data.streaming.source_files import check_files, find_files
 from ascendspeed.data.streaming.streamed_samples import StreamedSamples
 from ascendspeed.data.token_dataset import TokenDataset
 from ascendspeed.data.tokenize import DocumentEncoder
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
-
-VOCABULARY_SUFFIXES = (".json", ".model")
-"""Tokenizer files that decide on the ids."""
 
 
 class StreamedDataset(TokenDataset):
@@ -49,35 +46,34 @@ class StreamedDataset(TokenDataset):
                 "--data-path"
             )
         cache = Path(data.data_cache_path) if data.data_cache_path else None
-        self.table = random_access.open_table(path, files, cache and cache / "datasets")
+        self.cache = cache or Path(path).absolute().parent / CACHE_FOLDER
+        self.table = random_access.open_table(path, files, self.cache / "rows", cache and cache / "datasets")
         if not len(self.table):
             raise UserError(f"{path}: there is no row in it")
         check_columns(handler, path, self.table.columns)
         for note in filter(None, (*handler.notes, unread_columns(handler, self.table.columns))):
             logger.info(f"{path}: {note}")
-        self.cache = cache or Path(path).absolute().parent / "index-cache"
         self.cache_key = self._cache_key(files)
         """Everything that decides which documents the rows give."""
 
     def _cache_key(self, files: Sequence[Path]) -> list[object]:
-        digests = []
-        for path in sorted(self.encoder.tokenizer.path.glob("*")):
-            if path.suffix in VOCABULARY_SUFFIXES:
-                digests.append(hashlib.sha256(path.read_bytes()).hexdigest())
-        settings = vars(self.encoder.config) | {"tokenizer_path": ""}
-        return [random_access.fingerprint(files), digests, settings]
+        return [random_access.fingerprint(files), *self.encoder.identity]
 
     @classmethod
     def match(cls, path: str) -> bool:
-        return bool(find_files(path))
+        return bool(find_files(path).files)
 
     @classmethod
     def open(cls, path: str, data: DataConfig, vocab_size: int) -> Self:
-        return cls(path, find_files(path), data)
+        found = find_files(path)
+        for note in found.notes:
+            logger.info(f"note: {note}")
+        check_files(found.files)
+        return cls(path, found.files, data)
 
     @classmethod
     def files(cls, path: str) -> list[Path]:
-        return find_files(path)
+        return find_files(path).files
 
     def samples(self, split: str, data: DataConfig, seed: int) -> StreamedSamples:
         return StreamedSamples(self, split_range(data.split, split, len(self)), split, data, seed)

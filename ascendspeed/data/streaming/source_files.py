@@ -1,70 +1,102 @@
-"""Finds the files of a Hugging Face dataset on disk."""
+"""Finds the files of a data set that is tokenized in training."""
 
-import re
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from ascendspeed.data.readers import random_access
+from ascendspeed.data.readers import discovery, random_access, registry
+from ascendspeed.data.readers.discovery import FoundFiles
+from ascendspeed.data.readers.random_access import ARROW
 from ascendspeed.utils.errors import UserError
 
-SUFFIXES = (".parquet", ".arrow", ".jsonl", ".json", ".csv", ".txt")
-SPLIT_WORDS = {
-    "train": "train training",
-    "validation": "validation valid val dev",
-    "test": "test testing eval",
-}
-"""Split -> words in file names that stand for it."""
+SAME_TYPE = {".ndjson": ".jsonl", ".json": ".jsonl"}
+"""Types whose files may be read together."""
+INDEXED = (".bin", ".idx", ".meta")
+"""Files of indexed data, which are named by their prefix."""
 
 
-def find_files(path: str) -> list[Path]:
-    """Returns the files that a path names: a file, a glob, or a folder; empty if it holds no such data.
+def find_files(path: str) -> FoundFiles:
+    """Finds the files that a path names: a file, a glob, or a folder; none if it holds no such data.
 
-    Raises `UserError` for a folder with several splits.
+    Raises `UserError` for several splits or types, and for a file of an unknown type.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        return _of_one_suffix(_named_files(path))
+    kind = discovery.file_kind(Path(path)) if path else ""
+    saved = _saved_files(Path(path)) if kind == "folder" else None
+    if saved is not None:
+        return FoundFiles(saved)
+    found = discovery.find_files(path, _type_of)
+    if not found.files:
+        _refuse_nothing(path, kind, found)
+    for file in found.files:
+        if not _type_of(file):
+            _refuse_type(file)
+    discovery.refuse_repeated(found.files)
+    _check_types(path, found.files)
+    return found
+
+
+def check_files(files: Sequence[Path]) -> None:
+    """Raises `UserError` for a file that cannot be read, a Git LFS pointer, and UTF-16."""
+    for file in files:
+        if _type_of(file) != ARROW:
+            registry.check_file(file)
+
+
+def _saved_files(folder: Path) -> list[Path] | None:
+    """Returns the arrow files of a folder of `save_to_disk`; None for any other folder."""
     if all((folder / name).is_file() for name in random_access.SAVED_FILES):
-        return sorted(folder.glob("*.arrow"))
-    if (folder / "dataset_dict.json").is_file():
-        parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED_FILES[0]).is_file())
-        if len(parts) != 1:
-            raise UserError(
-                f"{path} holds several data sets; name one of them: "
-                f"{', '.join(map(str, parts)) or 'there is none'}"
-            )
-        return sorted(parts[0].glob("*.arrow"))
-    files = _of_one_suffix(sorted(p for p in folder.rglob("*") if p.is_file() and p.name[0] != "."))
-    splits = {_split_of(file.relative_to(folder)): file for file in reversed(files)}
-    splits.pop("", None)
-    if len(splits) > 1:
-        example = next(iter(splits.values()))
+        return sorted(folder.glob(f"*{ARROW}"))
+    if not (folder / "dataset_dict.json").is_file():
+        return None
+    parts = sorted(p for p in folder.iterdir() if (p / random_access.SAVED_FILES[0]).is_file())
+    if len(parts) != 1:
         raise UserError(
-            f"{path} holds several splits, {', '.join(sorted(splits))}: name the files of one, such as "
-            f"'{example}'"
+            f"{folder} holds several data sets; name one of them: "
+            f"{', '.join(map(str, parts)) or 'there is none'}"
         )
-    return files
+    return sorted(parts[0].glob(f"*{ARROW}"))
 
 
-def _named_files(path: str) -> list[Path]:
-    """Files of a path that is no folder: the file itself, or the matches of a glob."""
-    file = Path(path)
-    if file.is_file():
-        return [file]
-    return sorted(file.parent.glob(file.name)) if set(path) & set("*?[") else []
+def _type_of(file: Path) -> str:
+    return ARROW if file.suffix.lower() == ARROW else registry.type_of(file)
 
 
-def _of_one_suffix(files: Sequence[Path]) -> list[Path]:
-    """Files with the first of `SUFFIXES` that occurs, without the hub's metadata."""
-    data = [file for file in files if not file.name.startswith("dataset_info")]
-    for suffix in SUFFIXES:
-        matching = [file for file in data if file.suffix == suffix]
-        if matching:
-            return matching
-    return []
+def _format(file: Path) -> str:
+    """Format of a file whatever its compression."""
+    name = registry.format_of(file)
+    return SAME_TYPE.get(name, name)
 
 
-def _split_of(file: Path) -> str:
-    """Split that a file name indicates; empty if none."""
-    words = set(re.split(r"[^a-z]+", str(file).lower()))
-    return next((split for split, names in SPLIT_WORDS.items() if words & set(names.split())), "")
+def _refuse_nothing(path: str, kind: str, found: FoundFiles) -> None:
+    """Raises `UserError` if a path without files is not the prefix of indexed data."""
+    if kind == "folder":
+        detail = f" ({'; '.join(found.notes)})" if found.notes else ""
+        raise UserError(
+            f"{path} holds no data{detail}: looked for {registry.describe_types()}, {ARROW}, and InternEvo's "
+            ".bin with .bin.meta; indexed data are named by their prefix"
+        )
+    if _type_of(Path(path)) or glob.has_magic(path):
+        raise UserError(f"{path}: there is no such file")
+
+
+def _refuse_type(file: Path) -> None:
+    """Raises `UserError` for a file that is no data set."""
+    if file.suffix in INDEXED and file.with_suffix(".idx").is_file():
+        raise UserError(f"{file}: indexed data are named by their prefix, {file.with_suffix('')}")
+    if file.suffix == ".bin":
+        raise UserError(
+            f"{file}: there is neither {file.name}.meta (InternEvo's data) nor {file.stem}.idx (Megatron's) "
+            "beside it"
+        )
+    registry.reader_of(file)
+
+
+def _check_types(path: str, files: Sequence[Path]) -> None:
+    """Raises `UserError` for files of several types: one of them would be passed over, or was not meant."""
+    types = discovery.count_types(files, _format)
+    if types:
+        example = next(file for file in files if _format(file) != _format(files[0]))
+        raise UserError(
+            f"{path} holds files of several types, {types}: name those of one, by a quoted glob such as "
+            f"'{example.parent}/*{_type_of(example)}', or make .bin/.idx of all by tools/preprocess_data.py"
+        )

@@ -166,7 +166,7 @@ def _best_candidates(
     )
     if params.vocab_size is not None:
         scores[:, params.vocab_size :] = float("-inf")
-    if params.do_sample:
+    if params.is_random:
         scores = warp_logits(scores, params)
     beam_scores = torch.tensor(
         [[beam.score for beam in search.beams] for search in searches],
@@ -174,7 +174,7 @@ def _best_candidates(
         dtype=scores.dtype,
     )
     totals = (scores.view(len(searches), params.num_beams, -1) + beam_scores[:, :, None]).flatten(1)
-    if params.do_sample:
+    if params.is_random:
         uniforms = torch.stack([torch.from_numpy(s.random.random(totals.size(1))) for s in searches])
         best, indices = sample_without_replacement(totals, uniforms.to(totals.device), count)
     else:

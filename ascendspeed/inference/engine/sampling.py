@@ -219,7 +219,7 @@ def _choose_from_logits(
     scores = apply_repetition_penalty(logits, seen.mask, params.repetition_penalty)
     if params.vocab_size is not None:
         scores[:, params.vocab_size :] = float("-inf")
-    if not params.do_sample:
+    if not params.is_random:
         return scores.argmax(-1)
     uniforms = torch.tensor([row.random.random() for row in rows], dtype=torch.float64, device=logits.device)
     return sample_from_logits(warp_logits(scores, params), uniforms)

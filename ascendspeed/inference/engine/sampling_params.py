@@ -15,11 +15,11 @@ class SamplingParams:
     do_sample: bool = False
     """Sample tokens (with beams: their continuations) instead of choosing the most likely ones."""
     temperature: float = 1.0
-    """Divisor of the logits before sampling."""
+    """Divisor of the logits before sampling; 0: the most likely token."""
     top_k: int = 0
-    """Sample among this many most likely tokens; 0: all."""
+    """Sample among this many most likely tokens; 0 or -1: all."""
     top_p: float = 1.0
-    """Sample among the most likely tokens whose probabilities add up to this."""
+    """Sample among the most likely tokens whose probabilities add up to this; 0: the most likely token."""
     repetition_penalty: float = 1.0
     """Above 1: tokens of the prompt and of the answer become less likely."""
     num_beams: int = 1
@@ -36,6 +36,11 @@ class SamplingParams:
     """Ids from here on are never chosen, as the tokenizer has no token for them; None: all rows of the
     model."""
 
+    @property
+    def is_random(self) -> bool:
+        """True if tokens are drawn: sampling at temperature 0 or with top_p 0 chooses the most likely one."""
+        return self.do_sample and self.temperature > 0 and self.top_p > 0
+
     def check(self) -> None:
         """Raises `UserError` for a value out of range or a setting that has no effect."""
         self._check_ranges()
@@ -46,7 +51,7 @@ class SamplingParams:
                     f"--{name.replace('_', '-')} {getattr(self, name)} has an effect only with sampling"
                 )
         most = max(self.num_beams, 1)
-        independent_samples = self.do_sample and self.num_beams == 1
+        independent_samples = self.is_random and self.num_beams == 1
         if self.num_return_sequences > most and not independent_samples:
             raise UserError(
                 f"--num-return-sequences {self.num_return_sequences}: only {most} available; "
@@ -60,11 +65,11 @@ class SamplingParams:
             "num_return_sequences": (self.num_return_sequences >= 1, "must be at least 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "must be above 0"),
             "temperature": (
-                1e-4 <= self.temperature < math.inf,
-                "must be at least 0.0001 (to get the most likely token, do not sample)",
+                self.temperature == 0 or 1e-4 <= self.temperature < math.inf,
+                "must be 0 (always the most likely token) or at least 0.0001",
             ),
-            "top_p": (0 < self.top_p <= 1, "must be above 0 and at most 1"),
-            "top_k": (self.top_k >= 0, "must be 0 or more"),
+            "top_p": (0 <= self.top_p <= 1, "must be between 0 (always the most likely token) and 1"),
+            "top_k": (self.top_k >= -1, "must be above 0, or 0 or -1 for all tokens"),
             "length_penalty": (-32 <= self.length_penalty <= 32, "must be between -32 and 32"),
         }
         for name, (is_valid, rule) in valid.items():

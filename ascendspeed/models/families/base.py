@@ -120,6 +120,8 @@ class Family:
     extra_formats: tuple[str, ...] = ()
     """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`,
     `mindformers`)."""
+    gguf_architecture: str | None = None
+    """Architecture of llama.cpp that computes the family; None: it is not written as GGUF."""
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that hold no weights."""
 

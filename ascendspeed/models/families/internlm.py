@@ -24,6 +24,7 @@ INTERNLM = Family(
     chat_template="v1",
     llama_names=LlamaNames(),
     internevo_types=("INTERNLM", "LLAMA2"),
+    gguf_architecture="llama",
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm-7b": BASE,

@@ -71,6 +71,7 @@ INTERNLM2 = Family(
     ),
     internevo_types=("INTERNLM2", "LLAMA2"),
     internevo_aliases=("INTERNLM2_PUBLIC", "INTERNLM2"),
+    gguf_architecture="internlm2",
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm2-1.8b": SMALL,

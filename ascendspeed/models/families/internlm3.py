@@ -37,6 +37,7 @@ INTERNLM3 = Family(
     chat_template="v3",
     internevo_types=("LLAMA2",),
     internevo_aliases=("INTERNLM3", "INTERNLM3_PUBLIC"),
+    gguf_architecture="llama",
     extra_formats=("hf-llama",),
     presets={
         "internlm3-8b": BASE,

@@ -87,6 +87,7 @@ LLAMA = Family(
     required_values={"hidden_act": "silu"},
     tokenizer_class="LlamaTokenizer",
     internevo_types=("LLAMA2",),
+    gguf_architecture="llama",
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "llama-7b": BASE,

@@ -29,6 +29,7 @@ QWEN2 = Family(
     required_values={"hidden_act": "silu", "use_sliding_window": False},
     tokenizer_class="Qwen2Tokenizer",
     requires_tokenizer_class=True,
+    gguf_architecture="qwen2",
     presets={
         "qwen2-0.5b": replace(
             BASE,

@@ -11,7 +11,11 @@ from ascendspeed.tokenization.chat.messages import (
     shorten,
 )
 from ascendspeed.tokenization.chat.segments import PromptSegment, SegmentEncoder
-from ascendspeed.tokenization.chat.stop_tokens import generation_config_stops, stop_token_ids
+from ascendspeed.tokenization.chat.stop_tokens import (
+    control_token_ids,
+    generation_config_stops,
+    stop_token_ids,
+)
 from ascendspeed.tokenization.chat.templates import TEMPLATES, ChatTemplate, choose_template
 
 __all__ = [
@@ -24,6 +28,7 @@ __all__ = [
     "SegmentEncoder",
     "ToolCall",
     "choose_template",
+    "control_token_ids",
     "generation_config_stops",
     "read_messages",
     "read_training_messages",

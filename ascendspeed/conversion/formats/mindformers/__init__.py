@@ -5,7 +5,13 @@ names.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ascendspeed.conversion.formats.base import CheckpointFormat, Direction, ReadOptions
+from ascendspeed.conversion.formats.base import (
+    CheckpointFormat,
+    CheckpointWriter,
+    Direction,
+    ReadOptions,
+    WriteOptions,
+)
 from ascendspeed.models.families import FAMILIES
 
 if TYPE_CHECKING:
@@ -16,12 +22,13 @@ class MindFormersFormat(CheckpointFormat):
     """A folder with one `.ckpt`."""
 
     name = "mindformers"
+    summary = "one .ckpt of MindFormers (MindSpore)"
     contents = "a .ckpt of MindFormers"
     marker_files = "*.ckpt"
 
     def supports(self, family: str, direction: Direction) -> bool:
-        """True for reading the families that MindFormers has under these parameter names."""
-        return direction == "read" and self.name in FAMILIES[family].extra_formats
+        """True for the families that MindFormers has under these parameter names."""
+        return self.name in FAMILIES[family].extra_formats
 
     def detect(self, folder: Path) -> bool:
         """True if there is a `.ckpt`."""
@@ -32,3 +39,9 @@ class MindFormersFormat(CheckpointFormat):
         from ascendspeed.conversion.formats.mindformers.reading import open_ckpt
 
         return open_ckpt(folder, options.config_dir, self)
+
+    def writer(self, options: WriteOptions) -> CheckpointWriter:
+        """Returns a writer of one `.ckpt`."""
+        from ascendspeed.conversion.formats.mindformers.writing import MindFormersWriter
+
+        return MindFormersWriter(self)

@@ -2,15 +2,15 @@
 `None`, `NA`).
 """
 
-import csv
 import re
 from codecs import BOM_UTF8
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ascendspeed.data.readers.csv_text import CsvError, strict_rows
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked_file, parse_json
+from ascendspeed.utils.safe_io import checked_file, checked_text, parse_json
 from ascendspeed.utils.text import first_line
 
 
@@ -32,6 +32,11 @@ def csv_rows(
                     f"{location}: the first line must name the columns, but lacks {', '.join(missing)}: "
                     f"{','.join(row)}"
                 )
+            repeated = next((name for name in names if row.count(name) > 1), None)
+            if repeated:
+                raise UserError(
+                    f"{location}: the column {repeated!r} stands there {row.count(repeated)} times"
+                )
             columns, width = [row.index(name) for name in names], len(row)
         elif len(row) != width:
             raise UserError(
@@ -45,15 +50,13 @@ def csv_rows(
 
 def _csv_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     try:
-        with open(checked_file(path), encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, strict=True)
-            line = 1
-            for row in reader:
-                if row:  # the csv module returns [] for an empty line
-                    yield f"{path}:{line}", row
-                line = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: this is not CSV: {error}") from None
+        with open(checked_text(path), encoding="utf-8-sig", newline="") as file:
+            for line, _, row in strict_rows(file):
+                if any("\0" in cell for cell in row):
+                    raise UserError(f"{path}:{line}: a cell holds NUL characters; the file is damaged")
+                yield f"{path}:{line}", row
+    except CsvError as error:
+        raise UserError(f"{path}:{error.line}: this is not CSV: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -64,7 +67,7 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises UserError with file and line.
     """
     try:
-        with open(checked_file(path), "rb") as file:
+        with open(checked_text(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(BOM_UTF8) if number == 1 else line
                 if not line.strip():

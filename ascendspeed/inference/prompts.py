@@ -13,7 +13,7 @@ from ascendspeed.inference.args import GenerationArgs
 from ascendspeed.tokenization.chat import ChatFormat, Message, read_messages
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import parse_json
+from ascendspeed.utils.safe_io import HEAD_BYTES, parse_json, refuse_lfs_pointer, refuse_utf16
 from ascendspeed.utils.text import shorten_list
 
 OUTPUT_KEYS = frozenset(
@@ -77,11 +77,13 @@ def prompts_from_file(path: str) -> list[InputPrompt]:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"--input-file {path} cannot be read: {error.strerror}") from None
+    refuse_lfs_pointer(path, data)
     return prompts_from_json_lines(data, path)
 
 
 def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
     """Parses JSON lines; empty lines are skipped but counted. Raises `UserError`."""
+    refuse_utf16(where, data[:HEAD_BYTES])
     lines = data.removeprefix(BOM_UTF8).split(b"\n")
     prompts = [
         _parse_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
@@ -93,6 +95,10 @@ def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
 
 def prompts_from_text(data: bytes, where: str) -> list[InputPrompt]:
     """Parses plain text with a prompt per line. Raises `UserError`."""
+    refuse_utf16(where, data[:HEAD_BYTES])
+    if b"\0" in data:
+        number = data[: data.index(b"\0")].count(b"\n") + 1
+        raise UserError(f"{where}, line {number} holds NUL characters, which are no text")
     try:
         lines = data.removeprefix(BOM_UTF8).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

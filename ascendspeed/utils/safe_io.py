@@ -53,6 +53,14 @@ def checked_file(path: str | Path, root: str | Path | None = None) -> Path:
     return path
 
 
+def checked_text(path: str | Path) -> Path:
+    """Returns the path of a text file as `checked_file` does. Raises `UserError` also for UTF-16."""
+    path = checked_file(path)
+    with open(path, "rb") as file:
+        refuse_utf16(path, file.read(HEAD_BYTES))
+    return path
+
+
 def refuse_lfs_pointer(path: str | Path, head: bytes) -> None:
     """Raises `UserError` if `head`, the first bytes of a file, are what git has in place of a large file."""
     if head.startswith(LFS_POINTER):

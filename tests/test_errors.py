@@ -84,6 +84,17 @@ def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_ctrl_c_after_the_work_is_no_traceback():
+    """The interpreter's shutdown would print one; the control ends without `errors.run`."""
+    late = "import atexit, os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    late += "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+    code = late + "from ascendspeed.utils import errors; errors.run(lambda: 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    control = subprocess.run([sys.executable, "-c", late], capture_output=True, text=True, cwd=ROOT)
+    assert "KeyboardInterrupt" in control.stderr
+
+
 def test_codes():
     assert (errors.EXIT_INTERRUPTED, errors.EXIT_TERMINATED) == (130, 143)
 

@@ -153,6 +153,8 @@ def test_every_log_likelihood_and_score_is_lm_evals(task, shots, model, hf, fold
             n: sample[n] for n in sample["metrics"] if n in grade.metrics
         }
         assert TASKS[task].main_metric in grade.metrics
+        right = grade.prompt.choices[grade.prompt.question.answer]
+        assert (grade.predicted == right) == (grade.metrics[TASKS[task].main_metric] == 1)
     values = [sample[TASKS[task].main_metric] for sample in samples]
     assert metrics.score_task(loaded, grades, shots).groups["all"]["micro"] == pytest.approx(
         sum(values) / len(values)
@@ -187,6 +189,7 @@ def test_numbers_are_found_in_written_answers(folders):
     )
     assert [g.metrics["strict-match"] for g in grades] == [1, 0, 0, 0]
     assert [g.metrics["flexible-extract"] for g in grades] == [1, 1, 0, 0]
+    assert [g.predicted for g in grades] == ["1,600", "1608.", "7", "[invalid]"]
     result = metrics.score_task(loaded, grades, 1)
     assert result.groups["all"]["micro"] == 0.5
     assert "strict-match: 25.00" in report.as_text(result, "x")

@@ -125,3 +125,17 @@ def test_beams_and_conversations_at_temperature_0(run, tmp_path):
 def test_sampling_values_that_mean_nothing(run, flags, message):
     with pytest.raises(UserError, match=message):
         run("--prompt", "x", "--task", "sample", *flags.split())
+
+
+def test_words_of_a_conversation_answer(run):
+    """`help` lists the words and `clear` says what it did; neither is a message of the user."""
+    from ascendspeed.inference import chat
+
+    plain = run("--task", "chat", "--max-new-tokens", 4, stdin="hi\n")
+    assert run("--task", "chat", "--max-new-tokens", 4, stdin="help\nclear\nhi\n") == plain
+    assert chat.HELP in run.stderr
+    assert "help: show this line" in chat.HELP
+    assert "a new conversation: the earlier messages are forgotten" in run.stderr
+    quoted = run("--task", "chat", "--max-new-tokens", 4, stdin='"""\nhelp\n"""\n')
+    assert quoted
+    assert chat.HELP not in run.stderr

@@ -63,6 +63,8 @@ def test_gsm8k_ends_where_hflm_over_the_export_ends(kind, cpu, folders, tmp_path
     record = evaluated(cpu, folders[kind], folders["gsm8k"], tmp_path / "out")
     assert record["text"] == "7" == harness_answer(exported(tmp_path / "hf", folders[kind]), UNTIL)
     assert record["metrics"]["flexible-extract"] == 1
+    assert (record["question"], record["prompt"]) == ("3 + 4?", "Question: 3 + 4?\nAnswer:")
+    assert (record["predicted"], record["right"]) == ("7", "3 + 4 = 7\n#### 7")
 
 
 def test_gsm8k_ends_at_each_of_the_three_sources_of_stop_ids(cpu, folders, tmp_path, monkeypatch):

@@ -55,13 +55,13 @@ class HarnessModel(TemplateLM):
         max_length: int,
         answers: AnswerCache,
         advance: Advance = lambda amount: None,
-        stop_ids: Sequence[int] = (),
+        extra_stop_ids: Sequence[int] = (),
     ) -> None:
-        """`max_length`: most tokens of the model's input. `advance`: progress in questions. `stop_ids`: ids
-        that end a generated answer of the backend.
+        """`max_length`: most tokens of the model's input. `advance`: progress in questions. `extra_stop_ids`:
+        see `answer_keys`.
         """
         super().__init__()
-        self.stop_ids = stop_ids
+        self.extra_stop_ids = extra_stop_ids
         self.backend = backend
         self.encoder = encoder
         self.max_length = max_length
@@ -185,15 +185,15 @@ class Grade:
 
 
 def answer_keys(
-    prompts: Sequence[Prompt], settings: dict[str, Any], stop_ids: Sequence[int] = ()
+    prompts: Sequence[Prompt], settings: dict[str, Any], extra_stop_ids: Sequence[int] = ()
 ) -> list[str]:
     """Returns for each prompt a hash of everything that its answer depends on.
 
-    `stop_ids`: ids that end a generated answer.
+    `extra_stop_ids`: ids beside the tokenizer's EOS that end a generated answer.
     """
     keys = []
     for p in prompts:
-        ends = [list(stop_ids)] if p.until else []
+        ends = [list(extra_stop_ids)] if p.until and extra_stop_ids else []
         keys.append(answer_key(settings, p.task, p.question.id, p.context, p.answers, p.until, *ends))
     return keys
 
@@ -220,7 +220,7 @@ def _is_answer(record: dict[str, Any], prompt: Prompt) -> bool:
 
 def grade_prompts(model: HarnessModel, prompts: Sequence[Prompt], new_tokens: int) -> list[Grade]:
     """Answers and grades the prompts; returns the grades in their order."""
-    keys = answer_keys(prompts, model.answers.settings, model.stop_ids)
+    keys = answer_keys(prompts, model.answers.settings, model.extra_stop_ids)
     by_subject: dict[str, list[tuple[str, Prompt]]] = defaultdict(list)
     for key, prompt in zip(keys, prompts, strict=True):
         by_subject[f"{prompt.task}/{prompt.subject}"].append((key, prompt))

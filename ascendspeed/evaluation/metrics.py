@@ -87,7 +87,7 @@ def _group_means(scores: Sequence[SubjectScore], metric: str) -> dict[str, Any]:
     questions = sum(score.questions for score in scores)
     micro = sum(score.metrics[metric] * score.questions for score in scores) / questions
     macro = sum(score.metrics[metric] for score in scores) / len(scores)
-    stderr = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else 0.0
+    stderr = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else None
     return {
         "subjects": len(scores),
         "questions": questions,

@@ -191,6 +191,7 @@ def _answer(job: NeedleJob, session: Any, cell: Cell, prompt: list[int]) -> dict
 
 def _report(job: NeedleJob, records: dict[str, dict[str, Any]], settings: dict[str, Any]) -> None:
     """Prints the table and writes results.json and chart.png."""
+    from ascendspeed.evaluation.chart import draw_needle_chart
     from ascendspeed.utils.atomic import write_file
 
     lengths, depths = sorted(job.needle.lengths), sorted(job.needle.depths)
@@ -207,28 +208,12 @@ def _report(job: NeedleJob, records: dict[str, dict[str, Any]], settings: dict[s
         "found": shares,
     }
     write_file(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-    write_file(folder / "chart.png", _draw_chart(lengths, depths, shares))
+    trials = f"{job.needle.trials} trials each" if job.needle.trials > 1 else "one trial each"
+    title = f"Needle in a haystack: {job.spec.args.load}, {job.spec.args.dtype}, {trials}"
+    write_file(folder / "chart.png", draw_needle_chart(lengths, depths, shares, title))
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
 
 
 def _share_found(job: NeedleJob, records: dict[str, dict[str, Any]], length: int, depth: float) -> float:
     trials = range(job.needle.trials)
     return sum(records[Cell(length, depth, trial).key]["found"] for trial in trials) / len(trials)
-
-
-def _draw_chart(lengths: Sequence[int], depths: Sequence[float], shares: Sequence[Sequence[float]]) -> bytes:
-    """Returns a PNG: share found by length and depth."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(1.5 + 0.9 * len(lengths), 1.5 + 0.5 * len(depths)), layout="constrained")
-    axes = figure.subplots()
-    image = axes.imshow(shares, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45)
-    axes.set_yticks(range(len(depths)), [f"{depth:g} %" for depth in depths])
-    axes.set(xlabel="tokens", ylabel="depth of the needle")
-    figure.colorbar(image, label="found")
-    png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=120)
-    return png.getvalue()

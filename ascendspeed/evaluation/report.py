@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerRecord
+from ascendspeed.evaluation.chart import draw_chart
 from ascendspeed.evaluation.lm_eval import Grade
 from ascendspeed.evaluation.metrics import TaskScore
 from ascendspeed.utils.atomic import write_file
-
-COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#9d755d")
-LABEL_LENGTH = 28
-"""Longest name of a subject in the chart."""
 
 
 def as_text(score: TaskScore, title: str) -> str:
@@ -29,7 +26,8 @@ def as_text(score: TaskScore, title: str) -> str:
             lines.append(f"  {name:{width}}  {subject.questions:9}  {value:8.2f}")
     lines.append(f"  {'category':{width}}  questions  {'macro':>8}  {'micro':>8}")
     for name, means in score.groups.items():
-        stderr = f"  ± {100 * means['micro_stderr']:.2f}" if name == "all" else ""
+        has_stderr = name == "all" and means["micro_stderr"] is not None
+        stderr = f"  ± {100 * means['micro_stderr']:.2f}" if has_stderr else ""
         macro, micro = 100 * means["macro"], 100 * means["micro"]
         lines.append(f"  {name:{width}}  {means['questions']:9}  {macro:8.2f}  {micro:8.2f}{stderr}")
     for name, value in _other_metrics(score).items():
@@ -92,47 +90,6 @@ def as_csv(scores: Sequence[TaskScore]) -> str:
     return text.getvalue()
 
 
-def draw_chart(scores: Sequence[TaskScore], title: str) -> bytes:
-    """Returns a PNG: a plot for each task, a bar for each subject in the color of its category, a line at the
-    macro mean.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    most_subjects = max(len(score.subjects) for score in scores)
-    figure = Figure(
-        figsize=(max(6.0, 0.24 * most_subjects + 2), 3.6 * len(scores) + 0.4), dpi=110, layout="constrained"
-    )
-    for axes, score in zip(figure.subplots(len(scores), 1, squeeze=False)[:, 0], scores, strict=True):
-        _draw_bars(axes, score)
-    figure.suptitle(title, fontsize=9)
-    png = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})
-    return png.getvalue()
-
-
-def _draw_bars(axes: Any, score: TaskScore) -> None:
-    subjects = sorted((subject.info for subject in score.benchmark.subjects), key=lambda info: info.category)
-    categories = list(dict.fromkeys(info.category for info in subjects))
-    for number, category in enumerate(categories):
-        positions = [i for i, info in enumerate(subjects) if info.category == category]
-        heights = [100 * score.subjects[subjects[i].name].metrics[score.metric] for i in positions]
-        axes.bar(positions, heights, color=COLORS[number % len(COLORS)], label=category)
-    macro, micro = (100 * score.groups["all"][kind] for kind in ("macro", "micro"))
-    axes.axhline(macro, color="black", lw=0.8, ls="--")
-    axes.set_title(f"{score.benchmark.name}: macro {macro:.2f}, micro {micro:.2f}", fontsize=9)
-    labels = [_shorten(info.name) for info in subjects]
-    axes.set_xticks(range(len(subjects)), labels, rotation=90 if len(labels) > 1 else 0, fontsize=6)
-    axes.margins(x=0.01)
-    axes.set(ylim=(0, 100), ylabel=f"{score.metric} (%)")
-    if len(categories) > 1:
-        axes.legend(fontsize=7, ncols=len(categories), loc="upper right")
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…"
-
-
 def _readable(grade: Grade) -> dict[str, Any]:
     """Returns what a person needs to judge an answer: question, prompt, prediction and the right answer."""
     prompt, question = grade.prompt, grade.prompt.question
@@ -153,7 +110,8 @@ def write_reports(
 
     `run`: description of the run, with the number of examples of each task under `shots`.
     """
-    title = f"{run['model']['path']}, {run['settings']['prompt_style']} prompts"
+    limit = f", only the first {run['limit']} of each subject (--limit)" if run["limit"] else ""
+    title = f"{run['model']['path']}, {run['settings']['prompt_style']} prompts{limit}"
     tasks = {score.benchmark.name: as_json(score, run["shots"][score.benchmark.name]) for score in scores}
     results = {name: value for name, value in run.items() if name != "shots"} | {"tasks": tasks}
     write_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")

@@ -43,6 +43,11 @@ class EngineBackend:
         eos = () if tokenizer.eos is None else (tokenizer.eos,)
         self.stop_ids = tuple(eos if stop_ids is None else stop_ids)
 
+    @property
+    def extra_stop_ids(self) -> tuple[int, ...]:
+        """Ids beside the tokenizer's EOS that end a generated answer."""
+        return tuple(sorted(set(self.stop_ids) - {self.tokenizer.eos}))
+
     def score(self, pairs: Sequence[Any], on_score: Callable[[int, float, bool], None]) -> None:
         """Calls `on_score` with index, log-probability and greediness of every (context, continuation)."""
         from ascendspeed.inference import engine
@@ -111,9 +116,9 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
             f"--max-new-tokens {job.new_tokens} of {generated[0]} leaves none of the {max_length} tokens for "
             "the question"
         )
-    backend = EngineBackend(
-        session.model, tokenizer, job.evaluation.batch_size, session.generation_stop_ids if generated else ()
-    )
+    until = {string for _, style in job.benchmarks for string in style.until}
+    stop_ids = {*session.generation_stop_ids, *control_token_ids(tokenizer, until)} if generated else set()
+    backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size, sorted(stop_ids))
     sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, max_length)
     answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)
@@ -153,7 +158,7 @@ def _evaluate(
     prompts = []
     for benchmark, style in job.benchmarks:
         prompts += build_prompts(benchmark, style, encoder, max_length, job.new_tokens)
-    keys = lm_eval.answer_keys(prompts, answers.settings, backend.stop_ids)
+    keys = lm_eval.answer_keys(prompts, answers.settings, backend.extra_stop_ids)
     lm_eval.discard_damaged(answers, dict(zip(keys, prompts, strict=True)))
     cached = sum(key in answers.records for key in keys)
     options = job.evaluation
@@ -163,7 +168,7 @@ def _evaluate(
         f"{options.output_dir}/{FILE_NAME})"
     )
     with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
-        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.stop_ids)
+        model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.extra_stop_ids)
         grades = lm_eval.grade_prompts(model, prompts, job.new_tokens)
     if grid.rank != 0:
         return

@@ -28,6 +28,12 @@ COLUMNS = (
     "other tokens/s",
     "tokens/s",
 )
+PLOTS = (
+    (4, "ms to the first token", "#1f77b4"),
+    (5, "ms per further token", "#d62728"),
+    (7, "tokens/s of the whole batch", "#2ca02c"),
+)
+"""Index in `COLUMNS`, title and color of each plot."""
 
 
 @dataclass(frozen=True)
@@ -171,14 +177,20 @@ def plot_timings(timings: Sequence[GenerationTiming], title: str) -> bytes:
 
     figure = Figure(figsize=(9, 3.6), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=10)
-    labels = [f"{t.inputs}+{t.outputs}\n× {t.batch}" for t in timings]
+    figure.supxlabel("tokens of the prompt + of the answer × prompts in the batch", fontsize=8)
+    labels = [f"{t.inputs:,}\n+ {t.outputs:,}\n× {t.batch:,}" for t in timings]
     axes: Any = figure.subplots(1, 3)
-    for axis, column, color in zip(axes, (4, 5, 7), ("#1f77b4", "#d62728", "#2ca02c"), strict=True):
-        bars = axis.bar(labels, [t.row[column] for t in timings], color=color)
+    for axis, (column, heading, color) in zip(axes, PLOTS, strict=True):
+        bars = axis.bar(range(len(timings)), [t.row[column] for t in timings], width=0.6, color=color)
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
-        axis.set_title(COLUMNS[column], fontsize=9)
+        axis.set_title(heading, fontsize=9)
+        axis.set_xticks(range(len(timings)), labels)
+        margin = 0.6 if len(timings) > 1 else 1
+        axis.set_xlim(-margin, len(timings) - 1 + margin)
+        axis.margins(y=0.12)
         axis.tick_params(labelsize=7)
         axis.grid(axis="y", alpha=0.3)
+        axis.set_axisbelow(True)
     out = io.BytesIO()
     FigureCanvasAgg(figure).print_png(out, metadata={"Software": None})
     return out.getvalue()

@@ -148,7 +148,7 @@ def test_an_error_names_the_tokenizer_as_it_was_typed(tmp_path):
     ("flags", "lines"),
     [
         ("", ["transformers has no class for internlm: trust_remote_code=True", "--format hf-llama"]),
-        ("--format hf-llama --chat_template v1", ["loads in stock transformers, vLLM"]),
+        ("--format hf-llama --chat_template v1", ["Loads in stock transformers, vLLM"]),
     ],
 )
 def test_convert2hf_ends_with_what_loads_the_result(flags, lines, tmp_path, capsys):

@@ -25,6 +25,8 @@ class TrainState:
     tokens: int
     engine: dict[str, Any] = field(default_factory=dict)
     """Scalars of the engine (Adam's step count, loss scale, ...); JSON values, no tensors."""
+    loss: float | None = None
+    """Training loss of the last iteration; None: not finite, or not recorded."""
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,8 @@ class CheckpointReader:
     """Tensor- and pipeline-parallel sizes of rank files; None for other formats."""
     chat_template: str | None = None
     """Name of the chat template that the model was trained with, if the checkpoint records one."""
+    training_notes: str | None = None
+    """Markdown on its training for the model card (`model_card.training_section`)."""
 
     def size(self, dtype: torch.dtype | None = None) -> int:
         """Bytes of all tensors, cast to `dtype` if it is given."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ascendspeed.cli.parser import output_flag
-from ascendspeed.models.families import FAMILIES, REFERENCE, Family
+from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.internevo_names import InternEvoOptions
 from ascendspeed.utils.errors import UserError
 
@@ -84,7 +84,7 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
     `typed`: names of the flags on the command line. `other_command`: the command for other families. Raises
     `UserError`.
     """
-    from ascendspeed.conversion import chat_assets, convert
+    from ascendspeed.conversion import chat_assets, convert, model_card
     from ascendspeed.tokenization import tokenizer
     from ascendspeed.utils.atomic import require_empty_dir
 
@@ -119,21 +119,8 @@ def to_hugging_face(options: ToHuggingFace, typed: set[str], family: str, other_
     print(
         f"from {reader.description}, up to {config.max_position_embeddings} positions, {rope}: {options.tgt}"
     )
-    for line in what_loads(options.format, FAMILIES[family]):
+    for line in model_card.what_loads(FAMILIES[target_family or family]):
         print(line)
-
-
-def what_loads(form: str, family: Family) -> list[str]:
-    """Lines that say which programs load a written Hugging Face directory."""
-    ours = "generate, evaluate, train: --load of this project"
-    if form == "hf-llama" or family.llama_names is None:
-        return [f"loads in stock transformers, vLLM and others (AutoModelForCausalLM); {ours}"]
-    return [
-        f"transformers has no class for {family.name}: trust_remote_code=True needs InternLM's model code "
-        f"(configuration_{family.name}.py, modeling_{family.name}.py), which is not written here; copy it "
-        f"from the published model",
-        f"for stock transformers, vLLM and others: --format hf-llama; {ours}",
-    ]
 
 
 def _read_options(options: ToHuggingFace, typed: set[str], family: str) -> InternEvoOptions:

@@ -39,4 +39,5 @@ def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
         description=f"{reader.description} with adapters",
         read_block=read_block,
         chat_template=adapter.chat_template or reader.chat_template,
+        training_notes=adapter.training_notes or reader.training_notes,
     )

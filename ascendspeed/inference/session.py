@@ -130,12 +130,16 @@ class Session(ModelSession):
     @cached_property
     def chat_format(self) -> ChatFormat:
         """Chat format of the model. Raises `UserError` if none is known."""
-        recorded = None if self.spec.model else self.source.chat_template
-        name = self.chat_template or recorded or FAMILIES[self.config.family].chat_template
+        name = self.chat_template or self._recorded_template or FAMILIES[self.config.family].chat_template
         chat_format = ChatFormat(self.tokenizer, name, self.config.family)
         for note in chat_format.notes:
             logger.info(f"note: {note}")
         return chat_format
+
+    @property
+    def _recorded_template(self) -> str | None:
+        """Chat template that the weights were trained with, if the checkpoint records it."""
+        return None if self.spec.model else self.source.chat_template
 
     @cached_property
     def adds_bos(self) -> bool:
@@ -156,7 +160,7 @@ class Session(ModelSession):
         """Ids that end a generated answer of an evaluation: those of the tokenizer, of generation_config.json
         and of the chat templates of the model's family and of its tokenizer, if there are any."""
         template_ids: set[int] = set()
-        for name in (FAMILIES[self.config.family].chat_template, None):
+        for name in (self._recorded_template, FAMILIES[self.config.family].chat_template, None):
             with contextlib.suppress(UserError):  # a base model: no template, or not its tokens
                 template_ids.update(ChatFormat(self.tokenizer, name, self.config.family).stop_ids)
         return stop_token_ids(self.tokenizer, self._folders, template_ids)

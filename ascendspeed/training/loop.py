@@ -121,7 +121,8 @@ def train(
         if settings.eval_interval and state.step % settings.eval_interval == 0 and not signalled:
             log.line(evaluate(run, engine, batches, state.step))
         if saver:
-            _save(run, engine, saver, state, is_last)
+            loss = float(result.loss) if math.isfinite(result.loss) else None
+            _save(run, engine, saver, replace(state, loss=loss), is_last)
         interval.began += time.perf_counter() - paused  # the time of an iteration excludes the pause
     if stop_text:
         logger.info(f"{stop_text}: stopped after iteration {state.step}")

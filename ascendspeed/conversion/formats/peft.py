@@ -14,7 +14,7 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import chat_assets
+from ascendspeed.conversion import chat_assets, model_card
 from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.output_files import (
@@ -113,7 +113,8 @@ def read(folder: Path) -> LoraAdapter:
     }
     base = settings.get("base_model_name_or_path")
     template = chat_assets.recorded_template(folder)
-    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder), template, str(folder))
+    notes = model_card.recorded_section(folder)
+    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder), template, str(folder), notes)
 
 
 def check_complete(adapter: LoraAdapter, model: ModelConfig) -> None:
@@ -250,6 +251,8 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
             write_json(folder / BASE, {FINGERPRINT: adapter.fingerprint})
         if adapter.chat_template and adapter.tokenizer:
             chat_assets.write_for_adapter(folder, adapter.chat_template, adapter.tokenizer)
+        if adapter.training_notes:
+            (folder / model_card.FILE).write_text(model_card.adapter_text(adapter), encoding="utf-8")
 
 
 def replace_with(adapter: LoraAdapter, target: Path) -> None:

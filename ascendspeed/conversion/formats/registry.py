@@ -83,11 +83,14 @@ def open_reader(
     config_dir = folder if config is None else Path(config)
     options = ReadOptions(config_dir, internevo or InternEvoOptions(), readers, open_reader)
     reader = detected[0].open(folder, options)
-    if reader.chat_template or reader.assets_dir is None:
-        return reader
-    from ascendspeed.conversion.chat_assets import recorded_template  # here, so that --help needs no torch
+    from ascendspeed.conversion import chat_assets, model_card  # here, so that --help needs no torch
 
-    return replace(reader, chat_template=recorded_template(reader.assets_dir))
+    template, notes = reader.chat_template, reader.training_notes
+    if template is None and reader.assets_dir is not None:
+        template = chat_assets.recorded_template(reader.assets_dir)
+    if notes is None:
+        notes = model_card.recorded_section(folder)
+    return replace(reader, chat_template=template, training_notes=notes)
 
 
 def support_table() -> list[str]:

@@ -54,6 +54,8 @@ class LoraAdapter:
     """Name of the chat template that the adapters were trained with, if it is known."""
     tokenizer: str | None = None
     """Folder of the tokenizer that they were trained with."""
+    training_notes: str | None = None
+    """Markdown on their training for the model card."""
 
 
 def initial_tensors(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:

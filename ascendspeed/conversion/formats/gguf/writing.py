@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import chat_assets
+from ascendspeed.conversion import chat_assets, model_card
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.base import CheckpointFormat
 from ascendspeed.conversion.formats.gguf import vocabulary
@@ -46,6 +46,7 @@ TORCH_TYPES = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 NUMPY_TYPES = {2: np.dtype(np.float16), 4: np.dtype(np.float32)}
+PROGRAMS = ("llama.cpp loads the .gguf file, Ollama the Modelfile (ollama create NAME -f Modelfile).",)
 INTERLEAVED = ("llama", "internlm2")
 """Architectures in which llama.cpp rotates neighbouring rows of q and k; in the others, as Hugging Face,
 rows that are half a head apart.
@@ -82,6 +83,7 @@ class GgufWriter:
         own = chat_assets.own_template(reader.assets_dir)
         text = modelfile(FILE, _chat_format(reader), reader.config.max_position_embeddings, bool(own))
         (folder / "Modelfile").write_text(text, encoding="utf-8")
+        (folder / model_card.FILE).write_text(model_card.text(reader, PROGRAMS), encoding="utf-8")
 
     def _create(self, reader: CheckpointReader, path: Path, specs: Specs) -> "GgufFile":
         name = self.gguf_type

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.conversion import hf_assets
+from ascendspeed.conversion import hf_assets, model_card
 from ascendspeed.conversion import write as writing
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.huggingface import LlamaFormat
@@ -71,6 +71,8 @@ class HuggingFaceWriter:
         hf_assets.write(
             reader, folder, self._config(reader), dtype, for_transformers=True, copy_code=self.copy_code
         )
+        card = model_card.text(reader, model_card.what_loads(FAMILIES[self._config(reader).family]))
+        (folder / model_card.FILE).write_text(card, encoding="utf-8")
 
     def _config(self, reader: CheckpointReader) -> ModelConfig:
         return replace(reader.config, family=self.family or reader.config.family)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.load import Checkpoint
-from ascendspeed.conversion import weights_identity
+from ascendspeed.conversion import model_card, weights_identity
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.base import ReadOptions
 from ascendspeed.conversion.lora_merge import merge
@@ -104,6 +104,7 @@ def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
         lora.lora_base_fingerprint,
         checkpoint.run.data.chat_template,
         checkpoint.run.data.tokenizer_name_or_path,
+        model_card.training_section(checkpoint),
     )
 
 
@@ -132,4 +133,5 @@ def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
         read_block,
         assets_dir,
         chat_template=checkpoint.run.data.chat_template,
+        training_notes=model_card.training_section(checkpoint),
     )

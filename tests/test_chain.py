@@ -2,13 +2,12 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import launch
-from helpers.chain import ITERS, STOP, command, lines, must, recipe
+from helpers.chain import ITERS, STOP, command, lines, prepare_tokens, recipe
 
 from ascendspeed.training.metrics_log import EvalLine, TrainLine
 
@@ -17,45 +16,13 @@ from ascendspeed.training.metrics_log import EvalLine, TrainLine
 def work(tmp_path_factory) -> Path:
     """Text, tokens, a tiny random model, and its weights split for two ranks."""
     work = tmp_path_factory.mktemp("chain")
-    must(
-        sys.executable,
-        "examples/intern/make_quickstart_data.py",
-        "--output-dir",
-        str(work / "data"),
-        "--rows",
-        "400",
-    )
-    must(
-        *(sys.executable, "tools/preprocess_data.py", "--input", str(work / "data" / "train.parquet")),
-        *(
-            "--tokenizer-name-or-path",
-            str(work / "data" / "tokenizer"),
-            "--output-prefix",
-            str(work / "alpaca"),
-            "--workers",
-            "2",
-        ),
-        *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler", "--append-eod"),
-    )
-    must(
-        *(sys.executable, "tools/random_model.py", "--model", "internlm-tiny"),
-        *("--tokenizer", str(work / "data" / "tokenizer"), "--output-dir", str(work / "hf")),
-    )
-    must(
-        *(
-            sys.executable,
-            "tools/ckpt_convert/llama/convert_weights_from_huggingface.py",
-            "--input-model-dir",
-            str(work / "hf"),
-        ),
-        *(
-            "--output-model-dir",
-            str(work / "weights"),
-            "--tensor-model-parallel-size",
-            "2",
-            "--bias",
-            "--deepspeed",
-        ),
+    prepare_tokens(work, rows=400)
+    tokenizer = ("--tokenizer", work / "data" / "tokenizer")
+    launch.must("tools/random_model.py", "--model", "internlm-tiny", *tokenizer, "--output-dir", work / "hf")
+    launch.must(
+        "tools/ckpt_convert/llama/convert_weights_from_huggingface.py",
+        *("--input-model-dir", work / "hf", "--output-model-dir", work / "weights"),
+        *("--tensor-model-parallel-size", 2, "--bias", "--deepspeed"),
     )
     return work
 
@@ -93,16 +60,10 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained):
     from ascendspeed.config import schema
     from ascendspeed.data import dataset
 
-    must(
-        *(
-            sys.executable,
-            "tools/ckpt_convert/convert.py",
-            "--from",
-            str(trained / "broken"),
-            "--to",
-            str(trained / "export"),
-        ),
-        *("--format", "hf-llama", "--tokenizer", str(trained / "data" / "tokenizer"), "--verify"),
+    launch.must(
+        "tools/ckpt_convert/convert.py",
+        *("--from", trained / "broken", "--to", trained / "export", "--format", "hf-llama", "--verify"),
+        *("--tokenizer", trained / "data" / "tokenizer"),
     )
     model = AutoModelForCausalLM.from_pretrained(trained / "export", dtype=torch.float32).eval()
     data = schema.DataConfig(data_path=(str(trained / "alpaca_text_document"),), seq_length=64)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from helpers import launch, oracle
-from helpers.engines import DATA_SEED, LAYOUTS, MODEL, RUN, STEPS, Curve, changes, run_cases, worst
+from helpers.engines import DATA_SEED, FEW_STEPS, LAYOUTS, MODEL, RUN, STEPS, Curve, changes, run_cases, worst
 
 from ascendspeed.config import lr_schedule
 from ascendspeed.models import param_mapping
@@ -24,10 +24,14 @@ def expected() -> Curve:
 
 
 @pytest.mark.parametrize(
-    "layout", [name if name != "tp2-dp2" else pytest.param(name, marks=pytest.mark.slow) for name in LAYOUTS]
+    ("layout", "steps"),
+    [
+        *((layout, FEW_STEPS) for layout in LAYOUTS if layout != "tp2-dp2"),
+        *(pytest.param(layout, STEPS, marks=pytest.mark.slow) for layout in LAYOUTS),
+    ],
 )
-def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
-    """20 steps, different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
+def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
+    """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     for stage in (2, 3):
@@ -47,12 +51,12 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     cases["full recomputation"] = {
         "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
     }
-    curves = run_cases(layout, cases, tmp_path)
+    curves = run_cases(layout, cases, tmp_path, steps)
     for stage in range(4):
         ((evaluated, _),) = curves.pop(f"zero {stage}: evaluated")
         assert evaluated == pytest.approx(expected[0][0], rel=1e-6)
     for name, curve in curves.items():
-        loss, norm = worst(curve, expected)
+        loss, norm = worst(curve, expected[:steps])
         if name.startswith("control"):
             assert loss > 1e-5, name
         else:
@@ -69,7 +73,7 @@ def test_losses_equal_a_plain_torch_loop(layout, expected, tmp_path):
     ],
 )
 def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
-    """8 steps = 4 steps, a checkpoint, and 4 more in new objects: bitwise equal, with dropout."""
+    """4 steps = 2 steps, a checkpoint, and 2 more in new objects: bitwise equal, with dropout."""
     modes = {f"fp32 zero {s}": changes(s) for s in range(4)} | {
         f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
     }
@@ -83,9 +87,9 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
     for name, change in modes.items():
         at = str(tmp_path / "ckpt" / name)
         cases[f"{name}: whole"] = {"changes": change}
-        cases[f"{name}: first"] = {"changes": change, "last": 4, "save": at}
-        cases[f"{name}: then"] = {"changes": change, "first": 4, "load": at}
-    curves = run_cases(layout, cases, tmp_path / "run", 8, attention_dropout=0.1, hidden_dropout=0.1)
+        cases[f"{name}: first"] = {"changes": change, "last": 2, "save": at}
+        cases[f"{name}: then"] = {"changes": change, "first": 2, "load": at}
+    curves = run_cases(layout, cases, tmp_path / "run", 4, attention_dropout=0.1, hidden_dropout=0.1)
     for name in modes:
         assert curves[f"{name}: first"] + curves[f"{name}: then"] == curves[f"{name}: whole"], name
         assert curves[f"{name}: whole"][-1] != curves[f"{name}: whole"][-2]
@@ -128,10 +132,10 @@ def test_recomputed_dropout_draws_the_same_masks(tmp_path):
 
 
 def test_bf16_stays_in_a_band_around_fp32(expected, tmp_path):
-    """20 steps: bf16 rounding is there, and no more than it."""
+    """bf16 rounding is there, and no more than it."""
     cases = {f"zero {stage}": {"changes": changes(stage, bf16=True)} for stage in (1, 2, 3)}
-    for curve in run_cases("tp1-dp1", cases, tmp_path).values():
-        loss, norm = worst(curve, expected)
+    for curve in run_cases("tp1-dp1", cases, tmp_path, FEW_STEPS).values():
+        loss, norm = worst(curve, expected[:FEW_STEPS])
         assert 1e-6 < loss < 2e-3
         assert norm < 3e-2
 
@@ -149,7 +153,7 @@ MODELS = {
 
 def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
     """Tied embeddings, and fewer key/value heads than tensor-parallel ranks."""
-    steps, curves = 8, {}
+    steps, curves = 4, {}
     data = oracle.batches(
         MODEL.vocab_size, steps, RUN.train.global_batch_size, RUN.data.seq_length, DATA_SEED
     )
@@ -172,28 +176,28 @@ def test_other_architectures_equal_a_plain_torch_loop(tmp_path):
 def test_another_layout_continues_the_curve(expected, tmp_path):
     """Stage, data- and tensor-parallel size change at the checkpoint; the curve stays that of the oracle."""
     at = {name: str(tmp_path / name) for name in ("tp2 zero 3", "dp2 zero 1")}
-    first = {"tp2 zero 3": {"changes": changes(3), "last": 10, "save": at["tp2 zero 3"]}}
-    run_cases("tp2-dp1", first, tmp_path / "a")
+    first = {"tp2 zero 3": {"changes": changes(3), "last": 3, "save": at["tp2 zero 3"]}}
+    run_cases("tp2-dp1", first, tmp_path / "a", 6)
     second = {
-        f"zero {s} from tp2 zero 3": {"changes": changes(s), "first": 10, "load": at["tp2 zero 3"]}
+        f"zero {s} from tp2 zero 3": {"changes": changes(s), "first": 3, "load": at["tp2 zero 3"]}
         for s in range(4)
     }
-    second["dp2 zero 1"] = {"changes": changes(1), "last": 10, "save": at["dp2 zero 1"]}
-    curves = run_cases("tp1-dp2", second, tmp_path / "b")
+    second["dp2 zero 1"] = {"changes": changes(1), "last": 3, "save": at["dp2 zero 1"]}
+    curves = run_cases("tp1-dp2", second, tmp_path / "b", 6)
     third = {
-        f"tp2 zero {s} from dp2 zero 1": {"changes": changes(s), "first": 10, "load": at["dp2 zero 1"]}
+        f"tp2 zero {s} from dp2 zero 1": {"changes": changes(s), "first": 3, "load": at["dp2 zero 1"]}
         for s in (0, 2, 3)
     }
     third["control: moments lost"] = {
         "changes": changes(1),
-        "first": 10,
+        "first": 3,
         "load": at["dp2 zero 1"],
         "break": "moments",
     }
-    curves |= run_cases("tp2-dp1", third, tmp_path / "c")
-    curves["dp2 zero 1"] += expected[10:]
+    curves |= run_cases("tp2-dp1", third, tmp_path / "c", 6)
+    curves["dp2 zero 1"] += expected[3:6]
     for name, curve in curves.items():
-        loss, norm = worst(curve, expected[-len(curve) :])
+        loss, norm = worst(curve, expected[6 - len(curve) : 6])
         if name.startswith("control"):
             assert loss > 1e-5, name
         else:
@@ -207,11 +211,11 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
         f"bf16 zero {s}": changes(s, bf16=True) for s in (1, 2, 3)
     }
     cases = {f"{name}: clean": {"changes": change} for name, change in modes.items()}
-    cases |= {f"{name}: poisoned": {"changes": change, "poison": 2} for name, change in modes.items()}
-    curves = run_cases("tp1-dp2", cases, tmp_path, 4)
+    cases |= {f"{name}: poisoned": {"changes": change, "poison": 1} for name, change in modes.items()}
+    curves = run_cases("tp1-dp2", cases, tmp_path, 2)
     for name in modes:
         poisoned = curves[f"{name}: poisoned"]
-        assert [poisoned.pop(2) for _ in range(2)] == [[None, None]] * 2, name
+        assert [poisoned.pop(1) for _ in range(2)] == [[None, None]] * 2, name
         assert poisoned == curves[f"{name}: clean"], name
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from helpers import launch, oracle
-from helpers.engines import DATA_SEED, RUN, STEPS, Curve, worst
+from helpers.engines import DATA_SEED, FEW_STEPS, RUN, STEPS, Curve, worst
 from helpers.layouts import CP, EP, PP, SHARDS, SP, TP, VPP
 from helpers.moe import MODELS as MOE
 from helpers.moe import loaded
@@ -141,7 +141,7 @@ def losses(
         for name, parallel in layouts.items()
     }
     for name, mistake in (mistakes or {}).items():
-        cases[f"control: {name}, {mistake}"] = case(layouts[name], 8, **{"break": mistake})
+        cases[f"control: {name}, {mistake}"] = case(layouts[name], FEW_STEPS, **{"break": mistake})
     return Theme(cases, lambda curves: compare(expected(), curves))
 
 
@@ -158,13 +158,13 @@ EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
 
 def experts(world: int, folder: Path) -> Theme:
     """Experts on different ranks, and over a checkpoint from some to others."""
-    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 6
+    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 4
     layouts = EXPERTS[world]
     cases = {name: case(parallel, steps) for name, parallel in layouts.items()}
     first, *others = layouts
-    cases[f"{first}, first"] = case(layouts[first], 3, save=at)
-    cases |= {f"then {name}": case(layouts[name], steps, first=3, load=at) for name in others}
-    cases |= {"then dp": case({}, steps, first=3, load=at)}
+    cases[f"{first}, first"] = case(layouts[first], 2, save=at)
+    cases |= {f"then {name}": case(layouts[name], steps, first=2, load=at) for name in others}
+    cases |= {"then dp": case({}, steps, first=2, load=at)}
     for settings in cases.values():
         settings["changes"]["model"] = asdict(model)
     reference_model = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder / "hf")
@@ -185,7 +185,7 @@ def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
 
 def half(names: list[str]) -> Theme:
     """The rounding of bf16 and fp16 is there, and no more than it; masters and sums of gradients are fp32."""
-    cases = {f"bf16 {name}": case(LAYOUTS[2][name], 10, optim={"bf16": True}) for name in names}
+    cases = {f"bf16 {name}": case(LAYOUTS[2][name], 6, optim={"bf16": True}) for name in names}
     cases |= {f"fp16 {name}": case(LAYOUTS[2][name], 4, optim={"fp16": True}) for name in names[:2]}
     cases["overflow"] = case({}, 2, optim={"fp16": True, "initial_loss_scale": 2.0**30})
 
@@ -242,8 +242,8 @@ def poisoned(names: list[str]) -> Theme:
     cases = {}
     for name in (f"{layout}, {kind}" for layout in names for kind in ("fp32", "bf16")):
         layout, _, kind = name.rpartition(", ")
-        cases[f"{name}: clean"] = case(LAYOUTS[2][layout], 3, optim={"bf16": kind == "bf16"})
-        cases[f"{name}: poisoned"] = case(LAYOUTS[2][layout], 3, optim={"bf16": kind == "bf16"}, poison=1)
+        cases[f"{name}: clean"] = case(LAYOUTS[2][layout], 2, optim={"bf16": kind == "bf16"})
+        cases[f"{name}: poisoned"] = case(LAYOUTS[2][layout], 2, optim={"bf16": kind == "bf16"}, poison=1)
 
     def check(curves: dict[str, Curve]) -> None:
         for name in (name.removesuffix(": clean") for name in cases if name.endswith("clean")):
@@ -321,7 +321,9 @@ def moved(
 
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(
-        {n: p for n, p in LAYOUTS[2].items() if n not in ("dp2, overlap", "cp2, shards")}, mistakes=CONTROLS
+        {n: p for n, p in LAYOUTS[2].items() if n not in ("dp2, overlap", "cp2, shards")},
+        FEW_STEPS,
+        mistakes=CONTROLS,
     ),
     "tied": lambda folder: architecture(TIED, ["pp2 vpp2"]),
     "grouped": lambda folder: architecture(GROUPED, ["cp2"]),

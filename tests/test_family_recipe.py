@@ -2,11 +2,10 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 from helpers import launch
-from helpers.chain import TrainLine, lines, must, recipe
+from helpers.chain import TrainLine, lines, prepare_tokens, recipe
 
 from ascendspeed.cli import validation
 from ascendspeed.cli.train_args import resolve
@@ -60,30 +59,7 @@ def test_a_flag_that_says_what_the_model_is_not_is_refused(flag, message):
 def work(tmp_path_factory):
     """Tokens."""
     work = tmp_path_factory.mktemp("recipe")
-    must(
-        sys.executable,
-        "examples/intern/make_quickstart_data.py",
-        "--output-dir",
-        str(work / "data"),
-        "--rows",
-        "200",
-    )
-    must(
-        *(
-            sys.executable,
-            "tools/preprocess_data.py",
-            "--input",
-            str(work / "data" / "train.parquet"),
-            "--append-eod",
-        ),
-        *(
-            "--tokenizer-name-or-path",
-            str(work / "data" / "tokenizer"),
-            "--output-prefix",
-            str(work / "alpaca"),
-        ),
-        *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"),
-    )
+    prepare_tokens(work, rows=200)
     return work
 
 

@@ -371,32 +371,9 @@ def test_full_recomputation_changes_nothing(cpu, saved, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral-tiny", "qwen2_moe-tiny"])
 def test_the_recipe_trains_them(name, tmp_path):
-    from helpers.chain import TrainLine, lines, must, recipe
+    from helpers.chain import TrainLine, lines, prepare_tokens, recipe
 
-    must(
-        "python",
-        "examples/intern/make_quickstart_data.py",
-        "--rows",
-        "200",
-        "--output-dir",
-        str(tmp_path / "data"),
-    )
-    must(
-        *(
-            "python",
-            "tools/preprocess_data.py",
-            "--input",
-            str(tmp_path / "data" / "train.parquet"),
-            "--append-eod",
-        ),
-        *(
-            "--tokenizer-name-or-path",
-            str(tmp_path / "data" / "tokenizer"),
-            "--output-prefix",
-            str(tmp_path / "alpaca"),
-        ),
-        *("--tokenizer-type", "PretrainedFromHF", "--handler-name", "AlpacaPretrainHandler"),
-    )
+    prepare_tokens(tmp_path, rows=200)
     done = recipe(tmp_path, "run", tmp_path, "--sequence-parallel", MODEL=name, CHECKPOINT="")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     losses = [line.loss for line in lines(tmp_path, "run") if isinstance(line, TrainLine)]

@@ -34,11 +34,16 @@ def command(*words: str, **env: str) -> subprocess.CompletedProcess:
     )
 
 
-def must(*words: str, **env: str) -> str:
-    """The output of a command that has to succeed."""
-    done = command(*words, **env)
-    assert done.returncode == 0, f"{' '.join(words)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
+def prepare_tokens(work: Path, rows: int) -> None:
+    """Writes text and a tokenizer to `work`/data, and its tokens as `work`/alpaca_text_document."""
+    data = work / "data"
+    launch.must("examples/intern/make_quickstart_data.py", "--output-dir", data, "--rows", rows)
+    launch.must(
+        "tools/preprocess_data.py",
+        *("--input", data / "train.parquet", "--output-prefix", work / "alpaca", "--append-eod"),
+        *("--tokenizer-type", "PretrainedFromHF", "--tokenizer-name-or-path", data / "tokenizer"),
+        *("--handler-name", "AlpacaPretrainHandler", "--workers", 2),
+    )
 
 
 def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:

@@ -20,6 +20,8 @@ MODEL = ModelConfig(
 
 
 STEPS, DATA_SEED = 20, 7
+FEW_STEPS = 8
+"""Steps of a default test: warmup (4) and the begin of the decay. Slow tests run all of them."""
 
 
 RUN = Run(

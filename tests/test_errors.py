@@ -64,7 +64,7 @@ def test_sigterm_lets_a_program_clean_up(times):
     assert ended(False, signal.SIGTERM) == (-signal.SIGTERM, "", "")  # control
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_conversion_that_is_stopped_leaves_nothing(number, tmp_path):
     words = [sys.executable, ROOT / "tools/random_model.py", "--output-dir", tmp_path / "out"]
     words += ["--model", "internlm2-1.8b", "--dtype", "bf16"]  # large enough not to be done in a moment

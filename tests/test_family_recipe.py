@@ -63,11 +63,10 @@ def work(tmp_path_factory):
     return work
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "internlm2-tiny" else pytest.param(n, marks=pytest.mark.slow) for n in TINY]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
 def test_the_recipe_trains_it(work, name):
-    """From random weights, on two processes under tensor parallel."""
+    """From random weights, on two processes under tensor parallel. test_chain.py does it with internlm-tiny."""
     done = recipe(work, name, work, MODEL=name, CHECKPOINT="")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     losses = [line.loss for line in lines(work, name) if isinstance(line, TrainLine)]

@@ -66,7 +66,7 @@ def work(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_the_recipe_trains_it(work, name):
-    """From random weights, on two processes under tensor parallel. test_chain.py does it with internlm-tiny."""
+    """From random weights, on two processes under tensor parallel; in test_chain.py: internlm-tiny."""
     done = recipe(work, name, work, MODEL=name, CHECKPOINT="")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     losses = [line.loss for line in lines(work, name) if isinstance(line, TrainLine)]

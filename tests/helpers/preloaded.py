@@ -1,5 +1,7 @@
 """Imports for the fork server: all that a CPU rank needs to start at once. No process group."""
 
+import gc
+
 from ascendspeed.distributed import device
 
 device.prepare("cpu")
@@ -13,3 +15,5 @@ from ascendspeed.training import data_setup, fault_tolerance, loop, setup  # noq
 from ascendspeed.training.engines import deepspeed as _deepspeed  # noqa: E402, F401
 from ascendspeed.training.engines import megatron as _megatron  # noqa: E402, F401
 from helpers import oracle, toy  # noqa: E402, F401
+
+gc.freeze()  # or every collection in a child walks, and copies, the millions of objects of these packages

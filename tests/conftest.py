@@ -20,36 +20,39 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PAT
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
-SEVERAL_RANKS = (
+LONGEST_FILES = (
     "test_engine_megatron",
     "test_engine_deepspeed",
+    "test_chain",
     "test_lora",
+    "test_faults",
     "test_segments",
-    "test_moe",
-    "test_family_training",
+    "test_convert",
+    "test_generate",
+    "test_generate_trained",
+    "test_generate_processes",
+    "test_checkpoint_save",
+    "test_family_models",
+    "test_lora_start",
 )
-"""Files whose tests start several ranks. They share one process of a parallel run: two groups of ranks on two
-cores would wait for each other in every collective."""
-LONGEST_FILES = ("test_chain", "test_generate", "test_family_models", "test_lora_start", "test_faults")
-"""Begun next, so that the processes of a parallel run end at about the same time."""
+"""Begun first, so that the processes of a parallel run end at about the same time."""
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    """Keeps the tests of a file in one process of a parallel run, and SEVERAL_RANKS in the same one."""
-    from xdist.scheduler import LoadFileScheduling
+def pytest_configure():
+    """Gives each process of a parallel run its share of the CPUs, and so the ranks that it starts.
 
-    class FileGroups(LoadFileScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = super()._split_scope(nodeid)
-            return "several ranks" if Path(file).stem in SEVERAL_RANKS else file
-
-    return FileGroups(config, log)
+    Ranks that exchange small messages over gloo take half the CPU time on one core, and do not wait for the
+    ranks of another test.
+    """
+    worker, count = os.environ.get("PYTEST_XDIST_WORKER"), int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    if worker and hasattr(os, "sched_setaffinity"):
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cpus[int(worker.removeprefix("gw")) % len(cpus) :: count])
 
 
 def pytest_collection_modifyitems(items):
-    """Puts the longest groups first and keeps the order of the others."""
-    position = {name: number for number, name in enumerate(SEVERAL_RANKS + LONGEST_FILES)}
+    """Puts the longest files first and keeps the order of the others."""
+    position = {name: number for number, name in enumerate(LONGEST_FILES)}
     items.sort(key=lambda item: position.get(item.path.stem, len(position)))
 
 

@@ -51,7 +51,8 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
     cases["full recomputation"] = {
         "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
     }
-    curves = run_cases(layout, cases, tmp_path, steps)
+    few = {"micro_batch_size": 2} if layout == "tp2-dp1" and steps == FEW_STEPS else {}  # of two accumulated
+    curves = run_cases(layout, cases, tmp_path, steps, **few)
     for stage in range(4):
         ((evaluated, _),) = curves.pop(f"zero {stage}: evaluated")
         assert evaluated == pytest.approx(expected[0][0], rel=1e-6)

@@ -136,10 +136,10 @@ def losses(
     layouts: dict[str, dict[str, Any]], steps: int = STEPS, mistakes: dict[str, str] | None = None
 ) -> Theme:
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
-    cases = {
-        name: case(parallel, steps, evaluate="vpp2" in name or "cp2" in name)
-        for name, parallel in layouts.items()
-    }
+    cases = {}
+    for name, parallel in layouts.items():
+        two = {"micro_batch_size": 2} if steps < STEPS and name in ("tp2", "tp2 sp", "cp2") else {}
+        cases[name] = case(parallel, steps, evaluate="vpp2" in name or "cp2" in name, train=two)
     for name, mistake in (mistakes or {}).items():
         cases[f"control: {name}, {mistake}"] = case(layouts[name], FEW_STEPS, **{"break": mistake})
     return Theme(cases, lambda curves: compare(expected(), curves))

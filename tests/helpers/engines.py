@@ -20,7 +20,7 @@ MODEL = ModelConfig(
 
 
 STEPS, DATA_SEED = 20, 7
-FEW_STEPS = 8
+FEW_STEPS = 6
 """Steps of a default test: warmup (4) and the begin of the decay. Slow tests run all of them."""
 
 

@@ -216,7 +216,7 @@ def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
 
     Must run last: its control modifies the process.
     """
-    dropout, cases = {"attention_dropout": 0.2, "hidden_dropout": 0.2}, {}
+    dropout, cases = {"attention_dropout": 0.2, "hidden_dropout": 0.2, "micro_batch_size": 2}, {}
     for layout in names:
         for method in methods:
             if not ("vpp2" in layout and "2" in method):  # stages of one layer

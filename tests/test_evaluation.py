@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import launch
+from helpers import forkserver, launch
 from helpers.evaluating import MAKERS, MODEL, SAMPLE, exported, harness_task, model_dir
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
@@ -375,19 +375,18 @@ def test_a_tokenizer_of_another_model(folders):
 def run(folder: Path, *words: str, world: int = 1) -> tuple[int, str]:
     """The command, on some processes."""
     port = str(launch.free_port())
-    processes = []
+    processes, logs = [], []
     for rank in range(world):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
         ranks |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}
         env = launch.environment(**{name: str(value) for name, value in ranks.items()} if world > 1 else {})
-        command = [sys.executable, str(SCRIPT), *map(str, words)]
-        processes.append(
-            subprocess.Popen(
-                command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=launch.ROOT
-            )
-        )
-    outputs = [process.communicate(timeout=300)[0] for process in processes]
-    return max(process.returncode for process in processes), "\n".join(outputs)
+        logs.append(folder.with_name(f"{folder.name}-rank{rank}.log"))
+        logs[-1].unlink(missing_ok=True)
+        processes.append(forkserver.start_script(SCRIPT, list(map(str, words)), env, logs[-1], launch.ROOT))
+    for process in processes:
+        process.join(300)
+        process.kill()
+    return max(process.exitcode for process in processes), "\n".join(log.read_text() for log in logs)
 
 
 def records(folder: Path) -> list[dict]:

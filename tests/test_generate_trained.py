@@ -7,8 +7,6 @@ go either way, so the smallest gap between them along the compared texts is asse
 import functools
 import json
 import math
-import subprocess
-import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,7 +234,7 @@ def test_ranks_share_the_reading(trained, hashed, monkeypatch):
 
 
 def test_stdout_is_the_answers_alone(trained):
-    """A training checkpoint and its export give the same bytes on stdout."""
+    """A training checkpoint and its export give the same text on stdout."""
     flags = [
         "--tokenizer-name-or-path",
         trained / "tokenizer",
@@ -249,15 +247,10 @@ def test_stdout_is_the_answers_alone(trained):
     ]
     done = []
     for name in ("ckpt", "export"):
-        command = [sys.executable, "tasks/inference/generate.py", "--load", trained / name, *flags]
-        done.append(
-            subprocess.run(
-                list(map(str, command)), env=launch.environment(), cwd=launch.ROOT, capture_output=True
-            )
-        )
-    assert done[0].stdout.startswith(b"== greedy 1/1: ")
+        done.append(launch.script("tasks/inference/generate.py", "--load", trained / name, *flags))
+    assert done[0].stdout.startswith("== greedy 1/1: ")
     assert done[0].stdout == done[1].stdout
-    assert [item.stderr.count(b"verifying ") for item in done] == [1, 0]
+    assert [item.stderr.count("verifying ") for item in done] == [1, 0]
 
 
 def test_layouts_of_training_are_refused(cpu, trained):

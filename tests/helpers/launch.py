@@ -45,8 +45,11 @@ def free_port() -> int:
     raise AssertionError("unreachable: the counter does not end")
 
 
-def script(path: str, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Runs a Python script of the project in the repository's root, in a process forked from the server."""
+def script(path: str | Path, *arguments: object, timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs a Python script in the repository's root, in a process forked from the server.
+
+    `path`: absolute or relative to the root.
+    """
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, name) for name in ("stdout", "stderr")]
         words = [str(word) for word in arguments]
@@ -54,10 +57,10 @@ def script(path: str, *arguments: object, timeout: float = 300) -> subprocess.Co
         process.join(timeout)
         process.kill()
         output, errors = (log.read_text() if log.exists() else "" for log in logs)
-    return subprocess.CompletedProcess([path, *words], process.exitcode, output, errors)
+    return subprocess.CompletedProcess([str(path), *words], process.exitcode, output, errors)
 
 
-def must(path: str, *arguments: object, timeout: float = 300) -> str:
+def must(path: str | Path, *arguments: object, timeout: float = 300) -> str:
     """Returns the stdout of `script`, which has to succeed."""
     done = script(path, *arguments, timeout=timeout)
     assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -47,6 +47,10 @@ class Options:
     """Answers of a conversation in the loss: all, or the last; default: all, the last for Belle."""
     overwrite: bool = False
     """Replace data of the prefix that are made from other files or with other settings."""
+    parse_special_tokens: bool = False
+    """Special tokens in the text (<s>, <|im_end|>, a <think> that the tokenizer declares as special) become
+    their ids; otherwise they stay text. With a chat template all but BOS, EOS and those of the
+    template."""
     strict: bool = False
     """Stop at the first row that cannot be converted, and write nothing."""
     json_keys: tuple[str, ...] = ("text",)
@@ -115,6 +119,7 @@ def main() -> None:
         chat_template=template,
         system=options.system,
         loss_on=options.loss_on,
+        parse_special_tokens=options.parse_special_tokens,
     )
     workers = options.workers or len(os.sched_getaffinity(0))
     preprocess(

@@ -256,6 +256,8 @@ class DataConfig:
     """Hugging Face data sets: system message for conversations without one."""
     loss_on: Literal["all", "last"] | None = None
     """Hugging Face data sets: answers in the loss; None: all."""
+    parse_special_tokens: bool = False
+    """Hugging Face data sets: special tokens in the text become their ids, as in tools/preprocess_data.py."""
     strict: bool = False
     """Hugging Face data sets: stop at a row that gives no document."""
     is_instruction_dataset: bool = False

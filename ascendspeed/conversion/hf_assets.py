@@ -22,6 +22,7 @@ from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import choose_template
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file, read_json_object
+from ascendspeed.utils.text import shorten_list
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +69,12 @@ def check(reader: CheckpointReader) -> None:
         loaded = _load_tokenizer(folder, reader.config)
         if reader.chat_template:
             choose_template(loaded, reader.chat_template)
+        beyond = [text for text, number in loaded.added_tokens.items() if number >= reader.config.vocab_size]
+        if beyond:
+            logger.info(
+                f"note: the tokenizer in {folder} adds {shorten_list(beyond)}, beyond the "
+                f"{reader.config.vocab_size} ids of the model, which cannot read such a token"
+            )
         if all((folder / name).exists() for name in tokenizer.TOKENIZER_CLASSES):
             export.check(folder)
     for path in _files_to_copy(reader):

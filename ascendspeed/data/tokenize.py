@@ -23,7 +23,7 @@ class DocumentEncoder:
     def __init__(self, config: EncoderConfig) -> None:
         """Raises `UserError` for a missing tokenizer or handler, and for settings that do not go together."""
         self.config = config
-        self.tokenizer = tokenizer.load(config.tokenizer_path)
+        self.tokenizer = tokenizer.load(config.tokenizer_path, config.parse_special_tokens)
         self.handler = create_handler(config, self.tokenizer)
         if config.append_eod and self.tokenizer.eos is None:
             raise UserError(f"--append-eod: the tokenizer in {config.tokenizer_path} names no eos_token")

@@ -125,6 +125,9 @@ class GenerationArgs:
     repeated."""
     chat_template: str | None = None
     """Chat template: v1, v1-eoh, v2, v2.5 or v3; None: that of the model's family and its tokenizer."""
+    parse_special_tokens: bool = False
+    """Special tokens in prompts (<s>, <think>) become their ids; otherwise they stay text. In a conversation
+    all but BOS, EOS and those of the chat template."""
     system: str | None = None
     """System message of conversations that have none."""
     history_turns: int | None = None

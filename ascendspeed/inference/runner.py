@@ -35,7 +35,7 @@ def run(job: GenerationJob, device: Device, notes: Sequence[str]) -> None:
     args = job.generation
     prompts = _explicit_prompts(job)
     is_interactive = "chat" in job.tasks and not prompts and args.input_file is None
-    session = Session.open(job.spec, device, args.chat_template, is_interactive)
+    session = Session.open(job.spec, device, args.chat_template, is_interactive, args.parse_special_tokens)
     for note in notes:
         logger.info(f"note: {note}")
     if args.input_file == "-" or (not prompts and not is_interactive):

@@ -26,6 +26,7 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
+from ascendspeed.tokenization.vocab_check import check_vocab_size
 from ascendspeed.utils import logging as logs
 from ascendspeed.utils.errors import UserError
 
@@ -105,25 +106,27 @@ class Session(ModelSession):
         device: Device,
         chat_template: str | None = None,
         waits_for_user: bool = False,
+        parses_special_tokens: bool = False,
     ) -> "Session":
         """Loads the tokenizer, initializes the process groups and checks that tokenizer and model fit
         together.
 
-        `waits_for_user`: ranks may have to wait for input at a terminal. Collective. Raises `UserError`.
+        `waits_for_user`: ranks may have to wait for input at a terminal. `parses_special_tokens`: see
+        `tokenizer.load`. Collective. Raises `UserError`.
         """
         check_device_precision(spec.args.fp16, device)
-        loaded = _load_tokenizer(spec)
+        loaded = _load_tokenizer(spec, parses_special_tokens)
         grid = _initialize(spec, device, CHAT_TIMEOUT if waits_for_user else COLLECTIVE_TIMEOUT)
         session = cls(spec, device, grid, loaded, chat_template)
         config = session.config
-        if loaded.vocab_size > config.vocab_size:
-            raise UserError(
-                f"the tokenizer in {spec.tokenizer} has {loaded.vocab_size} tokens, "
-                f"but the model in {spec.args.load} only {config.vocab_size}; "
-                "give the model's own with --tokenizer-name-or-path"
-            )
+        too_large = (
+            f"the tokenizer in {spec.tokenizer} has {loaded.vocab_size} tokens, "
+            f"but the model in {spec.args.load} only {config.vocab_size}; "
+            "give the model's own with --tokenizer-name-or-path"
+        )
+        notes = check_vocab_size(loaded, config.vocab_size, too_large)
         _check_expected_model(spec, config)
-        for note in _tokenizer_notes(spec, loaded, config):
+        for note in notes + _tokenizer_notes(spec, loaded, config):
             logger.info(f"note: {note}")
         return session
 
@@ -223,9 +226,9 @@ def _initialize(spec: EngineSpec, device: Device, timeout_minutes: int) -> Proce
     return grid
 
 
-def _load_tokenizer(spec: EngineSpec) -> Tokenizer:
+def _load_tokenizer(spec: EngineSpec, parses_special_tokens: bool) -> Tokenizer:
     try:
-        return tokenizer.load(spec.tokenizer)
+        return tokenizer.load(spec.tokenizer, parses_special_tokens)
     except UserError as error:
         hint = "; give --tokenizer-name-or-path" if spec.tokenizer == spec.args.load else ""
         raise UserError(f"{error}{hint}") from None

@@ -2,102 +2,51 @@
 code runs.
 
 `tokenizer.model` has priority: the model was trained with it, while a `tokenizer.json` beside it is a
-conversion. Text never becomes a control token: a literal `<s>` is encoded as the characters `<`, `s`, `>`.
-Callers insert control tokens by id (`bos`, `eos`, `required_id`).
+conversion. Added tokens that are not special are found in text, as in transformers. Text never becomes a
+special token: a literal `<s>` is encoded as the characters `<`, `s`, `>`, unless the caller chooses to parse
+special tokens. Callers insert control tokens by id (`bos`, `eos`, `required_id`).
 """
 
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ascendspeed.tokenization.added_tokens import AddedToken, AddedTokenSplitter
+from ascendspeed.tokenization.declared_tokens import (
+    ADDED_TOKEN_FLAGS,
+    CONTROL_TOKEN_NAMES,
+    DeclaredToken,
+    adds_bos_token,
+    declared_tokens,
+    read_optional_json,
+    token_text,
+)
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import checked_file, read_json_object
+from ascendspeed.utils.safe_io import checked_file
 from ascendspeed.utils.text import first_line
 
-CONTROL_TOKEN_NAMES = ("bos", "eos", "unk", "pad")
-ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip")
-"""Fields of an added token: match whole words only; strip the whitespace to its left or right."""
-
-
-@dataclass(frozen=True)
-class DeclaredToken:
-    """A string that the JSON files beside a vocabulary declare to be one token."""
-
-    number: int | None
-    """Token id; None: the id of the vocabulary entry with this string."""
-    special: bool
-    """True if decoded text leaves it out."""
-    flags: Mapping[str, bool]
-    """Matching options, see `ADDED_TOKEN_FLAGS`."""
-
-
-def declared_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
-    """Reads tokenizer_config.json, special_tokens_map.json and added_tokens.json.
-
-    Returns the merged settings of the first two, and the declared tokens of all three by string. Where the
-    files contradict each other, the precedence is that of transformers. Raises `UserError`.
-    """
-    try:
-        return _declared_tokens(folder)
-    except (TypeError, AttributeError, ValueError) as error:  # e.g. a list where an object is expected
-        raise UserError(
-            f"{folder}: the tokenizer's JSON files do not have the structure that transformers writes: "
-            f"{error}"
-        ) from None
-
-
-def _declared_tokens(folder: Path) -> tuple[dict[str, Any], dict[str, DeclaredToken]]:
-    config = read_optional_json(folder / "tokenizer_config.json")
-    names = read_optional_json(folder / "special_tokens_map.json")
-    settings = names | config if config.get("added_tokens_decoder") else config | names
-    special = _special_strings(settings)
-    tokens = {text: DeclaredToken(None, True, {}) for text in special}
-    for text, number in read_optional_json(folder / "added_tokens.json").items():
-        tokens[text] = DeclaredToken(_token_id(number), text in special, {})
-    for number, token in (settings.get("added_tokens_decoder") or {}).items():
-        text = token_text(token)
-        flags = {name: bool(token.get(name)) for name in ADDED_TOKEN_FLAGS}
-        tokens[text] = DeclaredToken(_token_id(number), bool(token.get("special")) or text in special, flags)
-    return settings, tokens
-
-
-def _special_strings(settings: Mapping[str, Any]) -> list[str]:
-    """Returns the strings of the named control tokens and of the additional special tokens."""
-    tokens = [settings.get(f"{name}_token") for name in CONTROL_TOKEN_NAMES]
-    tokens = [token for token in tokens if token is not None]
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-        additional = settings.get(key) or ()
-        tokens += additional.values() if isinstance(additional, Mapping) else additional
-    return [token_text(token) for token in tokens]
-
-
-def adds_bos_token(settings: Mapping[str, Any]) -> bool:
-    """Returns `add_bos_token` of tokenizer_config.json; true, as for InternLM, where it is missing."""
-    return settings.get("add_bos_token") is not False
-
-
-def token_text(token: Any) -> str:
-    """Returns the string of a token that a JSON file holds as a string or as {"content": string}.
-
-    Raises `ValueError`.
-    """
-    text = token.get("content") if isinstance(token, Mapping) else token
-    if not isinstance(text, str) or not text:
-        raise ValueError(f"{token!r} is not a token")
-    return text
-
-
-def _token_id(number: Any) -> int:
-    if not str(number).isdecimal() or int(number) >= 2**31:
-        raise ValueError(f"{number!r} is not a token id")
-    return int(number)
+__all__ = [
+    "ADDED_TOKEN_FLAGS",
+    "CONTROL_TOKEN_NAMES",
+    "TOKENIZER_CLASSES",
+    "DeclaredToken",
+    "JsonTokenizer",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "adds_bos_token",
+    "declared_tokens",
+    "load",
+    "read_optional_json",
+    "token_text",
+]
+NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
+"""End of a serialized sentencepiece model that sets `normalizer_spec.add_dummy_prefix` to false."""
 
 
 class Tokenizer(ABC):
@@ -113,11 +62,14 @@ class Tokenizer(ABC):
     """Id that ends a document."""
     pad: int | None
     """Id that fills a batch; `eos` if the files name none."""
+    parses_special_tokens: bool
+    """True if special tokens are found in text too."""
 
-    def __init__(self, path: Path, size: int) -> None:
+    def __init__(self, path: Path, size: int, parses_special_tokens: bool) -> None:
         """`size`: `base_vocab_size`."""
-        self.path, self.base_vocab_size = path, size
+        self.path, self.base_vocab_size, self.parses_special_tokens = path, size, parses_special_tokens
         settings, tokens = declared_tokens(path)
+        self._settings = settings
         self._added = {text: token.number for text, token in tokens.items() if token.number is not None}
         self._special = {number for text, number in self._added.items() if tokens[text].special}
         self.vocab_size = max([size, *(number + 1 for number in self._added.values())])
@@ -175,9 +127,21 @@ class Tokenizer(ABC):
         return number
 
     @property
+    def control_strings(self) -> tuple[str, ...]:
+        """Strings of BOS and EOS, as the files name them."""
+        tokens = (self._settings.get(f"{name}_token") for name in ("bos", "eos"))
+        return tuple(token_text(token) for token in tokens if token is not None)
+
+    @property
     def added_tokens(self) -> Mapping[str, int]:
         """String -> id of every token that is declared beside or inside the vocabulary file."""
         return self._added
+
+    @property
+    def ids_from_text(self) -> set[int]:
+        """Ids of the added tokens that text may become."""
+        added = set(self._added.values())
+        return added if self.parses_special_tokens else added - self._special
 
     def _control_id(self, token: str | dict[str, Any] | None) -> int | None:
         return None if token is None else self.required_id(token_text(token))
@@ -194,62 +158,104 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`, by the sentencepiece library."""
+    """`tokenizer.model`, by the sentencepiece library, and the tokens that the files beside it add."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parses_special_tokens: bool = False) -> None:
         import sentencepiece
 
         # Errors only: sentencepiece warns about InternLM's unused NUL piece in every process.
         sentencepiece.set_min_log_level(2)
         try:
-            self._model = sentencepiece.SentencePieceProcessor(
-                model_file=str(checked_file(path / "tokenizer.model"))
-            )
-        except (OSError, RuntimeError) as error:
+            model = checked_file(path / "tokenizer.model").read_bytes()
+            self._model = sentencepiece.SentencePieceProcessor()
+            self._model.load_from_serialized_proto(model)
+            self._pieces = [self._model.id_to_piece(i) for i in range(self._model.get_piece_size())]
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise UserError(
                 f"{path / 'tokenizer.model'} is not a sentencepiece model: {first_line(error)}"
             ) from error
-        super().__init__(path, self._model.get_piece_size())
+        super().__init__(path, len(self._pieces), parses_special_tokens)
         if self.bos is None and self._model.bos_id() >= 0:
             self.bos = self._model.bos_id()
         if self.eos is None and self._model.eos_id() >= 0:
             self.eos = self._model.eos_id()
         self.pad = self.eos if self.pad is None else self.pad
+        settings, tokens = declared_tokens(path)
+        self._splitter = AddedTokenSplitter(self._in_text(tokens), parses_special_tokens)
+        self._names = {
+            number: text
+            for text, number in self._added.items()
+            if number >= self.base_vocab_size or self._pieces[number] != text
+        }
+        # Text behind an added token begins with a space of its own, unless `legacy` is false.
+        has_prefix = settings.get("legacy") is not False
+        self._continuation = self._model
+        if not has_prefix and self._names:
+            self._continuation = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
+
+    def _in_text(self, tokens: Mapping[str, DeclaredToken]) -> dict[str, AddedToken]:
+        """Declared tokens that have an id."""
+        ids = {text: self.token_to_id(text) for text in tokens}
+        return {
+            text: AddedToken(number, number in self._special or tokens[text].special, **tokens[text].flags)
+            for text, number in ids.items()
+            if number is not None
+        }
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return self._model.encode_as_numpy(list(texts), num_threads=1)
+        split = [self._splitter.split(text) for text in texts]
+        if all(len(parts) == 1 and isinstance(parts[0], str) for parts in split):
+            return self._model.encode_as_numpy(list(texts), num_threads=1)
+        first = [part for parts in split for part in parts[:1] if isinstance(part, str)]
+        later = [part for parts in split for part in parts[1:] if isinstance(part, str)]
+        first_ids = iter(self._model.encode_as_numpy(first, num_threads=1))
+        later_ids = iter(self._continuation.encode_as_numpy(later, num_threads=1))
+        return [_concatenate(parts, first_ids, later_ids) for parts in split]
 
     def decode(self, ids: Iterable[int]) -> str:
-        added = {text_id: text for text, text_id in self._added.items() if text_id >= self.base_vocab_size}
         visible = [
             i
             for i in self._checked_ids(ids)
-            if i not in self._special and (i < self.base_vocab_size or i in added)
+            if i not in self._special and (i < self.base_vocab_size or i in self._names)
         ]
-        parts = []
-        for is_added, group in groupby(visible, added.__contains__):
+        parts: list[str] = []
+        for is_added, group in groupby(visible, self._names.__contains__):
             run = list(group)
-            parts += [added[i] for i in run] if is_added else [self._model.decode(run)]
+            model = self._continuation if parts else self._model
+            parts += [self._names[i] for i in run] if is_added else [model.decode(run)]
         return "".join(parts)
 
     def token_bytes(self, number: int) -> bytes | None:
         if number in self._special:
             return b""
         is_byte = number < self.base_vocab_size and self._model.is_byte(number)
-        return bytes([int(self._model.id_to_piece(number)[3:5], 16)]) if is_byte else None  # <0x41>
+        return bytes([int(self._pieces[number][3:5], 16)]) if is_byte else None  # <0x41>
 
     def resets_decoder(self, number: int) -> bool:
-        return number >= self.base_vocab_size and number not in self._special
+        is_added = number in self._names or number >= self.base_vocab_size
+        return is_added and number not in self._special and self._continuation is self._model
 
     def _base_token_to_id(self, token: str) -> int | None:
         number = self._model.piece_to_id(token)  # the id of <unk> for an unknown piece
-        return number if self._model.id_to_piece(number) == token else None
+        return number if self._pieces[number] == token else None
+
+
+def _concatenate(
+    parts: Sequence[str | int], first: Iterator[np.ndarray], later: Iterator[np.ndarray]
+) -> np.ndarray:
+    """Ids [n] int32 of the parts of a text: ids of added tokens, and the next of `first` or `later` for
+    text."""
+    ids = []
+    for index, part in enumerate(parts):
+        text_ids = later if index else first
+        ids.append(np.array([part], np.int32) if isinstance(part, int) else next(text_ids))
+    return np.concatenate(ids) if ids else np.zeros(0, np.int32)
 
 
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, by the `tokenizers` library."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, parses_special_tokens: bool = False) -> None:
         import tokenizers
 
         try:
@@ -260,10 +266,9 @@ class JsonTokenizer(Tokenizer):
             raise UserError(f"{path / 'tokenizer.json'} is not a tokenizer: {first_line(error)}") from error
         self._model.no_truncation()
         self._model.no_padding()
-        # Control tokens in text stay text. Added tokens that are not special are ordinary vocabulary (runs of
-        # spaces, for example) and are found in text, as in training.
-        self._model.encode_special_tokens = True
-        super().__init__(path, self._model.get_vocab_size(with_added_tokens=False))
+        # Added tokens that are not special are ordinary vocabulary (runs of spaces, for example).
+        self._model.encode_special_tokens = not parses_special_tokens
+        super().__init__(path, self._model.get_vocab_size(with_added_tokens=False), parses_special_tokens)
         self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
         self.pad = self.eos if self.pad is None else self.pad
         kinds = _decoder_kinds(self._model.decoder)
@@ -295,22 +300,23 @@ class JsonTokenizer(Tokenizer):
         return self._model.token_to_id(token)
 
 
-TOKENIZER_CLASSES: dict[str, Callable[[Path], Tokenizer]] = {
+TOKENIZER_CLASSES: dict[str, type[SentencePieceTokenizer | JsonTokenizer]] = {
     "tokenizer.model": SentencePieceTokenizer,
     "tokenizer.json": JsonTokenizer,
 }
 """File name -> class, in the order of priority."""
 
 
-def load(path: str | Path) -> Tokenizer:
+def load(path: str | Path, parses_special_tokens: bool = False) -> Tokenizer:
     """Loads the tokenizer of a Hugging Face directory.
 
-    Raises `UserError` if there is none or it is damaged.
+    `parses_special_tokens`: find special tokens (`<s>`, `<|im_end|>`) in text too. Raises `UserError` if
+    there is none or it is damaged.
     """
     folder = Path(path)
     for name, tokenizer_class in TOKENIZER_CLASSES.items():
         if (folder / name).is_file():
-            return tokenizer_class(folder)
+            return tokenizer_class(folder, parses_special_tokens)
     if folder.is_dir():
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         reason = f"the folder holds {names or 'nothing'}"
@@ -319,11 +325,6 @@ def load(path: str | Path) -> Tokenizer:
     raise UserError(
         f"{folder}: no tokenizer here; looked for {' and '.join(TOKENIZER_CLASSES)}, but {reason}"
     )
-
-
-def read_optional_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object from a file; returns {} if the file does not exist. Raises `UserError`."""
-    return read_json_object(path) if path.exists() or path.is_symlink() else {}
 
 
 def _decoder_kinds(decoder: Any) -> set[str]:

@@ -16,6 +16,7 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.families import chat_template_beside
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import TEMPLATES, choose_template
+from ascendspeed.tokenization.vocab_check import check_vocab_size
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -126,9 +127,11 @@ def _check_tokenizer(run: Run) -> None:
     path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
     if not path:
         return
-    ids = tokenizer.load(path).vocab_size
-    if ids > rows:
-        raise UserError(f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}")
+    loaded = tokenizer.load(path, run.data.parse_special_tokens)
+    ids = loaded.vocab_size
+    too_large = f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}"
+    for note in check_vocab_size(loaded, rows, too_large):
+        logger.info(f"note: {note}")
     for paths in (run.data.data_path, run.data.valid_data_path):
         for _, prefix in dataset.parse_blend(paths) if paths else ():
             data_ids = dataset.dataset_facts(prefix).get("vocab_size", ids)

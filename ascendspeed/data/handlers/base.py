@@ -34,6 +34,8 @@ class EncoderConfig:
     """System message of conversations without one."""
     loss_on: Literal["all", "last"] | None = None
     """Assistant turns in the loss; None: the handler's default."""
+    parse_special_tokens: bool = False
+    """Special tokens are found in text; in a chat format all but BOS, EOS and those of the format."""
 
 
 class Handler(ABC):

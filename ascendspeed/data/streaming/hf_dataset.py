@@ -32,7 +32,7 @@ class StreamedDataset(TokenDataset):
     """Rows of parquet, arrow, json, csv or txt files, encoded by a handler when a sample needs them."""
 
     description = "data that are tokenized in training"
-    flags = ("handler_name", "json_keys", *HANDLER_SETTINGS, "strict")
+    flags = ("handler_name", "json_keys", *HANDLER_SETTINGS, "parse_special_tokens", "strict")
 
     def __init__(self, path: str, files: Sequence[Path], data: DataConfig) -> None:
         """Raises `UserError` for a missing tokenizer, handler or column, and for damaged files."""
@@ -106,5 +106,6 @@ def _encoder_config(path: str, data: DataConfig) -> EncoderConfig:
         data.json_keys,
         append_eod=not in_chat_format,  # answers in a chat format have their own end
         seq_length=data.seq_length,
+        parse_special_tokens=data.parse_special_tokens,
         **{setting: getattr(data, setting) for setting in HANDLER_SETTINGS},
     )

@@ -55,7 +55,11 @@ class ChatFormat:
             number = first_token_id(tokenizer, strings)
             if number is not None:
                 self.controls[control] = number
-        guarded = {string: tokenizer.token_to_id(string) for string in self.template.guarded}
+        strings = {*self.template.guarded}
+        if tokenizer.parses_special_tokens:
+            strings.update(tokenizer.control_strings, *self.template.controls.values())
+            strings.discard(EOS)
+        guarded = {string: tokenizer.token_to_id(string) for string in strings}
         self._forbidden_ids = {*self.controls.values(), *guarded.values()} - {None}
         known = [string for string, number in guarded.items() if number is not None]
         self.split_strings = self._find_split_strings(known)

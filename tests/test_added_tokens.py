@@ -225,8 +225,8 @@ def test_preprocessing_parses_special_tokens_when_asked(folder):
         for parse in (False, True)
     }
     assert ids[True] == tokenizer.SentencePieceTokenizer(folder, True).encode(text).tolist()
-    assert {1, 908, 900} <= set(ids[True])
-    assert {1, 908, 900} & set(ids[False]) == {900}  # not a special one: always
+    assert {1, 909, 900} <= set(ids[True])
+    assert {1, 909, 900} & set(ids[False]) == {900}  # not a special one: always
     streamed = hf_dataset._encoder_config(
         "x", DataConfig(tokenizer_name_or_path=str(folder), parse_special_tokens=True)
     )

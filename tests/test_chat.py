@@ -329,11 +329,11 @@ def test_stop_set(kinds, tmp_path):
     end = ChatFormat(tok, "v2").stop_ids
     assert stop_token_ids(tok, [tmp_path]) == (2,)
     assert stop_token_ids(tok, [tmp_path], end) == tuple(sorted({2, *end}))
-    for value, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ())):
+    for value, numbers in ((7, (7,)), ([2, 9], (2, 9)), (None, ()), (-1, ())):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
         assert generation_config_stops(tmp_path) == numbers
         assert stop_token_ids(tok, [tmp_path], end) == tuple(sorted({2, *end, *numbers}))
-    for wrong in ("2", [2, "x"], -1, True, 1.5):
+    for wrong in ("2", [2, "x"], -2, True, 1.5):
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
         with pytest.raises(
             UserError, match=r"generation_config\.json: eos_token_id is .* not an id or a list of ids"

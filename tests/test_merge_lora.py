@@ -16,9 +16,10 @@ import pytest
 import torch
 from helpers import oracle
 from helpers.conversion import command
+from helpers.peft_folders import MODELS, model_of
 from safetensors.torch import load_file, save_file
 
-from ascendspeed.config.schema import LoraConfig, ModelConfig
+from ascendspeed.config.schema import LoraConfig
 from ascendspeed.conversion import lora_merge, weights_identity
 from ascendspeed.conversion.formats import peft as directory
 from ascendspeed.conversion.formats.registry import open_reader
@@ -26,20 +27,6 @@ from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.lora import adapter as adapters
 from ascendspeed.utils.errors import UserError
 
-SMALL = ModelConfig(
-    num_layers=2,
-    hidden_size=64,
-    ffn_hidden_size=96,
-    num_attention_heads=4,
-    vocab_size=125,
-    max_position_embeddings=64,
-)
-NO_BIAS = {"add_qkv_bias": False, "add_dense_bias": False}
-MODELS = {
-    "internlm": SMALL,
-    "internlm2": replace(SMALL, family="internlm2", num_query_groups=2, **NO_BIAS),
-    "llama": replace(SMALL, family="llama", num_query_groups=2, **NO_BIAS),
-}
 SOME = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SETTINGS: dict[str, dict[str, Any]] = {
     "some": {"target_modules": SOME},
@@ -52,11 +39,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "one layer": {"target_modules": SOME, "layers_to_transform": [1]},
 }
-
-
-def model_of(family: str, dtype: torch.dtype = torch.float32) -> tuple[Any, dict[str, torch.Tensor]]:
-    reference, named = oracle.native(MODELS[family])
-    return reference.to(dtype), {name: tensor.to(dtype) for name, tensor in named.items()}
 
 
 def base(family: str, folder: Path, dtype: torch.dtype = torch.float32) -> Any:
@@ -193,15 +175,15 @@ def test_wqkv_by_llamas_names(tmp_path):
 
 
 REFUSED = {
-    "use_dora": (True, "use_dora = True is not supported"),
-    "bias": ("all", "bias 'all' is not supported"),
+    "use_dora": (True, "it lacks model.layers.0.*, but a DoRA|a DoRA magnitude of every adapter"),
+    "bias": ("some", "bias 'some' is not one of none, all, lora_only"),
     "lora_bias": (True, "lora_bias = True is not supported"),
     "fan_in_fan_out": (True, "fan_in_fan_out = True is not supported"),
-    "modules_to_save": (["lm_head"], "modules_to_save"),
+    "modules_to_save": (["lm_head"], "lacks 'lm_head', which modules_to_save of its"),
     "layer_replication": ([[0, 1]], "layer_replication"),
     "peft_type": ("LOHA", "peft_type 'LOHA' is not supported"),
     "init_lora_weights": ("pissa", "init_lora_weights 'pissa' changes the base weights"),
-    "trainable_token_indices": ([1], "trainable_token_indices"),
+    "trainable_token_indices": ([1], "lacks the rows of trainable_token_indices"),
     "something_new": ({"x": 1}, "something_new"),
     "r": (8, "A of model.layers.0.* has 4 rows, but adapter_config.json says r = 8"),
     "lora_alpha": (None, "lora_alpha must be a number, got None"),

@@ -13,29 +13,16 @@ from ascendspeed.tokenization.chat import (
     ChatFormat,
     generation_config_stops,
     stop_token_ids,
-    template_name,
     to_jinja,
 )
+from ascendspeed.tokenization.chat.template_files import TEMPLATE_FILE, TOKENIZER_CONFIG, own_template
 from ascendspeed.tokenization.tokenizer import read_optional_json
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
 
 logger = logging.getLogger(__name__)
 
-TEMPLATE_FILE = "chat_template.jinja"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
-
-
-def recorded_template(folder: Path) -> str | None:
-    """Name of the chat template in a folder, if this project wrote it. Raises `UserError`."""
-    path = folder / TEMPLATE_FILE
-    if not (path.exists() or path.is_symlink()):
-        return None
-    try:
-        return template_name(checked_file(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def with_template(reader: CheckpointReader, name: str | None) -> CheckpointReader:
@@ -54,21 +41,13 @@ def with_template(reader: CheckpointReader, name: str | None) -> CheckpointReade
     return replace(reader, chat_template=name)
 
 
-def own_template(folder: Path | None) -> str | None:
-    """Name of the file in a folder that has a chat template of the model's own; None: it has none."""
-    if folder is None:
-        return None
-    if (folder / TEMPLATE_FILE).exists():
-        return None if recorded_template(folder) else TEMPLATE_FILE
-    return TOKENIZER_CONFIG if read_optional_json(folder / TOKENIZER_CONFIG).get("chat_template") else None
-
-
 def own_template_text(folder: Path | None) -> str | None:
     """Chat template in a folder that is the model's own; None: it has none, or several."""
     own = own_template(folder)
     if own == TEMPLATE_FILE:
         return checked_file(folder / own).read_text(encoding="utf-8")
-    value = read_optional_json(folder / own).get("chat_template") if own else None
+    is_file = own is not None and (folder / own).is_file()
+    value = read_optional_json(folder / own).get("chat_template") if is_file else None
     return value if isinstance(value, str) else None
 
 

@@ -43,6 +43,14 @@ heads.
 """
 
 
+class ConfigSource(NamedTuple):
+    """Where the values of a configuration come from."""
+
+    family: Family
+    config_json: Mapping[str, Any] | None
+    """The file, to tell its values from defaults; None: unknown."""
+
+
 class TensorInventory(NamedTuple):
     """Layers, experts and shapes of the stored tensors."""
 
@@ -54,8 +62,10 @@ class TensorInventory(NamedTuple):
     """
 
 
-def config_mismatches(config: ModelConfig, shapes: Shapes) -> list[str]:
-    """Returns a line for each mismatch between `config`, as read from a config.json, and tensors of these
+def config_mismatches(
+    config: ModelConfig, shapes: Shapes, config_json: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Returns a line for each mismatch between `config`, as read from `config_json`, and tensors of these
     names and shapes.
 
     Empty if shapes cannot tell (the number of heads, if each is hidden size / heads wide), and if no tensor
@@ -71,10 +81,11 @@ def config_mismatches(config: ModelConfig, shapes: Shapes) -> list[str]:
     inventory = _inventory(family, shapes)
     if not inventory.shapes:
         return []
+    source = ConfigSource(family, config_json)
     return [
-        *_count_mismatches(family, config, inventory),
-        *_switch_mismatches(family, config, inventory),
-        *_size_mismatches(family, config, inventory),
+        *_count_mismatches(source, config, inventory),
+        *_switch_mismatches(source, config, inventory),
+        *_size_mismatches(source, config, inventory),
     ]
 
 
@@ -109,32 +120,34 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
-def _count_mismatches(family: Family, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
+def _count_mismatches(source: ConfigSource, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
     for field, count, noun in (
         ("num_layers", inventory.layers, "layers"),
         ("num_experts", inventory.experts, "experts"),
     ):
         if count and count != getattr(config, field):
-            yield f"{_states(family, field, getattr(config, field))}, but the tensors have {count} {noun}"
+            yield f"{_states(source, field, getattr(config, field))}, but the tensors have {count} {noun}"
 
 
-def _switch_mismatches(family: Family, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
+def _switch_mismatches(
+    source: ConfigSource, config: ModelConfig, inventory: TensorInventory
+) -> Iterator[str]:
     """Tensors whose presence contradicts a boolean; each key of config.json is reported once."""
     reported = set()
-    expected_mappings = tuple(family.mappings_of(config))
-    for mapping in family.param_mappings:
+    expected_mappings = tuple(source.family.mappings_of(config))
+    for mapping in source.family.param_mappings:
         field = mapping.condition.lstrip("!")
-        key = _config_key(family, field)
+        key = _config_key(source.family, field)
         is_expected = mapping in expected_mappings
         is_present = mapping.megatron_param in inventory.shapes
         if field and is_expected != is_present and key not in reported:
             reported.add(key)
             name = mapping.hf_params[0].format(l=0, e=0)
             article = "no" if is_expected else "a"
-            yield f"{_states(family, field, getattr(config, field))}, but the tensors have {article} {name}"
+            yield f"{_states(source, field, getattr(config, field))}, but the tensors have {article} {name}"
 
 
-def _size_mismatches(family: Family, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
+def _size_mismatches(source: ConfigSource, config: ModelConfig, inventory: TensorInventory) -> Iterator[str]:
     """Wrong widths; each check assumes the widths that the tensors showed before, so that one error is
     reported once.
     """
@@ -147,9 +160,9 @@ def _size_mismatches(family: Family, config: ModelConfig, inventory: TensorInven
         name, shape = next(iter(inventory.shapes[megatron_param].items()))
         stated = getattr(config, field) or config.expert_ffn
         if len(shape) > dimension and shape[dimension] != stated:
-            yield f"{_states(family, field, stated)}, but {name} is {list(shape)}"
+            yield f"{_states(source, field, stated)}, but {name} is {list(shape)}"
             config = replace(config, **{field: shape[dimension]})
-    yield from _head_mismatches(family, config, inventory, {stated_head_dim, config.head_dim})
+    yield from _head_mismatches(source, config, inventory, {stated_head_dim, config.head_dim})
 
 
 def _is_module_of(field: str, megatron_param: str) -> bool:
@@ -161,7 +174,7 @@ def _is_module_of(field: str, megatron_param: str) -> bool:
 
 
 def _head_mismatches(
-    family: Family, config: ModelConfig, inventory: TensorInventory, head_dims: set[int]
+    source: ConfigSource, config: ModelConfig, inventory: TensorInventory, head_dims: set[int]
 ) -> Iterator[str]:
     """Compares heads: the output projection is as wide as all query heads; the other rows of q, k and v are
     two sets of k/v heads.
@@ -179,7 +192,7 @@ def _head_mismatches(
         return
     if q_rows * kv_heads == kv_rows * heads and q_rows % heads == 0:
         yield (
-            f"{_states(family, 'kv_channels', d)}, but the {heads} heads of the tensors are "
+            f"{_states(source, 'kv_channels', d)}, but the {heads} heads of the tensors are "
             f"{q_rows // heads} wide"
         )
         return
@@ -188,10 +201,9 @@ def _head_mismatches(
         ("num_query_groups", kv_heads, kv_rows, "k and v"),
     ):
         if rows != number * d:
-            key = _config_key(family, field)
             actual = f", {rows // d} heads" if rows % d == 0 else ""
             yield (
-                f"config.json says {key} = {number} of width {d}, "
+                f"{_states(source, field, number)} of width {d}, "
                 f"but {tensors} of the tensors has {rows} rows{actual}"
             )
 
@@ -200,11 +212,16 @@ def _shapes_of(inventory: TensorInventory, suffix: str) -> Shapes:
     return next((shapes for name, shapes in inventory.shapes.items() if name.endswith(suffix)), {})
 
 
-def _states(family: Family, field: str, value: Any) -> str:
-    key = _config_key(family, field)
-    if any(key == mapping.hf_key for mapping in family.config_mappings):
+def _states(source: ConfigSource, field: str, value: Any) -> str:
+    """The value of a field in words: what config.json says, or what its silence means."""
+    key = _config_key(source.family, field)
+    mapping = next((m for m in source.family.config_mappings if m.hf_key == key), None)
+    if mapping is None:
+        return f"a model of family {source.family.name} has {key} = {json.dumps(value)}"
+    spellings = (mapping.hf_key, *mapping.aliases)
+    if source.config_json is None or any(source.config_json.get(name) is not None for name in spellings):
         return f"config.json says {key} = {json.dumps(value)}"
-    return f"a model of family {family.name} has {key} = {json.dumps(value)}"
+    return f"config.json does not say {key}, which means {json.dumps(value)}"
 
 
 def _config_key(family: Family, field: str) -> str:

@@ -24,10 +24,8 @@ def merge(reader: CheckpointReader, adapter: LoraAdapter) -> CheckpointReader:
         parameter = parameters[name]
         full = reader.read_block(name, full_slice(parameter))
         matrices = param_mapping.megatron_to_hf(reader.config, parameter, full)
-        for hf_name, matrix in matrices.items():
-            if pair := adapter.pairs.get(hf_name.removesuffix(".weight")):
-                matrices[hf_name] = (matrix + pair.delta()).to(matrix.dtype)
-        return param_mapping.hf_to_megatron(reader.config, parameter, matrices)
+        changed = {hf_name: adapter.applied(hf_name, matrix) for hf_name, matrix in matrices.items()}
+        return param_mapping.hf_to_megatron(reader.config, parameter, changed)
 
     read_merged = from_factory(merged_parameter)
 

@@ -16,7 +16,7 @@ from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.cli.command import check_device_precision
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
-from ascendspeed.conversion.formats.registry import open_reader
+from ascendspeed.conversion.formats.registry import open_reader, refuse_adapters
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
@@ -227,6 +227,8 @@ def _initialize(spec: EngineSpec, device: Device, timeout_minutes: int) -> Proce
 
 
 def _load_tokenizer(spec: EngineSpec, parses_special_tokens: bool) -> Tokenizer:
+    if spec.args.load:
+        refuse_adapters(Path(spec.args.load))
     try:
         return tokenizer.load(spec.tokenizer, parses_special_tokens)
     except UserError as error:

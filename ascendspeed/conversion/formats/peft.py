@@ -1,75 +1,53 @@
-"""Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin),
-plain LoRA only.
+"""Reads and writes adapter directories of peft: adapter_config.json and adapter_model.safetensors (or .bin).
+
+LoRA and DoRA of linears, of the embedding and of the output layer, whole tensors (`modules_to_save`, biases)
+and trained rows of the embedding are read, to be merged; plain LoRA is written.
 """
 
-import math
 import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.conversion import chat_assets, model_card
+from ascendspeed.conversion.formats.peft_settings import (
+    CONFIG,
+    check_settings,
+    matches,
+    names_module,
+    scale,
+    token_ids,
+)
+from ascendspeed.conversion.formats.peft_tensors import PREFIX, AdapterTensors, sort_tensors
 from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
 from ascendspeed.conversion.load_files import load_pt, load_safetensors
 from ascendspeed.conversion.output_files import (
-    SAFETENSORS_TYPES,
     create_safetensors,
     nbytes,
     write_json,
 )
 from ascendspeed.models.lora import targets as lora_targets
-from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair
+from ascendspeed.models.lora.adapter import LoraAdapter, LoraPair, TokenRows
+from ascendspeed.tokenization.chat.template_files import recorded_template
 from ascendspeed.utils.atomic import draft_of, staged_folder
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.name_check import check_names
 from ascendspeed.utils.safe_io import read_json_object
 from ascendspeed.utils.text import shorten_list
 
-CONFIG = "adapter_config.json"
 LOADERS = {"adapter_model.safetensors": load_safetensors, "adapter_model.bin": load_pt}
 BASE = "base_fingerprint.json"
 FINGERPRINT = "fingerprint"
 """Entry of this project's own `BASE` file, which peft ignores: hash of the base weights
 (`weights_identity.sampled`).
 """
-PREFIX = "base_model.model."
-SUPPORTED_ENTRIES = {
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "init_lora_weights",
-    "peft_type",
-    "bias",
-}
-IRRELEVANT_ENTRIES = {
-    "base_model_name_or_path",
-    "auto_mapping",
-    "inference_mode",
-    "peft_version",
-    "revision",
-    "task_type",
-    "layers_pattern",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-    "eva_config",
-    "ensure_weight_tying",
-}
-"""Entries of adapter_config.json that do not change the result."""
-INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", None)
-"""Values of `init_lora_weights` that leave the base weights unchanged."""
 
 
 def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapter:
@@ -88,37 +66,63 @@ def open_adapter(path: str | Path, readers: Readers | None = None) -> LoraAdapte
 
 
 def read(folder: Path) -> LoraAdapter:
-    """Reads a directory of peft. Raises `UserError` for what is damaged, superfluous, missing, or more than
-    plain LoRA.
+    """Reads a directory of peft. Raises `UserError` for what is damaged, superfluous, missing, or cannot be
+    merged.
     """
     settings = read_json_object(folder / CONFIG)
-    _check_settings(folder, settings)
-    matrices: dict[str, dict[str, Tensor]] = {"A": {}, "B": {}}
-    unknown = []
-    for key, tensor in _load_tensors(folder).items():
-        match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_([AB])\.weight", key)
-        is_matrix = isinstance(tensor, Tensor) and tensor.dtype in SAFETENSORS_TYPES and tensor.dim() == 2
-        if match and is_matrix:
-            matrices[match[2]][match[1]] = tensor
-        else:
-            unknown.append(key)
-    if unknown:
-        raise UserError(
-            f"{folder} holds what is no matrix of a LoRA adapter: {shorten_list(sorted(unknown))}"
-        )
-    check_names(folder, matrices["A"], matrices["B"], of="an A and a B of every adapter")
+    check_settings(folder, settings)
+    found = sort_tensors(folder, _load_tensors(folder))
     pairs = {
-        name: LoraPair(a, matrices["B"][name], _scale(folder, settings, name, len(a)))
-        for name, a in matrices["A"].items()
+        module: LoraPair(
+            a,
+            found.b[module],
+            scale(folder, settings, module, len(a)),
+            found.magnitudes.get(module),
+            module in found.embeddings,
+        )
+        for module, a in found.a.items()
     }
+    rows = {
+        module: TokenRows(torch.tensor(token_ids(settings, module), dtype=torch.int64), tensor)
+        for module, tensor in found.rows.items()
+    }
+    _check_parts(folder, settings, pairs, found)
     base = settings.get("base_model_name_or_path")
-    template = chat_assets.recorded_template(folder)
-    notes = model_card.recorded_section(folder)
-    return LoraAdapter(folder, pairs, settings, base, _read_fingerprint(folder), template, str(folder), notes)
+    return LoraAdapter(
+        folder,
+        pairs,
+        settings,
+        base,
+        _read_fingerprint(folder),
+        chat_template=recorded_template(folder),
+        tokenizer=str(folder),
+        training_notes=model_card.recorded_section(folder),
+        replaced=found.whole,
+        token_rows=rows,
+    )
+
+
+def _check_parts(
+    folder: Path, settings: dict[str, Any], pairs: dict[str, LoraPair], found: AdapterTensors
+) -> None:
+    """Raises `UserError` if the tensors are not those of the kinds that the settings name."""
+    dora = set(pairs) if settings.get("use_dora") else set()
+    check_names(folder, dora, found.magnitudes, of="a DoRA magnitude of every adapter")
+    stored = {name.rpartition(".")[0] for name in found.whole}
+    for word in settings.get("modules_to_save") or []:
+        if not any(names_module(word, module) or f".{word}." in f".{module}." for module in stored):
+            raise UserError(f"{folder} lacks {word!r}, which modules_to_save of its {CONFIG} names")
+    if settings.get("trainable_token_indices") and not found.rows:
+        raise UserError(f"{folder} lacks the rows of trainable_token_indices, which its {CONFIG} names")
 
 
 def check_complete(adapter: LoraAdapter, model: ModelConfig) -> None:
     """Raises `UserError` if adapters are missing that adapter_config.json lists."""
+    words = adapter.settings.get("target_modules")
+    for word in words if isinstance(words, list) else ():
+        of_vocabulary = any(names_module(word, module) for module in lora_targets.VOCABULARY_MODULES)
+        if of_vocabulary and not any(names_module(word, module) for module in adapter.pairs):
+            raise UserError(f"{adapter.path} lacks the adapters of {word}, which its {CONFIG} names")
     for targets in lora_targets.naming_schemes(model):
         names = [target.hf_module.format(l=layer) for layer in range(model.num_layers) for target in targets]
         if not adapter.pairs.keys() & set(names):
@@ -153,52 +157,6 @@ def _load_tensors(folder: Path) -> dict[str, Any]:
     return dict(content)
 
 
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises `UserError` for settings beyond plain LoRA, and for values of a wrong type."""
-    path = folder / CONFIG
-    if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported, only 'LORA'")
-    if settings.get("bias", "none") != "none":
-        raise UserError(f"{path}: bias {settings['bias']!r} is not supported, only 'none'")
-    if settings.get("init_lora_weights", True) not in INITIALIZATIONS:
-        raise UserError(
-            f"{path}: init_lora_weights {settings['init_lora_weights']!r} changes the base weights: "
-            "let peft save it as plain LoRA first"
-        )
-    for name, value in settings.items():
-        if value and name not in SUPPORTED_ENTRIES | IRRELEVANT_ENTRIES:
-            raise UserError(f"{path}: {name} = {value!r} is not supported, only plain LoRA is")
-    for name, types, noun in (("r", int, "an integer"), ("lora_alpha", (int, float), "a number")):
-        if not isinstance(settings.get(name), types) or isinstance(settings[name], bool):
-            raise UserError(f"{path}: {name} must be {noun}, got {settings.get(name)!r}")
-    for name in ("rank_pattern", "alpha_pattern"):
-        if not isinstance(settings.get(name) or {}, dict) or isinstance(settings.get(name), bool):
-            raise UserError(f"{path}: {name} must be a table, got {settings[name]!r}")
-
-
-def _scale(folder: Path, settings: dict[str, Any], name: str, rank: int) -> float:
-    """alpha / rank of one module, each by the first pattern that matches the module, as in peft."""
-    stated = _by_pattern(folder, settings.get("rank_pattern"), name, settings["r"])
-    if stated != rank:
-        raise UserError(f"{folder}: A of {name} has {rank} rows, but {CONFIG} says r = {stated}")
-    alpha = _by_pattern(folder, settings.get("alpha_pattern"), name, settings["lora_alpha"])
-    return alpha / math.sqrt(rank) if settings.get("use_rslora") else alpha / rank
-
-
-def _by_pattern(folder: Path, patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
-    for pattern, value in (patterns or {}).items():
-        if _matches(folder, rf"(.*\.)?({pattern})", name):
-            return value
-    return default
-
-
-def _matches(folder: Path, pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise UserError(f"{folder / CONFIG}: {pattern!r} is no regular expression ({error})") from None
-
-
 def _is_listed(adapter: LoraAdapter, name: str) -> bool:
     """True if adapter_config.json gives the module an adapter."""
     layers = adapter.settings.get("layers_to_transform")
@@ -212,8 +170,8 @@ def _is_listed(adapter: LoraAdapter, name: str) -> bool:
 def _is_among(adapter: LoraAdapter, key: str, name: str) -> bool:
     words = adapter.settings.get(key)
     if isinstance(words, str):
-        return words == lora_targets.ALL or _matches(adapter.path, words, name)
-    return any(name == word or name.endswith(f".{word}") for word in words or ())
+        return words == lora_targets.ALL or matches(adapter.path, words, name)
+    return any(names_module(word, name) for word in words or ())
 
 
 # ---------------------------------------------------------------- writing
@@ -223,6 +181,7 @@ def write(adapter: LoraAdapter, target: Path, base: str | None = None) -> None:
     """Writes a directory of peft atomically. `base`: folder of the base weights to record; None: the
     adapter's own.
     """
+    adapter.require_plain("written as adapters")
     tensors: dict[str, Tensor] = {}
     for name, pair in adapter.pairs.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a.contiguous()

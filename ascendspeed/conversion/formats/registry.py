@@ -12,10 +12,13 @@ from ascendspeed.conversion.formats.huggingface import HuggingFaceFormat, LlamaF
 from ascendspeed.conversion.formats.internevo import InternEvoFormat
 from ascendspeed.conversion.formats.megatron import DeepSpeedFormat, LegacyRankFileFormat, MegatronFormat
 from ascendspeed.conversion.formats.mindformers import MindFormersFormat
+from ascendspeed.conversion.formats.peft_settings import CONFIG as ADAPTER_CONFIG
 from ascendspeed.conversion.formats.training_checkpoint import TrainingCheckpointFormat
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.internevo_names import InternEvoOptions
+from ascendspeed.tokenization.chat.template_files import recorded_template
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_json_object
 
 if TYPE_CHECKING:
     from ascendspeed.checkpoint.discovery import Readers
@@ -77,20 +80,33 @@ def open_reader(
         contents = " and ".join(form.contents for form in detected)
         raise UserError(f"{folder} holds {contents}: move one of them to a folder of its own")
     if not detected:
+        refuse_adapters(folder)
         known = ", ".join(f"{form.contents} ({form.marker_files})" for form in FORMATS if form.marker_files)
         entries = ", ".join(sorted(entry.name for entry in folder.iterdir())[:8]) or "nothing"
         raise UserError(f"{folder} holds no checkpoint: looked for {known}; found {entries}")
     config_dir = folder if config is None else Path(config)
     options = ReadOptions(config_dir, internevo or InternEvoOptions(), readers, open_reader)
     reader = detected[0].open(folder, options)
-    from ascendspeed.conversion import chat_assets, model_card  # here, so that --help needs no torch
+    from ascendspeed.conversion import model_card  # here, so that --help needs no torch
 
     template, notes = reader.chat_template, reader.training_notes
     if template is None and reader.assets_dir is not None:
-        template = chat_assets.recorded_template(reader.assets_dir)
+        template = recorded_template(reader.assets_dir)
     if notes is None:
         notes = model_card.recorded_section(folder)
     return replace(reader, chat_template=template, training_notes=notes)
+
+
+def refuse_adapters(folder: Path) -> None:
+    """Raises `UserError` for a folder of peft adapters without the weights of a model."""
+    if not (folder / ADAPTER_CONFIG).is_file() or detect_formats(folder):
+        return
+    base = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE"
+    raise UserError(
+        f"{folder} holds adapters of peft ({ADAPTER_CONFIG}), not a model: merge them into their base "
+        f"weights by tools/lora/merge_lora.py --base {base} --adapter {folder} --save DIR, and name DIR; "
+        f"training continues them by --load {base} --lora-load {folder}"
+    )
 
 
 def support_table() -> list[str]:

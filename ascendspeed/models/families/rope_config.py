@@ -20,6 +20,8 @@ SETTINGS = {
     "partial_rotary_factor": "part",
 }
 """Name of an entry -> the setting it holds."""
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+"""Entry that transformers write for some types; it changes nothing where it is max_position_embeddings."""
 TOP_LEVEL = ("rope_theta", "scaling_factor", "partial_rotary_factor")
 """Entries that may also be at the top level of config.json."""
 KINDS = ("default", "linear", "dynamic")
@@ -36,6 +38,8 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
     for path, name, value in _entries(config_json):
         if name in SETTINGS:
             entries[SETTINGS[name]][path] = value
+        elif name == ORIGINAL_LENGTH and value == config_json.get("max_position_embeddings"):
+            continue  # said twice
         elif value != 1:
             unknown[path] = value
     kind = _agreed(entries["kind"], default.get("type", "default"))

@@ -4,7 +4,7 @@ names.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -16,8 +16,8 @@ from ascendspeed.config.schema import LoraConfig, ModelConfig
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping
-from ascendspeed.models.lora.targets import LoraTarget, selected_targets, targets_of
-from ascendspeed.models.param_mapping import Parameter
+from ascendspeed.models.lora.targets import LINEARS, LoraTarget, selected_targets
+from ascendspeed.models.param_mapping import Parameter, StoredTensor
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.name_check import check_names
 from ascendspeed.utils.text import shorten_list
@@ -27,14 +27,37 @@ class LoraPair(NamedTuple):
     """The two matrices of one adapter; scale x B A is added to the weight."""
 
     a: Tensor
-    """[rank, inputs]."""
+    """[rank, inputs]; of an embedding [rank, vocabulary]."""
     b: Tensor
     """[outputs, rank]."""
     scale: float
+    magnitude: Tensor | None = None
+    """DoRA: norm [outputs] that every output of the merged weight has."""
+    of_embedding: bool = False
+    """True if the weight is [vocabulary, outputs]: the product is transposed."""
 
     def delta(self) -> Tensor:
-        """Product in fp32 [outputs, inputs], by the same operations as peft's, bit for bit."""
-        return self.b.float() @ self.a.float() * self.scale
+        """Product in fp32 in the shape of the weight, by the same operations as peft's, bit for bit."""
+        product = self.b.float() @ self.a.float()
+        return (product.T if self.of_embedding else product) * self.scale
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """Weight with the adapter in it, in the weight's type, by the same operations as peft's."""
+        total = weight + self.delta()
+        if self.magnitude is not None:
+            norm = torch.linalg.norm(total.T if self.of_embedding else total, dim=1)
+            factor = self.magnitude / norm
+            total = factor.view((1, -1) if self.of_embedding else (-1, 1)) * total
+        return total.to(weight.dtype)
+
+
+class TokenRows(NamedTuple):
+    """Rows of an embedding that were trained by themselves (peft's trainable tokens)."""
+
+    tokens: Tensor
+    """Ids [n]."""
+    rows: Tensor
+    """[n, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,38 @@ class LoraAdapter:
     """Folder of the tokenizer that they were trained with."""
     training_notes: str | None = None
     """Markdown on their training for the model card."""
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    """Name of a Hugging Face tensor -> the whole tensor that replaces it (`modules_to_save`, biases)."""
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    """Embedding module -> its rows that were trained by themselves."""
+
+    def names(self) -> set[str]:
+        """Names of the Hugging Face tensors that the adapters change."""
+        return {*self.replaced, *(f"{module}.weight" for module in (*self.pairs, *self.token_rows))}
+
+    def applied(self, name: str, tensor: Tensor) -> Tensor:
+        """Tensor of this Hugging Face name with the adapters in it, in its own type."""
+        module = name.removesuffix(".weight")
+        if name in self.replaced:
+            tensor = self.replaced[name].to(tensor.dtype)
+        if module in self.token_rows:
+            tokens, rows = self.token_rows[module]
+            tensor = tensor.index_copy(0, tokens, rows.to(tensor.dtype))
+        return self.pairs[module].merged(tensor) if module in self.pairs else tensor
+
+    def require_plain(self, action: str) -> None:
+        """Raises `UserError` for more than plain LoRA of the linears of the layers, such as DoRA."""
+        more = [*self.replaced, *(f"trained rows of {module}" for module in self.token_rows)]
+        for module, pair in self.pairs.items():
+            if pair.magnitude is not None:
+                more.append(f"DoRA of {module}")
+            elif pair.of_embedding:
+                more.append(f"adapters of {module}")
+        if more:
+            raise UserError(
+                f"{self.path} holds more than plain LoRA ({shorten_list(more, 3)}), which cannot be "
+                f"{action}: merge it into its base weights (tools/lora/merge_lora.py)"
+            )
 
 
 def initial_tensors(model: ModelConfig, lora: LoraConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
@@ -75,6 +130,7 @@ def training_tensors(
     adapter: LoraAdapter, model: ModelConfig, lora: LoraConfig
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the matrices under Megatron names. Raises `UserError` unless they match the run's flags."""
+    adapter.require_plain("trained here")
     targets = {
         target.hf_module.format(l=layer): (layer, target)
         for layer, target in _in_all_layers(model, selected_targets(model, lora))
@@ -95,7 +151,7 @@ def training_tensors(
                 f"{adapter.path}: {name} has an alpha of {alpha}, but --lora-alpha is {lora.lora_alpha:g}; "
                 f"give that one"
             )
-        _check_shapes(adapter, name, target)
+        _check_shapes(adapter, f"{name}.weight", (target.out_features, target.in_features))
         yield target.megatron_name("A", layer), pair.a.float()
         yield target.megatron_name("B", layer), pair.b.float()
 
@@ -120,24 +176,38 @@ def changed_parameters(adapter: LoraAdapter, model: ModelConfig) -> dict[str, Pa
         None,
         *dict.fromkeys((REFERENCE.param_mappings, *exported)),
     ]
-    targets_by_scheme = []
-    for mappings in schemes:
-        targets = _in_all_layers(model, targets_of(model, mappings))
-        targets_by_scheme.append({target.hf_module.format(l=layer): target for layer, target in targets})
-    best = max(range(len(schemes)), key=lambda i: len(adapter.pairs.keys() & targets_by_scheme[i].keys()))
-    targets = targets_by_scheme[best]
-    unknown = sorted(adapter.pairs.keys() - targets.keys())
+    names = adapter.names()
+    if not names:
+        raise UserError(f"{adapter.path} holds no adapters")
+    tensors_by_scheme = [_tensors(model, mappings) for mappings in schemes]
+    tensors = max(tensors_by_scheme, key=lambda by_name: len(names & by_name.keys()))
+    adaptable = {name for name, entry in tensors.items() if _can_have_adapter(entry.parameter)}
+    unknown = sorted(names - tensors.keys() | {f"{name}.weight" for name in adapter.pairs} - adaptable)
     if unknown:
+        modules = [name.removesuffix(".weight") for name in unknown]
         raise UserError(
-            f"{adapter.path} has left over {shorten_list(unknown)}, which the model ({model.family}) has no "
+            f"{adapter.path} has left over {shorten_list(modules)}, which the model ({model.family}) has no "
             f"matrix for"
         )
-    if not adapter.pairs:
-        raise UserError(f"{adapter.path} holds no adapters")
-    for name in adapter.pairs:
-        _check_shapes(adapter, name, targets[name])
-    weights = {f"{name}.weight" for name in adapter.pairs}
-    return {p.name: p for p in param_mapping.parameters(model, schemes[best]) if weights & set(p.hf_names)}
+    for name in names:
+        _check_shapes(adapter, name, tensors[name].shape)
+    return {tensors[name].parameter.name: tensors[name].parameter for name in sorted(names)}
+
+
+def _tensors(model: ModelConfig, mappings: Sequence[ParamMapping] | None) -> dict[str, StoredTensor]:
+    """Hugging Face tensors of a model by name."""
+    tensors = {}
+    for parameter in param_mapping.parameters(model, mappings):
+        for entry in param_mapping.stored_tensors(model, parameter):
+            tensors[entry.name] = entry
+    return tensors
+
+
+def _can_have_adapter(parameter: Parameter) -> bool:
+    """True for the linears of the layers but experts, the embedding and the output layer."""
+    *_, module, kind = parameter.mapping.megatron_param.split(".")
+    is_linear = module in LINEARS and parameter.expert is None
+    return kind == "weight" and (is_linear or parameter.mapping.partition == "vocab")
 
 
 def as_llama(adapter: LoraAdapter, model: ModelConfig) -> LoraAdapter:
@@ -146,6 +216,7 @@ def as_llama(adapter: LoraAdapter, model: ModelConfig) -> LoraAdapter:
 
     `base` becomes None if the modules of the base weights have other names than Llama's.
     """
+    adapter.require_plain("renamed")
     own_parameters = {p.name: p for p in param_mapping.parameters(model)}
     pairs: dict[str, LoraPair] = {}
     same_names = True
@@ -170,7 +241,7 @@ def _llama_pairs(
         return {module: adapter.pairs[module] for module in modules if module in adapter.pairs}
     if len(own_pairs) == len(modules):
         return {module: pair for module, pair in zip(modules, own_pairs, strict=True) if pair}
-    a, b, scale = next(pair for pair in own_pairs if pair)
+    a, b, scale, *_ = next(pair for pair in own_pairs if pair)
     shape = (llama.shape[0], b.shape[1])
     full = param_mapping.hf_to_megatron(model, replace(own, shape=shape), {own.hf_names[0]: b})
     rows = param_mapping.megatron_to_hf(model, replace(llama, shape=shape), full)
@@ -186,10 +257,28 @@ def _in_all_layers(model: ModelConfig, targets: Sequence[LoraTarget]) -> Iterato
             yield layer, target
 
 
-def _check_shapes(adapter: LoraAdapter, name: str, target: LoraTarget) -> None:
-    a, b, _ = adapter.pairs[name]
-    if (a.shape[1], b.shape[0]) != (target.in_features, target.out_features) or a.shape[0] != b.shape[1]:
+def _check_shapes(adapter: LoraAdapter, name: str, shape: tuple[int, ...]) -> None:
+    """Raises `UserError` unless the adapters fit a tensor of this name and shape."""
+    module = name.removesuffix(".weight")
+    if name in adapter.replaced and tuple(adapter.replaced[name].shape) != shape:
         raise UserError(
-            f"{adapter.path}: A {list(a.shape)} and B {list(b.shape)} of {name} do not fit a matrix of "
-            f"{[target.out_features, target.in_features]}: it is another model's"
+            f"{adapter.path}: {name} is {list(adapter.replaced[name].shape)}, but that of the model is "
+            f"{list(shape)}: it is another model's, or its vocabulary was resized"
+        )
+    if module in adapter.token_rows:
+        tokens, rows = adapter.token_rows[module]
+        if tuple(rows.shape) != (len(tokens), shape[1]) or not all(0 <= token < shape[0] for token in tokens):
+            raise UserError(
+                f"{adapter.path}: {list(rows.shape)} trained rows of {len(tokens)} tokens of {module} do not "
+                f"fit a matrix of {list(shape)}: it is another model's"
+            )
+    if module not in adapter.pairs:
+        return
+    a, b, _, magnitude, of_embedding = adapter.pairs[module]
+    product = (a.shape[1], b.shape[0]) if of_embedding else (b.shape[0], a.shape[1])
+    fits = product == tuple(shape) and a.shape[0] == b.shape[1]
+    if not fits or (magnitude is not None and tuple(magnitude.shape) != (b.shape[0],)):
+        raise UserError(
+            f"{adapter.path}: A {list(a.shape)} and B {list(b.shape)} of {module} do not fit a matrix of "
+            f"{list(shape)}: it is another model's"
         )

@@ -24,6 +24,14 @@ MEGATRON_NAMES = {  # current and older Megatron names, each for all matrices of
     "dense_4h_to_h": "linear_fc2",
 }
 ALL = "all-linear"
+VOCABULARY_MODULES = {
+    name.removesuffix(".weight")
+    for family in FAMILIES.values()
+    for mapping in family.param_mappings
+    if mapping.partition == "vocab"
+    for name in mapping.hf_params
+}
+"""Embeddings and output layers of all families; their adapters can be merged, but not trained."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Chat formats: conversations to token ids by templates that are data; control tokens are inserted by id."""
 
 from ascendspeed.tokenization.chat.chat_format import ChatFormat
-from ascendspeed.tokenization.chat.jinja_template import template_name, to_jinja
+from ascendspeed.tokenization.chat.jinja_template import to_jinja
 from ascendspeed.tokenization.chat.messages import (
     InvalidConversation,
     Message,
@@ -16,6 +16,7 @@ from ascendspeed.tokenization.chat.stop_tokens import (
     generation_config_stops,
     stop_token_ids,
 )
+from ascendspeed.tokenization.chat.template_files import template_name
 from ascendspeed.tokenization.chat.templates import TEMPLATES, ChatTemplate, choose_template
 
 __all__ = [

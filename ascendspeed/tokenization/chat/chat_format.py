@@ -17,6 +17,7 @@ from ascendspeed.tokenization.chat.messages import (
     tools_message,
 )
 from ascendspeed.tokenization.chat.segments import PromptSegment, SegmentEncoder
+from ascendspeed.tokenization.chat.template_files import own_template
 from ascendspeed.tokenization.chat.templates import EOS, choose_template, first_token_id
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
@@ -76,7 +77,12 @@ class ChatFormat:
     def notes(self) -> list[str]:
         """Notes for the user about this format."""
         with_fallback = [strings[0] for strings in self.template.controls.values() if EOS in strings]
-        return [
+        own = own_template(self.tokenizer.path)
+        unused = [
+            f"{self.tokenizer.path / own} has a chat template of the model's own, which is not used: "
+            f"conversations follow the template {self.name} (--chat-template names another)"
+        ]
+        return (unused if own else []) + [
             f"the tokenizer has no {string}: turns of the assistant end with the end-of-document token"
             for string in with_fallback
             if self.tokenizer.token_to_id(string) is None

@@ -10,11 +10,11 @@ from collections.abc import Collection
 
 from ascendspeed.tokenization.chat.chat_format import PLACEHOLDER, ChatFormat
 from ascendspeed.tokenization.chat.messages import TOOL_RESULT_ROLES, TOOLS
-from ascendspeed.tokenization.chat.templates import EOS, TEMPLATES, first_token_id
+from ascendspeed.tokenization.chat.template_files import MARK
+from ascendspeed.tokenization.chat.templates import EOS, first_token_id
 
 ESCAPE = "\ufdd0"
 """Noncharacter of Unicode, which no text for interchange contains."""
-MARK = "{#- Chat template "
 
 
 def escaped(string: str) -> str:
@@ -54,12 +54,6 @@ def _escapable(chat_format: ChatFormat, special: Collection[str]) -> set[str]:
     numbers = map(chat_format.tokenizer.token_to_id, special)
     as_text = {s for s, n, ids in zip(special, numbers, encoded, strict=True) if n not in ids.tolist()}
     return as_text | set(chat_format.split_strings)
-
-
-def template_name(text: str) -> str | None:
-    """Returns the name of the template that `to_jinja` wrote; None for another text."""
-    name = text.removeprefix(MARK).partition(" ")[0]
-    return name if text.startswith(MARK) and name in TEMPLATES else None
 
 
 def _call_macros(chat_format: ChatFormat) -> list[str]:

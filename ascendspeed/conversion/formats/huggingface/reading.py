@@ -37,7 +37,7 @@ def open_directory(folder: Path, config_dir: Path) -> CheckpointReader:
     config_json, config = read_config(config_dir)
     tensors = _without_tied_copy(read_tensors(folder), config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
-    mismatches = config_mismatches(config, shapes)
+    mismatches = config_mismatches(config, shapes, config_json)
     if mismatches:
         raise UserError(f"{folder}: {'; '.join(mismatches)}")
     entries = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.fuzz import NASTY, Findings, dump, mutate_json
+from helpers.fuzz import HOSTILE_VALUES, Findings, dump, mutate_json
 from helpers.peft_folders import MODELS, base_folder
 from safetensors.torch import save, save_file
 
@@ -98,7 +98,7 @@ def test_settings(cases, use, tmp_path):
             pattern = {generator.choice(PATTERNS): generator.choice(VALUES)}
             settings[generator.choice(["rank_pattern", "alpha_pattern"])] = pattern
         if generator.random() < 0.3:
-            settings[generator.choice(list(settings))] = generator.choice(NASTY)
+            settings[generator.choice(list(settings))] = generator.choice(HOSTILE_VALUES)
         if generator.random() < 0.1:
             settings["target_modules"] = generator.choice(TARGETS)
         if generator.random() < 0.1:
@@ -108,7 +108,7 @@ def test_settings(cases, use, tmp_path):
         (folder / directory.CONFIG).write_bytes(dump(settings))
         (folder / "adapter_model.safetensors").write_bytes(content)
         if generator.random() < 0.1:
-            (folder / directory.BASE).write_bytes(dump({"fingerprint": generator.choice(NASTY)}))
+            (folder / directory.BASE).write_bytes(dump({"fingerprint": generator.choice(HOSTILE_VALUES)}))
         findings.case(f"case {number}: {str(settings)[:300]}", lambda folder=folder: use(folder))
     findings.check(accepted=10, refused=10)
 

@@ -36,9 +36,10 @@ def test_adapters_are_no_model(adapters, tmp_path):
         open_reader(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "place", ["tokenizer_config.json", "chat_template.jinja", "chat_template.json", None]
-)
+PLACES = ("tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+
+
+@pytest.mark.parametrize("place", [*PLACES, None])
 def test_a_chat_template_of_the_models_own_is_named(place, tmp_path):
     model = trained(user_defined_symbols=[f"[UNUSED_TOKEN_{i}]" for i in range(141, 147)])
     files = chat_files(model)

@@ -44,7 +44,7 @@ heads.
 
 
 class ConfigSource(NamedTuple):
-    """Where the values of a configuration come from."""
+    """Origin of the values of a configuration."""
 
     family: Family
     config_json: Mapping[str, Any] | None

@@ -23,7 +23,7 @@ MEMORY = 1 << 30
 MAX_MESSAGE = 2000
 PACKAGE = Path(__file__).resolve().parents[2] / "ascendspeed"
 
-NASTY: tuple[Any, ...] = (
+HOSTILE_VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 10**6, 2**31, 2**31 - 1, -(2**31), 2**32, 2**63, 2**63 - 1, 10**30),
     *(1.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "a" * 3000, "\0", "../../evil", "/etc/passwd"),
     *("/dev/zero", "..", ".", "é", "\ud800", "<script>", "1", "-1", "nan", "True", [], {}, [[]], [{}]),
@@ -81,13 +81,13 @@ def _variant(value: Any, generator: random.Random) -> Any:
 
 
 def mutate_json(value: Any, generator: random.Random, extra: tuple[Any, ...] = ()) -> Any:
-    """Returns a JSON value with one to three changes; `extra`: values to insert beside `NASTY`."""
+    """Returns a JSON value with one to three changes; `extra`: values to insert beside `HOSTILE_VALUES`."""
     for _ in range(generator.choice([1, 1, 1, 2, 3])):
         paths = list(_paths(value))
         path = generator.choice(paths)
         kind = generator.random()
         if kind < 0.55:
-            value = _set(value, path, generator.choice([*NASTY, *extra]))
+            value = _set(value, path, generator.choice([*HOSTILE_VALUES, *extra]))
         elif kind < 0.7:
             value = _delete(value, path) if path else value
         elif kind < 0.85:

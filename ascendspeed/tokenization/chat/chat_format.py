@@ -77,12 +77,13 @@ class ChatFormat:
     def notes(self) -> list[str]:
         """Notes for the user about this format."""
         with_fallback = [strings[0] for strings in self.template.controls.values() if EOS in strings]
-        own = own_template(self.tokenizer.path)
-        unused = [
-            f"{self.tokenizer.path / own} has a chat template of the model's own, which is not used: "
-            f"conversations follow the template {self.name} (--chat-template names another)"
-        ]
-        return (unused if own else []) + [
+        notes = []
+        if own := own_template(self.tokenizer.path):
+            notes.append(
+                f"{self.tokenizer.path / own} has a chat template of the model's own, which is not used: "
+                f"conversations follow the template {self.name} (--chat-template names another)"
+            )
+        return notes + [
             f"the tokenizer has no {string}: turns of the assistant end with the end-of-document token"
             for string in with_fallback
             if self.tokenizer.token_to_id(string) is None

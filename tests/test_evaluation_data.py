@@ -302,8 +302,12 @@ BROKEN = {
         r"has no questions in anatomy",
     ),
     "not UTF-8": (
-        lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"\xff\xfe"),
+        lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"caf\xe9"),
         r"anatomy_test\.csv cannot be read",
+    ),
+    "UTF-16": (
+        lambda f: (small(f) / "test/anatomy_test.csv").write_bytes(b"\xff\xfe"),
+        r"anatomy_test\.csv is UTF-16",
     ),
     "no dev": (without("dev/virology_dev.csv"), r"virology_dev\.csv' cannot be read: .*No such file"),
     "a missing subject": (

@@ -20,6 +20,7 @@ from helpers.conversion import (
 from helpers.conversion_folders import MIXED, sources, split
 
 from ascendspeed.conversion import convert
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils.errors import UserError
 
 
@@ -177,6 +178,36 @@ def test_random_model_takes_its_token_ids_from_its_tokenizer(tmp_path, capsys):
     with pytest.raises(UserError, match="nosuch: no tokenizer here"):
         ids("--tokenizer", "nosuch")
     assert not (tmp_path / "out").exists()
+
+
+def test_random_model_of_any_size(tmp_path, capsys):
+    """A tiny model for a tokenizer that is larger than its preset, as the real ones are."""
+
+    def config(*flags: str) -> dict:
+        command("../random_model.py", "--output-dir", tmp_path / "out", *flags)
+        config_json = json.loads((tmp_path / "out/config.json").read_text())
+        shutil.rmtree(tmp_path / "out")
+        return config_json
+
+    large = str(corpus.big_vocabulary_dir(tmp_path / "words", 3000))
+    assert config("--tokenizer", large)["vocab_size"] == tokenizer.load(large).vocab_size > 2048
+    small = str(corpus.big_vocabulary_dir(tmp_path / "few", 100))
+    assert config("--tokenizer", small)["vocab_size"] == 2048
+    sizes = "--vocab-size 4000 --num-layers 2 --hidden-size 64 --ffn-hidden-size 96 --num-attention-heads 4"
+    more = "--num-query-groups 2 --max-position-embeddings 64"
+    made = config("--model", "internlm2-tiny", "--tokenizer", large, *sizes.split(), *more.split())
+    names = "vocab_size num_hidden_layers hidden_size intermediate_size num_attention_heads"
+    expected = [4000, 2, 64, 96, 4]
+    assert [made[name] for name in names.split()] == expected
+    assert (made["num_key_value_heads"], made["max_position_embeddings"]) == (2, 64)
+    for flags, message in (
+        ("--hidden-size 30", "hidden size 30 does not split over 8 attention heads"),
+        ("--num-layers 0", "--num-layers 0: at least 1"),
+        (f"--vocab-size 2048 --tokenizer {large}", "pieces, but the vocabulary of the model 2048"),
+    ):
+        with pytest.raises(UserError, match=message):
+            config(*flags.split())
+        assert not (tmp_path / "out").exists()
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path):

@@ -45,12 +45,13 @@ FOREIGN_FLAGS = {
         "--use-parallel",
         "--qkv-concat",
         "--pre-ckpt-path",
+        "--model",
     },
-    "launchers": {"--no-local-rank", "--signal", "--dependency"},
+    "launchers": {"--no-local-rank", "--signal", "--dependency", "--nnodes", "--nproc-per-node"},
     "tests/run.sh": {"--full"},
 }
 """Flags of other programs that the pages name."""
-FOREIGN_PATHS = {"tools/alpaca_tokenizer.py"}
+FOREIGN_PATHS: set[str] = set()
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`[^`\n]+`")

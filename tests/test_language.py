@@ -22,6 +22,18 @@ EXEMPT = {"tests/test_language.py"}
 ON_DISK = ('SUPERVISED_FACT = "learnt"', 'stream_note = "documents share a sample while there is room')
 """Lines whose text is a key in files on disk, and therefore stays."""
 PACKAGE = ROOT / "ascendspeed"
+CLUMSY = """
+is told by what|that there is not|of whose answers|goes away; where it holds|infinity is said|word alone
+and come with that|A log that goes back|do not say a thing|it began with|are said and counted
+weighs tokens otherwise|does not go with itself|that other work shared|behind the following iterations
+while it is trained on|see the error.|choose among the above
+"""
+"""Sentences that a reader of the documents and the help could not follow."""
+TRANSLATED = """
+以打包的行|一行 token|脚本里只有取值|留出文本|替身|会被指名|背后写盘|只是一条警告|只说一次
+真正跑过|在哪里跑过|什么也不懂|家族|放到设备之外|勘误版|原版 transformers|慢得像爬|分词器|阶段 0
+"""
+"""Wordings of a literal translation; the glossary has the usual terms."""
 
 
 def tracked(*endings: str) -> list[Path]:
@@ -68,6 +80,13 @@ SOURCES = tracked(".py")
 def test_no_retired_words(path):
     if name_of(path) not in EXEMPT:
         assert not retired_words(path.read_text())
+
+
+@pytest.mark.parametrize("path", tracked(".md"), ids=name_of)
+def test_no_clumsy_sentences(path):
+    text = " ".join(path.read_text().split())
+    phrases = re.split(r"[|\n]+", (CLUMSY + TRANSLATED).strip())
+    assert [phrase for phrase in phrases if phrase in text] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

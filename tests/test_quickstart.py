@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from helpers import launch
+from helpers import corpus, launch
 
 from ascendspeed.training import metrics_log
 
@@ -18,7 +18,7 @@ cd "$WORK"
 echo "$(basename "$1")" >> said
 case "$1" in
     *make_quickstart_data.py) mkdir -p data; [ -f data/made.json ] || touch data/made.json
-        echo '{"instruction": "What?", "output": "That."}' > data/chat.jsonl ;;
+        echo '{"instruction": "What?", "output": "That."}' | tee data/chat.jsonl > data/chat_heldout.jsonl ;;
     *preprocess_data.py)
         if [[ "$*" == *chat.jsonl* ]]; then touch chat_packed_input_ids_document.idx; exit; fi
         touch alpaca_text_document.bin alpaca_text_document.idx ;;
@@ -76,18 +76,21 @@ def quickstart(tmp_path):
     shutil.copyfile(launch.ROOT / QUICKSTART, root / QUICKSTART)
 
     def go(**env: str) -> tuple[int, list[str]]:
+        work.mkdir(exist_ok=True)
         (work / "said").unlink(missing_ok=True)
         env |= {"WORK": str(work), "PATH": f"{root / 'bin'}{os.pathsep}{os.environ['PATH']}"}
         done = subprocess.run(
             ["bash", root / QUICKSTART], env=launch.environment(**env), capture_output=True, text=True
         )
-        calls = [line.strip() for line in (work / "said").read_text().splitlines()]
+        said = work / "said"
+        calls = [line.strip() for line in said.read_text().splitlines()] if said.exists() else []
         if not done.returncode:
             used = calls.index(COMPLETED)
             assert calls[used : used + 2] == [COMPLETED, SCORED]
-            assert calls[-2:] == [COMPLETED] * 2  # the same question, before and after
-            go.tuned = calls[used + 2 : -2]
-            del calls[used:]
+            # One question before and after, another one after; the summary is last.
+            assert calls[-5:-1] == [*[COMPLETED] * 3, LAST]
+            go.tuned = calls[used + 2 : -5]
+            del calls[used:-2]
         return done.returncode, calls
 
     go.work = work
@@ -155,6 +158,17 @@ def test_an_export_that_was_being_replaced_is_no_export(quickstart):
     assert quickstart() == (0, [FIRST, "convert.py", LAST, "step 100"])
 
 
+def test_a_folder_with_other_files_is_left_alone(quickstart):
+    """`WORK=.` would replace ./evaluation, the default output of an evaluation."""
+    (quickstart.work / "evaluation").mkdir(parents=True)
+    (quickstart.work / "evaluation/results.json").touch()
+    assert quickstart() == (2, [])
+    assert (quickstart.work / "evaluation/results.json").exists()
+    shutil.rmtree(quickstart.work / "evaluation")
+    assert quickstart()[0] == 0
+    assert quickstart()[0] == 0
+
+
 # --- the report
 
 
@@ -182,14 +196,40 @@ def test_report_counts_an_iteration_once(report, tmp_path):
     )
     train = report.log_lines(tmp_path / "train.log")
     assert [(line.iteration, line.loss) for line in train] == [(1, 4.0), (2, 3.0), (3, 2.5), (4, 2.0)]
-    assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in report.of_training(
-        tmp_path, train
-    )
+    rows = report.of_training(tmp_path, train, [metrics_log.EvalLine(2, 9.0), metrics_log.EvalLine(4, 3.0)])
+    assert ("training loss, first -> last", "4.0000 -> 2.0000 (4 iterations)") in rows
+    assert ("validation loss: rows that --split set aside", "3.0000") in rows
+
+
+def test_held_out_rows_have_the_form_of_training_rows(report, tmp_path):
+    """Without the prompt their loss would not be comparable with that of training."""
+    import pyarrow
+    import pyarrow.parquet
+
+    from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler
+    from ascendspeed.tokenization import tokenizer
+
+    corpus.sentencepiece_dir(tmp_path / "data/tokenizer")
+    rows = {"instruction": ["a", "b"], "input": ["", "x = 1"], "output": ["one", "two"]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "data/heldout.parquet")
+    texts = AlpacaPretrainHandler().texts(rows)["text"]
+    loaded = tokenizer.load(tmp_path / "data/tokenizer")
+    expected = [token for text in texts for token in [*loaded.encode(text), loaded.eos]]
+    samples = report.held_out(tmp_path, 8)
+    assert samples[:, :-1].flatten().tolist() == expected[: 8 * len(samples)]
+
+
+def test_the_picture_has_loss_rate_and_norm(report, tmp_path):
+    lines = [
+        metrics_log.TrainLine("t", i, 4, loss=4.0 / i, lr=1e-3 / i, grad_norm=1.0 * i) for i in range(1, 5)
+    ]
+    report.draw([*lines, metrics_log.EvalLine(4, 2.0)], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_without_the_log(report, tmp_path):
     assert report.log_lines(tmp_path / "logs/train.log") == []
-    ((_, text),) = report.of_training(tmp_path, [])
+    ((_, text),) = report.of_training(tmp_path, [], [])
     assert "it was deleted, so there is no loss curve" in text
 
 

@@ -32,6 +32,7 @@ def test_rows_and_tokenizer(script, tmp_path, capsys):
         "heldout.parquet",
         "heldout.txt",
         "chat.jsonl",
+        "chat_heldout.jsonl",
         "tokenizer/tokenizer.model",
         "made.json",
     }
@@ -45,6 +46,12 @@ def test_rows_and_tokenizer(script, tmp_path, capsys):
     chat = [json.loads(line) for line in (first / "chat.jsonl").read_text("utf-8").splitlines()]
     assert len(chat) > 20
     assert len({row["instruction"] for row in chat}) == len(chat)
+    asked = {
+        json.loads(line)["instruction"]
+        for line in (first / "chat_heldout.jsonl").read_text("utf-8").splitlines()
+    }
+    assert asked
+    assert not asked & {row["instruction"] for row in chat}
     outputs = {row["output"].splitlines()[0].strip() for row in train}
     assert all(row["instruction"].endswith("?") and row["output"] in outputs for row in chat)
     modules = [{row["instruction"].split()[-1] for row in rows} for rows in (train, held_out)]

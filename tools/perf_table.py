@@ -1,6 +1,6 @@
-"""Prints the performance table: rows from logs beside the published rows.
+"""Prints the performance table: rows from logs, then the published rows.
 
-python tools/perf_table.py logs/train.log [ANOTHER ...] [--markdown] [--output FILE]
+python tools/perf_table.py logs/train.log [ANOTHER ...] [--no-published] [--markdown] [--output FILE]
 """
 
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ class Options:
     """Number of devices, for logs that lack it (this project's have it)."""
     warmup: int = 5
     """Steps to skip at the beginning."""
+    published: bool = True
+    """Rows of the published page below those of the logs, with footnotes on its errors."""
     markdown: bool = False
     """Print Markdown instead of text."""
     out: Annotated[str | None, parser.output_flag("out")] = None
@@ -40,7 +42,8 @@ def main() -> None:
         performance_table.performance_row(read_logs.read_log(log), options.devices, options.warmup)
         for log in options.logs
     ]
-    text = performance_table.format_table([*performance_table.PUBLISHED, *rows], options.markdown)
+    published = performance_table.PUBLISHED if options.published else ()
+    text = performance_table.format_table([*rows, *published], options.markdown)
     print(text)
     if options.out:
         write_file(Path(options.out), text + "\n")

@@ -2,8 +2,11 @@
 
 python tools/random_model.py --model internlm-tiny --tokenizer dataset/internlm \\
     --output model_from_hf/internlm-tiny
+
+The vocabulary of a tiny model grows to that of its tokenizer; other sizes are set by flags, for any model.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from zlib import crc32
 
 from ascendspeed.cli import parser
+from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models import families
+from ascendspeed.models.families.base import check_heads
+from ascendspeed.tokenization import tokenizer
 from ascendspeed.utils import errors
 
 if TYPE_CHECKING:
@@ -28,6 +34,20 @@ class Options:
     """Name of the architecture."""
     tokenizer: str | None = None
     """Folder with the tokenizer to copy."""
+    vocab_size: int | None = None
+    """Rows of the vocabulary; default: those of --model, and for a tiny model at least the tokenizer's."""
+    num_layers: int | None = None
+    """Transformer layers; default of this and the next flags: those of --model."""
+    hidden_size: int | None = None
+    """Width of the residual stream."""
+    ffn_hidden_size: int | None = None
+    """Inner width of the MLP."""
+    num_attention_heads: int | None = None
+    """Query heads."""
+    num_query_groups: int | None = None
+    """Key/value heads."""
+    max_position_embeddings: int | None = None
+    """Longest sequence that the model is made for."""
     seed: int = 1234
     """Random seed of the weights."""
     dtype: Literal["bf16", "fp16", "fp32"] = "fp32"
@@ -37,7 +57,30 @@ class Options:
     that drops one of them."""
 
 
+SIZES = (
+    "vocab_size",
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "max_position_embeddings",
+)
 INTERNLM_TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+
+
+def _config(options: Options) -> ModelConfig:
+    """Returns the architecture: sizes of the command line over those of --model. Raises UserError."""
+    config = families.preset(options.model)
+    typed = {name: value for name in SIZES if (value := getattr(options, name)) is not None}
+    for name, value in typed.items():
+        if value < 1:
+            raise errors.UserError(f"{parser.flag_of(name)} {value}: at least 1")
+    if options.tokenizer and "vocab_size" not in typed and options.model.endswith("-tiny"):
+        typed["vocab_size"] = max(config.vocab_size, tokenizer.load(options.tokenizer).vocab_size)
+    config = dataclasses.replace(config, **typed)
+    check_heads(config)
+    return config
 
 
 def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Tensor":
@@ -53,7 +96,7 @@ def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Te
 def main() -> None:
     """Runs the command."""
     options = parser.parse(Options, description=Options.__doc__ or "")
-    config = families.preset(options.model)
+    config = _config(options)
     if not 0 <= options.noise < math.inf:
         raise errors.UserError(f"--noise {options.noise} is not a standard deviation: 0 or a little more")
     import torch  # after parsing, so that --help does not wait for torch

@@ -1,5 +1,7 @@
 """Performance table in the published form: rows from logs beside the published rows."""
 
+import itertools
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +12,14 @@ from ascendspeed.loss_compare.curve import LoggedStep, LossCurve, flatten_config
 from ascendspeed.models import families
 
 COLUMNS = ("Device", "Model", "total Iterations", "samples/s/p", "tokens/s/p", "s/step", "TFLOP/s")
+NARROW_COLUMNS = (
+    ("Device", "Model", "total", "samples", "tokens", "s/step", "TFLOP/s"),
+    ("", "", "iter.", "/s/p", "/s/p", "", ""),
+)
+"""COLUMNS in two lines, for a terminal of 80 columns."""
 
+WIDTH = 80
+"""Columns of a terminal."""
 MEANING = (
     "p is one device. Rows from logs are medians without the first steps. TFLOP/s are those of the log: this "
     "project counts 6 per token and matrix weight, and causal attention, but no recomputation."
@@ -51,7 +60,7 @@ class PerformanceRow:
 # explain how.
 PUBLISHED = (
     PerformanceRow(
-        "NPUs, published (8)",
+        "published, 8 NPUs",
         "Internlm-7B",
         2048,
         13.0 / 8,
@@ -61,19 +70,19 @@ PUBLISHED = (
         (
             "The page gives 19684.6 s/step, which are milliseconds, and 13.000 samples/s/p, which are "
             "samples/s of all 8 devices: a global batch of 256 every 19.7 s.",
-            "Its 2943 tokens/s/p do not go with that: 13.0 samples/s x 2048 / 8 are 3328, the figure of an "
+            "Its 2943 tokens/s/p contradict that: 13.0 samples/s x 2048 / 8 are 3328, the figure of an "
             "earlier page. 145.69 TFLOP/s go with 3328 under a formula that counts slightly more than the "
             "43.0 GFLOP per token of this project (143), and not with 2943 (127).",
         ),
     ),
     PerformanceRow(
-        "benchmarks, published",
+        "published, 8 A100",
         "Internlm-7B",
         tokens=4078,
         notes=("4078 tokens/s/p were measured on 8 A100; the page does not say so.",),
     ),
     PerformanceRow(
-        "NPUs, published (32)",
+        "published, 32 NPUs",
         "Internlm-65B",
         50000,
         5.33 / 32,
@@ -85,7 +94,7 @@ PUBLISHED = (
             "every 24 s.",
         ),
     ),
-    PerformanceRow("Reference, published", "Internlm-65B", tokens=414),
+    PerformanceRow("published reference", "Internlm-65B", tokens=414),
 )
 
 
@@ -172,7 +181,8 @@ def format_table(rows: Sequence[PerformanceRow], markdown: bool = False) -> str:
     """Formats the table and its footnotes, as aligned text or as Markdown with an aligned source."""
     notes = [note for row in rows for note in row.notes]
     table = [_cells_with_marks(row, notes) for row in rows]
-    widths = [max(len(cells[i]) for cells in (COLUMNS, *table)) for i in range(len(COLUMNS))]
+    headers = (COLUMNS,) if markdown else NARROW_COLUMNS
+    widths = [max(len(cells[i]) for cells in (*headers, *table)) for i in range(len(COLUMNS))]
 
     def line(cells: Sequence[str]) -> str:
         aligned = [
@@ -188,10 +198,14 @@ def format_table(rows: Sequence[PerformanceRow], markdown: bool = False) -> str:
         f"{'' if markdown else ' '}[{i}] {note}" + ("  " if markdown else "")
         for i, note in enumerate(notes, 1)
     ]
-    return "\n".join([line(COLUMNS), line(rule), *map(line, table), "", *footnotes, MEANING])
+    text = [*map(line, headers), line(rule), *map(line, table), ""]
+    if markdown:
+        return "\n".join([*text, *footnotes, MEANING])
+    wrapped = (textwrap.wrap(note, WIDTH, subsequent_indent="     ") for note in footnotes)
+    return "\n".join([*text, *itertools.chain(*wrapped), *textwrap.wrap(MEANING, WIDTH)])
 
 
 def _cells_with_marks(row: PerformanceRow, notes: Sequence[str]) -> tuple[str, ...]:
-    marks = "".join(f" [{notes.index(note) + 1}]" for note in row.notes)
+    marks = ",".join(str(notes.index(note) + 1) for note in row.notes)
     device, *others = row.cells
-    return (device + marks, *others)
+    return (f"{device} [{marks}]" if marks else device, *others)

@@ -1,8 +1,14 @@
 """Report of a comparison: parity.json, parity.png and a self-contained parity.html."""
 
 import base64
+import datetime
 import hashlib
+import importlib.metadata
 import json
+import platform
+import re
+import shlex
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ from ascendspeed.loss_compare.align import AXIS_NAMES
 from ascendspeed.loss_compare.compare import Comparison
 from ascendspeed.loss_compare.curve import LossCurve
 from ascendspeed.loss_compare.metrics import LossMetrics, format_percent, metric_definitions
+from ascendspeed.loss_compare.performance_table import performance_row
 from ascendspeed.utils.atomic import remove_file, write_file
 
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -60,6 +67,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "first": comparison.aligned.positions[0],
         "last": comparison.aligned.positions[-1],
         "figures": asdict(comparison.metrics),
+        "made": dict(provenance()),
         "reference": _describe_log(comparison.ref),
         "candidate": _describe_log(comparison.cand),
         **second_run,
@@ -70,9 +78,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def as_text(comparison: Comparison) -> list[str]:
     """Returns the lines of the report for a terminal."""
-    lines = [f"reference  {_summarize(comparison.ref)}", f"candidate  {_summarize(comparison.cand)}"]
-    if comparison.ref2:
-        lines.append(f"ref2       {_summarize(comparison.ref2)}")
+    curves = (("reference", comparison.ref), ("candidate", comparison.cand), ("ref2", comparison.ref2))
+    lines = []
+    for name, curve in curves:
+        if curve:
+            lines.append(f"{name:9}  {_summarize(curve)}")
+            lines += [f"{'':9}  {speed}"] if (speed := _speed(curve)) else []
     aligned = comparison.aligned
     lines.append(f"aligned by {AXIS_NAMES[aligned.axis]}, {aligned.positions[0]} to {aligned.positions[-1]}")
     same_origin = "same seed, weights and data"
@@ -80,9 +91,12 @@ def as_text(comparison: Comparison) -> list[str]:
         f"origin     {same_origin if comparison.origin else 'not known: no origin.json beside the logs'}"
     )
     noise = asdict(comparison.noise_metrics) if comparison.noise_metrics else {}
+    definitions = metric_definitions()
+    lines.append(_meaning()[-1])
     for name, value in asdict(comparison.metrics).items():
         line = f"  {name.replace('_', ' '):19} {format_metric(name, value):>12}"
-        lines.append(f"{line}   noise {format_metric(name, noise[name]):>12}" if noise else line)
+        line += f"   noise {format_metric(name, noise[name]):>12}" if noise else ""
+        lines.append(f"{line}  {_short(definitions[name])}")
     if comparison.differences:
         lines.append("settings that differ, reference | candidate:")
         lines += [f"  {name}: {ref} | {cand}" for name, ref, cand in comparison.differences]
@@ -120,16 +134,49 @@ def as_html(comparison: Comparison, image: bytes) -> str:
         passed=comparison.verdict.passed,
         title=title(comparison),
         image=base64.b64encode(image).decode(),
-        logs=[(name, _summarize(curve)) for name, curve in _named_curves(comparison)],
+        logs=[(name, _summarize(curve), _speed(curve)) for name, curve in _named_curves(comparison)],
+        made=provenance(),
         axis=AXIS_NAMES[comparison.aligned.axis],
         positions=comparison.aligned.positions,
-        meaning=LossMetrics.__doc__,
+        meaning=_meaning(),
         metrics=metrics,
         noise=bool(noise),
         origin=comparison.origin,
-        settings=sorted(comparison.settings, key=lambda setting: setting[1] == setting[2]),
-        differing=len(comparison.differences),
+        differing=comparison.differences,
+        equal=[setting for setting in comparison.settings if setting[1] == setting[2]],
     )
+
+
+def provenance() -> tuple[tuple[str, str], ...]:
+    """Returns when, where, with which versions and by which command the comparison was made."""
+    now = datetime.datetime.now(datetime.UTC)
+    version = importlib.metadata.version("matplotlib")
+    return (
+        ("compared on", f"{now:%Y-%m-%d %H:%M} UTC, on {platform.node() or 'an unnamed host'}"),
+        ("versions", f"Python {platform.python_version()}, matplotlib {version}; {platform.platform()}"),
+        ("command", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+    )
+
+
+def _meaning() -> list[str]:
+    """Paragraphs on the distance of a step, from the class of the metrics."""
+    return [" ".join(paragraph.split()) for paragraph in (LossMetrics.__doc__ or "").split("\n\n")]
+
+
+def _short(definition: str) -> str:
+    """Cuts a definition at its first punctuation: `Median of e.` -> `Median of e`."""
+    return re.split(r"[:;,.](?: |$)", definition, maxsplit=1)[0]
+
+
+def _speed(curve: LossCurve) -> str:
+    """Median speed of a run, as far as its log has it: `0.500 s per step, 64 tokens/s and device`."""
+    row = performance_row(curve)
+    values = (
+        (row.seconds, "{:.3f} s per step"),
+        (row.tokens, "{:.0f} tokens/s per device"),
+        (row.tflops, "{:.3g} TFLOP/s per device"),
+    )
+    return ", ".join(text.format(value) for value, text in values if value)
 
 
 def _named_curves(comparison: Comparison) -> list[tuple[str, LossCurve]]:

@@ -13,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 fixed --deepspeed
 value --zero-stage ZERO_STAGE 2                                         # docs/memory.md
 fixed --no-pipeline-parallel
-value --model MODEL internlm2-7b                                        # any name (internlm2.5-7b, internlm2-20b, internlm3-8b ...)
+optional --model MODEL internlm2-7b                                    # any name (internlm2.5-7b, internlm2-20b, internlm3-8b ...); empty: that of the weights
 value --tensor-model-parallel-size TP 1
 value --micro-batch-size MICRO_BATCH 1                                  # rows per device and pass
 value --global-batch-size GLOBAL_BATCH 8                                # rows per step

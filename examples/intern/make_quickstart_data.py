@@ -8,6 +8,7 @@ The output has the same bytes every time on the same Python:
     DIR/heldout.parquet     such rows from other modules, about one row in twenty
     DIR/heldout.txt         their outputs as plain text
     DIR/chat.jsonl          questions and short answers, for fine-tuning: also Alpaca-shaped rows
+    DIR/chat_heldout.jsonl  such rows from other modules
     DIR/tokenizer/          tokenizer.model (sentencepiece BPE like InternLM's) and its JSON files
     DIR/made.json           settings; written last, so its presence marks complete data, which are reused
 
@@ -42,6 +43,8 @@ SKIPPED = {
     "pydoc_data",
 }
 HELD_OUT_EVERY = 20  # modules
+VERSION = 2
+"""Of the files: another one makes existing data again."""
 CHAT_ROWS, ANSWER_CHARS = 400, range(20, 100)
 DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
 KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}
@@ -182,6 +185,7 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     """Writes everything into `output_dir`, or reuses the output of the same settings. Returns the folder."""
     made = {
+        "version": VERSION,
         "rows": rows,
         "chat_rows": CHAT_ROWS,
         "vocab_size": vocab_size,
@@ -189,7 +193,7 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     }
     record = output_dir / "made.json"
     if record.is_file() and json.loads(record.read_text()) == made:
-        print(f"reusing {output_dir}: {made}", flush=True)
+        print(f"reusing {output_dir}, of the same settings", flush=True)
         return output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     record.unlink(missing_ok=True)
@@ -199,8 +203,8 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     )
     write_rows(output_dir / "train.parquet", train)
     write_rows(output_dir / "heldout.parquet", held_out)
-    chat = "".join(json.dumps(row) + "\n" for row in chat_rows(train))
-    (output_dir / "chat.jsonl").write_text(chat, "utf-8")
+    for name, rows_of_chat in (("chat.jsonl", chat_rows(train)), ("chat_heldout.jsonl", chat_rows(held_out))):
+        (output_dir / name).write_text("".join(json.dumps(row) + "\n" for row in rows_of_chat), "utf-8")
     (output_dir / "heldout.txt").write_text("\n\n".join(row["output"] for row in held_out) + "\n", "utf-8")
     write_tokenizer(
         output_dir / "tokenizer",
@@ -208,6 +212,7 @@ def make(output_dir: Path, rows: int, vocab_size: int) -> Path:
     )
     print(f"trained a tokenizer of {vocab_size} pieces", flush=True)
     record.write_text(json.dumps(made) + "\n")
+    print(f"wrote {output_dir}", flush=True)
     return output_dir
 
 
@@ -216,7 +221,7 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     if options.rows < 1:
         raise UserError(f"--rows {options.rows}: at least 1 is needed")
-    print(f"wrote {make(options.output_dir, options.rows, options.vocab_size)}", flush=True)
+    make(options.output_dir, options.rows, options.vocab_size)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 fixed --deepspeed
 value --zero-stage ZERO_STAGE 2                                         # 27.3 GiB of model states per device on 8
 fixed --no-pipeline-parallel
-value --model MODEL internlm-7b                                         # any name (internlm3-8b ...) that agrees with the weights
+optional --model MODEL internlm-7b                                     # any name (internlm3-8b ...) that agrees with the weights; empty: that of the weights
 value --tensor-model-parallel-size TP 1
 value --micro-batch-size MICRO_BATCH 2                                  # samples per device and pass
 value --global-batch-size GLOBAL_BATCH 256                              # samples per step: 0.5 M tokens

@@ -13,14 +13,19 @@ WORK=${WORK:-.quickstart}
 export NPROC=${NPROC:-4}                # processes: TP 2 x DP 2
 STOP=${STOP:-60}                        # iterations before the interruption
 ITERS=${ITERS:-100}                     # iterations in all
+if [ -n "$(ls -A "$WORK" 2>/dev/null)" ] && [ ! -f "$WORK/.quickstart" ] && [ ! -f "$WORK/data/made.json" ]; then
+    echo "error: WORK=$WORK holds other files, and the quickstart replaces what it finds: name a new or an empty folder" >&2
+    exit 2
+fi
 mkdir -p "$WORK"
+touch "$WORK/.quickstart"               # the folder is the quickstart's
 step() { printf '\n\033[1m== %s\033[0m\n' "$*"; }
 
 step "1/11 data: docstrings of the standard library as Alpaca rows, and a tokenizer"
 python examples/intern/make_quickstart_data.py --output-dir "$WORK/data"
 
 if [ -f "$WORK/alpaca_text_document.idx" ] && [ "$WORK/data/made.json" -nt "$WORK/alpaca_text_document.idx" ]; then
-    echo "the data are new: everything that was made of the old is made again"
+    echo "the data are new: what was made from the old data is made again"
     rm -rf "$WORK"/{hf,weights,ckpt,export,logs,tensorboard,ckpt_chat,logs_chat,chat_*}
     rm -f "$WORK"/alpaca_text_document.*  # last: as long as they are there, a run that is stopped here begins here again
 fi
@@ -76,21 +81,18 @@ if [ ! -f "$WORK/export/config.json" ] || [ "$WORK/ckpt/latest" -nt "$WORK/expor
         --from "$WORK/ckpt" --to "$WORK/export" --format hf-llama --tokenizer "$WORK/data/tokenizer" --verify
 fi
 
-step "7/11 held-out loss, ours beside stock transformers"
-python examples/intern/quickstart_report.py --work "$WORK"
-
 trained() {  # trained RECIPE FLAGS...: one that takes a model, with the one that was trained
     MODEL=internlm-tiny CHECKPOINT="$WORK/ckpt" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 bash "$@"
 }
 
-step "8/11 a completion, greedy, from the training checkpoint on 2 tensor-parallel ranks"
+step "7/11 a completion, greedy, from the training checkpoint on 2 tensor-parallel ranks"
 TP=2 NPROC=2 trained examples/intern/generate_internlm_7b_deepspeed.sh --prompt "Return the " --prompt "Raise ValueError if " --max-new-tokens 32
 
-step "9/11 its score on a few questions in MMLU's form (four answers each: a model that knows nothing gets 25 %)"
+step "8/11 its score on a few questions in MMLU's form (four answers each: a model that knows nothing gets 25 %)"
 rm -rf "$WORK/evaluation"  # of an older checkpoint
 NPROC=1 OUTPUT="$WORK/evaluation" trained tasks/evaluation/eval_internlm.sh
 
-step "10/11 fine-tuning on questions and answers, packed: the recipe finetune_internlm_7b_alpaca.sh"
+step "9/11 fine-tuning on questions and answers, packed: the recipe finetune_internlm_7b_alpaca.sh"
 if [ ! -f "$WORK/chat_packed_input_ids_document.idx" ]; then
     python tools/preprocess_data.py \
         --input "$WORK/data/chat.jsonl" \
@@ -108,11 +110,24 @@ if [ ! -f "$WORK/ckpt_chat/whole" ] || [ "$WORK/ckpt/latest" -nt "$WORK/ckpt_cha
     touch "$WORK/ckpt_chat/whole"
 fi
 
-step "11/11 a turn of a chat, before and after (before, the model has read docstrings and never a conversation)"
-QUESTION=$(sed -n '1s/.*"instruction": "\([^"]*\)".*/\1/p' "$WORK/data/chat.jsonl")
-echo "$QUESTION"
-for model in ckpt ckpt_chat; do
+step "10/11 a turn of a chat: a question of the training rows before and after fine-tuning, then one that is in no training row"
+first() { sed -n "1s/.*\"$1\": \"\([^\"]*\)\".*/\1/p" "$WORK/data/$2"; }   # first FIELD FILE: that of the first row
+chat() {  # chat CHECKPOINT QUESTION
     # a here-string, not `echo |`: that would end by SIGPIPE if the command failed before it read the question
-    MODEL=internlm-tiny CHECKPOINT="$WORK/$model" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 NPROC=1 \
-        bash examples/intern/generate_internlm_7b_deepspeed.sh --task chat --chat-template v1 --max-new-tokens 32 <<< "$QUESTION"
+    MODEL=internlm-tiny CHECKPOINT="$WORK/$1" TOKENIZER_PATH="$WORK/data/tokenizer" DTYPE=fp32 NPROC=1 \
+        bash examples/intern/generate_internlm_7b_deepspeed.sh --task chat --chat-template v1 --max-new-tokens 32 <<< "$2"
+}
+for rows in chat.jsonl chat_heldout.jsonl; do
+    question=$(first instruction "$rows")
+    echo "question of $rows: $question"
+    echo "its docstring:   $(first output "$rows")"
+    if [ "$rows" = chat.jsonl ]; then
+        echo "before:"
+        chat ckpt "$question"
+    fi
+    echo "after fine-tuning:"
+    chat ckpt_chat "$question"
 done
+
+step "11/11 summary: loss, speed and memory; ours beside stock transformers"
+python examples/intern/quickstart_report.py --work "$WORK"

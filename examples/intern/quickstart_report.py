@@ -4,6 +4,7 @@ curve.
 python examples/intern/quickstart_report.py --work .quickstart
 """
 
+import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +27,20 @@ class Options:
 
 
 def held_out(work: Path, length: int) -> Any:
-    """Returns the held-out text as samples: [n, length + 1] int64."""
+    """Returns the held-out rows, in the form of the training rows, as samples: [n, length + 1] int64."""
+    import pyarrow.parquet
     import torch
 
+    from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler
     from ascendspeed.tokenization import tokenizer
 
-    ids = tokenizer.load(work / "data" / "tokenizer").encode((work / "data" / "heldout.txt").read_text())
+    loaded = tokenizer.load(work / "data" / "tokenizer")
+    rows = pyarrow.parquet.read_table(work / "data" / "heldout.parquet").to_pylist()
+    ids: list[int] = []
+    for row in rows:
+        section = AlpacaPretrainHandler.SECTION.format(**row) if row["input"] else ""
+        prompt = AlpacaPretrainHandler.PROMPT.format(section=section, **row)
+        ids += [*loaded.encode(prompt + row["output"]), loaded.eos]
     count = (len(ids) - 1) // length
     return torch.stack(
         [torch.tensor(ids[i * length : (i + 1) * length + 1], dtype=torch.int64) for i in range(count)]
@@ -86,7 +95,7 @@ def log_lines(path: Path) -> list[Any]:
     return list(lines.values())
 
 
-def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
+def of_training(work: Path, train: list[Any], valid: list[Any]) -> list[tuple[str, str]]:
     """Returns the rows of the table that come from the training log."""
     if not train:
         return [
@@ -101,13 +110,23 @@ def of_training(work: Path, train: list[Any]) -> list[tuple[str, str]]:
             "training loss, first -> last",
             f"{train[0].loss:.4f} -> {train[-1].loss:.4f} ({len(train)} iterations)",
         ),
+        *(("validation loss: rows that --split set aside", f"{line.loss:.4f}") for line in valid[-1:]),
         ("tokens/s per process (median)", f"{median(line.tokens_per_s for line in train):.0f}"),
         ("peak memory per process", f"{max(line.memory_gib for line in train):.2f} GiB"),
     ]
 
 
+def of_evaluation(work: Path) -> list[tuple[str, str]]:
+    """Returns the row of the score, if there is one."""
+    path = work / "evaluation" / "results.json"
+    if not path.is_file():
+        return []
+    scores = json.loads(path.read_text())["tasks"]["mmlu"]
+    return [("60 questions of four answers", f"{100 * scores['micro']:.2f} % right (chance: 25 %)")]
+
+
 def draw(lines: list[Any], path: Path) -> None:
-    """Draws the loss curve of training and validation."""
+    """Draws the losses of training and validation, the learning rate and the gradient norm."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -115,15 +134,28 @@ def draw(lines: list[Any], path: Path) -> None:
 
     train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
     valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
-    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=120)
-    axes.plot([line.iteration for line in train], [line.loss for line in train], lw=1.2, label="training")
-    axes.plot(
+    figure, (losses, rates, norms) = pyplot.subplots(
+        3, 1, figsize=(7, 6.5), dpi=120, sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+    )
+    iterations = [line.iteration for line in train]
+    losses.plot(iterations, [line.loss for line in train], lw=1.2, label="training")
+    losses.plot(
         [line.iteration for line in valid], [line.loss for line in valid], "o", ms=5, label="validation"
     )
-    axes.set(xlabel="iteration", ylabel="loss per token", title="InternLM-tiny on docstrings, ZeRO-2 x TP 2")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.tight_layout()
+    losses.set(
+        ylabel="loss per token", title="InternLM-tiny on docstrings: loss, learning rate, gradient norm"
+    )
+    losses.legend()
+    for axes, field, label in ((rates, "lr", "learning rate"), (norms, "grad_norm", "gradient norm")):
+        values = [
+            (line.iteration, getattr(line, field)) for line in train if getattr(line, field) is not None
+        ]
+        axes.plot([x for x, _ in values], [y for _, y in values], lw=1.0, color="tab:gray")
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+    norms.set_xlabel("iteration")
+    for axes in (losses, rates, norms):
+        axes.grid(alpha=0.3)
     figure.savefig(path)
 
 
@@ -135,6 +167,7 @@ def main() -> None:
     ours, theirs = our_loss(work, samples), their_loss(work, samples)
     lines = log_lines(work / "logs" / "train.log")
     train = [line for line in lines if isinstance(line, metrics_log.TrainLine)]
+    valid = [line for line in lines if isinstance(line, metrics_log.EvalLine)]
     if train:
         draw(lines, work / "loss.png")
 
@@ -147,11 +180,12 @@ def main() -> None:
         ("random model -> split weights", f"{work}/hf -> {work}/weights"),
         ("training checkpoints", f"{work}/ckpt"),
         ("exported for transformers", f"{work}/export"),
-        *of_training(work, train),
+        *of_training(work, train, valid),
         (
-            "held-out loss, ours | transformers",
-            f"{ours:.6f} | {theirs:.6f}  (difference {abs(ours - theirs):.1e}, chance {math.log(2048):.2f})",
+            "held-out loss: rows of modules not trained on",
+            f"{ours:.6f} here, {theirs:.6f} in transformers (chance: {math.log(2048):.2f})",
         ),
+        *of_evaluation(work),
     ):
         table.add_row(*row)
     Console().print(table)

@@ -81,12 +81,12 @@ class StreamedSamples:
     def note(self) -> str:
         """One log line: rows, streams, tokens and packing."""
         streams = f"{len(self._rows):,} rows in {self._stream_count} streams"
-        probe = f"{self._tokens_per_row:.0f} tokens each by {self._probed:,} of them"
+        probe = f"about {self._tokens_per_row:.0f} tokens per row (estimated from {self._probed:,} rows)"
         truncated = ""
         if self._probe_truncated.documents:
             truncated = f"; of these, {self._probe_truncated.describe(self._seq_length)}"
         packing = self._packer.stream_note
-        return f"{self.prefix}: tokenized while it is trained on: {streams}, {probe}{truncated}; {packing}"
+        return f"{self.prefix}: tokenizing on the fly: {streams}, {probe}{truncated}; {packing}"
 
     def sample(self, number: int) -> Sample:
         """Returns sample `number` >= 0; numbers beyond an epoch continue in the next one."""

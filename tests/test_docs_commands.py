@@ -160,7 +160,7 @@ def test_a_command_of_internevo_names_its_replacement():
     first, second = line.split(" && ")
     script, *flags = shlex.split(first)[1:]
     options = command.parse(load_script(ROOT / script).Options, flags, TABLES.get(script)).options
-    assert (list(options.input), options.tokenizer_name_or_path) == (["my data.json"], "dir")
+    assert (list(options.input), str(options.tokenizer_name_or_path)) == (["my data.json"], "dir")
     assert second == "DATA=out bash examples/intern/finetune_internlm_7b_alpaca.sh"
 
 

@@ -206,17 +206,24 @@ def test_held_out_rows_have_the_form_of_training_rows(report, tmp_path):
     import pyarrow
     import pyarrow.parquet
 
-    from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler
     from ascendspeed.tokenization import tokenizer
 
     corpus.sentencepiece_dir(tmp_path / "data/tokenizer")
     rows = {"instruction": ["a", "b"], "input": ["", "x = 1"], "output": ["one", "two"]}
     pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "data/heldout.parquet")
-    texts = AlpacaPretrainHandler().texts(rows)["text"]
+    head = "the request.\n\n### Instruction:\n"
+    ends = [
+        f"{head}a\n\n### Response: ASSISTANT: one",
+        f"{head}b\n\n### Input:\nx = 1\n\n### Response: ASSISTANT: two",
+    ]
     loaded = tokenizer.load(tmp_path / "data/tokenizer")
-    expected = [token for text in texts for token in [*loaded.encode(text), loaded.eos]]
     samples = report.held_out(tmp_path, 8)
-    assert samples[:, :-1].flatten().tolist() == expected[: 8 * len(samples)]
+    ids = samples[:, :-1].flatten().tolist()
+    cut = ids.index(loaded.eos)
+    first, second = loaded.decode(ids[:cut]), loaded.decode(ids[cut + 1 :])
+    assert first.startswith("A chat between a curious user")
+    assert first.endswith(ends[0])
+    assert ends[1][: len(head) + 20] in second
 
 
 def test_the_picture_has_loss_rate_and_norm(report, tmp_path):

@@ -31,16 +31,14 @@ def held_out(work: Path, length: int) -> Any:
     import pyarrow.parquet
     import torch
 
+    from ascendspeed.data.handlers.base import EncoderConfig
     from ascendspeed.data.handlers.pretrain import AlpacaPretrainHandler
     from ascendspeed.tokenization import tokenizer
 
     loaded = tokenizer.load(work / "data" / "tokenizer")
-    rows = pyarrow.parquet.read_table(work / "data" / "heldout.parquet").to_pylist()
-    ids: list[int] = []
-    for row in rows:
-        section = AlpacaPretrainHandler.SECTION.format(**row) if row["input"] else ""
-        prompt = AlpacaPretrainHandler.PROMPT.format(section=section, **row)
-        ids += [*loaded.encode(prompt + row["output"]), loaded.eos]
+    rows = pyarrow.parquet.read_table(work / "data" / "heldout.parquet").to_pydict()
+    handler = AlpacaPretrainHandler(EncoderConfig("", "AlpacaPretrainHandler"), loaded)
+    ids = [token for text in handler.texts(rows)["text"] for token in [*loaded.encode(text), loaded.eos]]
     count = (len(ids) - 1) // length
     return torch.stack(
         [torch.tensor(ids[i * length : (i + 1) * length + 1], dtype=torch.int64) for i in range(count)]

@@ -34,7 +34,7 @@ FRESH = {"README.md", "examples/intern/README.md", "benchmarks/README.md", "CONT
 OWN_FILES = {
     "docs/coming-from.md": [
         *["THEIRS/", "internlm-7b/", "internlm2-7b/", "llama-7b/", "checkpoints/run/iter_0005000/"],
-        *["internlm2-mindformers/", "internlm2-tp8-pp1/", "llm_ckpts/5000/", "internlm2.model"],
+        *["internlm2-mindformers/", "internlm2-tp8-pp1/", "ckpt-chat/", "llm_ckpts/5000/", "internlm2.model"],
     ],
     "docs/loss-parity.md": ["LOG", ".parity/cand/origin.json"],
     "examples/intern/README.md": ["logs_ref/train.log", "logs_cand/train.log", "text_200K.jsonl"],
@@ -117,7 +117,9 @@ def parse(script: str, flags: list[str], world: int) -> None:
     elif script in COMMANDS:
         command.parse(COMMANDS[script], flags, TABLES.get(script))
     elif not script.startswith("benchmarks"):  # their flags are compared with --help by test_docs.py
-        command.parse(load_script(ROOT / script).Options, flags, TABLES.get(script))
+        module = load_script(ROOT / script)
+        options = module.BenchmarkCommand if script.endswith("benchmark.py") else module.Options
+        command.parse(options, flags, TABLES.get(script))
 
 
 def check(page: str, folder: Path, programs: Path, monkeypatch, shell: str) -> None:

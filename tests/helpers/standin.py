@@ -13,6 +13,8 @@ from pathlib import Path
 
 Flags = dict[str, list[str]]
 
+OUTPUT_FLAGS = ("output-dir", "output-file", "output-prefix", "output-model-dir", "to", "tgt", "save")
+"""Older names of `--output`."""
 TOKENIZER = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json")
 STEP = "step_0000500"
 
@@ -22,7 +24,7 @@ def fail(message: str) -> None:
 
 
 def flags_of(words: Sequence[str]) -> Flags:
-    """Flag -> its words; positional words are under ""."""
+    """Flag -> its words; positional words are under "", and --output also under its older names."""
     flags: Flags = {"": []}
     name = ""
     for word in words:
@@ -32,7 +34,7 @@ def flags_of(words: Sequence[str]) -> Flags:
             flags[name] = [value] if value else []
         else:
             flags[name].append(word)
-    return flags
+    return {older: flags["output"] for older in OUTPUT_FLAGS if "output" in flags} | flags
 
 
 def need(*paths: str) -> None:

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import threading
 from itertools import pairwise
 
@@ -335,12 +337,32 @@ def test_one_builds_and_the_others_wait(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_damaged_cache_is_refused(tmp_path):
+    arrays = np.arange(3), np.arange(6).reshape(3, 2), np.arange(3)
+    for name in (*(f"{name}.npy" for name in epoch.INDICES), epoch.HASHES):
+        load_or_build(tmp_path / name, lambda: arrays)
+        assert [part.tolist() for part in load_or_build(tmp_path / name, lambda: ())] == [
+            part.tolist() for part in arrays
+        ]
+        for damage in (lambda raw: raw[:-1] + b"\7", lambda raw: raw[:20], lambda raw: b"(" * 200, None):
+            path = tmp_path / name / name
+            content = path.read_bytes()
+            path.write_bytes(damage(content)) if damage else path.unlink()
+            with pytest.raises(UserError, match=rf"damaged: remove {tmp_path / name}|is not JSON"):
+                load_or_build(tmp_path / name, lambda: ())
+            path.write_bytes(content)
+
+
 def test_nothing_in_a_cache_is_unpickled_and_a_cache_that_cannot_be_is_an_error(tmp_path):
     (tmp_path / "k").mkdir()
     for name in epoch.INDICES:
         np.save(
             tmp_path / "k" / f"{name}.npy", np.array([{"any": "object"}], dtype=object), allow_pickle=True
         )
+    with pytest.raises(UserError, match="damaged: remove"):
+        load_or_build(tmp_path / "k", lambda: ())
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "k").iterdir()}
+    (tmp_path / "k" / epoch.HASHES).write_text(json.dumps(hashes))
     with pytest.raises(UserError, match="choose another --data-cache-path"):
         load_or_build(tmp_path / "k", lambda: ())
     (tmp_path / "file").touch()

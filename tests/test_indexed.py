@@ -1,4 +1,5 @@
 import fcntl
+import hashlib
 import os
 import shutil
 
@@ -23,6 +24,15 @@ def write(prefix, documents, dtype=np.int32, commit=True, facts=None):
             writer.commit(facts or {"tokens": writer.tokens})
 
 
+def samples_of(prefix):
+    """Hashes of a small pair as P.meta records them, by their definition: size and content."""
+    hashes = {}
+    for suffix in ("bin", "idx"):
+        content = pair_file(prefix, suffix).read_bytes()
+        hashes[f"{suffix}_samples_sha256"] = hashlib.sha256(b"%d\n" % len(content) + content).hexdigest()
+    return hashes
+
+
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_files_equal_megatrons_byte_for_byte(tmp_path, dtype):
     write(tmp_path / "v1.5", DOCUMENTS, dtype)  # a dot in the prefix is no suffix
@@ -38,7 +48,7 @@ def test_files_equal_megatrons_byte_for_byte(tmp_path, dtype):
     read = IndexedDataset(str(tmp_path / "v1.5"))
     assert [d.tolist() for d in read[0 : len(read)]] == [d.tolist() for d in DOCUMENTS]
     assert check_pair(tmp_path / "v1.5") == sum(map(len, DOCUMENTS))
-    assert read_facts(tmp_path / "v1.5") == {"tokens": 1079}
+    assert read_facts(tmp_path / "v1.5") == {"tokens": 1079} | samples_of(tmp_path / "v1.5")
     assert sorted(p.name for p in tmp_path.glob("v1.5*")) == ["v1.5.bin", "v1.5.idx", "v1.5.meta"]
 
 

@@ -350,7 +350,7 @@ DAMAGED = {
     "empty": (lambda path: os.truncate(f"{path}.meta", 0), r"x\.bin\.meta is not a numpy array"),
     "objects": (
         meta_of(lambda table: table.astype(object)),
-        r"x\.bin\.meta is not a numpy array: .*allow_pickle",
+        r"x\.bin\.meta is not a numpy array: .*pickled objects",
     ),
     "one column": (
         meta_of(lambda table: table[:, :1]),

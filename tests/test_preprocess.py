@@ -56,7 +56,9 @@ def test_documents_are_sentencepiece_ids_and_eos(tmp_path, tokenizer):
     expected = [[*processor.encode(text), 2] for text in texts]
     assert [d.tolist() for d in read[0 : len(read)]] == expected
     assert read.index.dtype == np.uint16
-    assert json.loads(read_pair(tmp_path / "p_text_document")["meta"]) == facts["text"]
+    recorded = json.loads(read_pair(tmp_path / "p_text_document")["meta"])
+    assert {name: recorded[name] for name in facts["text"]} == facts["text"]
+    assert recorded.keys() - facts["text"].keys() == {"bin_samples_sha256", "idx_samples_sha256"}
     assert facts["text"]["max_token"] == max(map(max, expected))
     assert facts["text"]["bytes"] == sum(len(text.encode()) for text in texts)
     preprocess(

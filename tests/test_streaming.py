@@ -1,6 +1,7 @@
 """Hugging Face datasets on disk, tokenized in training: the documents of preprocessing, and batches that
 depend on nothing else."""
 
+import io
 import json
 import os
 import re
@@ -212,12 +213,33 @@ def test_truncation_is_reported(chats, chat_tokenizer):
     assert "cut to" not in note(400)
 
 
+def with_positions(content, change):
+    """A file of positions whose array was changed, with the digest of the old one."""
+    positions = np.load(io.BytesIO(content))
+    change(positions)
+    array = io.BytesIO()
+    np.save(array, positions)
+    return array.getvalue() + content[-32:]
+
+
+DAMAGED_POSITIONS = {
+    "a copy was cut off": lambda content: content[:-8],
+    "empty": lambda content: b"",
+    "of an older version": lambda content: content[:-32],
+    "header": lambda content: content[:20] + b"(" + content[21:],
+    "one row later": lambda content: with_positions(content, lambda a: np.add.at(a, (slice(1, None), 0), 1)),
+    "negative": lambda content: with_positions(content, lambda a: a[1:, 0].fill(-5)),
+    "huge offset": lambda content: with_positions(content, lambda a: a[1:, 1].fill(10**9)),
+}
+
+
 def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(stream, "SAVE_EVERY", 4)
     samples = opened(text, tokenizer)
     expected = [as_lists(samples.sample(n)) for n in range(400)]
     files = sorted((tmp_path / "index-cache").rglob("stream-*.npy"))
     assert len(files) == 4
+    stored = {path: path.read_bytes() for path in files}
     backwards = opened(text, tokenizer)
     assert [as_lists(backwards.sample(n)) for n in range(399, -1, -7)] == expected[::-7]
     packed = []
@@ -228,14 +250,20 @@ def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_
     )
     for seed, distance in ((SEED, 4), (SEED + 1, 100)):
         packed.clear()
-        sample = as_lists(opened(text, tokenizer, seed=seed).sample(399))
+        with log_lines() as lines:
+            sample = as_lists(opened(text, tokenizer, seed=seed).sample(399))
         assert (sample == expected[399]) == (seed == SEED)  # another seed is another order
         assert len(packed) <= distance
         assert (len(packed) > 60) == (seed != SEED)  # without positions many samples are packed again
-    files[0].write_bytes(files[0].read_bytes()[:-8])  # a copy was cut off
-    files[1].write_bytes(b"")
-    again = opened(text, tokenizer)
-    assert [as_lists(again.sample(n)) for n in range(380, 400)] == expected[380:]
+    assert not any("note: " in line for line in lines)
+    for name, damage in DAMAGED_POSITIONS.items():
+        for path, content in stored.items():
+            path.write_bytes(damage(content))
+        with log_lines() as lines:
+            again = opened(text, tokenizer)
+            assert [as_lists(again.sample(n)) for n in range(380, 400)] == expected[380:], name
+        assert sum("is damaged and not used" in line for line in lines) == len(stored)
+        assert all(path.read_bytes()[-32:] != damage(stored[path])[-32:] for path in stored)  # written again
 
 
 def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):

@@ -82,5 +82,6 @@ def out_of_vocabulary(prefix: str, token_id: int, vocab_size: int) -> UserError:
 def check_max_token(prefix: str, facts: dict[str, Any], tokens: int, vocab_size: int) -> None:
     """Raises `UserError` if preprocessing recorded an id beyond the vocabulary; facts of other data are
     ignored."""
-    if facts.get("tokens") == tokens and facts["max_token"] >= vocab_size:
-        raise out_of_vocabulary(prefix, facts["max_token"], vocab_size)
+    max_token = facts.get("max_token", 0)
+    if facts.get("tokens") == tokens and max_token >= vocab_size:
+        raise out_of_vocabulary(prefix, max_token, vocab_size)

@@ -12,6 +12,12 @@ def shorten_list(names: Sequence[object], limit: int = 5, more: str = "more") ->
     return f"{shown} and {len(names) - limit:,} {more}" if len(names) > limit else shown
 
 
+def shorten(value: object) -> str:
+    """Repr of a value for an error message, at most 60 characters."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def first_line(error: BaseException, limit: int | None = None) -> str:
     """First line of an error's message, or its class if it has none; at most `limit` characters."""
     lines = str(error).strip().splitlines()

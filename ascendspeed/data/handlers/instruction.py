@@ -20,9 +20,9 @@ from ascendspeed.tokenization.chat import (
     PromptSegment,
     SegmentEncoder,
     read_training_messages,
-    shorten,
 )
 from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos_token, declared_tokens
+from ascendspeed.utils.text import shorten
 
 Row = Mapping[str, Any]
 WHERE = "conversation"

@@ -8,6 +8,7 @@ order, splits and sample order are Megatron's.
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -27,11 +28,16 @@ from megatron.core.datasets.utils import Split
 
 from ascendspeed.utils.atomic import publish_folder
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import read_json_object
 
 MIN_CACHED = 4 << 20
 """Documents plus samples from which on the indices of an epoch are cached in files that ranks share; for
 smaller data, every rank builds its own in less than a second."""
 INDICES = ("documents", "samples", "shuffle")
+HASHES = "sha256.json"
+"""File of a cache: name of a file -> SHA-256."""
+CACHE_VERSION = 2
+"""Version of the files, a part of the key of their folder."""
 
 Indices = tuple[np.ndarray, ...]
 
@@ -77,7 +83,7 @@ class EpochDataset(GPTDataset):
         tokens = self._get_num_tokens_per_epoch()
         if self._cache is None or len(self.indices) + tokens // self.config.sequence_length < MIN_CACHED:
             return self._build(tokens)
-        key = []
+        key = [CACHE_VERSION]
         for suffix in ("bin", "idx"):
             stat = Path(f"{self.dataset.path_prefix}.{suffix}").stat()
             key.append(f"{stat.st_size} {stat.st_mtime_ns}")
@@ -98,7 +104,8 @@ class EpochDataset(GPTDataset):
 
 
 def load_or_build(folder: Path, build: Callable[[], Indices]) -> Indices:
-    """Memory-maps the arrays in `folder`, which are built first if they do not exist.
+    """Memory-maps the arrays in `folder`, whose hashes are checked; they are built first if they do not
+    exist.
 
     The first process builds them, and the others on the machine wait. The folder appears complete; if the
     file lock does not work between machines, two of them build the same folder and one of the two remains.
@@ -111,11 +118,26 @@ def load_or_build(folder: Path, build: Callable[[], Indices]) -> Indices:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 if not folder.is_dir():
                     _write(folder, build())
+        _check_hashes(folder)
         return tuple(np.load(folder / f"{name}.npy", mmap_mode="r") for name in INDICES)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder}: the sample indices cannot be cached here: {error}; choose another --data-cache-path"
         ) from error
+
+
+def _check_hashes(folder: Path) -> None:
+    """Raises `UserError` for a file of the cache that is not the one that was written."""
+    expected = read_json_object(folder / HASHES) if (folder / HASHES).is_file() else {}
+    for name in INDICES:
+        path = folder / f"{name}.npy"
+        if not path.is_file() or _hash(path) != expected.get(path.name):
+            raise UserError(f"{path} is damaged: remove {folder}, and it is built again")
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write(folder: Path, arrays: Indices) -> None:
@@ -124,6 +146,8 @@ def _write(folder: Path, arrays: Indices) -> None:
     temporary.mkdir()
     for name, array in zip(INDICES, arrays, strict=True):
         np.save(temporary / f"{name}.npy", array, allow_pickle=False)
+    hashes = {path.name: _hash(path) for path in temporary.iterdir()}
+    (temporary / HASHES).write_text(json.dumps(hashes))
     try:
         publish_folder(temporary, folder)
     except OSError:

@@ -9,6 +9,7 @@ the lines before it is used.
 import functools
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -22,10 +23,16 @@ from ascendspeed.data.readers.discovery import file_kind, walk
 from ascendspeed.data.source_record import SOURCE, refuse_other_source, source_digest
 from ascendspeed.data.token_dataset import SampleSource, TokenDataset
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
 META = ".meta"
+READ_HEADER = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+"""Version of a .npy file -> parser of its header."""
 CHECKED_LINES = 8
 """Lines of every file that are read when it is opened."""
 DOCUMENTS_PER_WRITE = 1024
@@ -72,7 +79,7 @@ class InternEvoFile:
         self._offsets = table[:, 0]
         self._ends = np.append(table[1:, 0], self._size)
         self.lengths = table[:, self._length_column(table)]
-        if (self.lengths < 0).any() or (2 * self.lengths > self._ends - self._offsets).any():
+        if (self.lengths < 0).any() or (self.lengths > (self._ends - self._offsets) // 2).any():
             self._raise_damaged("says that documents have more tokens than their lines could hold")
         self.documents = len(table)
         keep = self.lengths >= max(min_length, 1)
@@ -106,17 +113,14 @@ class InternEvoFile:
             raise UserError(
                 f"{self.path}: there is no {meta.name} beside it; InternEvo's tools write it last"
             )
-        try:
-            table = np.load(meta, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise UserError(f"{meta} is not a numpy array: {error}") from error
+        table = _read_array(meta)
         if table.ndim != 2 or table.shape[1] not in (2, 3) or table.dtype.kind not in "iu" or not len(table):
             raise UserError(
                 f"{meta} is {table.dtype} {list(table.shape)}, not integers of the shape [documents, 2 or 3]"
             )
         table = table.astype(np.int64)
         offsets = table[:, 0]
-        if offsets[0] < 0 or (np.diff(offsets) <= 0).any() or offsets[-1] >= self._size:
+        if offsets[0] < 0 or (offsets[1:] <= offsets[:-1]).any() or offsets[-1] >= self._size:
             self._raise_damaged(f"has offsets that do not ascend within the {self._size} bytes of the file")
         return table
 
@@ -161,6 +165,28 @@ class InternEvoFile:
 
     def _raise_wrong_line(self, offset: int, reason: str) -> NoReturn:
         raise UserError(f"{self.path}, byte {offset}: {reason}")
+
+
+def _read_array(path: Path) -> np.ndarray:
+    """Reads a .npy file. Raises `UserError` if it is none, or has another size than its header states; memory
+    is allocated only for what the file holds."""
+    try:
+        with path.open("rb") as file:
+            version = np.lib.format.read_magic(file)
+            shape, _, dtype = READ_HEADER[version](file)
+            content = path.stat().st_size - file.tell()
+            if dtype.hasobject:
+                raise ValueError("it holds pickled objects, which could run code")
+            if content != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
+                raise ValueError(f"{content} bytes follow a header for {dtype} {list(shape)}")
+            file.seek(0)
+            return np.load(file, allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    except Exception as error:  # numpy parses the header as Python source, which can fail in many ways
+        raise UserError(
+            f"{path} is not a numpy array: {first_line(error)}; write it again with InternEvo's tools"
+        ) from error
 
 
 def _spread(count: int) -> list[int]:

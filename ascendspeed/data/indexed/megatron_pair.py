@@ -10,6 +10,9 @@ first and the new one renamed last, and no reader opens a pair without its .idx.
 leaves the old pair, no pair, or the new one. A third file, P.meta, records how the data was made; training
 checks the vocabulary by it. It is JSON, but its suffix is not .json, so that a folder of input may contain
 it.
+
+A reader believes nothing: `check_pair` compares all of P.idx with itself and with the size of P.bin, and
+samples of both files with their hashes in P.meta.
 """
 
 import json
@@ -24,7 +27,9 @@ import numpy as np
 
 from ascendspeed.utils.atomic import open_locked, sync_file, sync_path
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.text import shorten_list
+from ascendspeed.utils.file_samples import hash_samples
+from ascendspeed.utils.safe_io import parse_json
+from ascendspeed.utils.text import shorten, shorten_list
 
 MAGIC, HEADER = b"MMIDIDX\x00\x00", struct.Struct("<9sQBQQ")
 CODES = {np.dtype(np.int32): 4, np.dtype(np.uint16): 8}
@@ -32,6 +37,21 @@ SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 8: 2}
 """Bytes of one id for every integer type code that Megatron knows."""
 MAX_LISTED = 10
 """Prefixes in an error."""
+CHECKED_AT_ONCE = 1 << 20
+"""Entries of an index that are compared at once."""
+SAMPLES_FACTS = {suffix: f"{suffix}_samples_sha256" for suffix in ("bin", "idx")}
+"""File -> key in P.meta of the hash of samples of it (`file_samples.hash_samples`)."""
+FACT_TYPES: dict[str, type] = {
+    "documents": int,
+    "tokens": int,
+    "max_token": int,
+    "vocab_size": int,
+    "learnt": int,
+    "digest": str,
+    "chat_template": str,
+    **dict.fromkeys(SAMPLES_FACTS.values(), str),
+}
+"""Types of those facts that training uses."""
 UINT16_BELOW = 65500
 """Megatron's bound, not 65,536: the same vocabulary gives the same files."""
 
@@ -51,42 +71,113 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
     `UserError` if damaged."""
     path = pair_file(prefix, "meta")
     try:
-        return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+        facts = parse_json(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}; preprocess again, or remove it") from error
+    if not isinstance(facts, dict):
+        raise UserError(f"{path} is damaged: not a table; preprocess again, or remove it")
+    for name, kind in FACT_TYPES.items():
+        value = facts.get(name)
+        if name in facts and (type(value) is not kind or (kind is int and value < 0)):
+            raise UserError(
+                f"{path} is damaged: {name} is {shorten(value)}, not a {'count' if kind is int else 'text'}; "
+                "preprocess again, or remove it"
+            )
+    return facts
 
 
 def check_pair(prefix: str | Path) -> int:
-    """Returns the number of tokens. Raises `UserError` unless both files exist, are complete and belong
-    together."""
+    """Returns the number of tokens. Raises `UserError` unless both files exist, are complete, agree with
+    themselves and belong together."""
     index = pair_file(prefix, "idx")
     tokens = pair_file(prefix, "bin")
     for path in (index, tokens):
         if not path.is_file():
             raise UserError(f"{prefix}: there is no {path}; prefixes here: {_prefixes(path.parent)}")
+    try:
+        end, item_size = _check_index(index)
+        if tokens.stat().st_size != end:
+            raise UserError(
+                f"{tokens} has {tokens.stat().st_size} bytes and {index} describes {end}; not a pair, or a "
+                "copy was cut off?"
+            )
+        _check_samples(prefix, read_facts(prefix))
+    except OSError as error:
+        raise UserError(f"{error.filename or prefix} cannot be read: {error.strerror}") from error
+    return end // item_size
+
+
+def _check_samples(prefix: str | Path, facts: dict[str, Any]) -> None:
+    """Raises `UserError` for a file of the pair that is not the one that P.meta describes."""
+    meta = pair_file(prefix, "meta")
+    for suffix, name in SAMPLES_FACTS.items():
+        path = pair_file(prefix, suffix)
+        if name in facts and hash_samples(path) != facts[name]:
+            raise UserError(
+                f"{path} is not the file that {meta} describes; is a copy damaged or mixed? Copy the three "
+                f"files again, or preprocess again; if it is meant, remove {meta.name}"
+            )
+
+
+def _check_index(index: Path) -> tuple[int, int]:
+    """Returns the size of P.bin by P.idx and the size of one id, in bytes. Raises `UserError` if entries of
+    P.idx contradict each other."""
     with index.open("rb") as stream:
         head = stream.read(HEADER.size)
-        magic, version, code, sequences, bounds = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
-        if magic != MAGIC or version != 1 or code not in SIZES:
-            raise UserError(f"{index} is not an index of Megatron's")
-        size = HEADER.size + 12 * sequences + 8 * bounds
-        if index.stat().st_size not in (size, size + sequences):  # one byte more each in multimodal data
+    magic, version, code, sequences, bounds = HEADER.unpack(head.ljust(HEADER.size, b"\0"))
+    if magic != MAGIC or version != 1 or code not in SIZES:
+        raise UserError(f"{index} is not an index of Megatron's")
+    actual_size = index.stat().st_size
+    size = HEADER.size + 12 * sequences + 8 * bounds
+    if actual_size not in (size, size + sequences):  # one byte more each in multimodal data
+        raise UserError(f"{index} has {actual_size} bytes and should have {size}; a copy was cut off?")
+    if not sequences:
+        raise UserError(f"{index}: there is no document in it")
+    lengths = np.memmap(index, "<i4", "r", HEADER.size, (sequences,))
+    offsets = np.memmap(index, "<i8", "r", HEADER.size + 4 * sequences, (sequences,))
+    end = _check_offsets(index, lengths, offsets, SIZES[code])
+    if not end:
+        raise UserError(f"{index}: there is no token in it")
+    _check_bounds(index, np.memmap(index, "<i8", "r", HEADER.size + 12 * sequences, (bounds,)), sequences)
+    return end, SIZES[code]
+
+
+def _check_offsets(index: Path, lengths: np.ndarray, offsets: np.ndarray, item_size: int) -> int:
+    """Returns the end of the last sequence in P.bin, in bytes. Raises `UserError` unless every sequence has a
+    length of at least 0 and begins where the one before it ends."""
+    end = 0
+    for start in range(0, len(lengths), CHECKED_AT_ONCE):
+        part = lengths[start : start + CHECKED_AT_ONCE].astype(np.int64)
+        ends = end + np.cumsum(part) * item_size
+        wrong = (part < 0) | (offsets[start : start + CHECKED_AT_ONCE] != ends - part * item_size)
+        if wrong.any():
+            first = int(np.argmax(wrong))
             raise UserError(
-                f"{index} has {index.stat().st_size} bytes and should have {size}; a copy was cut off?"
+                f"{index} is damaged: sequence {start + first} has {part[first]} tokens at byte "
+                f"{offsets[start + first]}, and the one before it ends at byte "
+                f"{ends[first] - part[first] * item_size}; copy it again, or preprocess again"
             )
-        if not sequences:
-            raise UserError(f"{index}: there is no document in it")
-        stream.seek(HEADER.size + 4 * (sequences - 1))
-        (last,) = struct.unpack("<i", stream.read(4))
-        stream.seek(HEADER.size + 12 * sequences - 8)
-        (offset,) = struct.unpack("<q", stream.read(8))
-    end = offset + last * SIZES[code]
-    if tokens.stat().st_size != end or not end:
+        end = int(ends[-1])
+    return end
+
+
+def _check_bounds(index: Path, bounds: np.ndarray, sequences: int) -> None:
+    """Raises `UserError` unless the document bounds ascend from 0 to the number of sequences."""
+    last = 0
+    valid = len(bounds) > 0 and bounds[0] == 0 and bounds[-1] == sequences
+    for start in range(0, len(bounds) if valid else 0, CHECKED_AT_ONCE):
+        part = bounds[start : start + CHECKED_AT_ONCE]
+        valid = valid and part[0] >= last and bool((part[1:] >= part[:-1]).all())
+        last = int(part[-1])
+    if not valid:
         raise UserError(
-            f"{tokens} has {tokens.stat().st_size} bytes and {index} describes {end}; not a pair, or a copy "
-            "was cut off?"
+            f"{index} is damaged: its document bounds do not ascend from 0 to its {sequences} sequences; "
+            "copy it again, or preprocess again"
         )
-    return end // SIZES[code]
 
 
 def _prefixes(folder: Path) -> str:
@@ -133,6 +224,9 @@ class PairWriter:
             for block in self._index():
                 index.write(block)
             sync_file(index)
+        facts = facts | {
+            name: hash_samples(self._temporary(suffix)) for suffix, name in SAMPLES_FACTS.items()
+        }
         with self._temporary("meta").open("wb") as meta:
             meta.write((json.dumps(facts, indent=2) + "\n").encode())
             sync_file(meta)

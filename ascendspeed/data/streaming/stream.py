@@ -3,9 +3,12 @@
 A stream is an endless sequence of rows, some of which give no document. A `Packer` takes documents from a
 `StreamPosition` on and returns one sample and the position where the next one begins. The position of every
 `SAVE_EVERY`th sample is stored in a file, so that a resumed run need not tokenize again what it has consumed.
+The file is a .npy array, (row, offset) of every position, followed by the SHA-256 of the array.
 """
 
-import contextlib
+import hashlib
+import io
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +19,11 @@ from ascendspeed.data.packing.base import Packer, StreamPosition
 from ascendspeed.data.packing.rows import Sample
 from ascendspeed.utils.atomic import open_atomic
 
+logger = logging.getLogger(__name__)
+
 SAVE_EVERY = 32
 """Samples of a stream between two stored positions."""
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class SamplePositions:
@@ -44,20 +50,30 @@ class SamplePositions:
             self._save(self._path)
 
     def _load(self) -> None:
-        """Reads the positions that another process or run has stored; a damaged file is ignored."""
+        """Reads the positions that another process or run has stored; of a damaged file only a note is
+        logged."""
         if not self._path or not self._path.is_file():
             return
-        with contextlib.suppress(OSError, ValueError, EOFError):
-            stored = np.load(self._path, allow_pickle=False)
-            valid = stored.ndim == 2 and stored.shape[1] == 2 and stored.dtype == np.int64
-            if valid and len(stored) > len(self._positions):
-                self._positions = [StreamPosition(*row) for row in stored.tolist()]
-                self._saved = len(self._positions)
+        try:
+            content = self._path.read_bytes()
+        except OSError as error:
+            logger.info(f"note: {self._path} cannot be read ({error.strerror}); a resumed run is slow")
+            return
+        stored = content[:-DIGEST_BYTES]
+        if hashlib.sha256(stored).digest() != content[-DIGEST_BYTES:]:
+            logger.info(f"note: {self._path} is damaged and not used: positions are computed again")
+            return
+        positions = np.load(io.BytesIO(stored), allow_pickle=False)
+        self._positions = [StreamPosition(*row) for row in positions.tolist()]
+        self._saved = len(self._positions)
 
     def _save(self, path: Path) -> None:
+        buffer = io.BytesIO()
+        np.save(buffer, np.array(self._positions, np.int64), allow_pickle=False)
+        stored = buffer.getvalue()
         try:
             with open_atomic(path, shared=True) as file:
-                np.save(file, np.array(self._positions, np.int64), allow_pickle=False)
+                file.write(stored + hashlib.sha256(stored).digest())
             self._saved = len(self._positions)
         except OSError:  # on a full disk: the file only saves work
             self._path = None

@@ -41,6 +41,8 @@ PROBED_ROWS = 128
 SAMPLES_AHEAD = 4
 """Samples for which a stream tokenizes rows at once: more rows are faster in total, fewer give the first
 sample sooner."""
+POSITIONS_VERSION = 2
+"""Version of the files of positions, a part of the key of their folder."""
 MAX_ROWS_AT_ONCE = 64
 """Upper bound of the rows that are tokenized together."""
 
@@ -71,7 +73,15 @@ class StreamedSamples:
         self.samples_per_epoch = max(
             1, round(self._packer.estimate_rows(len(rows), tokens, self._seq_length))
         )
-        key = [1, dataset.cache_key, rows.start, rows.stop, seed, self._seq_length, self._stream_count]
+        key = [
+            POSITIONS_VERSION,
+            dataset.cache_key,
+            rows.start,
+            rows.stop,
+            seed,
+            self._seq_length,
+            self._stream_count,
+        ]
         key.append(self._packer.stream_note)
         name = Path(dataset.prefix.rstrip("/")).name
         self._position_cache = PositionCache(dataset.cache, name, split, json.dumps(key, default=str))

@@ -8,7 +8,6 @@ from ascendspeed.tokenization.chat.messages import (
     ToolCall,
     read_messages,
     read_training_messages,
-    shorten,
 )
 from ascendspeed.tokenization.chat.segments import PromptSegment, SegmentEncoder
 from ascendspeed.tokenization.chat.stop_tokens import (
@@ -33,7 +32,6 @@ __all__ = [
     "generation_config_stops",
     "read_messages",
     "read_training_messages",
-    "shorten",
     "stop_token_ids",
     "template_name",
     "to_jinja",

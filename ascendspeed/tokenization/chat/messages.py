@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten
 
 ROLES = ("system", "user", "assistant", "environment")
 TOOL_RESULT_ROLES = ("environment", "tool", "function")
@@ -187,9 +188,3 @@ def _function_call(call: Any, where: str) -> str:
             reason = f"the arguments of {function['name']} are not JSON: {shorten(parameters)}"
             raise InvalidConversation("wrong tool call", f"{where}: {reason}") from None
     return json.dumps({"name": function["name"], "parameters": parameters}, ensure_ascii=False)
-
-
-def shorten(value: Any) -> str:
-    """Returns the repr of a value for an error message, at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

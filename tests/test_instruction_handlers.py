@@ -399,7 +399,7 @@ WRONG = {  # handler -> kind -> what the row says
             "message 2: the content is 4, not a string",
             {"conversations": [H, A | {"value": 4}]},
         ),
-        ("unknown field", "message 1: unknown field 'weight'", {"conversations": [H | {"weight": 1}, A]}),
+        ("unknown field", "message 1: unknown field 'colour'", {"conversations": [H | {"colour": 1}, A]}),
         (
             "wrong tool call",
             "'f\\(' is not JSON",

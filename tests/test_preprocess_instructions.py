@@ -230,7 +230,7 @@ def test_mixed_schemas(tmp_path, tokenizer):
         match=r"2\.jsonl: AlpacaStyleInstructionHandler needs the column 'instruction'; there are: question",
     ):
         run(tmp_path, [other], tokenizer, ALPACA)
-    with pytest.raises(UserError, match="needs the column 'conversations or messages'"):
+    with pytest.raises(UserError, match="needs the column 'conversations or messages or conversation'"):
         run(tmp_path, [other], tokenizer)
     with pytest.raises(
         UserError,

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from ascendspeed.data.document import Document, EncodedRows, Fault, Truncation, count_supervised
-from ascendspeed.data.handlers.base import EncoderConfig
+from ascendspeed.data.handlers.base import EncoderConfig, nan_to_none
 from ascendspeed.data.handlers.registry import create_handler
 from ascendspeed.data.readers.shard import RowBatch
 from ascendspeed.tokenization import tokenizer
@@ -42,6 +42,7 @@ class DocumentEncoder:
     def encode(self, rows: RowBatch) -> dict[str, EncodedRows]:
         """Returns key of the handler -> a document or a fault for each row; `rows` has at least the handler's
         columns."""
+        rows = RowBatch({name: nan_to_none(values) for name, values in rows.items()})
         return {key: self._finish(encoded) for key, encoded in self.handler.encode_rows(rows).items()}
 
     def _finish(self, encoded: EncodedRows) -> EncodedRows:

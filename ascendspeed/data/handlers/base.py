@@ -83,6 +83,25 @@ def nul_fault(text: str) -> Fault:
     return Fault("NUL characters", f"{text.count(chr(0)):,} of them in a text")
 
 
+def nan_to_none(value: Any) -> Any:
+    """Returns a value with None in place of every NaN, which pandas writes for a missing value."""
+    if isinstance(value, float):
+        return None if value != value else value
+    if isinstance(value, list | tuple):
+        return type(value)(map(nan_to_none, value))
+    if isinstance(value, dict):
+        return {key: nan_to_none(item) for key, item in value.items()}
+    return value
+
+
+def alpaca_question(instruction: Any, context: Any) -> tuple[Any, Any]:
+    """Returns instruction and input of an Alpaca row; an input without an instruction is the question."""
+    is_blank = instruction is None or (isinstance(instruction, str) and not instruction.strip())
+    if is_blank and isinstance(context, str) and context.strip():
+        return context, None
+    return instruction, context
+
+
 def text_size(value: Any, longest: int) -> int | Fault:
     """Returns the size of a text in bytes, or the fault if it is no text or longer than `longest` bytes."""
     if isinstance(value, InvalidValue):

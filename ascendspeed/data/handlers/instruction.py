@@ -4,14 +4,14 @@ Two of them write the published prompt (`### Instruction:`), two the model's own
 cannot be read becomes a `Fault`.
 """
 
-import json
 import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, EncodedRows, Fault
-from ascendspeed.data.handlers.base import EncoderConfig, Handler, nul_fault
+from ascendspeed.data.handlers import chat_rows
+from ascendspeed.data.handlers.base import EncoderConfig, Handler, alpaca_question, nul_fault
 from ascendspeed.data.readers.shard import MISSPELLED, InvalidValue, RowBatch
 from ascendspeed.tokenization.chat import (
     ChatFormat,
@@ -109,10 +109,8 @@ class GeneralInstructionHandler(InstructionHandler):
 
     def turns(self, row: Row) -> list[tuple[str, str]]:
         """Returns (question, answer) of every turn."""
-        question = _text(row, "instruction")
-        answer = _text(row, "output")
-        context = _optional_text(row, "input")
-        return [(f"{question}\n{context or ''}", answer)]
+        question, context = _alpaca_question(row)
+        return [(f"{question}\n{context or ''}", _text(row, "output"))]
 
 
 class BelleMultiTurnInstructionHandler(GeneralInstructionHandler):
@@ -191,9 +189,8 @@ class AlpacaStyleInstructionHandler(ChatHandler):
     nested = ("history",)
 
     def messages(self, row: Row) -> Sequence[Any]:
-        question = _text(row, "instruction")
+        question, context = _alpaca_question(row)
         answer = _text(row, "output")
-        context = _optional_text(row, "input")
         if context and context.strip():
             question = f"{question}\n{context}"
         messages = []
@@ -204,25 +201,18 @@ class AlpacaStyleInstructionHandler(ChatHandler):
 
 
 class SharegptStyleInstructionHandler(ChatHandler):
-    """Conversations under `conversations` or `messages`: lists of from and value, or of role and content."""
+    """Conversations under `conversations`, `messages` or `conversation`, as `chat_rows` reads them."""
 
-    LISTS: ClassVar[tuple[str, ...]] = ("conversations", "messages")
+    LISTS: ClassVar[tuple[str, ...]] = ("conversations", "messages", "conversation")
     required = ()
     optional = (*LISTS, "system", "tools")
     nested = LISTS
-    ROLES: ClassVar[dict[str, str]] = {
-        "human": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "observation": "tool",
-        "function_response": "tool",
-    }
 
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)
 
     def _read(self, row: Row) -> tuple[list[PromptSegment], int] | Fault:
-        """Reads a row; one of the two lists is enough, so a column similar to the other name is no fault."""
+        """Reads a row; one of the lists is enough, so a column similar to another name is no fault."""
         has_list = any(row[name] and not isinstance(row[name], InvalidValue) for name in self.LISTS)
         misspelled = []
         for name in self.LISTS:
@@ -232,33 +222,18 @@ class SharegptStyleInstructionHandler(ChatHandler):
         return super()._read({**row, **dict.fromkeys(misspelled)})
 
     def messages(self, row: Row) -> Sequence[Any]:
-        lists = [row[name] for name in self.LISTS if row[name] is not None]
-        items = next((items for items in lists if items), lists[0] if lists else None)
-        if not isinstance(items, Sequence) or isinstance(items, str) or not items:
+        lists = {name: row[name] for name in self.LISTS if row[name]}
+        if not lists:
+            value = next((row[name] for name in self.LISTS if row[name] is not None), None)
             raise InvalidConversation(
-                "no conversation", f"{' or '.join(self.LISTS)} is {shorten(items)}, not a list of messages"
+                "no conversation", f"{' or '.join(self.LISTS)} is {shorten(value)}, not a list of messages"
             )
-        return [self._message(item) for item in items]
-
-    def _message(self, item: Any) -> Any:
-        """Converts a message to role and content; columnar files have every key in every message, most of
-        them null."""
-        if not isinstance(item, Mapping):
-            return item
-        fields = {key: value for key, value in item.items() if value is not None}
-        if "from" not in fields:
-            return fields
-        role = fields.pop("from")
-        content = fields.pop("value", None)
-        if role == "function_call":
-            calls = _json(content, "wrong tool call")
-            fields |= {"role": "assistant", "tool_calls": calls if isinstance(calls, list) else [calls]}
-        else:
-            fields |= {
-                "role": self.ROLES.get(role, role) if isinstance(role, str) else role,
-                "content": content,
-            }
-        return fields
+        conversations = [chat_rows.read_conversation(value, name) for name, value in lists.items()]
+        if any(other != conversations[0] for other in conversations[1:]):
+            raise InvalidConversation(
+                "two conversations", f"{' and '.join(lists)} hold different messages; remove one of them"
+            )
+        return conversations[0]
 
 
 def _text(row: Row, name: str) -> str:
@@ -275,6 +250,12 @@ def _text(row: Row, name: str) -> str:
     return value
 
 
+def _alpaca_question(row: Row) -> tuple[str, str | None]:
+    """Returns instruction and input of an Alpaca row. Raises `InvalidConversation`."""
+    instruction, context = alpaca_question(row["instruction"], _optional_text(row, "input"))
+    return _text({"instruction": instruction}, "instruction"), context
+
+
 def _optional_text(row: Row, name: str) -> str | None:
     """Returns the text of an optional column, or None. Raises `InvalidConversation` for another type."""
     value = row.get(name)
@@ -285,7 +266,7 @@ def _optional_text(row: Row, name: str) -> str | None:
 
 def _history(value: Any) -> list[Sequence[str]]:
     """Returns earlier questions and answers. Raises `InvalidConversation`."""
-    turns = [] if value is None else value
+    turns = _parsed_list(value, "wrong history") or []
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise InvalidConversation(
             "wrong history", f"'history' is {shorten(value)}, not a list of questions and answers"
@@ -295,11 +276,11 @@ def _history(value: Any) -> list[Sequence[str]]:
 
 def _tools(value: Any) -> Any:
     """Returns descriptions of functions, given as a list or as its JSON. Raises `InvalidConversation`."""
-    return _json(value, "wrong tools") if isinstance(value, str) and value.strip() else value or None
+    return _parsed_list(value, "wrong tools") or None
 
 
-def _json(text: Any, kind: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, TypeError, RecursionError):
-        raise InvalidConversation(kind, f"{shorten(text)} is not JSON") from None
+def _parsed_list(value: Any, kind: str) -> Any:
+    """Returns a value that may be given as its JSON; None for a blank text. Raises `InvalidConversation`."""
+    if not isinstance(value, str):
+        return value
+    return chat_rows.parse_json(value, kind) if value.strip() else None

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from typing import Any, ClassVar
 
 from ascendspeed.data.document import Document, EncodedRows, Fault
-from ascendspeed.data.handlers.base import EncoderConfig, Handler, text_size
+from ascendspeed.data.handlers.base import EncoderConfig, Handler, alpaca_question, text_size
 from ascendspeed.data.readers.shard import RowBatch
 from ascendspeed.tokenization.tokenizer import Tokenizer
 
@@ -75,6 +75,7 @@ class AlpacaPretrainHandler(TextHandler):
         return {"text": [self._text(*row) for row in zip(*columns, strict=True)]}
 
     def _text(self, instruction: Any, output: Any, context: Any) -> Any:
+        instruction, context = alpaca_question(instruction, context)
         for value in (instruction, output):
             if not isinstance(value, str) or not value.strip():
                 return value  # `text_size` reports it

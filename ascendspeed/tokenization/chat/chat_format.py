@@ -97,7 +97,8 @@ class ChatFormat:
         `tools`: descriptions of functions, rendered after the system message. Raises `UserError`, its text
         beginning with `where`, for a message that the template cannot express.
         """
-        parts = [part for _, turn in self._turns(messages, where, tools) for part, _ in turn]
+        turns = self._turns(_insert_tools(messages, where, tools), where)
+        parts = [part for turn in turns for part, _ in turn]
         parts += [part for part, _ in self._fill(self.template.answer, {})]
         bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         return bos + list(self._encode_parts(parts))
@@ -112,17 +113,24 @@ class ChatFormat:
         """Returns a conversation for training, as segments up to the last supervised one.
 
         Supervised are the assistant's messages (only the last one with `last_only`) and the tokens that end
-        its turns. Raises `UserError`, see `prompt_ids`.
+        its turns, except where a message has `in_loss`. Raises `UserError`, see `prompt_ids`, and if no
+        message is supervised.
         """
-        turns = self._turns(messages, where, tools)
-        answers = [index for index, (role, _) in enumerate(turns) if role == "assistant"]
-        supervised = set(answers[-1:] if last_only else answers)
+        messages = _insert_tools(messages, where, tools)
+        answers = [message for message in messages if message.role == "assistant"]
+        default = answers[-1:] if last_only else answers
         segments = [] if self.tokenizer.bos is None else [PromptSegment(self.tokenizer.bos)]
-        for index, (_, turn) in enumerate(turns):
+        for message, turn in zip(messages, self._turns(messages, where), strict=True):
+            by_default = any(message is answer for answer in default)
+            supervised = by_default if message.in_loss is None else message.in_loss
             for part, spoken in turn:
-                segments.append(PromptSegment(self._resolve(part), spoken and index in supervised))
+                segments.append(PromptSegment(self._resolve(part), spoken and supervised))
         while segments and not segments[-1].supervised:
             segments.pop()
+        if not segments:
+            raise InvalidConversation(
+                "no answer in the loss", f"{where}: its messages leave out every answer"
+            )
         return segments
 
     @cached_property
@@ -155,18 +163,9 @@ class ChatFormat:
         tool_calls = tuple(ToolCall(kind, decode(ids).strip("\n")) for kind, ids in calls)
         return Message("assistant", decode(content), None, tool_calls)
 
-    def _turns(
-        self, messages: Sequence[Message], where: str, tools: Any
-    ) -> list[tuple[str, list[SpokenPart]]]:
-        """Returns (role, parts of the turn) of every message; the description of the tools follows the system
-        message."""
-        if tools:
-            first = 1 if messages and messages[0].role == "system" else 0
-            messages = [*messages[:first], tools_message(tools, where), *messages[first:]]
-        return [
-            (message.role, self._turn(message, f"{where}, message {number}"))
-            for number, message in enumerate(messages, 1)
-        ]
+    def _turns(self, messages: Sequence[Message], where: str) -> list[list[SpokenPart]]:
+        """Returns the parts of the turn of every message."""
+        return [self._turn(message, f"{where}, message {n}") for n, message in enumerate(messages, 1)]
 
     def _turn(self, message: Message, where: str) -> list[SpokenPart]:
         template = self.template
@@ -257,6 +256,14 @@ class ChatFormat:
                 f"{self.tokenizer.path}: text becomes a control token in this vocabulary: {text[:60]!r}"
             )
         return ids
+
+
+def _insert_tools(messages: Sequence[Message], where: str, tools: Any) -> Sequence[Message]:
+    """Returns the messages with the description of the tools after the system message."""
+    if not tools:
+        return messages
+    first = 1 if messages and messages[0].role == "system" else 0
+    return [*messages[:first], tools_message(tools, where), *messages[first:]]
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

@@ -14,6 +14,9 @@ TOOL_RESULT_ROLES = ("environment", "tool", "function")
 """Roles of a tool's result; the last two are OpenAI's."""
 ACCEPTED_ROLES = tuple(dict.fromkeys((*ROLES, *TOOL_RESULT_ROLES)))
 MESSAGE_KEYS = {"role", "content", "name", "tool_calls", "tool_call_id", "code"}
+LOSS_KEYS = ("loss", "weight")
+"""Keys of a training message that put the assistant's answer into the loss (true, 1) or leave it out (false,
+0)."""
 TOOLS = ("plugin", "interpreter")
 
 
@@ -46,6 +49,8 @@ class Message:
     """Name of the speaker: plugin and interpreter become control tokens, other names are text (`user
     name=file`)."""
     calls: tuple[ToolCall, ...] = ()
+    in_loss: bool | None = None
+    """Whether an answer is in the loss, by the message itself; None: by `--loss-on`."""
 
 
 def read_messages(items: Any, where: str) -> list[Message]:
@@ -67,7 +72,7 @@ def read_training_messages(items: Any, where: str) -> list[Message]:
 
     Raises `InvalidConversation`, its text beginning with `where`.
     """
-    messages = _parse_messages(items, where)
+    messages = _parse_messages(items, where, LOSS_KEYS)
     previous: Message | None = None
     for number, message in enumerate(messages, 1):
         _check_training_turn(message, previous, f"{where}, message {number}")
@@ -94,11 +99,14 @@ def _check_training_turn(message: Message, previous: Message | None, where: str)
         raise InvalidConversation(kind, f"{where}: the {role} message is empty")
 
 
-def _parse_messages(items: Any, where: str) -> list[Message]:
+def _parse_messages(items: Any, where: str, more_keys: tuple[str, ...] = ()) -> list[Message]:
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         reason = f"a conversation is a list of at least one message, not {shorten(items)}"
         raise InvalidConversation("no conversation", f"{where}: {reason}")
-    messages = [_parse_message(item, f"{where}, message {number}") for number, item in enumerate(items, 1)]
+    keys = MESSAGE_KEYS.union(more_keys)
+    messages = [
+        _parse_message(item, f"{where}, message {number}", keys) for number, item in enumerate(items, 1)
+    ]
     for number, message in enumerate(messages[1:], 2):
         if message.role == "system" and message.name is None:
             first_is_system = messages[0].role == "system"
@@ -118,7 +126,7 @@ def tools_message(tools: Any, where: str) -> Message:
     return Message("system", json.dumps(list(tools), ensure_ascii=False), "plugin")
 
 
-def _parse_message(item: Any, where: str) -> Message:
+def _parse_message(item: Any, where: str, known_keys: set[str]) -> Message:
     if not isinstance(item, Mapping):
         raise InvalidConversation(
             "no conversation", f"{where}: a message is an object with role and content, not {shorten(item)}"
@@ -130,8 +138,8 @@ def _parse_message(item: Any, where: str) -> Message:
             "wrong role", f"{where}: the role {shorten(role)} does not exist; choose from {choices}"
         )
     for key in item:
-        if key not in MESSAGE_KEYS:
-            keys = ", ".join(sorted(MESSAGE_KEYS))
+        if key not in known_keys:
+            keys = ", ".join(sorted(known_keys))
             raise InvalidConversation(
                 "unknown field", f"{where}: unknown field {shorten(key)}; a message has {keys}"
             )
@@ -146,7 +154,23 @@ def _parse_message(item: Any, where: str) -> Message:
     if role in TOOL_RESULT_ROLES:
         name = name if name in TOOLS or role == "environment" else "plugin"
         role = "environment"
-    return Message(role, content or "", name, calls)
+    return Message(role, content or "", name, calls, _in_loss(item, role, where))
+
+
+def _in_loss(item: Mapping[str, Any], role: str, where: str) -> bool | None:
+    """Returns the value of `LOSS_KEYS`; None if a message has none. Raises `InvalidConversation`."""
+    given = {key: item[key] for key in LOSS_KEYS if item.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            reason = f"{key} is {shorten(value)}; it must be true or false, 1 or 0"
+            raise InvalidConversation("wrong loss", f"{where}: {reason}")
+    values = {bool(value) for value in given.values()}
+    if len(values) > 1:
+        raise InvalidConversation("wrong loss", f"{where}: {' and '.join(given)} contradict each other")
+    if True in values and role != "assistant":
+        reason = f"{next(iter(given))} is set, but only the assistant's messages can be in the loss"
+        raise InvalidConversation("wrong loss", f"{where}: {reason}")
+    return values.pop() if values and role == "assistant" else None
 
 
 def _parse_calls(item: Mapping[str, Any], role: str, where: str) -> tuple[ToolCall, ...]:

@@ -22,7 +22,7 @@ def main() -> int:
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
     from ascendspeed.distributed import fused_kernels, process_groups
-    from ascendspeed.training import data_setup, engines, loop, setup
+    from ascendspeed.training import data_setup, engines, input_record, loop, setup
     from ascendspeed.training.fault_tolerance import RunMonitor
     from ascendspeed.training.metrics_log import MetricsLogger
 
@@ -48,6 +48,7 @@ def main() -> int:
         for note in notes:
             logger.info(f"note: {note}")
         run, batches = data_setup.open_data(run, grid)
+        run = input_record.with_inputs(run, grid)
         logger.info(f"run: {json.dumps(to_dict(run))}")
         build = engines.engine_builder(run, grid, device, kernels)
         start = setup.find_start(run, grid, device)

@@ -18,6 +18,7 @@ from ascendspeed.data.indexed.masked_pair import MaskedPair
 from ascendspeed.data.preprocess import preprocess
 from ascendspeed.data.streaming.hf_dataset import StreamedDataset
 from ascendspeed.data.tokenize import DocumentEncoder
+from ascendspeed.utils.errors import UserError
 
 SHAREGPT = "SharegptStyleInstructionHandler"
 OPENAI = [
@@ -84,7 +85,7 @@ def test_forms_of_a_conversation_give_the_same_document(tokenizer, form):
 
 
 WRONG_FORMS = {
-    "no JSON": ("no conversation", "is not JSON", {"conversations": "[{'from': 'human'}]"}),
+    "no JSON": ("no conversation", "not a list of messages", {"conversations": "[{'from': 'human'}]"}),
     "JSON of something else": ("no conversation", "not a list of messages", {"conversations": '"hello"'}),
     "an object": ("no conversation", "not a list of messages", {"messages": OPENAI[1]}),
     "lists of different lengths": (
@@ -108,7 +109,7 @@ WRONG_FORMS = {
         {"conversation": [XTUNER[0] | {"sep": "x"}]},
     ),
     "a turn without an answer": ("wrong content", "content is missing", {"conversation": [{"input": "x"}]}),
-    "deeply nested": ("no conversation", "is not JSON", {"conversations": "[" * 100_000}),
+    "deeply nested": ("no conversation", "not a list of messages", {"conversations": "[" * 100_000}),
 }
 
 
@@ -241,8 +242,10 @@ def arrow_columns(rows):
         "list of structs": pyarrow.array(rows, pyarrow.list_(message)),
         "list of maps": pyarrow.array([[list(item.items()) for item in row] for row in rows], maps),
         "struct of lists": pyarrow.array(transposed, lists),
-        "text": pyarrow.array(texts),
-        "arrow.json": pyarrow.ExtensionArray.from_storage(pyarrow.json_(), pyarrow.array(texts)),
+        "text": pyarrow.array(texts, pyarrow.string()),
+        "arrow.json": pyarrow.ExtensionArray.from_storage(
+            pyarrow.json_(), pyarrow.array(texts, pyarrow.string())
+        ),
     }
 
 
@@ -264,5 +267,9 @@ def test_every_arrow_type_of_a_conversation_preprocessed_and_streamed(tokenizer,
         tokenizer_name_or_path=str(tokenizer),
         data_cache_path=str(tmp_path / "cache"),
     )
+    if kind == "list of maps":  # the library that streaming uses has no maps
+        with pytest.raises(UserError, match=r"map.*does not have a datasets dtype"):
+            StreamedDataset(str(path), [path], data)
+        return
     streamed = StreamedDataset(str(path), [path], data).documents(np.arange(len(rows)))[0]
     assert [as_lists(streamed[number]) for number in range(len(rows))] == expected

@@ -47,7 +47,7 @@ def test_alpaca_row_without_instruction_or_output_has_no_text():
     result = alpaca.texts(
         {
             "instruction": [None, "a", "a", InvalidValue("malformed", "not a JSON object")],
-            "input": ["b"] * 4,
+            "input": [" ", "b", "b", "b"],
             "output": ["c", None, " ", "c"],
         }
     )

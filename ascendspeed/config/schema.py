@@ -362,6 +362,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
+class InputRecord:
+    """Content of what a run has read, for notes when its checkpoint is continued; no flags set it."""
+
+    data: tuple[str, ...] = ()
+    """Hash of each data set of --data-path (`data.dataset.hash_dataset`)."""
+    valid_data: tuple[str, ...] = ()
+    """Hash of each data set of --valid-data-path."""
+    tokenizer: str | None = None
+    """Hash of the tokenizer (`tokenization.fingerprint`)."""
+    deepspeed_config: dict[str, Any] = field(default_factory=dict)
+    """Content of --deepspeed_config."""
+
+
+@dataclass(frozen=True)
 class Run:
     """Complete configuration of a training run."""
 
@@ -371,6 +385,7 @@ class Run:
     data: DataConfig
     train: TrainConfig
     lora: LoraConfig = field(default_factory=LoraConfig)
+    inputs: InputRecord = field(default_factory=InputRecord)
 
 
 def padded_vocab_size(model: ModelConfig, parallel: ParallelConfig) -> int:
@@ -433,13 +448,16 @@ def from_dict(values: dict[str, Any]) -> Run:
     try:
         parts = {name: _group_from_dict(group, values[name]) for name, group in groups.items()}
         lora = _group_from_dict(LoraConfig, values.get("lora", {}))  # absent in older checkpoints
+        inputs = _group_from_dict(InputRecord, values.get("inputs", {}))  # likewise
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"run.json is not one of this version: {str(error)[:200]}") from error
     data = parts["data"]
     # JSON turns tuples into lists.
     tuples = {name: tuple(getattr(data, name)) for name in ("data_path", "valid_data_path", "json_keys")}
     parts["data"] = dataclasses.replace(data, **tuples)
-    return Run(**parts, lora=dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules)))
+    lora = dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules))
+    inputs = dataclasses.replace(inputs, data=tuple(inputs.data), valid_data=tuple(inputs.valid_data))
+    return Run(**parts, lora=lora, inputs=inputs)
 
 
 def _group_from_dict(group: type, values: dict[str, Any]) -> Any:

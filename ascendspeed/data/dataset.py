@@ -8,6 +8,7 @@ once.
 """
 
 import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from ascendspeed.data.packing.rows import Sample
 from ascendspeed.data.splits import SPLITS
 from ascendspeed.data.streaming.hf_dataset import StreamedDataset
 from ascendspeed.data.token_dataset import SampleSource, TokenDataset, out_of_vocabulary
+from ascendspeed.utils import file_samples
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -253,6 +255,17 @@ def open_dataset(path: str, data: DataConfig, vocab_size: int) -> TokenDataset:
 def dataset_files(path: str) -> list[Path]:
     """Returns all files that --data-path names."""
     return dataset_kind(path).files(path)
+
+
+def hash_dataset(path: str) -> str:
+    """Returns a SHA-256 of the names and sizes of all files that --data-path names and of samples of their
+    content: a small, constant cost, by which other data under the same name are noticed."""
+    files = dataset_files(path)
+    digest = hashlib.sha256()
+    for file in files:
+        samples = max(2, file_samples.SAMPLES // len(files))
+        digest.update(f"{file.name} {file_samples.hash_samples(file, samples)}\n".encode())
+    return digest.hexdigest()
 
 
 def dataset_facts(path: str) -> dict[str, Any]:

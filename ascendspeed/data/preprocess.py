@@ -24,12 +24,13 @@ from ascendspeed.data.handlers.base import MAX_DOCUMENT_BYTES, EncoderConfig, Ha
 from ascendspeed.data.handlers.registry import check_columns, unread_columns
 from ascendspeed.data.indexed.masked_pair import DTYPE, MaskedPairWriter, pair_prefix
 from ascendspeed.data.indexed.masked_pair import KEYS as MASKED_KEYS
-from ascendspeed.data.indexed.megatron_pair import PairWriter, dtype_for
+from ascendspeed.data.indexed.megatron_pair import ENCODING_FACT, PairWriter, dtype_for
 from ascendspeed.data.readers import registry
 from ascendspeed.data.readers.shard import Shard
 from ascendspeed.data.shard_output import DatasetOutput, ShardDocuments
 from ascendspeed.data.source_record import SOURCE, refuse_other_source, source_digest
 from ascendspeed.data.tokenize import DocumentEncoder
+from ascendspeed.tokenization.fingerprint import hash_encoding
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
@@ -86,6 +87,7 @@ class ShardEncoder:
         tokenizer = self._encoder.tokenizer
         facts = {
             "vocab_size": tokenizer.vocab_size,
+            ENCODING_FACT: hash_encoding(tokenizer),
             "eod": tokenizer.eos if self.config.append_eod else None,
             "handler": self.config.handler_name,
             "dtype": self._dtype.name,

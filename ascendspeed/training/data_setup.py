@@ -11,11 +11,13 @@ from ascendspeed.config.schema import DataConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
 from ascendspeed.data.handlers.registry import HANDLERS
+from ascendspeed.data.indexed.megatron_pair import ENCODING_FACT
 from ascendspeed.data.streaming.prefetch import Prefetch
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.families import chat_template_beside
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import TEMPLATES, choose_template
+from ascendspeed.tokenization.fingerprint import hash_encoding
 from ascendspeed.tokenization.vocab_check import check_vocab_size
 from ascendspeed.utils.errors import UserError
 
@@ -73,6 +75,7 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
     splits = dataset.build_splits(
         with_chat_template(run.data), run.train.seed, run.model.vocab_size, list(iterations)
     )
+    _note_shared_files(run.data)
     run = replace(run, data=replace(run.data, chat_template=recorded_template(run.data)))
     if run.train.train_epochs:
         run = _with_iterations(run, splits["train"])
@@ -120,8 +123,22 @@ def _log_split(run: Run, name: str, samples: dataset.BlendedSamples, iterations:
         logger.info(f"{name} data: {note}")
 
 
+def _note_shared_files(data: DataConfig) -> None:
+    """Logs a note if validation data are training data too."""
+    files = []
+    for paths in (data.data_path, data.valid_data_path):
+        blend = dataset.parse_blend(paths) if paths else []
+        files.append({file.resolve() for _, path in blend for file in dataset.dataset_files(path)})
+    shared = sorted(files[0] & files[1])
+    if shared:
+        logger.info(
+            f"note: --valid-data-path: {len(shared):,} of its {len(files[1]):,} files are training data too "
+            f"({shared[0]}), so the validation loss is that of text which is trained on"
+        )
+
+
 def _check_tokenizer(run: Run) -> None:
-    """Raises `UserError` if the tokenizer has more ids than the model, or another size than the one that made
+    """Raises `UserError` if the tokenizer has more ids than the model, or is another one than that which made
     the data.
     """
     path, rows = run.data.tokenizer_name_or_path, run.model.vocab_size
@@ -132,11 +149,19 @@ def _check_tokenizer(run: Run) -> None:
     too_large = f"--tokenizer-name-or-path {path} has {ids} ids, but the model's vocabulary {rows}"
     for note in check_vocab_size(loaded, rows, too_large):
         logger.info(f"note: {note}")
+    encoding = hash_encoding(loaded)
     for paths in (run.data.data_path, run.data.valid_data_path):
         for _, prefix in dataset.parse_blend(paths) if paths else ():
-            data_ids = dataset.dataset_facts(prefix).get("vocab_size", ids)
+            facts = dataset.dataset_facts(prefix)
+            data_ids = facts.get("vocab_size", ids)
             if data_ids != ids:
                 raise UserError(
                     f"{prefix} was made with a tokenizer of {data_ids} ids, but --tokenizer-name-or-path "
                     f"{path} has {ids}"
+                )
+            if facts.get(ENCODING_FACT, encoding) != encoding:
+                raise UserError(
+                    f"{prefix} was made with another tokenizer than --tokenizer-name-or-path {path}: both "
+                    f"have {ids} ids, but they encode text differently; give the tokenizer of the data, or "
+                    "preprocess again"
                 )

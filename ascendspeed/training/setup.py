@@ -20,7 +20,7 @@ from ascendspeed.conversion.formats.training_checkpoint import reading as traini
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.param_mapping import random_tensors
-from ascendspeed.training import lora_setup, save_dir
+from ascendspeed.training import input_record, lora_setup, save_dir
 from ascendspeed.utils.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,8 @@ def _log_resume(run: Run, checkpoint: Checkpoint, grid: ProcessGrid) -> None:
         unrecorded = name == "chat_template" and None in (old, new)  # that of the data, since version 0.2
         if old != new and name not in UNREPORTED and not unrecorded:
             logger.info(f"note: {name} was {old} when the checkpoint was saved and is {new} now")
+    for change in input_record.changes(saved, run):
+        logger.info(f"note: {change}")
     same_layout = (checkpoint.world, saved.parallel.layout_key) == (grid.world, run.parallel.layout_key)
     has_dropout = (
         run.train.attention_dropout

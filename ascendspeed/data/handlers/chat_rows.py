@@ -25,11 +25,18 @@ XTUNER_KEYS = {"input", "output"}
 def read_conversation(value: Any, name: str) -> list[Any]:
     """Returns the messages of the column `name`; what is no message is left to the parser of messages. Raises
     `InvalidConversation`."""
-    items = parse_json(value, "no conversation") if isinstance(value, str) else value
-    items = _transposed(_from_map(items), name)
+    items = _transposed(_from_map(json_or_value(value)), name)
     if not isinstance(items, Sequence) or isinstance(items, str) or not items:
         raise InvalidConversation("no conversation", f"{name} is {shorten(value)}, not a list of messages")
     return [message for item in items for message in _messages(_from_map(item))]
+
+
+def json_or_value(value: Any) -> Any:
+    """Returns what a text holds as JSON, any other value and a text that is not JSON as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def parse_json(text: Any, kind: str) -> Any:

@@ -266,7 +266,8 @@ def _optional_text(row: Row, name: str) -> str | None:
 
 def _history(value: Any) -> list[Sequence[str]]:
     """Returns earlier questions and answers. Raises `InvalidConversation`."""
-    turns = _parsed_list(value, "wrong history") or []
+    is_blank = value is None or (isinstance(value, str) and not value.strip())
+    turns = [] if is_blank else chat_rows.json_or_value(value)
     if not isinstance(turns, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in turns):
         raise InvalidConversation(
             "wrong history", f"'history' is {shorten(value)}, not a list of questions and answers"
@@ -276,11 +277,8 @@ def _history(value: Any) -> list[Sequence[str]]:
 
 def _tools(value: Any) -> Any:
     """Returns descriptions of functions, given as a list or as its JSON. Raises `InvalidConversation`."""
-    return _parsed_list(value, "wrong tools") or None
-
-
-def _parsed_list(value: Any, kind: str) -> Any:
-    """Returns a value that may be given as its JSON; None for a blank text. Raises `InvalidConversation`."""
-    if not isinstance(value, str):
-        return value
-    return chat_rows.parse_json(value, kind) if value.strip() else None
+    return (
+        chat_rows.parse_json(value, "wrong tools")
+        if isinstance(value, str) and value.strip()
+        else value or None
+    )

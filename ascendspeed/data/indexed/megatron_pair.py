@@ -41,6 +41,8 @@ CHECKED_AT_ONCE = 1 << 20
 """Entries of an index that are compared at once."""
 SAMPLES_FACTS = {suffix: f"{suffix}_samples_sha256" for suffix in ("bin", "idx")}
 """File -> key in P.meta of the hash of samples of it (`file_samples.hash_samples`)."""
+ENCODING_FACT = "encoding_sha256"
+"""Key of the hash of the tokenizer (`tokenization.fingerprint`) in P.meta."""
 FACT_TYPES: dict[str, type] = {
     "documents": int,
     "tokens": int,
@@ -49,6 +51,7 @@ FACT_TYPES: dict[str, type] = {
     "learnt": int,
     "digest": str,
     "chat_template": str,
+    ENCODING_FACT: str,
     **dict.fromkeys(SAMPLES_FACTS.values(), str),
 }
 """Types of those facts that training uses."""

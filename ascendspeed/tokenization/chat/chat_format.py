@@ -128,9 +128,7 @@ class ChatFormat:
         while segments and not segments[-1].supervised:
             segments.pop()
         if not segments:
-            raise InvalidConversation(
-                "no answer in the loss", f"{where}: its messages leave out every answer"
-            )
+            raise InvalidConversation("no answer in the loss", f"{where}: every answer is left out of it")
         return segments
 
     @cached_property

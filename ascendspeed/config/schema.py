@@ -371,8 +371,8 @@ class InputRecord:
     """Hash of each data set of --valid-data-path."""
     tokenizer: str | None = None
     """Hash of the tokenizer (`tokenization.fingerprint`)."""
-    deepspeed_config: dict[str, Any] = field(default_factory=dict)
-    """Content of --deepspeed_config."""
+    deepspeed_config: str | None = None
+    """Content of --deepspeed_config, as JSON."""
 
 
 @dataclass(frozen=True)

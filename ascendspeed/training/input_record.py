@@ -1,6 +1,7 @@
 """Records the content of what a run reads (data, tokenizer, DeepSpeed's JSON), and describes what has changed
 when its checkpoint is continued."""
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -26,7 +27,7 @@ def with_inputs(run: Run, grid: ProcessGrid) -> Run:
         data=_hash_blend(data.data_path),
         valid_data=_hash_blend(data.valid_data_path),
         tokenizer=hash_encoding(tokenizer.load(tokenizer_path)) if tokenizer_path else None,
-        deepspeed_config=read_additions(config) if config else {},
+        deepspeed_config=json.dumps(read_additions(config), sort_keys=True) if config else None,
     )
     return replace(run, inputs=record)
 
@@ -53,14 +54,14 @@ def changes(saved: Run, run: Run) -> Iterator[str]:
             "checkpoint was saved"
         )
     if old.data:  # the record exists
-        before, now = flatten(old.deepspeed_config), flatten(new.deepspeed_config)
+        before, now = (_flatten(json.loads(record.deepspeed_config or "{}")) for record in (old, new))
         for key in sorted({*before, *now}):
             was, is_now = before.get(key, ABSENT), now.get(key, ABSENT)
             if was != is_now:
                 yield f"--deepspeed_config: {key} was {was} when the checkpoint was saved and is {is_now} now"
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Returns the values of nested tables by dotted key."""
     values: dict[str, Any] = {}
     for key, value in table.items():

@@ -263,7 +263,7 @@ def test_any_sample_at_any_time_with_positions_and_without(text, tokenizer, tmp_
             again = opened(text, tokenizer)
             assert [as_lists(again.sample(n)) for n in range(380, 400)] == expected[380:], name
         assert sum("is damaged and not used" in line for line in lines) == len(stored)
-        assert all(path.read_bytes()[-32:] != damage(stored[path])[-32:] for path in stored)  # written again
+        assert all(path.read_bytes() != damage(stored[path]) for path in stored)  # written again
 
 
 def test_data_parallel_ranks_share_the_same_samples(text, tokenizer, tmp_path):

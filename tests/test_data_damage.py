@@ -17,7 +17,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.dataset import build_splits
 from ascendspeed.data.indexed.masked_pair import MaskedPairWriter
-from ascendspeed.data.indexed.megatron_pair import HEADER, PairWriter, check_pair, read_facts
+from ascendspeed.data.indexed.megatron_pair import (
+    HEADER,
+    SUPERVISED_FACT,
+    PairWriter,
+    check_pair,
+    read_facts,
+)
 from ascendspeed.utils.errors import UserError
 
 VOCAB, ROW, DOCUMENTS = 1024, 64, 40
@@ -153,7 +159,7 @@ META = {
     "a text for a count": (b'{"max_token": "9"}', "max_token is '9', not a count"),
     "null": (b'{"tokens": null}', "tokens is None, not a count"),
     "true": (b'{"vocab_size": true}', "vocab_size is True, not a count"),
-    "negative": (b'{"learnt": -1}', "learnt is -1, not a count"),
+    "negative": (dump({SUPERVISED_FACT: -1}), f"{SUPERVISED_FACT} is -1, not a count"),
     "a count for a text": (b'{"digest": 5}', "digest is 5, not a text"),
 }
 

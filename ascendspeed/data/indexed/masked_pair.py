@@ -19,7 +19,13 @@ import numpy as np
 
 from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.document import Document, Supervision, count_supervised
-from ascendspeed.data.indexed.megatron_pair import PairWriter, check_pair, pair_file, read_facts
+from ascendspeed.data.indexed.megatron_pair import (
+    SUPERVISED_FACT,
+    PairWriter,
+    check_pair,
+    pair_file,
+    read_facts,
+)
 from ascendspeed.data.token_dataset import SampleSource, TokenDataset, check_max_token
 from ascendspeed.utils.errors import UserError
 
@@ -30,8 +36,6 @@ IGNORED = -100
 DTYPE = np.dtype(np.int32)
 CHUNK = 1 << 20
 """Labels that are scanned at once."""
-SUPERVISED_FACT = "learnt"
-"""Key of the number of supervised tokens in .meta files."""
 
 
 def pair_prefix(prefix: str | Path, key: str) -> str:

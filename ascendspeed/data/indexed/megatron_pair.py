@@ -43,12 +43,14 @@ SAMPLES_FACTS = {suffix: f"{suffix}_samples_sha256" for suffix in ("bin", "idx")
 """File -> key in P.meta of the hash of samples of it (`file_samples.hash_samples`)."""
 ENCODING_FACT = "encoding_sha256"
 """Key of the hash of the tokenizer (`tokenization.fingerprint`) in P.meta."""
+SUPERVISED_FACT = "learnt"
+"""Key of the number of supervised tokens in P.meta of a masked pair."""
 FACT_TYPES: dict[str, type] = {
     "documents": int,
     "tokens": int,
     "max_token": int,
     "vocab_size": int,
-    "learnt": int,
+    SUPERVISED_FACT: int,
     "digest": str,
     "chat_template": str,
     ENCODING_FACT: str,

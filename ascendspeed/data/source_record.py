@@ -3,17 +3,15 @@ only data that are made from the same."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ascendspeed.data.indexed.megatron_pair import pair_file, read_facts
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.file_samples import hash_samples
 
 SOURCE = "source"
 """Key of the identity in P.meta."""
-SAMPLED_BYTES = 1 << 16
-"""Bytes at the beginning and at the end of each file that are hashed."""
 
 
 def source_digest(files: Iterable[Path], settings: object) -> str:
@@ -21,14 +19,7 @@ def source_digest(files: Iterable[Path], settings: object) -> str:
 
     It does not depend on time and place, and whole files need not be read. Raises `OSError`.
     """
-    entries = []
-    for path in files:
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = hashlib.sha256(file.read(SAMPLED_BYTES))
-            file.seek(max(0, size - SAMPLED_BYTES))
-            content.update(file.read(SAMPLED_BYTES))
-        entries.append([path.name, size, content.hexdigest()])
+    entries = [(path.name, hash_samples(path, samples=2)) for path in files]
     text = json.dumps([entries, settings], default=str, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Command lines of MindIE, typed verbatim; the launcher is a program that prints its arguments."""
+"""Command lines of MindIE and MindFormers, typed verbatim; the launcher prints its arguments."""
 
 import os
 import subprocess
@@ -94,3 +94,22 @@ def test_mindies_command_lines_that_cannot_run(words, message, front):
     assert (code, len(lines)) == (2, 1), output
     assert lines[0].startswith("error: ")
     assert message in lines[0]
+
+
+def test_mindformers_prediction(front, tmp_path):
+    script = "tasks/inference/run_internlm2_predict.sh"
+    for name in ("model.ckpt", "tokenizer.model"):
+        (tmp_path / name).write_text("")
+    files = (str(tmp_path / "model.ckpt"), "8", str(tmp_path / "tokenizer.model"))
+    code, output = front(script, "parallel", "predict.yaml", *files, "--max-new-tokens", "9")
+    assert code == 0
+    assert output.startswith("python -m ascendspeed.cli.launch --quiet tasks/inference/generate.py")
+    assert f"--load {tmp_path} --tokenizer-name-or-path {tmp_path} --tensor-model-parallel-size 8 " in output
+    asked = "--input-texts Hi, pls intro yourself Shanghai is a Huawei is a --max-new-tokens 9"
+    assert asked in output
+    assert "note: predict.yaml is not read" in output
+    assert "--tensor-model-parallel-size 1 " in front(script, "single", "c", "W", "8", "T")[1]
+    for words in (("single", "c", "W", "1"), ("both", "c", "W", "1", "T")):
+        code, output = front(script, *words)
+        assert (code, output.count("\n")) == (2, 1)
+        assert output.startswith("error: ")

@@ -72,6 +72,8 @@ def test_files_are_cut_into_sentences(tmp_path):
         "六",
     ]
     assert haystack.read_sentences([]) == list(haystack.FILLER)
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfOne.")
+    assert haystack.read_sentences([str(tmp_path / "bom.txt")]) == ["One."]
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xff")
     for name in ("b.txt", "none.txt"):
         with pytest.raises(UserError, match=name):

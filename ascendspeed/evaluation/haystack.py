@@ -68,7 +68,7 @@ def read_sentences(paths: Sequence[str]) -> list[str]:
     sentences: list[str] = []
     for path in paths:
         try:
-            parts = SENTENCE_END.split(Path(path).read_text())
+            parts = SENTENCE_END.split(Path(path).read_text("utf-8-sig"))
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--haystack {path}: cannot be read: {error}") from None
         sentences += [part.strip() for part in parts if part.strip()]

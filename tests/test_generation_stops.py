@@ -31,6 +31,7 @@ def folders(tmp_path_factory):
         "generation_config": scripted_model(home / "config", ["7", IM_END], "9", eos_ids=[2, 400]),
         "template": scripted_model(home / "template", ["7", IM_END], "9", special=CHATML),
         "eos": scripted_model(home / "eos", ["7", "</s>"], "9"),
+        "pad": scripted_model(home / "pad", ["7", "</s>"], "9", special=("<pad>",), extra_rows=-1),
     }
     for split in ("test", "train"):
         put_jsonl(home / f"gsm8k/{split}.jsonl", [{"question": "3 + 4?", "answer": "3 + 4 = 7\n#### 7"}])
@@ -81,6 +82,11 @@ def test_gsm8k_ends_at_each_of_the_three_sources_of_stop_ids(cpu, folders, tmp_p
     export = exported(tmp_path / "hf", folders["generation_config"])
     assert harness_answer(export, ["Question:"]) == "7"
     assert harness_answer(exported(tmp_path / "bare", folders["until"]), ["Question:"]) == RUN_ON
+
+
+def test_a_pad_token_beyond_the_vocabulary(cpu, folders, tmp_path):
+    """No text becomes it, so the model can be evaluated."""
+    assert evaluated(cpu, folders["pad"], folders["gsm8k"], tmp_path)["text"] == "7"
 
 
 def test_answers_with_other_stop_ids_are_generated_again(cpu, folders, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.chat import control_token_ids
 from ascendspeed.tokenization.detokenizer import TextStream, decode_until_stop
 from ascendspeed.tokenization.tokenizer import Tokenizer
+from ascendspeed.tokenization.vocab_check import check_vocab_size
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.progress import of_items, progress
 
@@ -93,11 +94,13 @@ class EngineBackend:
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
     """Raises UserError if the tokenizer does not fit the model's vocabulary."""
     ids, rows = tokenizer.vocab_size, model.vocab_size
-    if ids > rows or rows - ids > SPARE:
-        raise UserError(
-            f"{tokenizer.path} has {ids} tokens, but the model's vocabulary has {rows} rows: this is not the "
-            "model's tokenizer; give the right one (--tokenizer-name-or-path)"
-        )
+    message = (
+        f"{tokenizer.path} has {ids} tokens, but the model's vocabulary has {rows} rows: this is not the "
+        "model's tokenizer; give the right one (--tokenizer-name-or-path)"
+    )
+    check_vocab_size(tokenizer, rows, message)
+    if rows - ids > SPARE:
+        raise UserError(message)
 
 
 def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> None:

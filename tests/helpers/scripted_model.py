@@ -27,7 +27,8 @@ def scripted_model(
 
     The tokens of `answer` and `loop` are different, and the texts that are asked end with none of them.
     `special`: control tokens beyond the sentencepiece vocabulary; `eos_ids`: eos_token_id of
-    generation_config.json; None: no such file.
+    generation_config.json; None: no such file. `extra_rows`: rows of the embedding beyond the ids;
+    negative: fewer rows than ids.
     """
     corpus.sentencepiece_dir(folder, 400)
     base = tokenizer.load(folder).vocab_size

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.rope_config import read_rope, write_rope
 from ascendspeed.utils.errors import UserError
 
@@ -120,7 +121,7 @@ class Family:
     extra_formats: tuple[str, ...] = ()
     """Checkpoint formats that support this family, beyond those that support every family (`hf-llama`,
     `mindformers`)."""
-    gguf_architecture: str | None = None
+    gguf_architecture: GgufArchitecture | None = None
     """Architecture of llama.cpp that computes the family; None: it is not written as GGUF."""
     ignored_tensors: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
     """Regular expressions of Hugging Face tensors that hold no weights."""

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, LlamaNames, override_keys
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(
@@ -24,7 +25,7 @@ INTERNLM = Family(
     chat_template="v1",
     llama_names=LlamaNames(),
     internevo_types=("INTERNLM", "LLAMA2"),
-    gguf_architecture="llama",
+    gguf_architecture=GgufArchitecture("llama"),
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm-7b": BASE,

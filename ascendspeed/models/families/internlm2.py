@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, LlamaNames, ParamMapping, override_keys
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.llama import ATTENTION, CONFIG_MAPPINGS, LAYER, MLP, TINY
 
 W = LAYER + "feed_forward.w"
@@ -71,7 +72,7 @@ INTERNLM2 = Family(
     ),
     internevo_types=("INTERNLM2", "LLAMA2"),
     internevo_aliases=("INTERNLM2_PUBLIC", "INTERNLM2"),
-    gguf_architecture="internlm2",
+    gguf_architecture=GgufArchitecture("internlm2", name_with_biases="llama"),
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "internlm2-1.8b": SMALL,

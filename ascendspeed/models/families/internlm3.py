@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, override_keys
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(  # the 8B
@@ -37,7 +38,7 @@ INTERNLM3 = Family(
     chat_template="v3",
     internevo_types=("LLAMA2",),
     internevo_aliases=("INTERNLM3", "INTERNLM3_PUBLIC"),
-    gguf_architecture="llama",
+    gguf_architecture=GgufArchitecture("llama"),
     extra_formats=("hf-llama",),
     presets={
         "internlm3-8b": BASE,

@@ -5,6 +5,7 @@ from typing import Any
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import ConfigMapping, Family, ParamMapping
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 
 ATTENTION, MLP = "decoder.layers.{l}.self_attention.", "decoder.layers.{l}.mlp."
 LAYER = "model.layers.{l}."
@@ -87,7 +88,7 @@ LLAMA = Family(
     required_values={"hidden_act": "silu"},
     tokenizer_class="LlamaTokenizer",
     internevo_types=("LLAMA2",),
-    gguf_architecture="llama",
+    gguf_architecture=GgufArchitecture("llama"),
     extra_formats=("hf-llama", "mindformers"),
     presets={
         "llama-7b": BASE,

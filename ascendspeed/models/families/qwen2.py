@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from ascendspeed.config.schema import ModelConfig
 from ascendspeed.models.families.base import Family, override_keys
+from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.llama import CONFIG_MAPPINGS, PARAM_MAPPINGS, TINY
 
 BASE = ModelConfig(  # Qwen2-7B
@@ -29,7 +30,7 @@ QWEN2 = Family(
     required_values={"hidden_act": "silu", "use_sliding_window": False},
     tokenizer_class="Qwen2Tokenizer",
     requires_tokenizer_class=True,
-    gguf_architecture="qwen2",
+    gguf_architecture=GgufArchitecture("qwen2", interleaved=False),
     presets={
         "qwen2-0.5b": replace(
             BASE,

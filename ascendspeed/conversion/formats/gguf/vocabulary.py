@@ -8,17 +8,11 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 
 from ascendspeed.conversion.tokenizer import sentencepiece_bpe
+from ascendspeed.models.families.gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.tokenizer import adds_bos_token, declared_tokens, read_optional_json
 from ascendspeed.utils.errors import UserError
 
-PRE_TOKENIZERS = {
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+": "qwen2",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+": "llama-bpe",
-}
-"""Regular expression of a byte-level tokenizer -> its name in llama.cpp, which implements each by itself."""
 ADDED_SCORE = -1000.0
 """Score of added tokens, as in llama.cpp's own converter: they are matched as a whole."""
 
@@ -28,14 +22,14 @@ class Vocabulary:
     """Entries of a tokenizer by id, and its settings."""
 
     model: str
-    """llama.cpp's kind: llama (sentencepiece) or gpt2 (byte-level)."""
+    """llama.cpp's kind: `SENTENCEPIECE` or `BYTE_LEVEL`."""
     pre: str
     tokens: list[str]
     types: list[int]
     scores: list[float]
-    """Empty for gpt2."""
+    """Empty for `BYTE_LEVEL`."""
     merges: list[str]
-    """Empty for llama."""
+    """Empty for `SENTENCEPIECE`."""
     ids: dict[str, int | None]
     """bos, eos and pad."""
     settings: dict[str, Any]
@@ -48,7 +42,7 @@ class Vocabulary:
         writer.add_tokenizer_pre(self.pre)
         writer.add_token_list(self.tokens)
         writer.add_token_types(self.types)
-        if self.model == "llama":
+        if self.model == SENTENCEPIECE:
             writer.add_token_scores(self.scores)
             writer.add_add_space_prefix(self.adds_prefix)
             writer.add_remove_extra_whitespaces(self.removes_spaces)
@@ -106,7 +100,7 @@ def _sentencepiece(
     tokens, types, scores = map(list, zip(*entries[:vocab_size], strict=True))
     text = model.normalizer_spec
     return Vocabulary(
-        "llama",
+        SENTENCEPIECE,
         "default",
         tokens,
         types,
@@ -150,4 +144,4 @@ def _byte_level(
             entries[token["id"]] = (token["content"], kind)
     tokens = [text for text, _ in entries]
     types = [int(kind) for _, kind in entries]
-    return Vocabulary("gpt2", pre, tokens, types, [], merges, ids, settings, False, False)
+    return Vocabulary(BYTE_LEVEL, pre, tokens, types, [], merges, ids, settings, False, False)

@@ -47,10 +47,6 @@ TORCH_TYPES = {
 }
 NUMPY_TYPES = {2: np.dtype(np.float16), 4: np.dtype(np.float32)}
 PROGRAMS = ("llama.cpp loads the .gguf file, Ollama the Modelfile (ollama create NAME -f Modelfile).",)
-INTERLEAVED = ("llama", "internlm2")
-"""Architectures in which llama.cpp rotates neighbouring rows of q and k; in the others, as Hugging Face,
-rows that are half a head apart.
-"""
 
 
 @dataclass(frozen=True)
@@ -105,10 +101,10 @@ class GgufWriter:
 
 
 def architecture(config: ModelConfig) -> str:
-    """Architecture of llama.cpp that computes the model."""
-    name = FAMILIES[config.family].gguf_architecture
+    """Name of the architecture of llama.cpp that computes the model."""
+    known = FAMILIES[config.family].gguf_architecture
     has_biases = config.add_qkv_bias or config.add_dense_bias
-    return "llama" if name == "internlm2" and has_biases else name  # llama.cpp's internlm2 has none
+    return (known.name_with_biases if has_biases else None) or known.name
 
 
 def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
@@ -116,6 +112,7 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
     arch = architecture(config)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     names = gguf.get_tensor_name_map(number, config.num_layers)
+    interleaved = FAMILIES[config.family].gguf_architecture.interleaved
     is_llama = LlamaFormat().supports(config.family, "write")
     named = replace(config, family=REFERENCE.name) if is_llama else config
     tensors = []
@@ -124,9 +121,9 @@ def stored_tensors(config: ModelConfig) -> list[StoredTensor]:
             name = names.get_name(entry.name, try_suffixes=(".weight", ".bias"))
             if name is None:
                 raise AssertionError(f"llama.cpp has no name for {entry.name}")
-            is_rotated = arch in INTERLEAVED and (".attn_q." in name or ".attn_k." in name)
-            interleaved = _interleave(entry, config.head_dim) if is_rotated else entry
-            tensors.append(interleaved._replace(name=name))
+            is_reordered = interleaved and (".attn_q." in name or ".attn_k." in name)
+            reordered = _interleave(entry, config.head_dim) if is_reordered else entry
+            tensors.append(reordered._replace(name=name))
     return tensors
 
 

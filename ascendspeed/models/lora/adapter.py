@@ -84,6 +84,15 @@ class LoraAdapter:
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     """Embedding module -> its rows that were trained by themselves."""
 
+    def summary(self) -> str:
+        """Numbers of adapters and of what was trained beside them, for messages."""
+        parts = [f"{len(self.pairs)} adapters"]
+        if self.replaced:
+            parts.append(f"{len(self.replaced)} whole tensors")
+        if self.token_rows:
+            parts.append(f"{sum(len(rows.tokens) for rows in self.token_rows.values())} trained rows")
+        return ", ".join(parts)
+
     def names(self) -> set[str]:
         """Names of the Hugging Face tensors that the adapters change."""
         return {*self.replaced, *(f"{module}.weight" for module in (*self.pairs, *self.token_rows))}

@@ -40,8 +40,7 @@ def main() -> None:
     peft.check_complete(adapter, base.config)
     source = merge(base, adapter)
     print(
-        f"{adapter.summary()} from {adapter.path} into {base.path}: "
-        f"{base.description}, {base.config.family}"
+        f"{adapter.summary()} from {adapter.path} into {base.path}: {base.description}, {base.config.family}"
     )
     if not adapter.fingerprint:
         print(

@@ -9,6 +9,8 @@ from typing import Any
 from ascendspeed.utils.errors import UserError
 
 CONFIG = "adapter_config.json"
+MAX_SHOWN = 200
+"""Characters of a value in a message."""
 BIASES = ("none", "all", "lora_only")
 INITIALIZATIONS = (True, False, "gaussian", "eva", "orthogonal", None)
 """Values of `init_lora_weights` that leave the base weights unchanged."""
@@ -50,21 +52,28 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises `UserError` for settings that cannot be merged, and for values of a wrong type or range."""
     path = folder / CONFIG
     if settings.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type {settings.get('peft_type')!r} is not supported, only 'LORA'")
+        raise UserError(
+            f"{path}: peft_type {_shown(settings.get('peft_type'))} is not supported, only 'LORA'"
+        )
     if settings.get("bias", "none") not in BIASES:
-        raise UserError(f"{path}: bias {settings['bias']!r} is not one of {', '.join(BIASES)}")
+        raise UserError(f"{path}: bias {_shown(settings['bias'])} is not one of {', '.join(BIASES)}")
     if not _is_in(settings.get("init_lora_weights", True), INITIALIZATIONS):
         raise UserError(
-            f"{path}: init_lora_weights {settings['init_lora_weights']!r} changes the base weights: "
+            f"{path}: init_lora_weights {_shown(settings['init_lora_weights'])} changes the base weights: "
             "let peft save it as plain LoRA first"
         )
     for name, value in settings.items():
         if value and name not in USED_ENTRIES | IRRELEVANT_ENTRIES:
             raise UserError(
-                f"{path}: {name} = {value!r} is not supported: merge it by peft's own merge_and_unload, and "
+                f"{path}: {name[:100]} = {_shown(value)} is not supported: merge it by peft's own merge_and_unload, and "
                 f"load the result"
             )
     _check_types(path, settings)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]} ..."
 
 
 def _is_in(value: Any, choices: Sequence[Any]) -> bool:
@@ -90,7 +99,7 @@ def _check_types(path: Path, settings: Mapping[str, Any]) -> None:
         value = settings.get(name)
         is_required = name in ("r", "lora_alpha")
         if (value is None and is_required) or (value is not None and not is_valid(value)):
-            raise UserError(f"{path}: {name} must be {noun}, got {value!r}")
+            raise UserError(f"{path}: {name} must be {noun}, got {_shown(value)}")
 
 
 def _is_number(value: Any) -> bool:
@@ -151,7 +160,7 @@ def matches(folder: Path, pattern: str, module: str) -> bool:
     try:
         return re.fullmatch(pattern, module) is not None
     except (re.error, RecursionError, OverflowError) as error:
-        raise UserError(f"{folder / CONFIG}: {pattern!r} is no regular expression ({error})") from None
+        raise UserError(f"{folder / CONFIG}: {_shown(pattern)} is no regular expression ({error})") from None
 
 
 def token_ids(settings: Mapping[str, Any], module: str) -> list[int]:

@@ -65,8 +65,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         if value and name not in USED_ENTRIES | IRRELEVANT_ENTRIES:
             raise UserError(
-                f"{path}: {name[:100]} = {_shown(value)} is not supported: merge it by peft's own merge_and_unload, and "
-                f"load the result"
+                f"{path}: {name[:100]} = {_shown(value)} is not supported: merge it by peft's own "
+                f"merge_and_unload, and load the result"
             )
     _check_types(path, settings)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import launch, oracle, recipes
+from helpers import forkserver, launch, oracle, recipes
 from helpers.chat import UNUSED, piecewise, vocabulary
 from helpers.generate_command import MODEL, folder, hf_continuation, records, reference, run
 from helpers.log_lines import log_lines
@@ -38,37 +38,25 @@ from ascendspeed.tokenization.chat import ChatFormat, Message
 from ascendspeed.utils.errors import UserError
 
 
-def started(folder, world, flags, stdin, tp=1, pp=1):
+def started(folder, world, flags, stdin, logs, tp=1, pp=1):
     """Runs the script on `world` ranks; returns (exit codes, stdout of rank 0, stderr of rank 0)."""
-    command = [
-        sys.executable,
-        str(launch.ROOT / "tasks/inference/generate.py"),
-        "--load",
-        str(folder),
-        "--device",
-        "cpu",
-        *flags,
-    ]
-    port, pipe = str(launch.free_port()), subprocess.PIPE
+    (logs / "stdin").write_bytes(stdin)
+    words = ["--load", str(folder), "--device", "cpu", *flags, "--tp", str(tp), "--pp", str(pp)]
+    variables = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    variables["MASTER_PORT"] = str(launch.free_port())
     processes = []
     for rank in range(world):
-        variables = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(world),
-            "LOCAL_WORLD_SIZE": str(world),
-        }
-        env = launch.environment(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables)
-        pipes = {"stdin": subprocess.DEVNULL if rank else pipe, "stdout": pipe, "stderr": pipe}
-        processes.append(
-            subprocess.Popen([*command, "--tp", str(tp), "--pp", str(pp)], env=env, cwd=launch.ROOT, **pipes)
-        )
-    outs = [
-        process.communicate(stdin if rank == 0 else None, timeout=300)
-        for rank, process in enumerate(processes)
-    ]
-    assert not any(out for out, _ in outs[1:]), "only rank 0 writes to stdout"
-    return [process.returncode for process in processes], outs[0][0].decode(), outs[0][1].decode()
+        env = launch.environment(**variables, RANK=str(rank), LOCAL_RANK=str(rank))
+        log, errors = logs / f"stdout{rank}", logs / f"stderr{rank}"
+        own_stdin = None if rank else logs / "stdin"
+        script = launch.ROOT / "tasks/inference/generate.py"
+        processes.append(forkserver.start_script(script, words, env, log, launch.ROOT, errors, own_stdin))
+    for process in processes:
+        process.join(300)
+        process.kill()
+    outputs = [(logs / f"stdout{rank}").read_text() for rank in range(world)]
+    assert not any(outputs[1:]), "only rank 0 writes to stdout"
+    return [process.exitcode for process in processes], outputs[0], (logs / "stderr0").read_text()
 
 
 CHAT = (
@@ -77,8 +65,8 @@ CHAT = (
 )
 
 
-def test_a_conversation_on_two_ranks(run, folder):
-    codes, out, err = started(folder, 2, *CHAT, tp=2)
+def test_a_conversation_on_two_ranks(run, folder, tmp_path):
+    codes, out, err = started(folder, 2, *CHAT, tmp_path, tp=2)
     assert codes == [0, 0], err
     assert out == run(*CHAT[0], stdin=CHAT[1])
 
@@ -86,11 +74,12 @@ def test_a_conversation_on_two_ranks(run, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(1, 2), (2, 2)])
 def test_on_stages(run, folder, tmp_path, tp, pp):
-    codes, out, err = started(folder, tp * pp, *CHAT, tp=tp, pp=pp)
+    (tmp_path / "a").mkdir()
+    codes, out, err = started(folder, tp * pp, *CHAT, tmp_path / "a", tp=tp, pp=pp)
     assert not any(codes), err
     assert out == run(*CHAT[0], stdin=CHAT[1])
     flags = ["--task", "1", "2", "3", "5", "--max-new-tokens", "5"]
-    codes, out, err = started(folder, tp * pp, flags, b"one\ntwo words\n", tp=tp, pp=pp)
+    codes, out, err = started(folder, tp * pp, flags, b"one\ntwo words\n", tmp_path, tp=tp, pp=pp)
     assert not any(codes), err
     alone = run(*flags, stdin="one\ntwo words\n")
     assert out.split("== logprobs")[0] == alone.split("== logprobs")[0]

@@ -48,26 +48,30 @@ def start_script(
     log: Path,
     folder: Path,
     errors: Path | None = None,
+    stdin: Path | None = None,
 ) -> BaseProcess:
     """Runs a script as `__main__` in a forked process; stdout goes to `log`, stderr to `errors` or there too.
 
-    `folder`: the working directory.
+    `folder`: the working directory. `stdin`: a file; None: empty.
     """
-    return start(run_script, (str(script), arguments, str(log), str(folder), str(errors or log)), environment)
+    streams = (str(log), str(errors or log), str(stdin or os.devnull))
+    return start(run_script, (str(script), arguments, str(folder), *streams), environment)
 
 
 def start_interpreter(
     script: Path, arguments: list[str], environment: dict[str, str], log: Path, folder: Path
 ) -> BaseProcess:
     """`start_script` in a fresh interpreter, for a device other than the CPU."""
-    words = (run_script, (str(script), arguments, str(log), str(folder), str(log)), environment)
+    words = (run_script, (str(script), arguments, str(folder), str(log), str(log), os.devnull), environment)
     process = multiprocessing.get_context("spawn").Process(target=_call, args=words)
     process.start()
     return process
 
 
-def run_script(script: str, arguments: list[str], log: str, folder: str, errors: str) -> None:
+def run_script(script: str, arguments: list[str], folder: str, log: str, errors: str, stdin: str) -> None:
     """Runs a script in this process, which is a child of a test."""
+    os.dup2(os.open(stdin, os.O_RDONLY), 0)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put another in its place
     for number, path in ((1, log), (2, errors)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.chdir(folder)

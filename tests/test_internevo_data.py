@@ -315,7 +315,11 @@ def test_converted_data_are_the_same(tmp_path):
     again = subprocess.run([*command, "--min-length", "100"], cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 2
     assert again.stderr.count("\n") == 1
+    with pytest.raises(UserError, match=r"exists, and is not made from these files with these settings"):
+        convert(str(tmp_path / "en"), prefix, min_length=2)
     assert train(prefix, 16)  # the old files are unchanged
+    assert convert(str(tmp_path / "en"), prefix)["documents"] == 60  # the same command again
+    assert convert(str(tmp_path / "en"), prefix, min_length=2, overwrite=True)["documents"] <= 60
     with pytest.raises(UserError, match=r"neither a \.bin"):
         convert(str(tmp_path / "out"), prefix)
 

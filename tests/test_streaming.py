@@ -13,6 +13,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from helpers import launch
@@ -364,7 +365,7 @@ def saved(folder, rows=100):
 def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
     data = saved(tmp_path / "saved")
     datasets.DatasetDict({"train": data}).save_to_disk(tmp_path / "dict")
-    for name in ("parquet", "csv", "jsonl", "json", "list"):
+    for name in ("parquet", "csv", "jsonl", "json", "list", "zst"):
         (tmp_path / name).mkdir()
     (tmp_path / "parquet" / "README.md").touch()
     (tmp_path / "parquet" / "dataset_infos.json").write_text("{}")
@@ -374,6 +375,8 @@ def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
     data.to_json(tmp_path / "jsonl" / "a.jsonl")
     data.to_json(tmp_path / "json" / "a.json")  # lines too
     (tmp_path / "list" / "a.json").write_text(json.dumps(data.to_list()))
+    raw = (tmp_path / "jsonl" / "a.jsonl").read_bytes()
+    (tmp_path / "zst" / "a.jsonl.zst").write_bytes(pyarrow.Codec("zstd").compress(raw, asbytes=True))
     options = {"data_cache_path": str(tmp_path / "cache"), "split": "1,0,0"}
     forms = (
         "saved",
@@ -384,6 +387,7 @@ def test_every_form_gives_the_same_samples(tokenizer, tmp_path):
         "jsonl",
         "json",
         "list",
+        "zst/a.jsonl.zst",
         "saved/data-00000-of-00001.arrow",
     )
     samples_by_form = {form: opened(str(tmp_path / form), tokenizer, **options) for form in forms}

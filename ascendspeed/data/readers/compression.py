@@ -17,7 +17,7 @@ def _zstandard(raw: BinaryIO) -> BinaryIO:
     import pyarrow
 
     stream = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd")
-    return cast(BinaryIO, io.BufferedReader(stream))  # type: ignore[arg-type]
+    return cast(BinaryIO, io.BufferedReader(stream))
 
 
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {

@@ -100,8 +100,8 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def _files_below(folder: Path, type_of: Callable[[Path], str]) -> FoundFiles:
-    files = []
-    others = []
+    files: list[Path] = []
+    others: list[Path] = []
     for path in sorted(walk(folder)):
         relative = path.relative_to(folder)
         if CACHE_FOLDER in relative.parts[:-1] or (path.name[0] == "." and not type_of(path)):

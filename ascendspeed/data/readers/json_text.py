@@ -79,7 +79,7 @@ class _Elements:
     """Text of a file, of which JSON values are taken one at a time."""
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")  # type: ignore[arg-type]
+        self._text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")
         self._decoder = json.JSONDecoder(object_pairs_hook=self._object)
         self._buffer = ""
         self._position = 0

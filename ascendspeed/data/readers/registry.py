@@ -26,10 +26,15 @@ logger = logging.getLogger(__name__)
 TEXT_READERS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".txt": TXT}
 FLAT = (".csv", ".tsv", ".txt")
 """Formats whose columns hold only text."""
-READERS: dict[str, FileReader] = {".parquet": PARQUET, **TEXT_READERS}
-for _suffix, _reader in TEXT_READERS.items():
-    for _compression in COMPRESSIONS:
-        READERS[_suffix + _compression] = COMPRESSED_TXT if _reader is TXT else _reader
+READERS: dict[str, FileReader] = {
+    ".parquet": PARQUET,
+    **TEXT_READERS,
+    **{
+        suffix + compression: COMPRESSED_TXT if reader is TXT else reader
+        for suffix, reader in TEXT_READERS.items()
+        for compression in COMPRESSIONS
+    },
+}
 
 
 def find_files(inputs: Iterable[str | Path]) -> list[Path]:

@@ -61,7 +61,7 @@ def csv_rows(delimiter: str) -> RowParser:
 
 
 def _csv_text(file: IO[bytes]) -> io.TextIOWrapper:
-    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")  # type: ignore[arg-type]
+    return io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
 
 
 def _csv_row(header: list[str], cells: list[str]) -> Any:

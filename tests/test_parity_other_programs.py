@@ -35,6 +35,15 @@ def test_trainer_state(tmp_path, indent):
     )
 
 
+def test_the_newest_checkpoint_of_a_trainer_has_the_whole_history(tmp_path):
+    for step in (2, 10, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        history = [{"step": i, "loss": float(i)} for i in range(1, step + 1)]
+        (tmp_path / f"checkpoint-{step}/trainer_state.json").write_text(json.dumps({"log_history": history}))
+    curve = read_logs.read_log(tmp_path)
+    assert (len(curve.steps), curve.path) == (10, str(tmp_path / "checkpoint-10/trainer_state.json"))
+
+
 def test_a_json_array_is_a_list_of_records(tmp_path):
     (tmp_path / "log.json").write_text(json.dumps(HISTORY, indent=1))
     assert [step.loss for step in read_logs.read_log(tmp_path / "log.json").steps] == LOSSES

@@ -43,6 +43,14 @@ def _find_log(path: Path) -> Path:
         for name in FILE_NAMES:
             if (path / name).is_file():
                 return path / name
+        steps = {
+            int(number): folder
+            for folder in path.glob("checkpoint-*")
+            if (number := folder.name.removeprefix("checkpoint-")).isdigit()
+            and (folder / "trainer_state.json").is_file()
+        }
+        if steps:  # the history of a checkpoint includes that of the earlier ones
+            return steps[max(steps)] / "trainer_state.json"
         if not any(path.glob(EVENTS)):
             raise UserError(
                 f"{path}: neither {', '.join(FILE_NAMES)} nor TensorBoard events in this folder; name "

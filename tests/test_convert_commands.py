@@ -154,13 +154,14 @@ def test_a_tokenizer_that_is_not_found_is_said(sources, tmp_path, monkeypatch, c
     assert not [path for path in tmp_path.iterdir() if path.name.endswith("d")]
 
 
-def test_token_ids_that_the_source_says_are_kept(sources, tmp_path):
+def test_token_ids_are_those_of_the_tokenizer(sources, tmp_path):
+    """config.json says 2 for the end, the tokenizer 1; it has no beginning, so that of config.json stays."""
     folder, other = sources("internlm", "finite")[0], corpus.big_vocabulary_dir(tmp_path / "other", 100)
     command("convert.py", *f"--from {folder} --to {tmp_path}/hf --format hf --tokenizer {other}".split())
     config_json = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config_json["bos_token_id"], config_json["eos_token_id"], "pad_token_id" in config_json) == (
         1,
-        2,
+        1,
         False,
     )
 

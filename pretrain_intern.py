@@ -5,15 +5,18 @@ import logging
 import sys
 
 from ascendspeed.cli.command import check_device_precision, world_size
-from ascendspeed.cli.train_args import resolve
+from ascendspeed.cli.train_args import check_inputs, resolve
 from ascendspeed.utils import errors
+from ascendspeed.utils.run_record import RunRecord
 
 logger = logging.getLogger("ascendspeed.pretrain")
 
 
-def main() -> int:
+def main(record: RunRecord | None = None) -> int:
     """Command line -> device -> data -> model and weights -> engine -> training loop."""
+    record = record or RunRecord(sys.argv)
     run, notes = resolve(sys.argv[1:], world_size())
+    check_inputs(run)
 
     from ascendspeed.distributed import device as devices
 
@@ -31,7 +34,7 @@ def main() -> int:
         device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
     )
     with (
-        MetricsLogger(grid.rank, run.train.log_dir, run.train.tensorboard_dir) as log,
+        MetricsLogger(grid.rank, run.train.log_dir, run.train.tensorboard_dir, record.start_line()) as log,
         RunMonitor(run, grid) as watch,
     ):
         kernels = fused_kernels.select_kernels(
@@ -49,7 +52,8 @@ def main() -> int:
             logger.info(f"note: {note}")
         run, batches = data_setup.open_data(run, grid)
         run = input_record.with_inputs(run, grid)
-        logger.info(f"run: {json.dumps(to_dict(run))}")
+        settings = json.dumps(to_dict(run))
+        logger.info(f"run: {settings}", extra={"terminal": f"run: all settings are in {log.path}"})
         build = engines.engine_builder(run, grid, device, kernels)
         start = setup.find_start(run, grid, device)
         engine = build(start.tensors)
@@ -61,4 +65,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_record = RunRecord(sys.argv)
+    errors.run(lambda: main(run_record), record=run_record.write_error)

@@ -299,3 +299,15 @@ def test_saving_copies_nothing_whole(tmp_path):
             raise UserError("too much")
 
     assert in_child(measured) == 0
+
+
+@pytest.mark.parametrize(("free", "reason"), [(10 << 20, "only 10 MiB are free in "), (1 << 40, "is ")])
+def test_a_rank_that_could_not_report_names_a_full_disk(tmp_path, monkeypatch, free, reason):
+    """An empty report is what a full disk leaves; only otherwise may storage be not shared."""
+    usage = saving.shutil.disk_usage(tmp_path)._replace(free=free)
+    monkeypatch.setattr(saving.shutil, "disk_usage", lambda path: usage)
+    group = saving._SaveGroup(tmp_path, "step_0000001", 0, 1, lambda: None, "")
+    group.temporary.mkdir()
+    group.report("size", 0).touch()
+    with pytest.raises(UserError, match=rf"rank 0 could not report \({reason}{tmp_path}"):
+        group._reports("size")

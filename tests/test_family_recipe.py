@@ -4,7 +4,7 @@ import os
 import subprocess
 
 import pytest
-from helpers import launch
+from helpers import launch, recipes
 from helpers.chain import TrainLine, lines, prepare_tokens, recipe
 
 from ascendspeed.cli import validation
@@ -33,9 +33,9 @@ def test_the_script_takes_every_name(name, tmp_path):
         PATH=f"{tmp_path}{os.pathsep}{os.environ['PATH']}", MODEL=name, CHECKPOINT="", NPROC="8"
     )
     words = subprocess.run(
-        ["bash", "examples/intern/pretrain_internlm_7b_zero.sh"],
+        ["bash", str(recipes.INTERN / "pretrain_internlm_7b_zero.sh")],
         env=env,
-        cwd=launch.ROOT,
+        cwd=recipes.inputs(tmp_path),
         capture_output=True,
         text=True,
         check=True,

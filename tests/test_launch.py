@@ -12,6 +12,7 @@ import pytest
 from helpers import launch, recipes
 
 RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
+GENERATION = "examples/intern/generate_internlm_7b_deepspeed.sh"
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def started(tmp_path):
     def go(*flags: str, **env: str) -> tuple[int, str]:
         path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
         done = subprocess.run(
-            ["bash", RECIPE, *flags],
+            ["bash", str(launch.ROOT / RECIPE), *flags],
             env=recipes.clean(PATH=path, **env),
-            cwd=launch.ROOT,
+            cwd=recipes.inputs(tmp_path),
             capture_output=True,
             text=True,
         )
@@ -40,7 +41,8 @@ def test_defaults_are_the_published_run_on_every_device(started):
     code, output = started()
     assert code == 0
     assert output.startswith(
-        "deepspeed --no_local_rank --master_port 29500 pretrain_intern.py --deepspeed --zero-stage 2 "
+        "deepspeed --no_local_rank --master_port 29500 --log_level critical pretrain_intern.py --deepspeed "
+        "--zero-stage 2 "
     )
     for words in (
         "--model internlm-7b",
@@ -57,17 +59,19 @@ def test_values_from_the_environment_and_flags_at_the_end(started):
     _, output = started(
         "--train-iters", "7", NPROC="4", DTYPE="fp32", CHECKPOINT="", DATA="0.3 a 0.7 b", MASTER_PORT="1234"
     )
-    assert "--master_port 1234 --num_accelerators 4 pretrain_intern.py" in output
+    assert "--master_port 1234 --log_level critical --num_accelerators 4 pretrain_intern.py" in output
     assert "--bf16" not in output
     assert "--load" not in output
     assert "--data-path 0.3 a 0.7 b --tokenizer" in output
     assert output.rstrip().endswith("--train-iters 7")
 
 
-def test_several_nodes_by_a_hostfile(started):
-    _, output = started(HOSTFILE="hosts")
+def test_several_nodes_by_a_hostfile(started, tmp_path):
+    (tmp_path / "hosts").write_text("node0 slots=8\n")
+    _, output = started(HOSTFILE="hosts", DATA="elsewhere")  # this node may have no data
     assert output.startswith(
-        "deepspeed --no_local_rank --master_port 29500 --hostfile hosts pretrain_intern.py"
+        "deepspeed --no_local_rank --master_port 29500 --log_level critical --hostfile hosts "
+        "pretrain_intern.py"
     )
 
 
@@ -87,6 +91,11 @@ def test_several_nodes_by_torchrun_on_each(started):
         ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
         ({"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "node0"}, "NNODES=2 needs NPROC"),
         ({"DTYPE": "int8"}, "error: DTYPE=int8 is not one of bf16, fp16, fp32"),
+        ({"TP": "abc"}, "error: "),
+        ({"NPROC": "-3"}, "error: NPROC=-3 is not a whole number of at least 1"),
+        ({"HOSTFILE": "hosst"}, "error: HOSTFILE=hosst: No such file or directory"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "error: this is one of 2 processes that srun started"),
+        ({"NPROC": "2", "TP": "4"}, "start a multiple of 4 (NPROC=4)"),
     ],
 )
 def test_missing_variables_are_named(started, env, message):
@@ -94,6 +103,48 @@ def test_missing_variables_are_named(started, env, message):
     assert (code, output.count("\n")) == (2, 1)
     assert message in output
     assert "pretrain_intern.py" not in output
+
+
+def test_all_missing_inputs_are_named_before_anything_starts(started, tmp_path):
+    """In one line, which the log has too, below the time, the host, the commit and the command line."""
+    code, output = started(
+        "--log-dir", "log", TOKENIZER_PATH="no/tok", DATA="0.3 a 0.7 no/b", CHECKPOINT="no/weights"
+    )
+    assert (code, output.count("\n")) == (2, 1)
+    assert output.startswith("error: missing: --tokenizer-name-or-path no/tok (a folder with tokenizer.model")
+    for words in ("--data-path no/b (no file begins so", "--load no/weights (no such folder)"):
+        assert words in output
+    assert "--data-path a " not in output
+    start, error = (tmp_path / "log/train.log").read_text().splitlines()
+    assert error == output.rstrip()
+    expected = rf"start: \d{{4}}-\d\d-\d\d [\d:]+, host {os.uname().nodename}, commit \S+: bash .*{RECIPE}"
+    assert re.match(expected, start)
+    assert start.endswith("--log-dir log")
+
+
+INJECTION = "BASH_VERSINFO[$(touch injected)0]"
+
+
+@pytest.mark.parametrize("variable", ["TP", "PP"])
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5", "08", INJECTION])
+def test_sizes_are_no_expressions(tmp_path, variable, value):
+    done = subprocess.run(
+        ["bash", str(launch.ROOT / GENERATION), "--prompt", "x"],
+        env=recipes.clean(**{variable: value}),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr == f"error: {variable}={value} is not a whole number of at least 1\n"
+    assert not (tmp_path / "injected").exists()
+
+
+def test_the_slurm_script_outside_of_slurm_is_one_line():
+    script = launch.ROOT / "examples/intern/pretrain_internlm_65b.sbatch"
+    done = subprocess.run(["bash", str(script)], env=recipes.clean(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: this is a script for Slurm: sbatch ")
 
 
 # --- signals and restarts
@@ -128,9 +179,9 @@ def recipe(tmp_path):
     def go(*flags: str, **env: str) -> subprocess.Popen:
         environment = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LOG": str(go.log), **env}
         return subprocess.Popen(
-            ["bash", RECIPE, *flags],
+            ["bash", str(launch.ROOT / RECIPE), *flags],
             env=launch.environment() | environment,
-            cwd=launch.ROOT,
+            cwd=recipes.inputs(tmp_path),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -190,7 +241,6 @@ bash -c '
 ' &
 wait
 """
-GENERATION = "examples/intern/generate_internlm_7b_deepspeed.sh"
 
 
 def alive(log) -> list[str]:
@@ -220,9 +270,9 @@ def slow(tmp_path):
             "SECOND": "0",
         }
         process = subprocess.Popen(
-            ["bash", script],
+            ["bash", str(launch.ROOT / script)],
             env=launch.environment() | environment | env,
-            cwd=launch.ROOT,
+            cwd=recipes.inputs(tmp_path),
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
@@ -261,10 +311,16 @@ def test_ctrl_c_of_answers_that_nobody_can_cut_short(slow):
     assert alive(slow.log) == []
 
 
-def test_a_killed_shell_leaves_no_answers_behind(slow):
-    """The job has a session of its own, which a SIGKILL of the shell's group does not reach."""
-    process = slow(GENERATION, "rank")
-    os.killpg(process.pid, signal.SIGKILL)
+@pytest.mark.parametrize("script", [RECIPE, GENERATION])
+def test_a_killed_shell_leaves_no_ranks_behind(slow, script):
+    """Answers have a session of their own, which a SIGKILL of the shell's group does not reach; of training
+    only the shell is killed.
+    """
+    process = slow(script, "rank")
+    if script == GENERATION:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
     process.wait()
     end = time.monotonic() + 30
     while alive(slow.log):

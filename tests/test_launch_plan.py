@@ -2,11 +2,20 @@
 
 import pytest
 
+from ascendspeed.cli.command import world_size
 from ascendspeed.cli.launch import LaunchPlan
 from ascendspeed.utils.errors import UserError
 
+DEEPSPEED = "deepspeed --no_local_rank --master_port 29500 --log_level critical"
 SCRIPT = ("script.py", "--prompt", "two words")
 NODES = {"NNODES": "4", "NODE_RANK": "1", "MASTER_ADDR": "node0", "NPROC": "8"}
+
+
+@pytest.fixture(autouse=True)
+def hosts(tmp_path, monkeypatch):
+    """A folder with a HOSTFILE of two nodes."""
+    (tmp_path / "hosts").write_text("# the nodes\n\nnode0 slots=8\nnode1  slots=8 # the second\n")
+    monkeypatch.chdir(tmp_path)
 
 
 def command(quiet: bool = False, **environment: str) -> str:
@@ -19,25 +28,27 @@ def command(quiet: bool = False, **environment: str) -> str:
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({}, "deepspeed --no_local_rank --master_port 29500"),
+        ({}, DEEPSPEED),
         (
             {"NPROC": "4", "MASTER_PORT": "1234"},
-            "deepspeed --no_local_rank --master_port 1234 --num_accelerators 4",
+            "deepspeed --no_local_rank --master_port 1234 --log_level critical --num_accelerators 4",
         ),
         (
             {"NPROC": "", "NNODES": "", "HOSTFILE": "", "MASTER_PORT": ""},
-            "deepspeed --no_local_rank --master_port 29500",
+            DEEPSPEED,
         ),
-        ({"NNODES": "1"}, "deepspeed --no_local_rank --master_port 29500 --num_nodes 1"),
-        ({"HOSTFILE": "hosts"}, "deepspeed --no_local_rank --master_port 29500 --hostfile hosts"),
+        ({"NNODES": "1"}, f"{DEEPSPEED} --num_nodes 1"),
+        (
+            {"HOSTFILE": "hosts"},
+            f"{DEEPSPEED} --hostfile hosts",
+        ),
         (
             NODES,
             "torchrun --nnodes 4 --node-rank 1 --nproc-per-node 8 --master-addr node0 --master-port 29500 --",
         ),
         (
             NODES | {"HOSTFILE": "hosts"},  # a hostfile decides
-            "deepspeed --no_local_rank --master_port 29500 --hostfile hosts --num_nodes 4 --num_accelerators "
-            "8",
+            f"{DEEPSPEED} --hostfile hosts --num_nodes 4 --num_accelerators 8",
         ),
     ],
 )
@@ -45,10 +56,8 @@ def test_launchers(environment, words):
     assert command(**environment) == words
 
 
-def test_quiet_mode_silences_deepspeed():
-    assert command(quiet=True, NPROC="2") == (
-        "deepspeed --no_local_rank --master_port 29500 --log_level critical --num_accelerators 2"
-    )
+def test_answers_and_training_have_the_same_launchers():
+    assert command(quiet=True, NPROC="2") == command(NPROC="2")
     assert command(quiet=True, **NODES).startswith("torchrun ")
 
 
@@ -89,8 +98,82 @@ def test_supervision():
         (NODES | {"MASTER_ADDR": ""}, "NNODES=4 needs MASTER_ADDR"),
         (NODES | {"NPROC": ""}, "NNODES=4 needs NPROC"),
         (NODES | {"NODE_RANK": "4"}, r"NODE_RANK=4 is not one of 0 \.\.\. 3"),
+        ({"MASTER_PORT": "99999"}, "MASTER_PORT=99999 is not a whole number from 1 to 65535"),
+        ({"NPROC": "9" * 30}, "NPROC=9+ is not a whole number"),
+        (
+            {"HOSTFILE": "hosst"},
+            "HOSTFILE=hosst: No such file or directory; it needs lines of `name slots=8`",
+        ),
+        ({"HOSTFILE": "."}, "HOSTFILE=.: Is a directory"),
     ],
 )
 def test_mistakes(environment, message):
     with pytest.raises(UserError, match=message):
         LaunchPlan.from_environment(environment, SCRIPT)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "HOSTFILE=hosts names no host; it needs lines"),
+        ("# node0 slots=8\n\n", "HOSTFILE=hosts names no host"),
+        ("node0 slots=8\nnode1\n", "HOSTFILE=hosts, line 2: 'node1' is not `name slots=8`"),
+        ("node0 slots=eight\n", "line 1: 'node0 slots=eight' is not"),
+        ("node0 slots=0\n", "line 1: 'node0 slots=0' is not"),
+        ("node0 slots=8 gpu\n", "line 1: 'node0 slots=8 gpu' is not"),
+        ("node0 slots=8\nnode0 slots=8\n", "line 2: node0 is in line 1 already"),
+        (b"\xff\xfen\x00", "HOSTFILE=hosts: it is not text"),
+    ],
+)
+def test_hostfiles(tmp_path, text, message):
+    (tmp_path / "hosts").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=message):
+        LaunchPlan.from_environment({"HOSTFILE": "hosts"}, SCRIPT)
+
+
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "variable"),
+    [
+        (SRUN, "SLURM_NTASKS=4"),
+        (BATCH | {"SLURM_PROCID": "3"}, "SLURM_NTASKS=4"),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS=2"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
+        ({"PMI_SIZE": "8"}, "PMI_SIZE=8"),
+    ],
+)
+def test_processes_that_srun_or_mpirun_started_do_not_run_alone(environment, variable, monkeypatch):
+    """Neither the recipes nor the scripts themselves."""
+    with pytest.raises(UserError, match=f"{variable}.*would start a run of its own"):
+        LaunchPlan.from_environment(environment, SCRIPT)
+    assert command(**environment, **NODES)  # one launcher on each node
+    assert command(**environment, HOSTFILE="hosts")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{variable}.*each of them would run alone: start torchrun"):
+        world_size()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert world_size() == 1
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, BATCH, SRUN | {"SLURM_NTASKS": "1"}, {"PMI_SIZE": "1"}, {"SLURM_NTASKS": "x"}]
+)
+def test_control_one_process_and_a_batch_script(environment, monkeypatch):
+    assert command(**environment)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert world_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "world"),
+    [({}, None), ({"NPROC": "4"}, 4), (NODES, 32), ({"NPROC": "4", "HOSTFILE": "hosts"}, None)],
+)
+def test_the_number_of_processes(environment, world):
+    assert LaunchPlan.from_environment(environment, SCRIPT).world == world

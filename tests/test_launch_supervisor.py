@@ -69,7 +69,6 @@ RANK=0 bash -c '{traps}; echo ready >> "$LOG"; for i in {{1..600}}; do sleep 0.0
     [
         ("exit 0", 0, ()),
         ("exit 69", 69, ("--quiet",)),
-        ("kill -KILL $$", 137, ()),
         ('echo 69 > "$EXIT_CODE_FILE"; exit 1', 69, ()),  # torchrun
         ('echo 69 > "$EXIT_CODE_FILE"; exit 1', 69, ("--quiet",)),
         ('echo 69 > "$EXIT_CODE_FILE"; exit 3', 3, ()),  # control: a launcher's own code stands
@@ -82,6 +81,48 @@ def test_exit_codes(start, lines, code, options):
     assert process.communicate() == ("", "")
     assert process.returncode == code
     assert not list(start.temporary.iterdir())  # the file of the exit code is gone
+
+
+def test_a_killed_process_is_reported(start):
+    process = start("kill -KILL $$")
+    assert process.communicate()[1] == (
+        "exit code 137: a process was killed (SIGKILL); the kernel does that when memory runs out "
+        "(dmesg tells)\n"
+    )
+    assert process.returncode == 137
+
+
+CUT_OFF = {
+    "no word": 'RANK=0 bash -c \'trap "" TERM HUP; echo ready >> "$LOG"; exec sleep 600\' & '
+    'until grep -q ready "$LOG"; do sleep 0.02; done; exit 0',
+    "a rank was running": 'echo running > "$EXIT_CODE_FILE"; exit 0',
+}
+
+
+@pytest.mark.parametrize("lines", CUT_OFF.values(), ids=CUT_OFF)
+def test_success_without_the_ranks_is_a_lost_rank(start, lines):
+    """DeepSpeed's runner ends with 0 when the launcher of the node was killed; no rank is left behind."""
+    process = start(f'touch "$LOG"; {lines}', RESTARTS="0")
+    _, errors = process.communicate()
+    assert process.returncode == 69
+    assert errors.startswith("the launcher ended before its ranks")
+    marked = [p for p in psutil.process_iter() if f"LOG={start.log}" in _environment(p)]
+    assert not marked
+
+
+def test_a_restart_does_not_meet_older_ranks(start):
+    """A killed launcher leaves ranks, which hold the port."""
+    lines = """
+n=$(grep -c start "$LOG" 2> /dev/null)
+echo start >> "$LOG"
+[ "$n" = 1 ] && { echo 0 > "$EXIT_CODE_FILE"; pgrep -f "sleep 98765" > "$LOG.left"; exit 0; }
+RANK=0 sleep 98765 &
+kill -KILL $$"""
+    process = start(lines, RESTARTS="1")
+    _, errors = process.communicate()
+    assert process.returncode == 0
+    assert "exit code 137; starting again" in errors
+    assert start.log.with_name("log.left").read_text() == ""
 
 
 def test_a_missing_launcher_is_one_line_without_restarts(start):
@@ -110,6 +151,13 @@ def test_an_answer_is_never_started_again(start):
     process = start('echo start >> "$LOG"; exit 69', "--quiet", RESTARTS="3")
     assert process.wait(60) == 69
     assert start.log.read_text() == "start\n"
+
+
+def _environment(process: psutil.Process) -> list[str]:
+    try:
+        return [f"{name}={value}" for name, value in process.environ().items()]
+    except psutil.Error:
+        return []
 
 
 # --- signals
@@ -176,7 +224,9 @@ def test_sigusr1_does_not_reach_the_ranks_of_a_hostfile(start):
         'echo start >> "$LOG"; [ "$(wc -l < "$LOG")" = 1 ] || exit 0; '
         'until [ -e "$LOG.go" ]; do sleep 0.05; done; exit 69'
     )
-    process = start(lines, HOSTFILE="hosts", RESTARTS="1")
+    hosts = start.log.with_name("hosts")
+    hosts.write_text("node0 slots=1\n")
+    process = start(lines, HOSTFILE=str(hosts), RESTARTS="1")
     start.wait_for("start")
     process.send_signal(signal.SIGUSR1)
     assert process.stderr.readline() == (

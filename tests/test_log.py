@@ -1,5 +1,6 @@
 """The log line: what is written is what is read, an old Megatron line is read too, and a torn one is not."""
 
+import logging
 import math
 import struct
 import subprocess
@@ -275,3 +276,42 @@ def test_tensorboard(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert events.Scalars("lm loss")[0].value == pytest.approx(FULL.loss)
     assert events.Scalars("lm loss validation")[0].step == 10
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100, 119])
+def test_the_line_of_a_narrow_terminal(columns):
+    """It fits, and loss and iteration are those of the full line, to the last bit."""
+    text = metrics_log.compact_line(FULL, columns)
+    assert len(text) <= columns
+    fields, whole = metrics_log.split_fields(text), metrics_log.split_fields(FULL_TEXT)
+    assert fields["lm loss"] == whole["lm loss"]
+    assert (fields["iteration"], fields["train iters"]) == ("10", "100")
+    labels = fields.keys() & {field.label for field in metrics_log.FIELDS}
+    assert all(fields[label] == whole[label] for label in labels)
+    assert ("time left" in fields) == (columns > 60)
+
+
+def test_a_narrow_terminal_shows_skipped_iterations_first():
+    text = metrics_log.compact_line(replace(FULL, skipped=2, nans=1), 110)
+    assert "number of skipped iterations: 2 | number of nan iterations: 1 |" in text
+    assert "skipped" not in metrics_log.compact_line(FULL, 1000)
+
+
+@pytest.mark.parametrize(("is_terminal", "columns"), [(True, 80), (True, 200), (False, 80)])
+def test_a_terminal_gets_the_compact_line_and_the_file_the_whole_one(
+    is_terminal, columns, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(metrics_log, "_is_terminal", lambda: is_terminal)
+    with metrics_log.MetricsLogger(0, tmp_path, start_line="start: now") as log:
+        log.line(FULL)
+        logging.getLogger("ascendspeed").info("run: {long}", extra={"terminal": "run: short"})
+    assert (tmp_path / "train.log").read_text() == f"start: now\n{FULL_TEXT}\nrun: {{long}}\n"
+    line = metrics_log.compact_line(FULL, columns) if is_terminal and columns < 120 else FULL_TEXT
+    assert capsys.readouterr().out == f"{line}\n{'run: short' if is_terminal else 'run: {long}'}\n"
+
+
+def test_without_a_file_a_terminal_gets_everything(monkeypatch, capsys):
+    monkeypatch.setattr(metrics_log, "_is_terminal", lambda: True)
+    metrics_log.MetricsLogger(0).say("all of it", "short")
+    assert capsys.readouterr().out == "all of it\n"

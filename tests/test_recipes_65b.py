@@ -142,6 +142,7 @@ class Slurm:
         if not real:
             program(folder / "bin", "torchrun", TORCHRUN)
         (folder / "copy").write_text(SBATCH.read_text())
+        recipes.inputs(folder)
         for name in ("examples", "pretrain_intern.py"):
             (folder / name).symlink_to(launch.ROOT / name)
 

@@ -147,8 +147,8 @@ def test_a_disk_that_is_too_small_is_known_before_step_0(start, tmp_path, monkey
     run = changed(save=str(tmp_path / "not" / "yet"))
     disk(required - 1)
     words = (
-        rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet; "
-        "free some space or choose another --save"
+        rf"a checkpoint takes 0.01 GiB, and 0.08 GiB are free in {tmp_path}/not/yet, "
+        "of which 64 MiB must stay free; free some space or choose another --save"
     )
     with pytest.raises(UserError, match=words):
         start(run)

@@ -197,9 +197,12 @@ class _SaveGroup:
             try:
                 reports.append(json.loads(self.report(phase, rank).read_text()))
             except (OSError, ValueError):
-                raise UserError(
-                    f"rank {rank} could not report (is {self.folder} on storage that all nodes share?)"
-                ) from None
+                free = shutil.disk_usage(self.folder).free
+                if free < DISK_MARGIN:
+                    reason = f"only {free / 2**20:.0f} MiB are free in {self.folder}: free some space"
+                else:
+                    reason = f"is {self.folder} on storage that all nodes share?"
+                raise UserError(f"rank {rank} could not report ({reason})") from None
             if "error" in reports[-1]:
                 raise UserError(f"rank {rank}: {reports[-1]['error']}")
         return reports
@@ -224,8 +227,11 @@ def _check_space(group: _SaveGroup, size: int) -> None:
     """Raises `UserError` if the disk has less than `size` bytes and the margin."""
     free = shutil.disk_usage(group.temporary).free
     if size + DISK_MARGIN > free:
+        margin = f"{DISK_MARGIN / 2**20:.0f} MiB must stay free"
         figures = f"it takes {size / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free"
-        raise UserError(f"{figures} in {group.folder}; free some space or choose another --save")
+        raise UserError(
+            f"{figures} in {group.folder}, of which {margin}; free some space or choose another --save"
+        )
 
 
 def _publish(group: _SaveGroup, state: TrainState, run: Run, reports: list[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 
 from ascendspeed.cli import legacy_flags, parser
 from ascendspeed.cli.compat import HINT
+from ascendspeed.cli.foreign_launchers import foreign_world
 from ascendspeed.cli.legacy_flags import Table, Translation
 from ascendspeed.utils.errors import UserError
 
@@ -52,7 +53,16 @@ def parse(
 
 
 def world_size() -> int:
-    """Returns the number of processes that the launcher started."""
+    """Returns the number of processes that the launcher started.
+
+    Raises UserError if srun or mpirun started several, which would all run alone.
+    """
+    if "WORLD_SIZE" not in os.environ and (world := foreign_world(os.environ)):
+        raise UserError(
+            f"{world}, and each of them would run alone: start torchrun (or a recipe) once per node, or set "
+            "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each process; WORLD_SIZE=1 runs "
+            "it alone"
+        )
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 

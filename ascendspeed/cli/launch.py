@@ -7,14 +7,23 @@
 
 import argparse
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from ascendspeed.cli.foreign_launchers import foreign_world
 from ascendspeed.cli.supervisor import Supervisor
 from ascendspeed.utils import errors
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.run_record import RunRecord
 
 DEFAULT_PORT = 29500
+MAX_PORT = 65535
+HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
+"""Line of a HOSTFILE."""
+TRAINING = "pretrain_intern.py"
+"""Script whose inputs are checked before any process is started."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,8 @@ class LaunchPlan:
     """stdout is the answer of the script; Ctrl-C is for the ranks alone."""
     remote_ranks: bool = False
     """The ranks run on other nodes, where signals of this machine do not reach them."""
+    world: int | None = None
+    """Number of processes on all nodes; None: one per device that the launcher finds."""
 
     @classmethod
     def from_environment(
@@ -37,20 +48,61 @@ class LaunchPlan:
     ) -> "LaunchPlan":
         """Plans the launch of `script` (a path and its flags). An empty variable counts as unset.
 
-        Raises UserError if a number is malformed, or if several nodes lack a variable that torchrun needs.
+        Raises UserError if a number or the HOSTFILE is malformed, if several nodes lack a variable that
+        torchrun needs, or if srun or mpirun has started several of these launchers for one node each.
         """
         hostfile = environment.get("HOSTFILE") or None
         nodes = _number(environment, "NNODES", at_least=1)
         processes = _number(environment, "NPROC", at_least=1)
+        if hostfile:
+            check_hostfile(hostfile)
+        elif (nodes or 1) == 1 and (world := foreign_world(environment)):
+            raise UserError(
+                f"{world}, and each of them would start a run of its own: start one per node with NNODES, "
+                "NODE_RANK, MASTER_ADDR and NPROC, as examples/intern/pretrain_internlm_65b.sbatch does"
+            )
+        world_size = None if hostfile or not processes else processes * (nodes or 1)
         if quiet and processes == 1 and (nodes or 1) == 1 and not hostfile:
-            return cls(("python", *script), supervised=False, quiet=True)
-        port = _number(environment, "MASTER_PORT", at_least=1) or DEFAULT_PORT
+            return cls(("python", *script), supervised=False, quiet=True, world=1)
+        port = _number(environment, "MASTER_PORT", at_least=1, at_most=MAX_PORT) or DEFAULT_PORT
         if (nodes or 1) > 1 and not hostfile:
             launcher = _torchrun(environment, nodes, processes, port)
         else:
-            launcher = _deepspeed(nodes, processes, port, hostfile, quiet)
+            launcher = _deepspeed(nodes, processes, port, hostfile)
         restarts = 0 if quiet else _number(environment, "RESTARTS", at_least=0) or 0
-        return cls((*launcher, *script), restarts=restarts, quiet=quiet, remote_ranks=hostfile is not None)
+        return cls(
+            (*launcher, *script),
+            restarts=restarts,
+            quiet=quiet,
+            remote_ranks=hostfile is not None,
+            world=world_size,
+        )
+
+
+def check_hostfile(path: str) -> None:
+    """Raises UserError for a HOSTFILE that cannot be read, names no host, or has a malformed line.
+
+    DeepSpeed's launcher would train on this node alone without a file, and fail with a traceback otherwise.
+    """
+    hosts: dict[str, int] = {}
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise UserError(f"HOSTFILE={path}: {reason}; it needs lines of `name slots=8`") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        match = HOST.fullmatch(line.strip())
+        if not match:
+            raise UserError(f"HOSTFILE={path}, line {number}: {line.strip()!r} is not `name slots=8`")
+        if match[1] in hosts:
+            raise UserError(
+                f"HOSTFILE={path}, line {number}: {match[1]} is in line {hosts[match[1]]} already"
+            )
+        hosts[match[1]] = number
+    if not hosts:
+        raise UserError(f"HOSTFILE={path} names no host; it needs lines of `name slots=8`")
 
 
 def _torchrun(environment: Mapping[str, str], nodes: int, processes: int | None, port: int) -> list[str]:
@@ -71,13 +123,12 @@ def _torchrun(environment: Mapping[str, str], nodes: int, processes: int | None,
     return [str(word) for word in words]
 
 
-def _deepspeed(
-    nodes: int | None, processes: int | None, port: int, hostfile: str | None, quiet: bool
-) -> list[str]:
-    """Returns the command of DeepSpeed's launcher: on this node, or over ssh on the nodes of a hostfile."""
-    words = ["deepspeed", "--no_local_rank", "--master_port", str(port)]
-    if quiet:
-        words += ["--log_level", "critical"]
+def _deepspeed(nodes: int | None, processes: int | None, port: int, hostfile: str | None) -> list[str]:
+    """Returns the command of DeepSpeed's launcher: on this node, or over ssh on the nodes of a hostfile.
+
+    Its own log lines are off: they repeat the command line of every process around the one line of an error.
+    """
+    words = ["deepspeed", "--no_local_rank", "--master_port", str(port), "--log_level", "critical"]
     if hostfile:
         words += ["--hostfile", hostfile]
     if nodes:
@@ -87,14 +138,34 @@ def _deepspeed(
     return words
 
 
-def _number(environment: Mapping[str, str], name: str, at_least: int) -> int | None:
+def _number(
+    environment: Mapping[str, str], name: str, at_least: int, at_most: int | None = None
+) -> int | None:
     """Returns the value of a variable, None if it is unset or empty. Raises UserError if it is malformed."""
     text = environment.get(name)
     if not text:
         return None
-    if not (text.isascii() and text.isdigit()) or int(text) < at_least:
-        raise UserError(f"{name}={text} is not a whole number of at least {at_least}")
+    is_number = text.isascii() and text.isdigit() and len(text) <= 9
+    if not is_number or int(text) < at_least or (at_most is not None and int(text) > at_most):
+        limits = f"of at least {at_least}" if at_most is None else f"from {at_least} to {at_most}"
+        raise UserError(f"{name}={text} is not a whole number {limits}")
     return int(text)
+
+
+def _check_training(flags: Sequence[str], plan: LaunchPlan) -> None:
+    """Raises UserError for flags that contradict each other and for missing inputs; records it in the log.
+
+    Inputs of the nodes of a HOSTFILE are not checked here: this node may have none of them.
+    """
+    from ascendspeed.cli import train_args  # here, so that answers do not wait for it
+
+    try:
+        run, _ = train_args.resolve(flags, plan.world)
+        if not plan.remote_ranks:
+            train_args.check_inputs(run)
+    except UserError as error:
+        RunRecord([TRAINING, *flags]).write_error(f"error: {error}")
+        raise
 
 
 def main() -> int:
@@ -110,6 +181,8 @@ def main() -> int:
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of the script")
     arguments = parser.parse_args()
     plan = LaunchPlan.from_environment(os.environ, (arguments.script, *arguments.flags), arguments.quiet)
+    if arguments.script == TRAINING and not {"--help", "-h", "--version"} & set(arguments.flags):
+        _check_training(arguments.flags, plan)
     if not plan.supervised:
         os.execvp(plan.command[0], plan.command)
     return Supervisor(plan.command, plan.restarts, plan.quiet, plan.remote_ranks).run()

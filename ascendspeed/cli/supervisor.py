@@ -17,10 +17,16 @@ from pathlib import Path
 
 import psutil
 
-from ascendspeed.utils.errors import EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from ascendspeed.utils.errors import (
+    EXIT_CODE_FILE,
+    EXIT_INTERRUPTED,
+    EXIT_RANK_LOST,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    RUNNING,
+    UserError,
+)
 
-EXIT_CODE_FILE = "EXIT_CODE_FILE"
-"""Environment variable with the path where a rank leaves its exit code; it marks every process of a run."""
 FORWARDED = {signal.SIGTERM: signal.SIGTERM, signal.SIGINT: signal.SIGTERM, signal.SIGUSR1: signal.SIGUSR1}
 """Signal received -> signal sent to the ranks. Training saves and stops on Ctrl-C as on SIGTERM."""
 FORWARDED_QUIET = {**FORWARDED, signal.SIGINT: signal.SIGINT, signal.SIGHUP: signal.SIGTERM}
@@ -30,6 +36,9 @@ SECONDARY_CODES = (256 - signal.SIGTERM, 256 - signal.SIGABRT)
 """Exit codes of DeepSpeed's launcher for a rank that ended by SIGTERM or SIGABRT."""
 SECONDARY_SECONDS = 10
 """Time after Ctrl-C in which a rank that leaves may take others down with it, by one of the codes above."""
+KILLED_CODES = (128 + signal.SIGKILL, 256 - signal.SIGKILL)
+"""Exit codes of a shell and of DeepSpeed's launcher for a process that ended by SIGKILL."""
+OUT_OF_MEMORY = "the kernel does that when memory runs out (dmesg tells)"
 POLL_SECONDS = 0.1
 TERM_ATTEMPTS = 100
 KILL_ATTEMPTS = 100
@@ -39,8 +48,9 @@ KILL_ATTEMPTS = 100
 class Supervisor:
     """Runs a launcher until it succeeds, is stopped, fails by a user error, or has no restart left.
 
-    `quiet`: the launcher runs in a session of its own, because Ctrl-C at the terminal would end it; a guard
-    ends that session if this process is killed. Signals are blocked and read one at a time (which needs a
+    `quiet`: the launcher runs in a session of its own, because Ctrl-C at the terminal would end it. A guard
+    ends all processes of the run if this process is killed; ranks without a launcher would keep the devices
+    and go on saving. Signals are blocked and read one at a time (which needs a
     single thread), so that none is lost between two statements. A signal that was ignored at the start stays
     ignored.
     """
@@ -70,13 +80,12 @@ class Supervisor:
         descriptor, path = tempfile.mkstemp(prefix="exit_code_")
         os.close(descriptor)
         self._exit_code_file = Path(path)
-        guard = Guard(self._exit_code_file) if self._quiet else None
+        guard = Guard(self._exit_code_file)
         try:
             return self._run_with_restarts()
         finally:
             self._exit_code_file.unlink(missing_ok=True)
-            if guard:
-                guard.dismiss()
+            guard.dismiss()
             signal.pthread_sigmask(signal.SIG_SETMASK, self._original_mask)
 
     def _run_with_restarts(self) -> int:
@@ -100,16 +109,32 @@ class Supervisor:
             pass
         code = self._launcher.returncode
         code = code if code >= 0 else 128 - code
-        if code == 1:  # torchrun's, whatever its ranks ended with
-            code = int(self._exit_code_file.read_text() or code)
-        if self._stopped_before_ranks:
+        code = self._code_of_ranks(code)
+        if code or self._stopped_before_ranks:
             end_marked_processes(self._exit_code_file)
+        if code in KILLED_CODES and not self._stop_requested:
+            _report(f"exit code {code}: a process was killed (SIGKILL); {OUT_OF_MEMORY}")
         if code in SECONDARY_CODES and time.monotonic() - self._ranks_interrupted_at < SECONDARY_SECONDS:
             code = EXIT_INTERRUPTED
         if self._interrupted:
             _report("interrupted")
             code = EXIT_INTERRUPTED
         return code
+
+    def _code_of_ranks(self, code: int) -> int:
+        """Replaces the launcher's exit code where it does not tell how the ranks ended.
+
+        torchrun ends with 1, whatever its ranks ended with, and DeepSpeed's runner with 0 if the launcher of
+        the node was killed.
+        """
+        left = self._exit_code_file.read_text().strip()
+        if code == 1 and left.isdigit():
+            return int(left) or code
+        is_lost = left == RUNNING or (not left and bool(marked_processes(self._exit_code_file)))
+        if code or self._remote_ranks or not is_lost:
+            return code
+        _report("the launcher ended before its ranks (was it killed?); the ranks are ended too")
+        return EXIT_RANK_LOST
 
     def _start(self) -> subprocess.Popen:
         """Starts the launcher with this process's stdin and original signal mask.
@@ -186,14 +211,19 @@ def catches_sigint(pid: int) -> bool:
     return False
 
 
+def marked_processes(exit_code_file: Path) -> list[psutil.Process]:
+    """The living processes with this EXIT_CODE_FILE in their environment."""
+    return [
+        process
+        for process in psutil.process_iter()
+        if _environment(process).get(EXIT_CODE_FILE) == str(exit_code_file)
+    ]
+
+
 def end_marked_processes(exit_code_file: Path) -> None:
     """Ends every process with this EXIT_CODE_FILE in its environment, including orphans and new processes."""
     for attempt in range(TERM_ATTEMPTS + KILL_ATTEMPTS):
-        marked = [
-            process
-            for process in psutil.process_iter()
-            if _environment(process).get(EXIT_CODE_FILE) == str(exit_code_file)
-        ]
+        marked = marked_processes(exit_code_file)
         if not marked:
             return
         for process in marked:

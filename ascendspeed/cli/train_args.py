@@ -20,8 +20,10 @@ from ascendspeed.models import families
 from ascendspeed.models.lora import targets
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
+from ascendspeed.utils.text import shorten_list
 
 DEFAULT_MODEL = "internlm-7b"
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,10 @@ class TrainCommand:
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 
 
-def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
+def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
     """Returns the run that `args` describe for `world` processes, and notes for the user.
+
+    `world`: None if it is not known yet; what depends on it is not checked then.
 
     Raises UserError for everything that can be known to be wrong before a process group exists.
     """
@@ -59,9 +63,14 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     notes += line.notes
     parallel = _parallel_config(line, options.parallel, model, notes)
     if train.global_batch_size is None:
-        data_parallel = world // max(1, parallel.model_size)
+        data_parallel = (world or 1) // max(1, parallel.model_size)
         train = replace(train, global_batch_size=max(1, train.micro_batch_size * data_parallel))
     _check_positions(options.data, model, notes)
+    if model.num_experts:
+        notes.append(
+            f"{model.num_experts} experts are trained without a balancing loss: the router may come to "
+            "prefer few of them"
+        )
     _check_data(options.data, line.typed)
     if train.train_epochs is not None and "train_iters" in line.typed:
         raise UserError(
@@ -72,6 +81,49 @@ def resolve(args: Sequence[str], world: int) -> tuple[Run, list[str]]:
     line.legacy.check(run)
     validation.check_run(run, world)
     return run, notes
+
+
+def check_inputs(run: Run) -> None:
+    """Raises UserError naming every input that is missing: tokenizer, data, weights, DeepSpeed's file.
+
+    Looks at names only; what the files hold is checked when they are opened.
+    """
+    missing = []
+    tokenizer = run.data.tokenizer_name_or_path
+    if tokenizer and not any((Path(tokenizer) / name).is_file() for name in TOKENIZER_FILES):
+        missing.append(f"--tokenizer-name-or-path {tokenizer} (a folder with {' or '.join(TOKENIZER_FILES)})")
+    for flag, words in (("--data-path", run.data.data_path), ("--valid-data-path", run.data.valid_data_path)):
+        prefixes = words if words and len(words) == 1 else (words or ())[1::2]
+        missing += [
+            f"{flag} {prefix} ({_files_text(prefix)})" for prefix in prefixes if not _has_files(prefix)
+        ]
+    load, save = run.train.load, run.train.save
+    is_fresh = bool(load and save) and Path(load).resolve() == Path(save).resolve()
+    if load and not is_fresh and not Path(load).is_dir():
+        missing.append(f"--load {load} (no such folder)")
+    if (config := run.parallel.deepspeed_config) and not Path(config).is_file():
+        missing.append(f"--deepspeed_config {config} (no such file)")
+    if missing:
+        raise UserError(
+            f"missing: {'; '.join(missing)}; README.md describes how to get tokenizer, data and weights"
+        )
+
+
+def _has_files(prefix: str) -> bool:
+    """True if a path is a file or a folder, the beginning of file names, or a glob of some."""
+    path = Path(prefix)
+    try:
+        if path.exists() or (set("*?[") & set(prefix) and any(path.parent.glob(path.name))):
+            return True
+        return path.name != "" and any(other.name.startswith(path.name) for other in path.parent.iterdir())
+    except (OSError, ValueError):
+        return False
+
+
+def _files_text(prefix: str) -> str:
+    """Names the data beside a prefix that does not exist."""
+    names = [str(path.with_suffix("")) for path in sorted(Path(prefix).parent.glob("*.idx"))]
+    return f"no file begins so; prefixes there: {shorten_list(names) or 'none'}"
 
 
 def _train_config(train: TrainConfig, notes: list[str]) -> TrainConfig:

@@ -43,8 +43,10 @@ RANGES: dict[str, dict[Rule, str]] = {
 """Group -> rule -> fields that it holds for. None is legal for a field that may be None."""
 
 
-def check_run(run: Run, world: int) -> None:
-    """Raises UserError for numbers out of range and for combinations that `world` processes cannot run."""
+def check_run(run: Run, world: int | None) -> None:
+    """Raises UserError for numbers out of range and for combinations that `world` processes cannot run; None
+    if their number is not known yet.
+    """
     _check_ranges(run)
     _check_precision(run)
     if not run.data.data_path:
@@ -55,7 +57,8 @@ def check_run(run: Run, world: int) -> None:
         lr_schedule.check(run.optim, run.train.train_iters)
     _check_model(run)
     _check_engine(run.parallel)
-    _check_world(run, world)
+    if world is not None:
+        _check_world(run, world)
     _check_recompute(run)
 
 
@@ -203,7 +206,7 @@ def _check_world(run: Run, world: int) -> None:
     if world % model_size:
         raise UserError(
             f"{world} processes do not split into groups of {model_size} for {layout}; "
-            f"start a multiple of {model_size}"
+            f"start a multiple of {model_size} (NPROC={model_size})"
         )
     dp = world // model_size
     cp = parallel.context_parallel_size

@@ -73,7 +73,10 @@ class Kernels:
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:
-        return ", ".join(f"{operation}: {source}" for operation, source in self.sources)
+        operations: dict[str, list[str]] = {}
+        for operation, source in self.sources:
+            operations.setdefault(source, []).append(operation)
+        return "; ".join(f"{', '.join(names)}: {source}" for source, names in operations.items())
 
 
 def select_kernels(device: Device, **enabled: bool) -> Kernels:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -106,6 +107,10 @@ FIELDS = (
     _Field("memory", "memory_gib", "{:.2f} GiB".format, _unit(" GiB")),
     _Field("time left", "seconds_left", _hms, _seconds),
 )
+COMPACT_FIELDS = ("loss", "skipped", "nans", "seconds_left", "lr", "grad_norm", "tokens_per_s")
+"""Fields of a line on a narrow terminal, the most important ones first; skipped iterations only if any."""
+NARROW_COLUMNS = 120
+"""Terminals below this width get the compact line."""
 _ITERATION = re.compile(r"\biteration\s+(\d+)\s*/\s*(\d+)\s*$")
 _TIME = re.compile(r"\[(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)[^]]*\] iteration +\d+/ *\d+ $")
 _EVAL = re.compile(r"\b(\w+) loss at iteration +(\d+) \| lm loss value: (\S+) \| lm loss PPL: \S+ \|\s*$")
@@ -119,6 +124,25 @@ def format_line(line: TrainLine | EvalLine) -> str:
     values = ((field, getattr(line, field.name)) for field in FIELDS)
     texts = (f"{field.label}: {field.write(value)} |" for field, value in values if value is not None)
     return " ".join([f" [{line.time}] iteration {line.iteration:8d}/{line.train_iters:8d} |", *texts])
+
+
+def compact_line(line: TrainLine | EvalLine, columns: int) -> str:
+    """Text of a line for a narrow terminal: as many of `COMPACT_FIELDS` as fit, loss first.
+
+    `split_fields` reads it as it reads the full line.
+    """
+    if isinstance(line, EvalLine):
+        return format_line(line)
+    text = f" iteration {line.iteration}/{line.train_iters} |"
+    fields = {field.name: field for field in FIELDS}
+    for name in COMPACT_FIELDS:
+        value = getattr(line, name)
+        if value is None or (name in ("skipped", "nans") and not value):
+            continue
+        part = f" {fields[name].label}: {fields[name].write(value).strip()} |"
+        if name == "loss" or len(text) + len(part) <= columns:
+            text += part
+    return text
 
 
 def split_fields(text: str) -> dict[str, str] | None:
@@ -172,20 +196,31 @@ class MetricsLogger:
     """Writes the log of rank 0: to stdout, `log_dir`/train.log (appended) and TensorBoard (scalars)."""
 
     def __init__(
-        self, rank: int = 0, log_dir: str | Path | None = None, tensorboard_dir: str | Path | None = None
+        self,
+        rank: int = 0,
+        log_dir: str | Path | None = None,
+        tensorboard_dir: str | Path | None = None,
+        start_line: str = "",
     ) -> None:
-        """Makes the folders. Raises `UserError` if they cannot be written, or if TensorBoard is not
-        installed.
+        """Makes the folders; `start_line` goes to the file.
+
+        Raises `UserError` if they cannot be written, or if TensorBoard is not installed.
         """
         self.is_writer = self._prints = rank == 0
-        self._file = _append(Path(log_dir) / "train.log") if log_dir and self.is_writer else None
+        self.path = Path(log_dir, "train.log") if log_dir else None
+        self._file = _append(self.path) if self.path and self.is_writer else None
+        if self._file and start_line:
+            self._file.write(start_line + "\n")
         self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.is_writer else None
 
-    def say(self, text: str) -> None:
-        """Writes one line. A log file that cannot be written is closed with a warning: training continues."""
+    def say(self, text: str, terminal: str = "") -> None:
+        """Writes one line. A log file that cannot be written is closed with a warning: training continues.
+
+        `terminal`: what a terminal shows instead, if there is a file that has the whole line.
+        """
         if not self.is_writer:
             return
-        self._print(text)
+        self._print(terminal if terminal and self._file and _is_terminal() else text)
         try:
             if self._file:
                 self._file.write(text + "\n")
@@ -212,7 +247,8 @@ class MetricsLogger:
 
     def line(self, line: TrainLine | EvalLine) -> None:
         """Writes a metrics line, and its numbers to TensorBoard."""
-        self.say(format_line(line))
+        columns = shutil.get_terminal_size().columns
+        self.say(format_line(line), compact_line(line, columns) if columns < NARROW_COLUMNS else "")
         try:
             for tag, value in _scalars(line) if self._board else ():
                 self._board.add_scalar(tag, value, line.iteration)
@@ -248,7 +284,13 @@ class _LineHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._log.say(self.format(record))
+        self._log.say(self.format(record), getattr(record, "terminal", ""))
+
+
+def _is_terminal() -> bool:
+    with contextlib.suppress(ValueError, AttributeError):  # closed, or replaced
+        return sys.stdout.isatty()
+    return False
 
 
 def _scalars(line: TrainLine | EvalLine) -> Iterator[tuple[str, float]]:

@@ -65,7 +65,8 @@ def _check_space(run: Run, grid: ProcessGrid) -> None:
         f"a checkpoint takes {size / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free in {train.save}"
     )
     if size + DISK_MARGIN > free:
-        raise UserError(f"{figures}; free some space or choose another --save")
+        margin = f"of which {DISK_MARGIN / 2**20:.0f} MiB must stay free"
+        raise UserError(f"{figures}, {margin}; free some space or choose another --save")
     count = _checkpoints_at_a_time(run)
     if count * size + DISK_MARGIN > free:
         logger.info(

@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
@@ -21,6 +22,10 @@ EXIT_INTERRUPTED = 128 + signal.SIGINT
 """Ctrl-C: 130, the convention of shells."""
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
+EXIT_CODE_FILE = "EXIT_CODE_FILE"
+"""Environment variable with the path where a rank leaves its exit code; it marks every process of a run."""
+RUNNING = "running"
+"""Content of that file while the rank runs: a run that ends like that was cut off."""
 LAUNCHER_GRACE_SECONDS = 5
 """Seconds in which a launcher ends the other processes of a run after one has exited."""
 
@@ -102,7 +107,9 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
+def run(
+    main: Callable[[], int | None], clean_up: bool = False, record: Callable[[str], None] | None = None
+) -> None:
     """Runs `main` and exits with its return value, or with one line and the error's code on a `UserError`, a
     file that cannot be used, or Ctrl-C.
 
@@ -111,9 +118,11 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
     `clean_up`: SIGTERM and SIGHUP raise an exception in `main`, so that unfinished output is deleted.
     Training does not use it: there SIGTERM takes effect at the end of the iteration
     (`fault_tolerance.stop_signals`).
+    `record`: also receives the text of every error, and the traceback of an unexpected one.
     """
     streams.protect()
     logging.configure()
+    _write_exit_code(RUNNING)
     if clean_up:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores SIGHUP
@@ -128,9 +137,11 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
     except Exception as error:
         known = as_user_error(error)
+        text = report_error(known) if known else traceback.format_exc().rstrip()
+        if record:
+            record(text)
         if known is None:
             raise
-        report_error(known)
         code = known.code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
@@ -139,7 +150,11 @@ def run(main: Callable[[], int | None], clean_up: bool = False) -> None:
         with contextlib.suppress(OSError):  # after a hang-up there is no terminal
             print("terminated", file=sys.stderr, flush=True)
         code = error.exit_code
-    _write_exit_code(code)
+    except SystemExit as error:  # --help
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        _write_exit_code(str(code))
+        raise
+    _write_exit_code(str(code))
     sys.exit(code)
 
 
@@ -156,19 +171,18 @@ def _raise_terminated(number: int, frame: FrameType | None) -> None:
     raise _Terminated(number)
 
 
-def _write_exit_code(code: int) -> None:
-    """Writes the code of a node's first rank to the file EXIT_CODE_FILE: torchrun replaces every code by 1.
-
-    Success is not written: another rank may fail later, and torchrun's 1 must then stand.
+def _write_exit_code(text: str) -> None:
+    """Writes the exit code of a node's first rank to the file EXIT_CODE_FILE: launchers hide it (torchrun
+    ends with 1 for every failure, DeepSpeed's runner with 0 after its launcher was killed).
     """
-    path = os.environ.get("EXIT_CODE_FILE")
-    if code and path and os.environ.get("LOCAL_RANK", "0") == "0":
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path and os.environ.get("LOCAL_RANK", "0") == "0":
         with contextlib.suppress(OSError), open(path, "w") as file:
-            file.write(str(code))
+            file.write(text)
 
 
-def report_error(error: UserError) -> None:
-    """Prints the error to stderr.
+def report_error(error: UserError) -> str:
+    """Prints the error to stderr and returns the text.
 
     Under a launcher usually every rank raises the same error. Rank 0 prints at once; the others first wait
     for the launcher to end them, so that the line appears once. An error of a single other rank is printed
@@ -178,4 +192,6 @@ def report_error(error: UserError) -> None:
     if rank:
         time.sleep(LAUNCHER_GRACE_SECONDS)
     prefix = f"[rank {rank}] " if rank else ""
-    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    text = f"{prefix}error: {error}"
+    print(text, file=sys.stderr, flush=True)
+    return text

@@ -40,6 +40,10 @@ fixed() { flags+=("$@"); }  # fixed FLAG...: adds flags that have no variable
 
 fail() { echo "error: $*" >&2; exit 2; }    # fail MESSAGE
 
+count() {  # count NAME: fails unless $NAME is a whole number of at least 1; bash would evaluate other text as an expression
+    [[ ${!1} =~ ^[1-9][0-9]{0,8}$ ]] || fail "$1=${!1} is not a whole number of at least 1"
+}
+
 dtype_flag() {  # dtype_flag DTYPE: prints the flag of a number format; fp32 has none
     case $1 in
         bf16 | fp16) echo "--$1" ;;
@@ -63,6 +67,8 @@ answer() {  # answer SCRIPT FLAGS...: starts a script whose stdout is the answer
     local dtype script=$1
     shift
     dtype=$(dtype_flag "$DTYPE")
+    count TP
+    count PP
     [ -n "${HOSTFILE:-}${NNODES:-}" ] || export NPROC=${NPROC:-$((TP * PP))}
     # shellcheck disable=SC2086  # the dtype flag is a word, or none
     launch --quiet "$script" "${flags[@]}" $dtype "$@"

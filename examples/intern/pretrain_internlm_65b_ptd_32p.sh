@@ -40,7 +40,7 @@ optional --auto-recompute-device-size DEVICE_MEMORY 55296               # MiB; r
 
 value --eval-interval EVAL_INTERVAL 1000
 value --eval-iters EVAL_ITERS 10                                        # global batches per evaluation
-fixed --log-interval 1 --use-flash-attn
+fixed --log-interval 1
 DTYPE=${DTYPE:-bf16}                                                    # bf16, fp16 or fp32
 
 train "$@"

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ascendspeed.utils.errors import UserError
 from helpers import launch
 
 INTERN = launch.ROOT / "examples" / "intern"
@@ -28,6 +29,29 @@ GIVEN |= {"PACKING", "EPOCHS", "LR", "MIN_LR", "WARMUP"}
 def clean(**own: str) -> dict[str, str]:
     """An environment in which nobody has given a recipe its values."""
     return {name: value for name, value in launch.environment().items() if name not in GIVEN} | own
+
+
+INPUTS = {
+    "tokenizer.model": ("dataset/internlm", "dataset/internlm2", "tok"),
+    "text.idx": (
+        "model_weights",
+        "weights",
+        "there",
+        *(f"model_from_hf/{n}" for n in ("internlm-7b", "internlm2-7b")),
+    ),
+}
+PREFIXES = ("dataset/alpaca_text_document", "dataset/alpaca", "a", "b")
+
+
+def inputs(folder: Path) -> Path:
+    """Stand-ins for the tokenizers, data and weights that recipes name; the folder, to run them in."""
+    for name, places in INPUTS.items():
+        for place in places:
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / name).touch()
+    for prefix in PREFIXES:
+        (folder / f"{prefix}.idx").touch()
+    return folder
 
 
 def program(folder: Path, name: str, text: str) -> None:
@@ -54,8 +78,14 @@ def typed(recipe: Path, folder: Path, *flags: str, starter: str = "deepspeed", *
     program(folder / "bin", starter, f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words\n')
     path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        ["bash", str(recipe), *flags], env=clean(PATH=path, **env), capture_output=True, text=True
+        ["bash", str(recipe), *flags],
+        env=clean(PATH=path, **env),
+        cwd=inputs(folder),
+        capture_output=True,
+        text=True,
     )
+    if done.returncode == 2 and done.stderr.startswith("error: "):
+        raise UserError(done.stderr)
     assert done.returncode == 0, done.stderr
     words = (folder / "words").read_text().splitlines()
     return words[words.index("pretrain_intern.py") + 1 :]

@@ -103,7 +103,9 @@ def engine_builder(
     if path := run.parallel.deepspeed_config:
         import_deepspeed(device)
         deepspeed_check.check(config, read_additions(path), path)
-    logger.info(f"DeepSpeed config: {json.dumps(config)}")
+    copy = Path(run.train.log_dir, "ds_config.json")
+    text = f"DeepSpeed config: {json.dumps(config)}"
+    logger.info(text, extra={"terminal": f"DeepSpeed config: {copy}"})
     if grid.rank == 0:
-        Path(run.train.log_dir, "ds_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        copy.write_text(json.dumps(config, indent=2) + "\n")
     return lambda tensors: DeepSpeedEngine(run, grid, device, config, kernels, tensors)

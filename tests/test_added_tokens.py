@@ -284,3 +284,18 @@ def test_a_token_beyond_the_model_that_occurs_is_an_error(case, tmp_path):
         tokenizer.UserError, match=r"adds '<pad>' = 900, .* \(0 to 899\): remove these tokens"
     ):
         check_vocab_size(loaded, 900, "too large")
+
+
+@pytest.mark.parametrize("number", [5000, 2**31])
+def test_a_vocabulary_with_gaps(number, folder, tmp_path):
+    assert export.write(folder) is None
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"]["vocab"]["a"] = number
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    if number == 2**31:
+        with pytest.raises(tokenizer.UserError, match="is not a token id"):
+            tokenizer.load(tmp_path)
+        return
+    loaded = tokenizer.load(tmp_path)
+    assert loaded.vocab_size == number + 1
+    assert loaded.decode(loaded.encode("a b")) == "a b"

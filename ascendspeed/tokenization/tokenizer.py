@@ -269,7 +269,10 @@ class JsonTokenizer(Tokenizer):
         # Added tokens that are not special are ordinary vocabulary (runs of spaces, for example).
         self._model.encode_special_tokens = not parses_special_tokens
         super().__init__(path, self._model.get_vocab_size(with_added_tokens=False), parses_special_tokens)
-        self.vocab_size = max(self.vocab_size, self._model.get_vocab_size())
+        highest = max(self._model.get_vocab().values(), default=-1)  # ids may have gaps
+        if highest >= 2**31 - 1:
+            raise UserError(f"{path / 'tokenizer.json'}: {highest} is not a token id")
+        self.vocab_size = max(self.vocab_size, highest + 1)
         self.pad = self.eos if self.pad is None else self.pad
         kinds = _decoder_kinds(self._model.decoder)
         self.decodes_byte_runs = "ByteFallback" in kinds

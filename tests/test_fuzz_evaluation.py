@@ -14,7 +14,7 @@ from helpers.fuzz import Findings, dump, mutate_bytes, mutate_json
 from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerCache
 from ascendspeed.evaluation.tasks import load_benchmark
 
-COUNTS = [60, pytest.param(1500, marks=pytest.mark.slow)]
+COUNTS = [100, pytest.param(1500, marks=pytest.mark.slow)]
 ROWS = {
     "boolq": ("val", "train", {"question": "q", "passage": "p", "idx": 0, "label": True}),
     "gsm8k": ("test", "train", {"question": "q", "answer": "x\n#### 42"}),

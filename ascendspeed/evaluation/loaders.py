@@ -15,7 +15,7 @@ from ascendspeed.evaluation.questions import LETTERS, Benchmark, Question, Subje
 from ascendspeed.evaluation.readers import csv_rows, json_rows, parquet_objects, parquet_rows, string_field
 from ascendspeed.evaluation.subjects import SubjectInfo, custom_subjects
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.text import shorten_list
+from ascendspeed.utils.text import shorten, shorten_list
 
 CUSTOM_SUBJECTS = "subjects.csv"
 """CSV file with the header subject,category in the folder of a user-provided dataset in the format of a
@@ -115,7 +115,9 @@ def _find_joint_parquet(files: SubjectFiles, folder: Path) -> tuple[Path, list[s
         paths = sorted(location.glob(f"{split}-*.parquet"))
         for where, (subject, *cells) in parquet_rows(paths, ("subject", *files.parquet)):
             if not isinstance(subject, str):
-                raise UserError(f"{where}: 'subject' is {subject!r}, where the name of a subject should be")
+                raise UserError(
+                    f"{where}: 'subject' is {shorten(subject)}, where the name of a subject should be"
+                )
             rows[subject].append((where, cells))
         return rows
 
@@ -191,10 +193,11 @@ def _multiple_choice(name: str, location: str, text: Any, choices: Any, answer: 
         or not all(isinstance(x, str) for x in (text, *choices))
     ):
         raise UserError(
-            f"{location}: expected a question and four choices as text, not {text!r}, {choices!r}"
+            f"{location}: expected a question and four choices as text, not {shorten(text)}, "
+            f"{shorten(choices)}"
         )
     if answer not in tuple(LETTERS):
-        raise UserError(f"{location}: the answer {answer!r} is not one of A, B, C, D")
+        raise UserError(f"{location}: the answer {shorten(answer)} is not one of A, B, C, D")
     return Question(name, location, text, tuple(choices), LETTERS.index(answer))
 
 
@@ -251,7 +254,7 @@ def parse_boolq(name: str, location: str, row: dict[str, Any]) -> Question:
     """Parses a row of BoolQ: `label` in SuperGLUE, `answer` in the original files."""
     answer = row.get("label", row.get("answer"))
     if type(answer) not in (bool, int) or answer not in (0, 1):
-        raise UserError(f"{location}: 'label' is {answer!r}, where true or false (1 or 0) should be")
+        raise UserError(f"{location}: 'label' is {shorten(answer)}, where true or false (1 or 0) should be")
     text = string_field(location, row, "question")
     passage = string_field(location, row, "passage")
     return Question(name, location, text, ("no", "yes"), int(answer), passage)
@@ -273,9 +276,9 @@ def parse_hellaswag(name: str, location: str, row: dict[str, Any]) -> Question:
         or len(endings) != 4
         or not all(isinstance(ending, str) for ending in endings)
     ):
-        raise UserError(f"{location}: 'endings' is {endings!r}, where four strings should be")
+        raise UserError(f"{location}: 'endings' is {shorten(endings)}, where four strings should be")
     if str(label) not in ("0", "1", "2", "3"):
-        raise UserError(f"{location}: 'label' is {label!r}, where 0, 1, 2 or 3 should be")
+        raise UserError(f"{location}: 'label' is {shorten(label)}, where 0, 1, 2 or 3 should be")
     keys = ("ctx_a", "ctx_b", "activity_label")
     first, second, activity = (string_field(location, row, key) for key in keys)
     text = clean_wikihow(f"{activity}: {first} {second.capitalize()}")

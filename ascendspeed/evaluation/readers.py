@@ -11,7 +11,7 @@ from typing import Any
 from ascendspeed.data.readers.csv_text import CsvError, strict_rows
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file, checked_text, parse_json
-from ascendspeed.utils.text import first_line
+from ascendspeed.utils.text import first_line, shorten
 
 
 def csv_rows(
@@ -30,7 +30,7 @@ def csv_rows(
             if missing:
                 raise UserError(
                     f"{location}: the first line must name the columns, but lacks {', '.join(missing)}: "
-                    f"{','.join(row)}"
+                    f"{shorten(','.join(row))}"
                 )
             repeated = next((name for name in names if row.count(name) > 1), None)
             if repeated:
@@ -132,6 +132,6 @@ def string_field(location: str, row: dict[str, Any], key: str) -> str:
     """Returns a string of a JSON object. Raises UserError if it is missing or of another type."""
     value = row.get(key)
     if not isinstance(value, str):
-        problem = "missing" if key not in row else repr(value)
+        problem = "missing" if key not in row else shorten(value)
         raise UserError(f"{location}: {key!r} is {problem}, where a string should be")
     return value

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.text import shorten
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ def custom_subjects(categories: dict[str, str], location: str) -> dict[str, Subj
     for name in categories:
         if not name or not name.replace("_", "").isalnum():
             raise UserError(
-                f"{location}: {name!r} is not a valid subject name: use letters, digits and underscores"
+                f"{location}: {shorten(name)} is not a valid subject name: use letters, digits and "
+                "underscores"
             )
     return {
         name: SubjectInfo(name, category or "other", name.replace("_", " "))

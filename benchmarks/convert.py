@@ -228,7 +228,7 @@ def _cpu() -> str:
 
 def main() -> None:
     """Measures, prints, writes."""
-    options = parser.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=__doc__ or "")
     with tempfile.TemporaryDirectory(dir=options.work_dir) as folder:
         text = report(run(options, Path(folder)), options)
     print(text)

@@ -95,7 +95,7 @@ def _with_noise(tensor: "Tensor", name: str, seed: int, deviation: float) -> "Te
 
 def main() -> None:
     """Runs the command."""
-    options = parser.parse(Options, description=Options.__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     config = _config(options)
     if not 0 <= options.noise < math.inf:
         raise errors.UserError(f"--noise {options.noise} is not a standard deviation: 0 or a little more")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ascendspeed.checkpoint import manifest
 from ascendspeed.checkpoint.load import Checkpoint
-from ascendspeed.checkpoint.paths import MANIFEST, STEP_PATTERN, read_latest, step_folders
+from ascendspeed.checkpoint.paths import MANIFEST, STEP_PATTERN, describe_missing, read_latest, step_folders
 from ascendspeed.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def open_checkpoint(path: str | Path, rank: int = 0, world: int = 1, gather: Gat
     Raises `UserError` if there is none, or if the named step is damaged.
     """
     path = Path(path)
+    if not path.exists():
+        raise UserError(describe_missing(path))
     if not ((path / MANIFEST).exists() or STEP_PATTERN.fullmatch(path.name)):
         checkpoint = find_checkpoint(path, rank, world, gather)
         if checkpoint is None:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from ascendspeed.utils.text import shorten_list
+
 STEP_PATTERN = re.compile(r"step_\d{7,}")
 MANIFEST = "manifest.json"
 """File that is written last into the folder of a step."""
@@ -28,6 +30,15 @@ def step_folders(folder: Path) -> dict[str, Path]:
     folders = {path.name[1 : -len(".old")]: path for path in folder.glob(".step_*.old")}
     folders |= {path.name: path for path in folder.glob("step_*")}
     return {name: path for name, path in folders.items() if STEP_PATTERN.fullmatch(name) and path.is_dir()}
+
+
+def describe_missing(path: str | Path) -> str:
+    """Text about a folder that does not exist; for a step, with the steps that there are."""
+    path = Path(path)
+    if path.exists() or not path.name.startswith("step_") or not path.parent.is_dir():
+        return f"{path} is not a directory"
+    steps = shorten_list(sorted(step_folders(path.parent), reverse=True)) or "no steps"
+    return f"there is no {path.name} in {path.parent}; there are {steps}"
 
 
 def looks_like_checkpoint(path: str | Path) -> bool:

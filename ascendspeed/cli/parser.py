@@ -23,6 +23,8 @@ T = TypeVar("T")
 NEAR = 0.87
 """Least similarity of the flag that an error proposes."""
 LONG_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
+LONGEST = 500
+"""Characters of a message that may quote a value of any length."""
 LEAST_WIDTH = 40
 """Columns of the narrowest `--help`: with fewer than 6, tyro does not end."""
 
@@ -224,4 +226,5 @@ def _one_line(box: str) -> str:
         else:
             parts[-1].append(text)
     texts = [" ".join(" ".join(part).split()) for part in parts]
-    return next((text for text in texts[1:] if text), texts[0]) + " (see --help)"
+    text = next((text for text in texts[1:] if text), texts[0])
+    return (text if len(text) <= LONGEST else f"{text[:LONGEST]}...") + " (see --help)"

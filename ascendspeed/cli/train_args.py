@@ -37,7 +37,10 @@ class Preset:
 
 @dataclass(frozen=True)
 class TrainCommand:
-    """Trains InternLM and related models with Megatron-core or DeepSpeed."""
+    """Trains InternLM and related models with Megatron-core or DeepSpeed.
+
+    torchrun --nproc_per_node 8 pretrain_intern.py --load DIR --data-path PREFIX --bf16 --save ckpt
+    """
 
     preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     data: FlagCreatePairsOff[DataConfig] = field(default_factory=DataConfig)

@@ -14,6 +14,9 @@ from ascendspeed.utils.errors import UserError
 
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
+BELOW_2_31: Rule = ("must be below 2147483648", lambda value: value < 2**31)
+SEED: Rule = ("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32)
+A_YEAR: Rule = ("must be at most 525600, a year", lambda value: value <= 525600)
 POSITIVE: Rule = ("must be above 0", lambda value: 0 < value < math.inf)
 NOT_NEGATIVE: Rule = ("must be 0 or more", lambda value: 0 <= value < math.inf)
 SHARE: Rule = ("must be at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -23,21 +26,36 @@ RANGES: dict[str, dict[Rule, str]] = {
         AT_LEAST_1: "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
         "vocab_size max_position_embeddings num_experts moe_router_topk moe_ffn_hidden_size "
         "moe_shared_expert_intermediate_size",
+        BELOW_2_31: "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size "
+        "max_position_embeddings num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size",
         POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
         NOT_NEGATIVE: "init_method_std",
     },
     "parallel": {
         AT_LEAST_1: "make_vocab_size_divisible_by num_virtual_stages_per_pipeline_rank context_parallel_size "
-        "expert_model_parallel_size zero_hpz_partition_size"
+        "expert_model_parallel_size zero_hpz_partition_size",
+        BELOW_2_31: "make_vocab_size_divisible_by",
     },
     "optim": {SHARE: "adam_beta1 adam_beta2", POSITIVE: "adam_eps", NOT_NEGATIVE: "weight_decay clip_grad"},
-    "data": {AT_LEAST_1: "seq_length max_segment_length", NOT_NEGATIVE: "min_length"},
-    "lora": {NOT_NEGATIVE: "lora_rank", POSITIVE: "lora_alpha", SHARE: "lora_dropout"},
+    "data": {
+        AT_LEAST_1: "seq_length max_segment_length",
+        BELOW_2_31: "seq_length max_segment_length",
+        NOT_NEGATIVE: "min_length",
+    },
+    "lora": {
+        NOT_NEGATIVE: "lora_rank",
+        BELOW_2_31: "lora_rank",
+        POSITIVE: "lora_alpha",
+        SHARE: "lora_dropout",
+    },
     "train": {
         AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters "
         "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers",
+        BELOW_2_31: "micro_batch_size global_batch_size train_iters",
+        SEED: "seed",
         SHARE: "attention_dropout hidden_dropout",
         POSITIVE: "train_epochs exit_duration_in_mins distributed_timeout_minutes",
+        A_YEAR: "distributed_timeout_minutes",
     },
 }
 """Group -> rule -> fields that it holds for. None is legal for a field that may be None."""

@@ -52,10 +52,13 @@ class EvaluationArgs:
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Evaluates a language model on benchmark files on disk."""
+    """Evaluates a language model on benchmark files on disk.
 
-    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
+    python tasks/evaluation/evaluation.py --load DIR --bf16 --task mmlu --task-data-path data/mmlu
+    """
+
     evaluation: FlagCreatePairsOff[EvaluationArgs] = field(default_factory=EvaluationArgs)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
     preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 

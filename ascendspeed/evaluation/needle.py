@@ -58,10 +58,13 @@ class NeedleArgs:
 
 @dataclass(frozen=True)
 class NeedleCommand:
-    """Needle-in-a-haystack test: retrieval of a sentence from long texts."""
+    """Needle-in-a-haystack test: retrieval of a sentence from long texts.
 
-    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
+    python tasks/evaluation/needle.py --load DIR --bf16 --chat --lengths 32768 65536
+    """
+
     needle: FlagCreatePairsOff[NeedleArgs] = field(default_factory=NeedleArgs)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
     preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 

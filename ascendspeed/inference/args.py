@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import FlagCreatePairsOff, UseAppendAction
 
+from ascendspeed.checkpoint.paths import describe_missing
 from ascendspeed.cli import command
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import GENERATE
@@ -140,10 +141,13 @@ class GenerationArgs:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Generates text with a language model, or chats with it."""
+    """Generates text with a language model, or chats with it.
 
-    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
+    python tasks/inference/generate.py --load DIR --bf16 --prompt "The capital of France is"
+    """
+
     generation: FlagCreatePairsOff[GenerationArgs] = field(default_factory=GenerationArgs)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
     preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 
@@ -198,7 +202,7 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
             "--load is needed: a Hugging Face directory, converted weights or a training checkpoint"
         )
     if not Path(args.load).is_dir():
-        raise UserError(f"--load {args.load} is not a directory")
+        raise UserError(f"--load: {describe_missing(args.load)}")
     command.check_precision(args.bf16, args.fp16)
     line.legacy.check(args)
     name = line.options.preset.model

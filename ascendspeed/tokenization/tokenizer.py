@@ -320,6 +320,8 @@ def load(path: str | Path, parses_special_tokens: bool = False) -> Tokenizer:
     for name, tokenizer_class in TOKENIZER_CLASSES.items():
         if (folder / name).is_file():
             return tokenizer_class(folder, parses_special_tokens)
+    if folder.is_file():
+        raise UserError(f"{folder} is a file: give its folder, {folder.parent}")
     if folder.is_dir():
         names = ", ".join(sorted(p.name for p in folder.iterdir())[:8])
         reason = f"the folder holds {names or 'nothing'}"

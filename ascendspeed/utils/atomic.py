@@ -81,7 +81,7 @@ def open_atomic(path: Path, shared: bool = False) -> Iterator[IO[bytes]]:
     """
     temporary = _temporary(path, shared)
     try:
-        with open(temporary, "wb") as file:
+        with _create(temporary) as file:
             yield file
             sync_file(file)
         _rename(temporary, path)
@@ -97,7 +97,7 @@ def stage_file(path: Path, content: str | bytes) -> Callable[[], None]:
     Raises `OSError`.
     """
     temporary = _temporary(path)
-    with open(temporary, "wb") as file:
+    with _create(temporary) as file:
         file.write(_encoded(content))
         sync_file(file)
     return lambda: _rename(temporary, path)
@@ -111,6 +111,8 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def write_file(path: Path, content: str | bytes) -> None:
     """Writes or replaces a file and makes its folder. Raises `UserError` if the file cannot be written."""
+    if path.is_dir():
+        raise UserError(f"{path} is a directory: give the name of a file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, content)
@@ -129,6 +131,12 @@ def remove_file(path: Path) -> None:
 def _temporary(path: Path, shared: bool = False) -> Path:
     writer = f".{os.uname().nodename}.{os.getpid()}" if shared else ""
     return path.with_name(f".{path.name}{writer}.tmp")
+
+
+def _create(temporary: Path) -> IO[bytes]:
+    """Creates a file anew: what a killed writer left, or a link that someone else put there, is removed."""
+    temporary.unlink(missing_ok=True)
+    return open(temporary, "xb")
 
 
 def _encoded(content: str | bytes) -> bytes:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -30,6 +31,7 @@ LAUNCHER_GRACE_SECONDS = 5
 """Seconds in which a launcher ends the other processes of a run after one has exited."""
 
 
+ENDLESS_WORD = re.compile(r"\S{500,}")
 CONTROL_CHARACTERS = re.compile("[\\x00-\\x1f\\x7f-\\x9f\\u2028\\u2029]")
 FILE_ERRORS = {
     errno.EACCES: "no permission",
@@ -53,6 +55,8 @@ FILE_ERRORS = {
 """Errors of the operating system that the user can correct, and their text."""
 RUNTIME_ERRORS = {
     "allocate memory": "not enough memory",
+    "Storage size calculation overflowed": "a tensor would be larger than any memory",
+    "Symlink loop": "symbolic links in a circle",
     "Too many open files": "too many open files: raise the limit with ulimit -n",
 }
 """Part of a library's RuntimeError -> the text for the user."""
@@ -65,10 +69,11 @@ class UserError(Exception):
     """Exit code of a program that ends with this error."""
 
     def __str__(self) -> str:
-        """The message; line breaks and other control characters, such as those of a file's name, are
-        escaped.
+        """The message: control characters, such as line breaks in a file's name, are escaped, and endless
+        words are shortened.
         """
-        return escape_control_characters(super().__str__())
+        text = escape_control_characters(super().__str__())
+        return ENDLESS_WORD.sub(lambda match: f"{match[0][:200]}...{match[0][-100:]}", text)
 
 
 class RankLost(UserError):
@@ -121,6 +126,7 @@ def run(
     `record`: also receives the text of every error, and the traceback of an unexpected one.
     """
     streams.protect()
+    threading.excepthook = _report_thread
     logging.configure()
     _write_exit_code(RUNNING)
     if clean_up:
@@ -156,6 +162,16 @@ def run(
         raise
     _write_exit_code(str(code))
     sys.exit(code)
+
+
+def _report_thread(failure: threading.ExceptHookArgs) -> None:
+    """Reports an exception that ended a thread: one line for a full disk and the like."""
+    known = as_user_error(failure.exc_value) if failure.exc_value else None
+    if known is None:
+        threading.__excepthook__(failure)
+    else:
+        name = failure.thread.name if failure.thread else "a thread"
+        print(f"warning: {name} has stopped: {known}", file=sys.stderr, flush=True)
 
 
 class _Terminated(SystemExit):

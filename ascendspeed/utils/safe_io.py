@@ -108,7 +108,7 @@ def plain_file_name(name: Any, where: str | Path) -> str:
         or PurePosixPath(name).name != name
         or set(name) & set("\\\0\n")
     ):
-        raise UserError(f"{where} names {name!r}, which is not a file of its folder")
+        raise UserError(f"{where} names {repr(name)[:200]}, which is not a file of its folder")
     return name
 
 

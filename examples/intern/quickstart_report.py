@@ -159,7 +159,7 @@ def draw(lines: list[Any], path: Path) -> None:
 
 def main() -> None:
     """Computes both losses, draws the curve and prints the table."""
-    options = parser.parse(Options, description=Options.__doc__ or "")
+    options = parser.parse(Options, description=__doc__ or "")
     work = options.work
     samples = held_out(work, options.length)
     ours, theirs = our_loss(work, samples), their_loss(work, samples)

@@ -49,8 +49,8 @@ class BenchmarkArgs:
 class BenchmarkCommand:
     """Measures the time to the first token, the time of each further token, and tokens per second."""
 
-    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
     benchmark: FlagCreatePairsOff[BenchmarkArgs] = field(default_factory=BenchmarkArgs)
+    engine: FlagCreatePairsOff[EngineArgs] = field(default_factory=EngineArgs)
     preset: FlagCreatePairsOff[Preset] = field(default_factory=Preset)
     model: ModelConfig = field(default_factory=lambda: families.preset(DEFAULT_MODEL))
 
@@ -69,7 +69,7 @@ class BenchmarkJob:
 
 def resolve(args: Sequence[str], world: int) -> tuple[BenchmarkJob, list[str]]:
     """Returns the job of `args` for `world` processes, and notes for the user. Raises UserError."""
-    line = command.parse(BenchmarkCommand, args, INFERENCE, BenchmarkCommand.__doc__ or "")
+    line = command.parse(BenchmarkCommand, args, INFERENCE, __doc__ or "")
     cases, ranges = _cases(line.options.benchmark)
     return BenchmarkJob(resolve_engine(line, world), line.options.benchmark, cases, ranges), line.notes
 

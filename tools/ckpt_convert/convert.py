@@ -86,7 +86,7 @@ def _check_read_options(options: Options, typed: set[str]) -> None:
 
 def main() -> None:
     """Parses the command line, converts, and prints the target."""
-    options = parser.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=__doc__ or "")
     typed = parser.typed_fields(Options)
     _check_write_options(options, typed)
     from ascendspeed.conversion import (  # after parsing, so that --help does not wait for torch

@@ -31,7 +31,7 @@ class Options:
 
 def main() -> None:
     """Runs the command."""
-    options = parser.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=__doc__ or "")
     # imported after parsing, so that --help does not wait for torch
     from ascendspeed.checkpoint.discovery import open_checkpoint
     from ascendspeed.conversion.formats import peft

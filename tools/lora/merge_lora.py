@@ -28,7 +28,7 @@ class Options:
 
 def main() -> None:
     """Runs the command."""
-    options = parser.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=__doc__ or "")
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.conversion.formats import peft
     from ascendspeed.conversion.lora_merge import merge

@@ -17,7 +17,7 @@ class Options(internlm_tools.ToHuggingFace):
 
 def main() -> None:
     """Runs the command."""
-    options = parser.parse(Options, description=Options.__doc__)
+    options = parser.parse(Options, description=__doc__ or "")
     internlm_tools.to_hugging_face(
         options,
         parser.typed_fields(Options),

@@ -27,7 +27,7 @@ class Options(internlm_tools.ToInternEvo):
 
 def main() -> None:
     """Runs the command."""
-    options = command.parse(Options, table=TO_INTERNEVO, description=Options.__doc__ or "").options
+    options = command.parse(Options, table=TO_INTERNEVO, description=__doc__ or "").options
     internlm_tools.to_internevo(
         options, ("internlm", "internlm3", "llama"), "revert_internlm2.py", options.version, options.adapt_hf
     )

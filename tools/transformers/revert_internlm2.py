@@ -19,7 +19,7 @@ class Options(internlm_tools.ToInternEvo):
 
 def main() -> None:
     """Runs the command."""
-    options = command.parse(Options, table=TO_INTERNEVO, description=Options.__doc__ or "").options
+    options = command.parse(Options, table=TO_INTERNEVO, description=__doc__ or "").options
     internlm_tools.to_internevo(options, ("internlm2",), "revert_internlm.py")
 
 

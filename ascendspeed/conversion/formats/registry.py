@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ascendspeed.checkpoint.paths import describe_missing
 from ascendspeed.conversion.formats.base import CheckpointFormat, ReadOptions
 from ascendspeed.conversion.formats.gguf import GgufFormat
 from ascendspeed.conversion.formats.huggingface import HuggingFaceFormat, LlamaFormat
@@ -74,7 +75,7 @@ def open_reader(
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a directory")
+        raise UserError(describe_missing(folder))
     detected = detect_formats(folder)
     if len(detected) > 1:
         contents = " and ".join(form.contents for form in detected)

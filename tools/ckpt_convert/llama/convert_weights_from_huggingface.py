@@ -34,7 +34,7 @@ class Options:
 
 def main() -> None:
     """Runs the command."""
-    line = command.parse(Options, table=ARCHITECTURE, description=Options.__doc__ or "")
+    line = command.parse(Options, table=ARCHITECTURE, description=__doc__ or "")
     options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir

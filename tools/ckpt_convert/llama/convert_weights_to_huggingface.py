@@ -36,7 +36,7 @@ class Options:
 
 def main() -> None:
     """Runs the command."""
-    line = command.parse(Options, table=RANKS_TO_HF, description=Options.__doc__ or "")
+    line = command.parse(Options, table=RANKS_TO_HF, description=__doc__ or "")
     options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.models import families

@@ -39,7 +39,7 @@ class Options:
 
 def main() -> None:
     """Runs the command."""
-    line = command.parse(Options, table=RANKS_TO_RANKS, description=Options.__doc__ or "")
+    line = command.parse(Options, table=RANKS_TO_RANKS, description=__doc__ or "")
     options = line.options
     from ascendspeed.conversion import convert  # after parsing, so that --help does not wait for torch
     from ascendspeed.utils.atomic import require_empty_dir

@@ -90,6 +90,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             f"remove the others, or move them to another folder"
         )
     name = sets[0].removesuffix(INDEX)
+    if name not in LOADERS:
+        raise UserError(f"{folder} has {name}: its index is missing, or names other files")
     if sets[0] == _index_of(name):
         return _read_shards(folder, folder / sets[0], LOADERS[name])
     return _check_table(folder / name, LOADERS[name](folder / name))

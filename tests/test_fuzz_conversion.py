@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.conversion import BASE, hugging_face, written
-from helpers.fuzz import NASTY, Findings, dump, mutate_bytes, mutate_json
+from helpers.fuzz import HOSTILE_VALUES, Findings, dump, mutate_bytes, mutate_json
 from helpers.internevo import BIASED, directory
 from safetensors.torch import save
 
@@ -72,7 +72,7 @@ def test_config_json(count, tmp_path):
         if generator.random() < 0.6:
             config |= generator.choice(ADDITIONS)
         if generator.random() < 0.3:
-            config[generator.choice(sorted(config))] = generator.choice(NASTY)
+            config[generator.choice(sorted(config))] = generator.choice(HOSTILE_VALUES)
         mutated = mutate_json(config, generator, ("dynamic", "linear", "silu", "gelu", "internlm", "llama"))
         content = dump(mutated) if generator.random() < 0.85 else mutate_bytes(dump(config), generator)
         path.write_bytes(content)
@@ -132,7 +132,7 @@ def test_safetensors(count, small, tmp_path):
 
 @runs(120, 3000)
 def test_an_index_of_shards(count, small, tmp_path):
-    """What is accepted has every tensor of the model, bit by bit."""
+    """An accepted folder has every tensor of the model, bit by bit."""
     generator, findings = random.Random(5), Findings()
     expected = read(small)
     stored = written(small)

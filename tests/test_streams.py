@@ -39,7 +39,7 @@ errors.run(main)
 )
 @pytest.mark.parametrize("own_code", [0, 1])
 def test_output_that_is_lost_ends_no_work(redirection, code, message, own_code, tmp_path):
-    """What remains is the work, the exit code, and a line unless the reader has closed the pipe."""
+    """The work and its exit code remain, with a line unless the reader has closed the pipe."""
     line = f'"$0" -c "$1" "$2" {own_code} {redirection}'
     words = ["bash", "-o", "pipefail", "-c", line, sys.executable, PROGRAM, tmp_path / "result"]
     done = subprocess.run(words, env=launch.environment(), capture_output=True, text=True, cwd=tmp_path)

@@ -60,7 +60,7 @@ def test_characters_that_the_locale_lacks_are_escaped(tmp_path):
 def test_commands_on_a_full_disk(tmp_path):
     """Their files are complete; stdout is lost, which is said, and the code is that of an error."""
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two"}) + "\n")
-    corpus.sentencepiece_dir(tmp_path / "tokenizer", 300)
+    corpus.sentencepiece_dir(tmp_path / "tokenizer", 400)
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps({"step": step, "loss": 3.0}) + "\n" for step in range(1, 9)))
     commands = {

@@ -206,7 +206,7 @@ def test_truncation_is_reported(chats, chat_tokenizer):
         return opened(chats, chat_tokenizer, **options).notes[0]
 
     match = re.search(
-        r"estimated from 128 rows\); of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;",
+        r"128 rows\); of these, (\d+) documents cut to --seq-length 70: 0 answers lost, (\d+) cut;",
         note(70),
     )
     assert match

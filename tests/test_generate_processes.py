@@ -155,7 +155,9 @@ def shell(tmp_path):
     return shell
 
 
-def test_fronts(shell):
+def test_fronts(shell, tmp_path):
+    hosts = str(tmp_path / "hosts")
+    Path(hosts).write_text("node0 slots=8\nnode1 slots=8\n")
     recipe = "examples/intern/generate_internlm_7b_deepspeed.sh"
     code, output = shell(recipe, "--prompt", "hi", MODEL="internlm-7b")
     assert code == 0
@@ -172,7 +174,7 @@ def test_fronts(shell):
     assert "--tensor-model-parallel-size 4 --pipeline-model-parallel-size 2" in output
     assert "--bf16" not in output
     assert "--tokenizer-name-or-path" not in output
-    assert "--hostfile hosts tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE="hosts")[1]
+    assert f"--hostfile {hosts} tasks/inference/generate.py" in shell(recipe, TP="16", HOSTFILE=hosts)[1]
     assert shell(recipe, DTYPE="fp8")[0] == 2
     for script in ("run_pa.sh", "run_fa.sh"):
         _, output = shell(
@@ -189,11 +191,11 @@ def test_fronts(shell):
     assert shell(evaluation)[1].startswith("python tasks/evaluation/evaluation.py --task mmlu ")
     assert "--num_accelerators 8 tasks/evaluation/evaluation.py" in shell(evaluation, TP="8")[1]
     assert (
-        "--hostfile hosts tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE="hosts")[1]
+        f"--hostfile {hosts} tasks/evaluation/evaluation.py" in shell(evaluation, TP="16", HOSTFILE=hosts)[1]
     )
     assert (
         "--num_nodes 2 --num_accelerators 8 tasks"
-        in shell(evaluation, TP="16", HOSTFILE="hosts", NNODES="2", NPROC="8")[1]
+        in shell(evaluation, TP="16", HOSTFILE=hosts, NNODES="2", NPROC="8")[1]
     )
     assert "NNODES=2 needs NODE_RANK" in shell(evaluation, TP="16", NNODES="2")[1]
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 from ascendspeed.utils.atomic import open_locked, sync_file
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import parse_json
-from ascendspeed.utils.text import shorten_list
+from ascendspeed.utils.text import shorten, shorten_list
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +47,12 @@ def open_on_all_ranks(folder: Path, settings: AnswerRecord, grid: Any) -> "Answe
         cache = AnswerCache(None, settings)
         cache.records = records
     return cache
+
+
+def _shown(value: Any) -> str:
+    """Returns a setting for an error message."""
+    text = str(value)
+    return text if len(text) <= 80 and text.isprintable() else shorten(text)
 
 
 class AnswerCache:
@@ -135,7 +141,7 @@ class AnswerCache:
         for name in {**self.settings, **previous}:
             if previous.get(name) != self.settings.get(name):
                 raise UserError(
-                    f"{path} holds answers of {name} {previous.get(name)}, this run has "
+                    f"{path} holds answers of {name} {_shown(previous.get(name))}, this run has "
                     f"{self.settings.get(name)}: {OTHER_FOLDER}, or delete the folder to start over"
                 )
 

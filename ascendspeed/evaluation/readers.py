@@ -115,7 +115,7 @@ def parquet_objects(
             if repeated:
                 raise UserError(f"{path}: the column {repeated[0]!r} stands there twice")
             rows = table.read(columns=None if names is None else list(names)).to_pylist()
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: not UTF-8
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None
         for number, row in enumerate(rows):
             yield f"{path}: row {number}", row

@@ -83,7 +83,7 @@ class EpochDataset(GPTDataset):
         tokens = self._get_num_tokens_per_epoch()
         if self._cache is None or len(self.indices) + tokens // self.config.sequence_length < MIN_CACHED:
             return self._build(tokens)
-        key = [CACHE_VERSION]
+        key: list[int | str] = [CACHE_VERSION]
         for suffix in ("bin", "idx"):
             stat = Path(f"{self.dataset.path_prefix}.{suffix}").stat()
             key.append(f"{stat.st_size} {stat.st_mtime_ns}")

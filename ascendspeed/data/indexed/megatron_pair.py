@@ -21,7 +21,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import IO, Any, Self
 
 import numpy as np
 
@@ -87,7 +87,7 @@ def read_facts(prefix: str | Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: not a table; preprocess again, or remove it")
     for name, kind in FACT_TYPES.items():
         value = facts.get(name)
-        if name in facts and (type(value) is not kind or (kind is int and value < 0)):
+        if name in facts and (type(value) is not kind or (isinstance(value, int) and value < 0)):
             raise UserError(
                 f"{path} is damaged: {name} is {shorten(value)}, not a {'count' if kind is int else 'text'}; "
                 "preprocess again, or remove it"
@@ -255,7 +255,7 @@ class PairWriter:
                 self._temporary(suffix).unlink(missing_ok=True)
         self._bin.close()
 
-    def _claim(self) -> BinaryIO:
+    def _claim(self) -> IO[bytes]:
         """Opens the new .bin and locks it while it is open; the file of a killed run is overwritten."""
         path = self._temporary("bin")
         claimed = open_locked(path)

@@ -92,7 +92,7 @@ def _call_macros(chat_format: ChatFormat) -> list[str]:
 def _turn_macro(chat_format: ChatFormat) -> list[str]:
     """Macro for one message."""
     template = chat_format.template
-    branches = []
+    branches: list[str] = []
     for role, pattern in template.turns.items():
         values = {"content": "{{- body(message) -}}", "name": "{{- speaker(name) -}}"}
         keyword = "elif" if branches else "if"
@@ -114,7 +114,7 @@ def _turn_macro(chat_format: ChatFormat) -> list[str]:
 def _speaker(chat_format: ChatFormat) -> str:
     if not chat_format.template.name:
         return f"{{%- if name -%}}{_refuse(chat_format, 'does not support a name')}{{%- endif -%}}"
-    lines = []
+    lines: list[str] = []
     for tool in TOOLS:
         keyword = "elif" if lines else "if"
         filled = _pattern(chat_format, chat_format.template.name, {"name": _control(chat_format, tool)})

@@ -124,7 +124,7 @@ def test_legal_combinations(world, changes):
         (
             6,
             {"parallel": {TP: 4}},
-            "6 processes do not split into groups of 4 for TP 4; start a multiple of 4 (NPROC=4)",
+            r"6 processes do not split into groups of 4 for TP 4; start a multiple of 4 \(NPROC=4\)",
         ),
         (
             12,

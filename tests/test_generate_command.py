@@ -39,7 +39,7 @@ from ascendspeed.utils.errors import UserError
 
 WRONG = {
     "": "--load is needed",
-    "--load nowhere": "--load nowhere is not a directory",
+    "--load nowhere": "--load: nowhere is not a directory",
     "--load {} --tp 3": "heads",
     "--load {} --tp 2": "1 processes were started, but TP 2 x PP 1 are 2; start NPROC=2",
     "--load {} --pp 3": "layers",

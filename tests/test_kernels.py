@@ -114,7 +114,7 @@ def test_choose_says_what_runs(monkeypatch):
     assert chosen.rotary is fused_kernels.rotary
     assert chosen.swiglu is fused_kernels.swiglu
     assert str(chosen) == (
-        "rms_norm: somebody.rms_norm, rotary: torch (no fused kernel is installed for this device), swiglu: "
+        "rms_norm: somebody.rms_norm; rotary: torch (no fused kernel is installed for this device); swiglu: "
         "torch"
     )
     chosen = fused_kernels.select_kernels(

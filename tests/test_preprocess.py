@@ -100,7 +100,9 @@ def test_output_is_the_same_for_any_number_of_workers_and_any_format(tmp_path, t
         for workers in (1, 3) if name in ("one group", "gz") else (1,):
             facts = preprocess([path], str(tmp_path / name), job, workers)
             files = read_pair(f"{tmp_path / name}_text_document")
-            assert json.loads(files.pop("meta")) == facts["text"]
+            meta = json.loads(files.pop("meta"))
+            assert {name: meta[name] for name in facts["text"]} == facts["text"]
+            assert meta.keys() - facts["text"].keys() == {"bin_samples_sha256", "idx_samples_sha256"}
             facts["text"].pop("source")  # of the file, not of its content
             outputs[name, workers] = files | facts
     first = outputs["one group", 1]

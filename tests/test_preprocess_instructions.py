@@ -118,7 +118,7 @@ BAD = [
     '{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "va',
     {"conversations": [{"from": "boss", "value": "q"}, {"from": "gpt", "value": "a"}]},
     {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": " "}]},
-    {"conversations": [{"from": "human", "value": "q", "weight": 1}, {"from": "gpt", "value": "a"}]},
+    {"conversations": [{"from": "human", "value": "q", "mood": 1}, {"from": "gpt", "value": "a"}]},
     {"conversations": [{"from": "human", "value": "q"}]},
     {"text": "another schema"},
 ]

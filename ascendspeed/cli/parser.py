@@ -20,7 +20,7 @@ from ascendspeed.cli.foreign_flags import find_answer
 from ascendspeed.utils.errors import UserError
 
 T = TypeVar("T")
-NEAR = 0.87
+NEAR = 0.85
 """Least similarity of the flag that an error proposes."""
 LONG_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 LONGEST = 500

@@ -66,6 +66,16 @@ def console():
     logs.configure(rank=0)
 
 
+@pytest.fixture(autouse=True)
+def handlers():
+    """What a command does with signals in this process does not reach the next test and its children."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="session")
 def cpu():
     """The CPU as the device, prepared before Megatron-core is imported, in a world of one."""

@@ -162,6 +162,7 @@ if [ -n "${CODES:-}" ]; then
     kill -9 $!
     n=$(grep -c pretrain "$LOG")
     code=$(cut -d' ' -f"$n" <<< "$CODES")
+    [ "$code" != 0 ] || echo 0 > "$EXIT_CODE_FILE"  # as a rank that has ended well
     [ -z "${HIDES:-}" ] || { echo "$code" > "$EXIT_CODE_FILE"; code=1; }
     exit "$code"
 fi

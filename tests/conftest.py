@@ -68,7 +68,7 @@ def console():
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """What a command does with signals in this process does not reach the next test and its children."""
+    """Restores the signal handlers that commands in this process replace, which children would inherit."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     yield

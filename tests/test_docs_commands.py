@@ -103,7 +103,7 @@ def run_page(folder: Path, programs: Path, shell: str) -> list[tuple[str, list[s
 
 
 def devices(variables: dict[str, str], folder: Path) -> int:
-    """Number of processes of a launch; 8 on a machine of which nothing is said."""
+    """Number of processes of a launch; 8 where the page gives no number."""
     if variables["HOSTFILE"]:
         hosts = (folder / variables["HOSTFILE"]).read_text().splitlines()
         return sum(int(line.rpartition("slots=")[2]) for line in hosts)

@@ -35,6 +35,7 @@ from ascendspeed.models import families
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, Message
+from ascendspeed.tokenization.declared_tokens import adds_bos_token
 from ascendspeed.utils.errors import UserError
 
 WRONG = {
@@ -178,9 +179,9 @@ def test_one_bos(folder):
     assert prompts.encode_prompt(prompts.InputPrompt("here", ""), model_tokenizer, None) == [1]
     with pytest.raises(UserError, match="here is empty"):
         prompts.encode_prompt(prompts.InputPrompt("here", ""), model_tokenizer, None, add_bos=False)
-    assert tokenizer.adds_bos_token({})
-    assert tokenizer.adds_bos_token({"add_bos_token": True})
-    assert not tokenizer.adds_bos_token({"add_bos_token": False})
+    assert adds_bos_token({})
+    assert adds_bos_token({"add_bos_token": True})
+    assert not adds_bos_token({"add_bos_token": False})
 
 
 def test_the_file_appears_whole(tmp_path, monkeypatch, capsys):

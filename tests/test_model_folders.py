@@ -1,5 +1,5 @@
-"""Folders that are not what they are taken for: adapters as a model, a chat template of the model's own, and
-rope entries that are said twice."""
+"""Folders that are not what they are taken for: adapters as a model, a chat template of the model's own,
+and repeated rope entries."""
 
 import json
 from pathlib import Path

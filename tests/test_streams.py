@@ -58,7 +58,7 @@ def test_characters_that_the_locale_lacks_are_escaped(tmp_path):
 
 
 def test_commands_on_a_full_disk(tmp_path):
-    """Their files are complete; stdout is lost, which is said, and the code is that of an error."""
+    """Their files are complete; the loss of stdout is reported, and the exit code is that of an error."""
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two"}) + "\n")
     corpus.sentencepiece_dir(tmp_path / "tokenizer", 400)
     log = tmp_path / "log.jsonl"

@@ -16,7 +16,7 @@ from ascendspeed.tokenization.chat import (
     to_jinja,
 )
 from ascendspeed.tokenization.chat.template_files import TEMPLATE_FILE, TOKENIZER_CONFIG, own_template
-from ascendspeed.tokenization.tokenizer import read_optional_json
+from ascendspeed.tokenization.declared_tokens import read_optional_json
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
 

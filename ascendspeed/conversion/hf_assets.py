@@ -20,6 +20,7 @@ from ascendspeed.conversion.tokenizer import export
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization import tokenizer
 from ascendspeed.tokenization.chat import choose_template
+from ascendspeed.tokenization.declared_tokens import read_optional_json
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file, read_json_object
 from ascendspeed.utils.text import shorten_list
@@ -165,7 +166,7 @@ def write(
         shutil.copyfile(checked_file(path), folder / path.name)
     token_ids = {name: config_json[name] for name in TOKEN_IDS if config_json.get(name) is not None}
     generation = corrected[0] if corrected else token_ids
-    if generation and generation != tokenizer.read_optional_json(folder / GENERATION_CONFIG):
+    if generation and generation != read_optional_json(folder / GENERATION_CONFIG):
         write_json(folder / GENERATION_CONFIG, generation)
     _write_tokenizer_config(reader, folder, copy_code)
     lacks_json = (folder / "tokenizer.model").exists() and not (folder / "tokenizer.json").exists()
@@ -230,9 +231,7 @@ def _write_tokenizer_config(reader: CheckpointReader, folder: Path, copy_code: b
     """Writes the checkpoint's own file, with a class that stock transformers have and without references to
     code.
     """
-    values = (
-        tokenizer.read_optional_json(reader.assets_dir / "tokenizer_config.json") if reader.assets_dir else {}
-    )
+    values = read_optional_json(reader.assets_dir / "tokenizer_config.json") if reader.assets_dir else {}
     has_own_code = values.get("auto_map") is not None
     if not copy_code:
         values.pop("auto_map", None)

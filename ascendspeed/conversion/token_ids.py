@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ascendspeed.tokenization.tokenizer import Tokenizer, declared_tokens, token_text
+from ascendspeed.tokenization.declared_tokens import declared_tokens, token_text
+from ascendspeed.tokenization.tokenizer import Tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 NONE = -1

@@ -23,7 +23,7 @@ from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, EngineSpec
 from ascendspeed.models.families import FAMILIES
-from ascendspeed.tokenization import tokenizer
+from ascendspeed.tokenization import declared_tokens, tokenizer
 from ascendspeed.tokenization.chat import ChatFormat, stop_token_ids
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.tokenization.vocab_check import check_vocab_size
@@ -147,7 +147,7 @@ class Session(ModelSession):
     @cached_property
     def adds_bos(self) -> bool:
         """True if a text begins with BOS."""
-        return tokenizer.adds_bos_token(tokenizer.declared_tokens(self.tokenizer.path)[0])
+        return declared_tokens.adds_bos_token(declared_tokens.declared_tokens(self.tokenizer.path)[0])
 
     @property
     def usable_vocab_size(self) -> int:

@@ -19,32 +19,14 @@ import numpy as np
 
 from ascendspeed.tokenization.added_tokens import AddedToken, AddedTokenSplitter
 from ascendspeed.tokenization.declared_tokens import (
-    ADDED_TOKEN_FLAGS,
-    CONTROL_TOKEN_NAMES,
     DeclaredToken,
-    adds_bos_token,
     declared_tokens,
-    read_optional_json,
     token_text,
 )
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
 from ascendspeed.utils.text import first_line
 
-__all__ = [
-    "ADDED_TOKEN_FLAGS",
-    "CONTROL_TOKEN_NAMES",
-    "TOKENIZER_CLASSES",
-    "DeclaredToken",
-    "JsonTokenizer",
-    "SentencePieceTokenizer",
-    "Tokenizer",
-    "adds_bos_token",
-    "declared_tokens",
-    "load",
-    "read_optional_json",
-    "token_text",
-]
 NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
 """End of a serialized sentencepiece model that sets `normalizer_spec.add_dummy_prefix` to false."""
 

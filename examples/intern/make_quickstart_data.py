@@ -44,7 +44,7 @@ SKIPPED = {
 }
 HELD_OUT_EVERY = 20  # modules
 VERSION = 2
-"""Of the files: another one makes existing data again."""
+"""Version of the files; data of another version are made again."""
 CHAT_ROWS, ANSWER_CHARS = 400, range(20, 100)
 DOC_CHARS, CODE_CHARS = range(60, 2000), 1500
 KINDS = {ast.FunctionDef: "function", ast.AsyncFunctionDef: "coroutine", ast.ClassDef: "class"}

@@ -33,7 +33,7 @@ from ascendspeed.conversion.tokenizer.sentencepiece_bpe import (
 )
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.tokenization.chat.jinja_template import ESCAPE, escaped
-from ascendspeed.tokenization.tokenizer import (
+from ascendspeed.tokenization.declared_tokens import (
     ADDED_TOKEN_FLAGS,
     CONTROL_TOKEN_NAMES,
     DeclaredToken,

@@ -21,7 +21,8 @@ from ascendspeed.tokenization.chat import (
     SegmentEncoder,
     read_training_messages,
 )
-from ascendspeed.tokenization.tokenizer import Tokenizer, adds_bos_token, declared_tokens
+from ascendspeed.tokenization.declared_tokens import adds_bos_token, declared_tokens
+from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.text import shorten
 
 Row = Mapping[str, Any]

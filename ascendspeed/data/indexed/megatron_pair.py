@@ -44,7 +44,7 @@ SAMPLES_FACTS = {suffix: f"{suffix}_samples_sha256" for suffix in ("bin", "idx")
 ENCODING_FACT = "encoding_sha256"
 """Key of the hash of the tokenizer (`tokenization.fingerprint`) in P.meta."""
 SUPERVISED_FACT = "learnt"
-"""Key of the number of supervised tokens in P.meta of a masked pair."""
+"""Key of the number of supervised tokens in P.meta of a masked pair; an old word that files on disk keep."""
 FACT_TYPES: dict[str, type] = {
     "documents": int,
     "tokens": int,

@@ -76,7 +76,7 @@ def recognise(head: bytes) -> Layout:
 
 
 class _Elements:
-    """Text of a file, of which JSON values are taken one at a time."""
+    """Takes JSON values from the text of a file, one at a time."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape")

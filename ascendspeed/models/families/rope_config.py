@@ -39,7 +39,7 @@ def read_rope(config_json: Mapping[str, Any], default: Mapping[str, Any]) -> dic
         if name in SETTINGS:
             entries[SETTINGS[name]][path] = value
         elif name == ORIGINAL_LENGTH and value == config_json.get("max_position_embeddings"):
-            continue  # said twice
+            continue  # a repetition of the trained length
         elif value != 1:
             unknown[path] = value
     kind = _agreed(entries["kind"], default.get("type", "default"))

@@ -50,7 +50,7 @@ class Message:
     name=file`)."""
     calls: tuple[ToolCall, ...] = ()
     in_loss: bool | None = None
-    """Whether an answer is in the loss, by the message itself; None: by `--loss-on`."""
+    """True: the answer is in the loss; false: the message leaves it out; None: `--loss-on` decides."""
 
 
 def read_messages(items: Any, where: str) -> list[Message]:

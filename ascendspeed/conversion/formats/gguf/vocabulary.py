@@ -10,7 +10,7 @@ from gguf import GGUFWriter, TokenType
 from ascendspeed.conversion.tokenizer import sentencepiece_bpe
 from ascendspeed.models.families.gguf_names import BYTE_LEVEL, PRE_TOKENIZERS, SENTENCEPIECE
 from ascendspeed.tokenization import tokenizer
-from ascendspeed.tokenization.tokenizer import adds_bos_token, declared_tokens, read_optional_json
+from ascendspeed.tokenization.declared_tokens import adds_bos_token, declared_tokens, read_optional_json
 from ascendspeed.utils.errors import UserError
 
 ADDED_SCORE = -1000.0

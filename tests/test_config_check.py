@@ -155,6 +155,10 @@ def test_what_cannot_be_told_is_not_said():
     assert (
         config_mismatches(replace(BASE, num_attention_heads=4), shapes_of(BASE)) == []
     )  # heads of 16 instead of 8: the same shapes
+    renamed = {
+        name.replace("q_proj.", "q_proj.base_layer."): shape for name, shape in shapes_of(LLAMA).items()
+    }
+    assert config_mismatches(LLAMA, renamed) == []  # q is missing, and said so
     strange = {name: shape[:1] for name, shape in shapes_of(LLAMA).items()}
     assert config_mismatches(LLAMA, strange) == []  # checked one by one afterwards
 

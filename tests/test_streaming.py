@@ -1,6 +1,7 @@
 """Hugging Face datasets on disk, tokenized in training: the documents of preprocessing, and batches that
 depend on nothing else."""
 
+import gzip
 import io
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from helpers import launch
@@ -355,6 +357,21 @@ def test_rows_without_any_document(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n' * 200)
     with pytest.raises(UserError, match="none of 128 rows makes a document: 128 empty"):
         opened(str(tmp_path / "a.jsonl"), tokenizer)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "a.parquet"])
+def test_a_column_that_stands_there_twice(tokenizer, tmp_path, caplog, name):
+    path = tmp_path / "data" / name
+    path.parent.mkdir()
+    if name == "a.parquet":
+        pyarrow.parquet.write_table(pyarrow.table([["a"], ["b"], ["c"]], ["text", "text", "other"]), path)
+    else:
+        text = "text,text,other\na,b,c\n".replace(",", "\t" if ".tsv" in name else ",").encode()
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    for data in (path, path.parent):
+        with pytest.raises(UserError, match=rf"{name}: the column 'text' stands there 2 times; rename or"):
+            opened(str(data), tokenizer)
+    assert not caplog.records
 
 
 def saved(folder, rows=100):

@@ -188,6 +188,8 @@ def _head_mismatches(
     heads, kv_heads, d = config.num_attention_heads, config.kv_heads, config.head_dim
     q_rows = next(iter(output.values()))[1]
     kv_rows = (sum(shape[0] for shape in fused.values()) - q_rows) // 2
+    if kv_rows <= 0:
+        return  # tensors of q, k or v are missing, which reading them reports by name
     if any((q_rows, kv_rows) == (heads * width, kv_heads * width) for width in head_dims):
         return
     if q_rows * kv_heads == kv_rows * heads and q_rows % heads == 0:

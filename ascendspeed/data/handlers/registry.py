@@ -17,7 +17,15 @@ from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
-__all__ = ["HANDLERS", "Document", "Handler", "check_columns", "create_handler", "unread_columns"]
+__all__ = [
+    "HANDLERS",
+    "Document",
+    "Handler",
+    "check_columns",
+    "create_handler",
+    "refuse_repeated_columns",
+    "unread_columns",
+]
 
 HANDLER_CLASSES: tuple[type[Handler], ...] = (
     GeneralPretrainHandler,
@@ -60,15 +68,20 @@ def unread_columns(handler: Handler, present: Sequence[str]) -> str:
     return f"columns not read: {shorten_list(names, MAX_LISTED)}" if names else ""
 
 
-def check_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
-    """Raises `UserError` if a required column of `source` (a path) is missing, or one that is read stands
-    there twice."""
+def refuse_repeated_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
+    """Raises `UserError` if a column of `source` (a path) that is read stands there twice."""
     repeated = next((name for name in handler.columns if present.count(name) > 1), None)
     if repeated:
         raise UserError(
             f"{source}: the column {repeated!r} stands there {present.count(repeated)} times; rename or "
             "remove all but one"
         )
+
+
+def check_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
+    """Raises `UserError` if a required column of `source` (a path) is missing, or one that is read stands
+    there twice."""
+    refuse_repeated_columns(handler, source, present)
     missing = handler.missing(present)
     if missing:
         columns = ", ".join(map(str, present))

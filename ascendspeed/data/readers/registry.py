@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 TEXT_READERS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".txt": TXT}
 FLAT = (".csv", ".tsv", ".txt")
 """Formats whose columns hold only text."""
+WITH_HEADER = (".parquet", ".csv", ".tsv")
+"""Formats that name their columns once, before the rows."""
 READERS: dict[str, FileReader] = {
     ".parquet": PARQUET,
     **TEXT_READERS,

@@ -14,9 +14,10 @@ from ascendspeed.data.handlers.registry import (
     HANDLER_SETTINGS,
     HANDLERS,
     check_columns,
+    refuse_repeated_columns,
     unread_columns,
 )
-from ascendspeed.data.readers import random_access
+from ascendspeed.data.readers import random_access, registry
 from ascendspeed.data.readers.discovery import CACHE_FOLDER
 from ascendspeed.data.splits import split_range
 from ascendspeed.data.streaming.source_files import check_files, find_files
@@ -45,6 +46,9 @@ class StreamedDataset(TokenDataset):
                 f"--json-keys {' '.join(data.json_keys)}: one column is streamed; blend data sets by "
                 "--data-path"
             )
+        for file in files:
+            if registry.format_of(file) in registry.WITH_HEADER:
+                refuse_repeated_columns(handler, file, registry.columns(file))
         cache = Path(data.data_cache_path) if data.data_cache_path else None
         self.cache = cache or Path(path).absolute().parent / CACHE_FOLDER
         self.table = random_access.open_table(path, files, self.cache / "rows", cache and cache / "datasets")

@@ -1,6 +1,7 @@
 """The model against Hugging Face: losses, rope, types, dropout, padding. Families: test_family_models.py."""
 
 from dataclasses import replace
+from zlib import crc32
 
 import pytest
 import torch
@@ -227,6 +228,29 @@ def test_random_weights_do_not_depend_on_the_layout():
     assert not torch.equal(tensors["decoder.layers.0.mlp.linear_fc2.weight"], tensors[name])
     assert tensors["decoder.layers.0.mlp.linear_fc1.weight"].std() == pytest.approx(0.1, rel=0.05)
     assert tensors[name].std() == pytest.approx(0.1 / 2, rel=0.05)  # / sqrt(2 * layers)
+
+
+@pytest.mark.parametrize("numbers", [1, 15, 16, 17, 47, 48, 63, 64, 65, 79, 80, 1000])
+def test_random_weights_drawn_in_chunks_are_those_drawn_at_once(numbers):
+    """Torch draws groups of 16, the last one twice."""
+    whole = torch.randn(numbers, generator=torch.Generator().manual_seed(3))
+    for chunk in (16, 32, 48):
+        drawn = param_mapping._normal((numbers,), torch.Generator().manual_seed(3), "cpu", chunk)
+        assert torch.equal(drawn, whole), chunk
+    odd = torch.Generator().manual_seed(3)
+    control = torch.cat([torch.randn(n, generator=odd) for n in (8, numbers)])[:numbers]
+    assert not torch.equal(control, whole) or numbers < 16  # chunks of 8 are other numbers
+
+
+def test_random_weights_are_those_of_earlier_versions():
+    """As every version has drawn them on a CPU."""
+    drawn = dict(param_mapping.random_tensors(INTERNLM, 7))
+    for name, std in {
+        "embedding.word_embeddings.weight": 0.1,
+        "decoder.layers.1.mlp.linear_fc2.weight": 0.1 / 2,
+    }.items():
+        generator = torch.Generator().manual_seed(crc32(f"7 {name}".encode()))
+        assert torch.equal(drawn[name], torch.randn(drawn[name].shape, generator=generator).mul_(std))
 
 
 def test_weights_that_lack_a_parameter_are_refused(cpu):

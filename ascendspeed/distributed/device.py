@@ -19,10 +19,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.utils._device
+from torch import Tensor
 
 from ascendspeed.utils.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+NPU_SEQUENCES = 1024
+"""Most sequences of one call of npu_fusion_attention in the layout TND (torch_npu 2.13's documentation)."""
 MEGATRON_WARNINGS = (
     "Transformer Engine",
     "Apex",
@@ -56,6 +59,17 @@ class Device:
         """True if torch has a fused AdamW for this device (one pass over memory instead of about ten)."""
         return self.kind != "npu"
 
+    @property
+    def reduces_fp64(self) -> bool:
+        """True if the device's collectives can sum fp64; hccl refuses it before Ascend 950."""
+        return self.kind != "npu"
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """Copies a tensor from the host; on CUDA through pinned memory, without waiting for the device."""
+        if self.kind == "cuda":
+            return tensor.pin_memory().to(self.torch, non_blocking=True)
+        return tensor.to(self.torch)
+
     def peak_memory(self) -> int:
         """Peak memory in bytes: of the device's allocator, or of the process on a CPU."""
         if self.kind == "cpu":
@@ -84,8 +98,9 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     kind = _choose(choice)
     index = 0 if kind == "cpu" else int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "npu":
-        # Takes effect on import: torch.cuda and nccl become npu and hccl.
+        # Takes effect on import: torch.cuda and nccl become npu and hccl, but not the names of tensor types.
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
+        _name_types_as_cuda("torch.npu.")
     if kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed detects the hardware itself
         _redirect_cuda_to_cpu()
@@ -143,15 +158,24 @@ def _redirect_cuda_to_cpu() -> None:
         lambda r: "CPU RNG state changed" not in r.getMessage()
     )
     tensor.cuda = lambda self, *_, **__: self
-    type_ = tensor.type  # megatron-core compares param.type() with 'torch.cuda.FloatTensor'
-    tensor.type = lambda self, *a, **k: (
-        type_(self, *a, **k) if a or k else type_(self).replace("torch.", "torch.cuda.", 1)
-    )
+    _name_types_as_cuda("torch.")
     # `with torch.device(...)` identifies constructors by a set that is built on first use: build it before
     # they are replaced.
     torch.utils._device._device_constructors()
     for name in ("tensor", "zeros", "ones", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
+
+
+@functools.cache
+def _name_types_as_cuda(prefix: str) -> None:
+    """Makes `Tensor.type()` say "torch.cuda.FloatTensor" for "`prefix`FloatTensor".
+
+    Megatron-core's optimizers and its clipping accept only parameters whose type is a name of torch.cuda.
+    """
+    type_ = torch.Tensor.type
+    torch.Tensor.type = lambda self, *a, **k: (
+        type_(self, *a, **k) if a or k else type_(self).replace(prefix, "torch.cuda.", 1)
+    )
 
 
 def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -298,14 +322,24 @@ def _varlen_flash(
 def _varlen_npu(
     kernel: Callable, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: SequenceBounds
 ) -> torch.Tensor:
-    return kernel(
-        *(q, k, v, q.size(1), "TND"),
-        atten_mask=_future_mask(2048, q.device),  # a fixed size, whatever the lengths
-        sparse_mode=3,  # causal within each sequence
-        scale=q.size(-1) ** -0.5,
-        actual_seq_qlen=bounds.ends,
-        actual_seq_kvlen=bounds.ends,
-    )[0]
+    """Calls the kernel for at most `NPU_SEQUENCES` sequences at a time."""
+    parts = []
+    start = 0
+    for first in range(0, len(bounds.ends), NPU_SEQUENCES):
+        ends = bounds.ends[first : first + NPU_SEQUENCES]
+        relative = [end - start for end in ends]
+        attended = kernel(
+            *(x[start : ends[-1]] for x in (q, k, v)),
+            *(q.size(1), "TND"),
+            atten_mask=_future_mask(2048, q.device),  # a fixed size, whatever the lengths
+            sparse_mode=3,  # causal within each sequence
+            scale=q.size(-1) ** -0.5,
+            actual_seq_qlen=relative,
+            actual_seq_kvlen=relative,
+        )
+        parts.append(attended[0])
+        start = ends[-1]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @functools.lru_cache(1)

@@ -31,6 +31,9 @@ from ascendspeed.utils.errors import UserError
 SHARD_DIM: dict[Partition, int | None] = {"replicated": None, "rows": 0, "columns": 1, "vocab": 0}
 """Dimension along which tensor parallel cuts, for every `ParamMapping.partition`."""
 
+RANDOM_CHUNK = 1 << 24
+"""Random weights that are drawn at a time; torch draws them in groups of 16."""
+
 
 class Slice2D(NamedTuple):
     """Rectangle of a full tensor that a stored tensor or shard holds, both viewed as matrices [first
@@ -292,7 +295,8 @@ def random_tensors(
 def random_tensor(
     model: ModelConfig, parameter: Parameter, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Random fp32 weights of one parameter, from a generator seeded by `seed` and the parameter's name.
+    """Random fp32 weights of one parameter, from a CPU generator seeded by `seed` and its name, so
+    that one seed is one model on every device.
 
     Megatron's rule: normal(0, std), residual projections normal(0, std / sqrt(2 · layers)), biases 0, norms 1
     (0 where the model multiplies by 1 + weight).
@@ -301,7 +305,23 @@ def random_tensor(
         return torch.zeros(parameter.shape, device=device)
     if len(parameter.shape) == 1:
         return torch.full(parameter.shape, 0.0 if model.zero_centered_norm else 1.0, device=device)
-    generator = torch.Generator(device).manual_seed(crc32(f"{seed} {parameter.name}".encode()))
+    generator = torch.Generator("cpu").manual_seed(crc32(f"{seed} {parameter.name}".encode()))
     is_residual = parameter.mapping.partition == "columns"
     std = model.init_method_std / (math.sqrt(2 * model.num_layers) if is_residual else 1)
-    return torch.randn(parameter.shape, generator=generator, device=device).mul_(std)
+    return _normal(parameter.shape, generator, device).mul_(std)
+
+
+def _normal(
+    shape: Sequence[int], generator: torch.Generator, device: torch.device | str, chunk: int = RANDOM_CHUNK
+) -> Tensor:
+    """`torch.randn(shape)` of a CPU generator, bit for bit, on any device.
+
+    `chunk`: numbers on the host at a time, a multiple of 16.
+    """
+    tensor = torch.empty(tuple(shape), device=device)
+    flat = tensor.view(-1)
+    # The last chunk takes up to 15 more: torch draws fewer than 16 numbers in another way.
+    starts = range(0, max(1, len(flat) - 15), chunk)
+    for start, end in zip(starts, [*starts[1:], len(flat)], strict=True):
+        flat[start:end].copy_(torch.randn(end - start, generator=generator))
+    return tensor

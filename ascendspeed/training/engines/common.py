@@ -81,6 +81,13 @@ class BaseEngine:
 
     def _all_reduce_sum(self, values: Any, group: Any = None) -> Any:
         """Sums a number or a list of numbers over a process group (None: all ranks), in fp64."""
-        numbers = torch.as_tensor(values, dtype=torch.float64, device=self.device.torch).clone()
-        dist.all_reduce(numbers, group=group)
-        return numbers.tolist()
+        if self.device.reduces_fp64:
+            numbers = torch.as_tensor(values, dtype=torch.float64, device=self.device.torch).clone()
+            dist.all_reduce(numbers, group=group)
+            return numbers.tolist()
+        numbers = torch.as_tensor(values, dtype=torch.float64, device="cpu")
+        # The bits of every rank, as integers, and the sum on the host: no fp64 on the device.
+        own = numbers.reshape(1, -1).view(torch.int64).to(self.device.torch)
+        gathered = own.new_empty(dist.get_world_size(group), numbers.numel())
+        dist.all_gather_into_tensor(gathered, own, group=group)
+        return gathered.cpu().view(torch.float64).sum(0).view(numbers.shape).tolist()

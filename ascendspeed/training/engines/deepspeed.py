@@ -144,7 +144,7 @@ class DeepSpeedEngine(BaseEngine):
         loss_scale = self._loss_scale()
         for i, batch in enumerate(batches):
             loss_sum = self._loss_sum(batch)
-            sums.append(loss_sum.detach().double())
+            sums.append(loss_sum.detach())
             # A loss that is not finite makes all gradients NaN, so that every rank skips the update.
             self.engine.backward(loss_sum * torch.where(sums[-1].isfinite(), scale, math.nan).float())
             if self.stage == 0 and i == len(batches) - 1:
@@ -153,7 +153,8 @@ class DeepSpeedEngine(BaseEngine):
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()
-        loss = self._sum(torch.stack(sums).sum()) / tokens
+        losses = torch.stack(sums).cpu().double()
+        loss = self._sum(losses.sum()) / tokens
         return StepResult(
             loss=loss,
             tokens=int(tokens),
@@ -162,30 +163,32 @@ class DeepSpeedEngine(BaseEngine):
             loss_scale=loss_scale,
             bad=()
             if math.isfinite(loss)
-            else tuple(i for i, value in enumerate(sums) if not value.isfinite()),
+            else tuple(i for i, value in enumerate(losses) if not value.isfinite()),
         )
 
     @torch.no_grad()
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """See `Engine.loss`."""
         self.engine.eval()
-        total, tokens = torch.zeros((), dtype=torch.float64, device=self.device.torch), 0.0
+        sums: list[Tensor] = []
+        tokens = 0.0
         for batch in batches:
-            total += self._loss_sum(batch)
+            sums.append(self._loss_sum(batch))
             tokens += float(batch.loss_mask.sum())
+        total = sum(torch.stack(sums).tolist()) if sums else 0.0
         return self._sum(total), int(self._sum(tokens))
 
     def _loss_sum(self, batch: Batch) -> Tensor:
         """Sum of the token losses of a micro-batch [b, s] on this rank."""
-        device = self.device.torch
+        copy = self.device.copy
         losses = self.engine(
-            batch.tokens.to(device),
-            batch.position_ids.to(device),
+            copy(batch.tokens),
+            copy(batch.position_ids),
             None,
-            labels=batch.labels.to(device),
+            labels=copy(batch.labels),
             packed_seq_params=packed_sequences_of(batch.position_ids),
         )
-        return (losses.float() * batch.loss_mask.to(device)).sum()
+        return (losses.float() * copy(batch.loss_mask)).sum()
 
     def _sum(self, value: float | Tensor) -> float:
         """Sum over the data-parallel ranks."""
@@ -193,16 +196,21 @@ class DeepSpeedEngine(BaseEngine):
 
     def _grad_norm(self) -> float:
         """Global gradient norm at stage 0; a replicated gradient counts once."""
-        squares = torch.zeros((), dtype=torch.float64, device=self.device.torch)
-        for parameter in self.module.parameters():
-            if parameter.requires_grad and (
-                self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False)
-            ):
-                # Rows are summed in fp32, then in fp64: a copy of the gradient in fp64 costs 50 times as
-                # much.
-                squares += torch.linalg.vector_norm(parameter.grad, dim=-1).double().square().sum()
-        dist.all_reduce(squares, group=self.grid.tp_group)
-        return math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.nan
+        # Rows are summed in fp32, then in fp64: a copy of the gradient in fp64 costs 50 times as much. The
+        # host sums the rows, since not every device computes in fp64, and waits for the device once.
+        rows = [
+            torch.linalg.vector_norm(parameter.grad, dim=-1).view(-1)
+            for parameter in self.module.parameters()
+            if parameter.requires_grad
+            and (self.grid.tp_rank == 0 or getattr(parameter, "tensor_model_parallel", False))
+        ]
+        lengths = [len(row) for row in rows]
+        squares = 0.0
+        if rows:
+            on_host = torch.cat(rows).cpu().double()
+            squares = sum(float(part.square().sum()) for part in on_host.split(lengths))
+        squares = self._all_reduce_sum(squares, self.grid.tp_group)
+        return math.sqrt(squares) if math.isfinite(squares) else math.nan
 
     def _loss_scale(self) -> float:
         return float(getattr(self.zero, "loss_scale", 1.0)) if self.run.optim.fp16 else 1.0

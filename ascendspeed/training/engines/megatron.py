@@ -18,6 +18,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -25,7 +26,6 @@ from megatron.core.distributed import (
     finalize_model_grads,
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
@@ -147,7 +147,7 @@ class MegatronEngine(BaseEngine):
         loss_scale = float(self.optimizer.get_loss_scale())
         sums = self._run_schedule(batches, 1 / tokens)
         overflow = self.optimizer.prepare_grads()
-        norm = None if overflow else float(self.optimizer.get_grad_norm())
+        norm = None if overflow else self._grad_norm()
         finite = norm is not None and math.isfinite(norm)
         bad = tuple(i for i, value in enumerate(sums) if not math.isfinite(value))
         total, failures = self._all_reduce_sum([sum(sums), float(not finite or bool(bad))])
@@ -155,11 +155,35 @@ class MegatronEngine(BaseEngine):
             self._update(norm)
         return StepResult(total / tokens, int(tokens), norm, bool(failures), loss_scale, bad)
 
+    def _grad_norm(self) -> float:
+        """Global norm of the gradients as Megatron-core defines it.
+
+        Without Apex, Megatron-core waits for the device once per parameter; this waits once.
+        """
+        optimizers = self.optimizer.chained_optimizers
+        if len(optimizers) == 1 or self.optimizer.grads_states_parallel_group_is_shared():
+            return self._norm_of(optimizers)
+        return math.sqrt(sum(self._norm_of([chained]) ** 2 for chained in optimizers))
+
+    def _norm_of(self, optimizers: list[Any]) -> float:
+        """Gradient norm of the parameters of optimizers that share one process group."""
+        gradients = [g for chained in optimizers for g in chained.get_main_grads_for_grad_norm()]
+        if gradients:
+            norm = torch.stack(torch._foreach_norm(gradients)).norm().view(1)
+        else:
+            norm = torch.zeros(1, device=self.device.torch)
+        square = norm**2.0
+        dist.all_reduce(square, group=optimizers[0].get_grad_stats_parallel_group())
+        return square.item() ** 0.5
+
     def _update(self, norm: float) -> None:
         clip = self.run.optim.clip_grad
-        for chained in self.optimizer.chained_optimizers:
-            if clip and (masters := chained.get_parameters()):
-                clip_grad_by_total_norm_fp32(masters, clip, norm)
+        coefficient = clip / (norm + 1e-6)  # Megatron-core's, to the bit
+        if clip and coefficient < 1:
+            masters = [m for chained in self.optimizer.chained_optimizers for m in chained.get_parameters()]
+            gradients = [master.grad for master in masters if master.grad is not None]
+            if gradients:
+                torch._foreach_mul_(gradients, coefficient)
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 
@@ -194,7 +218,7 @@ class MegatronEngine(BaseEngine):
             micro_batch_size=micro_batch,
             forward_only=forward_only,
         )
-        return [float(value) for value in sums] if self.grid.tp_rank == 0 else []
+        return torch.stack(sums).tolist() if sums and self.grid.tp_rank == 0 else []
 
     def _forward(
         self, scale: float, batches: Iterator[Batch], chunk: DistributedDataParallel
@@ -204,7 +228,7 @@ class MegatronEngine(BaseEngine):
         """
         batch = next(batches)
         tokens, labels, mask, positions = (
-            self.sequence_shard.take(x, 1).to(self.device.torch)
+            self.device.copy(self.sequence_shard.take(x, 1))
             for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
 
@@ -212,7 +236,7 @@ class MegatronEngine(BaseEngine):
             """(loss to differentiate, tokens for Megatron-core to divide by: 0, loss sum to report)."""
             total = (losses.float() * mask).sum()
             no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
-            return total * scale, no_tokens, total.detach().double()
+            return total * scale, no_tokens, total.detach()
 
         documents = packed_sequences_of(batch.position_ids)
         return chunk(tokens, positions, None, labels=labels, packed_seq_params=documents), loss

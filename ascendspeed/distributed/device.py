@@ -24,6 +24,8 @@ from torch import Tensor
 from ascendspeed.utils.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+CANN_HOME = "/usr/local/Ascend/ascend-toolkit/latest"
+"""Folder of CANN unless ASCEND_HOME_PATH, which CANN's set_env.sh sets, names another."""
 NPU_SEQUENCES = 1024
 """Most sequences of one call of npu_fusion_attention in the layout TND (torch_npu 2.13's documentation)."""
 MEGATRON_WARNINGS = (
@@ -101,6 +103,7 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
         # Takes effect on import: torch.cuda and nccl become npu and hccl, but not the names of tensor types.
         importlib.import_module("torch_npu.contrib.transfer_to_npu")
         _name_types_as_cuda("torch.npu.")
+        os.environ.setdefault("ASCEND_HOME_PATH", CANN_HOME)  # DeepSpeed ends with a KeyError without it
     if kind == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise DeepSpeed detects the hardware itself
         _redirect_cuda_to_cpu()

@@ -76,7 +76,7 @@ def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: f
     job = {**job, "out": str(folder / "out.json")}
     (folder / "job.json").write_text(json.dumps(job))
     program = ROOT / "tests" / "helpers" / worker
-    on_cpu = job.get("device", "cpu") == "cpu"
+    on_cpu = job.get("device", "cpu") in ("cpu", "npu")  # the stand-in of an NPU
     start = (
         forkserver.start_script if on_cpu else forkserver.start_interpreter
     )  # the server has torch prepared for the CPU

@@ -320,6 +320,8 @@ def import_deepspeed(device: Device) -> Any:
     deepspeed.utils.logger.addFilter(_is_news)
     if device.kind == "cpu":
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    if not device.reduces_fp64:  # ZeRO-3 would sum the gradient norm in fp64
+        deepspeed.accelerator.get_accelerator().is_fp64_supported = lambda: False
     deepspeed.init_distributed(dist_backend=device.backend, verbose=False)
     return deepspeed
 

@@ -114,6 +114,16 @@ def test_a_gpu_without_fused_packages_gets_torch(operation, monkeypatch):
     assert device.fused_kernel(device.Device("cuda", 0, "nccl", "x"), operation) is None
 
 
+@pytest.mark.parametrize(("kind", "threads"), [("cuda", 4), ("npu", 4), ("cpu", 1)])
+def test_offloaded_work_gets_this_ranks_share_of_the_cores(kind, threads, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda process: set(range(8)))
+    counts = [1]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: counts[-1])
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    assert device.use_host_cores(device.Device(kind, 0, "", "")) == threads
+
+
 def test_adapting_torch_leaves_transformers_alone(tmp_path):
     """A patched constructor once bypassed `with torch.device("meta")` and left rope buffers uninitialised."""
     script = """

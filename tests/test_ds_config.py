@@ -49,6 +49,17 @@ def test_it_says_what_the_run_says(cpu, tmp_path):
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
+def test_bf16_gradients_are_added_at_once_at_stage_1_only(cpu, tmp_path):
+    """DeepSpeed would keep them all; a file may ask for that."""
+    first = replace(RUN, parallel=replace(RUN.parallel, zero_stage=1))
+    assert derived(cpu, tmp_path, run=first)["bf16"]["immediate_grad_update"]
+    given = {"bf16": {"immediate_grad_update": False}, "timers": {"throughput": {"enabled": True}}}
+    config = derived(cpu, tmp_path, given, first)
+    assert config["bf16"] == {"enabled": True, "check_grad_overflow": True, "immediate_grad_update": False}
+    assert config["timers"] == given["timers"]
+    assert derived(cpu, tmp_path, run=first)["timers"] == {"throughput": {"enabled": False}}
+
+
 def test_fp16_takes_the_initial_loss_scale(cpu, tmp_path):
     run = replace(RUN, optim=OptimConfig(fp16=True, initial_loss_scale=524288.0))
     assert derived(cpu, tmp_path, run=run)["fp16"] == {"enabled": True, "initial_scale_power": 19}

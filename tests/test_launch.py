@@ -55,6 +55,16 @@ def test_defaults_are_the_published_run_on_every_device(started):
         assert words in output
 
 
+def test_the_variables_for_a_gpu(started, tmp_path):
+    (tmp_path / "deepspeed").write_text(
+        '#!/bin/sh\necho "${PYTORCH_ALLOC_CONF} ${CUDA_DEVICE_MAX_CONNECTIONS-unset}"\n'
+    )
+    assert started()[1] == "expandable_segments:True unset\n"
+    assert started(TP="2")[1] == "expandable_segments:True 1\n"
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+    assert started(TP="2", **given)[1] == "max_split_size_mb:512 8\n"
+
+
 def test_values_from_the_environment_and_flags_at_the_end(started):
     _, output = started(
         "--train-iters", "7", NPROC="4", DTYPE="fp32", CHECKPOINT="", DATA="0.3 a 0.7 b", MASTER_PORT="1234"

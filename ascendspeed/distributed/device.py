@@ -193,6 +193,17 @@ def _on_cpu(constructor: Callable[..., torch.Tensor]) -> Callable[..., torch.Ten
     return construct
 
 
+def use_host_cores(device: Device) -> int:
+    """Gives torch's operations on the host this rank's share of the cores, for work that is offloaded to it.
+
+    Returns the number of threads. Where the CPU is the device, it stays as it is.
+    """
+    if device.kind != "cpu":
+        share = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(torch.get_num_threads(), share))
+    return torch.get_num_threads()
+
+
 def current_device() -> torch.device:
     """The device of this process's tensors; call after `prepare`."""
     device = torch.cuda.current_device()  # works for every kind after `prepare`

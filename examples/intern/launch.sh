@@ -13,7 +13,8 @@
 
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}    # threads per process; on a CPU the processes share the cores
 export TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}          # no warning when a process forks
-export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}    # overlaps tensor-parallel communication on a GPU
+# On a GPU: memory blocks that can grow, since fixed ones leave gaps of several GiB when a run fills the device.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}}
 export PYTHONUNBUFFERED=1                       # log lines appear at once
 RECIPE=$(printf '%q ' bash "$0" "$@")           # the command that was typed, for the line that says how to continue
 export RECIPE=${RECIPE% }
@@ -52,11 +53,16 @@ dtype_flag() {  # dtype_flag DTYPE: prints the flag of a number format; fp32 has
     esac
 }
 
+overlap() {  # overlap: with tensor parallelism, overlaps its communication on a GPU; without, it would only serialise kernels
+    [ "${TP:-1}" = 1 ] || export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}
+}
+
 launch() { exec python -m ascendspeed.cli.launch "$@"; }  # launch SCRIPT FLAGS...
 
 train() {  # train FLAGS...: starts the training of the recipe; FLAGS come last
     local dtype
     dtype=$(dtype_flag "$DTYPE")
+    overlap
     fixed --use-fused-rmsnorm --use-fused-rotary-pos-emb --mlp-layer-fusion     # where the device has such kernels
     fixed --distributed-backend nccl                                            # the device's own: hccl, or gloo on a CPU
     # shellcheck disable=SC2086  # the dtype flag is a word, or none
@@ -69,6 +75,7 @@ answer() {  # answer SCRIPT FLAGS...: starts a script whose stdout is the answer
     dtype=$(dtype_flag "$DTYPE")
     count TP
     count PP
+    overlap
     [ -n "${HOSTFILE:-}${NNODES:-}" ] || export NPROC=${NPROC:-$((TP * PP))}
     # shellcheck disable=SC2086  # the dtype flag is a word, or none
     launch --quiet "$script" "${flags[@]}" $dtype "$@"

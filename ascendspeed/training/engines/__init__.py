@@ -17,7 +17,7 @@ from ascendspeed.checkpoint.fragment import Fragment
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import Batch
-from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.device import Device, use_host_cores
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import ProcessGrid
 
@@ -103,6 +103,9 @@ def engine_builder(
     if path := run.parallel.deepspeed_config:
         import_deepspeed(device)
         deepspeed_check.check(config, read_additions(path), path)
+    if run.parallel.zero_offload != "none":
+        threads = use_host_cores(device)
+        logger.info(f"offload: the update runs on the host, with {threads} threads per process")
     copy = Path(run.train.log_dir, "ds_config.json")
     text = f"DeepSpeed config: {json.dumps(config)}"
     logger.info(text, extra={"terminal": f"DeepSpeed config: {copy}"})

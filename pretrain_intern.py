@@ -24,7 +24,7 @@ def main(record: RunRecord | None = None) -> int:
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
-    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed import fused_kernels, onednn, process_groups
     from ascendspeed.training import data_setup, engines, input_record, loop, setup
     from ascendspeed.training.fault_tolerance import RunMonitor
     from ascendspeed.training.metrics_log import MetricsLogger
@@ -45,6 +45,7 @@ def main(record: RunRecord | None = None) -> int:
             varlen=run.optim.dtype != "fp32"
             and not run.train.attention_dropout
             and run.parallel.context_parallel_size == 1,
+            products=onednn.Products.of_training(run),
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         logger.info(f"kernels: {kernels}; attention: torch SDPA")

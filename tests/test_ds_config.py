@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -267,3 +268,34 @@ def test_a_file_that_is_not_there_is_an_error(cpu, tmp_path):
     run = replace(RUN, parallel=replace(RUN.parallel, deepspeed_config=str(tmp_path / "none.json")))
     with pytest.raises(UserError, match=r"none\.json: .*No such file"):
         derived(cpu, tmp_path, run=run)
+
+
+@pytest.mark.parametrize("changes", ["", "bf16", "replicas", "stage 3", "offload", "file"])
+def test_zero_that_shares_nothing_is_stage_0(cpu, tmp_path, monkeypatch, caplog, changes):
+    """In fp32 with one data-parallel rank, and never otherwise; the engine and its configuration agree."""
+    from ascendspeed.training import engines
+    from ascendspeed.training.engines import deepspeed, deepspeed_check
+
+    file = tmp_path / "additions.json"
+    file.write_text('{"zero_optimization": {"stage": 2}}')
+    parallel = {
+        "stage 3": {"zero_stage": 3},
+        "offload": {"zero_offload": "cpu"},
+        "file": {"deepspeed_config": str(file)},
+    }.get(changes, {})
+    run = replace(
+        RUN,
+        parallel=replace(RUN.parallel, **parallel),
+        optim=OptimConfig(bf16=changes == "bf16"),
+        train=replace(RUN.train, log_dir=str(tmp_path)),
+    )
+    grid = SimpleNamespace(rank=0, world=2 * (1 + (changes == "replicas")), dp=1 + (changes == "replicas"))
+    monkeypatch.setattr(deepspeed, "import_deepspeed", lambda device: None)
+    monkeypatch.setattr(deepspeed_check, "check", lambda *_: None)
+    monkeypatch.setattr(deepspeed, "DeepSpeedEngine", lambda run, *_: run)
+    with caplog.at_level("INFO"):
+        built = engines.engine_builder(run, grid, cpu, None)(None)
+    stage = 3 if changes == "stage 3" else 2 if changes else 0
+    config = json.loads((tmp_path / "ds_config.json").read_text())
+    assert (built.parallel.zero_stage, config["zero_optimization"]["stage"]) == (stage, stage)
+    assert ("stage 0 is used" in caplog.text) == (stage == 0)

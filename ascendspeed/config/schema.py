@@ -16,6 +16,7 @@ from ascendspeed.utils.errors import UserError
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
+CpuLinearChoice = Literal["auto", "onednn", "torch"]
 
 
 def alias(*names: str) -> Any:
@@ -336,6 +337,9 @@ class TrainConfig:
     """Use the device's fused rotary-embedding kernel, if available."""
     mlp_layer_fusion: bool = False
     """Use the device's fused SwiGLU kernel, if available."""
+    cpu_linear: CpuLinearChoice = "auto"
+    """Matrix products in fp32 on a CPU: oneDNN's or torch's; auto: the faster one, measured at the start on
+    CPUs of AMD. The two differ by rounding."""
     max_skipped_steps: int = 10
     """Stop after this many consecutive skipped iterations (overflow or NaN)."""
 

@@ -9,6 +9,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import logging
 import os
 import resource
@@ -115,7 +116,10 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
                 "start fewer processes per node"
             )
         getattr(torch, kind).set_device(index)
-    name = _cpu_name() if kind == "cpu" else getattr(torch, kind).get_device_name(index)
+    if kind == "cpu":
+        name = cpu_info().get("model name", "CPU")
+    else:
+        name = getattr(torch, kind).get_device_name(index)
     return Device(kind, index, "gloo" if backend == "gloo" else BACKENDS[kind], name)
 
 
@@ -136,11 +140,12 @@ def _choose(choice: str) -> str:
     return choice
 
 
-def _cpu_name() -> str:
+def cpu_info() -> dict[str, str]:
+    """Entries of the first processor in /proc/cpuinfo: `model name`, `vendor_id`, `flags`; not all of them on
+    every architecture."""
     with open("/proc/cpuinfo") as lines:
-        return next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU"
-        )
+        pairs = (line.partition(":") for line in itertools.takewhile(str.strip, lines))
+        return {key.strip(): value.strip() for key, _, value in pairs}
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ascendspeed.distributed import onednn
 from ascendspeed.distributed.device import Device, SequenceBounds, fused_kernel
 
 
@@ -70,6 +71,11 @@ class Kernels:
     geglu: Callable[[Tensor], Tensor] = geglu
     varlen: Callable[[Tensor, Tensor, Tensor, SequenceBounds], Tensor] | None = None
     """Causal attention within each of many sequences; None: torch's SDPA, one sequence after the other."""
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    """x [..., k], weight [n, k] -> x weight^T [..., n]. Another one than torch's has no gradient; its callers
+    compute the gradients by further products."""
+    pack_weight: Callable[[Tensor], Tensor] | None = None
+    """Weight of inference [n, k] -> the layout that `linear` reads fastest; None: it has no own layout."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:
@@ -79,10 +85,11 @@ class Kernels:
         return "; ".join(f"{', '.join(names)}: {source}" for source, names in operations.items())
 
 
-def select_kernels(device: Device, **enabled: bool) -> Kernels:
+def select_kernels(device: Device, products: onednn.Products | None = None, **enabled: bool) -> Kernels:
     """Selects the device's fused kernel for every enabled operation that has one, and torch for the others.
 
-    Example: `select_kernels(device, rms_norm=True, rotary=False)`.
+    `products`: chooses between torch and oneDNN for `linear`; collective. Example: `select_kernels(device,
+    rms_norm=True, rotary=False)`.
     """
     kernels: dict[str, Callable[..., Any]] = {}
     sources = []
@@ -95,4 +102,9 @@ def select_kernels(device: Device, **enabled: bool) -> Kernels:
             sources.append((operation, "torch (no fused kernel is installed for this device)"))
         else:
             sources.append((operation, "torch"))
+    if products:
+        uses_onednn, source = onednn.choose(products, device)
+        sources.append(("linear", source))
+        if uses_onednn:
+            kernels |= {"linear": onednn.linear, "pack_weight": onednn.pack}
     return Kernels(**kernels, sources=tuple(sources))

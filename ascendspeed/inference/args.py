@@ -15,7 +15,14 @@ from ascendspeed.cli.compat import GENERATE
 from ascendspeed.cli.parser import flag_of, output_flag
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset, find_model, model_of
 from ascendspeed.config import schema
-from ascendspeed.config.schema import BackendChoice, DeviceChoice, ModelConfig, ParallelConfig, alias
+from ascendspeed.config.schema import (
+    BackendChoice,
+    CpuLinearChoice,
+    DeviceChoice,
+    ModelConfig,
+    ParallelConfig,
+    alias,
+)
 from ascendspeed.models import families
 from ascendspeed.utils.errors import UserError
 
@@ -65,6 +72,9 @@ class EngineArgs:
     """Use the device's fused rotary embedding kernel if it has one."""
     mlp_layer_fusion: bool = False
     """Use the device's fused SwiGLU kernel if it has one."""
+    cpu_linear: CpuLinearChoice = "auto"
+    """Matrix products in fp32 on a CPU: oneDNN's, with packed weights, or torch's; auto: the faster one,
+    measured at the start on CPUs of AMD. The two differ by rounding."""
 
     @property
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:

@@ -19,6 +19,7 @@ from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader, refuse_adapters
 from ascendspeed.distributed import fused_kernels, process_groups
 from ascendspeed.distributed.device import Device
+from ascendspeed.distributed.onednn import Products
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.inference import engine
 from ascendspeed.inference.args import SPARE, EngineSpec
@@ -81,12 +82,15 @@ class ModelSession:
             rms_norm=args.use_fused_rmsnorm,
             rotary=args.use_fused_rotary_pos_emb,
             swiglu=args.mlp_layer_fusion,
+            products=Products.of_inference(args.cpu_linear, args.dtype, self.config, args.layout),
         )
         model = engine.load(
             self.source, parallel=args.layout, dtype=args.dtype, device=self.device, kernels=kernels
         )
         device = f"{self.device.kind} ({self.device.name})"
-        logger.info(f"{args.load}: {model.config.family}, {args.dtype}, on {device}; {self.grid}")
+        logger.info(
+            f"{args.load}: {model.config.family}, {args.dtype}, on {device}; {self.grid}; kernels: {kernels}"
+        )
         return model
 
 

@@ -5,7 +5,8 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder,
 "save": folder, "resave": folder to save to before the first step, "first": step, "last": step,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
-"evaluate": also the loss of batch 0 before training, "break": a deliberate mistake,
+"evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
+adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
 "poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
 """
 
@@ -94,10 +95,12 @@ def main() -> None:
         )  # a checkpoint of adapters has no weights
         if case.get("break") == "documents see each other":
             without_documents()
+        linear = CountedLinear(case.get("break"))
+        kernels = replace(fused, linear=linear) if case.get("onednn") else fused
         if run.parallel.deepspeed:
-            engine = deepspeed_engine(case.get("break"))(run, grid, here, fused, tensors)
+            engine = deepspeed_engine(case.get("break"))(run, grid, here, kernels, tensors)
         else:
-            engine = megatron_engine(case.get("break"))(run, grid, here, fused, tensors)
+            engine = megatron_engine(case.get("break"))(run, grid, here, kernels, tensors)
         if case.get("load"):
             engine.restore(open_checkpoint(case["load"]))
         if case.get("resave"):
@@ -125,6 +128,8 @@ def main() -> None:
             curves[name].append(step(engine, run, grid, data[i]))
         if not run.parallel.deepspeed and case.get("break") is None:
             check_replicas(engine, grid)
+        if case.get("onednn"):
+            curves[f"{name}: products"] = [[linear.count, None]]
         if case.get("save"):
             save(case["save"], last, engine, run, grid)
         del engine
@@ -171,6 +176,23 @@ def check_replicas(engine, grid):
         for key, digest in rank_tensors.items():
             assert seen.setdefault(key, digest) == digest, f"{key} differs between ranks"
     assert {name for name, _ in seen} == set(engine.shard_specs)
+
+
+class CountedLinear:
+    """oneDNN's product of matrices of any size."""
+
+    def __init__(self, mistake):
+        self.count, self.swaps_rows = 0, mistake == "rows of weight gradients"
+
+    def __call__(self, x, weight):
+        from ascendspeed.distributed import onednn
+
+        self.count += 1
+        if not x.numel():
+            return x @ weight.t()
+        out = onednn._multiply(x, weight)
+        # The first operand of a weight's gradient is the only one that is a transposed view.
+        return out.flip(0) if self.swaps_rows and not x.is_contiguous() else out
 
 
 def deepspeed_engine(mistake):

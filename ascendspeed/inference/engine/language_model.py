@@ -23,6 +23,7 @@ from ascendspeed.models import families
 from ascendspeed.models.gpt import attention, gpt_model
 from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
+from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
@@ -47,6 +48,7 @@ class LanguageModel:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
         self.cache: KVCache | None = None
+        self._is_packed = False
         tied = gpt.share_embeddings_and_output_weights
         if self.is_last_stage and isinstance(gpt.output_layer, NormHead) and not tied:
             gpt.output_layer.fold_normalization()
@@ -58,6 +60,7 @@ class LanguageModel:
         `CacheOutOfMemory`.
         """
         self.free_cache()  # before the allocation, which needs its memory
+        self._arrange_weights(packed=rows > 1)
         try:
             self.cache = KVCache(self.gpt, rows, capacity)
         except (RuntimeError, MemoryError) as error:
@@ -69,6 +72,20 @@ class LanguageModel:
             ) from error
         self.cache.set_rope_lengths(lengths)
         return self.cache
+
+    def _arrange_weights(self, packed: bool) -> None:
+        """Packs the weights of the linears, one after the other, or restores them; a weight exists once.
+
+        The products of one row read plain weights faster. An output layer that is the embedding stays plain.
+        """
+        if self.gpt.config.kernels.pack_weight is None or packed == self._is_packed:
+            return
+        self._is_packed = packed
+        head = self.gpt.output_layer if self.is_last_stage else None
+        for module in self.gpt.modules():
+            is_tied = module is head and self.gpt.share_embeddings_and_output_weights
+            if isinstance(module, ColumnLinear | RowLinear) and not is_tied:
+                module.pack() if packed else module.unpack()
 
     def free_cache(self) -> None:
         """Frees the KV cache and the attention masks of its length."""

@@ -1,21 +1,107 @@
-"""Tensor-parallel linears with an inference fast path: without gradients, equal results without the autograd
-functions.
+"""Tensor-parallel linears with an inference fast path and with the products of `Kernels.linear`.
 
-Megatron-core's autograd functions keep inputs for a backward pass; for the forward pass of a single token
-they take a fifth of the time.
+Without gradients they give equal results without Megatron-core's autograd functions, which keep inputs for a
+backward pass: for the forward pass of a single token these take a fifth of the time. If `Kernels.linear` is
+not torch's, `KernelLinear` takes the place of these functions.
 """
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from megatron.core.parallel_state import get_global_memory_buffer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
 )
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class ColumnLinear(ColumnParallelLinear):
+class KernelLinear(torch.autograd.Function):
+    """Product of `Kernels.linear` with its two gradients and the communication of Megatron-core's
+    `LinearWithGradAccumulationAndAsyncCommunication`; a frozen weight costs neither memory nor a product."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        linear: Any,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        group: Any,
+    ) -> Tensor:
+        """x [s, b, k] (under sequence parallel [s / TP, b, k]), weight [n, k], bias [n] -> [s, b, n].
+
+        `allreduce_dgrad`: sums the gradient of x over `group`.
+        """
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.linear, ctx.group = linear, group
+        ctx.allreduce_dgrad, ctx.sequence_parallel = allreduce_dgrad, sequence_parallel
+        if sequence_parallel:
+            x = _gather_sequence(x, group)[0]
+        out = linear(x, weight)
+        return out if bias is None else out + bias
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Communication runs beside the products, in the order of Megatron-core's function."""
+        x, weight = ctx.saved_tensors
+        gathering = exchange = None
+        if x is not None and ctx.sequence_parallel:
+            x, gathering = _gather_sequence(x, ctx.group, async_op=True)
+        dgrad = ctx.linear(gradient, weight.t())
+        if ctx.sequence_parallel:
+            partial = dgrad
+            dgrad = partial.new_empty(partial.size(0) // ctx.group.size(), *partial.shape[1:])
+            exchange = dist.reduce_scatter_tensor(dgrad, partial, group=ctx.group, async_op=True)
+        elif ctx.allreduce_dgrad:
+            exchange = dist.all_reduce(dgrad, group=ctx.group, async_op=True)
+        if gathering is not None:
+            gathering.wait()
+        rows = gradient.reshape(-1, gradient.size(-1))
+        wgrad = None if x is None else ctx.linear(rows.t(), x.reshape(-1, x.size(-1)).t())
+        bias_grad = rows.sum(0) if ctx.needs_input_grad[2] else None
+        if exchange is not None:
+            exchange.wait()
+        return dgrad, wgrad, bias_grad, None, None, None, None
+
+
+def _gather_sequence(x: Tensor, group: Any, async_op: bool = False) -> tuple[Tensor, Any]:
+    """Gathers x [s / TP, ...] to [s, ...] in Megatron-core's buffer; and, if `async_op`, the handle."""
+    shape = [x.size(0) * group.size(), *x.shape[1:]]
+    gathered = get_global_memory_buffer().get_tensor(shape, x.dtype, "mpu")
+    return gathered, dist.all_gather_into_tensor(gathered, x.contiguous(), group=group, async_op=async_op)
+
+
+class _Packable(torch.nn.Module):
+    """Mixin of linears whose weight can have the layout of `Kernels.pack_weight`."""
+
+    weight: torch.nn.Parameter
+    config: Any
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Replaces the weight by its packed copy; no training afterwards."""
+        if not self.weight.is_mkldnn:
+            self._replace_weight(self.config.kernels.pack_weight(self.weight))
+
+    @torch.no_grad()
+    def unpack(self) -> None:
+        """Restores the plain weight, bit for bit."""
+        if self.weight.is_mkldnn:
+            self._replace_weight(self.weight.to_dense())
+
+    def _replace_weight(self, weight: Tensor) -> None:
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+class ColumnLinear(_Packable, ColumnParallelLinear):
     """Linear with its weight cut along the rows (outputs) over the tensor-parallel ranks."""
 
     def forward(
@@ -27,29 +113,54 @@ class ColumnLinear(ColumnParallelLinear):
         """
         if torch.is_grad_enabled() or _needs_megatron_forward(self):
             return super().forward(input_, weight, runtime_gather_output)
-        out = F.linear(input_, self.weight if weight is None else weight)
+        out = self.config.kernels.linear(input_, self.weight if weight is None else weight)
         if self.bias is not None and not self.skip_bias_add:
             out = out + self.bias
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
             out = gather_from_tensor_model_parallel_region(out, group=self.tp_group)
         return out, self.bias if self.skip_bias_add else None
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+        if self.config.kernels.linear is F.linear:
+            return super()._forward_impl(input=input, weight=weight, **settings)
+        return _kernel_linear(self, input, weight, settings)
 
-class RowLinear(RowParallelLinear):
+
+class RowLinear(_Packable, RowParallelLinear):
     """Linear with its weight cut along the columns (inputs); the ranks' outputs are summed."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input_ [..., in / TP] -> ([..., h], bias that the caller must add)."""
         if torch.is_grad_enabled() or _needs_megatron_forward(self) or not self.input_is_parallel:
             return super().forward(input_)
-        out = F.linear(input_, self.weight)
+        out = self.config.kernels.linear(input_, self.weight)
         if self.tp_group.size() > 1:
             out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
         if self.bias is not None and not self.skip_bias_add:
             out = out + self.bias
         return out, self.bias if self.skip_bias_add else None
 
+    def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
+        if self.config.kernels.linear is F.linear:
+            return super()._forward_impl(input=input, weight=weight, **settings)
+        return _kernel_linear(self, input, weight, settings)
+
 
 def _needs_megatron_forward(linear: ColumnLinear | RowLinear) -> bool:
     """True if the linear communicates in more ways than one sum or gather."""
     return linear.sequence_parallel or linear.explicit_expert_comm
+
+
+def _kernel_linear(
+    linear: ColumnLinear | RowLinear, x: Tensor, weight: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """`KernelLinear` with the arguments that Megatron-core gives to its own functions."""
+    return KernelLinear.apply(
+        x,
+        weight,
+        settings["bias"],
+        linear.config.kernels.linear,
+        settings["allreduce_dgrad"],
+        settings["sequence_parallel"],
+        linear.tp_group,
+    )

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -99,6 +99,7 @@ def engine_builder(
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, import_deepspeed
     from ascendspeed.training.engines.deepspeed_config import ds_config, read_additions
 
+    run = _without_idle_zero(run, grid)
     config = ds_config(run, grid.world)
     if path := run.parallel.deepspeed_config:
         import_deepspeed(device)
@@ -112,3 +113,20 @@ def engine_builder(
     if grid.rank == 0:
         copy.write_text(json.dumps(config, indent=2) + "\n")
     return lambda tensors: DeepSpeedEngine(run, grid, device, config, kernels, tensors)
+
+
+def _without_idle_zero(run: Run, grid: ProcessGrid) -> Run:
+    """Returns the run with ZeRO stage 0 instead of 1 or 2 where these share nothing, and logs it.
+
+    In fp32 with one data-parallel rank they would keep a second copy of the weights and move every gradient
+    three times.
+    """
+    parallel = run.parallel
+    is_idle = parallel.zero_stage in (1, 2) and run.optim.dtype == "fp32" and grid.dp == 1
+    if not is_idle or parallel.zero_offload != "none" or parallel.deepspeed_config:
+        return run
+    logger.info(
+        f"note: ZeRO stage {parallel.zero_stage} shares nothing with one data-parallel rank: stage 0 is "
+        "used, which keeps no second copy of the fp32 weights"
+    )
+    return replace(run, parallel=replace(parallel, zero_stage=0))

@@ -1,0 +1,214 @@
+"""Matrix products in fp32 through oneDNN, for CPUs on which torch's own (MKL's) are slower.
+
+MKL does not use the AVX-512 units of an AMD CPU, and packs a weight anew in every product; oneDNN uses them,
+and takes a weight that was packed once. `torch.ops.mkldnn._linear_pointwise`, which torch's own compiler
+calls, is a private operation: it is used with the versions of torch that it was tested with, after a
+comparison with torch's product at the start. The choice is made once, alike on all ranks.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from ascendspeed.config.schema import CpuLinearChoice, ModelConfig, ParallelConfig, Run
+from ascendspeed.distributed.device import Device, cpu_info
+
+TORCH_VERSIONS = ("2.13",)
+"""Versions of torch whose operation was tested (`tests/test_onednn.py`)."""
+MIN_SIZE = 32
+"""Least size of each of the three dimensions of a product that oneDNN computes with a plain weight."""
+MIN_MULTIPLICATIONS = 1 << 23
+"""Least multiplications of such a product: a call of oneDNN takes about 40 us more than one of torch."""
+MIN_PACKED_ELEMENTS = 1 << 18
+"""Least elements of a weight that is packed."""
+MIN_GAIN = 1.2
+"""Least ratio of torch's time to oneDNN's for choosing oneDNN: noise must not change the choice."""
+PACKED_ROWS = 8
+"""Rows of the measured product with a packed weight, as in the decoding of a batch."""
+MEASURED_ELEMENTS = 1 << 22
+"""Elements of the weights with which inference is measured, 16 MiB."""
+ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Products:
+    """Number format and largest matrix product of a command, for the choice of its kernel."""
+
+    choice: CpuLinearChoice
+    """Value of --cpu-linear."""
+    dtype: str
+    """fp32, bf16 or fp16."""
+    outputs: int
+    """Rows of the largest weight of a layer on one rank."""
+    inputs: int
+    """Columns of that weight."""
+    rows: int | None = None
+    """Tokens of a training pass on one rank; None: inference, for which weights are packed."""
+
+    @classmethod
+    def of_training(cls, run: Run) -> "Products":
+        """Products of a training run."""
+        rows = run.train.micro_batch_size * run.data.seq_length // run.parallel.context_parallel_size
+        return cls(run.train.cpu_linear, run.optim.dtype, *_largest_weight(run.model, run.parallel), rows)
+
+    @classmethod
+    def of_inference(
+        cls, choice: CpuLinearChoice, dtype: str, model: ModelConfig, parallel: ParallelConfig
+    ) -> "Products":
+        """Products of generation and evaluation."""
+        return cls(choice, dtype, *_largest_weight(model, parallel))
+
+
+def _largest_weight(model: ModelConfig, parallel: ParallelConfig) -> tuple[int, int]:
+    """Shape of linear_fc1 on one rank."""
+    return 2 * max(model.ffn_widths) // parallel.tensor_model_parallel_size, model.hidden_size
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., k], weight [n, k], plain or packed -> x weight^T [..., n]; without a gradient.
+
+    A small product with a plain weight is torch's. The sizes alone decide, and alike for a product and for
+    those of its gradients, so that equal runs give equal bits.
+    """
+    if weight.is_mkldnn:
+        return _multiply(x, weight)
+    outputs, inputs = weight.shape
+    rows = x.numel() // max(1, inputs)
+    if not (x.dtype == weight.dtype == torch.float32 and _is_large(rows, outputs, inputs)):
+        return F.linear(x, weight)
+    return _multiply(x, weight)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """Copies a weight [n, k] into oneDNN's own layout, for `linear`; a small one is returned as it is.
+
+    `to_dense()` of the result gives the plain weight back, bit for bit.
+    """
+    if weight.dtype != torch.float32 or weight.numel() < MIN_PACKED_ELEMENTS:
+        return weight
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
+
+
+def choose(products: Products, device: Device) -> tuple[bool, str]:
+    """Returns whether `linear` replaces torch's product, and the text for the log. Collective on a CPU."""
+    if products.choice == "torch":
+        return False, "torch"
+    if device.kind != "cpu" or products.dtype != "fp32":
+        reason = "" if products.choice == "auto" else " (oneDNN is for fp32 on a CPU)"
+        return False, f"torch{reason}"
+    if products.choice == "auto" and not _is_worth_measuring(products):
+        return False, "torch (oneDNN gains nothing with small matrices)"
+    obstacle = _obstacle(products)
+    gain = None
+    if obstacle is None and products.choice == "auto" and _rank() == 0:
+        gain = measured_gain(products)
+        if gain < MIN_GAIN:
+            obstacle = f"oneDNN is {gain:.2f} times as fast here"
+    if not _all_ranks(obstacle is None):
+        return False, f"torch ({obstacle or 'oneDNN cannot be used on the machine of another rank'})"
+    return True, "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch here)"
+
+
+def measured_gain(products: Products) -> float:
+    """Ratio of torch's time to oneDNN's for a product of such sizes (in training with those of its
+    gradients)."""
+    outputs, inputs = min(products.outputs, 4096), min(products.inputs, 1024)
+    weight = torch.full((outputs, inputs), 0.01)
+    if products.rows is None:
+        # Several small weights: a step of decoding reads all weights of a model, which no cache holds.
+        weights = [weight.clone() for _ in range(-(-MEASURED_ELEMENTS // weight.numel()))]
+        x, packed = torch.ones(PACKED_ROWS, inputs), [pack(weight) for weight in weights]
+        return _time_ratio(
+            lambda: [F.linear(x, weight) for weight in weights],
+            lambda: [linear(x, weight) for weight in packed],
+        )
+    rows = min(products.rows, 512)
+    x, gradient = torch.ones(rows, inputs), torch.ones(rows, outputs)
+
+    def run(multiply: Callable[[Tensor, Tensor], Tensor]) -> None:
+        multiply(x, weight)
+        multiply(gradient, weight.t())
+        multiply(gradient.t(), x.t())
+
+    return _time_ratio(lambda: run(F.linear), lambda: run(_multiply))
+
+
+def _time_ratio(first: Callable[[], object], second: Callable[[], object]) -> float:
+    """Least time of `first` / least time of `second`, in turns after a warm-up."""
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for number in range(ROUNDS + 1):
+            for call, seconds in zip((first, second), times, strict=True):
+                start = time.perf_counter()
+                call()
+                if number:
+                    seconds.append(time.perf_counter() - start)
+    return min(times[0]) / min(times[1])
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    rows = x.reshape(-1, x.size(-1))
+    out = torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+    # As in torch's own product the result must be no view: autograd forbids to write into a view that a
+    # function returned.
+    return out if x.dim() == 2 else torch.ops.aten._unsafe_view(out, [*x.shape[:-1], weight.size(0)])
+
+
+def _is_large(*sizes: int) -> bool:
+    rows, outputs, inputs = sizes
+    return min(sizes) >= MIN_SIZE and rows * outputs * inputs >= MIN_MULTIPLICATIONS
+
+
+def _is_worth_measuring(products: Products) -> bool:
+    if products.rows is None:
+        return products.outputs * products.inputs >= MIN_PACKED_ELEMENTS
+    return _is_large(products.rows, products.outputs, products.inputs)
+
+
+def _obstacle(products: Products) -> str | None:
+    """Returns why this rank cannot use oneDNN or, if `choice` is auto, need not measure it; None: it can."""
+    if ".".join(torch.__version__.split(".")[:2]) not in TORCH_VERSIONS:
+        return f"oneDNN was not tested with torch {torch.__version__}"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch is built without oneDNN"
+    try:
+        is_right = _gives_the_product()
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"oneDNN: {str(error).splitlines()[0]}"
+    if not is_right:
+        return "oneDNN's product is not torch's"
+    if products.choice == "onednn":
+        return None
+    cpu = cpu_info()
+    if cpu.get("vendor_id") != "AuthenticAMD":
+        return f"MKL is expected to be fast on this CPU, {cpu.get('vendor_id', 'of another make')}"
+    if products.rows is not None and "avx512f" not in cpu.get("flags", "").split():
+        return "oneDNN gains nothing in training on this CPU, which has no AVX-512"
+    return None
+
+
+def _gives_the_product() -> bool:
+    """Compares a small product of plain and packed weights with torch's."""
+    x, weight = (torch.arange(n * 40.0).remainder(7).view(n, 40) for n in (33, 48))
+    expected = F.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, PACKED_ROWS)
+    # Small integers: every order of summation gives the same bits.
+    return all(torch.equal(_multiply(x, w), expected) for w in (weight, packed))
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def _all_ranks(value: bool) -> bool:
+    """True if `value` is true on every rank."""
+    if not dist.is_initialized():
+        return value
+    flag = torch.tensor(int(value))
+    dist.all_reduce(flag, dist.ReduceOp.MIN)
+    return bool(flag)

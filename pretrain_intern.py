@@ -20,7 +20,7 @@ def main(record: RunRecord | None = None) -> int:
 
     from ascendspeed.distributed import device as devices
 
-    device = devices.prepare(run.train.device, run.train.distributed_backend)
+    device = devices.prepare(run.train.device, run.train.distributed_backend, run.train.deterministic)
 
     # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
     from ascendspeed.config.schema import to_dict
@@ -44,11 +44,14 @@ def main(record: RunRecord | None = None) -> int:
             swiglu=run.train.mlp_layer_fusion,
             varlen=run.optim.dtype != "fp32"
             and not run.train.attention_dropout
+            and not run.train.deterministic
             and run.parallel.context_parallel_size == 1,
             products=onednn.Products.of_training(run),
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
         logger.info(f"kernels: {kernels}; attention: torch SDPA")
+        if run.train.deterministic:
+            logger.info("deterministic: fixed order of sums; an operation without such a kernel is an error")
         for note in notes:
             logger.info(f"note: {note}")
         run, batches = data_setup.open_data(run, grid)

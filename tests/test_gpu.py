@@ -48,15 +48,17 @@ def test_losses_equal_the_oracle_on_the_cpu(tmp_path):
             assert loss < (5e-5 if name.startswith("fp32") else 5e-3), (name, loss)
 
 
-def test_the_same_layout_resumes_bit_identically(tmp_path):
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_same_layout_resumes_bit_identically(dropout, tmp_path):
     change, at = changes(2, bf16=True), str(tmp_path / "ckpt")
     cases = {
         "whole": {"changes": change},
         "first": {"changes": change, "last": 4, "save": at},
         "then": {"changes": change, "first": 4, "load": at},
     }
-    run = replace(RUN, train=replace(RUN.train, attention_dropout=0.1, hidden_dropout=0.1))
+    run = replace(RUN, train=replace(RUN.train, attention_dropout=dropout, hidden_dropout=dropout))
     job = {"run": schema.to_dict(run), "steps": 8, "data_seed": DATA_SEED, "cases": cases, "device": "cuda"}
+    job["deterministic"] = True
     curves = launch.ranks(1, "engine_worker.py", job, tmp_path)
     assert curves["first"] + curves["then"] == curves["whole"]
 

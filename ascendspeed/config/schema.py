@@ -331,6 +331,9 @@ class TrainConfig:
     """Device; auto selects an NPU, else a GPU, else the CPU."""
     distributed_backend: BackendChoice = "auto"
     """Backend for collectives; nccl in a recipe means the device's own (gloo, nccl, hccl)."""
+    deterministic: bool = False
+    """Only kernels and collectives with a fixed order of sums, so that a repeated or resumed run has equal
+    bits on a GPU too; slower. A CPU needs no flag."""
     use_fused_rmsnorm: bool = False
     """Use the device's fused RMSNorm kernel, if available."""
     use_fused_rotary_pos_emb: bool = False

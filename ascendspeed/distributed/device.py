@@ -25,6 +25,12 @@ from torch import Tensor
 from ascendspeed.utils.errors import UserError
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "npu": "hccl"}
+DETERMINISTIC_VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"),
+    "NCCL_ALGO": ("Ring", "Tree"),
+    "HCCL_DETERMINISTIC": ("true", "strict"),
+}
+"""Variables that libraries read when they start -> values for sums in a fixed order, the default first."""
 CANN_HOME = "/usr/local/Ascend/ascend-toolkit/latest"
 """Folder of CANN unless ASCEND_HOME_PATH, which CANN's set_env.sh sets, names another."""
 NPU_SEQUENCES = 1024
@@ -90,12 +96,14 @@ class Device:
             getattr(torch, self.kind).empty_cache()
 
 
-def prepare(choice: str = "auto", backend: str = "auto") -> Device:
+def prepare(choice: str = "auto", backend: str = "auto", deterministic: bool = False) -> Device:
     """Chooses the device and adapts torch to it; once per process, before megatron.core is imported.
 
     `backend` "nccl" or "hccl" means the device's own backend; "gloo" means gloo. Raises `UserError` if the
-    requested device is not available.
+    requested device is not available, or if `deterministic` contradicts the environment.
     """
+    if deterministic:
+        _make_deterministic()
     for text in MEGATRON_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{text}")
     kind = _choose(choice)
@@ -121,6 +129,22 @@ def prepare(choice: str = "auto", backend: str = "auto") -> Device:
     else:
         name = getattr(torch, kind).get_device_name(index)
     return Device(kind, index, "gloo" if backend == "gloo" else BACKENDS[kind], name)
+
+
+def _make_deterministic() -> None:
+    """Selects kernels and collectives that sum in a fixed order; an operation without such a kernel raises.
+
+    torch's flash attention then has a deterministic backward pass, and its cuDNN attention is not used.
+    """
+    for name, values in DETERMINISTIC_VARIABLES.items():
+        value = os.environ.setdefault(name, values[0])
+        if value not in values:
+            choices = " or ".join(values)
+            raise UserError(f"--deterministic: {name}={value}; unset it, or set it to {choices}")
+    torch.use_deterministic_algorithms(True)
+    # Memory that is written before it is read need not be filled first.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
 
 
 def _choose(choice: str) -> str:

@@ -25,7 +25,7 @@ from ascendspeed.distributed import device
 def main() -> None:
     """Reads the job, runs every case, writes case -> [[loss, gradient norm], ...]; [null, null]: skipped."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    here = device.prepare(job.get("device", "cpu"))
+    here = device.prepare(job.get("device", "cpu"), deterministic=job.get("deterministic", False))
 
     import torch
     from safetensors.torch import load_file

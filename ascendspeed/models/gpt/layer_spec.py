@@ -172,6 +172,7 @@ def transformer_config(
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        deterministic_mode=train.deterministic,
         apply_rope_fusion=False,
         kernels=kernels or Kernels(),
         rope=Rope(model),

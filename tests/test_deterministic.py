@@ -57,3 +57,23 @@ def test_a_run_with_it_has_the_losses_of_one_without(tmp_path):
         curves[name] = [(line.loss, line.grad_norm) for line in lines if isinstance(line, TrainLine)]
     assert curves["first"] == curves["second"]
     assert np.array(curves["first"]) == pytest.approx(np.array(curves["plain"]), rel=1e-5)
+
+
+def test_it_leaves_no_choice_to_a_measurement():
+    from ascendspeed.config.schema import (
+        DataConfig,
+        ModelConfig,
+        OptimConfig,
+        ParallelConfig,
+        Run,
+        TrainConfig,
+    )
+    from ascendspeed.distributed.onednn import Products
+
+    def choice(**train) -> str:
+        run = Run(ModelConfig(), ParallelConfig(), OptimConfig(), DataConfig(), TrainConfig(**train))
+        return Products.of_training(run).choice
+
+    assert choice(deterministic=True) == "torch"
+    assert choice(deterministic=True, cpu_linear="onednn") == "onednn"
+    assert choice() == "auto"

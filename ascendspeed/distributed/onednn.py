@@ -54,7 +54,10 @@ class Products:
     def of_training(cls, run: Run) -> "Products":
         """Products of a training run."""
         rows = run.train.micro_batch_size * run.data.seq_length // run.parallel.context_parallel_size
-        return cls(run.train.cpu_linear, run.optim.dtype, *_largest_weight(run.model, run.parallel), rows)
+        choice = run.train.cpu_linear
+        if choice == "auto" and run.train.deterministic:
+            choice = "torch"  # a measurement may choose otherwise in the next run
+        return cls(choice, run.optim.dtype, *_largest_weight(run.model, run.parallel), rows)
 
     @classmethod
     def of_inference(

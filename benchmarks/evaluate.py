@@ -174,6 +174,9 @@ def sides(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
+    from ascendspeed.config.schema import ParallelConfig
+    from ascendspeed.conversion.formats.registry import open_reader
+    from ascendspeed.distributed import fused_kernels, onednn
     from ascendspeed.evaluation import lm_eval as harness
     from ascendspeed.evaluation.answer_cache import AnswerCache
     from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
@@ -182,7 +185,10 @@ def sides(
     from ascendspeed.tokenization import tokenizer
 
     tokens = tokenizer.load(folder)
-    model = engine.load(folder, dtype=options.dtype, device=here)
+    source, layout = open_reader(folder), ParallelConfig()
+    products = onednn.Products.of_inference("auto", options.dtype, source.config, layout)
+    kernels = fused_kernels.select_kernels(here, products=products)
+    model = engine.load(source, dtype=options.dtype, device=here, kernels=kernels)
     max_length, questions = model.config.max_position_embeddings, benchmark(options)
     put = find_style("lm-eval", "mmlu", options.shots)
     prompts = list(build_prompts(questions, put, PromptEncoder(tokens), max_length, 0))

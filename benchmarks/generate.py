@@ -20,10 +20,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import product_rates
 from clock import Timing, timed
 
 from ascendspeed.cli import parser
-from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import CpuLinearChoice, ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.models import estimates
 from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
@@ -65,6 +66,8 @@ class Options:
     """New tokens per prompt."""
     rounds: int = 5
     """Measured runs of each side, after a warm-up run."""
+    cpu_linear: CpuLinearChoice = "auto"
+    """Matrix products of the project in fp32 on a CPU."""
     threads: int | None = None
     """CPU threads; None: torch's default. Use 1 on a shared machine."""
     out: Annotated[Path | None, parser.output_flag("out")] = None
@@ -81,14 +84,15 @@ def build_models(options: Options, device: Any) -> tuple[Any, Any]:
     """Returns the project's model and Hugging Face's, with the same random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed import fused_kernels, onednn, process_groups
     from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     model, layout = model_of(options), ParallelConfig()
     grid = process_groups.initialize(device, layout, 1)
-    kernels = fused_kernels.select_kernels(device, rms_norm=True, rotary=True, swiglu=True)
+    products = onednn.Products.of_inference(options.cpu_linear, options.dtype, model, layout)
+    kernels = fused_kernels.select_kernels(device, products=products, rms_norm=True, rotary=True, swiglu=True)
     settings = layer_spec.transformer_config(model, layout, TrainConfig(), options.dtype, kernels)
     gpt = gpt_model.build_model(model, layout, settings)
     gpt_model.load_weights(gpt, model, layout, param_mapping.random_tensors(model, 1, device.torch))
@@ -140,8 +144,8 @@ def generate_with_hugging_face(model: Any, ids: Any, new_tokens: int, device: An
     return output[:, inputs.size(1) :].tolist()
 
 
-def measure(options: Options, device: Any) -> dict[tuple[int, int], Runs]:
-    """Returns (batch, prompt length) -> runs of both sides."""
+def measure(options: Options, device: Any) -> tuple[dict[tuple[int, int], Runs], str]:
+    """Returns (batch, prompt length) -> runs of both sides, and the kernels of the project's side."""
     import torch
 
     project, hugging_face = build_models(options, device)
@@ -156,7 +160,7 @@ def measure(options: Options, device: Any) -> dict[tuple[int, int], Runs]:
             }
             results[batch, length] = measure_sides(options, device, sides, f"batch {batch}, prompt {length}")
             print(f"batch {batch}, prompt {length}: {row(results[batch, length], options)}", flush=True)
-    return results
+    return results, str(project.gpt.config.kernels)
 
 
 def measure_sides(options: Options, device: Any, sides: dict[str, Callable], case: str) -> Runs:
@@ -178,17 +182,17 @@ def measure_sides(options: Options, device: Any, sides: dict[str, Callable], cas
     return runs
 
 
-def parts(run: tuple[Timing, Timing], clock: str, new_tokens: int) -> tuple[float, float]:
-    """Returns the seconds to the first token and of each further one."""
+def parts(run: tuple[Timing, Timing], clock: str, new_tokens: int) -> tuple[float, float, float]:
+    """Returns the seconds to the first token, of each further one, and of all."""
     first, total = (getattr(took, clock) for took in run)
-    return first, (total - first) / (new_tokens - 1)
+    return first, (total - first) / (new_tokens - 1), total
 
 
 def row(runs: Runs, options: Options) -> str:
-    """Formats prefill, then decoding: both times, and the ratio (median, minimum, maximum; that of CPU
-    time)."""
+    """Formats prefill, decoding and the whole: both times, and the ratio (median, minimum, maximum; that of
+    CPU time)."""
     cells = []
-    for part in (0, 1):
+    for part in range(3):
         seconds = {}
         for clock in ("wall", "cpu"):
             for side in runs:
@@ -207,25 +211,39 @@ def ratios(project: list[float], hugging_face: list[float]) -> list[float]:
     return [b / a for a, b in zip(project, hugging_face, strict=True)]
 
 
-def report(results: dict[tuple[int, int], Runs], options: Options, device: Any) -> str:
+def report(results: dict[tuple[int, int], Runs], kernels: str, options: Options, device: Any) -> str:
     """Formats the markdown file."""
     import torch
 
     model = model_of(options)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "megatron-core", "transformers"))
     lines = [f"| {batch} | {length} | {row(runs, options)} |" for (batch, length), runs in results.items()]
-    head = "| batch | prompt | first: ours | theirs | theirs / ours | next: ours | theirs | theirs / ours |"
+    head = (
+        "| batch | prompt | first: ours | theirs | theirs / ours | next: ours | theirs | theirs / ours "
+        "| all: ours | theirs | theirs / ours |"
+    )
     same_tokens = " The tokens were the same." if options.dtype == "fp32" else ""
     return (
         f"# Generation against Hugging Face's generate\n\n{datetime.date.today()}, {device.name}, "
         f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, "
-        f"{versions}.\n\n"
+        f"{versions}. Kernels: {kernels}.\n\n"
         f"{options.model}: {estimates.parameter_count(model) / 1e6:.0f}M parameters, {model.num_layers} "
         f"layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, {model.kv_heads} of keys "
         f"and values, {options.dtype}; {options.new_tokens} new tokens, greedy; {options.rounds} rounds in "
-        "turns, medians. Milliseconds to the first token, and for each further one (of the whole batch); "
-        "theirs / ours with least and largest, then that of CPU time. Above 1 ours is "
-        f"faster.{same_tokens}\n\n{head}\n|---|---|---|---|---|---|---|---|\n" + "\n".join(lines) + "\n"
+        "turns, medians. Milliseconds to the first token, for each further one (of the whole batch), and for "
+        "all; theirs / ours with least and largest, then that of CPU time. Above 1 ours is "
+        f"faster.{same_tokens}\n\n{head}\n{'|---' * 11}|\n" + "\n".join(lines) + f"\n{limit(options, device)}"
+    )
+
+
+def limit(options: Options, device: Any) -> str:
+    """Returns the rates of the products of decoding; empty on a device or in bf16."""
+    if device.kind != "cpu" or options.dtype != "fp32":
+        return ""
+    table = product_rates.decoding_table(product_rates.weights_of(model_of(options)), options.batches)
+    return (
+        "\n## Rates of the matrix products\n\nfp32, GFLOP/s of CPU time, medians in turns: decoding can gain "
+        f"at most what its products gain. A batch of one row uses plain weights and torch.\n\n{table}\n"
     )
 
 
@@ -240,7 +258,7 @@ def main() -> None:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    text = report(measure(options, device), options, device)
+    text = report(*measure(options, device), options, device)
     print(text)
     if options.out:
         options.out.write_text(text)

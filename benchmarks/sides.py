@@ -92,12 +92,12 @@ def batch_of(run: Run) -> Any:
 
 def our_model(run: Run, here: device.Device) -> tuple[StepFunction, str]:
     """Builds forward, loss and backward of the project's model."""
-    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed import process_groups
     from ascendspeed.models import param_mapping
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     process_groups.initialize(here, run.parallel, run.train.seed)
-    chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
+    chosen = _kernels(run, here)
     config = layer_spec.transformer_config(run.model, run.parallel, run.train, run.optim.dtype, chosen)
     model = gpt_model.build_model(run.model, run.parallel, config)
     gpt_model.load_weights(
@@ -112,15 +112,23 @@ def our_model(run: Run, here: device.Device) -> tuple[StepFunction, str]:
     return _forward_backward(model, forward), str(chosen)
 
 
+def _kernels(run: Run, here: device.Device) -> Any:
+    from ascendspeed.distributed import fused_kernels, onednn
+
+    products = onednn.Products.of_training(run)
+    return fused_kernels.select_kernels(here, products=products, rms_norm=True, rotary=True, swiglu=True)
+
+
 def our_step(run: Run, here: device.Device) -> tuple[StepFunction, str]:
     """Builds a complete step of the DeepSpeed engine, as the training loop calls it."""
-    from ascendspeed.distributed import fused_kernels, process_groups
+    from ascendspeed.distributed import process_groups
     from ascendspeed.models import param_mapping
+    from ascendspeed.training.engines import without_idle_zero
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine
     from ascendspeed.training.engines.deepspeed_config import ds_config
 
     grid = process_groups.initialize(here, run.parallel, run.train.seed)
-    chosen = fused_kernels.select_kernels(here, rms_norm=True, rotary=True, swiglu=True)
+    run, chosen = without_idle_zero(run, grid), _kernels(run, here)
     tensors = param_mapping.random_tensors(run.model, run.train.seed, here.torch)
     engine = DeepSpeedEngine(run, grid, here, ds_config(run, grid.world), chosen, tensors)
     batch = batch_of(run)

@@ -26,8 +26,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import product_rates
+
 from ascendspeed.cli import parser
-from ascendspeed.config.schema import DataConfig, ModelConfig, OptimConfig, ParallelConfig, Run, TrainConfig
+from ascendspeed.config.schema import (
+    CpuLinearChoice,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    Run,
+    TrainConfig,
+)
 from ascendspeed.models import estimates
 from ascendspeed.models.families import preset
 from ascendspeed.utils import errors
@@ -69,6 +79,8 @@ class Options:
     """Tokens per sample."""
     rounds: int = 9
     """Measured steps of each side, after a warm-up step."""
+    cpu_linear: CpuLinearChoice = "auto"
+    """Matrix products of the project in fp32 on a CPU."""
     threads: int | None = None
     """CPU threads; None: torch's default.
 
@@ -140,7 +152,12 @@ def run_of(options: Options, job: StepJob) -> Run:
         ParallelConfig(deepspeed=True, zero_stage=job.stage),
         OptimConfig(bf16=job.dtype == "bf16"),
         DataConfig(seq_length=options.seq_length),
-        TrainConfig(micro_batch_size=size, global_batch_size=size, device=options.device),
+        TrainConfig(
+            micro_batch_size=size,
+            global_batch_size=size,
+            device=options.device,
+            cpu_linear=options.cpu_linear,
+        ),
     )
 
 
@@ -262,7 +279,22 @@ def report(measured: dict[StepJob, JobTimings], options: Options) -> str:
         f"{table(measured, options)}\n\n"
         "Ratios above 1: ours is faster. Every round's ratio is of neighbouring steps; memory is that of "
         f"stepping{', without the imports' if info.kind == 'cpu' else ''}; the losses of every step were "
-        "equal within rounding.\n"
+        f"equal within rounding.\n{limit(options, info)}"
+    )
+
+
+def limit(options: Options, info: Any) -> str:
+    """Returns the rates of the matrix products, most of a step's time; empty on a device or without fp32."""
+    if info.kind != "cpu" or "fp32" not in options.dtypes:
+        return ""
+    import torch
+
+    torch.set_num_threads(info.threads)
+    tokens = options.micro_batch_size * options.seq_length
+    table = product_rates.training_table(product_rates.weights_of(model_of(options)), tokens)
+    return (
+        "\n## Rates of the matrix products\n\nfp32, GFLOP/s of CPU time, medians in turns: a step can gain "
+        f"at most what its products gain.\n\n{table}\n"
     )
 
 

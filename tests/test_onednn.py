@@ -175,35 +175,38 @@ FASTER = "oneDNN (1.8 times as fast as torch here)"
 
 def test_auto_takes_what_is_faster(machine):
     for products in (TRAINING, INFERENCE):
-        assert onednn.choose(products, CPU) == (True, FASTER)
-        machine(gain=1.1)
-        assert onednn.choose(products, CPU) == (False, "torch (oneDNN is 1.10 times as fast here)")
+        assert onednn.choose(products, CPU) == (onednn.linear, FASTER)
+        gain = 1.19 if products.rows else 1.04
+        machine(gain=gain)
+        assert onednn.choose(products, CPU) == (None, f"torch (oneDNN is {gain} times as fast here)")
         machine("GenuineIntel")
         reason = "torch (MKL is expected to be fast on this CPU, GenuineIntel)"
-        assert onednn.choose(products, CPU) == (False, reason)
+        assert onednn.choose(products, CPU) == (None, reason)
         machine()
     machine(flags="avx2")
     reason = "torch (oneDNN gains nothing in training on this CPU, which has no AVX-512)"
-    assert onednn.choose(TRAINING, CPU) == (False, reason)
-    assert onednn.choose(INFERENCE, CPU) == (True, FASTER)
+    assert onednn.choose(TRAINING, CPU) == (None, reason)
+    packed = (onednn.linear_of_packed, f"{FASTER}, for packed weights")
+    assert onednn.choose(INFERENCE, CPU) == packed
+    assert onednn.choose(replace(INFERENCE, choice="onednn"), CPU) == (onednn.linear, "oneDNN")
 
 
 def test_auto_measures_only_matrices_that_can_gain(machine, monkeypatch):
     monkeypatch.setattr(onednn, "measured_gain", lambda products: pytest.fail("measured"))
     for products in (replace(TRAINING, rows=31), Products("auto", "fp32", 704, 256)):
         reason = "torch (oneDNN gains nothing with small matrices)"
-        assert onednn.choose(products, CPU) == (False, reason)
-    assert onednn.choose(replace(TRAINING, choice="onednn"), CPU) == (True, "oneDNN")
+        assert onednn.choose(products, CPU) == (None, reason)
+    assert onednn.choose(replace(TRAINING, choice="onednn"), CPU) == (onednn.linear, "oneDNN")
 
 
 def test_never_for_another_format_or_device(machine, monkeypatch):
     monkeypatch.setattr(onednn, "_obstacle", lambda products: pytest.fail("looked"))
     for choice, text in (("auto", "torch"), ("onednn", "torch (oneDNN is for fp32 on a CPU)")):
         for dtype in ("bf16", "fp16"):
-            assert onednn.choose(replace(TRAINING, choice=choice, dtype=dtype), CPU) == (False, text)
+            assert onednn.choose(replace(TRAINING, choice=choice, dtype=dtype), CPU) == (None, text)
         other = replace(CPU, kind="other")
-        assert onednn.choose(replace(INFERENCE, choice=choice), other) == (False, text)
-    assert onednn.choose(replace(TRAINING, choice="torch"), CPU) == (False, "torch")
+        assert onednn.choose(replace(INFERENCE, choice=choice), other) == (None, text)
+    assert onednn.choose(replace(TRAINING, choice="torch"), CPU) == (None, "torch")
 
 
 @pytest.mark.parametrize("choice", ["auto", "onednn"])
@@ -212,17 +215,17 @@ def test_an_operation_that_is_not_the_tested_one_is_not_used(machine, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(torch, "__version__", "2.14.0+cpu")
         reason = "torch (oneDNN was not tested with torch 2.14.0+cpu)"
-        assert onednn.choose(products, CPU) == (False, reason)
+        assert onednn.choose(products, CPU) == (None, reason)
     with monkeypatch.context() as patch:
         patch.setattr(onednn, "_multiply", lambda x, weight: x @ weight.to_dense().t() + 1)
-        assert onednn.choose(products, CPU) == (False, "torch (oneDNN's product is not torch's)")
+        assert onednn.choose(products, CPU) == (None, "torch (oneDNN's product is not torch's)")
 
     def missing(x, weight):
         raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'\nmore")
 
     monkeypatch.setattr(onednn, "_multiply", missing)
     used, source = onednn.choose(products, CPU)
-    assert not used
+    assert used is None
     assert source.startswith("torch (oneDNN: '_OpNamespace' 'mkldnn' object")
     assert "\n" not in source
 
@@ -234,9 +237,16 @@ def test_ranks_choose_alike(machine, monkeypatch):
     monkeypatch.setattr(onednn, "measured_gain", lambda products: pytest.fail("rank 0 measures"))
     monkeypatch.setattr(dist, "all_reduce", lambda flag, op: flag.zero_())
     reason = "torch (oneDNN cannot be used on the machine of another rank)"
-    assert onednn.choose(TRAINING, CPU) == (False, reason)
+    assert onednn.choose(TRAINING, CPU) == (None, reason)
     monkeypatch.setattr(dist, "all_reduce", lambda flag, op: None)
-    assert onednn.choose(TRAINING, CPU) == (True, "oneDNN")
+    assert onednn.choose(TRAINING, CPU) == (onednn.linear, "oneDNN")
+
+
+def test_plain_weights_can_stay_torchs(any_size):
+    x, weight = random(40, 64), random(48, 64, seed=1)
+    assert torch.equal(onednn.linear_of_packed(x, weight), F.linear(x, weight))
+    packed = onednn.pack(weight)
+    assert torch.equal(onednn.linear_of_packed(x, packed), onednn.linear(x, packed))
 
 
 def test_the_measurement_runs(any_size):

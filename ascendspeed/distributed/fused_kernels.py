@@ -103,8 +103,8 @@ def select_kernels(device: Device, products: onednn.Products | None = None, **en
         else:
             sources.append((operation, "torch"))
     if products:
-        uses_onednn, source = onednn.choose(products, device)
+        linear, source = onednn.choose(products, device)
         sources.append(("linear", source))
-        if uses_onednn:
-            kernels |= {"linear": onednn.linear, "pack_weight": onednn.pack}
+        if linear:
+            kernels |= {"linear": linear, "pack_weight": onednn.pack}
     return Kernels(**kernels, sources=tuple(sources))

@@ -18,6 +18,8 @@ from torch.nn import functional as F
 from ascendspeed.config.schema import CpuLinearChoice, ModelConfig, ParallelConfig, Run
 from ascendspeed.distributed.device import Device, cpu_info
 
+Linear = Callable[[Tensor, Tensor], Tensor]
+"""x [..., k], weight [n, k] -> x weight^T [..., n]."""
 TORCH_VERSIONS = ("2.13",)
 """Versions of torch whose operation was tested (`tests/test_onednn.py`)."""
 MIN_SIZE = 32
@@ -26,8 +28,11 @@ MIN_MULTIPLICATIONS = 1 << 23
 """Least multiplications of such a product: a call of oneDNN takes about 40 us more than one of torch."""
 MIN_PACKED_ELEMENTS = 1 << 18
 """Least elements of a weight that is packed."""
-MIN_GAIN = 1.2
-"""Least ratio of torch's time to oneDNN's for choosing oneDNN: noise must not change the choice."""
+MIN_TRAINING_GAIN = 1.2
+"""Least ratio of torch's time to oneDNN's for choosing oneDNN in training, where noise must not change the
+choice and with it the bits of a resumed run."""
+MIN_INFERENCE_GAIN = 1.05
+"""Least ratio in inference: about 1.2 (a busy machine) to 2.9 were measured."""
 PACKED_ROWS = 8
 """Rows of the measured product with a packed weight, as in the decoding of a batch."""
 MEASURED_ELEMENTS = 1 << 22
@@ -87,6 +92,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return _multiply(x, weight)
 
 
+def linear_of_packed(x: Tensor, weight: Tensor) -> Tensor:
+    """`linear` that leaves products with plain weights of every size to torch."""
+    return _multiply(x, weight) if weight.is_mkldnn else F.linear(x, weight)
+
+
 def pack(weight: Tensor) -> Tensor:
     """Copies a weight [n, k] into oneDNN's own layout, for `linear`; a small one is returned as it is.
 
@@ -97,24 +107,29 @@ def pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_ROWS)
 
 
-def choose(products: Products, device: Device) -> tuple[bool, str]:
-    """Returns whether `linear` replaces torch's product, and the text for the log. Collective on a CPU."""
+def choose(products: Products, device: Device) -> tuple[Linear | None, str]:
+    """Returns the product that replaces torch's (None: torch's own), and the text for the log.
+
+    Collective on a CPU.
+    """
     if products.choice == "torch":
-        return False, "torch"
+        return None, "torch"
     if device.kind != "cpu" or products.dtype != "fp32":
-        reason = "" if products.choice == "auto" else " (oneDNN is for fp32 on a CPU)"
-        return False, f"torch{reason}"
+        return None, "torch" if products.choice == "auto" else "torch (oneDNN is for fp32 on a CPU)"
     if products.choice == "auto" and not _is_worth_measuring(products):
-        return False, "torch (oneDNN gains nothing with small matrices)"
+        return None, "torch (oneDNN gains nothing with small matrices)"
     obstacle = _obstacle(products)
     gain = None
     if obstacle is None and products.choice == "auto" and _rank() == 0:
         gain = measured_gain(products)
-        if gain < MIN_GAIN:
+        if gain < (MIN_TRAINING_GAIN if products.rows else MIN_INFERENCE_GAIN):
             obstacle = f"oneDNN is {gain:.2f} times as fast here"
     if not _all_ranks(obstacle is None):
-        return False, f"torch ({obstacle or 'oneDNN cannot be used on the machine of another rank'})"
-    return True, "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch here)"
+        return None, f"torch ({obstacle or 'oneDNN cannot be used on the machine of another rank'})"
+    source = "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch here)"
+    if products.choice == "auto" and not _all_ranks(_has_avx512()):  # of inference
+        return linear_of_packed, f"{source}, for packed weights"
+    return linear, source
 
 
 def measured_gain(products: Products) -> float:
@@ -190,9 +205,13 @@ def _obstacle(products: Products) -> str | None:
     cpu = cpu_info()
     if cpu.get("vendor_id") != "AuthenticAMD":
         return f"MKL is expected to be fast on this CPU, {cpu.get('vendor_id', 'of another make')}"
-    if products.rows is not None and "avx512f" not in cpu.get("flags", "").split():
+    if products.rows is not None and not _has_avx512():
         return "oneDNN gains nothing in training on this CPU, which has no AVX-512"
     return None
+
+
+def _has_avx512() -> bool:
+    return "avx512f" in cpu_info().get("flags", "").split()
 
 
 def _gives_the_product() -> bool:

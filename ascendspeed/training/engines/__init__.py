@@ -99,7 +99,7 @@ def engine_builder(
     from ascendspeed.training.engines.deepspeed import DeepSpeedEngine, import_deepspeed
     from ascendspeed.training.engines.deepspeed_config import ds_config, read_additions
 
-    run = _without_idle_zero(run, grid)
+    run = without_idle_zero(run, grid)
     config = ds_config(run, grid.world)
     if path := run.parallel.deepspeed_config:
         import_deepspeed(device)
@@ -115,7 +115,7 @@ def engine_builder(
     return lambda tensors: DeepSpeedEngine(run, grid, device, config, kernels, tensors)
 
 
-def _without_idle_zero(run: Run, grid: ProcessGrid) -> Run:
+def without_idle_zero(run: Run, grid: ProcessGrid) -> Run:
     """Returns the run with ZeRO stage 0 instead of 1 or 2 where these share nothing, and logs it.
 
     In fp32 with one data-parallel rank they would keep a second copy of the weights and move every gradient

@@ -1,6 +1,7 @@
 """Forms of instruction data: conversations as maps, structs and JSON, XTuner's turns, answers left out of the
 loss, questions under `input`, and NaN for a missing value."""
 
+import csv
 import json
 
 import datasets
@@ -84,6 +85,10 @@ def test_forms_of_a_conversation_give_the_same_document(tokenizer, form):
     assert as_lists(other) != as_lists(expected)  # control
 
 
+CALL_TWICE, CALL_DEEP = (
+    {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    for arguments in ('{"x": 1, "x": 2}', "[" * 100_000)
+)
 WRONG_FORMS = {
     "no JSON": ("no conversation", "not a list of messages", {"conversations": "[{'from': 'human'}]"}),
     "JSON of something else": ("no conversation", "not a list of messages", {"conversations": '"hello"'}),
@@ -109,6 +114,31 @@ WRONG_FORMS = {
         {"conversation": [XTUNER[0] | {"sep": "x"}]},
     ),
     "a turn without an answer": ("wrong content", "content is missing", {"conversation": [{"input": "x"}]}),
+    "JSON with a key twice": (
+        "repeated key",
+        "has the key 'value' twice",
+        {"conversations": '[{"from": "human", "value": "a", "value": "b"}]'},
+    ),
+    "tools with a key twice": (
+        "repeated key",
+        "has the key 'name' twice",
+        {"messages": OPENAI, "tools": '[{"name": "f", "name": "g"}]'},
+    ),
+    "a call with a key twice": (
+        "repeated key",
+        "has the key 'name' twice",
+        {"conversations": [FROM_VALUE[0], {"from": "function_call", "value": '{"name": "f", "name": "g"}'}]},
+    ),
+    "arguments with a key twice": (
+        "wrong tool call",
+        "has the key 'x' twice",
+        {"messages": [OPENAI[0], {"role": "assistant", "tool_calls": [CALL_TWICE]}]},
+    ),
+    "arguments that are deeply nested": (
+        "wrong tool call",
+        "nested too deeply",
+        {"messages": [OPENAI[0], {"role": "assistant", "tool_calls": [CALL_DEEP]}]},
+    ),
     "deeply nested": ("no conversation", "not a list of messages", {"conversations": "[" * 100_000}),
 }
 
@@ -249,11 +279,15 @@ def arrow_columns(rows):
     }
 
 
-@pytest.mark.parametrize("kind", arrow_columns([]))
-def test_every_arrow_type_of_a_conversation_preprocessed_and_streamed(tokenizer, tmp_path, kind):
+@pytest.mark.parametrize("kind", [*arrow_columns([]), "csv"])
+def test_every_type_of_a_conversation_preprocessed_and_streamed(tokenizer, tmp_path, kind):
     rows = conversations(8)
-    path = tmp_path / "a.parquet"
-    pyarrow.parquet.write_table(pyarrow.table({"conversations": arrow_columns(rows)[kind]}), path)
+    path = tmp_path / f"a.{'csv' if kind == 'csv' else 'parquet'}"
+    if kind == "csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([["conversations"], *([json.dumps(row)] for row in rows)])
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"conversations": arrow_columns(rows)[kind]}), path)
     expected = [
         as_lists(document) for document in encode(tokenizer, [{"conversations": row} for row in rows])
     ]

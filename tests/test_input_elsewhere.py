@@ -61,6 +61,13 @@ def test_control_csv_of_evaluation(tmp_path):
     assert read_csv(path) == [(f"{path}:3", ['a "b",\nc', "NA"])]
 
 
+def test_prompts_behind_carriage_returns():
+    for read in (prompts.prompts_from_text, prompts.prompts_from_json_lines):
+        with pytest.raises(UserError, match=r"^stdin has a carriage return at the end of a line in place of"):
+            read(b'"one"\r"two"\r', "stdin")
+        assert len(read(b'"one"\r\n"two"\r', "stdin")) == 2
+
+
 def test_nul_characters_in_a_prompt(tmp_path):
     with pytest.raises(UserError, match=r"^stdin, line 2 holds NUL characters"):
         prompts.prompts_from_text(b"one\ntwo \0\n", "stdin")

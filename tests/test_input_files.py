@@ -144,6 +144,14 @@ def test_a_glob_names_folders_that_it_matches(tmp_path):
     assert len(find(f"{tmp_path}/**/*.jsonl")[0]) == 2
 
 
+def test_a_glob_names_splits_that_it_mixes(tmp_path):
+    fill(tmp_path, "train/a.jsonl", "test/a.jsonl", "more/test.jsonl")
+    note = f"note: {tmp_path}/t*/*: files of several splits are read: test, train"
+    assert find(f"{tmp_path}/t*/*")[1] == [note]
+    assert find(f"{tmp_path}/test/*")[1] == []
+    assert find(f"{tmp_path}/more/*")[1] == []
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

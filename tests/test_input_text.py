@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ascendspeed.data.handlers.base import text_size
 from ascendspeed.data.readers import csv_text, json_text, registry
-from ascendspeed.data.readers.json_text import Layout, recognise
+from ascendspeed.data.readers.json_text import Layout
+from ascendspeed.data.readers.sequential import json_layout
 from ascendspeed.data.readers.shard import InvalidValue
 from ascendspeed.utils.errors import UserError
 
@@ -73,6 +74,48 @@ def test_compressed_files_of_several_members_and_damaged_ones(tmp_path, compress
     with pytest.raises(UserError, match=rf"^{path} is damaged: [^\n]*$"):
         registry.find_files([path])
     assert read(written(path, compress(b""))) == []
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_rows_behind_a_damaged_member_are_not_lost(tmp_path, compression):
+    first, second = (COMPRESS[compression](f'{{"text": "{i}"}}\n'.encode()) for i in range(2))
+    for damaged in (b"x" + second[1:], second[:6], b"garbage"):
+        path = written(tmp_path / f"a.jsonl{compression}", first + damaged)
+        with pytest.raises(UserError, match=rf"^{path} is damaged: [^\n]*$"):
+            read(path)
+    if compression == ".xz":  # zeros that fill up a block are part of the format
+        assert read(written(path, first + bytes(8) + second + bytes(9000))) == ["0", "1"]
+
+
+LONG = "x" * 9000
+CARRIAGE_RETURNS = {
+    "a.txt": "one\rtwo\r",
+    "b.txt": f"{LONG}\r{LONG}",
+    "a.jsonl": '{"text": "a"}\r{"text": "b"}\r',
+    "a.json": '{"text": "a"}\r\r{"text": "b"}',
+    "a.txt.gz": "one\r\rtwo",
+}
+
+
+@pytest.mark.parametrize("name", CARRIAGE_RETURNS)
+def test_lines_that_end_with_carriage_returns_alone(tmp_path, name):
+    raw = CARRIAGE_RETURNS[name].encode()
+    path = written(tmp_path / name, gzip.compress(raw) if name.endswith("gz") else raw)
+    with pytest.raises(UserError, match=rf"^{path} has a carriage return .*: tr '\\r' '\\n' makes"):
+        registry.find_files([path])
+
+
+def test_control_carriage_returns_in_text(tmp_path):
+    for name, content in {
+        "a.txt": f"one\r{LONG}\ntwo\n",
+        "b.txt": "one\r\n",
+        "c.txt": "one\r",
+        "a.csv": "text\rone\r",
+        "a.json": '[\r{"text":\r"one"}\r]',
+    }.items():
+        path = written(tmp_path / name, content)
+        registry.find_files([path])
+        assert len(read(path)) == content.count("two") + 1
 
 
 QUOTES = {
@@ -140,6 +183,10 @@ LAYOUTS = {
     "array over lines": ('\n[\n {"text": "a"},\n {"text": "b"}\n]\n', Layout.ARRAY),
     "lines": ('{"text": "a"}\n\n{"text": "b"}', Layout.LINES),
     "lines with the key data": ('{"data": [{}], "text": "a"}\n{"data": [{}], "text": "b"}', Layout.LINES),
+    "long lines with the key data": (
+        "\n".join(f'{{"data": [{{"x": "{"y" * 9000}"}}], "text": "{text}"}}' for text in "ab"),
+        Layout.LINES,
+    ),
     "wrapped": ('{"data": [{"text": "a"}, {"text": "b"}]}', Layout.WRAPPED),
     "wrapped over lines": ('{\n "data": [\n  {"text": "a"},\n  {"text": "b"}\n ]\n}\n', Layout.WRAPPED),
     "wrapped beside others": (
@@ -156,8 +203,8 @@ LAYOUTS = {
 def test_layouts_of_json(tmp_path, case, suffix, bom):
     content, layout = LAYOUTS[case]
     raw = bom + content.encode()
-    assert recognise(raw) is layout
     path = written(tmp_path / f"a{suffix}", gzip.compress(raw) if suffix.endswith("gz") else raw)
+    assert json_layout(path) is layout
     assert set(registry.columns(path)) == ({"data", "text"} if "key data" in case else {"text"})
     assert read(path) == ["a", "b"]
 
@@ -214,6 +261,17 @@ def test_a_repeated_key_is_counted(tmp_path, suffix):
     path = written(tmp_path / f"a{suffix}", COMPRESS[".zst"](raw) if suffix.endswith("zst") else raw)
     repeated = [InvalidValue("repeated key", f"the key '{key}' stands there twice") for key in ("text", "x")]
     assert read(path) == [*repeated, "d"]
+
+
+def test_a_number_of_too_many_digits(tmp_path):
+    row = f'{{"text": "a", "n": {"9" * 5000}}}'
+    values = read(written(tmp_path / "a.jsonl", f'{row}\n{{"text": "b"}}\n'))
+    assert values[0].kind == "malformed"
+    assert "limit (4300 digits)" in values[0].detail
+    assert values[1] == "b"
+    path = written(tmp_path / "a.json", f'[{{"text": "b"}}, {row}]')
+    with pytest.raises(UserError, match=rf"^{path} is damaged: row 2: Exceeds the limit"):
+        read(path)
 
 
 def test_rows_that_are_no_objects_are_told_apart(tmp_path):

@@ -269,11 +269,6 @@ def _check_files(handler: Handler, columns: Mapping[Path, Sequence[str]], strict
     """
     errors = []
     for path, names in columns.items():
-        nested = next((name for name in handler.nested if name in names), None)
-        if nested and registry.format_of(path) in registry.FLAT:
-            raise UserError(
-                f"{path}: the column {nested!r} holds lists, which such a file cannot: use jsonl or parquet"
-            )
         try:
             if names:  # a file without rows has no columns
                 check_columns(handler, path, names)

@@ -13,7 +13,13 @@ from ascendspeed.inference.args import GenerationArgs
 from ascendspeed.tokenization.chat import ChatFormat, Message, read_messages
 from ascendspeed.tokenization.tokenizer import Tokenizer
 from ascendspeed.utils.errors import UserError
-from ascendspeed.utils.safe_io import HEAD_BYTES, parse_json, refuse_lfs_pointer, refuse_utf16
+from ascendspeed.utils.safe_io import (
+    HEAD_BYTES,
+    parse_json,
+    refuse_carriage_returns,
+    refuse_lfs_pointer,
+    refuse_utf16,
+)
 from ascendspeed.utils.text import shorten_list
 
 OUTPUT_KEYS = frozenset(
@@ -84,6 +90,7 @@ def prompts_from_file(path: str) -> list[InputPrompt]:
 def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
     """Parses JSON lines; empty lines are skipped but counted. Raises `UserError`."""
     refuse_utf16(where, data[:HEAD_BYTES])
+    refuse_carriage_returns(where, [data])
     lines = data.removeprefix(BOM_UTF8).split(b"\n")
     prompts = [
         _parse_line(line, f"{where}, line {number}") for number, line in enumerate(lines, 1) if line.strip()
@@ -96,6 +103,7 @@ def prompts_from_json_lines(data: bytes, where: str) -> list[InputPrompt]:
 def prompts_from_text(data: bytes, where: str) -> list[InputPrompt]:
     """Parses plain text with a prompt per line. Raises `UserError`."""
     refuse_utf16(where, data[:HEAD_BYTES])
+    refuse_carriage_returns(where, [data])
     if b"\0" in data:
         number = data[: data.index(b"\0")].count(b"\n") + 1
         raise UserError(f"{where}, line {number} holds NUL characters, which are no text")

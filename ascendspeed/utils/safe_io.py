@@ -80,6 +80,24 @@ def refuse_utf16(path: str | Path, head: bytes) -> None:
         )
 
 
+def refuse_carriage_returns(path: str | Path, chunks: Iterable[bytes]) -> None:
+    """Raises `UserError` if the lines of a text, given in chunks, end with carriage returns alone: it would
+    be read as a single line."""
+    behind = b""
+    has_return = False
+    for chunk in chunks:
+        if b"\n" in chunk:
+            return
+        _, separator, rest = chunk.partition(b"\r")
+        behind += (chunk if has_return else rest).strip()[:1]
+        has_return |= bool(separator)
+    if has_return and behind:
+        raise UserError(
+            f"{path} has a carriage return at the end of a line in place of a line feed: "
+            "tr '\\r' '\\n' makes it readable"
+        )
+
+
 def _wide_encoding(head: bytes) -> str:
     """Encoding of text whose characters take two or four bytes; empty for any other."""
     if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):

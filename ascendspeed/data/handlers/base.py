@@ -46,8 +46,6 @@ class Handler(ABC):
     required: tuple[str, ...]
     """Columns that must exist."""
     optional: tuple[str, ...] = ()
-    nested: tuple[str, ...] = ()
-    """Columns that hold lists."""
     accepted_settings: ClassVar[tuple[str, ...]] = ()
     """Fields of `EncoderConfig` that apply, of those that only some handlers use."""
     has_loss_mask: ClassVar[bool] = False

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ascendspeed.data.readers.json_text import RepeatedKey, unique_keys
 from ascendspeed.tokenization.chat import InvalidConversation
 from ascendspeed.utils.text import shorten
 
@@ -32,9 +33,12 @@ def read_conversation(value: Any, name: str) -> list[Any]:
 
 
 def json_or_value(value: Any) -> Any:
-    """Returns what a text holds as JSON, any other value and a text that is not JSON as it is."""
+    """Returns what a text holds as JSON, any other value and a text that is not JSON as it is. Raises
+    `InvalidConversation` if an object has a key twice."""
     try:
-        return json.loads(value) if isinstance(value, str) else value
+        return json.loads(value, object_pairs_hook=unique_keys) if isinstance(value, str) else value
+    except RepeatedKey as error:
+        raise _repeated_key(value, error) from None
     except (ValueError, RecursionError):
         return value
 
@@ -42,9 +46,15 @@ def json_or_value(value: Any) -> Any:
 def parse_json(text: Any, kind: str) -> Any:
     """Parses JSON. Raises `InvalidConversation` of this kind."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RepeatedKey as error:
+        raise _repeated_key(text, error) from None
     except (ValueError, TypeError, RecursionError):
         raise InvalidConversation(kind, f"{shorten(text)} is not JSON") from None
+
+
+def _repeated_key(text: str, error: RepeatedKey) -> InvalidConversation:
+    return InvalidConversation("repeated key", f"{shorten(text)} has the key {str(error)!r} twice")
 
 
 def _from_map(value: Any) -> Any:

@@ -187,7 +187,6 @@ class AlpacaStyleInstructionHandler(ChatHandler):
 
     required = ("instruction", "output")
     optional = ("input", "system", "history")
-    nested = ("history",)
 
     def messages(self, row: Row) -> Sequence[Any]:
         question, context = _alpaca_question(row)
@@ -207,7 +206,6 @@ class SharegptStyleInstructionHandler(ChatHandler):
     LISTS: ClassVar[tuple[str, ...]] = ("conversations", "messages", "conversation")
     required = ()
     optional = (*LISTS, "system", "tools")
-    nested = LISTS
 
     def missing(self, present: Sequence[str]) -> str | None:
         return None if set(self.LISTS) & set(present) else " or ".join(self.LISTS)

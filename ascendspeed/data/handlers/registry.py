@@ -64,7 +64,8 @@ def create_handler(config: EncoderConfig, tokenizer: Tokenizer) -> Handler:
 
 def unread_columns(handler: Handler, present: Sequence[str]) -> str:
     """Returns a note about columns that the handler does not read; empty if it reads all."""
-    names = [str(name) for name in present if name not in handler.columns]
+    unread = [str(name) for name in present if name not in handler.columns]
+    names = [name if name and name == name.strip() else repr(name) for name in unread]
     return f"columns not read: {shorten_list(names, MAX_LISTED)}" if names else ""
 
 

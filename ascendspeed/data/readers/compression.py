@@ -20,11 +20,58 @@ def _zstandard(raw: BinaryIO) -> BinaryIO:
     return cast(BinaryIO, io.BufferedReader(stream))
 
 
+class _Members(io.RawIOBase):
+    """Decompressed content of a file of one or several members, one behind another.
+
+    Python's own readers of xz and bz2 take a damaged member for the end of the file, and the rows behind it
+    would be lost.
+    """
+
+    def __init__(self, raw: BinaryIO, create_decompressor: Callable[[], Any]) -> None:
+        self._raw = raw
+        self._create = create_decompressor
+        self._decompressor = create_decompressor()
+        self._is_at_begin = True
+
+    def readable(self) -> bool:
+        """True: see `io.RawIOBase`."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer`; returns the number of bytes, 0 at the end. Raises `DAMAGED`."""
+        while True:
+            compressed = b""
+            if self._decompressor.eof:
+                compressed = self._next_member(self._decompressor.unused_data)
+                if not compressed:
+                    return 0
+                self._decompressor = self._create()
+            elif self._decompressor.needs_input:
+                compressed = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+                if not compressed and self._is_at_begin:
+                    return 0  # an empty file
+                if not compressed:
+                    raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+            self._is_at_begin = False
+            content = self._decompressor.decompress(compressed, len(buffer))
+            if content:
+                buffer[: len(content)] = content
+                return len(content)
+
+    def _next_member(self, compressed: bytes) -> bytes:
+        """Returns the first bytes of the next member, behind zeros that fill up a block."""
+        while not (begin := compressed.lstrip(b"\0")):
+            compressed = self._raw.read(io.DEFAULT_BUFFER_SIZE)
+            if not compressed:
+                return b""
+        return begin
+
+
 COMPRESSIONS: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".zst": _zstandard,
-    ".xz": lzma.LZMAFile,
-    ".bz2": bz2.BZ2File,
+    ".xz": lambda raw: io.BufferedReader(_Members(raw, lzma.LZMADecompressor)),
+    ".bz2": lambda raw: io.BufferedReader(_Members(raw, bz2.BZ2Decompressor)),
 }
 """Last suffix -> function that wraps an open file; all of them read files of several members."""
 DAMAGED = (EOFError, OSError, zlib.error, lzma.LZMAError)

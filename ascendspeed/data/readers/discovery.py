@@ -136,10 +136,16 @@ def _matches(pattern: str) -> FoundFiles:
             others.append(path)
     if others:
         found.notes.append(f"{pattern}: not read, because they are no files: {shorten_list(others)}")
-    splits = _splits(Path(path.name) for path in found.files)
+    fixed = _fixed_folder(pattern)
+    splits = _splits(path.relative_to(fixed) for path in found.files)
     if len(splits) > 1:
         found.notes.append(f"{pattern}: files of several splits are read: {', '.join(sorted(splits))}")
     return found
+
+
+def _fixed_folder(pattern: str) -> Path:
+    """Returns the folder of a glob up to its first wildcard."""
+    return next(parent for parent in Path(pattern).parents if not glob.has_magic(str(parent)))
 
 
 def _is_metadata(path: Path) -> bool:

@@ -59,20 +59,23 @@ def not_an_object(value: Any) -> InvalidValue:
 
 
 def recognise(head: bytes) -> Layout:
-    """Recognises the layout by the first bytes of a file."""
+    """Recognises the layout by the first bytes of a file; `Layout.WRAPPED` needs its whole first line."""
     text = head.removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip()
     if text.startswith("["):
         return Layout.ARRAY
     line, newline, rest = text.partition("\n")
-    try:
-        first = json.loads(line)
-    except (ValueError, RecursionError):
-        first = None
-    if isinstance(first, dict) and rest.strip():
+    if rest.strip() and _is_object(line):
         return Layout.LINES
     if WRAPPER.match(text):
         return Layout.WRAPPED
     return Layout.OBJECTS if newline and line.strip() == "{" else Layout.LINES
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class _Elements:
@@ -121,10 +124,12 @@ class _Elements:
                 value, end = self._decoder.raw_decode(self._buffer, start)
             except RecursionError:
                 raise ValueError(f"row {self.rows + 1:,} is nested too deeply") from None
-            except ValueError:
+            except json.JSONDecodeError:
                 if not self._fill():
                     raise self.error("a whole JSON value") from None
                 continue
+            except ValueError as error:  # an integer of more digits than Python converts
+                raise ValueError(f"row {self.rows + 1:,}: {error}") from None
             if end < len(self._buffer):
                 break
             if not self._fill():

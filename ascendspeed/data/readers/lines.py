@@ -26,6 +26,7 @@ from ascendspeed.data.readers.shard import (
     rows_to_batch,
     split_evenly,
 )
+from ascendspeed.utils.text import first_line
 
 CHUNK = 1 << 20
 BOM = codecs.BOM_UTF8
@@ -45,6 +46,8 @@ def json_row(line: bytes) -> Any:
         return malformed("nested too deeply")
     except json.JSONDecodeError as error:
         return NUL if b"\0" in line else malformed(f"{error.msg}, column {error.colno}")
+    except ValueError as error:  # an integer of more digits than Python converts
+        return malformed(first_line(error))
     return row if isinstance(row, dict) else not_an_object(row)
 
 

@@ -10,22 +10,23 @@ is bounded by a few shards in both cases. A new format is a `FileReader` in a fi
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from ascendspeed.data.readers import discovery
-from ascendspeed.data.readers.compression import COMPRESSIONS, DAMAGED, compression_of, read_head
-from ascendspeed.data.readers.lines import TXT
+from ascendspeed.data.readers.compression import COMPRESSIONS, DAMAGED, compression_of, open_text, read_head
+from ascendspeed.data.readers.json_text import Layout
+from ascendspeed.data.readers.lines import CHUNK, TXT
 from ascendspeed.data.readers.parquet import PARQUET
-from ascendspeed.data.readers.sequential import COMPRESSED_TXT, CSV, JSON, TSV
+from ascendspeed.data.readers.sequential import COMPRESSED_TXT, CSV, JSON, TSV, json_layout
 from ascendspeed.data.readers.shard import FileReader, RowBatch, Shard
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import refuse_carriage_returns
 from ascendspeed.utils.text import first_line
 
 logger = logging.getLogger(__name__)
 
 TEXT_READERS = {".jsonl": JSON, ".ndjson": JSON, ".json": JSON, ".csv": CSV, ".tsv": TSV, ".txt": TXT}
-FLAT = (".csv", ".tsv", ".txt")
-"""Formats whose columns hold only text."""
 WITH_HEADER = (".parquet", ".csv", ".tsv")
 """Formats that name their columns once, before the rows."""
 READERS: dict[str, FileReader] = {
@@ -69,11 +70,15 @@ def find_files(inputs: Iterable[str | Path]) -> list[Path]:
 
 
 def check_file(path: Path) -> None:
-    """Raises `UserError` for a file of an unknown type, one that cannot be read, a Git LFS pointer, and
-    UTF-16."""
-    reader_of(path)
+    """Raises `UserError` for a file of an unknown type, one that cannot be read, a Git LFS pointer, UTF-16,
+    and lines that end with carriage returns alone."""
+    reader = reader_of(path)
     try:
-        read_head(path, is_text=format_of(path) in TEXT_READERS)
+        head = read_head(path, is_text=format_of(path) in TEXT_READERS)
+        has_lines = format_of(path) == ".txt" or (reader is JSON and json_layout(path) is Layout.LINES)
+        if has_lines and b"\n" not in head:
+            with open_text(path) as (file, _):
+                refuse_carriage_returns(path, iter(partial(file.read, CHUNK), b""))
     except PermissionError as error:
         raise discovery.unreadable(path, error) from error
     except DAMAGED as error:

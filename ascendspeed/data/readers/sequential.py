@@ -25,6 +25,7 @@ from ascendspeed.data.readers.shard import (
     split_batch,
 )
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import HEAD_BYTES
 from ascendspeed.utils.text import first_line
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ NumberedRows = Iterator[tuple[int, Any]]
 """Rows with their locations: numbers of lines or rows, from 1."""
 RowParser = Callable[[Path, IO[bytes]], NumberedRows]
 """(path, for messages; its decompressed content) -> rows."""
+MAX_FIRST_LINE = 16 << 20
+"""Bytes of the first line that are read to recognise a layout."""
 ROW_OVERHEAD = 64
 """Bytes that every row counts for, beside its text."""
 
@@ -172,11 +175,21 @@ JSON_READERS = {
 """Readers of JSON that is not one object per line, compressed or not."""
 
 
-def _json_reader(path: Path) -> FileReader:
+def json_layout(path: Path) -> Layout:
+    """Returns the layout of a JSON file. Raises `UserError` for a damaged file."""
     try:
-        layout = json_text.recognise(read_head(path))
+        head = read_head(path)
+        layout = json_text.recognise(head)
+        if layout is Layout.WRAPPED and b"\n" not in head:  # or a long row whose first key is `data`
+            with open_text(path) as (file, _):
+                layout = json_text.recognise(file.readline(MAX_FIRST_LINE) + file.read(HEAD_BYTES))
     except DAMAGED as error:
         raise UserError(f"{path} is damaged: {first_line(error)}") from error
+    return layout
+
+
+def _json_reader(path: Path) -> FileReader:
+    layout = json_layout(path)
     if layout is Layout.LINES:
         return COMPRESSED_JSON_LINES if compression_of(path) else JSONL
     return JSON_READERS[layout]

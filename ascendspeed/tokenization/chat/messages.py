@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ascendspeed.utils.errors import UserError
+from ascendspeed.utils.safe_io import parse_json
 from ascendspeed.utils.text import shorten
 
 ROLES = ("system", "user", "assistant", "environment")
@@ -207,8 +208,8 @@ def _function_call(call: Any, where: str) -> str:
     parameters = function.get("parameters", function.get("arguments", {}))
     if isinstance(parameters, str):  # OpenAI's format keeps arguments as a JSON string
         try:
-            parameters = json.loads(parameters)
-        except ValueError:
-            reason = f"the arguments of {function['name']} are not JSON: {shorten(parameters)}"
+            parameters = parse_json(parameters.encode(), finite=False)
+        except ValueError as error:
+            reason = f"the arguments of {function['name']} are not JSON: {shorten(parameters)}: {error}"
             raise InvalidConversation("wrong tool call", f"{where}: {reason}") from None
     return json.dumps({"name": function["name"], "parameters": parameters}, ensure_ascii=False)

@@ -1,6 +1,7 @@
 """Checks a `--deepspeed_config` file by DeepSpeed's own configuration classes, before weights are loaded."""
 
 import difflib
+import functools
 import importlib
 import logging
 import traceback
@@ -11,6 +12,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from ascendspeed.training.engines.deepspeed_config import merge
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line, shorten_list
 
@@ -28,6 +30,8 @@ NO_EFFECT = {
     "pipeline": "pipeline stages belong to Megatron's engine",
 }
 """Sections that DeepSpeed reads and that change nothing here -> the reason."""
+PROBE = "?"
+"""Value that stands for "auto" while a key is checked."""
 TYPES = {"steps_per_print": 10}
 """Values of the right type for settings whose default in DeepSpeed is None."""
 OWN_ERRORS = (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError)
@@ -79,9 +83,10 @@ def check(config: dict[str, Any], given: dict[str, Any], path: str) -> None:
     module = importlib.import_module("deepspeed.runtime.config")
     # Sizes of one replica: whether the batch fits the ranks has been checked with the flags.
     samples = config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"]
-    asked = RecordingDict(config | {"train_batch_size": samples})
+    config = config | {"train_batch_size": samples}
+    asked = RecordingDict(config)
     try:
-        module.DeepSpeedConfig(asked, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: 1))
+        _validate(asked)
     except ValidationError as error:
         raise UserError(f"--deepspeed_config {path}: {_validation_text(error, config)}") from error
     except (module.DeepSpeedConfigError, *OWN_ERRORS) as error:
@@ -89,8 +94,53 @@ def check(config: dict[str, Any], given: dict[str, Any], path: str) -> None:
     for key in getattr(module, "_REMOVED_TOP_LEVEL_CONFIG_KEYS", ()):  # asked for in order to refuse them
         asked.asked.pop(key, None)
     _check_keys(asked, given, path)
+    _check_auto_keys(config, given, path)
     for section in sorted(NO_EFFECT.keys() & given.keys()):
         logger.info(f"note: --deepspeed_config {path}: {section} has no effect: {NO_EFFECT[section]}")
+
+
+def _validate(config: dict[str, Any]) -> None:
+    """Raises what DeepSpeed raises for a configuration of one replica."""
+    module = importlib.import_module("deepspeed.runtime.config")
+    module.DeepSpeedConfig(config, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: 1))
+
+
+def _check_auto_keys(config: dict[str, Any], given: dict[str, Any], path: str) -> None:
+    """Raises `UserError` for an unknown key with the value "auto" in a section.
+
+    These keys are not in `config`, and DeepSpeed's classes leave "auto" out. So they are added one by one
+    with another value: an unknown key is refused or not asked for; any other error is about the value of a
+    key that DeepSpeed knows.
+    """
+    refusals = (importlib.import_module("deepspeed.runtime.config").DeepSpeedConfigError, *OWN_ERRORS)
+    for names in _auto_keys(given):
+        added: Any = PROBE
+        for name in reversed(names):
+            added = {name: added}
+        asked = RecordingDict(merge(config, added))
+        try:
+            _validate(asked)
+            section = functools.reduce(dict.__getitem__, names[:-1], asked)
+            if not section.asked or names[-1] in section.asked:
+                continue
+            legal = sorted(section.asked)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            if problem["type"] != "extra_forbidden":
+                continue
+            legal = _legal_keys(error.title, [str(name) for name in problem["loc"][:-1]])
+        except refusals:
+            continue
+        raise UserError(f"--deepspeed_config {path}: {_unknown_text('.'.join(names), names[-1], legal)}")
+
+
+def _auto_keys(given: dict[str, Any], section: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Yields the names that lead to each key with the value "auto" inside a section."""
+    for key, value in given.items():
+        if isinstance(value, dict):
+            yield from _auto_keys(value, (*section, key))
+        elif value == "auto" and section:
+            yield (*section, key)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -155,7 +205,7 @@ def _check_keys(asked: RecordingDict, given: dict[str, Any], path: str, section:
     """
     for key, value in given.items():
         if value == "auto" and section:
-            continue  # left out of the configuration
+            continue  # left out of the configuration; see `_check_auto_keys`
         if key not in asked.asked:
             raise UserError(
                 f"--deepspeed_config {path}: {_unknown_text(section + key, key, sorted(asked.asked))}"

@@ -42,7 +42,7 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
         given = read_additions(run.parallel.deepspeed_config)
     derived = _derived(run, world)
     _refuse_contradictions(derived, given, run.parallel.deepspeed_config)
-    return _merge(_merge(_defaults(run, world), _without_auto(given)), derived)
+    return merge(merge(_defaults(run, world), _without_auto(given)), derived)
 
 
 def _derived(run: Run, world: int) -> dict[str, Any]:
@@ -147,7 +147,7 @@ def read_additions(path: str) -> dict[str, Any]:
                 f"--deepspeed_config {path}: {section} = {config[section]!r} is not an object, "
                 "{ names and values }"
             )
-    if config.get("fp16", {}).get("loss_scale"):
+    if config.get("fp16", {}).get("loss_scale") not in (None, 0, "auto"):
         raise UserError(
             f"--deepspeed_config {path}: fp16.loss_scale sets a constant scale; remove it, the loss scale "
             "is dynamic here"
@@ -201,10 +201,10 @@ def _refuse_contradictions(
             )
 
 
-def _merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
+def merge(lower: dict[str, Any], upper: dict[str, Any]) -> dict[str, Any]:
     """Merges nested dictionaries; values of `upper` win."""
     merged = lower | upper
     for key in lower.keys() & upper.keys():
         if isinstance(lower[key], dict) and isinstance(upper[key], dict):
-            merged[key] = _merge(lower[key], upper[key])
+            merged[key] = merge(lower[key], upper[key])
     return merged

@@ -46,6 +46,7 @@ def main(record: RunRecord | None = None) -> int:
             and not run.train.attention_dropout
             and not run.train.deterministic
             and run.parallel.context_parallel_size == 1,
+            weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion,
             products=onednn.Products.of_training(run),
         )
         logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")

@@ -343,6 +343,9 @@ class TrainConfig:
     cpu_linear: CpuLinearChoice = "auto"
     """Matrix products in fp32 on a CPU: oneDNN's or torch's; auto: the faster one, measured at the start on
     CPUs of AMD. The two differ by rounding."""
+    no_gradient_accumulation_fusion: bool = False
+    """Add weight gradients to their fp32 sums in a pass of their own, not in the product that makes them
+    (bf16 on CUDA)."""
     max_skipped_steps: int = 10
     """Stop after this many consecutive skipped iterations (overflow or NaN)."""
 

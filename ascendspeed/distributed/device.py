@@ -275,6 +275,8 @@ def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
     - `rms_norm(x, weight, eps)`;
     - `rotary(x, cos, sin)`: x [s, b, heads, d], cos and sin [s, 1 or b, 1, d];
     - `swiglu(x)`: x is [gate; up] in the last dimension;
+    - `weight_gradient(x, gradient, total)`: adds gradientᵀ · x to total, in fp32: x [n, k] and gradient
+      [n, m] in bf16, total [m, k];
     - `varlen(q, k, v, bounds)`: causal attention within each of many sequences, in bf16 or fp16, d a multiple
       of 8 up to 256; q [tokens, heads, d], k and v [tokens, groups, d].
     """
@@ -283,6 +285,8 @@ def fused_kernel(device: Device, operation: str) -> FusedKernel | None:
 
 
 def _fused_npu(operation: str) -> FusedKernel | None:
+    if operation == "weight_gradient":
+        return None
     npu = importlib.import_module("torch_npu")
     if operation == "varlen":
         return FusedKernel(
@@ -306,6 +310,8 @@ def _fused_cuda(operation: str) -> FusedKernel | None:
     """
     if operation == "varlen":
         return _varlen_cuda()
+    if operation == "weight_gradient":
+        return FusedKernel("torch.addmm", _add_weight_gradient)
     if importlib.util.find_spec("liger_kernel") and operation == "rms_norm":
         norm = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         return FusedKernel(
@@ -323,6 +329,11 @@ def _fused_cuda(operation: str) -> FusedKernel | None:
             "apex.fused_rms_norm_affine", lambda x, weight, eps: affine(x, weight, weight.shape, eps)
         )
     return None
+
+
+def _add_weight_gradient(x: torch.Tensor, gradient: torch.Tensor, total: torch.Tensor) -> None:
+    """A product of bf16 matrices that reads and writes its fp32 sum."""
+    torch.addmm(total, gradient.t(), x, out_dtype=torch.float32, out=total)
 
 
 def _varlen_cuda() -> FusedKernel | None:

@@ -76,6 +76,9 @@ class Kernels:
     compute the gradients by further products."""
     pack_weight: Callable[[Tensor], Tensor] | None = None
     """Weight of inference [n, k] -> the layout that `linear` reads fastest; None: it has no own layout."""
+    weight_gradient: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    """Adds the weight gradient of a linear to its fp32 sum: x [n, k], gradient of the output [n, m], sum [m,
+    k]; None: the product is rounded to the number format of the weights and added afterwards."""
     sources: tuple[tuple[str, str], ...] = (("rms_norm", "torch"), ("rotary", "torch"), ("swiglu", "torch"))
 
     def __str__(self) -> str:

@@ -4,6 +4,7 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 
 {"changes": {group: {field: value}}, "weights": safetensors (else random ones), "load": folder,
 "save": folder, "resave": folder to save to before the first step, "first": step, "last": step,
+"weight_gradient": a factor; linears add that multiple of their weight gradient to its fp32 sum themselves,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
 "evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
 adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
@@ -15,6 +16,7 @@ import json
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
@@ -97,6 +99,8 @@ def main() -> None:
             without_documents()
         linear = CountedLinear(case.get("break"))
         kernels = replace(fused, linear=linear) if case.get("onednn") else fused
+        if factor := case.get("weight_gradient"):
+            kernels = replace(kernels, weight_gradient=partial(add_weight_gradient, factor))
         if run.parallel.deepspeed:
             engine = deepspeed_engine(case.get("break"))(run, grid, here, kernels, tensors)
         else:
@@ -137,6 +141,11 @@ def main() -> None:
     if grid.rank == 0:
         Path(job["out"]).write_text(json.dumps(curves))
     process_groups.destroy()
+
+
+def add_weight_gradient(factor, x, gradient, total):
+    """The product of a CUDA device in two steps, with a result that is rounded to bf16 in between."""
+    total.add_(gradient.t() @ x, alpha=factor)
 
 
 def leave_groups():

@@ -21,7 +21,7 @@ from ascendspeed.distributed.device import current_device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models.gpt import moe
 from ascendspeed.models.gpt.attention import RotaryAttention
-from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
+from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear, use_weight_gradient
 from ascendspeed.models.gpt.rope import Rope
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -122,6 +122,10 @@ def transformer_config(
     """Megatron-core's configuration of a run."""
     torch_dtype = DTYPES[dtype]
     interleaved = parallel.num_virtual_stages_per_pipeline_rank > 1
+    kernels = kernels or Kernels()
+    weight_gradient = kernels.weight_gradient if _adds_weight_gradients(model, parallel, dtype) else None
+    if weight_gradient is not None:
+        use_weight_gradient(weight_gradient)
     return GPTConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -171,13 +175,21 @@ def transformer_config(
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=weight_gradient is not None,
         deterministic_mode=train.deterministic,
         apply_rope_fusion=False,
-        kernels=kernels or Kernels(),
+        kernels=kernels,
         rope=Rope(model),
         **moe.settings(model),
     )
+
+
+def _adds_weight_gradients(model: ModelConfig, parallel: ParallelConfig, dtype: str) -> bool:
+    """True if linears can add their weight gradients to fp32 sums: the engine keeps whole ones, and every
+    linear has a weight of its own."""
+    keeps_sums = not parallel.deepspeed or parallel.zero_stage == 1
+    own_weights = not (model.tie_embeddings or model.normalize_head or model.num_experts)
+    return dtype == "bf16" and keeps_sums and own_weights
 
 
 def _recompute(train: TrainConfig) -> dict[str, object]:

@@ -5,11 +5,14 @@ backward pass: for the forward pass of a single token these take a fifth of the 
 not torch's, `KernelLinear` takes the place of these functions.
 """
 
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.parallel_state import get_global_memory_buffer
+from megatron.core.tensor_parallel import layers as megatron_layers
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
@@ -18,6 +21,13 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+
+def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Makes `kernel` (x, gradient of the output, fp32 sum) the product with which Megatron-core's linears add
+    weight gradients, in place of the extension of Apex that they look for."""
+    megatron_layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(wgrad_gemm_accum_fp32=kernel)
+    megatron_layers._grad_accum_fusion_available = True
 
 
 class KernelLinear(torch.autograd.Function):

@@ -76,6 +76,8 @@ class DeepSpeedEngine(BaseEngine):
                 parameter.register_hook(self._sum_over_tensor_parallel)
         self.engine = self._initialize(module, config)
         self.module, self.zero = module, self.engine.optimizer
+        if module.config.gradient_accumulation_fusion:
+            self._give_sums_to_linears()
         if scaler := getattr(self.zero, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run with a UserError
         if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
@@ -103,6 +105,13 @@ class DeepSpeedEngine(BaseEngine):
             if not path or not deepspeed_check.is_refusal(error):
                 raise
             raise deepspeed_check.refused(error, path) from error
+
+    def _give_sums_to_linears(self) -> None:
+        """Lets linears add their weight gradients to ZeRO's fp32 sums, by the name that Megatron-core has for
+        them."""
+        for parameters, totals in zip(self.zero.bf16_groups, self.zero.fp32_groups_gradients, strict=True):
+            for parameter, total in zip(parameters, totals, strict=True):
+                parameter.main_grad = total.view(parameter.shape)
 
     def _gather(self, parameter: torch.nn.Parameter) -> AbstractContextManager:
         return self.deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
@@ -150,6 +159,9 @@ class DeepSpeedEngine(BaseEngine):
             if self.stage == 0 and i == len(batches) - 1:
                 norm = self._grad_norm()
                 self.zero.overflow = not math.isfinite(norm)
+            if self.module.config.gradient_accumulation_fusion:
+                for has_gradients in self.zero.fp32_groups_has_gradients:
+                    has_gradients[:] = [True] * len(has_gradients)  # linears add theirs behind ZeRO's back
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()

@@ -24,6 +24,7 @@ from ascendspeed.models.gpt import attention, gpt_model
 from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
+from ascendspeed.models.gpt.paged_kv_cache import PagedKVCache
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
@@ -47,7 +48,7 @@ class LanguageModel:
     ) -> None:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
-        self.cache: KVCache | None = None
+        self.cache: KVCache | PagedKVCache | None = None
         self._is_packed = False
         tied = gpt.share_embeddings_and_output_weights
         if self.is_last_stage and isinstance(gpt.output_layer, NormHead) and not tied:
@@ -155,6 +156,15 @@ class LanguageModel:
         context = self.cache.attend(layer.layer_number, query, key, value, attn.core_attention.scale)
         hidden = _add_residual(hidden, attn.linear_proj(context))
         return _add_residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
+
+    def forward_paged(self, tokens: Tensor, cache: PagedKVCache) -> Tensor | None:
+        """Runs the tokens [n] of the pass that `cache` has begun.
+
+        Returns the final hidden states [n, h] on the last stage, None on the others.
+        """
+        self.cache = cache
+        hidden = self._forward(tokens[None])
+        return hidden[:, 0] if self.is_last_stage else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Computes logits [n, V] in fp32 over the whole vocabulary from final hidden states [n, h].

@@ -1,0 +1,182 @@
+"""Paged KV cache: rotated keys, and values, in blocks of a pool, so that sequences of any lengths share memory
+and a forward pass may mix single tokens and parts of prompts."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from torch import Tensor
+from torch.nn import functional as F
+
+from ascendspeed.models.gpt.attention import attend
+from ascendspeed.models.gpt.rope import Rope
+
+GATHER_BYTES = 2 << 20
+"""Most bytes of keys that are gathered at a time: one gather for all rows maps fresh memory at every layer,
+which took 3.8 times as long as the attention itself (32 rows of 2,048 tokens)."""
+
+
+@dataclass(frozen=True)
+class SequenceSlice:
+    """Consecutive tokens of one sequence in a forward pass."""
+
+    blocks: Sequence[int]
+    """Blocks of the sequence in order; they cover at least `first + count` tokens."""
+    first: int
+    """Position of the first token; the cache holds the tokens before it."""
+    count: int
+    frequencies: Tensor
+    """Inverse rotary frequencies of the sequence, fp32 [d/2]; one object per RoPE base."""
+
+    @property
+    def end(self) -> int:
+        """Position after the last token."""
+        return self.first + self.count
+
+
+@dataclass(frozen=True)
+class _DecodeGroup:
+    """Single tokens of several sequences whose keys are gathered together."""
+
+    tokens: Tensor
+    """Indices into the pass, [n]."""
+    blocks: Tensor
+    """Block table, flattened: [n * most blocks of a row]."""
+    mask: Tensor
+    """[n, 1, 1, keys]: 0, or -inf beyond the end of a row."""
+
+
+class PagedKVCache:
+    """Keys and values of every layer of this rank, [groups / TP, blocks, block size, d] each, allocated once.
+
+    It takes the place of `KVCache` in `LanguageModel`. The tokens of a pass are one row of a batch of 1,
+    sequence after sequence; `begin_pass` says which tokens of which sequences they are.
+    """
+
+    def __init__(self, gpt: GPTModel, num_blocks: int, block_size: int) -> None:
+        """Allocates `num_blocks` blocks of `block_size` tokens."""
+        config = gpt.config
+        self.block_size = block_size
+        self.rope: Rope = config.rope
+        self._rotate = config.kernels.rotary
+        parameter = next(gpt.parameters())
+        self.device, self.dtype = parameter.device, parameter.dtype
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        widest = 1
+        for layer in gpt.decoder.layers:
+            groups = layer.self_attention.num_query_groups_per_partition
+            shape = (groups, num_blocks, block_size, config.kv_channels)
+            # Zeros, as masked keys are still multiplied by 0 and must not be NaN.
+            key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            self.layers[layer.layer_number] = key, value
+            widest = max(widest, groups)
+        bytes_per_token = widest * config.kv_channels * self.dtype.itemsize
+        self._gather_tokens = max(GATHER_BYTES // bytes_per_token, block_size)
+
+    def begin_pass(self, slices: Sequence[SequenceSlice]) -> None:
+        """Prepares the next forward pass, whose tokens are those of `slices`, one after the other."""
+        positions, blocks, offsets, starts = [], [], [], []
+        total = 0
+        for part in slices:
+            of_slice = torch.arange(part.first, part.end)
+            index = of_slice // self.block_size
+            positions.append(of_slice)
+            blocks.append(torch.as_tensor(part.blocks)[index])
+            offsets.append(of_slice - index * self.block_size)
+            starts.append(total)
+            total += part.count
+        self._blocks = torch.cat(blocks).to(self.device)
+        self._offsets = torch.cat(offsets).to(self.device)
+        self._prepare_rotary(torch.cat(positions), slices)
+        decodes = [(start, part) for start, part in zip(starts, slices, strict=True) if _is_decode(part)]
+        self._groups = self._decode_groups(decodes)
+        self._chunks = [
+            (start, part, self._block_index(part.blocks[: -(-part.end // self.block_size)]))
+            for start, part in zip(starts, slices, strict=True)
+            if not _is_decode(part)
+        ]
+
+    def _prepare_rotary(self, positions: Tensor, slices: Sequence[SequenceSlice]) -> None:
+        """Computes cos and sin [tokens, 1, 1, d] of this pass for all layers."""
+        if all(part.frequencies is slices[0].frequencies for part in slices):
+            frequencies = slices[0].frequencies[None]
+        else:
+            counts = torch.tensor([part.count for part in slices])
+            frequencies = torch.stack([part.frequencies for part in slices]).repeat_interleave(counts, 0)
+            frequencies = frequencies[:, None]
+        cos, sin = self.rope.cos_sin(positions[:, None].float(), frequencies, self.dtype)
+        self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+
+    def _decode_groups(self, decodes: Sequence[tuple[int, SequenceSlice]]) -> list[_DecodeGroup]:
+        """Groups single tokens by the length of their sequences: a gather is small, and little of it is
+        masked."""
+        groups: list[_DecodeGroup] = []
+        members: list[tuple[int, SequenceSlice]] = []
+        for member in sorted(decodes, key=lambda item: item[1].end):
+            padded = -(-member[1].end // self.block_size) * self.block_size
+            if members and (len(members) + 1) * padded > self._gather_tokens:
+                groups.append(self._decode_group(members))
+                members = []
+            members.append(member)
+        if members:
+            groups.append(self._decode_group(members))
+        return groups
+
+    def _decode_group(self, members: Sequence[tuple[int, SequenceSlice]]) -> _DecodeGroup:
+        most = -(-members[-1][1].end // self.block_size)
+        table = torch.zeros(len(members), most, dtype=torch.long)
+        for row, (_, part) in zip(table, members, strict=True):
+            used = part.blocks[: -(-part.end // self.block_size)]
+            row[: len(used)] = torch.as_tensor(used)
+        ends = torch.tensor([part.end for _, part in members])
+        visible = torch.arange(most * self.block_size) < ends[:, None]
+        mask = torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, float("-inf"))
+        return _DecodeGroup(
+            torch.tensor([start for start, _ in members], device=self.device),
+            table.flatten().to(self.device),
+            mask[:, None, None].to(self.device),
+        )
+
+    def _block_index(self, blocks: Sequence[int]) -> slice | Tensor:
+        """Returns consecutive blocks as a slice, which needs no copy, others as a tensor of indices."""
+        if all(block == blocks[0] + i for i, block in enumerate(blocks)):
+            return slice(blocks[0], blocks[0] + len(blocks))
+        return torch.as_tensor(blocks, device=self.device)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        """Stores key and value [tokens, 1, groups, d] of this pass and attends: query [tokens, 1, heads, d]
+        -> [tokens, 1, heads * d]."""
+        keys, values = self.layers[layer]
+        query, key = self._rotate(query, self._cos, self._sin), self._rotate(key, self._cos, self._sin)
+        keys[:, self._blocks, self._offsets] = key[:, 0].transpose(0, 1)
+        values[:, self._blocks, self._offsets] = value[:, 0].transpose(0, 1)
+        out = torch.empty_like(query[:, 0])
+        for group in self._groups:
+            out[group.tokens] = self._attend_decodes(group, query, keys, values, scale)
+        for start, part, blocks in self._chunks:
+            end = start + part.count
+            q = query[start:end, 0].transpose(0, 1)[None]
+            k, v = (cached[:, blocks].flatten(1, 2)[None] for cached in (keys, values))
+            longest = 1 << (part.end - 1).bit_length()  # few lengths, so that causal masks are shared
+            out[start:end] = attend(q, k, v, part.first, scale=scale, longest=longest)[0].transpose(0, 1)
+        return out.flatten(1)[:, None]
+
+    @staticmethod
+    def _attend_decodes(
+        group: _DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None
+    ) -> Tensor:
+        """Returns the attention output [n, heads, d] of single tokens."""
+        rows, groups = len(group.tokens), keys.size(0)
+        k, v = (
+            cached.index_select(1, group.blocks).view(groups, rows, -1, cached.size(-1)).transpose(0, 1)
+            for cached in (keys, values)
+        )
+        # Query heads that share a key take the position of several queries of one head, so that keys need
+        # not be copied.
+        grouped = query[group.tokens, 0].unflatten(1, (groups, -1))
+        return F.scaled_dot_product_attention(grouped, k, v, group.mask, scale=scale).flatten(1, 2)
+
+
+def _is_decode(part: SequenceSlice) -> bool:
+    return part.count == 1 and part.first > 0

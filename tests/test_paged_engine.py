@@ -1,5 +1,5 @@
-"""Continuous batching over the paged cache: the tokens of every request are those of `sample` with that prompt
-alone, whatever shares its passes, its blocks or its preemptions."""
+"""Continuous batching over the paged cache: the tokens of every request are those of `sample` with that
+prompt alone, whatever shares its passes, its blocks or its preemptions."""
 
 from dataclasses import dataclass
 

@@ -21,6 +21,7 @@ def scripted_model(
     eos_ids: list[int] | None = None,
     special: tuple[str, ...] = (IM_END,),
     extra_rows: int = 0,
+    ordinary: tuple[str, ...] = (),
 ) -> Path:
     """Writes a Hugging Face directory whose model says the tokens `answer` after any text, then `loop`
     for ever.
@@ -28,7 +29,7 @@ def scripted_model(
     The tokens of `answer` and `loop` are different, and the texts that are asked end with none of them.
     `special`: control tokens beyond the sentencepiece vocabulary; `eos_ids`: eos_token_id of
     generation_config.json; None: no such file. `extra_rows`: rows of the embedding beyond the ids;
-    negative: fewer rows than ids.
+    negative: fewer rows than ids. `ordinary`: added tokens that are text.
     """
     corpus.sentencepiece_dir(folder, 400)
     base = tokenizer.load(folder).vocab_size
@@ -40,8 +41,8 @@ def scripted_model(
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
         "added_tokens_decoder": {
-            str(base + i): {"content": text, "special": True, "normalized": False}
-            for i, text in enumerate(special)
+            str(base + i): {"content": text, "special": text in special, "normalized": False}
+            for i, text in enumerate((*special, *ordinary))
         },
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))

@@ -65,7 +65,7 @@ class LanguageModel:
         try:
             self.cache = KVCache(self.gpt, rows, capacity)
         except (RuntimeError, MemoryError) as error:
-            size = rows * capacity * self._cache_bytes_per_token / 2**30
+            size = rows * capacity * self.cache_bytes_per_token / 2**30
             raise CacheOutOfMemory(
                 f"no memory for the keys and values of {rows} sequences of {capacity} tokens, "
                 f"{size:.1f} GiB on this rank: choose a smaller --batch-size or --max-new-tokens, "
@@ -178,7 +178,7 @@ class LanguageModel:
         return logits[:, 0, : self.config.vocab_size].float()
 
     @property
-    def _cache_bytes_per_token(self) -> int:
+    def cache_bytes_per_token(self) -> int:
         """Bytes per token in this rank's cache."""
         size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
         return sum(

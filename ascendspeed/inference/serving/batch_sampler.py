@@ -30,7 +30,8 @@ def choose_tokens(logits: Tensor, requests: Sequence[Request]) -> Tensor:
     chosen = logits.gather(1, tokens[:, None])[:, 0] - normalizer
     columns = [tokens.masked_fill(invalid, INVALID).double()[:, None], chosen.double()[:, None]]
     if top:
-        best, ids = logits.topk(top)
+        usable = requests[0].params.sampling.vocab_size or logits.size(-1)  # the same for all requests
+        best, ids = logits[:, :usable].topk(top)
         columns += [ids.double(), (best - normalizer[:, None]).double()]
     return torch.cat(columns, 1)
 

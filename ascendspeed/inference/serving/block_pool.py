@@ -10,9 +10,9 @@ class BlockPool:
 
     A full block is registered under (id of the registered block before it, its tokens). Keys are compared
     exactly, so no hash can collide; ids are never used twice, so a key never leads to a block that has been
-    overwritten. The id before the first block is the root, which must tell apart everything else that keys and
-    values depend on: the RoPE base, the adapter, a caller's salt. Blocks that nobody uses stay findable until
-    they are needed, oldest first.
+    overwritten. The id before the first block is the root, which must tell apart everything else that keys
+    and values depend on: the RoPE base, the adapter, a caller's salt. Blocks that nobody uses stay findable
+    until they are needed, oldest first.
     """
 
     def __init__(self, num_blocks: int, block_size: int) -> None:

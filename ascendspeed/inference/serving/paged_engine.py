@@ -34,7 +34,7 @@ class EngineSettings:
 
 
 @dataclass(frozen=True)
-class StepResult:
+class GeneratedToken:
     """A token of a request after a step, and the reason if the request has ended."""
 
     request: Request
@@ -100,7 +100,7 @@ class PagedEngine:
         return length if is_scaled else 0
 
     @torch.inference_mode()
-    def step(self) -> list[StepResult]:
+    def step(self) -> list[GeneratedToken]:
         """Runs one forward pass; returns the tokens that it produced."""
         plan = self.scheduler.schedule()
         if not plan:
@@ -142,14 +142,14 @@ class PagedEngine:
 
     def _finish_step(
         self, requests: Sequence[Request], choices: Sequence[TokenChoice]
-    ) -> list[StepResult]:
+    ) -> list[GeneratedToken]:
         results = []
         for request, choice in zip(requests, choices, strict=True):
             reason = "error" if choice.token == batch_sampler.INVALID else request.append(choice.token)
             if reason:
                 self.scheduler.remove(request)
                 del self.requests[request.id]
-            results.append(StepResult(request, choice, reason))
+            results.append(GeneratedToken(request, choice, reason))
         return results
 
 

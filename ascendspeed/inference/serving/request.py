@@ -17,7 +17,7 @@ from ascendspeed.inference.engine.logits_processors import random_stream
 class RequestParams:
     """Sampling parameters of a request."""
 
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     """`num_beams` and `num_return_sequences` are 1: a request is one sequence."""
     number: int = 0
     """Number of the random stream under the seed."""

@@ -5,6 +5,7 @@ The scheduler is deterministic, so that every rank computes the same plan from t
 
 from collections import deque
 from dataclasses import dataclass
+from typing import Any
 
 from ascendspeed.inference.serving.block_pool import BlockPool
 from ascendspeed.inference.serving.request import Request
@@ -100,7 +101,8 @@ class Scheduler:
         """Moves a waiting request to the prefilling ones if there are blocks for all its tokens, and one to
         spare for each active request."""
         pool, tokens = self.pool, request.tokens
-        shared, parent = ([], request.root)
+        shared: list[int] = []
+        parent: Any = request.root
         if self.share_prefixes:
             shared, parent = pool.find_prefix(request.root, tokens)
         new_blocks = -(-len(tokens) // pool.block_size) - len(shared)
@@ -110,7 +112,11 @@ class Scheduler:
             return False
         pool.share(shared)
         request.blocks = shared + [pool.allocate() for _ in range(new_blocks)]
-        request.cached, request.registered, request.parent = len(shared) * pool.block_size, len(shared), parent
+        request.cached, request.registered, request.parent = (
+            len(shared) * pool.block_size,
+            len(shared),
+            parent,
+        )
         if not request.was_admitted:
             request.was_admitted, request.shared_tokens = True, request.cached
             self.prefix_queries += len(tokens)
@@ -138,7 +144,7 @@ class Scheduler:
         self.preemptions += 1
 
     def _register_blocks(self, request: Request) -> None:
-        """Registers the request's blocks that are full; a block counts only when all its tokens are cached."""
+        """Registers the request's full blocks: those whose tokens are all in the cache."""
         size = self.pool.block_size
         if (request.registered + 1) * size > request.cached:
             return

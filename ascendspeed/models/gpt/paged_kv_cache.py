@@ -1,5 +1,5 @@
-"""Paged KV cache: rotated keys, and values, in blocks of a pool, so that sequences of any lengths share memory
-and a forward pass may mix single tokens and parts of prompts."""
+"""Paged KV cache: rotated keys, and values, in blocks of a pool, so that sequences of any lengths share
+memory and a forward pass may mix single tokens and parts of prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

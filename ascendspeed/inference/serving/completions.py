@@ -1,0 +1,187 @@
+"""POST /v1/completions: continuations of texts or token ids."""
+
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ascendspeed.inference.prompts import InputPrompt, encode_prompt
+from ascendspeed.inference.serving.api_error import ApiError
+from ascendspeed.inference.serving.choice_stream import ChoiceStream
+from ascendspeed.inference.serving.generation_service import (
+    Delta,
+    Generation,
+    GenerationService,
+    sequence_specs,
+)
+from ascendspeed.inference.serving.logprobs import token_text
+from ascendspeed.inference.serving.protocol import (
+    MAX_SEQUENCES,
+    CompletionRequest,
+    SamplingFields,
+    random_seed,
+)
+from ascendspeed.inference.serving.request import RequestParams, TokenChoice
+from ascendspeed.tokenization.chat import control_token_ids
+from ascendspeed.tokenization.tokenizer import Tokenizer
+from ascendspeed.utils.errors import UserError
+
+
+@dataclass
+class CompletionChoice:
+    """A choice of the answer while it is generated."""
+
+    text: str = ""
+    tokens: list[TokenChoice] = field(default_factory=list)
+    reason: str | None = None
+
+
+class Completion:
+    """One request to /v1/completions."""
+
+    def __init__(self, service: GenerationService, body: CompletionRequest) -> None:
+        self.service, self.body = service, body
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": service.limits.model_name,
+        }
+        if body.echo and body.logprobs is not None:
+            raise ApiError(400, "echo with logprobs is not supported: no scores of the prompt", "echo")
+
+    async def prepare(self) -> None:
+        """Encodes the prompts and checks the parameters. Raises `ApiError`."""
+        service, body = self.service, self.body
+        prompts = await service.in_tokenizer_thread(lambda: encode_prompts(service, body.prompt))
+        if len(prompts) * body.choices > MAX_SEQUENCES:
+            raise ApiError(400, f"prompts times n are more than {MAX_SEQUENCES}", "n")
+        self.prompts = prompts
+        stop_ids = completion_stop_ids(service, body)
+        seed = random_seed()
+
+        def params_of(prompt: list[int], number: int) -> RequestParams:
+            return body.request_params(
+                max_new_tokens=service.check_length(prompt, body.max_tokens),
+                stop_ids=stop_ids,
+                vocab_size=service.session.usable_vocab_size,
+                top_logprobs=body.logprobs or 0,
+                default_seed=seed,
+                number=number,
+            )
+
+        tokenizer = service.session.tokenizer
+        self.generation = Generation(
+            service,
+            sequence_specs(prompts, body.choices, params_of),
+            lambda: ChoiceStream(tokenizer, body.stops),
+        )
+        service.check_available(len(self.generation.sequences))
+
+    async def answer(self) -> dict[str, Any]:
+        """Returns the complete answer."""
+        choices = [CompletionChoice(self._echo(i)) for i in range(len(self.generation.sequences))]
+        async for delta in self.generation.deltas():
+            choice = choices[delta.index]
+            choice.text += delta.text
+            choice.tokens += delta.tokens
+            choice.reason = delta.reason
+        return self.head | {
+            "choices": [
+                self._choice(i, choice.text, choice.tokens, choice.reason, 0)
+                for i, choice in enumerate(choices)
+            ],
+            "usage": self.generation.usage.body,
+        }
+
+    async def chunks(self) -> AsyncGenerator[str]:
+        """Yields the answer as the data of server-sent events."""
+        offsets = [0] * len(self.generation.sequences)
+        for i in range(len(offsets)):
+            if echo := self._echo(i):
+                yield self._chunk(i, Delta(i, echo), 0)
+        async for delta in self.generation.deltas():
+            yield self._chunk(delta.index, delta, offsets[delta.index])
+            offsets[delta.index] += len(delta.text)
+        if self.body.includes_usage:
+            yield json.dumps(self.head | {"choices": [], "usage": self.generation.usage.body})
+
+    def _chunk(self, index: int, delta: Delta, offset: int) -> str:
+        choice = self._choice(index, delta.text, delta.tokens, delta.reason, offset)
+        return json.dumps(self.head | {"choices": [choice]}, ensure_ascii=False)
+
+    def _choice(
+        self, index: int, text: str, tokens: Sequence[TokenChoice], reason: str | None, offset: int
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            logprobs = completion_logprobs(self.service.session.tokenizer, tokens, offset)
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+    def _echo(self, index: int) -> str:
+        if not self.body.echo:
+            return ""
+        return self.service.session.tokenizer.decode(self.prompts[index // self.body.choices])
+
+
+def encode_prompts(
+    service: GenerationService, prompt: str | list[str] | list[int] | list[list[int]]
+) -> list[list[int]]:
+    """Returns the ids of each prompt. Raises `ApiError`."""
+    session = service.session
+    if isinstance(prompt, str):
+        prompt = [prompt]
+    items: list[Any] = [prompt] if not prompt or isinstance(prompt[0], int) else list(prompt)
+    encoded = []
+    for item in items:
+        if isinstance(item, str):
+            try:
+                item = encode_prompt(InputPrompt("prompt", item), session.tokenizer, None, session.adds_bos)
+            except UserError as error:
+                raise ApiError(400, str(error), "prompt") from None
+        elif item and max(item) >= session.usable_vocab_size:
+            message = f"prompt: token id {max(item)}; the vocabulary has {session.usable_vocab_size}"
+            raise ApiError(400, message, "prompt")
+        encoded.append(item)
+    return encoded
+
+
+def completion_stop_ids(
+    service: GenerationService, body: SamplingFields, in_chat: bool = False
+) -> tuple[int, ...]:
+    """Returns the tokens that end an answer. Raises `ApiError`."""
+    session = service.session
+    try:
+        named = control_token_ids(session.tokenizer, body.stops, "stop")
+    except UserError as error:
+        raise ApiError(400, str(error), "stop") from None
+    ids = {*named, *(body.stop_token_ids or ())}
+    if not body.ignore_eos:
+        ids.update(session.stop_ids(in_chat))
+    return tuple(sorted(ids))
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenChoice], offset: int) -> dict[str, Any]:
+    """Returns the `logprobs` object of completions; `offset`: characters of the answer before `tokens`."""
+    texts = [token_text(tokenizer, choice.token) for choice in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    return {
+        "tokens": texts,
+        "token_logprobs": [choice.logprob for choice in tokens],
+        "top_logprobs": [_top_logprobs(tokenizer, choice) for choice in tokens],
+        "text_offset": offsets,
+    }
+
+
+def _top_logprobs(tokenizer: Tokenizer, choice: TokenChoice) -> dict[str, float]:
+    """Returns text -> log-probability of the best tokens and the chosen one; of equal texts (a letter and its
+    byte) the likelier."""
+    entries: dict[str, float] = {}
+    for token, logprob in sorted((*choice.top, (choice.token, choice.logprob)), key=lambda pair: -pair[1]):
+        entries.setdefault(token_text(tokenizer, token), logprob)
+    return entries

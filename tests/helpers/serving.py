@@ -1,0 +1,78 @@
+"""Starts the HTTP service on real ranks, for tests."""
+
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from helpers import forkserver, launch
+
+START_SECONDS = 120
+
+
+@dataclass
+class RunningServer:
+    """A service that takes requests."""
+
+    url: str
+    processes: list[BaseProcess]
+    """One per rank."""
+    errors: Path
+    """Stderr of rank 0."""
+
+    def get(self, path: str) -> str:
+        """Body of a GET request."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return answer.read().decode()
+
+    def metric(self, name: str) -> float:
+        """Value of a metric."""
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith(f"vllm:{name}{{")]
+        assert len(lines) == 1, (name, lines)
+        return float(lines[0].split()[-1])
+
+
+@contextmanager
+def running_server(
+    folder: Path, logs: Path, *flags: object, tp: int = 1, pp: int = 1
+) -> Iterator[RunningServer]:
+    """Serves the checkpoint `folder` on tp x pp ranks while the context is open."""
+    logs.mkdir(parents=True, exist_ok=True)
+    port, world = launch.free_port(), tp * pp
+    words = ["--load", str(folder), "--device", "cpu", "--port", str(port), "--tp", str(tp), "--pp", str(pp)]
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
+    common["MASTER_PORT"] = str(launch.free_port())
+    processes = []
+    for rank in range(world):
+        env = launch.environment(**common, RANK=str(rank), LOCAL_RANK=str(rank))
+        script = launch.ROOT / "tasks/inference/serve.py"
+        log, errors = logs / f"stdout{rank}", logs / f"stderr{rank}"
+        processes.append(
+            forkserver.start_script(script, [*words, *map(str, flags)], env, log, launch.ROOT, errors)
+        )
+    server = RunningServer(f"http://127.0.0.1:{port}", processes, logs / "stderr0")
+    try:
+        _wait_until_ready(server)
+        yield server
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _wait_until_ready(server: RunningServer) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert server.processes[0].is_alive(), server.errors.read_text()
+        try:
+            server.get("/health")
+            return
+        except urllib.error.HTTPError:
+            return  # it answers
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError(server.errors.read_text())

@@ -24,6 +24,7 @@ from ascendspeed.cli.compat import TABLES
 from ascendspeed.evaluation.args import EvaluateCommand
 from ascendspeed.evaluation.needle import NeedleCommand
 from ascendspeed.inference.args import GenerateCommand
+from ascendspeed.inference.serving.args import ServeCommand
 from ascendspeed.models.families import FAMILIES, PRESETS
 from ascendspeed.utils.errors import UserError
 
@@ -43,6 +44,7 @@ OWN_FILES = {
 PROGRAMS = ("python", "deepspeed", "git", "wget", "sbatch")
 COMMANDS = {
     "tasks/inference/generate.py": GenerateCommand,
+    "tasks/inference/serve.py": ServeCommand,
     "tasks/evaluation/evaluation.py": EvaluateCommand,
     "tasks/evaluation/needle.py": NeedleCommand,
 }

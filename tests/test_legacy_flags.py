@@ -18,6 +18,7 @@ from ascendspeed.cli.train_args import TrainCommand, resolve
 from ascendspeed.evaluation.args import EvaluateCommand
 from ascendspeed.evaluation.needle import NeedleCommand
 from ascendspeed.inference.args import GenerateCommand
+from ascendspeed.inference.serving.args import ServeCommand
 from ascendspeed.utils.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,7 @@ def test_the_chinese_page_names_every_flag():
 COMMANDS = {
     "pretrain_intern.py": TrainCommand,
     "tasks/inference/generate.py": GenerateCommand,
+    "tasks/inference/serve.py": ServeCommand,
     "tasks/evaluation/evaluation.py": EvaluateCommand,
     "tasks/evaluation/needle.py": NeedleCommand,
 }

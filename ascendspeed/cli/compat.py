@@ -222,6 +222,7 @@ TABLES: dict[str, Table] = {
     "pretrain_intern.py": TRAIN,
     "tasks/inference/generate.py": GENERATE,
     "tasks/inference/benchmark.py": INFERENCE,
+    "tasks/inference/serve.py": INFERENCE,
     "tasks/evaluation/needle.py": INFERENCE,
     "tasks/evaluation/evaluation.py": EVALUATE,
     "tools/preprocess_data.py": PREPROCESS,

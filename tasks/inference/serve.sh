@@ -10,6 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../../examples/intern/launch.sh"
 
 [ -n "${CHECKPOINT:-}" ] || fail "CHECKPOINT is not set: the folder of the weights"
 fixed --load "$CHECKPOINT"
+optional --tokenizer-name-or-path TOKENIZER_PATH ""                     # directory with the tokenizer; empty: the one in CHECKPOINT
 value --tensor-model-parallel-size TP 1
 value --pipeline-model-parallel-size PP 1                               # NPROC, the processes on this node, is TP x PP by default
 DTYPE=${DTYPE:-bf16}                                                    # bf16, fp16 or fp32

@@ -205,6 +205,7 @@ SCRIPTS: dict[str, Callable[[Flags], None]] = {
     "tools/perf_table.py": read_logs,
     "tasks/inference/generate.py": answer,
     "tasks/inference/benchmark.py": answer,
+    "tasks/inference/serve.py": answer,
     "tasks/evaluation/evaluation.py": evaluate,
     "tasks/evaluation/needle.py": evaluate,
     "examples/intern/make_quickstart_data.py": make_quickstart_data,

@@ -19,8 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ascendspeed.inference.serving import completions
 from ascendspeed.inference.serving.api_error import ApiError
-from ascendspeed.inference.serving.chat_completions import ChatCompletion, encode_chat
-from ascendspeed.inference.serving.completions import Completion
+from ascendspeed.inference.serving.chat_completions import ChatAnswer, encode_chat
+from ascendspeed.inference.serving.completions import CompletionAnswer
 from ascendspeed.inference.serving.generation_service import GenerationService
 from ascendspeed.inference.serving.protocol import (
     ChatCompletionRequest,
@@ -76,12 +76,12 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         """Answers a conversation."""
         body = await self._read(request, ChatCompletionRequest)
-        return await self._generate(request, ChatCompletion(self.service, body), body.stream)
+        return await self._generate(request, ChatAnswer(self.service, body), body.stream)
 
     async def completions(self, request: Request) -> Response:
         """Continues texts."""
         body = await self._read(request, CompletionRequest)
-        return await self._generate(request, Completion(self.service, body), body.stream)
+        return await self._generate(request, CompletionAnswer(self.service, body), body.stream)
 
     async def models(self, request: Request) -> Response:
         """Lists the one model."""
@@ -157,7 +157,7 @@ class Routes:
         return body
 
     async def _generate(
-        self, request: Request, completion: Completion | ChatCompletion, stream: bool
+        self, request: Request, completion: CompletionAnswer | ChatAnswer, stream: bool
     ) -> Response:
         await completion.prepare()
         if stream:
@@ -169,7 +169,7 @@ class Routes:
         return JSONResponse(answer)
 
 
-async def _server_sent_events(completion: Completion | ChatCompletion) -> AsyncIterator[str]:
+async def _server_sent_events(completion: CompletionAnswer | ChatAnswer) -> AsyncIterator[str]:
     """Yields events; an error after the first byte is an event too. Closing it frees the sequences."""
     try:
         async with aclosing(completion.chunks()) as chunks:

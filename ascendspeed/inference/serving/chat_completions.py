@@ -33,7 +33,7 @@ class ChatChoice:
     reason: str | None = None
 
 
-class ChatCompletion:
+class ChatAnswer:
     """One request to /v1/chat/completions."""
 
     def __init__(self, service: GenerationService, body: ChatCompletionRequest) -> None:

@@ -38,7 +38,7 @@ class CompletionChoice:
     reason: str | None = None
 
 
-class Completion:
+class CompletionAnswer:
     """One request to /v1/completions."""
 
     def __init__(self, service: GenerationService, body: CompletionRequest) -> None:

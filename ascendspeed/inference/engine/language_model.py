@@ -74,6 +74,20 @@ class LanguageModel:
         self.cache.set_rope_lengths(lengths)
         return self.cache
 
+    def allocate_paged_cache(self, num_blocks: int, block_size: int) -> PagedKVCache:
+        """Allocates a paged cache for the passes of `forward_paged`. Raises `CacheOutOfMemory`."""
+        self.free_cache()
+        self._arrange_weights(packed=True)
+        try:
+            self.cache = PagedKVCache(self.gpt, num_blocks, block_size)
+        except (RuntimeError, MemoryError) as error:
+            size = num_blocks * block_size * self.cache_bytes_per_token / 2**30
+            raise CacheOutOfMemory(
+                f"no memory for {size:.1f} GiB of keys and values on this rank: choose a smaller "
+                f"--cache-memory, or use more ranks ({first_line(error)})"
+            ) from error
+        return self.cache
+
     def _arrange_weights(self, packed: bool) -> None:
         """Packs the weights of the linears, one after the other, or restores them; a weight exists once.
 
@@ -157,12 +171,11 @@ class LanguageModel:
         hidden = _add_residual(hidden, attn.linear_proj(context))
         return _add_residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
 
-    def forward_paged(self, tokens: Tensor, cache: PagedKVCache) -> Tensor | None:
-        """Runs the tokens [n] of the pass that `cache` has begun.
+    def forward_paged(self, tokens: Tensor) -> Tensor | None:
+        """Runs the tokens [n] of the pass that the paged cache has begun.
 
         Returns the final hidden states [n, h] on the last stage, None on the others.
         """
-        self.cache = cache
         hidden = self._forward(tokens[None])
         return hidden[:, 0] if self.is_last_stage else None
 

@@ -14,7 +14,7 @@ from ascendspeed.inference.serving import batch_sampler
 from ascendspeed.inference.serving.block_pool import BlockPool
 from ascendspeed.inference.serving.request import Events, Request, Submission, TokenChoice
 from ascendspeed.inference.serving.scheduler import ScheduledTokens, Scheduler
-from ascendspeed.models.gpt.paged_kv_cache import PagedKVCache, SequenceSlice
+from ascendspeed.models.gpt.paged_kv_cache import SequenceSlice
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class PagedEngine:
         )
         self.requests: dict[int, Request] = {}
         self.steps = 0
-        self.cache = PagedKVCache(model.gpt, settings.num_blocks, settings.block_size)
+        self.cache = model.allocate_paged_cache(settings.num_blocks, settings.block_size)
         self._frequencies: dict[int, Tensor] = {}
 
     @property
@@ -126,7 +126,7 @@ class PagedEngine:
             else:
                 tokens += request.tokens[first : first + item.count]
         self.cache.begin_pass(slices)
-        return self.model.forward_paged(torch.tensor(tokens, device=self.model.device.torch), self.cache)
+        return self.model.forward_paged(torch.tensor(tokens, device=self.model.device.torch))
 
     def _choose(
         self, hidden: Tensor | None, last: Sequence[int], requests: Sequence[Request]

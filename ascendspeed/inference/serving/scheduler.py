@@ -48,7 +48,9 @@ class Scheduler:
         return not (self.waiting or self.prefilling or self.running)
 
     def add(self, request: Request) -> None:
-        """Queues a request; prompt and output must fit into all blocks together."""
+        """Queues a request; prompt and output must fit into all blocks together: else it waits for ever."""
+        longest = len(request.prompt) + request.params.sampling.max_new_tokens
+        assert longest <= self.pool.num_blocks * self.pool.block_size
         self.waiting.append(request)
 
     def remove(self, request: Request) -> None:

@@ -32,6 +32,8 @@ class Options:
     """Run only rows and controls whose titles contain one of these; none: all."""
     steps: int = 20
     """Training steps of every row."""
+    onednn: bool = False
+    """Compute the products of the linears in fp32 by oneDNN, whatever their sizes and the CPU."""
     out: Annotated[Path | None, parser.output_flag("out")] = None
     """Markdown file for the table; a .json of the same name is written beside it. None: print only."""
 
@@ -57,9 +59,11 @@ def main() -> int:
     from ascendspeed.utils.atomic import write_file
     from benchmarks.parity_matrix import report, runner
 
-    facts = report.environment_facts(cpu.name)
+    facts = report.environment_facts(cpu.name + ", products by oneDNN" * options.onednn)
     with tempfile.TemporaryDirectory() as work:
-        measured = runner.run_matrix(options.families, options.rows, options.steps, Path(work), _print)
+        measured = runner.run_matrix(
+            options.families, options.rows, options.steps, Path(work), _print, options.onednn
+        )
     text = report.as_markdown(measured, facts)
     print(text)
     if options.out:

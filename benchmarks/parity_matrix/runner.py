@@ -78,9 +78,12 @@ class MatrixResults:
 
 
 def run_matrix(
-    families: Sequence[str], parts: Sequence[str], steps: int, work: Path, say: Say
+    families: Sequence[str], parts: Sequence[str], steps: int, work: Path, say: Say, onednn: bool = False
 ) -> MatrixResults:
-    """Runs all rows whose titles contain one of `parts` (none: all). Raises UserError if there are none."""
+    """Runs all rows whose titles contain one of `parts` (none: all). Raises UserError if there are none.
+
+    `onednn`: oneDNN computes the products of the linears in fp32.
+    """
     started, starts = time.monotonic(), layouts.select_rows(families, parts)
     if not starts:
         raise UserError(f"--rows {' '.join(parts)}: no row of {', '.join(families)} has such a title")
@@ -99,7 +102,7 @@ def run_matrix(
     progress = ProgressLog(sum(map(len, starts.values())), say)
     for (family, world), rows in starts.items():
         expected = references[family]
-        for row, trained in run_ranks(family, world, rows, expected, steps, work, progress):
+        for row, trained in run_ranks(family, world, rows, expected, steps, work, progress, onednn):
             measured = compare(trained, expected.end, expected.start) if trained else None
             broken = bounds[family, row.precision].broken(measured) if measured else []
             results.append(RowResult(family, row, measured, broken))
@@ -128,6 +131,7 @@ def run_ranks(
     steps: int,
     work: Path,
     progress: ProgressLog,
+    onednn: bool = False,
 ) -> Iterator[tuple[MatrixRow, TrainedModel | None]]:
     """Runs one start of processes.
 
@@ -136,7 +140,10 @@ def run_ranks(
     folder = work / f"{family}-{world}"
     checkpoints = {row.title: folder / f"row{i}" for i, row in enumerate(rows)}
     cases = {
-        row.title: layouts.worker_case(row, steps, expected.files[row.weights], str(checkpoints[row.title]))
+        row.title: {
+            **layouts.worker_case(row, steps, expected.files[row.weights], str(checkpoints[row.title])),
+            "onednn": onednn,
+        }
         for row in rows
     }
     job = layouts.worker_job(expected.model, steps, cases)

@@ -188,7 +188,7 @@ def check_replicas(engine, grid):
 
 
 class CountedLinear:
-    """oneDNN's product of matrices of any size."""
+    """oneDNN's product of fp32 matrices of any size."""
 
     def __init__(self, mistake):
         self.count, self.swaps_rows = 0, mistake == "rows of weight gradients"
@@ -197,7 +197,7 @@ class CountedLinear:
         from ascendspeed.distributed import onednn
 
         self.count += 1
-        if not x.numel():
+        if not x.numel() or x.dtype != weight.dtype or str(x.dtype) != "torch.float32":
             return x @ weight.t()
         out = onednn._multiply(x, weight)
         # The first operand of a weight's gradient is the only one that is a transposed view.

@@ -1,13 +1,15 @@
 """Products of oneDNN against torch's: values, gradients, packed weights, and the choice between the two."""
 
 import weakref
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 import torch.distributed as dist
+from helpers import launch
 from helpers.engines import MODEL, run_cases, worst
-from helpers.generation import token_lists
+from helpers.generate_worker import run_case
+from helpers.generation import language_model, token_lists
 from helpers.layouts import SP, TP
 from helpers.models import INTERNLM, tensors_of, tokens_of
 from helpers.moe import MIXTRAL
@@ -170,7 +172,7 @@ def machine(monkeypatch):
     return become
 
 
-FASTER = "oneDNN (1.8 times as fast as torch here)"
+FASTER = "oneDNN (1.8 times as fast as torch on this CPU)"
 
 
 def test_auto_takes_what_is_faster(machine):
@@ -178,7 +180,7 @@ def test_auto_takes_what_is_faster(machine):
         assert onednn.choose(products, CPU) == (onednn.linear, FASTER)
         gain = 1.19 if products.rows else 1.04
         machine(gain=gain)
-        assert onednn.choose(products, CPU) == (None, f"torch (oneDNN is {gain} times as fast here)")
+        assert onednn.choose(products, CPU) == (None, f"torch (oneDNN is {gain} times as fast on this CPU)")
         machine("GenuineIntel")
         reason = "torch (MKL is expected to be fast on this CPU, GenuineIntel)"
         assert onednn.choose(products, CPU) == (None, reason)
@@ -299,8 +301,6 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_generation_with_packed_weights(cpu, any_size, name):
     """Several rows, one row and several again: the tokens and log-probabilities of plain weights."""
-    from helpers.generation import language_model
-
     from ascendspeed.inference.engine import SamplingParams, sample, token_logprobs
     from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 
@@ -340,11 +340,34 @@ def test_a_weight_exists_once(cpu, any_size):
     assert packed() is None
 
 
+def test_generation_with_packed_weights_on_two_ranks(cpu, tmp_path):
+    """Tensor parallel, and pipeline parallel with an embedding tied across stages."""
+    cases, expected = {}, {}
+    for name, layouts in (("biases", [(2, 1)]), ("tied, normalized", [(1, 2)])):
+        model, tensors = VARIANTS[name], tensors_of(VARIANTS[name])
+        save_file({n: t.contiguous() for n, t in tensors.items()}, tmp_path / f"{name}.safetensors")
+        rows = tokens_of(model, 7).tolist()
+        requests = [[row[:4], row[4:]] for row in rows]
+        asks = {"prompts": rows, "params": {"greedy": {"max_new_tokens": 5}}, "requests": requests}
+        expected[name] = run_case(language_model(cpu, model, tensors), asks)
+        for tp, pp in layouts:
+            case = {"model": asdict(model), "weights": str(tmp_path / f"{name}.safetensors"), **asks}
+            cases[f"{name}: {tp} x {pp}"] = {**case, "tp": tp, "pp": pp, "packed": True}
+    results = launch.ranks(2, "generate_worker.py", {"cases": cases}, tmp_path / "run")
+    assert results.keys() == cases.keys()
+    for case, answer in results.items():
+        alone = expected[case.partition(":")[0]]
+        for actual, right in zip(answer["texts"]["greedy"], alone["texts"]["greedy"], strict=True):
+            assert actual[0][:2] == right[0][:2], case
+        for actual, right in zip(answer["logprobs"], alone["logprobs"], strict=True):
+            assert actual == pytest.approx(right, abs=1e-5), case
+
+
 # ---------------------------------------------------------------- training
 
 
 def test_training_on_two_ranks(tmp_path):
-    """Tensor and sequence parallel, ZeRO-3, recomputation, adapters and experts with either product.
+    """Tensor and sequence parallel, ZeRO-3, recomputation, adapters and experts; a resumed run.
 
     Control: gradients of weights with their rows in another order.
     """
@@ -356,18 +379,21 @@ def test_training_on_two_ranks(tmp_path):
             "parallel": {"zero_stage": 3, "tensor_model_parallel_size": 1},
             "train": {"recompute_granularity": "full"},
         },
-        "TP": {"parallel": TP | {"zero_stage": 0}},
         "TP, SP": {"parallel": TP | SP | {"zero_stage": 0}},
-        "adapters": {"parallel": TP | SP | {"zero_stage": 1}, "lora": vars(lora)},
+        "TP, adapters": {"parallel": TP | {"zero_stage": 1}, "lora": vars(lora)},
         "Megatron, experts": {"parallel": {"deepspeed": False} | TP | SP, "model": vars(MIXTRAL)},
     }
     cases = {}
     for name, layout in layouts.items():
-        weights = {"weights": str(tmp_path / "adapters.safetensors")} if name == "adapters" else {}
+        weights = {"weights": str(tmp_path / "adapters.safetensors")} if "lora" in layout else {}
         cases[name] = {"last": 3, "changes": layout, **weights}
         cases[f"{name}, oneDNN"] = {**cases[name], "onednn": True}
     cases["wrong"] = {**cases["TP, SP, oneDNN"], "break": "rows of weight gradients"}
+    saved = {**cases["TP, SP, oneDNN"], "last": 2, "save": str(tmp_path / "saved")}
+    cases["saved"] = saved
+    cases["resumed"] = {**cases["TP, SP, oneDNN"], "first": 2, "load": saved["save"]}
     curves = run_cases("tp2-dp1", cases, tmp_path)
+    assert curves["saved"] + curves["resumed"] == curves["TP, SP, oneDNN"]  # bit by bit
     for name in layouts:
         assert max(worst(curves[f"{name}, oneDNN"], curves[name])) < 5e-6, name
         assert curves[f"{name}, oneDNN: products"][0][0] >= 3 * 3 * 2 * 4

@@ -123,10 +123,10 @@ def choose(products: Products, device: Device) -> tuple[Linear | None, str]:
     if obstacle is None and products.choice == "auto" and _rank() == 0:
         gain = measured_gain(products)
         if gain < (MIN_TRAINING_GAIN if products.rows else MIN_INFERENCE_GAIN):
-            obstacle = f"oneDNN is {gain:.2f} times as fast here"
+            obstacle = f"oneDNN is {gain:.2f} times as fast on this CPU"
     if not _all_ranks(obstacle is None):
         return None, f"torch ({obstacle or 'oneDNN cannot be used on the machine of another rank'})"
-    source = "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch here)"
+    source = "oneDNN" if gain is None else f"oneDNN ({gain:.1f} times as fast as torch on this CPU)"
     if products.choice == "auto" and not _all_ranks(_has_avx512()):  # of inference
         return linear_of_packed, f"{source}, for packed weights"
     return linear, source

@@ -1,7 +1,8 @@
 """One rank of a generation test: computes samples, scores and log-probabilities; rank 0 writes them.
 
 A case: {"model": ModelConfig, "weights": safetensors, "tp": n, "pp": n, "prompts": [[id]], "params": {name:
-SamplingParams}, "requests": [[context, continuation]]}.
+SamplingParams}, "requests": [[context, continuation]], "packed": oneDNN computes with packed weights of every
+size}.
 """
 
 import json
@@ -19,7 +20,8 @@ def main() -> None:
 
     from safetensors.torch import load_file
 
-    from ascendspeed.distributed import process_groups
+    from ascendspeed.distributed import onednn, process_groups
+    from ascendspeed.distributed.fused_kernels import Kernels
     from ascendspeed.inference.engine import LanguageModel
     from ascendspeed.models.gpt import gpt_model, layer_spec
     from helpers.engine_worker import leave_groups
@@ -32,11 +34,16 @@ def main() -> None:
         )
         leave_groups()
         grid, model = process_groups.initialize(cpu, layout, seed=1), ModelConfig(**case["model"])
-        built = gpt_model.build_model(
-            model, layout, layer_spec.transformer_config(model, layout, TrainConfig())
-        )
+        kernels = Kernels()
+        if case.get("packed"):
+            onednn.MIN_PACKED_ELEMENTS = 1
+            kernels = Kernels(linear=onednn.linear, pack_weight=onednn.pack)
+        settings = layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)
+        built = gpt_model.build_model(model, layout, settings)
         gpt_model.load_weights(built, model, layout, load_file(case["weights"]).items())
         results[name] = run_case(LanguageModel(built, model, grid, cpu), case)
+        if case.get("packed"):
+            assert built.decoder.layers[0].mlp.linear_fc1.weight.is_mkldnn
         assert all(other == results[name] for other in grid.all_gather_object(results[name])), (
             f"{name}: the ranks differ"
         )

@@ -1,9 +1,10 @@
 """Page and terminal report of a comparison: provenance, speed, folded settings, meaning of the figures."""
 
 import json
+from dataclasses import asdict
 
 import pytest
-from helpers.loss_curves import CURVE, write_run
+from helpers.loss_curves import CURVE, example_run, write_run
 from helpers.training_logs import ours
 
 from ascendspeed.loss_compare import compare as comparing
@@ -53,3 +54,22 @@ def test_terminal_report_explains_every_figure(comparison):
         (line,) = [line for line in figures if line[2:].startswith(f"{name.replace('_', ' '):19} ")]
         assert len(line) <= 100
         assert line[34:].strip(), line
+
+
+def test_settings_that_differ_name_other_inputs(tmp_path):
+    def run(name, **inputs):
+        log = write_run(tmp_path / name, CURVE) / "train.log"
+        config = asdict(example_run()) | {"inputs": inputs} if inputs else asdict(example_run())
+        if not inputs:
+            del config["inputs"]  # as an earlier version logs it
+        steps = [ours(i, loss) for i, loss in enumerate(CURVE, 1)]
+        log.write_text("".join([f"run: {json.dumps(config)}\n", *steps]))
+        return log
+
+    first = run("first", data=["a1"], tokenizer="t", deepspeed_config='{"x": 1}')
+    second = run("second", data=["b2"], tokenizer="t", deepspeed_config='{"x": 2}')
+    assert comparing.compare(first, second).differences == (
+        ("inputs.data", "a1", "b2"),
+        ("inputs.deepspeed_config", '{"x": 1}', '{"x": 2}'),  # the setting of this name is the path
+    )
+    assert comparing.compare(first, run("third")).differences == ()

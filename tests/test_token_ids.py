@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.hf_folders import directory, export, stored
+from helpers.log_lines import log_lines
 from helpers.tokenizers import chat_files, stock, trained
 from safetensors.torch import load_file, save_file
 
@@ -165,6 +166,17 @@ def test_several_sets_of_weights_are_an_error(case, named, weights):
     assert "remove the others" in str(error.value)
     for name in named:
         assert name in str(error.value)
+
+
+def test_weights_of_other_programs_are_named(weights):
+    with log_lines() as lines:
+        assert read_tensors(weights)
+        assert lines == []  # control
+        names = ["adapter_model.safetensors", "consolidated.00.pth", "tf_model.h5"]
+        for name in names:
+            (weights / name).touch()
+        assert read_tensors(weights)
+    assert lines == [f"note: {weights}: {', '.join(names)} may hold weights too, which are not read"]
 
 
 def test_an_index_without_its_shards_is_no_set(weights):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ascendspeed.loss_compare import metrics, origin, read_logs
 from ascendspeed.loss_compare.align import AlignedCurves, align
-from ascendspeed.loss_compare.curve import LossCurve, flatten_config
+from ascendspeed.loss_compare.curve import INPUTS, LossCurve, flatten_config
 from ascendspeed.loss_compare.metrics import LossMetrics, Profile, Verdict
 from ascendspeed.utils.errors import UserError
 
@@ -84,4 +84,6 @@ def _settings(ref: LossCurve, cand: LossCurve) -> tuple[Setting, ...]:
     if not ref_config or not cand_config:  # with one side missing, every setting would differ
         return ()
     names = sorted(ref_config.keys() | cand_config.keys())
+    if not all(INPUTS in (curve.config or {}) for curve in (ref, cand)):  # an earlier version records none
+        names = [name for name in names if not name.startswith(f"{INPUTS}.")]
     return tuple((name, ref_config.get(name), cand_config.get(name)) for name in names)

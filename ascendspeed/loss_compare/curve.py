@@ -12,6 +12,8 @@ AXES: tuple[Axis, ...] = ("samples", "tokens", "iteration")
 """Units of a step's position, in order of preference: the first that two logs share aligns them. Entries of a
 log are the last resort, for a log without any of these.
 """
+INPUTS = "inputs"
+"""Group of a config that records what a run has read."""
 EXACT_DIGITS = 9
 """Decimal digits that distinguish all fp32 numbers."""
 
@@ -201,10 +203,13 @@ def drop_replaced_steps(steps: Iterable[LoggedStep]) -> tuple[tuple[LoggedStep, 
 
 
 def flatten_config(config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns setting -> text of a config, without its groups."""
+    """Returns setting -> text of a config, without its groups; only the hashes and contents of the group
+    `inputs` keep its name, because settings have their names too."""
     settings: dict[str, str] = {}
     for name, value in config.items():
-        if isinstance(value, Mapping):
+        if name == INPUTS and isinstance(value, Mapping):
+            settings |= {f"{INPUTS}.{key}": text for key, text in flatten_config(value).items()}
+        elif isinstance(value, Mapping):
             settings |= flatten_config(value)
         else:
             settings[name] = " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)

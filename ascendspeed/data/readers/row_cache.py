@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".rows"
 """Suffix of a cached file: no reader has it."""
-VERSION = 1
+VERSION = 2
 """Changes when readers give other rows for the same file."""
 
 

@@ -1,5 +1,6 @@
 """Reads Hugging Face directories: safetensors or .bin, one file or shards with an index."""
 
+import logging
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +26,13 @@ from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.name_check import check_names
 from ascendspeed.utils.text import shorten_list
 
+logger = logging.getLogger(__name__)
+
 DESCRIPTION = "Hugging Face directory"
+OTHER_WEIGHTS = re.compile(
+    r"adapter_model\.(safetensors|bin)|consolidated.*\.(safetensors|pth|pt)|tf_model\.h5|flax_model\.msgpack|.*\.gguf"
+)
+"""Files of peft, of the models' original programs, and of other frameworks, beside Hugging Face's."""
 INDEX = ".index.json"
 LOADERS: dict[str, Callable[[Path], Any]] = dict(zip(WEIGHT_FILES, (load_safetensors, load_pt), strict=True))
 
@@ -89,6 +96,9 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
             f"{folder} has several sets of weights: {' and '.join(sets)}; keep those that are meant and "
             f"remove the others, or move them to another folder"
         )
+    others = sorted(entry.name for entry in folder.iterdir() if OTHER_WEIGHTS.fullmatch(entry.name))
+    if others:
+        logger.info(f"note: {folder}: {shorten_list(others)} may hold weights too, which are not read")
     name = sets[0].removesuffix(INDEX)
     if name not in LOADERS:
         raise UserError(f"{folder} has {name}: its index is missing, or names other files")

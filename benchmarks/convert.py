@@ -1,8 +1,9 @@
 """Benchmark of conversion against a copy of the same bytes: GB/s and peak anonymous memory, in rounds.
 
 Every task runs in a process of its own, writes to the same disk, and ends with the data on it
-(fsync). Time starts after the imports. Memory is sampled from /proc while the work runs. A model that does
-not fit twice into memory is read from the disk by all tasks; a small one stays in the page cache.
+(fsync). Time starts after the imports. Memory is sampled from /proc while the work runs. The source of a
+model that does not fit twice into memory is dropped from the page cache before each task, so that every task
+reads it from the disk; that of a small one is read into the page cache.
 
     python benchmarks/convert.py --rounds 5 --out benchmarks/results/convert-cpu.md
     python benchmarks/convert.py --model internlm-7b --rounds 3 --out benchmarks/results/convert-7b-cpu.md
@@ -58,6 +59,10 @@ class ConversionTiming:
     seconds: float
     written: int
     """Bytes."""
+    cpu: float
+    """Seconds of all threads, user and system."""
+    read: int
+    """Bytes that came from the disk."""
     anonymous: int
     """Peak bytes above those before the work."""
 
@@ -117,20 +122,36 @@ def merge(source: Path, target: Path, shard: str) -> None:
     convert.write_hf(convert.open_reader(source), target, max_shard_size=shard)
 
 
+def set_page_cache(source: Path) -> None:
+    """Gives every task the same start: nothing of a large source in the page cache, or all of a small one."""
+    files = [path for path in source.rglob("*") if path.is_file()]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    is_small = 2 * sum(path.stat().st_size for path in files) < memory
+    for path in files:
+        descriptor = os.open(path, os.O_RDONLY)
+        if is_small:
+            while os.read(descriptor, 1 << 24):
+                pass
+        else:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
 def _anonymous() -> int:
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) * 1024
 
 
+def _bytes_read() -> int:
+    with open("/proc/self/io") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("read_bytes"))
+
+
 def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> ConversionTiming:
     """Runs in a fresh process."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     from ascendspeed.conversion import convert  # noqa: F401
 
-    with FakeTensorMode():  # its first use imports for a second
-        torch.empty(1)
+    set_page_cache(source)
     before, peak, done = _anonymous(), 0, threading.Event()
 
     def watch() -> None:
@@ -140,14 +161,16 @@ def measure(work: Callable[[Path, Path], None], source: Path, target: Path) -> C
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    start = time.perf_counter()
+    read, cpu, start = _bytes_read(), time.process_time(), time.perf_counter()
     work(source, target)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     done.set()
     watcher.join()
     return ConversionTiming(
         seconds,
         sum(path.stat().st_size for path in target.rglob("*") if path.is_file()),
+        cpu,
+        _bytes_read() - read,
         max(0, peak - before),
     )
 
@@ -196,8 +219,8 @@ def report(results: dict[str, list[ConversionTiming]], options: Options) -> str:
         f"fsync included. The machine has "
         f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / GB:.0f} GB of memory.",
         "",
-        "| work | s (min to max) | GB/s | time / copy | peak anonymous memory |",
-        "|---|---|---|---|---|",
+        "| work | s (min to max) | GB/s | time / copy | CPU s | read from the disk | peak anonymous memory |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, runs in results.items():
         seconds = [r.seconds for r in runs]
@@ -205,9 +228,11 @@ def report(results: dict[str, list[ConversionTiming]], options: Options) -> str:
         ratio = statistics.median(r.seconds / c.seconds for r, c in zip(runs, results["copy"], strict=True))
         memory = max(r.anonymous for r in runs) / 1e6
         rate = runs[0].written / GB / middle
+        cpu = statistics.median(r.cpu for r in runs)
+        read = statistics.median(r.read for r in runs) / GB
         lines.append(
             f"| {name} | {middle:.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {rate:.2f} | {ratio:.2f} "
-            f"| {memory:.0f} MB |"
+            f"| {cpu:.2f} | {read:.2f} GB | {memory:.0f} MB |"
         )
     config = architecture(options.model)
     largest = config.vocab_size * config.hidden_size * 2 / 1e6

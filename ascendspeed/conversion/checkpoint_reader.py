@@ -24,6 +24,10 @@ from ascendspeed.utils.safe_io import read_json_object
 
 THREADS = 4
 """Threads that read from a checkpoint at the same time, at most."""
+READ_AHEAD_BYTES = 128 * 2**20
+"""Bytes after the tensor that is read which the system loads from the disk meanwhile."""
+LARGE_BLOCK_BYTES = 256 * 2**10
+"""Bytes of a block from which on its tensor is taken to be read whole."""
 ReadBlock = Callable[[str, Slice2D], Tensor]
 """(parameter name, rectangle of the full tensor seen as a matrix) -> that matrix; it may be a read-only view
 of a file.
@@ -85,21 +89,41 @@ def full_slice(parameter: Parameter) -> Slice2D:
 
 def from_stored(stored: Mapping[str, Sequence[tuple[Tensor, Sequence[Slice2D]]]]) -> ReadBlock:
     """Reads from memory-mapped tensors: parameter name -> matrices, each with the rectangles of the parameter
-    in it.
+    in it, in the order in which a conversion reads them.
+
+    A large block makes the system load its tensor and the following ones, so that the disk does not wait for
+    the processor; small blocks (`weights_identity.sampled`) load nothing but themselves.
     """
-    prefetched: set[str] = set()
+    names = list(stored)
+    positions = {name: position for position, name in enumerate(names)}
+    begun: set[str] = set()
+    loaded: set[str] = set()
+
+    def read_ahead(name: str) -> None:
+        """Loads a parameter and about `READ_AHEAD_BYTES` of those after it, each once."""
+        size = 0
+        for following in names[positions[name] :]:
+            matrices = [matrix for matrix, _ in stored[following]]
+            if following not in loaded:
+                loaded.add(following)
+                for matrix in matrices:
+                    _load(matrix)
+            if following != name:
+                size += sum(matrix.nbytes for matrix in matrices)
+            if size >= READ_AHEAD_BYTES:
+                return
 
     def read_block(name: str, wanted: Slice2D) -> Tensor:
-        if name not in prefetched:
-            prefetched.add(name)
-            for matrix, _ in stored[name]:
-                _read_ahead(matrix)
+        size = wanted.rows * wanted.columns * stored[name][0][0].itemsize
+        if name not in begun and size >= LARGE_BLOCK_BYTES:
+            begun.add(name)
+            read_ahead(name)
         return param_mapping.assemble(stored[name], wanted)
 
     return read_block
 
 
-def _read_ahead(tensor: Tensor) -> None:
+def _load(tensor: Tensor) -> None:
     """Asks the system to load a mapped tensor; interleaved reads from several files would load it in small
     parts.
     """

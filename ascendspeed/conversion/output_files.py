@@ -4,6 +4,7 @@ thread.
 
 import json
 import math
+import mmap
 import os
 import struct
 import threading
@@ -14,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ascendspeed.utils import safetensors_header
 
@@ -65,10 +65,11 @@ class PreallocatedFile:
         yield self.offsets[name] + begin, view
 
     def write_bytes(self, offset: int, view: memoryview) -> None:
-        """Writes bytes at an offset of the file."""
+        """Writes bytes at an offset of the file; the disk begins with them at once, not at the last fsync."""
         descriptor = self._open()
         while view:  # the system writes at most 2 GiB at a time
             written = os.pwrite(descriptor, view, offset)
+            os.posix_fadvise(descriptor, offset, written, os.POSIX_FADV_DONTNEED)
             view = view[written:]
             offset += written
 
@@ -109,14 +110,30 @@ def create_safetensors(path: Path, specs: Specs) -> PreallocatedFile:
 def create_pt(path: Path, specs: Specs, wrap: Callable[[dict[str, Tensor]], Any]) -> PreallocatedFile:
     """Creates a file for `torch.load` that holds `wrap(tensors)`, with space for the tensors.
 
-    Its pickle comes from tensors without storage. The zip's checksums stay 0: torch does not read them,
+    Its pickle comes from tensors that are never filled. The zip's checksums stay 0: torch does not read them,
     `unzip` complains.
     """
-    with FakeTensorMode():
-        tensors = {name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in specs.items()}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
-        torch.save(wrap(tensors), path)
+    with torch.serialization.skip_data():
+        torch.save(wrap(_unfilled_tensors(specs)), path)
     return PreallocatedFile(path, specs, _record_offsets(path, specs))
+
+
+def _unfilled_tensors(specs: Specs) -> dict[str, Tensor]:
+    """Tensors that take no memory: all of one type view the same address range, which is never touched.
+
+    Each has a storage of its own, so that `torch.save` makes a record for it. Fake tensors would do the same,
+    but their first use imports for a second.
+    """
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape in specs.values():
+        sizes[dtype] = max(sizes.get(dtype, 1), nbytes(dtype, shape))
+    ranges = {dtype: mmap.mmap(-1, size, mmap.MAP_PRIVATE) for dtype, size in sizes.items()}
+    return {
+        name: torch.frombuffer(ranges[dtype], dtype=dtype, count=numel).view(shape)
+        if (numel := math.prod(shape))
+        else torch.empty(shape, dtype=dtype)
+        for name, (dtype, shape) in specs.items()
+    }
 
 
 def _record_offsets(path: Path, specs: Specs) -> dict[str, int]:

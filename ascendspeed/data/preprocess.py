@@ -58,6 +58,10 @@ class ShardEncoder:
         self._masked = self.handler.has_loss_mask
         self._dtype = DTYPE if self._masked else dtype_for(self._encoder.tokenizer.vocab_size)
 
+    def prepare(self) -> None:
+        """Builds the tables of the tokenizer; logs what makes it slow."""
+        self._encoder.tokenizer.prepare()
+
     def encode(self, shard: Shard) -> ShardResult:
         """Returns the documents of a shard by key."""
         result = {key: ShardDocuments(shard.path, self._dtype, self._masked) for key in self.handler.keys}
@@ -197,6 +201,7 @@ def preprocess(
         refuse_other_source(encoder.prefixes(prefix), source)
     columns = {path: registry.columns(path) for path in files}
     _check_files(encoder.handler, columns, strict)
+    encoder.prepare()
     for note in (*encoder.handler.notes, *_unread_notes(encoder.handler, columns)):
         logger.info(f"note: {note}")
     try:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ascendspeed.tokenization.added_tokens import AddedToken, AddedTokenSplitter
+from ascendspeed.tokenization.cached_encoder import NO_DUMMY_PREFIX, CachedEncoder
 from ascendspeed.tokenization.declared_tokens import (
     DeclaredToken,
     declared_tokens,
@@ -26,9 +27,6 @@ from ascendspeed.tokenization.declared_tokens import (
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.safe_io import checked_file
 from ascendspeed.utils.text import first_line
-
-NO_DUMMY_PREFIX = bytes([0x1A, 2, 0x18, 0])
-"""End of a serialized sentencepiece model that sets `normalizer_spec.add_dummy_prefix` to false."""
 
 
 class Tokenizer(ABC):
@@ -65,6 +63,10 @@ class Tokenizer(ABC):
 
         Uses one thread: preprocessing starts several processes.
         """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Builds what much text is encoded with, which otherwise happens later; logs what makes it slow."""
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
@@ -174,6 +176,7 @@ class SentencePieceTokenizer(Tokenizer):
         self._continuation = self._model
         if not has_prefix and self._names:
             self._continuation = sentencepiece.SentencePieceProcessor(model_proto=model + NO_DUMMY_PREFIX)
+        self._encoder = CachedEncoder(self._model, self._continuation, model, path / "tokenizer.model")
 
     def _in_text(self, tokens: Mapping[str, DeclaredToken]) -> dict[str, AddedToken]:
         """Declared tokens that have an id."""
@@ -187,12 +190,15 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         split = [self._splitter.split(text) for text in texts]
         if all(len(parts) == 1 and isinstance(parts[0], str) for parts in split):
-            return self._model.encode_as_numpy(list(texts), num_threads=1)
+            return self._encoder.encode(texts)
         first = [part for parts in split for part in parts[:1] if isinstance(part, str)]
         later = [part for parts in split for part in parts[1:] if isinstance(part, str)]
-        first_ids = iter(self._model.encode_as_numpy(first, num_threads=1))
-        later_ids = iter(self._continuation.encode_as_numpy(later, num_threads=1))
+        first_ids = iter(self._encoder.encode(first))
+        later_ids = iter(self._encoder.encode(later, continued=True))
         return [_concatenate(parts, first_ids, later_ids) for parts in split]
+
+    def prepare(self) -> None:
+        self._encoder.prepare()
 
     def decode(self, ids: Iterable[int]) -> str:
         visible = [
@@ -266,6 +272,9 @@ class JsonTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+
+    def prepare(self) -> None:
+        pass
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode(self._checked_ids(ids), skip_special_tokens=True)

@@ -1,0 +1,105 @@
+"""Positions at which a text may be cut so that the ids of the parts are the ids of the whole.
+
+Why a cut is exact. Sentencepiece's BPE begins with the characters of the text, and with the user-defined
+symbols that it finds from left to right, the longest first. Then it joins two neighbours into a piece of the
+vocabulary as long as it can: first the pair with the best score, of equal ones the leftmost. So every symbol
+is, at any time, a character or a piece. Let no piece hold the characters a and b side by side. Between an a
+and a b of the text then
+
+- no user-defined symbol extends over both: it would be such a piece. The search from left to right stops
+  there;
+- no pair is ever joined: the result would be such a piece. The two sides never compete for a pair, and each
+  does its joins in the order in which it would do them alone (by score, then by position);
+- nothing that follows the joins looks across: an unused piece is split into what it was joined from, and an
+  unknown character becomes its bytes, each on its own.
+
+The proof needs, and `TextCuts` checks:
+
+- BPE. Unigram's best path weighs whole texts; word and char models are not needed here.
+- A normalizer that changes no character: `identity`, that is no `precompiled_charsmap`. With one (`nmt_nfkc`)
+  neighbouring characters are composed.
+- `remove_extra_whitespaces` off: it strips the ends of a text and shortens runs of spaces.
+- `treat_whitespace_as_suffix` off. `add_dummy_prefix` then is one space in front of a text that is not empty,
+  which the caller adds. `escape_whitespaces` may be on or off: space and U+2581 are one character here.
+- Byte fallback: without it a run of unknown characters becomes one <unk>.
+
+Control, unknown and byte pieces are never found in text and join nothing. NUL is a character as any other.
+Lone surrogates are no text for sentencepiece, which refuses them.
+"""
+
+import numpy as np
+
+SPACE = "\u2581"
+"""Character that sentencepiece writes for a space."""
+BETWEEN = 0xD800
+"""Code between two pieces: a surrogate, which no piece holds."""
+CODES = 0x110000
+"""Number of Unicode's code points."""
+MAX_TABLE_BYTES = 64 << 20
+IN_TEXT = (1, 4, 5)
+"""Types of the pieces that are found in text: NORMAL, USER_DEFINED and UNUSED of `SentencePiece.Type`."""
+BPE = 2
+"""`TrainerSpec.ModelType`."""
+
+
+class NoExactCutsError(ValueError):
+    """A model does not satisfy the conditions of the proof."""
+
+
+class TextCuts:
+    """Table of the characters that stand side by side in a piece of the vocabulary."""
+
+    def __init__(self, model: bytes) -> None:
+        """`model`: content of a tokenizer.model. Raises `NoExactCutsError`."""
+        pieces, self.has_dummy_prefix = _read_model(model)
+        text = chr(BETWEEN).join(pieces).replace(" ", SPACE)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+        inside = (codes[:-1] != BETWEEN) & (codes[1:] != BETWEEN)
+        first, second = codes[:-1][inside], codes[1:][inside]
+        lefts, rights = np.unique(first), np.unique(second)
+        width = len(rights) + 1
+        size = (len(lefts) + 1) * width
+        if size > MAX_TABLE_BYTES:
+            raise NoExactCutsError(f"its pieces join {len(lefts):,} with {len(rights):,} characters")
+        # Row 0 and column 0 are those of characters that no piece joins with a right or a left neighbour.
+        self._row = np.zeros(CODES, np.int32)
+        self._column = np.zeros(CODES, np.int32)
+        self._row[lefts] = np.arange(1, len(lefts) + 1) * width
+        self._column[rights] = np.arange(1, len(rights) + 1)
+        for table in (self._row, self._column):
+            table[ord(" ")] = table[ord(SPACE)]
+        self._is_cut = np.ones(size, bool)
+        self._is_cut[self._row[first] + self._column[second]] = False
+
+    def find(self, text: str) -> np.ndarray:
+        """Returns [characters - 1] bool: True where the text may be cut behind a character."""
+        codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        return self._is_cut[self._row[codes[:-1]] + self._column[codes[1:]]]
+
+    def is_isolated(self, character: str) -> bool:
+        """Returns whether no piece joins a character with another, so that both its sides are cuts."""
+        return not (self._row[ord(character)] or self._column[ord(character)])
+
+
+def _read_model(data: bytes) -> tuple[list[str], bool]:
+    """Returns the pieces that are found in text, and whether a space comes in front of each text. Raises
+    `NoExactCutsError`."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
+        pieces = [piece.piece for piece in model.pieces if piece.type in IN_TEXT]
+    except (DecodeError, UnicodeDecodeError) as error:
+        raise NoExactCutsError(f"protobuf cannot read it: {error}") from error
+    rule, trainer = model.normalizer_spec, model.trainer_spec
+    reasons = {
+        "it is not a BPE model": trainer.model_type != BPE,
+        f"its normalizer ({rule.name}) changes characters": bool(rule.precompiled_charsmap),
+        "its normalizer removes extra spaces": rule.remove_extra_whitespaces,
+        "it writes spaces as suffixes": trainer.treat_whitespace_as_suffix,
+        "it has no byte fallback": not trainer.byte_fallback,
+    }
+    if reason := next((reason for reason, applies in reasons.items() if applies), None):
+        raise NoExactCutsError(reason)
+    return pieces, rule.add_dummy_prefix

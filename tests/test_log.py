@@ -238,14 +238,18 @@ def test_a_full_disk_under_stdout_does_not_stop_the_run(tmp_path):
     assert (tmp_path / "train.log").read_text() == f"{warning}one\ntwo\n"
 
 
+OTHER_THREAD = "Exception in thread other"
 LIMITED = """
-import resource, signal, sys, time
+import resource, signal, sys, threading
 from ascendspeed.training import metrics_log
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 with metrics_log.MetricsLogger(0, None, sys.argv[1]) as all:
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
     while all._board:
         all.line(metrics_log.EvalLine(1, 6.2))
+    other = threading.Thread(target=lambda: 1 / 0, name="other")
+    other.start()
+    other.join()
     all.say("goes on")
 """
 
@@ -255,6 +259,8 @@ def test_a_full_disk_under_tensorboard_does_not_stop_the_run(tmp_path):
         [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr.partition(OTHER_THREAD)[0]
+    assert OTHER_THREAD in done.stderr  # control: other threads report as before
     assert done.stdout.count("warning: --tensorboard-dir: File too large; no more is written there\n") == 1
     assert done.stdout.endswith("goes on\n")
 

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,9 @@ class MetricsLogger:
         if self._file and start_line:
             self._file.write(start_line + "\n")
         self._board = _tensorboard(tensorboard_dir) if tensorboard_dir and self.is_writer else None
+        self._thread_hook = threading.excepthook
+        if self._board:
+            threading.excepthook = self._report_thread
 
     def say(self, text: str, terminal: str = "") -> None:
         """Writes one line. A log file that cannot be written is closed with a warning: training continues.
@@ -256,6 +260,12 @@ class MetricsLogger:
             self._board = None
             self.say(f"warning: --tensorboard-dir: {error.strerror or error}; no more is written there")
 
+    def _report_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Leaves out the traceback of TensorBoard's writing thread: the next line reports its error."""
+        is_writer = type(error.thread).__module__.startswith("tensorboard.")
+        if not (is_writer and issubclass(error.exc_type, OSError)):
+            self._thread_hook(error)
+
     def close(self) -> None:
         """Flushes and closes; later lines still reach stdout."""
         for sink in (self._file, self._board):
@@ -263,6 +273,7 @@ class MetricsLogger:
                 with contextlib.suppress(OSError):  # a full disk; the run has ended anyway
                     sink.close()
         self._file = self._board = None
+        threading.excepthook = self._thread_hook
 
     def __enter__(self) -> "MetricsLogger":
         """Receives the log lines of the library's modules until it is closed."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ascendspeed.checkpoint import safetensors_io
+from ascendspeed.checkpoint import manifest, safetensors_io
 from ascendspeed.checkpoint.discovery import find_checkpoint
 from ascendspeed.checkpoint.fragment import KINDS, Fragment, TrainState
 from ascendspeed.checkpoint.load import Checkpoint, load_fragments
@@ -216,3 +216,62 @@ def test_two_processes(tmp_path):
     [w.join(60) for w in workers]
     assert [w.exitcode for w in workers] == [0, 0]
     assert [(tmp_path / f"rank{r}").read_text() for r in range(2)] == ["True", "True"]
+
+
+# --- what a rank reads
+
+
+def files_read(monkeypatch, rank: int, folder, layout) -> tuple[set[str], set[str]]:
+    """Names of the files that a rank of a resumed run hashes, and reads tensors from."""
+    hashed, read = set(), set()
+    sha256, read_into = safetensors_io.file_sha256, safetensors_io.read_into
+    monkeypatch.setattr(safetensors_io, "file_sha256", lambda path: (hashed.add(path.name), sha256(path))[1])
+    monkeypatch.setattr(
+        safetensors_io, "read_into", lambda out, path, at: (read.add(path.name), read_into(out, path, at))
+    )
+    opened = find_checkpoint(folder, rank, layout.world)
+    fragments = Model().fragments(layout, rank, Model().full(10))
+    load_fragments(opened, [f for f in fragments if f.spec.dim is not None])
+    monkeypatch.undo()
+    return {name for name in hashed if name.startswith("shard")}, read
+
+
+def test_a_rank_hashes_and_reads_its_own_shard_alone(tmp_path, monkeypatch):
+    layout = Layout(tp=2, dp=2)
+    save(tmp_path, layout=layout)
+    for rank in range(layout.world):
+        own = {f"shard-{rank:05}-of-00004.safetensors"}
+        assert files_read(monkeypatch, rank, tmp_path, layout) == (own, own)
+    hashed, read = files_read(monkeypatch, 0, tmp_path, Layout(tp=4))  # control: another layout reads others
+    assert read - hashed
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+def test_every_file_is_hashed_once(world):
+    names = ["run.json", *(f"shard-{rank:05}-of-00005.safetensors" for rank in range(5)), "train_state.json"]
+    shares = [manifest.share_of_rank(names, rank, world) for rank in range(world)]
+    assert sorted(name for share in shares for name in share) == names
+
+
+def test_a_live_fragment_is_filled_in_place(tmp_path, monkeypatch):
+    """Also rows of padding, which are zero; control: another layout is read into a buffer first."""
+    save(tmp_path, layout=Layout(tp=2, padding=3))
+    opened = find_checkpoint(tmp_path)
+    targets, read_into = [], safetensors_io.read_into
+    monkeypatch.setattr(
+        safetensors_io, "read_into", lambda out, path, at: (targets.append(out), read_into(out, path, at))
+    )
+    for layout, is_same in ((Layout(tp=2, padding=3), True), (Layout(tp=1), False)):
+        fragment = next(f for f in Model().fragments(layout, layout.tp - 1, Model().full(10)))
+        live = dataclasses.replace(fragment, tensor=torch.full_like(fragment.tensor, 7.0))
+        targets.clear()
+        load_fragments(opened, [live])
+        begin, end = live.tensor.data_ptr(), live.tensor.data_ptr() + live.tensor.nbytes
+        assert all(begin <= target.data_ptr() < end for target in targets) == is_same
+        assert torch.equal(live.tensor, fragment.tensor)
+
+
+def test_a_part_that_does_not_exist_is_not_read(tmp_path):
+    save(tmp_path, layout=Layout(tp=2))
+    with pytest.raises(ValueError, match="part 2 of fc1, which has 2"):
+        find_checkpoint(tmp_path).read("fc1", "master", Model().cuts(Layout(tp=2))["fc1"], 2, 0, 4)

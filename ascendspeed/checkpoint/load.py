@@ -19,6 +19,7 @@ from ascendspeed.checkpoint.fragment import (
     spec_from_json,
     stored_numel,
 )
+from ascendspeed.checkpoint.paths import SHARD_PREFIX
 from ascendspeed.config import schema
 from ascendspeed.config.schema import ModelConfig, Run
 from ascendspeed.models.param_mapping import ShardSpec, Slice2D
@@ -30,7 +31,7 @@ RNG = "rng"
 
 def shard_name(rank: int, world: int) -> str:
     """File name of one rank's shard."""
-    return f"shard-{rank:05}-of-{world:05}.safetensors"
+    return f"{SHARD_PREFIX}{rank:05}-of-{world:05}.safetensors"
 
 
 class _StoredRange(NamedTuple):
@@ -187,6 +188,27 @@ class Checkpoint:
 
         Raises `UserError` if the checkpoint does not have the parameter, or has it in another shape.
         """
+        self._check_stored(name, kind, spec)
+        if self._index.specs[name] != spec:
+            return self._read_other_layout(name, kind, spec, part, start, numel)
+        out = torch.empty(numel)
+        self._fill(out, name, kind, part, start)
+        return out
+
+    def read_fragment(self, fragment: Fragment) -> None:
+        """Copies the stored elements into a live fragment, without a copy between if the layout is the stored
+        one and the fragment is in the CPU's memory.
+
+        Raises `UserError` as `read` does.
+        """
+        f, flat = fragment, fragment.tensor.detach().view(-1)
+        self._check_stored(f.name, f.kind, f.spec)
+        if self._index.specs[f.name] == f.spec and flat.is_cpu and flat.dtype == torch.float32:
+            self._fill(flat, f.name, f.kind, f.part, f.start)
+        else:
+            flat.copy_(self.read(f.name, f.kind, f.spec, f.part, f.start, flat.numel()))
+
+    def _check_stored(self, name: str, kind: str, spec: ShardSpec) -> None:
         if kind not in self._index.kinds or name not in self._index.specs:
             raise UserError(f"{self.path}: has no {kind} of {name}")
         stored_spec = self._index.specs[name]
@@ -194,10 +216,19 @@ class Checkpoint:
             raise UserError(
                 f"{self.path}: {name} is {list(stored_spec.shape)} there, but {list(spec.shape)} in this run"
             )
-        if stored_spec == spec:
-            out = torch.zeros(numel)
-            self._index.fill(out, name, kind, part, start)
-            return out
+
+    def _fill(self, out: Tensor, name: str, kind: str, part: int, start: int) -> None:
+        """Reads elements of a part in the stored layout into `out`, with zeros for padding."""
+        spec = self._index.specs[name]
+        if part >= part_count(spec):
+            raise ValueError(f"part {part} of {name}, which has {part_count(spec)}")
+        out[max(0, stored_numel(spec, part) - start) :].zero_()
+        self._index.fill(out, name, kind, part, start)
+
+    def _read_other_layout(
+        self, name: str, kind: str, spec: ShardSpec, part: int, start: int, numel: int
+    ) -> Tensor:
+        stored_spec = self._index.specs[name]
         columns = column_count(spec.shard_shape)
         first_row = start // columns
         end_row = -(-(start + numel) // columns)
@@ -229,6 +260,5 @@ class Checkpoint:
 def load_fragments(checkpoint: Checkpoint, fragments: Iterable[Fragment]) -> None:
     """Copies the checkpoint into live fragments; their layout may differ from that of the saving run."""
     with torch.no_grad():
-        for f in fragments:
-            values = checkpoint.read(f.name, f.kind, f.spec, f.part, f.start, f.tensor.numel())
-            f.tensor.view(-1).copy_(values)
+        for fragment in fragments:
+            checkpoint.read_fragment(fragment)

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePath
 from typing import Any
 
 from ascendspeed.checkpoint import safetensors_io
-from ascendspeed.checkpoint.paths import MANIFEST
+from ascendspeed.checkpoint.paths import MANIFEST, SHARD_PREFIX
 from ascendspeed.utils.safe_io import parse_json
+
+THREADS = 4
+"""Files that a rank hashes at the same time, at most."""
 
 
 def manifest_text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -23,7 +28,7 @@ def manifest_text(step: int, listed: Mapping[str, Mapping[str, Any]]) -> str:
 def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
     """Problems of a step's folder, each with its file; empty if every byte is as it was written.
 
-    Every rank checks all sizes; hashing is divided: rank r of w hashes the files r, r + w, ...
+    Every rank checks all sizes; hashing is divided by `share_of_rank`.
     """
     try:
         content = (folder / MANIFEST).read_bytes()
@@ -42,9 +47,22 @@ def find_problems(folder: Path, rank: int = 0, world: int = 1) -> list[str]:
         return [f"{MANIFEST}: it is of step {step}"]
     problems = {name: _size_problem(folder / name, entry["size"]) for name, entry in listed.items()}
     if not any(problems.values()):
-        share = list(listed)[rank::world]
-        problems = {name: _hash_problem(folder / name, listed[name]["sha256"]) for name in share}
+        share = share_of_rank(list(listed), rank, world)
+        with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:  # hashing does not hold the GIL
+            hashed = pool.map(lambda name: _hash_problem(folder / name, listed[name]["sha256"]), share)
+            problems = dict(zip(share, hashed, strict=True))
     return [f"{name}: {problem}" for name, problem in problems.items() if problem]
+
+
+def share_of_rank(names: Sequence[str], rank: int, world: int) -> list[str]:
+    """Files that a rank hashes: its own shard, or its share of the shards of another number of ranks; rank 0
+    also all other files.
+
+    A resumed run reads the same shard next, from the page cache of its node: storage delivers it once.
+    """
+    shards = sorted(name for name in names if name.startswith(SHARD_PREFIX))
+    own = shards[len(shards) * rank // world : len(shards) * (rank + 1) // world]
+    return own if rank else own + [name for name in names if not name.startswith(SHARD_PREFIX)]
 
 
 def _check_list(listed: Mapping[str, Any], step: Any) -> None:

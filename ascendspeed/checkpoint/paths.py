@@ -6,6 +6,8 @@ from pathlib import Path
 from ascendspeed.utils.text import shorten_list
 
 STEP_PATTERN = re.compile(r"step_\d{7,}")
+SHARD_PREFIX = "shard-"
+"""Beginning of the name of a rank's file of tensors in the folder of a step."""
 MANIFEST = "manifest.json"
 """File that is written last into the folder of a step."""
 

@@ -143,6 +143,7 @@ BATCH = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
         ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, "SLURM_NTASKS=2"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "OMPI_COMM_WORLD_SIZE=2"),
         ({"PMI_SIZE": "8"}, "PMI_SIZE=8"),
+        ({"MV2_COMM_WORLD_SIZE": "8"}, "MV2_COMM_WORLD_SIZE=8"),
     ],
 )
 def test_processes_that_srun_or_mpirun_started_do_not_run_alone(environment, variable, monkeypatch):

@@ -2,7 +2,12 @@
 
 from collections.abc import Mapping
 
-WORLD_SIZES = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpirun"}
+WORLD_SIZES = {
+    "SLURM_NTASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpirun",
+    "MV2_COMM_WORLD_SIZE": "mpirun",
+}
 """Variable with the number of processes -> the program that sets it."""
 
 

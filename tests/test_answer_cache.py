@@ -87,7 +87,7 @@ def test_answers_of_another_run_are_refused(tmp_path):
     with pytest.raises(
         UserError,
         match="holds answers of prompt_style lm-eval, this run has hendrycks: choose another "
-        r"--output-dir \(OUTPUT= of a recipe\)",
+        r"--output \(OUTPUT= of a recipe\)",
     ):
         AnswerCache(tmp_path, {"model_sha256": "m", "prompt_style": "hendrycks"})
     with pytest.raises(UserError, match="holds answers of model_sha256 m, this run has n"):
@@ -181,7 +181,7 @@ def test_a_refused_folder_is_refused_on_every_rank(tmp_path):
             caches = list(pool.map(opened, (0, 1), (settings, settings)))
         if settings["seed"] == 2:
             assert caches[0] == caches[1]
-            assert "holds answers of seed 1, this run has 2: choose another --output-dir" in caches[0]
+            assert "holds answers of seed 1, this run has 2: choose another --output" in caches[0]
         else:
             assert [cache.records for cache in caches] == [{}, {}]
             caches[0].close()

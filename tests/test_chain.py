@@ -102,7 +102,7 @@ def test_the_export_has_our_loss_in_stock_transformers(cpu, trained, resumed):
     ("flags", "message"),
     [
         (("--modle", "x"), "error: unknown flag --modle; did you mean --model?"),
-        (("--data-path", "nowhere"), "error: missing: --data-path nowhere (no file begins so"),
+        (("--data-path", "nowhere"), "error: missing: --data-path nowhere (no file has this prefix"),
     ],
 )
 def test_a_wrong_flag_ends_the_launcher_with_one_line_and_code_2(work, flags, message):

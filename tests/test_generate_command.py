@@ -61,8 +61,8 @@ WRONG = {
     "--load {} --stop=": "--stop is empty",
     "--load {} --output-file {}/config.json": "exists; move it away",
     "--load {} --output-file {}/left": "/left.partial holds answers of a run that did not end; move it away",
-    "--load {} --output-file /nowhere/x": "--output-file /nowhere/x: /nowhere is not a writable directory",
-    "--load {} --task chat --output-file talk": "--output-file is for prompts",
+    "--load {} --output-file /nowhere/x": "--output /nowhere/x: /nowhere is not a writable directory",
+    "--load {} --task chat --output-file talk": "--output is for prompts",
     "--load {} --stream --task beam": "--stream shows one answer",
     "--load {} --promt x": "unknown flag --promt; did you mean --prompt?",
 }

@@ -42,8 +42,14 @@ def test_what_is_there_passes(folder, words):
     [
         ("--data-path text --tokenizer-name-or-path tok/tokenizer.json", "--tokenizer-name-or-path tok/tok"),
         ("--data-path text --tokenizer-name-or-path rows", "--tokenizer-name-or-path rows (a folder with"),
-        ("--data-path other", "--data-path other (no file begins so; prefixes there: text_document)"),
-        ("--data-path no/other", "--data-path no/other (no file begins so; prefixes there: none)"),
+        (
+            "--data-path other",
+            "--data-path other (no file has this prefix; prefixes in its folder: text_document)",
+        ),
+        (
+            "--data-path no/other",
+            "--data-path no/other (no file has this prefix; prefixes in its folder: none)",
+        ),
         ("--data-path rows/*.csv", "--data-path rows/*.csv (no file"),
         ("--data-path 0.3 text 0.7 other", "--data-path other"),
         ("--data-path text --valid-data-path no --eval-interval 1", "--valid-data-path no (no file"),

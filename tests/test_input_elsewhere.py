@@ -44,7 +44,7 @@ def test_utf16_and_pointers(tmp_path, read):
             "3: this is not CSV: .* never closed: the cell spans 2 lines, to line 4",
         ),
         ('text,label\n"a" b,1\n', "2: this is not CSV: a quoted cell goes on behind its closing quote"),
-        ("text,label,text\na,1,b\n", "1: the column 'text' stands there 2 times"),
+        ("text,label,text\na,1,b\n", "1: the column 'text' occurs 2 times"),
         ("text,label\na,1\nb\0,2\n", "3: a cell holds NUL characters"),
     ],
 )

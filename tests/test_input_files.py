@@ -216,10 +216,10 @@ def test_columns_that_stand_there_twice(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "a.csv").write_text("text,other,text,other\na,b,c,d\n")
     for path in find(tmp_path / "a.csv", tmp_path / "a.parquet")[0]:
-        with pytest.raises(UserError, match=rf"{path.name}: the column 'text' stands there 2 times; rename"):
+        with pytest.raises(UserError, match=rf"{path.name}: the column 'text' occurs 2 times; rename"):
             check_columns(handler, path, registry.columns(path))
         handler.keys = handler.required = ("other",)
-        with pytest.raises(UserError, match="the column 'other' stands there 2 times"):
+        with pytest.raises(UserError, match="the column 'other' occurs 2 times"):
             check_columns(handler, path, registry.columns(path))
         handler.keys = handler.required = ("text",)
     (tmp_path / "b.csv").write_text("text,,\na,b,c\n")  # columns that nobody reads may have equal names

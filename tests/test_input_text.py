@@ -259,7 +259,7 @@ def test_a_repeated_key_is_counted(tmp_path, suffix):
     text = f"[{','.join(rows)}]" if suffix == ".json" else "\n".join(rows)
     raw = text.encode()
     path = written(tmp_path / f"a{suffix}", COMPRESS[".zst"](raw) if suffix.endswith("zst") else raw)
-    repeated = [InvalidValue("repeated key", f"the key '{key}' stands there twice") for key in ("text", "x")]
+    repeated = [InvalidValue("repeated key", f"the key '{key}' occurs twice") for key in ("text", "x")]
     assert read(path) == [*repeated, "d"]
 
 

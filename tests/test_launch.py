@@ -122,7 +122,7 @@ def test_all_missing_inputs_are_named_before_anything_starts(started, tmp_path):
     )
     assert (code, output.count("\n")) == (2, 1)
     assert output.startswith("error: missing: --tokenizer-name-or-path no/tok (a folder with tokenizer.model")
-    for words in ("--data-path no/b (no file begins so", "--load no/weights (no such folder)"):
+    for words in ("--data-path no/b (no file has this prefix", "--load no/weights (no such folder)"):
         assert words in output
     assert "--data-path a " not in output
     start, error = (tmp_path / "log/train.log").read_text().splitlines()

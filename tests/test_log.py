@@ -172,7 +172,7 @@ def test_a_launcher_may_prefix_it():
 @pytest.mark.parametrize("cut", range(1, len(FULL_TEXT)))
 def test_a_torn_line_gives_no_wrong_number(cut):
     line = metrics_log.parse_line(FULL_TEXT[:-cut])
-    if line is not None:  # torn at a bar: what stands there is right
+    if line is not None:  # torn at a bar: the shown part is right
         assert all(getattr(line, f.name) in (None, getattr(FULL, f.name)) for f in metrics_log.FIELDS)
         assert (line.iteration, line.train_iters) == (10, 100)
 

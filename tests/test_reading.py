@@ -64,7 +64,7 @@ SAFETENSORS = {
     ),
     "a shape that overflows": (safetensors_bytes({"a": entry(0, 8, shape=[2**62, 4])}, 8), "overflow"),
     "a negative shape": (safetensors_bytes({"a": entry(0, 8, shape=[-2])}, 8), "invalid JSON in header"),
-    "a name that stands there twice": (safetensors_bytes(TWICE, 4), "it has the key 'a' twice"),
+    "a name that occurs twice": (safetensors_bytes(TWICE, 4), "it has the key 'a' twice"),
     "an element type that nobody knows": (
         safetensors_bytes({"a": entry(0, 8, "F99")}, 8),
         "unknown variant `F99`",

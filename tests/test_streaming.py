@@ -369,7 +369,7 @@ def test_a_column_that_stands_there_twice(tokenizer, tmp_path, caplog, name):
         text = "text,text,other\na,b,c\n".replace(",", "\t" if ".tsv" in name else ",").encode()
         path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
     for data in (path, path.parent):
-        with pytest.raises(UserError, match=rf"{name}: the column 'text' stands there 2 times; rename or"):
+        with pytest.raises(UserError, match=rf"{name}: the column 'text' occurs 2 times; rename or"):
             opened(str(data), tokenizer)
     assert not caplog.records
 

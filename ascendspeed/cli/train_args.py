@@ -126,7 +126,7 @@ def _has_files(prefix: str) -> bool:
 def _files_text(prefix: str) -> str:
     """Names the data beside a prefix that does not exist."""
     names = [str(path.with_suffix("")) for path in sorted(Path(prefix).parent.glob("*.idx"))]
-    return f"no file begins so; prefixes there: {shorten_list(names) or 'none'}"
+    return f"no file has this prefix; prefixes in its folder: {shorten_list(names) or 'none'}"
 
 
 def _train_config(train: TrainConfig, notes: list[str]) -> TrainConfig:

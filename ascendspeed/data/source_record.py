@@ -31,5 +31,5 @@ def refuse_other_source(prefixes: Sequence[str], source: str) -> None:
         if index.is_file() and read_facts(prefix).get(SOURCE) != source:
             raise UserError(
                 f"{index} exists, and is not made from these files with these settings: choose another "
-                "--output-prefix, or replace it with --overwrite"
+                "--output, or replace it with --overwrite"
             )

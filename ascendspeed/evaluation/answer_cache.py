@@ -17,7 +17,7 @@ from ascendspeed.utils.text import shorten, shorten_list
 
 logger = logging.getLogger(__name__)
 
-OTHER_FOLDER = "choose another --output-dir (OUTPUT= of a recipe)"
+OTHER_FOLDER = "choose another --output (OUTPUT= of a recipe)"
 FILE_NAME = "questions.jsonl"
 FLUSH_ANSWERS, FLUSH_SECONDS = 64, 5.0
 """Answers are flushed to disk after this many, or after this time."""

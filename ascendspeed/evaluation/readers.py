@@ -34,9 +34,7 @@ def csv_rows(
                 )
             repeated = next((name for name in names if row.count(name) > 1), None)
             if repeated:
-                raise UserError(
-                    f"{location}: the column {repeated!r} stands there {row.count(repeated)} times"
-                )
+                raise UserError(f"{location}: the column {repeated!r} occurs {row.count(repeated)} times")
             columns, width = [row.index(name) for name in names], len(row)
         elif len(row) != width:
             raise UserError(
@@ -113,7 +111,7 @@ def parquet_objects(
                 raise UserError(f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(present)}")
             repeated = [name for name in names or present if present.count(name) > 1]
             if repeated:
-                raise UserError(f"{path}: the column {repeated[0]!r} stands there twice")
+                raise UserError(f"{path}: the column {repeated[0]!r} occurs twice")
             rows = table.read(columns=None if names is None else list(names)).to_pylist()
         except (OSError, ValueError, pyarrow.ArrowException) as error:  # ValueError: not UTF-8
             raise UserError(f"{path} cannot be read: {first_line(error)}") from None

@@ -269,13 +269,12 @@ def partial_of(path: Path) -> Path:
 
 
 def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
-    """Raises UserError if --output-file cannot be written, or --stream cannot show the answers of `tasks`."""
+    """Raises UserError if --output cannot be written, or --stream cannot show the answers of `tasks`."""
     prompts = generation.prompt or generation.input_texts or generation.input_file
     if generation.output_file is not None:
         if tasks == ("chat",) and not prompts:
             raise UserError(
-                "--output-file is for prompts (--prompt, --input-file), not for a conversation; redirect "
-                "stdout"
+                "--output is for prompts (--prompt, --input-file), not for a conversation; redirect stdout"
             )
         check_output_file(Path(generation.output_file))
     several = generation.num_return_sequences > 1 or {"beam", "beam-sample", "logprobs"}.intersection(tasks)
@@ -289,13 +288,12 @@ def _check_output(generation: GenerationArgs, tasks: tuple[str, ...]) -> None:
 def check_output_file(path: Path) -> None:
     """Raises UserError if `path` exists or cannot be created."""
     if path.exists():
-        raise UserError(f"--output-file {path} exists; move it away, or give another name")
+        raise UserError(f"--output {path} exists; move it away, or give another name")
     partial = partial_of(path)
     if partial.exists() and partial.stat().st_size:
         raise UserError(
-            f"{partial} holds answers of a run that did not end; move it away, or give --output-file another "
-            "name"
+            f"{partial} holds answers of a run that did not end; move it away, or give --output another name"
         )
     folder = path.absolute().parent
     if not os.access(folder, os.W_OK):
-        raise UserError(f"--output-file {path}: {folder} is not a writable directory")
+        raise UserError(f"--output {path}: {folder} is not a writable directory")

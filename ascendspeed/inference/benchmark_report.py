@@ -205,5 +205,5 @@ def write_report(timings: Sequence[GenerationTiming], folder: Path, title: str) 
         for kind, data in files.items():
             replace_file(folder / f"performance.{kind}", data)
     except OSError as error:
-        raise UserError(f"--output-dir {folder} cannot be written: {error.strerror}") from None
+        raise UserError(f"--output {folder} cannot be written: {error.strerror}") from None
     return text

@@ -87,7 +87,7 @@ class AnswerWriter:
             raise UserError(f"{self._partial} cannot be written: {error.strerror}") from None
         if file is None:
             raise UserError(
-                f"another process is writing {self._partial}: wait for it, or give --output-file another name"
+                f"another process is writing {self._partial}: wait for it, or give --output another name"
             )
         try:
             check_output_file(self._path)  # again: another run may have ended since the command line was read
@@ -117,4 +117,4 @@ def write_stdout(text: str) -> None:
         streams.discard(1, error)
         if isinstance(error, BrokenPipeError):
             sys.exit(EXIT_BROKEN_PIPE)
-        raise UserError(f"stdout cannot be written: {error.strerror}; give --output-file") from None
+        raise UserError(f"stdout cannot be written: {error.strerror}; give --output") from None

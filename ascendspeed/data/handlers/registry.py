@@ -70,11 +70,11 @@ def unread_columns(handler: Handler, present: Sequence[str]) -> str:
 
 
 def refuse_repeated_columns(handler: Handler, source: Any, present: Sequence[str]) -> None:
-    """Raises `UserError` if a column of `source` (a path) that is read stands there twice."""
+    """Raises `UserError` if a column of `source` (a path) that is read occurs twice."""
     repeated = next((name for name in handler.columns if present.count(name) > 1), None)
     if repeated:
         raise UserError(
-            f"{source}: the column {repeated!r} stands there {present.count(repeated)} times; rename or "
+            f"{source}: the column {repeated!r} occurs {present.count(repeated)} times; rename or "
             "remove all but one"
         )
 

@@ -44,7 +44,7 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def repeated_key(key: str) -> InvalidValue:
     """Returns the value for a row in which a key stands twice: either value may be the one that is meant."""
-    return InvalidValue("repeated key", f"the key {key!r} stands there twice")
+    return InvalidValue("repeated key", f"the key {key!r} occurs twice")
 
 
 def malformed(reason: str) -> InvalidValue:

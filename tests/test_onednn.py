@@ -11,7 +11,7 @@ from helpers.engines import MODEL, run_cases, worst
 from helpers.generate_worker import run_case
 from helpers.generation import language_model, token_lists
 from helpers.layouts import SP, TP
-from helpers.models import INTERNLM, tensors_of, tokens_of
+from helpers.models import INTERNLM, ours, tensors_of, tokens_of
 from helpers.moe import MIXTRAL
 from safetensors.torch import save_file
 from torch.nn import functional as F
@@ -260,8 +260,19 @@ def test_kernels_name_the_product(machine):
     chosen = fused_kernels.select_kernels(CPU, products=TRAINING, rms_norm=False)
     assert (chosen.linear, str(chosen)) == (onednn.linear, f"rms_norm: torch; linear: {FASTER}")
     chosen = fused_kernels.select_kernels(CPU, products=replace(TRAINING, choice="torch"), rms_norm=False)
-    assert (chosen.linear, chosen.pack_weight) == (F.linear, None)
+    assert (chosen.linear, chosen.pack_weight) == (fused_kernels.linear, None)
     assert str(chosen) == "rms_norm, linear: torch"
+
+
+def test_torchs_product_stays_megatrons_function(cpu, monkeypatch):
+    """Also after DeepSpeed has replaced F.linear, at ZeRO stage 3."""
+    from ascendspeed.models.gpt.linear import KernelLinear
+
+    before = F.linear
+    monkeypatch.setattr(F, "linear", lambda *operands: before(*operands))
+    monkeypatch.setattr(KernelLinear, "apply", lambda *_: pytest.fail("not Megatron's function"))
+    model = ours(cpu, INTERNLM, tensors_of(INTERNLM))
+    model(tokens_of(INTERNLM), None, None).sum().backward()
 
 
 def test_products_of_a_run():
@@ -322,8 +333,8 @@ def test_generation_with_packed_weights(cpu, any_size, name):
         assert not packed.gpt.embedding.word_embeddings.weight.is_mkldnn
         if not model.tie_embeddings:
             assert head.weight.is_mkldnn == (len(prompts) > 1)
-    for ours, theirs in zip(token_logprobs(packed, rows), token_logprobs(plain, rows), strict=True):
-        torch.testing.assert_close(torch.tensor(ours), torch.tensor(theirs), rtol=0, atol=2e-5)
+    for actual, expected in zip(token_logprobs(packed, rows), token_logprobs(plain, rows), strict=True):
+        torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0, atol=2e-5)
     packed.allocate_cache(1, 4, [4])
     after = {key: value for key, value in packed.gpt.state_dict().items() if value is not None}
     assert all(torch.equal(after[key], value) for key, value in before.items())

@@ -37,6 +37,15 @@ def geglu(x: Tensor) -> Tensor:
     return F.gelu(gate, approximate="tanh") * up
 
 
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T; x [..., k], weight [n, k] -> [..., n].
+
+    Not F.linear itself, which DeepSpeed replaces at ZeRO stage 3: torch's product is recognised by this
+    function.
+    """
+    return F.linear(x, weight)
+
+
 class _Rotary(torch.autograd.Function):
     """Rotation whose backward pass is the inverse rotation, half the passes over memory of autograd's own."""
 
@@ -71,7 +80,7 @@ class Kernels:
     geglu: Callable[[Tensor], Tensor] = geglu
     varlen: Callable[[Tensor, Tensor, Tensor, SequenceBounds], Tensor] | None = None
     """Causal attention within each of many sequences; None: torch's SDPA, one sequence after the other."""
-    linear: Callable[[Tensor, Tensor], Tensor] = F.linear
+    linear: Callable[[Tensor, Tensor], Tensor] = linear
     """x [..., k], weight [n, k] -> x weight^T [..., n]. Another one than torch's has no gradient; its callers
     compute the gradients by further products."""
     pack_weight: Callable[[Tensor], Tensor] | None = None
@@ -106,8 +115,8 @@ def select_kernels(device: Device, products: onednn.Products | None = None, **en
         else:
             sources.append((operation, "torch"))
     if products:
-        linear, source = onednn.choose(products, device)
+        product, source = onednn.choose(products, device)
         sources.append(("linear", source))
-        if linear:
-            kernels |= {"linear": linear, "pack_weight": onednn.pack}
+        if product:
+            kernels |= {"linear": product, "pack_weight": onednn.pack}
     return Kernels(**kernels, sources=tuple(sources))

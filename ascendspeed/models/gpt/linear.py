@@ -20,7 +20,8 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from ascendspeed.distributed import fused_kernels
 
 
 def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> None:
@@ -131,7 +132,7 @@ class ColumnLinear(_Packable, ColumnParallelLinear):
         return out, self.bias if self.skip_bias_add else None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        if self.config.kernels.linear is F.linear:
+        if self.config.kernels.linear is fused_kernels.linear:
             return super()._forward_impl(input=input, weight=weight, **settings)
         return _kernel_linear(self, input, weight, settings)
 
@@ -151,7 +152,7 @@ class RowLinear(_Packable, RowParallelLinear):
         return out, self.bias if self.skip_bias_add else None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        if self.config.kernels.linear is F.linear:
+        if self.config.kernels.linear is fused_kernels.linear:
             return super()._forward_impl(input=input, weight=weight, **settings)
         return _kernel_linear(self, input, weight, settings)
 

@@ -1,0 +1,274 @@
+"""Compares continuous batching over the paged cache with batches, on the same weights, in alternating runs.
+
+    python benchmarks/serve.py --threads 1 --out benchmarks/results/serve-cpu.md
+
+Peers: the project's own batches of 16 (longest prompts first), Hugging Face's `generate` in the same batches,
+and transformers' continuous batching. The result is the ratio of CPU time, peer / paged engine: above 1 the
+engine is faster. In fp32 all sides but the last must generate the same tokens.
+"""
+
+import datetime
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import generate
+from clock import timed
+
+from ascendspeed.cli import parser
+from ascendspeed.utils import errors
+from ascendspeed.utils.errors import UserError
+
+BATCH = 16
+BLOCK_SIZE = 32
+NUM_BLOCKS = 1024
+CONTINUOUS_BATCHING = "transformers' continuous batching"
+
+Work = list[tuple[list[int], int]]
+"""(prompt, number of new tokens) of every request."""
+Side = Callable[[Work], list[list[int]]]
+"""Returns the new tokens of every request."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Flags of this benchmark."""
+
+    model: str = "44m"
+    """44m, or a preset such as internlm2-7b."""
+    layers: int | None = None
+    """Number of layers, if the whole model does not fit into memory twice."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Number format."""
+    device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
+    """Device to run on."""
+    rounds: int = 3
+    """Measured runs of each side, after a warm-up run."""
+    threads: int | None = None
+    """CPU threads; None: torch's default. Use 1 on a shared machine."""
+    out: Annotated[Path | None, parser.output_flag("out")] = None
+    """Markdown file to write; None: print only."""
+
+
+def workloads(vocab_size: int) -> dict[str, Work]:
+    """Returns the requests of every case; random tokens."""
+    import torch
+
+    generator = torch.Generator().manual_seed(7)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(5, vocab_size, (count,), generator=generator).tolist()
+
+    def between(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=generator))
+
+    head = tokens(384)
+    return {
+        "32 ragged: prompts of 32 to 512, 16 to 128 new": [
+            (tokens(between(32, 512)), between(16, 128)) for _ in range(32)
+        ],
+        "32 with a common head of 384": [([*head, *tokens(between(16, 128))], 16) for _ in range(32)],
+        "16 equal: prompts of 256, 48 new": [(tokens(256), 48) for _ in range(BATCH)],
+        "1 request: prompt of 256, 48 new": [(tokens(256), 48)],
+    }
+
+
+def paged(model: Any, work: Work) -> list[list[int]]:
+    """Runs the requests through the paged engine; its cache begins empty."""
+    from ascendspeed.inference.engine import SamplingParams
+    from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
+    from ascendspeed.inference.serving.request import Events, RequestParams, Submission
+
+    engine = PagedEngine(model, EngineSettings(NUM_BLOCKS, BLOCK_SIZE))
+    engine.apply(
+        Events(
+            tuple(
+                Submission(number, prompt, RequestParams(SamplingParams(max_new_tokens=count)))
+                for number, (prompt, count) in enumerate(work)
+            )
+        )
+    )
+    outputs: dict[int, list[int]] = {}
+    while not engine.scheduler.is_idle:
+        for result in engine.step():
+            outputs[result.request.id] = result.request.output
+    model.free_cache()
+    return [outputs[number] for number in range(len(work))]
+
+
+def batches(model: Any, work: Work) -> list[list[int]]:
+    """Runs the requests in batches, longest prompts first; every row ends at its own length."""
+    from ascendspeed.inference.batching import length_sorted_batches
+    from ascendspeed.inference.engine import SamplingParams, sample
+
+    outputs: dict[int, list[int]] = {}
+    for batch in length_sorted_batches([prompt for prompt, _ in work], BATCH):
+        limits = [work[i][1] for i in batch]
+        counts = [0] * len(batch)
+
+        def ends(row: int, token: int, counts: list[int] = counts, limits: list[int] = limits) -> bool:
+            counts[row] += 1
+            return counts[row] >= limits[row]
+
+        completions = sample(
+            model, [work[i][0] for i in batch], SamplingParams(max_new_tokens=max(limits)), ends
+        )
+        outputs |= {i: completion.tokens for i, (completion,) in zip(batch, completions, strict=True)}
+    return [outputs[number] for number in range(len(work))]
+
+
+def hugging_face_batches(model: Any, work: Work) -> list[list[int]]:
+    """Runs the requests through `generate` in the same batches, padded on the left."""
+    import torch
+
+    from ascendspeed.inference.batching import length_sorted_batches
+
+    outputs: dict[int, list[int]] = {}
+    for batch in length_sorted_batches([prompt for prompt, _ in work], BATCH):
+        longest = max(len(work[i][0]) for i in batch)
+        ids = torch.zeros(len(batch), longest, dtype=torch.long, device=model.device)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            prompt = torch.tensor(work[i][0])
+            ids[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+        with torch.inference_mode():
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=max(work[i][1] for i in batch),
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        for row, i in enumerate(batch):
+            outputs[i] = out[row, longest : longest + work[i][1]].tolist()
+    return [outputs[number] for number in range(len(work))]
+
+
+def continuous_batching(model: Any, work: Work) -> list[list[int]]:
+    """Runs the requests through transformers' continuous batching."""
+    from transformers import GenerationConfig
+    from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+    longest = max(count for _, count in work)
+    generation = GenerationConfig(
+        do_sample=False, eos_token_id=-1, pad_token_id=0, use_cache=False, max_new_tokens=longest
+    )
+    settings = ContinuousBatchingConfig(
+        page_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        max_batch_tokens=256,
+        use_cuda_graph=False,
+        max_requests_per_batch=32,
+    )
+    outputs: dict[int, list[int]] = {}
+    with model.continuous_batching_context_manager(
+        generation_config=generation, continuous_batching_config=settings, warmup=False
+    ) as manager:
+        numbers = {
+            manager.add_request(prompt, max_new_tokens=count): number
+            for number, (prompt, count) in enumerate(work)
+        }
+        while len(outputs) < len(work):
+            result = manager.get_result(timeout=1)
+            if result is not None and result.is_finished():
+                outputs[numbers[result.request_id]] = result.generated_tokens
+            elif result is None and not manager.is_running():
+                raise UserError("transformers' continuous batching has ended without an answer")
+    return [outputs[number] for number in range(len(work))]
+
+
+def measure(options: Options, device: Any) -> tuple[dict[str, dict[str, list[float]]], str]:
+    """Returns case -> side -> CPU seconds of every round, and the kernels of the project."""
+    settings = generate.Options(model=options.model, layers=options.layers, dtype=options.dtype)
+    project, hugging_face = generate.build_models(settings, device)
+    results: dict[str, dict[str, list[float]]] = {}
+    for case, work in workloads(project.config.vocab_size).items():
+        sides: dict[str, Side] = {
+            "paged": partial(paged, project),
+            "batches of 16": partial(batches, project),
+            "generate": partial(hugging_face_batches, hugging_face),
+        }
+        if case.startswith("32 "):
+            sides[CONTINUOUS_BATCHING] = partial(continuous_batching, hugging_face)
+        results[case] = measure_case(case, work, sides, options, device)
+        print(table({case: results[case]}), flush=True)
+    return results, str(project.gpt.config.kernels)
+
+
+def measure_case(
+    case: str, work: Work, sides: dict[str, Side], options: Options, device: Any
+) -> dict[str, list[float]]:
+    """Runs all sides in alternating order. Raises `UserError` if their tokens differ in fp32."""
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for number in range(options.rounds + 1):
+        order = list(sides) if number % 2 else list(sides)[::-1]
+        tokens = {}
+        for side in order:
+            tokens[side], timing = timed(partial(sides[side], work), device.synchronize)
+            if number:  # the first round warms up
+                seconds[side].append(timing.cpu if device.kind == "cpu" else timing.wall)
+        if options.dtype == "fp32":
+            for side in sides:
+                pairs = zip(tokens[side], tokens["paged"], strict=True)
+                same = sum(theirs == ours for theirs, ours in pairs)
+                if same < len(work) and side != CONTINUOUS_BATCHING:
+                    raise UserError(f"{case}: {side} and the paged engine do not give the same tokens")
+                if side == CONTINUOUS_BATCHING and number == options.rounds:
+                    print(f"{case}: {side}: {same} of {len(work)} answers as the other sides", flush=True)
+    return seconds
+
+
+def table(results: dict[str, dict[str, list[float]]]) -> str:
+    """Formats the seconds of every side and the ratios to the paged engine (median, least, largest)."""
+    lines = ["| requests | side | s | s / s of the paged engine |", "|---|---|---:|---:|"]
+    for case, seconds in results.items():
+        for side, values in seconds.items():
+            ratios = sorted(b / a for a, b in zip(seconds["paged"], values, strict=True))
+            spread = f"**{statistics.median(ratios):.2f}** ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+            lines.append(f"| {case} | {side} | {statistics.median(values):.2f} | {spread} |")
+    return "\n".join(lines)
+
+
+def report(results: dict[str, dict[str, list[float]]], kernels: str, options: Options, device: Any) -> str:
+    """Formats the markdown file."""
+    import torch
+
+    packages: Sequence[str] = ("torch", "megatron-core", "transformers")
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    clock = "CPU time" if device.kind == "cpu" else "wall time"
+    same_tokens = " All sides but the last gave the same tokens." if options.dtype == "fp32" else ""
+    return (
+        f"# Continuous batching against batches\n\n{datetime.date.today()}, {device.name}, {os.cpu_count()} "
+        f"cores, {torch.get_num_threads()} threads; Python {platform.python_version()}, {versions}. Kernels: "
+        f"{kernels}.\n\n{options.model}, {options.dtype}, greedy; blocks of {BLOCK_SIZE}, at most 256 tokens "
+        f"a pass and 32 sequences at a time; {options.rounds} rounds in turns, medians of {clock} with least "
+        f"and largest; above 1 the paged engine is faster.{same_tokens}\n\n{table(results)}\n"
+    )
+
+
+def main() -> None:
+    """Measures, prints and writes the report."""
+    options = parser.parse(Options, description=__doc__ or "")
+    generate.model_of(replace(generate.Options(), model=options.model, layers=options.layers))
+    from ascendspeed.distributed import device as devices
+
+    device = devices.prepare(options.device)
+    import torch
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    text = report(*measure(options, device), options, device)
+    print(text)
+    if options.out:
+        options.out.write_text(text)
+
+
+if __name__ == "__main__":
+    errors.run(main)

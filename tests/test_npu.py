@@ -81,6 +81,10 @@ def test_both_engines_have_the_cpus_losses(tmp_path, monkeypatch):
     calls = (tmp_path / "calls").read_text().split("\n")
     assert "torch_npu.npu_fusion_attention" in calls
     assert not any("float64" in call for call in calls)
+    page = (launch.ROOT / "docs/npu.md").read_text()
+    called = {call.removeprefix("torch.npu.") for call in calls if call.startswith("torch.npu.")}
+    assert len(called) > 15
+    assert [name for name in called if f"`{name}`" not in page] == []
 
 
 @pytest.mark.parametrize(

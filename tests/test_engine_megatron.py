@@ -161,14 +161,18 @@ EXPERTS: dict[int, dict[str, dict[str, Any]]] = {
 
 
 def experts(world: int, folder: Path) -> Theme:
-    """Experts on different ranks, and over a checkpoint from some to others."""
-    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 3
+    """Experts on different ranks, and over a checkpoint from some to others.
+
+    Two steps follow the checkpoint: the loss of the second one is the first that depends on the moments.
+    """
+    model, at, steps = replace(MOE["mixtral"], num_layers=2), str(folder / "ckpt"), 4
     layouts = EXPERTS[world]
     cases = {name: case(parallel, steps) for name, parallel in layouts.items()}
     first, *others = layouts
     cases[f"{first}, first"] = case(layouts[first], 2, save=at)
     cases |= {f"then {name}": case(layouts[name], steps, first=2, load=at) for name in others}
     cases |= {"then dp": case({}, steps, first=2, load=at)}
+    cases["control, then: moments"] = case({}, steps, first=2, load=at, **{"break": "moments"})
     for settings in cases.values():
         settings["changes"]["model"] = asdict(model)
     reference_model = loaded(model, dict(param_mapping.random_tensors(model, RUN.train.seed)), folder / "hf")

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source tools/setup.sh
+unset PYTHONDONTWRITEBYTECODE  # else each of some hundred processes compiles the modules again
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 options=()

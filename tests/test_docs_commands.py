@@ -78,7 +78,7 @@ def programs(tmp_path_factory) -> Path:
 
 def new_clone(folder: Path) -> Path:
     """A folder with the shell code of the repository."""
-    for name in ("examples", "tasks"):
+    for name in ("examples", "tasks", "benchmarks"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name, text in (("tools/setup.sh", ""), ("tests/run.sh", "")):
         recipes.program((folder / name).parent, Path(name).name, text)

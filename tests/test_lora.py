@@ -82,7 +82,7 @@ class Setting:
         self, parallel: dict[str, Any], train: dict | None = None, lora: dict | None = None, **more: Any
     ) -> dict[str, Any]:
         changes = {"model": vars(self.model), "parallel": parallel}
-        changes["train"] = micro_batches_of(parallel) | (train or {})
+        changes["train"] = train or {}
         changes["lora"] = {
             **vars(self.lora),
             "lora_target_modules": list(self.lora.lora_target_modules),
@@ -183,16 +183,18 @@ ALL_OTHERS = {which: [name for name in CASES if name not in FEW[which]] for whic
 def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting, steps: int = STEPS) -> Theme:
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     settings = {"biases": biases, "grouped": grouped}
+    micro = micro_batches_of if steps < STEPS else lambda parallel: {}
     cases = {
-        f"{which}/{name}": settings[which].case(*CASES[name]) | {"last": steps}
+        f"{which}/{name}": settings[which].case(parallel, micro(parallel) | train) | {"last": steps}
         for which in names
-        for name in names[which]
+        for name, (parallel, train) in ((name, CASES[name]) for name in names[which])
     }
     mistakes = {
         "alpha": biases.case(SHARDS, lora={"lora_alpha": 6.1}),
         "q and k exchanged": biases.case(SHARDS) | {"weights": exchanged(biases)},
-        "parts of A's gradient": biases.case(TP | SP) | {"break": "sequence-parallel sum"},
-        "z's gradient not summed": biases.case(TP) | {"break": f"adapters: {COPY}"},
+        "parts of A's gradient": biases.case(TP | SP, micro_batches_of(TP))
+        | {"break": "sequence-parallel sum"},
+        "z's gradient not summed": biases.case(TP, micro_batches_of(TP)) | {"break": f"adapters: {COPY}"},
         "nothing below the first layer": biases.case(TP, RECOMPUTE) | {"break": "adapters: _begin"},
     }
     cases |= {f"biases/control: {name}": case | {"last": 4} for name, case in mistakes.items()}

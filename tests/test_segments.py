@@ -147,7 +147,7 @@ def case(
     changes = {
         "parallel": parallel,
         "model": asdict(model),
-        "train": micro_batches_of(parallel) | more.pop("train", {}),
+        "train": (micro_batches_of(parallel) if last < STEPS else {}) | more.pop("train", {}),
         "optim": more.pop("optim", {}),
     }
     return {"changes": changes, "data": str(data), "last": last, **more}

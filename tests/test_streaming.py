@@ -460,11 +460,12 @@ def test_what_cannot_be_streamed(tokenizer, tmp_path, monkeypatch, text):
     with pytest.raises(UserError, match=r"empty holds no data: looked for "):
         opened(str(tmp_path / "empty"), tokenizer)
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 not at all")
-    with pytest.raises(UserError, match=r"bad\.parquet cannot be read as a data set: [^\n]*$"):
+    with pytest.raises(UserError, match=r"bad\.parquet is not a parquet file: [^\n]*$"):
         opened(str(tmp_path / "bad.parquet"), tokenizer, data_cache_path=str(tmp_path / "c"))
+    pyarrow.parquet.write_table(pyarrow.table({"text": words(3)}), tmp_path / "good.parquet")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"takes the package datasets: pip install -e '\.\[streaming\]'"):
-        opened(str(tmp_path / "bad.parquet"), tokenizer)
+        opened(str(tmp_path / "good.parquet"), tokenizer)
     assert opened(text, tokenizer).sample(0)  # lines need no package
 
 

@@ -124,8 +124,8 @@ def test_penalties_and_biases(subject):
     """`frequency_penalty` counts, `presence_penalty` does not, `logit_bias` adds, stop ids wait."""
     prompt = PROMPTS[0]
 
-    def tokens(**settings):
-        params = RequestParams(SamplingParams(max_new_tokens=6, stop_ids=(9,)), **settings)
+    def tokens(more_stops=(), **settings):
+        params = RequestParams(SamplingParams(max_new_tokens=6, stop_ids=(9, *more_stops)), **settings)
         return run(
             PagedEngine(subject.model, EngineSettings(16, 16)), Events((Submission(0, prompt, params),))
         )[0]
@@ -134,6 +134,7 @@ def test_penalties_and_biases(subject):
     assert 9 not in tokens(logit_bias=((9, 1000.0),), min_new_tokens=3)
     assert len(tokens(logit_bias=((9, 1000.0),), min_new_tokens=3)) == 3
     assert tokens(logit_bias=((7, 1000.0),)) == [7] * 6
+    assert len(tokens(logit_bias=((7, 1000.0),), min_new_tokens=3, more_stops=(1_000_000,))) == 6
     assert tokens(logit_bias=((7, 1000.0),), presence_penalty=600.0) == [7] * 6
     assert tokens(logit_bias=((7, 1000.0),), frequency_penalty=600.0).count(7) == 1 + 1
 

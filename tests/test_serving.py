@@ -170,6 +170,7 @@ def test_biases_and_penalties(client, tokens):
         (400, "prompt", {"max_tokens": 100_000}),
         (400, "top_logprobs", {"top_logprobs": 2}),
         (400, "logit_bias", {"logit_bias": {"1000000": 1}}),
+        (400, "stop_token_ids", {"extra_body": {"stop_token_ids": [1_000_000], "min_tokens": 2}}),
         (400, "tool_choice", {"tool_choice": "required"}),
         (400, "response_format", {"response_format": {"type": "json_object"}}),
         (404, "model", {"model": "gpt-4"}),
@@ -248,6 +249,14 @@ def test_key_and_drain(folder, tmp_path, monkeypatch):
         server.processes[0].join(60)
         assert server.processes[0].exitcode == 0
         assert "signal 15: finishing 1 sequences" in server.errors.read_text()
+
+
+def test_a_template_that_does_not_fit_is_an_error_at_the_start(folder, tmp_path):
+    with (
+        pytest.raises(AssertionError, match=r"error: --chat-template v9 does not exist; choose from v1"),
+        running_server(folder, tmp_path, "--chat-template", "v9"),
+    ):
+        pass
 
 
 @pytest.fixture(scope="module")

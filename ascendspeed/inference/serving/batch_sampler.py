@@ -60,6 +60,9 @@ def _choose(logits: Tensor, requests: Sequence[Request]) -> Tensor:
         scores = torch.stack(
             [_penalized(row, request) for row, request in zip(logits, requests, strict=True)]
         )
+    limits = [request.params.sampling.vocab_size or logits.size(-1) for request in requests]
+    beyond = torch.arange(logits.size(-1)) >= torch.tensor(limits)[:, None]
+    scores = scores.masked_fill(beyond.to(scores.device), float("-inf"))
     tokens = scores.argmax(-1)
     groups: dict[tuple[float, int, float], list[int]] = {}
     for row, request in enumerate(requests):
@@ -79,7 +82,6 @@ def _changes_scores(request: Request) -> bool:
     params = request.params
     return bool(
         params.sampling.repetition_penalty != 1
-        or params.sampling.vocab_size is not None
         or params.presence_penalty
         or params.frequency_penalty
         or params.logit_bias
@@ -101,8 +103,6 @@ def _penalized(logits: Tensor, request: Request) -> Tensor:
         scores[ids] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias:
         scores[token] += bias
-    if sampling.vocab_size is not None:
-        scores[sampling.vocab_size :] = float("-inf")
     if len(request.output) < params.min_new_tokens:
-        scores[list(sampling.stop_ids)] = float("-inf")
+        scores[[token for token in sampling.stop_ids if token < len(scores)]] = float("-inf")
     return scores

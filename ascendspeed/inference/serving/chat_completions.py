@@ -4,21 +4,20 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
 from ascendspeed.inference.serving.api_error import ApiError
-from ascendspeed.inference.serving.choice_stream import ChoiceStream, FunctionCall
-from ascendspeed.inference.serving.completions import completion_stop_ids
+from ascendspeed.inference.serving.choice_stream import FunctionCall
+from ascendspeed.inference.serving.completions import new_generation
 from ascendspeed.inference.serving.generation_service import (
     Delta,
-    Generation,
     GenerationService,
-    sequence_specs,
 )
 from ascendspeed.inference.serving.logprobs import chat_logprobs
-from ascendspeed.inference.serving.protocol import ChatCompletionRequest, random_seed
-from ascendspeed.inference.serving.request import RequestParams, TokenChoice
+from ascendspeed.inference.serving.protocol import ChatCompletionRequest
+from ascendspeed.inference.serving.request import TokenChoice
 from ascendspeed.tokenization.chat import read_messages
 from ascendspeed.utils.errors import UserError
 
@@ -53,28 +52,11 @@ class ChatAnswer:
         service, body = self.service, self.body
         tools = None if body.tool_choice == "none" else body.tools
         prompt = await service.in_tokenizer_thread(lambda: encode_chat(service, body.messages, tools))
-        stop_ids = completion_stop_ids(service, body, in_chat=True)
-        seed = random_seed()
-
-        def params_of(prompt: list[int], number: int) -> RequestParams:
-            wanted = body.max_completion_tokens or body.max_tokens
-            return body.request_params(
-                max_new_tokens=service.check_length(prompt, wanted),
-                stop_ids=stop_ids,
-                vocab_size=service.session.usable_vocab_size,
-                top_logprobs=body.top_logprobs or 0,
-                default_seed=seed,
-                number=number,
-            )
-
-        tokenizer = service.session.tokenizer
+        max_tokens = body.max_completion_tokens or body.max_tokens
         controls = {number: name for name, number in service.session.chat_format.controls.items()}
-        self.generation = Generation(
-            service,
-            sequence_specs([prompt], body.choices, params_of),
-            lambda: ChoiceStream(tokenizer, body.stops, controls),
+        self.generation = new_generation(
+            service, body, [prompt], max_tokens, body.top_logprobs or 0, controls
         )
-        service.check_available(len(self.generation.sequences))
 
     async def answer(self) -> dict[str, Any]:
         """Returns the complete answer."""
@@ -96,9 +78,10 @@ class ChatAnswer:
         calls = [0] * len(self.generation.sequences)
         for index in range(len(calls)):
             yield self._chunk(index, {"role": "assistant", "content": ""}, None, ())
-        async for delta in self.generation.deltas():
-            yield self._delta_chunk(delta, calls[delta.index])
-            calls[delta.index] += delta.call is not None
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                yield self._delta_chunk(delta, calls[delta.index])
+                calls[delta.index] += delta.call is not None
         if self.body.includes_usage:
             head = self.head | {"object": "chat.completion.chunk", "choices": []}
             yield json.dumps(head | {"usage": self.generation.usage.body})

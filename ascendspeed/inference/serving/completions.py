@@ -3,7 +3,8 @@
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,26 +60,7 @@ class CompletionAnswer:
         if len(prompts) * body.choices > MAX_SEQUENCES:
             raise ApiError(400, f"prompts times n are more than {MAX_SEQUENCES}", "n")
         self.prompts = prompts
-        stop_ids = completion_stop_ids(service, body)
-        seed = random_seed()
-
-        def params_of(prompt: list[int], number: int) -> RequestParams:
-            return body.request_params(
-                max_new_tokens=service.check_length(prompt, body.max_tokens),
-                stop_ids=stop_ids,
-                vocab_size=service.session.usable_vocab_size,
-                top_logprobs=body.logprobs or 0,
-                default_seed=seed,
-                number=number,
-            )
-
-        tokenizer = service.session.tokenizer
-        self.generation = Generation(
-            service,
-            sequence_specs(prompts, body.choices, params_of),
-            lambda: ChoiceStream(tokenizer, body.stops),
-        )
-        service.check_available(len(self.generation.sequences))
+        self.generation = new_generation(service, body, prompts, body.max_tokens, body.logprobs or 0)
 
     async def answer(self) -> dict[str, Any]:
         """Returns the complete answer."""
@@ -102,9 +84,10 @@ class CompletionAnswer:
         for i in range(len(offsets)):
             if echo := self._echo(i):
                 yield self._chunk(i, Delta(i, echo), 0)
-        async for delta in self.generation.deltas():
-            yield self._chunk(delta.index, delta, offsets[delta.index])
-            offsets[delta.index] += len(delta.text)
+        async with aclosing(self.generation.deltas()) as deltas:
+            async for delta in deltas:
+                yield self._chunk(delta.index, delta, offsets[delta.index])
+                offsets[delta.index] += len(delta.text)
         if self.body.includes_usage:
             yield json.dumps(self.head | {"choices": [], "usage": self.generation.usage.body})
 
@@ -148,9 +131,37 @@ def encode_prompts(
     return encoded
 
 
-def completion_stop_ids(
-    service: GenerationService, body: SamplingFields, in_chat: bool = False
-) -> tuple[int, ...]:
+def new_generation(
+    service: GenerationService,
+    body: SamplingFields,
+    prompts: Sequence[list[int]],
+    max_tokens: int | None,
+    top_logprobs: int,
+    controls: Mapping[int, str] | None = None,
+) -> Generation:
+    """Returns the generation of all choices after `prompts`. Raises `ApiError`.
+
+    `controls`: control tokens of a chat format, see `ChoiceStream`; None: no chat.
+    """
+    session, seed = service.session, random_seed()
+    stop_ids = completion_stop_ids(service, body, in_chat=controls is not None)
+
+    def params_of(prompt: list[int], number: int) -> RequestParams:
+        return body.request_params(
+            max_new_tokens=service.check_length(prompt, max_tokens),
+            stop_ids=stop_ids,
+            vocab_size=session.usable_vocab_size,
+            top_logprobs=top_logprobs,
+            default_seed=seed,
+            number=number,
+        )
+
+    sequences = sequence_specs(prompts, body.choices, params_of)
+    service.check_available(len(sequences))
+    return Generation(service, sequences, lambda: ChoiceStream(session.tokenizer, body.stops, controls))
+
+
+def completion_stop_ids(service: GenerationService, body: SamplingFields, in_chat: bool) -> tuple[int, ...]:
     """Returns the tokens that end an answer. Raises `ApiError`."""
     session = service.session
     try:
@@ -158,6 +169,9 @@ def completion_stop_ids(
     except UserError as error:
         raise ApiError(400, str(error), "stop") from None
     ids = {*named, *(body.stop_token_ids or ())}
+    if ids and max(ids) >= session.usable_vocab_size:
+        message = f"stop_token_ids: token id {max(ids)}; the vocabulary has {session.usable_vocab_size}"
+        raise ApiError(400, message, "stop_token_ids")
     if not body.ignore_eos:
         ids.update(session.stop_ids(in_chat))
     return tuple(sorted(ids))

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -96,7 +96,7 @@ class Generation:
     new_stream: Callable[[], ChoiceStream]
     usage: TokenUsage = field(default_factory=TokenUsage)
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta]:
         """Yields the progress of all choices. Raises `ApiError`; frees what is left if it is closed."""
         service = self.service
         arrivals: asyncio.Queue[GeneratedToken | str] = asyncio.Queue()

@@ -62,8 +62,11 @@ def run(job: ServeJob, device: Device, notes: Sequence[str]) -> None:
     session = Session.open(job.spec, device, serve.chat_template)
     for note in notes:
         logger.info(f"note: {note}")
+    if serve.chat_template:
+        session.chat_format  # noqa: B018 - a template that does not fit is an error now, not in every request
     listener = _listen(session, serve)
     engine = PagedEngine(session.model, _settings(session, serve))
+    limits = _limits(session, job, engine)  # before ranks part: an error ends all of them
     channel = EventChannel(session.grid)
     if session.grid.rank:
         # Rank 0 ends the others after it has drained.
@@ -72,7 +75,6 @@ def run(job: ServeJob, device: Device, notes: Sequence[str]) -> None:
         follow(engine, channel)
         return
     assert listener is not None
-    limits = _limits(session, job, engine)
     metrics = ServiceMetrics(engine, job.model_name)
     service = GenerationService(session, EngineLoop(engine, channel), limits, metrics)
     _serve(service, job, listener)

@@ -182,6 +182,6 @@ def test_the_entry_without_deepspeed(work):
     assert (first.returncode, then.returncode) == (0, 0), first.stderr[-2000:] + then.stderr[-2000:]
     moved = [line.loss for name in ("first", "then") for line in lines(work, name)]
     assert moved == pytest.approx(curves["zero"], rel=1e-5)
-    refused = entry(work, "refused", 2, "--cp", "2", "--deepspeed")
+    refused = entry(work, "refused", 2, "--pp", "2", "--deepspeed")
     assert refused.returncode != 0
-    assert "error: --context-parallel-size 2: the DeepSpeed engine does not share sequences" in refused.stderr
+    assert "error: --pipeline-model-parallel-size 2: the DeepSpeed engine has no" in refused.stderr

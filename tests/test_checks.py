@@ -21,6 +21,8 @@ PP = "pipeline_model_parallel_size"
 VPP = "num_virtual_stages_per_pipeline_rank"
 CP = "context_parallel_size"
 EP = "expert_model_parallel_size"
+FIRST, LAST = "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers"
+COPIES = {"use_distributed_optimizer": True, "num_distributed_optimizer_instances": 2}
 ZERO = {"deepspeed": True, "zero_stage": 3}
 
 
@@ -69,6 +71,11 @@ def run_of(changes):
             },
         ),
         (1, {"train": {"recompute_granularity": "selective"}}),
+        (4, {"model": GROUPED, "parallel": {TP: 2, CP: 2, "cp_comm_type": "a2a"}}),
+        (2, {"parallel": ZERO | {CP: 2, "cp_comm_type": "a2a", "zero_hpz_partition_size": 2}}),
+        (4, {"parallel": {PP: 4, FIRST: 2, LAST: 4}}),
+        (4, {"parallel": {PP: 2, VPP: 2, FIRST: 4}}),
+        (8, {"parallel": {CP: 2, **COPIES}}),
         (
             32,
             {
@@ -109,6 +116,50 @@ def test_legal_combinations(world, changes):
             {"parallel": {PP: 4, VPP: 2}},
             "the 3 layers of each of 4 pipeline stages do not split into 2 virtual stages; choose 1, 3",
         ),
+        (1, {"parallel": {FIRST: 2}}, "--decoder-first-pipeline-num-layers 2: there is one pipeline stage"),
+        (
+            4,
+            {"parallel": {PP: 4, FIRST: 2, LAST: 3}},
+            "-first-pipeline-num-layers 2 and .*: of 12 layers 7 are left for 2 stages",
+        ),
+        (2, {"parallel": {PP: 2, FIRST: 6, LAST: 5}}, "of 12 layers 1 are left for no stage"),
+        (2, {"parallel": {PP: 2, FIRST: 12}}, "of 12 layers 0 are left for 1 stages"),
+        (2, {"parallel": {PP: 2, FIRST: 0}}, "of 12 layers 12 are left"),
+        (
+            4,
+            {"parallel": {PP: 2, VPP: 2, FIRST: 5}},
+            "the 5 layers of each of 2 pipeline stages do not split into 2 virtual stages; choose 1, 5",
+        ),
+        (
+            2,
+            {
+                "parallel": {PP: 2, FIRST: 8},
+                "train": {"recompute_granularity": "full", "recompute_num_layers": 8},
+            },
+            "--recompute-num-layers 8 does not divide the 4 layers .*; choose 1, 2, 4",
+        ),
+        (
+            2,
+            {"parallel": {"cp_comm_type": "a2a"}},
+            "--cp-comm-type a2a needs --context-parallel-size",
+        ),
+        (
+            16,
+            {"model": GROUPED, "parallel": {TP: 4, CP: 4, "cp_comm_type": "a2a"}},
+            "8 key/value heads / TP 4 = 2 do not split over 4 .* choose --context-parallel-size 1, 2, or",
+        ),
+        (3, {"parallel": COPIES}, "--num-distributed-optimizer-instances 2 does not divide the 3 replicas"),
+        (
+            4,
+            {"model": EXPERTS, "parallel": {EP: 4, **COPIES}},
+            "does not divide the 4 replicas .DP x CP., 1 of the experts; choose 1$",
+        ),
+        (
+            2,
+            {"parallel": {"num_distributed_optimizer_instances": 2}},
+            "--num-distributed-optimizer-instances 2 needs --use-distributed-optimizer",
+        ),
+        (2, {"parallel": COPIES | {"overlap_grad_reduce": True}}, "does not go with --overlap-grad-reduce"),
         (2, {"parallel": {VPP: 2}}, "--num-virtual-stages-per-pipeline-rank 2 needs pipeline stages"),
         (
             2,
@@ -184,8 +235,8 @@ def test_legal_combinations(world, changes):
         ),
         (
             2,
-            {"parallel": ZERO | {CP: 2}},
-            "--context-parallel-size 2: the DeepSpeed engine does not share sequences",
+            {"parallel": ZERO | {"num_distributed_optimizer_instances": 2}},
+            "--num-distributed-optimizer-instances 2: the DeepSpeed engine shards the states",
         ),
         (
             2,
@@ -231,7 +282,7 @@ def test_legal_combinations(world, changes):
         (
             6,
             {"parallel": ZERO | {"zero_hpz_partition_size": 4}},
-            "4 does not divide 6 data-parallel ranks; choose 1, 2, 3, 6",
+            "4 does not divide 6 ranks .DP 6 x CP 1.; choose 1, 2, 3, 6",
         ),
         (
             2,

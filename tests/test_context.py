@@ -42,6 +42,40 @@ def test_what_is_gathered_is_in_its_own_order(cpu, size, monkeypatch):
     assert context_parallel.gather_sequence(shares[0], SimpleNamespace(size=lambda: size)).equal(whole)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_positions_are_exchanged_for_heads_and_back(cpu, size, monkeypatch):
+    """Every rank gets all positions, in order, of its own heads; the way back restores its positions."""
+    from ascendspeed.models.gpt import context_parallel
+
+    whole = torch.randn(LENGTH, 2, 6, 5)
+    group = SimpleNamespace(size=lambda: size)
+    shares = [context_parallel.SequenceShard(rank, size).take(whole, 0) for rank in range(size)]
+    for_rank: list[list[torch.Tensor]] = [[] for _ in range(size)]
+
+    def keep(_, parts):  # the first pass: collects what every rank sends
+        for receiver, part in enumerate(parts.chunk(size)):
+            for_rank[receiver].append(part)
+        return parts
+
+    def exchange(call):
+        outputs = []
+        for sender in range(size):
+            monkeypatch.setattr(context_parallel, "all_to_all", keep)
+            call(sender)
+        received = [torch.cat(parts) for parts in for_rank]
+        for parts in for_rank:
+            parts.clear()
+        for receiver in range(size):
+            monkeypatch.setattr(context_parallel, "all_to_all", lambda _, x, r=receiver: received[r])
+            outputs.append(call(receiver))
+        return outputs
+
+    heads = exchange(lambda rank: context_parallel.sequence_to_heads(shares[rank], group))
+    assert all(own.equal(expected) for own, expected in zip(heads, whole.chunk(size, 2), strict=True))
+    back = exchange(lambda rank: context_parallel.heads_to_sequence(heads[rank], group))
+    assert all(own.equal(share) for own, share in zip(back, shares, strict=True))
+
+
 def tensors(length: int = LENGTH) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(3)
     shapes = ((2, HEADS, length, D), (2, GROUPS, length, D), (2, GROUPS, length, D))

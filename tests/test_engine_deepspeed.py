@@ -46,6 +46,11 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
             "changes": {"parallel": {"zero_stage": 2, "sequence_parallel": True}},
             "break": "sequence-parallel hook",
         }
+    if layout == "tp1-dp2":
+        for stage, exchange in ((2, "allgather"), (3, "a2a")):
+            shared = {"zero_stage": stage, "context_parallel_size": 2, "cp_comm_type": exchange}
+            cases[f"zero {stage}, context parallel, {exchange}"] = {"changes": {"parallel": shared}}
+        cases["control: chunks in a row"] = {"changes": {"parallel": shared}, "break": "chunks in a row"}
     cases["full recomputation"] = {
         "changes": {"parallel": {"zero_stage": 3}, "train": {"recompute_granularity": "full"}}
     }

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from helpers import launch, oracle
 from helpers.engines import DATA_SEED, FEW_STEPS, RUN, STEPS, Curve, worst
-from helpers.layouts import CP, EP, PP, SHARDS, SP, TP, VPP
+from helpers.layouts import A2A, COPIES, CP, EP, PP, SHARDS, SP, TP, VPP
 from helpers.moe import MODELS as MOE
 from helpers.moe import loaded
 
@@ -38,6 +38,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2 vpp2": PP | VPP,
         "cp2": CP,
         "cp2, shards": CP | SHARDS,
+        "cp2 a2a": CP | A2A,
+        "dp2, 2 copies": COPIES,
+        "pp2, 3 layers first": PP | {"decoder_first_pipeline_num_layers": 3},
     },
     4: {
         "pp4": {"pipeline_model_parallel_size": 4},
@@ -48,6 +51,7 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "cp4": {"context_parallel_size": 4},
         "tp2 dp2 sp, shards": TP | SP | SHARDS,
         "cp2 dp2, shards": CP | SHARDS,
+        "dp4, 2 copies": COPIES,
     },
     8: {"tp2 pp2 dp2, shards": TP | PP | SHARDS, "tp2 cp2 pp2 vpp2 sp": TP | CP | PP | VPP | SP},
 }
@@ -57,6 +61,7 @@ CONTROLS = {  # mistakes that must be seen, and where
     "cp2": "chunks in a row",
     "dp2": "mean of means",
     "dp2, shards": "weight decay on all",
+    "dp2, 2 copies": "sum over the copies",
 }
 
 
@@ -362,8 +367,8 @@ THEMES: dict[str, Callable[[Path], Theme]] = {
     "moved": lambda folder: moved(
         [
             ("pp2 vpp2", "dp2, shards"),
-            ("dp2, shards", "cp2"),
-            ("zero 3", "pp2"),
+            ("dp2, 2 copies", "cp2 a2a"),
+            ("zero 3", "pp2, 3 layers first"),
             ("pp2 vpp2", "zero 3"),
             ("zero 3", "tp2 sp"),
         ],

@@ -12,7 +12,7 @@ import torch
 from helpers import launch, oracle
 from helpers.engines import RUN as BASE
 from helpers.engines import Curve, micro_batches_of, worst
-from helpers.layouts import CP, EP, PP, SHARDS, SP, TP, VPP
+from helpers.layouts import A2A, CP, EP, PP, SHARDS, SP, TP, VPP
 from helpers.moe import MIXTRAL, loaded
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -166,6 +166,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": PP,
         "pp2 vpp2": PP | VPP,
         "cp2": CP,
+        "cp2 a2a": CP | A2A,
+        "zero 3 cp2 a2a": ZERO[3] | CP | A2A,
     },
     4: {
         "zero 3 tp2 dp2": ZERO[3] | TP,

@@ -7,7 +7,8 @@ import pytest
 import torch
 from helpers.shapes import hf_shapes
 
-from ascendspeed.config.schema import ModelConfig, check_pipeline_parallel, check_tensor_parallel
+from ascendspeed.config.pipeline_stages import check_pipeline_parallel
+from ascendspeed.config.schema import ModelConfig, check_tensor_parallel
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import PRESETS
 from ascendspeed.utils.errors import UserError

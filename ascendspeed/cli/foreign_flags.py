@@ -44,7 +44,7 @@ _MEGATRON = (
     ),
     (
         "attention is torch's SDPA, with variable-length kernels of the device for packed rows",
-        "--attention-backend --attention-softmax-in-fp32 --no-masked-softmax-fusion --cp-comm-type "
+        "--attention-backend --attention-softmax-in-fp32 --no-masked-softmax-fusion "
         "--window-size --softmax-type",
     ),
     (

@@ -7,6 +7,7 @@ from typing import Any
 from ascendspeed.cli.command import check_precision
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import check_experts, check_heads
@@ -33,7 +34,7 @@ RANGES: dict[str, dict[Rule, str]] = {
     },
     "parallel": {
         AT_LEAST_1: "make_vocab_size_divisible_by num_virtual_stages_per_pipeline_rank context_parallel_size "
-        "expert_model_parallel_size zero_hpz_partition_size",
+        "expert_model_parallel_size num_distributed_optimizer_instances zero_hpz_partition_size",
         BELOW_2_31: "make_vocab_size_divisible_by",
     },
     "optim": {SHARE: "adam_beta1 adam_beta2", POSITIVE: "adam_eps", NOT_NEGATIVE: "weight_decay clip_grad"},
@@ -112,11 +113,28 @@ def _check_model(run: Run) -> None:
     parallel = run.parallel
     check_heads(model)
     schema.check_tensor_parallel(model, parallel.tensor_model_parallel_size)
-    schema.check_pipeline_parallel(
-        model, parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
-    )
+    pipeline_stage_layers(model.num_layers, parallel)
+    _check_head_exchange(model, parallel)
     _check_experts(run)
     _check_biases(model)
+
+
+def _check_head_exchange(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raises UserError if context-parallel ranks cannot exchange positions for heads."""
+    if parallel.cp_comm_type != "a2a":
+        return
+    cp = parallel.context_parallel_size
+    if cp == 1:
+        raise UserError("--cp-comm-type a2a needs --context-parallel-size above 1; add it")
+    tp = parallel.tensor_model_parallel_size
+    groups = max(1, model.kv_heads // tp)
+    if groups % cp:
+        per_rank = f" / TP {tp} = {groups}" if tp > 1 else ""
+        raise UserError(
+            f"--cp-comm-type a2a: {model.kv_heads} key/value heads{per_rank} do not split over "
+            f"{cp} context-parallel ranks; choose --context-parallel-size {_divisors(groups)}, or "
+            "--cp-comm-type allgather"
+        )
 
 
 def _check_experts(run: Run) -> None:
@@ -155,8 +173,10 @@ def _check_biases(model: ModelConfig) -> None:
 MEGATRON_ONLY = {
     "pipeline_model_parallel_size": "has no pipeline stages (ZeRO-2 and 3 cannot have them); "
     "use 1 and a higher TP or ZeRO stage",
-    "context_parallel_size": "does not share sequences; use 1 and --sequence-parallel",
     "expert_model_parallel_size": "does not share experts; use 1 and ZeRO-3",
+    "decoder_first_pipeline_num_layers": "has no pipeline stages; leave it out",
+    "decoder_last_pipeline_num_layers": "has no pipeline stages; leave it out",
+    "num_distributed_optimizer_instances": "shards the states of ZeRO-1 and 2 over all replicas; use 1",
     "use_distributed_optimizer": "has ZeRO; use --zero-stage 1",
     "overlap_grad_reduce": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
     "overlap_param_gather": 'overlaps by itself ("overlap_comm" in --deepspeed_config)',
@@ -190,6 +210,16 @@ def _check_engine(parallel: ParallelConfig) -> None:
     if parallel.overlap_param_gather and not overlaps:
         raise UserError(
             "--overlap-param-gather needs --use-distributed-optimizer and --overlap-grad-reduce; add them"
+        )
+    instances = parallel.num_distributed_optimizer_instances
+    if instances > 1 and not parallel.use_distributed_optimizer:
+        raise UserError(
+            f"--num-distributed-optimizer-instances {instances} needs --use-distributed-optimizer; add it"
+        )
+    if instances > 1 and parallel.overlap_grad_reduce:
+        raise UserError(
+            f"--num-distributed-optimizer-instances {instances} does not go with --overlap-grad-reduce; "
+            "leave one of them out"
         )
 
 
@@ -235,11 +265,12 @@ def _check_world(run: Run, world: int) -> None:
             "experts "
             f"do not split into groups of {ep}; choose {_divisors(dp * cp)} or start more processes"
         )
+    _check_optimizer_instances(parallel.num_distributed_optimizer_instances, dp * cp, dp * cp // ep)
     partition = parallel.zero_hpz_partition_size
-    if dp % partition:
+    if (dp * cp) % partition:
         raise UserError(
-            f"--zero-hpz-partition-size {partition} does not divide {dp} data-parallel ranks; "
-            f"choose {_divisors(dp)}"
+            f"--zero-hpz-partition-size {partition} does not divide {dp * cp} ranks (DP {dp} x CP {cp}); "
+            f"choose {_divisors(dp * cp)}"
         )
     _check_sequence(run.data.seq_length, parallel)
     micro_batch = run.train.micro_batch_size
@@ -251,6 +282,17 @@ def _check_world(run: Run, world: int) -> None:
             f" x {dp} data-parallel ranks = {samples}; choose {_multiples(global_batch, samples)}"
         )
     _check_virtual_stages(parallel, global_batch // samples, samples)
+
+
+def _check_optimizer_instances(instances: int, replicas: int, expert_replicas: int) -> None:
+    """Raises UserError if the replicas, of the model and of its experts, do not split into `instances`."""
+    common = math.gcd(replicas, expert_replicas)
+    if common % instances:
+        experts = f", {expert_replicas} of the experts" if expert_replicas != replicas else ""
+        raise UserError(
+            f"--num-distributed-optimizer-instances {instances} does not divide the {replicas} replicas "
+            f"(DP x CP){experts}; choose {_divisors(common)}"
+        )
 
 
 def _check_sequence(length: int, parallel: ParallelConfig) -> None:
@@ -292,8 +334,9 @@ def _check_recompute(run: Run) -> None:
     parallel = run.parallel
     method = train.recompute_method
     number = train.recompute_num_layers
-    stages = parallel.pipeline_model_parallel_size * parallel.num_virtual_stages_per_pipeline_rank
-    layers = run.model.num_layers // stages
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    stages = pipeline_stage_layers(run.model.num_layers, parallel)
+    layers = math.gcd(*stages) // virtual if method == "uniform" else max(stages) // virtual
     if train.recompute_granularity != "full":
         if (method, number) != ("uniform", 1):
             raise UserError(

@@ -129,8 +129,16 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: Annotated[int, alias("vpp")] = 1
     """Virtual stages of every pipeline rank; above 1 the schedule is interleaved: smaller bubbles, more
     communication."""
+    decoder_first_pipeline_num_layers: int | None = None
+    """Layers of the first pipeline stage, which also holds the embedding; the stages without a number share
+    the rest equally."""
+    decoder_last_pipeline_num_layers: int | None = None
+    """Layers of the last pipeline stage, which also holds the output layer and computes the loss."""
     context_parallel_size: Annotated[int, alias("cp")] = 1
     """Ranks that share the sequence of every sample (context parallel)."""
+    cp_comm_type: Literal["allgather", "a2a"] = "allgather"
+    """Exchange between context-parallel ranks: `allgather` gathers keys and values; `a2a` exchanges positions
+    for heads (all-to-all, as in DeepSpeed-Ulysses)."""
     expert_model_parallel_size: Annotated[int, alias("ep")] = 1
     """Data-parallel ranks that share the experts of every layer (expert parallel)."""
     sequence_parallel: bool = False
@@ -138,6 +146,9 @@ class ParallelConfig:
     use_distributed_optimizer: bool = False
     """Megatron engine: every data-parallel rank keeps and updates a part of the optimizer states, as in ZeRO
     1."""
+    num_distributed_optimizer_instances: int = 1
+    """Megatron engine, with --use-distributed-optimizer: shard the optimizer states over this fraction of the
+    replicas only, and keep that many copies (hybrid ZeRO): fewer messages between nodes, more memory."""
     overlap_grad_reduce: bool = False
     """Megatron engine: reduce gradients over the data-parallel ranks during the backward pass."""
     overlap_param_gather: bool = False
@@ -168,14 +179,17 @@ class ParallelConfig:
         )
 
     @property
-    def layout_key(self) -> tuple[int, ...]:
+    def layout_key(self) -> tuple[int | str | None, ...]:
         """Sizes that determine a rank's share of the work: runs with equal keys and world sizes draw equal
         random numbers."""
         return (
             self.tensor_model_parallel_size,
             self.pipeline_model_parallel_size,
+            self.decoder_first_pipeline_num_layers,
+            self.decoder_last_pipeline_num_layers,
             self.num_virtual_stages_per_pipeline_rank,
             self.context_parallel_size,
+            self.cp_comm_type,
             self.expert_model_parallel_size,
             self.sequence_parallel,
         )
@@ -423,21 +437,6 @@ def check_tensor_parallel(model: ModelConfig, size: int) -> None:
             f"{heads} attention heads, {groups} key/value heads and an FFN width of "
             f"{' and '.join(map(str, widths))} do not split over {size} tensor-parallel ranks; "
             f"choose {choices}"
-        )
-
-
-def check_pipeline_parallel(model: ModelConfig, size: int, virtual: int = 1) -> None:
-    """Raises `UserError`, with the legal sizes, if the layers do not split evenly over `size` pipeline stages
-    x `virtual`."""
-    layers = model.num_layers
-    if size < 1 or layers % size:
-        choices = ", ".join(str(n) for n in range(1, layers + 1) if layers % n == 0)
-        raise UserError(f"{layers} layers do not split over {size} pipeline stages; choose {choices}")
-    if virtual < 1 or layers // size % virtual:
-        choices = ", ".join(str(n) for n in range(1, layers // size + 1) if layers // size % n == 0)
-        raise UserError(
-            f"the {layers // size} layers of each of {size} pipeline stages do not split into "
-            f"{virtual} virtual stages; choose {choices}"
         )
 
 

@@ -61,6 +61,16 @@ class ProcessGrid:
         """Data-parallel process group of this rank, without context-parallel ranks."""
         return parallel_state.get_data_parallel_group()
 
+    @property
+    def dp_cp(self) -> int:
+        """Ranks that hold a copy of the same weights: data parallel x context parallel."""
+        return self.dp * self.cp
+
+    @property
+    def dp_cp_group(self) -> Any:
+        """Process group of the ranks that hold a copy of the same weights as this rank."""
+        return parallel_state.get_data_parallel_group(with_context_parallel=True)
+
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world > 1:
@@ -102,6 +112,7 @@ def initialize(
             virtual if virtual > 1 else None,
             context_parallel_size=parallel.context_parallel_size,
             expert_model_parallel_size=parallel.expert_model_parallel_size,
+            num_distributed_optimizer_instances=parallel.num_distributed_optimizer_instances,
             distributed_timeout_minutes=timeout_minutes,
             create_gloo_process_groups=False,
         )

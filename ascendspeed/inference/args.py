@@ -15,6 +15,7 @@ from ascendspeed.cli.compat import GENERATE
 from ascendspeed.cli.parser import flag_of, output_flag
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset, find_model, model_of
 from ascendspeed.config import schema
+from ascendspeed.config.pipeline_stages import check_pipeline_parallel
 from ascendspeed.config.schema import (
     BackendChoice,
     CpuLinearChoice,
@@ -222,7 +223,7 @@ def resolve_engine(line: CommandLine[Any], world: int) -> EngineSpec:
     expected = model if architecture_typed else None
     if known := loaded or expected:
         schema.check_tensor_parallel(known, args.tensor_model_parallel_size)
-        schema.check_pipeline_parallel(known, args.pipeline_model_parallel_size)
+        check_pipeline_parallel(known, args.pipeline_model_parallel_size)
     ranks = args.layout.model_size
     if world != ranks:
         raise UserError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, padded_vocab_size
 from ascendspeed.models.families import FAMILIES
 from ascendspeed.models.families.base import ParamMapping, param_shape
@@ -64,18 +65,22 @@ def parameters_per_device(model: ModelConfig, parallel: ParallelConfig) -> int:
     """Parameters of the largest tensor- and pipeline-parallel rank, including vocabulary padding and
     replicated parameters."""
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    layers = first = last = 0
+    stages = pipeline_stage_layers(model.num_layers, parallel)
+    layer = first = last = 0
     for mapping, shape, copies in _parameter_table(model):
         shape = (padded_vocab_size(model, parallel), *shape[1:]) if mapping.partition == "vocab" else shape
         size = copies * math.prod(shape) // (1 if mapping.partition == "replicated" else tp)
         if "{l}" in mapping.megatron_param:
-            layers += size // model.num_layers * -(-model.num_layers // pp)
+            layer += size // model.num_layers
         elif mapping.megatron_param == EMBEDDING:
             first += size
             last += size if pp > 1 and model.tie_embeddings else 0  # the output layer's copy
         else:
             last += size
-    return layers + (first + last if pp == 1 else max(first, last))
+    sizes = [layers * layer for layers in stages]
+    sizes[0] += first
+    sizes[-1] += last
+    return max(sizes)
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, lora: LoraConfig | None = None) -> float:

@@ -99,7 +99,9 @@ TP, PP, VPP, CP, EP = (
         "expert_model_parallel_size",
     )
 )
+A2A = {"cp_comm_type": "a2a"}
 SP, SHARDS = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
+HYBRID = SHARDS | {"num_distributed_optimizer_instances": 2}
 OVERLAP = SHARDS | {"overlap_grad_reduce": True, "overlap_param_gather": True}
 FULL = {"recompute_granularity": "full"}
 GROUPS_OF_2, BLOCK_1 = FULL | {"recompute_num_layers": 2}, FULL | {"recompute_method": "block"}
@@ -126,6 +128,7 @@ LAYOUTS = (
     megatron("PP2", 2, PP),
     megatron("PP2xVPP2", 2, PP | VPP),
     megatron("CP2", 2, CP),
+    megatron("CP2, all-to-all", 2, CP | A2A, families=DENSE + SPARSE),
     megatron("EP2", 2, EP, families=SPARSE),
     megatron("EP2, ZeRO-1", 2, EP | SHARDS, families=SPARSE),
     megatron("TP2+SP, recompute full", 2, TP | SP, train=FULL),
@@ -133,11 +136,17 @@ LAYOUTS = (
     megatron("PP2, recompute block 1", 2, PP, train=BLOCK_1),
     megatron("PP2xVPP2, recompute full", 2, PP | VPP, train=FULL),
     megatron("TP2, recompute selective", 2, TP, train=SELECTIVE),
+    megatron("PP2, 3 and 1 layers", 2, PP | {"decoder_first_pipeline_num_layers": 3}),
     megatron("PP4", 4, {"pipeline_model_parallel_size": 4}),
+    megatron("DP4, ZeRO-1 in 2 copies (hybrid)", 4, HYBRID, families=DENSE + SPARSE),
+    megatron("CP2xDP2, ZeRO-1 in 2 copies (hybrid)", 4, CP | HYBRID),
+    megatron("TP2xDP4+SP, ZeRO-1 in 2 copies (hybrid)", 8, TP | SP | HYBRID),
     megatron("CP4", 4, {"context_parallel_size": 4}),
     megatron("TP2xCP2+SP", 4, TP | CP | SP),
+    megatron("CP2xDP2, all-to-all, ZeRO-1", 4, CP | A2A | SHARDS),
     megatron("TP2xDP2+SP, ZeRO-1", 4, TP | SP | SHARDS),
     megatron("PP2xVPP2xDP2, ZeRO-1, overlapped", 4, PP | VPP | OVERLAP),
+    megatron("EP2xDP2, ZeRO-1 in 2 copies (hybrid)", 4, EP | HYBRID, families=SPARSE),
     megatron("EP2xPP2", 4, EP | PP, families=SPARSE),
     megatron("EP2xTP2+SP", 4, EP | TP | SP, families=SPARSE),
     megatron("TP2xPP2xDP2", 8, TP | PP),
@@ -150,6 +159,10 @@ LAYOUTS = (
     zero("TP2, ZeRO-2", 2, 2, TP),
     zero("TP2+SP, ZeRO-2", 2, 2, TP | SP),
     zero("ZeRO-3, recompute full", 2, 3, train=FULL),
+    *(zero(f"CP2, ZeRO-{stage}", 2, stage, CP) for stage in range(4)),
+    zero("CP2, all-to-all, ZeRO-3 (ISP)", 2, 3, CP | A2A, families=DENSE + SPARSE),
+    zero("TP2xCP2+SP, ZeRO-2", 4, 2, TP | CP | SP),
+    zero("CP2xDP2, all-to-all, ZeRO-3 (ISP)", 4, 3, CP | A2A),
     zero("TP2xDP2, ZeRO-1", 4, 1, TP),
     zero("TP2xDP2+SP, ZeRO-3", 4, 3, TP | SP),
     zero(
@@ -180,6 +193,11 @@ CONTROLS = (
     NAMED["Megatron TP2+SP"].with_mistake("sequence-parallel sum missing", mistake="sequence-parallel sum"),
     NAMED["Megatron PP2xVPP2"].with_mistake("messages batched", mistake="batched messages"),
     NAMED["Megatron CP2"].with_mistake("chunks in a row", mistake="chunks in a row"),
+    NAMED["Megatron CP2, all-to-all"].with_mistake("chunks in a row", mistake="chunks in a row"),
+    NAMED["DeepSpeed CP2, ZeRO-2"].with_mistake("chunks in a row", mistake="chunks in a row"),
+    NAMED["Megatron DP4, ZeRO-1 in 2 copies (hybrid)"].with_mistake(
+        "sum over the copies missing", mistake="sum over the copies"
+    ),
     NAMED["DeepSpeed ZeRO-2"].with_mistake("no clipping", optim={"clip_grad": 0.0}),
     NAMED["DeepSpeed TP2+SP, ZeRO-2"].with_mistake(
         "sequence-parallel sum missing", mistake="sequence-parallel hook"

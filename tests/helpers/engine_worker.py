@@ -81,12 +81,11 @@ def main() -> None:
         data = batches_of(case["data"]) if case.get("data") else plain
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
-        if places != run.parallel.layout_key:
+        groups = (run.parallel.layout_key, run.parallel.num_distributed_optimizer_instances)
+        if places != groups:
             leave_groups()
-        places, grid = (
-            run.parallel.layout_key,
-            process_groups.initialize(here, run.parallel, run.train.seed),
-        )  # the generators start anew
+        places = groups
+        grid = process_groups.initialize(here, run.parallel, run.train.seed)  # the generators start anew
         given = (
             load_file(case["weights"]).items()
             if case.get("weights")
@@ -213,7 +212,13 @@ def deepspeed_engine(mistake):
         def _sum_over_tensor_parallel(self, gradient):
             return gradient
 
-    kind = WithoutHook if mistake == "sequence-parallel hook" else DeepSpeedEngine
+    class InARowShard(DeepSpeedEngine):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.sequence_shard = InARow(*self.sequence_shard)
+
+    mistaken = {"sequence-parallel hook": WithoutHook, "chunks in a row": InARowShard}
+    kind = mistaken.get(mistake, DeepSpeedEngine)
     return lambda run, grid, here, kernels, tensors: kind(
         run, grid, here, ds_config(run, grid.world), kernels, tensors
     )
@@ -235,6 +240,9 @@ def megatron_engine(mistake):
                         parameter.sequence_parallel = False
             if mistake == "chunks in a row":
                 self.sequence_shard = InARow(*self.sequence_shard)
+            if mistake == "sum over the copies":
+                for chunk in self.chunks:
+                    chunk.ddp_config.num_distributed_optimizer_instances = 1
             if mistake == "shared step":  # what megatron-core's own loading leaves
                 for part in self.optimizer.chained_optimizers:
                     states = list(part.optimizer.state.values())

@@ -12,4 +12,6 @@ TP, PP, VPP, CP, EP = (
 )
 
 
+A2A = {"cp_comm_type": "a2a"}
 SP, SHARDS = {"sequence_parallel": True}, {"use_distributed_optimizer": True}
+COPIES = SHARDS | {"num_distributed_optimizer_instances": 2}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config import schema
+from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
@@ -278,7 +279,7 @@ def _check_model(reader: CheckpointReader, layout: ParallelConfig, model: str | 
         if replace(preset, init_method_std=0.0) != replace(config, init_method_std=0.0):
             raise UserError(f"--model {model} is {preset}, but {reader.path} holds {config}")
     schema.check_tensor_parallel(config, layout.tensor_model_parallel_size)
-    schema.check_pipeline_parallel(config, layout.pipeline_model_parallel_size)
+    pipeline_stage_layers(config.num_layers, layout)
 
 
 def _check_layout(layout: ParallelConfig, world: int) -> None:

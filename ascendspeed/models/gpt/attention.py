@@ -13,7 +13,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShard, gather_sequence
+from ascendspeed.models.gpt.context_parallel import (
+    WHOLE_SEQUENCE,
+    SequenceShard,
+    gather_sequence,
+    heads_to_sequence,
+    sequence_to_heads,
+)
 from ascendspeed.models.gpt.packed_sequences import PackedSequences
 
 BLOCK = 128
@@ -43,6 +49,7 @@ class RotaryAttention(MegatronModule):
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.group = pg_collection.cp
         self.share = SequenceShard(self.group.rank(), self.group.size())
+        self.exchanges_heads = self.share.size > 1 and cp_comm_type == "a2a"
 
     def forward(
         self,
@@ -65,20 +72,36 @@ class RotaryAttention(MegatronModule):
             or not isinstance(packed_seq_params, PackedSequences | None)
         ):
             raise NotImplementedError("only causal attention, of whole rows or within `PackedSequences`")
-        length, packed = query.size(0) * self.share.size, packed_seq_params
-        if packed is None:
-            cos, sin = self.config.rope.tables(length, query.dtype, query.device, self.share)
-        else:
-            cos, sin = packed.cos_sin(self.config.rope, query.dtype, query.device, self.share)
-        rotate = self.config.kernels.rotary
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        dropout = self.dropout if self.training else 0.0
-        if packed is not None and self._can_use_varlen_kernel(query, dropout):
-            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
-            out = self.config.kernels.varlen(q, k, v, packed.bounds(q.device))
-            return out.unflatten(0, (-1, length)).transpose(0, 1).flatten(2)
+        packed = packed_seq_params
+        query, key = self._rotate(query, key, packed)
+        if self.exchanges_heads:
+            query, key, value = (sequence_to_heads(x, self.group) for x in (query, key, value))
+            out = self._attend(query, key, value, packed, WHOLE_SEQUENCE)
+            return heads_to_sequence(out, self.group).flatten(2)
         if self.share.size > 1:
             key, value = gather_sequence(key, self.group), gather_sequence(value, self.group)
+        return self._attend(query, key, value, packed, self.share).flatten(2)
+
+    def _rotate(self, query: Tensor, key: Tensor, packed: PackedSequences | None) -> tuple[Tensor, Tensor]:
+        """Applies the rotary embedding of this rank's positions to query and key [s, b, heads, d]."""
+        rope, length = self.config.rope, query.size(0) * self.share.size
+        if packed is None:
+            cos, sin = rope.tables(length, query.dtype, query.device, self.share)
+        else:
+            cos, sin = packed.cos_sin(rope, query.dtype, query.device, self.share)
+        rotate = self.config.kernels.rotary
+        return rotate(query, cos, sin), rotate(key, cos, sin)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSequences | None, share: SequenceShard
+    ) -> Tensor:
+        """Causal attention of the queries in `share`, [s / n, b, heads, d], to all keys and values [s, b,
+        groups, d] -> [s / n, b, heads, d]."""
+        dropout = self.dropout if self.training else 0.0
+        if packed is not None and share.size == 1 and self._can_use_varlen_kernel(query, dropout):
+            q, k, v = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
+            out = self.config.kernels.varlen(q, k, v, packed.bounds(q.device))
+            return out.unflatten(0, (-1, len(query))).transpose(0, 1)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         # Ranks hold different heads and draw different masks. Under sequence parallel megatron-core's block
         # has already forked the random state, and a second fork would make a recomputed pass draw other masks
@@ -87,12 +110,12 @@ class RotaryAttention(MegatronModule):
             get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
         ):
             if packed is None:
-                firsts = self.share.chunk_starts(length)
+                firsts = share.chunk_starts(len(key))
                 chunks = zip(q.chunk(len(firsts), 2), firsts, strict=True)
                 out = [attend(chunk, k, v, first, dropout, self.scale) for chunk, first in chunks]
             else:
-                out = [attend_packed(packed, q, k, v, self.share, dropout, self.scale)]
-        return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3).flatten(2)
+                out = [attend_packed(packed, q, k, v, share, dropout, self.scale)]
+        return (out[0] if len(out) == 1 else torch.cat(out, 2)).permute(2, 0, 1, 3)
 
     def _can_use_varlen_kernel(self, query: Tensor, dropout: float) -> bool:
         """True if the device's kernel for sequences of different lengths supports this call."""
@@ -101,13 +124,7 @@ class RotaryAttention(MegatronModule):
             and query.size(-1) % 8 == 0
             and query.size(-1) <= 256
         )
-        return (
-            self.config.kernels.varlen is not None
-            and fits
-            and not dropout
-            and self.scale is None
-            and self.share.size == 1
-        )
+        return self.config.kernels.varlen is not None and fits and not dropout and self.scale is None
 
 
 def attend(

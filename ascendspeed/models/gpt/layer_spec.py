@@ -151,7 +151,10 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=parallel.num_virtual_stages_per_pipeline_rank
         if interleaved
         else None,
+        num_layers_in_first_pipeline_stage=parallel.decoder_first_pipeline_num_layers,
+        num_layers_in_last_pipeline_stage=parallel.decoder_last_pipeline_num_layers,
         context_parallel_size=parallel.context_parallel_size,
+        cp_comm_type=parallel.cp_comm_type,
         expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         # The interleaved schedule silently gives wrong losses with batched messages (megatron-core's

@@ -8,6 +8,7 @@ one; several of them (q, k, v) share one linear of Megatron-core. A family with 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from ascendspeed.models.families import FAMILIES, REFERENCE
 from ascendspeed.models.families.base import ParamMapping, block_spans, param_shape, span_rows
@@ -142,14 +143,13 @@ def parameter_count(model: ModelConfig, lora: LoraConfig, parallel: ParallelConf
     """Number of adapter parameters of the whole model, or with `parallel` of one tensor- and
     pipeline-parallel rank."""
     tp = parallel.tensor_model_parallel_size if parallel else 1
-    pp = parallel.pipeline_model_parallel_size if parallel else 1
     widths = 0  # in_features of A + out_features of B on one rank, over the targets of a layer
     for target in selected_targets(model, lora):
         if target.mapping.partition == "columns":
             widths += target.in_features // tp + target.out_features
         else:
             widths += target.in_features + target.out_features // tp
-    layers = -(-model.num_layers // pp)
+    layers = max(pipeline_stage_layers(model.num_layers, parallel)) if parallel else model.num_layers
     return layers * lora.lora_rank * widths
 
 

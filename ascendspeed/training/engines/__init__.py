@@ -122,7 +122,7 @@ def without_idle_zero(run: Run, grid: ProcessGrid) -> Run:
     three times.
     """
     parallel = run.parallel
-    is_idle = parallel.zero_stage in (1, 2) and run.optim.dtype == "fp32" and grid.dp == 1
+    is_idle = parallel.zero_stage in (1, 2) and run.optim.dtype == "fp32" and grid.dp_cp == 1
     if not is_idle or parallel.zero_offload != "none" or parallel.deepspeed_config:
         return run
     logger.info(

@@ -13,6 +13,7 @@ from ascendspeed.config.schema import OptimConfig, Run
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
+from ascendspeed.models.gpt.context_parallel import SequenceShard
 
 MOMENTS = KINDS[1:]
 """Adam's states, by the names that torch and the checkpoint give them."""
@@ -42,6 +43,7 @@ class BaseEngine:
 
     def __init__(self, run: Run, grid: ProcessGrid, device: Device) -> None:
         self.run, self.grid, self.device = run, grid, device
+        self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
     # Hooks of `restore`.

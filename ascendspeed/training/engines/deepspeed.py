@@ -1,12 +1,12 @@
-"""DeepSpeed engine: ZeRO 0-3 with tensor and sequence parallelism through Megatron's process groups.
+"""DeepSpeed engine: ZeRO 0-3 with tensor, sequence and context parallelism through Megatron's process groups.
 
 Rules of the integration, each found by a wrong loss:
 - weights are loaded before `deepspeed.initialize`; later ones would be lost at the first step;
 - DeepSpeed does not sum the gradients of sequence-parallel parameters over the tensor-parallel ranks: a hook
   does;
-- DeepSpeed divides by the accumulation steps and the data-parallel size, so the loss of a micro-batch is
-  multiplied by both and divided by the supervised tokens of the global batch: the result is the mean over
-  these tokens, whatever the layout.
+- DeepSpeed divides by the accumulation steps and the replicas, and takes context-parallel ranks for
+  replicas; so the loss of a micro-batch is multiplied by both and divided by the supervised tokens of the
+  global batch: the result is the mean over these tokens, whatever the layout.
 """
 
 import contextlib
@@ -80,14 +80,14 @@ class DeepSpeedEngine(BaseEngine):
             self._give_sums_to_linears()
         if scaler := getattr(self.zero, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run with a UserError
-        if grid.dp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
+        if grid.dp_cp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # With one replica there is nothing to sum, but DeepSpeed would copy every gradient into a buffer
             # and back.
             self.engine.enable_backward_allreduce = False
 
     def _build(self, deepspeed: Any, config: dict[str, Any], kernels: Kernels) -> Any:
         run = self.run
-        groups = {"data_parallel_group": self.grid.dp_group} if self.grid.tp > 1 else {}
+        groups = {"data_parallel_group": self.grid.dp_cp_group} if self.grid.tp > 1 else {}
         with deepspeed.zero.Init(config_dict_or_path=config, mpu=MPU(), enabled=self.stage == 3, **groups):
             settings = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
             return gpt_model.build_model(run.model, run.parallel, settings, lora=run.lora)
@@ -145,10 +145,10 @@ class DeepSpeedEngine(BaseEngine):
         self.engine.train()
         for group in self.zero.param_groups:
             group["lr"] = lr
-        tokens = self._sum(sum(float(batch.loss_mask.sum()) for batch in batches))
+        tokens = self._token_count(batches)
         if not tokens:
             return EMPTY_STEP
-        scale = self.grid.dp * len(batches) / tokens
+        scale = self.grid.dp_cp * len(batches) / tokens
         sums: list[Tensor] = []  # read after the loop: `float` would wait for the device
         loss_scale = self._loss_scale()
         for i, batch in enumerate(batches):
@@ -188,23 +188,26 @@ class DeepSpeedEngine(BaseEngine):
             sums.append(self._loss_sum(batch))
             tokens += float(batch.loss_mask.sum())
         total = sum(torch.stack(sums).tolist()) if sums else 0.0
-        return self._sum(total), int(self._sum(tokens))
+        return self._sum(total), int(self._all_reduce_sum(tokens, self.grid.dp_group))
+
+    def _token_count(self, batches: list[Batch]) -> float:
+        """Supervised tokens of the global batch; context-parallel ranks have the same batches."""
+        count = sum(float(batch.loss_mask.sum()) for batch in batches)
+        return self._all_reduce_sum(count, self.grid.dp_group)
 
     def _loss_sum(self, batch: Batch) -> Tensor:
-        """Sum of the token losses of a micro-batch [b, s] on this rank."""
-        copy = self.device.copy
-        losses = self.engine(
-            copy(batch.tokens),
-            copy(batch.position_ids),
-            None,
-            labels=copy(batch.labels),
-            packed_seq_params=packed_sequences_of(batch.position_ids),
+        """Sum of the token losses of this rank's positions of a micro-batch [b, s]."""
+        tokens, labels, mask, positions = (
+            self.device.copy(self.sequence_shard.take(x, 1))
+            for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
-        return (losses.float() * copy(batch.loss_mask)).sum()
+        documents = packed_sequences_of(batch.position_ids)
+        losses = self.engine(tokens, positions, None, labels=labels, packed_seq_params=documents)
+        return (losses.float() * mask).sum()
 
     def _sum(self, value: float | Tensor) -> float:
-        """Sum over the data-parallel ranks."""
-        return self._all_reduce_sum(value, self.grid.dp_group)
+        """Sum over the replicas, data and context parallel."""
+        return self._all_reduce_sum(value, self.grid.dp_cp_group)
 
     def _grad_norm(self) -> float:
         """Global gradient norm at stage 0; a replicated gradient counts once."""
@@ -237,8 +240,9 @@ class DeepSpeedEngine(BaseEngine):
             spec = self.shard_specs[name]
             for start, views in self._owned_views(parameter):
                 holder = (self.grid.tp_rank, self.grid.tp) if spec.dim is None else (0, 1)
-                if self.stage == 0:  # every data-parallel rank holds all
-                    holder = (holder[0] * self.grid.dp + self.grid.dp_rank, holder[1] * self.grid.dp)
+                if self.stage == 0:  # every replica holds all
+                    replica, replicas = dist.get_rank(self.grid.dp_cp_group), self.grid.dp_cp
+                    holder = (holder[0] * replicas + replica, holder[1] * replicas)
                 part = 0 if spec.dim is None else self.grid.tp_rank
                 for kind, view in zip(KINDS, views, strict=True):
                     yield Fragment(name, kind, spec, part, start, view, holder)

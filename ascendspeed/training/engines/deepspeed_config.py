@@ -48,7 +48,7 @@ def ds_config(run: Run, world: int) -> dict[str, Any]:
 def _derived(run: Run, world: int) -> dict[str, Any]:
     """Settings that the flags decide."""
     optim, train, parallel = run.optim, run.train, run.parallel
-    dp = world // parallel.tensor_model_parallel_size
+    dp = world // (parallel.tensor_model_parallel_size * parallel.context_parallel_size)
     fp16: dict[str, Any] = {"enabled": optim.fp16}
     if optim.fp16:
         fp16["initial_scale_power"] = int(math.log2(optim.initial_loss_scale))
@@ -56,7 +56,8 @@ def _derived(run: Run, world: int) -> dict[str, Any]:
     if optim.bf16:
         bf16["check_grad_overflow"] = True
     return {
-        "train_batch_size": train.global_batch_size,
+        # A sample counts once for every context-parallel rank, each of which DeepSpeed takes for a replica.
+        "train_batch_size": train.global_batch_size * parallel.context_parallel_size,
         "train_micro_batch_size_per_gpu": train.micro_batch_size,
         "gradient_accumulation_steps": train.global_batch_size // (train.micro_batch_size * dp),
         "gradient_clipping": optim.clip_grad,

@@ -37,7 +37,6 @@ from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models.gpt import gpt_model
-from ascendspeed.models.gpt.context_parallel import SequenceShard
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
@@ -52,7 +51,6 @@ class MegatronEngine(BaseEngine):
     ) -> None:
         """Builds the model, loads `tensors` (full, by Megatron name; None: `restore` follows), wraps it."""
         super().__init__(run, grid, device)
-        self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
         self.updates = 0
         self.config = transformer_config(run.model, run.parallel, run.train, run.optim.dtype, kernels)
         self.modules = self._build(tensors)
@@ -89,6 +87,8 @@ class MegatronEngine(BaseEngine):
             DistributedDataParallel(self.config, settings, module, disable_bucketing=i > 0)
             for i, module in enumerate(self.modules)
         ]
+        if parallel.num_distributed_optimizer_instances > 1:
+            _sum_over_optimizer_instances(chunks, parallel.num_distributed_optimizer_instances)
         if parallel.overlap_grad_reduce:
             functions = [chunk.no_sync for chunk in chunks]
             self.config.no_sync_func = functions if len(chunks) > 1 else functions[0]
@@ -277,7 +277,9 @@ class MegatronEngine(BaseEngine):
                 views = [master, *(state[kind] for kind in MOMENTS)]
                 if isinstance(chained, DistributedOptimizer):
                     start = chained._get_model_param_range_map(parameter)["param"].start
-                    yield parameter, (views, start, (0, 1))
+                    instances = self.run.parallel.num_distributed_optimizer_instances
+                    holder = (chained.distributed_optimizer_instance_id, instances)
+                    yield parameter, (views, start, holder)
                 else:
                     group = _replica_group(parameter)
                     yield parameter, (views, 0, (group.rank(), group.size()))
@@ -312,6 +314,19 @@ class MegatronEngine(BaseEngine):
         if self.run.parallel.use_distributed_optimizer:
             for chunk in self.chunks:
                 chunk.start_param_sync(force_sync=True)
+
+
+def _sum_over_optimizer_instances(chunks: list[DistributedDataParallel], instances: int) -> None:
+    """Makes the gradient sum of every chunk include the other instances of the distributed optimizer.
+
+    Megatron-core's constructor does so too, but with a CUDA stream, which a sum that is not overlapped does
+    not use and a CPU does not have.
+    """
+    group = parallel_state.get_inter_distributed_optimizer_instance_group()
+    for chunk in chunks:
+        chunk.ddp_config.num_distributed_optimizer_instances = instances
+        for buckets in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            buckets.inter_distributed_optimizer_instance_group = group
 
 
 def _sum_gradients(

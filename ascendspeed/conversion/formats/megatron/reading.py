@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ascendspeed.config.schema import ModelConfig, check_pipeline_parallel, check_tensor_parallel
+from ascendspeed.config.pipeline_stages import check_pipeline_parallel
+from ascendspeed.config.schema import ModelConfig, check_tensor_parallel
 from ascendspeed.conversion import legacy_names, rank_file_reader, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader, read_config
 from ascendspeed.conversion.formats.megatron import LegacyRankFileFormat

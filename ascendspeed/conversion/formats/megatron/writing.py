@@ -6,12 +6,8 @@ from pathlib import Path
 
 import torch
 
-from ascendspeed.config.schema import (
-    ParallelConfig,
-    check_pipeline_parallel,
-    check_tensor_parallel,
-    padded_vocab_size,
-)
+from ascendspeed.config.pipeline_stages import check_pipeline_parallel
+from ascendspeed.config.schema import ParallelConfig, check_tensor_parallel, padded_vocab_size
 from ascendspeed.conversion import hf_assets, rank_files
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.megatron.reading import DEEPSPEED, MEGATRON, MEGATRON_CORE

@@ -1,74 +1,8 @@
 """Trains InternLM: `deepspeed pretrain_intern.py --deepspeed ...`, or `torchrun` without --deepspeed."""
 
-import json
-import logging
-import sys
+from ascendspeed.commands.train import main, run_command
 
-from ascendspeed.cli.command import check_device_precision, world_size
-from ascendspeed.cli.train_args import check_inputs, resolve
-from ascendspeed.utils import errors
-from ascendspeed.utils.run_record import RunRecord
-
-logger = logging.getLogger("ascendspeed.pretrain")
-
-
-def main(record: RunRecord | None = None) -> int:
-    """Command line -> device -> data -> model and weights -> engine -> training loop."""
-    record = record or RunRecord(sys.argv)
-    run, notes = resolve(sys.argv[1:], world_size())
-    check_inputs(run)
-
-    from ascendspeed.distributed import device as devices
-
-    device = devices.prepare(run.train.device, run.train.distributed_backend, run.train.deterministic)
-
-    # From here on torch.cuda means the device, so Megatron-core and DeepSpeed may be imported.
-    from ascendspeed.config.schema import to_dict
-    from ascendspeed.distributed import fused_kernels, onednn, process_groups
-    from ascendspeed.training import data_setup, engines, input_record, loop, setup
-    from ascendspeed.training.fault_tolerance import RunMonitor
-    from ascendspeed.training.metrics_log import MetricsLogger
-
-    check_device_precision(run.optim.fp16, device)
-    grid = process_groups.initialize(
-        device, run.parallel, run.train.seed, run.train.distributed_timeout_minutes
-    )
-    with (
-        MetricsLogger(grid.rank, run.train.log_dir, run.train.tensorboard_dir, record.start_line()) as log,
-        RunMonitor(run, grid) as watch,
-    ):
-        kernels = fused_kernels.select_kernels(
-            device,
-            rms_norm=run.train.use_fused_rmsnorm,
-            rotary=run.train.use_fused_rotary_pos_emb,
-            swiglu=run.train.mlp_layer_fusion,
-            varlen=run.optim.dtype != "fp32"
-            and not run.train.attention_dropout
-            and not run.train.deterministic
-            and run.parallel.context_parallel_size == 1,
-            weight_gradient=run.optim.bf16 and not run.train.no_gradient_accumulation_fusion,
-            products=onednn.Products.of_training(run),
-        )
-        logger.info(f"device: {device.kind} ({device.name}), {device.backend}; {grid}")
-        logger.info(f"kernels: {kernels}; attention: torch SDPA")
-        if run.train.deterministic:
-            logger.info("deterministic: fixed order of sums; an operation without such a kernel is an error")
-        for note in notes:
-            logger.info(f"note: {note}")
-        run, batches = data_setup.open_data(run, grid)
-        run = input_record.with_inputs(run, grid)
-        settings = json.dumps(to_dict(run))
-        logger.info(f"run: {settings}", extra={"terminal": f"run: all settings are in {log.path}"})
-        build = engines.engine_builder(run, grid, device, kernels)
-        start = setup.find_start(run, grid, device)
-        engine = build(start.tensors)
-        if start.resume:
-            engine.restore(start.resume)
-        loop.train(run, grid, device, engine, batches, log, start, watch)
-    process_groups.destroy()
-    return watch.exit_code
-
+__all__ = ["main", "run_command"]
 
 if __name__ == "__main__":
-    run_record = RunRecord(sys.argv)
-    errors.run(lambda: main(run_record), record=run_record.write_error)
+    run_command()

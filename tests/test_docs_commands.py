@@ -41,7 +41,7 @@ OWN_FILES = {
     "examples/intern/README.md": ["logs_ref/train.log", "logs_cand/train.log", "text_200K.jsonl"],
 }
 """Files that stand for the reader's own, by the words of the page."""
-PROGRAMS = ("python", "deepspeed", "git", "wget", "sbatch")
+PROGRAMS = ("python", "deepspeed", "intern", "pip", "git", "wget", "sbatch")
 COMMANDS = {
     "tasks/inference/generate.py": GenerateCommand,
     "tasks/inference/serve.py": ServeCommand,

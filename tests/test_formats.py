@@ -76,8 +76,11 @@ class ToyFormat(CheckpointFormat):
 
 @pytest.fixture
 def with_toy(monkeypatch):
-    """The registry with the toy format."""
+    """The registry with the toy format; the command, whose choices are those of its import, is new."""
     monkeypatch.setattr(registry, "FORMATS", (*registry.FORMATS, ToyFormat()))
+    sys.modules.pop("ascendspeed.commands.convert", None)
+    yield
+    sys.modules.pop("ascendspeed.commands.convert", None)
 
 
 def test_the_command_offers_and_writes_it(with_toy, tmp_path, capsys):

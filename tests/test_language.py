@@ -111,7 +111,7 @@ def test_one_class_for_one_name():
 
 def test_only_packages_at_the_top():
     names = {path.name for path in PACKAGE.iterdir() if not path.name.startswith("__pycache__")}
-    assert {name for name in names if (PACKAGE / name).is_file()} == {"__init__.py"}
+    assert {name for name in names if (PACKAGE / name).is_file()} == {"__init__.py", "py.typed"}
 
 
 def test_controls():

@@ -29,6 +29,7 @@ LAYERS = [
     "inference",
     "loss_compare",
     "evaluation",
+    "commands",
 ]
 TORCH_FREE = [
     "utils.errors",

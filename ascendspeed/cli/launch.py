@@ -23,7 +23,8 @@ MAX_PORT = 65535
 HOST = re.compile(r"(\S+)\s+slots=([1-9]\d*)\s*(#.*)?")
 """Line of a HOSTFILE."""
 TRAINING = "pretrain_intern.py"
-"""Script whose inputs are checked before any process is started."""
+TRAINING_PROGRAMS = (TRAINING, "ascendspeed.commands.train")
+"""Programs whose inputs are checked before any process is started."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LaunchPlan:
     def from_environment(
         cls, environment: Mapping[str, str], script: Sequence[str], quiet: bool = False
     ) -> "LaunchPlan":
-        """Plans the launch of `script` (a path and its flags). An empty variable counts as unset.
+        """Plans the launch of `script` (a path, or the name of a module, and its flags). An empty variable
+        counts as unset.
 
         Raises UserError if a number or the HOSTFILE is malformed, if several nodes lack a variable that
         torchrun needs, or if srun or mpirun has started several of these launchers for one node each.
@@ -63,12 +65,13 @@ class LaunchPlan:
             )
         world_size = None if hostfile or not processes else processes * (nodes or 1)
         if quiet and processes == 1 and (nodes or 1) == 1 and not hostfile:
-            return cls(("python", *script), supervised=False, quiet=True, world=1)
+            module = ("-m",) if is_module(script) else ()
+            return cls(("python", *module, *script), supervised=False, quiet=True, world=1)
         port = _number(environment, "MASTER_PORT", at_least=1, at_most=MAX_PORT) or DEFAULT_PORT
         if (nodes or 1) > 1 and not hostfile:
-            launcher = _torchrun(environment, nodes, processes, port)
+            launcher = _torchrun(environment, nodes, processes, port, is_module(script))
         else:
-            launcher = _deepspeed(nodes, processes, port, hostfile)
+            launcher = _deepspeed(nodes, processes, port, hostfile, is_module(script))
         restarts = 0 if quiet else _number(environment, "RESTARTS", at_least=0) or 0
         return cls(
             (*launcher, *script),
@@ -77,6 +80,24 @@ class LaunchPlan:
             remote_ranks=hostfile is not None,
             world=world_size,
         )
+
+
+def is_module(script: Sequence[str]) -> bool:
+    """True if the first word of `script` is the name of a module, not the path of a file."""
+    return not script[0].endswith(".py")
+
+
+def default_environment(flags: Sequence[str]) -> dict[str, str]:
+    """Returns the variables that launch.sh sets for every process unless they are set already."""
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True"),
+        "PYTHONUNBUFFERED": "1",
+    }
+    if any(word.replace("_", "-").startswith(("--tensor-model-parallel-size", "--tp")) for word in flags):
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"  # overlaps the communication of tensor parallelism
+    return variables
 
 
 def check_hostfile(path: str) -> None:
@@ -105,7 +126,9 @@ def check_hostfile(path: str) -> None:
         raise UserError(f"HOSTFILE={path} names no host; it needs lines of `name slots=8`")
 
 
-def _torchrun(environment: Mapping[str, str], nodes: int, processes: int | None, port: int) -> list[str]:
+def _torchrun(
+    environment: Mapping[str, str], nodes: int, processes: int | None, port: int, module: bool
+) -> list[str]:
     """Returns the command of torchrun, which is started once on each of several nodes."""
     needed = {
         "NODE_RANK": "(0, 1, ...) on every node, or a HOSTFILE",
@@ -119,11 +142,14 @@ def _torchrun(environment: Mapping[str, str], nodes: int, processes: int | None,
     if node_rank >= nodes:
         raise UserError(f"NODE_RANK={node_rank} is not one of 0 ... {nodes - 1} (NNODES={nodes})")
     words = ["torchrun", "--nnodes", nodes, "--node-rank", node_rank, "--nproc-per-node", processes]
-    words += ["--master-addr", environment["MASTER_ADDR"], "--master-port", port, "--"]
+    words += ["--master-addr", environment["MASTER_ADDR"], "--master-port", port]
+    words += ["--module", "--"] if module else ["--"]
     return [str(word) for word in words]
 
 
-def _deepspeed(nodes: int | None, processes: int | None, port: int, hostfile: str | None) -> list[str]:
+def _deepspeed(
+    nodes: int | None, processes: int | None, port: int, hostfile: str | None, module: bool
+) -> list[str]:
     """Returns the command of DeepSpeed's launcher: on this node, or over ssh on the nodes of a hostfile.
 
     Its own log lines are off: they repeat the command line of every process around the one line of an error.
@@ -135,6 +161,8 @@ def _deepspeed(nodes: int | None, processes: int | None, port: int, hostfile: st
         words += ["--num_nodes", str(nodes)]
     if processes:
         words += ["--num_accelerators", str(processes)]
+    if module:
+        words.append("--module")
     return words
 
 
@@ -177,12 +205,17 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--quiet", action="store_true", help="print nothing but the output of the script")
-    parser.add_argument("script", help="Python script that every process runs")
+    parser.add_argument("script", help="Python script, or the name of a module, that every process runs")
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="flags of the script")
     arguments = parser.parse_args()
-    plan = LaunchPlan.from_environment(os.environ, (arguments.script, *arguments.flags), arguments.quiet)
-    if arguments.script == TRAINING and not {"--help", "-h", "--version"} & set(arguments.flags):
-        _check_training(arguments.flags, plan)
+    return start(arguments.script, arguments.flags, arguments.quiet)
+
+
+def start(script: str, flags: Sequence[str], quiet: bool) -> int:
+    """Launches `script`, a path or the name of a module, as the environment says; returns its exit code."""
+    plan = LaunchPlan.from_environment(os.environ, (script, *flags), quiet)
+    if script in TRAINING_PROGRAMS and not {"--help", "-h", "--version"} & set(flags):
+        _check_training(flags, plan)
     if not plan.supervised:
         os.execvp(plan.command[0], plan.command)
     return Supervisor(plan.command, plan.restarts, plan.quiet, plan.remote_ranks).run()

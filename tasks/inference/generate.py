@@ -1,29 +1,8 @@
-"""Generates text with InternLM, or chats with it; run by the launcher on --tp x --pp processes, or alone.
+"""Generates text or chats; the script of `intern generate` and `intern chat`."""
 
-python tasks/inference/generate.py --load model_from_hf/internlm2-7b --bf16 \\
-    --prompt "The capital of France is"
-python tasks/inference/generate.py --load model_from_hf/internlm2-chat-7b --bf16 --task chat
-"""
+from ascendspeed.commands.generate import main, run_command
 
-from collections.abc import Sequence
-from typing import Any
-
-from ascendspeed.cli import command
-from ascendspeed.inference.args import GenerationJob, resolve
-from ascendspeed.utils import errors
-
-
-def work(job: GenerationJob, device: Any, notes: Sequence[str]) -> None:
-    """Loads the model and answers."""
-    from ascendspeed.inference import runner
-
-    runner.run(job, device, notes)
-
-
-def main() -> None:
-    """Runs the command."""
-    command.run_inference(resolve, work)
-
+__all__ = ["main", "run_command"]
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_command()

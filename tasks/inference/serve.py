@@ -1,27 +1,8 @@
-"""Serves InternLM over HTTP with OpenAI's API; run by the launcher on --tp x --pp processes, or alone.
+"""Serves a model over HTTP; the script of `intern serve`."""
 
-python tasks/inference/serve.py --load model_from_hf/internlm2-chat-7b --bf16 --port 8000
-"""
+from ascendspeed.commands.serve import main, run_command
 
-from collections.abc import Sequence
-from typing import Any
-
-from ascendspeed.cli import command
-from ascendspeed.inference.serving.args import ServeJob, resolve
-from ascendspeed.utils import errors
-
-
-def work(job: ServeJob, device: Any, notes: Sequence[str]) -> None:
-    """Loads the model and serves it."""
-    from ascendspeed.inference.serving import server
-
-    server.run(job, device, notes)
-
-
-def main() -> None:
-    """Runs the command."""
-    command.run_inference(resolve, work)
-
+__all__ = ["main", "run_command"]
 
 if __name__ == "__main__":
-    errors.run(main)
+    run_command()

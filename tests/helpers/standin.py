@@ -230,6 +230,35 @@ def python(words: Sequence[str]) -> None:
         fail(f"{script} is not known here: say in tests/helpers/standin.py what it reads and writes")
 
 
+INTERN = {
+    "train": "pretrain_intern.py",
+    "data": "tools/preprocess_data.py",
+    "convert": "tools/ckpt_convert/convert.py",
+    "generate": "tasks/inference/generate.py",
+    "chat": "tasks/inference/generate.py",
+    "serve": "tasks/inference/serve.py",
+    "eval": "tasks/evaluation/evaluation.py",
+    "compare": "tools/compare_loss.py",
+}
+"""Subcommand -> the script with its flags."""
+
+
+def intern(words: Sequence[str]) -> None:
+    flags = list(words[1:])
+    if "--nproc" in flags:
+        i = flags.index("--nproc")
+        os.environ["NPROC"] = flags[i + 1]
+        del flags[i : i + 2]
+    else:
+        os.environ.setdefault("NPROC", "1")
+    if words[0] in INTERN and not {"--help"} & set(flags):
+        python([INTERN[words[0]], *(["--task", "chat"] if words[0] == "chat" else []), *flags])
+
+
+def pip(words: Sequence[str]) -> None:
+    need(*(word for word in words if word.endswith(".txt")))
+
+
 def deepspeed(words: Sequence[str]) -> None:
     python([word for word in words if word != "--no_local_rank"])
 
@@ -263,5 +292,13 @@ def sbatch(words: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    PROGRAMS = {"python": python, "deepspeed": deepspeed, "git": git, "wget": wget, "sbatch": sbatch}
+    PROGRAMS = {
+        "python": python,
+        "deepspeed": deepspeed,
+        "intern": intern,
+        "pip": pip,
+        "git": git,
+        "wget": wget,
+    }
+    PROGRAMS["sbatch"] = sbatch
     PROGRAMS[Path(sys.argv[0]).name](sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Commands: `intern NAME`, and the scripts of the repository, which are fronts of these modules."""

@@ -233,14 +233,6 @@ def test_other_styles_have_transformers_log_likelihoods(name, task, model, hf, f
         assert answer["loglikelihoods"] == pytest.approx(expected, abs=LIMIT)
 
 
-@pytest.mark.parametrize("task", ["mmlu", "hellaswag"])
-def test_batch_sizes_change_nothing(task, model, folders):
-    single, three, many = (asked(model, folders, task, size, shots=2)[2] for size in (1, 3, 16))
-    for a, b, c in zip(single, three, many, strict=True):
-        assert a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=LIMIT)
-        assert a["loglikelihoods"] == pytest.approx(c["loglikelihoods"], abs=LIMIT)
-
-
 def test_a_prompt_that_is_too_long_keeps_its_bos_and_its_end(model, folders):
     loaded = benchmark("boolq", folders)
     encoder = PromptEncoder(tokenizer.load(folders["ours"]))

@@ -398,49 +398,6 @@ def test_seeds_have_streams_of_their_own(seed):
     )
 
 
-# ---------------------------------------------------------------- what is shared
-
-
-def rows_of(*tokens: list[int]):
-    from ascendspeed.inference.engine.loglikelihood import ScoringRow
-
-    return [ScoringRow(tuple(row), len(row) - 1, [i]) for i, row in enumerate(sorted(tokens))]
-
-
-def test_groups_share_what_saves_more_than_it_costs():
-    from ascendspeed.inference.engine.loglikelihood import group_by_prefix
-
-    few = [*range(50)]
-    questions = rows_of([*few, 60, 61], [*few, 60, 62], [*few, 70, 71, 72], [*few[:10], 99], [7, 8])
-    model = replace(MODELS["v2.5"], max_position_embeddings=64)
-    results = {
-        group.prefix_length: [row.tokens for row in group.rows] for group in group_by_prefix(questions, model)
-    }
-    assert set(results) == {0, 50}
-    assert len(results[50]) == 3  # joining the row that shares 10 tokens would cost 3 x 40
-    assert len(results[0]) == 2
-    # One more token of the same: scored positions are not shared.
-    assert {group.prefix_length for group in group_by_prefix(rows_of([*few, 60], [*few, 60, 62]), model)} == {
-        50
-    }
-    # Rows beyond the trained length of a model with dynamic scaling are alone.
-    dynamic = replace(MODELS["v2"], max_position_embeddings=51)
-    assert [(group.prefix_length, len(group.rows)) for group in group_by_prefix(questions, dynamic)] == [
-        (0, 2),
-        (0, 3),
-    ]
-
-
-def test_shared_rows_are_read_once(cpu, monkeypatch):
-    from ascendspeed.inference.engine import score_continuations
-
-    lm, _ = model_and_reference(cpu, "v2.5")
-    sizes, run = [], lm._forward
-    monkeypatch.setattr(lm, "_forward", lambda tokens: sizes.append(tuple(tokens.shape)) or run(tokens))
-    score_continuations(lm, [([*SHARED, i, 3], [x]) for i in range(6) for x in (5, 6)], 4)
-    assert sizes == [(1, 39), (4, 2), (2, 2)]
-
-
 # ---------------------------------------------------------------- ends and limits
 
 

@@ -1,7 +1,7 @@
 """Continuous batching over the paged cache: the tokens of every request are those of `sample` with that
 prompt alone, whatever shares its passes, its blocks or its preemptions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 from helpers.generation import language_model
@@ -10,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_generate import MODELS
 
-from ascendspeed.inference.engine import LanguageModel, SamplingParams, sample
+from ascendspeed.inference import continuous_batching
+from ascendspeed.inference.engine import Completion, LanguageModel, SamplingParams, sample
 from ascendspeed.inference.serving.block_pool import BlockPool
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 from ascendspeed.inference.serving.request import Events, Request, RequestParams, Submission
+from ascendspeed.utils.errors import UserError
 
 HEAD = list(range(2, 34))
 """Two blocks of 16: a prefix that prompts share."""
@@ -137,6 +139,42 @@ def test_penalties_and_biases(subject):
     assert len(tokens(logit_bias=((7, 1000.0),), min_new_tokens=3, more_stops=(1_000_000,))) == 6
     assert tokens(logit_bias=((7, 1000.0),), presence_penalty=600.0) == [7] * 6
     assert tokens(logit_bias=((7, 1000.0),), frequency_penalty=600.0).count(7) == 1 + 1
+
+
+def test_prompts_of_an_evaluation(subject, monkeypatch):
+    """`continuous_batching.generate`: tokens and scores are those of each prompt alone, up to its stop;
+    common tokens pass through the model once."""
+    sizes, forward = [], subject.model.forward_paged
+    monkeypatch.setattr(
+        subject.model, "forward_paged", lambda tokens: sizes.append(len(tokens)) or forward(tokens)
+    )
+    completions: dict[int, Completion] = {}
+    stop = subject.expected[0][5]
+    for limit, params in ((1, replace(GREEDY, stop_ids=(stop,))), (3, GREEDY)):
+        continuous_batching.generate(
+            subject.model, PROMPTS, params, limit, lambda number, token: False, completions.__setitem__
+        )
+        for number, prompt in enumerate(PROMPTS):
+            ((expected,),) = sample(subject.model, [prompt], params)
+            assert completions[number].tokens == expected.tokens
+            assert completions[number].reason == expected.reason
+            assert completions[number].score == pytest.approx(expected.score, abs=1e-4)
+    assert subject.model.cache is None
+    del sizes[:]
+    heads = [[*HEAD, number] for number in range(60, 64)]
+    continuous_batching.generate(
+        subject.model, heads, GREEDY, 4, lambda number, token: True, completions.__setitem__
+    )
+    assert sizes == [33, 3]  # the first one, then the last token of each other one
+    assert [(completions[i].reason, len(completions[i].tokens)) for i in range(4)] == [("stop", 1)] * 4
+
+
+def test_nan_ends_an_evaluation(subject, monkeypatch):
+    logits = subject.model.logits
+    monkeypatch.setattr(subject.model, "logits", lambda hidden: _with_nan(logits(hidden), True))
+    with pytest.raises(UserError, match="the model's output is NaN"):
+        continuous_batching.generate(subject.model, [[1, 2]], GREEDY, 1, lambda *_: False, lambda *_: None)
+    assert subject.model.cache is None
 
 
 def test_a_row_of_nan_ends_alone(subject, monkeypatch):

@@ -56,7 +56,6 @@ class EngineBackend:
         engine.score_continuations(
             self.model,
             pairs,
-            self.batch_size,
             on_score=lambda i, score: on_score(i, score.logprob, score.is_greedy),
         )
 
@@ -67,8 +66,8 @@ class EngineBackend:
         new_tokens: int,
         on_text: Callable[[int, str], None],
     ) -> None:
-        """Calls `on_text` with index and greedy text of every prompt, the longest prompts first."""
-        from ascendspeed.inference import engine
+        """Calls `on_text` with index and greedy text of every prompt."""
+        from ascendspeed.inference import continuous_batching, engine
 
         stop_ids = {*self.stop_ids, *control_token_ids(self.tokenizer, until)}
         params = engine.SamplingParams(
@@ -76,19 +75,17 @@ class EngineBackend:
             stop_ids=tuple(sorted(stop_ids)),
             vocab_size=min(self.tokenizer.vocab_size, self.model.config.vocab_size),
         )
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), self.batch_size):
-            batch = order[start : start + self.batch_size]
-            streams = [TextStream(self.tokenizer, until) for _ in batch]
+        streams = [TextStream(self.tokenizer, until) for _ in prompts]
 
-            def is_finished(row: int, token: int, streams: list[TextStream] = streams) -> bool:
-                streams[row].push(token)
-                return streams[row].stopped
+        def is_finished(number: int, token: int) -> bool:
+            streams[number].push(token)
+            return streams[number].stopped
 
-            results = engine.sample(self.model, [prompts[i] for i in batch], params, is_finished)
-            for i, completions in zip(batch, results, strict=True):
-                text, *_ = decode_until_stop(self.tokenizer, completions[0].tokens, until)
-                on_text(i, text)
+        def on_completion(number: int, completion: engine.Completion) -> None:
+            text, *_ = decode_until_stop(self.tokenizer, completion.tokens, until)
+            on_text(number, text)
+
+        continuous_batching.generate(self.model, prompts, params, self.batch_size, is_finished, on_completion)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

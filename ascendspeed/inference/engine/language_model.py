@@ -26,12 +26,18 @@ from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
 from ascendspeed.models.gpt.paged_kv_cache import PagedKVCache
+from ascendspeed.models.gpt.tree_kv_cache import Segment, TreeKVCache
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import first_line
 
 PREFILL_CHUNK = 2048
 """Tokens of a row per forward pass of prefill: activations take the memory of one chunk for any prompt
 length."""
+
+NAN_MESSAGE = (
+    "the model's output is NaN: its weights are damaged, "
+    "or the precision (--fp16, --bf16) is too low for them"
+)
 
 
 class CacheOutOfMemory(UserError):
@@ -49,7 +55,7 @@ class LanguageModel:
     ) -> None:
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
-        self.cache: KVCache | PagedKVCache | None = None
+        self.cache: KVCache | PagedKVCache | TreeKVCache | None = None
         self._is_packed = False
         tied = gpt.share_embeddings_and_output_weights
         if self.is_last_stage and isinstance(gpt.output_layer, NormHead) and not tied:
@@ -88,6 +94,13 @@ class LanguageModel:
                 f"--cache-memory, or use more ranks ({first_line(error)})"
             ) from error
         return self.cache
+
+    def begin_tree(self, rope_length: int) -> None:
+        """Prepares the passes of `forward_tree` over a tree whose RoPE base is that of `rope_length` (0: the
+        model's own)."""
+        self.free_cache()
+        self._arrange_weights(packed=True)
+        self.cache = TreeKVCache(self.gpt, rope_length)
 
     def _arrange_weights(self, packed: bool) -> None:
         """Packs the weights of the linears, one after the other, or restores them; a weight exists once.
@@ -169,6 +182,10 @@ class LanguageModel:
         attn = layer.self_attention
         query, key, value = attn.get_query_key_value_tensors(layer.input_layernorm(hidden))
         context = self.cache.attend(layer.layer_number, query, key, value, attn.core_attention.scale)
+        if len(context) < len(hidden):  # the last layer of `forward_tree`
+            hidden = hidden[self.cache.scored]
+            if not len(hidden):
+                return hidden
         hidden = _add_residual(hidden, attn.linear_proj(context))
         return _add_residual(hidden, layer.mlp(layer.pre_mlp_layernorm(hidden)))
 
@@ -178,6 +195,16 @@ class LanguageModel:
         Returns the final hidden states [n, h] on the last stage, None on the others.
         """
         hidden = self._forward(tokens[None])
+        return hidden[:, 0] if self.is_last_stage else None
+
+    def forward_tree(self, segments: Sequence[Segment]) -> Tensor | None:
+        """Runs segments of a tree, consecutive in depth-first order.
+
+        Returns the final hidden states [n, h] of their scored tokens on the last stage, None on the others.
+        """
+        self.cache.begin_pass(segments)
+        tokens = torch.tensor([[token for segment in segments for token in segment.tokens]])
+        hidden = self._forward(tokens.to(self.device.torch))
         return hidden[:, 0] if self.is_last_stage else None
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -218,10 +245,7 @@ class LanguageModel:
                 result = torch.empty(tuple(shape), dtype=torch.float64, device=self.device.torch)
             dist.broadcast(result, self.grid.world - self.grid.tp)
         if result.isnan().any():
-            raise UserError(
-                "the model's output is NaN: its weights are damaged, "
-                "or the precision (--fp16, --bf16) is too low for them"
-            )
+            raise UserError(NAN_MESSAGE)
         return result
 
 

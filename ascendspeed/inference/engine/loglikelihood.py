@@ -10,12 +10,16 @@ import torch
 from torch import Tensor
 
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.inference.engine.language_model import LanguageModel
+from ascendspeed.inference.engine.language_model import PREFILL_CHUNK, LanguageModel
+from ascendspeed.inference.engine.prefix_tree import PrefixTree, passes
+from ascendspeed.models.gpt.tree_kv_cache import Segment
 
 Tokens = Sequence[int]
 ScoreRequest = tuple[Tokens, Tokens]
 """(context, continuation)."""
 
+TOKEN_BUDGET = PREFILL_CHUNK
+"""Most tokens of a forward pass of `score_continuations`."""
 MAX_LOGITS = 1 << 26
 """Maximum number of logits in memory at a time."""
 
@@ -29,25 +33,6 @@ class ContinuationScore:
     is_greedy: bool
     """True if each of its tokens is the most likely one."""
     token_count: int
-
-
-@dataclass(frozen=True)
-class ScoringRow:
-    """An input of the model that answers one or more requests."""
-
-    tokens: tuple[int, ...]
-    first_position: int
-    """First position whose prediction is needed."""
-    requests: list[int]
-    """Indices of the requests."""
-
-
-@dataclass(frozen=True)
-class PrefixGroup:
-    """Rows that begin with the same tokens."""
-
-    prefix_length: int
-    rows: list[ScoringRow]
 
 
 def token_logprobs(model: LanguageModel, tokens: Sequence[Tokens], batch_size: int = 16) -> list[Tensor]:
@@ -83,120 +68,109 @@ def _freeing_cache(model: LanguageModel) -> Iterator[None]:
 def score_continuations(
     model: LanguageModel,
     requests: Sequence[ScoreRequest],
-    batch_size: int = 16,
+    token_budget: int = TOKEN_BUDGET,
     on_score: Callable[[int, ContinuationScore], None] | None = None,
 ) -> list[ContinuationScore]:
     """Returns the scores of (context, continuation) pairs, neither of them empty. Collective.
 
-    Requests with the same input (a question and its one-token answers) share a row; rows with a common prefix
-    (few-shot examples before the questions) share its computation. `on_score(index, score)` is called as
-    scores become available.
+    Tokens that several requests have in common (the examples before the questions of a subject, a question
+    before its answers) pass through the model once, at most `token_budget` in a pass.
+    `on_score(index, score)` is called as scores become available.
     """
     assert all(context and continuation for context, continuation in requests), (
         "neither context nor continuation may be empty"
     )
     scores: dict[int, ContinuationScore] = {}
     with torch.inference_mode(), _freeing_cache(model):
-        for group in group_by_prefix(unique_rows(requests), model.config):
-            for batch in _prepare_batches(model, group, batch_size):
-                for i, score in _score_batch(model, requests, group, batch):
+        for rope_length, members in _by_rope_length(requests, model.config).items():
+            model.begin_tree(rope_length)
+            tree = ScoringTree(requests, members, token_budget)
+            for segments in passes(tree.segments, token_budget):
+                hidden = model.forward_tree(segments)
+                for i, score in _score_pass(model, hidden, tree, segments):
                     scores[i] = score
                     if on_score:
                         on_score(i, score)
     return [scores[i] for i in range(len(requests))]
 
 
-def unique_rows(requests: Sequence[ScoreRequest]) -> list[ScoringRow]:
-    """Returns the different inputs of the requests, sorted by their tokens."""
-    by_tokens: dict[tuple[int, ...], list[int]] = {}
-    for i, (context, continuation) in enumerate(requests):
-        by_tokens.setdefault((*context, *continuation[:-1]), []).append(i)
-    rows = []
-    for tokens, indices in sorted(by_tokens.items()):
-        first_position = min(len(requests[i][0]) for i in indices) - 1
-        rows.append(ScoringRow(tokens, first_position, indices))
-    return rows
+def _by_rope_length(requests: Sequence[ScoreRequest], config: ModelConfig) -> dict[int, list[int]]:
+    """Returns the indices of the requests by the length that fixes their RoPE base, 0 for the model's own.
 
-
-def group_by_prefix(rows: Sequence[ScoringRow], config: ModelConfig) -> list[PrefixGroup]:
-    """Splits sorted rows into groups with a common prefix, if that saves more tokens than a shorter prefix
-    costs.
-
-    Positions that are scored are not part of a prefix. Rows beyond the trained length with dynamic RoPE
-    scaling have a base of their own and share nothing.
+    With dynamic RoPE scaling an input beyond the trained length has the base of its own length.
     """
     limit = config.max_position_embeddings if config.rope_scaling_type == "dynamic" else math.inf
-    groups: list[PrefixGroup] = []
-    for row in rows:
-        if len(row.tokens) > limit:
-            continue
-        if groups:
-            group = groups[-1]
-            prefix = group.rows[0].tokens[: group.prefix_length]
-            common = min(_common_length(prefix, row.tokens), row.first_position)
-            if (group.prefix_length - common) * len(group.rows) < common:
-                groups[-1] = PrefixGroup(common, [*group.rows, row])
-                continue
-        groups.append(PrefixGroup(row.first_position, [row]))
-    shared = [group for group in groups if len(group.rows) > 1]
-    single = [group.rows[0] for group in groups if len(group.rows) == 1]
-    too_long = [row for row in rows if len(row.tokens) > limit]
-    return shared + [PrefixGroup(0, unshared) for unshared in (single, too_long) if unshared]
+    groups: dict[int, list[int]] = {}
+    for i, (context, continuation) in enumerate(requests):
+        length = len(context) + len(continuation) - 1
+        groups.setdefault(length if length > limit else 0, []).append(i)
+    return groups
 
 
-def _common_length(a: Tokens, b: Tokens) -> int:
-    """Returns the length of the common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+class ScoringTree:
+    """Tree of the inputs of requests, with the tokens whose log-probabilities they need."""
+
+    def __init__(self, requests: Sequence[ScoreRequest], members: Sequence[int], max_segment: int) -> None:
+        """`members`: indices of the requests; `max_segment`: most tokens of a segment."""
+        self.targets: dict[Segment, list[tuple[int, int, int]]] = {}
+        """Segment -> (index of a token, request, index in its continuation of the token to predict)."""
+        self.requests = requests
+        self._logprobs = {i: [0.0] * len(requests[i][1]) for i in members}
+        self._missing = {i: len(requests[i][1]) for i in members}
+        self._not_greedy: set[int] = set()
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for i in members:
+            context, continuation = requests[i]
+            rows.setdefault((*context, *continuation[:-1]), []).append(i)
+        tree = PrefixTree(sorted(rows), max_segment)
+        self.segments = tree.segments
+        for number, row in enumerate(sorted(rows)):
+            for i in rows[row]:
+                context, continuation = requests[i]
+                for k in range(len(continuation)):
+                    segment, token = tree.locate(number, len(context) - 1 + k)
+                    self.targets.setdefault(segment, []).append((token, i, k))
+        for segment, targets in self.targets.items():
+            segment.scored = sorted({token for token, _, _ in targets})
+
+    def record(self, request: int, index: int, logprob: float, is_best: bool) -> ContinuationScore | None:
+        """Stores the log-probability of a token of a continuation; returns the score once all are known."""
+        logprobs = self._logprobs[request]
+        logprobs[index] = logprob
+        if not is_best:
+            self._not_greedy.add(request)
+        self._missing[request] -= 1
+        if self._missing[request]:
+            return None
+        return ContinuationScore(sum(logprobs), request not in self._not_greedy, len(logprobs))
+
+
+def _score_pass(
+    model: LanguageModel, hidden: Tensor | None, tree: ScoringTree, segments: Sequence[Segment]
+) -> Iterator[tuple[int, ContinuationScore]]:
+    """Yields (index, score) of the requests that are complete after a pass; `hidden` [n, h] of its scored
+    tokens."""
+    states: list[int] = []
+    places: list[tuple[int, int]] = []
+    first = 0  # index of the segment's first hidden state among those of the pass
+    for segment in segments:
+        state_of = {token: first + i for i, token in enumerate(segment.scored)}
+        for token, request, index in tree.targets.get(segment, ()):
+            states.append(state_of[token])
+            places.append((request, index))
+        first += len(segment.scored)
+    if not places:
+        return
+    targets = [tree.requests[request][1][index] for request, index in places]
+    logprobs, is_best = _logprobs_of(model, [hidden], states, targets).tolist()
+    for (request, index), logprob, best in zip(places, logprobs, is_best, strict=True):
+        if score := tree.record(request, index, logprob, bool(best)):
+            yield request, score
 
 
 def split(items: Sequence, size: int) -> Iterator[Sequence]:
     """Yields slices of `size` items."""
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def _prepare_batches(
-    model: LanguageModel, group: PrefixGroup, batch_size: int
-) -> Iterator[Sequence[ScoringRow]]:
-    """Yields the group's rows in batches, longest first, with the prefix in the cache of every row."""
-    rows = sorted(group.rows, key=lambda row: -len(row.tokens))
-    count = min(batch_size, len(rows))
-    if group.prefix_length:
-        cache = model.allocate_cache(count, len(rows[0].tokens), [0])
-        model.prefill([rows[0].tokens[: group.prefix_length]], positions=[[]])
-        cache.reorder([0] * count, group.prefix_length)
-    for batch in split(rows, batch_size):
-        if not group.prefix_length:
-            lengths = [len(row.tokens) for row in batch]
-            model.allocate_cache(len(batch), lengths[0], lengths)
-        yield batch
-
-
-def _score_batch(
-    model: LanguageModel,
-    requests: Sequence[ScoreRequest],
-    group: PrefixGroup,
-    batch: Sequence[ScoringRow],
-) -> Iterator[tuple[int, ContinuationScore]]:
-    """Yields (index of the request, score) for every request of the rows."""
-    prefix = group.prefix_length
-    positions = [range(row.first_position - prefix, len(row.tokens) - prefix) for row in batch]
-    hidden = model.prefill([row.tokens[prefix:] for row in batch], prefix, positions)
-    states: list[int] = []
-    targets: list[int] = []
-    indices: list[int] = []
-    row_offset = 0  # index of the row's first hidden state among those of the batch
-    for row, row_positions in zip(batch, positions, strict=True):
-        for i in row.requests:
-            context, continuation = requests[i]
-            first = row_offset + len(context) - 1 - row.first_position
-            states += range(first, first + len(continuation))
-            targets += continuation
-            indices.append(i)
-        row_offset += len(row_positions)
-    sizes = [len(requests[i][1]) for i in indices]
-    logprobs, is_best = _logprobs_of(model, hidden, states, targets)
-    for i, values, best in zip(indices, logprobs.split(sizes), is_best.split(sizes), strict=True):
-        yield i, ContinuationScore(float(values.sum()), bool(best.all()), len(values))
 
 
 def _logprobs_of(

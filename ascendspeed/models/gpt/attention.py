@@ -205,6 +205,54 @@ def attend_packed(
     return torch.cat(rows)
 
 
+def attend_with_normalizer(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its logarithm of the sum of exponentials, with which attention over parts of the keys is
+    joined: q [heads, n, d], k and v [groups, m, d] -> [heads, n, d], [heads, n], both fp32.
+
+    `mask` [n, m] is added to the scores. `is_causal`: queries and keys have the same positions.
+    """
+    if q.device.type == "cpu":
+        # torch's SDPA drops the sums that its kernel returns.
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        bias = None if mask is None else mask[None, None]
+        out, total = kernel(q[None], k[None], v[None], 0.0, is_causal, attn_mask=bias, scale=scale)
+        return out[0].float(), total[0].float()
+    return attend_by_scores(q, k, v, mask, is_causal, scale)
+
+
+def attend_by_scores(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attend_with_normalizer` in plain torch, for every device; the scores of 2 x BLOCK queries exist at a
+    time."""
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    k, v = (x.repeat_interleave(q.size(0) // x.size(0), 0) for x in (k, v))
+    if is_causal:
+        mask = torch.full((q.size(1), k.size(1)), float("-inf"), device=q.device).triu(1)
+    outs, totals = [], []
+    for start in range(0, q.size(1), 2 * BLOCK):
+        rows = slice(start, start + 2 * BLOCK)
+        scores = (q[:, rows] @ k.transpose(-1, -2)).float() * scale
+        if mask is not None:
+            scores += mask[rows]
+        total = scores.logsumexp(-1)
+        outs.append((scores - total[..., None]).exp().to(q.dtype) @ v)
+        totals.append(total)
+    return torch.cat(outs, 1).float(), torch.cat(totals, 1)
+
+
 @lru_cache(4)
 def _future_mask(keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Causal mask [BLOCK, keys] of the last BLOCK queries: 0, or -inf for a key that is later than the query.

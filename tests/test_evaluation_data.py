@@ -420,9 +420,6 @@ def test_the_originals_names_of_boolq(tmp_path):
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ("agieval", "AGIEval is not supported"),
-        ("bbh", "BBH is not supported"),
-        ("human_eval", "HumanEval is not supported"),
         (
             "mmlu-pro",
             "--task mmlu-pro does not exist; choose from mmlu, ceval, cmmlu, boolq, gsm8k, hellaswag",
@@ -474,7 +471,7 @@ def test_the_sample_is_sound():
         ("--task mmlu", "--task names 1 \\(mmlu\\) and --task-data-path 0: give one folder for each"),
         ("--task mmlu boolq --task-data-path {data}", "names 2 \\(mmlu boolq\\) and --task-data-path 1"),
         ("--task mmlu mmlu --task-data-path {data} {data}", "--task names mmlu twice"),
-        ("--task bbh --task-data-path {data}", "BBH is not supported"),
+        ("--task bbh2 --task-data-path {data}", "--task bbh2 does not exist; choose from mmlu"),
         ("--task mmlu --task-data-path {data} --num-fewshot -1", "--num-fewshot -1 is too small: at least 0"),
         ("--task mmlu --task-data-path {data} --limit 0", "--limit 0 is too small"),
         (

@@ -9,8 +9,10 @@ from tyro.conf import FlagCreatePairsOff, arg
 
 from ascendspeed.cli import command, parser
 from ascendspeed.cli.compat import EVALUATE
+from ascendspeed.cli.parser import flag_of
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.evaluation.harness_index import GROUPS, PREFIX, definition_folders, harness_name
 from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.tasks import TASKS, find_style, find_task, load_benchmark
@@ -20,7 +22,10 @@ from ascendspeed.utils.errors import UserError
 
 ANSWER_TOKENS = 256
 """Default of --max-new-tokens."""
-TASK_HELP = f'Benchmarks: {", ".join(TASKS)}; several may be given in one word: --task "mmlu ceval".'
+TASK_HELP = (
+    f"Benchmarks: {', '.join(TASKS)}; {', '.join(GROUPS)}; {PREFIX}NAME for any task or group of "
+    'lm-evaluation-harness. Several may be given in one word: --task "mmlu ceval".'
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class EvaluationArgs:
     """Prompts per batch; another size rounds log-likelihoods differently, by up to 3e-3 in bf16."""
     limit: int | None = None
     """Evaluate only this many questions of each subject, for a trial."""
+    apply_chat_template: bool = False
+    """Put the prompts of lm-eval:NAME into the model's chat template."""
+    chat_template: str | None = None
+    """Chat template of --apply-chat-template; None: that of the tokenizer."""
+    system: str | None = None
+    """System message of --apply-chat-template."""
+    fewshot_as_multiturn: bool = False
+    """Make every example a turn of its own, with --apply-chat-template."""
     output_dir: Annotated[str, parser.output_flag("output-dir")] = "evaluation"
     """Folder for results.json, results.csv, questions.jsonl and chart.png; an interrupted evaluation
     continues from there."""
@@ -64,6 +77,14 @@ class EvaluateCommand:
 
 
 @dataclass(frozen=True)
+class HarnessSelection:
+    """A task, group or tag of lm-evaluation-harness, and the folder of its dataset."""
+
+    name: str
+    folder: Path
+
+
+@dataclass(frozen=True)
 class EvaluationJob:
     """A checked command line of evaluation."""
 
@@ -74,6 +95,8 @@ class EvaluationJob:
     """Examples before each question, by task."""
     new_tokens: int
     """Largest number of tokens of a generated answer."""
+    harness: tuple[HarnessSelection, ...] = ()
+    """Tasks of lm-evaluation-harness."""
 
 
 def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
@@ -85,9 +108,13 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
         {"num_fewshot": 0, "max_input_length": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 1},
     )
     folders = _task_folders(evaluation)
+    harness = _harness_selections(folders)
+    _check_chat(evaluation, folders)
     new_tokens = ANSWER_TOKENS if evaluation.max_new_tokens is None else evaluation.max_new_tokens
     shots = {}
     for name in folders:
+        if harness_name(name):
+            continue
         task = find_task(name)
         shots[name] = task.num_shots if evaluation.num_fewshot is None else evaluation.num_fewshot
         if new_tokens < task.min_new_tokens:
@@ -98,14 +125,42 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
     spec = resolve_engine(line, world)
     benchmarks = []
     for name, folder in folders.items():
+        if harness_name(name):
+            continue
         benchmark = load_benchmark(name, folder, shots[name], evaluation.limit)
         benchmarks.append((benchmark, find_style(evaluation.prompt_style, name, shots[name])))
-    return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens), line.notes
+    return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens, harness), line.notes
+
+
+def _harness_selections(folders: dict[str, Path]) -> tuple[HarnessSelection, ...]:
+    """Returns the tasks of lm-evaluation-harness. Raises UserError for an unknown one or a missing folder."""
+    selections = []
+    for task, folder in folders.items():
+        if name := harness_name(task):
+            definition_folders(name)
+            if not folder.is_dir():
+                raise UserError(f"--task-data-path {folder} of {task} is not a directory")
+            selections.append(HarnessSelection(name, folder))
+    return tuple(selections)
+
+
+def _check_chat(evaluation: EvaluationArgs, folders: dict[str, Path]) -> None:
+    """Raises UserError for flags of the chat template that have no effect."""
+    own = [task for task in folders if not harness_name(task)]
+    if evaluation.apply_chat_template and own:
+        raise UserError(
+            f"--apply-chat-template: the prompts of {own[0]} are those of --prompt-style, without a chat "
+            f"template; use --task {PREFIX}NAME, for example {PREFIX}{own[0]}"
+        )
+    for field_name in ("chat_template", "system", "fewshot_as_multiturn"):
+        if getattr(evaluation, field_name) and not evaluation.apply_chat_template:
+            raise UserError(f"{flag_of(field_name)} belongs to --apply-chat-template; add it")
 
 
 def _task_folders(evaluation: EvaluationArgs) -> dict[str, Path]:
     """Returns the folder of each task. Raises UserError unless every task has one and is named once."""
-    tasks = [task.lower() for words in evaluation.task for task in words.split()]
+    words = [word for words in evaluation.task for word in words.split()]
+    tasks = [word if word.startswith(PREFIX) else word.lower() for word in words]
     if not tasks:
         raise UserError(f"--task is required: one or more of {', '.join(TASKS)}")
     repeated = [task for task in tasks if tasks.count(task) > 1]

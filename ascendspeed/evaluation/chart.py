@@ -27,7 +27,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def chance_level(score: TaskScore) -> float | None:
     """Returns the expected score of a random choice; None if answers are generated."""
     counts = [len(question.choices) for subject in score.benchmark.subjects for question in subject.questions]
-    return sum(1 / count for count in counts) / len(counts) if all(counts) else None
+    return sum(1 / count for count in counts) / len(counts) if counts and all(counts) else None
 
 
 def draw_chart(scores: Sequence[TaskScore], title: str) -> bytes:

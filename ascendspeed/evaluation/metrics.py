@@ -37,6 +37,11 @@ class TaskScore:
     truncated: int
     """Questions that did not fit even without examples and lost their beginning."""
 
+    @property
+    def is_share(self) -> bool:
+        """True if the main metric is a share of 1, to be shown in percent."""
+        return all(0 <= subject.metrics[self.metric] <= 1 for subject in self.subjects.values())
+
 
 def score_task(benchmark: Benchmark, grades: Sequence[Grade], num_shots: int) -> TaskScore:
     """Aggregates the grades of all questions of one task."""
@@ -69,8 +74,8 @@ def _groups(
         for subject in benchmark.subjects:
             for group in (subject.info.category, *subject.info.extra_groups):
                 members[group].append(subjects[subject.info.name])
-        groups = {name: _group_means(scores, metric) for name, scores in members.items()}
-    groups["all"] = _group_means(list(subjects.values()), metric)
+        groups = {name: group_means(scores, metric) for name, scores in members.items()}
+    groups["all"] = group_means(list(subjects.values()), metric)
     return groups
 
 
@@ -80,14 +85,15 @@ def _mean(grades: Sequence[Grade]) -> SubjectScore:
     return SubjectScore(len(grades), means)
 
 
-def _group_means(scores: Sequence[SubjectScore], metric: str) -> dict[str, Any]:
+def group_means(scores: Sequence[SubjectScore], metric: str) -> dict[str, Any]:
     """Means of a group. macro: over subjects, as in OpenCompass; micro: over questions, as in Hendrycks et
     al. and lm-eval.
     """
     questions = sum(score.questions for score in scores)
     micro = sum(score.metrics[metric] * score.questions for score in scores) / questions
     macro = sum(score.metrics[metric] for score in scores) / len(scores)
-    stderr = sqrt(micro * (1 - micro) / (questions - 1)) if questions > 1 else None
+    is_share = questions > 1 and 0 <= micro <= 1
+    stderr = sqrt(micro * (1 - micro) / (questions - 1)) if is_share else None
     return {
         "subjects": len(scores),
         "questions": questions,

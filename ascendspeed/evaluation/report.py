@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,22 @@ from ascendspeed.utils.atomic import write_file
 def as_text(score: TaskScore, title: str) -> str:
     """Returns a table with a line for each subject, each category, and all."""
     custom = ", a dataset of your own" if score.benchmark.custom else ""
-    lines = [f"{score.benchmark.name} ({score.benchmark.folder}{custom}), {title}, {score.metric} in %"]
+    factor, unit = (100, " in %") if score.is_share else (1, "")
+    lines = [f"{score.benchmark.name} ({score.benchmark.folder}{custom}), {title}, {score.metric}{unit}"]
     width = max(len(name) for name in (*score.subjects, *score.groups, "category"))
     if len(score.subjects) > 1:
         lines.append(f"  {'subject':{width}}  questions  {score.metric:>8}")
         for name, subject in score.subjects.items():
-            value = 100 * subject.metrics[score.metric]
+            value = factor * subject.metrics[score.metric]
             lines.append(f"  {name:{width}}  {subject.questions:9}  {value:8.2f}")
     lines.append(f"  {'category':{width}}  questions  {'macro':>8}  {'micro':>8}")
     for name, means in score.groups.items():
         has_stderr = name == "all" and means["micro_stderr"] is not None
-        stderr = f"  ± {100 * means['micro_stderr']:.2f}" if has_stderr else ""
-        macro, micro = 100 * means["macro"], 100 * means["micro"]
+        stderr = f"  ± {factor * means['micro_stderr']:.2f}" if has_stderr else ""
+        macro, micro = factor * means["macro"], factor * means["micro"]
         lines.append(f"  {name:{width}}  {means['questions']:9}  {macro:8.2f}  {micro:8.2f}{stderr}")
     for name, value in _other_metrics(score).items():
-        lines.append(f"  {name}: {100 * value:.2f}")
+        lines.append(f"  {name}: {factor * value:.2f}")
     if score.shortened:
         lines.append(
             f"  {score.dropped} examples did not fit before {score.shortened} questions and were dropped"
@@ -46,7 +47,11 @@ def as_text(score: TaskScore, title: str) -> str:
 def _other_metrics(score: TaskScore) -> dict[str, float]:
     """Returns the micro means of all metrics but the main one."""
     subjects = list(score.subjects.values())
-    names = [name for name in subjects[0].metrics if name != score.metric]
+    names = [
+        name
+        for name in subjects[0].metrics
+        if name != score.metric and all(name in subject.metrics for subject in subjects)
+    ]
     total = sum(subject.questions for subject in subjects)
     return {
         name: sum(subject.metrics[name] * subject.questions for subject in subjects) / total for name in names
@@ -105,20 +110,25 @@ def write_reports(
     run: AnswerRecord,
     grades: Sequence[Grade],
     records: dict[str, AnswerRecord],
+    harness: Mapping[str, AnswerRecord] | None = None,
 ) -> None:
     """Writes all files; questions.jsonl is rewritten with the grades, in the order of the benchmarks' files.
 
-    `run`: description of the run, with the number of examples of each task under `shots`.
+    `run`: description of the run, with the number of examples of each task under `shots`. `harness`: key of
+    an answer to a task of lm-evaluation-harness -> the right answer and the metrics.
     """
+    harness = harness or {}
     limit = f", only the first {run['limit']} of each subject (--limit)" if run["limit"] else ""
     title = f"{run['model']['path']}, {run['settings']['prompt_style']} prompts{limit}"
     tasks = {score.benchmark.name: as_json(score, run["shots"][score.benchmark.name]) for score in scores}
     results = {name: value for name, value in run.items() if name != "shots"} | {"tasks": tasks}
     write_file(folder / "results.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     write_file(folder / "results.csv", as_csv(scores))
-    write_file(folder / "chart.png", draw_chart(scores, title))
-    graded_keys = {grade.key for grade in grades}
+    if shares := [score for score in scores if score.is_share]:
+        write_file(folder / "chart.png", draw_chart(shares, title))
+    graded_keys = {*(grade.key for grade in grades), *harness}
     graded = [records[grade.key] | _readable(grade) | {"metrics": grade.metrics} for grade in grades]
+    graded += [records[key] | more for key, more in harness.items()]
     others = [record for key, record in records.items() if key not in graded_keys]
     lines = [{"settings": run["settings"]}, *others, *graded]
     write_file(folder / FILE_NAME, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

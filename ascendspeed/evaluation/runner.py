@@ -6,7 +6,7 @@ Imported after argument parsing.
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
     """Loads the model, answers all questions and writes the reports. Raises UserError."""
     from ascendspeed.inference.session import Session
 
+    harness = _load_harness_tasks(job)
     session = Session.open(job.spec, device)
     tokenizer = session.tokenizer
     check_vocabulary(tokenizer, session.config)
@@ -117,20 +118,38 @@ def run(job: EvaluationJob, device: devices.Device, notes: Sequence[str]) -> Non
             "the question"
         )
     until = {string for _, style in job.benchmarks for string in style.until}
-    stop_ids = {*session.generation_stop_ids, *control_token_ids(tokenizer, until)} if generated else set()
+    stop_ids = {*session.generation_stop_ids, *control_token_ids(tokenizer, until)}
+    stop_ids = stop_ids if generated or harness else set()
     backend = EngineBackend(session.model, tokenizer, job.evaluation.batch_size, sorted(stop_ids))
     sha256 = weights_identity.full_bytes(session.source, session.readers)
     settings = _settings(job, sha256, tokenizer, max_length)
     answers = open_on_all_ranks(Path(job.evaluation.output_dir), settings, session.grid)
     try:
-        _evaluate(job, backend, answers, max_length, device)
+        _evaluate(job, backend, answers, max_length, device, harness)
     finally:
         answers.close()
 
 
+def _load_harness_tasks(job: EvaluationJob) -> dict[str, dict[str, Any]]:
+    """Returns name -> tasks of lm-evaluation-harness, by their names. Raises UserError."""
+    if not job.harness:
+        return {}
+    from ascendspeed.evaluation.harness_tasks import load_tasks
+
+    logger.info(f"loading {', '.join(selection.name for selection in job.harness)} ...")
+    shots = job.evaluation.num_fewshot
+    return {selection.name: load_tasks(selection.name, selection.folder, shots) for selection in job.harness}
+
+
 def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
     """Returns everything that answers depend on, beside the questions; not the layout or the batch size."""
-    return {
+    options = job.evaluation
+    chat = (
+        {"chat_template": options.chat_template, "system": options.system}
+        if options.apply_chat_template
+        else {}
+    )
+    return chat | {
         "model_sha256": sha256,
         "tokenizer_sha256": fingerprint.hash_tokenizer(Path(tokenizer.path)),
         "dtype": job.spec.args.dtype,
@@ -148,8 +167,12 @@ def _evaluate(
     answers: AnswerCache,
     max_length: int,
     device: devices.Device,
+    harness: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Answers and grades the questions on all ranks; rank 0 writes the reports."""
+    """Answers and grades the questions on all ranks; rank 0 writes the reports.
+
+    `harness`: name -> tasks of lm-evaluation-harness.
+    """
     # lm-eval imports torch, so it is imported after the device was prepared.
     from ascendspeed.evaluation import lm_eval, metrics, report
 
@@ -169,7 +192,8 @@ def _evaluate(
     )
     with progress(of_items("questions"), len(prompts), cached, quiet=grid.rank != 0) as advance:
         model = lm_eval.HarnessModel(backend, encoder, max_length, answers, advance, backend.extra_stop_ids)
-        grades = lm_eval.grade_prompts(model, prompts, job.new_tokens)
+        grades = lm_eval.grade_prompts(model, prompts, job.new_tokens) if prompts else []
+    results = _evaluate_harness(job, backend, answers, max_length, harness)
     if grid.rank != 0:
         return
     answers.flush()
@@ -180,6 +204,11 @@ def _evaluate(
         scores.append(metrics.score_task(benchmark, task_grades, num_shots))
         title = f"{options.prompt_style} prompts, {num_shots} examples{limited}"
         logger.info(report.as_text(scores[-1], title))
+    for result in results:
+        scores.append(result.score)
+        chat = f", chat template {result.chat_template}" if result.chat_template else ""
+        title = f"prompts of lm-evaluation-harness, {result.shots} examples{chat}{limited}"
+        logger.info(report.as_text(result.score, title))
     run_facts = {
         "model": {
             "path": str(job.spec.args.load),
@@ -193,11 +222,58 @@ def _evaluate(
         "device": f"{device.kind} ({device.name})",
         "versions": _versions(),
         "seconds": round(time.time() - started, 1),
-        "shots": job.shots,
+        "shots": job.shots | {result.score.benchmark.name: result.shots for result in results},
     }
     folder = Path(options.output_dir)
-    report.write_reports(folder, scores, run_facts, grades, answers.records)
+    graded = {key: more for result in results for key, more in result.records.items()}
+    report.write_reports(folder, scores, run_facts, grades, answers.records, graded)
     logger.info(f"wrote {folder}/results.json, results.csv, chart.png and {FILE_NAME}")
+
+
+def _evaluate_harness(
+    job: EvaluationJob,
+    backend: EngineBackend,
+    answers: AnswerCache,
+    max_length: int,
+    harness: Mapping[str, Mapping[str, Any]],
+) -> list[Any]:
+    """Answers and grades tasks of lm-evaluation-harness on all ranks; returns their `HarnessResult`s."""
+    if not harness:
+        return []
+    from ascendspeed.evaluation import harness_scores
+    from ascendspeed.evaluation.chat_prompts import ChatEncoder, ChatPrompts
+    from ascendspeed.evaluation.harness_model import RequestModel
+
+    options, tokenizer = job.evaluation, backend.tokenizer
+    chat = None
+    encoder = PromptEncoder(tokenizer)
+    if options.apply_chat_template:
+        chat = ChatPrompts(tokenizer, options.chat_template, backend.model.config.family)
+        encoder = ChatEncoder(tokenizer)
+    results = []
+    for selection in job.harness:
+        tasks = harness[selection.name]
+        model = RequestModel(
+            backend,
+            encoder,
+            max_length,
+            answers,
+            quiet=backend.model.grid.rank != 0,
+            new_tokens=options.max_new_tokens,
+            chat=chat,
+            extra_stop_ids=backend.extra_stop_ids,
+        )
+        result = harness_scores.evaluate_tasks(
+            selection.name,
+            selection.folder,
+            tasks,
+            model,
+            limit=options.limit,
+            system=options.system,
+            multiturn=options.fewshot_as_multiturn,
+        )
+        results.append(result)
+    return results
 
 
 def _versions() -> dict[str, str]:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.evaluation import loaders, prompt_styles
+from ascendspeed.evaluation.harness_index import GROUPS, PREFIX
 from ascendspeed.evaluation.loaders import Loader, SubjectFiles
 from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import LETTERS, Benchmark
 from ascendspeed.evaluation.subjects import SUBJECTS
 from ascendspeed.utils.errors import UserError
-
-UNSUPPORTED = {"agieval": "AGIEval", "bbh": "BBH", "human_eval": "HumanEval", "humaneval": "HumanEval"}
 
 
 @dataclass(frozen=True)
@@ -176,12 +175,11 @@ TASKS: dict[str, EvaluationTask] = {task.name: task for task in (MMLU, CEVAL, CM
 
 def find_task(name: str) -> EvaluationTask:
     """Returns the task of this name. Raises UserError with the known ones."""
-    if name in UNSUPPORTED:
-        raise UserError(
-            f"--task {name}: {UNSUPPORTED[name]} is not supported; choose from {', '.join(TASKS)}"
-        )
     if name not in TASKS:
-        raise UserError(f"--task {name} does not exist; choose from {', '.join(TASKS)}")
+        raise UserError(
+            f"--task {name} does not exist; choose from {', '.join((*TASKS, *GROUPS))}, or {PREFIX}NAME for "
+            "a task of lm-evaluation-harness"
+        )
     return TASKS[name]
 
 

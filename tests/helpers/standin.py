@@ -146,10 +146,11 @@ def answer(flags: Flags) -> None:
 
 
 def evaluate(flags: Flags) -> None:
-    answer(flags)
+    folder = flags.get("output-dir", ["needle"])
+    answer({name: words for name, words in flags.items() if name != "output-file"})
     need_files(flags, "task-data-path", "haystack")
     identity = json.dumps([flags["load"], flags.get("prompt-style"), flags.get("num-fewshot")])
-    record = Path(flags.get("output-dir", ["needle"])[0], "questions.jsonl")
+    record = Path(folder[0], "questions.jsonl")
     if record.exists() and record.read_text() != identity:
         fail(f"{record} holds answers of another model or prompt style")
     write(record, identity)

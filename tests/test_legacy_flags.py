@@ -262,7 +262,7 @@ def test_every_answer_is_given_by_a_command(project):
         ("--transformer-impl", "without Transformer Engine"),
         ("--use-mcore-models", "layers are Megatron-core's own"),
         ("--tokenizer-model", "--tokenizer-name-or-path names a directory"),
-        ("--train-samples", "--train-iters or --train-epochs"),
+        ("--lr-warmup-init", "warmup begins at 0"),
     ],
 )
 def test_a_flag_of_megatron_is_answered(flag, answer):

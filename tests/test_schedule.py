@@ -26,6 +26,7 @@ def megatron_curve(
 ) -> list[float]:
     """The learning rate that each iteration's optimizer step uses."""
     decay = (train_iters if optim.lr_decay_iters is None else optim.lr_decay_iters) * batch
+    final = (optim.lr_wsd_decay_iters or 0) * batch
     fraction = optim.lr_warmup_fraction
     optimizer = StandIn()
     scheduler = OptimizerParamScheduler(
@@ -40,6 +41,8 @@ def megatron_curve(
         end_wd=0.01,
         wd_incr_steps=train_iters * batch,
         wd_incr_style="constant",
+        wsd_decay_steps=final,
+        lr_wsd_decay_style=optim.lr_wsd_decay_style,
     )
     curve = []
     for iteration in range(train_iters):
@@ -73,6 +76,37 @@ def test_equals_megatron(style, change):
     optim = dataclasses.replace(RECIPE, lr_decay_style=style, **change)
     lr_schedule.check(optim, 400)
     assert our_curve(optim, 400) == pytest.approx(megatron_curve(optim, 400, batch=256), rel=1e-12, abs=0)
+
+
+WSD = dataclasses.replace(RECIPE, lr_decay_style="WSD", lr_wsd_decay_iters=64)
+
+
+@pytest.mark.parametrize("style", ["exponential", "linear", "cosine", "minus_sqrt"])
+@pytest.mark.parametrize("change", [{}, {"lr_wsd_decay_iters": 316}, {"lr_decay_iters": None}], ids=str)
+def test_wsd_equals_megatron(style, change):
+    optim = dataclasses.replace(WSD, lr_wsd_decay_style=style, **change)
+    lr_schedule.check(optim, 400)
+    expected = megatron_curve(optim, 400, batch=256)
+    assert our_curve(optim, 400) == pytest.approx(expected, rel=1e-12, abs=0)
+    late = dataclasses.replace(optim, lr_wsd_decay_iters=optim.lr_wsd_decay_iters - 1)
+    assert our_curve(late, 400) != pytest.approx(expected, rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("change", [{}, {"lr_warmup_fraction": None}, {"min_lr": 5e-5}], ids=str)
+def test_inverse_square_root_equals_megatron(change):
+    """Megatron's warmup of 0 counts as one sample there: compare a batch of one."""
+    optim = dataclasses.replace(RECIPE, lr_decay_style="inverse-square-root", **change)
+    batch = 1 if optim.lr_warmup_fraction is None else 256
+    assert our_curve(optim, 400) == pytest.approx(megatron_curve(optim, 400, batch), rel=1e-12, abs=0)
+
+
+def test_a_decay_forks_from_any_iteration():
+    """Another length changes nothing before the decay begins: a checkpoint of the stable phase continues."""
+    long = our_curve(dataclasses.replace(WSD, lr_decay_iters=400), 400)
+    fork = our_curve(dataclasses.replace(WSD, lr_decay_iters=200, lr_warmup_fraction=0.02), 200)
+    assert fork[:136] == long[:136]
+    assert fork[137] < long[137]
+    assert fork[-1] < 1.1 * WSD.min_lr + (WSD.lr - WSD.min_lr) / 60
 
 
 @settings(max_examples=60, deadline=None)
@@ -135,6 +169,12 @@ def test_first_step():
         ({"min_lr": -1.0}, 400, "--min-lr -1"),
         ({"lr_decay_iters": 0}, 400, "--lr-decay-iters 0"),
         ({}, 0, "--train-iters 0"),
+        ({"lr_wsd_decay_iters": 5}, 400, "belongs to --lr-decay-style WSD"),
+        ({"lr_decay_style": "WSD"}, 400, "set --lr-wsd-decay-iters"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 0}, 400, "choose 1 to 316.8"),
+        ({"lr_decay_style": "WSD", "lr_wsd_decay_iters": 317}, 400, "choose 1 to 316.8"),
+        ({"lr_decay_samples": 5}, 400, "a run of --train-iters takes --lr-decay-iters"),
+        ({"lr_warmup_samples": 5}, 400, "a run of --train-iters takes --lr-warmup-iters"),
     ],
 )
 def test_refusals(change, train_iters, message):

@@ -209,6 +209,40 @@ def test_exit_interval_saves_and_stops(loop, tmp_path):
     assert [p.name for p in (tmp_path / "ckpt").glob("step_*")] == ["step_0000003"]
 
 
+def ramped(**train):
+    return changed(
+        global_batch_size=8,
+        rampup_batch_size=(2, 2, 20),
+        train_samples=50,
+        train_iters=9,
+        iterations_to_skip=(3,),
+        skip_batches="5-6",
+        **train,
+    )
+
+
+def test_a_ramp_and_skipped_iterations(loop, capsys):
+    """The batch and the learning rate follow from the position; a resumed run has the same."""
+    state, engine, lines = loop(ramped(), Recorder(skipped=[1]))
+    starts = [0, 2, 4, 6, 8, 12, 16, 22, 30]  # sizes 2 2 2 2 4 4 6 8 8
+    assert [call[0][1] for call in engine.calls] == [starts[i] for i in (0, 1, 2, 4, 7, 8)]
+    assert (state.step, state.samples, state.skipped_samples) == (9, 38, 2 + 2 + 4 + 6)
+    assert engine.lrs == pytest.approx([1 - done / 50 for done in (0, 2, 2, 4, 8, 16)])
+    assert [line.global_batch_size for line in lines] == [2, 2, 2, 2, 4, 4, 6, 8, 8]
+    assert [line.skipped for line in lines] == [0, 1, 0, 1, 0, 1, 1, 0, 0]
+    assert "iteration 4 left out (number 3 of --iterations-to-skip or --skip-batches): samples 6-7" in (
+        capsys.readouterr().out
+    )
+    middle, first, _ = loop(ramped(exit_interval=4), Recorder(skipped=[1]))
+    assert middle.step == 4
+    later = Recorder()
+    later.updates = first.updates
+    end, then, _ = loop(ramped(), later, start=middle)
+    assert first.calls + then.calls == engine.calls
+    assert first.lrs + then.lrs == pytest.approx(engine.lrs)
+    assert replace(end, engine={}) == replace(state, engine={})
+
+
 def test_a_resumed_run_goes_on_where_it_was(loop):
     from ascendspeed.checkpoint.fragment import TrainState
 

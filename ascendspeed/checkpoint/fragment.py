@@ -25,6 +25,8 @@ class TrainState:
     tokens: int
     engine: dict[str, Any] = field(default_factory=dict)
     """Scalars of the engine (Adam's step count, loss scale, ...); JSON values, no tensors."""
+    skipped_samples: int = 0
+    """Samples of iterations without an update: a schedule that counts samples leaves them out."""
     loss: float | None = None
     """Training loss of the last iteration; None: not finite, or not recorded."""
 

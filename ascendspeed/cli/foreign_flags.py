@@ -63,20 +63,12 @@ _MEGATRON = (
         "--vocab-extra-ids",
     ),
     (
-        "the length of a run is --train-iters or --train-epochs",
-        "--train-samples",
+        "warmup begins at 0; its length is --lr-warmup-iters, --lr-warmup-samples or --lr-warmup-fraction",
+        "--lr-warmup-init --warmup",
     ),
     (
-        "the schedule counts iterations: --lr-decay-iters, --lr-warmup-iters or --lr-warmup-fraction",
-        "--lr-decay-samples --lr-warmup-samples --lr-warmup-init --warmup",
-    ),
-    (
-        "--lr-decay-style is cosine, linear or constant",
-        "--lr-wsd-decay-style --lr-wsd-decay-iters --lr-wsd-decay-samples",
-    ),
-    (
-        "the global batch size is constant: --global-batch-size",
-        "--rampup-batch-size --step-batch-size-schedule --decrease-batch-size-if-needed",
+        "the global batch size is constant, or grows by --rampup-batch-size in steps that fit the ranks",
+        "--step-batch-size-schedule --decrease-batch-size-if-needed",
     ),
     (
         "weight decay is constant: --weight-decay",
@@ -129,13 +121,9 @@ _MEGATRON = (
         "--reset-position-ids --reset-attention-mask --eod-mask-loss --sft",
     ),
     (
-        "examples/intern/make_quickstart_data.py writes a small data set",
-        "--mock-data",
-    ),
-    (
-        "experts exchange tokens by all-gather, without an auxiliary loss",
-        "--moe-token-dispatcher-type --moe-grouped-gemm --moe-aux-loss-coeff "
-        "--moe-router-load-balancing-type --moe-z-loss-coeff --expert-tensor-parallel-size",
+        "experts exchange tokens by all-gather; --moe-aux-loss-coeff balances them by rows (sequences)",
+        "--moe-token-dispatcher-type --moe-grouped-gemm --moe-router-load-balancing-type "
+        "--expert-tensor-parallel-size",
     ),
     (
         "pipeline stages hold equal numbers of layers",

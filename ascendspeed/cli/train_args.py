@@ -14,7 +14,7 @@ from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.cli import command, parser, validation
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
-from ascendspeed.config import schema
+from ascendspeed.config import batch_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
 from ascendspeed.models.lora import targets
@@ -70,17 +70,11 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
         train = replace(train, global_batch_size=max(1, train.micro_batch_size * data_parallel))
     _check_positions(options.data, model, notes)
     if model.num_experts:
-        notes.append(
-            f"{model.num_experts} experts are trained without a balancing loss: the router may come to "
-            "prefer few of them"
-        )
+        notes.append(_balancing_note(model))
     _check_data(options.data, line.typed)
-    if train.train_epochs is not None and "train_iters" in line.typed:
-        raise UserError(
-            f"--train-epochs {train.train_epochs:g} and --train-iters {train.train_iters}: give one of them"
-        )
+    train = _length_of(train, line.typed)
     lora = targets.resolve_config(model, options.lora)
-    run = Run(model, parallel, options.optim, options.data, train, lora)
+    run = Run(model, parallel, options.optim, _mocked(options.data), train, lora)
     line.legacy.check(run)
     validation.check_run(run, world)
     return run, notes
@@ -98,7 +92,9 @@ def check_inputs(run: Run) -> None:
     for flag, words in (("--data-path", run.data.data_path), ("--valid-data-path", run.data.valid_data_path)):
         prefixes = words if words and len(words) == 1 else (words or ())[1::2]
         missing += [
-            f"{flag} {prefix} ({_files_text(prefix)})" for prefix in prefixes if not _has_files(prefix)
+            f"{flag} {prefix} ({_files_text(prefix)})"
+            for prefix in prefixes
+            if prefix != schema.MOCK_DATA and not _has_files(prefix)
         ]
     load, save = run.train.load, run.train.save
     is_fresh = bool(load and save) and Path(load).resolve() == Path(save).resolve()
@@ -182,6 +178,40 @@ def _virtual_stages(
     return replace(parallel, num_virtual_stages_per_pipeline_rank=per_rank // layers_per_stage)
 
 
+def _length_of(train: TrainConfig, typed: frozenset[str]) -> TrainConfig:
+    """Returns `train` with the iterations of --train-samples. Raises UserError if several flags give the
+    length."""
+    given = {"--train-iters": train.train_iters if "train_iters" in typed else None}
+    given |= {"--train-samples": train.train_samples, "--train-epochs": train.train_epochs}
+    words = [f"{flag} {value:g}" for flag, value in given.items() if value is not None]
+    if len(words) > 1:
+        raise UserError(f"{' and '.join(reversed(words))}: give one of them")
+    if train.train_samples is None:
+        return train
+    batch_schedule.check_rampup(train)
+    iterations = batch_schedule.iterations_of(train, train.train_samples)
+    if iterations < 1:
+        raise UserError(f"--train-samples {train.train_samples}: not one global batch; give more")
+    return replace(train, train_iters=iterations)
+
+
+def _mocked(data: DataConfig) -> DataConfig:
+    """Returns `data` with random ids as its path if --mock-data is set."""
+    if data.mock_data and (data.data_path or data.valid_data_path):
+        raise UserError("--mock-data takes the place of --data-path and --valid-data-path; leave them out")
+    return replace(data, data_path=(schema.MOCK_DATA,)) if data.mock_data else data
+
+
+def _balancing_note(model: ModelConfig) -> str:
+    """States the load-balancing loss of the experts, which may come from config.json."""
+    if model.moe_aux_loss_coeff:
+        return f"load-balancing loss of {model.num_experts} experts: coefficient {model.moe_aux_loss_coeff:g}"
+    return (
+        f"{model.num_experts} experts are trained without a balancing loss: the router may come to "
+        "prefer few of them; --moe-aux-loss-coeff adds one"
+    )
+
+
 def _check_positions(data: DataConfig, model: ModelConfig, notes: list[str]) -> None:
     """Notes that sequences are longer than those that the model was trained on."""
     name = "max_segment_length" if data.max_segment_length else "seq_length"
@@ -218,7 +248,9 @@ def model_of(line: CommandLine[Any], name: str | None, load: str | None) -> Mode
     model = parser.parse_group(ModelConfig, line.args, base)
     if loaded is None:
         return model
-    for field_name in (f.name for f in dataclasses.fields(ModelConfig) if f.name != "init_method_std"):
+    for field_name in (
+        f.name for f in dataclasses.fields(ModelConfig) if f.name not in schema.TRAINING_FIELDS
+    ):
         value = getattr(model, field_name)
         actual = getattr(loaded, field_name)
         if value != actual:

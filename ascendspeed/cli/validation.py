@@ -6,7 +6,7 @@ from typing import Any
 
 from ascendspeed.cli.command import check_precision
 from ascendspeed.cli.parser import flag_of
-from ascendspeed.config import lr_schedule, schema
+from ascendspeed.config import batch_schedule, lr_schedule, schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
 from ascendspeed.config.schema import ModelConfig, ParallelConfig, Run
 from ascendspeed.models.families import FAMILIES
@@ -30,7 +30,7 @@ RANGES: dict[str, dict[Rule, str]] = {
         BELOW_2_31: "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels vocab_size "
         "max_position_embeddings num_experts moe_ffn_hidden_size moe_shared_expert_intermediate_size",
         POSITIVE: "norm_epsilon rotary_base rope_scaling_factor",
-        NOT_NEGATIVE: "init_method_std",
+        NOT_NEGATIVE: "init_method_std moe_aux_loss_coeff moe_z_loss_coeff",
     },
     "parallel": {
         AT_LEAST_1: "make_vocab_size_divisible_by num_virtual_stages_per_pipeline_rank context_parallel_size "
@@ -50,7 +50,7 @@ RANGES: dict[str, dict[Rule, str]] = {
         SHARE: "lora_dropout",
     },
     "train": {
-        AT_LEAST_1: "micro_batch_size global_batch_size train_iters log_interval eval_iters "
+        AT_LEAST_1: "micro_batch_size global_batch_size train_iters train_samples log_interval eval_iters "
         "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers",
         BELOW_2_31: "micro_batch_size global_batch_size train_iters",
         SEED: "seed",
@@ -73,7 +73,9 @@ def check_run(run: Run, world: int | None) -> None:
             "--data-path is missing: the prefix of a .bin/.idx pair written by tools/preprocess_data.py"
         )
     if run.train.train_epochs is None:
-        lr_schedule.check(run.optim, run.train.train_iters)
+        lr_schedule.check_schedule(lr_schedule.Schedule.of(run))
+    batch_schedule.check_rampup(run.train)
+    batch_schedule.skipped_iterations(run.train)
     _check_model(run)
     _check_engine(run.parallel)
     if world is not None:
@@ -150,6 +152,11 @@ def _check_experts(run: Run) -> None:
         raise UserError(
             f"--num-experts {model.num_experts}: a model of the family {model.family} {has} experts"
         )
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        if getattr(model, name) and not model.num_experts:
+            raise UserError(
+                f"{flag_of(name)} {getattr(model, name):g}: only a model with experts has a router"
+            )
     if ranks > 1 and (model.num_experts or 1) % ranks:
         has = f"{model.num_experts} experts do" if model.num_experts else "a model without experts does"
         choices = _divisors(model.num_experts or 1)
@@ -274,14 +281,16 @@ def _check_world(run: Run, world: int) -> None:
         )
     _check_sequence(run.data.seq_length, parallel)
     micro_batch = run.train.micro_batch_size
-    global_batch = run.train.global_batch_size
     samples = micro_batch * dp  # of one micro-batch on all ranks
-    if global_batch % samples:
-        raise UserError(
-            f"--global-batch-size {global_batch} is not a multiple of --micro-batch-size {micro_batch}"
-            f" x {dp} data-parallel ranks = {samples}; choose {_multiples(global_batch, samples)}"
-        )
-    _check_virtual_stages(parallel, global_batch // samples, samples)
+    for global_batch in reversed(batch_schedule.batch_sizes(run.train)):
+        if global_batch % samples:
+            ramp = "" if global_batch == run.train.global_batch_size else " (of --rampup-batch-size)"
+            raise UserError(
+                f"--global-batch-size {global_batch}{ramp} is not a multiple of --micro-batch-size "
+                f"{micro_batch} x {dp} data-parallel ranks = {samples}; choose "
+                f"{_multiples(global_batch, samples)}"
+            )
+        _check_virtual_stages(parallel, global_batch // samples, samples)
 
 
 def _check_optimizer_instances(instances: int, replicas: int, expert_replicas: int) -> None:

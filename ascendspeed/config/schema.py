@@ -7,7 +7,7 @@ The docstring under a field is its `--help` text, and its name is its flag (`num
 
 import dataclasses
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
@@ -16,6 +16,8 @@ from ascendspeed.utils.errors import UserError
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "npu"]
 BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
+MOCK_DATA = "<mock data>"
+"""Value of `DataConfig.data_path` for --mock-data."""
 CpuLinearChoice = Literal["auto", "onednn", "torch"]
 
 
@@ -82,6 +84,11 @@ class ModelConfig:
     moe_router_pre_softmax: bool = False
     """Softmax over all experts before the top ones are selected (Qwen2-MoE); else over the selected ones
     (Mixtral)."""
+    moe_aux_loss_coeff: float = 0.0
+    """Coefficient of the experts' load-balancing loss, as router_aux_loss_coef of config.json: a mean over
+    layers and rows of Hugging Face's load_balancing_loss_func; 0: no such loss."""
+    moe_z_loss_coeff: float = 0.0
+    """Coefficient of the router's z-loss, a mean over layers and rows of log² of the sum of exp(scores)."""
     init_method_std: float = 0.02
     """Standard deviation of random weights; divided by sqrt(2 * layers) for residual projections."""
 
@@ -91,6 +98,10 @@ class ModelConfig:
             object.__setattr__(self, "num_query_groups", None)
         if self.kv_channels is not None and self.kv_channels * self.num_attention_heads == self.hidden_size:
             object.__setattr__(self, "kv_channels", None)
+
+    def same_function(self, other: "ModelConfig") -> bool:
+        """True if two models differ at most in fields that only training reads."""
+        return replace(self, **TRAINING_FIELDS) == replace(other, **TRAINING_FIELDS)
 
     @property
     def kv_heads(self) -> int:
@@ -116,6 +127,14 @@ class ModelConfig:
             if self.num_experts is None
             else (self.expert_ffn, *((shared,) if shared else ()))
         )
+
+
+TRAINING_FIELDS: dict[str, Any] = {
+    "init_method_std": 0.02,
+    "moe_aux_loss_coeff": 0.0,
+    "moe_z_loss_coeff": 0.0,
+}
+"""Fields of `ModelConfig` that only training reads, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -205,14 +224,24 @@ class OptimConfig:
     """Peak learning rate."""
     min_lr: float = 1.0e-5
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """Shape of the decay; WSD (warmup, stable, decay) keeps --lr until the last --lr-wsd-decay-iters."""
     lr_decay_iters: int | None = None
-    """Iterations to decay over; None: --train-iters."""
+    """Iterations to decay over, warmup included; None: --train-iters."""
+    lr_decay_samples: int | None = None
+    """Samples to decay over, in a run of --train-samples; None: --train-samples."""
     lr_warmup_fraction: float | None = None
-    """Fraction of --lr-decay-iters to warm up over."""
+    """Fraction of --lr-decay-iters or --lr-decay-samples to warm up over."""
     lr_warmup_iters: int = 0
     """Iterations to warm up over; not together with --lr-warmup-fraction."""
+    lr_warmup_samples: int = 0
+    """Samples to warm up over, in a run of --train-samples."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of the decay at the end of WSD."""
+    lr_wsd_decay_iters: int | None = None
+    """Iterations of the decay at the end of WSD."""
+    lr_wsd_decay_samples: int | None = None
+    """Samples of the decay at the end of WSD, in a run of --train-samples."""
     weight_decay: float = 1e-2
     """Decoupled weight decay."""
     clip_grad: float = 1.0
@@ -244,6 +273,8 @@ class DataConfig:
     """Prefix of a .bin/.idx pair, or weights and prefixes: 0.3 a 0.7 b. Instead of a prefix: a folder of
     InternEvo's .bin and .bin.meta files, or a Hugging Face data set (a folder of save_to_disk, parquet or
     jsonl files), tokenized during training."""
+    mock_data: bool = False
+    """Train on random token ids instead of --data-path, to measure speed and memory."""
     valid_data_path: tuple[str, ...] = ()
     """Validation data, in the form of --data-path, all of which is then training data."""
     split: str = "949,50,1"
@@ -291,8 +322,18 @@ class TrainConfig:
     """Samples per rank and forward pass."""
     global_batch_size: int | None = None
     """Samples per iteration over all ranks; None: micro batch x data-parallel size."""
+    rampup_batch_size: tuple[int, int, int] | None = None
+    """START INCREMENT SAMPLES: begin with a global batch of START and add INCREMENT in equal steps, until
+    after SAMPLES samples it is --global-batch-size; needs --train-samples."""
+    iterations_to_skip: tuple[int, ...] = ()
+    """Iterations whose samples are left out without an update; the first iteration is 0, as in
+    Megatron-LM (the log calls it 1)."""
+    skip_batches: str | None = None
+    """Iterations to skip as numbers and ranges, as in InternEvo: 3,7-9; the first one is 0."""
     train_iters: int = 1000
     """Iterations in the whole run."""
+    train_samples: int | None = None
+    """Samples in the whole run, instead of --train-iters; schedules then count samples."""
     train_epochs: float | None = None
     """Passes over the training data in the whole run, instead of --train-iters."""
     seed: int = 1234
@@ -460,12 +501,6 @@ def from_dict(values: dict[str, Any]) -> Run:
         inputs = _group_from_dict(InputRecord, values.get("inputs", {}))  # likewise
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"run.json is not one of this version: {str(error)[:200]}") from error
-    data = parts["data"]
-    # JSON turns tuples into lists.
-    tuples = {name: tuple(getattr(data, name)) for name in ("data_path", "valid_data_path", "json_keys")}
-    parts["data"] = dataclasses.replace(data, **tuples)
-    lora = dataclasses.replace(lora, lora_target_modules=tuple(lora.lora_target_modules))
-    inputs = dataclasses.replace(inputs, data=tuple(inputs.data), valid_data=tuple(inputs.valid_data))
     return Run(**parts, lora=lora, inputs=inputs)
 
 
@@ -475,7 +510,9 @@ def _group_from_dict(group: type, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if name in hints and not _is_of_type(value, hints[name]):
             raise TypeError(f"{name} = {value!r:.80}")
-    return group(**values)
+    # JSON turns tuples into lists; no field is a list.
+    tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    return group(**values | tuples)
 
 
 def _is_of_type(value: Any, hint: Any) -> bool:

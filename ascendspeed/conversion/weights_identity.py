@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.config.schema import TRAINING_FIELDS
 from ascendspeed.conversion.checkpoint_reader import THREADS, CheckpointReader
 from ascendspeed.models import param_mapping
 from ascendspeed.models.param_mapping import Parameter, Slice2D
@@ -39,7 +40,7 @@ def sampled(reader: CheckpointReader) -> str:
     Tells apart models of one architecture, and weights before and after further training or a merge of
     adapters.
     """
-    architecture = _architecture(reader, without=("family", "init_method_std"))
+    architecture = _architecture(reader, without=("family", *TRAINING_FIELDS))
     sha = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
     for parameter in param_mapping.parameters(reader.config):
         sha.update(f"{parameter.name} {list(parameter.shape)}\n".encode())
@@ -89,7 +90,7 @@ def full_bytes(reader: CheckpointReader, readers: Readers | None = None) -> str:
     gathered = [json.loads(text) for text in readers.gather([json.dumps(digest) for digest in digests])]
     by_name = {digest[0]: digest for digest in gathered}
     ordered = [by_name[parameter.name] for parameter in param_mapping.parameters(reader.config)]
-    architecture = _architecture(reader, without=("init_method_std",))
+    architecture = _architecture(reader, without=tuple(TRAINING_FIELDS))
     return hashlib.sha256(json.dumps([architecture, ordered], sort_keys=True).encode()).hexdigest()
 
 

@@ -25,6 +25,7 @@ from ascendspeed.config.schema import DataConfig
 from ascendspeed.data.indexed.internevo import InternEvoDataset
 from ascendspeed.data.indexed.masked_pair import MaskedPair
 from ascendspeed.data.indexed.text_pair import TextPair
+from ascendspeed.data.mock import MockDataset
 from ascendspeed.data.packing.rows import Sample
 from ascendspeed.data.splits import SPLITS
 from ascendspeed.data.streaming.hf_dataset import StreamedDataset
@@ -37,7 +38,13 @@ logger = logging.getLogger(__name__)
 PERIOD = 1 << 16
 """Samples after which a blend repeats; weights count to this precision."""
 
-DATASET_KINDS: tuple[type[TokenDataset], ...] = (MaskedPair, TextPair, InternEvoDataset, StreamedDataset)
+DATASET_KINDS: tuple[type[TokenDataset], ...] = (
+    MockDataset,
+    MaskedPair,
+    TextPair,
+    InternEvoDataset,
+    StreamedDataset,
+)
 """Kinds of data for `--data-path`; the first one that matches opens a path."""
 
 

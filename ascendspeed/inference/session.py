@@ -5,7 +5,7 @@ import contextlib
 import filecmp
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -265,5 +265,5 @@ def _check_expected_model(spec: EngineSpec, config: ModelConfig) -> None:
     expected = spec.expected_model
     if expected is None:
         return
-    if replace(expected, init_method_std=0.0) != replace(config, init_method_std=0.0):
+    if not expected.same_function(config):
         raise UserError(f"{spec.args.load} holds another model than the flags describe: {config}")

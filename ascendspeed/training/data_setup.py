@@ -4,9 +4,11 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from ascendspeed.config import lr_schedule
+from ascendspeed.config.batch_schedule import batch_size_at
 from ascendspeed.config.schema import DataConfig, Run
 from ascendspeed.data import dataset
 from ascendspeed.data.dataset import Batch
@@ -68,7 +70,6 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
     missing, or do not match each other or the model.
     """
     _check_tokenizer(run)
-    size = run.train.global_batch_size
     iterations = {"train": run.train.train_iters}
     if run.train.eval_interval:
         iterations["valid"] = run.train.eval_iters
@@ -84,11 +85,14 @@ def open_data(run: Run, grid: ProcessGrid) -> tuple[Run, BatchFunction]:
         _log_split(run, name, splits[name], count)
     micro_batch_size = run.train.micro_batch_size
 
+    sizes = partial(batch_size_at, run.train)
+
     def batches(split: str, consumed: int) -> list[Batch]:
+        size = sizes(consumed) if split == "train" else run.train.global_batch_size
         return dataset.micro_batches(splits[split], consumed, size, micro_batch_size, grid.dp_rank, grid.dp)
 
     is_streamed = any(split.estimated for split in splits.values())
-    return run, Prefetch(batches, size) if is_streamed else batches
+    return run, Prefetch(batches, sizes) if is_streamed else batches
 
 
 def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:
@@ -113,11 +117,14 @@ def _with_iterations(run: Run, samples: dataset.BlendedSamples) -> Run:
 
 def _log_split(run: Run, name: str, samples: dataset.BlendedSamples, iterations: int) -> None:
     size = run.train.global_batch_size
-    passes = [f"{number:.2f} passes over {prefix}" for prefix, number in samples.passes(iterations * size)]
+    total = run.train.train_samples if name == "train" else None
+    passes = [
+        f"{number:.2f} passes over {prefix}" for prefix, number in samples.passes(total or iterations * size)
+    ]
     about = "about " if samples.estimated else ""
     logger.info(
         f"{name} data: {about}{len(samples)} samples of {run.data.seq_length} tokens; "
-        f"{iterations} x {size} samples are {', '.join(passes)}"
+        f"{total or f'{iterations} x {size}'} samples are {', '.join(passes)}"
     )
     for note in samples.notes:
         logger.info(f"{name} data: {note}")

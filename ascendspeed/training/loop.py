@@ -14,7 +14,8 @@ from ascendspeed.checkpoint.async_saver import CheckpointSaver
 from ascendspeed.checkpoint.fragment import TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.ownership import claim_folder
-from ascendspeed.config.lr_schedule import lr_at
+from ascendspeed.config.batch_schedule import batch_size_at, is_skipped
+from ascendspeed.config.lr_schedule import Schedule
 from ascendspeed.config.schema import Run
 from ascendspeed.conversion.formats import peft
 from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
@@ -41,18 +42,26 @@ class LogInterval:
     """Results since the last log line."""
 
     results: list[StepResult] = field(default_factory=list)
+    samples: int = 0
+    """Of the iterations that were computed."""
+    left_out: int = 0
+    """Iterations that a flag skipped."""
     began: float = field(default_factory=time.perf_counter)
 
-    def line(self, run: Run, state: TrainState, lr: float, grid: ProcessGrid, device: Device) -> TrainLine:
-        """Makes the log line and starts a new interval."""
+    def line(
+        self, run: Run, before: TrainState, state: TrainState, lr: float, grid: ProcessGrid, device: Device
+    ) -> TrainLine:
+        """Makes the log line of the iteration from `before` to `state`, and starts a new interval."""
         results, seconds = self.results, time.perf_counter() - self.began
         counted = [r for r in results if math.isfinite(r.loss)]
         tokens = sum(r.tokens for r in counted)
-        per_iteration = seconds / len(results)
-        per_device = run.train.global_batch_size * run.data.seq_length / per_iteration / grid.world
+        per_iteration = seconds / max(1, len(results))
+        per_device = self.samples * run.data.seq_length / seconds / grid.world
         tflops = per_device * estimates.flops_per_token(run.model, run.data.seq_length, run.lora) / 1e12
         peak = estimates.peak_tflops(device.name) if run.optim.dtype != "fp32" else None
-        self.results, self.began = [], time.perf_counter()
+        skipped = sum(r.skipped for r in results) + self.left_out
+        interval = len(results) + self.left_out
+        self.results, self.samples, self.left_out, self.began = [], 0, 0, time.perf_counter()
         return TrainLine(
             time=time.strftime("%Y-%m-%d %H:%M:%S"),
             iteration=state.step,
@@ -64,16 +73,24 @@ class LogInterval:
             tflops=tflops,
             mfu=tflops / peak if peak else None,
             lr=lr,
-            global_batch_size=run.train.global_batch_size,
+            global_batch_size=batch_size_at(run.train, before.samples),
             loss=sum(r.loss * r.tokens for r in counted) / tokens if tokens else math.nan,
-            interval=len(results),
-            loss_scale=results[-1].loss_scale,
-            grad_norm=results[-1].grad_norm,
-            skipped=sum(r.skipped for r in results),
+            aux_loss=_mean([r.aux_loss for r in counted]),
+            z_loss=_mean([r.z_loss for r in counted]),
+            interval=interval,
+            loss_scale=results[-1].loss_scale if results else None,
+            grad_norm=results[-1].grad_norm if results else None,
+            skipped=skipped,
             nans=len(results) - len(counted),
             memory_gib=device.peak_memory() / 2**30,
             seconds_left=round((run.train.train_iters - state.step) * per_iteration),
         )
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """Mean of the numbers; None if there is none."""
+    numbers = [value for value in values if value is not None]
+    return sum(numbers) / len(numbers) if numbers else None
 
 
 def train(
@@ -92,7 +109,7 @@ def train(
     Raises `UserError` after --max-skipped-steps skipped iterations in a row, or if a checkpoint cannot be
     saved.
     """
-    settings = run.train
+    settings, schedule = run.train, Schedule.of(run)
     state, interval, saver = start.state, LogInterval(), _saver(run, grid, start)
     if state.step >= settings.train_iters:
         logger.info(f"nothing to do: iteration {state.step} of --train-iters {settings.train_iters} is done")
@@ -101,28 +118,27 @@ def train(
         logger.info("note: no --save, so no checkpoint will be kept")
     stop_text = ""
     while state.step < settings.train_iters and not stop_text:
-        before, lr = state, lr_at(engine.updates, run.optim, settings.train_iters)
-        result = engine.step(batches("train", state.samples), lr)
-        state = replace(
-            state,
-            step=state.step + 1,
-            samples=state.samples + settings.global_batch_size,
-            tokens=state.tokens + settings.global_batch_size * run.data.seq_length,
-        )
-        interval.results.append(result)
-        monitor.loss_monitor.check_step(before, result)
-        _check_skipped(run, monitor, state, saver)
+        before, lr = state, schedule.lr(_position(schedule, engine, state))
+        if is_skipped(settings, state.step):
+            state = _leave_out(run, state, interval)
+        else:
+            result = engine.step(batches("train", state.samples), lr)
+            state = advanced(run, state, result.skipped)
+            interval.results.append(result)
+            interval.samples += state.samples - before.samples
+            monitor.loss_monitor.check_step(before, result)
+            _check_skipped(run, monitor, state, saver)
+            state = replace(state, loss=float(result.loss) if math.isfinite(result.loss) else None)
         stop_text = _stop_text(run, monitor, state, saver)
         is_last = bool(stop_text) or state.step == settings.train_iters
         if is_last or state.step % settings.log_interval == 0:
-            log.line(interval.line(run, state, lr, grid, device))
+            log.line(interval.line(run, before, state, lr, grid, device))
         paused = time.perf_counter()
         signalled = monitor.reason and monitor.reason.signal  # a scheduler may not wait for an evaluation
         if settings.eval_interval and state.step % settings.eval_interval == 0 and not signalled:
             log.line(evaluate(run, engine, batches, state.step))
         if saver:
-            loss = float(result.loss) if math.isfinite(result.loss) else None
-            _save(run, engine, saver, replace(state, loss=loss), is_last)
+            _save(run, engine, saver, state, is_last)
         interval.began += time.perf_counter() - paused  # the time of an iteration excludes the pause
     if stop_text:
         logger.info(f"{stop_text}: stopped after iteration {state.step}")
@@ -132,6 +148,34 @@ def train(
         peft.replace_with(adapter_of(Checkpoint(saver.last)), adapter)
         logger.info(f" adapters for peft in {adapter}")
     return state
+
+
+def _position(schedule: Schedule, engine: Engine, state: TrainState) -> int:
+    """Completed updates, or their samples, which the schedule counts."""
+    return engine.updates if schedule.unit == "iters" else state.samples - state.skipped_samples
+
+
+def advanced(run: Run, state: TrainState, skipped: bool) -> TrainState:
+    """Position after the iteration that begins at `state`."""
+    size = batch_size_at(run.train, state.samples)
+    return replace(
+        state,
+        step=state.step + 1,
+        samples=state.samples + size,
+        tokens=state.tokens + size * run.data.seq_length,
+        skipped_samples=state.skipped_samples + (size if skipped else 0),
+    )
+
+
+def _leave_out(run: Run, state: TrainState, interval: LogInterval) -> TrainState:
+    """Passes over an iteration that a flag skips; returns the position after it."""
+    after = advanced(run, state, skipped=True)
+    interval.left_out += 1
+    logger.info(
+        f" iteration {after.step} left out (number {state.step} of --iterations-to-skip or --skip-batches): "
+        f"samples {state.samples}-{after.samples - 1}"
+    )
+    return after
 
 
 def _save(run: Run, engine: Engine, saver: CheckpointSaver, state: TrainState, is_last: bool) -> None:

@@ -42,6 +42,9 @@ class TrainLine:
     global_batch_size: int | None = None
     loss: float | None = None
     """Mean over the supervised tokens of the interval; NaN if all iterations were skipped."""
+    aux_loss: float | None = None
+    """Load-balancing loss of the experts, mean over the interval, without its coefficient; z_loss too."""
+    z_loss: float | None = None
     interval: int | None = None
     """Iterations since the last line, or since the run was resumed."""
     loss_scale: float | None = None
@@ -100,6 +103,8 @@ FIELDS = (
     _Field("learning rate", "lr", "{:.6E}".format),
     _Field("global batch size", "global_batch_size", "{:5d}".format, int),
     _Field("lm loss", "loss", "{:.8E}".format),  # 9 digits: every fp32 number comes back exactly
+    _Field("load_balancing_loss", "aux_loss", "{:.8E}".format),
+    _Field("z_loss", "z_loss", "{:.8E}".format),
     _Field("iterations in interval", "interval", "{:3d}".format, int),
     _Field("loss scale", "loss_scale", "{:.1f}".format),
     _Field("grad norm", "grad_norm", "{:.8E}".format),

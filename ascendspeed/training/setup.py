@@ -27,7 +27,17 @@ logger = logging.getLogger(__name__)
 
 UNREPORTED = {"data_cache_path", "initial_loss_scale", "is_instruction_dataset", "strict"}
 """Settings of data and optimizer that do not change the loss curve of a resumed run."""
-REPORTED_TRAIN = ("seed", "global_batch_size", "train_iters", "attention_dropout", "hidden_dropout")
+REPORTED_TRAIN = (
+    "seed",
+    "global_batch_size",
+    "train_iters",
+    "train_samples",
+    "rampup_batch_size",
+    "iterations_to_skip",
+    "skip_batches",
+    "attention_dropout",
+    "hidden_dropout",
+)
 """Settings of `TrainConfig` that do."""
 
 
@@ -108,11 +118,11 @@ def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, reader
 
 
 def _check_model(run: Run, checkpoint: Checkpoint) -> None:
-    """Raises `UserError` if the checkpoint holds another architecture; the width of random weights does not
-    matter.
+    """Raises `UserError` if the checkpoint holds another architecture; fields that only
+    training reads may differ.
     """
-    saved = dataclasses.replace(checkpoint.config, init_method_std=run.model.init_method_std)
-    if saved != run.model:
+    saved = checkpoint.config
+    if not saved.same_function(run.model):
         raise UserError(f"{checkpoint.path} holds another model than this run: {saved}, not {run.model}")
 
 

@@ -6,6 +6,7 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 "save": folder, "resave": folder to save to before the first step, "first": step, "last": step,
 "weight_gradient": a factor; linears add that multiple of their weight gradient to its fp32 sum themselves,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
+"sizes": samples of every batch (else all),
 "evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
 adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
 "poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
@@ -25,7 +26,10 @@ from ascendspeed.distributed import device
 
 
 def main() -> None:
-    """Reads the job, runs every case, writes case -> [[loss, gradient norm], ...]; [null, null]: skipped."""
+    """Reads the job, runs every case, writes case -> [[loss, gradient norm], ...]; [null, null]: skipped.
+
+    Losses of routers follow, if a case has them.
+    """
     job = json.loads(Path(sys.argv[1]).read_text())
     here = device.prepare(job.get("device", "cpu"), deterministic=job.get("deterministic", False))
 
@@ -55,7 +59,7 @@ def main() -> None:
         return [{name: column[i] for name, column in columns.items()} for i in range(job["steps"])]
 
     def micro_batches(run, grid, batch):
-        size, rows = run.train.micro_batch_size, run.train.global_batch_size // grid.dp
+        size, rows = run.train.micro_batch_size, len(batch["tokens"]) // grid.dp
         local_batch = {k: v[grid.dp_rank * rows : (grid.dp_rank + 1) * rows] for k, v in batch.items()}
         local_batch.setdefault("position_ids", torch.arange(run.data.seq_length).expand(rows, -1))
         return [Batch(**{k: v[i : i + size] for k, v in local_batch.items()}) for i in range(0, rows, size)]
@@ -65,7 +69,8 @@ def main() -> None:
             micro_batches(run, grid, batch),
             lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters),
         )
-        return [None, None] if result.skipped else [result.loss, result.grad_norm]
+        routers = [value for value in (result.aux_loss, result.z_loss) if value is not None]
+        return [None, None] if result.skipped else [result.loss, result.grad_norm, *routers]
 
     def save(folder, at, engine, run, grid):
         state = TrainState(at, 0, 0, engine.scalars())
@@ -79,6 +84,8 @@ def main() -> None:
         print(name, flush=True)  # the last one in the log of a rank that failed
         run = base
         data = batches_of(case["data"]) if case.get("data") else plain
+        if sizes := case.get("sizes"):
+            data = [{k: v[:n] for k, v in batch.items()} for batch, n in zip(data, sizes, strict=True)]
         for group, values in case.get("changes", {}).items():
             run = replace(run, **{group: replace(getattr(run, group), **values)})
         groups = (run.parallel.layout_key, run.parallel.num_distributed_optimizer_instances)

@@ -60,6 +60,7 @@ def hugging_face(model: ModelConfig):
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
         "initializer_range": model.init_method_std,
         "num_experts_per_tok": model.moe_router_topk,
+        "router_aux_loss_coef": model.moe_aux_loss_coeff,
         "bos_token_id": 1,
         "eos_token_id": 2,
     }

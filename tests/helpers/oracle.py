@@ -3,6 +3,7 @@
 import copy
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,11 @@ def train(
     optim: dict[str, Any],
     half: LlamaForCausalLM | None = None,
     samples: int | None = None,
-) -> list[tuple[float, float]]:
+    auxiliary: Callable[[LlamaForCausalLM, dict[str, Tensor]], tuple[Tensor, list[float]]] | None = None,
+) -> list[tuple[float, ...]]:
     """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights.
 
+    `auxiliary`: a further loss of a batch to differentiate, and numbers that follow the norm.
     `half`: a copy in another type that computes forward and backward on `samples` at a time (None: all);
     `model` holds the masters and sums the gradients.
     """
@@ -224,11 +227,15 @@ def train(
             total += float(loss.detach())
             if half is not None:
                 hand_over(half, model)
+        further: list[float] = []
+        if auxiliary:
+            extra, further = auxiliary(model, batch)
+            extra.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip_grad"] or float("inf"))
         adamw.step()
         if half is not None:
             publish(model, half)
-        curve.append((total, float(norm)))
+        curve.append((total, float(norm), *further))
     return curve
 
 

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -300,7 +299,7 @@ def _check_model(reader: CheckpointReader, layout: ParallelConfig, model: str | 
     config = reader.config
     if model:
         preset = families.preset(model)
-        if replace(preset, init_method_std=0.0) != replace(config, init_method_std=0.0):
+        if not preset.same_function(config):
             raise UserError(f"--model {model} is {preset}, but {reader.path} holds {config}")
     schema.check_tensor_parallel(config, layout.tensor_model_parallel_size)
     pipeline_stage_layers(config.num_layers, layout)

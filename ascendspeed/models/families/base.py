@@ -24,6 +24,9 @@ FIELD_TYPES: dict[str, Any] = {
 }
 """Type of every field of `ModelConfig`; fields that may be None are counts."""
 
+UNWRITTEN = ("moe_z_loss_coeff",)
+"""Fields of `ModelConfig` for training that no config.json has; they are not written."""
+
 
 @dataclass(frozen=True)
 class ParamMapping:
@@ -181,7 +184,8 @@ class Family:
         kind = FIELD_TYPES[mapping.fields[0].lstrip("!")]
         if kind is float and type(value) is int and value <= sys.float_info.max:
             value = float(value)
-        if type(value) is not kind or (kind is not bool and value <= 0):
+        may_be_zero = mapping.default == 0.0 and kind is float
+        if type(value) is not kind or (kind is not bool and value <= 0 and not (may_be_zero and value == 0)):
             expected = kind.__name__ if kind is bool else f"positive {kind.__name__}"
             raise UserError(f"config.json: {mapping.hf_key} = {value!r} is not a {expected}")
         return value
@@ -200,7 +204,8 @@ class Family:
             config_json[mapping.hf_key] = not value if name.startswith("!") else value
         config_json |= write_rope(config, self.rope_spelling)
         read_back = self.read_config(config_json)
-        lost = [f for f in FIELD_TYPES if f != "family" and getattr(read_back, f) != getattr(config, f)]
+        written = (f for f in FIELD_TYPES if f not in ("family", *UNWRITTEN))
+        lost = [f for f in written if getattr(read_back, f) != getattr(config, f)]
         if lost:
             entries = ", ".join(f"{name} = {getattr(config, name)!r}" for name in lost)
             instead = ", ".join(repr(getattr(read_back, name)) for name in lost)

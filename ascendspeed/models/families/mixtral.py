@@ -39,6 +39,7 @@ MIXTRAL = Family(
             CONFIG_MAPPINGS, num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5
         ),
         ConfigMapping("num_local_experts", ("num_experts",), 8),
+        ConfigMapping("router_aux_loss_coef", ("moe_aux_loss_coeff",), 0.0),
         ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 2),
     ),
     param_mappings=sparse(

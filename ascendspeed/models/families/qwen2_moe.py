@@ -40,6 +40,7 @@ QWEN2_MOE = Family(
         ),
         ConfigMapping("qkv_bias", ("add_qkv_bias",), True),
         ConfigMapping("num_experts", ("num_experts",), 60),
+        ConfigMapping("router_aux_loss_coef", ("moe_aux_loss_coeff",), 0.0),
         ConfigMapping("num_experts_per_tok", ("moe_router_topk",), 4),
         ConfigMapping("moe_intermediate_size", ("moe_ffn_hidden_size",), 1408, "expert_ffn"),
         ConfigMapping("shared_expert_intermediate_size", ("moe_shared_expert_intermediate_size",), 5632),

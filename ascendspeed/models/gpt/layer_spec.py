@@ -23,6 +23,7 @@ from ascendspeed.models.gpt import moe
 from ascendspeed.models.gpt.attention import RotaryAttention
 from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear, use_weight_gradient
 from ascendspeed.models.gpt.rope import Rope
+from ascendspeed.models.gpt.router_losses import RouterLosses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GELU = partial(F.gelu, approximate="tanh")
@@ -34,6 +35,7 @@ class GPTConfig(TransformerConfig):
 
     kernels: Kernels = field(default_factory=Kernels)
     rope: Rope | None = None
+    router_losses: RouterLosses | None = None
     add_dense_bias: bool = False
     add_mlp_bias: bool = False
     scale_embeddings: bool = False
@@ -183,6 +185,7 @@ def transformer_config(
         apply_rope_fusion=False,
         kernels=kernels,
         rope=Rope(model),
+        router_losses=RouterLosses.of(model),
         **moe.settings(model),
     )
 

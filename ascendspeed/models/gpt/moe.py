@@ -1,8 +1,7 @@
 """Mixture of experts on megatron-core's MoE layer, with plain torch for the parts that need
 TransformerEngine.
 
-Tokens are never dropped. There is no load-balancing loss, as in Hugging Face's classes by default
-(`output_router_logits=False`).
+Tokens are never dropped. `router_losses` has the load-balancing loss and the z-loss.
 
 Under tensor parallel every rank holds a part of every expert, and sequence parallel gives it a part of the
 tokens: the dispatcher gathers them before the experts and scatters the outputs. Without sequence parallel
@@ -35,6 +34,13 @@ class Router(TopKRouter):
     def gating(self, input: Tensor) -> Tensor:
         """Router scores in fp32, whatever the model's dtype: [s, b, h] -> [s, b, experts]."""
         return F.linear(input.float(), self.weight.float())
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Scores [s, b, experts] -> probabilities and map [tokens, experts]; `padding_mask` [s, b] is true
+        for tokens that count in the auxiliary losses."""
+        if losses := self.config.router_losses:
+            logits = losses.attach(logits, self.topk, padding_mask, self.tp_cp_group)
+        return super().routing(logits)
 
 
 class Expert(MLP):

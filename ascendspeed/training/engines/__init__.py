@@ -40,6 +40,10 @@ class StepResult:
     skipped: bool
     """True if the loss or the gradients were not finite, so that nothing was updated; equal on every rank."""
     loss_scale: float
+    aux_loss: float | None = None
+    """Load-balancing loss of the experts, without its coefficient; None without one."""
+    z_loss: float | None = None
+    """z-loss of the routers, without its coefficient."""
     bad: tuple[int, ...] = ()
     """Indices of this rank's micro-batches with a non-finite loss."""
 

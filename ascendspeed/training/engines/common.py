@@ -10,10 +10,12 @@ from torch import Tensor
 from ascendspeed.checkpoint.fragment import KINDS, Fragment
 from ascendspeed.checkpoint.load import Checkpoint, load_fragments
 from ascendspeed.config.schema import OptimConfig, Run
+from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed.device import Device
 from ascendspeed.distributed.process_groups import ProcessGrid, rng_states, set_rng_states
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.context_parallel import SequenceShard
+from ascendspeed.models.gpt.router_losses import RouterLosses, valid_tokens_of
 
 MOMENTS = KINDS[1:]
 """Adam's states, by the names that torch and the checkpoint give them."""
@@ -77,6 +79,21 @@ class BaseEngine:
         if saved_layout == (self.grid.world, self.run.parallel.layout_key):
             set_rng_states(checkpoint.rng(self.grid.rank))
 
+    def _rows(self, batches: list[Batch]) -> int:
+        """Samples of the global batch of which these are this rank's micro-batches."""
+        return len(batches) * self.run.train.micro_batch_size * self.grid.dp
+
+    def _take_router_losses(self, losses: RouterLosses | None, rows: int) -> dict[str, float | None]:
+        """The routers' losses of a global batch of `rows`, as fields of `StepResult`; collective."""
+        if losses is None:
+            return {}
+        count = rows * losses.num_layers
+        aux, z = self._all_reduce_sum(losses.take_sums())
+        return {
+            "aux_loss": aux / count if losses.aux_coeff else None,
+            "z_loss": z / count if losses.z_coeff else None,
+        }
+
     def rng(self) -> dict[str, Tensor]:
         """See `Engine.rng`."""
         return rng_states()
@@ -93,3 +110,8 @@ class BaseEngine:
         gathered = own.new_empty(dist.get_world_size(group), numbers.numel())
         dist.all_gather_into_tensor(gathered, own, group=group)
         return gathered.cpu().view(torch.float64).sum(0).view(numbers.shape).tolist()
+
+
+def routed_tokens(batch: Batch, losses: RouterLosses | None) -> Tensor | None:
+    """Mask [b, s] of the tokens that count in the routers' losses; None if all do or there are none."""
+    return losses and valid_tokens_of(batch.tokens, batch.loss_mask, batch.position_ids)

@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,8 +33,15 @@ from ascendspeed.distributed.process_groups import MPU, ProcessGrid
 from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
+from ascendspeed.models.gpt.router_losses import RouterLosses
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors, deepspeed_check
-from ascendspeed.training.engines.common import MOMENTS, BaseEngine, adamw_settings, new_adamw_state
+from ascendspeed.training.engines.common import (
+    MOMENTS,
+    BaseEngine,
+    adamw_settings,
+    new_adamw_state,
+    routed_tokens,
+)
 
 
 class AdamW(torch.optim.AdamW):
@@ -46,6 +54,11 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure: Callable | None = None) -> Any:
         """Updates the parameters unless `overflow` is set."""
         return None if self.overflow else super().step(closure)
+
+
+def _set_scale(losses: RouterLosses, per_row: float, gradient: Tensor) -> None:
+    """Hook of the loss sum of a micro-batch: a row's router losses weigh `per_row` times as much."""
+    losses.scale = gradient.detach() * per_row
 
 
 class DeepSpeedEngine(BaseEngine):
@@ -148,12 +161,17 @@ class DeepSpeedEngine(BaseEngine):
         tokens = self._token_count(batches)
         if not tokens:
             return EMPTY_STEP
+        self._set_micro_batches(len(batches))
         scale = self.grid.dp_cp * len(batches) / tokens
         sums: list[Tensor] = []  # read after the loop: `float` would wait for the device
         loss_scale = self._loss_scale()
+        losses = self.module.config.router_losses
+        per_row = tokens / self._rows(batches)
         for i, batch in enumerate(batches):
             loss_sum = self._loss_sum(batch)
             sums.append(loss_sum.detach())
+            if losses:  # the gradient of the loss sum holds all factors of DeepSpeed; it arrives first
+                loss_sum.register_hook(partial(_set_scale, losses, per_row))
             # A loss that is not finite makes all gradients NaN, so that every rank skips the update.
             self.engine.backward(loss_sum * torch.where(sums[-1].isfinite(), scale, math.nan).float())
             if self.stage == 0 and i == len(batches) - 1:
@@ -165,8 +183,8 @@ class DeepSpeedEngine(BaseEngine):
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()
-        losses = torch.stack(sums).cpu().double()
-        loss = self._sum(losses.sum()) / tokens
+        token_losses = torch.stack(sums).cpu().double()
+        loss = self._sum(token_losses.sum()) / tokens
         return StepResult(
             loss=loss,
             tokens=int(tokens),
@@ -175,8 +193,15 @@ class DeepSpeedEngine(BaseEngine):
             loss_scale=loss_scale,
             bad=()
             if math.isfinite(loss)
-            else tuple(i for i, value in enumerate(losses) if not value.isfinite()),
+            else tuple(i for i, value in enumerate(token_losses) if not value.isfinite()),
+            **self._take_router_losses(losses, self._rows(batches)),
         )
+
+    def _set_micro_batches(self, number: int) -> None:
+        """Tells DeepSpeed how many micro-batches the next update has (--rampup-batch-size)."""
+        if number != self.engine.gradient_accumulation_steps():
+            self.engine.set_train_batch_size(number * self.run.train.micro_batch_size * self.grid.dp_cp)
+            self.engine.micro_steps = 0  # DeepSpeed updates when this is a multiple of the number
 
     @torch.no_grad()
     def loss(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -201,8 +226,10 @@ class DeepSpeedEngine(BaseEngine):
             self.device.copy(self.sequence_shard.take(x, 1))
             for x in (batch.tokens, batch.labels, batch.loss_mask, batch.position_ids)
         )
-        documents = packed_sequences_of(batch.position_ids)
-        losses = self.engine(tokens, positions, None, labels=labels, packed_seq_params=documents)
+        extra: dict[str, Any] = {"packed_seq_params": packed_sequences_of(batch.position_ids)}
+        if (valid := routed_tokens(batch, self.module.config.router_losses)) is not None:
+            extra["padding_mask"] = self.device.copy(self.sequence_shard.take(valid, 1))
+        losses = self.engine(tokens, positions, None, labels=labels, **extra)
         return (losses.float() * mask).sum()
 
     def _sum(self, value: float | Tensor) -> float:

@@ -40,7 +40,13 @@ from ascendspeed.models.gpt import gpt_model
 from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
-from ascendspeed.training.engines.common import MOMENTS, BaseEngine, adamw_settings, new_adamw_state
+from ascendspeed.training.engines.common import (
+    MOMENTS,
+    BaseEngine,
+    adamw_settings,
+    new_adamw_state,
+    routed_tokens,
+)
 
 
 class MegatronEngine(BaseEngine):
@@ -145,6 +151,8 @@ class MegatronEngine(BaseEngine):
         if not tokens:
             return EMPTY_STEP
         loss_scale = float(self.optimizer.get_loss_scale())
+        if losses := self.config.router_losses:
+            losses.scale = loss_scale / self._rows(batches)
         sums = self._run_schedule(batches, 1 / tokens)
         overflow = self.optimizer.prepare_grads()
         norm = None if overflow else self._grad_norm()
@@ -153,7 +161,8 @@ class MegatronEngine(BaseEngine):
         total, failures = self._all_reduce_sum([sum(sums), float(not finite or bool(bad))])
         if not failures:
             self._update(norm)
-        return StepResult(total / tokens, int(tokens), norm, bool(failures), loss_scale, bad)
+        routers = self._take_router_losses(losses, self._rows(batches))
+        return StepResult(total / tokens, int(tokens), norm, bool(failures), loss_scale, bad=bad, **routers)
 
     def _grad_norm(self) -> float:
         """Global norm of the gradients as Megatron-core defines it.
@@ -238,8 +247,10 @@ class MegatronEngine(BaseEngine):
             no_tokens = torch.zeros((), dtype=torch.int, device=total.device)
             return total * scale, no_tokens, total.detach()
 
-        documents = packed_sequences_of(batch.position_ids)
-        return chunk(tokens, positions, None, labels=labels, packed_seq_params=documents), loss
+        extra: dict[str, Any] = {"packed_seq_params": packed_sequences_of(batch.position_ids)}
+        if (valid := routed_tokens(batch, self.config.router_losses)) is not None:
+            extra["padding_mask"] = self.device.copy(self.sequence_shard.take(valid, 1))
+        return chunk(tokens, positions, None, labels=labels, **extra), loss
 
     # ---------------------------------------------------------------- checkpoint
 

@@ -6,6 +6,7 @@ import statistics
 from collections import deque
 
 from ascendspeed.checkpoint.fragment import TrainState
+from ascendspeed.config.batch_schedule import batch_size_at
 from ascendspeed.config.schema import Run
 from ascendspeed.data.dataset import micro_batch_starts
 from ascendspeed.distributed.process_groups import ProcessGrid
@@ -49,13 +50,16 @@ class LossMonitor:
         self.skipped_in_a_row = 0
         self._check_spike(before, result.loss)
 
+    def _batch_size(self, before: TrainState) -> int:
+        return batch_size_at(self._run.train, before.samples)
+
     def _cause_of_skip(self, before: TrainState, result: StepResult) -> str:
         """Describes a skipped iteration: ranks and samples with a non-finite loss, or all samples if every
         loss is finite.
         """
         bad_samples = self._bad_samples_by_rank(before, result)
         scale = f"loss scale {result.loss_scale:g}"
-        samples = f"samples {before.samples}-{before.samples + self._run.train.global_batch_size - 1}"
+        samples = f"samples {before.samples}-{before.samples + self._batch_size(before) - 1}"
         if not result.tokens:
             return f"{samples} have no supervised token"
         if not bad_samples:
@@ -69,7 +73,7 @@ class LossMonitor:
         """`rank 1: samples 8-9` for every rank with a non-finite loss; collective."""
         size = self._run.train.micro_batch_size
         starts = micro_batch_starts(
-            before.samples, self._run.train.global_batch_size, size, self._grid.dp_rank, self._grid.dp
+            before.samples, self._batch_size(before), size, self._grid.dp_rank, self._grid.dp
         )
         ranges = [f"{starts[i]}-{starts[i] + size - 1}" for i in result.bad]
         return [
@@ -86,7 +90,7 @@ class LossMonitor:
             sigma = 1.4826 * deviation  # of a normal distribution with this median deviation
             height = (loss - median) / max(sigma, LEAST * abs(median), math.ulp(1.0))
             if height > SPIKE and not self._in_spike:
-                last = before.samples + self._run.train.global_batch_size - 1
+                last = before.samples + self._batch_size(before) - 1
                 logger.warning(
                     f"iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations "
                     "above the "

@@ -1,0 +1,79 @@
+"""Batch sizes and skipped iterations of a run, as pure functions of its position, equal to
+`megatron.core.num_microbatches_calculator`. No torch."""
+
+import re
+
+from ascendspeed.config.schema import TrainConfig
+from ascendspeed.utils.errors import UserError
+
+
+def batch_size_at(train: TrainConfig, samples: int) -> int:
+    """Global batch size of the iteration that begins after `samples` consumed samples."""
+    if train.rampup_batch_size is None:
+        return train.global_batch_size or 0
+    start, increment, ramp = train.rampup_batch_size
+    full = train.global_batch_size or 0
+    if samples > ramp or start == full:
+        return full
+    return start + int(samples / (ramp / ((full - start) // increment))) * increment
+
+
+def batch_sizes(train: TrainConfig) -> tuple[int, ...]:
+    """All global batch sizes of a run, in their order."""
+    full = train.global_batch_size or 0
+    if train.rampup_batch_size is None:
+        return (full,)
+    start, increment, _ = train.rampup_batch_size
+    return tuple(range(start, full + 1, increment))
+
+
+def iterations_of(train: TrainConfig, samples: int) -> int:
+    """Iterations of a run of so many samples; a last batch that would be incomplete is left out."""
+    if train.rampup_batch_size is None:
+        return samples // (train.global_batch_size or 1)
+    iterations = consumed = 0
+    while consumed <= min(train.rampup_batch_size[2], samples):
+        consumed += batch_size_at(train, consumed)
+        iterations += 1
+    return iterations + max(0, samples - consumed) // (train.global_batch_size or 1)
+
+
+def check_rampup(train: TrainConfig) -> None:
+    """Raises `UserError` for a --rampup-batch-size that does not lead to --global-batch-size."""
+    if train.rampup_batch_size is None:
+        return
+    start, increment, ramp = train.rampup_batch_size
+    full = train.global_batch_size or 0
+    flag = f"--rampup-batch-size {start} {increment} {ramp}"
+    if train.train_samples is None:
+        raise UserError(f"{flag} needs the length of the run in samples: --train-samples")
+    if start < 1 or increment < 1 or ramp < 1:
+        raise UserError(f"{flag}: START, INCREMENT and SAMPLES must be at least 1")
+    if start > full or (full - start) % increment:
+        raise UserError(
+            f"{flag}: steps of {increment} do not lead from {start} to --global-batch-size {full}; choose an "
+            f"INCREMENT that divides {full - start}"
+            if start <= full
+            else f"{flag}: START is above --global-batch-size {full}"
+        )
+
+
+def skipped_iterations(train: TrainConfig) -> list[range]:
+    """Iterations that --iterations-to-skip and --skip-batches name, counted from 0.
+
+    Raises `UserError` for a malformed list.
+    """
+    ranges = [range(number, number + 1) for number in train.iterations_to_skip]
+    for word in filter(None, (part.strip() for part in (train.skip_batches or "").split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", word)
+        if not match or int(match[2] or match[1]) < int(match[1]):
+            raise UserError(f"--skip-batches {train.skip_batches}: {word!r} is not N or FIRST-LAST: 3,7-9")
+        ranges.append(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if negative := [number for number in train.iterations_to_skip if number < 0]:
+        raise UserError(f"--iterations-to-skip {negative[0]}: must be 0 or more")
+    return ranges
+
+
+def is_skipped(train: TrainConfig, iteration: int) -> bool:
+    """True if the flags skip the iteration that begins after `iteration` finished ones."""
+    return any(iteration in numbers for numbers in skipped_iterations(train))

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
+from ascendspeed.cli.optimizer_checks import check_muon
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
@@ -16,6 +17,7 @@ from ascendspeed.utils.errors import UserError
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("must be at least 1", lambda value: value >= 1)
 BELOW_2_31: Rule = ("must be below 2147483648", lambda value: value < 2**31)
+BELOW_100: Rule = ("must be below 100", lambda value: value < 100)
 SEED: Rule = ("must be from 0 to 4294967295", lambda value: 0 <= value < 2**32)
 A_YEAR: Rule = ("must be at most 525600, a year", lambda value: value <= 525600)
 POSITIVE: Rule = ("must be above 0", lambda value: 0 < value < math.inf)
@@ -37,7 +39,13 @@ RANGES: dict[str, dict[Rule, str]] = {
         "expert_model_parallel_size num_distributed_optimizer_instances zero_hpz_partition_size",
         BELOW_2_31: "make_vocab_size_divisible_by",
     },
-    "optim": {SHARE: "adam_beta1 adam_beta2", POSITIVE: "adam_eps", NOT_NEGATIVE: "weight_decay clip_grad"},
+    "optim": {
+        SHARE: "adam_beta1 adam_beta2 muon_momentum",
+        AT_LEAST_1: "muon_num_ns_steps",
+        BELOW_100: "muon_num_ns_steps",
+        POSITIVE: "adam_eps",
+        NOT_NEGATIVE: "weight_decay clip_grad",
+    },
     "data": {
         AT_LEAST_1: "seq_length max_segment_length",
         BELOW_2_31: "seq_length max_segment_length",
@@ -78,6 +86,7 @@ def check_run(run: Run, world: int | None) -> None:
     batch_schedule.skipped_iterations(run.train)
     _check_model(run)
     _check_engine(run.parallel)
+    check_muon(run)
     if world is not None:
         _check_world(run, world)
     _check_recompute(run)

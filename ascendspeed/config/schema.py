@@ -216,10 +216,18 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its learning-rate schedule and precision."""
+    """Optimizer, its learning-rate schedule and precision."""
 
-    optimizer: Literal["adam"] = "adam"
-    """AdamW; no weight decay for biases and one-dimensional weights (Megatron's rule)."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """AdamW, without weight decay for biases and one-dimensional weights (Megatron's rule); muon: Muon for
+    the linears of the layers, AdamW for all else."""
+    muon_momentum: float = 0.95
+    """Muon's momentum (Nesterov)."""
+    muon_num_ns_steps: int = 5
+    """Newton-Schulz iterations of an update of Muon."""
+    muon_scale_mode: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Size of Muon's update of a matrix [m, n]: that of AdamW's (0.2 sqrt(max(m, n))), so that both share
+    --lr, or original (sqrt(max(1, m / n)))."""
     lr: float = 1.5e-4
     """Peak learning rate."""
     min_lr: float = 1.0e-5

@@ -100,6 +100,7 @@ def _from_weights(run: Run, reader: CheckpointReader, readers: Readers) -> Start
 def _from_checkpoint(run: Run, checkpoint: Checkpoint, grid: ProcessGrid, readers: Readers) -> Start:
     _check_model(run, checkpoint)
     lora_setup.check_compatible(run, checkpoint)
+    _check_optimizer(run, checkpoint)
     continues_adapters = bool(run.lora.lora_rank and checkpoint.run.lora.lora_rank)
     if continues_adapters:
         base, lora = lora_setup.open_base(run, checkpoint, readers)
@@ -124,6 +125,16 @@ def _check_model(run: Run, checkpoint: Checkpoint) -> None:
     saved = checkpoint.config
     if not saved.same_function(run.model):
         raise UserError(f"{checkpoint.path} holds another model than this run: {saved}, not {run.model}")
+
+
+def _check_optimizer(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises `UserError` if the states in the checkpoint are those of another optimizer."""
+    old, new = checkpoint.run.optim.optimizer, run.optim.optimizer
+    if old != new and not run.train.finetune:
+        raise UserError(
+            f"{checkpoint.path} holds the states of --optimizer {old}, this run has --optimizer {new}; "
+            "add --finetune to take its weights alone"
+        )
 
 
 def _log_resume(run: Run, checkpoint: Checkpoint, grid: ProcessGrid) -> None:

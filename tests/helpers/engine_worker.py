@@ -65,10 +65,9 @@ def main() -> None:
         return [Batch(**{k: v[i : i + size] for k, v in local_batch.items()}) for i in range(0, rows, size)]
 
     def step(engine, run, grid, batch):
-        result = engine.step(
-            micro_batches(run, grid, batch),
-            lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters),
-        )
+        lr = lr_schedule.lr_at(engine.updates, run.optim, run.train.train_iters)
+        with oracle.products_in_fp32() if run.optim.optimizer == "muon" else nullcontext():
+            result = engine.step(micro_batches(run, grid, batch), lr)
         routers = [value for value in (result.aux_loss, result.z_loss) if value is not None]
         return [None, None] if result.skipped else [result.loss, result.grad_norm, *routers]
 
@@ -259,6 +258,9 @@ def megatron_engine(mistake):
                 from megatron.core.tensor_parallel import random
 
                 random._set_all_rng_states = lambda *states: None  # to the end of the process: the last case
+            if mistake == "fused matrices":
+                for shard in self.muon.shards:
+                    shard.blocks = [[(0, shard.spec.shape[0])]]
             if mistake == "weight decay on all":
                 for group in self.optimizer.param_groups:
                     group["weight_decay"] = self.run.optim.weight_decay

@@ -4,9 +4,11 @@ import copy
 import re
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors.torch import load_file
@@ -189,6 +191,11 @@ def token_losses(model: LlamaForCausalLM, tokens: Tensor, labels: Tensor) -> Ten
     ).view_as(labels)
 
 
+def products_in_fp32() -> AbstractContextManager:
+    """Meanwhile Muon computes in fp32: rounding to bf16 makes much of the last bit of a gradient."""
+    return patch.object(Tensor, "bfloat16", Tensor.clone)
+
+
 def train(
     model: LlamaForCausalLM,
     batches: list[dict[str, Tensor]],
@@ -196,10 +203,12 @@ def train(
     optim: dict[str, Any],
     half: LlamaForCausalLM | None = None,
     samples: int | None = None,
+    muon: bool = False,
     auxiliary: Callable[[LlamaForCausalLM, dict[str, Tensor]], tuple[Tensor, list[float]]] | None = None,
 ) -> list[tuple[float, ...]]:
     """(loss, gradient norm) of every step: AdamW, clipping, no decay on biases and one-dimensional weights.
 
+    `muon`: torch's Muon for the matrices of the layers.
     `auxiliary`: a further loss of a batch to differentiate, and numbers that follow the norm.
     `half`: a copy in another type that computes forward and backward on `samples` at a time (None: all);
     `model` holds the masters and sums the gradients.
@@ -207,16 +216,30 @@ def train(
     worker = model if half is None else half
     decay = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+        decay = [p for p in decay if all(p is not other for other in matrices)]
+        optimizers.append(
+            torch.optim.Muon(
+                matrices,
+                weight_decay=optim["weight_decay"],
+                momentum=optim["muon_momentum"],
+                ns_steps=optim["muon_num_ns_steps"],
+                adjust_lr_fn=optim["muon_scale_mode"],
+            )
+        )
     adamw = torch.optim.AdamW(
         [{"params": decay, "weight_decay": optim["weight_decay"]}, {"params": plain, "weight_decay": 0.0}],
         betas=(optim["adam_beta1"], optim["adam_beta2"]),
         eps=optim["adam_eps"],
     )
+    optimizers.append(adamw)
     curve = []
     for batch, lr in zip(batches, lrs, strict=True):
-        for group in adamw.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = lr
-        adamw.zero_grad()
+        model.zero_grad()
         total, size = 0.0, samples or len(batch["tokens"])
         for i in range(0, len(batch["tokens"]), size):
             part = {name: tensor[i : i + size] for name, tensor in batch.items()}
@@ -232,7 +255,9 @@ def train(
             extra, further = auxiliary(model, batch)
             extra.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim["clip_grad"] or float("inf"))
-        adamw.step()
+        with products_in_fp32() if muon else nullcontext():
+            for optimizer in optimizers:
+                optimizer.step()
         if half is not None:
             publish(model, half)
         curve.append((total, float(norm), *further))

@@ -46,6 +46,7 @@ class BaseEngine:
     def __init__(self, run: Run, grid: ProcessGrid, device: Device) -> None:
         self.run, self.grid, self.device = run, grid, device
         self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
+        self._zeros: Tensor | None = None
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
 
     # Hooks of `restore`.
@@ -79,6 +80,14 @@ class BaseEngine:
         if saved_layout == (self.grid.world, self.run.parallel.layout_key):
             set_rng_states(checkpoint.rng(self.grid.rank))
 
+    def _second_moment(self, state: dict[str, Tensor], like: Tensor) -> Tensor:
+        """Adam's second moment; zeros, of which none are kept, for tensors that Muon updates."""
+        if "exp_avg_sq" in state:
+            return state["exp_avg_sq"]
+        if self._zeros is None or self._zeros.numel() < like.numel():
+            self._zeros = torch.zeros(like.numel(), device=like.device)
+        return self._zeros[: like.numel()].view(like.shape)
+
     def _rows(self, batches: list[Batch]) -> int:
         """Samples of the global batch of which these are this rank's micro-batches."""
         return len(batches) * self.run.train.micro_batch_size * self.grid.dp
@@ -110,6 +119,11 @@ class BaseEngine:
         gathered = own.new_empty(dist.get_world_size(group), numbers.numel())
         dist.all_gather_into_tensor(gathered, own, group=group)
         return gathered.cpu().view(torch.float64).sum(0).view(numbers.shape).tolist()
+
+
+def new_momentum_state(parameter: Tensor, device: Device) -> dict[str, Tensor]:
+    """The state of a tensor that Muon updates, before its first update."""
+    return {name: t for name, t in new_adamw_state(parameter, device).items() if name != "exp_avg_sq"}
 
 
 def routed_tokens(batch: Batch, losses: RouterLosses | None) -> Tensor | None:

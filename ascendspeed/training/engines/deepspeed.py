@@ -14,7 +14,7 @@ import importlib
 import io
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -36,24 +36,13 @@ from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.models.gpt.router_losses import RouterLosses
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors, deepspeed_check
 from ascendspeed.training.engines.common import (
-    MOMENTS,
     BaseEngine,
     adamw_settings,
     new_adamw_state,
+    new_momentum_state,
     routed_tokens,
 )
-
-
-class AdamW(torch.optim.AdamW):
-    """AdamW that skips an update while `overflow` is set; ZeRO's own optimizers do so themselves, stage 0
-    does not.
-    """
-
-    overflow = False
-
-    def step(self, closure: Callable | None = None) -> Any:
-        """Updates the parameters unless `overflow` is set."""
-        return None if self.overflow else super().step(closure)
+from ascendspeed.training.engines.muon import AdamW, MatrixShard, Muon, matrices_of
 
 
 def _set_scale(losses: RouterLosses, per_row: float, gradient: Tensor) -> None:
@@ -89,6 +78,8 @@ class DeepSpeedEngine(BaseEngine):
                 parameter.register_hook(self._sum_over_tensor_parallel)
         self.engine = self._initialize(module, config)
         self.module, self.zero = module, self.engine.optimizer
+        if run.optim.optimizer == "muon":
+            self._torch_adamw().muon = self._muon()
         if module.config.gradient_accumulation_fusion:
             self._give_sums_to_linears()
         if scaler := getattr(self.zero, "loss_scaler", None):
@@ -136,20 +127,49 @@ class DeepSpeedEngine(BaseEngine):
 
     def _adamw(self, module: torch.nn.Module) -> AdamW:
         """AdamW with two groups: no weight decay on biases and one-dimensional weights (Megatron's rule)."""
-        decayed, not_decayed = [], []
+        decayed, not_decayed, matrices = [], [], []
+        own = matrices_of(self.run.model) if self.run.optim.optimizer == "muon" else {}
+        names = {parameter: name for name, parameter in gpt_model.named_parameters(module).items()}
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:
                 continue
             dims = len(getattr(parameter, "ds_shape", parameter.shape))
-            (not_decayed if name.endswith(".bias") or dims == 1 else decayed).append(parameter)
+            is_plain = name.endswith(".bias") or dims == 1
+            group = matrices if names[parameter] in own else not_decayed if is_plain else decayed
+            group.append(parameter)
         groups = [
             {"params": decayed, "weight_decay": self.run.optim.weight_decay},
             {"params": not_decayed, "weight_decay": 0.0},
+            {"params": matrices, "weight_decay": self.run.optim.weight_decay},
         ]
         # LoRA matrices are all two-dimensional, and ZeRO cannot flatten an empty group.
         return AdamW(
             [group for group in groups if group["params"]], **adamw_settings(self.run.optim, self.device)
         )
+
+    def _muon(self) -> Muon:
+        """Muon for the linears of the layers, which are the last parameter group."""
+        matrices, shards, states = matrices_of(self.run.model), [], self._torch_adamw().state
+        for name, parameter in gpt_model.named_parameters(self.module).items():
+            if name not in matrices:
+                continue
+            shard = MatrixShard(self.shard_specs[name], matrices[name], self.grid.tp_group, None, parameter)
+            if self.stage:
+                shard.key, shard.range_group = self._flat_masters()[-1], self.grid.dp_group
+            if not self.stage:
+                shard.numel = parameter.numel()
+            elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:
+                address = mapping.hp_fragment_address
+                shard.offset, shard.numel = address.start, address.numel
+                shard.start = mapping.lp_fragment_address.start
+            shards.append(shard)
+        muon = Muon(self.run.optim, shards, self.device.torch)
+        for key in muon.keys:
+            step = states[key]["step"] if key in states else None
+            states[key] = new_momentum_state(key, self.device)
+            if step is not None:
+                states[key]["step"] = step
+        return muon
 
     # ---------------------------------------------------------------- stepping
 
@@ -314,7 +334,7 @@ class DeepSpeedEngine(BaseEngine):
         state = self._torch_adamw().state[key]
         if "exp_avg" not in state:
             state.update(new_adamw_state(like, self.device))
-        return [state[kind] for kind in MOMENTS]
+        return [state["exp_avg"], self._second_moment(state, like)]
 
     @property
     def updates(self) -> int:

@@ -41,12 +41,12 @@ from ascendspeed.models.gpt.layer_spec import transformer_config
 from ascendspeed.models.gpt.packed_sequences import packed_sequences_of
 from ascendspeed.training.engines import EMPTY_STEP, StepResult, Tensors
 from ascendspeed.training.engines.common import (
-    MOMENTS,
     BaseEngine,
     adamw_settings,
     new_adamw_state,
     routed_tokens,
 )
+from ascendspeed.training.engines.muon import MatrixShard, Muon, matrices_of
 
 
 class MegatronEngine(BaseEngine):
@@ -66,6 +66,7 @@ class MegatronEngine(BaseEngine):
         )
         for chained in self.optimizer.chained_optimizers:
             chained.optimizer = self._adamw(chained.optimizer.param_groups)
+        self.muon = self._muon() if run.optim.optimizer == "muon" else None
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
 
@@ -135,6 +136,28 @@ class MegatronEngine(BaseEngine):
                 adamw.state[master].update(new_adamw_state(master, self.device))
         return adamw
 
+    def _muon(self) -> Muon:
+        """Muon for the linears of the layers; their second moments are dropped."""
+        owned, matrices, shards = dict(self._masters()), matrices_of(self.run.model), []
+        for module in self.modules:
+            for name, parameter in gpt_model.named_parameters(module).items():
+                if name not in matrices:
+                    continue
+                group = _replica_group(parameter) if self.run.parallel.use_distributed_optimizer else None
+                shard = MatrixShard(
+                    self.shard_specs[name], matrices[name], self.grid.tp_group, group, key=None
+                )
+                if parameter in owned:
+                    (shard.key, *_), shard.start, _ = owned[parameter]
+                    shard.numel = shard.key.numel()
+                    self._state_of(shard.key).pop("exp_avg_sq")
+                shards.append(shard)
+        return Muon(self.run.optim, shards, self.device.torch)
+
+    def _state_of(self, master: Tensor) -> dict[str, Tensor]:
+        states = (chained.optimizer.state for chained in self.optimizer.chained_optimizers)
+        return next(state[master] for state in states if master in state)
+
     # ---------------------------------------------------------------- stepping
 
     def step(self, batches: list[Batch], lr: float) -> StepResult:
@@ -193,6 +216,11 @@ class MegatronEngine(BaseEngine):
             gradients = [master.grad for master in masters if master.grad is not None]
             if gradients:
                 torch._foreach_mul_(gradients, coefficient)
+        if self.muon:
+            states = {key: self._state_of(key) for key in self.muon.keys}
+            self.muon.step(self.optimizer.param_groups[0]["lr"], states)
+            for key in self.muon.keys:
+                key.grad = None  # AdamW leaves out what has no gradient
         self.optimizer.step_with_ready_grads()
         self.updates += 1
 
@@ -285,7 +313,7 @@ class MegatronEngine(BaseEngine):
         for chained in self.optimizer.chained_optimizers:
             for parameter, master in _parameters_and_masters(chained):
                 state = chained.optimizer.state[master]
-                views = [master, *(state[kind] for kind in MOMENTS)]
+                views = [master, state["exp_avg"], self._second_moment(state, master)]
                 if isinstance(chained, DistributedOptimizer):
                     start = chained._get_model_param_range_map(parameter)["param"].start
                     instances = self.run.parallel.num_distributed_optimizer_instances

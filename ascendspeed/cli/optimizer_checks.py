@@ -1,0 +1,26 @@
+"""Checks of the optimizer's flags: combinations that an optimizer does not support. No torch."""
+
+from ascendspeed.cli.parser import flag_of
+from ascendspeed.config.schema import OptimConfig, Run
+from ascendspeed.utils.errors import UserError
+
+
+def check_muon(run: Run) -> None:
+    """Raises UserError for what Muon does not support, and for its settings without it."""
+    optim, parallel = run.optim, run.parallel
+    default = OptimConfig()
+    if optim.optimizer != "muon":
+        for name in ("muon_momentum", "muon_num_ns_steps", "muon_scale_mode"):
+            if (value := getattr(optim, name)) != getattr(default, name):
+                raise UserError(f"{flag_of(name)} {value} belongs to --optimizer muon; add it")
+        return
+    if parallel.deepspeed and parallel.zero_stage == 3:
+        raise UserError(
+            "--optimizer muon needs whole matrices, which ZeRO-3 does not keep; use --zero-stage 0, 1 or 2"
+        )
+    if parallel.zero_offload != "none":
+        raise UserError(
+            f"--optimizer muon runs on the device; leave out --zero-offload {parallel.zero_offload}"
+        )
+    if run.lora.lora_rank:
+        raise UserError("--optimizer muon trains the linears themselves; use --optimizer adam for adapters")

@@ -22,5 +22,10 @@ def check_muon(run: Run) -> None:
         raise UserError(
             f"--optimizer muon runs on the device; leave out --zero-offload {parallel.zero_offload}"
         )
+    if (instances := parallel.num_distributed_optimizer_instances) > 1:
+        raise UserError(
+            f"--optimizer muon gathers matrices over all replicas; leave out "
+            f"--num-distributed-optimizer-instances {instances}"
+        )
     if run.lora.lora_rank:
         raise UserError("--optimizer muon trains the linears themselves; use --optimizer adam for adapters")

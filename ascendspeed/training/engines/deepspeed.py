@@ -155,7 +155,7 @@ class DeepSpeedEngine(BaseEngine):
                 continue
             shard = MatrixShard(self.shard_specs[name], matrices[name], self.grid.tp_group, None, parameter)
             if self.stage:
-                shard.key, shard.range_group = self._flat_masters()[-1], self.grid.dp_group
+                shard.key, shard.range_group = self._flat_masters()[-1], self.grid.dp_cp_group
             if not self.stage:
                 shard.numel = parameter.numel()
             elif (mapping := getattr(parameter, "_hp_mapping", None)) is not None:

@@ -12,7 +12,7 @@ from ascendspeed.cli.compat import EVALUATE
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.cli.train_args import DEFAULT_MODEL, Preset
 from ascendspeed.config.schema import ModelConfig
-from ascendspeed.evaluation.harness_index import GROUPS, PREFIX, definition_folders, harness_name
+from ascendspeed.evaluation.harness_index import CODE_TASKS, GROUPS, PREFIX, definition_folders, harness_name
 from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import Benchmark
 from ascendspeed.evaluation.tasks import TASKS, find_style, find_task, load_benchmark
@@ -23,8 +23,8 @@ from ascendspeed.utils.errors import UserError
 ANSWER_TOKENS = 256
 """Default of --max-new-tokens."""
 TASK_HELP = (
-    f"Benchmarks: {', '.join(TASKS)}; {', '.join(GROUPS)}; {PREFIX}NAME for any task or group of "
-    'lm-evaluation-harness. Several may be given in one word: --task "mmlu ceval".'
+    f"Benchmarks: {', '.join(TASKS)}; {', '.join((*GROUPS, *CODE_TASKS))}; {PREFIX}NAME for any task or "
+    'group of lm-evaluation-harness. Several may be given in one word: --task "mmlu ceval".'
 )
 
 
@@ -50,6 +50,8 @@ class EvaluationArgs:
     """Prompts per batch; another size rounds log-likelihoods differently, by up to 3e-3 in bf16."""
     limit: int | None = None
     """Evaluate only this many questions of each subject, for a trial."""
+    allow_code_execution: bool = False
+    """Execute the answers to humaneval and mbpp, in processes without network and with limits."""
     apply_chat_template: bool = False
     """Put the prompts of lm-eval:NAME into the model's chat template."""
     chat_template: str | None = None
@@ -83,6 +85,11 @@ class HarnessSelection:
     name: str
     folder: Path
 
+    @property
+    def title(self) -> str:
+        """Name in the reports."""
+        return self.name if self.name in CODE_TASKS else PREFIX + self.name
+
 
 @dataclass(frozen=True)
 class EvaluationJob:
@@ -108,7 +115,7 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
         {"num_fewshot": 0, "max_input_length": 1, "max_new_tokens": 1, "batch_size": 1, "limit": 1},
     )
     folders = _task_folders(evaluation)
-    harness = _harness_selections(folders)
+    harness = _harness_selections(evaluation, folders)
     _check_chat(evaluation, folders)
     new_tokens = ANSWER_TOKENS if evaluation.max_new_tokens is None else evaluation.max_new_tokens
     shots = {}
@@ -132,12 +139,17 @@ def resolve(args: Sequence[str], world: int) -> tuple[EvaluationJob, list[str]]:
     return EvaluationJob(spec, evaluation, tuple(benchmarks), shots, new_tokens, harness), line.notes
 
 
-def _harness_selections(folders: dict[str, Path]) -> tuple[HarnessSelection, ...]:
+def _harness_selections(evaluation: EvaluationArgs, folders: dict[str, Path]) -> tuple[HarnessSelection, ...]:
     """Returns the tasks of lm-evaluation-harness. Raises UserError for an unknown one or a missing folder."""
     selections = []
     for task, folder in folders.items():
         if name := harness_name(task):
-            definition_folders(name)
+            if name in CODE_TASKS and not evaluation.allow_code_execution:
+                raise UserError(
+                    f"--task {name} executes the answers of the model; add --allow-code-execution to allow it"
+                )
+            if name not in CODE_TASKS:
+                definition_folders(name)
             if not folder.is_dir():
                 raise UserError(f"--task-data-path {folder} of {task} is not a directory")
             selections.append(HarnessSelection(name, folder))

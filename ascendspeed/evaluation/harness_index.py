@@ -11,6 +11,8 @@ from ascendspeed.utils.errors import UserError
 
 PREFIX = "lm-eval:"
 """Begin of a --task that is a task, group or tag of lm-evaluation-harness."""
+CODE_TASKS = ("humaneval", "mbpp")
+"""Values of --task whose answers are executed (`code_tasks`)."""
 GROUPS = {"agieval": "agieval", "bbh": "bbh"}
 """Values of --task that are short for a task of lm-evaluation-harness."""
 _NAME = re.compile(r"""^["']?(?:task|group|tag)["']?:[ \t]*["']?([\w.+:-]+)["']?[ \t]*$""", re.MULTILINE)
@@ -18,7 +20,9 @@ _TAGS = re.compile(r"""^["']?tag["']?:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n?)+)""
 
 
 def harness_name(task: str) -> str | None:
-    """Returns lm-evaluation-harness' name of a --task; None if the task is one of this project's."""
+    """Returns lm-evaluation-harness' name of a --task; None if the task has an `EvaluationTask`."""
+    if task in CODE_TASKS:
+        return task
     if task.startswith(PREFIX):
         return task.removeprefix(PREFIX)
     return GROUPS.get(task)

@@ -12,7 +12,6 @@ from typing import Any
 from lm_eval.api.task import Task
 from lm_eval.evaluator import evaluate
 
-from ascendspeed.evaluation.harness_index import PREFIX
 from ascendspeed.evaluation.harness_model import RequestModel
 from ascendspeed.evaluation.metrics import SubjectScore, TaskScore, group_means
 from ascendspeed.evaluation.questions import Benchmark, Subject
@@ -38,7 +37,7 @@ class HarnessResult:
 
 
 def evaluate_tasks(
-    name: str,
+    title: str,
     folder: Path,
     tasks: Mapping[str, Task],
     model: RequestModel,
@@ -47,7 +46,10 @@ def evaluate_tasks(
     system: str | None,
     multiturn: bool,
 ) -> HarnessResult:
-    """Answers and grades the tasks of one --task. Raises UserError for answers that a task cannot grade."""
+    """Answers and grades the tasks of one --task, named `title` in the reports.
+
+    Raises UserError for answers that a task cannot grade.
+    """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task
@@ -62,15 +64,15 @@ def evaluate_tasks(
                 fewshot_as_multiturn=multiturn,
             )
     except (KeyError, ValueError, TypeError, ImportError, LookupError) as error:
-        raise UserError(f"--task {PREFIX}{name} with {folder}: {first_line(error)}") from error
+        raise UserError(f"--task {title} with {folder}: {first_line(error)}") from error
     subjects = {
         task: SubjectScore(results["n-samples"][task]["effective"], _metrics(results["results"][task]))
         for task in tasks
     }
     metric = _main_metric(subjects)
-    infos = [SubjectInfo(task, name, task) for task in tasks]
+    infos = [SubjectInfo(task, title, task) for task in tasks]
     score = TaskScore(
-        benchmark=Benchmark(PREFIX + name, folder, tuple(Subject(info, (), ()) for info in infos)),
+        benchmark=Benchmark(title, folder, tuple(Subject(info, (), ()) for info in infos)),
         metric=metric,
         subjects=subjects,
         groups={"all": group_means(list(subjects.values()), metric)},

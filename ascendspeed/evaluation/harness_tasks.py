@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.tasks import TaskManager
 
@@ -23,10 +24,11 @@ def load_tasks(name: str, folder: Path, num_fewshot: int | None) -> dict[str, Ta
     for files that do not fit.
     """
     manager, configs = _find_configs(name)
+    datasets.disable_progress_bars()
     repositories = {config["dataset_path"] for config in configs.values()}
     overrides = []
     for task_name, config in configs.items():
-        path, subset = _find_dataset(name, folder, config, len(repositories) == 1)
+        path, subset = find_dataset(name, folder, config, len(repositories) == 1)
         overrides.append({"task": task_name, "dataset_path": str(path), "dataset_name": subset})
     try:
         tasks = manager.load([{"group": "selected", "task": overrides}])["tasks"]
@@ -90,7 +92,7 @@ def _unsupported(config: dict[str, Any]) -> str | None:
     return None
 
 
-def _find_dataset(name: str, folder: Path, config: dict[str, Any], is_only: bool) -> tuple[Path, str | None]:
+def find_dataset(name: str, folder: Path, config: dict[str, Any], is_only: bool) -> tuple[Path, str | None]:
     """Returns path and subset of the dataset of a task for `datasets.load_dataset`.
 
     `is_only`: all tasks share one dataset, so `folder` may be the dataset itself.

@@ -19,6 +19,7 @@ from ascendspeed.distributed import device as devices
 from ascendspeed.evaluation import fingerprint
 from ascendspeed.evaluation.answer_cache import FILE_NAME, AnswerCache, open_on_all_ranks
 from ascendspeed.evaluation.args import EvaluationJob
+from ascendspeed.evaluation.harness_index import CODE_TASKS
 from ascendspeed.evaluation.prompts import PromptEncoder, build_prompts
 from ascendspeed.inference.args import SPARE
 from ascendspeed.tokenization.chat import control_token_ids
@@ -134,11 +135,15 @@ def _load_harness_tasks(job: EvaluationJob) -> dict[str, dict[str, Any]]:
     """Returns name -> tasks of lm-evaluation-harness, by their names. Raises UserError."""
     if not job.harness:
         return {}
+    from ascendspeed.evaluation.code_tasks import load_code_task
     from ascendspeed.evaluation.harness_tasks import load_tasks
 
-    logger.info(f"loading {', '.join(selection.name for selection in job.harness)} ...")
-    shots = job.evaluation.num_fewshot
-    return {selection.name: load_tasks(selection.name, selection.folder, shots) for selection in job.harness}
+    logger.info(f"loading {', '.join(selection.title for selection in job.harness)} ...")
+    tasks = {}
+    for selection in job.harness:
+        load = load_code_task if selection.name in CODE_TASKS else load_tasks
+        tasks[selection.name] = load(selection.name, selection.folder, job.evaluation.num_fewshot)
+    return tasks
 
 
 def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, max_length: int) -> dict[str, Any]:
@@ -264,7 +269,7 @@ def _evaluate_harness(
             extra_stop_ids=backend.extra_stop_ids,
         )
         result = harness_scores.evaluate_tasks(
-            selection.name,
+            selection.title,
             selection.folder,
             tasks,
             model,

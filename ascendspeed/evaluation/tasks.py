@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ascendspeed.evaluation import loaders, prompt_styles
-from ascendspeed.evaluation.harness_index import GROUPS, PREFIX
+from ascendspeed.evaluation.harness_index import CODE_TASKS, GROUPS, PREFIX
 from ascendspeed.evaluation.loaders import Loader, SubjectFiles
 from ascendspeed.evaluation.prompt_styles import PromptStyle
 from ascendspeed.evaluation.questions import LETTERS, Benchmark
@@ -177,8 +177,8 @@ def find_task(name: str) -> EvaluationTask:
     """Returns the task of this name. Raises UserError with the known ones."""
     if name not in TASKS:
         raise UserError(
-            f"--task {name} does not exist; choose from {', '.join((*TASKS, *GROUPS))}, or {PREFIX}NAME for "
-            "a task of lm-evaluation-harness"
+            f"--task {name} does not exist; choose from {', '.join((*TASKS, *GROUPS, *CODE_TASKS))}, or "
+            f"{PREFIX}NAME for a task of lm-evaluation-harness"
         )
     return TASKS[name]
 

@@ -13,6 +13,7 @@ from helpers import launch, oracle
 from helpers.generate_worker import run_case
 from helpers.generation import hf_generate, hf_logprobs, language_model, token_lists
 from helpers.models import INTERNLM, ours, tensors_of
+from helpers.quantization import with_int8_weights
 from safetensors.torch import save_file
 
 from ascendspeed.config.schema import ModelConfig
@@ -157,12 +158,17 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
                 "params": PARAMS | {"drawn": DRAWS},
                 "requests": REQUESTS,
             }
+            if tp > 1 and name in ("v1", "v2"):
+                int8 = {"quantize": "w8a16", "params": {"greedy": PARAMS["greedy"], "drawn": DRAWS}}
+                cases[f"{name} tp{tp} pp{pp} int8"] = cases[f"{name} tp{tp} pp{pp}"] | int8
     results = launch.ranks(
         math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200
     )
     for case, answer in results.items():
         name = case.split()[0]
         tensors = tensors_of(MODELS[name])
+        if case.endswith("int8"):
+            tensors = with_int8_weights(tensors)
         drawn = [[tokens for tokens, _, _ in group] for group in answer["texts"].pop("drawn")]
         alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, SamplingParams(**DRAWS))
         assert drawn == token_lists(alone), case  # the same seed, the same text

@@ -148,6 +148,69 @@ def test_swapped_gate_and_up_projections_show(lm, reference, prompts):
     assert results != [hf_generate(reference, prompt, max_new_tokens=40) for prompt in prompts]
 
 
+# ---------------------------------------------------------------- int8
+
+INT8 = {"quantize": "w8a16", "kv_cache_dtype": "int8"}
+
+
+def distributions(model, texts: list[list[int]]) -> torch.Tensor:
+    """Log-probabilities [tokens, V] after every token of the texts, read through the cache."""
+    rows = []
+    with torch.inference_mode():
+        for text in texts:
+            model.allocate_cache(1, len(text), [len(text)])
+            positions = [list(range(len(text) - 1))]
+            hidden = model.prefill([text[:3]], positions=[[0, 1, 2]])
+            hidden += model.prefill([text[3:-1]], first_slot=3, positions=[positions[0][:-3]])
+            rows.append(model.logits(torch.cat(hidden)).log_softmax(-1))
+            model.free_cache()
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("settings", [{"quantize": "w8a16"}, {"kv_cache_dtype": "int8"}, INT8], ids=str)
+def test_accuracy_of_int8(cpu, trained, settings, capsys):
+    """Loss, Kullback-Leibler divergence and best token on texts that were not trained on.
+
+    Control: the scales of neighbouring channels and tokens.
+    """
+    from ascendspeed.inference import engine
+    from ascendspeed.models import int8
+
+    encode = tokenizer.load(trained / "tokenizer").encode
+    texts = [[1, *encode(text).tolist()][:64] for text in words(40, start=900)]
+    targets = torch.tensor([token for text in texts for token in text[1:]])[:, None]
+
+    def measure(**chosen) -> torch.Tensor:
+        return distributions(engine.load(trained / "export", dtype="fp32", device=cpu, **chosen), texts)
+
+    expected = measure()
+
+    def differences(**chosen) -> tuple[float, float, float]:
+        actual = measure(**chosen)
+        loss = float((expected - actual).gather(1, targets).mean())
+        divergence = float((expected.exp() * (expected - actual)).sum(-1).mean())
+        return loss, divergence, float((actual.argmax(-1) == expected.argmax(-1)).float().mean())
+
+    loss, divergence, same = differences(**settings)
+    with capsys.disabled():
+        print(f"{settings}: loss {loss:+.2e}, KL {divergence:.1e}, same {same:.4f} of {len(targets)}")
+    assert abs(loss) <= 1e-3
+    assert divergence <= 1e-4
+    assert same >= 0.995
+    quantize = int8.quantize
+
+    def with_scales_of_neighbours(*args):
+        numbers, scale = quantize(*args)
+        return numbers, scale.roll(1, -2)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(int8, "quantize", with_scales_of_neighbours)
+        loss, divergence, same = differences(**settings)
+        with capsys.disabled():
+            print(f"control: loss {loss:+.2e}, KL {divergence:.1e}, same {same:.4f}")
+        assert divergence > 1e-4
+
+
 # ---------------------------------------------------------------- verification of the checkpoint
 
 

@@ -68,6 +68,10 @@ def _check_write_options(options: ConvertCommand, typed: set[str]) -> None:
         raise errors.UserError(
             f"--verify reads the result back, and {options.format} is written only; leave it out"
         )
+    if options.verify and options.writing.quantize:
+        raise errors.UserError("--verify compares every bit, which --quantize changes; leave it out")
+    if options.verify and options.writing.static_rope:
+        raise errors.UserError("--verify compares architectures, and --static-rope changes it; leave it out")
     if "scaling_factor" in typed and options.reading.rotary_type != "dynamic":
         raise errors.UserError("--scaling-factor means nothing without --rotary-type dynamic")
 

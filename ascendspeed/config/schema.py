@@ -19,6 +19,8 @@ BackendChoice = Literal["auto", "nccl", "gloo", "hccl"]
 MOCK_DATA = "<mock data>"
 """Value of `DataConfig.data_path` for --mock-data."""
 CpuLinearChoice = Literal["auto", "onednn", "torch"]
+QuantizationChoice = Literal["w8a16"]
+KVCacheChoice = Literal["auto", "int8"]
 
 
 def alias(*names: str) -> Any:

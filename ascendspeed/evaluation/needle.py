@@ -135,7 +135,7 @@ def _settings(job: NeedleJob, session: Any) -> dict[str, Any]:
 
     settings = {name: getattr(job.needle, name) for name in SETTINGS}
     return json.loads(json.dumps(settings)) | {
-        "dtype": job.spec.args.dtype,
+        "dtype": job.spec.args.precision,
         "haystack_sha256": hashlib.sha256("\n".join(job.sentences).encode()).hexdigest(),
         "tokenizer_sha256": fingerprint.hash_tokenizer(Path(session.tokenizer.path)),
         "model_sha256": weights_identity.full_bytes(session.source, session.readers),
@@ -212,7 +212,7 @@ def _report(job: NeedleJob, records: dict[str, dict[str, Any]], settings: dict[s
     }
     write_file(folder / "results.json", json.dumps(results, indent=2, ensure_ascii=False) + "\n")
     trials = f"{job.needle.trials} trials each" if job.needle.trials > 1 else "one trial each"
-    title = f"Needle in a haystack: {job.spec.args.load}, {job.spec.args.dtype}, {trials}"
+    title = f"Needle in a haystack: {job.spec.args.load}, {job.spec.args.precision}, {trials}"
     write_file(folder / "chart.png", draw_needle_chart(lengths, depths, shares, title))
     print(f"wrote {folder}/results.json, chart.png and questions.jsonl")
 

@@ -157,7 +157,7 @@ def _settings(job: EvaluationJob, sha256: str, tokenizer: Tokenizer, max_length:
     return chat | {
         "model_sha256": sha256,
         "tokenizer_sha256": fingerprint.hash_tokenizer(Path(tokenizer.path)),
-        "dtype": job.spec.args.dtype,
+        "dtype": job.spec.args.precision,
         "prompt_style": job.evaluation.prompt_style,
         "num_fewshot": job.evaluation.num_fewshot,
         "max_input_length": max_length,

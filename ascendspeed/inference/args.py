@@ -20,8 +20,10 @@ from ascendspeed.config.schema import (
     BackendChoice,
     CpuLinearChoice,
     DeviceChoice,
+    KVCacheChoice,
     ModelConfig,
     ParallelConfig,
+    QuantizationChoice,
     alias,
 )
 from ascendspeed.models import families
@@ -76,6 +78,12 @@ class EngineArgs:
     cpu_linear: CpuLinearChoice = "auto"
     """Matrix products in fp32 on a CPU: oneDNN's, with packed weights, or torch's; auto: the faster one,
     measured at the start on CPUs of AMD. The two differ by rounding."""
+    quantize: QuantizationChoice | None = None
+    """w8a16: weights of the layers in int8 with a scale for each output channel, quantised as they are read;
+    embedding, output layer and activations keep their number format. None: no quantisation."""
+    kv_cache_dtype: KVCacheChoice = "auto"
+    """int8: keys and values in int8 with a scale for each token and head; auto: the number format of the
+    activations."""
 
     @property
     def dtype(self) -> Literal["bf16", "fp16", "fp32"]:
@@ -83,6 +91,12 @@ class EngineArgs:
         if self.bf16:
             return "bf16"
         return "fp16" if self.fp16 else "fp32"
+
+    @property
+    def precision(self) -> str:
+        """Number format with its quantisation, for records and messages."""
+        cache = "int8 cache" if self.kv_cache_dtype == "int8" else None
+        return ", ".join(part for part in (self.dtype, self.quantize, cache) if part)
 
     @property
     def layout(self) -> ParallelConfig:

@@ -85,12 +85,17 @@ class ModelSession:
             products=Products.of_inference(args.cpu_linear, args.dtype, self.config, args.layout),
         )
         model = engine.load(
-            self.source, parallel=args.layout, dtype=args.dtype, device=self.device, kernels=kernels
+            self.source,
+            parallel=args.layout,
+            dtype=args.dtype,
+            device=self.device,
+            kernels=kernels,
+            quantize=args.quantize,
+            kv_cache_dtype=args.kv_cache_dtype,
         )
         device = f"{self.device.kind} ({self.device.name})"
-        logger.info(
-            f"{args.load}: {model.config.family}, {args.dtype}, on {device}; {self.grid}; kernels: {kernels}"
-        )
+        precision = f"{model.config.family}, {args.precision}"
+        logger.info(f"{args.load}: {precision}, on {device}; {self.grid}; kernels: {kernels}")
         return model
 
 

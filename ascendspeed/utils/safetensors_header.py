@@ -10,7 +10,7 @@ from ascendspeed.utils.safe_io import parse_json
 
 MAX_HEADER = 100_000_000
 """Bytes of header that the safetensors library accepts."""
-ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "BOOL": 1}
+ITEM_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "U8": 1, "I8": 1, "BOOL": 1}
 """Element type as a header names it -> bytes of an element."""
 
 

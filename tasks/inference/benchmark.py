@@ -122,7 +122,7 @@ def _cases(options: BenchmarkArgs) -> tuple[Pairs, Pairs]:
 
 def _title(args: EngineArgs, device: str) -> str:
     layout = f"TP {args.tensor_model_parallel_size} x PP {args.pipeline_model_parallel_size}"
-    return f"{args.load}, {args.dtype}, {layout}, {device}"
+    return f"{args.load}, {args.precision}, {layout}, {device}"
 
 
 def main() -> None:

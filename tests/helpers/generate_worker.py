@@ -2,7 +2,7 @@
 
 A case: {"model": ModelConfig, "weights": safetensors, "tp": n, "pp": n, "prompts": [[id]], "params": {name:
 SamplingParams}, "requests": [[context, continuation]], "packed": oneDNN computes with packed weights of every
-size}.
+size, "quantize": weights in int8, "kv_cache_dtype": that of the cache}.
 """
 
 import json
@@ -40,8 +40,10 @@ def main() -> None:
             kernels = Kernels(linear=onednn.linear, pack_weight=onednn.pack)
         settings = layer_spec.transformer_config(model, layout, TrainConfig(), kernels=kernels)
         built = gpt_model.build_model(model, layout, settings)
-        gpt_model.load_weights(built, model, layout, load_file(case["weights"]).items())
-        results[name] = run_case(LanguageModel(built, model, grid, cpu), case)
+        writer = {"write": gpt_model.int8_writer(built)} if case.get("quantize") else {}
+        gpt_model.load_weights(built, model, layout, load_file(case["weights"]).items(), **writer)
+        lm = LanguageModel(built, model, grid, cpu, case.get("kv_cache_dtype", "auto"))
+        results[name] = run_case(lm, case)
         if case.get("packed"):
             assert built.decoder.layers[0].mlp.linear_fc1.weight.is_mkldnn
         assert all(other == results[name] for other in grid.all_gather_object(results[name])), (

@@ -8,12 +8,16 @@ from ascendspeed.config.schema import ModelConfig, ParallelConfig
 from helpers.models import ours
 
 
-def language_model(cpu, model: ModelConfig, tensors):
+def language_model(cpu, model: ModelConfig, tensors, quantize=None, kv_cache_dtype="auto"):
     from ascendspeed.distributed import process_groups
     from ascendspeed.inference.engine import LanguageModel
 
     return LanguageModel(
-        ours(cpu, model, tensors), model, process_groups.initialize(cpu, ParallelConfig(), 1), cpu
+        ours(cpu, model, tensors, quantize=quantize),
+        model,
+        process_groups.initialize(cpu, ParallelConfig(), 1),
+        cpu,
+        kv_cache_dtype,
     )
 
 

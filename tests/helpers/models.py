@@ -37,14 +37,15 @@ def tokens_of(model: ModelConfig, length: int = 32) -> torch.Tensor:
     return torch.randint(0, model.vocab_size, (2, length), generator=torch.Generator().manual_seed(3))
 
 
-def ours(cpu, model: ModelConfig, tensors, dtype: str = "fp32", train: TrainConfig | None = None):
+def ours(cpu, model: ModelConfig, tensors, dtype="fp32", train: TrainConfig | None = None, quantize=None):
     from ascendspeed.models.gpt import gpt_model, layer_spec
 
     layout = ParallelConfig()
     built = gpt_model.build_model(
         model, layout, layer_spec.transformer_config(model, layout, train or TrainConfig(), dtype)
     )
-    gpt_model.load_weights(built, model, layout, tensors.items())
+    writer = {"write": gpt_model.int8_writer(built)} if quantize else {}
+    gpt_model.load_weights(built, model, layout, tensors.items(), **writer)
     return built
 
 

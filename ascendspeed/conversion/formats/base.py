@@ -60,6 +60,14 @@ class WriteOptions:
     """
     wp: int = 0
     """Weight-parallel ranks (isp) to write an InternEvo folder for, in place of --tp."""
+    quantize: Literal["w8a16", "modelslim-w8a16"] | None = None
+    """Weights of the layers in int8 with a scale for each output channel (--format hf-llama): w8a16, the
+    layout of compressed-tensors (vLLM, transformers); modelslim-w8a16, that of MindIE and vllm-ascend.
+    """
+    static_rope: int | None = None
+    """Replace dynamic rope scaling by its base at this length (--format hf-llama), for programs that do not
+    compute it.
+    """
     internevo_version: Literal[1, 2] = 2
     """InternEvo folder to write: 1, w2 is up and w3 is down (releases before March 2024); 2, w3 is up and w2
     is down.

@@ -12,7 +12,13 @@ from torch import Tensor
 from ascendspeed.checkpoint.discovery import Readers
 from ascendspeed.config import schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
-from ascendspeed.config.schema import ModelConfig, ParallelConfig, TrainConfig
+from ascendspeed.config.schema import (
+    KVCacheChoice,
+    ModelConfig,
+    ParallelConfig,
+    QuantizationChoice,
+    TrainConfig,
+)
 from ascendspeed.conversion.checkpoint_reader import CheckpointReader
 from ascendspeed.conversion.formats.registry import open_reader
 from ascendspeed.distributed import process_groups
@@ -21,6 +27,7 @@ from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.distributed.process_groups import ProcessGrid
 from ascendspeed.models import families
 from ascendspeed.models.gpt import attention, gpt_model
+from ascendspeed.models.gpt.int8_cache import bytes_per_head
 from ascendspeed.models.gpt.kv_cache import KVCache
 from ascendspeed.models.gpt.layer_spec import NormHead, transformer_config
 from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear
@@ -50,8 +57,14 @@ class LanguageModel:
     """
 
     def __init__(
-        self, gpt: gpt_model.GPTLanguageModel, model: ModelConfig, grid: ProcessGrid, device: Device
+        self,
+        gpt: gpt_model.GPTLanguageModel,
+        model: ModelConfig,
+        grid: ProcessGrid,
+        device: Device,
+        kv_cache_dtype: KVCacheChoice = "auto",
     ) -> None:
+        self.has_int8_cache = kv_cache_dtype == "int8"
         self.gpt, self.config, self.grid, self.device = gpt.eval(), model, grid, device
         self.is_first_stage, self.is_last_stage = gpt.pre_process, gpt.post_process
         self.cache: KVCache | PagedKVCache | TreeKVCache | None = None
@@ -69,7 +82,7 @@ class LanguageModel:
         self.free_cache()  # before the allocation, which needs its memory
         self._arrange_weights(packed=rows > 1)
         try:
-            self.cache = KVCache(self.gpt, rows, capacity)
+            self.cache = KVCache(self.gpt, rows, capacity, self.has_int8_cache)
         except (RuntimeError, MemoryError) as error:
             size = rows * capacity * self.cache_bytes_per_token / 2**30
             raise CacheOutOfMemory(
@@ -85,7 +98,7 @@ class LanguageModel:
         self.free_cache()
         self._arrange_weights(packed=True)
         try:
-            self.cache = PagedKVCache(self.gpt, num_blocks, block_size)
+            self.cache = PagedKVCache(self.gpt, num_blocks, block_size, self.has_int8_cache)
         except (RuntimeError, MemoryError) as error:
             size = num_blocks * block_size * self.cache_bytes_per_token / 2**30
             raise CacheOutOfMemory(
@@ -220,7 +233,7 @@ class LanguageModel:
     @property
     def cache_bytes_per_token(self) -> int:
         """Bytes per token in this rank's cache."""
-        size = self.config.head_dim * self.gpt.config.params_dtype.itemsize
+        size = bytes_per_head(self.config.head_dim, self.gpt.config.params_dtype, self.has_int8_cache)
         return sum(
             2 * size * layer.self_attention.num_query_groups_per_partition
             for layer in self.gpt.decoder.layers
@@ -272,11 +285,14 @@ def load(
     device: Device,
     kernels: Kernels | None = None,
     model: str | None = None,
+    quantize: QuantizationChoice | None = None,
+    kv_cache_dtype: KVCacheChoice = "auto",
 ) -> LanguageModel:
     """Loads a checkpoint of any format over the TP x PP processes that the launcher started.
 
     `path`: folder, or the result of `open_reader`; `dtype`: fp32, bf16 or fp16; `model`: preset that the
-    weights must have. Raises `UserError` for a mismatch before any weight is read.
+    weights must have; `quantize`: w8a16 for int8 weights of the layers, quantised as they are read. Raises
+    `UserError` for a mismatch before any weight is read.
     """
     layout = parallel or ParallelConfig()
     was_initialized = dist.is_initialized()
@@ -291,8 +307,9 @@ def load(
         raise
     settings = transformer_config(reader.config, layout, TrainConfig(), dtype, kernels)
     gpt = gpt_model.build_model(reader.config, layout, settings)
-    gpt_model.load_weights(gpt, reader.config, layout, reader.tensors())
-    return LanguageModel(gpt, reader.config, grid, device)
+    writer = {"write": gpt_model.int8_writer(gpt)} if quantize else {}
+    gpt_model.load_weights(gpt, reader.config, layout, reader.tensors(), **writer)
+    return LanguageModel(gpt, reader.config, grid, device, kv_cache_dtype)
 
 
 def _check_model(reader: CheckpointReader, layout: ParallelConfig, model: str | None) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
 from ascendspeed.config.schema import ModelConfig
+from ascendspeed.models.families import quantization_config
 from ascendspeed.models.families.gguf_names import GgufArchitecture
 from ascendspeed.models.families.rope_config import read_rope, write_rope
 from ascendspeed.utils.errors import UserError
@@ -148,6 +149,8 @@ class Family:
         """config.json -> ModelConfig. Raises `UserError` for missing, ill-typed, contradictory or unsupported
         entries."""
         for name, value in {**self.required_values, **dict.fromkeys(self.refused_keys)}.items():
+            if name == quantization_config.KEY and quantization_config.is_w8a16(config_json.get(name)):
+                continue
             if config_json.get(name) not in (*_choices(value), None):
                 raise UserError(
                     f"config.json: {name} = {config_json[name]!r} is not supported for {self.name}, "

@@ -13,13 +13,15 @@ from ascendspeed.config.schema import LoraConfig, ModelConfig, ParallelConfig, p
 from ascendspeed.models import param_mapping
 from ascendspeed.models.gpt.cross_entropy import cross_entropy
 from ascendspeed.models.gpt.layer_spec import GPTConfig, NormHead, block_spec
-from ascendspeed.models.gpt.linear import ColumnLinear
+from ascendspeed.models.gpt.linear import ColumnLinear, InferenceLinear
 from ascendspeed.models.lora import layers as adapters
 from ascendspeed.utils.errors import UserError
 from ascendspeed.utils.text import shorten_list
 
 GatherParameter = Callable[[torch.nn.Parameter], AbstractContextManager]
 """Context in which a partitioned parameter is complete."""
+WriteShard = Callable[[torch.nn.Parameter, Tensor], object]
+"""Writes this rank's shard of a tensor into a parameter."""
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
@@ -104,6 +106,24 @@ class _MaskPadding:
             logits.detach()[..., rows:].fill_(max(-1e9, torch.finfo(logits.dtype).min))
 
 
+def int8_writer(gpt: GPTModel) -> WriteShard:
+    """Returns a `WriteShard` that quantises the weights of all linears of the layers as they arrive.
+
+    Embedding, output layer and routers keep their type. Collective under tensor parallel.
+    """
+    modules = gpt.decoder.layers.modules()
+    linears = {id(module.weight): module for module in modules if isinstance(module, InferenceLinear)}
+
+    def write(parameter: torch.nn.Parameter, shard: Tensor) -> None:
+        linear = linears.get(id(parameter))
+        if linear is None:
+            parameter.copy_(shard)
+        else:
+            linear.set_int8_weight(shard)
+
+    return write
+
+
 def named_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
     """The parameters by their names in the whole model: layers and experts count from 0 over all ranks."""
     named = {}
@@ -136,6 +156,7 @@ def load_weights(
     tensors: Iterable[tuple[str, Tensor]],
     gather: GatherParameter = lambda parameter: nullcontext(),
     lora: LoraConfig | None = None,
+    write: WriteShard = torch.Tensor.copy_,
 ) -> None:
     """Writes this rank's shard of every (name, full tensor) into the model, or into its virtual stages
     `chunks`.
@@ -156,6 +177,6 @@ def load_weights(
         for parameter in [pending.pop(copy) for copy in copies if copy in pending]:
             with gather(parameter):
                 if parameter.numel():
-                    parameter.copy_(specs[name].shard(full, rank))
+                    write(parameter, specs[name].shard(full, rank))
     if pending:
         raise UserError(f"the weights lack {shorten_list(sorted(pending), 5)}")

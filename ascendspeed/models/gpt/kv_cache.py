@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ascendspeed.distributed.fused_kernels import rotary
 from ascendspeed.models.gpt.attention import attend
+from ascendspeed.models.gpt.int8_cache import CacheTensor, allocate, stored_tensors
 from ascendspeed.models.gpt.rope import Rope
 
 
@@ -21,22 +22,21 @@ class KVCache:
     written. `begin_prefill` or `begin_decode` chooses the slots of the next forward pass.
     """
 
-    def __init__(self, gpt: GPTModel, rows: int, capacity: int) -> None:
-        """Allocates the cache for at most `rows` sequences of `capacity` tokens."""
+    def __init__(self, gpt: GPTModel, rows: int, capacity: int, is_int8: bool = False) -> None:
+        """Allocates the cache for at most `rows` sequences of `capacity` tokens, in int8 or in the model's
+        type."""
         config = gpt.config
         self.capacity = capacity
         self.rows = rows
         self.rope: Rope = config.rope
         self.rotary = config.kernels.rotary
-        parameter = next(gpt.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.device, self.dtype = next(gpt.parameters()).device, config.params_dtype
+        self.layers: dict[int, tuple[CacheTensor, CacheTensor]] = {}
         self._slots: Tensor | None = None
         self._mask: Tensor | None = None
         for layer in gpt.decoder.layers:
             shape = (rows, layer.self_attention.num_query_groups_per_partition, capacity, config.kv_channels)
-            # Zeros, as masked slots are still multiplied by 0 and must not be NaN.
-            key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            key, value = (allocate(shape, self.dtype, self.device, is_int8) for _ in range(2))
             self.layers[layer.layer_number] = key, value
         self.set_rope_lengths([0])
 
@@ -84,7 +84,8 @@ class KVCache:
             end = self._first + count
             keys[:rows, :, self._first : end] = key.permute(1, 2, 0, 3)
             values[:rows, :, self._first : end] = value.permute(1, 2, 0, 3)
-            out = attend(query.permute(1, 2, 0, 3), keys[:rows], values[:rows], self._first, scale=scale)
+            k, v = keys[:rows, :, :end], values[:rows, :, :end]
+            out = attend(query.permute(1, 2, 0, 3), k, v, self._first, scale=scale, longest=self.capacity)
             return out.permute(2, 0, 1, 3).flatten(2)
         if self._mask is None:
             keys[:rows, :, self._first], values[:rows, :, self._first] = key[0], value[0]
@@ -108,4 +109,5 @@ class KVCache:
         targets, sources = (torch.tensor(side, device=self.device) for side in zip(*moved, strict=True))
         for pair in self.layers.values():
             for cached in pair:
-                cached[targets, :, :used] = cached[sources, :, :used]
+                for tensor in stored_tensors(cached):
+                    tensor[targets, :, :used] = tensor[sources, :, :used]

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ascendspeed.distributed import fused_kernels
+from ascendspeed.models import int8
 
 
 def use_weight_gradient(kernel: Callable[[Tensor, Tensor, Tensor], None]) -> None:
@@ -90,16 +91,38 @@ def _gather_sequence(x: Tensor, group: Any, async_op: bool = False) -> tuple[Ten
     return gathered, dist.all_gather_into_tensor(gathered, x.contiguous(), group=group, async_op=async_op)
 
 
-class _Packable(torch.nn.Module):
-    """Mixin of linears whose weight can have the layout of `Kernels.pack_weight`."""
+class InferenceLinear(torch.nn.Module):
+    """Mixin of linears whose weight can have the layout of `Kernels.pack_weight`, or be in int8."""
 
     weight: torch.nn.Parameter
+    weight_scale: Tensor | None = None
+    """Scale of each output [n, 1] of a weight in int8."""
     config: Any
+    tp_group: Any
+
+    def multiply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [..., k], weight [n, k] -> x weight^T [..., n], without a gradient."""
+        if self.weight_scale is None:
+            return self.config.kernels.linear(x, weight)
+        return int8.linear(x, weight, self.weight_scale, self.config.kernels.linear)
+
+    @torch.no_grad()
+    def set_int8_weight(self, weight: Tensor) -> None:
+        """Replaces the weight by this rank's part [n, k] of a plain one, in int8; no training afterwards.
+
+        Collective for a weight that is cut along its inputs: all ranks take the scales of whole rows.
+        """
+        weight = weight.to(self.weight.device)
+        largest = weight.abs().amax(-1, keepdim=True)
+        if isinstance(self, RowParallelLinear) and self.tp_group.size() > 1:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.tp_group)
+        numbers, self.weight_scale = int8.quantize(weight, self.config.params_dtype, largest)
+        self._replace_weight(numbers)
 
     @torch.no_grad()
     def pack(self) -> None:
         """Replaces the weight by its packed copy; no training afterwards."""
-        if not self.weight.is_mkldnn:
+        if self.weight_scale is None and not self.weight.is_mkldnn:
             self._replace_weight(self.config.kernels.pack_weight(self.weight))
 
     @torch.no_grad()
@@ -112,7 +135,7 @@ class _Packable(torch.nn.Module):
         self.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-class ColumnLinear(_Packable, ColumnParallelLinear):
+class ColumnLinear(InferenceLinear, ColumnParallelLinear):
     """Linear with its weight cut along the rows (outputs) over the tensor-parallel ranks."""
 
     def forward(
@@ -124,7 +147,7 @@ class ColumnLinear(_Packable, ColumnParallelLinear):
         """
         if torch.is_grad_enabled() or _needs_megatron_forward(self):
             return super().forward(input_, weight, runtime_gather_output)
-        out = self.config.kernels.linear(input_, self.weight if weight is None else weight)
+        out = self.multiply(input_, self.weight if weight is None else weight)
         if self.bias is not None and not self.skip_bias_add:
             out = out + self.bias
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
@@ -132,19 +155,19 @@ class ColumnLinear(_Packable, ColumnParallelLinear):
         return out, self.bias if self.skip_bias_add else None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        if self.config.kernels.linear is fused_kernels.linear:
+        if self.weight_scale is None and self.config.kernels.linear is fused_kernels.linear:
             return super()._forward_impl(input=input, weight=weight, **settings)
         return _kernel_linear(self, input, weight, settings)
 
 
-class RowLinear(_Packable, RowParallelLinear):
+class RowLinear(InferenceLinear, RowParallelLinear):
     """Linear with its weight cut along the columns (inputs); the ranks' outputs are summed."""
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """input_ [..., in / TP] -> ([..., h], bias that the caller must add)."""
         if torch.is_grad_enabled() or _needs_megatron_forward(self) or not self.input_is_parallel:
             return super().forward(input_)
-        out = self.config.kernels.linear(input_, self.weight)
+        out = self.multiply(input_, self.weight)
         if self.tp_group.size() > 1:
             out = reduce_from_tensor_model_parallel_region(out, group=self.tp_group)
         if self.bias is not None and not self.skip_bias_add:
@@ -152,7 +175,7 @@ class RowLinear(_Packable, RowParallelLinear):
         return out, self.bias if self.skip_bias_add else None
 
     def _forward_impl(self, input: Tensor, weight: Tensor, **settings: Any) -> Tensor:
-        if self.config.kernels.linear is fused_kernels.linear:
+        if self.weight_scale is None and self.config.kernels.linear is fused_kernels.linear:
             return super()._forward_impl(input=input, weight=weight, **settings)
         return _kernel_linear(self, input, weight, settings)
 
@@ -165,7 +188,10 @@ def _needs_megatron_forward(linear: ColumnLinear | RowLinear) -> bool:
 def _kernel_linear(
     linear: ColumnLinear | RowLinear, x: Tensor, weight: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """`KernelLinear` with the arguments that Megatron-core gives to its own functions."""
+    """`KernelLinear` with the arguments that Megatron-core gives to its own functions; int8: no gradient."""
+    if linear.weight_scale is not None:
+        out = linear.multiply(x, weight)
+        return out if settings["bias"] is None else out + settings["bias"]
     return KernelLinear.apply(
         x,
         weight,

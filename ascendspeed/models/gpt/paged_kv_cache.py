@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ascendspeed.models.gpt.attention import attend
+from ascendspeed.models.gpt.int8_cache import CacheTensor, allocate
 from ascendspeed.models.gpt.rope import Rope
 
 GATHER_BYTES = 2 << 20
@@ -54,21 +55,19 @@ class PagedKVCache:
     sequence after sequence; `begin_pass` says which tokens of which sequences they are.
     """
 
-    def __init__(self, gpt: GPTModel, num_blocks: int, block_size: int) -> None:
-        """Allocates `num_blocks` blocks of `block_size` tokens."""
+    def __init__(self, gpt: GPTModel, num_blocks: int, block_size: int, is_int8: bool = False) -> None:
+        """Allocates `num_blocks` blocks of `block_size` tokens, in int8 or in the model's type."""
         config = gpt.config
         self.block_size = block_size
         self.rope: Rope = config.rope
         self._rotate = config.kernels.rotary
-        parameter = next(gpt.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.device, self.dtype = next(gpt.parameters()).device, config.params_dtype
+        self.layers: dict[int, tuple[CacheTensor, CacheTensor]] = {}
         widest = 1
         for layer in gpt.decoder.layers:
             groups = layer.self_attention.num_query_groups_per_partition
             shape = (groups, num_blocks, block_size, config.kv_channels)
-            # Zeros, as masked keys are still multiplied by 0 and must not be NaN.
-            key, value = (torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in range(2))
+            key, value = (allocate(shape, self.dtype, self.device, is_int8) for _ in range(2))
             self.layers[layer.layer_number] = key, value
             widest = max(widest, groups)
         bytes_per_token = widest * config.kv_channels * self.dtype.itemsize
@@ -164,7 +163,7 @@ class PagedKVCache:
 
     @staticmethod
     def _attend_decodes(
-        group: _DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, scale: float | None
+        group: _DecodeGroup, query: Tensor, keys: CacheTensor, values: CacheTensor, scale: float | None
     ) -> Tensor:
         """Returns the attention output [n, heads, d] of single tokens."""
         rows, groups = len(group.tokens), keys.size(0)

@@ -11,6 +11,19 @@ from ascendspeed.models.gpt.context_parallel import WHOLE_SEQUENCE, SequenceShar
 KEPT_TABLES = 8
 
 
+def rope_base(model: ModelConfig, length: int) -> float:
+    """Rotary base for texts of `length` tokens.
+
+    Dynamic NTK, for a length L above the trained P, takes base · ((f·L/P) - (f - 1))^(d/(d-2)), as the
+    original InternLM code and Hugging Face do.
+    """
+    d, base = model.head_dim, model.rotary_base
+    if model.rope_scaling_type == "dynamic" and length > model.max_position_embeddings:
+        factor = model.rope_scaling_factor
+        base *= (factor * length / model.max_position_embeddings - (factor - 1)) ** (d / (d - 2))
+    return base
+
+
 @dataclass(eq=False)
 class Rope:
     """Tables of cos and sin, shared by all layers; the tables of the last few lengths are cached."""
@@ -19,15 +32,8 @@ class Rope:
     _tables: dict[tuple, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def inverse_frequencies(self, length: int) -> Tensor:
-        """1 / base^(2i/d), fp32 [d/2].
-
-        Dynamic NTK, for a length L above the trained P, takes base · ((f·L/P) - (f - 1))^(d/(d-2)) as its
-        base, as the original InternLM code and Hugging Face do.
-        """
-        model, d, base = self.model, self.model.head_dim, self.model.rotary_base
-        if model.rope_scaling_type == "dynamic" and length > model.max_position_embeddings:
-            factor = model.rope_scaling_factor
-            base *= (factor * length / model.max_position_embeddings - (factor - 1)) ** (d / (d - 2))
+        """1 / base^(2i/d), fp32 [d/2]; `base`: see `rope_base`."""
+        model, d, base = self.model, self.model.head_dim, rope_base(self.model, length)
         frequencies = 1.0 / base ** (torch.arange(0, d, 2, dtype=torch.int64, device="cpu").float() / d)
         return frequencies / model.rope_scaling_factor if model.rope_scaling_type == "linear" else frequencies
 

@@ -21,6 +21,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 """
 
 
+DESCRIPTION = "quant_model_description.json"
+"""ModelSlim's table of tensors and their types, beside int8 weights."""
+
+
 class HuggingFaceFormat(CheckpointFormat):
     """A Hugging Face directory under the parameter names of the model's own family."""
 
@@ -37,7 +41,7 @@ class HuggingFaceFormat(CheckpointFormat):
     def detect(self, folder: Path) -> bool:
         """True if there is a weight file or an index of shards."""
         names = (name for single in WEIGHT_FILES for name in (single, f"{single}.index.json"))
-        return any((folder / name).exists() for name in names)
+        return any((folder / name).exists() for name in (*names, DESCRIPTION))
 
     def takes_precedence(self, folder: Path) -> bool:
         """True for the output of transformers' Trainer, which leaves DeepSpeed's own files beside the
@@ -66,7 +70,7 @@ class LlamaFormat(HuggingFaceFormat):
     name = "hf-llama"
     summary = "plain LlamaForCausalLM"
     contents = marker_files = ""
-    write_options = ("max_shard_size",)
+    write_options = ("max_shard_size", "quantize", "static_rope")
 
     def supports(self, family: str, direction: Direction) -> bool:
         """True for families that are a Llama up to parameter names; read again, the model is a Llama."""
@@ -80,6 +84,10 @@ class LlamaFormat(HuggingFaceFormat):
 
     def writer(self, options: WriteOptions) -> CheckpointWriter:
         """Returns a writer of safetensors under Llama's names."""
+        from ascendspeed.conversion.formats.huggingface.int8_writing import Int8Writer
         from ascendspeed.conversion.formats.huggingface.writing import HuggingFaceWriter
 
-        return HuggingFaceWriter(REFERENCE.name, parse_size(options.max_shard_size))
+        size = parse_size(options.max_shard_size)
+        if options.quantize is None:
+            return HuggingFaceWriter(REFERENCE.name, size, static_rope=options.static_rope)
+        return Int8Writer(REFERENCE.name, size, static_rope=options.static_rope, quantize=options.quantize)

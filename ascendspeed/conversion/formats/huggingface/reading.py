@@ -13,12 +13,20 @@ from ascendspeed.conversion.checkpoint_reader import (
     CheckpointReader,
     check_tensor,
     common_dtype,
+    from_factory,
     from_stored,
     read_config,
     same_bits,
 )
 from ascendspeed.conversion.config_check import config_mismatches
 from ascendspeed.conversion.formats.huggingface import WEIGHT_FILES
+from ascendspeed.conversion.formats.huggingface.int8_layouts import Int8Layout, ModelSlim
+from ascendspeed.conversion.formats.huggingface.int8_reading import (
+    KEYS,
+    Int8Tensors,
+    find_layout,
+    read_modelslim,
+)
 from ascendspeed.conversion.load_files import load_pt, load_safetensors, read_index, read_json_object
 from ascendspeed.models import param_mapping
 from ascendspeed.models.families import FAMILIES
@@ -42,6 +50,9 @@ def open_directory(folder: Path, config_dir: Path) -> CheckpointReader:
     damaged; reads none.
     """
     config_json, config = read_config(config_dir)
+    layout = find_layout(folder, config_json)
+    if layout is not None:
+        return _open_int8(folder, config_dir, layout, config_json, config)
     tensors = _without_tied_copy(read_tensors(folder), config)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if isinstance(tensor, Tensor)}
     mismatches = config_mismatches(config, shapes, config_json)
@@ -62,6 +73,40 @@ def open_directory(folder: Path, config_dir: Path) -> CheckpointReader:
         matrices[name] = [(param_mapping.as_matrix(tensors[entry.name]), entry.slices) for entry in stored]
     return CheckpointReader(
         DESCRIPTION, folder, config, config_json, dtypes, from_stored(matrices), config_dir
+    )
+
+
+def _open_int8(
+    folder: Path, config_dir: Path, layout: Int8Layout, config_json: dict[str, Any], config: ModelConfig
+) -> CheckpointReader:
+    """Opens a directory with int8 matrices, which are read as fp32: exactly number x scale."""
+    stored = read_modelslim(folder) if isinstance(layout, ModelSlim) else read_tensors(folder)
+    int8_tensors = Int8Tensors(folder, layout, stored)
+    entries = {
+        parameter.name: param_mapping.stored_tensors(config, parameter)
+        for parameter in param_mapping.parameters(config)
+    }
+    expected = {entry.name: entry.shape for entries_of in entries.values() for entry in entries_of}
+    tensors = int8_tensors.check(expected)
+    check_names(folder, expected, tensors, FAMILIES[config.family].ignored_tensors)
+    for name, shape in expected.items():
+        check_tensor(folder, name, tensors[name], shape)
+    parameters = {parameter.name: parameter for parameter in param_mapping.parameters(config)}
+
+    def make(name: str) -> Tensor:
+        matrices = [
+            (param_mapping.as_matrix(int8_tensors.matrix(entry.name, entry.shape)), entry.slices)
+            for entry in entries[name]
+        ]
+        return param_mapping.assemble(matrices, parameters[name].full_slice)
+
+    dtypes = {
+        name: common_dtype(folder, {entry.name: tensors[entry.name] for entry in entries_of})
+        for name, entries_of in entries.items()
+    }
+    plain = {key: value for key, value in config_json.items() if key not in KEYS}
+    return CheckpointReader(
+        f"{DESCRIPTION} with int8 weights", folder, config, plain, dtypes, from_factory(make), config_dir
     )
 
 

@@ -159,7 +159,8 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
                 "requests": REQUESTS,
             }
             if tp > 1 and name in ("v1", "v2"):
-                int8 = {"quantize": "w8a16", "params": {"greedy": PARAMS["greedy"], "drawn": DRAWS}}
+                params = {key: PARAMS[key] for key in ("greedy", "greedy, stops")} | {"drawn": DRAWS}
+                int8 = {"quantize": "w8a16", "params": params}
                 cases[f"{name} tp{tp} pp{pp} int8"] = cases[f"{name} tp{tp} pp{pp}"] | int8
     results = launch.ranks(
         math.prod(layouts[0]), "generate_worker.py", {"cases": cases}, folder / "run", timeout=1200

@@ -190,12 +190,12 @@ def test_a_static_base_is_that_of_dynamic_ntk(folder, tmp_path, cpu, capfd):
     config = open_reader(target).config
     assert (config.rope_scaling_type, config.max_position_embeddings) == ("none", length)
     model = engine.load(folder, dtype="fp32", device=cpu)
-    expected = engine.token_logprobs(model, [TEXT])[0]
+    expected = engine.token_logprobs(model, [[*TEXT, 9]])[0]  # reads TEXT, whose length sets the base
 
     def distance(path) -> float:
         reference = transformers_model(path)
         reference.model.rotary_emb.rope_type = "default"  # as programs that ignore dynamic NTK
-        logprobs = hf_logprobs(reference, TEXT)[:-1].gather(1, torch.tensor(TEXT[1:])[:, None])[:, 0]
+        logprobs = hf_logprobs(reference, TEXT).gather(1, torch.tensor([*TEXT[1:], 9])[:, None])[:, 0]
         return float((logprobs - expected).abs().max())
 
     assert distance(target) < 1e-5

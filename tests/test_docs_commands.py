@@ -38,6 +38,7 @@ OWN_FILES = {
         *["internlm2-mindformers/", "internlm2-tp8-pp1/", "ckpt-chat/", "llm_ckpts/5000/", "internlm2.model"],
     ],
     "docs/optimizer.md": ["ckpt/step_0020000/"],
+    "docs/hand-over.md": ["internlm2-chat-7b/"],
     "docs/loss-parity.md": ["LOG", ".parity/cand/origin.json"],
     "examples/intern/README.md": ["logs_ref/train.log", "logs_cand/train.log", "text_200K.jsonl"],
 }

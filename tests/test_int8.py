@@ -12,7 +12,7 @@ from helpers.quantization import fake_int8, with_int8_weights
 from test_generate import MODELS, PROMPTS, hugging_face, rope_of
 from torch.nn import functional as F
 
-from ascendspeed.inference.engine import SamplingParams, sample, token_logprobs
+from ascendspeed.inference.engine import SamplingParams, sample, score_continuations, token_logprobs
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 from ascendspeed.inference.serving.request import Events, RequestParams, Submission
 from ascendspeed.models import int8
@@ -115,6 +115,9 @@ def test_the_int8_cache_equals_a_rounded_one_of_hugging_face(cpu, name, monkeypa
         texts = [hf_generate(reference, prompt, max_new_tokens=12)[0] for prompt in PROMPTS]
         assert [group[0].tokens for group in sample(model, PROMPTS, GREEDY)] == texts
         assert paged_tokens(model) == texts
+        (score,) = score_continuations(model, [(TEXT[:20], TEXT[20:24])])
+        logs = hf_token_logprobs(reference, TEXT[:24])[19:]
+        assert score.logprob == pytest.approx(float(logs.sum()), abs=1e-5)
     with monkeypatch.context() as patched:
         wrong = reference_with_int8_cache(config, tensors, patched, shift=1)
         assert float((hf_token_logprobs(wrong, TEXT[:60]) - expected).abs().max()) > 1e-2

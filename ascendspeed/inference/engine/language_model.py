@@ -112,7 +112,7 @@ class LanguageModel:
         model's own)."""
         self.free_cache()
         self._arrange_weights(packed=True)
-        self.cache = TreeKVCache(self.gpt, rope_length)
+        self.cache = TreeKVCache(self.gpt, rope_length, self.has_int8_cache)
 
     def _arrange_weights(self, packed: bool) -> None:
         """Packs the weights of the linears, one after the other, or restores them; a weight exists once.

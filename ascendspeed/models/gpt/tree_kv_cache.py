@@ -9,6 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
+from ascendspeed.models import int8
 from ascendspeed.models.gpt.attention import attend_with_normalizer
 from ascendspeed.models.gpt.rope import Rope
 
@@ -66,14 +67,15 @@ class TreeKVCache:
     its tokens are one row of a batch of 1. The last layer attends for the scored tokens only.
     """
 
-    def __init__(self, gpt: GPTModel, rope_length: int) -> None:
-        """`rope_length`: length that fixes the RoPE base of the tree, 0 for the model's own."""
+    def __init__(self, gpt: GPTModel, rope_length: int, is_int8: bool = False) -> None:
+        """`rope_length`: length that fixes the RoPE base of the tree, 0 for the model's own. `is_int8`: round
+        keys and values as an int8 cache does; they are stored in the model's type."""
         config = gpt.config
         self.rope: Rope = config.rope
         self._frequencies = self.rope.inverse_frequencies(rope_length)[None]
         self._rotate = config.kernels.rotary
-        parameter = next(gpt.parameters())
-        self.device, self.dtype = parameter.device, parameter.dtype
+        self._is_int8 = is_int8
+        self.device, self.dtype = next(gpt.parameters()).device, config.params_dtype
         self._last_layer = gpt.decoder.layers[-1].layer_number if gpt.post_process else None
         self._stored: dict[Segment, dict[int, tuple[Tensor, Tensor]]] = {}
         """Segment -> layer -> keys and values."""
@@ -132,6 +134,8 @@ class TreeKVCache:
         those of the scored tokens."""
         parts, cos, sin = self._parts, self._cos, self._sin
         key = self._rotate(key, cos, sin)
+        if self._is_int8:
+            key, value = (int8.dequantize(*int8.quantize(x, x.dtype)) for x in (key, value))
         if layer == self._last_layer:
             parts, query, cos, sin = (
                 self._scored_parts,

@@ -70,7 +70,7 @@ def expected(
     return losses.detach(), torch.autograd.grad(losses, logits, arriving.double())[0]
 
 
-def ours(monkeypatch, logits, labels, arriving, ranks: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+def ours(monkeypatch, logits, labels, arriving, ranks: int = 1, **terms) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (the same on every rank, or the test fails) and the shards' gradients side by side."""
     from ascendspeed.models.gpt import cross_entropy as loss
 
@@ -80,7 +80,7 @@ def ours(monkeypatch, logits, labels, arriving, ranks: int = 1) -> tuple[torch.T
 
     def work(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         shard = shards[rank].requires_grad_()
-        losses = loss.cross_entropy(shard * 1, labels, None)
+        losses = loss.cross_entropy(shard * 1, labels, None, loss.LossTerms(**terms))
         return losses.detach(), torch.autograd.grad(losses, shard, arriving)[0]
 
     results = world.run(work)
@@ -131,6 +131,25 @@ def test_padding_weighs_nothing(cpu, monkeypatch, ranks):
     torch.testing.assert_close(actual.double(), losses, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(back[..., :V].double(), gradient, rtol=1e-5, atol=1e-5)
     assert not back[..., V:].any()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("smoothing", "z"), [(0.1, 0.0), (0.0, 1e-3), (0.2, 1e-2)])
+def test_further_terms_change_the_gradient_as_in_torch(cpu, monkeypatch, ranks, smoothing, z):
+    """Label smoothing and z-loss over the vocabulary without its padding; the losses stay those without."""
+    logits, labels, arriving = inputs()
+    exact = logits.clone().requires_grad_()
+    flat = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=smoothing)
+    total = flat.view_as(labels) + z * exact.logsumexp(-1).square()
+    gradient = torch.autograd.grad(total, exact, arriving.double())[0]
+    padded = torch.cat((logits, torch.full((S, B, 14), -1e9, dtype=torch.float64)), -1).float()
+    terms = {"label_smoothing": smoothing, "z_coeff": z, "vocab_size": V}
+    losses, back = ours(monkeypatch, padded, labels, arriving, ranks, **terms)
+    torch.testing.assert_close(losses.double(), expected(logits, labels, arriving)[0], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(back[..., :V].double(), gradient, rtol=1e-5, atol=2e-6)
+    assert not back[..., V:].any()
+    plain = ours(monkeypatch, padded, labels, arriving, ranks)[1]
+    assert (plain[..., :V].double() - gradient).abs().max() > 1e-3
 
 
 def test_a_masked_label_outside_the_vocabulary(cpu, monkeypatch):

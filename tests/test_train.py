@@ -71,6 +71,9 @@ class Recorder:
     def scalars(self):
         return {"updates": self.updates}
 
+    def restore(self, checkpoint):
+        self.updates = checkpoint.state.engine["updates"]
+
     def rng(self):
         return {"torch": torch.get_rng_state()}
 
@@ -371,6 +374,35 @@ def test_a_skipped_iteration_names_rank_and_samples(loop, capsys):
 def test_an_engine_that_updates_on_such_a_loss_is_a_mistake(loop):
     with pytest.raises(RuntimeError, match="iteration 3 was not skipped, though its loss is nan"):
         loop(RUN, Recorder(losses=[1.0, 1.0, float("nan"), 1.0]))
+
+
+def test_a_spike_rolls_back_and_leaves_its_samples_out(loop, tmp_path, capsys):
+    """At most as often as allowed, and in a resumed run too."""
+    losses = {number: 2.0 + 0.01 * (number % 3) for number in range(60)} | {21: 9.0, 27: 9.0}
+    run = changed(train_iters=30, save=str(tmp_path / "ckpt"), save_interval=5, rollback_on_spike=1)
+    state, engine, _ = loop(run, Recorder(losses))
+    starts = [call[0][1] // 4 for call in engine.calls]
+    assert starts == [*range(22), 20, *range(22, 30)]  # 21 is left out the second time
+    assert (state.step, state.samples, state.rollbacks, state.left_out) == (30, 120, 1, (21,))
+    assert state.skipped_samples == 4
+    assert engine.updates == 29
+    output = capsys.readouterr().out
+    assert "rollback 1 of 1 to " in output
+    assert "step_0000020; iteration 22, samples 84-87, will be left out" in output
+    assert "iteration 22 left out (number 21 of --rollback-on-spike): samples 84-87" in output
+    assert "--rollback-on-spike: 1 of 1 rollbacks are used up; training goes on" in output
+    from ascendspeed.checkpoint.load import Checkpoint
+
+    saved = Checkpoint(tmp_path / "ckpt" / "step_0000025").state
+    assert (saved.rollbacks, saved.left_out) == (1, (21,))
+
+
+def test_a_spike_before_the_first_checkpoint_is_only_reported(loop, tmp_path, capsys):
+    losses = [2.0] * 20 + [9.0] + [2.0] * 9
+    run = changed(train_iters=30, save=str(tmp_path / "ckpt"), save_interval=25, rollback_on_spike=1)
+    state, engine, _ = loop(run, Recorder(losses))
+    assert (len(engine.calls), state.rollbacks) == (30, 0)
+    assert "--rollback-on-spike: no checkpoint yet; training goes on" in capsys.readouterr().out
 
 
 def warned(loop, capsys, losses) -> list[str]:

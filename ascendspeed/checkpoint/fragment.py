@@ -13,6 +13,8 @@ from torch import Tensor
 from ascendspeed.models.param_mapping import ShardSpec
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+EMA = "ema"
+"""Kind of the average of --ema-decay, which a checkpoint may also hold."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class TrainState:
     """Scalars of the engine (Adam's step count, loss scale, ...); JSON values, no tensors."""
     skipped_samples: int = 0
     """Samples of iterations without an update: a schedule that counts samples leaves them out."""
+    rollbacks: int = 0
+    """Times that the run went back to a checkpoint at a loss spike."""
+    left_out: tuple[int, ...] = ()
+    """Iterations, counted from 0, that these rollbacks leave out."""
     loss: float | None = None
     """Training loss of the last iteration; None: not finite, or not recorded."""
 
@@ -38,7 +44,7 @@ class Fragment:
     name: str
     """Megatron name, with the layer's number in the whole model."""
     kind: str
-    """One of KINDS."""
+    """One of KINDS, or EMA."""
     spec: ShardSpec
     """Tensor-parallel shards of the parameter in this layout."""
     part: int
@@ -73,7 +79,7 @@ def owned_slice(fragment: Fragment) -> tuple[FragmentAddress, Tensor] | None:
     """The slice that this rank writes of a fragment, without padding; None if it writes nothing."""
     f = fragment
     i, n = fragment.holder
-    if f.tensor.dtype != torch.float32 or f.kind not in KINDS:
+    if f.tensor.dtype != torch.float32 or f.kind not in (*KINDS, EMA):
         raise ValueError(
             f"{f.kind} of {f.name} in {f.tensor.dtype}: a checkpoint holds {', '.join(KINDS)} in fp32"
         )

@@ -146,7 +146,7 @@ class Checkpoint:
             self.run: Run = schema.from_dict(_read_json(path / "run.json"))
             saved = _read_json(path / "train_state.json")
             self.world: int = saved.pop("world")
-            self.state = TrainState(**saved)
+            self.state = TrainState(**saved | {"left_out": tuple(saved.get("left_out", ()))})
             numbers = {"world": self.world, "step": self.state.step, "samples": self.state.samples}
             numbers["tokens"] = self.state.tokens
             wrong = [name for name, number in numbers.items() if type(number) is not int or number < 0]
@@ -176,6 +176,10 @@ class Checkpoint:
     def names(self, kind: str = "master") -> list[str]:
         """Names of all parameters that are stored with this kind."""
         return list(self._index.specs) if kind in self._index.kinds else []
+
+    def has_kind(self, kind: str) -> bool:
+        """True if every parameter is stored with this kind."""
+        return kind in self._index.kinds
 
     def tensors(self, kind: str = "master") -> Iterator[tuple[str, Tensor]]:
         """Every full, unpadded fp32 tensor, one at a time."""

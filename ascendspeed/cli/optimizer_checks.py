@@ -29,3 +29,17 @@ def check_muon(run: Run) -> None:
         )
     if run.lora.lora_rank:
         raise UserError("--optimizer muon trains the linears themselves; use --optimizer adam for adapters")
+
+
+def check_safeguards(run: Run) -> None:
+    """Raises UserError for a rollback without checkpoints, and an average that the engine cannot keep."""
+    train = run.train
+    if train.rollback_on_spike and not train.save_interval:
+        raise UserError(
+            f"--rollback-on-spike {train.rollback_on_spike} goes back to a checkpoint: set --save and "
+            "--save-interval"
+        )
+    if train.ema_decay is not None and run.parallel.zero_offload == "nvme":
+        raise UserError("--ema-decay keeps an average of weights in memory; leave out --zero-offload nvme")
+    if train.ema_decay is not None and run.lora.lora_rank:
+        raise UserError("--ema-decay averages whole models; leave it out for adapters")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ascendspeed.cli.command import check_precision
-from ascendspeed.cli.optimizer_checks import check_muon
+from ascendspeed.cli.optimizer_checks import check_muon, check_safeguards
 from ascendspeed.cli.parser import flag_of
 from ascendspeed.config import batch_schedule, lr_schedule, schema
 from ascendspeed.config.pipeline_stages import pipeline_stage_layers
@@ -62,7 +62,8 @@ RANGES: dict[str, dict[Rule, str]] = {
         "max_skipped_steps save_interval eval_interval exit_interval keep recompute_num_layers",
         BELOW_2_31: "micro_batch_size global_batch_size train_iters",
         SEED: "seed",
-        SHARE: "attention_dropout hidden_dropout",
+        SHARE: "attention_dropout hidden_dropout label_smoothing ema_decay",
+        NOT_NEGATIVE: "z_loss_coeff rollback_on_spike",
         POSITIVE: "train_epochs exit_duration_in_mins distributed_timeout_minutes",
         A_YEAR: "distributed_timeout_minutes",
     },
@@ -87,6 +88,7 @@ def check_run(run: Run, world: int | None) -> None:
     _check_model(run)
     _check_engine(run.parallel)
     check_muon(run)
+    check_safeguards(run)
     if world is not None:
         _check_world(run, world)
     _check_recompute(run)

@@ -348,6 +348,18 @@ class TrainConfig:
     """Passes over the training data in the whole run, instead of --train-iters."""
     seed: int = 1234
     """Seed of data order, random weights and dropout."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary, as in torch's cross_entropy. The reported loss
+    stays the cross entropy."""
+    z_loss_coeff: float = 0.0
+    """Coefficient of a z-loss: log² of the sum of exp(logits) of every supervised token. It is not in the
+    reported loss."""
+    ema_decay: float | None = None
+    """Keep an exponential moving average of the weights: after every update, average = DECAY x average +
+    (1 - DECAY) x weights. It is in the checkpoints, and at the end a Hugging Face directory in --save."""
+    rollback_on_spike: int = 0
+    """At a loss spike, go back to the last checkpoint and leave out the samples of that iteration, at most
+    this many times in a run; 0: never."""
     attention_dropout: float = 0.0
     """Dropout on attention probabilities."""
     hidden_dropout: float = 0.0

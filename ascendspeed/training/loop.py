@@ -11,14 +11,16 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ascendspeed.checkpoint.async_saver import CheckpointSaver
-from ascendspeed.checkpoint.fragment import TrainState
+from ascendspeed.checkpoint.discovery import Readers
+from ascendspeed.checkpoint.fragment import EMA, TrainState
 from ascendspeed.checkpoint.load import Checkpoint
 from ascendspeed.checkpoint.ownership import claim_folder
 from ascendspeed.config.batch_schedule import batch_size_at, is_skipped
 from ascendspeed.config.lr_schedule import Schedule
 from ascendspeed.config.schema import Run
+from ascendspeed.conversion.convert import write_hf
 from ascendspeed.conversion.formats import peft
-from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of
+from ascendspeed.conversion.formats.training_checkpoint.reading import adapter_of, full_weights
 from ascendspeed.data.dataset import Batch
 from ascendspeed.distributed import process_groups
 from ascendspeed.distributed.device import Device
@@ -119,15 +121,19 @@ def train(
     stop_text = ""
     while state.step < settings.train_iters and not stop_text:
         before, lr = state, schedule.lr(_position(schedule, engine, state))
-        if is_skipped(settings, state.step):
+        if is_skipped(settings, state.step) or state.step in state.left_out:
             state = _leave_out(run, state, interval)
         else:
             result = engine.step(batches("train", state.samples), lr)
             state = advanced(run, state, result.skipped)
             interval.results.append(result)
             interval.samples += state.samples - before.samples
-            monitor.loss_monitor.check_step(before, result)
+            is_spike = monitor.loss_monitor.check_step(before, result)
             _check_skipped(run, monitor, state, saver)
+            if is_spike and (earlier := _roll_back(run, grid, engine, saver, before)):
+                monitor.loss_monitor.forget_spike()
+                state = earlier
+                continue
             state = replace(state, loss=float(result.loss) if math.isfinite(result.loss) else None)
         stop_text = _stop_text(run, monitor, state, saver)
         is_last = bool(stop_text) or state.step == settings.train_iters
@@ -143,6 +149,8 @@ def train(
     if stop_text:
         logger.info(f"{stop_text}: stopped after iteration {state.step}")
     monitor.done = state.step >= settings.train_iters
+    if monitor.done and run.train.ema_decay is not None and saver and saver.last and grid.rank == 0:
+        _export_average(Checkpoint(saver.last), Path(settings.save))
     if monitor.done and run.lora.lora_rank and saver and saver.last and grid.rank == 0:
         adapter = Path(settings.save, "adapter")
         peft.replace_with(adapter_of(Checkpoint(saver.last)), adapter)
@@ -167,12 +175,51 @@ def advanced(run: Run, state: TrainState, skipped: bool) -> TrainState:
     )
 
 
+def _export_average(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes the average of --ema-decay as a Hugging Face directory beside the checkpoint."""
+    target = folder / f"ema_{checkpoint.state.step:07}"
+    if not target.exists():
+        write_hf(full_weights(checkpoint, EMA), target)
+        logger.info(f" average of the weights in {target}")
+
+
+def _roll_back(
+    run: Run, grid: ProcessGrid, engine: Engine, saver: CheckpointSaver | None, before: TrainState
+) -> TrainState | None:
+    """Restores the last checkpoint after a loss spike in the iteration that began at `before`.
+
+    Returns its position, from which that iteration is left out; None if the run goes on. Collective.
+    """
+    limit = run.train.rollback_on_spike
+    if not limit:
+        return None
+    if saver:
+        saver.wait()
+    if before.rollbacks >= limit or not (saver and saver.last):
+        why = (
+            f"{limit} of {limit} rollbacks are used up" if before.rollbacks >= limit else "no checkpoint yet"
+        )
+        logger.warning(f"--rollback-on-spike: {why}; training goes on")
+        return None
+    checkpoint = Readers.of(grid).open(saver.last)
+    engine.restore(checkpoint)
+    last = before.samples + batch_size_at(run.train, before.samples) - 1
+    logger.warning(
+        f"--rollback-on-spike: rollback {before.rollbacks + 1} of {limit} to {saver.last}; iteration "
+        f"{before.step + 1}, samples {before.samples}-{last}, will be left out"
+    )
+    left_out = (*checkpoint.state.left_out, *before.left_out, before.step)
+    return replace(checkpoint.state, rollbacks=before.rollbacks + 1, left_out=tuple(dict.fromkeys(left_out)))
+
+
 def _leave_out(run: Run, state: TrainState, interval: LogInterval) -> TrainState:
     """Passes over an iteration that a flag skips; returns the position after it."""
     after = advanced(run, state, skipped=True)
     interval.left_out += 1
+    is_flag = is_skipped(run.train, state.step)
+    origin = "--iterations-to-skip or --skip-batches" if is_flag else "--rollback-on-spike"
     logger.info(
-        f" iteration {after.step} left out (number {state.step} of --iterations-to-skip or --skip-batches): "
+        f" iteration {after.step} left out (number {state.step} of {origin}): "
         f"samples {state.samples}-{after.samples - 1}"
     )
     return after

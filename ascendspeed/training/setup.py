@@ -35,6 +35,9 @@ REPORTED_TRAIN = (
     "rampup_batch_size",
     "iterations_to_skip",
     "skip_batches",
+    "label_smoothing",
+    "z_loss_coeff",
+    "ema_decay",
     "attention_dropout",
     "hidden_dropout",
 )

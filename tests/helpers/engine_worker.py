@@ -6,7 +6,7 @@ A run with --deepspeed uses the DeepSpeed engine, others Megatron-core's. Cases 
 "save": folder, "resave": folder to save to before the first step, "first": step, "last": step,
 "weight_gradient": a factor; linears add that multiple of their weight gradient to its fp32 sum themselves,
 "data": safetensors with the fields of a `Batch`, each [steps, samples, s] (else the oracle's random batches),
-"sizes": samples of every batch (else all),
+"restore": a step before which "load" is loaded again, "sizes": samples of every batch (else all),
 "evaluate": also the loss of batch 0 before training, "onednn": oneDNN computes the products of the linears,
 adds the curve "case: products" [[their number, null]], "break": a deliberate mistake,
 "poison": a step; two are inserted before it: NaN gradients on one rank, and no supervised tokens}.
@@ -123,6 +123,8 @@ def main() -> None:
             curves[f"{name}: evaluated"] = [[total / tokens, None]]
         first, last, curves[name] = case.get("first", 0), case.get("last", job["steps"]), []
         for i in range(first, last):
+            if case.get("restore") == i:
+                engine.restore(open_checkpoint(case["load"]))
             if case.get("poison") == i:
                 weight = next(
                     engine.modules[0].parameters()

@@ -5,6 +5,7 @@ logits as they are and overwrites them with their gradient.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,19 +18,36 @@ CPU_SLICE_ELEMENTS = 1 << 19
 DEVICE_SLICE_ELEMENTS = 1 << 26
 
 
-def cross_entropy(logits: Tensor, labels: Tensor, group: Any) -> Tensor:
+@dataclass(frozen=True)
+class LossTerms:
+    """Terms of the loss beyond cross entropy. They change the gradient only: what is reported stays
+    comparable."""
+
+    label_smoothing: float = 0.0
+    """Weight e of the mean of -log softmax over the vocabulary; the label has 1 - e."""
+    z_coeff: float = 0.0
+    """Coefficient of log² Σ exp(logits)."""
+    vocab_size: int = 0
+    """Rows of the vocabulary without padding."""
+
+
+PLAIN = LossTerms()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, group: Any, terms: LossTerms = PLAIN) -> Tensor:
     """-log softmax(logits)[label] of every token, fp32 [s, b].
 
     logits [s, b, V / TP] are this rank's part of the vocabulary, labels [s, b] index the whole vocabulary,
     `group` holds the tensor-parallel ranks. A label outside the vocabulary gives log sum exp(logits); mask
-    it. The backward pass overwrites the logits; a second one raises RuntimeError.
+    it. The backward pass, which adds the gradients of `terms`, overwrites the logits; a second one raises
+    RuntimeError.
     """
-    return _CrossEntropy.apply(logits, labels, group)
+    return _CrossEntropy.apply(logits, labels, group, terms)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, group: Any, terms: LossTerms) -> Tensor:
         rows = logits.flatten(0, 1)
         local = labels.flatten() - dist.get_rank(group) * rows.size(1)
         is_local = (local >= 0) & (local < rows.size(1))
@@ -48,12 +66,13 @@ class _CrossEntropy(torch.autograd.Function):
             dist.all_reduce(sums, group=group)
             total, label_logit = sums
         ctx.save_for_backward(logits, local, is_local, largest, total)
-        ctx.spent = False
+        ctx.spent, ctx.terms = False, terms
+        ctx.own_vocabulary = terms.vocab_size - dist.get_rank(group) * rows.size(1)
         return (total.log() - (label_logit - largest)).view_as(labels)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.spent:
             raise RuntimeError(
                 "a second backward pass through the loss: the first one wrote the gradient over the logits"
@@ -61,14 +80,19 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.spent = True
         logits, local, is_local, largest, total = ctx.saved_tensors
         rows, gradient = logits.flatten(0, 1), gradient.flatten().float()
-        scale = (gradient / total)[:, None]
-        at_label = torch.where(is_local, -gradient, 0.0)[:, None]
+        terms: LossTerms = ctx.terms
+        of_sum = gradient * (1 + 2 * terms.z_coeff * (largest + total.log())) if terms.z_coeff else gradient
+        scale = (of_sum / total)[:, None]
+        at_label = torch.where(is_local, -gradient * (1 - terms.label_smoothing), 0.0)[:, None]
         for part in _row_slices(rows):
             x = rows[part].float()  # no copy if the logits are fp32
             x.sub_(largest[part, None]).exp_().mul_(scale[part]).scatter_add_(1, local[part], at_label[part])
+            if terms.label_smoothing:
+                share = gradient[part, None] * (terms.label_smoothing / terms.vocab_size)
+                x[:, : max(0, ctx.own_vocabulary)].sub_(share)
             if x.dtype != rows.dtype:
                 rows[part] = x
-        return rows.view_as(logits), None, None
+        return rows.view_as(logits), None, None, None
 
 
 def _row_slices(rows: Tensor) -> Iterator[slice]:

@@ -39,7 +39,7 @@ class GPTLanguageModel(GPTModel):
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """labels [b, s], logits [s, b, V / TP] -> [b, s]."""
-        return cross_entropy(logits, labels.t(), self.pg_collection.tp).t()
+        return cross_entropy(logits, labels.t(), self.pg_collection.tp, self.config.loss_terms).t()
 
 
 def build_model(

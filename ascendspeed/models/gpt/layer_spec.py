@@ -21,6 +21,7 @@ from ascendspeed.distributed.device import current_device
 from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models.gpt import moe
 from ascendspeed.models.gpt.attention import RotaryAttention
+from ascendspeed.models.gpt.cross_entropy import PLAIN, LossTerms
 from ascendspeed.models.gpt.linear import ColumnLinear, RowLinear, use_weight_gradient
 from ascendspeed.models.gpt.rope import Rope
 from ascendspeed.models.gpt.router_losses import RouterLosses
@@ -36,6 +37,7 @@ class GPTConfig(TransformerConfig):
     kernels: Kernels = field(default_factory=Kernels)
     rope: Rope | None = None
     router_losses: RouterLosses | None = None
+    loss_terms: LossTerms = PLAIN
     add_dense_bias: bool = False
     add_mlp_bias: bool = False
     scale_embeddings: bool = False
@@ -186,6 +188,7 @@ def transformer_config(
         kernels=kernels,
         rope=Rope(model),
         router_losses=RouterLosses.of(model),
+        loss_terms=LossTerms(train.label_smoothing, train.z_loss_coeff, model.vocab_size),
         **moe.settings(model),
     )
 

@@ -1,13 +1,14 @@
 """Base of both engines: AdamW settings and states, sums over ranks, restoring, random-number states."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ascendspeed.checkpoint.fragment import KINDS, Fragment
+from ascendspeed.checkpoint.fragment import EMA, KINDS, Fragment
 from ascendspeed.checkpoint.load import Checkpoint, load_fragments
 from ascendspeed.config.schema import OptimConfig, Run
 from ascendspeed.data.dataset import Batch
@@ -47,12 +48,33 @@ class BaseEngine:
         self.run, self.grid, self.device = run, grid, device
         self.sequence_shard = SequenceShard(grid.cp_rank, grid.cp)
         self._zeros: Tensor | None = None
+        self._averages: list[tuple[Fragment, Tensor]] = []
         self.shard_specs = gpt_model.shard_specs(run.model, run.parallel, run.lora)
-
-    # Hooks of `restore`.
 
     def fragments(self) -> Iterator[Fragment]:
         """See `Engine.fragments`."""
+        yield from self._optimizer_fragments()
+        for master, average in self._averages:
+            yield replace(master, kind=EMA, tensor=average)
+
+    def _start_average(self) -> None:
+        """Begins the average of --ema-decay with the weights."""
+        if self.run.train.ema_decay is not None:
+            owned = (f for f in self._optimizer_fragments() if f.kind == "master" and f.holder[0] >= 0)
+            self._averages = [(master, master.tensor.detach().clone()) for master in owned]
+
+    @torch.no_grad()
+    def _average_weights(self) -> None:
+        """Moves the average towards the weights; called after every update."""
+        if self._averages:
+            masters = [master.tensor.detach() for master, _ in self._averages]
+            averages = [average for _, average in self._averages]
+            torch._foreach_lerp_(averages, masters, 1 - self.run.train.ema_decay)
+
+    # Hooks of `fragments` and `restore`.
+
+    def _optimizer_fragments(self) -> Iterator[Fragment]:
+        """The fragments of the kinds that every checkpoint has."""
         raise NotImplementedError
 
     def _restore_updates(self, updates: int) -> None:
@@ -70,7 +92,10 @@ class BaseEngine:
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
         """See `Engine.restore`."""
-        load_fragments(checkpoint, self.fragments())
+        load_fragments(checkpoint, self._optimizer_fragments())
+        self._start_average()
+        if self._averages and checkpoint.has_kind(EMA):
+            load_fragments(checkpoint, (f for f in self.fragments() if f.kind == EMA))
         scalars = checkpoint.state.engine
         self._restore_updates(scalars["updates"])
         if self.run.optim.fp16 and "loss_scale" in scalars:

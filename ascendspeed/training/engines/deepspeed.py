@@ -84,6 +84,7 @@ class DeepSpeedEngine(BaseEngine):
             self._give_sums_to_linears()
         if scaler := getattr(self.zero, "loss_scaler", None):
             scaler.raise_error_at_min_scale = False  # --max-skipped-steps ends such a run with a UserError
+        self._start_average()
         if grid.dp_cp == 1 and self.stage < 2 and not hasattr(self.zero, "reduce_gradients"):
             # With one replica there is nothing to sum, but DeepSpeed would copy every gradient into a buffer
             # and back.
@@ -203,6 +204,8 @@ class DeepSpeedEngine(BaseEngine):
             self.engine.step()
         if self.stage:
             norm = self.engine.get_global_grad_norm()
+        if not self.zero.overflow:
+            self._average_weights()
         token_losses = torch.stack(sums).cpu().double()
         loss = self._sum(token_losses.sum()) / tokens
         return StepResult(
@@ -279,8 +282,8 @@ class DeepSpeedEngine(BaseEngine):
 
     # ---------------------------------------------------------------- checkpoint
 
-    def fragments(self) -> Iterator[Fragment]:
-        """See `Engine.fragments`. ZeRO flattens the parameters: each view is found by name and flat start."""
+    def _optimizer_fragments(self) -> Iterator[Fragment]:
+        """See `BaseEngine`. ZeRO flattens the parameters: each view is found by name and flat start."""
         for name, parameter in gpt_model.named_parameters(self.module).items():
             if not parameter.requires_grad:
                 continue

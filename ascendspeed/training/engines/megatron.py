@@ -69,6 +69,7 @@ class MegatronEngine(BaseEngine):
         self.muon = self._muon() if run.optim.optimizer == "muon" else None
         self.config.grad_scale_func = self.optimizer.scale_loss if run.optim.fp16 else None
         self.config.finalize_model_grads_func = _sum_gradients
+        self._start_average()
 
     def _build(self, tensors: Tensors | None) -> list[gpt_model.GPTLanguageModel]:
         run = self.run
@@ -222,6 +223,7 @@ class MegatronEngine(BaseEngine):
             for key in self.muon.keys:
                 key.grad = None  # AdamW leaves out what has no gradient
         self.optimizer.step_with_ready_grads()
+        self._average_weights()
         self.updates += 1
 
     @torch.no_grad()
@@ -282,8 +284,8 @@ class MegatronEngine(BaseEngine):
 
     # ---------------------------------------------------------------- checkpoint
 
-    def fragments(self) -> Iterator[Fragment]:
-        """See `Engine.fragments`.
+    def _optimizer_fragments(self) -> Iterator[Fragment]:
+        """See `BaseEngine._optimizer_fragments`.
 
         A data-parallel rank has a whole parameter or, with the distributed optimizer, its shard.
         """

@@ -35,20 +35,28 @@ class LossMonitor:
         self._in_spike = False
         self.skipped_in_a_row = 0
 
-    def check_step(self, before: TrainState, result: StepResult) -> None:
-        """Checks the result of the iteration that began at `before`; collective if it was skipped."""
+    def check_step(self, before: TrainState, result: StepResult) -> bool:
+        """Checks the result of the iteration that began at `before`; collective if it was skipped.
+
+        True if a loss spike begins.
+        """
         if result.skipped:
             finds_scale = self._run.optim.fp16 and result.loss_scale > SMALL_SCALE
             self.skipped_in_a_row += not finds_scale
             cause = self._cause_of_skip(before, result)
             logger.info(f" iteration {before.step + 1} skipped, nothing was updated: {cause}")
-            return
+            return False
         if not math.isfinite(result.loss):
             raise RuntimeError(
                 f"iteration {before.step + 1} was not skipped, though its loss is {result.loss}"
             )
         self.skipped_in_a_row = 0
-        self._check_spike(before, result.loss)
+        return self._check_spike(before, result.loss)
+
+    def forget_spike(self) -> None:
+        """Takes back the last loss: the run goes back to before it."""
+        self._in_spike = False
+        self._losses.pop()
 
     def _batch_size(self, before: TrainState) -> int:
         return batch_size_at(self._run.train, before.samples)
@@ -82,14 +90,17 @@ class LossMonitor:
             if bad
         ]
 
-    def _check_spike(self, before: TrainState, loss: float) -> None:
-        """Warns once of losses far above the median of the window, until one is normal again."""
+    def _check_spike(self, before: TrainState, loss: float) -> bool:
+        """Warns once of losses far above the median of the window, until one is normal again; true if it
+        warned."""
+        begins = False
         if len(self._losses) >= WINDOW // 4:
             median = statistics.median(self._losses)
             deviation = statistics.median(abs(earlier - median) for earlier in self._losses)
             sigma = 1.4826 * deviation  # of a normal distribution with this median deviation
             height = (loss - median) / max(sigma, LEAST * abs(median), math.ulp(1.0))
-            if height > SPIKE and not self._in_spike:
+            begins = height > SPIKE and not self._in_spike
+            if begins:
                 last = before.samples + self._batch_size(before) - 1
                 logger.warning(
                     f"iteration {before.step + 1}: the loss {loss:.4f} is a spike, {height:.0f} deviations "
@@ -98,3 +109,4 @@ class LossMonitor:
                 )
             self._in_spike = height > SPIKE
         self._losses.append(loss)
+        return begins

@@ -44,7 +44,7 @@ def reader_of(
     if checkpoint.run.lora.lora_rank:
         base = base_of(checkpoint, open_reader, readers=readers)
         return merge(base, adapter_of(checkpoint))
-    return _full_weights(checkpoint)
+    return full_weights(checkpoint)
 
 
 def base_of(
@@ -108,7 +108,8 @@ def adapter_of(checkpoint: Checkpoint) -> LoraAdapter:
     )
 
 
-def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
+def full_weights(checkpoint: Checkpoint, kind: str = "master") -> CheckpointReader:
+    """Reads a checkpoint of a whole model: its weights, or their average (`ema`)."""
     shapes = {parameter.name: parameter.shape for parameter in param_mapping.parameters(checkpoint.config)}
     check_names(checkpoint.path, shapes, checkpoint.names(), of="the model of its run.json")
     tokenizer = checkpoint.run.data.tokenizer_name_or_path
@@ -119,9 +120,7 @@ def _full_weights(checkpoint: Checkpoint) -> CheckpointReader:
     def read_block(name: str, wanted: Slice2D) -> Tensor:
         shape = shapes[name]
         columns = math.prod(shape[1:])
-        flat = checkpoint.read(
-            name, "master", ShardSpec(shape), 0, wanted.row * columns, wanted.rows * columns
-        )
+        flat = checkpoint.read(name, kind, ShardSpec(shape), 0, wanted.row * columns, wanted.rows * columns)
         return flat.view(wanted.rows, columns)[:, wanted.column : wanted.column + wanted.columns]
 
     return CheckpointReader(

@@ -197,7 +197,7 @@ def parity(names: dict[str, list[str]], biases: Setting, grouped: Setting, steps
         "z's gradient not summed": biases.case(TP, micro_batches_of(TP)) | {"break": f"adapters: {COPY}"},
         "nothing below the first layer": biases.case(TP, RECOMPUTE) | {"break": "adapters: _begin"},
     }
-    cases |= {f"biases/control: {name}": case | {"last": 4} for name, case in mistakes.items()}
+    cases |= {f"biases/control: {name}": case | {"last": 3} for name, case in mistakes.items()}
 
     def check(curves: dict[str, Curve]) -> None:
         for which, setting in settings.items():
@@ -259,7 +259,7 @@ ONE_MATRIX = {
 }
 
 
-def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
+def one_matrix(layouts: dict[str, list[str]], folder: Path, steps: int = 5) -> Theme:
     """InternLM2's own names, and Baichuan's; and peft's with fewer key/value heads than ranks."""
     cases, expected = {}, {}
     for name in layouts.keys() - {"single"}:
@@ -278,7 +278,7 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
             cases[f"{name}: {layout}"] = {
                 "changes": changes | {"parallel": CASES[layout][0]},
                 "weights": file,
-                "last": 5,
+                "last": steps,
             }
         reference = oracle.hugging_face(replace(model, family="llama"), base).requires_grad_(False)
         for number, layer in enumerate(reference.model.layers):
@@ -287,13 +287,13 @@ def one_matrix(layouts: dict[str, list[str]], folder: Path) -> Theme:
             for part, rows in rows_of(model).items():
                 linear = getattr(layer.self_attn, f"{part}_proj")
                 setattr(layer.self_attn, f"{part}_proj", Shared(linear, a, b, rows, 1.5))
-        expected[name] = train(reference, model.vocab_size, 5)
+        expected[name] = train(reference, model.vocab_size, steps)
     single = Setting(replace(GROUPED, num_query_groups=1), ALL, folder / "single")
-    expected["single"] = single.expected()[:5]
-    cases |= {f"single: {name}": single.case(*CASES[name]) | {"last": 5} for name in layouts["single"]}
+    expected["single"] = single.expected()[:steps]
+    cases |= {f"single: {name}": single.case(*CASES[name]) | {"last": steps} for name in layouts["single"]}
     cases["control: B's gradient not summed"] = single.case(TP | SP) | {
         "break": f"adapters: {COPY}",
-        "last": 5,
+        "last": steps,
     }
 
     def check(curves: dict[str, Curve]) -> None:
@@ -318,7 +318,9 @@ MODES = {
 }
 
 
-def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
+def checkpoints(
+    modes: list[str], biases: Setting, folder: Path, stops: tuple[int, int, int, int] = (3, 5, 8, STEPS)
+) -> Theme:
     """Resumes from a checkpoint.
 
     The layout that saved it resumes bit by bit, with dropout; others continue peft's curve.
@@ -332,15 +334,13 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
         cases[f"{mode}: first"] = case | {"last": 2, "save": str(folder / mode)}
         cases[f"{mode}: then"] = case | {"first": 2, "last": 4, "load": str(folder / mode)}
     at = {name: str(folder / name) for name in ("a", "b", "c")}
-    cases["across: tp2 sp"] = biases.case(TP | SP) | {"last": 3, "save": at["a"]}
-    cases["across: zero 3"] = biases.case(zero(3)) | {"first": 3, "last": 5, "load": at["a"], "save": at["b"]}
-    cases["across: pp2"] = biases.case(PP) | {"first": 5, "last": 8, "load": at["b"], "save": at["c"]}
-    cases["across: zero 1, tp2"] = biases.case(TP | zero(1)) | {"first": 8, "load": at["c"]}
-    cases["control: moments lost"] = biases.case(TP | zero(1)) | {
-        "first": 8,
-        "load": at["c"],
-        "break": "moments",
-    }
+    a, b, c, end = stops
+    cases["across: tp2 sp"] = biases.case(TP | SP) | {"last": a, "save": at["a"]}
+    cases["across: zero 3"] = biases.case(zero(3)) | {"first": a, "last": b, "load": at["a"], "save": at["b"]}
+    cases["across: pp2"] = biases.case(PP) | {"first": b, "last": c, "load": at["b"], "save": at["c"]}
+    last = {"first": c, "last": end, "load": at["c"]}
+    cases["across: zero 1, tp2"] = biases.case(TP | zero(1)) | last
+    cases["control: moments lost"] = biases.case(TP | zero(1)) | last | {"break": "moments"}
 
     def check(curves: dict[str, Curve]) -> None:
         expected = biases.expected()
@@ -355,7 +355,7 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
             },
             expected,
         )
-        compare({"control: moments lost": curves["control: moments lost"]}, expected[8:])
+        compare({"control: moments lost": curves["control: moments lost"]}, expected[c:])
         names = open_checkpoint(at["c"]).names()
         assert len(names) == 2 * len(ALL) * biases.model.num_layers
         assert all(".lora." in name for name in names)
@@ -365,9 +365,9 @@ def checkpoints(modes: list[str], biases: Setting, folder: Path) -> Theme:
 
 def test_two_ranks(biases, grouped, tmp_path):
     themes = {
-        "parity": parity(FEW, biases, grouped, steps=4),
-        "one matrix": one_matrix({"wqkv": ["zero 3"], "single": ["tp2 sp"]}, tmp_path),
-        "checkpoints": checkpoints(["bf16 tp2 sp"], biases, tmp_path),
+        "parity": parity(FEW, biases, grouped, steps=3),
+        "one matrix": one_matrix({"wqkv": ["zero 3"], "single": ["tp2 sp"]}, tmp_path, steps=3),
+        "checkpoints": checkpoints(["bf16 tp2 sp"], biases, tmp_path, stops=(1, 2, 3, 5)),
     }
     run_and_check(themes, tmp_path / "run")
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -135,13 +135,20 @@ def finish(job: Job, whole: dict[int, str]) -> None:
     assert job.good() == ITERS
 
 
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory) -> Path:
+    """Folder of a job that stopped after iteration 6."""
+    job = Job(tmp_path_factory.mktemp("half way") / "job")
+    assert job.run("--exit-interval", "6") == [0, 0], job.said()
+    return job.folder
+
+
 @pytest.mark.parametrize(
-    "lost", ["exp_avg", *(pytest.param(kind, marks=SLOW) for kind in ("rng", "master", "exp_avg_sq"))]
+    "lost", ["exp_avg", "rng", *(pytest.param(kind, marks=SLOW) for kind in ("master", "exp_avg_sq"))]
 )
-def test_control_what_is_lost_is_seen(whole, tmp_path, lost):
+def test_control_what_is_lost_is_seen(whole, half_way, tmp_path, lost):
     """Control of the comparison: a resumed run that lost one part of its state has another curve."""
-    job = Job(tmp_path / "job")
-    assert job.run("--exit-interval", "6") == [0, 0]
+    job = Job(shutil.copytree(half_way, tmp_path / "job"))
     job.env["TOY_LOSES"] = lost
     assert job.run() == [0, 0]
     assert job.curve().keys() == whole.keys()
@@ -168,7 +175,7 @@ def test_killed_again_and_again(whole, tmp_path, behind):
     job = Job(tmp_path / "job", ("--async-save",) if behind else ())
     job.faults = [{"what": "kill", "rank": dice.randrange(WORLD), **moment} for moment in moments]
     for fault in job.faults:
-        codes = job.run("--distributed-timeout-minutes", "0.1")
+        codes = job.run("--distributed-timeout-minutes", "0.05")
         assert codes[fault["rank"]] == KILLED
         assert codes[1 - fault["rank"]] == errors.EXIT_RANK_LOST
         assert f"error: rank {fault['rank']} gave no sign of life" in job.said()
@@ -298,10 +305,29 @@ def test_the_clock_and_the_interval_stop_with_code_0(whole, tmp_path):
 # --- a rank that is gone
 
 
+STOPPED_TIMEOUT = 0.05
+"""Minutes without a sign of life, for ranks that are stopped."""
+
+
+@pytest.fixture(scope="module")
+def stopped_job(tmp_path_factory) -> Iterator[tuple[Job, list, float]]:
+    """A job whose ranks stop themselves, its ranks, and the time; another test runs until it is over."""
+    stops = [{"what": "stop", "rank": r, "step": 5} for r in range(WORLD)]
+    job = Job(tmp_path_factory.mktemp("stopped") / "job", faults=stops)
+    ranks = job.start("--distributed-timeout-minutes", str(STOPPED_TIMEOUT))
+    while len(list(job.folder.glob("happened*"))) < WORLD:
+        assert all(process.is_alive() for process in ranks), job.said()
+        time.sleep(0.05)
+    yield job, ranks, time.monotonic()
+    for process in ranks:
+        process.kill()
+
+
+@pytest.mark.usefixtures("stopped_job")
 @pytest.mark.parametrize("who", [0, pytest.param(1, marks=SLOW)])
 def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
     job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": who, "step": 5}])
-    ranks = job.start("--distributed-timeout-minutes", "0.05")
+    ranks = job.start("--distributed-timeout-minutes", str(STOPPED_TIMEOUT))
     ranks[1 - who].join(60)
     assert ranks[1 - who].exitcode == errors.EXIT_RANK_LOST, job.said()
     assert re.search(
@@ -319,7 +345,7 @@ def test_a_stopped_rank_is_named_and_nobody_stays(whole, tmp_path, who):
 def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     """Four of them: signs of life go by way of rank 0, and so does the word that one is gone."""
     job = Job(tmp_path / "job", faults=[{"what": what, "rank": who, "step": 5}], world=4)
-    ranks = job.start("--distributed-timeout-minutes", "0.1")
+    ranks = job.start("--distributed-timeout-minutes", "0.05")
     for number in set(range(4)) - {who}:
         ranks[number].join(60)
         assert ranks[number].exitcode == errors.EXIT_RANK_LOST, job.said()
@@ -332,14 +358,10 @@ def test_a_lost_rank_is_known_to_ranks_that_never_hear_it(tmp_path, what, who):
     assert len(job.curve()) == ITERS  # what was done twice was the same twice
 
 
-@SLOW
-def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, tmp_path):
+def test_a_job_that_was_stopped_as_a_whole_goes_on(whole, stopped_job):
     """Ctrl-Z for longer than the timeout, and fg: nobody takes the others for dead."""
-    job = Job(tmp_path / "job", faults=[{"what": "stop", "rank": r, "step": 5} for r in range(WORLD)])
-    ranks = job.start("--distributed-timeout-minutes", "0.05")
-    while len(list(job.folder.glob("happened*"))) < WORLD:
-        time.sleep(0.05)
-    time.sleep(5)
+    job, ranks, since = stopped_job
+    time.sleep(max(0.0, since + 1.5 * 60 * STOPPED_TIMEOUT - time.monotonic()))
     for process in ranks:
         os.kill(process.pid, signal.SIGCONT)
     assert ended(ranks, job) == [0, 0], job.said()

@@ -1,4 +1,4 @@
-"""The pre-training recipe as a command, with tiny values."""
+"""The pre-training recipe with tiny values, as a command and without its launcher."""
 
 import os
 import subprocess
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from ascendspeed.training.metrics_log import EvalLine, TrainLine, read_lines
-from helpers import launch
+from helpers import launch, recipes
 
 ITERS, STOP = 6, 3
 
@@ -46,8 +46,11 @@ def prepare_tokens(work: Path, rows: int) -> None:
     )
 
 
-def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
-    """The 7B recipe with tiny values on two processes, TP 2; checkpoints in NAME, log in NAME.log."""
+RECIPE = "examples/intern/pretrain_internlm_7b_zero.sh"
+
+
+def values_of(work: Path, name: str, load: Path, **env: str) -> dict[str, str]:
+    """The 7B recipe's variables: tiny values, two processes, TP 2; checkpoints in NAME."""
     values = SIZES | {
         "MODEL": "internlm-tiny",
         "DTYPE": "fp32",
@@ -63,8 +66,34 @@ def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subpro
         "SAVE_INTERVAL": "100",
         "MASTER_PORT": str(launch.free_port()),
     }
-    script = "examples/intern/pretrain_internlm_7b_zero.sh"
-    return command("bash", script, "--log-dir", str(work / f"{name}.log"), *flags, **(values | env))
+    return values | env
+
+
+def recipe(work: Path, name: str, load: Path, *flags: str, **env: str) -> subprocess.CompletedProcess:
+    """The 7B recipe with tiny values under the real launcher; its log in NAME.log."""
+    words = ("bash", RECIPE, "--log-dir", str(work / f"{name}.log"), *flags)
+    return command(*words, **values_of(work, name, load, **env))
+
+
+def forked_recipe(work: Path, name: str, load: Path, **env: str) -> None:
+    """`recipe`, whose launcher is a stand-in: ranks forked from the server start at once. Must succeed."""
+    (folder := work / f"{name}.ranks").mkdir()
+    program = f'#!/bin/sh\nprintf "%s\\n" "$@" > {folder}/words\n'
+    recipes.program(folder / "bin", "deepspeed", program)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    words = ("bash", RECIPE, "--log-dir", str(work / f"{name}.log"))
+    done = subprocess.run(
+        words,
+        env=launch.environment() | values_of(work, name, load, **env) | {"PATH": path},
+        cwd=launch.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    given = (folder / "words").read_text().splitlines()
+    launch.forked(
+        2, launch.ROOT / "pretrain_intern.py", given[given.index("pretrain_intern.py") + 1 :], folder
+    )
 
 
 def lines(work: Path, name: str) -> list[TrainLine | EvalLine]:

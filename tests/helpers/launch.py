@@ -8,6 +8,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: f
     start = (
         forkserver.start_script if on_cpu else forkserver.start_interpreter
     )  # the server has torch prepared for the CPU
+    run_ranks(world, start, program, [str(folder / "job.json")], folder, folder, timeout)
+    return json.loads((folder / "out.json").read_text())
+
+
+def forked(world: int, program: Path, words: list[str], logs: Path, timeout: float = 300) -> None:
+    """Runs a script with these flags on `world` forked ranks, in the repository's root."""
+    run_ranks(world, forkserver.start_script, program, words, logs, ROOT, timeout)
+
+
+def run_ranks(
+    world: int,
+    start: Callable[..., Any],
+    program: Path,
+    words: list[str],
+    folder: Path,
+    directory: Path,
+    timeout: float,
+) -> None:
+    """Starts `world` ranks that log to `folder` and work in `directory`; all must succeed."""
     port = str(free_port())
     processes, logs = [], []
     for rank in range(world):
@@ -91,7 +111,7 @@ def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: f
         )
         logs.append(folder / f"rank{rank}.log")
         logs[-1].unlink(missing_ok=True)
-        processes.append(start(program, [str(folder / "job.json")], env, logs[-1], folder))
+        processes.append(start(program, words, env, logs[-1], directory))
     deadline = time.monotonic() + timeout
     try:
         for process in processes:
@@ -102,4 +122,3 @@ def ranks(world: int, worker: str, job: dict[str, Any], folder: Path, timeout: f
             process.kill()
     output = "\n".join(f"--- rank {rank}\n{log.read_text()[-3000:]}" for rank, log in enumerate(logs))
     assert not any(code is None or code for code in codes), f"exit codes {codes}\n{output}"
-    return json.loads((folder / "out.json").read_text())

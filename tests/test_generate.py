@@ -4,6 +4,7 @@ token."""
 import math
 import weakref
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,24 @@ def rope_of(model: ModelConfig) -> dict[str, Any] | None:
     }
 
 
-def check(reference, results: dict[str, Any]) -> None:
+@cache
+def reference_of(name: str):
+    """Hugging Face's model, once for all tests of this version."""
+    return hugging_face(MODELS[name], tensors_of(MODELS[name]), rope_of(MODELS[name]))
+
+
+@cache
+def right_texts(name: str, params: str, prompt: tuple[int, ...]) -> list[list[int]]:
+    return hf_generate(reference_of(name), list(prompt), **PARAMS[params])
+
+
+def check(version: str, results: dict[str, Any]) -> None:
     """Compares answers with Hugging Face's, and scores with the sums of its log-probabilities."""
+    reference = reference_of(version)
     for name, answers_of_prompts in results["texts"].items():
         for prompt, group in zip(PROMPTS, answers_of_prompts, strict=True):
-            assert [tokens for tokens, _, _ in group] == hf_generate(reference, prompt, **PARAMS[name]), (
-                name,
-                prompt,
-            )
+            right = right_texts(version, name, tuple(prompt))
+            assert [tokens for tokens, _, _ in group] == right, (name, prompt)
             for tokens, reason, total in group:
                 if (
                     PARAMS[name].get("repetition_penalty", 1) == 1
@@ -133,8 +144,8 @@ def score_of(reference, prompt: list[int], tokens: list[int], reason: str, param
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_hugging_face(cpu, name):
     """A batch of prompts of different lengths gives the answers of each prompt alone."""
-    lm, reference = model_and_reference(cpu, name)
-    check(reference, run_case(lm, {"prompts": PROMPTS, "params": PARAMS, "requests": REQUESTS}))
+    lm = language_model(cpu, MODELS[name], tensors_of(MODELS[name]))
+    check(name, run_case(lm, {"prompts": PROMPTS, "params": PARAMS, "requests": REQUESTS}))
 
 
 def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Path) -> None:
@@ -173,7 +184,7 @@ def on_layouts(cpu, layouts: list[tuple[int, int]], names: list[str], folder: Pa
         drawn = [[tokens for tokens, _, _ in group] for group in answer["texts"].pop("drawn")]
         alone = sample(language_model(cpu, MODELS[name], tensors), PROMPTS, SamplingParams(**DRAWS))
         assert drawn == token_lists(alone), case  # the same seed, the same text
-        check(hugging_face(MODELS[name], tensors, rope_of(MODELS[name])), answer)
+        check(name, answer)
 
 
 @pytest.mark.parametrize("name", ["v2", pytest.param("v1", marks=pytest.mark.slow)])

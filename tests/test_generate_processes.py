@@ -224,7 +224,11 @@ def test_front_of_the_table(shell):
         assert output.startswith("error: usage")
 
 
-@pytest.mark.parametrize("flags", [("--batch-size", "1"), ("--task", "chat")], ids=["prompts", "chat"])
+@pytest.mark.parametrize(
+    "flags",
+    [("--batch-size", "1"), pytest.param(("--task", "chat"), marks=pytest.mark.slow)],
+    ids=["prompts", "chat"],
+)
 def test_closed_stdout(folder, flags):
     """`| head -1`: no traceback, and the exit code of a closed pipe."""
     command = [
@@ -249,15 +253,7 @@ def test_closed_stdout(folder, flags):
 
 
 def test_a_mistake_is_one_line_and_code_2(folder):
-    command = [
-        sys.executable,
-        str(launch.ROOT / "tasks/inference/generate.py"),
-        "--load",
-        str(folder),
-        "--tp",
-        "2",
-    ]
-    done = subprocess.run(command, env=launch.environment(), capture_output=True, text=True, cwd=launch.ROOT)
+    done = launch.script("tasks/inference/generate.py", "--load", folder, "--tp", 2)
     assert (done.returncode, done.stdout) == (2, "")
     reason = "1 processes were started, but TP 2 x PP 1 are 2"
     assert done.stderr == f"error: {reason}; start NPROC=2, or choose other --tp and --pp\n"

@@ -1,6 +1,4 @@
-"""The exported tokenizer in stock transformers: ids of sentencepiece and of the original tokenizer.
-original tokenizer.
-"""
+"""The exported tokenizer in stock transformers: ids of sentencepiece and of the original tokenizer."""
 
 import inspect
 import json
@@ -127,11 +125,11 @@ def check(folder: Path, tokens: dict[str, int], count: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_ids_are_those_of_sentencepiece_and_of_the_original(models, kind, tmp_path):
-    check(folder_with(tmp_path, models[kind]), special(models[kind]), 1800)
+    check(folder_with(tmp_path, models[kind]), special(models[kind]), 900)
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="beside the trained ones above: the published tokenizers")
-@pytest.mark.parametrize("count", [3000, pytest.param(60_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [1000, pytest.param(60_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["internlm", "internlm2"])
 def test_published_tokenizers(name, count, tmp_path):
     folder = Path(shutil.copytree(REAL / name, tmp_path / name, copy_function=shutil.copyfile))
@@ -150,7 +148,7 @@ def test_chat_tokens_over_unused_pieces(models, kind, tmp_path):
         pytest.skip("the published tokenizer of v2; a trained one is tested beside it")
     files = chat_files(models[kind])
     folder = folder_with(tmp_path, models[kind], **files)
-    check(folder, special(models[kind]) | files["added_tokens"], 1200)
+    check(folder, special(models[kind]) | files["added_tokens"], 600)
     again = stock(folder)
     again.save_pretrained(tmp_path / "again")
     for hf_tokenizer in (again, stock(tmp_path / "again")):

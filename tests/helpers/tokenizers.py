@@ -32,8 +32,14 @@ PLAIN = {
 }
 
 
+TRAINED: dict[str, bytes] = {}
+"""Models by their settings, for all test files of a process."""
+
+
 def trained(**settings) -> bytes:
-    """A small tokenizer.model, trained on code and a little of everything."""
+    """A small tokenizer.model, trained on code and a little of everything, once for each setting."""
+    if (key := repr(sorted(settings.items()))) in TRAINED:
+        return TRAINED[key]
     model = io.BytesIO()
     library = [line.rstrip("\n") + "\n" for line in inspect.getsource(inspect).splitlines()]
     sentencepiece.SentencePieceTrainer.train(
@@ -45,7 +51,8 @@ def trained(**settings) -> bytes:
         minloglevel=2,
         **PLAIN | settings,
     )
-    return model.getvalue()
+    TRAINED[key] = model.getvalue()
+    return TRAINED[key]
 
 
 def folder_with(folder: Path, model: bytes, config: dict | None = None, **files: dict) -> Path:

@@ -21,18 +21,20 @@ SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
 
 
 LONGEST_FILES = (
-    "test_engine_megatron",
     "test_engine_deepspeed",
+    "test_engine_megatron",
     "test_chain",
-    "test_lora",
     "test_faults",
     "test_segments",
-    "test_convert",
+    "test_lora",
     "test_generate",
+    "test_onednn",
+    "test_docs_commands",
+    "test_family_models",
+    "test_convert",
     "test_generate_trained",
     "test_generate_processes",
     "test_checkpoint_save",
-    "test_family_models",
     "test_lora_start",
 )
 """Begun first, so that the processes of a parallel run end at about the same time."""

@@ -18,5 +18,12 @@ if [ "$#" = 0 ]; then
 fi
 ruff check .
 ruff format --check --quiet . || { echo "error: not formatted; run: ruff format ." >&2; exit 1; }
-mypy
-python -m pytest "${options[@]}" "$@"
+report=$(mktemp)
+trap 'rm -f "$report"' EXIT
+mypy > "$report" 2>&1 &  # on its own it would leave a core idle
+types=$!
+failed=0
+python -m pytest "${options[@]}" "$@" || failed=$?
+wait "$types" || failed=$((failed ? failed : 1))
+cat "$report"
+exit "$failed"

@@ -32,11 +32,12 @@ def test_losses_equal_a_plain_torch_loop(layout, steps, expected, tmp_path):
     """Different masks per sample, accumulation, clipping, decay, warmup: 1e-5 relative in fp32."""
     cases = {f"zero {stage}": {"changes": changes(stage), "evaluate": True} for stage in range(4)}
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
-    for stage in (2, 3):
-        offload = {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")}
-        cases[f"zero {stage}, optimizer offloaded"] = {"changes": {"parallel": offload}}
-    cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
-    cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
+    if layout == "tp1-dp2" or steps > FEW_STEPS:  # where the optimizer runs does not depend on the layout
+        for stage in (2, 3):
+            offload = {"zero_stage": stage, "deepspeed_config": str(tmp_path / "offload.json")}
+            cases[f"zero {stage}, optimizer offloaded"] = {"changes": {"parallel": offload}}
+        cases["control: beta2 0.94"] = {"changes": changes(1, adam_beta2=0.94)}
+        cases["control: no clipping"] = {"changes": changes(2, clip_grad=0.0)}
     if LAYOUTS[layout][0] > 1:
         for stage in (0, 2, 3):
             cases[f"zero {stage}, sequence parallel"] = {
@@ -81,8 +82,8 @@ def test_the_same_layout_resumes_bit_identically(layout, tmp_path):
     """All steps = some, a checkpoint, and 2 more in new objects: bitwise equal, with dropout."""
     layout, _, few = layout.partition(", ")
     steps, stop = (3, 1) if few else (4, 2)
-    modes = {f"fp32 zero {s}": changes(s) for s in ((1, 3) if few else range(4))} | {
-        f"bf16 zero {s}": changes(s, bf16=True) for s in ((2, 3) if few else (1, 2, 3))
+    modes = {f"fp32 zero {s}": changes(s) for s in ((3,) if few else range(4))} | {
+        f"bf16 zero {s}": changes(s, bf16=True) for s in ((2,) if few else (1, 2, 3))
     }
     (tmp_path / "offload.json").write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
     for stage in (3,) if few else (2, 3):

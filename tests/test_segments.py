@@ -26,10 +26,12 @@ from ascendspeed.distributed.fused_kernels import Kernels
 from ascendspeed.models import param_mapping
 from ascendspeed.utils.errors import UserError
 
-LENGTH, STEPS, FEW_STEPS = 48, 20, 6
+LENGTH, STEPS, FEW_STEPS = 48, 20, 3
 INTERNLM = replace(  # documents are shorter and longer than what it was trained on; a base each where longer
-    BASE.model, num_layers=4, max_position_embeddings=16, rope_scaling_type="dynamic", rope_scaling_factor=1.0
+    BASE.model, max_position_embeddings=16, rope_scaling_type="dynamic", rope_scaling_factor=1.0
 )
+DEEP = replace(INTERNLM, num_layers=4)
+"""For interleaved stages of one layer."""
 GROUPED = replace(
     INTERNLM,
     family="internlm2",
@@ -142,11 +144,11 @@ def trained(
 
 
 def case(
-    parallel: dict[str, Any], data: Path, last: int, model: ModelConfig = INTERNLM, **more: Any
+    parallel: dict[str, Any], data: Path, last: int, model: ModelConfig | None = None, **more: Any
 ) -> dict[str, Any]:
     changes = {
         "parallel": parallel,
-        "model": asdict(model),
+        "model": asdict(model or (DEEP if VPP.keys() <= parallel.keys() else INTERNLM)),
         "train": (micro_batches_of(parallel) if last < STEPS else {}) | more.pop("train", {}),
         "optim": more.pop("optim", {}),
     }
@@ -212,8 +214,8 @@ def others(data: Path) -> dict[str, dict[str, Any]]:
     for name, kind in RECOMPUTED:
         recompute, dropout = {"recompute_granularity": kind}, {"attention_dropout": 0.2}
         cases[f"{name}, {kind} recomputation"] = case(layouts[name], data, 1, train=recompute)
-        cases[f"dropout, {name}"] = case(layouts[name], data, 2, train=dropout)
-        cases[f"dropout, {name}, recomputed"] = case(layouts[name], data, 2, train=dropout | recompute)
+        cases[f"dropout, {name}"] = case(layouts[name], data, 1, train=dropout)
+        cases[f"dropout, {name}, recomputed"] = case(layouts[name], data, 1, train=dropout | recompute)
     return cases | {
         f"bf16, {name}": case(layouts[name], data, 2, optim={"bf16": True}) for name in ("zero 2 dp2", "pp2")
     }
@@ -225,7 +227,7 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
     plain = torch.arange(LENGTH).expand_as(batches["position_ids"])
     unmarked = written(batches | {"position_ids": plain}, data.with_name("unmarked"))
     one_base, layouts, blind = (
-        replace(INTERNLM, rope_scaling_type="none"),
+        replace(DEEP, rope_scaling_type="none"),
         LAYOUTS[2],
         {"break": "documents see each other"},
     )
@@ -233,7 +235,7 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
         "control: zero 2 dp2, mask shifted": case(layouts["zero 2 dp2"], shifted, 1),
         "control: zero 2 dp2, documents not marked": case(layouts["zero 2 dp2"], unmarked, 1),
         "control: cp2, documents not marked": case(layouts["cp2"], unmarked, 1),
-        "control: cp2, base of the trained length": case(layouts["cp2"], data, 1, one_base),
+        "control: deep cp2, base of the trained length": case(layouts["cp2"], data, 1, one_base),
         "control: zero 2 dp2, documents see each other": case(
             layouts["zero 2 dp2"], data, 1, **blind
         ),  # last: it stays
@@ -244,11 +246,12 @@ def controls(batches: Batches, data: Path) -> dict[str, dict[str, Any]]:
 def check(curves: dict[str, Curve], folder: Path, steps: int) -> None:
     """1e-5 relative for losses and gradient norms in fp32; gradients per tensor; controls are off by more."""
     batches, rows = packed()
-    expected, moments = trained(INTERNLM, batches, rows, steps, folder / "internlm")
+    shallow, deep = (trained(model, batches, rows, steps, folder / "hf") for model in (INTERNLM, DEEP))
     families = {name: trained(model, batches, rows, 2, folder / name)[0] for name, model in FAMILIES.items()}
     for name, curve in curves.items():
         family, _, _ = name.partition(": ")
-        part = families.get(family, expected)[: len(curve)]
+        expected = families.get(family) or (deep if "vpp2" in name or "deep" in name else shallow)[0]
+        part = expected[: len(curve)]
         if name.endswith(": evaluated"):
             assert curve[0][0] == pytest.approx(expected[0][0], rel=1e-6), name
         elif not name.startswith("dropout"):
@@ -268,6 +271,7 @@ def check(curves: dict[str, Curve], folder: Path, steps: int) -> None:
     for saved in checkpoints:
         opened = open_checkpoint(saved)
         saved_moments = dict(opened.tensors("exp_avg"))
+        moments = (deep if "vpp2" in saved.name else shallow)[1]
         assert saved_moments.keys() == moments.keys()
         for name, moment in moments.items():
             off = (saved_moments[name] - moment).abs().max() / moment.abs().max()
@@ -363,7 +367,7 @@ ROWS = st.lists(
 @pytest.mark.parametrize(
     "dropout", [0.0, 1e-12]
 )  # so small that nothing is dropped: the way of blocks, whose mask is shared
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(edges=ROWS)
 def test_attention_within_documents_equals_all_scores_masked(cpu, ranks, dropout, edges):
     """Values and gradients; a context-parallel rank has queries of two chunks; documents begin anywhere."""

@@ -59,6 +59,7 @@ MEGATRON = {
 DEVICE_WORDS = {
     "distributed.device": "the only file that names a device",
     "config.schema": "the choices of --device",
+    "commands.doctor_checks.devices": "their drivers and libraries in `intern doctor`",
 }
 
 SOURCES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}

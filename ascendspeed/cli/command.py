@@ -3,11 +3,12 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from ascendspeed.cli import legacy_flags, parser
 from ascendspeed.cli.compat import HINT
+from ascendspeed.cli.config_file import reading as config_file
 from ascendspeed.cli.foreign_launchers import foreign_world
 from ascendspeed.cli.legacy_flags import Table, Translation
 from ascendspeed.utils.errors import UserError
@@ -25,6 +26,8 @@ class CommandLine(Generic[T]):
     typed: frozenset[str]
     """Fields that the command line sets, by a current flag or by a legacy one."""
     legacy: Translation
+    dumps: bool = False
+    """--dump-config: print the settings and stop."""
 
     @property
     def args(self) -> tuple[str, ...]:
@@ -38,18 +41,36 @@ class CommandLine(Generic[T]):
 
 
 def parse(
-    cls: type[T], args: Sequence[str] | None = None, table: Table | None = None, description: str = ""
+    cls: type[T],
+    args: Sequence[str] | None = None,
+    table: Table | None = None,
+    description: str = "",
+    dumps_later: bool = False,
 ) -> CommandLine[T]:
-    """Parses `args`, by default those of `sys.argv`, after the legacy flags of `table` have been translated.
+    """Parses `args`, by default those of `sys.argv`, after the legacy flags of `table` have been translated
+    and the settings of --config have been added.
 
-    Raises UserError for an unknown flag or a malformed value.
+    `dumps_later`: the caller handles --dump-config. Raises UserError for an unknown flag or a malformed
+    value.
     """
     table = table or {}
-    legacy = legacy_flags.translate(sys.argv[1:] if args is None else args, table)
+    words = sys.argv[1:] if args is None else args
+    has_config = config_file.supports(cls)
+    config = config_file.take(words) if has_config else config_file.ConfigFlags(tuple(words))
+    legacy = legacy_flags.translate(config.words, table)
+    if config.path is not None:
+        typed = frozenset(parser.typed_fields(cls, legacy.args))
+        added, notes = config_file.words_of(cls, config.path, typed)
+        legacy = replace(legacy, args=(*added, *legacy.args), notes=(*legacy.notes, *notes))
     if table:
         description = f"{description}\n\n{HINT}"
-    options = parser.parse(cls, legacy.args, description=description, other_flags=table)
-    return CommandLine(options, frozenset(parser.typed_fields(cls, legacy.args)), legacy)
+    if has_config:
+        description = f"{description}\n\n{config_file.HINT}"
+    others = [*table, *((config_file.CONFIG, config_file.DUMP) if has_config else ())]
+    options = parser.parse(cls, legacy.args, description=description, other_flags=others)
+    if config.dumps and not dumps_later:
+        config_file.dump(asdict(options))
+    return CommandLine(options, frozenset(parser.typed_fields(cls, legacy.args)), legacy, config.dumps)
 
 
 def world_size() -> int:

@@ -14,6 +14,7 @@ from ascendspeed.checkpoint.paths import looks_like_checkpoint
 from ascendspeed.cli import command, parser, validation
 from ascendspeed.cli.command import CommandLine
 from ascendspeed.cli.compat import TRAIN
+from ascendspeed.cli.config_file import reading as config_file
 from ascendspeed.config import batch_schedule, schema
 from ascendspeed.config.schema import DataConfig, ModelConfig, ParallelConfig, Run, TrainConfig
 from ascendspeed.models import families
@@ -23,6 +24,8 @@ from ascendspeed.utils.safe_io import parse_json
 from ascendspeed.utils.text import shorten_list
 
 DEFAULT_MODEL = "internlm-7b"
+SECTIONS = ("model", "parallel", "optim", "data", "train", "lora")
+"""Sections of a run that flags set."""
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -58,7 +61,7 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
 
     Raises UserError for everything that can be known to be wrong before a process group exists.
     """
-    line = command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "")
+    line = command.parse(TrainCommand, args, TRAIN, TrainCommand.__doc__ or "", dumps_later=True)
     options = line.options
     notes: list[str] = []
     train = _train_config(options.train, notes)
@@ -77,6 +80,8 @@ def resolve(args: Sequence[str], world: int | None) -> tuple[Run, list[str]]:
     run = Run(model, parallel, options.optim, _mocked(options.data), train, lora)
     line.legacy.check(run)
     validation.check_run(run, world)
+    if line.dumps:
+        config_file.dump(schema.to_dict(run), SECTIONS)
     return run, notes
 
 

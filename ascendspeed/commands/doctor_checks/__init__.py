@@ -1,0 +1,1 @@
+"""Checks of `intern doctor`: packages, devices, machine."""

@@ -252,7 +252,7 @@ def intern(words: Sequence[str]) -> None:
         del flags[i : i + 2]
     else:
         os.environ.setdefault("NPROC", "1")
-    if words[0] in INTERN and not {"--help"} & set(flags):
+    if words[0] in INTERN and not {"--help", "--dump-config"} & set(flags):
         python([INTERN[words[0]], *(["--task", "chat"] if words[0] == "chat" else []), *flags])
 
 

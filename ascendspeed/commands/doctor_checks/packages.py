@@ -13,6 +13,8 @@ from ascendspeed.utils.run_record import ROOT, commit
 
 NAME = "ascendspeed"
 LEAST_PYTHON = (3, 11)
+EXTRAS = ("", "eval", "serve", "streaming")
+"""Extras that are checked, and the requirements without one."""
 
 
 def check_packages() -> Iterator[Check]:
@@ -37,7 +39,7 @@ def requirements() -> list[tuple[str, Requirement]]:
         texts += [(name, text) for name, extra in project["optional-dependencies"].items() for text in extra]
     else:
         texts = [_divide(text) for text in metadata.requires(NAME) or ()]
-    parsed = [(extra, Requirement(text)) for extra, text in texts if extra not in ("dev", "npu", "gpu")]
+    parsed = [(extra, Requirement(text)) for extra, text in texts if extra in EXTRAS]
     return [(extra, requirement) for extra, requirement in parsed if requirement.name != NAME]
 
 

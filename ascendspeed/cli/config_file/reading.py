@@ -22,9 +22,10 @@ LARGEST = 1 << 20
 """Bytes of the largest file."""
 RECORDS = ("inputs",)
 """Sections of run.json that describe a run instead of configuring it."""
-RIVALS = {"train_iters": "train_epochs", "lr_warmup_iters": "lr_warmup_fraction"}
-RIVALS |= {second: first for first, second in RIVALS.items()}
-"""Fields of which only one may be set: one on the command line replaces the other one of the file."""
+RIVALS = [{"train_iters", "train_epochs", "train_samples"}, {"lr_warmup_iters", "lr_warmup_fraction"}]
+"""Fields of which only one may be set: one on the command line replaces the others of the file."""
+DERIVED = {"train_epochs": "train_iters", "train_samples": "train_iters", "mock_data": "data_path"}
+"""Fields of a resolved run -> the field that follows from them."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,8 @@ def words_of(cls: type, path: str, typed: frozenset[str]) -> tuple[list[str], li
     appended = _appended_fields(cls)
     words: list[str] = []
     for name, value in fields.items():
-        if name not in typed and RIVALS.get(name) not in typed and name in flags:
+        rivals = set().union(*(group for group in RIVALS if name in group))
+        if name not in typed and not rivals & typed and name in flags:
             new = _words(flags[name], value, path, in_model=name in model_fields)
             repeated = isinstance(value, list) and name in appended
             words += [word for item in new[1:] for word in (new[0], item)] if repeated else new
@@ -205,6 +207,9 @@ def _own_fields(cls: type, values: Mapping[str, Any], path: str) -> dict[str, An
             f"{path}: unknown: {', '.join(unknown)}; sections are {', '.join(groups)}, keys are flags "
             "without --"
         )
+    for name, derived in DERIVED.items():
+        if fields.get(name) and name in flags.values():
+            fields.pop(derived, None)
     return fields
 
 

@@ -30,7 +30,7 @@ DERIVED = {"train_epochs": "train_iters", "train_samples": "train_iters", "mock_
 
 @dataclass(frozen=True)
 class ConfigFlags:
-    """What --config and --dump-config ask for."""
+    """Values of --config and --dump-config, and the other words."""
 
     words: tuple[str, ...]
     """The command line without the two flags."""

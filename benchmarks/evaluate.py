@@ -2,11 +2,13 @@
 turns.
 
     python benchmarks/evaluate.py --threads 1 --out benchmarks/results/evaluate-cpu.md
+    python benchmarks/evaluate.py --threads 1 --task gsm8k --subjects 1 --out evaluate-generation-cpu.md
     python benchmarks/evaluate.py --device cuda --dtype bf16 --model internlm2-7b --layers 8 --out ...
 
-Both sides run the whole harness: requests, tokens, the model, grades. The questions have MMLU's format:
-subjects, examples before each question, four letters to choose from. The result is the ratio theirs / ours;
-the log-likelihoods must agree.
+Both sides run the whole harness: requests, tokens, the model, grades. The questions have MMLU's format
+(subjects, examples before each question, four letters to choose from) or GSM8K's (examples with worked
+answers, a generated answer). The result is the ratio theirs / ours; the log-likelihoods or the texts must
+agree.
 """
 
 import contextlib
@@ -69,6 +71,10 @@ WORDS = (
 class Options:
     """Flags of this benchmark."""
 
+    task: Literal["mmlu", "gsm8k"] = "mmlu"
+    """Format of the questions: choices that are compared, or answers that are generated."""
+    new_tokens: int = 128
+    """Tokens of a generated answer (random weights end none)."""
     device: Literal["auto", "cpu", "cuda", "npu"] = "auto"
     """Device to run on."""
     model: str | None = None
@@ -96,13 +102,17 @@ class Options:
 
 
 def benchmark(options: Options) -> Benchmark:
-    """Returns questions of random words in MMLU's format."""
+    """Returns questions of random words in the format of the task."""
     draw = random.Random(5)
 
+    def words(count: int) -> str:
+        return " ".join(draw.choice(WORDS) for _ in range(count))
+
     def question(name: str, length: int) -> Question:
-        text = " ".join(draw.choice(WORDS) for _ in range(length)) + f" {draw.randrange(10**6)}?"
-        choices = tuple(" ".join(draw.choice(WORDS) for _ in range(4)) for _ in range(4))
-        return Question(name, name, text, choices, draw.randrange(4))
+        text = f"{words(length)} {draw.randrange(10**6)}?"
+        if options.task == "gsm8k":
+            return Question(name, name, text, (), f"{words(length * 3 // 2)}\n#### {draw.randrange(1000)}")
+        return Question(name, name, text, tuple(words(4) for _ in range(4)), draw.randrange(4))
 
     subjects = []
     for topic in list(SUBJECTS["mmlu"].values())[: options.subjects]:
@@ -111,11 +121,14 @@ def benchmark(options: Options) -> Benchmark:
         subjects.append(
             Subject(topic, shots, tuple(question(f"{topic.name}/test/{i}", n) for i, n in enumerate(lengths)))
         )
-    return Benchmark("mmlu", Path("made up"), tuple(subjects))
+    return Benchmark(options.task, Path("made up"), tuple(subjects))
 
 
-def write_model(folder: Path, model: ModelConfig) -> None:
-    """Writes a Llama with random weights as a Hugging Face directory, with a tokenizer of WORDS."""
+def write_model(folder: Path, model: ModelConfig, task: str) -> None:
+    """Writes a Llama with random weights as a Hugging Face directory, with a tokenizer of WORDS.
+
+    To generate text, it has as many rows as the tokenizer has ids: the peer may choose any row.
+    """
     import sentencepiece
     import torch
 
@@ -145,6 +158,9 @@ def write_model(folder: Path, model: ModelConfig) -> None:
     )
     home.mkdir()
     (home / "tokenizer.model").write_bytes(pieces.getvalue())
+    if task == "gsm8k":
+        size = sentencepiece.SentencePieceProcessor(model_proto=pieces.getvalue()).vocab_size()
+        model = replace(model, vocab_size=size)
     special = {
         "bos_token": "<s>",
         "eos_token": "</s>",
@@ -169,7 +185,8 @@ def write_model(folder: Path, model: ModelConfig) -> None:
 def sides(
     folder: Path, options: Options, here: Any
 ) -> tuple[list[Any], dict[str, Callable[[], list[float]]]]:
-    """Returns the prompts, and for each side a function that returns the log-likelihoods of all choices."""
+    """Returns the prompts, and for each side a function that returns the log-likelihoods of all choices, or
+    the generated texts."""
     import torch
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -190,9 +207,19 @@ def sides(
     kernels = fused_kernels.select_kernels(here, products=products)
     model = engine.load(source, dtype=options.dtype, device=here, kernels=kernels)
     max_length, questions = model.config.max_position_embeddings, benchmark(options)
-    put = find_style("lm-eval", "mmlu", options.shots)
-    prompts = list(build_prompts(questions, put, PromptEncoder(tokens), max_length, 0))
-    theirs = HFLM(
+    put = find_style("lm-eval", options.task, options.shots)
+    new_tokens = options.new_tokens if options.task == "gsm8k" else 0
+    prompts = list(build_prompts(questions, put, PromptEncoder(tokens), max_length, new_tokens))
+
+    class Peer(HFLM):
+        """Decodes by our tokenizer: transformers has U+FFFD for whole runs of bytes that are no UTF-8."""
+
+        def tok_decode(self, ids: Any, skip_special_tokens: bool = True) -> Any:
+            return (
+                tokens.decode(ids) if isinstance(ids, list) else super().tok_decode(ids, skip_special_tokens)
+            )
+
+    theirs = Peer(
         str(folder),
         device=str(here.torch),
         dtype={"fp32": "float32", "bf16": "bfloat16"}[options.dtype],
@@ -201,11 +228,14 @@ def sides(
         max_length=max_length,
     )
 
-    def ask(adapter: Any) -> list[float]:
-        grades = harness.grade_prompts(adapter, prompts, 0)
-        return [value for grade in grades for value in adapter.answers.records[grade.key]["loglikelihoods"]]
+    def ask(adapter: Any) -> list[Any]:
+        grades = harness.grade_prompts(adapter, prompts, new_tokens)
+        records = [adapter.answers.records[grade.key] for grade in grades]
+        if new_tokens:
+            return [record["text"] for record in records]
+        return [value for record in records for value in record["loglikelihoods"]]
 
-    def ask_ours() -> list[float]:
+    def ask_ours() -> list[Any]:
         encoder = PromptEncoder(tokens)  # with an empty cache
         return ask(
             harness.HarnessModel(
@@ -213,18 +243,24 @@ def sides(
             )
         )
 
-    def ask_theirs() -> list[float]:
+    def ask_theirs() -> list[Any]:
         by_subject: dict[str, list[Any]] = {}
         for key, prompt in zip(harness.answer_keys(prompts, {}), prompts, strict=True):
             by_subject.setdefault(prompt.subject, []).append((key, prompt))
-        tasks = {name: harness.harness_task(name, some, 0) for name, some in by_subject.items()}
+        tasks = {name: harness.harness_task(name, some, new_tokens) for name, some in by_subject.items()}
         with contextlib.redirect_stderr(io.StringIO()), torch.inference_mode():
             samples = evaluate(theirs, tasks, bootstrap_iters=0, log_samples=True)["samples"]
-        return [
-            value for name in by_subject for sample in samples[name] for value, _ in sample["filtered_resps"]
-        ]
+        answers = [sample for name in by_subject for sample in _in_order(samples[name])]
+        if new_tokens:
+            return [sample["resps"][0][0] for sample in answers]
+        return [value for sample in answers for value, _ in sample["filtered_resps"]]
 
     return prompts, {"ours": ask_ours, "theirs": ask_theirs}
+
+
+def _in_order(samples: list[Any]) -> list[Any]:
+    """Returns the samples of a task in the order of its questions, one for each (filters repeat them)."""
+    return list({sample["doc_id"]: sample for sample in samples}.values())
 
 
 def measure(options: Options) -> str:
@@ -242,7 +278,7 @@ def measure(options: Options) -> str:
     base = families.preset(options.model) if options.model else SMALL
     model = replace(base, num_layers=options.layers or base.num_layers)
     with tempfile.TemporaryDirectory() as home:
-        write_model(Path(home), model)
+        write_model(Path(home), model, options.task)
         folder = Path(home) / "llama"
         prompts, run = sides(folder, options, here)
         encoder = PromptEncoder(tokenizer.load(folder))
@@ -255,10 +291,24 @@ def measure(options: Options) -> str:
                 if number:
                     took[side].append(once)
                     print(f"round {number}: {side} {once.wall:.1f} s, {once.cpu:.1f} s of CPU", flush=True)
-        largest_difference = max(abs(a - b) for a, b in zip(values["ours"], values["theirs"], strict=True))
+    agreement = _check_agreement(options, values["ours"], values["theirs"])
+    return _markdown(options, model, here, lengths, took, agreement)
+
+
+def _check_agreement(options: Options, ours: list[Any], theirs: list[Any]) -> str:
+    """Returns how far the sides agree. Raises `UserError` if they cannot be compared."""
+    pairs = list(zip(ours, theirs, strict=True))
+    if options.task == "gsm8k":
+        equal = sum(a == b for a, b in pairs)
+        if options.dtype == "fp32" and equal < len(pairs):
+            raise UserError(
+                f"{len(pairs) - equal} of {len(pairs)} texts differ: the sides cannot be compared"
+            )
+        return f"Answers of {options.new_tokens} tokens, {equal} of {len(pairs)} texts equal."
+    largest_difference = max(abs(a - b) for a, b in pairs)
     if largest_difference > (1e-4 if options.dtype == "fp32" else 0.5):
         raise UserError(f"the sides differ by {largest_difference:.2g}: they cannot be compared")
-    return _markdown(options, model, here, lengths, took, largest_difference)
+    return f"4 choices of one token, largest difference of two log-likelihoods: {largest_difference:.1e}."
 
 
 def _markdown(
@@ -267,7 +317,7 @@ def _markdown(
     here: Any,
     lengths: list[int],
     took: dict[str, list[Timing]],
-    largest_difference: float,
+    agreement: str,
 ) -> str:
     import torch
 
@@ -285,9 +335,8 @@ def _markdown(
         "",
         f"{model.num_layers} layers of {model.hidden_size}, {options.dtype}; {options.subjects} subjects x "
         f"{options.questions} questions, {options.shots} examples, prompts of {min(lengths)} to "
-        f"{max(lengths)} tokens (mean {statistics.mean(lengths):.0f}), 4 choices of one token, batch size "
-        f"{options.batch_size}, {options.rounds} rounds. Largest difference of two log-likelihoods: "
-        f"{largest_difference:.1e}.",
+        f"{max(lengths)} tokens (mean {statistics.mean(lengths):.0f}), batch size {options.batch_size}, "
+        f"{options.rounds} rounds. {agreement}",
         "",
         "| | questions/s (median) | CPU s per question |",
         "|---|---|---|",
@@ -309,11 +358,12 @@ def main() -> None:
     options = parser.parse(Options, description=__doc__ or "")
     if (
         min(options.subjects, options.questions, options.rounds, options.batch_size, options.words) < 1
+        or options.new_tokens < 16
         or options.shots < 0
     ):
         raise UserError(
-            "--subjects, --questions, --words, --batch-size and --rounds must be at least 1, --shots 0 or "
-            "more"
+            "--subjects, --questions, --words, --batch-size and --rounds must be at least 1, "
+            "--new-tokens 16 and --shots 0 or more"
         )
     text = measure(options)
     print(text)

@@ -15,6 +15,7 @@ from ascendspeed.inference.engine import Completion, LanguageModel, SamplingPara
 from ascendspeed.inference.serving.block_pool import BlockPool
 from ascendspeed.inference.serving.paged_engine import EngineSettings, PagedEngine
 from ascendspeed.inference.serving.request import Events, Request, RequestParams, Submission
+from ascendspeed.models.gpt.paged_kv_cache import PagedKVCache
 from ascendspeed.utils.errors import UserError
 
 HEAD = list(range(2, 34))
@@ -160,13 +161,42 @@ def test_prompts_of_an_evaluation(subject, monkeypatch):
             assert completions[number].reason == expected.reason
             assert completions[number].score == pytest.approx(expected.score, abs=1e-4)
     assert subject.model.cache is None
-    del sizes[:]
     heads = [[*HEAD, number] for number in range(60, 64)]
+    del sizes[:]
     continuous_batching.generate(
         subject.model, heads, GREEDY, 4, lambda number, token: True, completions.__setitem__
     )
     assert sizes == [33, 3]  # the first one, then the last token of each other one
     assert [(completions[i].reason, len(completions[i].tokens)) for i in range(4)] == [("stop", 1)] * 4
+
+
+def test_common_blocks_are_read_once(subject, monkeypatch):
+    """Decoding of prompts that begin with the same blocks; control: the blocks of another prompt."""
+    rows, attend = [], PagedKVCache._attend_prefix
+    prompts = [[*HEAD, *HEAD[:8], number] for number in range(60, 64)]
+
+    def generated() -> list[list[int]]:
+        engine = PagedEngine(subject.model, EngineSettings(40, 8))
+        engine.apply(Events((Submission(0, prompts[0], RequestParams(GREEDY)),)))
+        engine.step()
+        further = (Submission(i, prompts[i], RequestParams(GREEDY)) for i in (1, 2, 3))
+        outputs = run(engine, Events(tuple(further)))
+        return [outputs[i] for i in range(4)]
+
+    def spy(cache, prefix, *arguments):
+        rows.append(len(prefix.tokens))
+        return attend(cache, prefix, *arguments)
+
+    monkeypatch.setattr(PagedKVCache, "_attend_prefix", spy)
+    expected = [sample(subject.model, [prompt], GREEDY)[0][0].tokens for prompt in prompts]
+    assert generated() == expected
+    assert max(rows) == 4
+
+    def damaged(cache, prefix, *arguments):
+        return attend(cache, replace(prefix, blocks=slice(39, 40)), *arguments)
+
+    monkeypatch.setattr(PagedKVCache, "_attend_prefix", damaged)
+    assert generated() != expected
 
 
 def test_nan_ends_an_evaluation(subject, monkeypatch):

@@ -214,13 +214,17 @@ def attend_with_normalizer(
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its logarithm of the sum of exponentials, with which attention over parts of the keys is
-    joined: q [heads, n, d], k and v [groups, m, d] -> [heads, n, d], [heads, n], both fp32.
+    joined: q [..., heads, n, d], k and v [..., groups, m, d] -> [..., heads, n, d], [..., heads, n], both
+    fp32; at most one dimension before the heads.
 
-    `mask` [n, m] is added to the scores. `is_causal`: queries and keys have the same positions.
+    `mask` [..., n, m] is added to the scores. `is_causal`: queries and keys have the same positions.
     """
     if q.device.type == "cpu":
         # torch's SDPA drops the sums that its kernel returns.
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        if q.dim() == 4:
+            out, total = kernel(q, k, v, 0.0, is_causal, attn_mask=mask, scale=scale)
+            return out.float(), total.float()
         bias = None if mask is None else mask[None, None]
         out, total = kernel(q[None], k[None], v[None], 0.0, is_causal, attn_mask=bias, scale=scale)
         return out[0].float(), total[0].float()
@@ -238,19 +242,26 @@ def attend_by_scores(
     """`attend_with_normalizer` in plain torch, for every device; the scores of 2 x BLOCK queries exist at a
     time."""
     scale = q.size(-1) ** -0.5 if scale is None else scale
-    k, v = (x.repeat_interleave(q.size(0) // x.size(0), 0) for x in (k, v))
+    k, v = (x.repeat_interleave(q.size(-3) // x.size(-3), -3) for x in (k, v))
     if is_causal:
-        mask = torch.full((q.size(1), k.size(1)), float("-inf"), device=q.device).triu(1)
+        mask = torch.full((q.size(-2), k.size(-2)), float("-inf"), device=q.device).triu(1)
     outs, totals = [], []
-    for start in range(0, q.size(1), 2 * BLOCK):
+    for start in range(0, q.size(-2), 2 * BLOCK):
         rows = slice(start, start + 2 * BLOCK)
-        scores = (q[:, rows] @ k.transpose(-1, -2)).float() * scale
+        scores = (q[..., rows, :] @ k.transpose(-1, -2)).float() * scale
         if mask is not None:
-            scores += mask[rows]
+            scores += mask[..., rows, :]
         total = scores.logsumexp(-1)
         outs.append((scores - total[..., None]).exp().to(q.dtype) @ v)
         totals.append(total)
-    return torch.cat(outs, 1).float(), torch.cat(totals, 1)
+    return torch.cat(outs, -2).float(), torch.cat(totals, -1)
+
+
+def join_attention(out: Tensor, normalizer: Tensor, partial: Tensor, total: Tensor) -> None:
+    """Adds attention over further keys in place: out, partial [n, heads, d]; logarithms of the sums of
+    exponentials normalizer, total [heads, n], all fp32."""
+    out.lerp_(partial, torch.sigmoid(total - normalizer).t()[..., None])
+    normalizer.copy_(torch.logaddexp(normalizer, total))
 
 
 @lru_cache(4)

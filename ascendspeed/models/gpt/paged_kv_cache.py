@@ -2,20 +2,22 @@
 memory and a forward pass may mix single tokens and parts of prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 from torch.nn import functional as F
 
-from ascendspeed.models.gpt.attention import attend
+from ascendspeed.models.gpt.attention import attend, attend_with_normalizer, join_attention
 from ascendspeed.models.gpt.int8_cache import CacheTensor, allocate
 from ascendspeed.models.gpt.rope import Rope
 
 GATHER_BYTES = 2 << 20
 """Most bytes of keys that are gathered at a time: one gather for all rows maps fresh memory at every layer,
 which took 3.8 times as long as the attention itself (32 rows of 2,048 tokens)."""
+MIN_COMMON_BLOCKS = 2
+"""Least blocks at the beginning of several sequences that are read once for all of them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,23 @@ class SequenceSlice:
 
 
 @dataclass(frozen=True)
+class _SharedPrefix:
+    """Single tokens of several sequences that begin with the same blocks."""
+
+    tokens: Tensor
+    """Indices into the pass, [n]."""
+    blocks: slice | Tensor
+    """The common blocks."""
+    groups: "list[_DecodeGroup]"
+    """The same tokens and the blocks that are not common."""
+
+
+@dataclass(frozen=True)
 class _DecodeGroup:
     """Single tokens of several sequences whose keys are gathered together."""
 
     tokens: Tensor
-    """Indices into the pass, [n]."""
+    """Indices into the pass or, below `_SharedPrefix`, into its tokens; [n]."""
     blocks: Tensor
     """Block table, flattened: [n * most blocks of a row]."""
     mask: Tensor
@@ -89,7 +103,8 @@ class PagedKVCache:
         self._offsets = torch.cat(offsets).to(self.device)
         self._prepare_rotary(torch.cat(positions), slices)
         decodes = [(start, part) for start, part in zip(starts, slices, strict=True) if _is_decode(part)]
-        self._groups = self._decode_groups(decodes)
+        prefixes, others = self._shared_prefixes(decodes)
+        self._prefixes, self._groups = prefixes, self._decode_groups(others)
         self._chunks = [
             (start, part, self._block_index(part.blocks[: -(-part.end // self.block_size)]))
             for start, part in zip(starts, slices, strict=True)
@@ -106,6 +121,29 @@ class PagedKVCache:
             frequencies = frequencies[:, None]
         cos, sin = self.rope.cos_sin(positions[:, None].float(), frequencies, self.dtype)
         self._cos, self._sin = cos.to(self.device), sin.to(self.device)
+
+    def _shared_prefixes(
+        self, decodes: Sequence[tuple[int, SequenceSlice]]
+    ) -> tuple[list[_SharedPrefix], list[tuple[int, SequenceSlice]]]:
+        """Returns the single tokens that share at least `MIN_COMMON_BLOCKS` with others, and the rest."""
+        families: dict[int, list[tuple[int, SequenceSlice]]] = {}
+        for member in decodes:
+            families.setdefault(member[1].blocks[0], []).append(member)
+        prefixes, others = [], []
+        for members in families.values():
+            common = _common_blocks([part for _, part in members], self.block_size)
+            if len(members) < 2 or common < MIN_COMMON_BLOCKS:
+                others += members
+                continue
+            skipped = common * self.block_size
+            rest = [
+                (i, replace(part, blocks=part.blocks[common:], first=part.first - skipped))
+                for i, (_, part) in enumerate(members)
+            ]
+            tokens = torch.tensor([start for start, _ in members], device=self.device)
+            blocks = self._block_index(members[0][1].blocks[:common])
+            prefixes.append(_SharedPrefix(tokens, blocks, self._decode_groups(rest)))
+        return prefixes, others
 
     def _decode_groups(self, decodes: Sequence[tuple[int, SequenceSlice]]) -> list[_DecodeGroup]:
         """Groups single tokens by the length of their sequences: a gather is small, and little of it is
@@ -151,8 +189,12 @@ class PagedKVCache:
         keys[:, self._blocks, self._offsets] = key[:, 0].transpose(0, 1)
         values[:, self._blocks, self._offsets] = value[:, 0].transpose(0, 1)
         out = torch.empty_like(query[:, 0])
+        for prefix in self._prefixes:
+            out[prefix.tokens] = self._attend_prefix(prefix, query[prefix.tokens, 0], keys, values, scale)
         for group in self._groups:
-            out[group.tokens] = self._attend_decodes(group, query, keys, values, scale)
+            q, k, v = self._gather(group, query[group.tokens, 0], keys, values)
+            attended = F.scaled_dot_product_attention(q, k, v, group.mask, scale=scale)
+            out[group.tokens] = attended.flatten(1, 2)
         for start, part, blocks in self._chunks:
             end = start + part.count
             q = query[start:end, 0].transpose(0, 1)[None]
@@ -161,11 +203,33 @@ class PagedKVCache:
             out[start:end] = attend(q, k, v, part.first, scale=scale, longest=longest)[0].transpose(0, 1)
         return out.flatten(1)[:, None]
 
-    @staticmethod
-    def _attend_decodes(
-        group: _DecodeGroup, query: Tensor, keys: CacheTensor, values: CacheTensor, scale: float | None
+    def _attend_prefix(
+        self,
+        prefix: _SharedPrefix,
+        query: Tensor,
+        keys: CacheTensor,
+        values: CacheTensor,
+        scale: float | None,
     ) -> Tensor:
-        """Returns the attention output [n, heads, d] of single tokens."""
+        """Returns the attention output [n, heads, d] of single tokens [n, heads, d] with common blocks, which
+        are read once for all of them."""
+        k, v = (cached[:, prefix.blocks].flatten(1, 2) for cached in (keys, values))
+        out, normalizer = attend_with_normalizer(query.transpose(0, 1), k, v, scale=scale)
+        out = out.transpose(0, 1).contiguous()
+        for group in prefix.groups:
+            q, k, v = self._gather(group, query[group.tokens], keys, values)
+            partial, total = attend_with_normalizer(q, k, v, group.mask, scale=scale)
+            rows, totals = out[group.tokens], normalizer[:, group.tokens]
+            join_attention(rows, totals, partial.flatten(1, 2), total.flatten(1, 2).t())
+            out[group.tokens] = rows
+        return out.to(query.dtype)
+
+    @staticmethod
+    def _gather(
+        group: _DecodeGroup, query: Tensor, keys: CacheTensor, values: CacheTensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries [n, groups, heads / groups, d], keys and values [n, groups, m, d] of single tokens
+        [n, heads, d]."""
         rows, groups = len(group.tokens), keys.size(0)
         k, v = (
             cached.index_select(1, group.blocks).view(groups, rows, -1, cached.size(-1)).transpose(0, 1)
@@ -173,8 +237,14 @@ class PagedKVCache:
         )
         # Query heads that share a key take the position of several queries of one head, so that keys need
         # not be copied.
-        grouped = query[group.tokens, 0].unflatten(1, (groups, -1))
-        return F.scaled_dot_product_attention(grouped, k, v, group.mask, scale=scale).flatten(1, 2)
+        return query.unflatten(1, (groups, -1)), k, v
+
+
+def _common_blocks(parts: Sequence[SequenceSlice], block_size: int) -> int:
+    """Returns the number of blocks that all sequences begin with; none holds the token of a slice."""
+    limit = min(part.first // block_size for part in parts)
+    tables = zip(*(part.blocks[:limit] for part in parts), strict=True)
+    return next((i for i, blocks in enumerate(tables) if len(set(blocks)) > 1), limit)
 
 
 def _is_decode(part: SequenceSlice) -> bool:

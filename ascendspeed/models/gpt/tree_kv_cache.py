@@ -10,7 +10,7 @@ from megatron.core.models.gpt import GPTModel
 from torch import Tensor
 
 from ascendspeed.models import int8
-from ascendspeed.models.gpt.attention import attend_with_normalizer
+from ascendspeed.models.gpt.attention import attend_with_normalizer, join_attention
 from ascendspeed.models.gpt.rope import Rope
 
 
@@ -158,7 +158,7 @@ class TreeKVCache:
             if part.is_own:
                 out[part.queries], normalizer[:, part.queries] = partial.transpose(0, 1), total
             else:
-                _merge(out[part.queries], normalizer[:, part.queries], partial.transpose(0, 1), total)
+                join_attention(out[part.queries], normalizer[:, part.queries], partial.transpose(0, 1), total)
         return out.to(query.dtype).flatten(1)[:, None]
 
 
@@ -180,10 +180,3 @@ def _ancestor_parts(
             keys = tokens[ancestor.number - first] if ancestor.number >= first else None
             parts.append(_Part(below, ancestor, keys, is_own=False))
     return parts
-
-
-def _merge(out: Tensor, normalizer: Tensor, partial: Tensor, total: Tensor) -> None:
-    """Adds attention over further keys in place: out, partial [n, heads, d]; logarithms of the sums of
-    exponentials normalizer, total [heads, n], all fp32."""
-    out.lerp_(partial, torch.sigmoid(total - normalizer).t()[..., None])
-    normalizer.copy_(torch.logaddexp(normalizer, total))

@@ -199,6 +199,16 @@ def test_common_blocks_are_read_once(subject, monkeypatch):
     assert generated() != expected
 
 
+def test_the_cache_of_an_evaluation_fits_its_prompts(subject, monkeypatch):
+    blocks, allocate = [], subject.model.allocate_paged_cache
+    monkeypatch.setattr(
+        subject.model, "allocate_paged_cache", lambda *sizes: blocks.append(sizes[0]) or allocate(*sizes)
+    )
+    for prompts in ([[1, 2]], []):
+        continuous_batching.generate(subject.model, prompts, GREEDY, 1000, lambda *_: False, lambda *_: None)
+    assert blocks == [2]  # 22 tokens and one block to spare
+
+
 def test_nan_ends_an_evaluation(subject, monkeypatch):
     logits = subject.model.logits
     monkeypatch.setattr(subject.model, "logits", lambda hidden: _with_nan(logits(hidden), True))

@@ -29,6 +29,9 @@ def generate(
     A completion is that of `sample` with the prompt alone. Collective. Raises `UserError`.
     """
     params.check()
+    if not prompts:
+        return
+    max_running = min(max_running, len(prompts))
     longest = max(len(prompt) for prompt in prompts) + params.max_new_tokens
     blocks = max_running * (-(-longest // BLOCK_SIZE) + 1)
     settings = EngineSettings(blocks, BLOCK_SIZE, PREFILL_CHUNK, max_running)
